@@ -1,0 +1,83 @@
+"""Every error we raise on purpose.
+
+    MultiTokenError
+    |- RecipeError         a recipe key or value that cannot be
+    |- RegistryError       an unknown, duplicate or broken modality or projector
+    |- RowError            a row that cannot become a sample: has `kind` and `row_id`
+    |- MediaError          a source that cannot be read or decoded: has `kind`
+    |- ChatTemplateError   a template that cannot be rendered or masked exactly
+    |- SpliceError         tokens and places disagree
+    |- LanguageModelError  a language model that cannot do what was asked
+    '- CheckpointError     a folder that is not ours, or not whole
+
+Border: messages are written where the fault is found; this file only names the kinds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+RowKind = Literal[
+    "format",  # the row has no accepted shape, an unknown role, no messages
+    "item_count",  # more or fewer items than slots
+    "missing_file",
+    "undecodable",  # not a picture, truncated, over the pixel limit, NaN in a vector
+    "chat_template",  # the language model's template refuses the conversation
+    "no_target",  # nothing would be learned from the row
+    "too_long",  # longer than max_tokens
+]
+
+
+class MultiTokenError(Exception):
+    """The root. The command line prints its message as one sentence and exits with 1."""
+
+
+class RecipeError(MultiTokenError):
+    """A recipe that cannot be used."""
+
+
+class RegistryError(MultiTokenError):
+    """A name that stands for no modality or projector, or for two."""
+
+
+class MediaError(MultiTokenError):
+    """A source that cannot be read (`missing_file`) or decoded (`undecodable`)."""
+
+    def __init__(self, message: str, kind: Literal["missing_file", "undecodable"]) -> None:
+        super().__init__(message)
+        self.kind: Literal["missing_file", "undecodable"] = kind
+
+
+class RowError(MultiTokenError):
+    """A row that cannot become a sample. The message opens with the row's id."""
+
+    def __init__(self, message: str, *, kind: RowKind, row_id: str) -> None:
+        super().__init__(f"row {row_id}: {message}")
+        self.kind: RowKind = kind
+        self.row_id = row_id
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # data workers pickle exceptions, and the default would drop the keyword arguments
+        return _row_error, (str(self), self.kind, self.row_id)
+
+
+def _row_error(message: str, kind: RowKind, row_id: str) -> RowError:
+    error = RowError("", kind=kind, row_id=row_id)
+    error.args = (message,)
+    return error
+
+
+class ChatTemplateError(MultiTokenError):
+    """A chat template that cannot be rendered, or whose learned part cannot be found exactly."""
+
+
+class SpliceError(MultiTokenError):
+    """Projected tokens and their places disagree."""
+
+
+class LanguageModelError(MultiTokenError):
+    """A language model that cannot be loaded or driven by embeddings."""
+
+
+class CheckpointError(MultiTokenError):
+    """A folder that is not a checkpoint of ours, or one that is not whole."""

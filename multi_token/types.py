@@ -1,0 +1,130 @@
+"""The vocabulary of the house: every type that travels from one room to the next.
+
+Border: plain containers with shapes and meaning, no behaviour. Above `Batch` everything is
+picklable and lives on the CPU; below it there are tensors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+Role = Literal["system", "user", "assistant", "tool"]
+"""Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
+
+IGNORE_INDEX = -100
+"""The label of a position that is not learned (the convention of torch's cross entropy)."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text inside a message, exactly as the user wrote it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """One item of a modality inside a message.
+
+    `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
+    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers.
+    """
+
+    modality: str
+    source: Any
+
+
+Part = Text | Media
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: a role and its parts in reading order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What every accepted row shape becomes. `id` names the row in every error message."""
+
+    messages: tuple[Message, ...]
+    id: str = ""
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """All media items in reading order."""
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, Media))
+
+
+@dataclass
+class Prepared:
+    """One item, ready for its encoder.
+
+    `inputs`: the encoder's keyword arguments, without a batch axis.
+    `num_features`: how many feature vectors the encoder will return for it.
+    """
+
+    inputs: dict[str, Tensor]
+    num_features: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one item's tokens stand in a sample: `input_ids[start : start + length]`."""
+
+    modality: str
+    start: int
+    length: int
+
+
+@dataclass
+class Sample:
+    """One conversation as numbers.
+
+    `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
+    `places` and `media` run in parallel, in reading order.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    places: list[Place] = field(default_factory=list)
+    media: list[Prepared] = field(default_factory=list)
+    id: str = ""
+
+
+class MediaBatch(TypedDict):
+    """All items of one modality in a batch.
+
+    `inputs`: what `Modality.collate` made of the items, batch axis first.
+    `positions`: int64 [num_tokens], places in the flattened [batch * time] view, in item order.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+
+
+class Batch(TypedDict, total=False):
+    """What the model's forward takes, as keyword arguments.
+
+    `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
+    `shift_labels[:, t]` is the id to be predicted at t, so that packing never crosses a border.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    shift_labels: Tensor
+    media: dict[str, MediaBatch]
+
+
+@dataclass
+class Features:
+    """What an encoder returns: `values` [items, length, dim]; `mask` bool [items, length] or None."""
+
+    values: Tensor
+    mask: Tensor | None = None
