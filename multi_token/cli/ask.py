@@ -1,0 +1,230 @@
+"""`multi-token chat`, `ask` and `predict`: a trained run answers.
+
+Border: terminal and files; the answering itself is generate.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.types import Media, Message, Part
+
+_LANGUAGE_MODEL = typer.Option(None, help="Where the frozen language model is, if it has moved.")
+_DEVICE = typer.Option(None, help="cpu, cuda, mps; default: the best there is.")
+_MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
+_TEMPERATURE = typer.Option(0.0, help="0 answers greedily; above it, answers are sampled.")
+_SYSTEM = typer.Option(None, help="A system message.")
+
+
+def _load(
+    run: Path, language_model: str | None, device: str | None
+) -> MultiTokenForConditionalGeneration:
+    import torch
+
+    from multi_token.checkpoint import load, read_config
+
+    read_config(run)  # a folder that is not ours is refused before anything heavy is loaded
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = str(found) if found is not None else "cpu"
+    return load(run, language_model=language_model, device=device)
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+
+
+def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
+    from multi_token.errors import MultiTokenError
+    from multi_token.types import Media
+
+    items = [Media("image", str(path)) for path in images or []]
+    for item in media or []:
+        name, equals, source = item.partition("=")
+        if not equals:
+            raise MultiTokenError(f"expected --media NAME=SOURCE (--media vector=x.npy), got {item!r}")
+        items.append(Media(name, source))
+    return items
+
+
+def ask(
+    run: Path = typer.Argument(..., help="The folder of a trained run."),
+    question: str = typer.Argument(..., help="What to ask."),
+    image: list[Path] = typer.Option(None, help="A picture; may be given several times."),
+    media: list[str] = typer.Option(None, help="NAME=SOURCE for any modality of the run."),
+    system: str = _SYSTEM,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
+    temperature: float = _TEMPERATURE,
+    language_model: str = _LANGUAGE_MODEL,
+    device: str = _DEVICE,
+) -> None:
+    """Ask one question about some items and print the answer."""
+    from multi_token.generate import ask as as_conversation
+
+    items = _items(media, image)
+    model = _load(run, language_model, device)
+    answers = model.generate(
+        [as_conversation(question, items, system=system)],
+        max_new_tokens=max_new_tokens,
+        **_sampling(temperature),
+    )
+    typer.echo(answers[0])
+
+
+def chat(
+    run: Path = typer.Argument(..., help="The folder of a trained run."),
+    system: str = _SYSTEM,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
+    temperature: float = _TEMPERATURE,
+    language_model: str = _LANGUAGE_MODEL,
+    device: str = _DEVICE,
+) -> None:
+    """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
+    from rich.console import Console
+    from transformers import TextStreamer
+
+    from multi_token.errors import MultiTokenError
+    from multi_token.generate import reader_of
+    from multi_token.types import Conversation, Message, Text
+
+    console = Console(highlight=False)
+    model = _load(run, language_model, device)
+    names = list(model.modalities)
+    slash = ", ".join(f"/{name} SOURCE" for name in names)
+    console.print(f"[dim]{slash} adds an item; /reset starts anew; /exit leaves[/dim]")
+    start = [Message("system", (Text(system),))] if system else []
+    messages: list[Message] = list(start)
+    waiting: list[Media] = []
+    for line in _lines(console):
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/reset":
+            messages, waiting = list(start), []
+            continue
+        try:
+            if command.startswith("/"):
+                waiting.append(_checked_item(model, command[1:], rest.strip(), names))
+                console.print(f"[dim]{len(waiting)} item(s) go with the next message[/dim]")
+                continue
+            parts: list[Part] = [p for item in waiting for p in (item, Text("\n"))]
+            turn = Message("user", (*parts, Text(line)))
+            streamer = TextStreamer(reader_of(model).tokenizer, skip_special_tokens=True)
+            answers = model.generate(
+                [Conversation((*messages, turn), id="chat")],
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **_sampling(temperature),
+            )
+        except MultiTokenError as error:
+            console.print(str(error), style="red", markup=False)
+            continue
+        messages += [turn, Message("assistant", (Text(answers[0]),))]
+        waiting = []
+
+
+def _lines(console: Any) -> Iterator[str]:
+    """What the user types, until the end of input."""
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line:
+            yield line
+
+
+def _checked_item(
+    model: MultiTokenForConditionalGeneration, name: str, source: str, names: list[str]
+) -> Media:
+    from multi_token.errors import MultiTokenError
+    from multi_token.generate import reader_of
+    from multi_token.registry import nearest
+    from multi_token.types import Media
+
+    if name not in names:
+        raise MultiTokenError(
+            f"unknown command /{name}{nearest(name, [*names, 'reset', 'exit'])}; this run has "
+            f"{', '.join(names)}"
+        )
+    item = Media(name, source)
+    reader_of(model).prepare(item, row_id="chat")  # a bad path is told now, not with the question
+    return item
+
+
+def predict(
+    run: Path = typer.Argument(..., help="The folder of a trained run."),
+    rows: str = typer.Argument(..., help="Rows of any accepted shape; a last answer is left out."),
+    out: Path = typer.Option(..., help="Where answers go, one JSON line a row, in their order."),
+    split: str = typer.Option("train", help="Which split, where the source has several."),
+    batch_size: int = typer.Option(8, help="Rows answered together."),
+    max_new_tokens: int = _MAX_NEW_TOKENS,
+    temperature: float = _TEMPERATURE,
+    language_model: str = _LANGUAGE_MODEL,
+    device: str = _DEVICE,
+) -> None:
+    """Answer a file of rows in batches. The same command again goes on after the last answer."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from multi_token.data.dataset import load_rows, row_name, rows_root
+
+    source, root = load_rows(rows, split=split), rows_root(rows)
+    ids = [row_name(i, source[i], rows) for i in range(len(source))]
+    num_done = _num_answered(out, ids)
+    console = Console(stderr=True)
+    if num_done:
+        console.print(f"{num_done} of {len(source)} rows are answered already", highlight=False)
+    if num_done == len(source):
+        return
+    model = _load(run, language_model, device)
+    with (
+        out.open("a", encoding="utf-8") as file,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("Answering", total=len(source), completed=num_done)
+        for start in range(num_done, len(source), batch_size):
+            chunk = [source[i] for i in range(start, min(start + batch_size, len(source)))]
+            answers = model.generate(
+                chunk,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                root=root,
+                **_sampling(temperature),
+            )
+            for i, answer in enumerate(answers, start):
+                file.write(json.dumps({"id": ids[i], "answer": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(task, completed=start + len(chunk))
+    console.print(f"{len(source) - num_done} answers written to {out}", highlight=False)
+
+
+def _num_answered(out: Path, ids: list[str]) -> int:
+    """How many rows the file answers already; a line that was cut off is taken away."""
+    from multi_token.errors import MultiTokenError
+
+    if not out.is_file():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    kept = [line for line in out.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    for number, line in enumerate(kept):
+        try:
+            found = json.loads(line)["id"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if number >= len(ids) or found != ids[number]:
+            raise MultiTokenError(
+                f"{out} line {number + 1} answers row {found!r}, expected "
+                f"{ids[number] if number < len(ids) else 'no more rows'!r}: it belongs to other "
+                "rows; choose another --out or remove it"
+            )
+    out.write_text("".join(kept), encoding="utf-8")
+    return len(kept)

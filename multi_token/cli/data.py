@@ -1,0 +1,237 @@
+"""`multi-token data check` and `data show`: look at rows before a GPU is rented.
+
+Border: tables and exit codes. What is in the rows is found by data/inspect.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from multi_token.data.dataset import Row
+    from multi_token.data.inspect import Bin, Report
+    from multi_token.reader import Reader
+    from multi_token.types import Conversation
+
+data_app = typer.Typer(no_args_is_help=True, help="Check and look at rows before training.")
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A .json, .jsonl or .parquet file, a folder of save_to_disk, or a hub name.",
+        show_default=False,
+    ),
+]
+RecipePath = Annotated[
+    str, typer.Option("--recipe", "-r", help="The recipe that will train on it.")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable."),
+]
+Split = Annotated[str, typer.Option(help="Which split, where there are several.")]
+
+
+@data_app.command()
+def check(
+    data: Data,
+    recipe: RecipePath,
+    clean: Annotated[
+        str | None, typer.Option(help="Write the good rows to this .jsonl file.", metavar="OUT")
+    ] = None,
+    split: Split = "train",
+    examples: Annotated[int, typer.Option(help="Rows shown of each kind of problem.", min=0)] = 5,
+    num_workers: Annotated[int, typer.Option(help="Processes that read rows.", min=0)] = 0,
+    override: Override = None,
+) -> None:
+    """Read every row the way training will; count what is wrong, and how long the rows are.
+
+    Exit code 0: every row is good. 1: at least one is not.
+    """
+    from rich.console import Console
+
+    from multi_token.data.dataset import load_rows, read_row
+    from multi_token.data.inspect import scan
+
+    if clean is not None:
+        _check_target(clean)
+    reader = _reader(data, recipe, override)
+    rows = load_rows(data, split=split)
+    names = tuple(reader.modalities)
+    read = partial(read_row, reader=reader, modalities=names)
+    report = scan(rows, read, source=data, num_workers=num_workers)
+
+    console = Console()
+    _print_report(console, report, examples)
+    if clean is not None:
+        _write(rows, report.good, clean, data=data, names=names)
+        console.print(f"{len(report.good):,} good rows written to {clean}", markup=False)
+    if report.problems or not report.num_rows:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def show(
+    data: Data,
+    row: Annotated[str, typer.Argument(help="The index of the row, or its id.")],
+    recipe: RecipePath,
+    split: Split = "train",
+    override: Override = None,
+) -> None:
+    """One row, token by token, as the model will get it: prompt, learned, media."""
+    from rich.console import Console
+
+    from multi_token.data.dataset import load_rows, row_name
+    from multi_token.data.formats import to_conversation
+    from multi_token.data.inspect import measure, render_sample
+
+    reader = _reader(data, recipe, override)
+    rows = load_rows(data, split=split)
+    index = _find(rows, row, data)
+    conversation = to_conversation(
+        rows[index], tuple(reader.modalities), row_id=row_name(index, rows[index], data)
+    )
+    sample = reader(conversation)
+    length = measure(sample)
+
+    console = Console()
+    console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
+    console.print(
+        f"{length.num_tokens:,} tokens, {length.num_supervised:,} learned, "
+        f"{length.num_media:,} media\n"
+    )
+    console.print(render_sample(sample, reader.tokenizer, marks=not console.is_terminal))
+    if sample.places:
+        console.print(_media_table(conversation, [place.length for place in sample.places]))
+
+
+def _reader(data: str, recipe: str, override: list[str] | None) -> Reader:
+    from multi_token.data.dataset import rows_root
+    from multi_token.reader import build_reader
+    from multi_token.recipe import load_recipe
+
+    # the data first: a wrong name should not wait for the tokenizer
+    root = rows_root(data)
+    return build_reader(load_recipe(recipe, override or ()), root=root)
+
+
+def _find(rows: Sequence[Row], wanted: str, data: str) -> int:
+    from multi_token.errors import MultiTokenError, RowError
+
+    # 0012 is an id: an index has no leading zeros
+    if wanted.isdecimal() and str(int(wanted)) == wanted and int(wanted) < len(rows):
+        return int(wanted)
+    for index in range(len(rows)):
+        try:
+            found = rows[index].get("id")
+        except RowError:  # a line that is not JSON has no id; `check` names it
+            continue
+        if found is not None and str(found) == wanted:
+            return index
+    raise MultiTokenError(
+        f"no row of {data} has the index or id {wanted!r}; it has {len(rows):,} rows, from index 0"
+    )
+
+
+def _check_target(clean: str) -> None:
+    """Before the scan: an hour of reading should not end in a wrong file name."""
+    from multi_token.errors import MultiTokenError
+
+    target = Path(clean)
+    if target.suffix.lower() != ".jsonl":
+        raise MultiTokenError(f"--clean writes a .jsonl file, got {clean!r}")
+    if not target.resolve().parent.is_dir():
+        raise MultiTokenError(f"no folder {target.resolve().parent} to write {target.name} into")
+
+
+def _write(
+    rows: Sequence[Row], good: Sequence[int], clean: str, *, data: str, names: Sequence[str]
+) -> None:
+    from multi_token.data.dataset import rows_root
+    from multi_token.data.inspect import first_relative_path, write_clean
+    from multi_token.errors import MultiTokenError
+
+    start = Path(rows_root(data) or "").resolve()
+    if Path(clean).resolve().parent != start:
+        lost = first_relative_path(rows, good, modalities=names)
+        if lost is not None:
+            raise MultiTokenError(
+                f"relative media paths ({lost}) start at {start} and would be lost in {clean}; "
+                f"write it there: --clean {start / Path(clean).name}"
+            )
+    write_clean(rows, good, clean)
+
+
+def _print_report(console: Console, report: Report, examples: int) -> None:
+    from multi_token.data.inspect import histogram
+
+    if report.problems:
+        console.print(_problem_table(report, examples))
+    if report.lengths:
+        console.print(_length_table(histogram([n.num_tokens for n in report.lengths])))
+    share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
+    console.print(
+        f"{report.num_rows:,} rows: {len(report.good):,} good, {len(report.problems):,} bad\n"
+        f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} learned "
+        f"({share:.1%}), {report.num_media:,} media"
+    )
+    if not report.num_rows:
+        console.print("There are no rows at all.")
+
+
+def _problem_table(report: Report, examples: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("problem", "rows", "row", "what is wrong", title="Problems", show_lines=True)
+    for kind, problems in report.by_kind.items():
+        shown = problems[:examples] or [None]
+        for i, problem in enumerate(shown):
+            table.add_row(
+                kind if i == 0 else "",
+                f"{len(problems):,}" if i == 0 else "",
+                # Text: ids and messages hold brackets that are not markup
+                Text(problem.row_id, overflow="fold") if problem else "",
+                Text(problem.message, overflow="fold") if problem else "",
+            )
+        if 0 < examples < len(problems):
+            table.add_row("", "", f"and {len(problems) - examples:,} more", "")
+    return table
+
+
+def _length_table(bins: Sequence[Bin]) -> Table:
+    from rich.table import Table
+
+    table = Table("tokens", "rows", "", title="Length of good rows")
+    highest = max(b.count for b in bins)
+    for b in bins:
+        # a bin with a single row still shows a mark
+        bar = "█" * max(round(30 * b.count / highest), 1 if b.count else 0)
+        table.add_row(f"{b.low:,} - {b.high:,}", f"{b.count:,}", bar)
+    return table
+
+
+def _media_table(conversation: Conversation, lengths: Sequence[int]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from multi_token.media.fetch import shorten
+
+    table = Table("modality", "tokens", "source")
+    for media, num_tokens in zip(conversation.media, lengths, strict=True):
+        source = media.source
+        if isinstance(source, (bytes, bytearray)):
+            text = f"{len(source):,} bytes"
+        else:
+            text = shorten(source)
+        table.add_row(media.modality, f"{num_tokens:,}", Text(text, overflow="fold"))
+    return table

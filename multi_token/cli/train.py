@@ -1,0 +1,26 @@
+"""`multi-token train`: a recipe and overrides in, a run's folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def train(
+    recipe: Path = typer.Argument(..., help="A YAML recipe (see recipes/)."),
+    overrides: list[str] = typer.Argument(
+        None, help="key=value, e.g. train.seed=1 train.stages.0.args.max_steps=100"
+    ),
+) -> None:
+    """Train the stages of a recipe. The same command again goes on where it stopped."""
+    from rich.console import Console
+
+    from multi_token.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from multi_token.train.run import train as run
+
+    console = Console(stderr=True)
+    run(loaded, console=console)
+    console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)

@@ -1,0 +1,124 @@
+"""Features of frozen encoders, kept by content: every item is encoded once.
+
+Border: maps an item to features [length, dim]; knows nothing of rows or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from multi_token.errors import MediaError
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.base import Encoder, Modality
+from multi_token.types import Media, Prepared
+
+
+class FeatureCache:
+    """Content and encoder settings -> features, in memory and in one safetensors file."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """`path`: where the features lie between runs; read now if it exists."""
+        self.path = path
+        self.features: dict[str, Tensor] = (
+            load_file(path) if path is not None and path.is_file() else {}
+        )
+        self._keys: dict[tuple[str, str | None, str], str] = {}
+
+    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Tensor | None:
+        """Features [length, dim] of the item, if it was encoded. Raises MediaError."""
+        return self.features.get(self._key(item, modality, fetch))
+
+    def fill(
+        self,
+        items: Iterable[tuple[Media, Fetch]],
+        modalities: Mapping[str, Modality],
+        encoders: Mapping[str, Encoder],
+        *,
+        batch_size: int = 32,
+        on_items: Callable[[int], None] | None = None,
+    ) -> int:
+        """Encode what is not there yet; returns how many items were encoded.
+
+        An item that cannot be read is passed over here: reading its row names it.
+        """
+        waiting: dict[str, list[tuple[str, Prepared]]] = {name: [] for name in modalities}
+        num_encoded = 0
+        seen: set[str] = set()
+        for item, fetch in items:
+            modality = modalities[item.modality]
+            try:
+                key = self._key(item, modality, fetch)
+                if key not in self.features and key not in seen:
+                    prepared = modality.prepare(modality.load(item.source, fetch))
+                    waiting[item.modality].append((key, prepared))
+                    seen.add(key)
+            except MediaError:
+                continue
+            finally:
+                if on_items is not None:
+                    on_items(1)
+            if len(waiting[item.modality]) == batch_size:
+                num_encoded += self._encode(
+                    modality, encoders[item.modality], waiting[item.modality]
+                )
+                waiting[item.modality] = []
+        for name, rest in waiting.items():
+            if rest:
+                num_encoded += self._encode(modalities[name], encoders[name], rest)
+        if num_encoded and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            save_file(self.features, partial)
+            partial.replace(self.path)
+        return num_encoded
+
+    @torch.no_grad()
+    def _encode(
+        self, modality: Modality, encoder: Encoder, items: Sequence[tuple[str, Prepared]]
+    ) -> int:
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+        inputs = modality.collate([prepared for _, prepared in items])
+        features = encoder(**{key: value.to(device) for key, value in inputs.items()})
+        for i, (key, _) in enumerate(items):
+            values = features.values[i]
+            if features.mask is not None:
+                values = values[features.mask[i]]
+            self.features[key] = values.float().cpu().contiguous()
+        return len(items)
+
+    def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:
+        path = str(item.source) if isinstance(item.source, (str, Path)) else None
+        known = (path or "", fetch.root, item.modality)
+        if path is not None and known in self._keys:
+            return self._keys[known]
+        settings = json.dumps(modality.model_dump(mode="json", exclude={"projector"}))
+        digest = hashlib.sha256(settings.encode())
+        digest.update(_content(item.source, fetch))
+        if path is not None:
+            self._keys[known] = digest.hexdigest()
+        return digest.hexdigest()
+
+
+def _content(source: Any, fetch: Fetch) -> bytes:
+    """Bytes that are equal only for equal items."""
+    if isinstance(source, Image.Image):
+        return f"{source.mode}{source.size}".encode() + source.tobytes()
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, (list, tuple, np.ndarray)):
+        try:
+            array = np.asarray(source, dtype=np.float64)
+        except (TypeError, ValueError):
+            return repr(source).encode()  # not numbers: loading it will say so
+        return f"{array.shape}".encode() + array.tobytes()
+    return fetch.read(source)

@@ -1,0 +1,303 @@
+"""Where rows come from, and the torch dataset that reads them into samples.
+
+Border: files, folders and hub names end here as sequences of rows; media files are the reader's.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
+
+from torch.utils.data import Dataset
+
+from multi_token.data.formats import to_conversation
+from multi_token.errors import MultiTokenError, RowError
+from multi_token.types import Conversation, Sample
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = Mapping[str, Any]
+_HUB = "hf://"
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+_ACCEPTED = (
+    "a .json, .jsonl or .parquet file, a folder written by datasets' save_to_disk, or a name on "
+    "the Hugging Face hub (hf://owner/name)"
+)
+
+
+def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
+    """The rows of `source`, by index; files of rows are not copied into memory where that can be.
+
+    | `source`                   | what it is                                                     |
+    |----------------------------|----------------------------------------------------------------|
+    | `rows.json`                | a list of rows, or an object with it under `data` or `rows`    |
+    | `rows.jsonl`               | a row on each line, parsed when it is asked for                |
+    | `rows.parquet`             | a table                                                        |
+    | a folder                   | written by `save_to_disk`, with splits or without              |
+    | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
+
+    `split` picks one where there are several; a file has no other than `train`. Pictures in tables
+    stay undecoded, so that a damaged one is reported by our decoder with its row.
+    """
+    kind = _source_kind(source)
+    if kind == "hub":
+        return _from_hub(source, split)
+    path = Path(source).expanduser()
+    if kind == "folder":
+        return _from_folder(path, split)
+    if split != "train":
+        raise MultiTokenError(
+            f"{path} is one file, which has no split {split!r}; "
+            "leave the split out, or name the file that holds it"
+        )
+    if kind == ".jsonl":
+        return JsonLines(path)
+    if kind == ".json":
+        return _from_json(path)
+    return _from_parquet(path)
+
+
+def rows_root(source: str) -> str | None:
+    """The folder where relative media paths of `source` start: that of a file of rows.
+
+    None (the current folder) for saved folders and hub names: they do not lie beside their media.
+    """
+    kind = _source_kind(source)
+    if kind in _SUFFIXES:
+        return str(Path(source).expanduser().resolve().parent)
+    return None
+
+
+def row_name(index: int, row: Row | None, source: str) -> str:
+    """What messages call a row: its own `id`, or else the file and the index."""
+    if isinstance(row, Mapping) and row.get("id") is not None:
+        return str(row["id"])
+    return f"{Path(source).name}[{index}]"
+
+
+def read_row(
+    row: Row,
+    row_id: str,
+    *,
+    reader: Callable[[Conversation], Sample],
+    modalities: Collection[str],
+) -> Sample:
+    """A row the whole way to its sample: the one path of training, of `check` and of `show`."""
+    return reader(to_conversation(row, modalities, row_id=row_id))
+
+
+class ConversationDataset(Dataset[Sample]):
+    """Rows as samples: `dataset[i]` is the i-th good row, read when it is asked for.
+
+    Picklable for data workers as long as `rows` and `reader` are. A row that cannot be read raises:
+    which rows are good is decided before, by `scan`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        reader: Callable[[Conversation], Sample],
+        *,
+        modalities: Collection[str],
+        good: Sequence[int] | None = None,
+        source: str = "rows",
+    ) -> None:
+        self.rows = rows
+        self.reader = reader
+        self.modalities = tuple(modalities)
+        # an array, not a list: forked workers would copy the pages of a list by counting references
+        self.good = array("q", range(len(rows)) if good is None else good)
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def __getitem__(self, index: int) -> Sample:
+        row_index = self.good[index]
+        row = self.rows[row_index]
+        row_id = row_name(row_index, row, self.source)
+        return read_row(row, row_id, reader=self.reader, modalities=self.modalities)
+
+
+class JsonLines(Sequence[Row]):
+    """The lines of a .jsonl file, parsed one by one when asked for; blank lines are no rows.
+
+    Holds only where each line starts, so that a file larger than memory can be used, and opens the
+    file for each row, so that no handle is shared with forked workers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.starts = array("q")
+        self.line_numbers = array("q")
+        start = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self.starts.append(start)
+                    self.line_numbers.append(number)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
+        number = self.line_numbers[index]
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RowError(
+                f"line {number} of {self.path} is not JSON ({error}); "
+                "write one object on each line",
+                kind="format",
+                row_id=row_name(index % len(self), None, str(self.path)),
+            ) from error
+        return _checked(row, index % len(self), f"line {number} of {self.path}", self.path)
+
+
+def _checked(row: Any, index: int, where: str, path: Path) -> Row:
+    if not isinstance(row, Mapping):
+        raise RowError(
+            f"{where} is a {type(row).__name__}, expected an object with fields",
+            kind="format",
+            row_id=row_name(index, None, str(path)),
+        )
+    return cast("Row", row)
+
+
+def _source_kind(source: str) -> str:
+    """A suffix of a file, "folder" or "hub"; raises for what is none of them."""
+    if source.startswith(_HUB):
+        return "hub"
+    path = Path(source).expanduser()
+    where = path.resolve()
+    if path.is_dir():
+        return "folder"
+    suffix = path.suffix.lower()
+    if suffix in _SUFFIXES:
+        if not path.is_file():
+            raise MultiTokenError(f"no file at {where}; check the name, or the folder you are in")
+        return suffix
+    if path.exists():
+        raise MultiTokenError(f"{where} has the suffix {suffix!r}; expected {_ACCEPTED}")
+    # `owner/name` is a hub name only if nothing here suggests that a path was meant
+    names = source.split("/")
+    looks_like_path = (
+        len(names) > 2
+        or not all(names)
+        or "\\" in source
+        or names[0] in (".", "..", "~")
+        or (len(names) == 2 and Path(names[0]).is_dir())
+    )
+    if looks_like_path:
+        raise MultiTokenError(f"nothing at {where}; expected {_ACCEPTED}")
+    return "hub"
+
+
+def _from_json(path: Path) -> Sequence[Row]:
+    text = path.read_bytes()
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = ""
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            hint = "; if there is a row on each line, name the file .jsonl"
+        raise RowError(
+            f"the file is not JSON ({error}){hint}", kind="format", row_id=str(path)
+        ) from error
+    if isinstance(content, Mapping):
+        found = [key for key in ("data", "rows") if isinstance(content.get(key), list)]
+        if not found:
+            raise MultiTokenError(
+                f"{path} is an object with the fields {', '.join(map(str, content)) or 'none'}; "
+                "expected a list of rows, or that list under `data` or `rows`"
+            )
+        content = content[found[0]]
+    if not isinstance(content, list):
+        raise MultiTokenError(f"{path} holds a {type(content).__name__}; expected a list of rows")
+    return content
+
+
+def _from_parquet(path: Path) -> Sequence[Row]:
+    import datasets
+    import pyarrow
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (DatasetGenerationError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error
+        raise MultiTokenError(f"{path} cannot be read as parquet: {cause}") from error
+    return _undecoded(cast("datasets.Dataset", table))
+
+
+def _from_folder(path: Path, split: str) -> Sequence[Row]:
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if not saved:
+        raise MultiTokenError(
+            f"{path.resolve()} is a folder, but not one that datasets' save_to_disk wrote; "
+            f"expected {_ACCEPTED}"
+        )
+    import datasets
+
+    content = datasets.load_from_disk(str(path))
+    if isinstance(content, datasets.DatasetDict):
+        if split not in content:
+            raise MultiTokenError(
+                f"{path} has no split {split!r}; its splits are {', '.join(map(str, content))}"
+            )
+        return _undecoded(content[split])
+    return _undecoded(content)
+
+
+def _from_hub(source: str, split: str) -> Sequence[Row]:
+    names = source.removeprefix(_HUB).removeprefix("datasets/").split("/")
+    if not all(names) or len(names) > 3:
+        raise MultiTokenError(f"expected hf://owner/name or hf://owner/name/config, got {source}")
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        found = datasets.load_dataset(
+            "/".join(names[:2]), names[2] if len(names) == 3 else None, split=split
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        raise MultiTokenError(
+            f"cannot load {source} (split {split!r}) from the hub: {error}; "
+            f"if a file was meant, there is nothing at {Path(source).resolve()}"
+        ) from error
+    return _undecoded(cast("datasets.Dataset", found))
+
+
+def _undecoded(table: datasets.Dataset) -> Sequence[Row]:
+    """The same table, whose pictures and recordings come as {"bytes", "path"}, however nested."""
+    import datasets
+
+    def turn_off(feature: Any) -> None:
+        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+            feature.decode = False
+        elif isinstance(feature, Mapping):
+            for child in feature.values():
+                turn_off(child)
+        elif isinstance(feature, (list, tuple)):
+            for child in feature:
+                turn_off(child)
+        elif hasattr(feature, "feature"):  # the list types, whose names differ between versions
+            turn_off(feature.feature)
+
+    # in place: `cast_column` would do it for whole columns only, and `cast` rewrites the table
+    turn_off(table.info.features)
+    return cast("Sequence[Row]", table)

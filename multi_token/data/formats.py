@@ -1,0 +1,292 @@
+"""One row in, one Conversation out: every accepted row shape ends here.
+
+Border: opens no file and decodes nothing; knows the names of modalities, not what they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+from torch import Tensor
+
+from multi_token.errors import RowError, RowKind
+from multi_token.types import Conversation, Media, Message, Part, Role, Text
+
+ROLES: Mapping[str, Role] = {
+    **{role: role for role in get_args(Role)},
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+"""Every accepted name of a speaker, and what it becomes."""
+
+_SHAPES = (
+    'the accepted shapes are {"<name>s": [...], "messages": [{"role": "user", '
+    '"content": "What is <name>?"}, ...]}; '
+    '{"<name>": ..., "conversations": [{"from": "human", "value": "<name> What is it?"}, ...]}; '
+    '{"messages": [{"role": "user", "content": [{"type": "<name>", "<name>": ...}, '
+    '{"type": "text", "text": "..."}]}, ...]}'
+)
+_NOT_MEDIA = ("id", "messages", "conversations")
+
+
+def to_conversation(
+    row: Mapping[str, Any], modalities: Collection[str], *, row_id: str
+) -> Conversation:
+    """The conversation in `row`; `modalities` are the names of the recipe's instances.
+
+    | the row has                                  | shape         | a slot is                     |
+    |----------------------------------------------|---------------|-------------------------------|
+    | `conversations` of `from` and `value`        | LLaVA's       | `<name>` in the text          |
+    | `messages`, every `content` a text           | the original's| `<name>` in the text          |
+    | `messages`, at least one `content` a list    | content parts | a part whose `type` is a name |
+
+    Text slots, and parts without a source of their own, are filled in reading order from the row's
+    field `<name>` or `<name>s`: a list of items, or one item. A flat list of numbers is one item,
+    and so is an array in `<name>`; an array of two or more axes in `<name>s` is many, along its
+    first. In a row of content parts no text is a slot: `<image>` stays text in all its messages.
+
+    An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
+    """
+    return _RowReader(row, modalities, row_id=str(row_id)).read()
+
+
+class _RowReader:
+    """The state of reading one row: its name, and the items that its fields still have to give."""
+
+    def __init__(self, row: Mapping[str, Any], modalities: Collection[str], *, row_id: str) -> None:
+        self.row_id = row_id
+        if not isinstance(row, Mapping):
+            raise self.error(f"expected an object with fields, got {_kind(row)}; {_SHAPES}")
+        if row.get("id") is not None:
+            self.row_id = str(row["id"])
+        self.row = row
+        # longest first: with `image` and `image_left`, the longer name must win
+        self.names = sorted(modalities, key=lambda name: (-len(name), name))
+        alternatives = "|".join(re.escape(name) for name in self.names)
+        self.slot = re.compile(f"<({alternatives})>") if self.names else None
+        self.items: dict[str, list[Any]] = {}
+        self.fields: dict[str, str] = {}
+        self.num_slots: dict[str, int] = dict.fromkeys(self.names, 0)
+
+    def error(self, sentence: str, kind: RowKind = "format") -> RowError:
+        return RowError(sentence, kind=kind, row_id=self.row_id)
+
+    def read(self) -> Conversation:
+        turns, role_key, content_key = self._turns()
+        for name in self.names:
+            self._read_field(name)
+        text_slots = all(_as_list(turn.get(content_key)) is None for turn in turns)
+        messages: list[Message] = []
+        for index, turn in enumerate(turns):
+            role = self._role(turn, role_key, index)
+            parts = self._parts(turn.get(content_key), index, content_key, text_slots=text_slots)
+            if role == "assistant":
+                self._refuse_media(parts, index)
+            messages.append(Message(role, parts))
+        self._check_counts(text_slots=text_slots)
+        return Conversation(tuple(messages), id=self.row_id)
+
+    def _turns(self) -> tuple[list[Mapping[str, Any]], str, str]:
+        # columns of a table exist in every row: a null field is an absent one
+        found = [key for key in ("messages", "conversations") if self.row.get(key) is not None]
+        if not found:
+            fields = ", ".join(map(str, self.row)) or "none"
+            raise self.error(f"no messages; its fields are {fields}; {_SHAPES}")
+        if len(found) == 2:
+            raise self.error("both `messages` and `conversations` are given; leave one of them out")
+        key = found[0]
+        role_key, content_key = ("role", "content") if key == "messages" else ("from", "value")
+        turns = _as_list(self.row[key])
+        if turns is None:
+            raise self.error(f"`{key}` is {_kind(self.row[key])}, expected a list of turns")
+        if not turns:
+            raise self.error(f"`{key}` is empty; a row needs at least one turn")
+        for index, turn in enumerate(turns):
+            if not isinstance(turn, Mapping):
+                raise self.error(
+                    f"turn {index} of `{key}` is {_kind(turn)}, "
+                    f"expected an object with `{role_key}` and `{content_key}`"
+                )
+            for field in (role_key, content_key):
+                if field not in turn:
+                    raise self.error(
+                        f"turn {index} of `{key}` has no `{field}`; "
+                        f"its fields are {', '.join(map(str, turn)) or 'none'}; {_SHAPES}"
+                    )
+        return turns, role_key, content_key
+
+    def _read_field(self, name: str) -> None:
+        """Fill `items[name]` from the row's field `<name>` or `<name>s`, if it has one."""
+        keys = [name]
+        if f"{name}s" not in self.names:  # `<name>s` may be an instance of its own
+            keys.append(f"{name}s")
+        given = [k for k in keys if k not in _NOT_MEDIA and self.row.get(k) is not None]
+        if len(given) == 2:
+            raise self.error(f"both `{given[0]}` and `{given[1]}` are given; leave one of them out")
+        if not given:
+            return
+        key = given[0]
+        items = _split_items(self.row[key], plural=key != name)
+        self.fields[name] = key
+        self.items[name] = [
+            self._source(item, f"item {i} of `{key}`") for i, item in enumerate(items)
+        ]
+
+    def _source(self, item: Any, where: str) -> Any:
+        """One item as `Media.source`: of the {"bytes", "path"} of `datasets`, one of the two."""
+        if isinstance(item, Mapping) and item and set(item) <= {"bytes", "path"}:
+            data, path = item.get("bytes"), item.get("path")
+            item = data if data is not None else path
+        if item is None:
+            raise self.error(f"{where} is empty (null); give a path, an address or the data itself")
+        return item
+
+    def _role(self, turn: Mapping[str, Any], role_key: str, index: int) -> Role:
+        role = turn[role_key]
+        if not isinstance(role, str) or role not in ROLES:
+            raise self.error(
+                f"turn {index} has the unknown role {role!r}; the accepted ones are "
+                f"{', '.join(ROLES)}"
+            )
+        return ROLES[role]
+
+    def _parts(
+        self, content: Any, index: int, content_key: str, *, text_slots: bool
+    ) -> tuple[Part, ...]:
+        if isinstance(content, str):
+            if text_slots and self.slot is not None:
+                return self._parts_of_text(content, self.slot)
+            return (Text(content),) if content else ()
+        entries = _as_list(content)
+        if entries is None:
+            expected = "a text" if content_key == "value" else "a text or a list of parts"
+            raise self.error(
+                f"`{content_key}` of turn {index} is {_kind(content)}, expected {expected}"
+            )
+        if content_key == "value":
+            raise self.error(
+                f"`value` of turn {index} is a list, expected a text; content parts go into "
+                '"messages" with "role" and "content"'
+            )
+        return tuple(
+            part
+            for i, entry in enumerate(entries)
+            if (part := self._part(entry, f"part {i} of turn {index}")) != Text("")
+        )
+
+    def _parts_of_text(self, content: str, slot: re.Pattern[str]) -> tuple[Part, ...]:
+        parts: list[Part] = []
+        # split with a group gives text, name, text, name, ..., text
+        for i, piece in enumerate(slot.split(content)):
+            if i % 2:
+                parts.append(self._next_item(piece))
+            elif piece:
+                parts.append(Text(piece))
+        return tuple(parts)
+
+    def _part(self, entry: Any, where: str) -> Part:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
+            raise self.error(
+                f'{where} is {_kind(entry)}, expected {{"type": ...}} with one of the types '
+                f"{self._types()}"
+            )
+        kind: str = entry["type"]
+        if kind == "text":
+            text = entry.get("text")
+            if not isinstance(text, str):
+                raise self.error(f"{where} has {_kind(text)} under `text`, expected a text")
+            return Text(text)
+        if kind not in self.num_slots:
+            near = difflib.get_close_matches(kind, ["text", *self.names], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise self.error(
+                f"{where} has the unknown type {kind!r}{hint}; this recipe has {self._types()}"
+            )
+        given = [key for key in (kind, "source") if entry.get(key) is not None]
+        if len(given) == 2:
+            raise self.error(f"{where} has both `{kind}` and `source`; leave one of them out")
+        if given:
+            return Media(kind, self._source(entry[given[0]], where))
+        return self._next_item(kind)
+
+    def _types(self) -> str:
+        return ", ".join(["text", *sorted(self.names)])
+
+    def _next_item(self, name: str) -> Media:
+        index = self.num_slots[name]
+        self.num_slots[name] += 1
+        items = self.items.get(name, [])
+        # counts are compared once the row is read, so that the message can state both
+        return Media(name, items[index] if index < len(items) else None)
+
+    def _refuse_media(self, parts: tuple[Part, ...], index: int) -> None:
+        for part in parts:
+            if isinstance(part, Media):
+                raise self.error(
+                    f"turn {index} is the assistant's and has a <{part.modality}>; a model answers "
+                    "in text, so move the item to a user turn (if the letters are meant, write "
+                    "the row in content parts, where text is never a slot)"
+                )
+
+    def _check_counts(self, *, text_slots: bool) -> None:
+        for name in self.names:
+            num_items, num_slots = len(self.items.get(name, [])), self.num_slots[name]
+            if num_items == num_slots:
+                continue
+            slot = f"<{name}>" if text_slots else f'{{"type": "{name}"}} without a source'
+            field = self.fields.get(name)
+            items = f"{num_items} in `{field}`" if field else f"no field `{name}` or `{name}s`"
+            if num_items > num_slots:
+                mend = f"write {slot} where each item belongs, or leave items out"
+            elif text_slots:
+                mend = (
+                    f"give one item for each slot (if the letters <{name}> are meant, write the "
+                    "row in content parts, where text is never a slot)"
+                )
+            else:
+                mend = f"give each part its source under `{name}`, or one item in `{name}s`"
+            raise self.error(
+                f"{num_slots} slots {slot} but {items}; {mend}",
+                kind="item_count",
+            )
+
+
+def _split_items(value: Any, *, plural: bool) -> list[Any]:
+    """The items in a media field; see the table of `to_conversation`."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        many = plural and value.ndim > 1
+        return [value[i] for i in range(value.shape[0])] if many else [value]
+    items = _as_list(value)
+    if items is None or (items and all(_is_number(item) for item in items)):
+        return [value]
+    return items
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    """A list for what JSON, Arrow or pandas calls one; None for a text, bytes or single thing."""
+    if isinstance(value, np.ndarray):
+        return list(value)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
+        return list(value)
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty (null)"
+    names = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    if isinstance(value, Mapping):
+        return f"an object with the fields {', '.join(map(str, value)) or 'none'}"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return names.get(type(value), f"of type {type(value).__name__}")

@@ -1,0 +1,316 @@
+"""What is in a data set, before a GPU is rented: every problem, every length, one row in colour.
+
+Border: reads rows the way training does; prints nothing but a progress bar, tables are the cli's.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from multi_token.data.dataset import Row, row_name
+from multi_token.data.formats import to_conversation
+from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
+from multi_token.types import IGNORE_INDEX, Sample
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+class Decoder(Protocol):
+    """The one thing of a tokenizer that `render_sample` needs."""
+
+    def decode(self, token_ids: list[int], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that cannot become a sample."""
+
+    index: int
+    row_id: str
+    kind: RowKind
+    message: str
+
+
+@dataclass(frozen=True)
+class Length:
+    """What one good row costs: all its tokens, those it learns, those that are media."""
+
+    num_tokens: int
+    num_supervised: int
+    num_media: int
+
+
+@dataclass
+class Report:
+    """What `scan` found. `good` and `lengths` run in parallel, in the order of the rows."""
+
+    num_rows: int
+    good: list[int] = field(default_factory=list)
+    lengths: list[Length] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def by_kind(self) -> dict[RowKind, list[Problem]]:
+        """The problems by kind, kinds without any left out."""
+        found: dict[RowKind, list[Problem]] = {kind: [] for kind in get_args(RowKind)}
+        for problem in self.problems:
+            found[problem.kind].append(problem)
+        return {kind: problems for kind, problems in found.items() if problems}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all good rows."""
+        return sum(length.num_tokens for length in self.lengths)
+
+    @property
+    def num_supervised(self) -> int:
+        """Learned tokens of all good rows."""
+        return sum(length.num_supervised for length in self.lengths)
+
+    @property
+    def num_media(self) -> int:
+        """Media tokens of all good rows."""
+        return sum(length.num_media for length in self.lengths)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """`count` rows have from `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+def scan(
+    rows: Sequence[Row],
+    read: Callable[[Row, str], Sample],
+    *,
+    source: str = "rows",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Read every row the way training will, and report; a bad row never ends the scan.
+
+    `read` takes a row and its name: `functools.partial(read_row, reader=..., modalities=...)`. It
+    must be picklable where `num_workers` is not 0. Errors that are not about rows (`TypeError`, a
+    full disk) are bugs or breakdowns, and are raised.
+    """
+    measured = _Measured(rows, read, source)
+    # each worker takes a row at a time: rows differ in cost by their media
+    results: Iterable[Length | Problem] = DataLoader(
+        measured,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        # its own, because a loader draws a seed: a scan must not change the training that follows
+        generator=torch.Generator(),
+    )
+    report = Report(num_rows=len(rows))
+    for index, result in enumerate(_with_progress(results, len(rows), progress)):
+        if isinstance(result, Problem):
+            report.problems.append(result)
+        else:
+            report.good.append(index)
+            report.lengths.append(result)
+    return report
+
+
+class _Measured(Dataset["Length | Problem"]):
+    def __init__(
+        self, rows: Sequence[Row], read: Callable[[Row, str], Sample], source: str
+    ) -> None:
+        self.rows = rows
+        self.read = read
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Length | Problem:
+        row_id = row_name(index, None, self.source)
+        kind: RowKind
+        try:
+            row = self.rows[index]
+            row_id = row_name(index, row, self.source)
+            return measure(self.read(row, row_id))
+        except RowError as error:
+            # a line that is not JSON has no id of its own: then the error's name is the better one
+            return Problem(index, error.row_id, error.kind, _sentence(error))
+        except MediaError as error:
+            kind = error.kind
+            return Problem(index, row_id, kind, str(error))
+        except ChatTemplateError as error:
+            return Problem(index, row_id, "chat_template", str(error))
+
+
+def measure(sample: Sample) -> Length:
+    """The three lengths of a sample."""
+    return Length(
+        num_tokens=int(sample.input_ids.numel()),
+        num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
+        num_media=sum(place.length for place in sample.places),
+    )
+
+
+def _sentence(error: RowError) -> str:
+    """The message without its opening `row <id>: `, which a table has in a column of its own."""
+    return str(error).removeprefix(f"row {error.row_id}: ")
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _with_progress(
+    results: Iterable[Length | Problem], total: int, progress: bool
+) -> Iterable[Length | Problem]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(
+        results,
+        description="Reading rows",
+        total=total,
+        console=console,
+        disable=not progress or not console.is_terminal,
+        transient=True,
+    )
+
+
+def histogram(lengths: Sequence[int], *, num_bins: int = 10) -> list[Bin]:
+    """At most `num_bins` bins of one width, from the shortest to the longest."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = math.ceil((high - low + 1) / num_bins)
+    counts = [0] * math.ceil((high - low + 1) / width)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    return [
+        Bin(low + i * width, min(low + (i + 1) * width - 1, high), count)
+        for i, count in enumerate(counts)
+    ]
+
+
+def write_clean(rows: Sequence[Row], good: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """Write the good rows as .jsonl; bytes and pictures become data URIs, arrays become lists.
+
+    The file appears whole or not at all, so that it may replace the one that `rows` come from.
+    Relative media paths stay as they are: see `first_relative_path`.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for index in good:
+                row = rows[index]
+                plain = partial(_plain, row_id=row_name(index, row, "rows"))
+                json.dump(row, file, ensure_ascii=False, default=plain)
+                file.write("\n")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def first_relative_path(
+    rows: Sequence[Row], good: Sequence[int], *, modalities: Collection[str]
+) -> str | None:
+    """The first relative media path of the good rows: it would be lost in another folder."""
+    for index in good:
+        for media in to_conversation(rows[index], modalities, row_id="").media:
+            source = media.source
+            if isinstance(source, os.PathLike) or (
+                isinstance(source, str) and "://" not in source and source[:5].lower() != "data:"
+            ):
+                text = os.fspath(source)
+                if not os.path.isabs(os.path.expanduser(text)):
+                    return str(text)
+    return None
+
+
+def _plain(value: Any, *, row_id: str) -> Any:
+    """What JSON has no word for, as `to_conversation` and `Fetch` will read it again."""
+    from PIL import Image
+
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "data:application/octet-stream;base64," + base64.b64encode(value).decode("ascii")
+    if isinstance(value, Image.Image):
+        return _png_uri(value)
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "isoformat"):  # dates and times, which tables have
+        return value.isoformat()
+    raise RowError(
+        f"holds a {type(value).__name__}, which a .jsonl file cannot; "
+        "leave that field out before cleaning",
+        kind="format",
+        row_id=row_id,
+    )
+
+
+def _png_uri(picture: Any) -> str:
+    import io
+
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+PROMPT_STYLE, LEARNED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
+
+
+def render_sample(sample: Sample, tokenizer: Decoder, *, marks: bool = False) -> Text:
+    """A sample as the model gets it: the prompt dim, what is learned green, media as `[image x 4]`.
+
+    With `marks`, what is learned also stands between `⟦` and `⟧`, for terminals without colour.
+    """
+    from rich.text import Text
+
+    ids: list[int] = sample.input_ids.tolist()
+    learned: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
+    starts = {place.start: place for place in sample.places}
+    opening, closing = ("⟦", "⟧") if marks else ("", "")
+    text = Text.assemble(
+        ("prompt", PROMPT_STYLE),
+        "  ",
+        (f"{opening}learned{closing}", LEARNED_STYLE),
+        "  ",
+        ("[media x tokens]", MEDIA_STYLE),
+        "\n\n",
+    )
+    position = 0
+    while position < len(ids):
+        if place := starts.get(position):
+            text.append(f"[{place.modality} x {place.length}]", style=MEDIA_STYLE)
+            position += max(place.length, 1)
+            continue
+        end = position + 1
+        while end < len(ids) and end not in starts and learned[end] == learned[position]:
+            end += 1
+        piece = str(tokenizer.decode(ids[position:end]))
+        if learned[position]:
+            text.append(f"{opening}{piece}{closing}", style=LEARNED_STYLE)
+        else:
+            text.append(piece, style=PROMPT_STYLE)
+        position = end
+    return text

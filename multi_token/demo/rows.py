@@ -1,0 +1,325 @@
+"""The demo's rows: pictures and questions about them, as any user of the library would write them.
+
+Border: writes PNG and JSONL files, and reads its own back. Knows nothing of models; the split into
+seen and held out is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from multi_token.demo.pictures import rendering
+from multi_token.demo.things import CATEGORY_PHRASES, Category, Thing, is_outside, things
+
+Kind = Literal["naming", "yes_no", "category", "two_pictures", "known_beside_unknown"]
+"""naming: What is this? · yes_no: Is this a dog? · category: Is this an animal?
+two_pictures: Which of these is a fruit? · known_beside_unknown: the same, where the picture that
+fits was trained and the other was never seen."""
+
+WHAT_IS_THIS = "<image>\nWhat is this?"
+_OTHER_PHRASINGS = ("<image>\nWhat do you see?", "<image>\nName this.", "What is <image>?")
+
+_VERSION = 1
+"""Raised when the same arguments give other files, so that old folders are built again."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its pictures and the only answer that counts."""
+
+    id: str
+    kind: Kind
+    text: str
+    """As the row has it: one `<image>` for each picture."""
+    pictures: tuple[str, ...]
+    """Relative to the folder of the data."""
+    names: tuple[str, ...]
+    """What the pictures show, in the same order."""
+    answer: str
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """A folder that `build_rows` has finished."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """The things that are trained."""
+    held_out_names: tuple[str, ...]
+    """The things of which training sees no picture."""
+
+    @property
+    def naming(self) -> Path:
+        """Training: one picture, its name."""
+        return self.folder / "naming.jsonl"
+
+    @property
+    def questions(self) -> Path:
+        """Training: yes/no, category and two-picture questions."""
+        return self.folder / "questions.jsonl"
+
+    @property
+    def held_out_naming(self) -> Path:
+        """Every held-out rendering of every trained thing."""
+        return self.folder / "held_out_naming.jsonl"
+
+    @property
+    def held_out_yes_no(self) -> Path:
+        """Yes/no and category questions about held-out renderings."""
+        return self.folder / "held_out_yes_no.jsonl"
+
+    @property
+    def held_out_two_pictures(self) -> Path:
+        """Two-picture questions about held-out renderings."""
+        return self.folder / "held_out_two_pictures.jsonl"
+
+    @property
+    def held_out_things(self) -> Path:
+        """Questions about things that training never shows."""
+        return self.folder / "held_out_things.jsonl"
+
+
+def build_rows(
+    out: Path,
+    *,
+    num_names: int,
+    num_renderings: int,
+    num_held_out_renderings: int,
+    seed: int,
+    num_yes_no: int = 400,
+    num_categories: int = 200,
+    num_two_pictures: int = 400,
+    num_held_out_questions: int = 100,
+    num_held_out_things: int = 20,
+    system: str | None = None,
+) -> DemoData:
+    """Write pictures and rows to `out`; the same arguments give the same files.
+
+    Naming has one row for each rendering; the next three numbers are rows for training,
+    `num_held_out_questions` is the number of held-out rows of each kind. A folder that is already
+    finished with the same arguments is left alone.
+    """
+    arguments = {k: v for k, v in locals().items() if k != "out"} | {"version": _VERSION}
+    known = things(num_names + num_held_out_things)
+    trained, held_out = known[:num_names], known[num_names:]
+    data = DemoData(out, tuple(t.name for t in trained), tuple(t.name for t in held_out))
+    if _is_finished(out, arguments):
+        return data
+    _clear(out)
+
+    seen = _Pictures(trained, "seen", range(num_renderings), seed)
+    # numbers that training never draws, whatever num_renderings is
+    held_out_numbers = range(1_000_000, 1_000_000 + num_held_out_renderings)
+    unseen = _Pictures(trained, "held_out", held_out_numbers, seed)
+    unknown = _Pictures(held_out, "held_out", held_out_numbers, seed)
+    asked = [c for c in CATEGORY_PHRASES if any(t.category == c for t in trained)]
+
+    def write(path: Path, questions: Iterable[Question]) -> None:
+        lines = (json.dumps(_row(q, system), ensure_ascii=False) for q in questions)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def numbers(kind: str) -> random.Random:
+        # a generator for each kind: more rows of one kind leave the others as they are
+        return random.Random(f"{seed}/{kind}")
+
+    for pictures in (seen, unseen, unknown):
+        pictures.write(out)
+    write(data.naming, _naming(seen, numbers("naming")))
+    write(
+        data.questions,
+        [
+            *_yes_no(seen, num_yes_no, numbers("yes_no")),
+            *_categories(seen, asked, num_categories, numbers("category")),
+            *_two_pictures(seen, seen, asked, num_two_pictures, numbers("two_pictures")),
+        ],
+    )
+    n = num_held_out_questions
+    write(data.held_out_naming, _naming(unseen, None))
+    write(
+        data.held_out_yes_no,
+        [
+            *_yes_no(unseen, n, numbers("held_out/yes_no")),
+            *_categories(unseen, asked, n, numbers("held_out/category")),
+        ],
+    )
+    write(
+        data.held_out_two_pictures,
+        _two_pictures(unseen, unseen, asked, n, numbers("held_out/two_pictures")),
+    )
+    write(
+        data.held_out_things,
+        [
+            *_naming(unknown, None),
+            *_categories(unknown, asked, n, numbers("things/category")),
+            *_two_pictures(unknown, unknown, asked, n, numbers("things/two_pictures")),
+            *_two_pictures(unseen, unknown, asked, n, numbers("things/known")),
+        ],
+    )
+    (out / "manifest.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+    return data
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file that `build_rows` wrote."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_question(json.loads(line)) for line in lines]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The renderings of some things that one split may use."""
+
+    things: Sequence[Thing]
+    split: str
+    numbers: range
+    seed: int
+
+    def path(self, thing: Thing, place: int) -> str:
+        return f"pictures/{thing.name}/{self.split}_{place:03d}.png"
+
+    def pick(self, thing: Thing, random_numbers: random.Random) -> str:
+        return self.path(thing, random_numbers.randrange(len(self.numbers)))
+
+    def write(self, out: Path) -> None:
+        for thing in self.things:
+            (out / "pictures" / thing.name).mkdir(parents=True, exist_ok=True)
+            for place, number in enumerate(self.numbers):
+                picture = rendering(thing, number, self.seed)
+                picture.save(out / self.path(thing, place), compress_level=1)
+
+
+def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterator[Question]:
+    """Every picture once; without random numbers always in the same words."""
+    for place in range(len(pictures.numbers)):
+        for thing in pictures.things:
+            text = WHAT_IS_THIS
+            if random_numbers is not None and random_numbers.random() < 0.5:
+                text = random_numbers.choice(_OTHER_PHRASINGS)
+            path = pictures.path(thing, place)
+            yield Question(
+                f"naming/{thing.name}/{place}", "naming", text, (path,), (thing.name,), thing.name
+            )
+
+
+def _yes_no(
+    pictures: _Pictures, num_rows: int, random_numbers: random.Random
+) -> Iterator[Question]:
+    """Each name is asked for as often with "yes" as with "no", so the words alone tell nothing."""
+    for i, asked in enumerate(islice(cycle(pictures.things), num_rows)):
+        yes = (i // len(pictures.things) + i) % 2 == 0
+        shown = asked if yes else _another(asked, pictures.things, random_numbers)
+        yield Question(
+            f"yes_no/{i}",
+            "yes_no",
+            f"<image>\nIs this {asked.phrase}?",
+            (pictures.pick(shown, random_numbers),),
+            (shown.name,),
+            "yes" if yes else "no",
+        )
+
+
+def _another(thing: Thing, among: Sequence[Thing], random_numbers: random.Random) -> Thing:
+    """Half the time of the same category: an apple is harder to tell from a pear than a bus."""
+    others = [t for t in among if t is not thing]
+    near = [t for t in others if t.category == thing.category]
+    return random_numbers.choice(near if near and random_numbers.random() < 0.5 else others)
+
+
+def _categories(
+    pictures: _Pictures, asked: Sequence[Category], num_rows: int, random_numbers: random.Random
+) -> Iterator[Question]:
+    """Is this an animal? Yes and no in turn, for each category that has both."""
+    sides = [(c, *_sides(pictures, pictures, c)) for c in asked]
+    usable = [(c, inside, outside) for c, inside, outside in sides if inside and outside]
+    for i, (category, inside, outside) in enumerate(islice(cycle(usable), num_rows)):
+        yes = i // len(usable) % 2 == 0
+        shown = random_numbers.choice(inside if yes else outside)
+        yield Question(
+            f"category/{i}",
+            "category",
+            f"<image>\nIs this {CATEGORY_PHRASES[category]}?",
+            (pictures.pick(shown, random_numbers),),
+            (shown.name,),
+            "yes" if yes else "no",
+        )
+
+
+def _two_pictures(
+    fitting: _Pictures,
+    other: _Pictures,
+    asked: Sequence[Category],
+    num_rows: int,
+    random_numbers: random.Random,
+) -> Iterator[Question]:
+    """Which of these is a fruit? The answer is its name, so it must be found and recognized."""
+    kind: Kind = "two_pictures" if fitting is other else "known_beside_unknown"
+    sides = [(c, *_sides(fitting, other, c)) for c in asked]
+    usable = [(c, inside, outside) for c, inside, outside in sides if inside and outside]
+    for i, (category, inside, outside) in enumerate(islice(cycle(usable), num_rows)):
+        right, wrong = random_numbers.choice(inside), random_numbers.choice(outside)
+        pair = [
+            (fitting.pick(right, random_numbers), right.name),
+            (other.pick(wrong, random_numbers), wrong.name),
+        ]
+        if i // len(usable) % 2:
+            pair.reverse()
+        yield Question(
+            f"{kind}/{i}",
+            kind,
+            f"Which of <image> and <image> is {CATEGORY_PHRASES[category]}?",
+            tuple(path for path, _ in pair),
+            tuple(name for _, name in pair),
+            right.name,
+        )
+
+
+def _sides(
+    fitting: _Pictures, other: _Pictures, category: Category
+) -> tuple[list[Thing], list[Thing]]:
+    inside = [t for t in fitting.things if t.category == category]
+    return inside, [t for t in other.things if is_outside(t, category)]
+
+
+def _row(question: Question, system: str | None) -> dict[str, Any]:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": question.text})
+    messages.append({"role": "assistant", "content": question.answer})
+    return {"id": question.id, "images": list(question.pictures), "messages": messages}
+
+
+def _question(row: dict[str, Any]) -> Question:
+    kind = row["id"].split("/")[0]
+    assert kind in get_args(Kind), kind
+    names = tuple(Path(path).parent.name for path in row["images"])
+    user, assistant = row["messages"][-2:]
+    return Question(
+        row["id"],
+        cast(Kind, kind),
+        user["content"],
+        tuple(row["images"]),
+        names,
+        assistant["content"],
+    )
+
+
+def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `out` was written to its end with these arguments."""
+    manifest = out / "manifest.json"
+    # written last, so that its presence means a whole folder
+    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == arguments
+
+
+def _clear(out: Path) -> None:
+    """Make room, but remove only what an earlier, finished build has left."""
+    manifest = out / "manifest.json"
+    if manifest.is_file():
+        manifest.unlink()
+        shutil.rmtree(out / "pictures", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)

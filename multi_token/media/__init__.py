@@ -1,0 +1,9 @@
+"""Bytes in, raw media out: one file fetches, every other file decodes one kind.
+
+Border: nothing here knows encoders, tokens or rows.
+"""
+
+from multi_token.media.fetch import Fetch
+from multi_token.media.image import decode_image
+
+__all__ = ["Fetch", "decode_image"]

@@ -1,0 +1,1 @@
+"""One file a modality: how its items are read, measured and encoded."""

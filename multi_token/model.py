@@ -1,0 +1,162 @@
+"""The model: encoders and projectors beside an untouched language model.
+
+Border: tensors only below `Batch`; no paths, strings or templates except in the doors
+`from_pretrained`, `save_pretrained` and `generate`, which lead to checkpoint.py and generate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from multi_token.collate import FEATURES_KEY
+from multi_token.language_model import supervised_loss
+from multi_token.modalities.base import Encoder, Modality
+from multi_token.projectors import Projector
+from multi_token.splice import Piece, splice
+from multi_token.types import Features, MediaBatch
+
+if TYPE_CHECKING:
+    from multi_token.reader import Reader
+
+
+class MultiTokenConfig(PreTrainedConfig):
+    """What a checkpoint says about itself (see checkpoint.py for the fields)."""
+
+    model_type = "multi_token"
+
+
+class MultiTokenForConditionalGeneration(PreTrainedModel):
+    """encode -> project -> splice -> the language model, which it does not subclass."""
+
+    config_class = MultiTokenConfig
+    base_model_prefix = "multi_token"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # without it gradient accumulation would multiply the loss
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(
+        self,
+        config: MultiTokenConfig,
+        language_model: Any,
+        modalities: Mapping[str, Modality],
+        encoders: Mapping[str, Encoder],
+        projectors: Mapping[str, nn.Module],
+        reader: Reader | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.language_model = language_model
+        self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
+        self.projectors = nn.ModuleDict(projectors)
+        self.modalities = dict(modalities)
+        self.reader = reader
+        self.train(False)
+
+    def train(self, mode: bool = True) -> MultiTokenForConditionalGeneration:
+        """As torch's, but frozen encoders stay in eval: the trainer calls this before each step."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def encode(self, name: str, inputs: Mapping[str, Tensor]) -> Features:
+        """All items of one modality through its frozen encoder, or their cached features."""
+        if FEATURES_KEY in inputs:
+            return Features(inputs[FEATURES_KEY], inputs["mask"])
+        with torch.no_grad():
+            return self.encoders[name](**inputs)
+
+    def embed(self, input_ids: Tensor, media: Mapping[str, MediaBatch] | None = None) -> Tensor:
+        """input_ids [batch, time] -> inputs_embeds [batch, time, dim], media written in."""
+        embeds = self.get_input_embeddings()(input_ids)
+        media = media or {}
+        pieces = [
+            Piece(name, self.projectors[name](self.encode(name, m["inputs"])), m["positions"])
+            for name, m in media.items()
+        ]
+        if self.training:
+            embeds = embeds + self._touch_absent(media).to(embeds.dtype)
+        return splice(embeds, pieces)
+
+    def _touch_absent(self, media: Mapping[str, MediaBatch]) -> Tensor:
+        """A zero that depends on every projector that this batch does not use.
+
+        Without it a rank whose rows lack a modality would hang the others in the gradient's
+        all-reduce.
+        """
+        zero = torch.zeros((), device=self.device)
+        for name, projector in self.projectors.items():
+            if name not in media:
+                for parameter in projector.parameters():
+                    if parameter.requires_grad:
+                        zero = zero + 0.0 * parameter.sum()
+        return zero
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        media: Mapping[str, MediaBatch] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """With labels: loss, and logits [num_supervised, vocabulary]; without: the child's output.
+
+        input_ids, attention_mask, labels, shift_labels: int64 [batch, time]. `shift_labels` is
+        made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
+        accumulation steps, by which the summed loss is divided.
+        """
+        embeds = self.embed(input_ids, media)
+        if labels is None and shift_labels is None:
+            return self.language_model(
+                inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
+            )
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        assert shift_labels is not None
+        return supervised_loss(
+            self.language_model,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
+        """Answers to a batch of conversations or rows; see `multi_token.generate.generate`."""
+        from multi_token.generate import generate
+
+        return generate(self, conversations, **options)
+
+    def projector(self, name: str) -> Projector:
+        """The projector of a modality, typed."""
+        module = self.projectors[name]
+        assert isinstance(module, Projector)
+        return module
+
+    def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
+        """What was trained, and references to the rest; see checkpoint.py."""
+        from multi_token.checkpoint import save
+
+        save(self, save_directory)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: Any, *, language_model: str | None = None, device: str | None = None
+    ) -> MultiTokenForConditionalGeneration:
+        """A run's folder -> the model with its reader; see checkpoint.py."""
+        from multi_token.checkpoint import load
+
+        return load(folder, language_model=language_model, device=device)

@@ -1,0 +1,120 @@
+"""Reader: load, prepare, render, tokenize. One conversation becomes one Sample.
+
+Border: the one list of steps above `Batch`, the same for training and asking. It loads no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from multi_token.chat import ChatFormat
+from multi_token.collate import FEATURES_KEY
+from multi_token.errors import ChatTemplateError, MediaError, RowError
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.base import Modality
+from multi_token.types import IGNORE_INDEX, Conversation, Media, Prepared, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from multi_token.recipe import Recipe
+
+
+class FeatureSource(Protocol):
+    """What may stand in for decoding and encoding an item (data/cache.py)."""
+
+    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Tensor | None:
+        """Features [length, dim] of the item, if they are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Callable and picklable; goes into data workers and servers alike."""
+
+    chat: ChatFormat
+    modalities: Mapping[str, Modality]
+    fetch: Fetch
+    max_tokens: int | None = None
+    cache: FeatureSource | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer."""
+        return self.chat.tokenizer
+
+    def prepare(self, item: Media, *, row_id: str = "") -> Prepared:
+        """One media item -> what its encoder takes, or its cached features. Raises RowError."""
+        modality = self.modalities.get(item.modality)
+        if modality is None:
+            raise RowError(
+                f"has an item of modality {item.modality!r}, but the recipe has "
+                f"{', '.join(self.modalities) or 'none'}",
+                kind="format",
+                row_id=row_id,
+            )
+        try:
+            if self.cache is not None:
+                values = self.cache.find(item, modality, self.fetch)
+                if values is not None:
+                    return Prepared({FEATURES_KEY: values}, num_features=len(values))
+            return modality.prepare(modality.load(item.source, self.fetch))
+        except MediaError as error:
+            raise RowError(
+                f"{item.modality}: {error}", kind=error.kind, row_id=row_id
+            ) from error
+
+    def __call__(self, conversation: Conversation, *, prompt_only: bool = False) -> Sample:
+        """One conversation -> one Sample, or a RowError that says what is wrong with it.
+
+        `prompt_only`: for asking; the sample ends where the assistant begins, nothing is learned.
+        """
+        row_id = conversation.id
+        if not prompt_only and all(m.role != "assistant" for m in conversation.messages):
+            raise RowError(
+                "has no assistant turn, so there is nothing to learn from it; add one, or leave "
+                "the row out of the training data",
+                kind="no_target",
+                row_id=row_id,
+            )
+        media = [self.prepare(item, row_id=row_id) for item in conversation.media]
+        num_tokens = [
+            self.modalities[item.modality].num_tokens(prepared.num_features)
+            for item, prepared in zip(conversation.media, media, strict=True)
+        ]
+        try:
+            sample = self.chat.tokenize(conversation, num_tokens, prompt_only=prompt_only)
+        except ChatTemplateError as error:
+            raise RowError(str(error), kind="chat_template", row_id=row_id) from error
+        sample.media = media
+        if self.max_tokens is not None and len(sample.input_ids) > self.max_tokens:
+            raise RowError(
+                f"is {len(sample.input_ids)} tokens long ({sum(num_tokens)} of them media), over "
+                f"max_tokens = {self.max_tokens}; a row is never cut, so raise `data.max_tokens` "
+                "or shorten the row",
+                kind="too_long",
+                row_id=row_id,
+            )
+        if not prompt_only and bool((sample.labels == IGNORE_INDEX).all()):
+            raise RowError(
+                "has nothing to learn: its assistant turns are empty", kind="no_target", row_id=row_id
+            )
+        return sample
+
+
+def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
+    """The reader of a recipe; `root` is the folder that relative media paths start from.
+
+    Loads the tokenizer, no weights.
+    """
+    from multi_token.language_model import load_tokenizer
+
+    model = recipe.model
+    return Reader(
+        chat=ChatFormat(load_tokenizer(model.language_model, model.revision), model.chat_template),
+        modalities=model.modalities,
+        fetch=Fetch(root=root),
+        max_tokens=recipe.data.max_tokens,
+    )

@@ -1,0 +1,207 @@
+"""The recipe of a run: model, data, training. YAML with `key=value` overrides -> checked objects.
+
+Border: names, numbers and defaults only; nothing is loaded. A run's folder holds its resolved copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from multi_token.errors import RecipeError
+from multi_token.modalities.base import AnyModality
+from multi_token.registry import validated
+
+
+class Section(BaseModel):
+    """What all parts of a recipe share: unknown keys are refused, nothing changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Section):
+    """The language model and its senses."""
+
+    language_model: str
+    """Hub name or folder of a decoder-only model of transformers."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen language model; trained parts are float32 always."""
+    attn_implementation: str | None = None
+    """Passed on to transformers (sdpa, flash_attention_2, ...)."""
+    chat_template: str | None = None
+    """Jinja text or the path of a file with it; default: the tokenizer's own."""
+    modalities: dict[str, AnyModality] = Field(min_length=1)
+    """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
+
+
+class DataSource(Section):
+    """Rows from one place."""
+
+    rows: str
+    """A .json, .jsonl or .parquet file, a folder saved by `datasets`, or a hub name."""
+    split: str = "train"
+    """Which split, where the source has several."""
+
+
+class DataSpec(Section):
+    """What is learned from."""
+
+    train: list[DataSource] = Field(min_length=1)
+    max_tokens: int = Field(default=2048, ge=1)
+    """A longer row is never cut: see `on_bad_row`."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """`raise`: stop and say which rows are bad; `skip`: leave them out whole, counted and listed."""
+
+
+class AlignSpec(Section):
+    """The closed-form start: ridge regression from features to caption embeddings."""
+
+    penalty: float = Field(default=100.0, gt=0)
+    """Ridge penalty on standardized features."""
+    rows: list[DataSource] | None = None
+    """Captioned rows (one item, one answer); default: those among the training rows."""
+
+
+class AdapterSpec(Section):
+    """LoRA on the language model (PEFT)."""
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """Inside the language model only; encoders and projectors are never touched."""
+
+
+class Learn(Section):
+    """What learns in a stage, and how fast; the rest is frozen."""
+
+    projectors: float | None = Field(default=None, gt=0)
+    """Learning rate of the projectors."""
+    adapter: float | None = Field(default=None, gt=0)
+    """Learning rate of LoRA on the language model."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Learn:
+        if self.projectors is None and self.adapter is None:
+            raise ValueError("a stage must learn something: set `projectors` or `adapter`")
+        return self
+
+
+class Stage(Section):
+    """One run of the trainer inside the run's folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    learn: Learn
+    args: dict[str, Any] = Field(default_factory=dict)
+    """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
+
+
+class TrainSpec(Section):
+    """How it is learned."""
+
+    output_dir: str
+    seed: int = 0
+    align: AlignSpec | None = Field(default_factory=AlignSpec)
+    """Stage zero; `null` turns it off."""
+    feature_cache: bool = False
+    """Run the frozen encoders once and keep every item's features in memory and the run's folder."""
+    calibration_items: int = Field(default=4096, ge=1)
+    """Items of each modality whose features fix the projector's statistics."""
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    stages: list[Stage] = Field(min_length=1)
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Any transformers.TrainingArguments field, for every stage."""
+
+    @model_validator(mode="after")
+    def _stage_names_differ(self) -> TrainSpec:
+        stage_names = [stage.name for stage in self.stages]
+        if len(set(stage_names)) < len(stage_names):
+            raise ValueError(f"stages need different names, got {stage_names}")
+        return self
+
+
+class Recipe(Section):
+    """The tree of a run."""
+
+    model: ModelSpec
+    data: DataSpec
+    train: TrainSpec
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), "utf-8")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key=value` overrides (`train.stages.0.args.max_steps=10`).
+
+    Raises RecipeError with the file, the key and the nearest known name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"expected a recipe file at {path.absolute()}: {error.strerror or error}"
+        ) from None
+    return parse_recipe(text, overrides, where=str(path))
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """YAML text -> Recipe. Raises RecipeError."""
+    fields = _read_yaml(text, where)
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"{where}: expected keys model, data and train, got {fields!r}")
+    tree = dict(fields)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"expected key=value (train.seed=1), got {override!r}")
+        _set(tree, key.split("."), _read_yaml(value, override), override)
+    return validated(Recipe, tree, where=where)
+
+
+def _set(tree: Any, keys: list[str], value: Any, override: str) -> None:
+    """Write `value` at a dotted path of mappings and list indices."""
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(tree, list):
+            if not key.isdigit() or int(key) >= len(tree):
+                raise RecipeError(f"{override!r}: {key!r} is no index of a list of {len(tree)}")
+            at: Any = int(key)
+        elif isinstance(tree, dict):
+            at = key
+        else:
+            raise RecipeError(f"{override!r}: {'.'.join(keys[:i])} is a value, not a section")
+        if last:
+            tree[at] = value
+        else:
+            tree = tree[at] if isinstance(tree, list) else tree.setdefault(at, {})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in Python and YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(  # after the float's, so that whole numbers stay whole
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None

@@ -1,0 +1,172 @@
+"""A name -> a class: built-ins, installed packages, `register_*` for notebooks.
+
+Border: the only place where a modality's or projector's name is resolved, and where a mapping of
+fields becomes a checked object. It imports a class only when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from multi_token.errors import RecipeError, RegistryError
+
+Kind = Literal["modality", "projector"]
+Model = TypeVar("Model", bound=BaseModel)
+
+_GROUPS: dict[Kind, str] = {
+    "modality": "multi_token.modalities",
+    "projector": "multi_token.projectors",
+}
+_BUILT_INS: dict[Kind, dict[str, str]] = {
+    "modality": {
+        "image": "multi_token.modalities.image:ImageModality",
+        "vector": "multi_token.modalities.vector:VectorModality",
+    },
+    "projector": {
+        "linear": "multi_token.projectors:Linear",
+        "mlp": "multi_token.projectors:Mlp",
+        "expand": "multi_token.projectors:Expand",
+        "pool": "multi_token.projectors:Pool",
+        "stack": "multi_token.projectors:Stack",
+    },
+}
+_registered: dict[Kind, dict[str, type]] = {"modality": {}, "projector": {}}
+
+
+def register_modality(name: str, cls: type) -> None:
+    """Make `type: name` mean `cls` in this process. Raises RegistryError if the name is taken."""
+    _register("modality", name, cls)
+
+
+def register_projector(name: str, cls: type) -> None:
+    """Make `projector: {type: name}` mean `cls` in this process; a taken name is refused."""
+    _register("projector", name, cls)
+
+
+def _register(kind: Kind, name: str, cls: type) -> None:
+    owner = _owner(kind, name)
+    if owner is not None and _registered[kind].get(name) is not cls:
+        raise RegistryError(
+            f"{kind} {name!r} is already owned by {owner}; {cls.__module__}.{cls.__qualname__} "
+            "needs another name"
+        )
+    _registered[kind][name] = cls
+
+
+def _owner(kind: Kind, name: str) -> str | None:
+    if name in _registered[kind]:
+        cls = _registered[kind][name]
+        return f"{cls.__module__}.{cls.__qualname__}"
+    if name in _BUILT_INS[kind]:
+        return _BUILT_INS[kind][name]
+    installed = _installed(kind).get(name)
+    return installed[0].value if installed else None
+
+
+def _installed(kind: Kind) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=_GROUPS[kind]):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def names(kind: Kind) -> list[str]:
+    """Every name that can be asked for, sorted."""
+    return sorted({*_BUILT_INS[kind], *_registered[kind], *_installed(kind)})
+
+
+def resolve(kind: Kind, name: str) -> type:
+    """The class behind a name.
+
+    Raises RegistryError for an unknown name (with the nearest one) or a name with two owners. A
+    broken plug-in raises its own traceback.
+    """
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    installed = _installed(kind).get(name, [])
+    owners = [point.value for point in installed]
+    if name in _BUILT_INS[kind]:
+        owners.insert(0, _BUILT_INS[kind][name])
+    if len(set(owners)) > 1:
+        raise RegistryError(f"{kind} {name!r} has several owners: {', '.join(owners)}")
+    if installed:
+        return installed[0].load()
+    if name in _BUILT_INS[kind]:
+        module, _, attribute = _BUILT_INS[kind][name].partition(":")
+        return getattr(import_module(module), attribute)
+    raise RegistryError(
+        f"unknown {kind} {name!r}{nearest(name, names(kind))}; known: {', '.join(names(kind))}. "
+        f"One from another package must be installed (pip install PACKAGE) and declare the entry "
+        f"point group {_GROUPS[kind]!r}"
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def build(kind: Kind, fields: Any, base: type[Model]) -> Model:
+    """A mapping with `type` -> an object of the class that the name stands for.
+
+    Objects that are built already pass through. Raises RecipeError or RegistryError.
+    """
+    if isinstance(fields, base):
+        return fields
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("type"), str):
+        raise RecipeError(
+            f"a {kind} is a mapping with a `type` (one of {', '.join(names(kind))}), got {fields!r}"
+        )
+    cls = resolve(kind, fields["type"])
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise RegistryError(f"{kind} {fields['type']!r} is {cls!r}, not a {base.__name__}")
+    return validated(cls, fields, where=f"{kind} of type {fields['type']!r}")
+
+
+def validated(cls: type[Model], fields: Mapping[str, Any], *, where: str) -> Model:
+    """`cls(**fields)`, with every fault as a sentence: where, what was expected, what came.
+
+    Raises RecipeError.
+    """
+    try:
+        return cls.model_validate(dict(fields))
+    except ValidationError as error:
+        sentences = [_sentence(cls, dict(fault)) for fault in error.errors()]
+        raise RecipeError(f"{where}: " + "; ".join(sentences)) from None
+
+
+def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
+    loc = [str(part) for part in fault["loc"]]
+    key = ".".join(loc)
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(cls, loc[:-1])
+        return f"unknown key {key!r}{nearest(loc[-1], known)} (known: {', '.join(known)})"
+    if fault["type"] == "missing":
+        return f"{key!r} is required and missing"
+    return f"{key!r}: {fault['msg']}, got {fault['input']!r}"
+
+
+def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
+    """The field names of the model that a pydantic location leads to."""
+    current: type[BaseModel] = cls
+    for part in loc:
+        field = current.model_fields.get(part)
+        if field is None:
+            continue  # an index in a list or a key in a mapping: the model stays the one inside
+        inner = [a for a in _walk(field.annotation) if issubclass(a, BaseModel)]
+        if inner:
+            current = inner[0]
+    return sorted(current.model_fields)
+
+
+def _walk(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return [annotation]
+    return [t for arg in getattr(annotation, "__args__", ()) for t in _walk(arg)]

@@ -1,0 +1,176 @@
+"""Stage zero: feature statistics, and the closed-form start (a projector without a gradient step).
+
+Border: fits buffers and the frozen linear part of projectors from captioned items; trains nothing.
+
+The closed-form start is this project's own: ridge regression from the standardized features of each
+captioned item to the language model's input embeddings of its caption's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multi_token.collate import Collator
+from multi_token.generate import to_device
+from multi_token.language_model import embedding_rms
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.reader import Reader
+from multi_token.types import Conversation, Features, Media, Text
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One item, what is said of it, and the reader that opens it."""
+
+    item: Media
+    caption: str
+    reader: Reader
+
+
+def captioned(conversations: Iterable[tuple[Conversation, Reader]]) -> Iterator[Captioned]:
+    """Those conversations that hold exactly one item and one assistant turn."""
+    for conversation, reader in conversations:
+        answers = [m for m in conversation.messages if m.role == "assistant"]
+        if len(conversation.media) == 1 and len(answers) == 1:
+            text = "".join(p.text for p in answers[0].parts if isinstance(p, Text)).strip()
+            if text:
+                yield Captioned(conversation.media[0], text, reader)
+
+
+@torch.no_grad()
+def calibrate(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[tuple[Media, Reader]],
+    *,
+    batch_size: int = 32,
+) -> int:
+    """Fit a projector's feature statistics, and scale its output to the embeddings' size.
+
+    Afterwards standardized features have zero mean and unit variance over these items, and tokens
+    the root mean square of the language model's input embeddings. Returns the number of vectors.
+    """
+    projector = model.projector(name)
+    total = torch.zeros_like(projector.feature_mean, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    count = 0
+    first: Features | None = None
+    for features in _features(model, name, items, batch_size):
+        first = first or features
+        values = features.values.double()
+        values = values.flatten(0, 1) if features.mask is None else values[features.mask]
+        total += values.sum(0)
+        squares += values.square().sum(0)
+        count += len(values)
+    if first is None:
+        return 0
+    if projector.spec.standardize:
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        # a value that never changes carries nothing: it is centred and left as small as it is
+        scale = torch.where(variance > 1e-10, variance.clamp(min=1e-10).rsqrt(), 1.0)
+        projector.feature_mean.copy_(mean)
+        projector.feature_scale.copy_(scale)
+    projector.scale_output(first, embedding_rms(model.language_model))
+    return count
+
+
+@torch.no_grad()
+def align(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[Captioned],
+    *,
+    penalty: float,
+    batch_size: int = 32,
+) -> int:
+    """Fit the closed-form part of a projector; returns the number of items it was fitted on.
+
+    Where one feature makes all of an item's tokens, token j is fitted to the embedding of the
+    caption's j-th token (the caption with a leading space, filled up with spaces); where an item
+    has many features, each is fitted to the mean of the caption's embeddings.
+
+    Streaming: only the Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
+    """
+    if not items:
+        return 0
+    projector = model.projector(name)
+    targets = _Targets(model, items[0].reader, projector.tokens_per_group)
+    num_in, num_out = projector.group_dim, projector.tokens_per_group * projector.out_dim
+    device = projector.feature_mean.device
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    gram, cross = torch.zeros(num_in, num_in, **exact), torch.zeros(num_in, num_out, **exact)
+    sum_x, sum_y, count = torch.zeros(num_in, **exact), torch.zeros(num_out, **exact), 0
+    start = 0
+    for features in _features(model, name, [(i.item, i.reader) for i in items], batch_size):
+        batch = items[start : start + len(features.values)]
+        start += len(batch)
+        groups, mask = projector.arrange(features)
+        y = torch.stack(
+            [targets(i.caption, single=groups.shape[1] == 1) for i in batch]
+        )  # [items, tokens * dim]
+        y = y[:, None].expand(-1, groups.shape[1], -1)[mask].double()
+        x = groups[mask].double()
+        gram += x.T @ x
+        cross += x.T @ y
+        sum_x += x.sum(0)
+        sum_y += y.sum(0)
+        count += len(x)
+    mean_x, mean_y = sum_x / count, sum_y / count
+    gram -= count * torch.outer(mean_x, mean_x)
+    cross -= count * torch.outer(mean_x, mean_y)
+    gram.diagonal().add_(penalty)
+    weight = torch.linalg.solve(gram, cross)
+    closed_form = projector.add_closed_form()
+    closed_form.weight.copy_(weight.T)
+    closed_form.bias.copy_(mean_y - mean_x @ weight)
+    return start
+
+
+class _Targets:
+    """Caption -> the embeddings that its item's tokens should have, remembered by caption."""
+
+    def __init__(
+        self, model: MultiTokenForConditionalGeneration, reader: Reader, num_tokens: int
+    ) -> None:
+        self.tokenizer = reader.tokenizer
+        self.embedding = model.get_input_embeddings()
+        self.num_tokens = num_tokens
+        self.space = self._embed(" ")[-1:]
+        self.known: dict[tuple[str, bool], Tensor] = {}
+
+    def _embed(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        weight: Any = self.embedding.weight
+        return self.embedding(torch.tensor(ids, device=weight.device)).float()
+
+    def __call__(self, caption: str, *, single: bool) -> Tensor:
+        """[num_tokens * dim]"""
+        if (caption, single) not in self.known:
+            embeddings = self._embed(" " + caption)
+            if single:
+                filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
+                target = filled[: self.num_tokens]
+            else:
+                target = embeddings.mean(0, keepdim=True).expand(self.num_tokens, -1)
+            self.known[caption, single] = target.flatten()
+        return self.known[caption, single]
+
+
+def _features(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[tuple[Media, Reader]],
+    batch_size: int,
+) -> Iterator[Features]:
+    """Features of the items in order, batch by batch, from the cache where they are in it."""
+    collator = Collator(model.modalities, pad_id=0)
+    for start in range(0, len(items), batch_size):
+        prepared = [reader.prepare(item) for item, reader in items[start : start + batch_size]]
+        inputs = to_device(collator.inputs(name, prepared), model.device)
+        yield model.encode(name, inputs)

@@ -1,0 +1,293 @@
+"""A recipe -> a trained model in the run's folder. The same recipe again goes on where it stopped.
+
+    RUN/recipe.yaml, config.json, projectors.safetensors, adapter/   the result (checkpoint.py)
+    RUN/cache/features.safetensors                                   features of frozen encoders
+    RUN/stages/0-align, 1-<name>, ...                                each stage's own state
+
+Border: the order of the stages. Each step is somebody else's: data/, align.py, trainer.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils.data import ConcatDataset
+from transformers import PrinterCallback, set_seed
+
+from multi_token.checkpoint import CONFIG, compose, load, load_trained, save
+from multi_token.collate import Collator
+from multi_token.data.cache import FeatureCache
+from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
+from multi_token.data.formats import to_conversation
+from multi_token.data.inspect import Problem, scan
+from multi_token.errors import MultiTokenError, RecipeError, RowError
+from multi_token.language_model import attach_adapter
+from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.reader import Reader
+from multi_token.recipe import DataSource, Recipe, Stage, load_recipe
+from multi_token.train.align import align, calibrate, captioned
+from multi_token.train.report import Bar, StopOnInterrupt
+from multi_token.train.trainer import MultiTokenTrainer, last_checkpoint, training_arguments
+from multi_token.types import Conversation
+
+RECIPE = "recipe.yaml"
+_DONE = "done.json"
+
+
+class Interrupted(MultiTokenError):
+    """Training was stopped by Ctrl-C, after its state was saved."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one place with the reader that opens their media."""
+
+    rows: Sequence[Any]
+    reader: Reader
+    name: str
+    good: Sequence[int] | None = None
+    """Indices of rows that can be learned from, once they have been read."""
+
+    def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
+        """The good rows, or before they are known those that are conversations at all."""
+        for index in range(len(self.rows)) if self.good is None else self.good:
+            try:
+                row = self.rows[index]
+                row_id = row_name(index, row, self.name)
+                yield to_conversation(row, list(self.reader.modalities), row_id=row_id), self.reader
+            except RowError:
+                continue
+
+
+def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForConditionalGeneration:
+    """Run every stage of a recipe that is not done yet, and return the trained model.
+
+    Raises RecipeError for a recipe that cannot be run, RowError for bad rows (unless the recipe
+    skips them), Interrupted after Ctrl-C.
+    """
+    console = console or Console(stderr=True)
+    out = Path(recipe.train.output_dir)
+    stage_folders = [
+        out / "stages" / f"{i}-{stage.name}" for i, stage in enumerate(recipe.train.stages, 1)
+    ]
+    arguments = [
+        training_arguments(
+            folder,
+            {**recipe.train.args, **stage.args},
+            seed=recipe.train.seed,
+            learning_rate=stage.learn.projectors or stage.learn.adapter or 0.0,
+        )
+        for folder, stage in zip(stage_folders, recipe.train.stages, strict=True)
+    ]
+    _claim(out, recipe)
+    if (out / CONFIG).is_file() and all((f / _DONE).is_file() for f in stage_folders):
+        console.print(f"{out} is trained already")
+        return load(out)
+
+    set_seed(recipe.train.seed)
+    model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+    model.to(arguments[0].device)
+    cache = FeatureCache(out / "cache" / "features.safetensors")
+    sources = [_open(source, model, recipe, cache) for source in recipe.data.train]
+    if recipe.train.feature_cache:
+        _fill_cache(model, sources, cache, console)
+    sources = _good(sources, recipe, console)
+    dataset = ConcatDataset(
+        [
+            ConversationDataset(
+                source.rows,
+                source.reader,
+                modalities=list(model.modalities),
+                good=source.good,
+                source=source.name,
+            )
+            for source in sources
+        ]
+    )
+    start = out / "stages" / "0-align"
+    if (start / _DONE).is_file():
+        load_trained(model, start)
+    else:
+        _start(model, sources, recipe, cache, console)
+        save(model, start)
+        _mark_done(start, {})
+    for stage, folder, args in zip(recipe.train.stages, stage_folders, arguments, strict=True):
+        if stage.learn.adapter is not None and not hasattr(model.language_model, "peft_config"):
+            # a seed of its own, so that a resumed run draws the same adapter
+            set_seed(recipe.train.seed)
+            model.language_model = attach_adapter(model.language_model, recipe.train.adapter)
+        if (folder / _DONE).is_file():
+            load_trained(model, folder / "result")
+            continue
+        _run_stage(model, dataset, stage, folder, args, console)
+    save(model, out)
+    console.print(f"saved to {out}")
+    return model.eval()
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Write the recipe into its folder, or make sure that the one there is the same."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / RECIPE
+    if path.is_file() and load_recipe(path) != recipe:
+        raise RecipeError(
+            f"{out} holds a run of another recipe ({path}); choose another `train.output_dir`, or "
+            "remove that folder to start anew"
+        )
+    recipe.save(path)
+
+
+def _open(
+    source: DataSource,
+    model: MultiTokenForConditionalGeneration,
+    recipe: Recipe,
+    cache: FeatureCache,
+) -> Source:
+    assert model.reader is not None
+    reader = replace(
+        model.reader,
+        fetch=Fetch(root=rows_root(source.rows)),
+        cache=cache if recipe.train.feature_cache else None,
+    )
+    return Source(load_rows(source.rows, split=source.split), reader, source.rows)
+
+
+def _fill_cache(
+    model: MultiTokenForConditionalGeneration,
+    sources: Sequence[Source],
+    cache: FeatureCache,
+    console: Console,
+) -> None:
+    items = [
+        (item, reader.fetch)
+        for source in sources
+        for conversation, reader in source.conversations()
+        for item in conversation.media
+    ]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Encoding items", total=len(items))
+        encoders: Any = model.encoders
+        num_encoded = cache.fill(
+            items, model.modalities, encoders, on_items=lambda n: progress.advance(task, n)
+        )
+    console.print(
+        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache", highlight=False
+    )
+
+
+def _good(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
+    """The sources with their good rows known. Bad rows are refused, or left out and counted."""
+    good: list[Source] = []
+    problems: list[Problem] = []
+    num_rows = num_tokens = num_supervised = 0
+    for source in sources:
+        read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
+        report = scan(source.rows, read, source=source.name)
+        num_rows += report.num_rows
+        num_tokens += report.num_tokens
+        num_supervised += report.num_supervised
+        problems += report.problems
+        good.append(replace(source, good=report.good))
+    if problems and recipe.data.on_bad_row == "raise":
+        first = problems[0]
+        raise RowError(
+            f"{first.message} ({len(problems)} of {num_rows} rows are bad; see them all with "
+            "`multi-token data check`, or set data.on_bad_row=skip to leave them out)",
+            kind=first.kind,
+            row_id=first.row_id,
+        )
+    names = ", ".join(source.name for source in sources)
+    if num_rows == len(problems):
+        raise RecipeError(f"no row of {names} can be learned from")
+    console.print(
+        f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
+        f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",
+        *[f"  skipped row {p.row_id} ({p.kind}): {p.message}" for p in problems[:5]],
+        sep="\n",
+        highlight=False,
+    )
+    return good
+
+
+def _start(
+    model: MultiTokenForConditionalGeneration,
+    sources: Sequence[Source],
+    recipe: Recipe,
+    cache: FeatureCache,
+    console: Console,
+) -> None:
+    """Stage zero: feature statistics of every modality, then the closed-form start."""
+    pairs = [pair for source in sources for pair in source.conversations()]
+    spec = recipe.train.align
+    if spec is not None and spec.rows is not None:
+        aligned = [_open(source, model, recipe, cache) for source in spec.rows]
+        aligned = _good(aligned, recipe, console)
+        captions = [c for source in aligned for c in captioned(source.conversations())]
+    else:
+        captions = list(captioned(pairs))
+    for name in model.modalities:
+        items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
+        step = max(1, -(-len(items) // recipe.train.calibration_items))
+        if calibrate(model, name, items[::step]) == 0:
+            console.print(f"{name}: no item in the training rows; its projector starts as it is")
+            continue
+        if spec is None:
+            continue
+        chosen = [c for c in captions if c.item.modality == name]
+        num_aligned = align(model, name, chosen, penalty=spec.penalty)
+        console.print(
+            f"{name}: closed-form start from {num_aligned} captioned items"
+            if num_aligned
+            else f"{name}: no captioned rows (one item, one answer), so it starts from random",
+            highlight=False,
+        )
+
+
+def _run_stage(
+    model: MultiTokenForConditionalGeneration,
+    dataset: ConcatDataset[Any],
+    stage: Stage,
+    folder: Path,
+    args: Any,
+    console: Console,
+) -> None:
+    assert model.reader is not None
+    trainer = MultiTokenTrainer(
+        model,
+        learn=stage.learn,
+        args=args,
+        train_dataset=dataset,
+        data_collator=Collator(model.modalities, model.reader.chat.filler_id),
+    )
+    num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_all = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"stage {stage.name}: {num_learned:,} of {num_all:,} parameters learn", highlight=False
+    )
+    trainer.remove_callback(PrinterCallback)
+    stop = StopOnInterrupt(console)
+    trainer.add_callback(Bar(trainer, console, stage.name))
+    trainer.add_callback(stop)
+    resume = last_checkpoint(folder)
+    if resume is not None:
+        console.print(f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "
+            f"{stage.name}, saved; the same command goes on from there"
+        )
+    save(model, folder / "result")
+    _mark_done(folder, {"log_history": trainer.state.log_history})
+
+
+def _mark_done(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / _DONE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
