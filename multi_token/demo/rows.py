@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -119,7 +120,8 @@ def build_rows(
     held_out_numbers = range(1_000_000, 1_000_000 + num_held_out_renderings)
     unseen = _Pictures(trained, "held_out", held_out_numbers, seed)
     unknown = _Pictures(held_out, "held_out", held_out_numbers, seed)
-    asked = [c for c in CATEGORY_PHRASES if any(t.category == c for t in trained)]
+    trained_categories = {thing.category for thing in trained}
+    asked: list[Category] = [c for c in CATEGORY_PHRASES if c in trained_categories]
 
     def write(path: Path, questions: Iterable[Question]) -> None:
         lines = (json.dumps(_row(q, system), ensure_ascii=False) for q in questions)
@@ -188,11 +190,15 @@ class _Pictures:
         return self.path(thing, random_numbers.randrange(len(self.numbers)))
 
     def write(self, out: Path) -> None:
-        for thing in self.things:
+        def write_thing(thing: Thing) -> None:
             (out / "pictures" / thing.name).mkdir(parents=True, exist_ok=True)
             for place, number in enumerate(self.numbers):
                 picture = rendering(thing, number, self.seed)
                 picture.save(out / self.path(thing, place), compress_level=1)
+
+        # threads suffice: Pillow lets go of the interpreter while it turns, scales and packs
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write_thing, self.things))
 
 
 def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterator[Question]:
@@ -236,10 +242,9 @@ def _categories(
     pictures: _Pictures, asked: Sequence[Category], num_rows: int, random_numbers: random.Random
 ) -> Iterator[Question]:
     """Is this an animal? Yes and no in turn, for each category that has both."""
-    sides = [(c, *_sides(pictures, pictures, c)) for c in asked]
-    usable = [(c, inside, outside) for c, inside, outside in sides if inside and outside]
-    for i, (category, inside, outside) in enumerate(islice(cycle(usable), num_rows)):
-        yes = i // len(usable) % 2 == 0
+    sides = _sides(pictures, pictures, asked)
+    for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
+        yes = i // len(sides) % 2 == 0
         shown = random_numbers.choice(inside if yes else outside)
         yield Question(
             f"category/{i}",
@@ -260,15 +265,14 @@ def _two_pictures(
 ) -> Iterator[Question]:
     """Which of these is a fruit? The answer is its name, so it must be found and recognized."""
     kind: Kind = "two_pictures" if fitting is other else "known_beside_unknown"
-    sides = [(c, *_sides(fitting, other, c)) for c in asked]
-    usable = [(c, inside, outside) for c, inside, outside in sides if inside and outside]
-    for i, (category, inside, outside) in enumerate(islice(cycle(usable), num_rows)):
+    sides = _sides(fitting, other, asked)
+    for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
         right, wrong = random_numbers.choice(inside), random_numbers.choice(outside)
         pair = [
             (fitting.pick(right, random_numbers), right.name),
             (other.pick(wrong, random_numbers), wrong.name),
         ]
-        if i // len(usable) % 2:
+        if i // len(sides) % 2:
             pair.reverse()
         yield Question(
             f"{kind}/{i}",
@@ -281,10 +285,16 @@ def _two_pictures(
 
 
 def _sides(
-    fitting: _Pictures, other: _Pictures, category: Category
-) -> tuple[list[Thing], list[Thing]]:
-    inside = [t for t in fitting.things if t.category == category]
-    return inside, [t for t in other.things if is_outside(t, category)]
+    fitting: _Pictures, other: _Pictures, asked: Sequence[Category]
+) -> list[tuple[Category, list[Thing], list[Thing]]]:
+    """For each category that has both: the things that fit, and those that clearly do not."""
+    sides: list[tuple[Category, list[Thing], list[Thing]]] = []
+    for category in asked:
+        inside = [t for t in fitting.things if t.category == category]
+        outside = [t for t in other.things if is_outside(t, category)]
+        if inside and outside:
+            sides.append((category, inside, outside))
+    return sides
 
 
 def _row(question: Question, system: str | None) -> dict[str, Any]:

@@ -29,8 +29,7 @@ Category = Literal[
 ]
 
 _WITHOUT_ARTICLE = frozenset(
-    ("bacon", "bread", "broccoli", "cheese", "chocolate", "coffee", "corn", "fire", "garlic")
-    + ("lettuce", "lightning", "popcorn")
+    ("bacon", "bread", "broccoli", "cheese", "chocolate", "coffee", "corn", "garlic", "popcorn")
 )
 
 
@@ -321,7 +320,6 @@ THINGS: tuple[Thing, ...] = (
     Thing("leopard", "🐆", "animal"),
     Thing("baseball", "⚾", "sport"),
     Thing("foot", "🦶", "body"),
-    Thing("lightning", "⚡", "nature"),
     Thing("bison", "🦬", "animal"),
     Thing("feather", "🪶", "object"),
     Thing("cricket", "🦗", "animal"),

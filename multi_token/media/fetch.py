@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_CHUNK = 64 * 1024
 _MAX_REDIRECTS = 5
 _ACCEPTED = "a file path, file://, http(s):// or data: address, or bytes"
 
@@ -101,7 +100,7 @@ class Fetch:
             if not path.exists():
                 raise _missing(self._not_found(source, path))
             if path.is_dir():
-                raise _missing(f"expected a file at {path}, but it is a folder; name a file in it")
+                raise _missing(f"expected a file at {path}, but found a folder; name a file in it")
             if not path.is_file():
                 raise _missing(
                     f"expected a regular file at {path}, but it is a device, pipe or socket"
@@ -135,7 +134,7 @@ class Fetch:
             )
         self._check_size(len(body) * 3 // 4 - 2, "the data: address")
         if not header.lower().endswith(";base64"):
-            return unquote_to_bytes(body)
+            return self.read(unquote_to_bytes(body))
         try:
             data = base64.b64decode("".join(body.split()), validate=True)
         except (binascii.Error, ValueError) as error:
@@ -185,7 +184,8 @@ class Fetch:
         if announced.isdecimal():
             self._check_size(int(announced), shorten(source))
         data = bytearray()
-        for chunk in answer.iter_bytes(_CHUNK):
+        # pieces as they arrive: a fixed size would be waited for, and the deadline with it
+        for chunk in answer.iter_bytes():
             data += chunk
             self._check_size(len(data), shorten(source))
             if time.monotonic() > deadline:

@@ -91,8 +91,8 @@ def as_rgb(
         return _upright(_to_rgb(picture, label), picture)
     except _DAMAGE as error:
         raise _undecodable(
-            f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated or "
-            f"damaged ({error}); copy or download it again"
+            f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
+            f"or damaged ({error}); copy or download it again"
         ) from error
 
 

@@ -1,0 +1,49 @@
+"""What counts as right, and that shuffled pictures really belong to other names."""
+
+from __future__ import annotations
+
+import pytest
+
+from multi_token.demo.scores import accuracy, contains_name, is_name, shuffled_pictures
+
+
+@pytest.mark.parametrize("answer", ["dog", "Dog", " dog ", "dog.", "DOG. ", "dog ."])
+def test_case_spaces_and_one_final_dot_do_not_matter(answer: str) -> None:
+    assert is_name(answer, "dog")
+
+
+@pytest.mark.parametrize("answer", ["", "a dog", "dogs", "dog..", "dog dog", "hotdog", "dog, cat"])
+def test_an_answer_that_says_more_or_less_is_not_the_name(answer: str) -> None:
+    assert not is_name(answer, "dog")
+
+
+def test_a_name_is_contained_only_as_a_whole_word() -> None:
+    assert contains_name("This is a picture of a Cat, sitting.", "cat")
+    assert not contains_name("This is a caterpillar.", "cat")
+    assert not contains_name("This is a pineapple.", "apple")
+    assert contains_name('The term "apple".', "apple")
+
+
+def test_accuracy_counts_exact_names() -> None:
+    assert accuracy([("dog", "dog"), ("a cat", "cat"), ("Owl.", "owl"), ("", "bee")]) == 0.5
+
+
+def test_accuracy_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        accuracy([])
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["a", "a", "b", "b"], ["a", "a", "b", "c"], list("abcdefghij") * 4]
+)
+@pytest.mark.parametrize("seed", range(20))
+def test_every_question_gets_a_picture_of_another_name(names: list[str], seed: int) -> None:
+    pictures = shuffled_pictures(names, seed)
+    assert sorted(pictures) == list(range(len(names)))
+    assert all(names[picture] != name for picture, name in zip(pictures, names, strict=True))
+    assert pictures == shuffled_pictures(names, seed)
+
+
+def test_pictures_that_mostly_show_the_same_cannot_be_shuffled() -> None:
+    with pytest.raises(ValueError, match="3 of 5"):
+        shuffled_pictures(["a", "a", "a", "b", "c"], seed=0)
