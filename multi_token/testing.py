@@ -129,7 +129,7 @@ def tiny_language_model(folder: Path, *, template: str = "chatml", seed: int = 0
 def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> str:
     """A random vision encoder with its image processor, saved; returns the folder's name.
 
-    `kind`: clip, siglip, siglip2 (native aspect), dinov2, dinov2_with_registers.
+    `kind`: clip, siglip, siglip2 (native aspect), dinov2, dinov2_with_registers, efficientnet.
     """
     import torch
     import transformers as hf
@@ -160,6 +160,12 @@ def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> st
             config = getattr(hf, f"{names[kind]}Config")(**small, image_size=32, patch_size=8)
             model = getattr(hf, f"{names[kind]}Model")(config)
             processor = hf.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+        elif kind == "efficientnet":
+            config = hf.EfficientNetConfig(
+                image_size=32, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320
+            )
+            model = hf.EfficientNetModel(config)
+            processor = hf.EfficientNetImageProcessorPil(size=size, include_top=False)
         else:
             raise ValueError(f"no tiny encoder of kind {kind!r}")
     model.save_pretrained(folder)

@@ -27,6 +27,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Check and look at rows before
 Data = Annotated[
     str,
     typer.Argument(
+        metavar="DATA",
         help="A .json, .jsonl or .parquet file, a folder of save_to_disk, or a hub name.",
         show_default=False,
     ),
@@ -70,7 +71,7 @@ def check(
     read = partial(read_row, reader=reader, modalities=names)
     report = scan(rows, read, source=data, num_workers=num_workers)
 
-    console = Console()
+    console = Console(highlight=False)
     _print_report(console, report, examples)
     if clean is not None:
         _write(rows, report.good, clean, data=data, names=names)
@@ -82,7 +83,7 @@ def check(
 @data_app.command()
 def show(
     data: Data,
-    row: Annotated[str, typer.Argument(help="The index of the row, or its id.")],
+    row: Annotated[str, typer.Argument(metavar="ROW", help="The index of the row, or its id.")],
     recipe: RecipePath,
     split: Split = "train",
     override: Override = None,
@@ -103,7 +104,7 @@ def show(
     sample = reader(conversation)
     length = measure(sample)
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
     console.print(
         f"{length.num_tokens:,} tokens, {length.num_supervised:,} learned, "

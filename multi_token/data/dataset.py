@@ -159,8 +159,10 @@ class JsonLines(Sequence[Row]):
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            # its own "line 1" would be taken for the file's
+            reason = str(error).replace("line 1 ", "")
             raise RowError(
-                f"line {number} of {self.path} is not JSON ({error}); "
+                f"line {number} of {self.path} is not JSON ({reason}); "
                 "write one object on each line",
                 kind="format",
                 row_id=row_name(index % len(self), None, str(self.path)),

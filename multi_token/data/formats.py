@@ -25,13 +25,6 @@ ROLES: Mapping[str, Role] = {
 }
 """Every accepted name of a speaker, and what it becomes."""
 
-_SHAPES = (
-    'the accepted shapes are {"<name>s": [...], "messages": [{"role": "user", '
-    '"content": "What is <name>?"}, ...]}; '
-    '{"<name>": ..., "conversations": [{"from": "human", "value": "<name> What is it?"}, ...]}; '
-    '{"messages": [{"role": "user", "content": [{"type": "<name>", "<name>": ...}, '
-    '{"type": "text", "text": "..."}]}, ...]}'
-)
 _NOT_MEDIA = ("id", "messages", "conversations")
 
 
@@ -61,13 +54,13 @@ class _RowReader:
 
     def __init__(self, row: Mapping[str, Any], modalities: Collection[str], *, row_id: str) -> None:
         self.row_id = row_id
+        # longest first: with `image` and `image_left`, the longer name must win
+        self.names = sorted(modalities, key=lambda name: (-len(name), name))
         if not isinstance(row, Mapping):
-            raise self.error(f"expected an object with fields, got {_kind(row)}; {_SHAPES}")
+            raise self.error(f"expected an object with fields, got {_kind(row)}; {self.shapes()}")
         if row.get("id") is not None:
             self.row_id = str(row["id"])
         self.row = row
-        # longest first: with `image` and `image_left`, the longer name must win
-        self.names = sorted(modalities, key=lambda name: (-len(name), name))
         alternatives = "|".join(re.escape(name) for name in self.names)
         self.slot = re.compile(f"<({alternatives})>") if self.names else None
         self.items: dict[str, list[Any]] = {}
@@ -76,6 +69,18 @@ class _RowReader:
 
     def error(self, sentence: str, kind: RowKind = "format") -> RowError:
         return RowError(sentence, kind=kind, row_id=self.row_id)
+
+    def shapes(self) -> str:
+        """The three shapes, spelled with a name of the recipe where it has one."""
+        name = min(self.names, default="image")
+        return (
+            f'the accepted shapes are {{"{name}s": [...], "messages": [{{"role": "user", '
+            f'"content": "What is <{name}>?"}}, ...]}}, or '
+            f'{{"{name}": ..., "conversations": [{{"from": "human", '
+            f'"value": "What is <{name}>?"}}, ...]}}, or '
+            f'{{"messages": [{{"role": "user", "content": [{{"type": "{name}", "{name}": ...}}, '
+            '{"type": "text", "text": "What is it?"}]}, ...]}'
+        )
 
     def read(self) -> Conversation:
         turns, role_key, content_key = self._turns()
@@ -97,7 +102,7 @@ class _RowReader:
         found = [key for key in ("messages", "conversations") if self.row.get(key) is not None]
         if not found:
             fields = ", ".join(map(str, self.row)) or "none"
-            raise self.error(f"no messages; its fields are {fields}; {_SHAPES}")
+            raise self.error(f"no messages; its fields are {fields}; {self.shapes()}")
         if len(found) == 2:
             raise self.error("both `messages` and `conversations` are given; leave one of them out")
         key = found[0]
@@ -117,7 +122,7 @@ class _RowReader:
                 if field not in turn:
                     raise self.error(
                         f"turn {index} of `{key}` has no `{field}`; "
-                        f"its fields are {', '.join(map(str, turn)) or 'none'}; {_SHAPES}"
+                        f"its fields are {', '.join(map(str, turn)) or 'none'}; {self.shapes()}"
                     )
         return turns, role_key, content_key
 
@@ -235,6 +240,7 @@ class _RowReader:
                 )
 
     def _check_counts(self, *, text_slots: bool) -> None:
+        differing: list[str] = []
         for name in self.names:
             num_items, num_slots = len(self.items.get(name, [])), self.num_slots[name]
             if num_items == num_slots:
@@ -244,6 +250,8 @@ class _RowReader:
             items = f"{num_items} in `{field}`" if field else f"no field `{name}` or `{name}s`"
             if num_items > num_slots:
                 mend = f"write {slot} where each item belongs, or leave items out"
+                if isinstance(self.items[name][0], (list, tuple)):
+                    mend += "; a single item of several lists needs a list of its own around it"
             elif text_slots:
                 mend = (
                     f"give one item for each slot (if the letters <{name}> are meant, write the "
@@ -251,10 +259,10 @@ class _RowReader:
                 )
             else:
                 mend = f"give each part its source under `{name}`, or one item in `{name}s`"
-            raise self.error(
-                f"{num_slots} slots {slot} but {items}; {mend}",
-                kind="item_count",
-            )
+            slots = f"{num_slots} slot{'' if num_slots == 1 else 's'}"
+            differing.append(f"{slots} {slot} but {items}; {mend}")
+        if differing:
+            raise self.error("; also ".join(sorted(differing)), kind="item_count")
 
 
 def _split_items(value: Any, *, plural: bool) -> list[Any]:

@@ -38,6 +38,7 @@ _DAMAGE = (
     IndexError,
     OverflowError,
     EOFError,
+    RuntimeError,  # AVIF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

@@ -201,11 +201,11 @@ def test_a_slot_of_no_modality_of_the_recipe_is_text() -> None:
     ("fields", "content", "counts"),
     [
         ({"images": ["a"]}, "<image> <image>", "2 slots <image> but 1 in `images`"),
-        ({"image": ["a", "b"]}, "<image>", "1 slots <image> but 2 in `image`"),
-        ({}, "<image>", "1 slots <image> but no field `image` or `images`"),
-        ({"images": []}, "<image>", "1 slots <image> but 0 in `images`"),
+        ({"image": ["a", "b"]}, "<image>", "1 slot <image> but 2 in `image`"),
+        ({}, "<image>", "1 slot <image> but no field `image` or `images`"),
+        ({"images": []}, "<image>", "1 slot <image> but 0 in `images`"),
         ({"images": ["a"]}, "no slot", "0 slots <image> but 1 in `images`"),
-        ({}, [{"type": "image"}], '1 slots {"type": "image"} without a source but no field'),
+        ({}, [{"type": "image"}], '1 slot {"type": "image"} without a source but no field'),
         (
             {"images": ["b"]},
             [{"type": "image", "image": "a"}],
@@ -221,9 +221,22 @@ def test_slots_and_items_that_differ_are_counted(
     assert counts in message
 
 
-def test_each_modality_is_counted_alone() -> None:
+def test_each_modality_is_counted_alone_and_all_differences_are_told() -> None:
     row = {"images": ["a", "b"], "messages": turns("<image><vector>")}
-    assert "<image>" in refusal(row, "item_count")
+    message = refusal(row, "item_count")
+    assert "1 slot <image> but 2 in `images`" in message
+    assert "1 slot <vector> but no field" in message
+    even = {"images": ["a"], "vectors": [[1.0], [2.0]], "messages": turns("<image><vector>")}
+    assert "<image>" not in refusal(even, "item_count")
+
+
+def test_a_sequence_of_vectors_is_one_item_inside_a_list() -> None:
+    sequence = [[1.0, 2.0], [3.0, 4.0]]
+    message = refusal({"vector": sequence, "messages": turns("<vector>")}, "item_count")
+    assert "1 slot <vector> but 2 in `vector`" in message
+    assert "needs a list of its own" in message
+    row = {"vector": [sequence], "messages": turns("<vector>")}
+    assert read(row).media == (Media("vector", sequence),)
 
 
 # --- roles, names, and rows that are none ---
@@ -262,7 +275,7 @@ def test_an_unknown_part_type_suggests_the_nearest() -> None:
 def test_a_row_of_no_shape_names_its_fields_and_the_three_shapes() -> None:
     message = refusal({"question": "a", "answer": "b"})
     assert "its fields are question, answer" in message
-    for shape in ('"messages"', '"conversations"', '"type": "<name>"'):
+    for shape in ("What is <image>?", '"conversations": [{"from"', '"type": "image"'):
         assert shape in message
 
 

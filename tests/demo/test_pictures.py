@@ -84,8 +84,14 @@ def test_too_many_names_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "phrase"),
-    [("dog", "a dog"), ("owl", "an owl"), ("unicorn", "a unicorn"), ("umbrella", "an umbrella")]
-    + [("hourglass", "an hourglass"), ("corn", "corn")],
+    [
+        ("dog", "a dog"),
+        ("owl", "an owl"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("hourglass", "an hourglass"),
+        ("corn", "corn"),
+    ],
 )
 def test_a_name_is_asked_for_as_english_does(name: str, phrase: str) -> None:
     assert NAMED[name].phrase == phrase

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from multi_token.demo.rows import DemoData, Question, build_rows, read_questions
-from multi_token.demo.things import CATEGORY_PHRASES, THINGS, is_outside
+from multi_token.demo.things import CATEGORY_PHRASES, THINGS, Category, is_outside
 from multi_token.errors import MultiTokenError
 
 NAMED = {thing.name: thing for thing in THINGS}
-PHRASED = {phrase: category for category, phrase in CATEGORY_PHRASES.items()}
+PHRASED: dict[str, Category] = {phrase: category for category, phrase in CATEGORY_PHRASES.items()}
 
 
 def build(out: Path, *, seed: int = 0, num_names: int = 16, system: str | None = None) -> DemoData:

@@ -1,0 +1,99 @@
+"""One curve as inline SVG, coloured by the page's own style.
+
+Border: points in, markup out; knows nothing of what is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+_WIDTH, _HEIGHT = 520, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 506, 8, 216
+
+
+def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool) -> str:
+    """(step, value) pairs as an SVG; with `log` also a smoothed line, else marks from 0 to 1."""
+    # a loss of NaN must not take the report with it
+    points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
+    if not points:
+        return "<p>There is nothing to draw.</p>"
+    low, high = _value_range([y for _, y in points], log=log)
+    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+
+    def across(step: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (step - first) / (last - first)
+
+    def down(value: float) -> float:
+        if log:
+            part = math.log(value / low) / math.log(high / low)
+        else:
+            part = (value - low) / (high - low)
+        return _BOTTOM - (_BOTTOM - _TOP) * part
+
+    def line(values: Sequence[tuple[int, float]], name: str) -> str:
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in values)
+        return f'<polyline class="{name}" points="{path}"/>'
+
+    marks = [_value_tick(value, down(value), log=log) for value in _value_ticks(low, high, log=log)]
+    marks += [_step_tick(step, across(step)) for step in _step_ticks(first, last)]
+    if log:
+        curve = line(points, "raw") + line(_smoothed(points), "smooth")
+    else:
+        dots = (f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4"/>' for x, y in points)
+        curve = line(points, "smooth") + "".join(dots)
+    title = f"{label} from step {first} to step {last}, {points[0][1]:.3g} to {points[-1][1]:.3g}"
+    axis = f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>'
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(marks)}{axis}{curve}</svg>"
+    )
+
+
+def _value_range(values: Sequence[float], *, log: bool) -> tuple[float, float]:
+    if not log:
+        return 0.0, 1.0
+    low, high = min(values), max(values)
+    return low / 1.15, max(high, low * 1.5) * 1.15
+
+
+def _value_ticks(low: float, high: float, *, log: bool) -> list[float]:
+    if not log:
+        return [0.0, 0.25, 0.5, 0.75, 1.0]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    # over many decades, only the powers of ten
+    return inside if len(inside) <= 7 else [tick for tick in inside if str(tick).strip("0.") == "1"]
+
+
+def _step_ticks(first: int, last: int) -> list[int]:
+    """Four to eight round numbers."""
+    rough = (last - first) / 8
+    power = 10 ** math.floor(math.log10(rough)) if rough >= 1 else 1
+    width = next(int(power * n) for n in (1, 2, 5, 10) if power * n >= rough)
+    return list(range(-(-first // width) * width, last + 1, width))
+
+
+def _value_tick(value: float, y: float, *, log: bool) -> str:
+    text = f"{value:g}" if log else f"{100 * value:.0f} %"
+    return (
+        f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{_LEFT - 8}" y="{y + 4.5:.1f}" text-anchor="end">{text}</text>'
+    )
+
+
+def _step_tick(step: int, x: float) -> str:
+    return f'<text x="{x:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{step}</text>'
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The mean of the logarithm over each point's neighbours, a tenth of the curve in all."""
+    logs = [math.log(value) for _, value in points]
+    reach = len(points) // 20
+    smoothed: list[tuple[int, float]] = []
+    for i, (step, _) in enumerate(points):
+        window = logs[max(0, i - reach) : i + reach + 1]
+        smoothed.append((step, math.exp(sum(window) / len(window))))
+    return smoothed

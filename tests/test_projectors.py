@@ -1,0 +1,100 @@
+"""projectors.py: each kind makes exactly the tokens it promises, alone or in a mixed batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from multi_token.projectors import Expand, Linear, Mlp, Pool, ProjectorSpec, Stack
+from multi_token.types import Features
+
+SPECS: list[ProjectorSpec] = [
+    Linear(),
+    Mlp(),
+    Mlp(num_layers=1),
+    Expand(factor=3),
+    Stack(factor=4),
+    Pool(factor=2),
+    Pool(factor=2, grid=True),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+@pytest.mark.parametrize("num_features", [1, 4, 9, 16])
+def test_a_projector_makes_the_number_of_tokens_it_promises(
+    spec: ProjectorSpec, num_features: int
+) -> None:
+    projector: Any = spec.build(6, 8)
+    tokens = projector(Features(torch.randn(3, num_features, 6)))
+    assert tokens.shape == (3 * spec.num_tokens(num_features), 8)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not getattr(s, "grid", False)], ids=repr)
+@pytest.mark.parametrize("closed_form", [False, True])
+def test_items_of_mixed_lengths_equal_one_by_one(spec: ProjectorSpec, closed_form: bool) -> None:
+    projector = spec.build(6, 8)
+    projector.feature_mean.normal_()
+    if closed_form:
+        projector.add_closed_form()
+    lengths = [5, 1, 8]
+    items = [torch.randn(n, 6) for n in lengths]
+    padded = torch.full((3, 8, 6), 7.0)  # what lies behind an item must not matter
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    for row, item in enumerate(items):
+        padded[row, : len(item)] = item
+        mask[row, : len(item)] = True
+    together = projector(Features(padded, mask))
+    alone = torch.cat([projector(Features(item[None])) for item in items])
+    assert len(together) == sum(spec.num_tokens(n) for n in lengths)
+    torch.testing.assert_close(together, alone)
+
+
+def test_stack_joins_neighbours_in_order_and_fills_the_last_with_zeros() -> None:
+    groups, mask = Stack(factor=2).group(
+        torch.tensor([[[1.0], [2.0], [3.0]]]), torch.ones(1, 3, dtype=torch.bool)
+    )
+    assert groups.tolist() == [[[1.0, 2.0], [3.0, 0.0]]]
+    assert mask.tolist() == [[True, True]]
+
+
+def test_pool_averages_only_what_is_real() -> None:
+    groups, _ = Pool(factor=2).group(
+        torch.tensor([[[1.0], [2.0], [3.0]]]), torch.ones(1, 3, dtype=torch.bool)
+    )
+    assert groups.flatten().tolist() == [1.5, 3.0]
+
+
+def test_a_grid_is_pooled_by_squares() -> None:
+    values = torch.arange(16.0).view(1, 16, 1)
+    groups, _ = Pool(factor=2, grid=True).group(values, torch.ones(1, 16, dtype=torch.bool))
+    assert groups.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_a_grid_that_is_no_square_is_refused() -> None:
+    with pytest.raises(ValueError, match="square number of features, got 5"):
+        Pool(grid=True).num_tokens(5)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_the_closed_form_part_never_learns_and_the_network_starts_silent(
+    spec: ProjectorSpec,
+) -> None:
+    projector = spec.build(6, 8)
+    closed_form = projector.add_closed_form()
+    features = Features(torch.randn(2, 9, 6))
+    groups, _ = projector.arrange(features)
+    torch.testing.assert_close(projector(features), closed_form(groups).reshape(-1, 8))
+    projector(features).sum().backward()
+    assert closed_form.weight.grad is None
+    assert any(p.grad is not None and p.grad.any() for p in projector.network.parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_the_output_can_be_scaled_to_any_root_mean_square(spec: ProjectorSpec) -> None:
+    projector = spec.build(6, 8)
+    features = Features(torch.randn(4, 9, 6) * 30)
+    projector.scale_output(features, 0.125)
+    rms = projector(features).square().mean().sqrt()
+    torch.testing.assert_close(rms, torch.tensor(0.125))
