@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from multi_token.projectors import ProjectorSpec
     from multi_token.recipe import Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
-    from multi_token.train.run import train
     from multi_token.types import Conversation, Features, Media, Message, Prepared, Text
 
 _HOMES = {
@@ -36,7 +35,6 @@ _HOMES = {
     "load_recipe": "multi_token.recipe",
     "register_modality": "multi_token.registry",
     "register_projector": "multi_token.registry",
-    "train": "multi_token.train.run",
 }
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "load_recipe",
     "register_modality",
     "register_projector",
-    "train",
 ]
 
 

@@ -209,6 +209,8 @@ def _load_adapter(model: MultiTokenForConditionalGeneration, path: Path) -> None
         config = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    # where the base is now, not where it was when the adapter was saved
+    config.base_model_name_or_path = getattr(model.language_model, "name_or_path", None)
     if not isinstance(model.language_model, PeftModel):
         model.language_model = get_peft_model(model.language_model, config)
     expected = get_peft_model_state_dict(model.language_model)

@@ -47,6 +47,10 @@ class MediaError(MultiTokenError):
         super().__init__(message)
         self.kind: Literal["missing_file", "undecodable"] = kind
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # data workers pickle exceptions, and the default would drop the kind
+        return MediaError, (str(self), self.kind)
+
 
 class RowError(MultiTokenError):
     """A row that cannot become a sample. The message opens with the row's id."""
@@ -57,7 +61,6 @@ class RowError(MultiTokenError):
         self.row_id = row_id
 
     def __reduce__(self) -> tuple[object, ...]:
-        # data workers pickle exceptions, and the default would drop the keyword arguments
         return _row_error, (str(self), self.kind, self.row_id)
 
 

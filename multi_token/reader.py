@@ -14,7 +14,7 @@ from multi_token.collate import FEATURES_KEY
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
-from multi_token.types import IGNORE_INDEX, Conversation, Media, Prepared, Sample
+from multi_token.types import Conversation, Media, Message, Prepared, Sample, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,15 @@ class Reader:
         `prompt_only`: for asking; the sample ends where the assistant begins, nothing is learned.
         """
         row_id = conversation.id
-        if not prompt_only and all(m.role != "assistant" for m in conversation.messages):
+        answers = [m for m in conversation.messages if m.role == "assistant"]
+        if not prompt_only and not any(_has_text(message) for message in answers):
             raise RowError(
-                "has no assistant turn, so there is nothing to learn from it; add one, or leave "
-                "the row out of the training data",
+                (
+                    "has nothing to learn: its assistant turns are empty"
+                    if answers
+                    else "has no assistant turn, so there is nothing to learn from it"
+                )
+                + "; write the answer, or leave the row out of the training data",
                 kind="no_target",
                 row_id=row_id,
             )
@@ -97,11 +102,11 @@ class Reader:
                 kind="too_long",
                 row_id=row_id,
             )
-        if not prompt_only and bool((sample.labels == IGNORE_INDEX).all()):
-            raise RowError(
-                "has nothing to learn: its assistant turns are empty", kind="no_target", row_id=row_id
-            )
         return sample
+
+
+def _has_text(message: Message) -> bool:
+    return any(isinstance(part, Text) and part.text.strip() for part in message.parts)
 
 
 def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from multi_token.errors import RecipeError
-from multi_token.modalities.base import AnyModality
+from multi_token.modalities.base import AnyModality, Modality
 from multi_token.registry import validated
+
+
+_TAKEN = frozenset({"id", "text", "message", "messages", "conversation", "conversations"})
 
 
 class Section(BaseModel):
@@ -39,6 +42,17 @@ class ModelSpec(Section):
     """Jinja text or the path of a file with it; default: the tokenizer's own."""
     modalities: dict[str, AnyModality] = Field(min_length=1)
     """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
+
+    @field_validator("modalities")
+    @classmethod
+    def _names_are_free(cls, modalities: dict[str, Modality]) -> dict[str, Modality]:
+        for name in modalities:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in _TAKEN:
+                raise ValueError(
+                    f"{name!r} cannot name a modality: expected letters, digits, - and _, and none "
+                    f"of the words that rows use ({', '.join(sorted(_TAKEN))})"
+                )
+        return modalities
 
 
 class DataSource(Section):

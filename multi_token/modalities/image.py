@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from multi_token.errors import MediaError, MultiTokenError
+from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.media.image import decode_image
+from multi_token.media.image import as_rgb, decode_image
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Features, Prepared
 
@@ -88,13 +88,7 @@ class ImageModality(Modality):
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
         """Path, URL, data URI, bytes or PIL picture -> RGB picture. Raises MediaError."""
         if isinstance(source, Image.Image):
-            if source.width * source.height > self.max_pixels:
-                raise MediaError(
-                    f"expected at most {self.max_pixels} pixels, got {source.width} x "
-                    f"{source.height}; make it smaller or raise `max_pixels`",
-                    kind="undecodable",
-                )
-            return source.convert("RGB")
+            return as_rgb(source, max_pixels=self.max_pixels)
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         return decode_image(fetch.read(source), name=name, max_pixels=self.max_pixels)
 

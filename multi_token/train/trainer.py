@@ -62,7 +62,8 @@ def training_arguments(
                 "`output_dir` and `seed` under `train`, and the rest of "
                 f"{sorted(_FIXED)} is needed as it is"
             )
-    values = {**_DEFAULTS, **fields, **_FIXED}
+    on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
+    values = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, **fields, **_FIXED}
     # rows are read where they are needed: rank 0 must not read for all and cut batches of media
     accelerator = {"dispatch_batches": False, **dict(fields.get("accelerator_config") or {})}
     values["accelerator_config"] = accelerator

