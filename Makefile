@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TIMM := $(VENV)/timm
 # -qq: errors only. Where pip looks for packages is its own settings (PIP_INDEX_URL and the like).
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 
@@ -31,7 +32,7 @@ demo: $(STAMP) ## A language model learns to name pictures; more by ARGS="--quic
 test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) ## The tests that take longer
+test-slow: $(STAMP) $(TIMM)/.installed ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
 
 check: $(STAMP) ## Form, lint and types, changing nothing
@@ -46,6 +47,13 @@ fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree in the
 
 bench: $(STAMP) ## Run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# timm needs torchvision, which cannot be imported beside a torch without CUDA, and transformers would
+# try to: so both are put aside, where only the test of timm models finds them.
+$(TIMM)/.installed: $(STAMP)
+	@$(PIP) install --no-deps --upgrade --target $(TIMM) \
+		$(shell sed -n 's/^\(timm==[^ ;]*\).*/\1/p; s/^\(torchvision==[^ ;]*\).*/\1/p' constraints.txt)
+	@touch $@
 
 # The stamp is written last: a set-up that was interrupted is done again.
 $(STAMP): pyproject.toml constraints.txt

@@ -26,6 +26,8 @@ class Collator:
     modalities: Mapping[str, Modality]
     pad_id: int
     padding_side: Literal["left", "right"] = "right"
+    share_prefix: bool = False
+    """Tell the model how many leading positions all rows share (see `train.share_prefix`)."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Samples -> Batch of [batch, longest]. All items of a modality are batched together."""
@@ -58,13 +60,16 @@ class Collator:
             )
             for name in items
         }
-        return Batch(
+        batch = Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
             shift_labels=shift_labels,
             media=media,
         )
+        if self.share_prefix:
+            batch["num_shared"] = _num_shared(batch, min(lengths), samples)
+        return batch
 
     def inputs(self, name: str, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items of one modality -> its encoder's inputs, or their cached features."""
@@ -75,3 +80,12 @@ class Collator:
             FEATURES_KEY: stack_padded(values),
             "mask": stack_padded([torch.ones(len(v), dtype=torch.bool) for v in values]),
         }
+
+
+def _num_shared(batch: Batch, shortest: int, samples: Sequence[Sample]) -> int:
+    """Leading positions with the same ids in all rows, before any media and any learned label."""
+    ids, learned = batch["input_ids"], batch["shift_labels"] != IGNORE_INDEX
+    stops = ((ids != ids[:1]) | learned).any(0).nonzero().flatten()
+    first_media = [place.start for sample in samples for place in sample.places]
+    # at least one position must be left to compute
+    return min([shortest - 1, *first_media, *stops[:1].tolist()])

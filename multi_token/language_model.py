@@ -95,6 +95,23 @@ def adapter_parameters(language_model: torch.nn.Module) -> list[torch.nn.Paramet
     return [p for name, p in language_model.named_parameters() if "lora_" in name]
 
 
+@torch.no_grad()
+def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> Any:
+    """The keys and values of a text that `num_rows` rows begin with.
+
+    input_ids int64 [1, num_shared]. Exact as long as the language model is frozen: what stands
+    before any media does not depend on anything that learns.
+    """
+    past = language_model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
+    if not hasattr(past, "batch_repeat_interleave"):
+        raise LanguageModelError(
+            f"{type(language_model).__name__} keeps no key-value cache, so a shared start cannot "
+            "be computed once; set train.share_prefix to false"
+        )
+    past.batch_repeat_interleave(num_rows)
+    return past
+
+
 def supervised_loss(
     language_model: Any,
     *,
@@ -102,6 +119,7 @@ def supervised_loss(
     attention_mask: Tensor | None,
     shift_labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
+    past_key_values: Any = None,
 ) -> Any:
     """The model's own output with loss and with logits at supervised positions only.
 
@@ -119,6 +137,7 @@ def supervised_loss(
         logits_to_keep=keep,
         num_items_in_batch=num_items_in_batch,
         use_cache=False,
+        **({} if past_key_values is None else {"past_key_values": past_key_values}),
     )
     if output.logits.shape[0] != int(keep.sum()):
         raise LanguageModelError(

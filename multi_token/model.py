@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from multi_token.collate import FEATURES_KEY
-from multi_token.language_model import supervised_loss
+from multi_token.language_model import prefix_cache, supervised_loss
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.projectors import Projector
 from multi_token.splice import Piece, splice
@@ -110,13 +110,15 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         shift_labels: Tensor | None = None,
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_shared: int = 0,
         **kwargs: Any,
     ) -> Any:
         """With labels: loss, and logits [num_supervised, vocabulary]; without: the child's output.
 
         input_ids, attention_mask, labels, shift_labels: int64 [batch, time]. `shift_labels` is
         made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
-        accumulation steps, by which the summed loss is divided.
+        accumulation steps, by which the summed loss is divided. `num_shared`: leading positions that
+        are the same in all rows; with labels they are computed once and without gradients.
         """
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:
@@ -126,12 +128,18 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         assert shift_labels is not None
+        past = None
+        if num_shared:
+            past = prefix_cache(
+                self.language_model, input_ids[:1, :num_shared], num_rows=len(input_ids)
+            )
         return supervised_loss(
             self.language_model,
-            inputs_embeds=embeds,
+            inputs_embeds=embeds[:, num_shared:],
             attention_mask=attention_mask,
-            shift_labels=shift_labels,
+            shift_labels=shift_labels[:, num_shared:],
             num_items_in_batch=num_items_in_batch,
+            past_key_values=past,
         )
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]

@@ -98,6 +98,10 @@ class Learn(Section):
 
     projectors: float | None = Field(default=None, gt=0)
     """Learning rate of the projectors."""
+    projector_biases: float | None = Field(default=None, gt=0)
+    """Learning rate of their last biases, the part of a token that all items share (a soft prompt);
+    default: that of `projectors`. After a closed-form start ten times as much pays: see
+    benchmarks/align.py."""
     adapter: float | None = Field(default=None, gt=0)
     """Learning rate of LoRA on the language model."""
 
@@ -105,6 +109,8 @@ class Learn(Section):
     def _something_learns(self) -> Learn:
         if self.projectors is None and self.adapter is None:
             raise ValueError("a stage must learn something: set `projectors` or `adapter`")
+        if self.projector_biases is not None and self.projectors is None:
+            raise ValueError("`projector_biases` needs `projectors`")
         return self
 
 
@@ -126,6 +132,9 @@ class TrainSpec(Section):
     """Stage zero; `null` turns it off."""
     feature_cache: bool = False
     """Run the frozen encoders once and keep every item's features in memory and the run's folder."""
+    share_prefix: bool = False
+    """Compute the text that all rows of a batch begin with (a system message, say) once and without
+    gradients. The loss stays the same; for stages in which the language model is frozen."""
     calibration_items: int = Field(default=4096, ge=1)
     """Items of each modality whose features fix the projector's statistics."""
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
@@ -134,10 +143,16 @@ class TrainSpec(Section):
     """Any transformers.TrainingArguments field, for every stage."""
 
     @model_validator(mode="after")
-    def _stage_names_differ(self) -> TrainSpec:
+    def _stages_fit(self) -> TrainSpec:
         stage_names = [stage.name for stage in self.stages]
         if len(set(stage_names)) < len(stage_names):
             raise ValueError(f"stages need different names, got {stage_names}")
+        learning = [stage.name for stage in self.stages if stage.learn.adapter is not None]
+        if self.share_prefix and learning:
+            raise ValueError(
+                f"`share_prefix` needs a frozen language model, but stage {learning[0]!r} learns "
+                "an adapter"
+            )
         return self
 
 

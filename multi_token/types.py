@@ -113,6 +113,7 @@ class Batch(TypedDict, total=False):
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
     `shift_labels[:, t]` is the id to be predicted at t, so that packing never crosses a border.
+    `num_shared`: leading positions that are the same text in every row, with nothing learned.
     """
 
     input_ids: Tensor
@@ -120,6 +121,7 @@ class Batch(TypedDict, total=False):
     labels: Tensor
     shift_labels: Tensor
     media: dict[str, MediaBatch]
+    num_shared: int
 
 
 @dataclass

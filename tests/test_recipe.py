@@ -69,6 +69,7 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.seed.deeper=1", "'train.seed': .*integer"),
         ("train.seed", "expected key=value"),
         ("train.stages.0.learn={}", "must learn something"),
+        ("train.stages.0.learn={adapter: 1, projector_biases: 1}", "needs `projectors`"),
         ("model.modalities.text={type: vector, dim: 2}", "'text' cannot name a modality"),
     ],
 )
@@ -86,6 +87,11 @@ def test_a_missing_key_and_a_missing_file_are_named(text: str, tmp_path: Path) -
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="not valid YAML"):
         parse_recipe("model: [")
+
+
+def test_a_shared_prefix_is_refused_where_the_language_model_learns(text: str) -> None:
+    with pytest.raises(RecipeError, match="`share_prefix` needs a frozen language model"):
+        parse_recipe(text, ["train.share_prefix=true", "train.stages.0.learn={adapter: 1e-3}"])
 
 
 def test_two_stages_of_one_name_are_refused(text: str) -> None:

@@ -24,10 +24,10 @@ Kind = Literal["naming", "yes_no", "category", "two_pictures", "known_beside_unk
 two_pictures: Which of these is a fruit? · known_beside_unknown: the same, where the picture that
 fits was trained and the other was never seen."""
 
-WHAT_IS_THIS = "<image>\nWhat is this?"
-_OTHER_PHRASINGS = ("<image>\nWhat do you see?", "<image>\nName this.", "What is <image>?")
+WHAT_IS_THIS = "What is <image>?"
+_OTHER_PHRASING = "<image>\nWhat is this?"
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the same arguments give other files, so that old folders are built again."""
 
 
@@ -206,8 +206,8 @@ def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterat
     for place in range(len(pictures.numbers)):
         for thing in pictures.things:
             text = WHAT_IS_THIS
-            if random_numbers is not None and random_numbers.random() < 0.5:
-                text = random_numbers.choice(_OTHER_PHRASINGS)
+            if random_numbers is not None and random_numbers.random() < 0.3:
+                text = _OTHER_PHRASING
             path = pictures.path(thing, place)
             yield Question(
                 f"naming/{thing.name}/{place}", "naming", text, (path,), (thing.name,), thing.name

@@ -55,6 +55,8 @@ class Source:
     name: str
     good: Sequence[int] | None = None
     """Indices of rows that can be learned from, once they have been read."""
+    lengths: Sequence[int] = ()
+    """Tokens of each good row."""
 
     def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
         """The good rows, or before they are known those that are conversations at all."""
@@ -127,7 +129,16 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         if (folder / _DONE).is_file():
             load_trained(model, folder / "result")
             continue
-        _run_stage(model, dataset, stage, folder, args, console)
+        _run_stage(
+            model,
+            dataset,
+            stage,
+            folder,
+            args,
+            console,
+            lengths=[length for source in sources for length in source.lengths],
+            share_prefix=recipe.train.share_prefix,
+        )
     save(model, out)
     console.print(f"saved to {out}")
     return model.eval()
@@ -195,7 +206,8 @@ def _good(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[S
         num_tokens += report.num_tokens
         num_supervised += report.num_supervised
         problems += report.problems
-        good.append(replace(source, good=report.good))
+        lengths = [length.num_tokens for length in report.lengths]
+        good.append(replace(source, good=report.good, lengths=lengths))
     if problems and recipe.data.on_bad_row == "raise":
         first = problems[0]
         raise RowError(
@@ -258,14 +270,20 @@ def _run_stage(
     folder: Path,
     args: Any,
     console: Console,
+    *,
+    lengths: Sequence[int],
+    share_prefix: bool,
 ) -> None:
     assert model.reader is not None
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
+        lengths=lengths,
         args=args,
         train_dataset=dataset,
-        data_collator=Collator(model.modalities, model.reader.chat.filler_id),
+        data_collator=Collator(
+            model.modalities, model.reader.chat.filler_id, share_prefix=share_prefix
+        ),
     )
     num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())

@@ -6,18 +6,21 @@ Border: the loop is transformers'. Batches come from collate.py, folders from ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from multi_token.checkpoint import CONFIG, load_trained, save
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.projectors import Projector
 from multi_token.recipe import Learn
 from multi_token.registry import nearest
 from multi_token.types import IGNORE_INDEX
@@ -79,10 +82,17 @@ class MultiTokenTrainer(Trainer):
     """Learning rates by group, our checkpoints, and counts of real and supervised tokens."""
 
     def __init__(
-        self, model: MultiTokenForConditionalGeneration, *, learn: Learn, **options: Any
+        self,
+        model: MultiTokenForConditionalGeneration,
+        *,
+        learn: Learn,
+        lengths: Sequence[int],
+        **options: Any,
     ) -> None:
+        """`lengths`: tokens of each row, for `train_sampling_strategy: group_by_length`."""
         select_parameters(model, learn)
         self.learn = learn
+        self.lengths = list(lengths)
         self.num_tokens = 0
         self.num_supervised = 0
         super().__init__(model=model, **options)
@@ -102,6 +112,16 @@ class MultiTokenTrainer(Trainer):
                         )
             self.optimizer = cls(groups, **options)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As transformers', but lengths are known: it would decode every row's media to see them."""
+        if self.args.train_sampling_strategy == "group_by_length":
+            return ByLength(
+                self.lengths,
+                batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                seed=self.args.data_seed or self.args.seed,
+            )
+        return super()._get_train_sampler(train_dataset)
 
     def _ours(self) -> MultiTokenForConditionalGeneration:
         model = self.accelerator.unwrap_model(self.model)
@@ -140,20 +160,49 @@ class MultiTokenTrainer(Trainer):
         select_parameters(self._ours(), self.learn)
 
 
+class ByLength(Sampler[int]):
+    """Batches of rows of about one length, in random order; the same again after a resume."""
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer's loader calls this before each epoch, also when it resumes within one."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # within a megabatch the longest come first, which would be a curriculum
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        # a batch that is not full stays last, or it would shift the borders of those behind it
+        full = [i for i in shuffled if len(batches[i]) == self.batch_size]
+        rest = [i for i in shuffled if len(batches[i]) < self.batch_size]
+        return iter([index for i in (*full, *rest) for index in batches[i]])
+
+
 def parameter_groups(
     model: MultiTokenForConditionalGeneration, learn: Learn
 ) -> list[tuple[str, float, list[nn.Parameter]]]:
     """(name, learning rate, parameters) of what learns in a stage."""
     groups: list[tuple[str, float, list[nn.Parameter]]] = []
     if learn.projectors is not None:
-        frozen = {
-            id(p)
-            for projector in model.projectors.values()
-            if getattr(projector, "closed_form", None) is not None
-            for p in projector.closed_form.parameters()  # type: ignore[union-attr]
-        }
-        parameters = [p for p in model.projectors.parameters() if id(p) not in frozen]
-        groups.append(("projectors", learn.projectors, parameters))
+        known = [p for p in model.projectors.values() if isinstance(p, Projector)]
+        fixed = [p for projector in known if projector.closed_form for p in projector.closed_form.parameters()]
+        biases = [layer.bias for projector in known for layer in projector.final_layers()]
+        apart = {id(p) for p in fixed}
+        if learn.projector_biases is not None:
+            apart |= {id(p) for p in biases}
+            groups.append(("projector_biases", learn.projector_biases, biases))
+        rest = [p for p in model.projectors.parameters() if id(p) not in apart]
+        groups.append(("projectors", learn.projectors, rest))
     if learn.adapter is not None:
         groups.append(("adapter", learn.adapter, adapter_parameters(model.language_model)))
     return groups

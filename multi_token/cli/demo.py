@@ -1,0 +1,35 @@
+"""`multi-token demo`: the main job on real input, from nothing to a report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+
+def demo(
+    out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
+    seed: int = typer.Option(0, help="Of pictures, rows and training."),
+    names: int = typer.Option(None, help="Things to learn, 100 by default."),
+    quick: bool = typer.Option(False, "--quick", help="A small one in under a minute, to see it run."),
+) -> None:
+    """Teach SmolLM2-135M-Instruct to name pictures, ask it about new ones, write a report."""
+    from rich.console import Console
+
+    from multi_token.demo.run import QUICK, Size, run
+
+    console = Console(stderr=True)
+    size = QUICK if quick else Size()
+    if names is not None:
+        size = replace(size, num_names=names)
+    report = run(out, size=size, seed=seed, console=console)
+    console.rule("done")
+    for key, value in report.items():
+        if isinstance(value, (bool, int, float)):
+            shown = f"{value:.1%}" if key.endswith("accuracy") else value
+            console.print(f"{key.replace('_', ' '):32} {shown}", highlight=False)
+    console.print(f"\nlook:  {out / 'report.html'}", highlight=False)
+    console.print(f"talk:  multi-token chat {out}", highlight=False)
+    picture = next((out / "data" / "pictures").glob("*/held_out_000.png"))
+    console.print(f'ask:   multi-token ask {out} "What is this?" --image {picture}', highlight=False)

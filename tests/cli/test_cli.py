@@ -1,0 +1,178 @@
+"""The command line: what a user types does what it says, and a fault is a sentence and a code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from multi_token.recipe import Recipe
+from multi_token.train.run import train
+
+
+def command(*words: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "multi_token", *map(str, words)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**__import__("os").environ, "COLUMNS": "300", "NO_COLOR": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe_file(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    stages = [
+        {
+            "name": "adapter",
+            "learn": {"projectors": 1e-2, "adapter": 2e-2},
+            "args": {"max_steps": 25, "per_device_train_batch_size": 4},
+        }
+    ]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_fields(folder / "run", stages=stages)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe_file: Path) -> Path:
+    """A run that has learned its four rows by heart."""
+    fields = yaml.safe_load(recipe_file.read_text())
+    train(Recipe.model_validate(fields))
+    return Path(fields["train"]["output_dir"])
+
+
+def test_train_and_ask_from_the_command_line(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = command("train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stderr and "tok/s" in done.stderr and "supervised" in done.stderr
+    again = command("train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2")
+    assert "trained already" in again.stderr
+    asked = command("ask", out, "What is it?", "--image", data / "red.png", "--max-new-tokens", "3")
+    assert asked.returncode == 0, asked.stderr
+
+
+def test_predict_answers_in_order_and_goes_on_where_it_stopped(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    words = ("predict", run, data / "rows.jsonl", "--out", out, "--batch-size", "3")
+    first = command(*words)
+    assert first.returncode == 0, first.stderr
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(a["id"], a["answer"]) for a in whole] == [(c, c) for c in ("red", "blue", "green", "white")]
+
+    lines = out.read_text().splitlines(True)
+    out.write_text(lines[0] + json.dumps({"id": "blue", "answer": "kept"}) + "\n" + lines[2][:7])
+    second = command(*words)
+    assert "2 of 4 rows are answered already" in second.stderr
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == [
+        "red",
+        "kept",
+        "green",
+        "white",
+    ]
+    assert "4 of 4" in command(*words).stderr
+
+
+def test_predict_refuses_answers_of_other_rows(run: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    out.write_text('{"id": "stranger", "answer": "x"}\n')
+    done = command("predict", run, data / "rows.jsonl", "--out", out)
+    assert done.returncode == 1 and "belongs to other rows" in done.stderr
+    assert out.read_text() == '{"id": "stranger", "answer": "x"}\n'
+
+
+def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
+    run: Path, data: Path
+) -> None:
+    typed = f"/image {data / 'none.png'}\n/picture x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"
+    done = command("chat", run, "--max-new-tokens", "4", stdin=typed)
+    assert done.returncode == 0, done.stderr
+    assert "no file at" in done.stdout
+    assert "unknown command /picture" in done.stdout
+    assert "1 item(s) go with the next message" in done.stdout
+
+
+def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
+    typed = f"/image {data / 'red.png'}\nWhat is this?\n"
+    done = command("chat", run, "--max-new-tokens", "6", stdin=typed)
+    asked = command("ask", run, "What is this?", "--image", data / "red.png", "--max-new-tokens", "6")
+    assert asked.stdout.strip() and asked.stdout.strip() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("ask", "{parts}/language_model", "?"), "made by something else"),
+        (("ask", "{data}/nowhere", "?"), "found nothing at"),
+        (("ask", "{run}", "?", "--image", "{data}/none.png"), "no file at"),
+        (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "not a picture"),
+        (("ask", "{run}", "?", "--media", "vector"), "expected --media NAME=SOURCE"),
+        (("ask", "{run}", "?", "--media", "smell=x"), "'smell', but the recipe has image"),
+        (("train", "{data}/none.yaml"), "expected a recipe file"),
+        (("train", "{recipe}", "train.sed=1"), "did you mean 'seed'"),
+        (("train", "{recipe}", "train.args.max_step=1"), "did you mean 'max_steps'"),
+        (("train", "{recipe}", "model.language_model={data}/no"), "no language model"),
+        (("data", "check", "{data}/none.jsonl", "--recipe", "{recipe}"), "no file at"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_a_code(
+    run: Path, recipe_file: Path, parts: Path, data: Path, tmp_path: Path, words: Any, sentence: str
+) -> None:
+    places = {"run": run, "recipe": recipe_file, "parts": parts, "data": data}
+    extra = (f"train.output_dir={tmp_path / 'new'}",) if words[0] == "train" else ()
+    done = command(*(word.format(**places) for word in words), *extra)
+    assert done.returncode == 1
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data_check_counts_problems_by_kind_and_writes_the_clean_rows(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    good = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    for row in good:
+        row["images"] = [str(data / row["images"][0])]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    bad = [
+        {**good[0], "id": "lost", "images": ["lost.png"]},
+        {**good[0], "id": "cut", "images": ["cut.png"]},
+        {**good[0], "id": "many", "images": ["whole.png", "whole.png"]},
+        {**good[0], "id": "silent", "messages": good[0]["messages"][:1]},
+        {"id": "long", "messages": [{"role": "user", "content": "a b " * 3000}, good[0]["messages"][1]]},
+    ]
+    path, clean = tmp_path / "rows.jsonl", tmp_path / "clean.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*good, *bad]))
+    done = command("data", "check", path, "--recipe", recipe_file, "--clean", clean)
+    assert done.returncode == 1, done.stderr
+    for kind in ("missing_file", "undecodable", "item_count", "no_target", "too_long"):
+        assert kind in done.stdout
+    for row in bad:
+        assert row["id"] in done.stdout
+    assert [json.loads(line) for line in clean.read_text().splitlines()] == good
+    assert command("data", "check", clean, "--recipe", recipe_file).returncode == 0
+
+
+def test_data_show_marks_what_is_learned_and_where_media_stand(
+    recipe_file: Path, data: Path
+) -> None:
+    done = command("data", "show", data / "rows.jsonl", "green", "--recipe", recipe_file)
+    assert done.returncode == 0, done.stderr
+    assert "⟦green<|im_end|>⟧" in done.stdout
+    assert "[image x 3]" in done.stdout
+    assert "What is " in done.stdout
