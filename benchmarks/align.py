@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -64,14 +65,20 @@ def main() -> None:
         )
         questions = read_questions(data.held_out_naming)[: options.asked]
         quiet = Console(quiet=True)
+        features = Path(folder) / "features.safetensors"
         for seed in range(options.repeats):
             for num_steps in options.steps:
                 for name, variant in VARIANTS.items():
                     out = Path(folder) / f"{len(scores)}-{seed}"
                     size = replace(Size(), num_steps=num_steps)
+                    if features.is_file():  # every variant starts from features that are there
+                        (out / "cache").mkdir(parents=True)
+                        shutil.copy(features, out / "cache" / features.name)
                     began = time.perf_counter()
                     model = train(plan(data, out, size, seed, variant), console=quiet)
                     seconds = time.perf_counter() - began
+                    if not features.is_file():
+                        shutil.copy(out / "cache" / features.name, features)
                     history = json.loads((out / "stages/1-projector/done.json").read_text())
                     loss = [e["loss"] for e in history["log_history"] if "loss" in e][-1]
                     examples = Asker(model, data, Path(folder), quiet).ask(questions, "naming")

@@ -8,7 +8,8 @@
     |- ChatTemplateError   a template that cannot be rendered or masked exactly
     |- SpliceError         tokens and places disagree
     |- LanguageModelError  a language model that cannot do what was asked
-    '- CheckpointError     a folder that is not ours, or not whole
+    |- CheckpointError     a folder that is not ours, or not whole
+    '- Interrupted         training was stopped by Ctrl-C, its state is saved
 
 Border: messages are written where the fault is found; this file only names the kinds.
 """
@@ -84,3 +85,7 @@ class LanguageModelError(MultiTokenError):
 
 class CheckpointError(MultiTokenError):
     """A folder that is not a checkpoint of ours, or one that is not whole."""
+
+
+class Interrupted(MultiTokenError):
+    """Training was stopped by Ctrl-C, after its state was saved. The exit code is 130."""

@@ -54,7 +54,33 @@ def load_language_model(
             f"no language model could be loaded from {name!r} (a hub name or a folder of a "
             f"decoder-only model is expected): {_first_line(error)}"
         ) from None
-    return model.requires_grad_(False).eval()
+    model = model.requires_grad_(False).eval()
+    _refuse_if_ids_are_needed(model, name)
+    return model
+
+
+@torch.no_grad()
+def _refuse_if_ids_are_needed(model: PreTrainedModel, name: str) -> None:
+    """Some families look ids up in every layer; embeddings alone would give other answers, silently.
+
+    Found by trying, on four tokens, rather than by a list of names.
+    """
+    embed = model.get_input_embeddings()
+    ids = torch.arange(4, device=embed.weight.device)[None]  # type: ignore[union-attr]
+    by_ids = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        by_embeds = model(inputs_embeds=embed(ids), use_cache=False).logits.float()
+    except (TypeError, ValueError) as error:
+        raise LanguageModelError(
+            f"{name} ({type(model).__name__}) cannot be driven by embeddings: {_first_line(error)}"
+        ) from None
+    difference = float((by_ids - by_embeds).abs().max())
+    if difference > 1e-2 * float(by_ids.std()):
+        raise LanguageModelError(
+            f"{name} ({type(model).__name__}) gives other logits for embeddings than for the same "
+            f"ids (by up to {difference:.3g}): it needs ids in its layers, so media cannot be "
+            "written into its input"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -79,6 +79,9 @@ class AlignSpec(Section):
 
     penalty: float = Field(default=100.0, gt=0)
     """Ridge penalty on standardized features."""
+    caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
+    """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
+    a line of its own (" {caption}\\n{caption}") also gives the tokens with which an answer starts."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 

@@ -16,7 +16,7 @@ from multi_token.cli.ask import ask, chat, predict
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.train import train
-from multi_token.errors import MultiTokenError
+from multi_token.errors import Interrupted, MultiTokenError
 
 app = typer.Typer(
     name="multi-token",
@@ -55,10 +55,10 @@ def main() -> None:
     console = Console(stderr=True)
     try:
         app()
+    except Interrupted as error:
+        console.print(str(error), highlight=False, markup=False)
+        sys.exit(130)
     except MultiTokenError as error:
-        if type(error).__name__ == "Interrupted":
-            console.print(str(error), highlight=False, markup=False)
-            sys.exit(130)
         console.print("error: ", style="bold red", end="")
         console.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

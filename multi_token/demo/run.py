@@ -43,11 +43,11 @@ class Size:
     num_names: int = 100
     num_renderings: int = 8
     num_held_out_renderings: int = 2
-    num_steps: int = 75
+    num_steps: int = 90
     batch_size: int = 16
-    num_yes_no: int = 100
-    num_categories: int = 60
-    num_two_pictures: int = 140
+    num_yes_no: int = 120
+    num_categories: int = 40
+    num_two_pictures: int = 200
     num_asked: int = 200
     """Questions of each held-out kind, at most."""
 
@@ -75,7 +75,7 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
                     "encoder": str(encoder_folder()),
                     "features": "pooled",
                     "channels_last": True,
-                    "projector": {"type": "expand", "factor": 6},
+                    "projector": {"type": "expand", "factor": 8},
                 }
             },
         },
@@ -83,13 +83,16 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {"rows": [{"rows": str(data.naming)}]},
+            "align": {
+                "rows": [{"rows": str(data.naming)}],
+                "caption_format": " {caption}\n{caption}",
+            },
             "feature_cache": True,
             "share_prefix": True,
             "stages": [
                 {
                     "name": "projector",
-                    "learn": {"projectors": 3e-4, "projector_biases": 3e-3},
+                    "learn": {"projectors": 4e-4, "projector_biases": 3e-3},
                     "args": {"max_steps": size.num_steps},
                 }
             ],
@@ -172,7 +175,7 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
         "recipe": {
             "language model": "SmolLM2-135M-Instruct, frozen",
             "encoder": "EfficientNet-Lite0 (ImageNet), pooled, frozen",
-            "projector": "closed form (frozen) + MLP, 6 tokens a picture",
+            "projector": "closed form (frozen) + MLP, 8 tokens a picture",
             "training": f"{size.num_steps} steps of {size.batch_size} rows",
         },
     }

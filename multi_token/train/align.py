@@ -20,6 +20,7 @@ from multi_token.generate import to_device
 from multi_token.language_model import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.reader import Reader
+from multi_token.recipe import AlignSpec
 from multi_token.types import Conversation, Features, Media, Text
 
 
@@ -86,21 +87,21 @@ def align(
     name: str,
     items: Sequence[Captioned],
     *,
-    penalty: float,
+    spec: AlignSpec,
     batch_size: int = 32,
 ) -> int:
     """Fit the closed-form part of a projector; returns the number of items it was fitted on.
 
-    Where one feature makes all of an item's tokens, token j is fitted to the embedding of the
-    caption's j-th token (the caption with a leading space, filled up with spaces); where an item
-    has many features, each is fitted to the mean of the caption's embeddings.
+    Where one feature makes all of an item's tokens, token j is fitted to the embedding of the j-th
+    token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
+    each is fitted to the mean of the caption's embeddings.
 
     Streaming: only the Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
     """
     if not items:
         return 0
     projector = model.projector(name)
-    targets = _Targets(model, items[0].reader, projector.tokens_per_group)
+    targets = _Targets(model, items[0].reader, projector.tokens_per_group, spec.caption_format)
     num_in, num_out = projector.group_dim, projector.tokens_per_group * projector.out_dim
     device = projector.feature_mean.device
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -124,7 +125,7 @@ def align(
     mean_x, mean_y = sum_x / count, sum_y / count
     gram -= count * torch.outer(mean_x, mean_x)
     cross -= count * torch.outer(mean_x, mean_y)
-    gram.diagonal().add_(penalty)
+    gram.diagonal().add_(spec.penalty)
     weight = torch.linalg.solve(gram, cross)
     closed_form = projector.add_closed_form()
     closed_form.weight.copy_(weight.T)
@@ -136,8 +137,13 @@ class _Targets:
     """Caption -> the embeddings that its item's tokens should have, remembered by caption."""
 
     def __init__(
-        self, model: MultiTokenForConditionalGeneration, reader: Reader, num_tokens: int
+        self,
+        model: MultiTokenForConditionalGeneration,
+        reader: Reader,
+        num_tokens: int,
+        caption_format: str,
     ) -> None:
+        self.caption_format = caption_format
         self.tokenizer = reader.tokenizer
         self.embedding = model.get_input_embeddings()
         self.num_tokens = num_tokens
@@ -152,7 +158,8 @@ class _Targets:
     def __call__(self, caption: str, *, single: bool) -> Tensor:
         """[num_tokens * dim]"""
         if (caption, single) not in self.known:
-            embeddings = self._embed(" " + caption)
+            # by replacement, since a caption may hold braces of its own
+            embeddings = self._embed(self.caption_format.replace("{caption}", caption))
             if single:
                 filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
                 target = filled[: self.num_tokens]

@@ -27,7 +27,7 @@ from multi_token.data.cache import FeatureCache
 from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.inspect import Problem, scan
-from multi_token.errors import MultiTokenError, RecipeError, RowError
+from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.language_model import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -40,10 +40,6 @@ from multi_token.types import Conversation
 
 RECIPE = "recipe.yaml"
 _DONE = "done.json"
-
-
-class Interrupted(MultiTokenError):
-    """Training was stopped by Ctrl-C, after its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,7 @@ def _start(
         if spec is None:
             continue
         chosen = [c for c in captions if c.item.modality == name]
-        num_aligned = align(model, name, chosen, penalty=spec.penalty)
+        num_aligned = align(model, name, chosen, spec=spec)
         console.print(
             f"{name}: closed-form start from {num_aligned} captioned items"
             if num_aligned

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +27,7 @@ def command(*words: str | Path, stdin: str | None = None) -> subprocess.Complete
         text=True,
         timeout=120,
         check=False,
-        env={**__import__("os").environ, "COLUMNS": "300", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "300", "NO_COLOR": "1"},
     )
 
 
@@ -176,3 +178,22 @@ def test_data_show_marks_what_is_learned_and_where_media_stand(
     assert "⟦green<|im_end|>⟧" in done.stdout
     assert "[image x 3]" in done.stdout
     assert "What is " in done.stdout
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [
+        *(sys.executable, "-m", "multi_token", "train", str(recipe_file)),
+        *(f"train.output_dir={out}", "train.stages.0.args.max_steps=100"),
+    ]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "adapter 3/100" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert "saved; the same command goes on from there" in rest.replace("\n", " ")
+    again = command(*words[3:-1], "train.stages.0.args.max_steps=100")
+    assert again.returncode == 0 and "going on from" in again.stderr

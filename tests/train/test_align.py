@@ -13,7 +13,7 @@ import torch
 
 from multi_token.checkpoint import compose
 from multi_token.language_model import embedding_rms
-from multi_token.recipe import Recipe
+from multi_token.recipe import AlignSpec, Recipe
 from multi_token.train.align import align, calibrate, captioned
 from multi_token.types import Conversation, Features, Media, Message, Text
 
@@ -52,7 +52,7 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
     conversations = examples(model)
     items = list(captioned(conversations))
     calibrate(model, "vector", [(i.item, i.reader) for i in items])
-    assert align(model, "vector", items, penalty=2.0, batch_size=7) == 40
+    assert align(model, "vector", items, spec=AlignSpec(penalty=2.0), batch_size=7) == 40
 
     values = torch.tensor(np.concatenate([i.item.source for i in items]))
     x = (values - values.mean(0)) / values.std(0, correction=0)
@@ -76,7 +76,7 @@ def test_every_kind_can_be_aligned_and_its_network_starts_silent(
     model = model_with(recipe_fields, tmp_path, kind)
     items = list(captioned(examples(model, length=4)))
     calibrate(model, "vector", [(i.item, i.reader) for i in items])
-    align(model, "vector", items, penalty=1.0)
+    align(model, "vector", items, spec=AlignSpec(penalty=1.0))
     projector = model.projector("vector")
     groups, _ = projector.arrange(Features(torch.randn(2, 4, 5)))
     assert not projector.network(groups).any()

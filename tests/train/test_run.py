@@ -15,10 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from multi_token.errors import MultiTokenError, RecipeError, RowError
+from multi_token.errors import Interrupted, MultiTokenError, RecipeError, RowError
 from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
-from multi_token.train.run import Interrupted, train
+from multi_token.train.run import train
 from multi_token.train.trainer import last_checkpoint
 
 Fields = Callable[..., dict[str, Any]]
