@@ -1,6 +1,6 @@
 """multi_token gives any language model new senses. The public names, and a map of the house.
 
-row -> data/formats -> reader (modalities, chat) -> collate -> model (encode, project, splice) -> text
+row -> data/formats -> reader (modalities, chat) -> collate -> model (encode, project, splice)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from multi_token.errors import MultiTokenError
-    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.modalities.base import Encoder, Modality
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.projectors import ProjectorSpec
     from multi_token.recipe import Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when asked for, so that `multi-token --help` need not load torch."""
+    """Public names are imported when asked for: `multi-token --help` need not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'multi_token' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -213,9 +213,7 @@ class ChatFormat:
 
     def _sentinel_spans(self, messages: list[dict[str, str]], text: str) -> list[Span] | None:
         """From one rendering in which each assistant turn is replaced by a mark of its own."""
-        marks = {
-            i: f"\ue100{i}\ue101" for i, m in enumerate(messages) if m["role"] == "assistant"
-        }
+        marks = {i: f"\ue100{i}\ue101" for i, m in enumerate(messages) if m["role"] == "assistant"}
         if any(mark in text for mark in marks.values()):
             return None
         marked = self._render(
@@ -302,7 +300,7 @@ def _messages(conversation: Conversation, slot: str) -> list[dict[str, str]]:
 
 
 def _span_of(spans: list[Span], start: int, end: int, text: str) -> int | None:
-    """Which learned span a token belongs to. Raises ChatTemplateError if it lies across a border."""
+    """The learned span of a token. Raises ChatTemplateError if it lies across a border."""
     for i, span in enumerate(spans):
         if start < span.end and end > span.start and end > start:
             if start < span.start and text[start : span.start].strip() == "":

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from multi_token import __version__
 from multi_token.chat import ChatFormat
@@ -35,7 +35,9 @@ SCHEMA = 1
 CONFIG, PROJECTORS, ADAPTER = "config.json", "projectors.safetensors", "adapter"
 
 
-def compose(spec: ModelSpec, *, max_tokens: int | None = None) -> MultiTokenForConditionalGeneration:
+def compose(
+    spec: ModelSpec, *, max_tokens: int | None = None
+) -> MultiTokenForConditionalGeneration:
     """The model of a recipe before any training: frozen parts loaded, projectors new."""
     language_model = load_language_model(
         spec.language_model,
@@ -56,17 +58,18 @@ def compose(spec: ModelSpec, *, max_tokens: int | None = None) -> MultiTokenForC
         max_tokens=max_tokens,
     )
     commit = getattr(language_model.config, "_commit_hash", None)
-    config = MultiTokenConfig(
-        schema=SCHEMA,
-        multi_token_version=__version__,
-        model={
+    fields: dict[str, Any] = {
+        "schema": SCHEMA,
+        "multi_token_version": __version__,
+        "model": {
             **spec.model_dump(mode="json"),
             "language_model": _reference(spec.language_model),
             "revision": commit or spec.revision,
             # the template itself, so that a checkpoint does not hang on a file elsewhere
             "chat_template": reader.chat.template if spec.chat_template else None,
         },
-    )
+    }
+    config = MultiTokenConfig(**fields)
     return MultiTokenForConditionalGeneration(
         config, language_model, spec.modalities, encoders, projectors, reader
     )
@@ -167,7 +170,15 @@ def load(
     spec = validated(ModelSpec, spec_fields, where=str(Path(folder) / CONFIG))
     model = compose(spec)
     load_trained(model, folder, fields)
-    return model.to(device).eval() if device else model.eval()
+    return move(model, device).eval() if device else model.eval()
+
+
+def move(
+    model: MultiTokenForConditionalGeneration, device: Any
+) -> MultiTokenForConditionalGeneration:
+    """The model on a device (transformers' decorator hides the arguments of `to` from checkers)."""
+    nn.Module.to(model, device)  # in place
+    return model
 
 
 def load_trained(

@@ -1,6 +1,6 @@
 """Conversations in, text out.
 
-Border: reads and batches prompts, drives the language model's own `generate` by embeddings, decodes.
+Border: reads and batches prompts, drives the language model's `generate` by embeddings, decodes.
 It knows nothing of terminals, files or HTTP.
 """
 
@@ -46,9 +46,7 @@ def generate(
     Raises RowError for a row that cannot be read, before anything is generated for its batch.
     """
     reader = replace(reader_of(model), fetch=Fetch(root=root))
-    prompts = [
-        as_prompt(conversation, model, i) for i, conversation in enumerate(conversations)
-    ]
+    prompts = [as_prompt(conversation, model, i) for i, conversation in enumerate(conversations)]
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]

@@ -61,7 +61,7 @@ def load_language_model(
 
 @torch.no_grad()
 def _refuse_if_ids_are_needed(model: PreTrainedModel, name: str) -> None:
-    """Some families look ids up in every layer; embeddings alone would give other answers, silently.
+    """Some families look ids up in every layer; embeddings alone would silently answer otherwise.
 
     Found by trying, on four tokens, rather than by a list of names.
     """

@@ -117,8 +117,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
         input_ids, attention_mask, labels, shift_labels: int64 [batch, time]. `shift_labels` is
         made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
-        accumulation steps, by which the summed loss is divided. `num_shared`: leading positions that
-        are the same in all rows; with labels they are computed once and without gradients.
+        accumulation steps, by which the summed loss is divided. `num_shared`: leading positions
+        that are the same in all rows; with labels they are computed once and without gradients.
         """
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:

@@ -36,7 +36,7 @@ class ProjectorSpec(BaseModel, ABC):
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Arrange features before the network, without parameters.
 
-        values [items, length, dim], mask [items, length] -> [items, groups, group_dim], [items, groups]
+        values [items, length, dim] and mask [items, length] -> the same with groups, group_dim
         """
         return values, mask
 
@@ -85,7 +85,7 @@ class Mlp(ProjectorSpec):
 
 
 class Expand(ProjectorSpec):
-    """Each feature becomes `factor` tokens, each by a perceptron of its own (sshh12/multi_token)."""
+    """Each feature becomes `factor` tokens, one perceptron each (sshh12/multi_token)."""
 
     type: Literal["expand"] = "expand"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=4, ge=1)
@@ -173,7 +173,7 @@ class Branches(nn.Module):
 
 
 class Projector(nn.Module):
-    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], in item order.
+    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], item by item.
 
     The closed-form part (see train/align.py) is fitted, then frozen; the network learns the
     difference beside it.
@@ -194,7 +194,7 @@ class Projector(nn.Module):
     feature_scale: Tensor
 
     def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Features -> the network's input [items, groups, group_dim] and its mask [items, groups]."""
+        """Features -> the network's input [items, groups, group_dim], mask [items, groups]."""
         values = (features.values.float() - self.feature_mean) * self.feature_scale
         mask = features.mask
         if mask is None:
@@ -228,7 +228,9 @@ class Projector(nn.Module):
         branches = (
             list(self.network.branches) if isinstance(self.network, Branches) else [self.network]
         )
-        return [[m for m in branch.modules() if isinstance(m, nn.Linear)][-1] for branch in branches]
+        return [
+            [m for m in branch.modules() if isinstance(m, nn.Linear)][-1] for branch in branches
+        ]
 
     @torch.no_grad()
     def scale_output(self, features: Features, rms: float) -> None:
@@ -258,5 +260,7 @@ def _in_groups(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tenso
 def _side(num_features: int) -> int:
     side = math.isqrt(num_features)
     if side * side != num_features:
-        raise ValueError(f"pool with grid: true needs a square number of features, got {num_features}")
+        raise ValueError(
+            f"pool with grid: true needs a square number of features, got {num_features}"
+        )
     return side

@@ -62,9 +62,7 @@ class Reader:
                     return Prepared({FEATURES_KEY: values}, num_features=len(values))
             return modality.prepare(modality.load(item.source, self.fetch))
         except MediaError as error:
-            raise RowError(
-                f"{item.modality}: {error}", kind=error.kind, row_id=row_id
-            ) from error
+            raise RowError(f"{item.modality}: {error}", kind=error.kind, row_id=row_id) from error
 
     def __call__(self, conversation: Conversation, *, prompt_only: bool = False) -> Sample:
         """One conversation -> one Sample, or a RowError that says what is wrong with it.

@@ -17,7 +17,6 @@ from multi_token.errors import RecipeError
 from multi_token.modalities.base import AnyModality, Modality
 from multi_token.registry import validated
 
-
 _TAKEN = frozenset({"id", "text", "message", "messages", "conversation", "conversations"})
 
 
@@ -71,7 +70,7 @@ class DataSpec(Section):
     max_tokens: int = Field(default=2048, ge=1)
     """A longer row is never cut: see `on_bad_row`."""
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """`raise`: stop and say which rows are bad; `skip`: leave them out whole, counted and listed."""
+    """`raise`: stop and say which rows are bad; `skip`: leave them out whole and count them."""
 
 
 class AlignSpec(Section):
@@ -81,7 +80,7 @@ class AlignSpec(Section):
     """Ridge penalty on standardized features."""
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
     """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
-    a line of its own (" {caption}\\n{caption}") also gives the tokens with which an answer starts."""
+    a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 
@@ -134,7 +133,7 @@ class TrainSpec(Section):
     align: AlignSpec | None = Field(default_factory=AlignSpec)
     """Stage zero; `null` turns it off."""
     feature_cache: bool = False
-    """Run the frozen encoders once and keep every item's features in memory and the run's folder."""
+    """Run frozen encoders once; keep every item's features in memory and the run's folder."""
     share_prefix: bool = False
     """Compute the text that all rows of a batch begin with (a system message, say) once and without
     gradients. The loss stays the same; for stages in which the language model is frozen."""

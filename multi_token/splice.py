@@ -17,7 +17,7 @@ from multi_token.errors import SpliceError
 class Piece:
     """All tokens of one modality in a batch.
 
-    `tokens` [num_tokens, dim]; `positions` int64 [num_tokens], in the flattened [batch * time] view.
+    `tokens` [num_tokens, dim]; `positions` int64 [num_tokens], in the flat [batch * time] view.
     """
 
     name: str

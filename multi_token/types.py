@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired
 
 Role = Literal["system", "user", "assistant", "tool"]
 """Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
@@ -108,7 +109,7 @@ class MediaBatch(TypedDict):
     positions: Tensor
 
 
-class Batch(TypedDict, total=False):
+class Batch(TypedDict):
     """What the model's forward takes, as keyword arguments.
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
@@ -121,12 +122,12 @@ class Batch(TypedDict, total=False):
     labels: Tensor
     shift_labels: Tensor
     media: dict[str, MediaBatch]
-    num_shared: int
+    num_shared: NotRequired[int]
 
 
 @dataclass
 class Features:
-    """What an encoder returns: `values` [items, length, dim]; `mask` bool [items, length] or None."""
+    """What an encoder returns: `values` [items, length, dim], `mask` [items, length] or None."""
 
     values: Tensor
     mask: Tensor | None = None

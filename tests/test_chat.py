@@ -26,7 +26,13 @@ def conversation(num_turns: int, *, system: bool = False, media_at: int = 0) -> 
     for turn in range(num_turns):
         parts: tuple[Part, ...] = (Text(f"Question {turn} of the user?"),)
         if turn == media_at:
-            parts = (Text("Look at "), Media("image", "x"), Text(" and "), Media("image", "y"), *parts)
+            parts = (
+                Text("Look at "),
+                Media("image", "x"),
+                Text(" and "),
+                Media("image", "y"),
+                *parts,
+            )
         messages += [
             Message("user", parts),
             Message("assistant", (Text(f"answer {turn} is a cat."),)),
@@ -90,7 +96,8 @@ def test_ids_of_a_text_conversation_are_the_tokenizers_own(template: str) -> Non
         {"role": "assistant", "content": "a dog"},
     ]
     ours = ChatFormat(tokenizer).tokenize(
-        Conversation(tuple(Message(m["role"], (Text(m["content"]),)) for m in messages)), []  # type: ignore[arg-type]
+        Conversation(tuple(Message(m["role"], (Text(m["content"]),)) for m in messages)),
+        [],  # type: ignore[arg-type]
     )
     assert ours.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
     assert (ours.input_ids == tokenizer.bos_token_id).sum() <= 1
@@ -98,7 +105,12 @@ def test_ids_of_a_text_conversation_are_the_tokenizers_own(template: str) -> Non
 
 def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> None:
     chat = ChatFormat(tiny_tokenizer())
-    parts: tuple[Part, ...] = (Media("image", 0), Text(" or "), Media("vector", 1), Media("image", 2))
+    parts: tuple[Part, ...] = (
+        Media("image", 0),
+        Text(" or "),
+        Media("vector", 1),
+        Media("image", 2),
+    )
     messages = (Message("user", parts), Message("assistant", (Text("yes"),)))
     sample = chat.tokenize(Conversation(messages), [4, 1, 2])
     assert [(p.modality, p.length) for p in sample.places] == [

@@ -1,4 +1,4 @@
-"""checkpoint.py: what was trained comes back bit for bit; anything else is refused in a sentence."""
+"""checkpoint.py: what was trained comes back bit for bit; the rest is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def run(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -> 
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     model.projector("image").add_closed_form()
     with torch.no_grad():
-        for parameter in [*model.projectors.parameters(), *adapter_parameters(model.language_model)]:
+        for parameter in [
+            *model.projectors.parameters(),
+            *adapter_parameters(model.language_model),
+        ]:
             parameter.normal_(std=0.1)
     save(model, folder)
     return folder

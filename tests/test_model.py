@@ -87,7 +87,9 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(model: Any, side: str) -> No
         for row, conversation in enumerate(MIXED):
             alone = batch_of(model, [conversation])
             single = model(input_ids=alone["input_ids"], media=alone["media"]).logits[0]
-            torch.testing.assert_close(together[row][mask[row].bool()], single, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                together[row][mask[row].bool()], single, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_start_that_all_rows_share_is_computed_once_with_the_same_loss_and_gradients(

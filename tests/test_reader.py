@@ -1,4 +1,4 @@
-"""reader.py: bad rows become one sentence with a kind and the row's id; nothing is cut or swapped."""
+"""reader.py: a bad row is one sentence with a kind and the row's id; nothing is cut."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ BAD = [
     (row("<image>", images=["red.png", "blue.png"]), "item_count", "2"),
     ({"id": "r7", "messages": []}, "format", "messages"),
     ({"id": "r7", "messages": [{"role": "robot", "content": "x"}]}, "format", "robot"),
-    ({"id": "r7", "messages": [{"role": "user", "content": "x"}]}, "no_target", "no assistant turn"),
+    (
+        {"id": "r7", "messages": [{"role": "user", "content": "x"}]},
+        "no_target",
+        "no assistant turn",
+    ),
     (row("x", answer=""), "no_target", "nothing to learn"),
     (row("word " * 400), "too_long", "over max_tokens = 200"),
 ]

@@ -32,7 +32,9 @@ def _load(
 
     read_config(run)  # a folder that is not ours is refused before anything heavy is loaded
     if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         device = str(found) if found is not None else "cpu"
     return load(run, language_model=language_model, device=device)
 
@@ -49,7 +51,9 @@ def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
     for item in media or []:
         name, equals, source = item.partition("=")
         if not equals:
-            raise MultiTokenError(f"expected --media NAME=SOURCE (--media vector=x.npy), got {item!r}")
+            raise MultiTokenError(
+                f"expected --media NAME=SOURCE (--media vector=x.npy), got {item!r}"
+            )
         items.append(Media(name, source))
     return items
 
@@ -214,7 +218,9 @@ def _num_answered(out: Path, ids: list[str]) -> int:
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         return 0
-    kept = [line for line in out.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    kept = [
+        line for line in out.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
+    ]
     for number, line in enumerate(kept):
         try:
             found = json.loads(line)["id"]

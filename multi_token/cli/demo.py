@@ -12,7 +12,9 @@ def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
     seed: int = typer.Option(0, help="Of pictures, rows and training."),
     names: int = typer.Option(None, help="Things to learn, 100 by default."),
-    quick: bool = typer.Option(False, "--quick", help="A small one in under a minute, to see it run."),
+    quick: bool = typer.Option(
+        False, "--quick", help="A small one in under a minute, to see it run."
+    ),
 ) -> None:
     """Teach SmolLM2-135M-Instruct to name pictures, ask it about new ones, write a report."""
     from rich.console import Console
@@ -32,4 +34,6 @@ def demo(
     console.print(f"\nlook:  {out / 'report.html'}", highlight=False)
     console.print(f"talk:  multi-token chat {out}", highlight=False)
     picture = next((out / "data" / "pictures").glob("*/held_out_000.png"))
-    console.print(f'ask:   multi-token ask {out} "What is this?" --image {picture}', highlight=False)
+    console.print(
+        f'ask:   multi-token ask {out} "What is this?" --image {picture}', highlight=False
+    )

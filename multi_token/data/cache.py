@@ -44,13 +44,17 @@ class FeatureCache:
         modalities: Mapping[str, Modality],
         encoders: Mapping[str, Encoder],
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         on_items: Callable[[int], None] | None = None,
     ) -> int:
         """Encode what is not there yet; returns how many items were encoded.
 
-        An item that cannot be read is passed over here: reading its row names it.
+        An item that cannot be read is passed over here: reading its row names it. `batch_size`:
+        items encoded together; by default few on a CPU, whose caches a large batch would leave.
         """
+        if batch_size is None:
+            on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
+            batch_size = 4 if on_cpu else 32
         waiting: dict[str, list[tuple[str, Prepared]]] = {name: [] for name in modalities}
         num_encoded = 0
         seen: set[str] = set()

@@ -43,7 +43,7 @@ class Size:
     num_names: int = 100
     num_renderings: int = 8
     num_held_out_renderings: int = 2
-    num_steps: int = 90
+    num_steps: int = 84
     batch_size: int = 16
     num_yes_no: int = 120
     num_categories: int = 40
@@ -74,7 +74,6 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
                     "type": "image",
                     "encoder": str(encoder_folder()),
                     "features": "pooled",
-                    "channels_last": True,
                     "projector": {"type": "expand", "factor": 8},
                 }
             },
@@ -144,7 +143,9 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
     asker = Asker(model, data, out, console)
     naming = read_questions(data.held_out_naming)[: size.num_asked]
     named = asker.ask(naming, "new renderings")
-    two = asker.ask(read_questions(data.held_out_two_pictures)[: size.num_asked // 2], "two pictures")
+    two = asker.ask(
+        read_questions(data.held_out_two_pictures)[: size.num_asked // 2], "two pictures"
+    )
     yes_no = asker.ask(read_questions(data.held_out_yes_no)[: size.num_asked // 2], "yes or no")
     unknown = asker.ask(_beside_unknown(data)[: size.num_asked // 4], "beside an unseen thing")
 
@@ -237,9 +238,10 @@ class Asker:
 
 
 def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
-    """Whether a text-only prompt gives the logits of a freshly loaded language model, to the bit."""
+    """Whether a text-only prompt gives a freshly loaded language model's logits, to the bit."""
     spec = model.config.model
-    bare = load_language_model(spec["language_model"], dtype=spec["dtype"]).to(model.device)
+    bare: Any = load_language_model(spec["language_model"], dtype=spec["dtype"])
+    bare.to(model.device)
     ids = model.reader.tokenizer("The capital of France is", return_tensors="pt").input_ids  # type: ignore[union-attr]
     ids = ids.to(model.device)
     with torch.no_grad():
@@ -285,5 +287,3 @@ def _for_the_sheet(examples: Sequence[Example]) -> list[Example]:
     """Fifteen spread over all, wrong ones among them in their true proportion."""
     step = max(1, len(examples) // 15)
     return list(examples[::step][:15])
-
-

@@ -35,7 +35,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, **inputs: Tensor) -> Features:
-        """`inputs` as `Modality.collate` made them -> values [items, length, dim] and their mask."""
+        """What `Modality.collate` made -> values [items, length, dim] and their mask."""
 
 
 class Modality(BaseModel, ABC):
@@ -66,9 +66,7 @@ class Modality(BaseModel, ABC):
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items -> one batch: each input stacked, shorter ones padded with zeros at the end."""
-        return {
-            key: stack_padded([item.inputs[key] for item in items]) for key in items[0].inputs
-        }
+        return {key: stack_padded([item.inputs[key] for item in items]) for key in items[0].inputs}
 
     def num_tokens(self, num_features: int) -> int:
         """How many positions of the language model an item with so many features takes."""

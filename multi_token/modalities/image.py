@@ -54,7 +54,7 @@ class ImageEncoder(Encoder):
         if self.features == "cls":
             if num_prefix == 0:
                 raise MultiTokenError(
-                    f"{type(self.tower).__name__} has no CLS token; use `pooled`, `mean` or `patches`"
+                    f"{type(self.tower).__name__} has no CLS token; use `pooled`, `mean`, `patches`"
                 )
             return Features(values[:, :1])
         values = values[:, num_prefix:]
@@ -80,8 +80,6 @@ class ImageModality(Modality):
     `cls`: the CLS token; `mean`: the mean of the patches."""
     layer: int | None = None
     """Hidden state to take, counted as transformers does (-1 the last, -2 LLaVA-1.5's)."""
-    channels_last: bool = False
-    """Memory layout of convolutional encoders; much faster for them on a CPU."""
     max_pixels: int = 89_478_485
     """A picture larger than this is refused before it is decoded (a guard against bombs)."""
 
@@ -112,8 +110,6 @@ class ImageModality(Modality):
         tower = _vision_half(
             AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
         )
-        if self.channels_last:
-            tower = tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         encoder = ImageEncoder(tower, features=self.features, layer=self.layer).eval()
         blank = self.prepare(Image.new("RGB", (64, 64)))
         with torch.no_grad():

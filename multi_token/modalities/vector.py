@@ -70,7 +70,7 @@ class VectorModality(Modality):
             ) from None
 
     def prepare(self, raw: Any) -> Prepared:
-        """[dim] or [length, dim] -> values [length, dim]. Raises MediaError on a wrong shape or NaN."""
+        """[dim] or [length, dim] -> values [length, dim]. Raises MediaError: wrong shape, NaN."""
         array = np.asarray(raw, dtype=np.float32)
         if array.ndim == 1:
             array = array[None]

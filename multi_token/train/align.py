@@ -96,7 +96,7 @@ def align(
     token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
     each is fitted to the mean of the caption's embeddings.
 
-    Streaming: only the Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
+    Streaming: only Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
     """
     if not items:
         return 0

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, set_seed
 
-from multi_token.checkpoint import CONFIG, compose, load, load_trained, save
+from multi_token.checkpoint import CONFIG, compose, load, load_trained, move, save
 from multi_token.collate import Collator
 from multi_token.data.cache import FeatureCache
 from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
@@ -92,7 +92,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
 
     set_seed(recipe.train.seed)
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
-    model.to(arguments[0].device)
+    move(model, arguments[0].device)
     cache = FeatureCache(out / "cache" / "features.safetensors")
     sources = [_open(source, model, recipe, cache) for source in recipe.data.train]
     if recipe.train.feature_cache:
@@ -186,7 +186,8 @@ def _fill_cache(
             items, model.modalities, encoders, on_items=lambda n: progress.advance(task, n)
         )
     console.print(
-        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache", highlight=False
+        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache",
+        highlight=False,
     )
 
 

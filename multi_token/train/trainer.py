@@ -100,7 +100,7 @@ class MultiTokenTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group a learning rate, each split into decayed and undecayed parameters."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._ours())
             groups = []
             for name, rate, parameters in parameter_groups(self._ours(), self.learn):
                 for decayed in (True, False):
@@ -114,7 +114,7 @@ class MultiTokenTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As transformers', but lengths are known: it would decode every row's media to see them."""
+        """As transformers', but lengths are known: it would decode all media to see them."""
         if self.args.train_sampling_strategy == "group_by_length":
             return ByLength(
                 self.lengths,
@@ -195,7 +195,12 @@ def parameter_groups(
     groups: list[tuple[str, float, list[nn.Parameter]]] = []
     if learn.projectors is not None:
         known = [p for p in model.projectors.values() if isinstance(p, Projector)]
-        fixed = [p for projector in known if projector.closed_form for p in projector.closed_form.parameters()]
+        fixed = [
+            p
+            for projector in known
+            if projector.closed_form
+            for p in projector.closed_form.parameters()
+        ]
         biases = [layer.bias for projector in known for layer in projector.final_layers()]
         apart = {id(p) for p in fixed}
         if learn.projector_biases is not None:

@@ -54,14 +54,16 @@ def run(recipe_file: Path) -> Path:
     return Path(fields["train"]["output_dir"])
 
 
-def test_train_and_ask_from_the_command_line(
-    recipe_file: Path, data: Path, tmp_path: Path
-) -> None:
+def test_train_and_ask_from_the_command_line(recipe_file: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = command("train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2")
+    done = command(
+        "train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2"
+    )
     assert done.returncode == 0, done.stderr
     assert "loss" in done.stderr and "tok/s" in done.stderr and "supervised" in done.stderr
-    again = command("train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2")
+    again = command(
+        "train", recipe_file, f"train.output_dir={out}", "train.stages.0.args.max_steps=2"
+    )
     assert "trained already" in again.stderr
     asked = command("ask", out, "What is it?", "--image", data / "red.png", "--max-new-tokens", "3")
     assert asked.returncode == 0, asked.stderr
@@ -75,7 +77,9 @@ def test_predict_answers_in_order_and_goes_on_where_it_stopped(
     first = command(*words)
     assert first.returncode == 0, first.stderr
     whole = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(a["id"], a["answer"]) for a in whole] == [(c, c) for c in ("red", "blue", "green", "white")]
+    assert [(a["id"], a["answer"]) for a in whole] == [
+        (c, c) for c in ("red", "blue", "green", "white")
+    ]
 
     lines = out.read_text().splitlines(True)
     out.write_text(lines[0] + json.dumps({"id": "blue", "answer": "kept"}) + "\n" + lines[2][:7])
@@ -101,7 +105,9 @@ def test_predict_refuses_answers_of_other_rows(run: Path, data: Path, tmp_path: 
 def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
     run: Path, data: Path
 ) -> None:
-    typed = f"/image {data / 'none.png'}\n/picture x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"
+    typed = (
+        f"/image {data / 'none.png'}\n/picture x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"
+    )
     done = command("chat", run, "--max-new-tokens", "4", stdin=typed)
     assert done.returncode == 0, done.stderr
     assert "no file at" in done.stdout
@@ -112,7 +118,9 @@ def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
 def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
     typed = f"/image {data / 'red.png'}\nWhat is this?\n"
     done = command("chat", run, "--max-new-tokens", "6", stdin=typed)
-    asked = command("ask", run, "What is this?", "--image", data / "red.png", "--max-new-tokens", "6")
+    asked = command(
+        "ask", run, "What is this?", "--image", data / "red.png", "--max-new-tokens", "6"
+    )
     assert asked.stdout.strip() and asked.stdout.strip() in done.stdout
 
 
@@ -156,7 +164,10 @@ def test_data_check_counts_problems_by_kind_and_writes_the_clean_rows(
         {**good[0], "id": "cut", "images": ["cut.png"]},
         {**good[0], "id": "many", "images": ["whole.png", "whole.png"]},
         {**good[0], "id": "silent", "messages": good[0]["messages"][:1]},
-        {"id": "long", "messages": [{"role": "user", "content": "a b " * 3000}, good[0]["messages"][1]]},
+        {
+            "id": "long",
+            "messages": [{"role": "user", "content": "a b " * 3000}, good[0]["messages"][1]],
+        },
     ]
     path, clean = tmp_path / "rows.jsonl", tmp_path / "clean.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*good, *bad]))
@@ -194,6 +205,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(recipe_file: Path, tmp_path: 
                 break
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130
-    assert "saved; the same command goes on from there" in rest.replace("\n", " ")
+    assert "saved; the same command goes on from there" in " ".join(rest.split())
     again = command(*words[3:-1], "train.stages.0.args.max_steps=100")
     assert again.returncode == 0 and "going on from" in again.stderr

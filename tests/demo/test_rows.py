@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multi_token.demo.rows import DemoData, Question, build_rows, read_questions
+from multi_token.demo.rows import WHAT_IS_THIS, DemoData, Question, build_rows, read_questions
 from multi_token.demo.things import CATEGORY_PHRASES, THINGS, Category, is_outside
 from multi_token.errors import MultiTokenError
 
@@ -66,7 +66,7 @@ def test_naming_has_every_rendering_once_and_answers_with_the_bare_name(data: De
     trained = read_questions(data.naming)
     assert len(trained) == 16 * 3 == len({q.pictures for q in trained})
     held_out = read_questions(data.held_out_naming)
-    assert len(held_out) == 16 * 2 and {q.text for q in held_out} == {"<image>\nWhat is this?"}
+    assert len(held_out) == 16 * 2 and {q.text for q in held_out} == {WHAT_IS_THIS}
     assert all((q.answer,) == q.names for q in trained + held_out)
     assert "<image>\nWhat is this?" in {q.text for q in trained}
 
@@ -176,7 +176,7 @@ def test_a_system_message_opens_every_row_when_given(tmp_path: Path) -> None:
     rows = data.naming.read_text(encoding="utf-8").splitlines()
     for row in map(json.loads, rows):
         assert row["messages"][0] == {"role": "system", "content": "You see."}
-    assert read_questions(data.naming)[0].text.startswith("<image>")
+    assert "<image>" in read_questions(data.naming)[0].text
 
 
 def test_more_names_than_there_are_things_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""demo/run.py: the whole demo in its short form, on the real models, with every number it promises."""
+"""demo/run.py: the short demo, on the real models, with every number it promises."""
 
 from __future__ import annotations
 

@@ -108,9 +108,7 @@ def test_paths_bytes_and_pictures_are_read_alike(encoders: dict[str, str], data:
     path = data / "red.png"
     with Image.open(path) as picture:
         sources = [str(path), path.read_bytes(), picture.copy()]
-    values = [
-        modality.prepare(modality.load(s, Fetch())).inputs["pixel_values"] for s in sources
-    ]
+    values = [modality.prepare(modality.load(s, Fetch())).inputs["pixel_values"] for s in sources]
     assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
 
 

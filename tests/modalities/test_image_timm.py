@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ASIDE = Path(sys.prefix) / "timm"
-SCRIPT = '''
+SCRIPT = """
 import json, sys, torch
 try:
     import torchvision
@@ -57,7 +57,7 @@ for features in ("patches", "pooled", "cls", "mean"):
                  "cls": torch.equal(values[:, 0], reference[:, 0])}.get(features),
     }
 print(json.dumps(results))
-'''
+"""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""train/align.py: the closed form is ridge regression, whatever the batches; output starts in size."""
+"""train/align.py: the closed form is ridge regression; tokens start in the right size."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
     embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
     space = embed(torch.tensor(tokenizer(" ").input_ids))[-1:]
     targets = [
-        torch.cat([embed(torch.tensor(tokenizer(" " + i.caption).input_ids)), space, space, space])[:3]
+        torch.cat([embed(torch.tensor(tokenizer(" " + i.caption).input_ids)), space, space, space])[
+            :3
+        ]
         for i in items
     ]
     y = torch.stack([t.flatten() for t in targets]).double().detach()

@@ -1,4 +1,4 @@
-"""train/run.py: a recipe becomes a model; the same command again goes on, and twice gives the same."""
+"""train/run.py: a recipe becomes a model; the same command again goes on."""
 
 from __future__ import annotations
 
@@ -59,7 +59,12 @@ def test_thirty_steps_overfit_four_rows(
         {**adapter, "args": {"max_steps": 20, "per_device_train_batch_size": 4}},
     ]
     model = trained(recipe_fields(tmp_path / "run", stages=stages, align=align))
-    assert model.generate(rows, root=str(data), max_new_tokens=8) == ["red", "blue", "green", "white"]
+    assert model.generate(rows, root=str(data), max_new_tokens=8) == [
+        "red",
+        "blue",
+        "green",
+        "white",
+    ]
     assert losses(tmp_path / "run", "2-adapter")[-1] < 0.3 * losses(tmp_path / "run")[0]
 
 
@@ -200,7 +205,12 @@ def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
 
 
 def test_any_training_argument_is_passed_through(recipe_fields: Fields, tmp_path: Path) -> None:
-    args = {"use_cpu": True, "logging_steps": 1, "weight_decay": 0.25, "lr_scheduler_type": "linear"}
+    args = {
+        "use_cpu": True,
+        "logging_steps": 1,
+        "weight_decay": 0.25,
+        "lr_scheduler_type": "linear",
+    }
     trained(recipe_fields(tmp_path / "run", args=args))
     history = json.loads((tmp_path / "run/stages/1-projector/done.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
