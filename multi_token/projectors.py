@@ -173,7 +173,7 @@ class Branches(nn.Module):
 
 
 class Projector(nn.Module):
-    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], item by item.
+    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], in order.
 
     The closed-form part (see train/align.py) is fitted, then frozen; the network learns the
     difference beside it.
