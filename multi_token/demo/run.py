@@ -233,7 +233,8 @@ class Asker:
             )
             for question, answer in zip(questions, answers, strict=True)
         ]
-        self.console.print(f"{what}: {_share(examples):.1%} of {len(examples)}", highlight=False)
+        share = _share(examples)
+        self.console.print(f"{what}: {share:.1%} of {len(examples)} right", highlight=False)
         return examples
 
 
