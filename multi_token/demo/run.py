@@ -98,6 +98,7 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
             "args": {
                 "per_device_train_batch_size": size.batch_size,
                 "train_sampling_strategy": "group_by_length",
+                "logging_steps": 2,
                 "use_cpu": True,
             },
         },
