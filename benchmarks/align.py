@@ -29,8 +29,8 @@ from multi_token.train.run import train
 VARIANTS: dict[str, dict[str, Any]] = {
     "random MLP, 1e-3": {"align": None, "learn": {"projectors": 1e-3}},
     "closed form + MLP, 1e-3": {"learn": {"projectors": 1e-3}},
-    "closed form + MLP 3e-4, biases 3e-3": {
-        "learn": {"projectors": 3e-4, "projector_biases": 3e-3}
+    "closed form + MLP 4e-4, biases 3e-3": {
+        "learn": {"projectors": 4e-4, "projector_biases": 3e-3}
     },
 }
 
@@ -48,7 +48,7 @@ def plan(data: DemoData, out: Path, size: Size, seed: int, variant: dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[15, 30, 60])
+    parser.add_argument("--steps", type=int, nargs="+", default=[30, 60])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--asked", type=int, default=100)
     options = parser.parse_args()

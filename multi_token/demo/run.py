@@ -55,7 +55,7 @@ class Size:
 QUICK = Size(
     num_names=10,
     num_renderings=4,
-    num_steps=8,
+    num_steps=16,
     batch_size=8,
     num_yes_no=10,
     num_categories=10,
