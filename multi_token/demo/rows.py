@@ -27,7 +27,7 @@ fits was trained and the other was never seen."""
 WHAT_IS_THIS = "What is <image>?"
 _OTHER_PHRASING = "<image>\nWhat is this?"
 
-_VERSION = 2
+_VERSION = 3
 """Raised when the same arguments give other files, so that old folders are built again."""
 
 
@@ -67,6 +67,11 @@ class DemoData:
         return self.folder / "questions.jsonl"
 
     @property
+    def validation_naming(self) -> Path:
+        """Every validation rendering of every trained thing: what settings are chosen by."""
+        return self.folder / "validation_naming.jsonl"
+
+    @property
     def held_out_naming(self) -> Path:
         """Every held-out rendering of every trained thing."""
         return self.folder / "held_out_naming.jsonl"
@@ -94,6 +99,7 @@ def build_rows(
     num_renderings: int,
     num_held_out_renderings: int,
     seed: int,
+    num_validation_renderings: int = 0,
     num_yes_no: int = 400,
     num_categories: int = 200,
     num_two_pictures: int = 400,
@@ -103,9 +109,10 @@ def build_rows(
 ) -> DemoData:
     """Write pictures and rows to `out`; the same arguments give the same files.
 
-    Naming has one row for each rendering; the next three numbers are rows for training,
-    `num_held_out_questions` is the number of held-out rows of each kind. A folder that is already
-    finished with the same arguments is left alone.
+    Naming has one row for each rendering; the three numbers of questions are rows for training,
+    `num_held_out_questions` is the number of held-out rows of each kind. Validation renderings are
+    in neither: whoever tries settings scores them there and leaves the held-out ones untouched.
+    A folder that is already finished with the same arguments is left alone.
     """
     arguments = {k: v for k, v in locals().items() if k != "out"} | {"version": _VERSION}
     known = things(num_names + num_held_out_things)
@@ -119,6 +126,8 @@ def build_rows(
     # numbers that training never draws, whatever num_renderings is
     held_out_numbers = range(1_000_000, 1_000_000 + num_held_out_renderings)
     unseen = _Pictures(trained, "held_out", held_out_numbers, seed)
+    validation_numbers = range(2_000_000, 2_000_000 + num_validation_renderings)
+    validation = _Pictures(trained, "validation", validation_numbers, seed)
     unknown = _Pictures(held_out, "held_out", held_out_numbers, seed)
     trained_categories = {thing.category for thing in trained}
     asked: list[Category] = [c for c in CATEGORY_PHRASES if c in trained_categories]
@@ -131,7 +140,7 @@ def build_rows(
         # a generator for each kind: more rows of one kind leave the others as they are
         return random.Random(f"{seed}/{kind}")
 
-    for pictures in (seen, unseen, unknown):
+    for pictures in (seen, validation, unseen, unknown):
         pictures.write(out)
     write(data.naming, _naming(seen, numbers("naming")))
     write(
@@ -143,6 +152,7 @@ def build_rows(
         ],
     )
     n = num_held_out_questions
+    write(data.validation_naming, _naming(validation, None))
     write(data.held_out_naming, _naming(unseen, None))
     write(
         data.held_out_yes_no,

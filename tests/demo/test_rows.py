@@ -24,6 +24,7 @@ def build(out: Path, *, seed: int = 0, num_names: int = 16, system: str | None =
         num_names=num_names,
         num_renderings=3,
         num_held_out_renderings=2,
+        num_validation_renderings=2,
         seed=seed,
         num_yes_no=64,
         num_categories=60,
@@ -71,14 +72,17 @@ def test_naming_has_every_rendering_once_and_answers_with_the_bare_name(data: De
     assert "<image>\nWhat is this?" in {q.text for q in trained}
 
 
-def test_training_sees_no_held_out_picture(data: DemoData) -> None:
+def test_training_validation_and_held_out_share_no_picture(data: DemoData) -> None:
     def bytes_of(questions: list[Question]) -> set[bytes]:
         paths = {path for q in questions for path in q.pictures}
         return {(data.folder / path).read_bytes() for path in paths}
 
     trained = read_questions(data.naming) + read_questions(data.questions)
     held_out = [q for p in data.folder.glob("held_out_*.jsonl") for q in read_questions(p)]
-    assert not bytes_of(trained) & bytes_of(held_out)
+    validation = read_questions(data.validation_naming)
+    assert len(validation) == 16 * 2
+    three = [bytes_of(trained), bytes_of(validation), bytes_of(held_out)]
+    assert sum(map(len, three)) == len(set().union(*three))
 
 
 def test_training_sees_no_picture_of_a_held_out_thing(data: DemoData) -> None:
