@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := $(VENV)/timm
+TORCHAO := $(VENV)/torchao
 # -qq: errors only. Where pip looks for packages is its own settings (PIP_INDEX_URL and the like).
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 
@@ -32,7 +33,7 @@ demo: $(STAMP) ## A language model learns to name pictures; more by ARGS="--quic
 test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) $(TIMM)/.installed ## The tests that take longer
+test-slow: $(STAMP) $(TIMM)/.installed $(TORCHAO)/.installed ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
 
 check: $(STAMP) ## Form, lint and types, changing nothing
@@ -53,6 +54,12 @@ bench: $(STAMP) ## Run every script in benchmarks/
 $(TIMM)/.installed: $(STAMP)
 	@$(PIP) install --no-deps --upgrade --target $(TIMM) \
 		$(shell sed -n 's/^\(timm==[^ ;]*\).*/\1/p; s/^\(torchvision==[^ ;]*\).*/\1/p' constraints.txt)
+	@touch $@
+
+# transformers and PEFT import torchao wherever it is installed, which costs every start seconds.
+$(TORCHAO)/.installed: $(STAMP)
+	@$(PIP) install --no-deps --upgrade --target $(TORCHAO) \
+		$(shell sed -n 's/^\(torchao==[^ ;]*\).*/\1/p' constraints.txt)
 	@touch $@
 
 # The stamp is written last: a set-up that was interrupted is done again.

@@ -14,8 +14,9 @@ MARK = "<!-- tree -->"
 
 # The order of reading; files that are not named come after, by name.
 FLOW = [
-    *("types", "errors", "registry", "recipe", "reader", "chat", "collate", "splice"),
-    *("projectors", "model", "language_model", "generate", "checkpoint"),
+    *("types", "errors", "registry", "recipe", "reader", "chat", "chat_template", "marks"),
+    *("collate", "splice", "projectors", "model", "language_model", "quantization", "probe"),
+    *("drive", "generate", "checkpoint", "references", "hub"),
     *("base", "formats", "dataset"),
 ]
 

@@ -1,7 +1,7 @@
 """A tokenizer and its chat template: conversation in; ids, labels and places out, built together.
 
-Border: the only place that knows templates and tokenizers. It knows how many tokens each item
-takes, but not why.
+Border: the only place that turns text into ids. It knows how many tokens each item takes, but not
+why; where the assistant's turns stand in a text is chat_template.py's to say.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ import copy
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 
+from multi_token.chat_template import ChatTemplate
 from multi_token.errors import ChatTemplateError
-from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Place, Sample, Text
-
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MEND = (
-    "set `chat_template` in the recipe to a template that marks the assistant's text with "
-    "{% generation %} ... {% endgeneration %}"
+from multi_token.marks import ChatMessage, Span
+from multi_token.types import (
+    IGNORE_INDEX,
+    Conversation,
+    LearnTurns,
+    Media,
+    Place,
+    Sample,
 )
 
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of a rendered conversation."""
-
-    start: int
-    end: int
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""For a tokenizer that has no template, where the recipe names none (docs/chat-templates.md)."""
 
 
 class ChatFormat:
@@ -44,33 +44,31 @@ class ChatFormat:
     vocabulary stays as it is. In the ids handed on, a media span holds an ordinary filler id.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
-        """`chat_template`: Jinja text, or the path of a file with it; else the tokenizer's own."""
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, learn_turns: LearnTurns = "all"
+    ) -> None:
+        """`chat_template`: Jinja text, or the path of a file with it; else the tokenizer's own.
+
+        `learn_turns`: which assistant turns of a conversation are learned. Raises
+        ChatTemplateError for a tokenizer or a template that cannot be used.
+        """
         if not getattr(tokenizer, "is_fast", False):
             raise ChatTemplateError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer "
                 "(tokenizer.json) is needed to find the assistant's tokens exactly"
             )
         self.tokenizer = tokenizer
-        if chat_template is not None and "{" not in chat_template:
-            path = Path(chat_template)
-            if not path.is_file():
-                raise ChatTemplateError(
-                    f"chat_template {chat_template!r} is neither Jinja text nor a file"
-                )
-            chat_template = path.read_text(encoding="utf-8")
-        template = chat_template or tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not template:
+        self.learn_turns: LearnTurns = learn_turns
+        self.template: str = _source(tokenizer, chat_template)
+        fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+        if not fillers:
             raise ChatTemplateError(
-                "the language model's tokenizer has no chat template; set `chat_template` in the "
-                "recipe to Jinja text or to a file with it"
+                "the language model's tokenizer has neither a pad nor an EOS token, so there is no "
+                "id to fill media spans and padding with; give it one (`tokenizer.pad_token = ...`,"
+                " then save it beside the model)"
             )
-        self.template: str = template
-        self.filler_id: int = next(
-            i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None
-        )
+        self.filler_id: int = fillers[0]
+        self._chat_template = ChatTemplate(self.template, tokenizer)
         self._slotted: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,13 +86,20 @@ class ChatFormat:
         """
         slot = _unused_spelling(conversation)
         messages = _messages(conversation, slot)
-        text = self._render(messages, add_generation_prompt=prompt_only)
+        spans: list[Span] = []
+        if prompt_only:
+            text, end = self._chat_template.asked(messages)
+            spans = [Span(end, len(text))]
+        else:
+            text, spans = self._chat_template.answered(
+                messages, last_only=self.learn_turns == "last"
+            )
         if text.count(slot) != len(num_tokens):
             raise ChatTemplateError(
                 f"the chat template kept {text.count(slot)} of {len(num_tokens)} media slots: it "
                 "drops or repeats a turn that holds media"
             )
-        spans = [] if prompt_only else self._learned_spans(messages, text)
+        self._chat_template.refuse_dropped(messages, prompt_only=prompt_only)
         slotted, slot_id = self._tokenizer_with(slot)
         encoded = slotted(text, add_special_tokens=False, return_offsets_mapping=True)
 
@@ -111,11 +116,14 @@ class ChatFormat:
                 labels += [IGNORE_INDEX] * length
                 continue
             span = _span_of(spans, start, end, text)
+            if prompt_only and span is not None:
+                break
             input_ids.append(token_id)
             labels.append(IGNORE_INDEX if span is None else token_id)
             if span is not None:
                 learned[span].append(token_id)
-        self._check(learned, spans, text)
+        if not prompt_only:
+            self._check(learned, [text[s.start : s.end].replace(slot, "") for s in spans])
         return Sample(
             input_ids=torch.tensor(input_ids, dtype=torch.long),
             labels=torch.tensor(labels, dtype=torch.long),
@@ -124,28 +132,27 @@ class ChatFormat:
         )
 
     @functools.cached_property
-    def end_of_turn_id(self) -> int | None:
-        """The id that closes an assistant turn, or None if the template has no such token."""
-        question = Message("user", (Text("a"),))
-        answer = Message("assistant", (Text("b"),))
-        sample = self.tokenize(Conversation((question, answer)), [])
-        learned = sample.labels[sample.labels != IGNORE_INDEX]
-        last = int(learned[-1])
-        return last if self.tokenizer.decode([last]) in self._special_tokens() else None
+    def end_of_turn_ids(self) -> list[int]:
+        """The ids that close an assistant turn; some templates have another one for the last."""
+        tokens = self._chat_template.ends_of_turn
+        return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ChatTemplateError(
-                f"the language model's chat template refuses this conversation: {error} "
-                f"(roles: {', '.join(m['role'] for m in messages)})"
-            ) from None
+    def decode(self, ids: Sequence[int], *, growing: bool = False) -> str:
+        """What the assistant says in ids that it has generated (or, `growing`, is generating).
+
+        Without special tokens, and without what the template has it write before an answer (an
+        empty `<think>` block, the name of a channel).
+        """
+        head = self._chat_template.head.strip()
+        if head:
+            whole = self.tokenizer.decode(ids, skip_special_tokens=False).lstrip()
+            if growing and head.startswith(whole):
+                return ""
+            if whole.startswith(head):
+                added = self.tokenizer.added_tokens_decoder.values()
+                special = [re.escape(str(token)) for token in added if token.special]
+                return re.sub("|".join(special), "", whole[len(head) :])
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _tokenizer_with(self, slot: str) -> tuple[Any, int]:
         if slot not in self._slotted:
@@ -155,125 +162,60 @@ class ChatFormat:
         slotted = self._slotted[slot]
         return slotted, slotted.convert_tokens_to_ids(slot)
 
-    def _learned_spans(self, messages: list[dict[str, str]], text: str) -> list[Span]:
-        """Where the assistant's turns stand in the rendered text, end-of-turn token included."""
-        num_turns = sum(m["role"] == "assistant" for m in messages)
-        if num_turns == 0:
-            return []
-        if _GENERATION_TAG.search(self.template):
-            spans = self._marked_spans(messages, text)
-        else:
-            spans = self._prefix_spans(messages, text) or self._sentinel_spans(messages, text)
-        if spans is None or len(spans) != num_turns:
-            raise ChatTemplateError(
-                f"found {len(spans or [])} of {num_turns} assistant turns in the rendered "
-                f"conversation, so the learned part is not certain; {_MEND}"
-            )
-        answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-        for span, answer in zip(spans, answers, strict=True):
-            body = text[span.start : span.end].strip()
-            if not body.startswith(answer) or self._end_of_turn(body[len(answer) :]) is None:
-                raise ChatTemplateError(
-                    f"expected to learn the assistant's turn {answer[:60]!r} and its end-of-turn "
-                    f"token, but the template renders {body[:80]!r}; {_MEND}"
-                )
-        return spans
-
-    def _marked_spans(self, messages: list[dict[str, str]], text: str) -> list[Span] | None:
-        """From the template's own generation marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered: Any = render_jinja_template(
-            conversations=[messages],  # type: ignore[arg-type]
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        (same,), (indices,) = rendered
-        return [Span(start, end) for start, end in indices] if same == text else None
-
-    def _prefix_spans(self, messages: list[dict[str, str]], text: str) -> list[Span] | None:
-        """From renderings of ever longer conversations, where each is a prefix of the whole."""
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                prompt = self._render(messages[:i], add_generation_prompt=True)
-                through = self._render(messages[: i + 1], add_generation_prompt=False)
-            except ChatTemplateError:
-                return None
-            if not (text.startswith(through) and through.startswith(prompt)):
-                return None
-            span = self._with_end_of_turn(text, len(prompt), message["content"], len(through))
-            if span is None:
-                return None
-            spans.append(span)
-        return spans
-
-    def _sentinel_spans(self, messages: list[dict[str, str]], text: str) -> list[Span] | None:
-        """From one rendering in which each assistant turn is replaced by a mark of its own."""
-        marks = {i: f"\ue100{i}\ue101" for i, m in enumerate(messages) if m["role"] == "assistant"}
-        if any(mark in text for mark in marks.values()):
-            return None
-        marked = self._render(
-            [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)],
-            add_generation_prompt=False,
-        )
-        spans, built = [], ""
-        rest = marked
-        for i, mark in marks.items():
-            before, found, rest = rest.partition(mark)
-            if not found:
-                return None
-            built += before
-            content = messages[i]["content"]
-            # templates that trim an answer do so here as well
-            content = content if text.startswith(content, len(built)) else content.strip()
-            start = len(built)
-            built += content
-            if not text.startswith(built):
-                return None
-            span = self._with_end_of_turn(text, start, content, len(text))
-            if span is None:
-                return None
-            spans.append(span)
-        return spans if built + rest == text else None
-
-    def _with_end_of_turn(self, text: str, start: int, content: str, limit: int) -> Span | None:
-        """The span from `start` over the answer to the end of its end-of-turn token."""
-        at = text.find(content.strip(), start, limit)
-        if at < 0:
-            return None
-        after = at + len(content.strip())
-        length = self._end_of_turn(text[after:limit])
-        return None if length is None else Span(start, after + length)
-
-    def _end_of_turn(self, tail: str) -> int | None:
-        """Characters of `tail` up to and with the first special token, or None if it has none."""
-        ends = [
-            tail.index(token) + len(token)
-            for token in self._special_tokens()
-            if token and token in tail
-        ]
-        return min(ends) if ends else None
-
-    def _special_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [*self.tokenizer.all_special_tokens, *(str(t) for t in added if t.special)]
-
-    def _check(self, learned: list[list[int]], spans: list[Span], text: str) -> None:
+    def _check(self, learned: list[list[int]], expected: list[str]) -> None:
         """The loud one: the learned ids, decoded, are the spans' text and nothing else."""
-        for ids, span in zip(learned, spans, strict=True):
+        for ids, text in zip(learned, expected, strict=True):
             decoded = self.tokenizer.decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            expected = text[span.start : span.end]
-            if "".join(decoded.split()) != "".join(expected.split()):
+            if self._comparable(decoded) != self._comparable(text):
                 raise ChatTemplateError(
-                    f"expected to learn {expected[:80]!r}, but the learned tokens read "
-                    f"{decoded[:80]!r}; {_MEND}"
+                    f"expected to learn {text[:80]!r}, but the learned tokens read "
+                    f"{decoded[:80]!r}: the tokenizer cannot spell this text; write it in other "
+                    "words, or leave the row out"
                 )
+
+    def _comparable(self, text: str) -> str:
+        """Text as the tokenizer normalizes it, without blanks (decoders drop and add some)."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        return "".join(text.replace("\u2581", " ").split())
+
+
+def _source(tokenizer: Any, chat_template: str | None) -> str:
+    """The Jinja text that is to be used: the recipe's, the tokenizer's own, or the default."""
+    if chat_template is not None and "{" not in chat_template:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise ChatTemplateError(
+                f"chat_template {chat_template!r} is neither Jinja text nor a file"
+            )
+        chat_template = path.read_text(encoding="utf-8")
+    source = chat_template or tokenizer.chat_template
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise ChatTemplateError(
+                f"the tokenizer has several chat templates ({', '.join(source)}) and none is the "
+                "default; set `chat_template` in the recipe to the one that is meant"
+            )
+        source = source["default"]
+    return source or _default_template(tokenizer)
+
+
+def _default_template(tokenizer: Any) -> str:
+    """`DEFAULT_TEMPLATE`, behind the BOS where the tokenizer itself begins a plain text with it.
+
+    Raises ChatTemplateError if the tokenizer has no EOS, which is the default's end of turn.
+    """
+    if tokenizer.eos_token is None:
+        raise ChatTemplateError(
+            "the language model's tokenizer has no chat template, and no EOS token that the "
+            "default one could end a turn with; set `chat_template` in the recipe to Jinja text "
+            "or to a file with it"
+        )
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
 
 
 def _unused_spelling(conversation: Conversation) -> str:
@@ -287,7 +229,7 @@ def _unused_spelling(conversation: Conversation) -> str:
     return slot
 
 
-def _messages(conversation: Conversation, slot: str) -> list[dict[str, str]]:
+def _messages(conversation: Conversation, slot: str) -> list[ChatMessage]:
     return [
         {
             "role": message.role,
@@ -300,16 +242,20 @@ def _messages(conversation: Conversation, slot: str) -> list[dict[str, str]]:
 
 
 def _span_of(spans: list[Span], start: int, end: int, text: str) -> int | None:
-    """The learned span of a token. Raises ChatTemplateError if it lies across a border."""
+    """The learned span of a token. Raises ChatTemplateError if it lies across a border.
+
+    Blanks do not count: tokenizers glue one to the word behind it, and some special tokens swallow
+    those around them.
+    """
     for i, span in enumerate(spans):
-        if start < span.end and end > span.start and end > start:
-            if start < span.start and text[start : span.start].strip() == "":
-                # a leading blank that the tokenizer glues to the first word belongs to the answer
-                return i
-            if start < span.start or end > span.end:
-                raise ChatTemplateError(
-                    f"the token {text[start:end]!r} lies across the border of an assistant turn, "
-                    f"so it can be neither learned nor left out; {_MEND}"
-                )
+        inside = text[max(start, span.start) : min(end, span.end)]
+        if inside and not (text[start : span.start] + text[span.end : end]).strip():
             return i
+        if inside.strip():
+            raise ChatTemplateError(
+                f"the token {text[start:end]!r} lies across the border of an assistant turn, so it "
+                "can be neither learned nor left out; set `chat_template` in the recipe to a "
+                "template that begins and ends the assistant's text at a special token or a line "
+                "break"
+            )
     return None

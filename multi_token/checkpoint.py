@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from multi_token import __version__
 from multi_token.chat import ChatFormat
 from multi_token.errors import CheckpointError
+from multi_token.hub import local_folder
 from multi_token.language_model import load_language_model, load_tokenizer
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
 from multi_token.reader import Reader
 from multi_token.recipe import ModelSpec
+from multi_token.references import absolutes, identity, refuse_another, resolved, stored
 from multi_token.registry import validated
 
 SCHEMA = 1
@@ -44,6 +46,7 @@ def compose(
         revision=spec.revision,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
+        quantization=spec.quantization,
     )
     width = language_model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
     encoders = {name: modality.build_encoder() for name, modality in spec.modalities.items()}
@@ -52,7 +55,9 @@ def compose(
         for name, modality in spec.modalities.items()
     }
     reader = Reader(
-        chat=ChatFormat(load_tokenizer(spec.language_model, spec.revision), spec.chat_template),
+        chat=ChatFormat(
+            load_tokenizer(spec.language_model, spec.revision), spec.chat_template, spec.learn_turns
+        ),
         modalities=spec.modalities,
         fetch=Fetch(),
         max_tokens=max_tokens,
@@ -62,12 +67,13 @@ def compose(
         "schema": SCHEMA,
         "multi_token_version": __version__,
         "model": {
-            **spec.model_dump(mode="json"),
-            "language_model": _reference(spec.language_model),
+            **absolutes(spec.model_dump(mode="json")),
             "revision": commit or spec.revision,
             # the template itself, so that a checkpoint does not hang on a file elsewhere
             "chat_template": reader.chat.template if spec.chat_template else None,
         },
+        "identity": identity(language_model),
+        "base_model": None,
     }
     config = MultiTokenConfig(**fields)
     return MultiTokenForConditionalGeneration(
@@ -75,13 +81,12 @@ def compose(
     )
 
 
-def _reference(name: str) -> str:
-    """A local folder by its absolute path, a hub name as it is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
 def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[str]) -> None:
-    """Write what was trained. `config.json` comes last: a folder without it is half-written."""
+    """Write what was trained. `config.json` comes last: a folder without it is half-written.
+
+    References to parts that lie inside the folder are written relative to it (`./language_model`),
+    so that it may be moved; all others stay what they are.
+    """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).unlink(missing_ok=True)
@@ -99,7 +104,9 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
         "model_type": MultiTokenConfig.model_type,
         "schema": SCHEMA,
         "multi_token_version": __version__,
-        "model": model.config.model,
+        "model": stored(model.config.model, out),
+        "identity": model.config.identity,
+        "base_model": model.config.base_model,
         "adapter": has_adapter,
         "closed_form": sorted(
             name
@@ -122,9 +129,12 @@ def _atomically(path: Path, write: Any) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked `config.json` of a checkpoint of ours. Raises CheckpointError."""
-    path = Path(folder)
+def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+    """The checked `config.json` of a checkpoint of ours, in a folder or on the hub.
+
+    Raises CheckpointError.
+    """
+    path = local_folder(folder, revision=revision, only=[CONFIG])
     if not path.is_dir():
         raise CheckpointError(f"expected the folder of a run, found nothing at {path.absolute()}")
     if not (path / CONFIG).is_file():
@@ -154,22 +164,27 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def load(
     folder: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     language_model: str | None = None,
     device: str | None = None,
 ) -> MultiTokenForConditionalGeneration:
-    """A run's folder -> the model with its reader, in eval mode.
+    """A run's folder or hub name -> the model with its reader, in eval mode.
 
+    `revision`: branch, tag or commit of a hub name (`user/run@revision` says the same).
     `language_model`: where the frozen language model is now, if its folder has moved.
 
-    Raises CheckpointError for a folder that is not ours or lacks or has too many tensors.
+    Raises CheckpointError for a folder that is not ours, lacks or has too many tensors, or belongs
+    to another language model.
     """
-    fields = read_config(folder)
+    fields = read_config(folder, revision=revision)
+    path = local_folder(folder, revision=revision)
     spec_fields = dict(fields["model"])
     if language_model is not None:
         spec_fields |= {"language_model": language_model, "revision": None}
-    spec = validated(ModelSpec, spec_fields, where=str(Path(folder) / CONFIG))
+    spec = validated(ModelSpec, resolved(spec_fields, path), where=str(path / CONFIG))
     model = compose(spec)
-    load_trained(model, folder, fields)
+    model.config.base_model = fields.get("base_model")
+    load_trained(model, path, fields)
     return move(model, device).eval() if device else model.eval()
 
 
@@ -189,6 +204,13 @@ def load_trained(
     """Read the trained parts of a checkpoint into a composed model, strictly."""
     fields = fields or read_config(folder)
     path = Path(folder)
+    if fields.get("identity"):
+        refuse_another(
+            fields["identity"],
+            model.config.identity,
+            folder=path,
+            name=model.config.model["language_model"],
+        )
     for name in fields["closed_form"]:
         if model.projector(name).closed_form is None:
             model.projector(name).add_closed_form()
@@ -201,17 +223,23 @@ def load_trained(
         for name, projector in model.projectors.items()
         for key, tensor in projector.state_dict().items()
     }
-    _refuse_disagreement(path / PROJECTORS, expected, tensors)
+    refuse_disagreement(path / PROJECTORS, expected, tensors)
     for name, projector in model.projectors.items():
         prefix = f"{name}."
         projector.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
     if fields["adapter"]:
-        _load_adapter(model, path / ADAPTER)
+        load_adapter(model, path / ADAPTER)
 
 
-def _load_adapter(model: MultiTokenForConditionalGeneration, path: Path) -> None:
+def load_adapter(
+    model: MultiTokenForConditionalGeneration, path: Path, *, where: Path | None = None
+) -> None:
+    """Put the adapter of a PEFT folder (safetensors) on the language model, frozen.
+
+    `where`: what a fault is said of, if not of this folder. Raises CheckpointError.
+    """
     from peft import PeftConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -225,15 +253,16 @@ def _load_adapter(model: MultiTokenForConditionalGeneration, path: Path) -> None
     if not isinstance(model.language_model, PeftModel):
         model.language_model = get_peft_model(model.language_model, config)
     expected = get_peft_model_state_dict(model.language_model)
-    _refuse_disagreement(path / "adapter_model.safetensors", expected, tensors)
+    refuse_disagreement(where or path / "adapter_model.safetensors", expected, tensors)
     set_peft_model_state_dict(model.language_model, tensors)
     for parameter in model.language_model.parameters():
         parameter.requires_grad_(False)
 
 
-def _refuse_disagreement(
+def refuse_disagreement(
     path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
+    """Raise CheckpointError, with every tensor that is missing, unknown or of other shape."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = [

@@ -17,6 +17,8 @@ from multi_token.types import IGNORE_INDEX, Batch, MediaBatch, Prepared, Sample
 
 FEATURES_KEY = "features"
 """The input under which an item carries features from the cache instead of encoder inputs."""
+BREAKS_KEY = "breaks"
+"""Beside it, for items that are read line by line: bool [length], where a line ends."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,13 @@ class Collator:
         if not all(FEATURES_KEY in item.inputs for item in items):
             return self.modalities[name].collate(items)
         values = [item.inputs[FEATURES_KEY] for item in items]
-        return {
+        batch = {
             FEATURES_KEY: stack_padded(values),
             "mask": stack_padded([torch.ones(len(v), dtype=torch.bool) for v in values]),
         }
+        if BREAKS_KEY in items[0].inputs:
+            batch[BREAKS_KEY] = stack_padded([item.inputs[BREAKS_KEY] for item in items])
+        return batch
 
 
 def _num_shared(batch: Batch, shortest: int, samples: Sequence[Sample]) -> int:

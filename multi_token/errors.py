@@ -9,6 +9,7 @@
     |- SpliceError         tokens and places disagree
     |- LanguageModelError  a language model that cannot do what was asked
     |- CheckpointError     a folder that is not ours, or not whole
+    |- ConvertError        another format that cannot become ours, or ours another
     '- Interrupted         training was stopped by Ctrl-C, its state is saved
 
 Border: messages are written where the fault is found; this file only names the kinds.
@@ -85,6 +86,10 @@ class LanguageModelError(MultiTokenError):
 
 class CheckpointError(MultiTokenError):
     """A folder that is not a checkpoint of ours, or one that is not whole."""
+
+
+class ConvertError(MultiTokenError):
+    """Something in another format that cannot be mapped exactly onto ours, or the reverse."""
 
 
 class Interrupted(MultiTokenError):

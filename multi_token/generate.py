@@ -6,6 +6,7 @@ It knows nothing of terminals, files or HTTP.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
-from multi_token.errors import MultiTokenError
+from multi_token.drive import continue_text
+from multi_token.errors import LanguageModelError, MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.reader import Reader
-from multi_token.types import Batch, Conversation, Media, Message, Part, Text
+from multi_token.types import Batch, Conversation, Media, Message, Part, Sample, Text
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -41,7 +43,8 @@ def generate(
     turn (a last assistant turn is left out: it is what is asked for). Greedy unless `options`,
     which go to transformers' `generate`, say otherwise. `root`: the folder where relative media
     paths start (default: the current one). `streamer`: a transformers streamer, with
-    one conversation. `on_batch`: told how many conversations have been answered.
+    one conversation. `on_batch`: told how many conversations have been answered. A language model
+    that answers otherwise in a padded batch is given prompts of one length at a time.
 
     Raises RowError for a row that cannot be read, before anything is generated for its batch.
     """
@@ -50,11 +53,14 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        batch = collate_prompts(reader, chunk)
-        new_ids = _generate_ids(
-            model, batch, max_new_tokens=max_new_tokens, streamer=streamer, options=options
+        new_ids = answer_ids(
+            model,
+            [reader(prompt, prompt_only=True) for prompt in chunk],
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **options,
         )
-        answers += [text.strip() for text in decode(reader, new_ids)]
+        answers += [decode(reader, ids[None])[0].strip() for ids in new_ids]
         if on_batch is not None:
             on_batch(len(answers))
     return answers
@@ -91,13 +97,49 @@ def ask(text: str, media: Sequence[Media] = (), *, system: str | None = None) ->
 
 def collate_prompts(reader: Reader, conversations: Sequence[Conversation]) -> Batch:
     """Conversations -> a left-padded batch, nothing learned."""
-    collator = Collator(reader.modalities, reader.chat.filler_id, padding_side="left")
-    return collator([reader(conversation, prompt_only=True) for conversation in conversations])
+    return _left_padded(reader, [reader(c, prompt_only=True) for c in conversations])
+
+
+def _left_padded(reader: Reader, samples: Sequence[Sample]) -> Batch:
+    return Collator(reader.modalities, reader.chat.filler_id, padding_side="left")(samples)
 
 
 def decode(reader: Reader, ids: Tensor) -> list[str]:
-    """New ids [batch, time] -> text without special tokens."""
-    return reader.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    """New ids [batch, time] -> what the assistant says: no special tokens, no header."""
+    return [reader.chat.decode(row) for row in ids.tolist()]
+
+
+def answer_ids(
+    model: MultiTokenForConditionalGeneration,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    streamer: Any = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Prompts, read -> the new ids of each [new], in their order, as if each were asked alone."""
+    reader = reader_of(model)
+    groups = [list(range(len(samples)))]
+    longest = max(len(sample.input_ids) for sample in samples) + max_new_tokens
+    if not model.capabilities.answers_together(longest):
+        by_length: dict[int, list[int]] = {}
+        for index, sample in enumerate(samples):
+            by_length.setdefault(len(sample.input_ids), []).append(index)
+        groups = list(by_length.values())
+    if len(groups) > 1:
+        warnings.warn(
+            f"{model.capabilities.name} answers otherwise when prompts of different lengths are "
+            "padded to one batch: they are answered one length after another, which is slower",
+            stacklevel=2,
+        )
+    answers: dict[int, Tensor] = {}
+    for group in groups:
+        batch = _left_padded(reader, [samples[index] for index in group])
+        new_ids = _generate_ids(
+            model, batch, max_new_tokens=max_new_tokens, streamer=streamer, options=options
+        )
+        answers |= zip(group, new_ids, strict=True)
+    return [answers[index] for index in range(len(samples))]
 
 
 @torch.no_grad()
@@ -116,9 +158,15 @@ def _generate_ids(
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.get("do_sample") or options.get("temperature"):
         sampling = {"do_sample": True}
-    return model.language_model.generate(
+    start = model.capabilities.starts_from
+    if start == "ids":
+        _refuse_media_at_the_end(model, batch)
+    return continue_text(
+        model.language_model,
         inputs_embeds=embeds,
+        input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
+        start=start,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_ids(model),
         pad_token_id=reader_of(model).chat.filler_id,
@@ -127,12 +175,21 @@ def _generate_ids(
     )
 
 
+def _refuse_media_at_the_end(model: MultiTokenForConditionalGeneration, batch: Batch) -> None:
+    time = batch["input_ids"].shape[1]
+    for name, media in batch["media"].items():
+        if bool((media["positions"] % time == time - 1).any()):
+            raise LanguageModelError(
+                f"the prompt ends with an item of {name!r}, but {model.capabilities.name} goes on "
+                "by ids, so text must stand last; use a chat template with a generation prompt"
+            )
+
+
 def stop_ids(model: MultiTokenForConditionalGeneration) -> list[int]:
-    """The ids that end an answer: the language model's own, and the template's end of turn."""
+    """The ids that end an answer: the language model's own, and the template's ends of turn."""
     own = model.language_model.generation_config.eos_token_id
     ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    end_of_turn = reader_of(model).chat.end_of_turn_id
-    return sorted({*ids, *([] if end_of_turn is None else [end_of_turn])})
+    return sorted({*ids, *reader_of(model).chat.end_of_turn_ids})
 
 
 def to_device(value: Any, device: torch.device) -> Any:

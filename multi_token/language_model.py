@@ -1,34 +1,55 @@
-"""The language model as it comes: loading, LoRA, loss at supervised positions.
+"""The language model as it comes: loading it, whatever its form, and LoRA on it.
 
 Border: the only home of language-model quirks. The model stays an untouched child; nothing here
-subclasses or patches it.
+subclasses or patches it. How it is driven by embeddings stands in drive.py, what it can do is found
+by probe.py.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import nn
 
 from multi_token.errors import LanguageModelError
+from multi_token.quantization import quantization_config, quantized_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from multi_token.recipe import AdapterSpec
+    from multi_token.recipe import AdapterSpec, Quantization
+
+# what a file that is cut off, foreign or needs another package is answered with
+_FAULTS = (
+    ImportError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    ValueError,
+    struct.error,
+)
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a hub name or folder. Raises LanguageModelError."""
+    """The tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
+    source, options = _gguf(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+    except _FAULTS as error:
         raise LanguageModelError(
-            f"no tokenizer could be loaded from {name!r} (a hub name or a folder is expected): "
-            f"{_first_line(error)}"
+            f"no tokenizer could be loaded from {name!r} (a hub name, a folder or a GGUF file is "
+            f"expected): {first_line(error)}"
         ) from None
 
 
@@ -38,64 +59,114 @@ def load_language_model(
     revision: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """A decoder-only model of transformers, frozen and in eval mode. Raises LanguageModelError."""
+    """A decoder-only model of transformers, frozen and in eval mode. Raises LanguageModelError.
+
+    `name`: a hub name, a folder, a GGUF file, or a folder that holds one GGUF file and no other
+    weights. Whether the model can be driven by embeddings is found where it runs: see probe.py.
+    """
     from transformers import AutoModelForCausalLM
 
+    source, options = _gguf(name)
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        _refuse_to_quantize_twice(name, source, options, revision)
+        options["quantization_config"] = quantization_config(quantization, dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name,
+            source,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except _FAULTS as error:
         raise LanguageModelError(
-            f"no language model could be loaded from {name!r} (a hub name or a folder of a "
-            f"decoder-only model is expected): {_first_line(error)}"
+            f"no language model could be loaded from {name!r} (a hub name, a folder or a GGUF file "
+            f"of a decoder-only model is expected): {first_line(error)}"
         ) from None
-    model = model.requires_grad_(False).eval()
-    _refuse_if_ids_are_needed(model, name)
-    return model
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    if quantization is not None and not quantized_parameters(model):
+        raise LanguageModelError(
+            f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
+            f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
+            "to null, or try another kind"
+        )
+    return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def _refuse_if_ids_are_needed(model: PreTrainedModel, name: str) -> None:
-    """Some families look ids up in every layer; embeddings alone would silently answer otherwise.
+def _gguf(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for: the name, or a GGUF file's folder and the file's name."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LanguageModelError(f"expected a GGUF file, found nothing at {path.absolute()}")
+        file = path
+    else:
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        if not files or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+            return name, {}
+        if len(files) > 1:
+            raise LanguageModelError(
+                f"{name} holds {len(files)} GGUF files and no other weights; set "
+                f"model.language_model to one of them: {', '.join(f.name for f in files)}"
+            )
+        (file,) = files
+    if find_spec("gguf") is None:
+        raise LanguageModelError(
+            f"reading {file.name} needs the package gguf, which is not installed; install it with: "
+            'pip install "multi_token[gguf]"'
+        )
+    return str(file.parent), {"gguf_file": file.name}
 
-    Found by trying, on four tokens, rather than by a list of names.
-    """
-    embed = model.get_input_embeddings()
-    ids = torch.arange(4, device=embed.weight.device)[None]  # type: ignore[union-attr]
-    by_ids = model(input_ids=ids, use_cache=False).logits.float()
+
+def _forget_gguf(model: Any) -> None:
+    """Its weights are plain numbers by now, but it would be refused as quantized where it goes."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+
+
+def _refuse_to_quantize_twice(
+    name: str, source: str, options: Mapping[str, Any], revision: str | None
+) -> None:
+    if "gguf_file" in options:
+        raise LanguageModelError(
+            f"model.quantization cannot be used with the GGUF file of {name!r}, which is opened to "
+            "full precision; set it to null, or name a folder with safetensors"
+        )
+    from transformers import AutoConfig
+
     try:
-        by_embeds = model(inputs_embeds=embed(ids), use_cache=False).logits.float()
-    except (TypeError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError):
+        return  # loading says it better
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        fields = own if isinstance(own, dict) else own.to_dict()
         raise LanguageModelError(
-            f"{name} ({type(model).__name__}) cannot be driven by embeddings: {_first_line(error)}"
-        ) from None
-    difference = float((by_ids - by_embeds).abs().max())
-    if difference > 1e-2 * float(by_ids.std()):
-        raise LanguageModelError(
-            f"{name} ({type(model).__name__}) gives other logits for embeddings than for the same "
-            f"ids (by up to {difference:.3g}): it needs ids in its layers, so media cannot be "
-            "written into its input"
+            f"{name} is quantized already ({fields.get('quant_method')}), so model.quantization "
+            "cannot be applied on top; set it to null to use the weights as they are"
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error of another library as one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @torch.no_grad()
-def embedding_rms(language_model: PreTrainedModel) -> float:
+def embedding_rms(model: Any) -> float:
     """Root mean square of the input embeddings, as the embedding module returns them.
 
-    Through the module rather than its weight: some families scale inside it.
+    Through the module rather than its weight: some families scale inside it. `model`: a language
+    model, or ours with one inside.
     """
-    embed = language_model.get_input_embeddings()
-    num_ids = int(embed.weight.shape[0])  # type: ignore[union-attr]
-    ids = torch.arange(0, num_ids, max(1, num_ids // 4096), device=embed.weight.device)  # type: ignore[union-attr]
+    embed = model.get_input_embeddings()
+    num_ids = int(embed.weight.shape[0])
+    ids = torch.arange(0, num_ids, max(1, num_ids // 4096), device=embed.weight.device)
     return float(embed(ids).float().square().mean().sqrt())
 
 
@@ -113,61 +184,47 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
     try:
         return get_peft_model(language_model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        raise LanguageModelError(f"LoRA cannot be attached: {_first_line(error)}") from None
+        _remove_half_an_adapter(language_model)
+        raise LanguageModelError(
+            f"LoRA cannot be attached to {spec.target_modules}: "
+            f"{first_line(error).partition('. ')[0]}; set train.adapter.target_modules to a list "
+            f"of layers that take it: {', '.join(_layers_that_take_lora(language_model))}"
+        ) from None
+
+
+def _layers_that_take_lora(language_model: PreTrainedModel) -> list[str]:
+    """Names of linear layers, each tried alone, without the head."""
+    from peft import LoraConfig, get_peft_model
+
+    head = language_model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    fitting = []
+    for name in sorted(names):
+        try:
+            get_peft_model(language_model, LoraConfig(r=1, target_modules=[name]))
+        except ValueError:
+            continue
+        finally:
+            _remove_half_an_adapter(language_model)
+        fitting.append(name)
+    return fitting
+
+
+def _remove_half_an_adapter(language_model: nn.Module) -> None:
+    """Put layers back that PEFT has wrapped, as it does before it refuses the next one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(language_model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and name:
+            language_model.set_submodule(name, module.get_base_layer())
+    if hasattr(language_model, "peft_config"):
+        del language_model.peft_config
 
 
 def adapter_parameters(language_model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The LoRA parameters, or nothing if none is attached."""
     return [p for name, p in language_model.named_parameters() if "lora_" in name]
-
-
-@torch.no_grad()
-def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> Any:
-    """The keys and values of a text that `num_rows` rows begin with.
-
-    input_ids int64 [1, num_shared]. Exact as long as the language model is frozen: what stands
-    before any media does not depend on anything that learns.
-    """
-    past = language_model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
-    if not hasattr(past, "batch_repeat_interleave"):
-        raise LanguageModelError(
-            f"{type(language_model).__name__} keeps no key-value cache, so a shared start cannot "
-            "be computed once; set train.share_prefix to false"
-        )
-    past.batch_repeat_interleave(num_rows)
-    return past
-
-
-def supervised_loss(
-    language_model: Any,
-    *,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    shift_labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    past_key_values: Any = None,
-) -> Any:
-    """The model's own output with loss and with logits at supervised positions only.
-
-    inputs_embeds [batch, time, dim], shift_labels int64 [batch, time] -> loss [], logits
-    [num_supervised, vocabulary], through the model's own head and loss, so that soft caps and
-    logit scales are the model's. `use_cache=False` is explicit because the configuration's own
-    value is not ours to change, and a cache turns off the isolation of packed rows.
-    """
-    keep = shift_labels != -100
-    output = language_model(
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        labels=shift_labels,
-        shift_labels=shift_labels[keep],
-        logits_to_keep=keep,
-        num_items_in_batch=num_items_in_batch,
-        use_cache=False,
-        **({} if past_key_values is None else {"past_key_values": past_key_values}),
-    )
-    if output.logits.shape[0] != int(keep.sum()):
-        raise LanguageModelError(
-            f"{type(language_model).__name__} ignores a boolean logits_to_keep (got logits "
-            f"{tuple(output.logits.shape)} for {int(keep.sum())} supervised positions)"
-        )
-    return output

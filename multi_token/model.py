@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from multi_token.collate import FEATURES_KEY
-from multi_token.language_model import prefix_cache, supervised_loss
+from multi_token.capabilities import Capabilities
+from multi_token.collate import BREAKS_KEY, FEATURES_KEY
+from multi_token.drive import ScaledEmbedding, layer_inputs, prefix_cache, supervised_loss
 from multi_token.modalities.base import Encoder, Modality
+from multi_token.probe import probe
 from multi_token.projectors import Projector
 from multi_token.splice import Piece, splice
 from multi_token.types import Features, MediaBatch
@@ -28,6 +30,8 @@ class MultiTokenConfig(PreTrainedConfig):
     """What a checkpoint says about itself (see checkpoint.py for the fields)."""
 
     model_type = "multi_token"
+    identity: dict[str, Any] | None = None
+    base_model: str | None = None
 
 
 class MultiTokenForConditionalGeneration(PreTrainedModel):
@@ -58,6 +62,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.projectors = nn.ModuleDict(projectors)
         self.modalities = dict(modalities)
         self.reader = reader
+        self._capabilities: Capabilities | None = None
         self.train(False)
 
     def train(self, mode: bool = True) -> MultiTokenForConditionalGeneration:
@@ -66,13 +71,26 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.encoders.eval()
         return self
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the language model can do, tried when first asked for and then remembered.
+
+        Raises LanguageModelError if it cannot be driven by embeddings at all.
+        """
+        if self._capabilities is None:
+            self._capabilities = probe(self.language_model)
+        return self._capabilities
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        """ids -> what the language model makes of them before its first layer."""
+        embedding = self.language_model.get_input_embeddings()
+        scale = self.capabilities.embedding_scale
+        return embedding if scale == 1.0 else ScaledEmbedding(embedding, scale)
 
     def encode(self, name: str, inputs: Mapping[str, Tensor]) -> Features:
         """All items of one modality through its frozen encoder, or their cached features."""
         if FEATURES_KEY in inputs:
-            return Features(inputs[FEATURES_KEY], inputs["mask"])
+            return Features(inputs[FEATURES_KEY], inputs["mask"], inputs.get(BREAKS_KEY))
         with torch.no_grad():
             return self.encoders[name](**inputs)
 
@@ -123,13 +141,17 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:
             return self.language_model(
-                inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                **layer_inputs(self.language_model, input_ids),
+                **kwargs,
             )
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         assert shift_labels is not None
         past = None
         if num_shared:
+            self.capabilities.require("repeats_cache")
             past = prefix_cache(
                 self.language_model, input_ids[:1, :num_shared], num_rows=len(input_ids)
             )
@@ -140,6 +162,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             shift_labels=shift_labels[:, num_shared:],
             num_items_in_batch=num_items_in_batch,
             past_key_values=past,
+            selects_logits=self.capabilities.selects_logits,
+            **layer_inputs(self.language_model, input_ids[:, num_shared:]),
+            **kwargs,
         )
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
@@ -162,9 +187,14 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, folder: Any, *, language_model: str | None = None, device: str | None = None
+        cls,
+        folder: Any,
+        *,
+        revision: str | None = None,
+        language_model: str | None = None,
+        device: str | None = None,
     ) -> MultiTokenForConditionalGeneration:
-        """A run's folder -> the model with its reader; see checkpoint.py."""
+        """A run's folder or hub name -> the model with its reader; see checkpoint.py."""
         from multi_token.checkpoint import load
 
-        return load(folder, language_model=language_model, device=device)
+        return load(folder, revision=revision, language_model=language_model, device=device)

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from multi_token.errors import MultiTokenError
 from multi_token.types import Features
 
 
@@ -28,6 +29,17 @@ class ProjectorSpec(BaseModel, ABC):
     """The registered name of the class."""
     standardize: bool = True
     """Bring features to zero mean and unit variance, with statistics of the training rows."""
+    line_break: bool = False
+    """Learn a token that ends each line of a picture read in tiles (LLaVA-NeXT's newline)."""
+
+    @model_validator(mode="after")
+    def _lines_end_between_tokens(self) -> ProjectorSpec:
+        grouped = type(self).group is not ProjectorSpec.group or self.tokens_per_group != 1
+        if self.line_break and grouped:
+            raise ValueError(
+                "`line_break` needs a projector that makes one token of each feature (linear, mlp)"
+            )
+        return self
 
     @abstractmethod
     def num_tokens(self, num_features: int) -> int:
@@ -189,6 +201,9 @@ class Projector(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_scale", torch.ones(in_dim))
         self.closed_form: nn.Linear | None = None
+        self.line_break = (
+            nn.Parameter(torch.randn(out_dim) / math.sqrt(out_dim)) if spec.line_break else None
+        )
 
     feature_mean: Tensor
     feature_scale: Tensor
@@ -205,11 +220,23 @@ class Projector(nn.Module):
         return self.spec.group(values, mask)
 
     def forward(self, features: Features) -> Tensor:
-        """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups."""
+        """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups.
+
+        Raises MultiTokenError for features with line ends if the spec has no `line_break`.
+        """
         groups, mask = self.arrange(features)
         tokens = self.network(groups)
         if self.closed_form is not None:
             tokens = tokens + self.closed_form(groups)
+        if self.line_break is not None:
+            # also where no line ends, so that no rank's gradient lacks it
+            breaks = torch.zeros_like(mask) if features.breaks is None else features.breaks
+            tokens = torch.where(breaks[..., None], self.line_break, tokens)
+        elif features.breaks is not None:
+            raise MultiTokenError(
+                "the encoder marks where lines end, but the projector has no token for it; set "
+                "`line_break: true` in the projector"
+            )
         return tokens[mask].reshape(-1, self.out_dim)
 
     def add_closed_form(self) -> nn.Linear:
@@ -234,8 +261,14 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def scale_output(self, features: Features, rms: float) -> None:
-        """Scale the last layers so that the tokens of these features have this root mean square."""
-        now = self(features).square().mean().sqrt()
+        """Scale the last layers so that the tokens of these features have this root mean square.
+
+        A token that ends lines gets it by itself, so that its size does not hang on their number.
+        """
+        if self.line_break is not None:
+            self.line_break.mul_(rms / self.line_break.square().mean().sqrt())
+        tokens = self(Features(features.values, without_breaks(features)))
+        now = tokens.square().mean().sqrt()
         for layer in self.final_layers():
             layer.weight.mul_(rms / now)
             layer.bias.mul_(rms / now)
@@ -247,6 +280,13 @@ def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
     for _ in range(num_layers - 1):
         layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
     return nn.Sequential(*layers)
+
+
+def without_breaks(features: Features) -> Tensor | None:
+    """The mask [items, length] of what the encoder saw: no padding and no line ends."""
+    if features.breaks is None:
+        return features.mask
+    return ~features.breaks if features.mask is None else features.mask & ~features.breaks
 
 
 def _in_groups(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tensor]:

@@ -10,23 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from multi_token.chat import ChatFormat
-from multi_token.collate import FEATURES_KEY
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
 from multi_token.types import Conversation, Media, Message, Prepared, Sample, Text
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from multi_token.recipe import Recipe
 
 
 class FeatureSource(Protocol):
     """What may stand in for decoding and encoding an item (data/cache.py)."""
 
-    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Tensor | None:
-        """Features [length, dim] of the item, if they are there."""
+    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
+        """The item with its features instead of encoder inputs, if they are there."""
         ...
 
 
@@ -57,9 +54,9 @@ class Reader:
             )
         try:
             if self.cache is not None:
-                values = self.cache.find(item, modality, self.fetch)
-                if values is not None:
-                    return Prepared({FEATURES_KEY: values}, num_features=len(values))
+                cached = self.cache.find(item, modality, self.fetch)
+                if cached is not None:
+                    return cached
             return modality.prepare(modality.load(item.source, self.fetch))
         except MediaError as error:
             raise RowError(f"{item.modality}: {error}", kind=error.kind, row_id=row_id) from error
@@ -71,6 +68,8 @@ class Reader:
         """
         row_id = conversation.id
         answers = [m for m in conversation.messages if m.role == "assistant"]
+        if self.chat.learn_turns == "last":
+            answers = answers[-1:]
         if not prompt_only and not any(_has_text(message) for message in answers):
             raise RowError(
                 (
@@ -116,7 +115,11 @@ def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
 
     model = recipe.model
     return Reader(
-        chat=ChatFormat(load_tokenizer(model.language_model, model.revision), model.chat_template),
+        chat=ChatFormat(
+            load_tokenizer(model.language_model, model.revision),
+            model.chat_template,
+            model.learn_turns,
+        ),
         modalities=model.modalities,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,

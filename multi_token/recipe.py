@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import AnyModality, Modality
 from multi_token.registry import validated
+from multi_token.types import LearnTurns
 
 _TAKEN = frozenset({"id", "text", "message", "messages", "conversation", "conversations"})
 
@@ -26,19 +27,48 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Quantization(Section):
+    """How the frozen language model's weights are stored; what is trained stays float32."""
+
+    kind: Literal["4bit", "8bit", "int8"]
+    """`4bit` (nf4) and `8bit` by bitsandbytes, `int8` (weight-only) by torchao."""
+    double_quant: bool | None = None
+    """4bit: the scales are quantized too, which saves another 0.4 bits a weight (default: true)."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """4bit: what weights are multiplied in (default: `model.dtype` if it names one, else bfloat16
+    on an accelerator and float32 without)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_its_kind(cls, fields: Any) -> Any:
+        return {"kind": fields} if isinstance(fields, str) else fields
+
+    @model_validator(mode="after")
+    def _fields_fit_the_kind(self) -> Quantization:
+        for name in ("double_quant", "compute_dtype"):
+            if self.kind != "4bit" and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is for 4bit; {self.kind} has nothing like it")
+        return self
+
+
 class ModelSpec(Section):
     """The language model and its senses."""
 
     language_model: str
-    """Hub name or folder of a decoder-only model of transformers."""
+    """Hub name or folder of a decoder-only model of transformers, or a GGUF file or folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen language model; trained parts are float32 always."""
+    quantization: Quantization | None = None
+    """`4bit`, `8bit`, `int8` or a section with more: the language model in fewer bits."""
     attn_implementation: str | None = None
     """Passed on to transformers (sdpa, flash_attention_2, ...)."""
     chat_template: str | None = None
-    """Jinja text or the path of a file with it; default: the tokenizer's own."""
+    """Jinja text or the path of a file with it; default: the tokenizer's own, or the simple one of
+    docs/chat-templates.md where it has none."""
+    learn_turns: LearnTurns = "all"
+    """Which assistant turns of a conversation are learned: `all` of them, or the `last` alone."""
     modalities: dict[str, AnyModality] = Field(min_length=1)
     """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
 

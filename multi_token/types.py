@@ -15,6 +15,9 @@ from typing_extensions import NotRequired
 Role = Literal["system", "user", "assistant", "tool"]
 """Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
 
+LearnTurns = Literal["all", "last"]
+"""Which assistant turns of a conversation are learned."""
+
 IGNORE_INDEX = -100
 """The label of a position that is not learned (the convention of torch's cross entropy)."""
 
@@ -101,7 +104,8 @@ class Sample:
 class MediaBatch(TypedDict):
     """All items of one modality in a batch.
 
-    `inputs`: what `Modality.collate` made of the items, batch axis first.
+    `inputs`: what `Modality.collate` made of the items, batch axis first (of items, or of the parts
+    that items were cut into).
     `positions`: int64 [num_tokens], places in the flattened [batch * time] view, in item order.
     """
 
@@ -127,7 +131,12 @@ class Batch(TypedDict):
 
 @dataclass
 class Features:
-    """What an encoder returns: `values` [items, length, dim], `mask` [items, length] or None."""
+    """What an encoder returns: `values` [items, length, dim], `mask` [items, length] or None.
+
+    `breaks` bool [items, length] or None: where a line ends, instead of a feature. The projector
+    writes its own learned `line_break` there.
+    """
 
     values: Tensor
     mask: Tensor | None = None
+    breaks: Tensor | None = None

@@ -23,10 +23,11 @@ PACKAGE = ROOT / "multi_token"
 # A room may import rooms of its own line and of the lines above it.
 LAYERS = [
     ["types", "errors"],
-    ["registry"],
+    ["registry", "hub", "references"],
     ["media"],
     ["projectors", "modalities"],
-    ["chat", "collate", "splice", "recipe", "language_model"],
+    ["marks", "chat_template", "chat", "collate", "splice", "recipe"],
+    ["drive", "capabilities", "quantization", "language_model", "probe"],
     ["reader", "model"],
     ["checkpoint", "generate", "data", "train", "testing"],
     ["demo", "cli"],

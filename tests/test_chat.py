@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.chat import ChatFormat
+from multi_token.chat import DEFAULT_TEMPLATE, ChatFormat
 from multi_token.errors import ChatTemplateError
 from multi_token.testing import TEMPLATES, tiny_tokenizer
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Part, Text
@@ -176,11 +176,55 @@ def test_a_template_without_end_of_turn_is_refused() -> None:
         ChatFormat(tiny_tokenizer(), template).tokenize(conversation(1), [1, 1])
 
 
-def test_a_tokenizer_without_a_template_is_refused_with_what_to_set() -> None:
+def test_without_a_template_and_an_eos_token_the_tokenizer_is_refused_with_what_to_set() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ChatTemplateError, match="set `chat_template` in the recipe"):
+    tokenizer.eos_token = None
+    with pytest.raises(
+        ChatTemplateError, match="no EOS token .* set `chat_template` in the recipe"
+    ):
         ChatFormat(tokenizer)
+
+
+def test_without_a_template_the_documented_default_is_used() -> None:
+    tokenizer = tiny_tokenizer("llama3")  # its EOS is <|eot_id|>
+    tokenizer.chat_template = None
+    chat = ChatFormat(tokenizer)
+    talk = conversation(1, system=True)
+    assert chat.template == DEFAULT_TEMPLATE
+    decoded = chat.tokenizer.decode(chat.tokenize(talk, [1, 1]).input_ids)
+    assert decoded == (
+        "System: Be brief.\nUser: Look at <pad> and <pad>Question 0 of the user?\n"
+        "Assistant: answer 0 is a cat.<|eot_id|>"
+    )
+
+
+def test_the_filler_is_the_pad_token_or_else_the_eos_token() -> None:
+    tokenizer = tiny_tokenizer()
+    assert ChatFormat(tokenizer).filler_id == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert ChatFormat(tokenizer).filler_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(ChatTemplateError, match="neither a pad nor an EOS token"):
+        ChatFormat(tokenizer)
+
+
+def test_one_of_several_templates_has_to_be_the_default() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ 1 }}"}
+    assert ChatFormat(tokenizer).template == TEMPLATES["chatml"]
+    tokenizer.chat_template = {"tool_use": "{{ 1 }}"}
+    with pytest.raises(ChatTemplateError, match=r"several chat templates \(tool_use\)"):
+        ChatFormat(tokenizer)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_only_the_last_answer_is_learned_where_that_is_asked_for(template: str) -> None:
+    talk = conversation(3)
+    every = ChatFormat(tiny_tokenizer(template)).tokenize(talk, [3, 2])
+    last = ChatFormat(tiny_tokenizer(template), learn_turns="last").tokenize(talk, [3, 2])
+    assert torch.equal(every.input_ids, last.input_ids)
+    assert learned_runs(last.labels) == learned_runs(every.labels)[-1:]
 
 
 def test_a_template_can_come_from_a_file(tmp_path: Any) -> None:
@@ -199,4 +243,4 @@ def test_a_chat_format_can_be_sent_to_a_data_worker() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_end_of_turn_is_found_for_stopping(template: str) -> None:
     chat = ChatFormat(tiny_tokenizer(template))
-    assert chat.tokenizer.decode([chat.end_of_turn_id]) == end_of_turn(template)
+    assert chat.tokenizer.decode(chat.end_of_turn_ids) == end_of_turn(template)

@@ -17,6 +17,7 @@ from multi_token.checkpoint import compose, load, save
 from multi_token.errors import CheckpointError
 from multi_token.language_model import adapter_parameters, attach_adapter
 from multi_token.recipe import AdapterSpec, Recipe
+from multi_token.testing import tiny_language_model
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,32 @@ def test_a_language_model_that_moved_can_be_named(
     fields["model"]["language_model"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(fields))
     assert torch.equal(before, logits(load(copy, language_model=str(moved)), data))
+
+
+def test_another_language_model_than_the_checkpoint_s_is_refused(
+    copy: Path, tmp_path: Path
+) -> None:
+    other = tiny_language_model(tmp_path / "other", seed=5)
+    with pytest.raises(CheckpointError, match="another language model .* other weights"):
+        load(copy, language_model=other)
+
+
+def test_a_checkpoint_from_before_identities_were_kept_still_loads(copy: Path) -> None:
+    fields = json.loads((copy / "config.json").read_text())
+    del fields["identity"], fields["base_model"]
+    (copy / "config.json").write_text(json.dumps(fields))
+    load(copy)
+
+
+def test_a_language_model_inside_the_run_that_is_gone_is_half_written(copy: Path) -> None:
+    fields = json.loads((copy / "config.json").read_text())
+    fields["model"]["language_model"] = "./language_model"
+    (copy / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="half-written or was copied in part"):
+        load(copy)
+
+
+def test_an_adapter_that_is_gone_is_named(copy: Path) -> None:
+    (copy / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="adapter cannot be read"):
+        load(copy)

@@ -1,7 +1,11 @@
-"""language_model.py: what can be driven by embeddings is, and what cannot is refused."""
+"""language_model.py: what is named is loaded as it is, or refused in a sentence.
+
+Border: GGUF files are in test_gguf.py, fewer bits in test_quantization.py.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +38,12 @@ def test_what_is_no_language_model_is_refused_with_what_was_expected(
         load_tokenizer(str(tmp_path / "empty"))
 
 
-def test_a_model_that_needs_ids_in_its_layers_is_refused_by_trying(tmp_path: Path) -> None:
-    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
-
-    config: Any = Gemma3nTextConfig(
-        vocab_size=64,
-        vocab_size_per_layer_input=64,
-        hidden_size=32,
-        hidden_size_per_layer_input=8,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_kv_shared_layers=0,
-        laurel_rank=4,
-        layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-    torch.manual_seed(0)
-    model = Gemma3nForCausalLM(config)
-    for parameter in model.parameters():  # its scales start at zero: nothing would differ
-        torch.nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(LanguageModelError, match="gives other logits for embeddings"):
-        load_language_model(str(tmp_path))
+def test_a_language_model_that_is_cut_off_is_refused(parts: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(parts / "language_model", tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(LanguageModelError, match="no language model could be loaded from"):
+        load_language_model(str(folder))
 
 
 def test_the_size_of_embeddings_is_taken_behind_the_module(parts: Path) -> None:

@@ -177,7 +177,7 @@ def test_greedy_generation_equals_the_argmax_of_repeated_full_forwards(model: An
             with torch.no_grad():
                 step = model.language_model(inputs_embeds=embeds).logits[0, -1].argmax()
             ids.append(int(step))
-            if ids[-1] == reader.chat.end_of_turn_id:
+            if ids[-1] in reader.chat.end_of_turn_ids:
                 break
             embeds = torch.cat([embeds, model.get_input_embeddings()(step.view(1, 1))], dim=1)
         assert answer == reader.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from multi_token.errors import MultiTokenError
 from multi_token.projectors import Expand, Linear, Mlp, Pool, ProjectorSpec, Stack
 from multi_token.types import Features
 
@@ -98,3 +99,50 @@ def test_the_output_can_be_scaled_to_any_root_mean_square(spec: ProjectorSpec) -
     projector.scale_output(features, 0.125)
     rms = projector(features).square().mean().sqrt()
     torch.testing.assert_close(rms, torch.tensor(0.125))
+
+
+@pytest.mark.parametrize("spec", [Linear(line_break=True), Mlp(line_break=True)], ids=repr)
+@pytest.mark.parametrize("closed_form", [False, True])
+def test_where_a_line_ends_stands_one_learned_token(spec: ProjectorSpec, closed_form: bool) -> None:
+    projector = spec.build(6, 8)
+    if closed_form:
+        projector.add_closed_form()
+    values = torch.randn(2, 4, 6)
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    breaks = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    tokens = projector(Features(values, mask, breaks))
+    plain = projector(Features(values, mask))
+    ends = breaks[mask]
+    assert torch.equal(tokens[~ends], plain[~ends])
+    assert torch.equal(tokens[ends], projector.line_break.expand(3, 8))
+    tokens.sum().backward()
+    assert projector.line_break.grad.tolist() == [3.0] * 8
+
+
+def test_a_projector_with_a_line_break_takes_features_without_lines() -> None:
+    projector = Linear(line_break=True).build(6, 8)
+    projector(Features(torch.randn(2, 3, 6))).sum().backward()
+    # a zero and not nothing, which would hang other ranks in the gradient's all-reduce
+    assert projector.line_break.grad.tolist() == [0.0] * 8
+
+
+def test_line_ends_without_a_token_for_them_are_refused() -> None:
+    features = Features(torch.randn(1, 2, 6), None, torch.tensor([[False, True]]))
+    with pytest.raises(MultiTokenError, match="set `line_break: true` in the projector"):
+        Linear().build(6, 8)(features)
+
+
+@pytest.mark.parametrize("kind", [Expand, Stack, Pool])
+def test_a_projector_that_joins_or_splits_features_has_no_line_break(kind: Any) -> None:
+    with pytest.raises(ValueError, match="makes one token of each feature"):
+        kind(line_break=True)
+
+
+def test_scaling_gives_line_ends_the_same_root_mean_square() -> None:
+    projector = Mlp(line_break=True).build(6, 8)
+    breaks = torch.zeros(4, 9, dtype=torch.bool)
+    breaks[:, ::3] = True
+    features = Features(torch.randn(4, 9, 6) * 30, None, breaks)
+    projector.scale_output(features, 0.125)
+    for tokens in projector(features)[breaks.flatten()], projector(features)[~breaks.flatten()]:
+        torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(0.125))

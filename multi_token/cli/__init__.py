@@ -13,6 +13,7 @@ from rich.console import Console
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat, predict
+from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.train import train
@@ -30,6 +31,9 @@ app.command()(train)
 app.command()(chat)
 app.command()(ask)
 app.command()(predict)
+app.command("import")(import_run)
+app.command()(export)
+app.command()(push)
 app.add_typer(data_app, name="data")
 
 

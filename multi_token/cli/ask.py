@@ -6,6 +6,7 @@ Border: terminal and files; the answering itself is generate.py's.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from multi_token.chat import ChatFormat
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
@@ -92,7 +94,6 @@ def chat(
 ) -> None:
     """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
     from rich.console import Console
-    from transformers import TextStreamer
 
     from multi_token.errors import MultiTokenError
     from multi_token.generate import reader_of
@@ -120,11 +121,10 @@ def chat(
                 continue
             parts: list[Part] = [p for item in waiting for p in (item, Text("\n"))]
             turn = Message("user", (*parts, Text(line)))
-            streamer = TextStreamer(reader_of(model).tokenizer, skip_special_tokens=True)
             answers = model.generate(
                 [Conversation((*messages, turn), id="chat")],
                 max_new_tokens=max_new_tokens,
-                streamer=streamer,
+                streamer=_Screen(reader_of(model).chat),
                 **_sampling(temperature),
             )
         except MultiTokenError as error:
@@ -132,6 +132,34 @@ def chat(
             continue
         messages += [turn, Message("assistant", (Text(answers[0]),))]
         waiting = []
+
+
+class _Screen:
+    """A streamer of transformers: writes an answer while it grows, and nothing twice."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self.chat = chat
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def put(self, value: Any) -> None:
+        """One new id [1], as `generate` hands it over; a prompt by embeddings comes empty."""
+        self.ids += value.flatten().tolist()
+        text = self.chat.decode(self.ids, growing=True)
+        # the bytes of a character may come in several tokens, and until then read as U+FFFD
+        if not text.endswith("\ufffd") and text.startswith(self.shown):
+            self._write(text)
+
+    def end(self) -> None:
+        """The answer is whole."""
+        self._write(self.chat.decode(self.ids))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text[len(self.shown) :])
+        sys.stdout.flush()
+        self.shown = text
 
 
 def _lines(console: Any) -> Iterator[str]:

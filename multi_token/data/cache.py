@@ -1,6 +1,7 @@
 """Features of frozen encoders, kept by content: every item is encoded once.
 
-Border: maps an item to features [length, dim]; knows nothing of rows or training.
+Border: maps an item to features [length, dim], and where lines end among them; knows nothing of
+rows or training.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from multi_token.collate import BREAKS_KEY, FEATURES_KEY
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
+
+_BREAKS = ".breaks"
 
 
 class FeatureCache:
@@ -29,14 +33,20 @@ class FeatureCache:
     def __init__(self, path: Path | None = None) -> None:
         """`path`: where the features lie between runs; read now if it exists."""
         self.path = path
-        self.features: dict[str, Tensor] = (
-            load_file(path) if path is not None and path.is_file() else {}
-        )
+        kept = load_file(path) if path is not None and path.is_file() else {}
+        self.features = {k: v for k, v in kept.items() if not k.endswith(_BREAKS)}
+        self.breaks = {k.removesuffix(_BREAKS): v for k, v in kept.items() if k.endswith(_BREAKS)}
         self._keys: dict[tuple[str, str | None, str], str] = {}
 
-    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Tensor | None:
-        """Features [length, dim] of the item, if it was encoded. Raises MediaError."""
-        return self.features.get(self._key(item, modality, fetch))
+    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
+        """The item with its features [length, dim], if it was encoded. Raises MediaError."""
+        key = self._key(item, modality, fetch)
+        if key not in self.features:
+            return None
+        inputs = {FEATURES_KEY: self.features[key]}
+        if key in self.breaks:
+            inputs[BREAKS_KEY] = self.breaks[key]
+        return Prepared(inputs, num_features=len(inputs[FEATURES_KEY]))
 
     def fill(
         self,
@@ -82,7 +92,7 @@ class FeatureCache:
         if num_encoded and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
-            save_file(self.features, partial)
+            save_file(self.features | {k + _BREAKS: v for k, v in self.breaks.items()}, partial)
             partial.replace(self.path)
         return num_encoded
 
@@ -94,10 +104,10 @@ class FeatureCache:
         inputs = modality.collate([prepared for _, prepared in items])
         features = encoder(**{key: value.to(device) for key, value in inputs.items()})
         for i, (key, _) in enumerate(items):
-            values = features.values[i]
-            if features.mask is not None:
-                values = values[features.mask[i]]
-            self.features[key] = values.float().cpu().contiguous()
+            real = slice(None) if features.mask is None else features.mask[i]
+            self.features[key] = features.values[i][real].float().cpu().contiguous()
+            if features.breaks is not None:
+                self.breaks[key] = features.breaks[i][real].cpu().contiguous()
         return len(items)
 
     def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:

@@ -41,13 +41,13 @@ class Size:
     """How much is made, learned and asked."""
 
     num_names: int = 100
-    num_renderings: int = 8
+    num_renderings: int = 12
     num_held_out_renderings: int = 2
-    num_steps: int = 84
+    num_steps: int = 90
     batch_size: int = 16
-    num_yes_no: int = 120
+    num_yes_no: int = 80
     num_categories: int = 40
-    num_two_pictures: int = 200
+    num_two_pictures: int = 100
     num_asked: int = 200
     """Questions of each held-out kind, at most."""
 
@@ -91,7 +91,7 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
             "stages": [
                 {
                     "name": "projector",
-                    "learn": {"projectors": 4e-4, "projector_biases": 3e-3},
+                    "learn": {"projectors": 1e-3, "projector_biases": 3e-3},
                     "args": {"max_steps": size.num_steps},
                 }
             ],

@@ -7,25 +7,30 @@ architecture on the meta device (shapes without weights), so no list of model na
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image
 from multi_token.modalities.base import Encoder, Modality
+from multi_token.modalities.tiles import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.types import Features, Prepared
 
-FeatureKind = Literal["patches", "pooled", "cls", "mean"]
+FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]
+Layers = int | tuple[int, ...] | None
 
 
 class ImageEncoder(Encoder):
     """A vision tower and the choice of what to take from it."""
 
-    def __init__(self, tower: nn.Module, *, features: FeatureKind, layer: int | None) -> None:
+    def __init__(self, tower: nn.Module, *, features: FeatureKind, layer: Layers) -> None:
         super().__init__()
         self.tower = tower
         self.features: FeatureKind = features
@@ -33,7 +38,17 @@ class ImageEncoder(Encoder):
         self.dim = -1  # known after the first forward; `build` runs one
 
     def forward(self, **inputs: Tensor) -> Features:
-        """`pixel_values` [items, ...] as the image processor made them -> Features."""
+        """`pixel_values` [items, ...] as the image processor made them -> Features.
+
+        With tiles: `pixel_values` [tiles, ...], and `tile` and `patch` [items, length], which say
+        what each feature of an item is (see tiles.py).
+        """
+        tile, patch = inputs.pop("tile", None), inputs.pop("patch", None)
+        if tile is not None and patch is not None:
+            return arrange(self._encode(inputs).values, tile, patch)
+        return self._encode(inputs)
+
+    def _encode(self, inputs: dict[str, Tensor]) -> Features:
         deep = self.layer is not None
         output = self.tower(**inputs, **({"output_hidden_states": True} if deep else {}))
         if self.features == "pooled":
@@ -45,12 +60,17 @@ class ImageEncoder(Encoder):
                     + "; use `features: mean`, `patches` or `cls`"
                 )
             return Features(pooled.flatten(1)[:, None])
-        values = output.hidden_states[self.layer] if deep else output.last_hidden_state
+        values = self._layers(output.hidden_states) if deep else output.last_hidden_state
         mask = inputs.get("pixel_attention_mask")
         if values.ndim == 4:  # a convolutional map [items, dim, height, width]
             values, num_prefix = values.flatten(2).transpose(1, 2), 0
         else:
             num_prefix = _num_prefix(self.tower, values, inputs)
+        if self.features == "all":
+            prefix = (num_prefix, 0)
+            return Features(
+                values, None if mask is None else nn.functional.pad(mask.bool(), prefix, value=True)
+            )
         if self.features == "cls":
             if num_prefix == 0:
                 raise MultiTokenError(
@@ -66,6 +86,25 @@ class ImageEncoder(Encoder):
             return Features((values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True))
         return Features(values, mask)
 
+    def _layers(self, states: Sequence[Tensor]) -> Tensor:
+        """The chosen hidden state, or several side by side in each feature."""
+        assert self.layer is not None
+        layers = self.layer if isinstance(self.layer, tuple) else (self.layer,)
+        try:
+            chosen = [states[layer] for layer in layers]
+        except IndexError:
+            raise MultiTokenError(
+                f"{type(self.tower).__name__} has hidden states 0 to {len(states) - 1} (or counted "
+                f"from the end, -1 to -{len(states)}), the recipe asks for layer {self.layer}"
+            ) from None
+        if len({s.shape[2:] if s.ndim == 4 else s.shape[1:2] for s in chosen}) > 1:
+            raise MultiTokenError(
+                f"{type(self.tower).__name__} has hidden states of different sizes at layers "
+                f"{self.layer} ({[tuple(s.shape[1:]) for s in chosen]}), so they cannot be joined; "
+                "take one"
+            )
+        return torch.cat(chosen, dim=1 if chosen[0].ndim == 4 else -1)
+
 
 class ImageModality(Modality):
     """A picture: PNG, JPEG, WebP, GIF (first frame) and whatever else Pillow decodes."""
@@ -76,12 +115,37 @@ class ImageModality(Modality):
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     features: FeatureKind = "patches"
-    """`patches`: one feature a patch, CLS left out; `pooled`: the model's own pooled vector;
-    `cls`: the CLS token; `mean`: the mean of the patches."""
-    layer: int | None = None
-    """Hidden state to take, counted as transformers does (-1 the last, -2 LLaVA-1.5's)."""
+    """`patches`: one feature a patch, CLS left out; `all`: CLS and registers too, where there are
+    any; `pooled`: the model's own pooled vector; `cls`: the CLS token; `mean`: of the patches."""
+    layer: Layers = None
+    """Hidden state to take, counted as transformers does (-1 the last, -2 LLaVA-1.5's), or a list:
+    several joined in each feature."""
+    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(None, min_length=1)
+    """Read a picture as its small whole and then in tiles of the encoder's own size, line by line
+    (LLaVA-NeXT's anyres): the grids to choose from, `[rows, columns]` each. The one that keeps most
+    of the picture is taken. Needs `line_break: true` in the projector."""
+    pad_to_square: bool = False
+    """Fill a picture up to a square with the processor's mean colour instead of cutting its ends
+    off (LLaVA-1.5's `image_aspect_ratio: pad`)."""
     max_pixels: int = 89_478_485
     """A picture larger than this is refused before it is decoded (a guard against bombs)."""
+
+    @model_validator(mode="after")
+    def _tiles_fit(self) -> ImageModality:
+        if self.tile_grids is None:
+            if self.projector.line_break:
+                raise ValueError("`line_break` in the projector is for `tile_grids`; set both")
+            return self
+        if self.features != "patches":
+            raise ValueError(f"`tile_grids` needs `features: patches`, not {self.features}")
+        if self.pad_to_square:
+            raise ValueError("`tile_grids` keep the whole picture: leave out `pad_to_square`")
+        if not self.projector.line_break:
+            raise ValueError(
+                "`tile_grids` end each line of tiles with a token of the projector's own: set "
+                "`line_break: true` in it"
+            )
+        return self
 
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
         """Path, URL, data URI, bytes or PIL picture -> RGB picture. Raises MediaError."""
@@ -91,18 +155,47 @@ class ImageModality(Modality):
         return decode_image(fetch.read(source), name=name, max_pixels=self.max_pixels)
 
     def prepare(self, raw: Any) -> Prepared:
-        """An RGB picture -> what the encoder's own image processor makes of it."""
-        processed = _processor(self.encoder, self.revision)(images=[raw], return_tensors="pt")
+        """An RGB picture -> what the encoder's own image processor makes of it.
+
+        With tiles: `pixel_values` [tiles, ...], `tile` and `patch` int64 [length]. Raises
+        RecipeError for an encoder that cannot be given tiles.
+        """
+        if self.tile_grids is not None:
+            return self._prepare_tiles(raw)
+        if self.pad_to_square:
+            raw = _squared(raw, image_processor(self.encoder, self.revision))
+        processed = image_processor(self.encoder, self.revision)(images=[raw], return_tensors="pt")
         inputs = {key: value[0] for key, value in processed.items() if isinstance(value, Tensor)}
         return Prepared(inputs=inputs, num_features=self._num_features(inputs))
 
+    def _prepare_tiles(self, raw: Image.Image) -> Prepared:
+        side, patches = tile_shape(self.encoder, self.revision, self.layer)
+        processor = image_processor(self.encoder, self.revision)
+        assert self.tile_grids is not None
+        grid = best_grid(raw.height, raw.width, self.tile_grids, side)
+        resample = getattr(processor, "resample", None)
+        tiles = cut(
+            raw,
+            grid,
+            side,
+            Image.Resampling(resample) if isinstance(resample, int) else Image.Resampling.BICUBIC,
+        )
+        pixels = processor(images=tiles, return_tensors="pt")["pixel_values"]
+        tile, patch = reading_order(raw.height, raw.width, grid, patches)
+        inputs = {"pixel_values": pixels, "tile": tile, "patch": patch}
+        return Prepared(inputs, num_features=len(tile))
+
+    def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
+        """Items -> one batch; with tiles, all tiles of all items stand in one."""
+        return super().collate(items) if self.tile_grids is None else collate_tiles(items)
+
     def _num_features(self, inputs: dict[str, Tensor]) -> int:
-        if self.features != "patches":
+        if self.features not in ("patches", "all"):
             return 1
         if "pixel_attention_mask" in inputs:  # native-aspect encoders say which patches are real
             return int(inputs["pixel_attention_mask"].sum())
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in inputs.items())
-        return _num_features(self.encoder, self.revision, self.layer, shapes)
+        return _num_features(self.encoder, self.revision, self.layer, self.features, shapes)
 
     def build_encoder(self) -> ImageEncoder:
         from transformers import AutoModel
@@ -118,7 +211,8 @@ class ImageModality(Modality):
 
 
 @functools.lru_cache(maxsize=8)
-def _processor(encoder: str, revision: str | None) -> Any:
+def image_processor(encoder: str, revision: str | None) -> Any:
+    """The encoder's own image processor; do not change it."""
     # one per process: reading it anew for every picture would cost more than the picture
     from transformers import AutoImageProcessor
 
@@ -139,15 +233,53 @@ def _skeleton(encoder: str, revision: str | None) -> nn.Module:
 def _num_features(
     encoder: str,
     revision: str | None,
-    layer: int | None,
+    layer: Layers,
+    features: FeatureKind,
     shapes: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
 ) -> int:
     inputs = {
         key: torch.empty(1, *shape, dtype=dtype, device="meta") for key, shape, dtype in shapes
     }
-    probe = ImageEncoder(_skeleton(encoder, revision), features="patches", layer=layer)
+    probe = ImageEncoder(_skeleton(encoder, revision), features=features, layer=layer)
     with torch.no_grad():
         return int(probe(**inputs).values.shape[1])
+
+
+@functools.lru_cache(maxsize=8)
+def tile_shape(encoder: str, revision: str | None, layer: Layers) -> tuple[int, int]:
+    """Pixels and patches along each side of what the encoder takes. Raises RecipeError."""
+    blank = image_processor(encoder, revision)(
+        images=[Image.new("RGB", (64, 64))], return_tensors="pt"
+    )
+    inputs = {key: value for key, value in blank.items() if isinstance(value, Tensor)}
+    pixels = inputs.get("pixel_values", torch.empty(0))
+    if set(inputs) != {"pixel_values"} or pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3]:
+        raise RecipeError(
+            f"`tile_grids` needs an encoder of square pictures of one size; the image processor of "
+            f"{encoder} makes "
+            + ", ".join(f"{key} {tuple(value.shape[1:])}" for key, value in inputs.items())
+        )
+    shapes = (("pixel_values", tuple(pixels.shape[1:]), pixels.dtype),)
+    number = _num_features(encoder, revision, layer, "patches", shapes)
+    if math.isqrt(number) ** 2 != number:
+        raise RecipeError(
+            f"`tile_grids` needs an encoder whose patches are a square, {encoder} has {number}"
+        )
+    return int(pixels.shape[2]), math.isqrt(number)
+
+
+def _squared(picture: Image.Image, processor: Any) -> Image.Image:
+    """The picture in the middle of a square of the processor's mean colour."""
+    mean = getattr(processor, "image_mean", None)
+    if mean is None:
+        raise RecipeError(
+            f"`pad_to_square` needs the mean colour of the encoder's image processor, and "
+            f"{type(processor).__name__} names none"
+        )
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def _vision_half(model: Any) -> nn.Module:

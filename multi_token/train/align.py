@@ -19,6 +19,7 @@ from multi_token.collate import Collator
 from multi_token.generate import to_device
 from multi_token.language_model import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.projectors import without_breaks
 from multi_token.reader import Reader
 from multi_token.recipe import AlignSpec
 from multi_token.types import Conversation, Features, Media, Text
@@ -64,7 +65,8 @@ def calibrate(
     for features in _features(model, name, items, batch_size):
         first = first or features
         values = features.values.double()
-        values = values.flatten(0, 1) if features.mask is None else values[features.mask]
+        mask = without_breaks(features)
+        values = values.flatten(0, 1) if mask is None else values[mask]
         total += values.sum(0)
         squares += values.square().sum(0)
         count += len(values)
@@ -77,7 +79,7 @@ def calibrate(
         scale = torch.where(variance > 1e-10, variance.clamp(min=1e-10).rsqrt(), 1.0)
         projector.feature_mean.copy_(mean)
         projector.feature_scale.copy_(scale)
-    projector.scale_output(first, embedding_rms(model.language_model))
+    projector.scale_output(first, embedding_rms(model))
     return count
 
 
@@ -111,7 +113,8 @@ def align(
     for features in _features(model, name, [(i.item, i.reader) for i in items], batch_size):
         batch = items[start : start + len(features.values)]
         start += len(batch)
-        groups, mask = projector.arrange(features)
+        # where a line ends there is nothing to fit: that token is the projector's own
+        groups, mask = projector.arrange(Features(features.values, without_breaks(features)))
         y = torch.stack(
             [targets(i.caption, single=groups.shape[1] == 1) for i in batch]
         )  # [items, tokens * dim]

@@ -1,6 +1,7 @@
-"""What a run shows while it learns: a bar with loss, tokens a second, supervised share, time left.
+"""What a run shows: its parts and what learns before it starts, a bar with loss and speed then.
 
-Border: callbacks of the trainer; it changes nothing but the answer to Ctrl-C (save, then stop).
+Border: words about a model, and callbacks of the trainer; it changes nothing but the answer to
+Ctrl-C (save, then stop).
 """
 
 from __future__ import annotations
@@ -8,14 +9,59 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.quantization import num_bytes, quantized_parameters
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
+
+
+def parts_of(model: MultiTokenForConditionalGeneration) -> list[str]:
+    """A line for each part (precision, size), and one for all that the probe found unusual.
+
+    Raises LanguageModelError for a language model that cannot be driven by embeddings.
+    """
+    parts: dict[str, nn.Module] = {
+        f"language model {model.capabilities.name}": model.language_model
+    }
+    parts |= {f"encoder of {name}": encoder for name, encoder in model.encoders.items()}
+    parts |= {f"projector of {name}": projector for name, projector in model.projectors.items()}
+    lines = [
+        f"{name}: {_precision(part)}, {_size(num_bytes(part))}" for name, part in parts.items()
+    ]
+    return [*lines, *(f"  {finding}" for finding in model.capabilities.findings())]
+
+
+def _precision(part: nn.Module) -> str:
+    """`float32`, or `bfloat16 and quantized` where weights differ."""
+    quantized = {id(p) for p in quantized_parameters(part)}
+    dtypes = {
+        "quantized" if id(p) in quantized else str(p.dtype).removeprefix("torch.")
+        for p in part.parameters()
+    }
+    return " and ".join(sorted(dtypes)) or "no weights"
+
+
+def _size(num: int) -> str:
+    return f"{num / 1e6:,.1f} MB" if num >= 1e5 else f"{num:,} bytes"
+
+
+def groups_of(groups: Sequence[tuple[str, float, Sequence[nn.Parameter]]]) -> list[str]:
+    """A line for each group that learns: how many parameters, in what precision, how fast."""
+    return [
+        f"  {name}: {sum(p.numel() for p in parameters):,} parameters in "
+        f"{' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in parameters}))}, "
+        f"learning rate {rate:g}"
+        for name, rate, parameters in groups
+    ]
 
 
 class Bar(TrainerCallback):
@@ -36,6 +82,7 @@ class Bar(TrainerCallback):
         self.title = title
         self.task: Any = None
         self.since = (0.0, 0, 0)
+        self.first = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -50,6 +97,15 @@ class Bar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.progress.update(self.task, completed=state.global_step)
+        if self.first:
+            self.first = False
+            num_tokens = self.trainer.num_tokens - self.since[1]
+            num_supervised = self.trainer.num_supervised - self.since[2]
+            self.console.print(
+                f"first batch: {num_tokens:,} tokens, {num_supervised:,} "
+                f"({num_supervised / max(num_tokens, 1):.0%}) supervised",
+                highlight=False,
+            )
 
     def on_log(
         self,

@@ -31,11 +31,17 @@ from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.language_model import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.probe import try_training
 from multi_token.reader import Reader
 from multi_token.recipe import DataSource, Recipe, Stage, load_recipe
 from multi_token.train.align import align, calibrate, captioned
-from multi_token.train.report import Bar, StopOnInterrupt
-from multi_token.train.trainer import MultiTokenTrainer, last_checkpoint, training_arguments
+from multi_token.train.report import Bar, StopOnInterrupt, groups_of, parts_of
+from multi_token.train.trainer import (
+    MultiTokenTrainer,
+    last_checkpoint,
+    parameter_groups,
+    training_arguments,
+)
 from multi_token.types import Conversation
 
 RECIPE = "recipe.yaml"
@@ -93,6 +99,9 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     set_seed(recipe.train.seed)
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move(model, arguments[0].device)
+    console.print(*parts_of(model), sep="\n", highlight=False)
+    if recipe.train.share_prefix:
+        model.capabilities.require("repeats_cache")
     cache = FeatureCache(out / "cache" / "features.safetensors")
     sources = [_open(source, model, recipe, cache) for source in recipe.data.train]
     if recipe.train.feature_cache:
@@ -238,6 +247,8 @@ def _start(
     spec = recipe.train.align
     if spec is not None and spec.rows is not None:
         aligned = [_open(source, model, recipe, cache) for source in spec.rows]
+        if recipe.train.feature_cache:
+            _fill_cache(model, aligned, cache, console)
         aligned = _good(aligned, recipe, console)
         captions = [c for source in aligned for c in captioned(source.conversations())]
     else:
@@ -285,8 +296,12 @@ def _run_stage(
     num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
     console.print(
-        f"stage {stage.name}: {num_learned:,} of {num_all:,} parameters learn", highlight=False
+        f"stage {stage.name}: {num_learned:,} of {num_all:,} parameters learn",
+        *groups_of(parameter_groups(model, stage.learn)),
+        sep="\n",
+        highlight=False,
     )
+    try_training(model.language_model)
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
     trainer.add_callback(Bar(trainer, console, stage.name))

@@ -116,3 +116,51 @@ def test_a_picture_object_over_the_pixel_limit_is_refused(encoders: dict[str, st
     modality = ImageModality(encoder=encoders["clip"], max_pixels=100)
     with pytest.raises(MediaError, match="100"):
         modality.load(pictures()[1], Fetch())
+
+
+def test_several_layers_stand_side_by_side_in_each_feature(encoders: dict[str, str]) -> None:
+    one, two, both = (
+        ImageModality(encoder=encoders["clip"], layer=layer) for layer in (-2, 1, (-2, 1))
+    )
+    inputs = both.collate([both.prepare(picture) for picture in pictures()])
+    with torch.no_grad():
+        values = [m.build_encoder()(**inputs).values for m in (one, two)]
+        joined = both.build_encoder()
+        assert torch.equal(joined(**inputs).values, torch.cat(values, dim=-1))
+    assert joined.dim == 64
+    assert ImageModality.model_validate(both.model_dump(mode="json")) == both
+
+
+@pytest.mark.parametrize("layer", [9, (-2, -9)])
+def test_a_layer_that_is_not_there_is_refused(encoders: dict[str, str], layer: Any) -> None:
+    with pytest.raises(MultiTokenError, match="has hidden states 0 to 3 .* asks for layer"):
+        ImageModality(encoder=encoders["clip"], layer=layer).build_encoder()
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_prefix"), [("clip", 1), ("siglip", 0), ("dinov2_with_registers", 5)]
+)
+def test_all_features_are_what_stands_before_the_patches_and_the_patches(
+    encoders: dict[str, str], kind: str, num_prefix: int
+) -> None:
+    every, patches = (
+        ImageModality(encoder=encoders[kind], features=features) for features in ("all", "patches")
+    )
+    prepared = every.prepare(pictures()[0])
+    with torch.no_grad():
+        values = every.build_encoder()(**every.collate([prepared])).values
+        of_patches = patches.build_encoder()(**every.collate([prepared])).values
+    assert prepared.num_features == values.shape[1] == 16 + num_prefix
+    assert torch.equal(values[:, num_prefix:], of_patches)
+
+
+def test_a_picture_padded_to_a_square_is_the_one_that_llava_pads(encoders: dict[str, str]) -> None:
+    from transformers import LlavaImageProcessorPil
+
+    oracle = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    modality = ImageModality(encoder=encoders["clip"], pad_to_square=True)
+    for picture in pictures():
+        theirs = oracle(images=[picture], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(modality.prepare(picture).inputs["pixel_values"], theirs)

@@ -164,6 +164,20 @@ def test_cached_features_train_to_the_same_curve(recipe_fields: Fields, tmp_path
     assert len(load_file(tmp_path / "cached" / "cache" / "features.safetensors")) == 4
 
 
+def test_captioned_rows_that_are_not_trained_on_are_cached_too(
+    recipe_fields: Fields, tmp_path: Path, data: Path, rows: Any
+) -> None:
+    some = data / "some.jsonl"
+    some.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    for name, cached in (("plain", False), ("cached", True)):
+        align = {"penalty": 1.0, "rows": [{"rows": str(data / "rows.jsonl")}]}
+        fields = recipe_fields(tmp_path / name, feature_cache=cached, align=align)
+        fields["data"]["train"] = [{"rows": str(some)}]
+        trained(fields)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+    assert len(load_file(tmp_path / "cached" / "cache" / "features.safetensors")) == 4
+
+
 def test_gradient_accumulation_does_not_change_the_curve(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:

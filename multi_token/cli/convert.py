@@ -1,0 +1,116 @@
+"""`multi-token import`, `export` and `push`: runs from other formats, to other formats, to the hub.
+
+Border: arguments and messages; the work is convert/'s.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import typer
+
+
+class To(str, Enum):
+    """What a run can become."""
+
+    merged = "merged"
+    language_model = "language-model"
+    llava = "llava"
+
+
+def import_run(
+    source: str = typer.Argument(
+        ..., help="Folder or hub name: sshh12/multi_token's, LLaVA in transformers' or its own."
+    ),
+    out: Path = typer.Option(..., help="The new run's folder."),
+    language_model: str = typer.Option(
+        None, help="The base model, where the name in the source is not the right place."
+    ),
+    encoder: str = typer.Option(None, help="The encoder, where its own name is not in reach."),
+    chat_template: str = typer.Option(
+        None, help="A file with a template, where the base model's own cannot be used."
+    ),
+    revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
+) -> None:
+    """Make a run of a checkpoint in another format. What it is, is told by its files."""
+    from rich.console import Console
+
+    from multi_token.checkpoint import read_config
+    from multi_token.convert.sources import import_run as convert
+
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"importing {source}"):
+        convert(
+            source,
+            out,
+            revision=revision,
+            language_model=language_model,
+            encoder=encoder,
+            chat_template=chat_template,
+        )
+    fields = read_config(out)
+    senses = ", ".join(f"<{name}>" for name in fields["model"]["modalities"])
+    learned = "projectors and an adapter" if fields["adapter"] else "projectors"
+    console.print(
+        f"{out}: {senses}; {learned} on {fields['model']['language_model']}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def export(
+    run: str = typer.Argument(..., help="The folder or hub name of a run."),
+    to: To = typer.Option(
+        ...,
+        help="merged: a run with its language model inside. language-model: what vLLM and other "
+        "engines need. llava: transformers' LLaVA.",
+    ),
+    out: Path = typer.Option(..., help="A new or empty folder."),
+    language_model: str = typer.Option(None, help="Where the language model is, if it has moved."),
+    revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
+) -> None:
+    """Write a run in a format that others load."""
+    from rich.console import Console
+
+    from multi_token.convert.export import export as convert
+
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"exporting {run}"):
+        convert(run, out, to=to.value, revision=revision, language_model=language_model)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    console.print(f"{out}: {to.value}, {_size(size)}", markup=False, soft_wrap=True)
+
+
+def push(
+    run: Path = typer.Argument(..., help="The folder of a run."),
+    name: str = typer.Argument(..., help="The repository: user/name."),
+    private: bool = typer.Option(False, "--private", help="Make a new repository private."),
+    revision: str = typer.Option(None, help="A branch to upload to; made if it is not there."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Write the card and list the files, upload nothing."
+    ),
+) -> None:
+    """Upload a run's result to the hub, with a model card."""
+    from rich.console import Console
+
+    from multi_token.convert.push import push as upload
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("reading the run" if dry_run else f"uploading to {name}"):
+        files = upload(run, name, private=private, revision=revision, dry_run=dry_run)
+    for path, size in files.items():
+        typer.echo(f"{_size(size):>10}  {path}")
+    if dry_run:
+        console.print(
+            f"the card is {run / 'README.md'}; nothing was uploaded", markup=False, soft_wrap=True
+        )
+    else:
+        console.print(f"uploaded to {name}", markup=False, soft_wrap=True)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes} B"

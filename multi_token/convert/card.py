@@ -1,0 +1,219 @@
+"""The model card of a run: what it senses, how to ask, data, recipe, hardware, evaluation.
+
+Border: reads a run's folder, returns text; push.py writes and uploads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from multi_token.errors import ConvertError
+
+MARK = "<!-- written by `multi-token push`; without this line the file is left as it is -->"
+_PIPELINES = {
+    frozenset({"image"}): "image-text-to-text",
+    frozenset({"video"}): "video-text-to-text",
+    frozenset({"speech"}): "audio-text-to-text",
+    frozenset({"sound"}): "audio-text-to-text",
+    frozenset({"speech", "sound"}): "audio-text-to-text",
+}
+
+
+def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
+    """Markdown with a YAML header. `fields`: the run's checked config.json.
+
+    Raises ConvertError for a recipe.yaml or report.json that cannot be read.
+    """
+    model = fields["model"]
+    recipe = read_recipe(run, name)
+    report = _read_json(run / "report.json")
+    sections = [
+        "---\n" + yaml.safe_dump(_header(fields, recipe), sort_keys=False).rstrip() + "\n---",
+        MARK,
+        f"# {name.partition('/')[2] or name}",
+        _claim(fields),
+        "## What it senses",
+        _senses(model["modalities"]),
+        "## How to ask",
+        _usage(name, model["modalities"]),
+        "## Data",
+        _data(recipe),
+        "## Recipe",
+        _recipe(recipe),
+        "## Hardware",
+        _hardware(run, report),
+        "## Evaluation",
+        _evaluation(report),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def read_recipe(run: Path, name: str) -> dict[str, Any] | None:
+    """The run's recipe, without folders of this machine; None if it has none.
+
+    Raises ConvertError.
+    """
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree["train"]["output_dir"] = f"runs/{name.rpartition('/')[2]}"
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConvertError(f"{path} is no recipe of a run: {error}") from None
+    return _without_folders(tree)
+
+
+def _without_folders(value: Any) -> Any:
+    """The same tree, absolute paths cut to their last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    if isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvertError(f"{path} is not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_inside(reference: str) -> bool:
+    return reference.startswith("./")
+
+
+def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    model = fields["model"]
+    base = fields.get("base_model") or model["language_model"]
+    encoders = [m["encoder"] for m in model["modalities"].values() if m.get("encoder")]
+    parents = [name for name in dict.fromkeys([base, *encoders]) if not _is_inside(name)]
+    types = frozenset(m["type"] for m in model["modalities"].values())
+    datasets = [
+        source["rows"]
+        for source in (recipe or {}).get("data", {}).get("train", [])
+        if Path(source["rows"]).suffix == "" and source["rows"].count("/") == 1
+    ]
+    return {
+        "library_name": "multi_token",
+        "pipeline_tag": _PIPELINES.get(types, "any-to-any"),
+        **({"base_model": parents} if parents else {}),
+        **({"base_model_relation": "adapter"} if fields["adapter"] else {}),
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["multi_token", "multimodal", *sorted(types)],
+    }
+
+
+def _claim(fields: Mapping[str, Any]) -> str:
+    model = fields["model"]
+    base = fields.get("base_model") or model["language_model"]
+    names = ", ".join(f"`<{name}>`" for name in model["modalities"])
+    known = "a language model that lies in this repository" if _is_inside(base) else f"`{base}`"
+    learned = "projectors and a LoRA adapter" if fields["adapter"] else "projectors"
+    return (
+        f"{known[0].upper()}{known[1:]} with senses: {names}. This repository holds {learned}, "
+        f"made with multi_token {fields['multi_token_version']}; frozen parts are named by it "
+        "where they are not inside."
+    )
+
+
+def _senses(modalities: Mapping[str, Any]) -> str:
+    rows = [
+        "| in rows | type | encoder | projector |",
+        "|---|---|---|---|",
+        *(
+            f"| `<{name}>` | {fields['type']} | {_named(fields.get('encoder'))} | "
+            f"{_projector(fields['projector'])} |"
+            for name, fields in modalities.items()
+        ),
+    ]
+    return "\n".join(rows)
+
+
+def _named(encoder: str | None) -> str:
+    if not encoder:
+        return "none"
+    return "in this repository" if _is_inside(encoder) else f"`{encoder}`"
+
+
+def _projector(fields: Mapping[str, Any]) -> str:
+    shown = [f"{key} {fields[key]}" for key in ("factor", "num_layers") if key in fields]
+    return " ".join([fields["type"], *([f"({', '.join(shown)})"] if shown else [])])
+
+
+def _usage(name: str, modalities: Mapping[str, Any]) -> str:
+    first, fields = next(iter(modalities.items()))
+    file = {"image": "cat.png", "vector": "values.npy", "video": "clip.mp4"}.get(
+        fields["type"], "file"
+    )
+    option = f"--image {file}" if first == "image" else f"--media {first}={file}"
+    return f"""```
+multi-token ask {name} "What is this?" {option}
+```
+
+```python
+from multi_token import MultiTokenForConditionalGeneration
+
+model = MultiTokenForConditionalGeneration.from_pretrained("{name}")
+row = {{
+    "messages": [
+        {{
+            "role": "user",
+            "content": [
+                {{"type": "{first}", "{first}": "{file}"}},
+                {{"type": "text", "text": "What is this?"}},
+            ],
+        }}
+    ]
+}}
+print(model.generate([row])[0])
+```"""
+
+
+def _data(recipe: Mapping[str, Any] | None) -> str:
+    sources = (recipe or {}).get("data", {}).get("train", [])
+    if not sources:
+        return "Not recorded: the run has no recipe, as one that was imported from another format."
+    return "\n".join(f"- `{source['rows']}`, split `{source['split']}`" for source in sources)
+
+
+def _recipe(recipe: Mapping[str, Any] | None) -> str:
+    if recipe is None:
+        return "Not recorded."
+    text = yaml.safe_dump({"train": recipe["train"]}, sort_keys=False)
+    return f"`recipe.yaml` in this repository, resolved; how it was trained:\n\n```yaml\n{text}```"
+
+
+def _hardware(run: Path, report: Mapping[str, Any]) -> str:
+    seconds = 0.0
+    for path in sorted(run.glob("stages/*/done.json")):
+        for entry in _read_json(path).get("log_history", []):
+            seconds += entry.get("train_runtime", 0.0)
+    machine = report.get("machine") or {}
+    facts = {**machine, **({"training": f"{seconds:.0f} s"} if seconds else {})}
+    return _table(facts) if facts else "Not recorded."
+
+
+def _evaluation(report: Mapping[str, Any]) -> str:
+    numbers = {
+        key: f"{value:.4g}" if isinstance(value, float) else value
+        for key, value in report.items()
+        if isinstance(value, (int, float))
+    }
+    return _table(numbers) if numbers else "None recorded (there is no report.json in the run)."
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])

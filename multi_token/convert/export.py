@@ -1,0 +1,180 @@
+"""A run becomes something that others load: `merged`, `language-model` or `llava`.
+
+    merged          RUN with its language model inside, the adapter merged: nothing else is needed
+    language-model  the same, and the language model's folder as an external engine wants it
+    llava           LLaVA as transformers keeps it (export_llava.py)
+
+Border: writes folders; merging is merge.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from multi_token import __version__
+from multi_token.checkpoint import CONFIG, PROJECTORS, load, save
+from multi_token.convert.merge import merge
+from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.convert.staging import staged
+from multi_token.errors import ConvertError
+from multi_token.model import MultiTokenForConditionalGeneration
+
+Format = Literal["merged", "language-model", "llava"]
+LANGUAGE_MODEL, ENCODERS, MANIFEST = "language_model", "encoders", "manifest.json"
+MANIFEST_SCHEMA = 1
+
+
+def export(
+    run: str | os.PathLike[str],
+    out: Path,
+    *,
+    to: Format,
+    revision: str | None = None,
+    language_model: str | None = None,
+) -> None:
+    """Write a run, by folder or hub name, to `out` in another format.
+
+    Nothing is written unless all of it can be. Raises ConvertError or CheckpointError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConvertError(f"{out} is there already and not empty; choose another --out")
+    model = load(run, revision=revision, language_model=language_model)
+    if to == "llava":
+        from multi_token.convert.export_llava import export_llava
+
+        export_llava(model, out)
+        return
+    with staged(out) as partial:
+        _write_merged(model, partial)
+        if to == "language-model":
+            _write_for_engines(model, partial)
+
+
+def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
+    """The run with everything inside that is not on the hub already."""
+    assert model.reader is not None
+    merge(model)
+    lies = out / LANGUAGE_MODEL
+    model.language_model.save_pretrained(lies)
+    tokenizer = model.reader.tokenizer
+    tokenizer.chat_template = model.reader.chat.template
+    tokenizer.save_pretrained(lies)
+    fields = model.config.model
+    base, modalities = fields["language_model"], {}
+    for name, modality in fields["modalities"].items():
+        modalities[name] = {**modality}
+        encoder = modality.get("encoder")
+        if isinstance(encoder, str) and Path(encoder).is_dir():
+            shutil.copytree(encoder, out / ENCODERS / name)
+            modalities[name]["encoder"] = f"./{ENCODERS}/{name}"
+    if not Path(base).exists():
+        model.config.base_model = base
+    model.config.model = {
+        **fields,
+        "language_model": f"./{LANGUAGE_MODEL}",
+        "revision": None,
+        "chat_template": None,  # the tokenizer's own now
+        **({"quantization": None} if "quantization" in fields else {}),
+        "modalities": modalities,
+    }
+    save(model, out)
+
+
+def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> None:
+    """What an engine that knows language models only needs beside the weights."""
+    assert model.reader is not None
+    tokenizer = model.reader.tokenizer
+    question = [{"role": "user", "content": "What is this?"}]
+    plain = _rendered(tokenizer, question)
+    tokenizer.chat_template = over_parts(model.reader.chat.template)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
+    if not plain == _rendered(tokenizer, question) == _rendered(tokenizer, parts):
+        raise ConvertError(
+            "the language model's chat template renders parts otherwise than the text that they "
+            "make, so an engine would ask in other words; set another `chat_template`"
+        )
+    tokenizer.save_pretrained(out / LANGUAGE_MODEL)
+    manifest = _manifest(model, _golden(model, plain))
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (out / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@torch.no_grad()
+def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, Any]:
+    """A question and its answer in ids: what a served copy is checked against."""
+    from multi_token.generate import reader_of
+
+    reader = reader_of(model)
+    ids = reader.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    new: Any = model.language_model.generate(
+        inputs_embeds=model.get_input_embeddings()(ids),
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=reader.chat.filler_id,
+    )
+    return {"text": text, "input_ids": ids[0].tolist(), "greedy_ids": new[0].tolist()}
+
+
+def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any]) -> dict[str, Any]:
+    assert model.reader is not None
+    template = model.reader.tokenizer.chat_template
+    hidden_size = int(model.config.identity["hidden_size"])  # type: ignore[index]
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "multi_token_version": __version__,
+        "language_model": {
+            "folder": LANGUAGE_MODEL,
+            **model.config.identity,  # type: ignore[dict-item]
+            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "modalities": {
+            name: {
+                "type": modality.type,
+                "placeholder": placeholder(name),
+                "num_tokens": _num_tokens(modality),
+                "projector": {"file": PROJECTORS, "prefix": f"{name}."},
+            }
+            for name, modality in model.modalities.items()
+        },
+        "tokens": {
+            "made_by": f"this folder as a run: {CONFIG} and {PROJECTORS} beside this file",
+            "shape": ["num_tokens", hidden_size],
+            "num_tokens": "null where it depends on the item",
+        },
+        "vllm": {
+            "serve": f"vllm serve {LANGUAGE_MODEL} --enable-prompt-embeds "
+            "--chat-template-content-format openai",
+            "part": {"type": "prompt_embeds", "data": "<base64 of torch.save(tokens)>"},
+            "dtype": "bfloat16 or float16; the server casts to its own",
+            "note": "one part for an item, where the item stands in the message; texts must not "
+            "hold <prompt_embeds>, which is the engine's own mark",
+        },
+        "golden": golden,
+    }
+
+
+def _num_tokens(modality: Any) -> int | None:
+    """Tokens of one item, or None if that depends on the item."""
+    from PIL import Image
+
+    from multi_token.modalities.image import ImageModality
+
+    if not isinstance(modality, ImageModality):
+        return None
+    counts = {
+        modality.num_tokens(modality.prepare(Image.new("RGB", size)).num_features)
+        for size in ((64, 64), (96, 48), (48, 96))
+    }
+    return counts.pop() if len(counts) == 1 else None

@@ -1,0 +1,307 @@
+"""A run of LLaVA's shape becomes transformers' LlavaForConditionalGeneration, or LlavaNext's.
+
+Border: reads a model in memory and writes a folder; the run itself stays as it is. What the run has
+and LLaVA has no place for is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from multi_token.convert.llava import num_prefix
+from multi_token.convert.merge import merge
+from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.convert.staging import staged
+from multi_token.errors import ConvertError
+
+if TYPE_CHECKING:
+    from multi_token.modalities.image import ImageModality
+    from multi_token.model import MultiTokenForConditionalGeneration
+
+IMAGE_TOKEN = placeholder("image")
+
+
+def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
+    """Write `out`, which transformers' Auto classes load: model, processor and tokenizer.
+
+    LoRA is merged into a copy, feature statistics are folded into the first linear layer, and
+    `<image>` joins the vocabulary (its row is the mean of all, so that it is never the likeliest).
+    Everything has the language model's precision. What was built is compared with the run on a
+    picture and a question before it is written.
+
+    Raises ConvertError if the run has not LLaVA's shape, with the reason.
+    """
+    if model.reader is None:
+        raise ConvertError("this model has no reader; load it with from_pretrained(RUN)")
+    name = _name(model)
+    tokenizer = copy.deepcopy(model.reader.tokenizer)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    with _merged_copy(model):
+        built = _build(model, name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        num_ids = built.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > num_ids:
+            _grow(built, len(tokenizer))
+        processor = _processor(model, name, tokenizer, built.config)
+        _refuse_difference(model, name, built, processor)
+    built.to(built.model.language_model.dtype)
+    with staged(out) as partial:
+        built.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+
+@contextmanager
+def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
+    """The model around a copy of its language model, of plain numbers and with LoRA merged."""
+    own, own_identity = model.language_model, model.config.identity
+    model.language_model = copy.deepcopy(own)
+    try:
+        merge(model)
+        yield
+    finally:
+        model.language_model, model.config.identity = own, own_identity
+
+
+def _name(model: MultiTokenForConditionalGeneration) -> str:
+    """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
+    from multi_token.modalities.image import ImageModality
+    from multi_token.projectors import Mlp
+
+    name, *others = model.modalities
+    modality = model.modalities[name]
+    if others or not isinstance(modality, ImageModality):
+        kinds = ", ".join(f"{key} ({m.type})" for key, m in model.modalities.items())
+        raise ConvertError(f"LLaVA has one sense, pictures; this run has {kinds}")
+    faults = []
+    spec = modality.projector
+    if not isinstance(spec, Mlp) or spec.num_layers != 2:
+        faults.append(f"its projector is {spec!r}, LLaVA's an mlp of 2 layers")
+    elif model.projector(name).closed_form is not None:
+        faults.append(
+            "its projector has a closed-form part beside the perceptron, and their sum is no "
+            "perceptron of 2 layers; train with `align: null` for LLaVA's shape"
+        )
+    if modality.features not in ("patches", "all"):
+        faults.append(f"it takes `features: {modality.features}`, LLaVA patches")
+    if faults:
+        raise ConvertError(f"this run has not LLaVA's shape: {'; '.join(faults)}")
+    return name
+
+
+def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) -> Any:
+    """transformers' model with the merged copy and copies of the other parts in it."""
+    import transformers as hf
+
+    modality: Any = model.modalities[name]
+    encoder: Any = model.encoders[name]
+    causal: Any = model.language_model
+    head = causal.get_output_embeddings()
+    inner = getattr(causal, causal.base_model_prefix, None)
+    if inner is None or not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConvertError(
+            f"{type(causal).__name__} has no plain linear head over its base model, LLaVA has"
+        )
+    tower = copy.deepcopy(encoder.tower)
+    _refuse_tower(tower)
+    text_config = copy.deepcopy(causal.config.get_text_config())
+    for config in (tower.config, text_config):
+        config._name_or_path = ""  # or the file would tell where this machine keeps its parts
+    anyres = modality.tile_grids is not None
+    layer = _last_layer(model, name) if modality.layer is None else modality.layer
+    fields: dict[str, Any] = {
+        "vision_config": tower.config,
+        "text_config": text_config,
+        "image_token_index": image_id,
+        "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
+        "vision_feature_select_strategy": _strategy(modality),
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": head.weight is inner.get_input_embeddings().weight,
+    }
+    if anyres:
+        side = tower.config.image_size
+        fields["image_grid_pinpoints"] = [[r * side, c * side] for r, c in modality.tile_grids]
+    kind = "LlavaNext" if anyres else "Llava"
+    with torch.device("meta"):
+        built: Any = getattr(hf, f"{kind}ForConditionalGeneration")(
+            getattr(hf, f"{kind}Config")(**fields)
+        )
+    built.model.language_model = inner
+    built.lm_head = head
+    built.model.vision_tower = tower
+    first, second = _folded(model, name)
+    built.model.multi_modal_projector.linear_1 = first
+    built.model.multi_modal_projector.linear_2 = second
+    line_break = model.projector(name).line_break
+    if anyres and line_break is not None:
+        built.model.image_newline = nn.Parameter(line_break.detach().clone())
+    built.generation_config = copy.deepcopy(causal.generation_config)
+    return built.requires_grad_(False).eval()
+
+
+def _refuse_tower(tower: Any) -> None:
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        theirs = AutoModel.from_config(tower.config)
+    sizes = [getattr(tower.config, key, None) for key in ("image_size", "patch_size")]
+    if type(theirs) is not type(tower) or not all(isinstance(size, int) for size in sizes):
+        raise ConvertError(
+            f"LLaVA would load {type(theirs).__name__} where this run has {type(tower).__name__}, "
+            f"of pictures of {sizes[0]} and patches of {sizes[1]} pixels; it takes vision towers "
+            "of one picture size such as CLIP and SigLIP"
+        )
+
+
+@torch.no_grad()
+def _last_layer(model: MultiTokenForConditionalGeneration, name: str) -> int:
+    """LLaVA counts hidden states; what a tower returns may have passed a norm behind the last."""
+    modality: Any = model.modalities[name]
+    tower: Any = model.encoders[name].tower  # type: ignore[union-attr]
+    inputs = modality.collate([modality.prepare(_noise())])
+    output = tower(inputs["pixel_values"].to(model.device), output_hidden_states=True)
+    if not torch.equal(output.last_hidden_state, output.hidden_states[-1]):
+        raise ConvertError(
+            f"this run takes what {type(tower).__name__} returns, which has passed a norm behind "
+            "its last layer; LLaVA takes hidden states, so train with `layer: -1` or `-2`"
+        )
+    return -1
+
+
+def _strategy(modality: ImageModality) -> str:
+    """LLaVA's `default` leaves out the first feature, `full` nothing."""
+    prefix = num_prefix(modality)
+    if modality.features == "all" or prefix == 0:
+        return "full"
+    if prefix == 1:
+        return "default"
+    raise ConvertError(
+        f"this vision tower has {prefix} tokens before its patches, and LLaVA can leave out one"
+    )
+
+
+@torch.no_grad()
+def _folded(model: MultiTokenForConditionalGeneration, name: str) -> tuple[nn.Linear, nn.Linear]:
+    """The two layers, with the features' standardization inside the first."""
+    projector = model.projector(name)
+    first, second = copy.deepcopy([m for m in projector.network if isinstance(m, nn.Linear)])  # type: ignore[union-attr]
+    weight = first.weight.double() * projector.feature_scale.double()
+    first.bias.copy_(first.bias.double() - weight @ projector.feature_mean.double())
+    first.weight.copy_(weight)
+    return first, second
+
+
+@torch.no_grad()
+def _grow(built: Any, num_ids: int) -> None:
+    """More rows in the vocabulary, each the mean of those that were there."""
+    before = built.get_input_embeddings().weight.shape[0]
+    built.resize_token_embeddings(num_ids, mean_resizing=False)
+    for matrix in {built.get_input_embeddings().weight, built.lm_head.weight}:
+        matrix[before:] = matrix[:before].mean(0)
+
+
+def _processor(
+    model: MultiTokenForConditionalGeneration, name: str, tokenizer: Any, config: Any
+) -> Any:
+    """LLaVA's processor around the encoder's own and the run's tokenizer and template."""
+    import transformers as hf
+
+    from multi_token.chat_template import ChatTemplate
+    from multi_token.modalities.image import image_processor
+
+    assert model.reader is not None
+    modality: Any = model.modalities[name]
+    cutter: Any = image_processor(modality.encoder, modality.revision)
+    side = config.vision_config.image_size
+    fields = cutter.to_dict()
+    for key in ("image_processor_type", "processor_class"):
+        fields.pop(key, None)
+    kind = "Llava"
+    if modality.tile_grids is not None:
+        kind = "LlavaNext"
+        square = {"height": side, "width": side}
+        fields |= {"size": square, "crop_size": square, "do_pad": True}
+        cutter = hf.LlavaNextImageProcessorPil(
+            **fields, image_grid_pinpoints=config.image_grid_pinpoints
+        )
+    elif modality.pad_to_square:
+        cutter = hf.LlavaImageProcessorPil(**{**fields, "do_pad": True})
+    template = model.reader.chat.template
+    if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        template = template.removeprefix("{{ bos_token }}")  # the tokenizer writes it here
+    if not ChatTemplate(template, tokenizer).takes_parts:
+        template = over_parts(template)
+    tokenizer.chat_template = template
+    return getattr(hf, f"{kind}Processor")(
+        image_processor=cutter,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=num_prefix(modality),
+        chat_template=template,
+    )
+
+
+@torch.no_grad()
+def _refuse_difference(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    built: Any,
+    processor: Any,
+) -> None:
+    """Compare ids, pixels and logits with the run's, on a picture and a question."""
+    from multi_token.chat import ChatFormat
+    from multi_token.generate import ask, collate_prompts, to_device
+    from multi_token.types import Conversation, Media, Message, Text
+
+    assert model.reader is not None
+    question = "\nWhat is this?"
+    batch = collate_prompts(model.reader, [ask(question[1:], [Media(name, _noise())])])
+    positions = batch["media"][name]["positions"]
+    image_id = built.config.image_token_id
+    ids = batch["input_ids"].view(-1).clone()
+    ids[positions] = image_id
+    spelled = Conversation((Message("user", (Text(IMAGE_TOKEN + question),)),))
+    exported = ChatFormat(processor.tokenizer, model.reader.chat.template)
+    short = exported.tokenize(spelled, [], prompt_only=True).input_ids.tolist()
+    inputs = dict(processor(images=[_noise()], text=IMAGE_TOKEN, return_tensors="pt"))
+    places = [i for i in inputs["input_ids"].view(-1).tolist() if i == image_id]
+    at = short.index(image_id) if image_id in short else 0
+    if [*short[:at], *places, *short[at + 1 :]] != ids.tolist():
+        raise ConvertError(
+            "transformers' processor gives other ids than this run: its tokenizer does not keep "
+            f"the texts around {IMAGE_TOKEN} apart, or a picture has not as many places"
+        )
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    expected = batch["media"][name]["inputs"]["pixel_values"]
+    if pixels.shape != expected.shape or not torch.allclose(pixels, expected, atol=1e-5):
+        raise ConvertError(
+            "transformers' image processor for LLaVA gives other pixels than this run's encoder: "
+            "it resizes or cuts in another way"
+        )
+    inputs |= {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+    theirs = built(**to_device(inputs, model.device)).logits.float()
+    batch = to_device(batch, model.device)
+    ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits.float()
+    difference = float((ours - theirs[..., : ours.shape[-1]]).abs().max())
+    if difference > 1e-3 * float(theirs.std()):
+        raise ConvertError(
+            f"LLaVA around {type(model.language_model).__name__} gives other logits than this run "
+            f"(by up to {difference:.3g}): the model does more to them than a linear head does"
+        )
+
+
+def _noise() -> Any:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    pixels: Tensor = torch.randint(0, 256, (96, 64, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

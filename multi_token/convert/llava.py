@@ -1,0 +1,252 @@
+"""LLaVA becomes a run of ours: LLaVA-1.5 and LLaVA-NeXT as transformers keeps them.
+
+Border: reads a folder and writes one; training, asking and other formats are elsewhere. LLaVA's own
+folders (`mm_projector.bin`, LoRA) are llava_own.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from multi_token.convert.llava_own import import_own, is_own
+from multi_token.convert.llava_template import VICUNA, with_bos
+from multi_token.convert.staging import staged
+from multi_token.errors import ConvertError, MultiTokenError
+from multi_token.projectors import Mlp
+
+if TYPE_CHECKING:
+    from multi_token.modalities.image import ImageModality
+
+IMAGE = "image"
+"""The modality's name in an imported run: rows say `<image>`, as LLaVA's do."""
+
+
+def recognizes(source: Path) -> bool:
+    """Whether a folder holds LLaVA, in transformers' format or in LLaVA's own."""
+    fields = _config(source)
+    return fields is not None and (_is_transformers(fields) or is_own(fields))
+
+
+def import_llava(
+    source: Path, out: Path, *, language_model: str | None = None, encoder: str | None = None
+) -> None:
+    """Write the run `out` (checkpoint.py) with the weights of `source`.
+
+    In transformers' format `source` holds the language model and the vision tower too: they are
+    copied to `out`/language_model and `out`/encoders/image. LLaVA's own folders only name them;
+    `language_model` and `encoder` say where they are if those names cannot be loaded.
+
+    Nothing is written unless everything fits. Raises ConvertError, which names every tensor and
+    setting that has no place in a run.
+    """
+    fields = _config(source)
+    if fields is None or not (_is_transformers(fields) or is_own(fields)):
+        raise ConvertError(
+            f"{source} is not LLaVA: expected a config.json of type llava or llava_next with "
+            "`vision_config` and `text_config`, or LLaVA's own with `mm_vision_tower`"
+        )
+    with staged(out) as partial:
+        if is_own(fields):
+            import_own(source, fields, partial, language_model=language_model, encoder=encoder)
+        elif language_model is not None or encoder is not None:
+            raise ConvertError(
+                f"{source} holds its language model and its vision tower, so none can be named"
+            )
+        else:
+            _import_transformers(source, fields, partial)
+
+
+def _config(source: Path) -> Mapping[str, Any] | None:
+    path = source / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvertError(f"{path} is not JSON: {error}") from None
+    return fields if isinstance(fields, dict) else None
+
+
+def _is_transformers(fields: Mapping[str, Any]) -> bool:
+    return fields.get("model_type") in ("llava", "llava_next") and "text_config" in fields
+
+
+def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> None:
+    from multi_token.checkpoint import compose, save
+
+    model, processor = _load(source, is_next=fields["model_type"] == "llava_next")
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    tokenizer.chat_template = with_bos(template or VICUNA, tokenizer)
+    language_model = _causal(model)
+    language_model.save_pretrained(out / "language_model")
+    tokenizer.save_pretrained(out / "language_model")
+    # compose() reads the copies, and two of a language model need not be in memory at once
+    del language_model
+    model.model.language_model = model.lm_head = nn.Identity()
+    tower = model.model.vision_tower
+    tower.save_pretrained(out / "encoders" / IMAGE)
+    _plain(processor.image_processor).save_pretrained(out / "encoders" / IMAGE)
+    spec = _spec(model.config, processor.image_processor, out)
+    try:
+        run = compose(spec)
+    except MultiTokenError as error:
+        raise ConvertError(f"{source} cannot become a run: {error}") from error
+    projector = run.projector(IMAGE)
+    found = dict(model.model.multi_modal_projector.state_dict())
+    tensors = {f"network.{i}.weight": found[f"linear_{n}.weight"] for n, i in ((1, 0), (2, 2))}
+    tensors |= {
+        # one without biases is one whose biases are zero
+        f"network.{i}.bias": found.get(f"linear_{n}.bias", torch.zeros(projector.out_dim))
+        for n, i in ((1, 0), (2, 2))
+    }
+    if projector.line_break is not None:
+        tensors["line_break"] = model.model.image_newline
+    tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
+    projector.load_state_dict(tensors)
+    save(run, out)  # it writes `./language_model` and `./encoders/image`, which lie in `out`
+
+
+def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
+    """The model with every tensor accounted for, and its processor."""
+    import transformers as hf
+
+    name = "LlavaNext" if is_next else "Llava"
+    cls = getattr(hf, f"{name}ForConditionalGeneration")
+    try:
+        processor = getattr(hf, f"{name}Processor").from_pretrained(source)
+        model, report = cls.from_pretrained(
+            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except MultiTokenError:
+        raise
+    except Exception as error:  # of json, safetensors, tokenizers, pickle and transformers
+        raise ConvertError(f"{source} cannot be read as {name}: {error}") from error
+    faults = [
+        *(f"lacks {key}" for key in sorted(report["missing_keys"])),
+        *(f"has {key}, which has no place" for key in sorted(report["unexpected_keys"])),
+        *(
+            f"has {key} of shape {tuple(found)} instead of {tuple(expected)}"
+            for key, found, expected in sorted(report["mismatched_keys"])
+        ),
+    ]
+    if model.config.projector_hidden_act != "gelu":
+        faults.append(
+            f"has `projector_hidden_act` {model.config.projector_hidden_act!r}, ours is gelu"
+        )
+    if faults:
+        raise ConvertError(f"{source} cannot be imported: it {'; it '.join(faults)}")
+    return model.eval(), processor
+
+
+def _causal(model: Any) -> Any:
+    """The language model alone, of the very modules that LLaVA holds."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config.get_text_config()
+    inner, head = model.model.language_model, model.lm_head
+    config.tie_word_embeddings = head.weight is inner.get_input_embeddings().weight
+    with torch.device("meta"):
+        causal: Any = AutoModelForCausalLM.from_config(config)
+    setattr(causal, causal.base_model_prefix, inner)
+    causal.set_output_embeddings(head)
+    causal.generation_config = model.generation_config
+    left = [name for name, tensor in causal.state_dict().items() if tensor.device.type == "meta"]
+    if left:
+        raise ConvertError(
+            f"{type(causal).__name__} has {', '.join(left)}, which LLaVA does not hold"
+        )
+    return causal
+
+
+def _plain(processor: Any) -> Any:
+    """NeXT's image processor cuts tiles; the one that makes the picture of a single tile."""
+    if not hasattr(processor, "image_grid_pinpoints"):
+        return processor
+    from transformers import CLIPImageProcessorPil
+
+    fields = processor.to_dict()
+    for key in ("image_grid_pinpoints", "image_processor_type", "processor_class", "do_pad"):
+        fields.pop(key, None)
+    return CLIPImageProcessorPil(**fields)
+
+
+def _spec(config: Any, image_processor: Any, out: Path) -> Any:
+    from multi_token.recipe import ModelSpec
+    from multi_token.registry import validated
+
+    layer = config.vision_feature_layer
+    fields: dict[str, Any] = {
+        "type": "image",
+        "encoder": str(out / "encoders" / IMAGE),
+        "layer": layer if isinstance(layer, int) else list(layer),
+        "projector": {"type": "mlp", "standardize": False},
+    }
+    fields["features"] = _features(fields, config.vision_feature_select_strategy)
+    if config.model_type == "llava_next":
+        fields["tile_grids"] = _tile_grids(config, image_processor)
+        fields["projector"]["line_break"] = True
+    return validated(
+        ModelSpec,
+        {"language_model": str(out / "language_model"), "modalities": {IMAGE: fields}},
+        where="the imported recipe",
+    )
+
+
+def _features(fields: Mapping[str, Any], strategy: str) -> str:
+    """LLaVA's `default` leaves out the first feature, whatever it is; ours leaves out the CLS."""
+    from multi_token.modalities.image import ImageModality
+
+    prefix = num_prefix(ImageModality.model_validate(fields))
+    if strategy == "full":
+        return "all" if prefix else "patches"
+    if prefix != 1:
+        raise ConvertError(
+            "`vision_feature_select_strategy: default` leaves out the first feature, but this "
+            f"vision tower has {prefix} tokens before its patches: a patch would be lost or a "
+            "token left, and a recipe cannot say that"
+        )
+    return "patches"
+
+
+def num_prefix(modality: ImageModality) -> int:
+    """How many tokens (CLS, registers) stand before the patches of a vision tower."""
+    from PIL import Image
+
+    blank = Image.new("RGB", (64, 64))
+    plain = {"tile_grids": None, "projector": Mlp()}
+    num_all, num_patches = (
+        modality.model_copy(update={**plain, "features": kind}).prepare(blank).num_features
+        for kind in ("all", "patches")
+    )
+    return num_all - num_patches
+
+
+def _tile_grids(config: Any, processor: Any) -> list[list[int]]:
+    """NeXT's pinpoints are pixels (height, width); ours are rows and columns of tiles."""
+    side = config.vision_config.image_size
+    pinpoints = [list(p) for p in config.image_grid_pinpoints]
+    seen = [list(p) for p in getattr(processor, "image_grid_pinpoints", [])]
+    if pinpoints != seen:
+        raise ConvertError(
+            f"`image_grid_pinpoints` are {pinpoints} in config.json, but {seen} in the image "
+            "processor's file; make them equal"
+        )
+    sizes = {*dict(processor.size).values(), *dict(processor.crop_size or {}).values()} - {None}
+    if sizes != {side}:
+        raise ConvertError(
+            f"the image processor makes tiles by way of sizes {sorted(sizes)}, the vision tower "
+            f"takes {side}; only tiles of that size can be imported"
+        )
+    wrong = [p for p in pinpoints if p[0] % side or p[1] % side]
+    if wrong:
+        raise ConvertError(f"`image_grid_pinpoints` {wrong} are no multiples of {side} pixels")
+    return [[height // side, width // side] for height, width in pinpoints]

@@ -1,0 +1,78 @@
+"""The adapter becomes part of the language model, whatever precision its base is kept in.
+
+Border: changes a loaded model in memory; writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from multi_token.errors import ConvertError
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.references import identity
+
+
+def merge(model: MultiTokenForConditionalGeneration) -> None:
+    """Fold LoRA into the language model and make its weights plain numbers again.
+
+    A quantized base is dequantized first, and the adapter is merged into the result: merging into
+    quantized weights would round the sum a second time.
+
+    Raises ConvertError where a quantization cannot be undone.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    language_model: Any = model.language_model
+    adapter = None
+    if hasattr(language_model, "peft_config"):
+        config = language_model.peft_config["default"]
+        if not _is_quantized(language_model):
+            model.language_model = language_model.merge_and_unload()
+        else:
+            adapter = (config, get_peft_model_state_dict(language_model))
+            model.language_model = language_model.unload()
+    if _is_quantized(model.language_model):
+        model.language_model = _dequantized(model.language_model)
+    if adapter is not None:
+        model.language_model = _merged(model.language_model, *adapter)
+    model.language_model.requires_grad_(False).eval()
+    model.config.identity = identity(model.language_model)
+
+
+def _is_quantized(language_model: Any) -> bool:
+    return getattr(language_model.config, "quantization_config", None) is not None
+
+
+def _dequantized(language_model: Any) -> Any:
+    held = [
+        (module, tensor)
+        for module in language_model.modules()
+        for tensor in [module._parameters.get("weight")]
+        # a tensor that holds tensors (torchao); bitsandbytes' are known to transformers
+        if hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "dequantize")
+    ]
+    if held:
+        for module, tensor in held:
+            module.weight = nn.Parameter(tensor.dequantize(), requires_grad=False)
+        language_model.hf_quantizer.remove_quantization_config(language_model)
+        return language_model
+    try:
+        return language_model.dequantize()
+    except (NotImplementedError, ValueError) as error:
+        method = getattr(language_model.config.quantization_config, "quant_method", "some method")
+        raise ConvertError(
+            f"the language model is quantized ({getattr(method, 'value', method)}) and cannot be "
+            f"made plain again: {str(error).partition(chr(10))[0]}; export the run on the language "
+            "model as it was before that (--language-model NAME)"
+        ) from None
+
+
+def _merged(language_model: Any, config: Any, tensors: dict[str, Any]) -> Any:
+    from peft import get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    peft_model = get_peft_model(language_model, config)
+    set_peft_model_state_dict(peft_model, tensors)
+    return peft_model.merge_and_unload()

@@ -1,0 +1,264 @@
+"""A folder that sshh12/multi_token trained becomes a run of ours, tensor by tensor.
+
+Border: reads that folder and writes a run; which folder it is, is sources.py's to say. The file
+formats were read off the original at commit 6eb9813 (training.py, model_utils.py, inference.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multi_token.checkpoint import ADAPTER, compose, load_adapter, refuse_disagreement, save
+from multi_token.convert.builders import BUILDERS, Builder
+from multi_token.convert.staging import staged
+from multi_token.convert.tensors import model_files, read_tensors
+from multi_token.convert.tokenizers import refuse_missing_packages, refuse_unmaskable
+from multi_token.errors import ConvertError, MultiTokenError
+from multi_token.recipe import ModelSpec
+from multi_token.registry import nearest, validated
+
+_SUFFIX = "-lmm"
+"""The original's configurations are a language model's own with this behind their type."""
+_WRAPPER = "base_model.model."
+"""PEFT's prefix, where the model was wrapped when its tensors were saved."""
+_OWN_KEYS = ("modalities", "modality_builder", "model_cls", "_name_or_path", "architectures")
+_SAME = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
+_LANGUAGE_MODEL = "language_model"
+
+
+@dataclass
+class _Found:
+    """The tensors of a folder, by what they belong to, under the names that they have there."""
+
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    language_model: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_original(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json was written by the original's training."""
+    return "modality_builder" in fields or str(fields.get("model_type")).endswith(_SUFFIX)
+
+
+def import_original(
+    source: Path,
+    out: Path,
+    *,
+    language_model: str | None = None,
+    encoder: str | None = None,
+    chat_template: str | None = None,
+) -> None:
+    """Write the run `out` with the projector, and the adapter or language model, of `source`.
+
+    `language_model` and `encoder` say where those are if the names in the folder, and in the
+    original's code, cannot be loaded. Nothing is written unless every tensor has its place.
+
+    Raises ConvertError, or CheckpointError for tensors that do not fit; both name them.
+    """
+    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    builder = _builder(fields, source)
+    found = _read(source, builder)
+    named = language_model or _named_base(source, fields)
+    with staged(out) as partial:
+        if found.language_model:
+            base = _write_language_model(source, partial, fields, found.language_model, named)
+        else:
+            base = _checked_base(source, fields, named, given=language_model is not None)
+        encoder = encoder or builder.encoder
+        _refuse_unloadable_encoder(encoder, source)
+        modality = {
+            "type": builder.sense,
+            "encoder": encoder,
+            **(builder.fields or {}),
+            "projector": builder.projector_fields,
+        }
+        spec = {
+            "language_model": base,
+            "chat_template": chat_template,
+            "modalities": {builder.name: modality},
+        }
+        model = compose(validated(ModelSpec, spec, where="the imported recipe"))
+        assert model.reader is not None
+        refuse_unmaskable(model.reader.chat)
+        network = model.projector(builder.name).network
+        names = {_theirs(name, builder): name for name in network.state_dict()}
+        expected = {theirs: network.state_dict()[name] for theirs, name in names.items()}
+        refuse_disagreement(source, expected, found.projector)
+        # feature_mean and feature_scale stay 0 and 1: features are taken as they come
+        network.load_state_dict({names[key]: value for key, value in found.projector.items()})
+        if found.adapter:
+            _attach(model, found.adapter, source, partial)
+        save(model, partial)
+
+
+def _builder(fields: Mapping[str, Any], source: Path) -> Builder:
+    """The table's entry of a configuration. Raises ConvertError."""
+    name = fields.get("modality_builder")
+    if name not in BUILDERS:
+        raise ConvertError(
+            f"{source / 'config.json'} names the modality builder {name!r}"
+            f"{nearest(str(name), BUILDERS)}; known are {', '.join(BUILDERS)}"
+        )
+    builder = BUILDERS[name]
+    if builder.fields is None:
+        raise ConvertError(
+            f"{source} was made with the builder {name}, which needs modalities of type "
+            f"{builder.sense!r}: those are not there yet, so it cannot be imported"
+        )
+    return builder
+
+
+def _read(source: Path, builder: Builder) -> _Found:
+    """Every tensor of the folder, sorted. Raises ConvertError if there is no projector."""
+    found = _Found()
+    if (source / "adapter_config.json").is_file():
+        names = ("adapter_model.safetensors", "adapter_model.bin")
+        files = [source / name for name in names if (source / name).is_file()]
+        if not files:
+            raise ConvertError(
+                f"{source} has adapter_config.json, and neither {names[0]} nor {names[1]}: it is "
+                "half-written or was copied in part"
+            )
+        found.adapter = read_tensors(files[0])
+    beside = source / "non_lora_trainables.bin"
+    files = [*model_files(source), *([beside] if beside.is_file() else [])]
+    for path in files:
+        for key, tensor in read_tensors(path).items():
+            plain = key.removeprefix(_WRAPPER)
+            # a projector of another modality too: it is named as unknown, not taken for a layer
+            of = found.projector if "_lmm_projector." in plain else found.language_model
+            of[plain] = tensor
+    if not found.projector:
+        raise ConvertError(
+            f"{source} holds no tensor of {builder.modality}_lmm_projector: it should be in "
+            "non_lora_trainables.bin, or with the weights of the whole model"
+        )
+    return found
+
+
+def _theirs(name: str, builder: Builder) -> str:
+    """A parameter of our projector's network -> the original's name of it."""
+    if builder.projector == "expand":
+        name = name.replace("branches.", "mlps.", 1)
+    return f"model.{builder.modality}_lmm_projector.{name}"
+
+
+def _named_base(source: Path, fields: Mapping[str, Any]) -> str | None:
+    adapter = source / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return fields.get("_name_or_path")
+
+
+def _checked_base(source: Path, fields: Mapping[str, Any], name: str | None, *, given: bool) -> str:
+    """The base model's name, if it loads and is the one that the folder was trained on."""
+    from transformers import AutoConfig
+
+    if not name:
+        raise ConvertError(
+            f"{source} names no base model; name a folder or hub name with --language-model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConvertError(
+            f"no language model could be loaded from {name!r}: {reason}"
+            if given
+            else f"{source} was trained on {name!r}, which cannot be loaded from here ({reason}); "
+            "name a folder or hub name of the same model with --language-model"
+        ) from None
+    expected = {"model_type": str(fields.get("model_type")).removesuffix(_SUFFIX)}
+    expected |= {key: fields[key] for key in _SAME if key in fields}
+    differing = [
+        f"{key} {config.get(key)} instead of {value}"
+        for key, value in expected.items()
+        if config.get(key) != value
+    ]
+    if differing:
+        raise ConvertError(
+            f"{source} was trained on another language model than {name}, which has "
+            f"{', '.join(differing)}; name the right one with --language-model"
+        )
+    refuse_missing_packages(name)
+    return name
+
+
+def _write_language_model(
+    source: Path,
+    out: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    named: str | None,
+) -> str:
+    """A language model that was trained as a whole -> `out`/language_model, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from multi_token.language_model import load_tokenizer
+
+    folder = out / _LANGUAGE_MODEL
+    folder.mkdir()
+    own = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
+    own["model_type"] = str(own["model_type"]).removesuffix(_SUFFIX)
+    (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    expected = dict(model.state_dict())
+    tied = set(expected) - {name for name, _ in model.named_parameters()}
+    refuse_disagreement(
+        source, {k: v for k, v in expected.items() if k in tensors or k not in tied}, tensors
+    )
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.tie_weights()
+    model.config.dtype = next(iter(tensors.values())).dtype
+    model.save_pretrained(folder)
+    has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    place = str(source) if has_tokenizer else named
+    if place is None:
+        raise ConvertError(f"{source} has no tokenizer; name a model with it by --language-model")
+    refuse_missing_packages(place)
+    try:
+        load_tokenizer(place).save_pretrained(folder)
+    except MultiTokenError as error:
+        raise ConvertError(
+            f"{source} has no tokenizer of its own, and that of its base is needed: {error}; name "
+            "a folder or hub name with it by --language-model"
+        ) from None
+    return str(folder)
+
+
+def _refuse_unloadable_encoder(name: str, source: Path) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConvertError(
+            f"{source} needs the encoder {name}, which cannot be loaded from here "
+            f"({str(error).partition(chr(10))[0]}); name a folder with it by --encoder"
+        ) from None
+
+
+def _attach(model: Any, tensors: Mapping[str, Tensor], source: Path, partial: Path) -> None:
+    """LoRA as PEFT reads it: its settings as they are, its tensors as safetensors."""
+    staging = partial / ADAPTER
+    staging.mkdir()
+    shutil.copy(source / "adapter_config.json", staging)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        staging / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    load_adapter(model, staging, where=source)

@@ -1,0 +1,154 @@
+"""What a checkpoint says of parts that it does not hold: where they are, how to know them again.
+
+Border: paths and fingerprints; it loads no model and reads no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multi_token.errors import CheckpointError
+
+_NUM_ROWS = 64
+"""Rows of the input embeddings that a fingerprint looks at, evenly spread."""
+_NUM_COLUMNS = 256
+"""Columns of a matrix that a fingerprint looks at."""
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_ids")
+
+
+def absolute(name: str) -> str:
+    """A file or folder by its absolute path, a hub name as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def stored(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The `model` section as it is written into `folder`: what lies inside begins with `./`.
+
+    All else is absolute already, so that a checkpoint is true wherever it is saved again: it goes
+    on naming the parts where they are, and copies none of them.
+    """
+
+    def relative(name: str) -> str:
+        path = Path(name)
+        if path.is_absolute() and path.is_relative_to(folder.absolute()):
+            return f"./{path.relative_to(folder.absolute()).as_posix()}"
+        return name
+
+    return _mapped(fields, relative)
+
+
+def resolved(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The `model` section as it was read from `folder`: `./` names become absolute paths.
+
+    Raises CheckpointError for a part that is not there, or one outside the folder.
+    """
+
+    def found(name: str) -> str:
+        if not name.startswith("./"):
+            return name
+        path = (folder / name).absolute()
+        if ".." in Path(name).parts:
+            raise CheckpointError(f"{folder} names {name}, which is outside of it")
+        if not path.exists():
+            raise CheckpointError(
+                f"{folder} says that {name} lies in it, and there is nothing: it is half-written "
+                "or was copied in part"
+            )
+        return str(path)
+
+    return _mapped(fields, found)
+
+
+def absolutes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section with every part that is on this machine by its absolute path."""
+    return _mapped(fields, absolute)
+
+
+def _mapped(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    modalities = {
+        name: {**modality, "encoder": change(modality["encoder"])}
+        if isinstance(modality.get("encoder"), str)
+        else dict(modality)
+        for name, modality in fields["modalities"].items()
+    }
+    language_model = change(fields["language_model"])
+    return {**fields, "language_model": language_model, "modalities": modalities}
+
+
+def identity(language_model: Any) -> dict[str, Any]:
+    """What tells one language model from another: its shape, and hashes over a few weights.
+
+    `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
+    quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter
+    changes. A hash is None where it cannot be made: on the meta device, or of quantized layers.
+    """
+    config = language_model.config.get_text_config()
+    embeddings = language_model.get_input_embeddings().weight
+    rows = embeddings[:: max(1, len(embeddings) // _NUM_ROWS)][:_NUM_ROWS]
+    vectors = [
+        tensor
+        for _, tensor in sorted(language_model.named_parameters())
+        if tensor.ndim == 1 and tensor.is_floating_point()
+    ]
+    return {
+        "model_type": config.model_type,
+        "hidden_size": int(embeddings.shape[1]),
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "num_ids": int(embeddings.shape[0]),
+        "dtype": str(embeddings.dtype).removeprefix("torch."),
+        "weights": _hash([rows, *vectors]),
+        "layers": _hash(_pieces(language_model)),
+    }
+
+
+def _pieces(language_model: Any) -> list[Tensor]:
+    """The first and last row of every matrix, or nothing if some are quantized."""
+    matrices = [
+        tensor for _, tensor in sorted(language_model.named_parameters()) if tensor.ndim > 1
+    ]
+    if not all(m.is_floating_point() and type(m.data) is Tensor for m in matrices):
+        return []
+    return [m.flatten(0, -2)[[0, -1], :_NUM_COLUMNS] for m in matrices]
+
+
+@torch.no_grad()
+def _hash(tensors: list[Tensor]) -> str | None:
+    if not tensors or any(tensor.is_meta for tensor in tensors):
+        return None
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def refuse_another(
+    expected: Mapping[str, Any], found: Mapping[str, Any], *, folder: Path, name: str
+) -> None:
+    """Raise CheckpointError if the language model `found` is not the one `expected` was made of.
+
+    Weights of another precision are not compared: rounding tells them apart as well.
+    """
+    mend = "name the right one (`language_model=`, or --language-model on the command line)"
+    differing = [
+        f"{key} {found[key]} instead of {expected[key]}"
+        for key in _SHAPE
+        if found[key] != expected[key]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} belongs to another language model than {name}, which has "
+            f"{', '.join(differing)}; {mend}"
+        )
+    same = all(len({expected[part], found[part]} - {None}) <= 1 for part in ("weights", "layers"))
+    if expected["dtype"] == found["dtype"] and not same:
+        raise CheckpointError(
+            f"{folder} belongs to another language model than {name}, which has the same shape but "
+            f"other weights; {mend}"
+        )
