@@ -35,16 +35,19 @@ test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
 
 test-slow: $(STAMP) $(TIMM)/.installed $(TORCHAO)/.installed ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
+	@PYTHONPATH=$(TORCHAO) $(PYTEST) -k int8 tests/test_quantization.py tests/convert/test_export.py
 
 check: $(STAMP) ## Form, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
-fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree in the README
+fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree and tables of the docs
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/python docs/tree.py
+	@$(BIN)/python docs/chat_templates.py
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/language_models.py
 
 bench: $(STAMP) ## Run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -218,6 +218,7 @@ class _Probe:
         labels[:, 1:4] = self.others[:, 1:4]
         keep = labels[0] != -100
         expected = self.reference[:_NUM_TOKENS]
+        distance = float("inf")
         try:
             found = supervised_loss(
                 self.model,

@@ -247,7 +247,7 @@ class Stranger:
         ({"image_aspect_ratio": "anyres_max_9"}, "`image_aspect_ratio` 'anyres_max_9'"),
         ({"mm_vision_tower": "no/such/tower"}, "cannot become a run.*--encoder"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "says",
 )
 def test_what_cannot_be_mapped_is_named_and_nothing_is_written(
     parts: Path,
