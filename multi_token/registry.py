@@ -26,6 +26,12 @@ _GROUPS: dict[Kind, str] = {
 _BUILT_INS: dict[Kind, dict[str, str]] = {
     "modality": {
         "image": "multi_token.modalities.image:ImageModality",
+        "speech": "multi_token.modalities.speech:SpeechModality",
+        "sound": "multi_token.modalities.sound:SoundModality",
+        "video": "multi_token.modalities.video:VideoModality",
+        "document": "multi_token.modalities.document:DocumentModality",
+        "joint": "multi_token.modalities.joint:JointModality",
+        "timeseries": "multi_token.modalities.timeseries:TimeseriesModality",
         "vector": "multi_token.modalities.vector:VectorModality",
     },
     "projector": {
@@ -34,6 +40,8 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "expand": "multi_token.projectors:Expand",
         "pool": "multi_token.projectors:Pool",
         "stack": "multi_token.projectors:Stack",
+        "pixel_shuffle": "multi_token.projectors:PixelShuffle",
+        "resample": "multi_token.resample:Resample",
     },
 }
 _registered: dict[Kind, dict[str, type]] = {"modality": {}, "projector": {}}

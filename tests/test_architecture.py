@@ -25,7 +25,7 @@ LAYERS = [
     ["types", "errors"],
     ["registry", "hub", "references"],
     ["media"],
-    ["projectors", "modalities"],
+    ["projectors", "resample", "modalities"],
     ["marks", "chat_template", "chat", "collate", "splice", "recipe"],
     ["drive", "capabilities", "quantization", "language_model", "probe"],
     ["reader", "model"],

@@ -10,13 +10,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from multi_token.collate import BREAKS_KEY, FEATURES_KEY
 from multi_token.errors import MediaError
@@ -117,22 +113,7 @@ class FeatureCache:
             return self._keys[known]
         settings = json.dumps(modality.model_dump(mode="json", exclude={"projector"}))
         digest = hashlib.sha256(settings.encode())
-        digest.update(_content(item.source, fetch))
+        digest.update(modality.content(item.source, fetch))
         if path is not None:
             self._keys[known] = digest.hexdigest()
         return digest.hexdigest()
-
-
-def _content(source: Any, fetch: Fetch) -> bytes:
-    """Bytes that are equal only for equal items."""
-    if isinstance(source, Image.Image):
-        return f"{source.mode}{source.size}".encode() + source.tobytes()
-    if isinstance(source, Tensor):
-        source = source.detach().cpu().numpy()
-    if isinstance(source, (list, tuple, np.ndarray)):
-        try:
-            array = np.asarray(source, dtype=np.float64)
-        except (TypeError, ValueError):
-            return repr(source).encode()  # not numbers: loading it will say so
-        return f"{array.shape}".encode() + array.tobytes()
-    return fetch.read(source)

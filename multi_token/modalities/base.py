@@ -7,14 +7,16 @@ the language model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
 from multi_token import registry
+from multi_token.media.content import content
 from multi_token.media.fetch import Fetch
 from multi_token.projectors import Mlp, ProjectorSpec
 from multi_token.types import Features, Prepared
@@ -28,14 +30,28 @@ AnyProjector = Annotated[
 
 
 class Encoder(nn.Module, ABC):
-    """Turns prepared inputs into features. Frozen: it runs without gradients and in eval mode."""
+    """Turns prepared inputs into features.
+
+    Frozen unless a recipe lets it learn: it then runs without gradients and in eval mode.
+    """
 
     dim: int
     """Width of one feature vector."""
+    pretrained: ClassVar[bool] = True
+    """False for an encoder that starts from random weights: it learns with the projector of its
+    modality, and its weights are saved with the run."""
 
     @abstractmethod
     def forward(self, **inputs: Tensor) -> Features:
         """What `Modality.collate` made -> values [items, length, dim] and their mask."""
+
+    def layers(self) -> Sequence[nn.Module]:
+        """Its layers from first to last, of which a recipe may let the last ones learn.
+
+        By default the longest list of modules inside, which is what a transformer's blocks are.
+        """
+        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
+        return list(max(lists, key=len, default=nn.ModuleList()))
 
 
 class Modality(BaseModel, ABC):
@@ -64,6 +80,10 @@ class Modality(BaseModel, ABC):
     def build_encoder(self) -> Encoder:
         """The encoder, with its weights."""
 
+    def content(self, source: Any, fetch: Fetch) -> bytes:
+        """Bytes that are equal only for equal items, by which features are kept."""
+        return content(source, fetch)
+
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items -> one batch: each input stacked, shorter ones padded with zeros at the end."""
         return {key: stack_padded([item.inputs[key] for item in items]) for key in items[0].inputs}
@@ -72,6 +92,27 @@ class Modality(BaseModel, ABC):
         """How many positions of the language model an item with so many features takes."""
         return self.projector.num_tokens(num_features)
 
+    @classmethod
+    def example(cls, folder: Path) -> tuple[dict[str, Any], list[Any]] | None:
+        """Fields of a small instance, and a few sources for it: what the conformance kit tries.
+
+        A plug-in returns them so that `multi-token modalities check NAME` can run on it; `folder`
+        is an empty one for whatever files they need (a tiny encoder, say).
+        """
+        return None
+
+
+class PretrainedModality(Modality):
+    """A modality whose encoder is a model of transformers, by hub name or folder."""
+
+    encoder: str
+    """Hub name or folder of the encoder."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    micro_batch: PositiveInt = 32
+    """Parts (pictures, tiles, chunks of audio or text, clips) that go through the encoder at once:
+    its memory does not grow with the number of items in a batch."""
+
 
 AnyModality = Annotated[
     SerializeAsAny[Modality],
@@ -79,6 +120,19 @@ AnyModality = Annotated[
         lambda fields: registry.build("modality", fields, cast(type[Modality], Modality))
     ),
 ]
+
+
+def in_micro_batches(run: Callable[..., Tensor], inputs: Mapping[str, Tensor], size: int) -> Tensor:
+    """`run(**inputs)` on slices of at most `size` along the first axis, joined along it."""
+    num_parts = len(next(iter(inputs.values())))
+    if num_parts <= size:
+        return run(**inputs)
+    return torch.cat(
+        [
+            run(**{key: value[start : start + size] for key, value in inputs.items()})
+            for start in range(0, num_parts, size)
+        ]
+    )
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image
-from multi_token.modalities.base import Encoder, Modality
+from multi_token.modalities.base import Encoder, PretrainedModality, in_micro_batches
 from multi_token.modalities.tiles import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.types import Features, Prepared
 
@@ -30,11 +30,14 @@ Layers = int | tuple[int, ...] | None
 class ImageEncoder(Encoder):
     """A vision tower and the choice of what to take from it."""
 
-    def __init__(self, tower: nn.Module, *, features: FeatureKind, layer: Layers) -> None:
+    def __init__(
+        self, tower: nn.Module, *, features: FeatureKind, layer: Layers, micro_batch: int = 32
+    ) -> None:
         super().__init__()
         self.tower = tower
         self.features: FeatureKind = features
         self.layer = layer
+        self.micro_batch = micro_batch
         self.dim = -1  # known after the first forward; `build` runs one
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -44,11 +47,17 @@ class ImageEncoder(Encoder):
         what each feature of an item is (see tiles.py).
         """
         tile, patch = inputs.pop("tile", None), inputs.pop("patch", None)
+        values = in_micro_batches(self._values, inputs, self.micro_batch)
         if tile is not None and patch is not None:
-            return arrange(self._encode(inputs).values, tile, patch)
-        return self._encode(inputs)
+            return arrange(values, tile, patch)
+        mask = inputs.get("pixel_attention_mask")
+        if mask is None or self.features not in ("patches", "all"):
+            return Features(values)
+        num_prefix = values.shape[1] - mask.shape[1]
+        return Features(values, nn.functional.pad(mask.bool(), (num_prefix, 0), value=True))
 
-    def _encode(self, inputs: dict[str, Tensor]) -> Features:
+    def _values(self, **inputs: Tensor) -> Tensor:
+        """[pictures, length, dim]"""
         deep = self.layer is not None
         output = self.tower(**inputs, **({"output_hidden_states": True} if deep else {}))
         if self.features == "pooled":
@@ -59,32 +68,27 @@ class ImageEncoder(Encoder):
                     + (f" at layer {self.layer}" if deep else "")
                     + "; use `features: mean`, `patches` or `cls`"
                 )
-            return Features(pooled.flatten(1)[:, None])
+            return pooled.flatten(1)[:, None]
         values = self._layers(output.hidden_states) if deep else output.last_hidden_state
-        mask = inputs.get("pixel_attention_mask")
         if values.ndim == 4:  # a convolutional map [items, dim, height, width]
             values, num_prefix = values.flatten(2).transpose(1, 2), 0
         else:
             num_prefix = _num_prefix(self.tower, values, inputs)
         if self.features == "all":
-            prefix = (num_prefix, 0)
-            return Features(
-                values, None if mask is None else nn.functional.pad(mask.bool(), prefix, value=True)
-            )
+            return values
         if self.features == "cls":
             if num_prefix == 0:
                 raise MultiTokenError(
                     f"{type(self.tower).__name__} has no CLS token; use `pooled`, `mean`, `patches`"
                 )
-            return Features(values[:, :1])
+            return values[:, :1]
         values = values[:, num_prefix:]
-        mask = None if mask is None else mask.bool()
         if self.features == "mean":
-            if mask is None:
-                return Features(values.mean(1, keepdim=True))
-            weight = mask[..., None].to(values.dtype)
-            return Features((values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True))
-        return Features(values, mask)
+            mask = inputs.get("pixel_attention_mask")
+            weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
+            weight = weight[..., None]
+            return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        return values
 
     def _layers(self, states: Sequence[Tensor]) -> Tensor:
         """The chosen hidden state, or several side by side in each feature."""
@@ -106,14 +110,12 @@ class ImageEncoder(Encoder):
         return torch.cat(chosen, dim=1 if chosen[0].ndim == 4 else -1)
 
 
-class ImageModality(Modality):
+class ImageModality(PretrainedModality):
     """A picture: PNG, JPEG, WebP, GIF (first frame) and whatever else Pillow decodes."""
 
     type: Literal["image"] = "image"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
     """Hub name or folder of a vision encoder (CLIP, SigLIP, DINOv2, ConvNeXt, timm/..., ...)."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name."""
     features: FeatureKind = "patches"
     """`patches`: one feature a patch, CLS left out; `all`: CLS and registers too, where there are
     any; `pooled`: the model's own pooled vector; `cls`: the CLS token; `mean`: of the patches."""
@@ -203,7 +205,9 @@ class ImageModality(Modality):
         tower = _vision_half(
             AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
         )
-        encoder = ImageEncoder(tower, features=self.features, layer=self.layer).eval()
+        encoder = ImageEncoder(
+            tower, features=self.features, layer=self.layer, micro_batch=self.micro_batch
+        ).eval()
         blank = self.prepare(Image.new("RGB", (64, 64)))
         with torch.no_grad():
             encoder.dim = encoder(**self.collate([blank])).values.shape[-1]

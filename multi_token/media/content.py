@@ -1,0 +1,45 @@
+"""What tells one item from another: bytes that are equal only for equal items.
+
+Border: looks at sources as rows give them; decodes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from multi_token.media.fetch import Fetch
+
+_READ = ("path", "bytes", "array")
+"""Keys of a mapping whose values are sources themselves; the others are settings."""
+
+
+def content(source: Any, fetch: Fetch) -> bytes:
+    """The bytes behind a source: of a file its own, of pictures and arrays their values.
+
+    A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for what
+    cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return f"{source.mode}{source.size}".encode() + source.tobytes()
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, Mapping):
+        pieces = [
+            content(value, fetch) if key in _READ and value is not None else repr(value).encode()
+            for key, value in sorted(source.items())
+        ]
+        digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+        return repr(sorted(source)).encode() + digests
+    if isinstance(source, (list, tuple, np.ndarray)):
+        try:
+            array = np.asarray(source, dtype=np.float64)
+        except (TypeError, ValueError):
+            return repr(source).encode()  # not numbers: loading it will say so
+        return f"{array.shape}".encode() + array.tobytes()
+    return fetch.read(source)

@@ -1,0 +1,16 @@
+"""For tests of this library and of plug-ins: the conformance kit, and tiny real parts.
+
+Border: nothing here is used at run time. Parts are random, small, and built in process.
+"""
+
+from multi_token.testing.language_models import TEMPLATES, tiny_language_model, tiny_tokenizer
+from multi_token.testing.vision import LLAVA_TEMPLATE, tiny_image_encoder, tiny_llava
+
+__all__ = [
+    "LLAVA_TEMPLATE",
+    "TEMPLATES",
+    "tiny_image_encoder",
+    "tiny_language_model",
+    "tiny_llava",
+    "tiny_tokenizer",
+]
