@@ -1,7 +1,8 @@
 """One folder: what was trained in safetensors, references and revisions of the rest.
 
-    config.json             schema, language model, modalities, projectors' shapes
+    config.json             schema, language model, modalities, what of encoders was trained
     projectors.safetensors  <modality>.<parameter>
+    encoders.safetensors    <modality>.<parameter> of encoders that were trained (if any)
     adapter/                LoRA, as PEFT writes it (if any)
 
 Border: the only file that reads or writes this folder. Names of classes on disk are registry names,
@@ -13,16 +14,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multi_token import __version__
 from multi_token.chat import ChatFormat
+from multi_token.encoders import TrainedEncoder, attach_lora, trained_tensors
 from multi_token.errors import CheckpointError
 from multi_token.hub import local_folder
 from multi_token.language_model import load_language_model, load_tokenizer
@@ -35,6 +38,7 @@ from multi_token.registry import validated
 
 SCHEMA = 1
 CONFIG, PROJECTORS, ADAPTER = "config.json", "projectors.safetensors", "adapter"
+ENCODER_WEIGHTS = "encoders.safetensors"
 
 
 def compose(
@@ -90,12 +94,11 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).unlink(missing_ok=True)
-    tensors = {
-        f"{name}.{key}": tensor.detach().contiguous().cpu()
-        for name, projector in model.projectors.items()
-        for key, tensor in projector.state_dict().items()
-    }
-    _atomically(out / PROJECTORS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _write(out / PROJECTORS, _projector_tensors(model, model.modalities))
+    if model.trained_encoders:
+        _write(out / ENCODER_WEIGHTS, _encoder_tensors(model, model.trained_encoders))
+    else:
+        (out / ENCODER_WEIGHTS).unlink(missing_ok=True)
     has_adapter = hasattr(model.language_model, "peft_config")
     if has_adapter:
         model.language_model.save_pretrained(out / ADAPTER)
@@ -113,9 +116,38 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
             for name, projector in model.projectors.items()
             if getattr(projector, "closed_form", None) is not None
         ),
+        "encoders": {
+            name: trained.model_dump(mode="json")
+            for name, trained in sorted(model.trained_encoders.items())
+        },
     }
     text = json.dumps(fields, indent=2) + "\n"
     _atomically(out / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def _projector_tensors(
+    model: MultiTokenForConditionalGeneration, names: Iterable[str]
+) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name in names
+        for key, tensor in model.projectors[name].state_dict(keep_vars=True).items()
+    }
+
+
+def _encoder_tensors(
+    model: MultiTokenForConditionalGeneration, trained: Mapping[str, TrainedEncoder]
+) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, what in trained.items()
+        for key, tensor in trained_tensors(model.encoder(name), what).items()
+    }
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    kept = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    _atomically(path, lambda partial: save_file(kept, partial, {"format": "pt"}))
 
 
 def _atomically(path: Path, write: Any) -> None:
@@ -201,7 +233,10 @@ def load_trained(
     folder: str | os.PathLike[str],
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Read the trained parts of a checkpoint into a composed model, strictly."""
+    """Read the trained parts of a checkpoint into a composed model, strictly.
+
+    Modalities that the model has beside those of the checkpoint stay as they are.
+    """
     fields = fields or read_config(folder)
     path = Path(folder)
     if fields.get("identity"):
@@ -214,23 +249,46 @@ def load_trained(
     for name in fields["closed_form"]:
         if model.projector(name).closed_form is None:
             model.projector(name).add_closed_form()
-    try:
-        tensors = load_file(path / PROJECTORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / PROJECTORS} cannot be read: {error}") from None
-    expected = {
-        f"{name}.{key}": tensor
-        for name, projector in model.projectors.items()
-        for key, tensor in projector.state_dict().items()
-    }
-    refuse_disagreement(path / PROJECTORS, expected, tensors)
-    for name, projector in model.projectors.items():
-        prefix = f"{name}."
-        projector.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+    _read_into(_projector_tensors(model, fields["model"]["modalities"]), path / PROJECTORS)
+    _load_encoders(model, path, fields)
     if fields["adapter"]:
         load_adapter(model, path / ADAPTER)
+
+
+def _load_encoders(
+    model: MultiTokenForConditionalGeneration, path: Path, fields: Mapping[str, Any]
+) -> None:
+    """Read what of the encoders was trained, and only that."""
+    trained = {
+        name: validated(TrainedEncoder, entry, where=f"{path / CONFIG}, encoder of {name}")
+        for name, entry in fields.get("encoders", {}).items()
+    }
+    for name in fields["model"]["modalities"]:
+        if name in model.trained_encoders and name not in trained:
+            raise CheckpointError(
+                f"{path} lacks the weights of the encoder of {name!r}, which are nowhere else: it "
+                "starts from random ones"
+            )
+    for name, what in trained.items():
+        if what.lora is None:
+            model.encoder(name).float()  # as it was when it learned
+        else:
+            attach_lora(name, model.encoder(name), what.lora)
+    if trained or (path / ENCODER_WEIGHTS).exists():
+        _read_into(_encoder_tensors(model, trained), path / ENCODER_WEIGHTS)
+    model.trained_encoders |= trained
+
+
+@torch.no_grad()
+def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a file's tensors into those of a model. Raises CheckpointError if any is amiss."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    refuse_disagreement(path, expected, found)
+    for key, tensor in expected.items():
+        tensor.copy_(found[key])
 
 
 def load_adapter(

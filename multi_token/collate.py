@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Modality, stack_padded
 from multi_token.types import IGNORE_INDEX, Batch, MediaBatch, Prepared, Sample
 
@@ -74,9 +75,18 @@ class Collator:
         return batch
 
     def inputs(self, name: str, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Items of one modality -> its encoder's inputs, or their cached features."""
-        if not all(FEATURES_KEY in item.inputs for item in items):
+        """Items of one modality -> its encoder's inputs, or their cached features.
+
+        Raises MultiTokenError if only some have cached features: neither could carry the others.
+        """
+        num_cached = sum(FEATURES_KEY in item.inputs for item in items)
+        if num_cached == 0:
             return self.modalities[name].collate(items)
+        if num_cached < len(items):
+            raise MultiTokenError(
+                f"{num_cached} of {len(items)} items of {name!r} come with cached features and the "
+                "others without; fill the cache with all of them, or turn `feature_cache` off"
+            )
         values = [item.inputs[FEATURES_KEY] for item in items]
         batch = {
             FEATURES_KEY: stack_padded(values),

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from multi_token.capabilities import Capabilities
 from multi_token.collate import BREAKS_KEY, FEATURES_KEY
 from multi_token.drive import ScaledEmbedding, layer_inputs, prefix_cache, supervised_loss
+from multi_token.encoders import TrainedEncoder, set_training, starts_from_random
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.probe import probe
 from multi_token.projectors import Projector
@@ -60,15 +61,25 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.language_model = language_model
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
         self.projectors = nn.ModuleDict(projectors)
+        self.trained_encoders = {
+            name: TrainedEncoder(tensors="all")
+            for name, encoder in encoders.items()
+            if starts_from_random(encoder)
+        }
         self.modalities = dict(modalities)
         self.reader = reader
         self._capabilities: Capabilities | None = None
         self.train(False)
 
     def train(self, mode: bool = True) -> MultiTokenForConditionalGeneration:
-        """As torch's, but frozen encoders stay in eval: the trainer calls this before each step."""
+        """As torch's, but what is frozen of an encoder stays in eval.
+
+        The trainer calls this before each step.
+        """
         super().train(mode)
         self.encoders.eval()
+        for name in self.encoders:
+            set_training(self.encoder(name), mode)
         return self
 
     @property
@@ -88,11 +99,16 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return embedding if scale == 1.0 else ScaledEmbedding(embedding, scale)
 
     def encode(self, name: str, inputs: Mapping[str, Tensor]) -> Features:
-        """All items of one modality through its frozen encoder, or their cached features."""
+        """All items of one modality through its encoder, or their cached features.
+
+        Without gradients, unless something of the encoder learns.
+        """
         if FEATURES_KEY in inputs:
             return Features(inputs[FEATURES_KEY], inputs["mask"], inputs.get(BREAKS_KEY))
-        with torch.no_grad():
-            return self.encoders[name](**inputs)
+        encoder = self.encoder(name)
+        learns = any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return encoder(**inputs)
 
     def embed(self, input_ids: Tensor, media: Mapping[str, MediaBatch] | None = None) -> Tensor:
         """input_ids [batch, time] -> inputs_embeds [batch, time, dim], media written in."""
@@ -107,7 +123,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return splice(embeds, pieces)
 
     def _touch_absent(self, media: Mapping[str, MediaBatch]) -> Tensor:
-        """A zero that depends on every projector that this batch does not use.
+        """A zero that depends on all that learns of the modalities that this batch does not use.
 
         Without it a rank whose rows lack a modality would hang the others in the gradient's
         all-reduce.
@@ -115,7 +131,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         zero = torch.zeros((), device=self.device)
         for name, projector in self.projectors.items():
             if name not in media:
-                for parameter in projector.parameters():
+                for parameter in (*projector.parameters(), *self.encoders[name].parameters()):
                     if parameter.requires_grad:
                         zero = zero + 0.0 * parameter.sum()
         return zero
@@ -172,6 +188,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         from multi_token.generate import generate
 
         return generate(self, conversations, **options)
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of a modality, typed."""
+        module = self.encoders[name]
+        assert isinstance(module, Encoder)
+        return module
 
     def projector(self, name: str) -> Projector:
         """The projector of a modality, typed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,6 +25,9 @@ class ProjectorSpec(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    attends: ClassVar[bool] = False
+    """True for a network that looks at all features of an item at once instead of at its groups,
+    which then are for the closed-form part alone."""
     type: str
     """The registered name of the class."""
     standardize: bool = True
@@ -63,7 +66,11 @@ class ProjectorSpec(BaseModel, ABC):
 
     @abstractmethod
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
-        """[..., group_dim] -> [..., tokens_per_group * out_dim]."""
+        """[..., group_dim] -> [..., tokens_per_group * out_dim].
+
+        If it `attends`: values [items, length, in_dim] and mask [items, length] -> [items, groups,
+        tokens_per_group * out_dim].
+        """
 
     def build(self, in_dim: int, out_dim: int) -> Projector:
         """The module that is trained."""
@@ -153,20 +160,52 @@ class Pool(ProjectorSpec):
     def num_tokens(self, num_features: int) -> int:
         if not self.grid:
             return math.ceil(num_features / self.factor)
-        return math.ceil(_side(num_features) / self.factor) ** 2
+        return math.ceil(_side(num_features, _POOL_GRID) / self.factor) ** 2
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.grid:
-            side = _side(values.shape[1])
-            if not bool(mask.all()):
-                raise ValueError("pool with grid: true needs items of one size; use grid: false")
-            image = values.transpose(1, 2).unflatten(2, (side, side))
+            image = _as_grid(values, mask, _POOL_GRID).permute(0, 3, 1, 2)
             pooled = nn.functional.avg_pool2d(image, self.factor, ceil_mode=True)
             values = pooled.flatten(2).transpose(1, 2)
             return values, mask.new_ones(values.shape[:2])
         values, mask = _in_groups(values, mask, self.factor)
         num_real = mask.sum(-1, keepdim=True).clamp(min=1)
         return values.sum(2) / num_real, mask.any(-1)
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return mlp(in_dim, out_dim, self.num_layers)
+
+
+class PixelShuffle(ProjectorSpec):
+    """Squares of `factor` x `factor` patches joined into one token (InternVL, arXiv:2404.16821).
+
+    The patches of a square stand in the joined width in reading order, as in Idefics3 and SmolVLM.
+    """
+
+    type: Literal["pixel_shuffle"] = "pixel_shuffle"  # type: ignore[reportIncompatibleVariableOverride]
+    factor: int = Field(default=2, ge=1)
+    """Patches joined along each side of the grid, which it must divide."""
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers behind the joining; InternVL has 2, Idefics3 and SmolVLM 1."""
+
+    def num_tokens(self, num_features: int) -> int:
+        side = _side(num_features, self.type)
+        if side % self.factor:
+            raise MultiTokenError(
+                f"pixel_shuffle with factor {self.factor} needs a grid whose side it divides, got "
+                f"{side} x {side} features; choose a divisor of {side}"
+            )
+        return (side // self.factor) ** 2
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        side = math.isqrt(self.num_tokens(values.shape[1]))
+        squares = _as_grid(values, mask, self.type).unflatten(2, (side, self.factor))
+        squares = squares.unflatten(1, (side, self.factor))  # [items, side, f, side, f, dim]
+        joined = squares.transpose(2, 3).flatten(3).flatten(1, 2)
+        return joined, mask.new_ones(joined.shape[:2])
+
+    def group_dim(self, in_dim: int) -> int:
+        return in_dim * self.factor**2
 
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
         return mlp(in_dim, out_dim, self.num_layers)
@@ -208,8 +247,8 @@ class Projector(nn.Module):
     feature_mean: Tensor
     feature_scale: Tensor
 
-    def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Features -> the network's input [items, groups, group_dim], mask [items, groups]."""
+    def standardized(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Features -> values [items, length, in_dim], mask [items, length]; zero where masked."""
         values = (features.values.float() - self.feature_mean) * self.feature_scale
         mask = features.mask
         if mask is None:
@@ -217,15 +256,20 @@ class Projector(nn.Module):
         else:
             # padding must be zero after standardizing too, or `stack` and `pool` would see it
             values = values * mask[..., None]
-        return self.spec.group(values, mask)
+        return values, mask
+
+    def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Features -> groups [items, groups, group_dim], mask [items, groups]."""
+        return self.spec.group(*self.standardized(features))
 
     def forward(self, features: Features) -> Tensor:
         """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups.
 
         Raises MultiTokenError for features with line ends if the spec has no `line_break`.
         """
-        groups, mask = self.arrange(features)
-        tokens = self.network(groups)
+        values, present = self.standardized(features)
+        groups, mask = self.spec.group(values, present)
+        tokens = self.network(values, present) if self.spec.attends else self.network(groups)
         if self.closed_form is not None:
             tokens = tokens + self.closed_form(groups)
         if self.line_break is not None:
@@ -297,10 +341,22 @@ def _in_groups(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tenso
     return values.unflatten(1, (-1, factor)), mask.unflatten(1, (-1, factor))
 
 
-def _side(num_features: int) -> int:
+_POOL_GRID = "pool with grid: true"
+
+
+def _side(num_features: int, kind: str) -> int:
     side = math.isqrt(num_features)
     if side * side != num_features:
-        raise ValueError(
-            f"pool with grid: true needs a square number of features, got {num_features}"
-        )
+        raise MultiTokenError(f"{kind} needs a square number of features, got {num_features}")
     return side
+
+
+def _as_grid(values: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """[items, side * side, dim] -> [items, side, side, dim]"""
+    side = _side(values.shape[1], kind)
+    if not bool(mask.all()):
+        raise MultiTokenError(
+            f"{kind} needs items of one size, got a batch of several; use an encoder that brings "
+            "its items to one size, or the projector pool, stack or resample"
+        )
+    return values.unflatten(1, (side, side))

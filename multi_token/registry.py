@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -44,7 +46,28 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "resample": "multi_token.resample:Resample",
     },
 }
+_EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "speech": ("audio", ("soundfile", "soxr")),
+    "sound": ("audio", ("soundfile", "soxr")),
+    "video": ("video", ("av",)),
+    "document": ("document", ("pypdf", "bs4")),
+}
+"""Built-in modality -> the extra that brings what it reads files with, and those packages."""
 _registered: dict[Kind, dict[str, type]] = {"modality": {}, "projector": {}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a name."""
+
+    name: str
+    owner: str
+    """The package that it comes from."""
+    state: Literal["ready", "missing extra", "broken"]
+    summary: str = ""
+    """The first line of the class's docstring."""
+    fault: str = ""
+    """Why it is not ready, and what to do."""
 
 
 def register_modality(name: str, cls: type) -> None:
@@ -113,6 +136,35 @@ def resolve(kind: Kind, name: str) -> type:
         f"One from another package must be installed (pip install PACKAGE) and declare the entry "
         f"point group {_GROUPS[kind]!r}"
     )
+
+
+def entry(kind: Kind, name: str, base: type) -> Entry:
+    """Whether the class behind a name can be had and is a `base`; whatever is wrong is reported."""
+    owner = _package(kind, name)
+    try:
+        cls = resolve(kind, name)
+        if not (isinstance(cls, type) and issubclass(cls, base)):
+            return Entry(name, owner, "broken", fault=f"{cls!r} is not a {base.__name__}")
+    except Exception as error:  # noqa: BLE001 - importing a plug-in may raise anything
+        fault = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return Entry(name, owner, "broken", fault=fault)
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    extra, packages = _EXTRAS.get(name, ("", ())) if kind == "modality" else ("", ())
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        fault = f'{", ".join(missing)} not installed: pip install "multi_token[{extra}]"'
+        return Entry(name, owner, "missing extra", summary, fault)
+    return Entry(name, owner, "ready", summary)
+
+
+def _package(kind: Kind, name: str) -> str:
+    """Who brings a name, as a person would say it."""
+    if name in _registered[kind]:
+        return _registered[kind][name].__module__
+    points = [point.dist for point in _installed(kind).get(name, [])]
+    owners = ["multi_token"] if name in _BUILT_INS[kind] else []
+    owners += [f"{dist.name} {dist.version}" for dist in points if dist is not None]
+    return ", ".join(owners)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ LAYERS = [
     ["media"],
     ["projectors", "resample", "modalities"],
     ["marks", "chat_template", "chat", "collate", "splice", "recipe"],
-    ["drive", "capabilities", "quantization", "language_model", "probe"],
+    ["drive", "capabilities", "quantization", "language_model", "probe", "encoders"],
     ["reader", "model"],
     ["checkpoint", "generate", "data", "train", "testing"],
     ["demo", "cli"],

@@ -165,6 +165,69 @@ def test_frozen_encoders_stay_in_eval_mode_when_the_model_trains(model: Any) -> 
     model.eval()
 
 
+def test_all_items_of_a_sense_go_through_its_encoder_in_one_call_of_bounded_size(
+    model: Any,
+) -> None:
+    calls: list[str] = []
+    sizes: list[int] = []
+    encoder = model.encoder("image")
+    tower, size = encoder.tower, encoder.micro_batch
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.encoders.items()
+    ]
+    hooks.append(
+        tower.register_forward_pre_hook(
+            lambda _module, _args, inputs: sizes.append(len(inputs["pixel_values"])),
+            with_kwargs=True,
+        )
+    )
+    batch = batch_of(model, MIXED)
+    with torch.no_grad():
+        whole = model(**batch).loss
+        assert sorted(calls) == ["image", "vector"] and sizes == [4]
+        encoder.micro_batch = 3
+        torch.testing.assert_close(model(**batch).loss, whole)
+    assert sorted(calls) == ["image", "image", "vector", "vector"] and sizes == [4, 3, 1]
+    encoder.micro_batch = size
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
+    from multi_token.recipe import Learn
+    from multi_token.train.trainer import select_parameters
+
+    select_parameters(model, Learn.model_validate({"encoders": {"image": 1e-5}}))
+    weights = list(model.encoders["image"].parameters())
+    whole = batch_of(model, MIXED)
+    num_items = torch.tensor(int((whole["shift_labels"] != IGNORE_INDEX).sum()))
+    loss = model.train()(**whole).loss
+    together = torch.autograd.grad(loss, weights)
+    parts = [model(**batch_of(model, [c]), num_items_in_batch=num_items).loss for c in MIXED]
+    torch.testing.assert_close(sum(parts), loss)
+    one_by_one = torch.autograd.grad(sum(parts), weights)
+    assert any(gradient.any() for gradient in together)
+    torch.testing.assert_close(one_by_one, together, rtol=1e-3, atol=1e-6)
+    model.trained_encoders.clear()
+    model.requires_grad_(False).eval()
+
+
+def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pass(
+    model: Any,
+) -> None:
+    from multi_token.recipe import Learn
+    from multi_token.train.trainer import select_parameters
+
+    select_parameters(model, Learn.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}}))
+    model.train()(**batch_of(model, [MIXED[2]])).loss.backward()
+    gradients = {n: p.grad for n, p in model.encoders.named_parameters() if p.requires_grad}
+    assert gradients and all(g is not None and not g.any() for g in gradients.values())
+    assert all("layers.2." in name for name in gradients)
+    model.trained_encoders.clear()
+    model.requires_grad_(False).eval().zero_grad()
+
+
 def test_greedy_generation_equals_the_argmax_of_repeated_full_forwards(model: Any) -> None:
     num_new = 6
     reader = replace(model.reader, max_tokens=None)

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.projectors import Expand, Linear, Mlp, Pool, ProjectorSpec, Stack
+from multi_token.projectors import (
+    Expand,
+    Linear,
+    Mlp,
+    PixelShuffle,
+    Pool,
+    ProjectorSpec,
+    Stack,
+)
 from multi_token.types import Features
 
 SPECS: list[ProjectorSpec] = [
@@ -19,20 +27,27 @@ SPECS: list[ProjectorSpec] = [
     Stack(factor=4),
     Pool(factor=2),
     Pool(factor=2, grid=True),
+    PixelShuffle(factor=1),
+    PixelShuffle(factor=3),
 ]
+SEQUENCES = [s for s in SPECS if s.type != "pixel_shuffle" and not getattr(s, "grid", False)]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-@pytest.mark.parametrize("num_features", [1, 4, 9, 16])
+@pytest.mark.parametrize("num_features", [1, 4, 9, 16, 36])
 def test_a_projector_makes_the_number_of_tokens_it_promises(
     spec: ProjectorSpec, num_features: int
 ) -> None:
+    if spec == PixelShuffle(factor=3) and num_features not in (9, 36):
+        with pytest.raises(MultiTokenError, match="needs a grid whose side it divides"):
+            spec.num_tokens(num_features)
+        return
     projector: Any = spec.build(6, 8)
     tokens = projector(Features(torch.randn(3, num_features, 6)))
     assert tokens.shape == (3 * spec.num_tokens(num_features), 8)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not getattr(s, "grid", False)], ids=repr)
+@pytest.mark.parametrize("spec", SEQUENCES, ids=repr)
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_items_of_mixed_lengths_equal_one_by_one(spec: ProjectorSpec, closed_form: bool) -> None:
     projector = spec.build(6, 8)
@@ -73,9 +88,35 @@ def test_a_grid_is_pooled_by_squares() -> None:
     assert groups.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
-def test_a_grid_that_is_no_square_is_refused() -> None:
-    with pytest.raises(ValueError, match="square number of features, got 5"):
-        Pool(grid=True).num_tokens(5)
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_pixel_shuffle_joins_as_idefics3_does(factor: int) -> None:
+    from transformers import Idefics3Config
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    config = Idefics3Config(text_config={"model_type": "llama"}, scale_factor=factor)
+    values = torch.randn(2, 36, 5)
+    expected = Idefics3Connector(config).pixel_shuffle(values, factor)
+    groups, mask = PixelShuffle(factor=factor).group(values, torch.ones(2, 36, dtype=torch.bool))
+    assert torch.equal(groups, expected)
+    assert mask.shape == groups.shape[:2] and bool(mask.all())
+
+
+@pytest.mark.parametrize("spec", [Pool(grid=True), PixelShuffle(factor=1)], ids=repr)
+def test_a_grid_that_is_no_square_is_refused(spec: ProjectorSpec) -> None:
+    with pytest.raises(MultiTokenError, match="needs a square number of features, got 5"):
+        spec.num_tokens(5)
+
+
+@pytest.mark.parametrize("spec", [Pool(grid=True), PixelShuffle(factor=1)], ids=repr)
+def test_grids_of_several_sizes_in_a_batch_are_refused(spec: ProjectorSpec) -> None:
+    mask = torch.arange(16) < torch.tensor([[16], [9]])
+    with pytest.raises(MultiTokenError, match="needs items of one size"):
+        spec.build(6, 8)(Features(torch.randn(2, 16, 6), mask))
+
+
+def test_pixel_shuffle_says_which_factors_a_grid_takes() -> None:
+    with pytest.raises(MultiTokenError, match="got 27 x 27 features; choose a divisor of 27"):
+        PixelShuffle(factor=2).num_tokens(27 * 27)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
@@ -132,7 +173,7 @@ def test_line_ends_without_a_token_for_them_are_refused() -> None:
         Linear().build(6, 8)(features)
 
 
-@pytest.mark.parametrize("kind", [Expand, Stack, Pool])
+@pytest.mark.parametrize("kind", [Expand, Stack, Pool, PixelShuffle])
 def test_a_projector_that_joins_or_splits_features_has_no_line_break(kind: Any) -> None:
     with pytest.raises(ValueError, match="makes one token of each feature"):
         kind(line_break=True)

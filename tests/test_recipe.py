@@ -14,7 +14,7 @@ from multi_token.errors import RecipeError, RegistryError
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.projectors import Expand, Mlp
-from multi_token.recipe import Recipe, load_recipe, parse_recipe
+from multi_token.recipe import LearnEncoder, LoraSpec, Recipe, load_recipe, parse_recipe
 
 Fields = Callable[..., dict[str, Any]]
 
@@ -71,11 +71,53 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.stages.0.learn={}", "must learn something"),
         ("train.stages.0.learn={adapter: 1, projector_biases: 1}", "needs `projectors`"),
         ("model.modalities.text={type: vector, dim: 2}", "'text' cannot name a modality"),
+        ("train.stages.0.learn.encoders={imge: 1e-5}", "`encoders` of 'imge'.*mean 'image'"),
+        ("train.stages.0.learn.projectors={imge: 1e-5}", "`projectors` of 'imge'.*mean 'image'"),
+        ("train.stages.0.learn.projectors={}", "must learn something"),
+        ("train.stages.0.learn.projectors={image: 0}", "greater than 0"),
+        ("train.stages.0.learn.encoders={image: -1}", "'train.*encoders.image.rate': .*than 0"),
+        ("train.stages.0.learn.encoders={image: {last: 1}}", "encoders.image.rate' is required"),
+        ("train.stages.0.learn.encoders={image: {rate: 1, last: 0}}", "image.last': .*equal to 1"),
+        ("train.stages.0.learn.encoders={image: {rate: 1, lst: 1}}", "did you mean 'last'"),
+        ("train.stages.0.learn.encoders={image: {rate: 1, lora: {r: 2}, last: 1}}", "exclude each"),
+        ("train.start_from=RUN", "the run's own `output_dir`"),
     ],
 )
 def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentence: str) -> None:
+    override = override.replace("RUN", yaml.safe_load(text)["train"]["output_dir"])
     with pytest.raises(RecipeError, match=sentence):
         parse_recipe(text, [override])
+
+
+def test_an_encoder_learns_by_a_rate_alone_by_its_last_layers_or_by_lora(text: str) -> None:
+    learn = "train.stages.0.learn.encoders"
+    for value, expected in (
+        ("2.0e-6", LearnEncoder(rate=2e-6)),
+        ("{rate: 2e-6, last: 2}", LearnEncoder(rate=2e-6, last=2)),
+        ("{rate: 1e-4, lora: {r: 8}}", LearnEncoder(rate=1e-4, lora=LoraSpec(r=8))),
+    ):
+        recipe = parse_recipe(text, [f"{learn}={{image: {value}}}"])
+        assert recipe.train.stages[0].learn.encoders == {"image": expected}
+    assert parse_recipe(text).train.stages[0].learn.encoders == {}
+
+
+def test_cached_features_are_refused_where_an_encoder_learns(text: str) -> None:
+    learn = ["train.feature_cache=true", "train.stages.0.learn.encoders={image: 1e-5}"]
+    with pytest.raises(RecipeError, match="stage 'projector' learns the encoder of 'image'"):
+        parse_recipe(text, learn)
+
+
+def test_lora_on_an_encoder_is_the_same_in_all_stages_or_refused(text: str) -> None:
+    stages = [
+        {"name": "a", "learn": {"encoders": {"image": {"rate": 1e-4, "lora": {"r": 8}}}}},
+        {"name": "b", "learn": {"projectors": 1e-4}},
+        {"name": "c", "learn": {"encoders": {"image": {"rate": 1e-5, "lora": {"r": 8}}}}},
+    ]
+    parse_recipe(text, [f"train.stages={stages}"])
+    for other in ({"rate": 1e-5, "lora": {"r": 4}}, {"rate": 1e-5, "last": 1}, 1e-5):
+        stages[2]["learn"] = {"encoders": {"image": other}}
+        with pytest.raises(RecipeError, match="'image' learns by other means in stage 'c'"):
+            parse_recipe(text, [f"train.stages={stages}"])
 
 
 def test_a_missing_key_and_a_missing_file_are_named(text: str, tmp_path: Path) -> None:

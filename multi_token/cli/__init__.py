@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ from multi_token.cli.ask import ask, chat, predict
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
+from multi_token.cli.modalities import modalities_app
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError
 
@@ -35,6 +37,7 @@ app.command("import")(import_run)
 app.command()(export)
 app.command()(push)
 app.add_typer(data_app, name="data")
+app.add_typer(modalities_app, name="modalities")
 
 
 def _version(shown: bool) -> None:
@@ -56,6 +59,8 @@ def main() -> None:
     """Run the command line; what a user can mend is printed as a sentence."""
     # the tokenizers' threads warn about data workers being forked, which is harmless here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT asks transformers by an old name, which whoever types a command can do nothing about
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     console = Console(stderr=True)
     try:
         app()

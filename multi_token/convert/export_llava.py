@@ -19,6 +19,7 @@ from multi_token.convert.llava import num_prefix
 from multi_token.convert.merge import merge
 from multi_token.convert.parts_template import over_parts, placeholder
 from multi_token.convert.staging import staged
+from multi_token.encoders import has_lora, merge_lora
 from multi_token.errors import ConvertError
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ IMAGE_TOKEN = placeholder("image")
 def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     """Write `out`, which transformers' Auto classes load: model, processor and tokenizer.
 
-    LoRA is merged into a copy, feature statistics are folded into the first linear layer, and
-    `<image>` joins the vocabulary (its row is the mean of all, so that it is never the likeliest).
-    Everything has the language model's precision. What was built is compared with the run on a
-    picture and a question before it is written.
+    LoRA (the language model's and the vision tower's) is merged into copies, feature statistics
+    are folded into the first linear layer, and `<image>` joins the vocabulary (its row is the mean
+    of all, so that it is never the likeliest). Everything has the language model's precision. What
+    was built is compared with the run on a picture and a question before it is written.
 
     Raises ConvertError if the run has not LLaVA's shape, with the reason.
     """
@@ -102,7 +103,6 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     import transformers as hf
 
     modality: Any = model.modalities[name]
-    encoder: Any = model.encoders[name]
     causal: Any = model.language_model
     head = causal.get_output_embeddings()
     inner = getattr(causal, causal.base_model_prefix, None)
@@ -110,7 +110,10 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
         raise ConvertError(
             f"{type(causal).__name__} has no plain linear head over its base model, LLaVA has"
         )
-    tower = copy.deepcopy(encoder.tower)
+    encoder: Any = copy.deepcopy(model.encoder(name))
+    if has_lora(encoder):
+        merge_lora(encoder)
+    tower = encoder.tower
     _refuse_tower(tower)
     text_config = copy.deepcopy(causal.config.get_text_config())
     for config in (tower.config, text_config):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from multi_token.checkpoint import ADAPTER, CONFIG, PROJECTORS, read_config
+from multi_token.checkpoint import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS, read_config
 from multi_token.convert.card import MARK, read_recipe, render_card
 from multi_token.convert.export import ENCODERS, LANGUAGE_MODEL, MANIFEST
 from multi_token.errors import ConvertError
@@ -69,7 +69,7 @@ def _refuse_local_references(run: Path, model: Mapping[str, Any]) -> None:
 
 def _files(run: Path, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, Path | bytes]]:
     """Paths in the repository and what goes there: files, or bytes without local paths."""
-    for path in (CONFIG, PROJECTORS, CARD, MANIFEST):
+    for path in (CONFIG, PROJECTORS, ENCODER_WEIGHTS, CARD, MANIFEST):
         if (run / path).is_file():
             yield path, run / path
     recipe = read_recipe(run, name)

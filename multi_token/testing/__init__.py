@@ -3,12 +3,17 @@
 Border: nothing here is used at run time. Parts are random, small, and built in process.
 """
 
+from multi_token.testing.kit import Result, assert_conforms, check_modality, check_named
 from multi_token.testing.language_models import TEMPLATES, tiny_language_model, tiny_tokenizer
 from multi_token.testing.vision import LLAVA_TEMPLATE, tiny_image_encoder, tiny_llava
 
 __all__ = [
     "LLAVA_TEMPLATE",
     "TEMPLATES",
+    "Result",
+    "assert_conforms",
+    "check_modality",
+    "check_named",
     "tiny_image_encoder",
     "tiny_language_model",
     "tiny_llava",

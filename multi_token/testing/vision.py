@@ -67,6 +67,17 @@ def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> st
     return str(folder)
 
 
+def image_example(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """What the kit tries `image` on: a tiny CLIP's patches, of a file and a picture in memory."""
+    from PIL import Image
+
+    path = folder / "wide.png"
+    Image.radial_gradient("L").resize((60, 30)).save(path)
+    picture = Image.linear_gradient("L").resize((32, 48)).convert("RGB")
+    encoder = tiny_image_encoder(folder / "clip", "clip")
+    return {"type": "image", "encoder": encoder}, [str(path), picture]
+
+
 def tiny_llava(
     folder: Path, *, anyres: bool = False, seed: int = 0, vision: Any = None, **fields: Any
 ) -> str:

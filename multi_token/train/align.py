@@ -62,7 +62,7 @@ def calibrate(
     squares = torch.zeros_like(total)
     count = 0
     first: Features | None = None
-    for features in _features(model, name, items, batch_size):
+    for features in encoded(model, name, items, batch_size=batch_size):
         first = first or features
         values = features.values.double()
         mask = without_breaks(features)
@@ -110,7 +110,8 @@ def align(
     gram, cross = torch.zeros(num_in, num_in, **exact), torch.zeros(num_in, num_out, **exact)
     sum_x, sum_y, count = torch.zeros(num_in, **exact), torch.zeros(num_out, **exact), 0
     start = 0
-    for features in _features(model, name, [(i.item, i.reader) for i in items], batch_size):
+    pairs = [(i.item, i.reader) for i in items]
+    for features in encoded(model, name, pairs, batch_size=batch_size):
         batch = items[start : start + len(features.values)]
         start += len(batch)
         # where a line ends there is nothing to fit: that token is the projector's own
@@ -172,10 +173,11 @@ class _Targets:
         return self.known[caption, single]
 
 
-def _features(
+def encoded(
     model: MultiTokenForConditionalGeneration,
     name: str,
     items: Sequence[tuple[Media, Reader]],
+    *,
     batch_size: int,
 ) -> Iterator[Features]:
     """Features of the items in order, batch by batch, from the cache where they are in it."""

@@ -1,6 +1,6 @@
 """A recipe -> a trained model in the run's folder. The same recipe again goes on where it stopped.
 
-    RUN/recipe.yaml, config.json, projectors.safetensors, adapter/   the result (checkpoint.py)
+    RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint.py)
     RUN/cache/features.safetensors                                   features of frozen encoders
     RUN/stages/0-align, 1-<name>, ...                                each stage's own state
 
@@ -10,7 +10,7 @@ Border: the order of the stages. Each step is somebody else's: data/, align.py, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from multi_token.data.cache import FeatureCache
 from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.inspect import Problem, scan
+from multi_token.encoders import attach_lora, refuse_unreached
 from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.language_model import attach_adapter
 from multi_token.media.fetch import Fetch
@@ -34,15 +35,17 @@ from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.probe import try_training
 from multi_token.reader import Reader
 from multi_token.recipe import DataSource, Recipe, Stage, load_recipe
-from multi_token.train.align import align, calibrate, captioned
+from multi_token.train.align import align, calibrate, captioned, encoded
 from multi_token.train.report import Bar, StopOnInterrupt, groups_of, parts_of
+from multi_token.train.start_from import take_over
 from multi_token.train.trainer import (
     MultiTokenTrainer,
     last_checkpoint,
+    learning_encoders,
     parameter_groups,
     training_arguments,
 )
-from multi_token.types import Conversation
+from multi_token.types import Conversation, Media
 
 RECIPE = "recipe.yaml"
 _DONE = "done.json"
@@ -70,6 +73,12 @@ class Source:
             except RowError:
                 continue
 
+    def items(self) -> Iterator[tuple[Media, Reader]]:
+        """The items of these conversations, one by one."""
+        for conversation, reader in self.conversations():
+            for item in conversation.media:
+                yield item, reader
+
 
 def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForConditionalGeneration:
     """Run every stage of a recipe that is not done yet, and return the trained model.
@@ -87,7 +96,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             folder,
             {**recipe.train.args, **stage.args},
             seed=recipe.train.seed,
-            learning_rate=stage.learn.projectors or stage.learn.adapter or 0.0,
+            learning_rate=stage.learn.first_rate,
         )
         for folder, stage in zip(stage_folders, recipe.train.stages, strict=True)
     ]
@@ -99,7 +108,18 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     set_seed(recipe.train.seed)
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move(model, arguments[0].device)
+    start, taken = out / "stages" / "0-align", ()
+    begun = (start / _DONE).is_file()
+    if begun:
+        load_trained(model, start)
+    elif recipe.train.start_from is not None:
+        taken = take_over(model, recipe.train)
+        console.print(
+            f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
+        )
     console.print(*parts_of(model), sep="\n", highlight=False)
+    if recipe.train.feature_cache:
+        _refuse_cached_learners(model, recipe)
     if recipe.train.share_prefix:
         model.capabilities.require("repeats_cache")
     cache = FeatureCache(out / "cache" / "features.safetensors")
@@ -119,11 +139,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             for source in sources
         ]
     )
-    start = out / "stages" / "0-align"
-    if (start / _DONE).is_file():
-        load_trained(model, start)
-    else:
-        _start(model, sources, recipe, cache, console)
+    if not begun:
+        _start(model, sources, recipe, cache, console, taken=taken)
         save(model, start)
         _mark_done(start, {})
     for stage, folder, args in zip(recipe.train.stages, stage_folders, arguments, strict=True):
@@ -131,6 +148,10 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             # a seed of its own, so that a resumed run draws the same adapter
             set_seed(recipe.train.seed)
             model.language_model = attach_adapter(model.language_model, recipe.train.adapter)
+        for name, learner in stage.learn.encoders.items():
+            if learner.lora is not None and model.encoder(name).pretrained:
+                set_seed(recipe.train.seed)
+                attach_lora(name, model.encoder(name), learner.lora)
         if (folder / _DONE).is_file():
             load_trained(model, folder / "result")
             continue
@@ -141,7 +162,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             folder,
             args,
             console,
-            lengths=[length for source in sources for length in source.lengths],
+            sources=sources,
             share_prefix=recipe.train.share_prefix,
         )
     save(model, out)
@@ -159,6 +180,16 @@ def _claim(out: Path, recipe: Recipe) -> None:
             "remove that folder to start anew"
         )
     recipe.save(path)
+
+
+def _refuse_cached_learners(model: MultiTokenForConditionalGeneration, recipe: Recipe) -> None:
+    """Those that the recipe names are refused by it; here are those that learn by themselves."""
+    for stage in recipe.train.stages:
+        for name in learning_encoders(model, stage.learn):
+            raise RecipeError(
+                f"`feature_cache` keeps the features of frozen encoders, but that of {name!r} "
+                f"starts from random weights and learns in stage {stage.name!r}; set it to false"
+            )
 
 
 def _open(
@@ -182,12 +213,7 @@ def _fill_cache(
     cache: FeatureCache,
     console: Console,
 ) -> None:
-    items = [
-        (item, reader.fetch)
-        for source in sources
-        for conversation, reader in source.conversations()
-        for item in conversation.media
-    ]
+    items = [(item, reader.fetch) for source in sources for item, reader in source.items()]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Encoding items", total=len(items))
         encoders: Any = model.encoders
@@ -241,8 +267,13 @@ def _start(
     recipe: Recipe,
     cache: FeatureCache,
     console: Console,
+    *,
+    taken: Collection[str],
 ) -> None:
-    """Stage zero: feature statistics of every modality, then the closed-form start."""
+    """Stage zero: feature statistics of every modality, then the closed-form start.
+
+    Those that were `taken` over are left as they are.
+    """
     pairs = [pair for source in sources for pair in source.conversations()]
     spec = recipe.train.align
     if spec is not None and spec.rows is not None:
@@ -254,12 +285,20 @@ def _start(
     else:
         captions = list(captioned(pairs))
     for name in model.modalities:
+        if name in taken:
+            continue
         items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
         step = max(1, -(-len(items) // recipe.train.calibration_items))
         if calibrate(model, name, items[::step]) == 0:
             console.print(f"{name}: no item in the training rows; its projector starts as it is")
             continue
         if spec is None:
+            continue
+        if not model.encoder(name).pretrained:
+            console.print(
+                f"{name}: no closed-form start, since its encoder starts from random weights",
+                highlight=False,
+            )
             continue
         chosen = [c for c in captions if c.item.modality == name]
         num_aligned = align(model, name, chosen, spec=spec)
@@ -279,20 +318,25 @@ def _run_stage(
     args: Any,
     console: Console,
     *,
-    lengths: Sequence[int],
+    sources: Sequence[Source],
     share_prefix: bool,
 ) -> None:
     assert model.reader is not None
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
-        lengths=lengths,
+        lengths=[length for source in sources for length in source.lengths],
         args=args,
         train_dataset=dataset,
         data_collator=Collator(
             model.modalities, model.reader.chat.filler_id, share_prefix=share_prefix
         ),
     )
+    for name, spec in learning_encoders(model, stage.learn).items():
+        one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
+        if one is not None:
+            (features,) = encoded(model, name, [one], batch_size=1)
+            refuse_unreached(name, model.encoder(name), spec, features)
     num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
     console.print(

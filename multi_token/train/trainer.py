@@ -17,11 +17,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from multi_token.checkpoint import CONFIG, load_trained, save
+from multi_token.encoders import learning_parameters, open_to_learn
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors import Projector
-from multi_token.recipe import Learn
+from multi_token.recipe import Learn, LearnEncoder
 from multi_token.registry import nearest
 from multi_token.types import IGNORE_INDEX
 
@@ -193,29 +194,62 @@ def parameter_groups(
 ) -> list[tuple[str, float, list[nn.Parameter]]]:
     """(name, learning rate, parameters) of what learns in a stage."""
     groups: list[tuple[str, float, list[nn.Parameter]]] = []
-    if learn.projectors is not None:
-        known = [p for p in model.projectors.values() if isinstance(p, Projector)]
-        fixed = [
-            p
-            for projector in known
-            if projector.closed_form
-            for p in projector.closed_form.parameters()
-        ]
-        biases = [layer.bias for projector in known for layer in projector.final_layers()]
-        apart = {id(p) for p in fixed}
-        if learn.projector_biases is not None:
-            apart |= {id(p) for p in biases}
-            groups.append(("projector_biases", learn.projector_biases, biases))
-        rest = [p for p in model.projectors.parameters() if id(p) not in apart]
-        groups.append(("projectors", learn.projectors, rest))
+    biases: list[nn.Parameter] = []
+    # one group where all learn alike, one for each instance where the recipe tells them apart
+    rest: dict[str, tuple[float, list[nn.Parameter]]] = {}
+    for name, projector in model.projectors.items():
+        rate = learn.projector_rate(name)
+        if rate is None:
+            continue
+        apart: set[int] = set()
+        if isinstance(projector, Projector):
+            if projector.closed_form:
+                apart |= {id(p) for p in projector.closed_form.parameters()}
+            if learn.projector_biases is not None:
+                last = [layer.bias for layer in projector.final_layers()]
+                apart |= {id(p) for p in last}
+                biases += last
+        group = f"projector {name}" if isinstance(learn.projectors, dict) else "projectors"
+        rest.setdefault(group, (rate, []))[1].extend(
+            p for p in projector.parameters() if id(p) not in apart
+        )
+    if learn.projector_biases is not None:
+        groups.append(("projector_biases", learn.projector_biases, biases))
+    groups += [(group, rate, parameters) for group, (rate, parameters) in rest.items()]
     if learn.adapter is not None:
         groups.append(("adapter", learn.adapter, adapter_parameters(model.language_model)))
+    for name, spec in learning_encoders(model, learn).items():
+        parameters = learning_parameters(name, model.encoder(name), spec)
+        groups.append((f"encoder {name}", spec.rate, parameters))
     return groups
+
+
+def learning_encoders(
+    model: MultiTokenForConditionalGeneration, learn: Learn
+) -> dict[str, LearnEncoder]:
+    """What of which encoder learns in a stage, by instance.
+
+    One that starts from random weights learns with its projector, unless the recipe says more.
+    """
+    found = {}
+    for name in model.modalities:
+        encoder, rate = model.encoder(name), learn.projector_rate(name)
+        if name in learn.encoders:
+            found[name] = learn.encoders[name]
+        elif (
+            rate is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
+        ):
+            found[name] = LearnEncoder(rate=rate)
+    return found
 
 
 def select_parameters(model: MultiTokenForConditionalGeneration, learn: Learn) -> None:
     """Let the stage's parameters learn, freeze all others. Raises MultiTokenError if none learn."""
     model.requires_grad_(False)
+    for name, spec in learning_encoders(model, learn).items():
+        model.trained_encoders[name] = open_to_learn(
+            name, model.encoder(name), spec, model.trained_encoders.get(name)
+        )
     for name, _, parameters in parameter_groups(model, learn):
         if not parameters:
             raise MultiTokenError(f"nothing to learn under {name!r}")

@@ -19,10 +19,11 @@ from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint import compose
 from multi_token.convert.export_llava import export_llava
 from multi_token.convert.llava import import_llava
+from multi_token.encoders import attach_lora, learning_parameters
 from multi_token.errors import ConvertError
-from multi_token.generate import ask, collate_prompts, stop_ids
+from multi_token.generate import ask, collate_prompts, reader_of, stop_ids
 from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import AdapterSpec, ModelSpec
+from multi_token.recipe import AdapterSpec, LearnEncoder, ModelSpec
 from multi_token.registry import validated
 from multi_token.testing import tiny_image_encoder, tiny_llava
 from multi_token.types import Media
@@ -115,6 +116,31 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     new = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=stop)
     (answer,) = processor.batch_decode(new[:, len(ids) :], skip_special_tokens=True)
     assert model.generate([question], max_new_tokens=8) == [answer.strip()]
+
+
+@pytest.mark.parametrize("learned", [{"rate": 1e-5}, {"rate": 1e-4, "lora": {"r": 2}}], ids=str)
+@torch.no_grad()
+def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
+    parts: Path, tmp_path: Path, learned: dict[str, Any]
+) -> None:
+    model = composed(parts, layer=-2)
+    spec = LearnEncoder.model_validate(learned)
+    if spec.lora is not None:
+        attach_lora("photo", model.encoder("photo"), spec.lora)
+    batch = collate_prompts(reader_of(model), [ask("?", [Media("photo", pictures()[0])])])
+    before = model(input_ids=batch["input_ids"], media=batch["media"]).logits
+    for parameter in learning_parameters("photo", model.encoder("photo"), spec):
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits
+    assert not torch.allclose(ours, before, atol=1e-2)
+
+    export_llava(model, tmp_path / "out")
+    theirs, _ = reloaded(tmp_path / "out")
+    ids = batch["input_ids"].clone().view(-1)
+    ids[batch["media"]["photo"]["positions"]] = theirs.config.image_token_id
+    pixels = batch["media"]["photo"]["inputs"]["pixel_values"]
+    logits = theirs(input_ids=ids[None], pixel_values=pixels).logits
+    torch.testing.assert_close(logits[..., : ours.shape[-1]], ours, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("anyres", [False, True])

@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 
-from multi_token.checkpoint import compose, save
+from multi_token.checkpoint import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
 from multi_token.language_model import attach_adapter
-from multi_token.recipe import AdapterSpec, Recipe
+from multi_token.recipe import AdapterSpec, Learn, LearnEncoder, Recipe
+from multi_token.train.trainer import select_parameters
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,14 @@ def test_a_dry_run_writes_the_card_and_lists_the_result_alone(run: Path) -> None
         *("config.json", "projectors.safetensors", "README.md", "recipe.yaml"),
         *("language_model", "encoders"),
     }
+
+
+def test_trained_encoders_go_up_with_the_run(run: Path) -> None:
+    model = load(run)
+    select_parameters(model, Learn(encoders={"image": LearnEncoder(rate=1e-5, last=1)}))
+    save(model, run)
+    files = push(run, "ada/seer", dry_run=True)
+    assert files["encoders.safetensors"] == (run / "encoders.safetensors").stat().st_size > 10_000
 
 
 def test_the_card_says_what_who_asks_needs(run: Path) -> None:

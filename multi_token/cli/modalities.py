@@ -1,0 +1,202 @@
+"""`multi-token modalities`: what senses there are, whether one is right, and how a new one starts.
+
+Border: tables, files and exit codes. States come from registry.py, claims from testing/kit.py, and
+the text of a new package from templates/.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from multi_token.registry import Entry
+    from multi_token.testing import Result
+
+modalities_app = typer.Typer(help="List the senses there are, check one, start a new one.")
+
+_TEMPLATES = {
+    "pyproject.toml": "pyproject.toml.jinja",
+    "README.md": "README.md.jinja",
+    "{module}.py": "module.py.jinja",
+    "test_{name}.py": "test.py.jinja",
+}
+
+
+@modalities_app.callback(invoke_without_command=True)
+def modalities(context: typer.Context) -> None:
+    """List the senses there are, with their state: ready, missing extra, broken."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("name", "from", "state", "what it reads", title="Modalities")
+    for entry in _entries():
+        style = "green" if entry.state == "ready" else "red"
+        # Text: docstrings and messages hold brackets that are not markup
+        table.add_row(
+            entry.name,
+            Text(entry.owner),
+            Text(entry.state, style=style),
+            Text("\n".join(filter(None, (entry.summary, entry.fault))), overflow="fold"),
+        )
+    Console(highlight=False).print(table)
+
+
+@modalities_app.command()
+def check(
+    name: str = typer.Argument(None, help="A name of the list.", show_default=False),
+    all_names: bool = typer.Option(False, "--all", help="Every one that is installed."),
+) -> None:
+    """Try all that a sense promises, on a small example of its own.
+
+    Exit code 0: every claim holds. 1: at least one does not.
+    """
+    from rich.console import Console
+
+    from multi_token.errors import MultiTokenError
+
+    if (name is None) != all_names:
+        raise MultiTokenError("expected the name of a modality, or --all")
+    entries = _entries() if all_names else [_entry(name)]
+    console = Console(highlight=False)
+    failed = [entry.name for entry in entries if not _holds(console, entry)]
+    skipped = [entry.name for entry in entries if entry.state == "missing extra"]
+    if skipped:
+        console.print(f"not checked, for a missing extra: {', '.join(skipped)}")
+    if failed:
+        console.print(f"broken: {', '.join(failed)}", style="red")
+        raise typer.Exit(1)
+
+
+@modalities_app.command()
+def new(
+    name: str = typer.Argument(..., help="What recipes will call it: heartbeat."),
+    out: Path = typer.Option(
+        None, help="A new or empty folder; default: multi-token-NAME here.", show_default=False
+    ),
+) -> None:
+    """Write a small package with a sense of your own: one file that works, and its test."""
+    from rich.console import Console
+
+    _refuse_name(name)
+    out = out or Path(f"multi-token-{name.replace('_', '-')}")
+    write_package(name, out)
+    console = Console(stderr=True, highlight=False)
+    for line in (
+        f"{out}: the sense is multi_token_{name}.py",
+        f"pip install {out}",
+        f"multi-token modalities check {name}",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def write_package(name: str, out: Path) -> None:
+    """The files of a new sense, into a new or empty folder. Raises MultiTokenError."""
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+
+    from multi_token.errors import MultiTokenError
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise MultiTokenError(f"{out} is there already; expected a new or empty folder")
+    words = {
+        "name": name,
+        "dashed": name.replace("_", "-"),
+        "module": f"multi_token_{name}",
+        "cls": "".join(part.capitalize() for part in name.split("_")),
+    }
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    templates = files("multi_token.cli.templates")
+    out.mkdir(parents=True, exist_ok=True)
+    for target, template in _TEMPLATES.items():
+        text = environment.from_string(templates.joinpath(template).read_text(encoding="utf-8"))
+        (out / target.format(**words)).write_text(text.render(words), encoding="utf-8")
+
+
+def _refuse_name(name: str) -> None:
+    from multi_token import registry
+    from multi_token.errors import MultiTokenError
+    from multi_token.modalities.base import Modality
+    from multi_token.recipe import ModelSpec
+    from multi_token.registry import validated
+
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        raise MultiTokenError(
+            f"{name!r} cannot name a sense: expected small letters, digits and single _, as in "
+            "heartbeat or left_camera"
+        )
+    if name in registry.names("modality"):
+        owner = registry.entry("modality", name, Modality).owner
+        raise MultiTokenError(f"modality {name!r} is owned by {owner}; choose another name")
+    # rows use some words themselves, which a recipe refuses
+    any_sense = {"type": "vector", "dim": 1}
+    validated(
+        ModelSpec, {"language_model": "any", "modalities": {name: any_sense}}, where="a new sense"
+    )
+
+
+def _entries() -> list[Entry]:
+    from multi_token import registry
+    from multi_token.modalities.base import Modality
+
+    return [registry.entry("modality", name, Modality) for name in registry.names("modality")]
+
+
+def _entry(name: str) -> Entry:
+    """Of a name that can be checked. Raises MultiTokenError or RegistryError."""
+    from multi_token import registry
+    from multi_token.errors import MultiTokenError
+    from multi_token.modalities.base import Modality
+
+    if name not in registry.names("modality"):
+        registry.resolve("modality", name)  # says what is known, and the nearest
+    entry = registry.entry("modality", name, Modality)
+    if entry.state == "missing extra":
+        raise MultiTokenError(f"modality {name!r} cannot be checked: {entry.fault}")
+    return entry
+
+
+def _holds(console: Console, entry: Entry) -> bool:
+    """Whether a sense keeps its contract; prints each claim."""
+    from multi_token.testing import Result, check_named
+
+    if entry.state == "missing extra":
+        return True
+    if entry.state == "broken":
+        results: Sequence[Result] = [Result("it can be imported", False, entry.fault)]
+    else:
+        _silence_loading()
+        with tempfile.TemporaryDirectory() as folder:
+            results = check_named(entry.name, Path(folder))
+    _print_results(console, entry, results)
+    return all(result.passed for result in results)
+
+
+def _print_results(console: Console, entry: Entry, results: Sequence[Result]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("claim", "", "what was seen", title=f"{entry.name} ({entry.owner})")
+    for result in results:
+        mark = Text("holds", style="green") if result.passed else Text("BROKEN", style="bold red")
+        table.add_row(result.claim, mark, Text(result.detail, overflow="fold"))
+    console.print(table)
+
+
+def _silence_loading() -> None:
+    """No bars for weights of a few kilobytes; transformers asks the hub's library when imported."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()

@@ -1,0 +1,117 @@
+"""Games of gymnasium's LunarLander, flown side by side by whoever decides; and a film of one.
+
+Border: seeds and decisions in, returns and pictures out; knows nothing of rows or models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from multi_token.demo.parts import INSTALL_EXAMPLES
+from multi_token.errors import MultiTokenError
+
+ACTIONS = ("wait", "left", "main", "right")
+"""The environment's four, in its order, by a word: no engine, or one of three."""
+HOLD = 3
+"""Frames for which an action is held. The heuristic pilot flies as well with it as without, and a
+third of the decisions is left."""
+_FRAMES_PER_SECOND = 50
+
+
+@dataclass
+class Flight:
+    """One game, from its seed until it ends."""
+
+    seed: int
+    state: np.ndarray = field(init=False)
+    """float32 [8]: position, speed, angle, turning, and which leg stands."""
+    actions: list[int] = field(default_factory=list)
+    total: float = 0.0
+    """The return: the sum of all rewards. 200 counts as solved."""
+    landed: bool = False
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.env = _environment()
+        self.state, _ = self.env.reset(seed=self.seed)
+
+    def act(self, action: int, on_frame: Callable[[], None] | None = None) -> None:
+        """Hold an action for `HOLD` frames, or until the game ends."""
+        self.actions.append(action)
+        for _ in range(HOLD):
+            self.state, reward, ended, out_of_time, _ = self.env.step(action)
+            self.total += float(reward)
+            self.landed = bool(ended and reward == 100)  # the reward for coming to rest
+            self.done = bool(ended or out_of_time)
+            if on_frame is not None:
+                on_frame()
+            if self.done:
+                self.env.close()
+                return
+
+    def frame(self) -> Image.Image:
+        """What a player sees, 600 x 400."""
+        return Image.fromarray(self.env.render())
+
+
+Pilot = Callable[[Sequence[Flight]], Sequence[int]]
+"""Flights that are under way -> the action of each."""
+
+
+def fly(pilot: Pilot, seeds: Sequence[int]) -> list[Flight]:
+    """All games side by side, so that a pilot decides for many at once."""
+    flights = [Flight(seed) for seed in seeds]
+    while under_way := [flight for flight in flights if not flight.done]:
+        for flight, action in zip(under_way, pilot(under_way), strict=True):
+            flight.act(action)
+    return flights
+
+
+def heuristic_pilot(flights: Sequence[Flight]) -> list[int]:
+    """The environment's own: a few lines of geometry."""
+    from gymnasium.envs.box2d.lunar_lander import heuristic
+
+    return [int(heuristic(flight.env, flight.state)) for flight in flights]
+
+
+def film(flight: Flight, path: Path) -> None:
+    """Fly a finished flight's actions once more before a camera, and write an .mp4 (H.264).
+
+    The same seed and the same actions give the same game.
+    """
+    import av
+
+    again = Flight(flight.seed)
+    font = ImageFont.load_default(26)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=_FRAMES_PER_SECOND)
+        stream.width, stream.height = again.frame().size
+        stream.pix_fmt = "yuv420p"
+
+        def shoot() -> None:
+            picture = again.frame()
+            ImageDraw.Draw(picture).text((16, 12), ACTIONS[again.actions[-1]], "white", font)
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+
+        for action in flight.actions:
+            again.act(action, on_frame=shoot)
+        container.mux(stream.encode(None))
+
+
+def _environment() -> Any:
+    for package in ("gymnasium", "Box2D", "pygame"):
+        if importlib.util.find_spec(package) is None:
+            raise MultiTokenError(f"the games need the package {package}: {INSTALL_EXAMPLES}")
+    import gymnasium
+
+    # pictures are drawn without a screen
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    return gymnasium.make("LunarLander-v3", render_mode="rgb_array")

@@ -1,0 +1,165 @@
+"""The page of an example: title, claim, tiles and sections in one self-contained HTML file.
+
+Border: finished numbers and pieces of HTML in, a page out. The style is that of the demo's report;
+it counts and decides nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+
+from multi_token.demo.chart import chart
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$style
+thead th { width: auto; font-weight: 600; }
+td + td, thead th + th { padding-left: 14px; text-align: right; }
+video { display: block; width: 100%; height: auto; border-radius: 8px; }
+</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">multi_token example</p>
+<h1>$title</h1>
+<p class="claim">$claim</p>
+</header>
+<main>
+<ul class="tiles">
+$tiles
+</ul>
+$sections
+<div class="columns">
+$facts
+</div>
+</main>
+<footer>
+$footer
+</footer>
+</body>
+</html>
+""")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key number and what it means."""
+
+    label: str
+    value: str
+    note: str = ""
+    part: float | None = None
+    """Of a whole, 0 to 1: drawn as a bar."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence and whatever stands under them."""
+
+    title: str
+    note: str
+    html: str
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    claim: str,
+    tiles: Sequence[Tile],
+    sections: Sequence[Section],
+    facts: Mapping[str, Mapping[str, object]],
+    footer: str = "The same numbers are in report.json beside this file.",
+) -> None:
+    """Write a page that needs no other file. `claim` and the sections' `html` are HTML.
+
+    `facts`: small tables at the end, by their titles.
+    """
+    demo_page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    style = demo_page.partition("<style>")[2].partition("</style>")[0]
+    page = _PAGE.substitute(
+        title=escape(title),
+        style=style,
+        claim=claim,
+        tiles="\n".join(_tile(tile) for tile in tiles),
+        sections="\n".join(_section(section) for section in sections),
+        facts="\n".join(_facts(name, rows) for name, rows in facts.items()),
+        footer=escape(footer),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose first column names its rows."""
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(row[0]))}</th>'
+        + "".join(f"<td>{escape(str(value))}</td>" for value in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        '<div class="facts"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def loss_figure(losses: Sequence[tuple[int, float]]) -> str:
+    """(step, loss) pairs as a curve, on a logarithmic scale."""
+    return loss_figures({"Loss": losses})
+
+
+def loss_figures(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Name -> (step, loss) pairs: a curve each, on a logarithmic scale."""
+    figures = (
+        f"<figure><figcaption><b>{escape(name)}</b>Cross entropy at learned tokens, from "
+        f"{points[0][1]:.3g} to {points[-1][1]:.3g} (log scale)</figcaption>"
+        f"{chart(points, label='loss', log=True)}</figure>"
+        for name, points in losses.items()
+        if points
+    )
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def film_figure(path: Path, caption: str) -> str:
+    """An .mp4 as a figure, within the page."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return (
+        f"<figure><figcaption>{escape(caption)}</figcaption>"
+        "<video controls autoplay loop muted playsinline "
+        f'src="data:video/mp4;base64,{data}"></video></figure>'
+    )
+
+
+def _tile(tile: Tile) -> str:
+    meter = ""
+    if tile.part is not None:
+        width = 100 * min(1.0, max(0.0, tile.part))
+        meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
+    return (
+        f'<li class="tile"><span class="label">{escape(tile.label)}</span>'
+        f'<span class="value">{escape(tile.value)}</span>{meter}'
+        f'<span class="note">{escape(tile.note)}</span></li>'
+    )
+
+
+def _section(section: Section) -> str:
+    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.note)}</p>\n{section.html}"
+
+
+def _facts(title: str, facts: Mapping[str, object]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    return f'<section class="facts"><h2>{escape(title)}</h2><table>{rows}</table></section>'

@@ -1,0 +1,311 @@
+"""Audio in, one mono waveform out at the rate that is asked for, or one sentence saying why not.
+
+Border: bytes come through `Fetch`, and no encoder is known here; chunks are the modality's.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from multi_token.errors import MediaError
+from multi_token.media.fetch import Fetch, shorten
+from multi_token.media.waveform import (
+    UNKNOWN,
+    Span,
+    checked_rate,
+    join_blocks,
+    package,
+    scaled,
+    undecodable,
+    wanted_frames,
+)
+
+# A list of our own: libsndfile also opens the formats of old games and samplers, which nobody
+# means and few have tested on damaged files.
+FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")
+
+MAX_CHANNELS = 64
+_KEYS = ("array", "sampling_rate", "path", "bytes", "start", "end")
+_AS_MAPPING = '{"array": [...], "sampling_rate": 16000}'
+_HEADER_SLACK_S = 0.1  # by which a header may promise too much: that of an MP3 is an estimate
+_STREAMED = 0x7FFF_F000  # from here on, sizes in a header mean that the length was not known
+_UNRECOGNISED = 1  # libsndfile's code of a format that it does not know
+
+_CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyp", "mov"),  # MP4, M4A, MOV, 3GP
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),  # and WebM
+    (0, b"\xff\xf1", "aac"),
+    (0, b"\xff\xf9", "aac"),
+)
+"""Offset, first bytes, and FFmpeg's name of what libsndfile does not read. The reader is named and
+never guessed: FFmpeg also knows playlists, which open other files and addresses."""
+
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (b"\x89png", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"gif8", "a picture (GIF)"),
+    (b"riff", "a RIFF file that is not WAV (WebP or AVI)"),
+    (b"%pdf", "a PDF document"),
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"<?xml", "an XML text"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"\x93numpy", "a NumPy array"),
+    (b"{", "JSON text"),
+)
+
+
+def load_audio(
+    source: Any, fetch: Fetch, *, rate: int, max_seconds: float = 600.0, allow_silence: bool = False
+) -> np.ndarray:  # float32 [samples] at `rate`
+    """What a row gives for audio -> its waveform.
+
+    | source                                     | what happens                             |
+    |--------------------------------------------|------------------------------------------|
+    | path, address, `data:` URI, bytes          | read through `fetch`, then decoded       |
+    | `{"array": ..., "sampling_rate": 16000}`   | converted (the shape of `datasets`)      |
+    | `{"path" or "bytes": ...}`                 | as above                                 |
+    | either with `"start"` and `"end"`, seconds | only that part is decoded and counted    |
+
+    Raises MediaError.
+    """
+    given = dict(source) if isinstance(source, Mapping) else {"path": source}
+    unknown = sorted(str(key) for key in given if key not in _KEYS)
+    if unknown:
+        raise undecodable(
+            f"an audio has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
+        )
+    path = given.get("path")
+    name = shorten(path) if isinstance(path, str) and path[:5].lower() != "data:" else ""
+    span = _span(given.get("start"), given.get("end"), name or "the audio")
+    limits = {"rate": rate, "name": name, "max_seconds": max_seconds, "span": span}
+    if given.get("array") is not None:
+        if given.get("sampling_rate") is None:
+            raise undecodable(
+                f"an array of samples comes without its rate; give {_AS_MAPPING} with the rate "
+                "at which it was recorded"
+            )
+        audio = as_audio(given["array"], sampling_rate=given["sampling_rate"], **limits)
+    elif isinstance(path, (list, tuple, np.ndarray, Tensor)):
+        raise undecodable(
+            "samples alone do not tell their rate; instead of a bare list or array give "
+            f"{_AS_MAPPING} with the rate at which they were recorded"
+        )
+    else:
+        data = given.get("bytes")
+        audio = decode_audio(fetch.read(path if data is None else data), **limits)
+    if not allow_silence and audio.min() == audio.max():
+        raise undecodable(
+            f"{name or 'the audio'} is silence ({len(audio) / rate:.2f} s, all samples equal); "
+            "mend the row, or set `allow_silence: true` if silence means something"
+        )
+    return audio
+
+
+def decode_audio(
+    data: bytes,
+    *,
+    rate: int,
+    name: str = "",
+    max_seconds: float = 600.0,
+    span: Span = (0.0, None),
+) -> np.ndarray:  # float32 [samples] at `rate`
+    """The audio in `data`, channels averaged.
+
+    WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU and CAF; with `av` also MP4, M4A, WebM, Matroska
+    and AAC. It is decoded piece by piece and given up where it passes `max_seconds`, so that a
+    long file costs no more than the limit. `span`: start and end in seconds, of which only what
+    lies between is decoded. `name` opens the error message. Raises MediaError.
+    """
+    label = name or "the audio"
+    if not data:
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
+    demuxer = next((reader for at, magic, reader in _CONTAINERS if data.startswith(magic, at)), "")
+    decode = _decode_container if demuxer else _decode_file
+    given, blocks = decode(data, demuxer, label, span, max_seconds)
+    return join_blocks(blocks, given, rate=rate, label=label, max_seconds=max_seconds)
+
+
+def as_audio(
+    samples: Any,
+    *,
+    sampling_rate: Any,
+    rate: int,
+    name: str = "",
+    max_seconds: float = 600.0,
+    span: Span = (0.0, None),
+) -> np.ndarray:  # float32 [samples] at `rate`
+    """The same for samples that are decoded already: [samples] or [samples, channels].
+
+    Floats from -1 to 1; integers of 8, 16 or 32 bits are scaled to that. Raises MediaError.
+    """
+    label = name or "the array of samples"
+    array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
+    try:
+        array = np.asarray(array)
+    except ValueError:
+        raise undecodable(f"{label} has rows of different lengths; give [samples]") from None
+    given = checked_rate(sampling_rate, label)
+    array = _mono(scaled(array, label), label)
+    begin, end = wanted_frames(span, given, len(array), label, max_seconds)
+    pieces = (array[at : min(at + given, end)] for at in range(begin, end, given))
+    return join_blocks(pieces, given, rate=rate, label=label, max_seconds=max_seconds)
+
+
+def _mono(array: np.ndarray, label: str) -> np.ndarray:
+    if array.ndim == 1:
+        return array
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise undecodable(
+            f"{label} has the shape {list(array.shape)}, expected [samples] or [samples, channels]"
+        )
+    if array.shape[1] > min(MAX_CHANNELS, array.shape[0]):
+        raise undecodable(
+            f"{label} has the shape {list(array.shape)}, which would be {array.shape[1]:,} "
+            "channels; expected [samples, channels], so transpose it"
+        )
+    return array.mean(axis=1)
+
+
+def _decode_file(
+    data: bytes, _: str, label: str, span: Span, max_seconds: float
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The rate and the mono blocks of what libsndfile reads."""
+    soundfile = package("soundfile", "audio")
+
+    class Forward(soundfile.SoundFile):
+        """Read from front to end: soundfile would else seek behind each block, which costs an MP3
+        what its next frames build on, and fails at the end of a FLAC of unknown length."""
+
+        def seekable(self) -> bool:
+            return False
+
+    try:
+        file = Forward(io.BytesIO(data))
+    except soundfile.LibsndfileError as error:
+        if error.code != _UNRECOGNISED:
+            raise _damaged(label, error) from error
+        raise _not_audio(data, label) from error
+    if file.format not in FORMATS:
+        raise _not_audio(data, label)
+    if num_missing := _num_missing(data):
+        raise _damaged(label, f"{num_missing:,} bytes at its end are missing")
+    given = checked_rate(file.samplerate, label)
+    begin, end = wanted_frames(span, given, file.frames, label, max_seconds)
+
+    def blocks() -> Iterator[np.ndarray]:
+        # a second earlier: the first frames behind a jump lack what they build on
+        position = max(0, begin - given)
+        try:
+            with file:
+                if position:
+                    file.seek(position)
+                while position < end:
+                    block = file.read(min(given, end - position), "float32", always_2d=True)
+                    if not len(block):
+                        break
+                    yield block[max(0, begin - position) :].mean(axis=1)
+                    position += len(block)
+        except soundfile.LibsndfileError as error:
+            where = f"after {position / given:.1f} s: {error}"
+            raise _damaged(label, where) from error
+        if file.frames < UNKNOWN and position < end - _HEADER_SLACK_S * given:
+            raise _damaged(label, f"it ends after {position / given:.1f} s")
+
+    return given, blocks()
+
+
+def _decode_container(
+    data: bytes, demuxer: str, label: str, span: Span, max_seconds: float
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The same of the first audio track of what FFmpeg reads."""
+    av = package("av", "video")
+    try:
+        container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise _damaged(label, error) from error
+    if not container.streams.audio:
+        container.close()
+        raise undecodable(f"{label} has no audio track; it is a film without sound")
+    track = container.streams.audio[0]
+    if track.codec_context is None:
+        raise _damaged(label, "its audio track has no known codec")
+    given = checked_rate(track.rate, label)
+    known = UNKNOWN
+    if container.duration and demuxer != "aac":  # of raw AAC it is a guess by the bit rate
+        known = int(container.duration * given / av.time_base)
+    begin, end = wanted_frames(span, given, known, label, max_seconds)
+
+    def blocks() -> Iterator[np.ndarray]:
+        position = 0
+        try:
+            with container:
+                if begin > given:
+                    # as of files: a second earlier
+                    container.seek(int((begin / given - 1) / track.time_base), stream=track)
+                for frame in container.decode(track):
+                    position = round((frame.time or 0.0) * given) if position == 0 else position
+                    block = _floats(frame)
+                    yield block[max(begin - position, 0) : max(end - position, 0)]
+                    position += len(block)
+                    if position >= end:
+                        return
+        except av.FFmpegError as error:
+            raise _damaged(label, f"after {position / given:.1f} s: {error}") from error
+        if known < UNKNOWN and position < end - _HEADER_SLACK_S * given:
+            raise _damaged(label, f"it ends after {position / given:.1f} s")
+
+    return given, blocks()
+
+
+def _floats(frame: Any) -> np.ndarray:
+    """A decoded frame of FFmpeg as mono floats."""
+    samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels]
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, len(frame.layout.channels)).T
+    return scaled(samples, "a frame").mean(axis=0)
+
+
+def _span(start: Any, end: Any, label: str) -> Span:
+    for key, value in (("start", start), ("end", end)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value >= 0):
+            raise undecodable(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
+    if end is not None and end <= (start or 0.0):
+        raise undecodable(f"{label} is to end at {end:g} s, but to start at {start or 0.0:g} s")
+    return float(start or 0.0), end
+
+
+def _num_missing(data: bytes) -> int:
+    """Bytes that the file says it has and that are not there; libsndfile passes over the gap."""
+    size = len(data)
+    if data.startswith((b"RIFF", b"FORM")):
+        size = 8 + int.from_bytes(data[4:8], "little" if data.startswith(b"RIFF") else "big")
+    elif data.startswith(b"OggS"):
+        last = data.rfind(b"OggS")
+        table = data[last + 27 : last + 27 + data[last + 26]] if last + 26 < len(data) else b""
+        size = last + 27 + len(table) + sum(table)
+    missing = size - len(data)
+    # one byte that fills up an odd number is often announced and not written
+    return missing if missing > 1 and size < _STREAMED else 0
+
+
+def _damaged(label: str, reason: object) -> MediaError:
+    return undecodable(f"{label} is truncated or damaged ({reason}); copy or download it again")
+
+
+def _not_audio(data: bytes, label: str) -> MediaError:
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    what = next((what for magic, what in _OTHERS if start.startswith(magic)), None)
+    found = f"it begins like {what}" if what else f"its first bytes are {data[:12]!r}"
+    return undecodable(
+        f"{label} is not audio: {found}; expected one of {', '.join(FORMATS)}, MP4, WebM, AAC"
+    )

@@ -1,0 +1,124 @@
+"""A source in, a series of numbers [time, channels] out, or one sentence saying why not.
+
+Border: lists, arrays and `.npy` files; knows no encoder and no patches.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from multi_token.errors import MediaError
+from multi_token.media.fetch import Fetch, shorten
+
+_SOURCES = ("array", "path", "bytes")
+
+
+def read_series(
+    source: Any, fetch: Fetch, *, channels: int, max_steps: int, rate: float | None = None
+) -> np.ndarray:  # float32 [time, channels]
+    """The series behind a list, array, tensor or `.npy` file, or behind one of them in a mapping.
+
+    A mapping has it under `array`, `path` or `bytes` and may say its `sampling_rate`, in steps a
+    second; the series is then brought to `rate` by linear interpolation. Raises MediaError.
+    """
+    sampling_rate = None
+    if isinstance(source, Mapping):
+        source, sampling_rate = _opened(source)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, (list, tuple, np.ndarray)):
+        name, raw = "the row's series", source
+    else:
+        name = shorten(source) if isinstance(source, str) else "the bytes given"
+        raw = _read_npy(fetch.read(source), name)
+    series = _checked(raw, name, channels, max_steps)
+    if rate is None or sampling_rate is None or rate == sampling_rate:
+        return series
+    num_steps = max(1, round(len(series) * rate / sampling_rate))
+    _check_length(num_steps, max_steps, f"{name}, at {rate:g} steps a second,")
+    at = np.arange(num_steps) * (sampling_rate / rate)
+    given = np.arange(len(series))
+    return np.stack([np.interp(at, given, c) for c in series.T], axis=1).astype(np.float32)
+
+
+def _opened(source: Mapping[str, Any]) -> tuple[Any, float | None]:
+    """The source inside a mapping, and its steps a second if it says them."""
+    inner = next((source[key] for key in _SOURCES if source.get(key) is not None), None)
+    unknown = [key for key in source if key not in (*_SOURCES, "sampling_rate")]
+    if inner is None or unknown:
+        raise _undecodable(
+            'expected {"array": ..., "sampling_rate": 500} for a series (or `path` or `bytes` of a '
+            f".npy file instead of `array`), got the keys {', '.join(map(str, source)) or 'none'}"
+        )
+    rate = source.get("sampling_rate")
+    if rate is None:
+        return inner, None
+    number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
+    if not number or not 0 < rate < float("inf"):
+        raise _undecodable(f"expected a `sampling_rate` above 0 in steps a second, got {rate!r}")
+    return inner, float(rate)
+
+
+def _read_npy(data: bytes, name: str) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, MemoryError) as error:  # a header may promise anything
+        raise _undecodable(
+            f"{name} is not a .npy file of numbers ({error}); write it with numpy.save"
+        ) from None
+    if not isinstance(array, np.ndarray):
+        raise _undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
+    return array
+
+
+def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
+    """float32 [time, channels], every number finite."""
+    try:
+        array = np.asarray(raw)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf" and array.size:
+        raise _undecodable(
+            f"expected numbers in {name}, as [time] or [time, channels] with rows of one length, "
+            f"got {str(raw)[:80]!r}"
+        )
+    if array.ndim == 1 and channels == 1:
+        array = array[:, None]
+    if array.ndim != 2 or array.shape[1] != channels or len(array) == 0:
+        mend = "set `channels` in the recipe to what the rows hold"
+        if array.size == 0:
+            mend = "a series has at least one step"
+        elif array.ndim == 2 and array.shape[0] == channels:
+            mend = "time comes first, so transpose it"
+        raise _undecodable(
+            f"expected a series of shape [time, {channels}] in {name}, got {list(array.shape)}; "
+            + mend
+        )
+    _check_length(len(array), max_steps, name)
+    with np.errstate(over="ignore"):
+        series = np.ascontiguousarray(array, dtype=np.float32)
+    finite = np.isfinite(series)
+    if not finite.all():
+        step, channel = (int(i) for i in np.argwhere(~finite)[0])
+        raise _undecodable(
+            f"{name} holds {series[step, channel]} at step {step} of channel {channel} "
+            f"({int((~finite).sum())} such values in all); remove or fill them"
+        )
+    return series
+
+
+def _check_length(num_steps: int, max_steps: int, name: str) -> None:
+    if num_steps > max_steps:
+        raise _undecodable(
+            f"{name} has {num_steps:,} steps, and the limit is {max_steps:,}; cut it, lower "
+            "`rate`, or raise `max_steps`"
+        )
+
+
+def _undecodable(message: str) -> MediaError:
+    return MediaError(message, kind="undecodable")

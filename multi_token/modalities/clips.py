@@ -1,0 +1,168 @@
+"""Clips of a fixed number of frames through the video encoders of transformers.
+
+Border: frames to features of one clip. Which frames, and which clips are one item, is video.py's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from multi_token.errors import MultiTokenError, RecipeError
+from multi_token.modalities.image import FeatureKind, ImageEncoder, Layers, image_processor
+
+
+class ClipEncoder(ImageEncoder):
+    """A tower that sees several frames at once (VideoMAE, V-JEPA 2, TimeSformer, X-CLIP).
+
+    Its `pixel_values` are [clips, frames, channels, height, width].
+    """
+
+    def __init__(
+        self, tower: nn.Module, *, features: FeatureKind, layer: Layers, micro_batch: int = 32
+    ) -> None:
+        super().__init__(tower, features=features, layer=layer, micro_batch=micro_batch)
+        self.embeds = hasattr(tower, "get_video_features")
+        if self.embeds and (features != "pooled" or layer is not None):
+            raise RecipeError(
+                f"{type(tower).__name__} gives one embedding of a clip; set `features: pooled` and "
+                f"leave out `layer`, got features {features!r} and layer {layer}"
+            )
+        # V-JEPA 2 would go on to predict masked patches, which nobody asks for
+        forward = inspect.signature(tower.forward).parameters
+        self.options = {"skip_predictor": True} if "skip_predictor" in forward else {}
+
+    def run(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+        tower: Any = self.tower
+        if not self.embeds:
+            name = tower.main_input_name
+            return tower(**{name: inputs["pixel_values"]}, **self.options, **options)
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        embedding = tower.get_video_features(inputs["pixel_values"])
+        # the bare tensor from some models and versions, in an output from others
+        return (
+            BaseModelOutputWithPooling(pooler_output=embedding)  # type: ignore[reportArgumentType]
+            if isinstance(embedding, Tensor)
+            else embedding
+        )
+
+    def num_prefix(self, values: Tensor, inputs: Mapping[str, Tensor]) -> int:
+        tower: Any = self.tower
+        tube = getattr(tower.config, "tubelet_size", 1)
+        patch = getattr(tower.config, "patch_size", 1)
+        size = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
+        depth, *size = (tube, *size) if isinstance(tube, int) else tuple(tube)
+        frames, _, height, width = inputs["pixel_values"].shape[1:]
+        patches = max(frames // depth, 1) * (height // size[0]) * (width // size[1])
+        return values.shape[1] - patches
+
+    @torch.no_grad()
+    def keep_used(self, pixel_values: Tensor) -> None:
+        """Let go of the parts that make no features (a text tower, a predictor), and learn `dim`.
+
+        They would take memory, and stand among the layers that a recipe may let learn.
+        """
+        used: set[nn.Module] = set()
+        hooks = [
+            module.register_forward_hook(lambda module, *_: used.add(module))
+            for module in self.tower.modules()
+        ]
+        self.dim = self(pixel_values=pixel_values).values.shape[-1]
+        for hook in hooks:
+            hook.remove()
+        for name, child in list(self.tower.named_children()):
+            if used.isdisjoint(child.modules()):
+                delattr(self.tower, name)
+
+
+def build_clip_encoder(
+    encoder: str,
+    revision: str | None,
+    *,
+    features: FeatureKind,
+    layer: Layers,
+    micro_batch: int,
+    num_frames: int,
+) -> ClipEncoder:
+    """The tower with its weights."""
+    from transformers import AutoModel
+
+    tower = AutoModel.from_pretrained(encoder, revision=revision, dtype=torch.float32)
+    built = ClipEncoder(tower, features=features, layer=layer, micro_batch=micro_batch).eval()
+    blank = [Image.new("RGB", (64, 64))] * num_frames
+    built.keep_used(prepare_clip(blank, encoder, revision)[None])
+    return built
+
+
+def prepare_clip(frames: Sequence[Image.Image], encoder: str, revision: str | None) -> Tensor:
+    """RGB frames -> what the encoder's own processor makes of them.
+
+    Returns [frames, channels, height, width].
+    """
+    processed = clip_processor(encoder, revision)(list(frames), return_tensors="pt")
+    (pixels,) = (value for key, value in processed.items() if key.startswith("pixel_values"))
+    return pixels if pixels.ndim == 4 else pixels[0]
+
+
+@functools.lru_cache(maxsize=8)
+def clip_processor(encoder: str, revision: str | None) -> Any:
+    """The encoder's image processor, or its video processor if it has no other.
+
+    Raises MultiTokenError for the latter without torchvision.
+    """
+    try:
+        return image_processor(encoder, revision)
+    except (OSError, ValueError, ImportError) as no_image_processor:
+        from transformers import AutoVideoProcessor
+        from transformers.utils import is_torchvision_available
+
+        if not is_torchvision_available():
+            raise MultiTokenError(
+                f"{encoder} has no image processor that works here, and a video processor needs "
+                "torchvision: pip install torchvision, of the build that fits your torch "
+                f"({no_image_processor})"
+            ) from no_image_processor
+        return AutoVideoProcessor.from_pretrained(encoder, revision=revision)
+
+
+@functools.lru_cache(maxsize=8)
+def clip_length(encoder: str, revision: str | None) -> tuple[int | None, bool]:
+    """Frames of a clip that the encoder's configuration declares, and whether it takes no others.
+
+    None for an encoder of single pictures.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(encoder, revision=revision)
+    vision = getattr(config, "vision_config", config)
+    fixed = getattr(vision, "num_frames", None)
+    if fixed is not None:
+        return int(fixed), True
+    # a number that it was trained with, where rotary positions allow any other
+    return getattr(vision, "frames_per_clip", None), False
+
+
+@functools.lru_cache(maxsize=64)
+def num_clip_features(
+    encoder: str,
+    revision: str | None,
+    layer: Layers,
+    features: FeatureKind,
+    shape: tuple[int, ...],
+) -> int:
+    """Features of a clip whose pixels have this shape, found without weights."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(encoder, revision=revision)
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config).eval()
+    probe = ClipEncoder(tower, features=features, layer=layer)
+    with torch.no_grad():
+        return int(probe(pixel_values=torch.empty(1, *shape, device="meta")).values.shape[1])

@@ -1,0 +1,331 @@
+"""Series of numbers: channels over time, of any length and rate (ECG, IMU, motion capture).
+
+Border: numbers to features, by a small encoder that learns with the run, or by a time series model
+of transformers that is frozen. Sources are read by media/series.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from multi_token.errors import RecipeError
+from multi_token.media.fetch import Fetch
+from multi_token.media.series import read_series
+from multi_token.modalities.base import Encoder, Modality, in_micro_batches
+from multi_token.types import Features, Prepared
+
+MergeKind = Literal["join", "mean"]
+_OWN_FIELDS = ("patch_length", "hidden_size", "num_layers", "num_heads")
+_NOTHING = -1
+
+
+class PatchEncoder(Encoder):
+    """A small transformer over patches of all channels, from random weights.
+
+    Patches as PatchTST's (arXiv:2211.14730), but with the channels side by side in one; sinusoidal
+    positions (arXiv:1706.03762), so that no length is the longest.
+    """
+
+    pretrained: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch_length: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        micro_batch: int = 32,
+    ) -> None:
+        super().__init__()
+        self.dim = hidden_size
+        self.micro_batch = micro_batch
+        self.patch = nn.Linear(channels * patch_length, hidden_size)
+        self.level = nn.Linear(2 * channels, hidden_size)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                hidden_size,
+                num_heads,
+                4 * hidden_size,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, **inputs: Tensor) -> Features:
+        """`patches` [items, length, patch_length * channels], `level` [items, 2 * channels] and
+        `mask` [items, length] -> Features of as many."""
+        values = in_micro_batches(self._values, inputs, self.micro_batch)
+        return Features(values, inputs["mask"].bool())
+
+    def _values(self, patches: Tensor, level: Tensor, mask: Tensor) -> Tensor:
+        """[items, length, dim]"""
+        dtype = self.patch.weight.dtype
+        hidden = self.patch(patches.to(dtype)) + self.level(level.to(dtype))[:, None]
+        hidden = hidden + positions(hidden.shape[1], self.dim).to(hidden)
+        for block in self.blocks:
+            hidden = block(hidden, src_key_padding_mask=~mask.bool())
+        return self.norm(hidden)
+
+
+class WindowEncoder(Encoder):
+    """A time series model of transformers, over windows of the length that it takes."""
+
+    def __init__(
+        self, tower: Any, *, shape: WindowShape, dim: int, merge: MergeKind, micro_batch: int = 32
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.shape = shape
+        self.dim = dim
+        self.merge: MergeKind = merge
+        self.micro_batch = micro_batch
+        self._takes = frozenset(inspect.signature(type(tower).forward).parameters)
+
+    def forward(self, **inputs: Tensor) -> Features:
+        """`past_values` and `observed` [windows, context, channels], and `feature` int64
+        [items, length]: which patch of which window each feature of an item is, or -1."""
+        series, observed = inputs["past_values"], inputs["observed"]
+        num_windows, context, channels = series.shape
+        if not self.shape.channels_together:
+            series, observed = (
+                t.transpose(1, 2).reshape(num_windows * channels, context, 1)
+                for t in (series, observed)
+            )
+        values = in_micro_batches(
+            self._values, {"series": series, "observed": observed}, self.micro_batch
+        )  # [rows, channels in a row, patches, width]
+        values = values.reshape(num_windows, channels, *values.shape[2:]).transpose(1, 2)
+        values = values.flatten(2) if self.merge == "join" else values.mean(2)
+        feature = inputs["feature"]
+        mask = feature != _NOTHING
+        return Features(values.flatten(0, 1)[feature.clamp(min=0)] * mask[..., None], mask)
+
+    def _values(self, series: Tensor, observed: Tensor) -> Tensor:
+        """[rows, context, channels in a row] -> [rows, channels in a row, patches, width]"""
+        series = series.to(next(self.tower.parameters()).dtype)
+        if "past_values_padding" in self._takes:
+            more = {}
+            if "freq" in self._takes:  # 0 of TimesFM's three stands for high frequencies
+                more["freq"] = torch.zeros(len(series), 1, dtype=torch.long, device=series.device)
+            padding = (~observed.bool())[..., 0].long()
+            output = self.tower(past_values=series[..., 0], past_values_padding=padding, **more)
+            return output.last_hidden_state[:, None]
+        name = "past_observed_mask" if "past_observed_mask" in self._takes else "observed_mask"
+        output = self.tower(past_values=series, **{name: observed.to(series.dtype)})
+        return output.last_hidden_state[:, :, -self.shape.num_patches :]  # a CLS token is first
+
+
+class TimeseriesModality(Modality):
+    """Numbers over time, `[time]` or `[time, channels]`, as one item: a feature for each patch."""
+
+    type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
+    channels: PositiveInt
+    """Numbers measured at each step; a series of another width is refused."""
+    rate: PositiveFloat | None = None
+    """Steps a second: a source that says its own `sampling_rate` is brought to this one by linear
+    interpolation; one that does not is taken as it is."""
+    max_steps: PositiveInt = 65_536
+    """A series longer than this, as given or at `rate`, is refused."""
+    encoder: str | None = None
+    """Hub name or folder of a time series model of transformers that reads patches (PatchTST,
+    PatchTSMixer, TimesFM); without one a small encoder learns together with the projector."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    merge_channels: MergeKind = "join"
+    """With `encoder`, which sees each channel by itself: `join` puts the channels' features side by
+    side, `mean` averages them (narrower, but no longer tells one channel from another)."""
+    micro_batch: PositiveInt = 32
+    """Series, or windows and channels of them, that go through the encoder at once."""
+    patch_length: PositiveInt = 16
+    """Without `encoder`: steps of one feature."""
+    hidden_size: PositiveInt = 128
+    """Without `encoder`: width of a feature."""
+    num_layers: int = Field(default=3, ge=0)
+    """Without `encoder`: transformer layers over the patches."""
+    num_heads: PositiveInt = 4
+    """Without `encoder`: attention heads of each layer."""
+
+    @model_validator(mode="after")
+    def _one_encoder(self) -> TimeseriesModality:
+        fields = type(self).model_fields
+        if self.encoder is not None:
+            set_ones = [n for n in _OWN_FIELDS if getattr(self, n) != fields[n].default]
+            if set_ones:
+                raise ValueError(f"`{set_ones[0]}` is for a series without `encoder`; leave it out")
+        elif self.hidden_size % self.num_heads or self.hidden_size % 2:
+            raise ValueError(
+                f"`hidden_size` must be even and a multiple of `num_heads`, {self.hidden_size} is "
+                f"not one of {self.num_heads}"
+            )
+        return self
+
+    def load(self, source: Any, fetch: Fetch) -> np.ndarray:
+        """A list, array, tensor or `.npy` file, or a mapping of one of them under `array`, `path`
+        or `bytes` and its `sampling_rate` -> float32 [time, channels]. Raises MediaError."""
+        return read_series(
+            source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
+        )
+
+    def prepare(self, raw: Any) -> Prepared:
+        """float32 [time, channels] -> what the encoder takes, and a feature for each patch.
+
+        Without `encoder`: `patches` [length, patch_length * channels], `level` [2 * channels],
+        `mask` [length]. With: `past_values`, `observed` [windows, context, channels] and `feature`
+        int64 [length]. Raises RecipeError for an encoder that cannot read such series.
+        """
+        if self.encoder is not None:
+            return self._prepare_windows(raw)
+        values, level = normalized(raw)
+        num_patches = math.ceil(len(values) / self.patch_length)
+        padded = np.pad(values, ((0, num_patches * self.patch_length - len(values)), (0, 0)))
+        inputs = {
+            "patches": torch.from_numpy(padded.reshape(num_patches, -1)),
+            "level": torch.from_numpy(level),
+            "mask": torch.ones(num_patches, dtype=torch.bool),
+        }
+        return Prepared(inputs, num_features=num_patches)
+
+    def _prepare_windows(self, raw: np.ndarray) -> Prepared:
+        """Windows one after the other; the last ends with the series, and of it only those patches
+        count that no window before has seen."""
+        shape = self._window_shape()
+        num_full, rest = divmod(len(raw), shape.context)
+        windows = [raw[i * shape.context : (i + 1) * shape.context] for i in range(num_full)]
+        observed = [np.ones(window.shape, dtype=bool) for window in windows]
+        num_features = num_full * shape.num_patches
+        feature = list(range(num_features))
+        if rest:
+            last = raw[-shape.context :]
+            missing = shape.context - len(last)
+            # models that scale by the observed steps alone see the rest as zeros then
+            fill = np.broadcast_to(last.mean(0), (missing, self.channels))
+            windows.append(np.concatenate([fill, last]))
+            observed.append(np.arange(shape.context)[:, None].repeat(self.channels, 1) >= missing)
+            num_new = min(shape.num_patches, math.ceil(rest / shape.stride))
+            end = num_features + shape.num_patches
+            feature += range(end - num_new, end)
+        inputs = {
+            "past_values": torch.from_numpy(np.stack(windows)),
+            "observed": torch.from_numpy(np.stack(observed)),
+            "feature": torch.tensor(feature),
+        }
+        return Prepared(inputs, num_features=len(feature))
+
+    def _window_shape(self) -> WindowShape:
+        assert self.encoder is not None
+        shape = window_shape(self.encoder, self.revision)
+        if shape.channels_together and shape.channels != self.channels:
+            raise RecipeError(
+                f"{self.encoder} reads {shape.channels} channels, the recipe says "
+                f"`channels: {self.channels}`; an encoder of one channel reads any number of them"
+            )
+        return shape
+
+    def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
+        """Items -> one batch; with `encoder`, all windows of all items stand in one."""
+        if self.encoder is None:
+            return super().collate(items)
+        num_patches = self._window_shape().num_patches
+        longest = max(item.num_features for item in items)
+        feature = torch.full((len(items), longest), _NOTHING)
+        num_before = 0
+        for row, item in zip(feature, items, strict=True):
+            row[: item.num_features] = item.inputs["feature"] + num_before
+            num_before += len(item.inputs["past_values"]) * num_patches
+        keys = ("past_values", "observed")
+        return {key: torch.cat([i.inputs[key] for i in items]) for key in keys} | {
+            "feature": feature
+        }
+
+    def build_encoder(self) -> Encoder:
+        if self.encoder is None:
+            fields = {name: getattr(self, name) for name in ("channels", *_OWN_FIELDS)}
+            return PatchEncoder(**fields, micro_batch=self.micro_batch).eval()
+        from transformers import AutoConfig, AutoModel
+
+        shape = self._window_shape()
+        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision)
+        if getattr(config, "do_mask_input", False):
+            config.do_mask_input = False  # pretraining hides patches at random, in eval mode too
+        tower = AutoModel.from_pretrained(
+            self.encoder, revision=self.revision, config=config, dtype=torch.float32
+        )
+        width = getattr(config, "d_model", None) or config.hidden_size
+        return WindowEncoder(
+            tower,
+            shape=shape,
+            dim=width * (self.channels if self.merge_channels == "join" else 1),
+            merge=self.merge_channels,
+            micro_batch=self.micro_batch,
+        ).eval()
+
+
+class WindowShape(NamedTuple):
+    """What a time series model reads at once, and what it makes of that."""
+
+    context: int
+    num_patches: int
+    stride: int
+    channels: int
+
+    @property
+    def channels_together(self) -> bool:
+        """Whether channels go in side by side, and not each as a series of its own."""
+        return self.channels > 1
+
+
+@functools.lru_cache(maxsize=8)
+def window_shape(encoder: str, revision: str | None) -> WindowShape:
+    """Read from the configuration, without weights. Raises RecipeError for one without patches."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(encoder, revision=revision)
+    context, patch = (getattr(config, n, None) for n in ("context_length", "patch_length"))
+    if not context or not patch:
+        raise RecipeError(
+            f"{encoder} has a {type(config).__name__}, which says no `context_length` and "
+            "`patch_length`; expected a time series model that reads patches (PatchTST, "
+            "PatchTSMixer, TimesFM)"
+        )
+    stride = getattr(config, "patch_stride", patch)
+    channels = getattr(config, "num_input_channels", 1)
+    return WindowShape(context, (context - patch) // stride + 1, stride, channels)
+
+
+def normalized(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[time, channels] -> each channel with mean 0 and deviation 1, and what that took away.
+
+    Instance normalization as in RevIN (Kim et al., ICLR 2022); the level [2 * channels] keeps
+    asinh(mean / deviation) and log(deviation) as inputs. A constant channel becomes zeros, with 1
+    for its deviation.
+    """
+    values = series.astype(np.float64)
+    mean, deviation = values.mean(0), values.std(0)
+    # relative, because a volt and a microvolt are both a signal, and a rounding error is none
+    moves = deviation > 1e-6 * np.abs(values).max(0)
+    deviation = np.where(moves, deviation, 1.0)
+    scaled = np.where(moves, (values - mean) / deviation, 0.0)
+    level = np.concatenate([np.arcsinh(mean / deviation), np.log(deviation)])
+    return scaled.astype(np.float32), level.astype(np.float32)
+
+
+def positions(length: int, dim: int) -> Tensor:
+    """Sinusoids [length, dim], dim even (Vaswani et al., arXiv:1706.03762)."""
+    frequency = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

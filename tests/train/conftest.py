@@ -1,0 +1,96 @@
+"""Two senses and rows that mix them: pictures, and pulses with an encoder that starts from random.
+
+Border: parts for the tests of this folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multi_token.modalities.base import Encoder
+from multi_token.modalities.vector import VectorModality
+from multi_token.registry import register_modality
+from multi_token.types import Features
+
+ROWS = {
+    "red": ["image"],
+    "one": ["pulse"],
+    "blue": ["image", "pulse", "image"],
+    "yes": [],
+    "two": ["pulse"],
+    "green": ["image"],
+}
+"""Answer -> what its question shows."""
+
+
+class PulseEncoder(Encoder):
+    """Two layers and a BatchNorm, from random weights."""
+
+    pretrained = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.blocks = nn.ModuleList([nn.Linear(5, 8), nn.Linear(8, 8)])
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, **inputs: Tensor) -> Features:
+        """`values` [items, length, 5], `mask` [items, length]."""
+        values = inputs["values"]
+        for block in self.blocks:
+            values = torch.tanh(block(values))
+        return Features(self.norm(values.transpose(1, 2)).transpose(1, 2), inputs["mask"].bool())
+
+
+class Pulse(VectorModality):
+    """A vector whose encoder learns from the start."""
+
+    type: Literal["pulse"] = "pulse"  # type: ignore[assignment]
+    dim: int = 5
+
+    def build_encoder(self) -> PulseEncoder:  # type: ignore[override]
+        return PulseEncoder()
+
+
+@pytest.fixture(scope="session")
+def mixed_fields(
+    recipe_fields: Callable[..., dict[str, Any]], data: Path, tmp_path_factory: Any
+) -> Callable[..., dict[str, Any]]:
+    """Fields of a recipe with `image` and `pulse`; keyword arguments change its `train` section."""
+    register_modality("pulse", Pulse)
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = []
+    for number, (answer, shown) in enumerate(ROWS.items()):
+        pictures = [str(data / f"{name}.png") for name in ("red", "blue")][: shown.count("image")]
+        row: dict[str, Any] = {
+            "id": answer,
+            "images": pictures,
+            "pulse": [float(number == i) for i in range(5)],
+            "messages": [
+                {"role": "user", "content": "What is " + " ".join(f"<{s}>" for s in shown) + "?"},
+                {"role": "assistant", "content": answer},
+            ],
+        }
+        for key, sense in (("images", "image"), ("pulse", "pulse")):
+            if sense not in shown:
+                del row[key]
+        lines.append(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+
+    def fields(output_dir: Path, **train: Any) -> dict[str, Any]:
+        mixed = recipe_fields(output_dir, **train)
+        mixed["model"]["modalities"]["pulse"] = {
+            "type": "pulse",
+            "projector": {"type": "expand", "factor": 2},
+        }
+        mixed["data"] = {"train": [{"rows": str(folder / "rows.jsonl")}]}
+        return mixed
+
+    return fields
