@@ -49,10 +49,10 @@ RECORDED_SEEDS = (1_000_000, 2_000_000)
 LEARNING_RATE = 2e-3
 TEMPLATE = (
     "Land:{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
-    "{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}\n"
-    "{% endif %}{% endfor %}"
+    "{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
+    "{% endfor %}"
 )
-"""Three tokens around an item instead of twenty: each costs time on a CPU."""
+"""Three tokens beside the items; the model's own has twenty, and each costs time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Rows, training, flights, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A language model lands a craft.")
     parser.add_argument("--out", type=Path, default=Path("runs/lander"), help="the run's folder")
     parser.add_argument("--seed", type=int, default=0, help="of rows, training and flights")
     parser.add_argument("--quick", action="store_true", help="a small one, to see it run")

@@ -69,7 +69,7 @@ class Size:
     """Utterances of the hardest group; each of the two others has half as many."""
 
 
-QUICK = Size(num_sentences=40, num_utterances=40, num_steps=8, batch_size=8, num_asked=6)
+QUICK = Size(num_sentences=24, num_utterances=24, num_steps=8, batch_size=8, num_asked=4)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Size:
     num_documents: int = 400
     num_captions: int = 800
     """Documents of one chunk, which the closed-form start is fitted on."""
-    num_steps: int = 200
+    num_steps: int = 120
     batch_size: int = 16
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Chunks of the held-out documents."""
@@ -407,8 +407,8 @@ def _write_page(
     write_page(
         path,
         title="A language model reads long documents in few tokens",
-        claim=f"Each sentence of a document became <strong>{report['tokens_per_chunk']} tokens</strong>"
-        ", made of one embedding. Asked for a fact of one sentence, the model is right in <strong>"
+        claim=f"Each sentence of a document became <strong>{report['tokens_per_chunk']} tokens"
+        "</strong>, made of one embedding. Asked for a fact, the model is right in <strong>"
         f"{report['held_out_accuracy']:.0%}</strong> of questions about new documents of 1 to "
         f"{longest.num_chunks} sentences.",
         tiles=[

@@ -57,6 +57,11 @@ class Shell:
         return run.stdout
 
 
+def files(folder: Path) -> dict[str, str]:
+    """Name -> text; folders are what pip and Python leave behind."""
+    return {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.is_file()}
+
+
 def steps() -> Iterator[tuple[str, str, str]]:
     """What a reader does, in order: ("In" or "At the end of", a file, text) or ("", "", line)."""
     for how, name, language, body in STEP.findall(WALK):
@@ -68,9 +73,7 @@ def steps() -> Iterator[tuple[str, str, str]]:
 
 def test_the_example_is_what_the_command_writes(tmp_path: Path) -> None:
     write_package("heartbeat", tmp_path / "new")
-    written = {path.name: path.read_text("utf-8") for path in (tmp_path / "new").iterdir()}
-    kept = {path.name: path.read_text("utf-8") for path in EXAMPLE.glob("*.*") if path.is_file()}
-    assert written == kept
+    assert files(tmp_path / "new") == files(EXAMPLE)
 
 
 def test_the_sense_stands_in_one_file_of_at_most_sixty_lines() -> None:
@@ -111,8 +114,8 @@ def test_the_example_is_installed_from_its_folder_and_its_own_tests_pass(tmp_pat
     shell = Shell(tmp_path)
     source = tmp_path / "source"
     source.mkdir()  # a build leaves folders behind: not in the repository
-    for path in EXAMPLE.glob("*.*"):
-        (source / path.name).write_bytes(path.read_bytes())
+    for name, text in files(EXAMPLE).items():
+        (source / name).write_text(text, encoding="utf-8")
     shell("pip", "install", str(source))
     test = str(source / "test_heartbeat.py")
     assert "2 passed" in shell("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", test)

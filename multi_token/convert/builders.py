@@ -33,7 +33,9 @@ class Builder:
     sense: str
     """The type of modality that it is here."""
     fields: dict[str, Any] | None = None
-    """Fields of that modality, or None while the sense is not there."""
+    """Fields of that modality, or None for a builder that cannot be imported."""
+    reason: str = ""
+    """Why it cannot."""
 
     @property
     def projector_fields(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ _GTE = Builder(
     projector="expand",
     num_tokens=4,
     sense="document",
+    fields={"chunk_tokens": 512, "strings": "text"},
 )
 
 BUILDERS: dict[str, Builder] = {
@@ -90,6 +93,7 @@ BUILDERS: dict[str, Builder] = {
         projector="expand",
         num_tokens=10,
         sense="speech",
+        fields={"features": "start"},
     ),
     "audio_clap": Builder(
         modality="audio_clap",
@@ -101,6 +105,7 @@ BUILDERS: dict[str, Builder] = {
         projector="expand",
         num_tokens=5,
         sense="sound",
+        fields={"features": "pooled", "long_audio": "fusion"},
     ),
     "video_xclip": Builder(
         modality="video_xclip",
@@ -112,6 +117,7 @@ BUILDERS: dict[str, Builder] = {
         projector="expand",
         num_tokens=10,
         sense="video",
+        fields={"read_as": "clip", "num_frames": 8, "features": "pooled", "normalize": True},
     ),
     "imagebind": Builder(
         modality="imagebind",
@@ -123,6 +129,10 @@ BUILDERS: dict[str, Builder] = {
         projector="expand",
         num_tokens=4,
         sense="joint",
+        reason="its encoder, ImageBind, is neither part of transformers nor an installable package "
+        "(its code and weights are under CC BY-NC-SA 4.0), so no encoder folder can be named for "
+        "it; a modality of your own can bring it (docs/add-a-sense.md), and the tensors of "
+        "`imagebind_lmm_projector` then fit a projector `{type: expand, factor: 4}`",
     ),
     "document_gte": _GTE,
     "document_gte_x16": Builder(**{**vars(_GTE), "num_tokens": 32}),

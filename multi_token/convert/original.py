@@ -114,8 +114,7 @@ def _builder(fields: Mapping[str, Any], source: Path) -> Builder:
     builder = BUILDERS[name]
     if builder.fields is None:
         raise ConvertError(
-            f"{source} was made with the builder {name}, which needs modalities of type "
-            f"{builder.sense!r}: those are not there yet, so it cannot be imported"
+            f"{source} was made with the builder {name}, which cannot be imported: {builder.reason}"
         )
     return builder
 

@@ -26,9 +26,12 @@ def content(source: Any, fetch: Fetch) -> bytes:
     cannot be read.
     """
     if isinstance(source, Image.Image):
-        return f"{source.mode}{source.size}".encode() + source.tobytes()
+        palette = source.getpalette() or []  # equal places in two palettes are other colours
+        return f"{source.mode}{source.size}{palette}".encode() + source.tobytes()
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
+    if isinstance(source, np.ndarray) and source.dtype != object:
+        return f"{source.dtype}{source.shape}".encode() + source.tobytes()
     if isinstance(source, Mapping):
         pieces = [
             content(value, fetch) if key in _READ and value is not None else repr(value).encode()
@@ -36,7 +39,7 @@ def content(source: Any, fetch: Fetch) -> bytes:
         ]
         digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
         return repr(sorted(source)).encode() + digests
-    if isinstance(source, (list, tuple, np.ndarray)):
+    if isinstance(source, (list, tuple, np.ndarray)):  # an array of objects: a column of a table
         try:
             array = np.asarray(source, dtype=np.float64)
         except (TypeError, ValueError):

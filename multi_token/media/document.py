@@ -49,7 +49,8 @@ _NO_PROSE: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
 )
 _WEB_PAGE = re.compile(
-    rb"(?:\s|<\?xml[^>]*>|<!--.*?-->)*<(?:!doctype\s+html|html|head|body)[\s>]", re.I | re.S
+    rb"(?:\s|<\?xml[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!doctype\s+html|html|head|body)[\s>]",
+    re.I | re.S,
 )
 _UNSEEN = frozenset(("script", "style", "template", "noscript"))
 _BLOCK = re.compile(
@@ -75,7 +76,7 @@ _DAMAGE = (
 # of a sentence: that moves the end of a chunk, and nothing is lost by it.
 _BORDERS = (
     re.compile(
-        r"""[.!?…]+["'”’»)\]]*(?=\s)  # the end of a sentence, where a blank follows
+        r"""(?<![.!?…])[.!?…]+["'”’»)\]]*(?=\s)  # the end of a sentence, where a blank follows
         | [。！？]+[”’」』）]*  # the same in scripts that write no blanks
         | \n(?=[^\S\n]*\n)  # the end of a paragraph
         """,
@@ -118,6 +119,13 @@ def as_document(text: str, *, name: str = "", max_characters: int = MAX_CHARACTE
     _check_length(len(text), label, max_characters)
     if not text.strip():
         raise _undecodable(f"{label} has no text, only blanks; leave it out of the rows")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it, and no tokenizer takes it
+        raise _undecodable(
+            f"{label} has half a character (a lone surrogate) at position {error.start:,}; "
+            "write the whole one, or leave it out"
+        ) from None
     return text
 
 

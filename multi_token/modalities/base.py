@@ -122,6 +122,16 @@ AnyModality = Annotated[
 ]
 
 
+def layers_up_to(
+    layers: Sequence[nn.Module], taken: int | tuple[int, ...] | None
+) -> Sequence[nn.Module]:
+    """The layers that hidden states come through, counted as transformers does; None: all."""
+    if taken is None:
+        return layers
+    states = taken if isinstance(taken, tuple) else (taken,)
+    return layers[: max(n if n >= 0 else len(layers) + 1 + n for n in states)]
+
+
 def in_micro_batches(run: Callable[..., Tensor], inputs: Mapping[str, Tensor], size: int) -> Tensor:
     """`run(**inputs)` on slices of at most `size` along the first axis, joined along it."""
     num_parts = len(next(iter(inputs.values())))

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image
-from multi_token.modalities.base import Encoder, PretrainedModality, in_micro_batches
+from multi_token.modalities.base import (
+    Encoder,
+    PretrainedModality,
+    in_micro_batches,
+    layers_up_to,
+)
 from multi_token.modalities.tiles import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.types import Features, Prepared
 
@@ -111,6 +116,10 @@ class ImageEncoder(Encoder):
         size = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
         height, width = inputs["pixel_values"].shape[-2:]
         return values.shape[1] - (height // size[0]) * (width // size[1])
+
+    def layers(self) -> Sequence[nn.Module]:
+        """Those that the features come through: with `layer`, none behind it."""
+        return layers_up_to(super().layers(), self.layer)
 
     def _layers(self, states: Sequence[Tensor]) -> Tensor:
         """The chosen hidden state, or several side by side in each feature."""

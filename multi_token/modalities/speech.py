@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import MediaError, MultiTokenError, RecipeError
-from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches
+from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches, layers_up_to
 from multi_token.modalities.chunks import (
     AudioModality,
     arrange_frames,
@@ -62,9 +62,9 @@ class SpeechEncoder(Encoder):
         return Features(features.values.sum(1, keepdim=True) / num_real)
 
     def layers(self) -> Sequence[nn.Module]:
-        """The layers of the part that is used last: the decoder's behind the encoder's."""
+        """Those that the features come through; for `start` the decoder's behind the encoder's."""
         if self.features != "start":
-            return super().layers()
+            return layers_up_to(super().layers(), self.layer)
         tower: Any = self.tower
         return [*tower.get_encoder().layers, *tower.get_decoder().layers]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
@@ -41,9 +41,10 @@ _KEYS = {"path", "bytes", "array", "fps", "start", "end"}
 class VideoEncoder(Encoder):
     """Encodes all frames, or clips, of all items, and puts those of an item in a row."""
 
-    def __init__(self, parts: ImageEncoder | ClipEncoder) -> None:
+    def __init__(self, parts: ImageEncoder | ClipEncoder, *, normalize: bool) -> None:
         super().__init__()
         self.parts = parts
+        self.normalize = normalize
         self.dim = parts.dim
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -54,7 +55,13 @@ class VideoEncoder(Encoder):
         """
         tile, patch = inputs.pop("tile"), inputs.pop("patch")
         values = self.parts(**inputs).values
+        if self.normalize:
+            values = nn.functional.normalize(values, dim=-1)
         return replace(arrange(values, tile, patch), breaks=None)
+
+    def layers(self) -> Sequence[nn.Module]:
+        """Those of the frames' or the clips' encoder."""
+        return self.parts.layers()
 
 
 class VideoModality(PretrainedModality):
@@ -79,6 +86,8 @@ class VideoModality(PretrainedModality):
     layer: Layers = None
     """Hidden state to take, counted as transformers does (-1 the last), or a list: several joined
     in each feature."""
+    normalize: bool = False
+    """Bring each feature to length 1, as X-CLIP does before it compares embeddings."""
     max_seconds: PositiveFloat = 600.0
     """An item with more to read is refused before it is decoded."""
     max_frames: PositiveInt = 128
@@ -182,17 +191,16 @@ class VideoModality(PretrainedModality):
     def build_encoder(self) -> VideoEncoder:
         self._check_encoder()
         if self.read_as == "frames":
-            return VideoEncoder(self._image().build_encoder()).eval()
-        return VideoEncoder(
-            build_clip_encoder(
-                self.encoder,
-                self.revision,
-                features=self.features,
-                layer=self.layer,
-                micro_batch=self.micro_batch,
-                num_frames=self.num_frames,
-            )
-        ).eval()
+            return VideoEncoder(self._image().build_encoder(), normalize=self.normalize).eval()
+        clips = build_clip_encoder(
+            self.encoder,
+            self.revision,
+            features=self.features,
+            layer=self.layer,
+            micro_batch=self.micro_batch,
+            num_frames=self.num_frames,
+        )
+        return VideoEncoder(clips, normalize=self.normalize).eval()
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """A list of pictures or paths counts by what is in each."""

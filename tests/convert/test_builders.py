@@ -17,7 +17,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, b in BUILDERS.items():
-        here = f"`{b.sense}`" + ("" if b.fields is not None else ", not yet")
+        here = f"`{b.sense}`" + ("" if b.fields is not None else ", refused")
         cells = [f"`{name}`", f"`<{b.name}>`", f"`{b.rows_key}`", f"`{b.encoder}`", b.features]
         cells += [str(b.in_dim), f"`{b.projector}`", str(b.num_tokens), here]
         rows.append(f"| {' | '.join(cells)} |")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.convert.builders import BUILDERS
 from multi_token.convert.original import import_original
 from multi_token.errors import MultiTokenError
 
@@ -53,10 +52,9 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
         torch.save(tensors, path)
 
 
-@pytest.mark.parametrize("name", [n for n, b in BUILDERS.items() if b.fields is None])
-def test_a_builder_whose_sense_is_not_there_yet_says_so(folder: Path, name: str) -> None:
-    change(folder / "config.json", lambda c: c.update(modality_builder=name))
-    refused(folder, f"builder {name}, .*type '{BUILDERS[name].sense}'.* not there yet")
+def test_imagebind_is_refused_with_the_reason(folder: Path) -> None:
+    change(folder / "config.json", lambda c: c.update(modality_builder="imagebind"))
+    refused(folder, "builder imagebind, .*neither part of transformers.*CC BY-NC-SA")
 
 
 def test_an_unknown_builder_is_named_with_the_nearest_known(folder: Path) -> None:

@@ -197,3 +197,13 @@ def test_a_text_of_the_row_is_checked_alike() -> None:
         as_document(" \n")
     with pytest.raises(MediaError, match="5 characters or more, and the limit is 4"):
         as_document("abcde", max_characters=4)
+    with pytest.raises(MediaError, match="half a character .* at position 1"):
+        as_document("a\ud83d")
+
+
+def test_texts_that_make_patterns_try_again_and_again_take_no_longer() -> None:
+    # each of these would take hours if the work grew with the square, or worse
+    dots = "." * 1_000_000
+    assert split_document(dots, offsets=lambda t: [(0, 1)] * bool(t), max_tokens=1) == [dots]
+    comments = "<!-- a -->" * 1000
+    assert read_document(comments.encode()) == comments

@@ -171,17 +171,18 @@ def test_what_learns_is_float32_whatever_the_encoder_came_in(
 
 
 @pytest.mark.parametrize(
-    ("image", "sentence"),
+    ("layer", "last", "sentence"),
     [
-        ({"rate": 1e-5, "last": 4}, "expected `last` to be at most 3.* got 4"),
-        ({"rate": 1e-5, "last": 1}, "no gradient reaches layer 1 of its `last` 1"),
+        (None, 4, "expected `last` to be at most 3.* got 4"),
+        (-2, 3, "expected `last` to be at most 2.* got 3"),
+        ([0, 1], 2, "expected `last` to be at most 1.* got 2"),
     ],
 )
 def test_layers_that_are_not_there_or_give_no_features_are_refused(
-    recipe_fields: Fields, tmp_path: Path, image: Any, sentence: str
+    recipe_fields: Fields, tmp_path: Path, layer: Any, last: int, sentence: str
 ) -> None:
-    fields = recipe_fields(tmp_path / "run", stages=[stage(image)])
-    fields["model"]["modalities"]["image"] |= {"features": "mean", "layer": 1}
+    fields = recipe_fields(tmp_path / "run", stages=[stage({"rate": 1e-5, "last": last})])
+    fields["model"]["modalities"]["image"] |= {"features": "mean", "layer": layer}
     with pytest.raises(RecipeError, match=sentence):
         train(Recipe.model_validate(fields), console=QUIET)
 
@@ -229,9 +230,13 @@ def test_an_encoder_that_no_gradient_comes_through_is_refused(
         return encoder
 
     monkeypatch.setattr(ImageModality, "build_encoder", blind)
-    fields = recipe_fields(tmp_path / "run", stages=[stage(1e-5)])
-    with pytest.raises(RecipeError, match="ImageEncoder.* runs without gradients"):
-        train(Recipe.model_validate(fields), console=QUIET)
+    for choice, sentence in [
+        (1e-5, "ImageEncoder.* runs without gradients"),
+        ({"rate": 1e-5, "last": 1}, "no gradient reaches layer 1 of its `last` 1"),
+    ]:
+        fields = recipe_fields(tmp_path / sentence[:4], stages=[stage(choice)])
+        with pytest.raises(RecipeError, match=sentence):
+            train(Recipe.model_validate(fields), console=QUIET)
 
 
 def resnet(folder: Path) -> str:
