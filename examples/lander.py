@@ -46,7 +46,6 @@ NOISE = 0.3
 """How often a random action is flown while rows are made."""
 RECORDED_SEEDS = (1_000_000, 2_000_000)
 """Games that rows are made of; those that are flown for the report have lower seeds."""
-LEARNING_RATE = 2e-3
 TEMPLATE = (
     "Land:{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
     "{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
@@ -65,7 +64,7 @@ class Size:
     num_flights: int = 50
 
 
-QUICK = Size(num_decisions=48, num_steps=3, batch_size=8, num_flights=2)
+QUICK = Size(num_decisions=48, num_steps=6, batch_size=8, num_flights=2)
 
 
 def screenshot(flight: Flight) -> Image.Image:
@@ -123,7 +122,7 @@ def record(folder: Path, num_decisions: int, *, seed: int) -> Recorded:
 
 def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Recipe:
     """The same keys as any user's."""
-    projector = {"type": "expand", "factor": 2}
+    projector = {"type": "expand", "factor": 1}  # one token an item: a word is all it has to say
     senses: dict[str, Any] = {
         "game-state": {"type": "vector", "dim": 8, "projector": projector},
         "screenshot": {
@@ -146,13 +145,13 @@ def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Re
         "train": {
             "output_dir": str(out / view),
             "seed": seed,
-            "align": {"rows": single, "caption_format": "{caption} {caption}"},
+            "align": {"rows": single},
             "feature_cache": True,
             "share_prefix": True,
             "stages": [
                 {
                     "name": "projectors",
-                    "learn": {"projectors": LEARNING_RATE, "projector_biases": 3e-3},
+                    "learn": {"projectors": 3e-3},
                     "args": {"max_steps": size.num_steps},
                 }
             ],
@@ -310,7 +309,7 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
         title="A language model lands a craft",
         claim=(
             "SmolLM2-135M-Instruct stays as it is; a small projector learned to turn eight numbers "
-            "into two of its tokens, and its next word is the engine to fire. So it earns "
+            "into one of its tokens, and its next word is the engine to fire. So it earns "
             f"<strong>{means['state']:.0f}</strong> a flight on {num_flights} unseen seeds, where "
             f"200 counts as solved and the pilot that it learned from earns {means['pilot']:.0f}. "
             f"All three models together learned for {minutes} min {seconds} s."

@@ -51,7 +51,7 @@ COLOURS = {
     "pink": (250, 160, 200),
     "white": (250, 250, 250),
 }
-ACCENTS = ("en-us", "en-gb", "en-gb-scotland")
+ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
 SPEAKERS = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5", "m6")
 
 
@@ -61,8 +61,8 @@ class Size:
 
     num_things: int = 40
     num_renderings: int = 8
-    num_voices: int = 16
-    num_held_out_voices: int = 6
+    num_speakers: int = 7
+    num_held_out_speakers: int = 3
     num_rows: int = 2400
     num_steps: int = 150
     batch_size: int = 16
@@ -73,8 +73,8 @@ class Size:
 QUICK = Size(
     num_things=8,
     num_renderings=4,
-    num_voices=3,
-    num_held_out_voices=1,
+    num_speakers=2,
+    num_held_out_speakers=1,
     num_rows=160,
     num_steps=12,
     batch_size=8,
@@ -106,20 +106,26 @@ class World:
         self.numbers = random.Random(seed)
         known = [t for t in things(200) if t.category in CATEGORY_PHRASES]
         self.things = sorted(self.numbers.sample(known, size.num_things), key=lambda t: t.name)
-        voices = [
-            Voice(f"{accent}+{speaker}", pitch=self.numbers.randint(30, 70), rate=rate)
-            for accent in ACCENTS
-            for speaker in SPEAKERS
-            for rate in (150, 185)
-        ]
-        self.numbers.shuffle(voices)
-        self.voices = voices[: size.num_voices]
-        self.held_out_voices = voices[size.num_voices :][: size.num_held_out_voices]
+        speakers = self.numbers.sample(SPEAKERS, len(SPEAKERS))
+        self.held_out_voices = self._voices(speakers[: size.num_held_out_speakers])
+        self.voices = self._voices(speakers[size.num_held_out_speakers :][: size.num_speakers])
         # of every thing one question that training never asks of it: not its name, or nothing of
         # the picture would be known
         self.never_asked: dict[str, Kind] = {
             thing.name: self.numbers.choice(("kind", "colour")) for thing in self.things
         }
+
+    def _voices(self, speakers: Sequence[str]) -> list[Voice]:
+        """Each speaker in every accent, at a pitch and a pace of its own."""
+        return [
+            Voice(
+                f"{accent}+{speaker}",
+                pitch=self.numbers.randint(30, 70),
+                rate=self.numbers.randint(140, 190),
+            )
+            for speaker in speakers
+            for accent in ACCENTS
+        ]
 
     def speech(self, kind: Kind, voice: Voice) -> str:
         """The path of a question, spoken."""
