@@ -74,7 +74,7 @@ def check(
     console = Console(highlight=False)
     _print_report(console, report, examples)
     if clean is not None:
-        _write(rows, report.good, clean, data=data, names=names)
+        _write(rows, report.good, clean, data=data, reader=reader)
         console.print(f"{len(report.good):,} good rows written to {clean}", markup=False)
     if report.problems or not report.num_rows:
         raise typer.Exit(1)
@@ -155,7 +155,7 @@ def _check_target(clean: str) -> None:
 
 
 def _write(
-    rows: Sequence[Row], good: Sequence[int], clean: str, *, data: str, names: Sequence[str]
+    rows: Sequence[Row], good: Sequence[int], clean: str, *, data: str, reader: Reader
 ) -> None:
     from multi_token.data.dataset import rows_root
     from multi_token.data.inspect import first_relative_path, write_clean
@@ -163,7 +163,7 @@ def _write(
 
     start = Path(rows_root(data) or "").resolve()
     if Path(clean).resolve().parent != start:
-        lost = first_relative_path(rows, good, modalities=names)
+        lost = first_relative_path(rows, good, modalities=reader.modalities)
         if lost is not None:
             raise MultiTokenError(
                 f"relative media paths ({lost}) start at {start} and would be lost in {clean}; "

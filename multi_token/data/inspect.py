@@ -9,7 +9,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from multi_token.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+    from multi_token.modalities.base import Modality
 
 
 class Decoder(Protocol):
@@ -229,18 +231,17 @@ def write_clean(rows: Sequence[Row], good: Sequence[int], path: str | os.PathLik
 
 
 def first_relative_path(
-    rows: Sequence[Row], good: Sequence[int], *, modalities: Collection[str]
+    rows: Sequence[Row], good: Sequence[int], *, modalities: Mapping[str, Modality]
 ) -> str | None:
     """The first relative media path of the good rows: it would be lost in another folder."""
     for index in good:
         for media in to_conversation(rows[index], modalities, row_id="").media:
-            source = media.source
-            if isinstance(source, os.PathLike) or (
-                isinstance(source, str) and "://" not in source and source[:5].lower() != "data:"
-            ):
-                text = os.fspath(source)
-                if not os.path.isabs(os.path.expanduser(text)):
-                    return str(text)
+            name = modalities[media.modality].named_file(media.source)
+            text = "" if name is None else os.fspath(name)
+            if not text or "://" in text or text[:5].lower() == "data:":
+                continue
+            if not os.path.isabs(os.path.expanduser(text)):
+                return text
     return None
 
 

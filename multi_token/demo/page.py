@@ -25,7 +25,7 @@ _PAGE = Template("""<!doctype html>
 <style>$style
 thead th { width: auto; font-weight: 600; }
 td + td, thead th + th { padding-left: 14px; text-align: right; }
-video { display: block; width: 100%; height: auto; border-radius: 8px; }
+video { display: block; width: 100%; max-width: 720px; height: auto; border-radius: 8px; }
 </style>
 </head>
 <body>

@@ -6,6 +6,7 @@ the language model.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,12 @@ class Modality(BaseModel, ABC):
     @abstractmethod
     def build_encoder(self) -> Encoder:
         """The encoder, with its weights."""
+
+    def named_file(self, source: Any) -> str | os.PathLike[str] | None:
+        """The path or address that a source names, if it names one."""
+        if isinstance(source, Mapping):
+            source = source.get("path")
+        return source if isinstance(source, (str, os.PathLike)) else None
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """Bytes that are equal only for equal items, by which features are kept."""

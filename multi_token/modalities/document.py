@@ -114,6 +114,11 @@ class DocumentModality(PretrainedModality):
             max_characters=self.max_characters,
         )
 
+    def named_file(self, source: Any) -> str | os.PathLike[str] | None:
+        """None for a text (see `strings`)."""
+        is_text = isinstance(source, str) and self.strings == "text"
+        return None if is_text else super().named_file(source)
+
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """The bytes of a text or of a file."""
         kind, value = self._kind(source)

@@ -28,6 +28,10 @@ from multi_token.data.inspect import (
 )
 from multi_token.errors import ChatTemplateError, RowError
 from multi_token.media import Fetch, decode_image
+from multi_token.modalities.base import Modality
+from multi_token.modalities.document import DocumentModality
+from multi_token.modalities.image import ImageModality
+from multi_token.modalities.video import VideoModality
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Place, Sample
 
 FETCH = Fetch()
@@ -209,11 +213,22 @@ def test_a_row_that_json_cannot_hold_is_named_and_leaves_no_file(tmp_path: Path)
 
 
 def test_a_relative_path_is_found_before_it_is_lost() -> None:
+    image: dict[str, Modality] = {"image": ImageModality(encoder="an/encoder")}
     rows = [row("<image>", image="/a.png"), row("<image>", image="b.png")]
-    assert first_relative_path(rows, [0, 1], modalities=["image"]) == "b.png"
-    assert first_relative_path(rows, [0], modalities=["image"]) is None
+    assert first_relative_path(rows, [0, 1], modalities=image) == "b.png"
+    assert first_relative_path(rows, [0], modalities=image) is None
     urls = [row("<image>", image=url) for url in ("https://a/b.png", "data:,a", "file:///a")]
-    assert first_relative_path(urls, [0, 1, 2], modalities=["image"]) is None
+    assert first_relative_path(urls, [0, 1, 2], modalities=image) is None
+
+
+def test_a_relative_path_is_found_inside_a_mapping_and_not_in_a_text_of_the_row() -> None:
+    part = [row("<film>", film={"path": "a.mp4", "start": 2})]
+    film: dict[str, Modality] = {"film": VideoModality(encoder="an/encoder")}
+    assert first_relative_path(part, [0], modalities=film) == "a.mp4"
+    text = [row("<page>", page="A text."), row("<page>", page={"text": "Another."})]
+    for strings, found in (("path", "A text."), ("text", None)):
+        page = DocumentModality(encoder="an/encoder", strings=strings)  # type: ignore[arg-type]
+        assert first_relative_path(text, [0, 1], modalities={"page": page}) == found
 
 
 # --- render_sample ---

