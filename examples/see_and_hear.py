@@ -233,12 +233,12 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
                     "type": "image",
                     "encoder": str(encoder_folder()),
                     "features": "pooled",
-                    "projector": {"type": "expand", "factor": 6},
+                    "projector": {"type": "expand", "factor": 4},
                 },
                 "speech": {
                     "type": "speech",
                     "encoder": str(speech_encoder_folder()),
-                    "projector": {"type": "stack", "factor": 12},
+                    "projector": {"type": "stack", "factor": 8},
                 },
             },
         },
@@ -248,7 +248,7 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
             "seed": seed,
             "align": {
                 "rows": [{"rows": str(data / "captions.jsonl")}],
-                "caption_format": " {caption}\n{caption}",
+                "targets": "in_order",  # what is said goes through its text from first to last
             },
             "feature_cache": True,
             "share_prefix": True,

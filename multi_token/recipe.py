@@ -114,6 +114,10 @@ class AlignSpec(Section):
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
     """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
     a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
+    targets: Literal["mean", "in_order"] = "mean"
+    """What each of an item's many tokens aims at: the `mean` of its caption's embeddings, or, for
+    speech and whatever else goes through its caption from first word to last, the caption's token
+    at the same part of the way (`in_order`)."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 

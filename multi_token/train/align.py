@@ -96,14 +96,15 @@ def align(
 
     Where one feature makes all of an item's tokens, token j is fitted to the embedding of the j-th
     token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
-    each is fitted to the mean of the caption's embeddings.
+    each is fitted to the mean of the caption's embeddings, or (`targets: in_order`) to the token at
+    the same part of the way.
 
     Streaming: only Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
     """
     if not items:
         return 0
     projector = model.projector(name)
-    targets = _Targets(model, items[0].reader, projector.tokens_per_group, spec.caption_format)
+    targets = _Targets(model, items[0].reader, projector.tokens_per_group, spec)
     num_in, num_out = projector.group_dim, projector.tokens_per_group * projector.out_dim
     device = projector.feature_mean.device
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -116,10 +117,10 @@ def align(
         start += len(batch)
         # where a line ends there is nothing to fit: that token is the projector's own
         groups, mask = projector.arrange(Features(features.values, without_breaks(features)))
-        y = torch.stack(
-            [targets(i.caption, single=groups.shape[1] == 1) for i in batch]
-        )  # [items, tokens * dim]
-        y = y[:, None].expand(-1, groups.shape[1], -1)[mask].double()
+        nums = mask.sum(1).tolist()
+        y = torch.cat(
+            [targets(i.caption, num_groups=n) for i, n in zip(batch, nums, strict=True)]
+        ).double()  # [groups, tokens * dim]
         x = groups[mask].double()
         gram += x.T @ x
         cross += x.T @ y
@@ -145,32 +146,36 @@ class _Targets:
         model: MultiTokenForConditionalGeneration,
         reader: Reader,
         num_tokens: int,
-        caption_format: str,
+        spec: AlignSpec,
     ) -> None:
-        self.caption_format = caption_format
+        self.spec = spec
         self.tokenizer = reader.tokenizer
         self.embedding = model.get_input_embeddings()
         self.num_tokens = num_tokens
         self.space = self._embed(" ")[-1:]
-        self.known: dict[tuple[str, bool], Tensor] = {}
+        self.known: dict[tuple[str, int], Tensor] = {}
 
     def _embed(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         weight: Any = self.embedding.weight
         return self.embedding(torch.tensor(ids, device=weight.device)).float()
 
-    def __call__(self, caption: str, *, single: bool) -> Tensor:
-        """[num_tokens * dim]"""
-        if (caption, single) not in self.known:
+    def __call__(self, caption: str, *, num_groups: int) -> Tensor:
+        """[num_groups, num_tokens * dim]"""
+        if (caption, num_groups) not in self.known:
             # by replacement, since a caption may hold braces of its own
-            embeddings = self._embed(self.caption_format.replace("{caption}", caption))
-            if single:
+            embeddings = self._embed(self.spec.caption_format.replace("{caption}", caption))
+            num_all = num_groups * self.num_tokens
+            if num_groups == 1:
                 filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
                 target = filled[: self.num_tokens]
+            elif self.spec.targets == "in_order":
+                middles = 2 * torch.arange(num_all) + 1  # of each token's part of the way
+                target = embeddings[middles * len(embeddings) // (2 * num_all)]
             else:
-                target = embeddings.mean(0, keepdim=True).expand(self.num_tokens, -1)
-            self.known[caption, single] = target.flatten()
-        return self.known[caption, single]
+                target = embeddings.mean(0, keepdim=True).expand(num_all, -1)
+            self.known[caption, num_groups] = target.reshape(num_groups, -1)
+        return self.known[caption, num_groups]
 
 
 def encoded(

@@ -85,6 +85,25 @@ def test_every_kind_can_be_aligned_and_its_network_starts_silent(
     assert projector.closed_form.weight.any()
 
 
+@pytest.mark.parametrize("targets", ["mean", "in_order"])
+def test_many_features_aim_at_the_mean_of_the_caption_or_go_through_it_in_order(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, targets: Any
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "stack", "factor": 2})
+    # four features become two tokens, the second of which comes of other numbers than the first
+    values = np.array([[1.0, 0, 0, 0, 0]] * 2 + [[0, 1.0, 0, 0, 0]] * 2)
+    user = Message("user", (Text("What is "), Media("vector", values)))
+    answer = Message("assistant", (Text("cat dog"),))
+    items = list(captioned([(Conversation((user, answer)), model.reader)] * 8))
+    align(model, "vector", items, spec=AlignSpec(penalty=1e-6, targets=targets))
+    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    expected = embed(torch.tensor(tokenizer(" cat dog").input_ids)).detach()
+    assert len(expected) == 3
+    halves = expected[[0, 2]] if targets == "in_order" else expected.mean(0)
+    tokens = model.projector("vector")(Features(torch.tensor(values)[None].float()))
+    torch.testing.assert_close(tokens, halves.expand(2, -1), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["type"])
 def test_tokens_start_with_the_root_mean_square_of_the_input_embeddings(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, kind: dict[str, Any]
