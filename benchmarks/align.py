@@ -35,6 +35,7 @@ GRID: list[dict[str, float]] = [
     {"projectors": 1e-3},
     {"projectors": 1e-3, "projector_biases": 3e-3},
     {"projectors": 2e-3},
+    {"projectors": 4e-3},
 ]
 RATES: dict[str, dict[str, float]] = {
     "random": {"projectors": 1e-3},
@@ -130,9 +131,9 @@ def rates(learn: dict[str, float]) -> str:
     return f"{learn['projectors']:.0e}" + (f", biases {biases:.0e}" if biases else "")
 
 
-def tune(bench: Bench, steps: int, starts: list[str]) -> None:
-    """Every rate of the grid for each start, on validation renderings."""
-    for learn in GRID:
+def tune(bench: Bench, steps: int, starts: list[str], grid: list[int]) -> None:
+    """Lines of the grid for each start, on validation renderings."""
+    for learn in [GRID[line] for line in grid]:
         for start in starts:
             bench.score(start, learn, steps=steps, seed=TUNING_SEED, split="validation")
     for start in starts:
@@ -140,18 +141,19 @@ def tune(bench: Bench, steps: int, starts: list[str]) -> None:
         bench.console.print(f"{start}: {rates(best.learn)} is best ({best.accuracy:.1%})")
 
 
-def compare(bench: Bench, lengths: list[int], seeds: int, target: float) -> None:
+def compare(bench: Bench, lengths: dict[str, list[int]], seeds: int, target: float) -> None:
     """Ever longer trainings of both starts in turn, until each has reached the target."""
+    every = sorted({steps for of_start in lengths.values() for steps in of_start})
     for seed in range(seeds):
         waiting = list(STARTS)
-        for steps in lengths:
-            for start in list(waiting):
+        for steps in every:
+            for start in [s for s in waiting if steps in lengths[s]]:
                 score = bench.score(start, RATES[start], steps=steps, seed=seed, split="held_out")
                 if score.accuracy >= target:
                     waiting.remove(start)
     table = Table("start", "rates", "steps", "exact on new renderings", "last loss", "seconds")
     for start in STARTS:
-        for steps in lengths:
+        for steps in every:
             runs = [s for s in bench.scores if s.start == start and s.steps == steps]
             if runs:
                 table.add_row(
@@ -174,20 +176,27 @@ def compare(bench: Bench, lengths: list[int], seeds: int, target: float) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[15, 30, 45, 60, 90, 120, 180, 240])
+    steps = [15, 30, 45, 60, 90, 120, 180, 240]
+    parser.add_argument("--steps", type=int, nargs="+", default=steps, help="of the closed form")
+    parser.add_argument("--random-steps", type=int, nargs="+", help="default: the same")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--asked", type=int, default=200, help="held-out questions a training")
     parser.add_argument("--target", type=float, default=0.95, help="share of exact answers")
     parser.add_argument("--tune", type=int, metavar="STEPS", help="try the grid of rates instead")
+    parser.add_argument("--grid", type=int, nargs="+", default=range(len(GRID)), help="its lines")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     options = parser.parse_args()
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.asked, console)
         if options.tune:
-            tune(bench, options.tune, options.starts)
+            tune(bench, options.tune, options.starts, list(options.grid))
         else:
-            compare(bench, sorted(options.steps), options.seeds, options.target)
+            lengths = {
+                "closed form": options.steps,
+                "random": options.random_steps or options.steps,
+            }
+            compare(bench, lengths, options.seeds, options.target)
     print(json.dumps({"machine": machine(), "scores": [vars(score) for score in bench.scores]}))
 
 
