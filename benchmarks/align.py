@@ -36,6 +36,7 @@ GRID: list[dict[str, float]] = [
     {"projectors": 1e-3, "projector_biases": 3e-3},
     {"projectors": 2e-3},
     {"projectors": 4e-3},
+    {"projectors": 8e-3},
 ]
 RATES: dict[str, dict[str, float]] = {
     "random": {"projectors": 1e-3},

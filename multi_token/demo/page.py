@@ -24,7 +24,7 @@ _PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>$style
 thead th { width: auto; font-weight: 600; }
-td + td, thead th + th { padding-left: 14px; text-align: right; }
+div.facts td, thead th + th { padding-left: 14px; text-align: right; }
 video { display: block; width: 100%; max-width: 720px; height: auto; border-radius: 8px; }
 </style>
 </head>
