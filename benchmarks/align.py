@@ -39,7 +39,7 @@ GRID: list[dict[str, float]] = [
     {"projectors": 8e-3},
 ]
 RATES: dict[str, dict[str, float]] = {
-    "random": {"projectors": 1e-3},
+    "random": {"projectors": 8e-3},
     "closed form": {"projectors": 1e-3, "projector_biases": 3e-3},
 }
 TUNING_SEED = 7
