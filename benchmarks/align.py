@@ -197,7 +197,8 @@ def main() -> None:
                 "closed form": options.steps,
                 "random": options.random_steps or options.steps,
             }
-            compare(bench, lengths, options.seeds, options.target)
+            chosen = {start: lengths[start] if start in options.starts else [] for start in STARTS}
+            compare(bench, chosen, options.seeds, options.target)
     print(json.dumps({"machine": machine(), "scores": [vars(score) for score in bench.scores]}))
 
 
