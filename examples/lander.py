@@ -14,7 +14,6 @@ recipe, `train` and `generate`. The pilot is only asked while rows are made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
 from multi_token.demo.page import Section, Tile, film_figure, loss_figures, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder
@@ -208,7 +208,7 @@ def perceptron_pilot(data: Recorded, *, seed: int) -> Pilot:
     return pilot
 
 
-def run(out: Path, size: Size, *, seed: int, console: Console) -> dict[str, Any]:
+def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
     """Everything, with the report written to `out`; returns the report's numbers."""
     began = time.perf_counter()
     console.rule("rows")
@@ -227,8 +227,7 @@ def run(out: Path, size: Size, *, seed: int, console: Console) -> dict[str, Any]
         model, train_seconds[view] = _train_once(
             recipe(data, view, out, size, seed=seed), console=console
         )
-        done = json.loads((out / view / "stages/1-projectors/done.json").read_text("utf-8"))
-        losses[view] = [(log["step"], log["loss"]) for log in done["log_history"] if "loss" in log]
+        losses[view] = stage_losses(out / view)
         pilots[view] = models[view] = ModelPilot(model, view)
 
     console.rule("flights")
@@ -261,7 +260,6 @@ def run(out: Path, size: Size, *, seed: int, console: Console) -> dict[str, Any]
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_report(out, report)
-    console.print(f"look:  {out / 'report.html'}", highlight=False)
     return report
 
 
@@ -350,16 +348,5 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    """Rows, training, flights, report."""
-    parser = argparse.ArgumentParser(description="A language model lands a craft.")
-    parser.add_argument("--out", type=Path, default=Path("runs/lander"), help="the run's folder")
-    parser.add_argument("--seed", type=int, default=0, help="of rows, training and flights")
-    parser.add_argument("--quick", action="store_true", help="a small one, to see it run")
-    options = parser.parse_args()
-    size = QUICK if options.quick else Size()
-    run(options.out, size, seed=options.seed, console=Console(stderr=True))
-
-
 if __name__ == "__main__":
-    main()
+    run_example("lander", __doc__ or "", run, full=Size(), quick=QUICK)

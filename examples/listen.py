@@ -14,16 +14,11 @@ recipe, `train` and `generate`.
 
 from __future__ import annotations
 
-import argparse
-import base64
 import json
 import random
-import re
 import time
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,10 +28,13 @@ from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.cache import FeatureCache
+from multi_token.demo.cards import Card, sheet_of
+from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import language_model_folder, speech_encoder_folder
 from multi_token.demo.report import machine
-from multi_token.demo.voices import SAMPLE_RATE, Voice, speak
+from multi_token.demo.scores import word_errors, words
+from multi_token.demo.voices import Voice, record
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe import Recipe, parse_recipe
@@ -110,24 +108,6 @@ class Answers:
         return round(exact, 4), round(num_wrong / sum(len(truth) for _, truth in pairs), 4)
 
 
-def words(text: str) -> list[str]:
-    """Lower case, without punctuation."""
-    return re.findall(r"[a-z']+", text.lower())
-
-
-def word_errors(found: Sequence[str], truth: Sequence[str]) -> int:
-    """Words to insert, leave out or exchange (Levenshtein's distance)."""
-    costs = list(range(len(truth) + 1))
-    for i, word in enumerate(found, 1):
-        diagonal, costs[0] = costs[0], i
-        for j, other in enumerate(truth, 1):
-            diagonal, costs[j] = (
-                costs[j],
-                min(costs[j] + 1, costs[j - 1] + 1, diagonal + (word != other)),
-            )
-    return costs[-1]
-
-
 def split_sentences(num_training: int, numbers: random.Random) -> tuple[list[str], list[str]]:
     """Training and held-out sentences; every word of the grammar is in the training ones."""
     grid = list(product(range(len(VERBS)), range(len(PLACES)), range(len(THINGS))))
@@ -156,9 +136,7 @@ class Booth:
         )
         path = self.folder / f"{self.count:04}.wav"
         self.count += 1
-        with wave.open(str(path), "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-            file.writeframes(speak(sentence, voice).tobytes())
+        record(sentence, voice, path)
         return Utterance(sentence, voice, path.name, group)
 
 
@@ -333,8 +311,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "seed": seed,
         "machine": machine(),
     }
-    done = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
-    losses = [(log["step"], log["loss"]) for log in done["log_history"] if "loss" in log]
+    losses = stage_losses(out)
     examples = [
         {"sentence": u.sentence, "voice": u.voice.name, "group": u.group, "path": u.path}
         | {listener.listener: listener.texts[i] for listener in listeners}
@@ -397,7 +374,16 @@ def _page(
             Section(
                 "Listen",
                 "Held-out utterances, what was said, and what the model wrote.",
-                "".join(_card(out / "data" / u.path, u, text) for u, text in shown),
+                sheet_of(
+                    Card(
+                        f"{u.group}, {u.voice.name}",
+                        text,
+                        u.sentence,
+                        words(text) == words(u.sentence),
+                        sounds=(out / "data" / u.path,),
+                    )
+                    for u, text in shown
+                ),
             ),
             Section("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
         ],
@@ -413,34 +399,5 @@ def _page(
     )
 
 
-def _card(path: Path, utterance: Utterance, text: str) -> str:
-    right = words(text) == words(utterance.sentence)
-    sound = base64.b64encode(path.read_bytes()).decode("ascii")
-    verdict = "right" if right else f"it was: {utterance.sentence}"
-    return (
-        f'<div class="card {"right" if right else "wrong"}" style="margin-bottom: 12px">'
-        f'<div class="words"><p class="question">{escape(utterance.group)}, '
-        f"{escape(utterance.voice.name)}</p>"
-        f'<p class="answer">{escape(text) or "(no answer)"}</p>'
-        f'<audio controls preload="none" src="data:audio/wav;base64,{sound}"></audio></div>'
-        f'<p class="verdict">{escape(verdict)}</p></div>'
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/listen"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small one in about a minute")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    report = run(options.out, QUICK if options.quick else Size(), options.seed, console)
-    for key, value in report.items():
-        if isinstance(value, (int, float)):
-            shown = f"{value:.1%}" if key.endswith(("accuracy", "rate")) else value
-            console.print(f"{key.replace('_', ' '):28} {shown}", highlight=False)
-    console.print(f"\nlook:  {options.out / 'report.html'}", highlight=False)
-
-
 if __name__ == "__main__":
-    main()
+    run_example("listen", __doc__ or "", run, full=Size(), quick=QUICK)

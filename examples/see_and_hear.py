@@ -12,46 +12,30 @@ and *combinations*: things whose kind or colour was never asked for in training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
+from multi_token.demo.cards import Card, sheet_of
+from multi_token.demo.example import run_example, stage_losses
+from multi_token.demo.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
 from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder, speech_encoder_folder
-from multi_token.demo.pictures import render
 from multi_token.demo.report import machine
 from multi_token.demo.scores import is_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
-from multi_token.demo.voices import SAMPLE_RATE, Voice, speak
+from multi_token.demo.voices import Voice
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 
-Kind = Literal["name", "kind", "colour"]
-
 SYSTEM = "Answer in one word."
-QUESTIONS: dict[Kind, tuple[str, ...]] = {
-    "name": ("What is this called?", "Tell me its name."),
-    "kind": ("What kind of thing is it?", "Which group does it belong to?"),
-    "colour": ("Which colour is behind it?", "Say the background colour."),
-}
-COLOURS = {
-    "red": (225, 60, 60),
-    "green": (70, 170, 80),
-    "blue": (60, 100, 225),
-    "yellow": (245, 220, 70),
-    "pink": (250, 160, 200),
-    "white": (250, 250, 250),
-}
-ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
 SPEAKERS = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5", "m6")
 
 
@@ -98,12 +82,12 @@ class Asked:
 
 
 class World:
-    """Pictures and voices, drawn and spoken when first asked for; the split is made here."""
+    """Rows of things and voices; what is held out is decided here."""
 
     def __init__(self, folder: Path, size: Size, seed: int) -> None:
-        self.folder = folder
         self.size = size
         self.numbers = random.Random(seed)
+        self.gallery = Gallery(folder, self.numbers)
         known = [t for t in things(200) if t.category in CATEGORY_PHRASES]
         self.things = sorted(self.numbers.sample(known, size.num_things), key=lambda t: t.name)
         speakers = self.numbers.sample(SPEAKERS, len(SPEAKERS))
@@ -127,43 +111,13 @@ class World:
             for accent in ACCENTS
         ]
 
-    def speech(self, kind: Kind, voice: Voice) -> str:
-        """The path of a question, spoken."""
-        text = self.numbers.choice(QUESTIONS[kind])
-        name = f"speech/{voice.name}-{voice.rate}-{kind}-{QUESTIONS[kind].index(text)}.wav"
-        path = self.folder / name
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with wave.open(str(path), "wb") as file:
-                file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-                file.writeframes(speak(text, voice).tobytes())
-        return name
-
-    def picture(self, thing: Thing, colour: str, index: int) -> str:
-        """The path of a thing on a coloured ground; the same for the same three arguments."""
-        name = f"pictures/{thing.name}-{colour}-{index}.png"
-        path = self.folder / name
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own = random.Random(name)
-            shade = tuple(max(0, min(255, c + own.randint(-12, 12))) for c in COLOURS[colour])
-            picture = render(
-                thing.character,
-                rotation=own.uniform(-25, 25),
-                scale=own.uniform(0.5, 0.8),
-                position=(own.random(), own.random()),
-                background=(shade[0], shade[1], shade[2]),
-            )
-            picture.save(path)
-        return name
-
     def row(self, thing: Thing, kind: Kind, index: int, voice: Voice) -> tuple[dict[str, Any], str]:
         """A row without its answer, and the answer."""
         colour = self.numbers.choice(list(COLOURS))
         answers: dict[Kind, str] = {"name": thing.name, "kind": thing.category, "colour": colour}
         row = {
-            "images": [self.picture(thing, colour, index)],
-            "speechs": [self.speech(kind, voice)],
+            "images": [self.gallery.picture(thing, colour, index)],
+            "speechs": [self.gallery.speech(kind, voice)],
             "messages": [
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": "<image><speech>"},
@@ -176,11 +130,11 @@ class World:
         rows = []
         for i in range(self.size.num_rows):
             thing = self.things[i % len(self.things)]
-            kinds = [k for k in QUESTIONS if k != self.never_asked[thing.name]]
-            index, voice = self.numbers.randrange(self.size.num_renderings), self.voices
-            row, answer = self.row(
-                thing, self.numbers.choice(kinds), index, self.numbers.choice(voice)
-            )
+            never = self.never_asked[thing.name]
+            kinds: list[Kind] = [kind for kind in QUESTIONS if kind != never]
+            index = self.numbers.randrange(self.size.num_renderings)
+            kind = self.numbers.choice(kinds)
+            row, answer = self.row(thing, kind, index, self.numbers.choice(self.voices))
             messages = [*row["messages"], {"role": "assistant", "content": answer}]
             rows.append({"id": f"train-{i}", **row, "messages": messages})
         return rows
@@ -190,11 +144,11 @@ class World:
         rows = []
         for thing in self.things:
             for index in range(self.size.num_renderings):
-                path = self.picture(thing, self.numbers.choice(list(COLOURS)), index)
+                path = self.gallery.picture(thing, self.numbers.choice(list(COLOURS)), index)
                 rows.append(_caption("image", path, thing.name))
         for voice in self.voices:
             for kind in QUESTIONS:
-                path = self.speech(kind, voice)
+                path = self.gallery.speech(kind, voice)
                 text = QUESTIONS[kind][int(Path(path).stem.rpartition("-")[2])]
                 rows.append(_caption("speech", path, text))
         return rows
@@ -338,8 +292,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "seed": seed,
         "machine": machine(),
     }
-    done = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
-    losses = [(log["step"], log["loss"]) for log in done["log_history"] if "loss" in log]
+    losses = stage_losses(out)
     examples = [
         {"kind": a.kind, "group": a.group, "answer": a.answer, "truth": a.truth, "right": a.right}
         | {"picture": a.row["images"][0], "speech": a.row["speechs"][0]}
@@ -381,10 +334,18 @@ def _page(
         ["baseline: the most frequent answer", percent("most_frequent_answer_accuracy")],
     ]
     shown = answered[:: max(1, len(answered) // 24)]
-    sheet = [
-        [Path(a.row["images"][0]).stem, f"its {a.kind}?", a.answer, a.truth, "yes" * a.right]
+    data = out / "data"
+    sheet = sheet_of(
+        Card(
+            f"its {a.kind}? ({a.group})",
+            a.answer,
+            a.truth,
+            a.right,
+            pictures=(data / a.row["images"][0],),
+            sounds=(data / a.row["speechs"][0],),
+        )
         for a in shown
-    ]
+    )
     write_page(
         out / "report.html",
         title="A language model sees and hears",
@@ -414,8 +375,8 @@ def _page(
             ),
             Section(
                 "Some of them",
-                "Picture, spoken question, answer and truth.",
-                table(["picture", "question", "answer", "truth", "right"], sheet),
+                "Picture, the question as it was spoken, and the answer.",
+                sheet,
             ),
             Section("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
         ],
@@ -423,20 +384,5 @@ def _page(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/see_and_hear"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small one in about a minute")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    report = run(options.out, QUICK if options.quick else Size(), options.seed, console)
-    for key, value in report.items():
-        if isinstance(value, (int, float)):
-            shown = f"{value:.1%}" if key.endswith("accuracy") else value
-            console.print(f"{key.replace('_', ' '):34} {shown}", highlight=False)
-    console.print(f"\nlook:  {options.out / 'report.html'}", highlight=False)
-
-
 if __name__ == "__main__":
-    main()
+    run_example("see_and_hear", __doc__ or "", run, full=Size(), quick=QUICK)

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import Encoder
-from multi_token.recipe import LearnEncoder, LoraSpec, Section
+from multi_token.train_spec import LearnEncoder, LoraSpec, Section
 from multi_token.types import Features
 
 

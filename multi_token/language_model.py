@@ -23,7 +23,8 @@ from multi_token.quantization import quantization_config, quantized_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from multi_token.recipe import AdapterSpec, Quantization
+    from multi_token.recipe import Quantization
+    from multi_token.train_spec import AdapterSpec
 
 # what a file that is cut off, foreign or needs another package is answered with
 _FAULTS = (

@@ -26,7 +26,7 @@ LAYERS = [
     ["registry", "hub", "references"],
     ["media"],
     ["projectors", "resample", "modalities"],
-    ["marks", "chat_template", "chat", "collate", "splice", "recipe"],
+    ["marks", "chat_template", "chat", "collate", "splice", "train_spec", "recipe"],
     ["drive", "capabilities", "quantization", "language_model", "probe", "encoders"],
     ["reader", "model"],
     ["checkpoint", "generate", "data", "train", "testing"],

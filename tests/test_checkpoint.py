@@ -16,8 +16,9 @@ from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint import compose, load, save
 from multi_token.errors import CheckpointError
 from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import AdapterSpec, Recipe
+from multi_token.recipe import Recipe
 from multi_token.testing import tiny_language_model
+from multi_token.train_spec import AdapterSpec
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from multi_token.errors import LanguageModelError
 from multi_token.generate import answer_ids
 from multi_token.language_model import adapter_parameters, attach_adapter
 from multi_token.probe import probe, try_training
-from multi_token.recipe import AdapterSpec
+from multi_token.train_spec import AdapterSpec
 from multi_token.types import Place, Sample
 
 

@@ -14,7 +14,8 @@ from multi_token.errors import RecipeError, RegistryError
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.projectors import Expand, Mlp
-from multi_token.recipe import LearnEncoder, LoraSpec, Recipe, load_recipe, parse_recipe
+from multi_token.recipe import Recipe, load_recipe, parse_recipe
+from multi_token.train_spec import LearnEncoder, LoraSpec
 
 Fields = Callable[..., dict[str, Any]]
 

@@ -10,9 +10,10 @@ import torch
 
 from multi_token.errors import CheckpointError
 from multi_token.language_model import adapter_parameters, attach_adapter, load_language_model
-from multi_token.recipe import AdapterSpec, Quantization
+from multi_token.recipe import Quantization
 from multi_token.references import absolutes, identity, refuse_another, resolved, stored
 from multi_token.testing import tiny_language_model
+from multi_token.train_spec import AdapterSpec
 
 
 def section(language_model: str, encoder: str | None = None) -> dict[str, Any]:

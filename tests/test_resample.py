@@ -15,10 +15,11 @@ from multi_token.collate import Collator
 from multi_token.errors import RecipeError
 from multi_token.language_model import embedding_rms
 from multi_token.projectors import ProjectorSpec
-from multi_token.recipe import AlignSpec, Recipe
+from multi_token.recipe import Recipe
 from multi_token.registry import build
 from multi_token.resample import Resample
 from multi_token.train.align import align, calibrate, captioned
+from multi_token.train_spec import AlignSpec
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 SMALL = Resample(num_queries=3, depth=2, num_heads=2)

@@ -6,9 +6,7 @@ is in report.html beside this file.
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 import json
 import os
 import platform
@@ -22,13 +20,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from multi_token.demo.cards import Card, sheet_of
 from multi_token.demo.chart import chart
-
-_THUMB = 160
-"""Shown at 112 to 180 pixels; most screens have two for each."""
-
-_TICK = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M2.5 8.5l3.5 4 7.5-9"/></svg>'
-_CROSS = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 3l10 10M13 3L3 13"/></svg>'
 
 
 @dataclass(frozen=True)
@@ -172,38 +165,21 @@ def _sheets(folder: Path, examples: Sequence[Example]) -> list[str]:
     sheets = []
     for group, members in groups.items():
         num_right = sum(example.right for example in members)
-        cards = "\n".join(_card(folder, example) for example in members)
+        cards = (
+            Card(
+                _spoken(example.question),
+                example.answer,
+                example.truth,
+                example.right,
+                pictures=tuple(folder / path for path in example.pictures),
+            )
+            for example in members
+        )
         sheets.append(
             f"<h2>{escape(group)}</h2>\n<p>{num_right} of these {len(members)} answers are right."
-            f'</p>\n<ul class="sheet">\n{cards}\n</ul>'
+            f"</p>\n{sheet_of(cards)}"
         )
     return sheets
-
-
-def _card(folder: Path, example: Example) -> str:
-    images = "".join(
-        f'<img src="{_data_uri(folder / path)}" alt="{_alt(example, i)}" loading="lazy">'
-        for i, path in enumerate(example.pictures)
-    )
-    verdict = "Right"
-    if not example.right:
-        verdict = f'<span class="hidden">Wrong.</span> Truth: {escape(example.truth)}'
-    classes = ["card", "right" if example.right else "wrong"]
-    if len(example.pictures) > 1:
-        classes.append("pair")
-    return (
-        f'<li class="{" ".join(classes)}"><div class="pictures">{images}</div>'
-        f'<div class="words"><p class="question">{escape(_spoken(example.question))}</p>'
-        f'<p class="answer">{escape(example.answer.strip() or "(no answer)")}</p></div>'
-        f'<p class="verdict">{_TICK if example.right else _CROSS}'
-        f"<span>{verdict}</span></p></li>"
-    )
-
-
-def _alt(example: Example, place: int) -> str:
-    if len(example.pictures) == 1:
-        return escape(f"Picture asked about; the true answer is: {example.truth}", quote=True)
-    return f"Picture {place + 1} of {len(example.pictures)}"
 
 
 def _spoken(question: str) -> str:
@@ -214,14 +190,6 @@ def _spoken(question: str) -> str:
     for ordinal in ("the first", "the second", "the third"):
         text = text.replace("<image>", ordinal, 1)
     return text
-
-
-def _data_uri(path: Path) -> str:
-    with Image.open(path) as picture:
-        thumb = picture.convert("RGB").resize((_THUMB, _THUMB), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    thumb.save(data, "JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:

@@ -48,3 +48,21 @@ def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
             if names[j] != name and names[pictures[j]] != name:
                 pictures[i], pictures[j] = pictures[j], pictures[i]
     return pictures
+
+
+def words(text: str) -> list[str]:
+    """Lower case, without punctuation."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def word_errors(found: Sequence[str], truth: Sequence[str]) -> int:
+    """Words to insert, leave out or exchange (Levenshtein's distance)."""
+    costs = list(range(len(truth) + 1))
+    for i, word in enumerate(found, 1):
+        diagonal, costs[0] = costs[0], i
+        for j, other in enumerate(truth, 1):
+            diagonal, costs[j] = (
+                costs[j],
+                min(costs[j] + 1, costs[j - 1] + 1, diagonal + (word != other)),
+            )
+    return costs[-1]

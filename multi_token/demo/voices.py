@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,13 @@ def speak(text: str, voice: Voice) -> np.ndarray[Any, Any]:
     if library.espeak_Synth(raw, size, 0, 0, 0, _UTF8, None, None) != 0 or not chunks:
         raise MultiTokenError(f"eSpeak NG did not speak {text!r}")
     return np.concatenate(chunks)
+
+
+def record(text: str, voice: Voice, path: Path) -> None:
+    """Speak into a .wav file."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
+        file.writeframes(speak(text, voice).tobytes())
 
 
 @functools.cache

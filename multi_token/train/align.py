@@ -21,7 +21,7 @@ from multi_token.language_model import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors import without_breaks
 from multi_token.reader import Reader
-from multi_token.recipe import AlignSpec
+from multi_token.train_spec import AlignSpec
 from multi_token.types import Conversation, Features, Media, Text
 
 

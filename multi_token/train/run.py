@@ -10,33 +10,27 @@ Border: the order of the stages. Each step is somebody else's: data/, align.py, 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, set_seed
 
 from multi_token.checkpoint import CONFIG, compose, load, load_trained, move, save
 from multi_token.collate import Collator
 from multi_token.data.cache import FeatureCache
-from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
-from multi_token.data.formats import to_conversation
-from multi_token.data.inspect import Problem, scan
+from multi_token.data.dataset import ConversationDataset
 from multi_token.encoders import attach_lora, refuse_unreached
-from multi_token.errors import Interrupted, RecipeError, RowError
+from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model import attach_adapter
-from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.probe import try_training
-from multi_token.reader import Reader
-from multi_token.recipe import DataSource, Recipe, Stage, load_recipe
+from multi_token.recipe import Recipe, load_recipe
 from multi_token.train.align import align, calibrate, captioned, encoded
 from multi_token.train.report import Bar, StopOnInterrupt, groups_of, parts_of
+from multi_token.train.sources import Source, fill_cache, good_rows, open_source
 from multi_token.train.start_from import take_over
 from multi_token.train.trainer import (
     MultiTokenTrainer,
@@ -45,39 +39,10 @@ from multi_token.train.trainer import (
     parameter_groups,
     training_arguments,
 )
-from multi_token.types import Conversation, Media
+from multi_token.train_spec import Stage
 
 RECIPE = "recipe.yaml"
 _DONE = "done.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows of one place with the reader that opens their media."""
-
-    rows: Sequence[Any]
-    reader: Reader
-    name: str
-    good: Sequence[int] | None = None
-    """Indices of rows that can be learned from, once they have been read."""
-    lengths: Sequence[int] = ()
-    """Tokens of each good row."""
-
-    def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
-        """The good rows, or before they are known those that are conversations at all."""
-        for index in range(len(self.rows)) if self.good is None else self.good:
-            try:
-                row = self.rows[index]
-                row_id = row_name(index, row, self.name)
-                yield to_conversation(row, list(self.reader.modalities), row_id=row_id), self.reader
-            except RowError:
-                continue
-
-    def items(self) -> Iterator[tuple[Media, Reader]]:
-        """The items of these conversations, one by one."""
-        for conversation, reader in self.conversations():
-            for item in conversation.media:
-                yield item, reader
 
 
 def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForConditionalGeneration:
@@ -123,10 +88,10 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     if recipe.train.share_prefix:
         model.capabilities.require("repeats_cache")
     cache = FeatureCache(out / "cache" / "features.safetensors")
-    sources = [_open(source, model, recipe, cache) for source in recipe.data.train]
+    sources = [open_source(source, model, recipe, cache) for source in recipe.data.train]
     if recipe.train.feature_cache:
-        _fill_cache(model, sources, cache, console)
-    sources = _good(sources, recipe, console)
+        fill_cache(model, sources, cache, console)
+    sources = good_rows(sources, recipe, console)
     dataset = ConcatDataset(
         [
             ConversationDataset(
@@ -192,75 +157,6 @@ def _refuse_cached_learners(model: MultiTokenForConditionalGeneration, recipe: R
             )
 
 
-def _open(
-    source: DataSource,
-    model: MultiTokenForConditionalGeneration,
-    recipe: Recipe,
-    cache: FeatureCache,
-) -> Source:
-    assert model.reader is not None
-    reader = replace(
-        model.reader,
-        fetch=Fetch(root=rows_root(source.rows)),
-        cache=cache if recipe.train.feature_cache else None,
-    )
-    return Source(load_rows(source.rows, split=source.split), reader, source.rows)
-
-
-def _fill_cache(
-    model: MultiTokenForConditionalGeneration,
-    sources: Sequence[Source],
-    cache: FeatureCache,
-    console: Console,
-) -> None:
-    items = [(item, reader.fetch) for source in sources for item, reader in source.items()]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Encoding items", total=len(items))
-        encoders: Any = model.encoders
-        num_encoded = cache.fill(
-            items, model.modalities, encoders, on_items=lambda n: progress.advance(task, n)
-        )
-    console.print(
-        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache",
-        highlight=False,
-    )
-
-
-def _good(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
-    """The sources with their good rows known. Bad rows are refused, or left out and counted."""
-    good: list[Source] = []
-    problems: list[Problem] = []
-    num_rows = num_tokens = num_supervised = 0
-    for source in sources:
-        read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
-        report = scan(source.rows, read, source=source.name)
-        num_rows += report.num_rows
-        num_tokens += report.num_tokens
-        num_supervised += report.num_supervised
-        problems += report.problems
-        lengths = [length.num_tokens for length in report.lengths]
-        good.append(replace(source, good=report.good, lengths=lengths))
-    if problems and recipe.data.on_bad_row == "raise":
-        first = problems[0]
-        raise RowError(
-            f"{first.message} ({len(problems)} of {num_rows} rows are bad; see them all with "
-            "`multi-token data check`, or set data.on_bad_row=skip to leave them out)",
-            kind=first.kind,
-            row_id=first.row_id,
-        )
-    names = ", ".join(source.name for source in sources)
-    if num_rows == len(problems):
-        raise RecipeError(f"no row of {names} can be learned from")
-    console.print(
-        f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
-        f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",
-        *[f"  skipped row {p.row_id} ({p.kind}): {p.message}" for p in problems[:5]],
-        sep="\n",
-        highlight=False,
-    )
-    return good
-
-
 def _start(
     model: MultiTokenForConditionalGeneration,
     sources: Sequence[Source],
@@ -277,10 +173,10 @@ def _start(
     pairs = [pair for source in sources for pair in source.conversations()]
     spec = recipe.train.align
     if spec is not None and spec.rows is not None:
-        aligned = [_open(source, model, recipe, cache) for source in spec.rows]
+        aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
         if recipe.train.feature_cache:
-            _fill_cache(model, aligned, cache, console)
-        aligned = _good(aligned, recipe, console)
+            fill_cache(model, aligned, cache, console)
+        aligned = good_rows(aligned, recipe, console)
         captions = [c for source in aligned for c in captioned(source.conversations())]
     else:
         captions = list(captioned(pairs))

@@ -11,9 +11,10 @@ from multi_token.checkpoint import CONFIG, load_trained, read_config
 from multi_token.errors import RecipeError
 from multi_token.hub import local_folder
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe import ModelSpec, TrainSpec
+from multi_token.recipe import ModelSpec
 from multi_token.references import absolutes, resolved
 from multi_token.registry import validated
+from multi_token.train_spec import TrainSpec
 
 
 def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:

@@ -22,8 +22,8 @@ from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors import Projector
-from multi_token.recipe import Learn, LearnEncoder
 from multi_token.registry import nearest
+from multi_token.train_spec import Learn, LearnEncoder
 from multi_token.types import IGNORE_INDEX
 
 # what a run needs to be right, whatever the recipe says

@@ -17,7 +17,8 @@ from multi_token.convert.export import export
 from multi_token.convert.merge import merge
 from multi_token.errors import MultiTokenError
 from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import AdapterSpec, Recipe
+from multi_token.recipe import Recipe
+from multi_token.train_spec import AdapterSpec
 
 
 def with_adapter(fields: dict[str, Any]) -> Any:

@@ -23,9 +23,10 @@ from multi_token.encoders import attach_lora, learning_parameters
 from multi_token.errors import ConvertError
 from multi_token.generate import ask, collate_prompts, reader_of, stop_ids
 from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import AdapterSpec, LearnEncoder, ModelSpec
+from multi_token.recipe import ModelSpec
 from multi_token.registry import validated
 from multi_token.testing import tiny_image_encoder, tiny_llava
+from multi_token.train_spec import AdapterSpec, LearnEncoder
 from multi_token.types import Media
 
 NEXT = {

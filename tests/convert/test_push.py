@@ -19,8 +19,9 @@ from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
 from multi_token.language_model import attach_adapter
-from multi_token.recipe import AdapterSpec, Learn, LearnEncoder, Recipe
+from multi_token.recipe import Recipe
 from multi_token.train.trainer import select_parameters
+from multi_token.train_spec import AdapterSpec, Learn, LearnEncoder
 
 
 @pytest.fixture(scope="module")

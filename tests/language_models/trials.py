@@ -22,9 +22,10 @@ from multi_token.errors import LanguageModelError
 from multi_token.generate import answer_ids
 from multi_token.language_model import adapter_parameters, attach_adapter
 from multi_token.probe import try_training
-from multi_token.recipe import AdapterSpec, Learn, ModelSpec
+from multi_token.recipe import ModelSpec
 from multi_token.train.align import calibrate
 from multi_token.train.trainer import select_parameters
+from multi_token.train_spec import AdapterSpec, Learn
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Sample, Text
 
 YES = "yes"

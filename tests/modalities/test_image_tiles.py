@@ -19,11 +19,12 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.tiles import best_grid, reading_order
 from multi_token.projectors import Linear
-from multi_token.recipe import AlignSpec, Recipe
+from multi_token.recipe import Recipe
 from multi_token.registry import validated
 from multi_token.testing import tiny_image_encoder
 from multi_token.train.align import align, calibrate, captioned
 from multi_token.train.run import train
+from multi_token.train_spec import AlignSpec
 from multi_token.types import Conversation, Media, Message, Text
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

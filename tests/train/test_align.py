@@ -13,8 +13,9 @@ import torch
 
 from multi_token.checkpoint import compose
 from multi_token.language_model import embedding_rms
-from multi_token.recipe import AlignSpec, Recipe
+from multi_token.recipe import Recipe
 from multi_token.train.align import align, calibrate, captioned
+from multi_token.train_spec import AlignSpec
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 KINDS: list[dict[str, Any]] = [

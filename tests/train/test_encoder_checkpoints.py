@@ -21,10 +21,11 @@ from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora
 from multi_token.errors import CheckpointError, Interrupted
 from multi_token.generate import as_prompt, collate_prompts
-from multi_token.recipe import Learn, Recipe
+from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
 from multi_token.train.run import train
 from multi_token.train.trainer import select_parameters
+from multi_token.train_spec import Learn
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)

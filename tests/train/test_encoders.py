@@ -19,7 +19,7 @@ from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.recipe import Learn, LoraSpec, Recipe
+from multi_token.recipe import Recipe
 from multi_token.train.run import train
 from multi_token.train.trainer import (
     MultiTokenTrainer,
@@ -27,6 +27,7 @@ from multi_token.train.trainer import (
     select_parameters,
     training_arguments,
 )
+from multi_token.train_spec import Learn, LoraSpec
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)

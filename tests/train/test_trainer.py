@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.recipe import AdapterSpec, Learn
 from multi_token.train.trainer import (
     ByLength,
     parameter_groups,
     select_parameters,
     training_arguments,
 )
+from multi_token.train_spec import AdapterSpec, Learn
 
 
 def test_each_group_has_its_own_learning_rate_and_nothing_is_in_two(

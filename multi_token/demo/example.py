@@ -1,0 +1,80 @@
+"""What the examples share: their command line, losses of a finished run, and peak memory.
+
+Border: options in, a call of the example's own `run`, its numbers on the console. What an example
+does stands in its own file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from rich.console import Console
+
+SizeT = TypeVar("SizeT")
+
+
+def run_example(
+    name: str,
+    about: str,
+    run: Callable[[Path, SizeT, int, Console], Mapping[str, Any]],
+    *,
+    full: SizeT,
+    quick: SizeT,
+) -> None:
+    """The whole command: `--out --seed --quick`, then `run(out, size, seed, console)`.
+
+    `about`: the example's own text, whose first line is the help's. Prints the plain numbers of the
+    report that `run` returns, and where its page lies.
+    """
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="the run's folder")
+    parser.add_argument("--seed", type=int, default=0, help="of rows, training and questions")
+    parser.add_argument("--quick", action="store_true", help="a small one in about a minute")
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    report = run(options.out, quick if options.quick else full, options.seed, console)
+    for key, value in report.items():
+        if isinstance(value, (int, float)):
+            shown = f"{value:.1%}" if key.endswith(("accuracy", "rate")) else value
+            console.print(f"{key.replace('_', ' '):34} {shown}", highlight=False)
+    console.print(f"\nlook:  {options.out / 'report.html'}", highlight=False)
+
+
+def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of all stages of a finished run, one behind the other."""
+    losses: list[tuple[int, float]] = []
+    stages = run_folder / "stages"
+    for stage in sorted(stages.iterdir(), key=lambda path: int(path.name.partition("-")[0])):
+        done = json.loads((stage / "done.json").read_text(encoding="utf-8"))
+        before = losses[-1][0] if losses else 0
+        losses += [
+            (before + log["step"], log["loss"]) for log in done["log_history"] if "loss" in log
+        ]
+    return losses
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """[bytes]: the most that the process had beside what it had at the start, every 2 ms a look."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        looking.join()

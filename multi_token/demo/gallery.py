@@ -1,0 +1,67 @@
+"""Things on coloured grounds and spoken questions about them, as files made when first asked for.
+
+Border: draws and speaks; who is asked what, and what is held out, is the example's.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Literal
+
+from multi_token.demo.pictures import render
+from multi_token.demo.things import Thing
+from multi_token.demo.voices import Voice, record
+
+Kind = Literal["name", "kind", "colour"]
+
+QUESTIONS: dict[Kind, tuple[str, ...]] = {
+    "name": ("What is this called?", "Tell me its name."),
+    "kind": ("What kind of thing is it?", "Which group does it belong to?"),
+    "colour": ("Which colour is behind it?", "Say the background colour."),
+}
+COLOURS = {
+    "red": (225, 60, 60),
+    "green": (70, 170, 80),
+    "blue": (60, 100, 225),
+    "yellow": (245, 220, 70),
+    "pink": (250, 160, 200),
+    "white": (250, 250, 250),
+}
+ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
+
+
+class Gallery:
+    """A folder of pictures and of questions; all paths are relative to it."""
+
+    def __init__(self, folder: Path, numbers: random.Random) -> None:
+        self.folder = folder
+        self.numbers = numbers
+
+    def speech(self, kind: Kind, voice: Voice) -> str:
+        """The path of a question, spoken."""
+        text = self.numbers.choice(QUESTIONS[kind])
+        name = f"speech/{voice.name}-{voice.rate}-{kind}-{QUESTIONS[kind].index(text)}.wav"
+        path = self.folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record(text, voice, path)
+        return name
+
+    def picture(self, thing: Thing, colour: str, index: int) -> str:
+        """The path of a thing on a coloured ground; the same for the same three arguments."""
+        name = f"pictures/{thing.name}-{colour}-{index}.png"
+        path = self.folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = random.Random(name)
+            shade = tuple(max(0, min(255, c + own.randint(-12, 12))) for c in COLOURS[colour])
+            picture = render(
+                thing.character,
+                rotation=own.uniform(-25, 25),
+                scale=own.uniform(0.5, 0.8),
+                position=(own.random(), own.random()),
+                background=(shade[0], shade[1], shade[2]),
+            )
+            picture.save(path)
+        return name

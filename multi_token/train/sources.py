@@ -1,0 +1,124 @@
+"""The rows of a run: opened, their items encoded once, and read to know which of them are good.
+
+Border: from names in a recipe to rows with a reader; what is learned of them is run.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from multi_token.data.cache import FeatureCache
+from multi_token.data.dataset import load_rows, read_row, row_name, rows_root
+from multi_token.data.formats import to_conversation
+from multi_token.data.inspect import Problem, scan
+from multi_token.errors import RecipeError, RowError
+from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.reader import Reader
+from multi_token.recipe import Recipe
+from multi_token.train_spec import DataSource
+from multi_token.types import Conversation, Media
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one place with the reader that opens their media."""
+
+    rows: Sequence[Any]
+    reader: Reader
+    name: str
+    good: Sequence[int] | None = None
+    """Indices of rows that can be learned from, once they have been read."""
+    lengths: Sequence[int] = ()
+    """Tokens of each good row."""
+
+    def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
+        """The good rows, or before they are known those that are conversations at all."""
+        for index in range(len(self.rows)) if self.good is None else self.good:
+            try:
+                row = self.rows[index]
+                row_id = row_name(index, row, self.name)
+                yield to_conversation(row, list(self.reader.modalities), row_id=row_id), self.reader
+            except RowError:
+                continue
+
+    def items(self) -> Iterator[tuple[Media, Reader]]:
+        """The items of these conversations, one by one."""
+        for conversation, reader in self.conversations():
+            for item in conversation.media:
+                yield item, reader
+
+
+def open_source(
+    source: DataSource,
+    model: MultiTokenForConditionalGeneration,
+    recipe: Recipe,
+    cache: FeatureCache,
+) -> Source:
+    assert model.reader is not None
+    reader = replace(
+        model.reader,
+        fetch=Fetch(root=rows_root(source.rows)),
+        cache=cache if recipe.train.feature_cache else None,
+    )
+    return Source(load_rows(source.rows, split=source.split), reader, source.rows)
+
+
+def fill_cache(
+    model: MultiTokenForConditionalGeneration,
+    sources: Sequence[Source],
+    cache: FeatureCache,
+    console: Console,
+) -> None:
+    items = [(item, reader.fetch) for source in sources for item, reader in source.items()]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Encoding items", total=len(items))
+        encoders: Any = model.encoders
+        num_encoded = cache.fill(
+            items, model.modalities, encoders, on_items=lambda n: progress.advance(task, n)
+        )
+    console.print(
+        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache",
+        highlight=False,
+    )
+
+
+def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
+    """The sources with their good rows known. Bad rows are refused, or left out and counted."""
+    good: list[Source] = []
+    problems: list[Problem] = []
+    num_rows = num_tokens = num_supervised = 0
+    for source in sources:
+        read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
+        report = scan(source.rows, read, source=source.name)
+        num_rows += report.num_rows
+        num_tokens += report.num_tokens
+        num_supervised += report.num_supervised
+        problems += report.problems
+        lengths = [length.num_tokens for length in report.lengths]
+        good.append(replace(source, good=report.good, lengths=lengths))
+    if problems and recipe.data.on_bad_row == "raise":
+        first = problems[0]
+        raise RowError(
+            f"{first.message} ({len(problems)} of {num_rows} rows are bad; see them all with "
+            "`multi-token data check`, or set data.on_bad_row=skip to leave them out)",
+            kind=first.kind,
+            row_id=first.row_id,
+        )
+    names = ", ".join(source.name for source in sources)
+    if num_rows == len(problems):
+        raise RecipeError(f"no row of {names} can be learned from")
+    console.print(
+        f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
+        f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",
+        *[f"  skipped row {p.row_id} ({p.kind}): {p.message}" for p in problems[:5]],
+        sep="\n",
+        highlight=False,
+    )
+    return good
