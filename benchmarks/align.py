@@ -24,9 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.demo.report import machine
 from multi_token.demo.rows import DemoData, build_rows, read_questions
 from multi_token.demo.run import SYSTEM, Asker, Size, recipe
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe
 from multi_token.train.run import train
 
@@ -86,15 +86,14 @@ class Bench:
         """One training from nothing, and its exact answers on a split."""
         data = self.data(seed)
         out = self.folder / f"run-{len(self.scores)}"
-        features = self.folder / f"features-{seed}.safetensors"
-        if features.is_file():
-            (out / "cache").mkdir(parents=True)
-            shutil.copy(features, out / "cache" / "features.safetensors")
+        features = self.folder / f"features-{seed}"
+        if features.is_dir():
+            shutil.copytree(features, out / "cache")
         quiet = Console(quiet=True)
         began = time.perf_counter()
         model = train(plan(data, out, start, learn, steps=steps, seed=seed), console=quiet)
         seconds = time.perf_counter() - began
-        shutil.copy(out / "cache" / "features.safetensors", features)
+        shutil.copytree(out / "cache", features, dirs_exist_ok=True)
         history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
         loss = [entry["loss"] for entry in history["log_history"] if "loss" in entry][-1]
         path = data.validation_naming if split == "validation" else data.held_out_naming

@@ -31,8 +31,8 @@ from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
 from multi_token.demo.page import Section, Tile, film_figure, loss_figures, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder
-from multi_token.demo.report import machine
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 
@@ -331,7 +331,8 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
             Section(
                 "All flights",
                 f"The same {num_flights} seeds for all; none of them is in the rows. A screenshot "
-                "stands still: it does not show how fast the craft moves.",
+                "stands still, and what an encoder of everyday pictures makes of it says little of "
+                "where the craft is.",
                 table(["Who flies", "Mean return", "Worst", "Landed"], rows),
             ),
             Section(

@@ -32,11 +32,11 @@ from multi_token.demo.cards import Card, sheet_of
 from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import language_model_folder, speech_encoder_folder
-from multi_token.demo.report import machine
 from multi_token.demo.scores import word_errors, words
 from multi_token.demo.voices import Voice, record
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -277,7 +277,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
     model = train(recipe(data, out, size, seed), console=console)
     train_seconds = time.perf_counter() - started
 
-    cache = FeatureCache(out / "cache" / "features.safetensors")
+    cache = FeatureCache(out / "cache")
     ear = Ear(model, data, cache)
     ear.hear([*training, *asked])
     assert model.reader is not None

@@ -5,7 +5,7 @@
 A document is a list of facts ("In the house of Anna there has always been a drum."), each a chunk
 of its own. all-MiniLM-L6-v2 makes one embedding of each chunk, a projector a few tokens of each
 embedding, and SmolLM2-135M-Instruct with LoRA finds the one that is asked for. Training sees
-documents of 4 to 24 chunks; held out are documents of 1 to 256, and in them the pairs of a name and
+documents of 8 to 48 chunks; held out are documents of 1 to 256, and in them the pairs of a name and
 a thing that are asked for. Beside it: the chunk whose embedding is nearest to the question's (a
 search, after which somebody must still read it), and chance. Writes `report.json` and
 `report.html`.
@@ -32,11 +32,11 @@ from multi_token.demo.example import peak_memory, run_example, stage_losses
 from multi_token.demo.facts import THINGS, Question, write_document
 from multi_token.demo.page import Section, Tile, loss_figures, table, write_page
 from multi_token.demo.parts import language_model_folder, sentence_encoder_folder
-from multi_token.demo.report import machine
 from multi_token.demo.scores import is_name
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.document import DocumentModality
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -64,13 +64,13 @@ class Size:
 
     tokens_per_chunk: tuple[int, ...] = (2, 4, 1)
     """Each is a training of its own; the first is the one that the report is about."""
-    training_lengths: tuple[int, ...] = (4, 8, 16, 24)
+    training_lengths: tuple[int, ...] = (8, 16, 32, 48)
     num_documents: int = 1000
-    num_questions: int = 6
+    num_questions: int = 8
     """About each document, at most; in training they are one conversation."""
     num_captions: int = 3000
     """Documents of one chunk, which the closed-form start is fitted on."""
-    num_steps: int = 100
+    num_steps: int = 160
     batch_size: int = 8
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Chunks of the held-out documents."""
@@ -94,7 +94,7 @@ def row(questions: Sequence[Question], *, answered: bool) -> dict[str, Any]:
     """A conversation about one document, as any user would write it."""
     messages = []
     for i, question in enumerate(questions):
-        text = f"\n{question.text}" if i else f"<document>\n{question.text}"
+        text = f"\n{question.follow_up}" if i else f"<document>\n{question.text}"
         messages.append({"role": "user", "content": text})
         if answered:
             messages.append({"role": "assistant", "content": f" {question.answer}"})
@@ -177,11 +177,14 @@ def recipe(data: Path, out: Path, size: Size, factor: int, seed: int) -> Recipe:
                 **_ALIGN[factor],
             },
             "feature_cache": True,
-            "adapter": {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            "adapter": {
+                "r": 32,
+                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            },
             "stages": [
                 {
                     "name": "read",
-                    "learn": {"projectors": 3e-4, "adapter": 1e-3},
+                    "learn": {"projectors": 1e-4, "adapter": 2e-3},
                     "args": {"max_steps": size.num_steps, "warmup_steps": 5},
                 }
             ],

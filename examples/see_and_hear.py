@@ -27,11 +27,11 @@ from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
 from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder, speech_encoder_folder
-from multi_token.demo.report import machine
 from multi_token.demo.scores import is_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
 from multi_token.demo.voices import Voice
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 

@@ -26,6 +26,11 @@ _LACKS = {
         "{name} cannot take packed rows: what stands in one row changes what comes of the next; "
         "leave them padded"
     ),
+    "branches": (
+        "{name} cannot go on from one start several times in a packed row: it does not run on "
+        "`sdpa`, or not all of its layers see everything before them; set train.share_media to "
+        "false"
+    ),
     "repeats_cache": (
         "{name} keeps no key-value cache that could be repeated for each row, so a shared start "
         "cannot be computed once; set train.share_prefix to false"
@@ -63,11 +68,27 @@ class Capabilities:
         return self.trials["isolates_packed"]()
 
     @cached_property
+    def attends_by_segment(self) -> bool:
+        """Packed rows are right with attention.py, which is faster than a mask over all of them.
+
+        Tried when first asked for.
+        """
+        return self.trials["attends_by_segment"]()
+
+    @cached_property
+    def branches(self) -> bool:
+        """Packed rows may share a start, computed once, that each of them goes on from.
+
+        Tried when first asked for.
+        """
+        return self.trials["branches"]()
+
+    @cached_property
     def repeats_cache(self) -> bool:
         """A start that all rows share can be computed once. Tried when first asked for."""
         return self.trials["repeats_cache"]()
 
-    def require(self, what: Literal["isolates_packed", "repeats_cache"]) -> None:
+    def require(self, what: Literal["isolates_packed", "branches", "repeats_cache"]) -> None:
         """Raise LanguageModelError, with the reason, if the model cannot do it."""
         if not getattr(self, what):
             raise LanguageModelError(_LACKS[what].format(name=self.name))

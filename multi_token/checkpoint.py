@@ -4,6 +4,7 @@
     projectors.safetensors  <modality>.<parameter>
     encoders.safetensors    <modality>.<parameter> of encoders that were trained (if any)
     adapter/                LoRA, as PEFT writes it (if any)
+    language_model/         the language model, as transformers writes it (if all of it was trained)
 
 Border: the only file that reads or writes this folder. Names of classes on disk are registry names,
 never import paths; loading is strict.
@@ -29,11 +30,25 @@ from multi_token.encoders import TrainedEncoder, attach_lora, trained_tensors
 from multi_token.errors import CheckpointError
 from multi_token.hub import local_folder
 from multi_token.language_model import load_language_model, load_tokenizer
+from multi_token.language_model_folder import (
+    LANGUAGE_MODEL,
+    described_inside,
+    read_language_model,
+    write_language_model,
+)
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
+from multi_token.quantization import quantized_parameters
 from multi_token.reader import Reader
 from multi_token.recipe import ModelSpec
-from multi_token.references import absolutes, identity, refuse_another, resolved, stored
+from multi_token.references import (
+    absolutes,
+    identity,
+    own_tensors,
+    refuse_another,
+    resolved,
+    stored,
+)
 from multi_token.registry import validated
 
 SCHEMA = 1
@@ -77,6 +92,7 @@ def compose(
             "chat_template": reader.chat.template if spec.chat_template else None,
         },
         "identity": identity(language_model),
+        "base_identity": None,
         "base_model": None,
     }
     config = MultiTokenConfig(**fields)
@@ -103,13 +119,29 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
     if has_adapter:
         model.language_model.save_pretrained(out / ADAPTER)
         (out / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    base_model = model.config.base_model
+    described = model.config.model
+    if model.trained_language_model:
+        assert model.reader is not None, "a model that was composed or loaded has a reader"
+        chat = model.reader.chat
+        write_language_model(
+            model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL
+        )
+        if not Path(described["language_model"]).exists():
+            base_model = base_model or described["language_model"]
+        described = {**described_inside(described), "dtype": "auto"}
     fields = {
         "model_type": MultiTokenConfig.model_type,
         "schema": SCHEMA,
         "multi_token_version": __version__,
-        "model": stored(model.config.model, out),
-        "identity": model.config.identity,
-        "base_model": model.config.base_model,
+        "model": stored(described, out),
+        "identity": (
+            identity(model.language_model)
+            if model.trained_language_model
+            else model.config.identity
+        ),
+        "base_identity": _base_identity(model) if model.trained_language_model else None,
+        "base_model": base_model,
         "adapter": has_adapter,
         "closed_form": sorted(
             name
@@ -123,6 +155,11 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
     }
     text = json.dumps(fields, indent=2) + "\n"
     _atomically(out / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def _base_identity(model: MultiTokenForConditionalGeneration) -> dict[str, Any]:
+    """Of the language model before all of it was trained."""
+    return model.config.base_identity or model.config.identity or {}
 
 
 def _projector_tensors(
@@ -217,6 +254,9 @@ def load(
     model = compose(spec)
     model.config.base_model = fields.get("base_model")
     load_trained(model, path, fields)
+    if fields.get("base_identity"):
+        model.trained_language_model = True
+        model.config.base_identity = fields["base_identity"]
     return move(model, device).eval() if device else model.eval()
 
 
@@ -239,13 +279,12 @@ def load_trained(
     """
     fields = fields or read_config(folder)
     path = Path(folder)
-    if fields.get("identity"):
-        refuse_another(
-            fields["identity"],
-            model.config.identity,
-            folder=path,
-            name=model.config.model["language_model"],
-        )
+    name = model.config.model["language_model"]
+    if fields.get("base_identity") and Path(name) != (path / LANGUAGE_MODEL).absolute():
+        refuse_another(fields["base_identity"], _base_identity(model), folder=path, name=name)
+        _load_language_model(model, path, fields)
+    elif fields.get("identity"):
+        refuse_another(fields["identity"], model.config.identity, folder=path, name=name)
     for name in fields["closed_form"]:
         if model.projector(name).closed_form is None:
             model.projector(name).add_closed_form()
@@ -253,6 +292,23 @@ def load_trained(
     _load_encoders(model, path, fields)
     if fields["adapter"]:
         load_adapter(model, path / ADAPTER)
+
+
+def _load_language_model(
+    model: MultiTokenForConditionalGeneration, path: Path, fields: Mapping[str, Any]
+) -> None:
+    """Read a language model that was trained over the one that it was trained from."""
+    if quantized_parameters(model.language_model):
+        raise CheckpointError(
+            f"{path} holds a language model all of which was trained, and that of the recipe is "
+            f"quantized; set model.language_model to {path / LANGUAGE_MODEL} and quantize that"
+        )
+    found = read_language_model(path / LANGUAGE_MODEL, fields["identity"])
+    model.language_model.float()
+    expected = own_tensors(model.language_model.state_dict(keep_vars=True).items())
+    _copy_into(expected, found, path / LANGUAGE_MODEL)
+    model.trained_language_model = True
+    model.config.base_identity = fields["base_identity"]
 
 
 def _load_encoders(
@@ -279,13 +335,17 @@ def _load_encoders(
     model.trained_encoders |= trained
 
 
-@torch.no_grad()
 def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
     """Copy a file's tensors into those of a model. Raises CheckpointError if any is amiss."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    _copy_into(expected, found, path)
+
+
+@torch.no_grad()
+def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     refuse_disagreement(path, expected, found)
     for key, tensor in expected.items():
         tensor.copy_(found[key])

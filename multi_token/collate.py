@@ -1,11 +1,11 @@
-"""Samples -> one Batch: padded, with each media token's place in the flattened batch.
+"""Samples -> one Batch: padded or packed, with each media token's place in the flattened batch.
 
 Border: the last room on the CPU with samples; it asks modalities to batch their own inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Modality, stack_padded
-from multi_token.types import IGNORE_INDEX, Batch, MediaBatch, Prepared, Sample
+from multi_token.types import IGNORE_INDEX, Batch, MediaBatch, PackedBatch, Place, Prepared, Sample
 
 FEATURES_KEY = "features"
 """The input under which an item carries features from the cache instead of encoder inputs."""
@@ -31,6 +31,8 @@ class Collator:
     padding_side: Literal["left", "right"] = "right"
     share_prefix: bool = False
     """Tell the model how many leading positions all rows share (see `train.share_prefix`)."""
+    share_media: bool = False
+    """Lay what samples of a pack show first only once (see `train.share_media`)."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Samples -> Batch of [batch, longest]. All items of a modality are batched together."""
@@ -42,37 +44,89 @@ class Collator:
         input_ids = torch.full((len(samples), time), self.pad_id, dtype=torch.long)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         attention_mask = torch.zeros_like(input_ids)
-        items: dict[str, list[Prepared]] = {}
-        positions: dict[str, list[Tensor]] = {}
+        begins = [row * time + start for row, start in enumerate(starts)]
         for row, (sample, start, length) in enumerate(zip(samples, starts, lengths, strict=True)):
             span = slice(start, start + length)
             input_ids[row, span] = sample.input_ids
             labels[row, span] = sample.labels
             attention_mask[row, span] = 1
-            for place, item in zip(sample.places, sample.media, strict=True):
-                begin = row * time + start + place.start
-                items.setdefault(place.modality, []).append(item)
-                positions.setdefault(place.modality, []).append(
-                    torch.arange(begin, begin + place.length)
-                )
         shift_labels = torch.full_like(labels, IGNORE_INDEX)
         shift_labels[:, :-1] = labels[:, 1:]
-        media = {
-            name: MediaBatch(
-                inputs=self.inputs(name, items[name]), positions=torch.cat(positions[name])
-            )
-            for name in items
-        }
         batch = Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
             shift_labels=shift_labels,
-            media=media,
+            media=self._media(
+                (place, item, begin)
+                for sample, begin in zip(samples, begins, strict=True)
+                for place, item in zip(sample.places, sample.media, strict=True)
+            ),
         )
         if self.share_prefix:
             batch["num_shared"] = _num_shared(batch, min(lengths), samples)
         return batch
+
+    def pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        """Samples -> PackedBatch of [1, sum of their lengths], in the order in which they come.
+
+        With `share_media`, samples beside each other that begin with the same media become a tree:
+        what they share once, and then the rest of each.
+        """
+        families = _families(samples) if self.share_media else [[sample] for sample in samples]
+        pieces: list[_Piece] = []
+        for family in families:
+            pieces += _pieces(family, num_before=len(pieces))
+        lengths = [piece.stop - piece.start for piece in pieces]
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        labels = [piece.sample.labels[piece.start : piece.stop].clone() for piece in pieces]
+        for of_piece in labels:
+            of_piece[:1] = IGNORE_INDEX  # or what stands before it would predict it
+        joined = torch.cat(labels)[None]
+        begins = borders[:-1].tolist()
+        batch = PackedBatch(
+            input_ids=torch.cat([p.sample.input_ids[p.start : p.stop] for p in pieces])[None],
+            labels=joined,
+            shift_labels=torch.nn.functional.pad(joined[:, 1:], (0, 1), value=IGNORE_INDEX),
+            position_ids=torch.cat([torch.arange(p.start, p.stop) for p in pieces])[None],
+            cu_seq_lens_q=borders,
+            cu_seq_lens_k=borders,
+            max_length_q=max(lengths),
+            max_length_k=max(lengths),
+            media=self._media(
+                (place, item, begin - piece.start)
+                for piece, begin in zip(pieces, begins, strict=True)
+                for place, item in zip(piece.sample.places, piece.sample.media, strict=True)
+                if piece.start <= place.start < piece.stop
+            ),
+        )
+        if any(piece.behind is not None for piece in pieces):
+            batch["segments"] = torch.tensor(
+                [
+                    (begin, begin + length, *(_span(piece.behind, begins, lengths)))
+                    for piece, begin, length in zip(pieces, begins, lengths, strict=True)
+                ]
+            )
+        return batch
+
+    def _media(self, placed: Iterable[tuple[Place, Prepared, int]]) -> dict[str, MediaBatch]:
+        """Items with their places and where their samples begin in the flattened batch, by
+        modality.
+        """
+        items: dict[str, list[Prepared]] = {}
+        positions: dict[str, list[Tensor]] = {}
+        for place, item, begin in placed:
+            first = begin + place.start
+            items.setdefault(place.modality, []).append(item)
+            positions.setdefault(place.modality, []).append(
+                torch.arange(first, first + place.length)
+            )
+        return {
+            name: MediaBatch(
+                inputs=self.inputs(name, items[name]), positions=torch.cat(positions[name])
+            )
+            for name in items
+        }
 
     def inputs(self, name: str, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items of one modality -> its encoder's inputs, or their cached features.
@@ -104,3 +158,75 @@ def _num_shared(batch: Batch, shortest: int, samples: Sequence[Sample]) -> int:
     first_media = [place.start for sample in samples for place in sample.places]
     # at least one position must be left to compute
     return min([shortest - 1, *first_media, *stops[:1].tolist()])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`sample[start:stop]` in a pack, behind what stands in piece number `behind`, if any."""
+
+    sample: Sample
+    start: int
+    stop: int
+    behind: int | None = None
+
+
+def shared_start(samples: Sequence[Sample]) -> int:
+    """How many leading tokens all of these samples share, up to and including shared media.
+
+    Ids and encoder inputs are compared, not names. It ends before anything that is learned, since
+    each sample learns its own, inside of no item, and before the end of the shortest sample; it is
+    0 where no item lies within.
+    """
+    first = samples[0]
+    stop = min(len(sample.input_ids) for sample in samples) - 1
+    for sample in samples:
+        learned = (sample.labels[1 : stop + 1] != IGNORE_INDEX).nonzero()[:1]
+        other = (sample.input_ids[:stop] != first.input_ids[:stop]).nonzero()[:1]
+        stop = min([stop, *learned.flatten().tolist(), *other.flatten().tolist()])
+    num_same = 0
+    for i, place in enumerate(first.places):
+        same = all(
+            len(sample.places) > i
+            and sample.places[i] == place
+            and _same_item(sample.media[i], first.media[i])
+            for sample in samples
+        )
+        if not same or place.start + place.length > stop:
+            stop = min([stop, *(s.places[i].start for s in samples if len(s.places) > i)])
+            break
+        num_same += 1
+    else:
+        behind = [s.places[num_same].start for s in samples if len(s.places) > num_same]
+        stop = min([stop, *behind])
+    return stop if num_same else 0
+
+
+def _same_item(a: Prepared, b: Prepared) -> bool:
+    return a is b or (
+        a.inputs.keys() == b.inputs.keys()
+        and all(torch.equal(a.inputs[key], b.inputs[key]) for key in a.inputs)
+    )
+
+
+def _families(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Neighbours that share a start with media."""
+    families: list[list[Sample]] = []
+    for sample in samples:
+        if families and shared_start([families[-1][0], sample]):
+            families[-1].append(sample)
+        else:
+            families.append([sample])
+    return families
+
+
+def _pieces(family: Sequence[Sample], *, num_before: int) -> list[_Piece]:
+    """One sample whole; of several, what they share and then the rest of each."""
+    shared = shared_start(family) if len(family) > 1 else 0
+    if not shared:
+        return [_Piece(sample, 0, len(sample.input_ids)) for sample in family]
+    rest = [_Piece(s, shared, len(s.input_ids), behind=num_before) for s in family]
+    return [_Piece(family[0], 0, shared), *rest]
+
+
+def _span(piece: int | None, begins: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+    return (0, 0) if piece is None else (begins[piece], begins[piece] + lengths[piece])

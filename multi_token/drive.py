@@ -7,6 +7,7 @@ found by probe.py and handed in.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from multi_token.errors import LanguageModelError
 
 Start = Literal["embeddings", "ids"]
 """From what a prompt is continued: see `continue_text`."""
+SEGMENT_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""What transformers' flash attention is told of a packed row."""
 
 
 def without_adapter(language_model: Any) -> Any:
@@ -74,6 +77,16 @@ def num_exact_tokens(language_model: Any) -> int | None:
 def takes_positions(language_model: Any) -> bool:
     """Whether forward has an argument `position_ids` of its own."""
     return "position_ids" in inspect.signature(without_adapter(language_model).forward).parameters
+
+
+def segment_inputs(language_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of forward's arguments those that this model takes: where segments begin (`cu_seq_lens_q`
+    and so on) is told only to one that passes on what it does not know.
+    """
+    parameters = inspect.signature(without_adapter(language_model).forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name not in SEGMENT_INPUTS}
 
 
 @torch.no_grad()

@@ -172,7 +172,10 @@ def embedding_rms(model: Any) -> float:
 
 
 def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
-    """LoRA on this model alone (PEFT). Its weights are float32 whatever the base's precision."""
+    """LoRA on this model alone (PEFT). Its weights are float32 whatever the base's precision.
+
+    Raises LanguageModelError for layers that do not take it.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -181,6 +184,8 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         target_modules=spec.target_modules,
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
     )
     try:
         return get_peft_model(language_model, config, autocast_adapter_dtype=True)

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from multi_token.attention import segment_table
 from multi_token.capabilities import Capabilities
 from multi_token.collate import BREAKS_KEY, FEATURES_KEY
-from multi_token.drive import ScaledEmbedding, layer_inputs, prefix_cache, supervised_loss
+from multi_token.drive import (
+    ScaledEmbedding,
+    layer_inputs,
+    prefix_cache,
+    segment_inputs,
+    supervised_loss,
+)
 from multi_token.encoders import TrainedEncoder, set_training, starts_from_random
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.probe import probe
@@ -32,6 +39,7 @@ class MultiTokenConfig(PreTrainedConfig):
 
     model_type = "multi_token"
     identity: dict[str, Any] | None = None
+    base_identity: dict[str, Any] | None = None
     base_model: str | None = None
 
 
@@ -66,6 +74,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             for name, encoder in encoders.items()
             if starts_from_random(encoder)
         }
+        self.trained_language_model = False
         self.modalities = dict(modalities)
         self.reader = reader
         self._capabilities: Capabilities | None = None
@@ -145,6 +154,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_shared: int = 0,
+        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """With labels: loss, and logits [num_supervised, vocabulary]; without: the child's output.
@@ -153,7 +163,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
         accumulation steps, by which the summed loss is divided. `num_shared`: leading positions
         that are the same in all rows; with labels they are computed once and without gradients.
+        `segments`: as in `PackedBatch`. Everything else goes to the language model, as what a
+        `PackedBatch` says of positions and borders.
         """
+        kwargs = segment_inputs(self.language_model, kwargs)
+        if segments is not None:
+            attention_mask = segment_table(self.language_model, segments)
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:
             return self.language_model(

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from multi_token.attention import attending_by_segment, watching_masks
 from multi_token.capabilities import Capabilities
 from multi_token.drive import (
     Start,
@@ -19,6 +20,7 @@ from multi_token.drive import (
     layer_inputs,
     num_exact_tokens,
     prefix_cache,
+    segment_inputs,
     supervised_loss,
     takes_positions,
     without_adapter,
@@ -66,6 +68,8 @@ def probe(language_model: Any) -> Capabilities:
             num_exact_tokens=num_exact_tokens(language_model),
             trials={
                 "isolates_packed": lambda: _tried(language_model, _Probe.isolates_packed),
+                "attends_by_segment": lambda: _tried(language_model, _Probe.attends_by_segment),
+                "branches": lambda: _tried(language_model, _Probe.branches),
                 "repeats_cache": lambda: _tried(language_model, _Probe.repeats_cache),
             },
         )
@@ -308,16 +312,53 @@ class _Probe:
             return False
         self.selects_logits()  # measures rounding
         positions = torch.arange(_NUM_TOKENS, device=self.ids.device).repeat(1, 2)
+        borders = torch.arange(3, device=self.ids.device, dtype=torch.int32) * _NUM_TOKENS
+        lengths = {"max_length_q": _NUM_TOKENS, "max_length_k": _NUM_TOKENS}
+        segments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
         return _holds(
             lambda: self.same(
                 self.by_embeds(
                     torch.cat([self.embed(self.others), self.embeds], 1),
                     torch.cat([self.others, self.ids], 1),
                     position_ids=positions,
+                    **segment_inputs(self.model, segments),
                 )[0, _NUM_TOKENS:],
                 self.reference[:_NUM_TOKENS],
             )
         )
+
+    def attends_by_segment(self) -> bool:
+        def trial() -> bool:
+            with attending_by_segment(self.model) as switched:
+                return switched and self.isolates_packed()
+
+        return _holds(trial)
+
+    def branches(self) -> bool:
+        """Two rows that share three tokens: what the second comes to, as it does alone."""
+
+        def trial() -> bool:
+            with watching_masks() as far, attending_by_segment(self.model) as switched:
+                if not switched or not takes_positions(self.model):
+                    return False
+                self.selects_logits()  # measures rounding
+                self.by_embeds(self.embeds, self.ids)
+                if not (far and all(far)):
+                    return False
+                start, rest = slice(0, 3), slice(3, None)
+                ids, embeds = (
+                    torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
+                    for a, b in ((self.ids, self.others), (self.embeds, self.embed(self.others)))
+                )
+                found = self.by_embeds(
+                    embeds,
+                    ids,
+                    position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
+                    attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
+                )[0]
+                return self.same(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
+
+        return _holds(trial)
 
     def repeats_cache(self) -> bool:
         def trial() -> bool:

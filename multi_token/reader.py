@@ -6,14 +6,14 @@ Border: the one list of steps above `Batch`, the same for training and asking. I
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from multi_token.chat import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
-from multi_token.types import Conversation, Media, Message, Prepared, Sample, Text
+from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Prepared, Sample, Text
 
 if TYPE_CHECKING:
     from multi_token.recipe import Recipe
@@ -36,6 +36,9 @@ class Reader:
     fetch: Fetch
     max_tokens: int | None = None
     cache: FeatureSource | None = None
+    teacher: Literal["required", "optional"] | None = None
+    """Also read each conversation with texts in place of its media; `required`: a row without them
+    is refused."""
 
     @property
     def tokenizer(self) -> Any:
@@ -99,7 +102,55 @@ class Reader:
                 kind="too_long",
                 row_id=row_id,
             )
+        if self.teacher is not None and not prompt_only:
+            sample.teacher = self._as_text(conversation, sample)
         return sample
+
+    def _as_text(self, conversation: Conversation, sample: Sample) -> Sample | None:
+        """The conversation with its media's surrogates, or None where some are missing.
+
+        Raises RowError if they are required, or if the answers read otherwise behind them.
+        """
+        missing = sorted({m.modality for m in conversation.media if m.surrogate is None})
+        if missing and self.teacher == "optional":
+            return None
+        if missing:
+            raise RowError(
+                f"has no text for a teacher to read in place of its {', '.join(missing)}; give one "
+                f'for each item ("surrogates": {{"{missing[0]}": ["..."]}}), or set '
+                "`teacher.missing` to cross_entropy",
+                kind="format",
+                row_id=conversation.id,
+            )
+        messages = tuple(
+            replace(
+                message,
+                parts=tuple(
+                    Text(part.surrogate or "") if isinstance(part, Media) else part
+                    for part in message.parts
+                ),
+            )
+            for message in conversation.messages
+        )
+        as_text = replace(conversation, messages=messages)
+        try:
+            teacher = self.chat.tokenize(as_text, [])
+        except ChatTemplateError as error:
+            raise RowError(str(error), kind="chat_template", row_id=conversation.id) from error
+        if _learned_ids(teacher) != _learned_ids(sample):
+            raise RowError(
+                "has answers whose tokens are others behind its `surrogates` than behind its "
+                "media, so the teacher's cannot be compared; leave the surrogates out",
+                kind="chat_template",
+                row_id=conversation.id,
+            )
+        return teacher
+
+
+def _learned_ids(sample: Sample) -> list[int]:
+    """The ids that are predicted and learned; the first of all is predicted by nothing."""
+    labels = sample.labels[1:]
+    return labels[labels != IGNORE_INDEX].tolist()
 
 
 def _has_text(message: Message) -> bool:

@@ -19,7 +19,9 @@ from multi_token.registry import nearest, validated
 from multi_token.train_spec import DataSource, Section, TrainSpec
 from multi_token.types import LearnTurns
 
-_TAKEN = frozenset({"id", "text", "message", "messages", "conversation", "conversations"})
+_TAKEN = frozenset(
+    {"id", "text", "message", "messages", "conversation", "conversations", "rate", "surrogates"}
+)
 
 
 class Quantization(Section):
@@ -74,7 +76,7 @@ class ModelSpec(Section):
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in _TAKEN:
                 raise ValueError(
                     f"{name!r} cannot name a modality: expected letters, digits, - and _, and none "
-                    f"of the words that rows use ({', '.join(sorted(_TAKEN))})"
+                    f"of the words that rows and `learn` use ({', '.join(sorted(_TAKEN))})"
                 )
         return modalities
 
@@ -83,6 +85,8 @@ class DataSpec(Section):
     """What is learned from."""
 
     train: list[DataSource] = Field(min_length=1)
+    eval: list[DataSource] = Field(default_factory=list)
+    """Held-out rows: their loss, answers to some of them and the blind test, every `eval_steps`."""
     max_tokens: int = Field(default=2048, ge=1)
     """A longer row is never cut: see `on_bad_row`."""
     on_bad_row: Literal["raise", "skip"] = "raise"
@@ -99,7 +103,25 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _what_learns_is_there(self) -> Recipe:
         known = list(self.model.modalities)
+        quantized = None if self.model.quantization is None else self.model.quantization.kind
+        if quantized and self.train.fsdp is not None:
+            raise RecipeError(
+                f"train.fsdp cuts floating-point weights, and model.quantization ({quantized}) "
+                "stores integers; set one of them to null (QLoRA trains with a copy in each "
+                "process)"
+            )
         for stage in self.train.stages:
+            if quantized and stage.learn.language_model is not None:
+                raise RecipeError(
+                    f"stage {stage.name!r} learns `language_model`, whose weights "
+                    f"`model.quantization` ({quantized}) stores in integers; learn an `adapter` on "
+                    "it (QLoRA), or set model.quantization to null"
+                )
+            if quantized == "8bit" and stage.learn.adapter and self.train.adapter.use_dora:
+                raise RecipeError(
+                    "train.adapter: `use_dora` reads whole weights, which 8bit does not keep; use "
+                    "4bit, or set `use_dora` to false"
+                )
             projectors = stage.learn.projectors
             for part, names in (
                 ("projectors", projectors if isinstance(projectors, dict) else ()),
@@ -112,6 +134,16 @@ class Recipe(Section):
                             f"modality of the recipe{nearest(name, known)} (known: "
                             f"{', '.join(known)})"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_evaluated_is_there(self) -> Recipe:
+        for args in (self.train.args, *(stage.args for stage in self.train.stages)):
+            if args.get("eval_strategy", "no") != "no" and not self.data.eval:
+                raise RecipeError(
+                    f"train args: eval_strategy={args['eval_strategy']} needs rows to evaluate on; "
+                    "name held-out ones under `data.eval`, or remove it"
+                )
         return self
 
     def save(self, path: Path) -> None:

@@ -6,7 +6,7 @@ Border: paths and fingerprints; it loads no model and reads no checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,14 @@ def identity(language_model: Any) -> dict[str, Any]:
 
     `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
     quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter
-    changes. A hash is None where it cannot be made: on the meta device, or of quantized layers.
+    changes; one that stands beside it changes nothing. A hash is None where it cannot be made: on
+    the meta device, or of quantized layers.
     """
     config = language_model.config.get_text_config()
     embeddings = language_model.get_input_embeddings().weight
     rows = embeddings[:: max(1, len(embeddings) // _NUM_ROWS)][:_NUM_ROWS]
-    vectors = [
-        tensor
-        for _, tensor in sorted(language_model.named_parameters())
-        if tensor.ndim == 1 and tensor.is_floating_point()
-    ]
+    parameters = [p for _, p in sorted(own_tensors(language_model.named_parameters()).items())]
+    vectors = [p for p in parameters if p.ndim == 1 and p.is_floating_point()]
     return {
         "model_type": config.model_type,
         "hidden_size": int(embeddings.shape[1]),
@@ -103,15 +101,22 @@ def identity(language_model: Any) -> dict[str, Any]:
         "num_ids": int(embeddings.shape[0]),
         "dtype": str(embeddings.dtype).removeprefix("torch."),
         "weights": _hash([rows, *vectors]),
-        "layers": _hash(_pieces(language_model)),
+        "layers": _hash(_pieces(parameters)),
     }
 
 
-def _pieces(language_model: Any) -> list[Tensor]:
+def own_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of the language model itself by its own names, whether PEFT has wrapped it or not."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in named
+        if ".lora_" not in name
+    }
+
+
+def _pieces(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The first and last row of every matrix, or nothing if some are quantized."""
-    matrices = [
-        tensor for _, tensor in sorted(language_model.named_parameters()) if tensor.ndim > 1
-    ]
+    matrices = [p for p in parameters if p.ndim > 1]
     if not all(m.is_floating_point() and type(m.data) is Tensor for m in matrices):
         return []
     return [m.flatten(0, -2)[[0, -1], :_NUM_COLUMNS] for m in matrices]

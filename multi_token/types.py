@@ -34,11 +34,13 @@ class Media:
     """One item of a modality inside a message.
 
     `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
-    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers.
+    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers. `surrogate`: a
+    text that says the same (a transcript, a caption), for a teacher that reads (train/teacher.py).
     """
 
     modality: str
     source: Any
+    surrogate: str | None = None
 
 
 Part = Text | Media
@@ -91,7 +93,8 @@ class Sample:
     """One conversation as numbers.
 
     `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
-    `places` and `media` run in parallel, in reading order.
+    `places` and `media` run in parallel, in reading order. `teacher`: the same conversation with
+    texts in place of its media, if that was asked for and they are there.
     """
 
     input_ids: Tensor
@@ -99,6 +102,7 @@ class Sample:
     places: list[Place] = field(default_factory=list)
     media: list[Prepared] = field(default_factory=list)
     id: str = ""
+    teacher: Sample | None = None
 
 
 class MediaBatch(TypedDict):
@@ -127,6 +131,31 @@ class Batch(TypedDict):
     shift_labels: Tensor
     media: dict[str, MediaBatch]
     num_shared: NotRequired[int]
+
+
+class PackedBatch(TypedDict):
+    """Several samples one after the other in one row; the model's forward takes it as well.
+
+    `input_ids`, `labels`, `shift_labels`, `position_ids`: int64 [1, time]. Positions begin anew
+    with each sample, and the last one of a sample predicts nothing. There is no attention mask:
+    with one, even of ones, transformers would not look for samples in the positions.
+    `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], where samples begin, and the end.
+    `max_length_q`, `max_length_k`: the longest sample. Flash attention asks for these four.
+    `segments`: int64 [num_segments, 4], where samples share a start (attention.py): from where to
+    where each segment goes, and from where to where what stands before it (0, 0 for nothing). Then
+    the four above count segments, and positions go on from the shared start.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    shift_labels: Tensor
+    position_ids: Tensor
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+    media: dict[str, MediaBatch]
+    segments: NotRequired[Tensor]
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,3 +94,14 @@ def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -
     }
     torch.manual_seed(0)
     return compose(Recipe.model_validate(fields).model)
+
+
+@pytest.fixture(scope="session")
+def families() -> ModuleType:
+    """tests/language_models/families.py: tiny models of many families."""
+    path = Path(__file__).resolve().parent / "language_models" / "families.py"
+    spec = importlib.util.spec_from_file_location("tiny_families", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -23,13 +23,13 @@ PACKAGE = ROOT / "multi_token"
 # A room may import rooms of its own line and of the lines above it.
 LAYERS = [
     ["types", "errors"],
-    ["registry", "hub", "references"],
+    ["registry", "hub", "references", "page"],
     ["media"],
     ["projectors", "resample", "modalities"],
     ["marks", "chat_template", "chat", "collate", "splice", "train_spec", "recipe"],
-    ["drive", "capabilities", "quantization", "language_model", "probe", "encoders"],
-    ["reader", "model"],
-    ["checkpoint", "generate", "data", "train", "testing"],
+    ["drive", "attention", "capabilities", "quantization", "language_model", "probe", "encoders"],
+    ["reader", "model", "language_model_folder"],
+    ["checkpoint", "generate", "data", "evaluate", "train", "testing"],
     ["demo", "cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -15,7 +15,7 @@ from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.projectors import Expand, Mlp
 from multi_token.recipe import Recipe, load_recipe, parse_recipe
-from multi_token.train_spec import LearnEncoder, LoraSpec
+from multi_token.train_spec import FeatureCacheSpec, LearnEncoder, LoraSpec, Pace
 
 Fields = Callable[..., dict[str, Any]]
 
@@ -81,6 +81,12 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.stages.0.learn.encoders={image: {rate: 1, last: 0}}", "image.last': .*equal to 1"),
         ("train.stages.0.learn.encoders={image: {rate: 1, lst: 1}}", "did you mean 'last'"),
         ("train.stages.0.learn.encoders={image: {rate: 1, lora: {r: 2}, last: 1}}", "exclude each"),
+        ("train.stages.0.learn.projectors={rate: 0}", "projectors.all.rate': .*greater than 0"),
+        ("train.stages.0.learn.projectors={rate: 1, decay: 1}", "unknown key .*'weight_decay'"),
+        ("train.stages.0.learn.adapter={weight_decay: 1}", "adapter.rate' is required"),
+        ("train.stages.0.learn.adapter={rate: 1, weight_decay: -1}", "or equal to 0"),
+        ("train.stages.0.learn={adapter: 1, language_model: 1}", "exclude each other"),
+        ("model.modalities.rate={type: vector, dim: 2}", "'rate' cannot name a modality"),
         ("train.start_from=RUN", "the run's own `output_dir`"),
     ],
 )
@@ -106,6 +112,28 @@ def test_cached_features_are_refused_where_an_encoder_learns(text: str) -> None:
     learn = ["train.feature_cache=true", "train.stages.0.learn.encoders={image: 1e-5}"]
     with pytest.raises(RecipeError, match="stage 'projector' learns the encoder of 'image'"):
         parse_recipe(text, learn)
+
+
+def test_the_feature_cache_is_a_word_or_a_section(text: str) -> None:
+    for value, expected in (
+        ("true", FeatureCacheSpec()),
+        ("false", None),
+        ("auto", FeatureCacheSpec(auto=True)),
+        ("{path: kept, dtype: bfloat16}", FeatureCacheSpec(path="kept", dtype="bfloat16")),
+    ):
+        recipe = parse_recipe(text, [f"train.feature_cache={value}"])
+        assert recipe.train.feature_cache == expected
+        again = Recipe.model_validate(recipe.model_dump(mode="json"))
+        assert again.train.feature_cache == expected
+    assert parse_recipe(text).train.feature_cache is None
+    for wrong, sentence in (
+        ("maybe", "expected true, false, auto or a section"),
+        ("{folder: kept}", "folder"),
+        ("{dtype: int8}", "float32"),
+        ("{shard_megabytes: 0}", "greater than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            parse_recipe(text, [f"train.feature_cache={wrong}"])
 
 
 def test_lora_on_an_encoder_is_the_same_in_all_stages_or_refused(text: str) -> None:
@@ -135,6 +163,68 @@ def test_a_missing_key_and_a_missing_file_are_named(text: str, tmp_path: Path) -
 def test_a_shared_prefix_is_refused_where_the_language_model_learns(text: str) -> None:
     with pytest.raises(RecipeError, match="`share_prefix` needs a frozen language model"):
         parse_recipe(text, ["train.share_prefix=true", "train.stages.0.learn={adapter: 1e-3}"])
+
+
+def test_a_language_model_in_pieces_is_a_line_of_the_recipe(text: str) -> None:
+    assert parse_recipe(text).train.fsdp is None
+    assert parse_recipe(text, ["train.fsdp=false"]).train.fsdp is None
+    for value, num in (("true", 1), ("{replicas: 2}", 2)):
+        fsdp = parse_recipe(text, [f"train.fsdp={value}"]).train.fsdp
+        assert fsdp is not None and fsdp.replicas == num
+    for override, sentence in (
+        ("train.share_prefix=true", "`fsdp` and `share_prefix` exclude each other"),
+        ("train.args={deepspeed: zero.json}", "`fsdp` and `deepspeed` of `args` exclude"),
+        ("train.stages.0.args={fsdp: true}", "`fsdp` and `fsdp` of `args` exclude"),
+        ("model.quantization=4bit", "train.fsdp cuts floating-point weights"),
+        ("train.fsdp={replicas: 0}", "greater than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            parse_recipe(text, ["train.fsdp=true", override])
+
+
+def test_packing_excludes_a_shared_prefix_and_its_keys_need_it(text: str) -> None:
+    packed = parse_recipe(text, ["train.packing=true", "train.pack_items=4"]).train
+    assert packed.packing and packed.pack_items == 4 and packed.pack_tokens is None
+    with pytest.raises(RecipeError, match="`packing` and `share_prefix` exclude each other"):
+        parse_recipe(text, ["train.packing=true", "train.share_prefix=true"])
+    for key, value in (("pack_tokens", 64), ("pack_items", 4), ("share_media", "true")):
+        with pytest.raises(RecipeError, match=f"`{key}` needs `packing: true`"):
+            parse_recipe(text, [f"train.{key}={value}"])
+
+
+def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
+    for part in ("projectors", "adapter", "language_model"):
+        for value, expected in (
+            ("1e-3", Pace(rate=1e-3)),
+            ("{rate: 1e-3, weight_decay: 0.1}", Pace(rate=1e-3, weight_decay=0.1)),
+        ):
+            recipe = parse_recipe(text, [f"train.stages.0.learn={{{part}: {value}}}"])
+            assert getattr(recipe.train.stages[0].learn, part) == expected
+            assert parse_recipe(yaml.safe_dump(recipe.model_dump(mode="json"))) == recipe
+    own = "{image: {rate: 1, weight_decay: 2}}"
+    some = parse_recipe(text, [f"train.stages.0.learn.projectors={own}"])
+    learn = some.train.stages[0].learn
+    assert learn.projectors == {"image": Pace(rate=1, weight_decay=2)}
+    assert learn.projector("image") == Pace(rate=1, weight_decay=2)
+    assert parse_recipe(yaml.safe_dump(some.model_dump(mode="json"))) == some
+
+
+def test_the_whole_language_model_does_not_learn_in_integers_or_behind_an_adapter(
+    text: str,
+) -> None:
+    full = "train.stages.0.learn={language_model: 1e-5}"
+    parse_recipe(text, [full])
+    with pytest.raises(RecipeError, match="'projector' learns `language_model`, whose .*4bit"):
+        parse_recipe(text, [full, "model.quantization=4bit"])
+    with pytest.raises(RecipeError, match="'projector' learns all of it"):
+        parse_recipe(text, [full, "train.share_prefix=true"])
+    stages = [
+        {"name": "a", "learn": {"language_model": 1e-5}},
+        {"name": "b", "learn": {"adapter": 1e-4}},
+    ]
+    parse_recipe(text, [f"train.stages={stages}"])
+    with pytest.raises(RecipeError, match="'a' learns `language_model` behind stage 'b'"):
+        parse_recipe(text, [f"train.stages={stages[::-1]}"])
 
 
 def test_two_stages_of_one_name_are_refused(text: str) -> None:
@@ -193,3 +283,12 @@ def test_a_recipe_object_can_be_built_by_hand(recipe_fields: Fields, tmp_path: P
     fields = recipe_fields(tmp_path)
     fields["model"]["modalities"]["image"] = ImageModality(encoder="some/encoder")
     assert Recipe.model_validate(fields).model.modalities["image"].type == "image"
+
+
+def test_evaluating_needs_rows_to_evaluate_on(text: str) -> None:
+    fields = yaml.safe_load(text)
+    fields["train"]["args"] = {"eval_strategy": "epoch"}
+    with pytest.raises(RecipeError, match="eval_strategy=epoch needs rows .* `data.eval`"):
+        parse_recipe(yaml.safe_dump(fields))
+    fields["data"]["eval"] = [{"rows": "held_out.jsonl"}]
+    assert parse_recipe(yaml.safe_dump(fields)).data.eval[0].rows == "held_out.jsonl"

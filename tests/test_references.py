@@ -67,6 +67,7 @@ def test_an_adapter_beside_it_does_not_make_it_another_model(tmp_path: Path) -> 
     model = load_language_model(tiny_language_model(tmp_path / "a"))
     before = identity(model)
     wrapped = attach_adapter(model, AdapterSpec(r=2))
+    assert identity(wrapped) == before
     assert identity(wrapped.unload()) == before
 
 

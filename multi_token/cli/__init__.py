@@ -17,6 +17,7 @@ from multi_token.cli.ask import ask, chat, predict
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
+from multi_token.cli.evaluate import evaluate_app
 from multi_token.cli.modalities import modalities_app
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError
@@ -37,6 +38,7 @@ app.command("import")(import_run)
 app.command()(export)
 app.command()(push)
 app.add_typer(data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(modalities_app, name="modalities")
 
 

@@ -1,4 +1,4 @@
-"""`multi-token data check` and `data show`: look at rows before a GPU is rented.
+"""`multi-token data check`, `data show` and `data encode`: rows before a GPU is rented.
 
 Border: tables and exit codes. What is in the rows is found by data/inspect.py.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from multi_token.data.dataset import Row
+    from multi_token.data.encode import EncodeReport
     from multi_token.data.inspect import Bin, Report
     from multi_token.reader import Reader
     from multi_token.types import Conversation
@@ -113,6 +114,117 @@ def show(
     console.print(render_sample(sample, reader.tokenizer, marks=not console.is_terminal))
     if sample.places:
         console.print(_media_table(conversation, [place.length for place in sample.places]))
+
+
+@data_app.command()
+def encode(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where features go; default: `train.feature_cache.path`, or the run's `cache`.",
+        ),
+    ] = None,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the work; default: torchrun's, or 1."),
+    ] = None,
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="Which of them this is, from 0; default: torchrun's.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Unreadable items shown.", min=0)] = 5,
+    override: Override = None,
+) -> None:
+    """Encode every item of a recipe's rows, for `train.feature_cache`. Goes on where it stopped.
+
+    Several processes and machines may write into one folder. Exit code 1: an item or a row could
+    not be read.
+    """
+    from rich.console import Console
+
+    from multi_token.errors import RecipeError
+    from multi_token.recipe import load_recipe
+    from multi_token.train_spec import FeatureCacheSpec
+
+    share, num_shares = _share(shard, num_shards)
+    loaded = load_recipe(recipe, override or ())
+    spec = loaded.train.feature_cache or FeatureCacheSpec()
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from multi_token.data.dataset import load_rows, rows_root
+    from multi_token.data.encode import Place, encode_rows, random_preprocessing, some_items
+    from multi_token.media.fetch import Fetch
+    from multi_token.train.features import cache_folder, frozen_encoders, open_cache
+
+    align = loaded.train.align
+    sources = [*loaded.data.train, *loaded.data.eval]
+    sources += (align.rows or []) if align is not None else []
+    places = [
+        Place(load_rows(s.rows, split=s.split), Fetch(root=rows_root(s.rows)), s.rows)
+        for s in sources
+    ]
+    modalities = loaded.model.modalities
+    reason = random_preprocessing(some_items(places, modalities), modalities)
+    if reason is not None:
+        raise RecipeError(reason)
+    encoders = frozen_encoders(loaded)
+    console = Console(stderr=True, highlight=False)
+    folder = Path(out).expanduser() if out is not None else cache_folder(loaded)
+    cache = open_cache(folder, spec, console)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Reading rows", total=sum(len(p.rows) for p in places))
+        report = encode_rows(
+            places,
+            modalities,
+            encoders,
+            cache,
+            share=share,
+            num_shares=num_shares,
+            on_row=lambda: progress.advance(task),
+        )
+    _print_encoded(console, report, examples)
+    cache.refresh()
+    of = "" if num_shares == 1 else f" (share {share} of {num_shares})"
+    console.print(
+        f"{report.num_items:,} items in {report.num_rows:,} rows{of}: {report.num_encoded:,} "
+        f"encoded, {report.num_there:,} there already or repeated, {len(report.problems):,} "
+        f"skipped; {len(cache):,} in {folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+    if folder != cache_folder(loaded):
+        console.print(f"train with it: train.feature_cache.path={folder}", soft_wrap=True)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _share(shard: int | None, num_shards: int | None) -> tuple[int, int]:
+    """From the options, or else from what torchrun tells its processes."""
+    import os
+
+    from multi_token.errors import MultiTokenError
+
+    if (shard is None) != (num_shards is None):
+        raise MultiTokenError("--shard and --num-shards belong together; give both or neither")
+    if shard is None or num_shards is None:
+        shard, num_shards = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if shard >= num_shards:
+        raise MultiTokenError(
+            f"expected --shard from 0 to {num_shards - 1}, since --num-shards is {num_shards}, "
+            f"got {shard}"
+        )
+    return shard, num_shards
+
+
+def _print_encoded(console: Console, report: EncodeReport, examples: int) -> None:
+    for problem in report.problems[:examples]:
+        console.print(f"skipped {problem.message}", markup=False, soft_wrap=True)
+    if 0 < examples < len(report.problems):
+        console.print(f"and {len(report.problems) - examples:,} more")
 
 
 def _reader(data: str, recipe: str, override: list[str] | None) -> Reader:

@@ -12,6 +12,9 @@ def train(
     overrides: list[str] = typer.Argument(
         None, help="key=value, e.g. train.seed=1 train.stages.0.args.max_steps=100"
     ),
+    plan: bool = typer.Option(
+        False, "--plan", help="Say what it will do, need and take, and train nothing."
+    ),
 ) -> None:
     """Train the stages of a recipe. The same command again goes on where it stopped."""
     from rich.console import Console
@@ -19,8 +22,22 @@ def train(
     from multi_token.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from multi_token.train.run import plan as plan_run
     from multi_token.train.run import train as run
 
     console = Console(stderr=True)
-    run(loaded, console=console)
-    console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
+    if plan:
+        plan_run(loaded, console=console)
+        return
+    from multi_token.errors import Interrupted
+    from multi_token.train.distributed import is_first, part
+
+    try:
+        run(loaded, console=console)
+    except Interrupted:
+        if is_first():
+            raise
+        raise typer.Exit(130) from None
+    if is_first():
+        console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
+    part()

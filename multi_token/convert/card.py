@@ -109,10 +109,17 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
         "library_name": "multi_token",
         "pipeline_tag": _PIPELINES.get(types, "any-to-any"),
         **({"base_model": parents} if parents else {}),
-        **({"base_model_relation": "adapter"} if fields["adapter"] else {}),
+        **({"base_model_relation": relation} if (relation := _relation(fields)) else {}),
         **({"datasets": datasets} if datasets else {}),
         "tags": ["multi_token", "multimodal", *sorted(types)],
     }
+
+
+def _relation(fields: Mapping[str, Any]) -> str | None:
+    """In the hub's words."""
+    if fields.get("base_identity"):
+        return "finetune"
+    return "adapter" if fields["adapter"] else None
 
 
 def _claim(fields: Mapping[str, Any]) -> str:
@@ -120,7 +127,12 @@ def _claim(fields: Mapping[str, Any]) -> str:
     base = fields.get("base_model") or model["language_model"]
     names = ", ".join(f"`<{name}>`" for name in model["modalities"])
     known = "a language model that lies in this repository" if _is_inside(base) else f"`{base}`"
-    learned = "projectors and a LoRA adapter" if fields["adapter"] else "projectors"
+    parts = [
+        "projectors",
+        *(["the language model, all of it trained"] if fields.get("base_identity") else []),
+        *(["a LoRA adapter"] if fields["adapter"] else []),
+    ]
+    learned = " and ".join(parts)
     return (
         f"{known[0].upper()}{known[1:]} with senses: {names}. This repository holds {learned}, "
         f"made with multi_token {fields['multi_token_version']}; frozen parts are named by it "

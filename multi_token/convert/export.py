@@ -24,10 +24,15 @@ from multi_token.convert.merge import merge
 from multi_token.convert.parts_template import over_parts, placeholder
 from multi_token.convert.staging import staged
 from multi_token.errors import ConvertError
+from multi_token.language_model_folder import (
+    LANGUAGE_MODEL,
+    described_inside,
+    write_language_model,
+)
 from multi_token.model import MultiTokenForConditionalGeneration
 
 Format = Literal["merged", "language-model", "llava"]
-LANGUAGE_MODEL, ENCODERS, MANIFEST = "language_model", "encoders", "manifest.json"
+ENCODERS, MANIFEST = "encoders", "manifest.json"
 MANIFEST_SCHEMA = 1
 
 
@@ -61,11 +66,8 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     """The run with everything inside that is not on the hub already."""
     assert model.reader is not None
     merge(model)
-    lies = out / LANGUAGE_MODEL
-    model.language_model.save_pretrained(lies)
-    tokenizer = model.reader.tokenizer
-    tokenizer.chat_template = model.reader.chat.template
-    tokenizer.save_pretrained(lies)
+    chat = model.reader.chat
+    write_language_model(model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL)
     fields = model.config.model
     base, modalities = fields["language_model"], {}
     for name, modality in fields["modalities"].items():
@@ -77,13 +79,10 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     if not Path(base).exists():
         model.config.base_model = base
     model.config.model = {
-        **fields,
-        "language_model": f"./{LANGUAGE_MODEL}",
-        "revision": None,
-        "chat_template": None,  # the tokenizer's own now
-        **({"quantization": None} if "quantization" in fields else {}),
+        **described_inside(fields),
         "modalities": modalities,
     }
+    model.trained_language_model = False  # from here on it is a language model like any other
     save(model, out)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -25,7 +26,7 @@ ROLES: Mapping[str, Role] = {
 }
 """Every accepted name of a speaker, and what it becomes."""
 
-_NOT_MEDIA = ("id", "messages", "conversations")
+_NOT_MEDIA = ("id", "messages", "conversations", "surrogates")
 _OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
 """Fields of the original's rows that are not called as their slot, with or without an s."""
 
@@ -46,6 +47,9 @@ def to_conversation(
     items, or one item. A flat list of numbers is one item, and so is an array in `<name>`; an array
     of two or more axes in `<name>s` is many, along its first. In a row of content parts no text is
     a slot: `<image>` stays text in all its messages.
+
+    `surrogates`, if given, holds a text for each item of a name, in reading order:
+    `{"speech": ["turn on the light"]}`.
 
     An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
     """
@@ -98,7 +102,55 @@ class _RowReader:
                 self._refuse_media(parts, index)
             messages.append(Message(role, parts))
         self._check_counts(text_slots=text_slots)
-        return Conversation(tuple(messages), id=self.row_id)
+        return self._with_surrogates(Conversation(tuple(messages), id=self.row_id))
+
+    def _with_surrogates(self, conversation: Conversation) -> Conversation:
+        """The same conversation, each item with its text of the row's `surrogates`."""
+        given = self.row.get("surrogates")
+        if given is None:
+            return conversation
+        if not isinstance(given, Mapping):
+            raise self.error(
+                f"`surrogates` is {_kind(given)}, expected an object with a list of texts for each "
+                f"of {', '.join(sorted(self.names))}"
+            )
+        texts: dict[str, list[Any]] = {}
+        for name, value in given.items():
+            if value is None:
+                continue  # a column of a table
+            found: list[Any] | None = [value] if isinstance(value, str) else _as_list(value)
+            if (
+                name not in self.names
+                or found is None
+                or not all(isinstance(text, (str, type(None))) for text in found)
+            ):
+                raise self.error(
+                    f"`surrogates` has {_kind(value)} under {name!r}, expected a list of texts "
+                    f"under one of {', '.join(sorted(self.names))}"
+                )
+            num_items = sum(item.modality == name for item in conversation.media)
+            if len(found) != num_items:
+                raise self.error(
+                    f"`surrogates` has {len(found)} texts under {name!r}, but the row has "
+                    f"{num_items} items of it; give one for each, in reading order",
+                    kind="item_count",
+                )
+            texts[name] = found[::-1]
+        return replace(
+            conversation,
+            messages=tuple(
+                replace(
+                    message,
+                    parts=tuple(
+                        replace(part, surrogate=texts[part.modality].pop())
+                        if isinstance(part, Media) and part.modality in texts
+                        else part
+                        for part in message.parts
+                    ),
+                )
+                for message in conversation.messages
+            ),
+        )
 
     def _turns(self) -> tuple[list[Mapping[str, Any]], str, str]:
         # columns of a table exist in every row: a null field is an absent one

@@ -55,7 +55,9 @@ def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
         done = json.loads((stage / "done.json").read_text(encoding="utf-8"))
         before = losses[-1][0] if losses else 0
         losses += [
-            (before + log["step"], log["loss"]) for log in done["log_history"] if "loss" in log
+            (before + log["step"], log["loss"])
+            for log in done.get("log_history", ())
+            if "loss" in log
         ]
     return losses
 

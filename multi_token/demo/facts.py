@@ -57,6 +57,11 @@ class Question:
         return f"What does {self.name} have?"
 
     @property
+    def follow_up(self) -> str:
+        """The same, asked behind a question about another name."""
+        return f"And {self.name}?"
+
+    @property
     def answer(self) -> str:
         # the name again: what is looked up then stands right behind what it is looked up by
         return f"{self.name} {self.thing}"

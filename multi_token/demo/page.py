@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from multi_token.demo.chart import chart
+from multi_token.page import style
+from multi_token.page.chart import chart
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -85,11 +86,9 @@ def write_page(
 
     `facts`: small tables at the end, by their titles.
     """
-    demo_page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    style = demo_page.partition("<style>")[2].partition("</style>")[0]
     page = _PAGE.substitute(
         title=escape(title),
-        style=style,
+        style=style(),
         claim=claim,
         tiles="\n".join(_tile(tile) for tile in tiles),
         sections="\n".join(_section(section) for section in sections),

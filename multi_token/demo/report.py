@@ -6,14 +6,10 @@ is in report.html beside this file.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,7 +17,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from multi_token.demo.cards import Card, sheet_of
-from multi_token.demo.chart import chart
+from multi_token.page import style
+from multi_token.page.chart import chart
+from multi_token.page.machine import machine
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ def write_report(
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.substitute(
         title="A language model learned to see",
+        style=style(),
         claim=_claim(whole),
         tiles="\n".join(_tiles(whole)),
         charts=_charts(losses, whole.get("probes") or ()),
@@ -64,32 +63,6 @@ def write_report(
         facts="\n".join(_facts(whole)),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        cpu = named[0] if named else cpu
-    return {
-        "cpu": cpu,
-        "cores": str(_num_cores()),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def _num_cores() -> int:
-    """Those that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _claim(report: Mapping[str, Any]) -> str:

@@ -20,12 +20,13 @@ from rich.progress import Progress
 from multi_token.checkpoint import CONFIG, compose, load_trained
 from multi_token.data.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
-from multi_token.demo.report import Example, machine, sheet, write_report
+from multi_token.demo.report import Example, sheet, write_report
 from multi_token.demo.rows import DemoData, Question, build_rows, read_questions
 from multi_token.demo.scores import contains_name, is_name, shuffled_pictures
 from multi_token.language_model import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -200,7 +201,7 @@ class Asker:
 
     def __post_init__(self) -> None:
         assert self.model.reader is not None
-        cache = FeatureCache(self.out / "cache" / "held_out.safetensors")
+        cache = FeatureCache(self.out / "cache" / "held_out")
         self.model.reader = replace(self.model.reader, cache=cache)
         self.cache = cache
 

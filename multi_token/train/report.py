@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,6 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.quantization import num_bytes, quantized_parameters
+from multi_token.train.distributed import in_any
+from multi_token.train.learning import LearningGroup
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
@@ -54,14 +57,27 @@ def _size(num: int) -> str:
     return f"{num / 1e6:,.1f} MB" if num >= 1e5 else f"{num:,} bytes"
 
 
-def groups_of(groups: Sequence[tuple[str, float, Sequence[nn.Parameter]]]) -> list[str]:
+def groups_of(groups: Sequence[LearningGroup]) -> list[str]:
     """A line for each group that learns: how many parameters, in what precision, how fast."""
     return [
-        f"  {name}: {sum(p.numel() for p in parameters):,} parameters in "
-        f"{' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in parameters}))}, "
-        f"learning rate {rate:g}"
-        for name, rate, parameters in groups
+        f"  {group.name}: {sum(p.numel() for p in group.parameters):,} parameters in "
+        f"{' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in group.parameters}))}, "
+        f"learning rate {group.rate:g}"
+        + (f", weight decay {group.weight_decay:g}" if group.weight_decay else "")
+        for group in groups
     ]
+
+
+def logs_of(args: TrainingArguments) -> str:
+    """Where the numbers go that are logged, besides the run's own report."""
+    if args.report_to:
+        return f"  logged to {', '.join(args.report_to)} every {args.logging_steps:g} steps"
+    if find_spec("tensorboard") is None:
+        return (
+            "  logged to report.html alone: tensorboard is not installed (`pip install "
+            "tensorboard`, or set train.args.report_to to another)"
+        )
+    return "  logged to report.html alone (train.args.report_to names others)"
 
 
 class Bar(TrainerCallback):
@@ -81,13 +97,13 @@ class Bar(TrainerCallback):
         )
         self.title = title
         self.task: Any = None
-        self.since = (0.0, 0, 0)
+        self.since = 0.0
         self.first = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.since = (time.perf_counter(), self.trainer.num_tokens, self.trainer.num_supervised)
+        self.since = time.perf_counter()
         self.progress.start()
         self.task = self.progress.add_task(
             "", total=state.max_steps, completed=state.global_step, facts=""
@@ -99,8 +115,8 @@ class Bar(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
         if self.first:
             self.first = False
-            num_tokens = self.trainer.num_tokens - self.since[1]
-            num_supervised = self.trainer.num_supervised - self.since[2]
+            num_tokens = round(self.trainer.meter.total("tokens"))
+            num_supervised = round(self.trainer.meter.total("supervised"))
             self.console.print(
                 f"first batch: {num_tokens:,} tokens, {num_supervised:,} "
                 f"({num_supervised / max(num_tokens, 1):.0%}) supervised",
@@ -115,25 +131,18 @@ class Bar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """The log of a step, with counts since the last one written into the run's history."""
+        """The log of a step."""
         if not logs or "loss" not in logs:
             return
         now, then = time.perf_counter(), self.since
-        tokens = self.trainer.num_tokens - then[1]
-        supervised = self.trainer.num_supervised - then[2]
-        self.since = (now, self.trainer.num_tokens, self.trainer.num_supervised)
-        facts = {
-            "tokens_per_second": round(tokens / max(now - then[0], 1e-9), 1),
-            "supervised_fraction": round(supervised / max(tokens, 1), 4),
-        }
-        state.log_history[-1].update(facts)
+        self.since = now
         text = (
-            f"loss {logs['loss']:.3f} · {facts['tokens_per_second']:.0f} tok/s · "
-            f"{facts['supervised_fraction']:.0%} supervised"
+            f"loss {logs['loss']:.3f} · {logs.get('tokens_per_second', 0):.0f} tok/s · "
+            f"{logs.get('supervised_fraction', 0):.0%} supervised"
         )
         self.progress.update(self.task, facts=text)
         if self.progress.disable:
-            left = (state.max_steps - state.global_step) * (now - then[0]) / args.logging_steps
+            left = (state.max_steps - state.global_step) * (now - then) / args.logging_steps
             self.console.print(
                 f"{self.title} {state.global_step}/{state.max_steps} · {text} · "
                 f"{max(left, 0):.0f} s left",
@@ -147,28 +156,38 @@ class Bar(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the current step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+    """Ctrl-C ends the current step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+
+    SIGTERM, by which a scheduler or torchrun ends a job, does the same; a second one changes
+    nothing. All processes stop at one step, whichever of them the signal reached.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.interrupted = False
-        self.previous: Any = None
+        self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._on_signal)
 
-    def _on_signal(self, *_: Any) -> None:
-        if self.interrupted:
+    def _on_signal(self, number: int, *_: Any) -> None:
+        by_hand = number == signal.SIGINT
+        if self.interrupted and by_hand:
             raise KeyboardInterrupt
+        if not self.interrupted:
+            what = "Ctrl-C" if by_hand else "SIGTERM"
+            again = " (once more to stop at once)" if by_hand else ""
+            self.console.print(f"{what}: saving after this step{again} ...")
         self.interrupted = True
-        self.console.print("Ctrl-C: saving after this step (once more to stop at once) ...")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self.interrupted = in_any(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -176,6 +195,6 @@ class StopOnInterrupt(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}

@@ -1,7 +1,7 @@
 """A recipe -> a trained model in the run's folder. The same recipe again goes on where it stopped.
 
     RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint.py)
-    RUN/cache/features.safetensors                                   features of frozen encoders
+    RUN/cache/*.safetensors, *.json                                  features of frozen encoders
     RUN/stages/0-align, 1-<name>, ...                                each stage's own state
 
 Border: the order of the stages. Each step is somebody else's: data/, align.py, trainer.py.
@@ -10,6 +10,7 @@ Border: the order of the stages. Each step is somebody else's: data/, align.py, 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,60 @@ from transformers import PrinterCallback, set_seed
 from multi_token.checkpoint import CONFIG, compose, load, load_trained, move, save
 from multi_token.collate import Collator
 from multi_token.data.cache import FeatureCache
-from multi_token.data.dataset import ConversationDataset
 from multi_token.encoders import attach_lora, refuse_unreached
 from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model import attach_adapter
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.probe import try_training
-from multi_token.recipe import Recipe, load_recipe
+from multi_token.recipe import Recipe
 from multi_token.train.align import align, calibrate, captioned, encoded
-from multi_token.train.report import Bar, StopOnInterrupt, groups_of, parts_of
-from multi_token.train.sources import Source, fill_cache, good_rows, open_source
-from multi_token.train.start_from import take_over
-from multi_token.train.trainer import (
-    MultiTokenTrainer,
-    last_checkpoint,
-    learning_encoders,
-    parameter_groups,
-    training_arguments,
+from multi_token.train.arguments import training_arguments
+from multi_token.train.checkpoints import RECIPE, claim, last_checkpoint, writing
+from multi_token.train.distributed import (
+    from_all,
+    from_first,
+    is_first,
+    num_processes,
+    refuse_other_recipes,
+    refuse_other_rows,
+    wait,
 )
-from multi_token.train_spec import Stage
+from multi_token.train.families import families_of
+from multi_token.train.features import choose_cache, fill_cache
+from multi_token.train.learning import learning_encoders, parameter_groups
+from multi_token.train.packing import packing_of
+from multi_token.train.page import RunReport
+from multi_token.train.plan import say
+from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of
+from multi_token.train.sources import Source, good_rows, open_source
+from multi_token.train.start_from import take_over
+from multi_token.train.teacher import WithTeacher
+from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train.watch import Watch, dataset_of, evaluation_defaults
+from multi_token.train_spec import Stage, TrainSpec
 
-RECIPE = "recipe.yaml"
 _DONE = "done.json"
 
 
-def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForConditionalGeneration:
+def plan(recipe: Recipe, *, console: Console | None = None) -> None:
+    """Say of every stage what it will do, need and take, from a few steps that are only tried.
+
+    Nothing is written where the run would be. Raises RecipeError in one of several processes.
+    """
+    if num_processes() > 1:
+        raise RecipeError("a plan is made by one process; start `--plan` without torchrun")
+    with tempfile.TemporaryDirectory() as folder:
+        fields = recipe.model_dump(mode="json")
+        fields["train"] |= {"output_dir": folder, "feature_cache": False}
+        train(Recipe.model_validate(fields), console=console, only_plan=True)
+
+
+def train(
+    recipe: Recipe, *, console: Console | None = None, only_plan: bool = False
+) -> MultiTokenForConditionalGeneration:
     """Run every stage of a recipe that is not done yet, and return the trained model.
+
+    `only_plan`: build each stage, and say its plan instead of running it (see `plan`).
 
     Raises RecipeError for a recipe that cannot be run, RowError for bad rows (unless the recipe
     skips them), Interrupted after Ctrl-C.
@@ -59,14 +88,19 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     arguments = [
         training_arguments(
             folder,
-            {**recipe.train.args, **stage.args},
+            {**evaluation_defaults(bool(recipe.data.eval)), **recipe.train.args, **stage.args},
             seed=recipe.train.seed,
             learning_rate=stage.learn.first_rate,
         )
         for folder, stage in zip(stage_folders, recipe.train.stages, strict=True)
     ]
+    arguments[0].device  # noqa: B018 - processes that were started together meet when it is asked
+    if not is_first():
+        console = Console(quiet=True)
     _claim(out, recipe)
-    if (out / CONFIG).is_file() and all((f / _DONE).is_file() for f in stage_folders):
+    if from_first(
+        lambda: (out / CONFIG).is_file() and all((f / _DONE).is_file() for f in stage_folders)
+    ):
         console.print(f"{out} is trained already")
         return load(out)
 
@@ -74,7 +108,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move(model, arguments[0].device)
     start, taken = out / "stages" / "0-align", ()
-    begun = (start / _DONE).is_file()
+    begun = from_first((start / _DONE).is_file)
     if begun:
         load_trained(model, start)
     elif recipe.train.start_from is not None:
@@ -83,31 +117,37 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
         )
     console.print(*parts_of(model), sep="\n", highlight=False)
-    if recipe.train.feature_cache:
-        _refuse_cached_learners(model, recipe)
     if recipe.train.share_prefix:
         model.capabilities.require("repeats_cache")
-    cache = FeatureCache(out / "cache" / "features.safetensors")
-    sources = [open_source(source, model, recipe, cache) for source in recipe.data.train]
-    if recipe.train.feature_cache:
+    if recipe.train.share_media:
+        model.capabilities.require("branches")
+    if recipe.train.packing:
+        model.capabilities.require("isolates_packed")
+    sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
+    cache = choose_cache(model, recipe, sources, arguments, console)
+    if cache is not None:
+        sources = [source.cached(cache) for source in sources]
         fill_cache(model, sources, cache, console)
+    sources = [source.taught(recipe.train.surrogates) for source in sources]
     sources = good_rows(sources, recipe, console)
-    dataset = ConcatDataset(
-        [
-            ConversationDataset(
-                source.rows,
-                source.reader,
-                modalities=list(model.modalities),
-                good=source.good,
-                source=source.name,
-            )
-            for source in sources
-        ]
-    )
-    if not begun:
+    refuse_other_rows(sources)
+    dataset = dataset_of(sources, model)
+    held_out = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
+    if held_out:
+        if cache is not None:
+            fill_cache(model, held_out, cache, console)
+        held_out = good_rows(held_out, recipe, console)
+        refuse_other_rows(held_out)
+    watch = Watch(model, held_out, recipe.train, RunReport(out, recipe, parts_of(model)), console)
+    if not begun and not only_plan:
         _start(model, sources, recipe, cache, console, taken=taken)
-        save(model, start)
-        _mark_done(start, {})
+        if is_first():
+            with writing(start):
+                save(model, start)
+                _mark_done(start, {})
+        wait()
+        if not is_first():
+            load_trained(model, start)  # where sums are rounded otherwise, projectors would be too
     for stage, folder, args in zip(recipe.train.stages, stage_folders, arguments, strict=True):
         if stage.learn.adapter is not None and not hasattr(model.language_model, "peft_config"):
             # a seed of its own, so that a resumed run draws the same adapter
@@ -117,7 +157,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             if learner.lora is not None and model.encoder(name).pretrained:
                 set_seed(recipe.train.seed)
                 attach_lora(name, model.encoder(name), learner.lora)
-        if (folder / _DONE).is_file():
+        if from_first((folder / _DONE).is_file):
             load_trained(model, folder / "result")
             continue
         _run_stage(
@@ -128,40 +168,44 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
             args,
             console,
             sources=sources,
-            share_prefix=recipe.train.share_prefix,
+            spec=recipe.train,
+            watch=watch,
+            only_plan=only_plan,
         )
-    save(model, out)
+        if recipe.train.fsdp is not None and num_processes() > 1:
+            # what was cut into pieces stays so: the next stage needs it whole
+            model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+            move(model, args.device)
+            load_trained(model, folder / "result")
+    if only_plan:
+        return model
+    if is_first():
+        with writing(out):
+            save(model, out)
+    wait()
+    watch.finish(model)
     console.print(f"saved to {out}")
     return model.eval()
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Write the recipe into its folder, or make sure that the one there is the same."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / RECIPE
-    if path.is_file() and load_recipe(path) != recipe:
+    """Make the folder this recipe's, once for all processes."""
+    refuse_other_recipes(recipe)
+    if is_first():
+        claim(out, recipe)
+    wait()
+    if not all(from_all((out / RECIPE).is_file())):
         raise RecipeError(
-            f"{out} holds a run of another recipe ({path}); choose another `train.output_dir`, or "
-            "remove that folder to start anew"
+            f"train.output_dir {out.absolute()} is not the same folder for all processes; name one "
+            "on storage that all machines share"
         )
-    recipe.save(path)
-
-
-def _refuse_cached_learners(model: MultiTokenForConditionalGeneration, recipe: Recipe) -> None:
-    """Those that the recipe names are refused by it; here are those that learn by themselves."""
-    for stage in recipe.train.stages:
-        for name in learning_encoders(model, stage.learn):
-            raise RecipeError(
-                f"`feature_cache` keeps the features of frozen encoders, but that of {name!r} "
-                f"starts from random weights and learns in stage {stage.name!r}; set it to false"
-            )
 
 
 def _start(
     model: MultiTokenForConditionalGeneration,
     sources: Sequence[Source],
     recipe: Recipe,
-    cache: FeatureCache,
+    cache: FeatureCache | None,
     console: Console,
     *,
     taken: Collection[str],
@@ -174,7 +218,7 @@ def _start(
     spec = recipe.train.align
     if spec is not None and spec.rows is not None:
         aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
-        if recipe.train.feature_cache:
+        if cache is not None:
             fill_cache(model, aligned, cache, console)
         aligned = good_rows(aligned, recipe, console)
         captions = [c for source in aligned for c in captioned(source.conversations())]
@@ -215,38 +259,66 @@ def _run_stage(
     console: Console,
     *,
     sources: Sequence[Source],
-    share_prefix: bool,
+    spec: TrainSpec,
+    watch: Watch,
+    only_plan: bool,
 ) -> None:
     assert model.reader is not None
+    lengths = [length for source in sources for length in source.lengths]
+    num_items: list[int] = []
+    if spec.pack_items is not None:
+        num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
+    packing = packing_of(
+        spec,
+        lengths,
+        num_items,
+        num_rows=args.per_device_train_batch_size,
+        families=families_of(sources, dataset) if spec.share_media else (),
+    )
+    collator = Collator(
+        model.modalities,
+        model.reader.chat.filler_id,
+        share_prefix=spec.share_prefix,
+        share_media=spec.share_media,
+    )
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
-        lengths=[length for source in sources for length in source.lengths],
+        lengths=lengths,
+        packing=packing,
+        fsdp=spec.fsdp,
         args=args,
         train_dataset=dataset,
-        data_collator=Collator(
-            model.modalities, model.reader.chat.filler_id, share_prefix=share_prefix
-        ),
+        eval_dataset=watch.dataset if args.eval_strategy != "no" else None,
+        peak_tflops=spec.peak_tflops,
+        teacher=stage.teacher,
+        data_collator=_collating(collator, stage, packed=packing is not None),
     )
-    for name, spec in learning_encoders(model, stage.learn).items():
+    for name, learner in learning_encoders(model, stage.learn).items():
         one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
         if one is not None:
             (features,) = encoded(model, name, [one], batch_size=1)
-            refuse_unreached(name, model.encoder(name), spec, features)
+            refuse_unreached(name, model.encoder(name), learner, features)
     num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
+    learns = groups_of(parameter_groups(model, stage.learn, weight_decay=args.weight_decay))
     console.print(
         f"stage {stage.name}: {num_learned:,} of {num_all:,} parameters learn",
-        *groups_of(parameter_groups(model, stage.learn)),
+        *learns,
+        logs_of(args),
         sep="\n",
         highlight=False,
     )
+    say(trainer, stage.name, console, at_length=only_plan)
+    if only_plan:
+        return
+    watch.attach(trainer, stage.name, learns)
     try_training(model.language_model)
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
     trainer.add_callback(Bar(trainer, console, stage.name))
     trainer.add_callback(stop)
-    resume = last_checkpoint(folder)
+    resume = from_first(lambda: last_checkpoint(folder, console.print))
     if resume is not None:
         console.print(f"going on from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -255,9 +327,20 @@ def _run_stage(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "
             f"{stage.name}, saved; the same command goes on from there"
         )
-    save(model, folder / "result")
-    _mark_done(folder, {"log_history": trainer.state.log_history})
+    with writing(folder):
+        trainer.save_result(folder / "result")
+        if is_first():
+            _mark_done(folder, {"log_history": trainer.state.log_history})
+    wait()
+
+
+def _collating(collator: Collator, stage: Stage, *, packed: bool) -> Any:
+    if stage.teacher is not None:
+        return WithTeacher(collator)
+    return collator.pack if packed else collator
 
 
 def _mark_done(folder: Path, facts: dict[str, Any]) -> None:
-    (folder / _DONE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial = folder / f".{_DONE}"
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.replace(folder / _DONE)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import Progress
 
 from multi_token.data.cache import FeatureCache
 from multi_token.data.dataset import load_rows, read_row, row_name, rows_root
@@ -48,6 +47,14 @@ class Source:
             except RowError:
                 continue
 
+    def cached(self, cache: FeatureCache) -> Source:
+        """The same rows, whose items come with features where the cache has them."""
+        return replace(self, reader=replace(self.reader, cache=cache))
+
+    def taught(self, teacher: Literal["required", "optional"] | None) -> Source:
+        """The same rows, also read with texts in place of their media (`Reader.teacher`)."""
+        return replace(self, reader=replace(self.reader, teacher=teacher))
+
     def items(self) -> Iterator[tuple[Media, Reader]]:
         """The items of these conversations, one by one."""
         for conversation, reader in self.conversations():
@@ -59,34 +66,12 @@ def open_source(
     source: DataSource,
     model: MultiTokenForConditionalGeneration,
     recipe: Recipe,
-    cache: FeatureCache,
+    cache: FeatureCache | None,
 ) -> Source:
+    """The rows of a source; their items come from `cache`, if there is one."""
     assert model.reader is not None
-    reader = replace(
-        model.reader,
-        fetch=Fetch(root=rows_root(source.rows)),
-        cache=cache if recipe.train.feature_cache else None,
-    )
+    reader = replace(model.reader, fetch=Fetch(root=rows_root(source.rows)), cache=cache)
     return Source(load_rows(source.rows, split=source.split), reader, source.rows)
-
-
-def fill_cache(
-    model: MultiTokenForConditionalGeneration,
-    sources: Sequence[Source],
-    cache: FeatureCache,
-    console: Console,
-) -> None:
-    items = [(item, reader.fetch) for source in sources for item, reader in source.items()]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Encoding items", total=len(items))
-        encoders: Any = model.encoders
-        num_encoded = cache.fill(
-            items, model.modalities, encoders, on_items=lambda n: progress.advance(task, n)
-        )
-    console.print(
-        f"features: {num_encoded} items encoded, {len(cache.features)} in the cache",
-        highlight=False,
-    )
 
 
 def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:

@@ -18,7 +18,8 @@ from multi_token.train_spec import TrainSpec
 
 
 def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
-    """Projectors, trained encoders and the adapter of `spec.start_from`, as they are.
+    """All that `spec.start_from` has learned, as it is: projectors, encoders, the adapter, the
+    language model.
 
     Returns the instances that were taken over. Raises RecipeError for a run with instances that the
     recipe lacks or describes otherwise, CheckpointError for one of another language model.
@@ -44,6 +45,13 @@ def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> lis
                 f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; a modality "
                 "that is taken over has the same settings"
             )
+    in_full = [stage.name for stage in spec.stages if stage.learn.language_model is not None]
+    if fields["adapter"] and in_full:
+        raise RecipeError(
+            f"stage {in_full[0]!r} learns `language_model`, but {run} has an adapter for the "
+            f"weights as they are; merge it (`multi-token export {run} --to merged`) and start "
+            "from that"
+        )
     load_trained(model, folder, fields)
     _refuse_another_adapter(model, spec)
     return names
@@ -74,7 +82,7 @@ def _refuse_another_adapter(model: MultiTokenForConditionalGeneration, spec: Tra
     if not adapters or all(stage.learn.adapter is None for stage in spec.stages):
         return
     theirs: Any = adapters["default"]
-    for key in ("r", "lora_alpha", "lora_dropout"):
+    for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora"):
         if getattr(theirs, key) != getattr(spec.adapter, key):
             raise RecipeError(
                 f"train.adapter.{key} is {getattr(spec.adapter, key)}, but the adapter of "

@@ -5,78 +5,36 @@ Border: the loop is transformers'. Batches come from collate.py, folders from ch
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import seed_worker
 
-from multi_token.checkpoint import CONFIG, load_trained, save
-from multi_token.encoders import learning_parameters, open_to_learn
+from multi_token.attention import attending_by_segment
+from multi_token.checkpoint import load_trained, save
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.language_model import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.projectors import Projector
-from multi_token.registry import nearest
-from multi_token.train_spec import Learn, LearnEncoder
-from multi_token.types import IGNORE_INDEX
-
-# what a run needs to be right, whatever the recipe says
-_FIXED: dict[str, Any] = {
-    "remove_unused_columns": False,  # media are no columns of forward's signature
-    "label_names": ["labels"],
-    "logging_nan_inf_filter": False,  # it would hide a diverging loss
-    "prediction_loss_only": True,  # logits at supervised positions have no common length
-    "disable_tqdm": True,  # train/report.py draws the bar
-}
-_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "logging_steps": 5,
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,
-    "max_grad_norm": 1.0,
-    "report_to": "none",
-}
-
-
-def training_arguments(
-    output_dir: Path, fields: Mapping[str, Any], *, seed: int, learning_rate: float
-) -> TrainingArguments:
-    """TrainingArguments of a stage: our defaults, the recipe's fields over them.
-
-    Raises RecipeError for a field that transformers does not have, or that must stay as it is.
-    """
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for key in fields:
-        if key not in known:
-            raise RecipeError(
-                f"train args: {key!r} is no field of transformers.TrainingArguments"
-                + nearest(key, known)
-            )
-        if key in _FIXED or key in ("output_dir", "learning_rate", "seed"):
-            raise RecipeError(
-                f"train args: {key!r} is not set here; learning rates are under `learn`, "
-                "`output_dir` and `seed` under `train`, and the rest of "
-                f"{sorted(_FIXED)} is needed as it is"
-            )
-    on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
-    values = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, **fields, **_FIXED}
-    # rows are read where they are needed: rank 0 must not read for all and cut batches of media
-    accelerator = {"dispatch_batches": False, **dict(fields.get("accelerator_config") or {})}
-    values["accelerator_config"] = accelerator
-    try:
-        return TrainingArguments(
-            output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, **values
-        )
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"train args: {error}") from None
+from multi_token.train.checkpoints import keep_newest, refuse_another_pace, whole
+from multi_token.train.distributed import is_first, wait
+from multi_token.train.learning import (
+    optimizer_groups,
+    parameter_groups,
+    select_parameters,
+)
+from multi_token.train.metrics import ROW_IDS, Meter, Named, group_rates
+from multi_token.train.packing import Packing, PackSampler
+from multi_token.train.sharding import Sharding, load_whole_state, whole_state
+from multi_token.train.teacher import Teacher
+from multi_token.train_spec import Fsdp, Learn, TeacherSpec
 
 
 class MultiTokenTrainer(Trainer):
@@ -88,30 +46,43 @@ class MultiTokenTrainer(Trainer):
         *,
         learn: Learn,
         lengths: Sequence[int],
+        peak_tflops: float | None = None,
+        packing: Packing | None = None,
+        fsdp: Fsdp | None = None,
+        teacher: TeacherSpec | None = None,
         **options: Any,
     ) -> None:
-        """`lengths`: tokens of each row, for `train_sampling_strategy: group_by_length`."""
+        """`lengths`: tokens of each row, for `train_sampling_strategy: group_by_length`.
+
+        `peak_tflops`: what one device can do at most, for `mfu` in the log.
+        `packing`: rows are packed, one pack a batch; `data_collator` is then `Collator.pack`.
+        `fsdp`: the language model is cut into pieces when training begins, if there are several
+        processes; the model is of no use for anything else afterwards.
+        `teacher`: part of the loss; `data_collator` is then a `WithTeacher`.
+        """
+        self.packing = packing
+        self.fsdp = fsdp
+        self.sharding: Sharding | None = None
+        self._whole_state: dict[str, Any] | None = None
         select_parameters(model, learn)
         self.learn = learn
         self.lengths = list(lengths)
-        self.num_tokens = 0
-        self.num_supervised = 0
+        self.meter = Meter(model, peak_tflops=peak_tflops)
+        self.teacher = None if teacher is None else Teacher(teacher)
+        if self.teacher is not None:
+            options["compute_loss_func"] = self.teacher.loss
+        if "data_collator" in options:
+            options["data_collator"] = Named(options["data_collator"])
         super().__init__(model=model, **options)
+        self.add_callback(self.meter)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group a learning rate, each split into decayed and undecayed parameters."""
+        """A group for each that learns, split into matrices (decayed) and vectors (not)."""
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._ours())
-            groups = []
-            for name, rate, parameters in parameter_groups(self._ours(), self.learn):
-                for decayed in (True, False):
-                    chosen = [p for p in parameters if (p.ndim > 1) == decayed]
-                    if chosen:
-                        decay = self.args.weight_decay if decayed else 0.0
-                        groups.append(
-                            {"params": chosen, "lr": rate, "weight_decay": decay, "name": name}
-                        )
-            self.optimizer = cls(groups, **options)
+            decay = self.args.weight_decay
+            groups = parameter_groups(self._ours(), self.learn, weight_decay=decay)
+            self.optimizer = cls(optimizer_groups(groups), **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -119,10 +90,65 @@ class MultiTokenTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             return ByLength(
                 self.lengths,
-                batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+                batch_size=self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.world_size,
                 seed=self.args.data_seed or self.args.seed,
             )
         return super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers', or of packs: each process walks through its own part of one plan.
+
+        Raises RecipeError for arguments that packing leaves no room for.
+        """
+        args = self.args
+        dataset: Any = self.train_dataset
+        if self.packing is None or dataset is None:
+            return super().get_train_dataloader()
+        if args.train_sampling_strategy != "random":
+            raise RecipeError(
+                f"train args: train_sampling_strategy is {args.train_sampling_strategy!r}, but "
+                "packs are batches of their own; leave it out, or set train.packing to false"
+            )
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"a pack is one row, which {args.n_gpu} devices of one process cannot share; start "
+                "a process for each device (torchrun), or set train.packing to false"
+            )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=PackSampler(
+                self.packing,
+                seed=args.data_seed or args.seed,
+                num_processes=args.world_size,
+                process=args.process_index,
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        # one process as far as accelerate knows: it would cut the plan into parts once more
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As transformers'; packs are attended to by segment where the model takes that."""
+        ours = self._ours()
+        by_segment = self.packing is not None and ours.capabilities.attends_by_segment
+        with attending_by_segment(ours.language_model) if by_segment else nullcontext():
+            return super().train(*args, **options)
 
     def _ours(self) -> MultiTokenForConditionalGeneration:
         model = self.accelerator.unwrap_model(self.model)
@@ -135,30 +161,163 @@ class MultiTokenTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As transformers', with tokens counted and a loss that is no number refused."""
-        self.num_tokens += int(inputs["attention_mask"].sum())
-        self.num_supervised += int((inputs["shift_labels"] != IGNORE_INDEX).sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """As transformers', but measured, and a loss that is no number is refused with its rows."""
+        row_ids = inputs.pop(ROW_IDS, [])
+        with self.meter.batch(inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.sharding is not None and self.accelerator.sync_gradients:
+                self.sharding.average_gradients()
         if not torch.isfinite(loss):
             raise MultiTokenError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; lower the "
-                "learning rates under `learn`, or look for extreme values in the data"
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}, in the batch of "
+                f"the rows {', '.join(row_ids)}; lower the learning rates under `learn`, or look "
+                "for extreme values in these rows"
             )
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        """As transformers'; a teacher answers first."""
+        if self.teacher is not None:
+            inputs = self.teacher.read(self._ours(), inputs)
+        return super().compute_loss(model, inputs, *args, **kw)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As transformers', without the names of rows, which the model does not take."""
+        inputs.pop(ROW_IDS, None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As transformers', with the time measured that a step waits for its batches."""
+        with self.meter.waiting():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers'; a step's loss comes with what the step did (train/metrics.py)."""
+        if "loss" in logs:
+            logs |= self.meter.read(self._over_devices if self.args.world_size > 1 else None)
+            logs |= self.meter.gradient_norms(logs.get("grad_norm"))
+            assert self.optimizer is not None
+            logs |= group_rates(self.optimizer.param_groups)
+        super().log(logs, start_time)
+
+    def _over_devices(self, sums: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum")
+        return total
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: transformers' formula knows nothing of frozen parts or encoders."""
-        return 0
+        """Of the batch that was just run; transformers' formula knows nothing of frozen parts."""
+        return int(self.meter.last_flops)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """As transformers', but the language model is cut into pieces first, if it shall be.
+
+        By now it has the weights of the checkpoint, and the optimizer is made of what it has then.
+        """
+        if self.fsdp is not None and self.args.world_size > 1 and self.sharding is None:
+            self.sharding = Sharding(self._ours(), replicas=self.fsdp.replicas)
+            # so that accelerate neither wraps nor cuts it
+            self.is_distributed_loading_by_transformers = True
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """What is whole is equal already; `training_step` averages its gradients."""
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Not deferred: gradients of pieces are summed as pieces, or each process held all."""
+        return nullcontext()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.sharding is None:
+            return super()._clip_grad_norm(model)
+        return self._mixed_mesh_grad_norm(model, self.args.max_grad_norm)
+
+    def save_result(self, folder: str | Path) -> None:
+        """The model into a folder; all processes take part, the first one writes."""
+        if self.sharding is not None:
+            self.sharding.gather()
+        self._save(str(folder))
+        wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save(self._ours(), output_dir or str(self.args.output_dir))
+            with self.sharding.written_whole() if self.sharding else nullcontext():
+                save(self._ours(), output_dir or str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers', but whole or not at all. Raises CheckpointError, of a full disk say."""
+        run = Path(self._get_output_dir(trial))
+        num_kept, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.sharding is not None:
+            # before anything is written: a process that cannot write would leave others waiting
+            self.sharding.gather()
+            assert self.optimizer is not None
+            self._whole_state = whole_state(self.optimizer)
+        try:
+            with whole(run / f"checkpoint-{self.state.global_step}", self.pace):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = num_kept
+            self._whole_state = None
+        if is_first():
+            keep_newest(run, num_kept, best=self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self.optimizer
+        if self._whole_state is not None:
+            whole_one: Any = _StateOf(self._whole_state)
+            self.optimizer = whole_one
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            self.optimizer = optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.optimizer
+        if self.sharding is not None and optimizer is not None:
+            cutting: Any = _StateOf({}, lambda state: load_whole_state(optimizer, state))
+            self.optimizer = cutting
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            self.optimizer = optimizer
+
+    @property
+    def pace(self) -> dict[str, int]:
+        """What a run that goes on from a checkpoint must share with the one that wrote it."""
+        args = self.args
+        if self.packing is not None:
+            return {
+                "processes": args.world_size,
+                "packs_per_step": args.world_size * args.gradient_accumulation_steps,
+                "tokens_per_pack": self.packing.max_tokens,
+            }
+        each = args.train_batch_size * args.gradient_accumulation_steps
+        return {"rows_per_step": each * args.world_size}
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        refuse_another_pace(Path(resume_from_checkpoint), self.pace)
         load_trained(self._ours(), resume_from_checkpoint)
         select_parameters(self._ours(), self.learn)
+
+
+class _StateOf:
+    """What transformers saves and loads in the optimizer's place, when that is cut into pieces."""
+
+    def __init__(self, state: dict[str, Any], load: Any = None) -> None:
+        self.state_dict = lambda: state
+        self.load_state_dict = load
 
 
 class ByLength(Sampler[int]):
@@ -187,83 +346,3 @@ class ByLength(Sampler[int]):
         full = [i for i in shuffled if len(batches[i]) == self.batch_size]
         rest = [i for i in shuffled if len(batches[i]) < self.batch_size]
         return iter([index for i in (*full, *rest) for index in batches[i]])
-
-
-def parameter_groups(
-    model: MultiTokenForConditionalGeneration, learn: Learn
-) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """(name, learning rate, parameters) of what learns in a stage."""
-    groups: list[tuple[str, float, list[nn.Parameter]]] = []
-    biases: list[nn.Parameter] = []
-    # one group where all learn alike, one for each instance where the recipe tells them apart
-    rest: dict[str, tuple[float, list[nn.Parameter]]] = {}
-    for name, projector in model.projectors.items():
-        rate = learn.projector_rate(name)
-        if rate is None:
-            continue
-        apart: set[int] = set()
-        if isinstance(projector, Projector):
-            if projector.closed_form:
-                apart |= {id(p) for p in projector.closed_form.parameters()}
-            if learn.projector_biases is not None:
-                last = [layer.bias for layer in projector.final_layers()]
-                apart |= {id(p) for p in last}
-                biases += last
-        group = f"projector {name}" if isinstance(learn.projectors, dict) else "projectors"
-        rest.setdefault(group, (rate, []))[1].extend(
-            p for p in projector.parameters() if id(p) not in apart
-        )
-    if learn.projector_biases is not None:
-        groups.append(("projector_biases", learn.projector_biases, biases))
-    groups += [(group, rate, parameters) for group, (rate, parameters) in rest.items()]
-    if learn.adapter is not None:
-        groups.append(("adapter", learn.adapter, adapter_parameters(model.language_model)))
-    for name, spec in learning_encoders(model, learn).items():
-        parameters = learning_parameters(name, model.encoder(name), spec)
-        groups.append((f"encoder {name}", spec.rate, parameters))
-    return groups
-
-
-def learning_encoders(
-    model: MultiTokenForConditionalGeneration, learn: Learn
-) -> dict[str, LearnEncoder]:
-    """What of which encoder learns in a stage, by instance.
-
-    One that starts from random weights learns with its projector, unless the recipe says more.
-    """
-    found = {}
-    for name in model.modalities:
-        encoder, rate = model.encoder(name), learn.projector_rate(name)
-        if name in learn.encoders:
-            found[name] = learn.encoders[name]
-        elif (
-            rate is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
-        ):
-            found[name] = LearnEncoder(rate=rate)
-    return found
-
-
-def select_parameters(model: MultiTokenForConditionalGeneration, learn: Learn) -> None:
-    """Let the stage's parameters learn, freeze all others. Raises MultiTokenError if none learn."""
-    model.requires_grad_(False)
-    for name, spec in learning_encoders(model, learn).items():
-        model.trained_encoders[name] = open_to_learn(
-            name, model.encoder(name), spec, model.trained_encoders.get(name)
-        )
-    for name, _, parameters in parameter_groups(model, learn):
-        if not parameters:
-            raise MultiTokenError(f"nothing to learn under {name!r}")
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a stage; one that was cut off while being written is left."""
-    whole = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-        and (path / CONFIG).is_file()
-        and (path / "trainer_state.json").is_file()
-    ]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -20,7 +20,7 @@ from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
 from multi_token.language_model import attach_adapter
 from multi_token.recipe import Recipe
-from multi_token.train.trainer import select_parameters
+from multi_token.train.learning import select_parameters
 from multi_token.train_spec import AdapterSpec, Learn, LearnEncoder
 
 

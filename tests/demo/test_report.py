@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from multi_token.demo.chart import chart
-from multi_token.demo.report import Example, machine, sheet, write_report
+from multi_token.demo.report import Example, sheet, write_report
+from multi_token.page import style as page_style
+from multi_token.page.chart import chart
+from multi_token.page.machine import machine
 
 NUMBERS: dict[str, Any] = {
     "num_names": 100,
@@ -167,9 +169,8 @@ def luminance(color: str) -> float:
     ],
 )
 def test_text_has_enough_contrast(scheme: int, ink: str, ground: str) -> None:
-    from multi_token.demo import report
 
-    style = Path(report.__file__).with_name("report.html").read_text(encoding="utf-8")
+    style = page_style()
     block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
     colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
     low, high = sorted((luminance(colors[ink]), luminance(colors[ground])))

@@ -52,7 +52,7 @@ def test_training_shows_no_pair_that_is_asked_for(read: Any, tmp_path: Path) -> 
             facts = facts_in(document)
             for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
                 fact = tuple(answer["content"].split())
-                assert fact in facts and f"What does {fact[0]} have?" in question["content"]
+                assert fact in facts and fact[0] in question["content"]
             shown |= facts
             documents.add(document)
     for num_chunks in read.Size().lengths:

@@ -24,7 +24,7 @@ from multi_token.language_model import adapter_parameters, attach_adapter
 from multi_token.probe import try_training
 from multi_token.recipe import ModelSpec
 from multi_token.train.align import calibrate
-from multi_token.train.trainer import select_parameters
+from multi_token.train.learning import select_parameters
 from multi_token.train_spec import AdapterSpec, Learn
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Sample, Text
 
@@ -237,7 +237,7 @@ def adapter(subject: Subject) -> str:
     cell = attached(subject, "LoRA", model)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert names and all(name.startswith("language_model.") for name in names)
-    select_parameters(model, Learn(projectors=1e-2, adapter=1e-2))
+    select_parameters(model, Learn.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     try_training(model.language_model)
     losses = trained(model, num_steps=3)
@@ -303,7 +303,7 @@ def four_bits(subject: Subject) -> str:
     assert model.capabilities, "asked for before an adapter is attached, as training does"
     cell = attached(subject, "4-bit", model)
     try_training(model.language_model)
-    select_parameters(model, Learn(projectors=1e-2, adapter=1e-2))
+    select_parameters(model, Learn.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
     losses = trained(model, num_steps=4)
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, q) for p, q in zip(stored, before, strict=True))

@@ -206,10 +206,11 @@ def test_the_cache_gives_back_features_and_line_ends_from_its_file(
     modality = tiled(parts)
     encoder = modality.build_encoder()
     item, fetch = Media("image", str(data / "red.png")), Fetch()
-    path = tmp_path / "features.safetensors"
+    path = tmp_path / "features"
     FeatureCache(path).fill([(item, fetch)], {"image": modality}, {"image": encoder})
     again = FeatureCache(path)
-    assert len(again.features) == 1
+    again.identify("image", modality, encoder)
+    assert len(again) == 1
     found = again.find(item, modality, fetch)
     prepared = modality.prepare(modality.load(item.source, fetch))
     with torch.no_grad():

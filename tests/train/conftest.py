@@ -94,3 +94,18 @@ def mixed_fields(
         return mixed
 
     return fields
+
+
+@pytest.fixture(scope="session")
+def tied_language_model(parts: Path, tmp_path_factory: Any) -> str:
+    """The folder of the tiny language model with its head tied to its embeddings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = parts / "language_model"
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    folder = tmp_path_factory.mktemp("tied")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)

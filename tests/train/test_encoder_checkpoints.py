@@ -23,8 +23,8 @@ from multi_token.errors import CheckpointError, Interrupted
 from multi_token.generate import as_prompt, collate_prompts
 from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
+from multi_token.train.learning import select_parameters
 from multi_token.train.run import train
-from multi_token.train.trainer import select_parameters
 from multi_token.train_spec import Learn
 
 Fields = Callable[..., dict[str, Any]]

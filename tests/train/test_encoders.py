@@ -20,13 +20,10 @@ from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.recipe import Recipe
+from multi_token.train.arguments import training_arguments
+from multi_token.train.learning import parameter_groups, select_parameters
 from multi_token.train.run import train
-from multi_token.train.trainer import (
-    MultiTokenTrainer,
-    parameter_groups,
-    select_parameters,
-    training_arguments,
-)
+from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train_spec import Learn, LoraSpec
 
 Fields = Callable[..., dict[str, Any]]
@@ -328,7 +325,7 @@ def test_what_learns_of_an_encoder_is_counted_and_shown(
     )
     assert f"  encoder image: {chosen:,} parameters in float32, learning rate 2e-06" in said
     groups = parameter_groups(model, Recipe.model_validate(fields).train.stages[0].learn)
-    num_learned = sum(p.numel() for _, _, parameters in groups for p in parameters)
+    num_learned = sum(p.numel() for group in groups for p in group.parameters)
     assert any(line.startswith(f"stage both: {num_learned:,} of") for line in said)
 
 

@@ -15,11 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from multi_token.data.cache import FeatureCache
 from multi_token.errors import Interrupted, MultiTokenError, RecipeError, RowError
 from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
+from multi_token.train.checkpoints import last_checkpoint
 from multi_token.train.run import train
-from multi_token.train.trainer import last_checkpoint
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)
@@ -130,19 +131,6 @@ def _stop_here(*_: Any) -> Any:
     raise MultiTokenError("the first stage is done")
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
-    for name, files in {
-        "checkpoint-2": ("config.json", "trainer_state.json"),
-        "checkpoint-10": ("config.json", "trainer_state.json"),
-        "checkpoint-12": ("config.json",),
-    }.items():
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).write_text("{}")
-    found = last_checkpoint(tmp_path)
-    assert found is not None and found.name == "checkpoint-10"
-
-
 def test_a_run_that_is_done_is_not_trained_again(recipe_fields: Fields, tmp_path: Path) -> None:
     fields = recipe_fields(tmp_path / "run")
     trained(fields)
@@ -161,7 +149,7 @@ def test_cached_features_train_to_the_same_curve(recipe_fields: Fields, tmp_path
     trained(recipe_fields(tmp_path / "plain"))
     trained(recipe_fields(tmp_path / "cached", feature_cache=True))
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
-    assert len(load_file(tmp_path / "cached" / "cache" / "features.safetensors")) == 4
+    assert len(FeatureCache(tmp_path / "cached" / "cache")) == 4
 
 
 def test_captioned_rows_that_are_not_trained_on_are_cached_too(
@@ -175,7 +163,7 @@ def test_captioned_rows_that_are_not_trained_on_are_cached_too(
         fields["data"]["train"] = [{"rows": str(some)}]
         trained(fields)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
-    assert len(load_file(tmp_path / "cached" / "cache" / "features.safetensors")) == 4
+    assert len(FeatureCache(tmp_path / "cached" / "cache")) == 4
 
 
 def test_gradient_accumulation_does_not_change_the_curve(

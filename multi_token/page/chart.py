@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from html import escape
 
 _WIDTH, _HEIGHT = 520, 260
+_MOST_DOTS = 40
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 506, 8, 216
 
 
-def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool) -> str:
-    """(step, value) pairs as an SVG; with `log` also a smoothed line, else marks from 0 to 1."""
+def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: bool = True) -> str:
+    """(step, value) pairs as an SVG.
+
+    With `log` also a smoothed line; else a plain one, marked where there are few, from 0 to 1, or
+    without `share` from 0 to the largest value.
+    """
     # a loss of NaN must not take the report with it
     points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
     if not points:
         return "<p>There is nothing to draw.</p>"
-    low, high = _value_range([y for _, y in points], log=log)
+    low, high = _value_range([y for _, y in points], log=log, share=share)
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def across(step: float) -> float:
@@ -36,13 +41,16 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool) -> str:
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in values)
         return f'<polyline class="{name}" points="{path}"/>'
 
-    marks = [_value_tick(value, down(value), log=log) for value in _value_ticks(low, high, log=log)]
+    marks = [
+        _value_tick(value, down(value), percent=share and not log)
+        for value in _value_ticks(low, high, log=log)
+    ]
     marks += [_step_tick(step, across(step)) for step in _step_ticks(first, last)]
     if log:
         curve = line(points, "raw") + line(_smoothed(points), "smooth")
     else:
         dots = (f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="4"/>' for x, y in points)
-        curve = line(points, "smooth") + "".join(dots)
+        curve = line(points, "smooth") + ("".join(dots) if len(points) <= _MOST_DOTS else "")
     title = f"{label} from step {first} to step {last}, {points[0][1]:.3g} to {points[-1][1]:.3g}"
     axis = f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>'
     return (
@@ -51,21 +59,33 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool) -> str:
     )
 
 
-def _value_range(values: Sequence[float], *, log: bool) -> tuple[float, float]:
+def _value_range(values: Sequence[float], *, log: bool, share: bool) -> tuple[float, float]:
     if not log:
-        return 0.0, 1.0
+        if share:
+            return 0.0, 1.0
+        low, high = min([0.0, *values]), max([0.0, *values])
+        width = _round_up((high - low) / 4 or 0.25)
+        bottom = width * math.floor(low / width)
+        return bottom, width * math.ceil(high / width) if high > bottom else bottom + 4 * width
     low, high = min(values), max(values)
     return low / 1.15, max(high, low * 1.5) * 1.15
 
 
 def _value_ticks(low: float, high: float, *, log: bool) -> list[float]:
     if not log:
-        return [0.0, 0.25, 0.5, 0.75, 1.0]
+        width = _round_up((high - low) / 4 * 0.999)
+        return [low + width * i for i in range(round((high - low) / width) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     inside = [tick for tick in ticks if low <= tick <= high]
     # over many decades, only the powers of ten
     return inside if len(inside) <= 7 else [tick for tick in inside if str(tick).strip("0.") == "1"]
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10, ... times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= value * (1 - 1e-9))
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
@@ -76,8 +96,8 @@ def _step_ticks(first: int, last: int) -> list[int]:
     return list(range(-(-first // width) * width, last + 1, width))
 
 
-def _value_tick(value: float, y: float, *, log: bool) -> str:
-    text = f"{value:g}" if log else f"{100 * value:.0f} %"
+def _value_tick(value: float, y: float, *, percent: bool) -> str:
+    text = f"{100 * value:.0f} %" if percent else f"{value:g}" if value < 1e4 else f"{value:.3g}"
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{_LEFT - 8}" y="{y + 4.5:.1f}" text-anchor="end">{text}</text>'

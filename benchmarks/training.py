@@ -1,0 +1,352 @@
+"""What each lever of training saves, alone and together, at equal loss.
+
+    python benchmarks/training.py [--quick] [--threads 1] [--out FILE.json]
+
+Random weights, built in process: a Llama of 4 layers x 192 with 16,000 ids, a CLIP of 6 layers x
+192 on 196 patches. Eight rows of realistic lengths, a quarter of them long, with a picture each.
+Every variant runs the same rows through forward, backward and an optimizer step (with a learning
+rate of zero, so that the loss of every step is the same and is printed). Variants take turns; a
+time is the median over the rounds, and what counts is the ratio within one run.
+
+Border: times the library's own model and collator. Collation is not in the times, since data
+workers do it. What others take for the same rows is measured by peers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from multi_token.attention import attending_by_segment
+from multi_token.checkpoint import compose
+from multi_token.collate import Collator
+from multi_token.data.cache import FeatureCache
+from multi_token.data.formats import to_conversation
+from multi_token.demo.report import machine
+from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe import ModelSpec
+from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
+from multi_token.types import Sample
+
+NUM_ROWS = 8
+TEXT_TOKENS = (30, 45, 160, 60, 75, 90, 170, 110)
+"""Roughly, by row; a quarter is long."""
+SUPERVISED = 0.5
+"""Of a row's text; the rest is its question."""
+VOCABULARY = 16_000
+
+
+def language_model_config() -> LlamaConfig:
+    """4 layers x 192, grouped keys."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def vision_config() -> CLIPVisionConfig:
+    """6 layers x 192 on 14 x 14 patches."""
+    return CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=112,
+        patch_size=8,
+    )
+
+
+def build_parts(folder: Path) -> None:
+    """`language_model/`, `clip/`, `llava/` and pictures, all with random weights."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    LlamaForCausalLM(language_model_config()).save_pretrained(folder / "language_model")
+    tokenizer.save_pretrained(folder / "language_model")
+    size = {"crop_size": {"height": 112, "width": 112}, "size": {"shortest_edge": 112}}
+    pixels = CLIPImageProcessorPil(**size)
+    CLIPVisionModel(vision_config()).save_pretrained(folder / "clip")
+    pixels.save_pretrained(folder / "clip")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision_config(),
+            text_config=language_model_config(),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    )
+    llava.save_pretrained(folder / "llava")
+    LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    ).save_pretrained(folder / "llava")
+    for i in range(NUM_ROWS):
+        Image.effect_noise((112, 112), 90).convert("RGB").save(folder / f"{i}.png")
+
+
+def rows(count: int, numbers: random.Random) -> list[dict[str, Any]]:
+    """Rows with one picture each, in turns short and long."""
+    return [row(i, i % NUM_ROWS, TEXT_TOKENS[i % len(TEXT_TOKENS)], numbers) for i in range(count)]
+
+
+def questions(numbers: random.Random) -> list[dict[str, Any]]:
+    """Two pictures, five short questions about each."""
+    return [row(i, i // 5, 24, numbers) for i in range(10)]
+
+
+def row(number: int, picture: int, length: int, numbers: random.Random) -> dict[str, Any]:
+    """A picture, and random text of so many tokens, of which the last part is the answer."""
+    text = "".join(numbers.choice("abcdefghij ") for _ in range(length))
+    cut = int(len(text) * (1 - SUPERVISED))
+    return {
+        "id": str(number),
+        "images": [f"{picture}.png"],
+        "messages": [
+            {"role": "user", "content": "<image>\n" + text[:cut]},
+            {"role": "assistant", "content": text[cut:].strip() or "a"},
+        ],
+    }
+
+
+def read(
+    model: MultiTokenForConditionalGeneration,
+    folder: Path,
+    given: Sequence[dict[str, Any]],
+    cache: FeatureCache | None = None,
+) -> list[Sample]:
+    """Rows as samples, with features in place of pixels where there is a cache."""
+    assert model.reader is not None
+    reader = replace(model.reader, fetch=Fetch(root=str(folder)), cache=cache)
+    conversations = [
+        to_conversation(row, list(model.modalities), row_id=row["id"]) for row in given
+    ]
+    if cache is not None:
+        items = [(item, reader.fetch) for c in conversations for item in c.media]
+        encoders: Any = model.encoders
+        cache.fill(items, model.modalities, encoders)
+    return [reader(conversation) for conversation in conversations]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the same rows."""
+
+    name: str
+    learn: str = "projector"
+    packed: bool = False
+    supervised: bool = False
+    cached: bool = False
+    tree: bool = False
+
+
+@dataclass
+class Result:
+    """What a way cost: seconds a step in the median, loss and the projector's gradient."""
+
+    name: str
+    seconds: float
+    loss: float
+    grad_norm: float
+    ratio: float = 1.0
+
+
+LEVERS = [
+    Variant(name.format(learn), learn, packed, supervised, cached)
+    for learn in ("projector", "all")
+    for name, packed, supervised, cached in (
+        ("{}: padded, all logits", False, False, False),
+        ("{}: supervised logits", False, True, False),
+        ("{}: packed", True, False, False),
+        ("{}: feature cache", False, False, True),
+        ("{}: packed + supervised logits", True, True, False),
+        ("{}: packed + supervised logits + cache", True, True, True),
+    )
+]
+
+
+SHARED = [
+    Variant("five questions a picture: packed + supervised logits", "projector", True, True),
+    Variant("five questions a picture: as a tree", "projector", True, True, tree=True),
+]
+"""The same rows with and without `share_media`; their picture is 196 tokens."""
+
+
+class Levers:
+    """A model and some rows, as each variant takes them."""
+
+    def __init__(
+        self, folder: Path, given: Sequence[dict[str, Any]], projector: dict[str, Any]
+    ) -> None:
+        image = {
+            "type": "image",
+            "encoder": str(folder / "clip"),
+            "features": "patches",
+            "projector": projector,
+        }
+        spec = {
+            "language_model": str(folder / "language_model"),
+            "dtype": "float32",
+            "modalities": {"image": image},
+        }
+        torch.manual_seed(0)
+        self.model = compose(ModelSpec.model_validate(spec)).train()
+        assert self.model.reader is not None
+        collator = Collator(self.model.modalities, self.model.reader.chat.filler_id)
+        tree = replace(collator, share_media=True)
+        plain, cached = (read(self.model, folder, given, cache) for cache in (None, FeatureCache()))
+        self.lengths = [len(sample.input_ids) for sample in plain]
+        self.num_supervised = sum(int((s.labels[1:] != -100).sum()) for s in plain)
+        self.batches = {
+            "padded": collator(plain),
+            "padded, cached": collator(cached),
+            "packed": collator.pack(plain),
+            "packed, cached": collator.pack(cached),
+            "tree": tree.pack(plain),
+        }
+
+    def facts(self) -> str:
+        """The rows in words."""
+        real, padded = sum(self.lengths), max(self.lengths) * len(self.lengths)
+        return (
+            f"{len(self.lengths)} rows of {min(self.lengths)} to {max(self.lengths)} tokens: "
+            f"{real} tokens, {1 - real / padded:.0%} padding, "
+            f"{self.num_supervised / real:.0%} supervised"
+        )
+
+    def step(self, variant: Variant) -> tuple[float, float]:
+        """Forward, backward and an update by zero -> loss, norm of the projector's gradient."""
+        model = self.model
+        model.language_model.requires_grad_(variant.learn == "all")
+        model.projectors.requires_grad_(True)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0, fused=True)
+        layout = "tree" if variant.tree else "packed" if variant.packed else "padded"
+        batch: Any = dict(self.batches[layout + ", cached" * variant.cached])
+        segments: Any = attending_by_segment(model.language_model)
+        with segments if variant.packed else nullcontext():
+            if variant.supervised:
+                loss = model(**batch).loss
+            else:
+                wanted = batch.pop("shift_labels")
+                del batch["labels"]
+                logits = model(use_cache=False, **batch).logits.float()
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+            loss.backward()
+        gradients = [p.grad for p in model.projectors.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach()), norm
+
+
+def take_turns(names: Sequence[str], run: Callable[[str], Any], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for name in names:
+            started = time.perf_counter()
+            run(name)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(levers: Levers, variants: Sequence[Variant], rounds: int) -> list[Result]:
+    """All variants in turns; ratios are to the first with the same parts learning."""
+    by_name = {variant.name: variant for variant in variants}
+    found: dict[str, tuple[float, float]] = {}
+
+    def run(name: str) -> None:
+        found[name] = levers.step(by_name[name])
+
+    seconds = take_turns(list(by_name), run, rounds)
+    results = [Result(name, seconds[name], *found[name]) for name in by_name]
+    for result in results:
+        first = next(r for r in results if by_name[r.name].learn == by_name[result.name].learn)
+        result.ratio = first.seconds / result.seconds
+    return results
+
+
+def main() -> None:
+    """The table, and all numbers as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=110)
+    rounds = 3 if options.quick else 9
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_parts(folder)
+        levers = Levers(
+            folder, rows(NUM_ROWS, random.Random(0)), {"type": "pixel_shuffle", "factor": 2}
+        )
+        console.print(levers.facts(), highlight=False)
+        results = measure(levers, LEVERS, rounds)
+        shared = Levers(folder, questions(random.Random(1)), {"type": "mlp"})
+        console.print("five questions a picture: " + shared.facts(), highlight=False)
+        results += measure(shared, SHARED, rounds)
+    table = Table("what learns: how", "ms a step", "times", "loss", "projector's gradient")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{1000 * result.seconds:.0f}",
+            f"{result.ratio:.2f}",
+            f"{result.loss:.5f}",
+            f"{result.grad_norm:.5f}",
+        )
+    console.print(table)
+    numbers = {
+        "rows": levers.facts(),
+        "shared_rows": shared.facts(),
+        "levers": [asdict(result) for result in results],
+        "rounds": rounds,
+        "threads": options.threads,
+        "machine": machine(),
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()

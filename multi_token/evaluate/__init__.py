@@ -1,0 +1,1 @@
+"""Evaluation of a trained run on rows whose answers are known."""

@@ -1,0 +1,62 @@
+"""Rows about the same media, which a pack can show once: found by content, measured on samples.
+
+Border: which rows begin alike, and by how much; packing.py plans with it, collate.py lays it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from multi_token.collate import shared_start
+from multi_token.data.keys import digest
+from multi_token.train.sources import Source
+from multi_token.types import Sample
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rows that begin with the same media, and what of each is the same: tokens and items."""
+
+    rows: tuple[int, ...]
+    num_tokens: int
+    num_items: int
+
+
+def find_families(keys: Sequence[Hashable | None], read: Callable[[int], Sample]) -> list[Family]:
+    """Rows of one key that begin alike.
+
+    `keys`: what each row shows first, by name or content, None for nothing; `read` gives the sample
+    of a row, which is asked for only where a key comes more than once. What is shared is measured
+    on the samples, by ids and encoder inputs.
+    """
+    by_key: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        if key is not None:
+            by_key.setdefault(key, []).append(row)
+    found = []
+    for rows in by_key.values():
+        samples = [read(row) for row in rows] if len(rows) > 1 else []
+        shared = shared_start(samples) if samples else 0
+        if shared:
+            num_items = sum(place.start < shared for place in samples[0].places)
+            found.append(Family(tuple(rows), shared, num_items))
+    return found
+
+
+def families_of(sources: Sequence[Source], dataset: Any) -> list[Family]:
+    """Families among the rows of all sources, in the order in which `dataset` has them.
+
+    A row's key is the content of the first item that it shows.
+    """
+    keys: list[Hashable | None] = []
+    for source in sources:
+        for conversation, reader in source.conversations():
+            if not conversation.media:
+                keys.append(None)
+                continue
+            first = conversation.media[0]
+            content = reader.modalities[first.modality].content(first.source, reader.fetch)
+            keys.append((first.modality, digest(content)))
+    return find_families(keys, dataset.__getitem__)

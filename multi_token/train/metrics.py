@@ -1,0 +1,339 @@
+"""What a step does, measured while it runs: tokens, padding, waits, encoders, FLOPs, gradients.
+
+Border: reads batches, gradients and clocks, and hands numbers to the trainer's log, from which
+TensorBoard and the others have them; it changes nothing of the training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.train.flops import LanguageModelCost, ModuleCost, Work, num_elements
+from multi_token.types import IGNORE_INDEX, Sample
+
+COUNTS: tuple[str, ...] = (
+    "tokens",
+    "supervised",
+    "positions",
+    "flops",
+    "step_s",
+    "wait_s",
+    "encoder_s",
+)
+"""What is summed between two logs, on each device."""
+
+
+ROW_IDS = "row_ids"
+"""Where a batch carries the names of its rows, for messages."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A collator whose batches also name their rows."""
+
+    collator: Callable[[Any], Any]
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples -> their Batch with `row_ids`."""
+        return {**self.collator(samples), ROW_IDS: [sample.id for sample in samples]}
+
+
+def default_report_to() -> list[str]:
+    """TensorBoard where it is installed, else nothing."""
+    return ["tensorboard"] if find_spec("tensorboard") is not None else []
+
+
+class Meter(TrainerCallback):
+    """Sums over the steps since the last log. The trainer tells it when a batch comes and goes."""
+
+    def __init__(
+        self, model: MultiTokenForConditionalGeneration, *, peak_tflops: float | None = None
+    ) -> None:
+        """`peak_tflops`: what one device can do at most; without it there is no `mfu`."""
+        self.model = model
+        self.peak_tflops = peak_tflops
+        self.sums = dict.fromkeys(COUNTS, 0.0)
+        self.totals = dict.fromkeys(COUNTS, 0.0)
+        self.last_flops = 0.0
+        self.last_tokens = 0
+        self.norms: dict[str, Tensor] = {}
+        self.cost: LanguageModelCost | None = None
+        self._began: float | None = None
+        self._in_step = False
+        self._media_flops = 0.0
+        self._gauges: list[Gauge] = []
+
+    def attach(self) -> None:
+        """Hooks on encoders and projectors, and the language model's cost as it learns now."""
+        self.detach()
+        parts = (*self.model.projectors.parameters(), *self.model.encoders.parameters())
+        self.cost = LanguageModelCost.of(
+            self.model.language_model, learns_before=any(p.requires_grad for p in parts)
+        )
+        self._gauges = [
+            *(Gauge(encoder, self, timed=True) for encoder in self.model.encoders.values()),
+            *(Gauge(projector, self, timed=False) for projector in self.model.projectors.values()),
+        ]
+
+    def reset(self) -> None:
+        """Forget all that was counted, and what learned."""
+        self.detach()
+        self.cost = None
+        self.sums = dict.fromkeys(COUNTS, 0.0)
+        self.totals = dict.fromkeys(COUNTS, 0.0)
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for gauge in self._gauges:
+            gauge.remove()
+        self._gauges = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching the batches of a step: the step begins here."""
+        self._began = time.perf_counter()
+        yield
+        self.sums["wait_s"] += time.perf_counter() - self._began
+
+    @contextmanager
+    def batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Around forward and backward of one batch."""
+        if self.cost is None:
+            self.attach()
+        assert self.cost is not None
+        self._in_step, self._media_flops = True, 0.0
+        try:
+            yield
+        finally:
+            self._in_step = False
+        lengths = row_lengths(inputs)
+        num_supervised = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
+        segments = inputs.get("segments")
+        work = work_of(
+            lengths,
+            num_supervised,
+            num_shared=int(inputs.get("num_shared") or 0),
+            behind=() if segments is None else (segments[:, 3] - segments[:, 2]).tolist(),
+            selects_logits=self.model.capabilities.selects_logits,
+        )
+        read = inputs.get("teacher")  # texts that the language model reads first, forward only
+        taught = 0
+        if read is not None:
+            num_answers = int((read["shift_labels"] != IGNORE_INDEX).sum())
+            taught = self.cost.forward(work_of(row_lengths(read), num_answers))
+        self.last_flops = (
+            taught + self.cost.forward(work) + self.cost.backward(work) + self._media_flops
+        )
+        self.sums["flops"] += self.last_flops
+        self.last_tokens = sum(lengths)
+        self.sums["tokens"] += self.last_tokens
+        self.sums["supervised"] += num_supervised
+        self.sums["positions"] += inputs["input_ids"].numel()
+
+    def total(self, name: str) -> float:
+        """A count since the trainer was made, on this device."""
+        return self.totals[name] + self.sums[name]
+
+    def read(self, reduce: Any = None) -> dict[str, float]:
+        """Metrics since the last call; `reduce` sums a tensor over all devices."""
+        for gauge in self._gauges:
+            self.sums["encoder_s"] += gauge.seconds()
+        sums, num_devices = dict(self.sums), 1
+        for name in COUNTS:
+            self.totals[name] += self.sums[name]
+            self.sums[name] = 0.0
+        if reduce is not None:
+            mine = torch.tensor([*sums.values(), 1.0], dtype=torch.float64)
+            *everyone, devices = reduce(mine).tolist()
+            sums, num_devices = dict(zip(sums, everyone, strict=True)), round(devices)
+        if not sums["step_s"] or not sums["positions"]:
+            return {}
+        seconds = sums["step_s"] / num_devices
+        fill = sums["tokens"] / sums["positions"]
+        tflops = sums["flops"] / seconds / num_devices / 1e12
+        facts = {
+            "tokens_per_second": round(sums["tokens"] / seconds, 1),
+            "supervised_tokens_per_second": round(sums["supervised"] / seconds, 1),
+            "supervised_fraction": round(sums["supervised"] / max(sums["tokens"], 1), 4),
+            "padding_fraction": round(1 - fill, 4),
+            "pack_use": round(fill, 4),
+            "data_wait_fraction": round(sums["wait_s"] / sums["step_s"], 4),
+            "encoder_fraction": round(sums["encoder_s"] / sums["step_s"], 4),
+            "tflops_per_device": float(f"{tflops:.4g}"),
+        }
+        if self.peak_tflops is not None:
+            facts["mfu"] = float(f"{tflops / self.peak_tflops:.4g}")
+        return facts
+
+    def gradient_norms(self, total: float | None) -> dict[str, float]:
+        """The norm of each group's gradient in the last step, as it was before clipping.
+
+        `total`: the norm of all of them before clipping, which is what the trainer logs.
+        """
+        found = {name: float(norm) for name, norm in self.norms.items()}
+        clipped = sum(norm**2 for norm in found.values()) ** 0.5
+        scale = total / clipped if total is not None and clipped > 0 else 1.0
+        return {f"grad_norm/{name}": norm * scale for name, norm in found.items()}
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Only in steps that are logged: it reads every gradient once more."""
+        step = state.global_step + 1
+        if (
+            args.logging_strategy != "steps"
+            or step % max(int(state.logging_steps), 1) == 0
+            or (step == 1 and args.logging_first_step)
+        ):
+            self.norms = group_norms(optimizer.param_groups)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._began is not None:
+            self.sums["step_s"] += time.perf_counter() - self._began
+            self._began = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.detach()
+
+    def media_ran(self, flops: float) -> None:
+        """A gauge's report of a call inside a training step."""
+        self._media_flops += flops
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a training step is going on; evaluations and samples are not counted."""
+        return self._in_step
+
+
+class Gauge:
+    """Hooks on an encoder or projector: its FLOPs, and (`timed`) the time of its forward."""
+
+    def __init__(self, module: nn.Module, meter: Meter, *, timed: bool) -> None:
+        self.meter = meter
+        self.timed = timed
+        self.cost = ModuleCost()
+        self._open: list[Any] = []
+        self._spans: list[tuple[Any, Any]] = []
+        self._handles = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def seconds(self) -> float:
+        """Time in its forward since the last call."""
+        total = 0.0
+        for start, end in self._spans:
+            if isinstance(start, float):
+                total += end - start
+            else:
+                end.synchronize()
+                total += start.elapsed_time(end) / 1000
+        self._spans = []
+        return total
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.meter.in_step:
+            return
+        self._open.append(self._now())
+        if not self.cost.counted:
+            self.cost.begin(module)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._open:
+            return
+        size = num_elements(args) + num_elements(kwargs)
+        if not self.cost.counted:
+            self.cost.end(size)
+        start = self._open.pop()
+        if self.timed:
+            self._spans.append((start, self._now()))
+        self.meter.media_ran(self.cost.total(size))
+
+    def _now(self) -> Any:
+        """A time, or on a GPU, which works behind our back, an event that will have one."""
+        if not self.timed or self.meter.model.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def row_lengths(inputs: Mapping[str, Any]) -> list[int]:
+    """Real tokens of every row of a batch, or of every segment of a packed one."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return mask.sum(-1).tolist()
+    borders = inputs.get("cu_seq_lens_q")
+    if borders is not None:
+        return borders.diff().tolist()
+    num_rows, num_positions = inputs["input_ids"].shape
+    return [num_positions] * num_rows
+
+
+def work_of(
+    lengths: Sequence[int],
+    num_supervised: int,
+    *,
+    num_shared: int = 0,
+    behind: Sequence[int] = (),
+    selects_logits: bool = True,
+) -> Work:
+    """What rows of these lengths ask of the language model.
+
+    `num_shared`: leading tokens that are computed once for all rows. `behind`: for segments of a
+    pack, how many tokens of another one each of them attends to as well.
+    """
+    own = [length - num_shared for length in lengths]
+    return Work(
+        num_tokens=sum(own),
+        num_pairs=sum(a * b for a, b in zip(own, lengths, strict=True))
+        + sum(a * b for a, b in zip(own, behind, strict=bool(behind))),
+        num_logits=num_supervised if selects_logits else sum(own),
+        num_shared=num_shared,
+    )
+
+
+def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Name -> 2-norm [] of the gradients of an optimizer's groups of that name."""
+    gradients: dict[str, list[Tensor]] = {}
+    for group in groups:
+        found = [p.grad for p in group["params"] if p.grad is not None]
+        gradients.setdefault(group.get("name", "all"), []).extend(found)
+    norms = {}
+    for name, found in gradients.items():
+        parts = [_whole(torch.linalg.vector_norm(g.detach().float())) for g in found]
+        norms[name] = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+    return norms
+
+
+def _whole(norm: Any) -> Tensor:
+    """A norm of a sharded gradient is of all its shards."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def group_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """`lr/projectors`, ...: the learning rate of each group of an optimizer."""
+    return {f"lr/{group.get('name', 'all')}": float(group["lr"]) for group in groups}

@@ -1,0 +1,371 @@
+"""Before a run starts: how much there is to do, what it takes in memory, and how long it will be.
+
+Border: looks at a trainer that is ready to go, and tries a few of its steps without leaving a trace
+in weights or random numbers; words and numbers come out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.training_args import OptimizerNames
+
+from multi_token.attention import attending_by_segment
+from multi_token.quantization import num_bytes
+from multi_token.train.flops import short
+
+if TYPE_CHECKING:
+    from multi_token.train.trainer import MultiTokenTrainer
+
+_WARM_UP, _TIMED = 1, 2
+_FULL = 0.9
+"""The share of a device's memory that a run may be planned for; the rest goes to fragments."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. All but `activations` is counted, not estimated."""
+
+    weights: dict[str, int]
+    """By part: `language model`, `encoder of image`, ..."""
+    gradients: int
+    optimizer: int
+    activations: int | None = None
+    """What the largest batch keeps for its backward pass; None where no step was tried."""
+
+    @property
+    def fixed(self) -> int:
+        """What any batch needs."""
+        return sum(self.weights.values()) + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.fixed + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few tried steps told, on this device."""
+
+    seconds_per_token: float
+    flops_per_token: float
+    activation_bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do."""
+
+    name: str
+    num_rows: int
+    num_tokens: int
+    """Of all rows, once."""
+    num_steps: int
+    tokens_per_step: float
+    """Over all devices."""
+    tokens_per_device: float
+    """Of one step on one device."""
+    memory: Memory
+    trial: Trial | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole stage's, or None where no step was tried."""
+        per_step = self.seconds_per_step
+        return None if per_step is None else per_step * self.num_steps
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        if self.trial is None:
+            return None
+        return self.trial.seconds_per_token * self.tokens_per_device
+
+
+def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
+    """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
+    args, lengths = trainer.args, trainer.lengths
+    with same_random_numbers():
+        num_batches = max(len(trainer.get_train_dataloader()), 1)
+    per_epoch = max(num_batches // args.gradient_accumulation_steps, 1)
+    num_steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    )
+    mean = sum(lengths) / num_batches / args.world_size  # of a batch on one device
+    per_device = mean * args.gradient_accumulation_steps
+    trial = try_out(trainer) if try_steps else None
+    memory = memory_of(trainer)
+    if trial is not None:
+        largest = largest_batch(trainer)
+        activations = round(trial.activation_bytes_per_token * largest)
+        memory = Memory(memory.weights, memory.gradients, memory.optimizer, activations)
+    return StagePlan(
+        name,
+        len(lengths),
+        sum(lengths),
+        num_steps,
+        per_device * args.world_size,
+        per_device,
+        memory,
+        trial,
+    )
+
+
+def largest_batch(trainer: MultiTokenTrainer) -> int:
+    """Positions of the largest batch that may come: padded, its longest row sets the length."""
+    if trainer.packing is not None:
+        return trainer.packing.max_tokens
+    size = min(trainer.args.per_device_train_batch_size, len(trainer.lengths))
+    return max(trainer.lengths) * size
+
+
+def memory_of(trainer: MultiTokenTrainer) -> Memory:
+    """Weights as they are stored, gradients, and what the optimizer will keep."""
+    model = trainer._ours()
+    weights = {"language model": num_bytes(model.language_model)}
+    weights |= {f"encoder of {name}": num_bytes(e) for name, e in model.encoders.items()}
+    weights |= {f"projector of {name}": num_bytes(p) for name, p in model.projectors.items()}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in learned)
+    return Memory(
+        weights, gradients, optimizer_bytes(OptimizerNames(trainer.args.optim).value, learned)
+    )
+
+
+def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
+    """What an optimizer of transformers' names keeps of these parameters."""
+    numel = sum(p.numel() for p in learned)
+    own = sum(p.numel() * p.element_size() for p in learned)
+    if "8bit" in optim:
+        return 2 * numel
+    if optim == "adafactor":
+        return sum(4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1]) for p in learned if p.ndim)
+    if optim == "sgd":
+        return 0
+    if any(optim.startswith(kind) for kind in ("lion", "rmsprop", "adagrad")):
+        return own
+    return 2 * own  # Adam's two moments, in the precision of the parameters
+
+
+def try_out(trainer: MultiTokenTrainer) -> Trial:
+    """A few real steps: forward, backward and optimizer, at a learning rate of zero.
+
+    Weights, buffers, gradients and random numbers are afterwards as they were.
+    """
+    model, device = trainer._ours(), trainer.args.device
+    seconds = flops = activation_bytes = 0.0
+    num_tokens = num_positions = 0
+    with untouched(model), ExitStack() as stack:
+        by_segment = trainer.packing is not None and model.capabilities.attends_by_segment
+        stack.enter_context(
+            attending_by_segment(model.language_model) if by_segment else nullcontext()
+        )
+        optimizer = _still(trainer)
+        batches = iter(trainer.get_train_dataloader())
+        for step in range(_WARM_UP + _TIMED):
+            inputs = next(batches, None)
+            if inputs is None:
+                batches = iter(trainer.get_train_dataloader())
+                inputs = next(batches)
+            kept = Kept(model)
+            # what is kept is counted in the step that is not timed
+            counting = saved_tensors_hooks(kept.pack, kept.unpack) if step == 0 else nullcontext()
+            start = _now(device)
+            model.train()
+            with counting:
+                num_items = (inputs["labels"] != -100).sum()
+                trainer.training_step(model, inputs, num_items)
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+            if step == 0:
+                num_positions = inputs["input_ids"].numel()
+                activation_bytes = kept.num_bytes
+            if step >= _WARM_UP:
+                seconds += _now(device) - start
+                flops += trainer.meter.last_flops
+                num_tokens += trainer.meter.last_tokens
+        trainer.meter.detach()
+    trainer.meter.reset()
+    return Trial(
+        seconds / max(num_tokens, 1),
+        flops / max(num_tokens, 1),
+        activation_bytes / max(num_positions, 1),
+    )
+
+
+def _still(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
+    """An optimizer of the trainer's kind that moves nothing; the trainer's own is made later."""
+    optimizer = trainer.create_optimizer()
+    trainer.optimizer = None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        own = (*model.parameters(), *model.buffers())
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self.num_bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Called for each tensor that is kept."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """Called when it is needed again."""
+        return tensor
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Within, steps may be tried: buffers, mode and random numbers are put back at the end."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    try:
+        with same_random_numbers():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What is drawn within leaves no trace in what is drawn afterwards."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def capacity_of(device: torch.device) -> int:
+    """Bytes of memory of a device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def short_lines(plan: StagePlan) -> list[str]:
+    """The plan in two lines, which stand at the start of every stage."""
+    memory = plan.memory
+    return [
+        f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
+        f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
+        f"  memory per device: {size(memory.fixed)} before any batch (weights "
+        f"{size(sum(memory.weights.values()))}, gradients {size(memory.gradients)}, optimizer "
+        f"{size(memory.optimizer)})",
+    ]
+
+
+def say(trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool) -> StagePlan:
+    """Print the plan of a stage: two lines, or (`at_length`) with steps tried and warnings."""
+    plan = plan_of(trainer, name, try_steps=at_length)
+    warnings = warnings_of(plan, trainer, capacity=capacity_of(trainer.args.device))
+    lines = long_lines(plan) if at_length else short_lines(plan)
+    console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    return plan
+
+
+def long_lines(plan: StagePlan) -> list[str]:
+    """The whole plan of a stage whose steps were tried."""
+    memory, trial = plan.memory, plan.trial
+    lines = short_lines(plan)
+    lines += [f"    {name}: {size(num)}" for name, num in memory.weights.items()]
+    if trial is None or plan.seconds is None or plan.seconds_per_step is None:
+        return lines
+    flops = trial.flops_per_token * plan.tokens_per_step
+    return [
+        *lines,
+        f"    activations of the largest batch: about {size(memory.activations or 0)}, in all "
+        f"{size(memory.total)}",
+        f"  {short(flops)}FLOP a step, {short(flops * plan.num_steps)}FLOP in all",
+        f"  about {plan.seconds_per_step:.3g} s a step ({_TIMED} steps were tried), "
+        f"{duration(plan.seconds)} in all without evaluation and saving",
+    ]
+
+
+def warnings_of(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
+    """What will not fit into `capacity` bytes, and which lines of the recipe to change."""
+    memory = plan.memory
+    if memory.total <= _FULL * capacity:
+        return []
+    ways: list[str] = []
+    language_model = trainer._ours().language_model
+    frozen = not any(
+        p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
+    )
+    dtypes = {p.dtype for p in language_model.parameters() if not p.requires_grad}
+    if frozen and torch.float32 in dtypes:
+        ways.append("model.dtype: bfloat16 (halves the frozen language model)")
+    if frozen and torch.uint8 not in dtypes and torch.int8 not in dtypes:
+        ways.append("model.quantization: 4bit (a quarter of bfloat16, or less)")
+    size_now = trainer.args.per_device_train_batch_size
+    room = _FULL * capacity - memory.fixed
+    if memory.activations and room > 0 and size_now > 1:
+        fits = max(1, int(size_now * room / memory.activations))
+        if fits < size_now:
+            ways.append(
+                f"train.args.per_device_train_batch_size: {fits} (it is {size_now}; raise "
+                "gradient_accumulation_steps by as much)"
+            )
+    if memory.activations and not trainer.args.gradient_checkpointing:
+        ways.append("train.args.gradient_checkpointing: true (a third slower, far less to keep)")
+    if not frozen:
+        ways.append(
+            "an `adapter` instead of `language_model` under `learn` (no gradients and optimizer "
+            "states of all weights)"
+        )
+    listed = "".join(f"\n    {way}" for way in ways)
+    return [
+        f"warning: stage {plan.name} needs about {size(memory.total)} a device, which has "
+        f"{size(capacity)}; it will not fit. Change in the recipe:{listed}"
+    ]
+
+
+def size(num: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num < 1024 or unit == "GiB":
+            return f"{num:,.0f} {unit}" if unit == "bytes" else f"{num:,.1f} {unit}"
+        num /= 1024
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `41 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours else f"{minutes} min"

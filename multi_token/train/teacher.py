@@ -1,0 +1,143 @@
+"""A teacher that reads: the model's answers to media drawn to its own answers to their texts.
+
+Border: the second input of a batch and the loss; rows and texts are reader.py's, the step is the
+trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multi_token.collate import Collator
+from multi_token.drive import layer_inputs, supervised_loss
+from multi_token.language_model import adapter_parameters
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.train_spec import TeacherSpec
+from multi_token.types import IGNORE_INDEX, Sample
+
+TEACHER = "teacher"
+"""The key of a batch under which the conversations stand as texts."""
+
+
+@dataclass(frozen=True)
+class WithTeacher:
+    """A collator whose batches also hold the teacher's inputs."""
+
+    collator: Collator
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Samples -> their Batch; under `teacher` int64 [rows, time] of those that have texts.
+
+        There `rows` int64 [rows] says which rows of the batch they are.
+        """
+        batch: dict[str, Any] = {**self.collator(samples)}
+        taught = [(i, s.teacher) for i, s in enumerate(samples) if s.teacher is not None]
+        if taught:
+            texts = replace(self.collator, share_prefix=False)([text for _, text in taught])
+            batch[TEACHER] = {
+                "rows": torch.tensor([row for row, _ in taught]),
+                **{key: texts[key] for key in ("input_ids", "attention_mask", "shift_labels")},
+            }
+        return batch
+
+
+class Teacher:
+    """Reads one batch at a time, and then is part of its loss."""
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        self.spec = spec
+        self.ids = torch.zeros(0, dtype=torch.long)
+        """What is learned, [num_supervised]."""
+        self.taught = torch.zeros(0, dtype=torch.bool)
+        """Where of that the teacher answered too, [num_supervised]."""
+        self.logits: Tensor | None = None
+        """Its answers, [num_taught, vocabulary]."""
+
+    def read(
+        self, model: MultiTokenForConditionalGeneration, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Let the teacher answer a batch; returns the batch without the teacher's inputs."""
+        shift_labels = inputs["shift_labels"]
+        keep = shift_labels != IGNORE_INDEX
+        self.ids = shift_labels[keep]
+        self.taught, self.logits = torch.zeros_like(self.ids, dtype=torch.bool), None
+        texts = inputs.get(TEACHER)
+        if texts is not None:
+            rows = torch.zeros(len(keep), 1, dtype=torch.bool, device=keep.device)
+            rows[texts["rows"]] = True
+            self.taught = rows.expand_as(keep)[keep]
+            self.logits = answers(model, texts)
+        return {key: value for key, value in inputs.items() if key != TEACHER}
+
+    def loss(
+        self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Of the batch that was read last, from the model's logits [num_supervised, vocabulary].
+
+        `weight` of the divergence and the rest of cross entropy where the teacher answered, cross
+        entropy elsewhere; summed, and divided by `num_items_in_batch`.
+        """
+        logits = outputs.logits.float()
+        entropy = nn.functional.cross_entropy(logits, self.ids, reduction="none")
+        total = entropy[~self.taught].sum()
+        if self.logits is not None:
+            drawn = divergence(self.logits, logits[self.taught], self.spec.temperature)
+            weight = self.spec.weight
+            total = total + ((1 - weight) * entropy[self.taught] + weight * drawn).sum()
+        return total / (max(1, len(self.ids)) if num_items_in_batch is None else num_items_in_batch)
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of logits [positions, vocabulary] -> [positions].
+
+    Times the squared temperature, so that gradients keep their size (Hinton et al.,
+    arXiv:1503.02531); as a loss for senses: Ultravox (fixie.ai).
+    """
+    theirs = (teacher.float() / temperature).log_softmax(-1)
+    ours = (student.float() / temperature).log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1) * temperature**2
+
+
+@torch.no_grad()
+def answers(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Tensor]) -> Tensor:
+    """Logits [num_supervised, vocabulary] of the language model as it came, at the answers.
+
+    `texts`: input_ids, attention_mask, shift_labels int64 [rows, time].
+    """
+    language_model, ids = model.language_model, texts["input_ids"]
+    with _as_it_came(language_model):
+        return supervised_loss(
+            language_model,
+            inputs_embeds=model.get_input_embeddings()(ids),
+            attention_mask=texts["attention_mask"],
+            shift_labels=texts["shift_labels"],
+            selects_logits=model.capabilities.selects_logits,
+            **layer_inputs(language_model, ids),
+        ).logits
+
+
+@contextmanager
+def _as_it_came(language_model: Any) -> Iterator[None]:
+    """In eval mode and without its adapter, if it has one."""
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        if not hasattr(language_model, "peft_config"):
+            yield
+            return
+        learning = [(p, p.requires_grad) for p in adapter_parameters(language_model)]
+        try:
+            with language_model.disable_adapter():
+                yield
+        finally:
+            # PEFT freezes an adapter that it turns off, and lets it learn when it is on again
+            for parameter, learns in learning:
+                parameter.requires_grad_(learns)
+    finally:
+        language_model.train(was_training)

@@ -1,0 +1,124 @@
+"""Run by torchrun: trains the recipes of a job file one after the other and writes what was seen.
+
+    {"out": FILE, "runs": [{"name": ..., "fields": ..., "stop_at": 2, "other": {"train.seed": 1}}]}
+
+`stop_at`: the last process gets SIGTERM in this step. `other`: fields of the last process alone.
+`folders`: where each process looks for files that the recipe names by a relative path.
+
+Border: the test reads the folders and what is in FILE; nothing is asserted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from multi_token.errors import MultiTokenError
+from multi_token.modalities.base import Encoder
+from multi_token.modalities.vector import VectorModality
+from multi_token.recipe import Recipe
+from multi_token.registry import register_modality
+from multi_token.train import run as run_module
+from multi_token.train.distributed import from_all, is_first, num_processes, part, rank
+from multi_token.types import Features
+
+QUIET = Console(quiet=True)
+
+
+class WaveringEncoder(Encoder):
+    """Features that would hang on the batch and on chance if BatchNorm and dropout were at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.layer = nn.Linear(5, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, **inputs: Tensor) -> Features:
+        """`values` [items, length, 5], `mask` [items, length]."""
+        values = torch.tanh(self.layer(inputs["values"]))
+        values = self.norm(values.transpose(1, 2)).transpose(1, 2)
+        return Features(self.dropout(values), inputs["mask"].bool())
+
+
+class Wavering(VectorModality):
+    """A vector with an encoder of layers that know two modes."""
+
+    type: Literal["wavering"] = "wavering"  # type: ignore[assignment]
+    dim: int = 5
+
+    def build_encoder(self) -> WaveringEncoder:  # type: ignore[override]
+        return WaveringEncoder()
+
+
+class Watch(TrainerCallback):
+    """Looks at the model while it learns, and ends it at a step."""
+
+    def __init__(self, trainer: Any, seen: dict[str, Any], stop_at: int | None) -> None:
+        self.trainer = trainer
+        self.seen = seen
+        self.stop_at = stop_at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        pieces = [p for p in self.trainer.model.parameters() if isinstance(p, DTensor)]
+        self.seen["wrapper"] = type(self.trainer.model_wrapped).__name__
+        self.seen["num_pieces"] = len(pieces)
+        self.seen["share"] = sum(p.to_local().numel() for p in pieces) / max(
+            1, sum(p.numel() for p in pieces)
+        )
+        self.seen["steps"] = self.seen.get("steps", 0) + 1
+        if self.stop_at == state.global_step + 1 and rank() == num_processes() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(job: dict[str, Any]) -> None:
+    """Train, and write what each process saw."""
+    register_modality("wavering", Wavering)
+    bar = run_module.Bar
+    found = {}
+    for one in job["runs"]:
+        seen: dict[str, Any] = {}
+
+        def watched(
+            trainer: Any, console: Any, title: str, seen: Any = seen, one: Any = one
+        ) -> Any:
+            trainer.add_callback(Watch(trainer, seen, one.get("stop_at")))
+            return bar(trainer, console, title)
+
+        run_module.Bar = watched  # type: ignore[misc,assignment]
+        fields = one["fields"]
+        if "folders" in one:
+            os.chdir(one["folders"][rank()])
+        if num_processes() > 1 and rank() == num_processes() - 1:
+            for key, value in one.get("other", {}).items():
+                at = fields
+                *outer, last = [int(k) if k.isdigit() else k for k in key.split(".")]
+                for k in outer:
+                    at = at[k]
+                at[last] = value
+        try:
+            run_module.train(Recipe.model_validate(fields), console=QUIET)
+        except MultiTokenError as error:
+            seen["error"] = f"{type(error).__name__}: {error}"
+        found[one["name"]] = from_all(seen)
+    if is_first():
+        Path(job["out"]).write_text(json.dumps(found))
+    part()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,339 @@
+"""train/distributed.py and sharding.py: several processes learn what one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from multi_token.recipe import Recipe
+from multi_token.registry import register_modality
+from multi_token.train import trainer as trainer_module
+from multi_token.train.packing import PackSampler
+from multi_token.train.run import train
+from tests.train.in_processes import Wavering
+
+pytestmark = pytest.mark.slow
+
+Fields = Callable[..., dict[str, Any]]
+SCRIPT = Path(__file__).with_name("in_processes.py")
+ROOT = Path(__file__).resolve().parents[2]
+# what each of 16 rows shows: in the second step of four rows, the second process has only text
+SHOWN = [
+    *(["image"], ["wavering"], ["image", "wavering"], []),
+    *(["wavering"], ["image"], [], []),
+    *([], ["image"], ["wavering"], ["wavering", "wavering"]),
+    *(["image"], [], [], ["wavering"]),
+]
+ROWS_OF_TEXT = [
+    {
+        "id": word,
+        "messages": [
+            {"role": "user", "content": "What is it?"},
+            {"role": "assistant", "content": word},
+        ],
+    }
+    for word in ("red", "blue")
+]
+LEARN = {
+    "projector": {"projectors": 3e-3},
+    "adapter": {"projectors": 3e-3, "adapter": 2e-3},
+    "full": {"projectors": 3e-3, "language_model": 1e-3},
+}
+ONE = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+TWO = {"per_device_train_batch_size": 2}
+FOUR = {"per_device_train_batch_size": 1}
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def tied(parts: Path, tmp_path_factory: Any) -> Path:
+    """The tiny language model with one matrix for embeddings and head."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tied") / "language_model"
+    config = AutoConfig.from_pretrained(parts / "language_model", tie_word_embeddings=True)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(parts / "language_model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: Any) -> Fields:
+    """Fields of a run: what learns, how rows are shared out, and more."""
+    register_modality("wavering", Wavering)
+    folder = tmp_path_factory.mktemp("sixteen")
+    lines = []
+    for number, shown in enumerate(SHOWN):
+        row: dict[str, Any] = {
+            "id": str(number),
+            "messages": [
+                {"role": "user", "content": "What is " + " ".join(f"<{s}>" for s in shown) + "?"},
+                {"role": "assistant", "content": "red blue green"[: 3 + number % 11]},
+            ],
+        }
+        if "image" in shown:
+            row["images"] = [str(data / f"{('red', 'blue', 'green')[number % 3]}.png")]
+        values = [[float((number * k) % 5) for k in range(5)]] * shown.count("wavering")
+        if values:
+            row["wavering"] = values if len(values) > 1 else values[0]
+        lines.append(json.dumps(row) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+
+    def fields(
+        out: Path, learn: str, args: dict[str, Any], *, is_tied: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        common = {
+            "use_cpu": True,
+            "logging_steps": 1,
+            "max_steps": 6,
+            "lr_scheduler_type": "constant",
+            "save_steps": 2,
+            "report_to": [],
+        }
+        if not more.get("packing"):
+            order = "group_by_length" if learn == "projector" else "sequential"
+            common["train_sampling_strategy"] = order
+        stages = [{"name": learn, "learn": LEARN[learn]}]
+        made = recipe_fields(out, stages=stages, args={**common, **args}, **more)
+        made["model"]["modalities"]["wavering"] = {
+            "type": "wavering",
+            "projector": {"type": "expand", "factor": 2},
+        }
+        if is_tied:
+            made["model"]["language_model"] = str(tied)
+        made["data"] = {"train": [{"rows": str(folder / "rows.jsonl")}]}
+        return made
+
+    return fields
+
+
+def processes(num: int, folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `num` processes saw: by run, a list with an entry of each."""
+    job, out = folder / "job.json", folder / "seen.json"
+    job.write_text(json.dumps({"out": str(out), "runs": runs}))
+    launched(num, [str(SCRIPT), str(job)])
+    return json.loads(out.read_text())
+
+
+def launched(num: int, command: list[str]) -> str:
+    """What `num` processes of a command that torchrun starts print to stderr."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", str(num), *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(fields_of: Fields, tmp_path_factory: Any) -> Callable[..., Path]:
+    """The folder of a run by one process, each trained once."""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.set_num_threads(1)
+
+    def run(learn: str, *, is_tied: bool = False) -> Path:
+        out = folder / f"{learn}-{is_tied}"
+        if not out.exists():
+            fields = fields_of(out, learn, ONE, is_tied=is_tied)
+            train(Recipe.model_validate(fields), console=Console(quiet=True))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
+    """All that two processes are asked, in one start of them."""
+    folder = tmp_path_factory.mktemp("two")
+    rows = fields_of(folder, "full", TWO)["data"]["train"][0]["rows"]
+    here, elsewhere = folder / "here", folder / "elsewhere"
+    for place, word in ((here, "red"), (elsewhere, "tan")):
+        place.mkdir()
+        (place / "rows.jsonl").write_text(
+            Path(rows).read_text().replace("red blue", f"{word} blue")
+        )
+
+    def run(name: str, learn: str, args: dict[str, Any] = TWO, **more: Any) -> dict[str, Any]:
+        around = {key: more.pop(key) for key in ("stop_at", "other", "folders") if key in more}
+        out = more.pop("out", name)
+        return {
+            "name": name,
+            "fields": fields_of(folder / out, learn, args, **more),
+            **around,
+        }
+
+    runs = [
+        run("ddp", "projector", {**TWO, "ddp_backend": "gloo"}),
+        run("accumulated", "adapter", ACCUMULATED),
+        run("cached", "projector", feature_cache=True),
+        run("adapter", "adapter", fsdp=True),
+        run("adapter tied", "adapter", fsdp=True, is_tied=True),
+        run("full", "full", fsdp=True),
+        run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True),
+        run("full ddp", "full"),
+        run("packed", "adapter", packing=True),
+        run("packed pieces", "adapter", packing=True, fsdp=True),
+        run("ddp stopped", "adapter", stop_at=3),
+        run("full stopped", "full", fsdp=True, stop_at=3),
+        run("full on", "full", fsdp=True, stop_at=3, out="full on two"),
+        run("full on again", "full", fsdp=True, out="full on two"),
+        run("other recipe", "projector", other={"train.seed": 5}),
+        run("other rows", "projector", folders=[str(here), str(elsewhere)]),
+    ]
+    runs[-1]["fields"]["data"] = {"train": [{"rows": "rows.jsonl"}]}
+    return folder, processes(2, folder, runs)
+
+
+def history(out: Path) -> list[tuple[float, float]]:
+    (done,) = (out / "stages").glob("1-*/done.json")
+    entries = json.loads(done.read_text())["log_history"]
+    return [(e["loss"], e["grad_norm"]) for e in entries if "loss" in e]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    files = [out / "projectors.safetensors"]
+    files += (out / "adapter").glob("*.safetensors")
+    files += (out / "language_model").glob("*.safetensors")
+    return {f"{f.name}: {k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Losses, gradient norms and final weights within 1e-5."""
+    assert len(history(one)) == 6
+    torch.testing.assert_close(
+        torch.tensor(history(other)), torch.tensor(history(one)), atol=1e-5, rtol=1e-5
+    )
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_two_processes_learn_what_one_does(two: Any, alone: Any) -> None:
+    folder, seen = two
+    assert [one["wrapper"] for one in seen["ddp"]] == ["DistributedDataParallel"] * 2
+    assert_equal_runs(alone("projector"), folder / "ddp")
+
+
+def test_gradient_accumulation_in_two_processes_learns_what_one_does(two: Any, alone: Any) -> None:
+    assert_equal_runs(alone("adapter"), two[0] / "accumulated")
+
+
+def test_a_feature_cache_that_two_processes_fill_changes_nothing(two: Any, alone: Any) -> None:
+    assert_equal_runs(alone("projector"), two[0] / "cached")
+
+
+@pytest.mark.parametrize("learn", ["adapter", "full"])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_pieces_of_a_language_model_learn_what_one_process_does(
+    two: Any, alone: Any, learn: str, is_tied: bool
+) -> None:
+    name = f"{learn} tied" if is_tied else learn
+    for seen in two[1][name]:
+        assert seen["wrapper"] == "FSDPMultiTokenForConditionalGeneration"
+        assert seen["num_pieces"] > 10 and 0.4 < seen["share"] < 0.6
+    assert_equal_runs(alone(learn, is_tied=is_tied), two[0] / name)
+
+
+class BothShares(PackSampler):
+    """The packs of two processes one after the other, for one that accumulates gradients."""
+
+    def __init__(self, rows: Any, *, seed: int, num_processes: int, process: int) -> None:
+        assert (num_processes, process) == (1, 0)
+        super().__init__(rows, seed=seed, num_processes=2)
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self.steps(self.epoch)
+        return iter([self.rows.members(pack) for step in steps for pack in step])
+
+
+def test_packs_of_two_processes_teach_what_one_would_learn_from_them(
+    two: Any, fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "PackSampler", BothShares)
+    args = {**TWO, "gradient_accumulation_steps": 2}
+    fields = fields_of(tmp_path / "packed", "adapter", args, packing=True)
+    train(Recipe.model_validate(fields), console=Console(quiet=True))
+    for name in ("packed", "packed pieces"):
+        assert_equal_runs(tmp_path / "packed", two[0] / name)
+
+
+def test_the_command_line_speaks_once_for_all_processes(fields_of: Fields, tmp_path: Path) -> None:
+    fields = fields_of(tmp_path / "run", "projector", {**TWO, "max_steps": 2})
+    del fields["model"]["modalities"]["wavering"]
+    text = [row for row in ROWS_OF_TEXT for _ in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
+    fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    shown = launched(2, ["-m", "multi_token", "train", str(recipe)])
+    assert shown.count("saved to") == shown.count("ask it:") == shown.count("first batch:") == 1
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(two: Any) -> None:
+    from multi_token.checkpoint import load
+
+    folder, _ = two
+    (file,) = (folder / "full" / "language_model").glob("*.safetensors")
+    model = load(folder / "full")
+    expected = load_file(file)["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(model.language_model.model.layers[0].mlp.up_proj.weight, expected)
+
+
+@pytest.mark.parametrize(("name", "learn"), [("ddp stopped", "adapter"), ("full stopped", "full")])
+def test_what_two_processes_began_one_finishes(
+    two: Any, alone: Any, fields_of: Fields, name: str, learn: str
+) -> None:
+    folder, seen = two
+    assert all("stopped at step 3 of 6" in one["error"] for one in seen[name])
+    fields = fields_of(folder / name, learn, ONE)  # without fsdp as well
+    train(Recipe.model_validate(fields), console=Console(quiet=True))
+    assert_equal_runs(alone(learn), folder / name)
+
+
+def test_pieces_go_on_from_a_checkpoint(two: Any, alone: Any) -> None:
+    folder, seen = two
+    assert all("stopped at step 3 of 6" in one["error"] for one in seen["full on"])
+    assert [one["steps"] for one in seen["full on again"]] == [3, 3]
+    assert_equal_runs(alone("full"), folder / "full on two")
+
+
+def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> None:
+    _, seen = two
+    for one in seen["other recipe"]:
+        assert one["error"].startswith(
+            "RecipeError: the recipe of process 1 is not that of process 0"
+        )
+    for one in seen["other rows"]:
+        assert "the data (rows of rows.jsonl) of process 1 is not that of process 0" in one["error"]
+
+
+def test_four_processes_learn_what_one_does(fields_of: Fields, alone: Any, tmp_path: Path) -> None:
+    replicas = fields_of(tmp_path / "replicas", "full", FOUR, fsdp={"replicas": 2})
+    plain = fields_of(tmp_path / "plain", "projector", FOUR)
+    runs = [{"name": "replicas", "fields": replicas}, {"name": "plain", "fields": plain}]
+    seen = processes(4, tmp_path, runs)
+    assert all(0.4 < one["share"] < 0.6 for one in seen["replicas"])
+    assert_equal_runs(alone("full"), tmp_path / "replicas")
+    assert_equal_runs(alone("projector"), tmp_path / "plain")

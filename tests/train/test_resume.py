@@ -1,0 +1,261 @@
+"""train/checkpoints.py: a run that was stopped, killed or left without room goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from multi_token.errors import CheckpointError, Interrupted, RecipeError
+from multi_token.recipe import Recipe
+from multi_token.train import run as run_module
+from multi_token.train.checkpoints import keep_newest, last_checkpoint
+from multi_token.train.run import train
+
+Fields = Callable[..., dict[str, Any]]
+STAGE = Path("stages") / "1-adapter"
+ARGS = {"use_cpu": True, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": []}
+
+
+def trained(fields: dict[str, Any], console: Console | None = None) -> Any:
+    return train(Recipe.model_validate(fields), console=console or Console(quiet=True))
+
+
+def fields_of(recipe_fields: Fields, out: Path, *, args: Any = None, **more: Any) -> dict[str, Any]:
+    """A run of six steps, three epochs of rows, that learns an adapter with dropout."""
+    stage = {"name": "adapter", "learn": {"projectors": 1e-2, "adapter": 1e-2}}
+    given = {**ARGS, "max_steps": 6, "save_steps": 1, **(args or {})}
+    adapter = {"r": 4, "lora_dropout": 0.2}
+    return recipe_fields(out, stages=[stage], args=given, adapter=adapter, **more)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(out)}: {key}": tensor
+        for file in (out / "projectors.safetensors", *(out / "adapter").glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of one step."""
+
+    def __init__(self, step: int, act: Callable[[], Any]) -> None:
+        self.step = step
+        self.act = act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.act()
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Have something done at a step of the next run."""
+    bar = run_module.Bar
+
+    def at(step: int, act: Callable[[], Any]) -> None:
+        def bar_and_more(trainer: Any, *args: Any) -> Any:
+            trainer.add_callback(At(step, act))
+            return bar(trainer, *args)
+
+        monkeypatch.setattr(run_module, "Bar", bar_and_more)
+
+    return at
+
+
+@pytest.fixture(scope="module")
+def six_steps(recipe_fields: Fields, tmp_path_factory: Any) -> Path:
+    """A run that nothing has stopped."""
+    out = tmp_path_factory.mktemp("six") / "steps"
+    trained(fields_of(recipe_fields, out))
+    return out
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def go_on() -> None:
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["group_by_length", "packing"])
+def test_killed_at_any_step_it_goes_on_to_the_same_bits(
+    recipe_fields: Fields, tmp_path: Path, way: str
+) -> None:
+    torch.set_num_threads(1)
+    packed = way == "packing"
+    args = {"max_steps": 12} | ({} if packed else {"train_sampling_strategy": "group_by_length"})
+    more = {"packing": True} if packed else {}
+    trained(fields_of(recipe_fields, tmp_path / "whole", args=args, **more))
+
+    fields = fields_of(recipe_fields, tmp_path / "cut", args=args, **more)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    seed = random.randrange(10**6)
+    step = random.Random(seed).randrange(2, 10)
+    print(f"killed once step {step} was logged (seed {seed})")  # noqa: T201 - shown on a failure
+    assert _run_until(recipe, f"adapter {step}/12") == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "config.json").exists()
+    assert _run_until(recipe, None) == 0
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def _run_until(recipe: Path, line: str | None) -> int:
+    """The exit code of the command line, which is killed when it has printed `line`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "multi_token", "train", str(recipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        for printed in process.stderr:
+            if line is not None and printed.startswith(line):
+                process.kill()
+        return process.wait()
+
+
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_to_the_same_bits(
+    recipe_fields: Fields, tmp_path: Path, at: Any, six_steps: Path
+) -> None:
+    args = {"save_steps": 100}
+    at(3, stop)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        trained(fields_of(recipe_fields, tmp_path / "cut", args=args))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    at(3, go_on)
+    trained(fields_of(recipe_fields, tmp_path / "cut", args=args))
+    assert_same_bits(six_steps, tmp_path / "cut")
+
+
+def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
+    recipe_fields: Fields, tmp_path: Path, at: Any, capsys: Any, six_steps: Path
+) -> None:
+    out = tmp_path / "cut"
+    at(4, stop)
+    with pytest.raises(Interrupted):
+        trained(fields_of(recipe_fields, out))
+    # as a process that is killed within a write leaves it
+    torn = out / STAGE / "checkpoint-4" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (out / STAGE / "checkpoint-4" / "rng_state_1.pth").write_bytes(b"of another run")
+    at(4, go_on)
+    trained(fields_of(recipe_fields, out), Console(width=1000))
+    shown = capsys.readouterr().out
+    assert "checkpoint-4 is not whole (optimizer.pt has " in shown
+    assert f"going on from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
+    assert_same_bits(six_steps, out)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / "whole.json").unlink(), "cut off while it was written"),
+        (lambda folder: (folder / "whole.json").write_text("{"), "whole.json is damaged"),
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "weights").write_text("w"), "has 1 bytes instead of 7"),
+    ],
+)
+def test_why_a_checkpoint_does_not_count_is_said(tmp_path: Path, harm: Any, reason: str) -> None:
+    for step in (2, 10, 9):
+        _checkpoint(tmp_path, step)
+    harm(tmp_path / "checkpoint-10")
+    said: list[str] = []
+    assert last_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-9"
+    assert len(said) == 1 and reason in said[0] and "checkpoint-10" in said[0]
+
+
+def _checkpoint(folder: Path, step: int) -> None:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "weights").write_text("weights")
+    (path / "whole.json").write_text(json.dumps({"files": {"weights": 7}}))
+
+
+def test_the_newest_whole_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 10, 9):
+        _checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-12").mkdir()
+    keep_newest(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-10", "checkpoint-2", "checkpoint-9"]
+
+
+def test_a_run_keeps_as_many_checkpoints_as_it_is_told(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    trained(fields_of(recipe_fields, tmp_path, args={"save_total_limit": 1, "save_steps": 2}))
+    assert [path.name for path in (tmp_path / STAGE).glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_last_good_checkpoint(
+    recipe_fields: Fields, tmp_path: Path, at: Any, six_steps: Path
+) -> None:
+    out = tmp_path / "cut"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # no file may be larger than this, as if the disk ended there
+    at(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard)))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            trained(fields_of(recipe_fields, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).startswith(f"{out / STAGE / 'checkpoint-3'} could not be written: ")
+    assert "goes on from checkpoint-2, which is whole" in str(caught.value)
+    assert not (out / STAGE / "checkpoint-3").exists()
+    at(3, go_on)
+    trained(fields_of(recipe_fields, out))
+    assert_same_bits(six_steps, out)
+
+
+def test_a_changed_recipe_names_what_differs(recipe_fields: Fields, tmp_path: Path) -> None:
+    trained(fields_of(recipe_fields, tmp_path, args={"max_steps": 1}))
+    changed = fields_of(recipe_fields, tmp_path, args={"max_steps": 2}, seed=9)
+    changed["train"]["stages"][0]["learn"]["adapter"] = 1e-3
+    with pytest.raises(RecipeError) as caught:
+        trained(changed)
+    assert "holds a run of another recipe" in str(caught.value)
+    for part in (
+        "train.seed: 0 there, 9 here",
+        "train.args.max_steps: 1 there, 2 here",
+        "train.stages.0.learn.adapter.rate: 0.01 there, 0.001 here",
+    ):
+        assert part in str(caught.value)
+    assert str(caught.value).count("there,") == 3
+
+
+def test_the_rows_of_a_step_may_be_cut_otherwise_but_not_become_more(
+    recipe_fields: Fields, tmp_path: Path, at: Any
+) -> None:
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    at(3, stop)
+    with pytest.raises(Interrupted):
+        trained(fields_of(recipe_fields, tmp_path))
+    at(3, go_on)
+    with pytest.raises(RecipeError, match="made with 2 rows per step, and now there would be 4"):
+        trained(fields_of(recipe_fields, tmp_path, args={"per_device_train_batch_size": 4}))
+    trained(fields_of(recipe_fields, tmp_path, args=cut))
+    assert (tmp_path / "config.json").is_file()
