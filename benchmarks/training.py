@@ -55,7 +55,7 @@ from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
 from multi_token.types import Sample
 
 NUM_ROWS = 8
-TEXT_TOKENS = (30, 45, 160, 60, 75, 90, 170, 110)
+TEXT_TOKENS = (20, 30, 105, 35, 45, 55, 115, 65)
 """Roughly, by row; a quarter is long."""
 SUPERVISED = 0.5
 """Of a row's text; the rest is its question."""
@@ -231,6 +231,7 @@ class Levers:
         collator = Collator(self.model.modalities, self.model.reader.chat.filler_id)
         tree = replace(collator, share_media=True)
         plain, cached = (read(self.model, folder, given, cache) for cache in (None, FeatureCache()))
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.lengths = [len(sample.input_ids) for sample in plain]
         self.num_supervised = sum(int((s.labels[1:] != -100).sum()) for s in plain)
         self.batches = {
@@ -255,8 +256,12 @@ class Levers:
         model = self.model
         model.language_model.requires_grad_(variant.learn == "all")
         model.projectors.requires_grad_(True)
-        learned = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learned, lr=0.0, weight_decay=0.0, fused=True)
+        if variant.learn not in self.optimizers:
+            learned = [p for p in model.parameters() if p.requires_grad]
+            self.optimizers[variant.learn] = torch.optim.AdamW(
+                learned, lr=0.0, weight_decay=0.0, fused=True
+            )
+        optimizer = self.optimizers[variant.learn]
         layout = "tree" if variant.tree else "packed" if variant.packed else "padded"
         batch: Any = dict(self.batches[layout + ", cached" * variant.cached])
         segments: Any = attending_by_segment(model.language_model)

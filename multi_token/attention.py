@@ -50,17 +50,23 @@ def segment_attention(
         )
     assert attention_mask is not None
     options["is_causal"] = True
+    rows = attention_mask[0, 0].tolist()
+    # split, not sliced: the gradient of a slice is as long as the pack, and each segment has some
+    lengths = [stop - start for start, stop, _, _ in rows]
+    number = {(start, stop): i for i, (start, stop, _, _) in enumerate(rows)}
+    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
     pieces = []
-    for start, stop, first, past in attention_mask[0, 0].tolist():
-        keys, values, mask = key[:, :, start:stop], value[:, :, start:stop], None
+    for i, (start, stop, first, past) in enumerate(rows):
+        seen, told, mask = keys[i], values[i], None
         if past > first:
-            keys = torch.cat([key[:, :, first:past], keys], 2)
-            values = torch.cat([value[:, :, first:past], values], 2)
-            sees_all = torch.ones(stop - start, keys.shape[2], dtype=torch.bool, device=key.device)
+            behind = number[first, past]
+            seen = torch.cat([keys[behind], seen], 2)
+            told = torch.cat([values[behind], told], 2)
+            sees_all = torch.ones(stop - start, seen.shape[2], dtype=torch.bool, device=key.device)
             mask = sees_all.tril(past - first)[None, None]
         pieces.append(
             sdpa_attention_forward(
-                module, query[:, :, start:stop], keys, values, mask, dropout, scaling, **options
+                module, queries[i], seen, told, mask, dropout, scaling, **options
             )[0]
         )
     return torch.cat(pieces, 1), None

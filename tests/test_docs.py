@@ -69,7 +69,7 @@ def commands() -> list[tuple[str, ...]]:
     """Commands of the README, as far as their names go: ("data", "check")."""
     found = set()
     for line in code_of(README):
-        if match := re.search(r"\bmulti-token ((?:data |modalities )?[a-z]+)", line):
+        if match := re.search(r"\bmulti-token ((?:data |evaluate |modalities )?[a-z]+)", line):
             found.add(tuple(match[1].split()))
     return sorted(found)
 
@@ -105,7 +105,7 @@ def test_each_command_in_the_readme_exists(command: tuple[str, ...]) -> None:
 
 def test_options_in_the_readme_exist() -> None:
     for line in code_of(README):
-        match = re.search(r"\bmulti-token ((?:data |modalities )?[a-z]+)(.*)", line)
+        match = re.search(r"\bmulti-token ((?:data |evaluate |modalities )?[a-z]+)(.*)", line)
         for option in re.findall(r"--[a-z-]+", match[2]) if match else []:
             assert option in help_of(*match[1].split()), f"multi-token {match[1]} has no {option}"
 

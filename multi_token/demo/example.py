@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
+import torch
 from rich.console import Console
 
 SizeT = TypeVar("SizeT")
@@ -64,19 +63,19 @@ def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """[bytes]: the most that the process had beside what it had at the start, every 2 ms a look."""
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak, done = [0], threading.Event()
+    """[bytes]: the most that tensors took inside beside what they took before, by torch's profiler.
 
-    def look() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], process.memory_info().rss - before)
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
+    Not the process's memory, which a longer past has made large already.
+    """
+    peak = [0]
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         yield peak
-    finally:
-        done.set()
-        looking.join()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    taken = 0
+    for _, num_bytes in changes:
+        taken += num_bytes
+        peak[0] = max(peak[0], taken)
