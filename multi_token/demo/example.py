@@ -73,7 +73,7 @@ def peak_memory() -> Iterator[list[int]]:
     ) as profile:
         yield peak
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = profile.profiler.kineto_results.events()
+    events: Any = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     taken = 0
     for _, num_bytes in changes:
