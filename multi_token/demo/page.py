@@ -25,6 +25,7 @@ _PAGE = Template("""<!doctype html>
 <title>$title</title>
 <style>$style
 thead th { width: auto; font-weight: 600; }
+div.facts th { width: auto; overflow-wrap: normal; }
 div.facts td, thead th + th { padding-left: 14px; text-align: right; }
 video { display: block; width: 100%; max-width: 720px; height: auto; border-radius: 8px; }
 </style>
