@@ -26,19 +26,26 @@ def run_example(
     *,
     full: SizeT,
     quick: SizeT,
+    others: Mapping[str, tuple[str, SizeT]] | None = None,
 ) -> None:
     """The whole command: `--out --seed --quick`, then `run(out, size, seed, console)`.
 
-    `about`: the example's own text, whose first line is the help's. Prints the plain numbers of the
-    report that `run` returns, and where its page lies.
+    `about`: the example's own text, whose first line is the help's. `others`: further sizes, each a
+    flag of its name with its help. Prints the plain numbers of the report that `run` returns, and
+    where its page lies.
     """
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="the run's folder")
     parser.add_argument("--seed", type=int, default=0, help="of rows, training and questions")
-    parser.add_argument("--quick", action="store_true", help="a small one in about a minute")
+    sizes = {"quick": ("a small one in about a minute", quick), **(others or {})}
+    flags = parser.add_mutually_exclusive_group()
+    for flag, (help_text, size) in sizes.items():
+        flags.add_argument(
+            f"--{flag}", action="store_const", const=size, dest="size", default=full, help=help_text
+        )
     options = parser.parse_args()
     console = Console(stderr=True)
-    report = run(options.out, quick if options.quick else full, options.seed, console)
+    report = run(options.out, options.size, options.seed, console)
     for key, value in report.items():
         if isinstance(value, (int, float)):
             shown = f"{value:.1%}" if key.endswith(("accuracy", "rate")) else value
