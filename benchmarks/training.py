@@ -31,6 +31,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -182,9 +183,12 @@ class Result:
 
     name: str
     seconds: float
+    gflops: float
+    """Of matrix products and attention, by torch's counter: these do not wobble."""
     loss: float
     grad_norm: float
     ratio: float = 1.0
+    gflops_ratio: float = 1.0
 
 
 LEVERS = [
@@ -301,11 +305,17 @@ def measure(levers: Levers, variants: Sequence[Variant], rounds: int) -> list[Re
     def run(name: str) -> None:
         found[name] = levers.step(by_name[name])
 
+    gflops: dict[str, float] = {}
+    for name in by_name:
+        with FlopCounterMode(display=False) as counter:
+            run(name)
+        gflops[name] = counter.get_total_flops() / 1e9
     seconds = take_turns(list(by_name), run, rounds)
-    results = [Result(name, seconds[name], *found[name]) for name in by_name]
+    results = [Result(name, seconds[name], gflops[name], *found[name]) for name in by_name]
     for result in results:
         first = next(r for r in results if by_name[r.name].learn == by_name[result.name].learn)
         result.ratio = first.seconds / result.seconds
+        result.gflops_ratio = first.gflops / result.gflops
     return results
 
 
@@ -330,12 +340,16 @@ def main() -> None:
         shared = Levers(folder, questions(random.Random(1)), {"type": "mlp"})
         console.print("five questions a picture: " + shared.facts(), highlight=False)
         results += measure(shared, SHARED, rounds)
-    table = Table("what learns: how", "ms a step", "times", "loss", "projector's gradient")
+    table = Table(
+        "what learns: how", "ms a step", "times", "GFLOP", "times", "loss", "projector's gradient"
+    )
     for result in results:
         table.add_row(
             result.name,
             f"{1000 * result.seconds:.0f}",
             f"{result.ratio:.2f}",
+            f"{result.gflops:.1f}",
+            f"{result.gflops_ratio:.2f}",
             f"{result.loss:.5f}",
             f"{result.grad_norm:.5f}",
         )

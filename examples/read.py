@@ -363,7 +363,8 @@ def _write_page(
             Tile(
                 "Training",
                 f"{seconds / 60:.1f} min",
-                f"{len(results)} times {report['num_steps']} steps",
+                f"{report['num_steps']} steps"
+                + (f", {len(results)} times" if len(results) > 1 else ""),
             ),
         ],
         sections=[
@@ -381,9 +382,7 @@ def _write_page(
                     [(q.text, n, answer or "(none)", q.answer) for n, q, answer in samples],
                 ),
             ),
-            Section(
-                "Training", f"{report['num_steps']} steps each.", loss_figures(report["losses"])
-            ),
+            Section("Training", f"{report['num_steps']} steps.", loss_figures(report["losses"])),
         ],
         facts={
             "Made of": {
