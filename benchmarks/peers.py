@@ -1,13 +1,14 @@
-"""The same rows through transformers' LLaVA with `Trainer` and through ours, on the same weights.
+"""The same rows through transformers' LLaVA, with `Trainer` and with TRL's `SFTTrainer`, and ours.
 
     python benchmarks/peers.py [--quick] [--threads 1] [--out FILE.json]
 
-Both learn the projector, or it and the language model, with a learning rate of zero or nearly so
-(1e-12, as ours takes no zero); neither has a cache of features. Ours packs and computes logits
-where something is learned, which are lines of a recipe. Rows are read before: neither decodes.
+All have the same weights and learn the projector, or it and the language model, with a learning
+rate of zero or nearly so (1e-12, as ours takes no zero); none has a cache of features. Ours packs
+and computes logits where something is learned, which are lines of a recipe. Rows are read before:
+nobody decodes.
 
-Border: the peer is used as its documents say, with its own loss and a collator that pads. Model and
-rows are those of training.py.
+Border: the peers are used as their documents say, with their own losses and a collator that pads.
+Model and rows are those of training.py.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Array3D, Dataset, Features, List, Value
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from training import NUM_ROWS, build_parts, read, rows
 from transformers import (
+    AutoTokenizer,
     LlavaForConditionalGeneration,
     Trainer,
     TrainerCallback,
@@ -37,12 +40,15 @@ from transformers import (
 from multi_token.checkpoint import load
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
-from multi_token.demo.report import machine
+from multi_token.page.machine import machine
 from multi_token.train.arguments import training_arguments
 from multi_token.train.packing import Packing
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train_spec import Learn
 from multi_token.types import Sample
+
+STEPS = 4
+"""Of each in a turn; one before them does not count."""
 
 
 class StepTimes(TrainerCallback):
@@ -88,71 +94,124 @@ def llava_batch(given: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def measure_peer(folder: Path, learn: str, steps: int) -> dict[str, Any]:
-    """transformers' LLaVA with `Trainer`, and ours with `MultiTokenTrainer`, on the same weights.
-
-    No cache. Both learn the projector, or it and the language model; 4 x 8 rows in memory.
-    """
-    if not (folder / "ours").is_dir():
-        import_llava(folder / "llava", folder / "ours")
-    ours = load(folder / "ours")
+def of_llava(folder: Path, learn: str) -> Any:
+    """transformers' LLaVA, of which the projector learns, or it and the language model."""
     llava: Any = LlavaForConditionalGeneration.from_pretrained(folder / "llava")
-    samples = read(ours, folder, rows(4 * NUM_ROWS, random.Random(1)))
-    theirs = llava_rows(samples, llava.config.image_token_id)
-    with torch.no_grad():
-        first = ours(**Collator(ours.modalities, 0)(samples[:NUM_ROWS])).loss
-        expected = llava(**llava_batch(theirs[:NUM_ROWS])).loss
-    num_tokens = sum(len(sample.input_ids) for sample in samples)
-
     llava.requires_grad_(False)
     llava.model.multi_modal_projector.requires_grad_(True)
     if learn == "all":
         llava.model.language_model.requires_grad_(True)
         llava.lm_head.requires_grad_(True)
-    shared: dict[str, Any] = {
+    return llava
+
+
+def with_trainer(folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]) -> Any:
+    """transformers' own trainer on the rows of `llava_rows`."""
+    return Trainer(
+        model=of_llava(folder, learn),
+        args=TrainingArguments(output_dir=str(folder / "theirs"), learning_rate=0.0, **options),
+        train_dataset=given,  # type: ignore[arg-type]
+        data_collator=llava_batch,  # type: ignore[arg-type]
+    )
+
+
+def with_sft_trainer(
+    folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """TRL's trainer on the same rows, which it is told are prepared already."""
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    features = Features(
+        input_ids=List(Value("int64")),
+        labels=List(Value("int64")),
+        pixel_values=Array3D(tuple(given[0]["pixel_values"].shape), "float32"),
+    )
+    arrays = [{key: value.numpy() for key, value in row.items()} for row in given]
+    return SFTTrainer(
+        model=of_llava(folder, learn),
+        args=SFTConfig(
+            output_dir=str(folder / "sft"),
+            learning_rate=0.0,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **options,
+        ),
+        train_dataset=Dataset.from_list(arrays, features=features).with_format("torch"),
+        data_collator=llava_batch,  # type: ignore[arg-type]
+        processing_class=AutoTokenizer.from_pretrained(folder / "llava"),
+    )
+
+
+def with_ours(
+    model: Any, folder: Path, learn: str, samples: Sequence[Sample], options: dict[str, Any]
+) -> MultiTokenTrainer:
+    """Ours on the same rows, packed to about as many tokens as a batch of the others has."""
+    rates = {"projectors": 1e-12, **({"language_model": 1e-12} if learn == "all" else {})}
+    lengths = [len(sample.input_ids) for sample in samples]
+    mean = sum(lengths) / len(lengths)
+    return MultiTokenTrainer(
+        model,
+        learn=Learn.model_validate(rates),
+        lengths=lengths,
+        packing=Packing(lengths, max(max(lengths), round(NUM_ROWS * mean))),
+        args=training_arguments(folder / "trained", options, seed=0, learning_rate=1e-12),
+        train_dataset=samples,
+        data_collator=Collator(model.modalities, 0).pack,
+    )
+
+
+def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
+    """All three in turns, a few steps each; 4 x 8 rows in memory, no cache."""
+    if not (folder / "ours").is_dir():
+        import_llava(folder / "llava", folder / "ours")
+    ours = load(folder / "ours")
+    samples = read(ours, folder, rows(4 * NUM_ROWS, random.Random(1)))
+    llava = of_llava(folder, learn)
+    given = llava_rows(samples, llava.config.image_token_id)
+    with torch.no_grad():
+        first = ours(**Collator(ours.modalities, 0)(samples[:NUM_ROWS])).loss
+        expected = llava(**llava_batch(given[:NUM_ROWS])).loss
+    options: dict[str, Any] = {
         "per_device_train_batch_size": NUM_ROWS,
-        "max_steps": steps,
+        "max_steps": 1 + STEPS,
         "logging_steps": 10_000,
         "save_strategy": "no",
         "use_cpu": True,
         "report_to": "none",
     }
-    times = {"transformers": StepTimes(), "multi_token": StepTimes()}
-    Trainer(
-        model=llava,
-        args=TrainingArguments(
-            output_dir=str(folder / "theirs"), learning_rate=0.0, disable_tqdm=True, **shared
-        ),
-        train_dataset=theirs,  # type: ignore[arg-type]
-        data_collator=llava_batch,  # type: ignore[arg-type]
-        callbacks=[times["transformers"]],
-    ).train()
-
-    rates = {"projectors": 1e-12, **({"language_model": 1e-12} if learn == "all" else {})}
-    lengths = [len(sample.input_ids) for sample in samples]
-    mean = sum(lengths) / len(lengths)
-    collator = Collator(ours.modalities, 0)
-    trainer = MultiTokenTrainer(
-        ours,
-        learn=Learn.model_validate(rates),
-        lengths=lengths,
-        packing=Packing(lengths, max(max(lengths), round(NUM_ROWS * mean))),
-        args=training_arguments(folder / "trained", shared, seed=0, learning_rate=1e-12),
-        train_dataset=samples,
-        data_collator=collator.pack,
-        callbacks=[times["multi_token"]],
-    )
-    trainer.train()
-    seconds = {name: statistics.median(found.seconds[1:]) for name, found in times.items()}
-    theirs_rate = num_tokens / (len(samples) / NUM_ROWS) / seconds["transformers"]
-    ours_rate = num_tokens / len(trainer.get_train_dataloader()) / seconds["multi_token"]
+    others = {**options, "disable_tqdm": True}
+    trainers = {
+        "trainer": with_trainer(folder, learn, given, others),
+        "sft_trainer": with_sft_trainer(folder, learn, given, others),
+        "ours": with_ours(ours, folder, learn, samples, options),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            times = StepTimes()
+            trainer.add_callback(times)
+            trainer.train()
+            trainer.remove_callback(times)
+            seconds[name] += times.seconds[1:]
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    rates = {
+        name: num_tokens / len(trainer.get_train_dataloader()) / statistics.median(seconds[name])
+        for name, trainer in trainers.items()
+    }
     return {
         "learn": learn,
         "loss_of_llava": float(expected),
         "loss_of_ours": float(first),
-        "llava_tokens_per_second": round(theirs_rate, 1),
-        "our_tokens_per_second": round(ours_rate, 1),
-        "ratio": round(ours_rate / theirs_rate, 2),
+        **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()},
+        **{
+            f"times_{name}": round(rates["ours"] / rate, 2)
+            for name, rate in rates.items()
+            if name != "ours"
+        },
     }
 
 
@@ -164,24 +223,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps = 5 if options.quick else 13
+    rounds = 2 if options.quick else 5
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_parts(folder)
-        peers = [measure_peer(folder, learn, steps) for learn in ("projector", "all")]
-    table = Table("what learns", "LLaVA + Trainer", "ours", "times", "loss of both")
+        peers = [measure(folder, learn, rounds) for learn in ("projector", "all")]
+    table = Table(
+        "what learns", "LLaVA + Trainer", "+ SFTTrainer", "ours", "times", "times", "loss of both"
+    )
     for peer in peers:
         table.add_row(
             peer["learn"],
-            f"{peer['llava_tokens_per_second']} tok/s",
-            f"{peer['our_tokens_per_second']} tok/s",
-            f"{peer['ratio']:.2f}",
+            f"{peer['trainer_tokens_per_second']} tok/s",
+            f"{peer['sft_trainer_tokens_per_second']} tok/s",
+            f"{peer['ours_tokens_per_second']} tok/s",
+            f"{peer['times_trainer']:.2f}",
+            f"{peer['times_sft_trainer']:.2f}",
             f"{peer['loss_of_llava']:.5f} {peer['loss_of_ours']:.5f}",
         )
     Console(width=100).print(table)
     numbers = {
         "peers": peers,
-        "steps": steps,
+        "rounds": rounds,
         "threads": options.threads,
         "machine": machine(),
     }

@@ -48,9 +48,9 @@ from multi_token.checkpoint import compose
 from multi_token.collate import Collator
 from multi_token.data.cache import FeatureCache
 from multi_token.data.formats import to_conversation
-from multi_token.demo.report import machine
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.page.machine import machine
 from multi_token.recipe import ModelSpec
 from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
 from multi_token.types import Sample
