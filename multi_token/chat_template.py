@@ -156,7 +156,11 @@ class ChatTemplate:
             spans = {}
             for i in turns:
                 before = text_before(rendering, marks, i)
-                given = num_common(before, self._border(messages, i).given)
+                border = self._border(messages, i)
+                between = border.given + border.head
+                # blanks at a question's end have no mark, and stand before the border's text
+                blank = len(before) - len(between) if before.endswith(between) else 0
+                given = blank + num_common(before[blank:], border.given)
                 start = _start(text, places[i][0].start, before[given:])
                 spans[i] = Span(start, ends[i])
         return text, [spans[i] for i in (turns[-1:] if last_only else turns)]

@@ -103,6 +103,19 @@ def test_ids_of_a_text_conversation_are_the_tokenizers_own(template: str) -> Non
     assert (ours.input_ids == tokenizer.bos_token_id).sum() <= 1
 
 
+@pytest.mark.parametrize("end", ["\n", "  ", " \n\n"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_blanks_behind_an_item_at_the_end_of_a_question_are_not_learned(
+    template: str, end: str
+) -> None:
+    chat = ChatFormat(tiny_tokenizer(), TEMPLATES[template])
+    question = Message("user", (Text("What is this?\n"), Media("image", "x"), Text(end)))
+    answer = Message("assistant", (Text("A cat."),))
+    sample = chat.tokenize(Conversation((question, answer, question, answer)), [3, 3])
+    learned = [chat.tokenizer.decode(run) for run in learned_runs(sample.labels)]
+    assert [text.strip() for text in learned] == ["A cat." + end_of_turn(template)] * 2
+
+
 def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> None:
     chat = ChatFormat(tiny_tokenizer())
     parts: tuple[Part, ...] = (
