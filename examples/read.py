@@ -8,7 +8,7 @@ embedding, and SmolLM2-135M-Instruct with LoRA finds the one that is asked for. 
 documents of 8 to 48 chunks; held out are documents of 1 to 256, and in them the pairs of a name and
 a thing that are asked for. Beside it: the chunk whose embedding is nearest to the question's (a
 search, after which somebody must still read it), and chance. `--compare` trains with 2, 4 and 1
-tokens a chunk, 100 steps each. Writes `report.json` and `report.html`.
+tokens a chunk, 60 steps each. Writes `report.json` and `report.html`.
 
 Border: everything it does with models goes through the library's own doors: rows in a file, a
 recipe, `train` and `generate`.
@@ -90,8 +90,8 @@ QUICK = Size(
 )
 OTHERS = {
     "compare": (
-        "three shorter trainings: 2, 4 and 1 tokens a chunk, 100 steps each",
-        Size(tokens_per_chunk=(2, 4, 1), num_steps=100),
+        "three shorter trainings: 2, 4 and 1 tokens a chunk, 60 steps each",
+        Size(tokens_per_chunk=(2, 4, 1), num_steps=60, lengths=(1, 8, 32, 128)),
     )
 }
 
