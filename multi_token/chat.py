@@ -75,12 +75,18 @@ class ChatFormat:
         return {**self.__dict__, "_slotted": {}}  # copies are made again where they are needed
 
     def tokenize(
-        self, conversation: Conversation, num_tokens: Sequence[int], *, prompt_only: bool = False
+        self,
+        conversation: Conversation,
+        num_tokens: Sequence[int],
+        *,
+        prompt_only: bool = False,
+        learn_turns: LearnTurns | None = None,
     ) -> Sample:
         """One conversation -> ids, labels and places. The Sample's `media` is left empty.
 
         `num_tokens`: positions that each media item takes, in reading order. `prompt_only`: end
-        where the assistant begins to answer, nothing learned.
+        where the assistant begins to answer, nothing learned. `learn_turns`: instead of the
+        format's own.
 
         Raises ChatTemplateError.
         """
@@ -92,7 +98,7 @@ class ChatFormat:
             spans = [Span(end, len(text))]
         else:
             text, spans = self._chat_template.answered(
-                messages, last_only=self.learn_turns == "last"
+                messages, last_only=(learn_turns or self.learn_turns) == "last"
             )
         if text.count(slot) != len(num_tokens):
             raise ChatTemplateError(

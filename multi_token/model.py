@@ -123,13 +123,16 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         """input_ids [batch, time] -> inputs_embeds [batch, time, dim], media written in."""
         embeds = self.get_input_embeddings()(input_ids)
         media = media or {}
-        pieces = [
-            Piece(name, self.projectors[name](self.encode(name, m["inputs"])), m["positions"])
-            for name, m in media.items()
-        ]
+        pieces = [Piece(name, self._tokens(name, m), m["positions"]) for name, m in media.items()]
         if self.training:
             embeds = embeds + self._touch_absent(media).to(embeds.dtype)
         return splice(embeds, pieces)
+
+    def _tokens(self, name: str, media: MediaBatch) -> Tensor:
+        """All tokens of a modality's items [copies * num_tokens, dim], computed once."""
+        tokens = self.projectors[name](self.encode(name, media["inputs"]))
+        copies = media.get("copies", 1)
+        return tokens if copies == 1 else tokens.repeat(copies, 1)
 
     def _touch_absent(self, media: Mapping[str, MediaBatch]) -> Tensor:
         """A zero that depends on all that learns of the modalities that this batch does not use.

@@ -13,7 +13,16 @@ from multi_token.chat import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
-from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Prepared, Sample, Text
+from multi_token.types import (
+    IGNORE_INDEX,
+    Conversation,
+    LearnTurns,
+    Media,
+    Message,
+    Prepared,
+    Sample,
+    Text,
+)
 
 if TYPE_CHECKING:
     from multi_token.recipe import Recipe
@@ -39,6 +48,9 @@ class Reader:
     teacher: Literal["required", "optional"] | None = None
     """Also read each conversation with texts in place of its media; `required`: a row without them
     is refused."""
+    pairs: Literal["required", "optional"] | None = None
+    """Also read the rejected answer of rows that have two, and learn the last answers alone;
+    `required`: a row without one is refused. Else such a row is that of its chosen answer."""
 
     @property
     def tokenizer(self) -> Any:
@@ -70,9 +82,24 @@ class Reader:
         `prompt_only`: for asking; the sample ends where the assistant begins, nothing is learned.
         """
         row_id = conversation.id
+        rejected = None if self.pairs is None or prompt_only else conversation.rejected
+        if self.pairs == "required" and not prompt_only and rejected is None:
+            raise RowError(
+                "has no `chosen` and `rejected` answers, from which a stage with `dpo` learns; "
+                "give both, or set `dpo.missing` to skip",
+                kind="format",
+                row_id=row_id,
+            )
+        last: LearnTurns | None = "last" if rejected is not None else None
         answers = [m for m in conversation.messages if m.role == "assistant"]
-        if self.chat.learn_turns == "last":
+        if (last or self.chat.learn_turns) == "last":
             answers = answers[-1:]
+        if rejected is not None and not _has_text(rejected.messages[-1]):
+            raise RowError(
+                "has an empty `rejected` answer, expected a text; write one, or leave the row out",
+                kind="no_target",
+                row_id=row_id,
+            )
         if not prompt_only and not any(_has_text(message) for message in answers):
             raise RowError(
                 (
@@ -90,23 +117,31 @@ class Reader:
             for item, prepared in zip(conversation.media, media, strict=True)
         ]
         try:
-            sample = self.chat.tokenize(conversation, num_tokens, prompt_only=prompt_only)
+            sample = self.chat.tokenize(
+                conversation, num_tokens, prompt_only=prompt_only, learn_turns=last
+            )
+            if rejected is not None:
+                sample.rejected = self.chat.tokenize(rejected, num_tokens, learn_turns=last)
+                sample.rejected.media = media
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=row_id) from error
         sample.media = media
-        if self.max_tokens is not None and len(sample.input_ids) > self.max_tokens:
+        longest = max(len(s.input_ids) for s in (sample, sample.rejected) if s is not None)
+        if self.max_tokens is not None and longest > self.max_tokens:
             raise RowError(
-                f"is {len(sample.input_ids)} tokens long ({sum(num_tokens)} of them media), over "
+                f"is {longest} tokens long ({sum(num_tokens)} of them media), over "
                 f"max_tokens = {self.max_tokens}; a row is never cut, so raise `data.max_tokens` "
                 "or shorten the row",
                 kind="too_long",
                 row_id=row_id,
             )
         if self.teacher is not None and not prompt_only:
-            sample.teacher = self._as_text(conversation, sample)
+            sample.teacher = self._as_text(conversation, sample, learn_turns=last)
         return sample
 
-    def _as_text(self, conversation: Conversation, sample: Sample) -> Sample | None:
+    def _as_text(
+        self, conversation: Conversation, sample: Sample, *, learn_turns: LearnTurns | None
+    ) -> Sample | None:
         """The conversation with its media's surrogates, or None where some are missing.
 
         Raises RowError if they are required, or if the answers read otherwise behind them.
@@ -134,7 +169,7 @@ class Reader:
         )
         as_text = replace(conversation, messages=messages)
         try:
-            teacher = self.chat.tokenize(as_text, [])
+            teacher = self.chat.tokenize(as_text, [], learn_turns=learn_turns)
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=conversation.id) from error
         if _learned_ids(teacher) != _learned_ids(sample):
@@ -174,4 +209,5 @@ def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
         modalities=model.modalities,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,
+        pairs=recipe.train.pairs,
     )

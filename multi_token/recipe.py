@@ -13,14 +13,16 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from multi_token.data_spec import DataSpec, Section
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import AnyModality, Modality
 from multi_token.registry import nearest, validated
-from multi_token.train_spec import DataSource, Section, TrainSpec
+from multi_token.train_spec import TrainSpec
 from multi_token.types import LearnTurns
 
 _TAKEN = frozenset(
     {"id", "text", "message", "messages", "conversation", "conversations", "rate", "surrogates"}
+    | {"prompt", "chosen", "rejected"}
 )
 
 
@@ -81,18 +83,6 @@ class ModelSpec(Section):
         return modalities
 
 
-class DataSpec(Section):
-    """What is learned from."""
-
-    train: list[DataSource] = Field(min_length=1)
-    eval: list[DataSource] = Field(default_factory=list)
-    """Held-out rows: their loss, answers to some of them and the blind test, every `eval_steps`."""
-    max_tokens: int = Field(default=2048, ge=1)
-    """A longer row is never cut: see `on_bad_row`."""
-    on_bad_row: Literal["raise", "skip"] = "raise"
-    """`raise`: stop and say which rows are bad; `skip`: leave them out whole and count them."""
-
-
 class Recipe(Section):
     """The tree of a run."""
 
@@ -144,6 +134,49 @@ class Recipe(Section):
                     f"train args: eval_strategy={args['eval_strategy']} needs rows to evaluate on; "
                     "name held-out ones under `data.eval`, or remove it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> Recipe:
+        """What needs all rows before training begins does not go with a stream."""
+        if self.data.stream is None:
+            return self
+        train = self.train
+        for stage in train.stages:
+            args = {**train.args, **stage.args}
+            if int(args.get("max_steps", -1)) < 1:
+                raise RecipeError(
+                    f"stage {stage.name!r} learns from a stream (`data.stream`), which has no end: "
+                    "set `max_steps` in its `args`"
+                )
+            way = args.get("train_sampling_strategy", "random")
+            if way != "random":
+                raise RecipeError(
+                    f"train args: train_sampling_strategy is {way!r}, which needs the lengths of "
+                    "all rows, and `data.stream` reads them on the way; leave one of them out"
+                )
+            if stage.dpo is not None:
+                raise RecipeError(
+                    f"`data.stream` and the `dpo` of stage {stage.name!r} exclude each other; "
+                    "keep one"
+                )
+        cache = train.feature_cache
+        if cache is not None and (cache.path is None or cache.auto):
+            raise RecipeError(
+                "train.feature_cache would be filled from all rows, which `data.stream` does not "
+                "read before; fill a folder with `multi-token data encode` and name it as `path`, "
+                "or set it to false"
+            )
+        if train.share_media:
+            raise RecipeError(
+                "`train.share_media` looks for rows about the same media among all rows, which "
+                "`data.stream` does not read before; leave one of them out"
+            )
+        if train.packing and (train.pack_tokens or 0) < self.data.max_tokens:
+            raise RecipeError(
+                f"train.pack_tokens is {train.pack_tokens}, but a stream may bring a row of "
+                f"data.max_tokens ({self.data.max_tokens}); set it to at least as much"
+            )
         return self
 
     def save(self, path: Path) -> None:

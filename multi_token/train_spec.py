@@ -8,33 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from multi_token.data_spec import DataSource, Section
 
 Rate = Annotated[float, Field(gt=0)]
 """A learning rate."""
-
-
-class Section(BaseModel):
-    """What all parts of a recipe share: unknown keys are refused, nothing changes afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataSource(Section):
-    """Rows from one place."""
-
-    rows: str
-    """A .json, .jsonl or .parquet file, a folder saved by `datasets`, or a hub name."""
-    split: str = "train"
-    """Which split, where the source has several."""
 
 
 class AlignSpec(Section):
@@ -177,6 +156,25 @@ class TeacherSpec(Section):
     """A row with an item that has no text: bad, or learned by cross entropy alone."""
 
 
+class DpoSpec(Section):
+    """Learn to prefer a row's `chosen` answer to its `rejected` one; see docs/preferences.md."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much the model is held to what it was when the stage began."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """The formulas are in train/preference.py."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """With `sigmoid`: the share of rows whose answers may have been swapped by mistake."""
+    missing: Literal["raise", "skip"] = "raise"
+    """A row without the two answers: bad, or left out of this stage."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> DpoSpec:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"`label_smoothing` is for the loss sigmoid, not for {self.loss}")
+        return self
+
+
 class Stage(Section):
     """One run of the trainer inside the run's folder."""
 
@@ -184,6 +182,8 @@ class Stage(Section):
     learn: Learn
     teacher: TeacherSpec | None = None
     """Aim at what the language model answers to the rows' `surrogates`; `{}` for the defaults."""
+    dpo: DpoSpec | None = None
+    """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
     args: dict[str, Any] = Field(default_factory=dict)
     """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
 
@@ -193,6 +193,10 @@ class Stage(Section):
             raise ValueError(
                 f"stage {self.name!r} has the language model as its `teacher`, so it cannot learn "
                 "it as a whole; learn an `adapter`, or leave `teacher` out"
+            )
+        if self.teacher is not None and self.dpo is not None:
+            raise ValueError(
+                f"`teacher` and `dpo` of stage {self.name!r} exclude each other; keep one"
             )
         return self
 
@@ -248,6 +252,10 @@ class TrainSpec(Section):
     fsdp: Fsdp | None = None
     """Each process holds a piece of the language model's weights, gradients and optimizer state
     (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
+    compile_layers: bool = False
+    """Each layer of the language model is compiled by torch (inductor); see docs/scale-out.md."""
+    liger: bool = False
+    """Liger's kernels in the language model's layers; needs a GPU and the package liger-kernel."""
     calibration_items: int = Field(default=4096, ge=1)
     """Items of each modality whose features fix the projector's statistics."""
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
@@ -297,6 +305,12 @@ class TrainSpec(Section):
             return None
         return "required" if any(t.missing == "raise" for t in teachers) else "optional"
 
+    @property
+    def pairs(self) -> Literal["required", "optional"] | None:
+        """Whether rows are read with their rejected answers, for the stages with `dpo`."""
+        missing = [stage.dpo.missing for stage in self.stages if stage.dpo is not None]
+        return None if not missing else "required" if "raise" in missing else "optional"
+
     @model_validator(mode="after")
     def _stages_fit(self) -> TrainSpec:
         stage_names = [stage.name for stage in self.stages]
@@ -317,11 +331,18 @@ class TrainSpec(Section):
             )
         if self.fsdp is not None:
             self._fsdp_fits()
-        taught = [stage.name for stage in self.stages if stage.teacher is not None]
-        for key in ("packing", "fsdp"):
-            if taught and getattr(self, key):
+        for stage in self.stages if self.fsdp is not None else ():
+            if stage.teacher is not None and stage.teacher.missing != "raise":
                 raise ValueError(
-                    f"`{key}` and the `teacher` of stage {taught[0]!r} exclude each other; keep one"
+                    f"with `fsdp` the teacher of stage {stage.name!r} must read every row, or "
+                    "processes would wait for each other; set `teacher.missing` to raise"
+                )
+        preferring = [stage.name for stage in self.stages if stage.dpo is not None]
+        for key in ("packing", "fsdp", "share_prefix"):
+            if preferring and getattr(self, key):
+                raise ValueError(
+                    f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
+                    "one, or give that stage a recipe of its own with `start_from`"
                 )
         for key in ("pack_tokens", "pack_items", "share_media"):
             if getattr(self, key) not in (None, False) and not self.packing:

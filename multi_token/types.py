@@ -56,10 +56,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What every accepted row shape becomes. `id` names the row in every error message."""
+    """What every accepted row shape becomes. `id` names the row in every error message.
+
+    `rejected`: the same with another last answer, to which this one's is preferred, if the row has
+    two.
+    """
 
     messages: tuple[Message, ...]
     id: str = ""
+    rejected: Conversation | None = None
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -94,7 +99,8 @@ class Sample:
 
     `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
     `places` and `media` run in parallel, in reading order. `teacher`: the same conversation with
-    texts in place of its media, if that was asked for and they are there.
+    texts in place of its media, if that was asked for and they are there. `rejected`: the same
+    prompt and media with the answer that is not preferred, likewise.
     """
 
     input_ids: Tensor
@@ -103,6 +109,7 @@ class Sample:
     media: list[Prepared] = field(default_factory=list)
     id: str = ""
     teacher: Sample | None = None
+    rejected: Sample | None = None
 
 
 class MediaBatch(TypedDict):
@@ -111,10 +118,13 @@ class MediaBatch(TypedDict):
     `inputs`: what `Modality.collate` made of the items, batch axis first (of items, or of the parts
     that items were cut into).
     `positions`: int64 [num_tokens], places in the flattened [batch * time] view, in item order.
+    `copies`: into how many rows each item goes; `positions` are then [copies * num_tokens], all
+    items once and then all of them again.
     """
 
     inputs: dict[str, Tensor]
     positions: Tensor
+    copies: NotRequired[int]
 
 
 class Batch(TypedDict):

@@ -41,6 +41,13 @@ Override = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable."),
 ]
 Split = Annotated[str, typer.Option(help="Which split, where there are several.")]
+NumShards = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that share the work; default: torchrun's, or 1."),
+]
+Shard = Annotated[
+    int | None, typer.Option(min=0, help="Which of them this is, from 0; default: torchrun's.")
+]
 
 
 @data_app.command()
@@ -53,26 +60,63 @@ def check(
     split: Split = "train",
     examples: Annotated[int, typer.Option(help="Rows shown of each kind of problem.", min=0)] = 5,
     num_workers: Annotated[int, typer.Option(help="Processes that read rows.", min=0)] = 0,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Remember lengths of good rows there; with shards by default in the run's "
+            "`lengths`, where training looks for them.",
+        ),
+    ] = None,
+    num_shards: NumShards = None,
+    shard: Shard = None,
     override: Override = None,
 ) -> None:
     """Read every row the way training will; count what is wrong, and how long the rows are.
 
-    Exit code 0: every row is good. 1: at least one is not.
+    Several processes and machines may share the rows; the last of them reports on all. Exit code
+    0: every row is good. 1: at least one is not.
     """
     from rich.console import Console
 
     from multi_token.data.dataset import load_rows, read_row
     from multi_token.data.inspect import scan
+    from multi_token.data.lengths import KnownLengths
+    from multi_token.recipe import load_recipe
+    from multi_token.train.sources import lengths_folder
 
+    share, num_shares = _share(shard, num_shards)
     if clean is not None:
         _check_target(clean)
     reader = _reader(data, recipe, override)
     rows = load_rows(data, split=split)
     names = tuple(reader.modalities)
-    read = partial(read_row, reader=reader, modalities=names)
-    report = scan(rows, read, source=data, num_workers=num_workers)
+    known = None
+    if keep is not None or num_shares > 1:
+        run = lengths_folder(load_recipe(recipe, override or ()))
+        known = KnownLengths(Path(keep).expanduser() if keep is not None else run, reader)
+    look = partial(
+        scan,
+        rows,
+        partial(read_row, reader=reader, modalities=names),
+        source=data,
+        num_workers=num_workers,
+        known=known,
+    )
+    report = look(indices=range(share, len(rows), num_shares))
 
     console = Console(highlight=False)
+    if known is not None and num_shares > 1:
+        console.print(
+            f"share {share} of {num_shares}: {report.num_rows:,} of {len(rows):,} rows, "
+            f"{len(report.problems):,} bad"
+        )
+        of = f"{Path(data).name} {split} {len(rows)}"
+        if not known.finish(share, num_shares, of=of):
+            console.print("the last share to be done reports on all of them")
+            return
+        known.refresh()
+        report = look()  # what is left to read are the bad rows
     _print_report(console, report, examples)
     if clean is not None:
         _write(rows, report.good, clean, data=data, reader=reader)
@@ -111,7 +155,16 @@ def show(
         f"{length.num_tokens:,} tokens, {length.num_supervised:,} learned, "
         f"{length.num_media:,} media\n"
     )
-    console.print(render_sample(sample, reader.tokenizer, marks=not console.is_terminal))
+    render = partial(render_sample, tokenizer=reader.tokenizer, marks=not console.is_terminal)
+    console.print(render(sample))
+    if sample.rejected is not None:
+        num_tokens = measure(sample.rejected).num_tokens
+        console.print(
+            f"\nThat was the chosen answer; with the rejected one, {num_tokens:,} tokens:\n"
+        )
+        console.print(render(sample.rejected))
+    elif conversation.rejected is not None:
+        console.print("\nThis is the chosen answer; only stages with `dpo` read the rejected one.")
     if sample.places:
         console.print(_media_table(conversation, [place.length for place in sample.places]))
 
@@ -128,13 +181,8 @@ def encode(
             help="Where features go; default: `train.feature_cache.path`, or the run's `cache`.",
         ),
     ] = None,
-    num_shards: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that share the work; default: torchrun's, or 1."),
-    ] = None,
-    shard: Annotated[
-        int | None, typer.Option(min=0, help="Which of them this is, from 0; default: torchrun's.")
-    ] = None,
+    num_shards: NumShards = None,
+    shard: Shard = None,
     examples: Annotated[int, typer.Option(help="Unreadable items shown.", min=0)] = 5,
     override: Override = None,
 ) -> None:

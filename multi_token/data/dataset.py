@@ -5,9 +5,10 @@ Border: files, folders and hub names end here as sequences of rows; media files 
 
 from __future__ import annotations
 
+import glob
 import json
 from array import array
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -24,9 +25,12 @@ Row = Mapping[str, Any]
 _HUB = "hf://"
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 _ACCEPTED = (
-    "a .json, .jsonl or .parquet file, a folder written by datasets' save_to_disk, or a name on "
-    "the Hugging Face hub (hf://owner/name)"
+    "a .json, .jsonl, .parquet or .tar file, a pattern (shards/*.parquet) or folder of such files, "
+    "a folder written by datasets' save_to_disk, or a name on the Hugging Face hub "
+    "(hf://owner/name)"
 )
+_SHARDS = (*_SUFFIXES, ".tar")
+_SIGNS = "*?["
 
 
 def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
@@ -37,6 +41,8 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     | `rows.json`                | a list of rows, or an object with it under `data` or `rows`    |
     | `rows.jsonl`               | a row on each line, parsed when it is asked for                |
     | `rows.parquet`             | a table                                                        |
+    | `shards.tar`               | WebDataset's samples (data/tars.py)                            |
+    | `*.parquet`, a folder      | all such files of one kind, sorted by name                     |
     | a folder                   | written by `save_to_disk`, with splits or without              |
     | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
 
@@ -45,10 +51,14 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     """
     kind = _source_kind(source)
     if kind == "hub":
-        return _from_hub(source, split)
+        return _undecoded(_from_hub(source, split))
     path = Path(source).expanduser()
     if kind == "folder":
         return _from_folder(path, split)
+    if kind == "many":
+        from multi_token.data.stream import all_rows
+
+        return all_rows(source, split=split)
     if split != "train":
         raise MultiTokenError(
             f"{path} is one file, which has no split {split!r}; "
@@ -65,11 +75,51 @@ def rows_root(source: str) -> str | None:
     """The folder where relative media paths of `source` start: that of a file of rows.
 
     None (the current folder) for saved folders and hub names: they do not lie beside their media.
+    Raises MultiTokenError for files in several folders.
+    """
+    files = files_of(source)
+    if files is None:
+        return None
+    folders = sorted({str(file.resolve().parent) for file in files})
+    if len(folders) > 1:
+        raise MultiTokenError(
+            f"the files of {source} lie in {len(folders)} folders ({folders[0]}, {folders[1]}"
+            f"{', ...' if len(folders) > 2 else ''}), and media paths start at the folder of their "
+            "rows; make each folder a source of its own"
+        )
+    return folders[0]
+
+
+def files_of(source: str) -> list[Path] | None:
+    """The files of rows that a name stands for, by name, or None for a saved folder or hub name.
+
+    Raises MultiTokenError where there are none, or of several kinds.
     """
     kind = _source_kind(source)
-    if kind in _SUFFIXES:
-        return str(Path(source).expanduser().resolve().parent)
-    return None
+    path = Path(source).expanduser()
+    if kind in _SUFFIXES or path.is_file():
+        return [path]
+    if kind != "many":
+        return None
+    given = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    found = sorted(p for p in given if p.is_file() and (not path.is_dir() or _is_shard(p)))
+    kinds = sorted({p.suffix.lower() for p in found})
+    if not found or not set(kinds) <= set(_SHARDS):
+        raise MultiTokenError(
+            f"{source} (seen from {Path.cwd()}) names no files of rows"
+            + (f", but files that end in {', '.join(kinds)}" if found else "")
+            + f"; expected files that end in {', '.join(_SHARDS)}"
+        )
+    if len(kinds) > 1:
+        raise MultiTokenError(
+            f"{source} has files of several kinds ({', '.join(kinds)}), expected one; name those "
+            f"that hold the rows, such as {path if path.is_dir() else path.parent}/*{kinds[0]}"
+        )
+    return found
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() in _SHARDS
 
 
 def row_name(index: int, row: Row | None, source: str) -> str:
@@ -181,14 +231,21 @@ def _checked(row: Any, index: int, where: str, path: Path) -> Row:
 
 
 def _source_kind(source: str) -> str:
-    """A suffix of a file, "folder" or "hub"; raises for what is none of them."""
+    """A suffix of a file, "many" (files, or WebDataset's), "folder" (saved) or "hub"; raises for
+    what is none of them.
+    """
     if source.startswith(_HUB):
         return "hub"
     path = Path(source).expanduser()
     where = path.resolve()
     if path.is_dir():
-        return "folder"
+        shards = not _is_saved(path) and any(map(_is_shard, path.iterdir()))
+        return "many" if shards else "folder"
     suffix = path.suffix.lower()
+    if (suffix == ".tar" and path.is_file()) or (
+        any(sign in source for sign in _SIGNS) and not path.exists()
+    ):
+        return "many"
     if suffix in _SUFFIXES:
         if not path.is_file():
             raise MultiTokenError(f"no file at {where}; check the name, or the folder you are in")
@@ -246,11 +303,15 @@ def _from_parquet(path: Path) -> Sequence[Row]:
     return _undecoded(cast("datasets.Dataset", table))
 
 
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _from_folder(path: Path, split: str) -> Sequence[Row]:
-    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    if not saved:
+    if not _is_saved(path):
         raise MultiTokenError(
-            f"{path.resolve()} is a folder, but not one that datasets' save_to_disk wrote; "
+            f"{path.resolve()} is a folder, but not one that datasets' save_to_disk wrote, and "
+            "there are no files of rows in it; "
             f"expected {_ACCEPTED}"
         )
     import datasets
@@ -265,7 +326,15 @@ def _from_folder(path: Path, split: str) -> Sequence[Row]:
     return _undecoded(content)
 
 
-def _from_hub(source: str, split: str) -> Sequence[Row]:
+def rows_while_loading(source: str, *, split: str = "train") -> Iterable[Row]:
+    """The rows of a data set on the hub in their order, each once it is downloaded.
+
+    Raises MultiTokenError if the hub does not have it, or cannot be reached.
+    """
+    return _from_hub(source, split, streaming=True).decode(False)
+
+
+def _from_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     names = source.removeprefix(_HUB).removeprefix("datasets/").split("/")
     if not all(names) or len(names) > 3:
         raise MultiTokenError(f"expected hf://owner/name or hf://owner/name/config, got {source}")
@@ -274,14 +343,17 @@ def _from_hub(source: str, split: str) -> Sequence[Row]:
 
     try:
         found = datasets.load_dataset(
-            "/".join(names[:2]), names[2] if len(names) == 3 else None, split=split
+            "/".join(names[:2]),
+            names[2] if len(names) == 3 else None,
+            split=split,
+            streaming=streaming,
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise MultiTokenError(
             f"cannot load {source} (split {split!r}) from the hub: {error}; "
             f"if a file was meant, there is nothing at {Path(source).resolve()}"
         ) from error
-    return _undecoded(cast("datasets.Dataset", found))
+    return found
 
 
 def _undecoded(table: datasets.Dataset) -> Sequence[Row]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
+from multi_token.data.preferences import branches, is_pair
+from multi_token.data.values import as_list, is_number, kind_of
 from multi_token.errors import RowError, RowKind
 from multi_token.types import Conversation, Media, Message, Part, Role, Text
 
@@ -26,7 +28,7 @@ ROLES: Mapping[str, Role] = {
 }
 """Every accepted name of a speaker, and what it becomes."""
 
-_NOT_MEDIA = ("id", "messages", "conversations", "surrogates")
+_NOT_MEDIA = ("id", "messages", "conversations", "surrogates", "chosen", "rejected")
 _OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
 """Fields of the original's rows that are not called as their slot, with or without an s."""
 
@@ -51,9 +53,24 @@ def to_conversation(
     `surrogates`, if given, holds a text for each item of a name, in reading order:
     `{"speech": ["turn on the light"]}`.
 
+    A row with `chosen` and `rejected` answers (data/preferences.py) is the conversation with the
+    chosen one, which has the other one under `rejected`.
+
     An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
     """
-    return _RowReader(row, modalities, row_id=str(row_id)).read()
+    reader = _RowReader(row, modalities, row_id=str(row_id))
+    if not is_pair(row):
+        return reader.read()
+    chosen, rejected = (
+        _RowReader(branch, modalities, row_id=reader.row_id).read()
+        for branch in branches(row, ROLES, reader.error)
+    )
+    if chosen.messages[-1] == rejected.messages[-1]:
+        raise reader.error(
+            "has the same answer under `chosen` and `rejected`, so there is nothing to prefer; "
+            "leave the row out"
+        )
+    return replace(chosen, rejected=rejected)
 
 
 class _RowReader:
@@ -64,7 +81,7 @@ class _RowReader:
         # longest first: with `image` and `image_left`, the longer name must win
         self.names = sorted(modalities, key=lambda name: (-len(name), name))
         if not isinstance(row, Mapping):
-            raise self.error(f"expected an object with fields, got {_kind(row)}; {self.shapes()}")
+            raise self.error(f"expected an object with fields, got {kind_of(row)}; {self.shapes()}")
         if row.get("id") is not None:
             self.row_id = str(row["id"])
         self.row = row
@@ -93,7 +110,7 @@ class _RowReader:
         turns, role_key, content_key = self._turns()
         for name in self.names:
             self._read_field(name)
-        text_slots = all(_as_list(turn.get(content_key)) is None for turn in turns)
+        text_slots = all(as_list(turn.get(content_key)) is None for turn in turns)
         messages: list[Message] = []
         for index, turn in enumerate(turns):
             role = self._role(turn, role_key, index)
@@ -111,21 +128,21 @@ class _RowReader:
             return conversation
         if not isinstance(given, Mapping):
             raise self.error(
-                f"`surrogates` is {_kind(given)}, expected an object with a list of texts for each "
-                f"of {', '.join(sorted(self.names))}"
+                f"`surrogates` is {kind_of(given)}, expected an object with a list of texts for "
+                f"each of {', '.join(sorted(self.names))}"
             )
         texts: dict[str, list[Any]] = {}
         for name, value in given.items():
             if value is None:
                 continue  # a column of a table
-            found: list[Any] | None = [value] if isinstance(value, str) else _as_list(value)
+            found: list[Any] | None = [value] if isinstance(value, str) else as_list(value)
             if (
                 name not in self.names
                 or found is None
                 or not all(isinstance(text, (str, type(None))) for text in found)
             ):
                 raise self.error(
-                    f"`surrogates` has {_kind(value)} under {name!r}, expected a list of texts "
+                    f"`surrogates` has {kind_of(value)} under {name!r}, expected a list of texts "
                     f"under one of {', '.join(sorted(self.names))}"
                 )
             num_items = sum(item.modality == name for item in conversation.media)
@@ -162,15 +179,15 @@ class _RowReader:
             raise self.error("both `messages` and `conversations` are given; leave one of them out")
         key = found[0]
         role_key, content_key = ("role", "content") if key == "messages" else ("from", "value")
-        turns = _as_list(self.row[key])
+        turns = as_list(self.row[key])
         if turns is None:
-            raise self.error(f"`{key}` is {_kind(self.row[key])}, expected a list of turns")
+            raise self.error(f"`{key}` is {kind_of(self.row[key])}, expected a list of turns")
         if not turns:
             raise self.error(f"`{key}` is empty; a row needs at least one turn")
         for index, turn in enumerate(turns):
             if not isinstance(turn, Mapping):
                 raise self.error(
-                    f"turn {index} of `{key}` is {_kind(turn)}, "
+                    f"turn {index} of `{key}` is {kind_of(turn)}, "
                     f"expected an object with `{role_key}` and `{content_key}`"
                 )
             for field in (role_key, content_key):
@@ -223,11 +240,11 @@ class _RowReader:
             if text_slots and self.slot is not None:
                 return self._parts_of_text(content, self.slot)
             return (Text(content),) if content else ()
-        entries = _as_list(content)
+        entries = as_list(content)
         if entries is None:
             expected = "a text" if content_key == "value" else "a text or a list of parts"
             raise self.error(
-                f"`{content_key}` of turn {index} is {_kind(content)}, expected {expected}"
+                f"`{content_key}` of turn {index} is {kind_of(content)}, expected {expected}"
             )
         if content_key == "value":
             raise self.error(
@@ -253,14 +270,14 @@ class _RowReader:
     def _part(self, entry: Any, where: str) -> Part:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
             raise self.error(
-                f'{where} is {_kind(entry)}, expected {{"type": ...}} with one of the types '
+                f'{where} is {kind_of(entry)}, expected {{"type": ...}} with one of the types '
                 f"{self._types()}"
             )
         kind: str = entry["type"]
         if kind == "text":
             text = entry.get("text")
             if not isinstance(text, str):
-                raise self.error(f"{where} has {_kind(text)} under `text`, expected a text")
+                raise self.error(f"{where} has {kind_of(text)} under `text`, expected a text")
             return Text(text)
         if kind not in self.num_slots:
             near = difflib.get_close_matches(kind, ["text", *self.names], n=1)
@@ -325,31 +342,7 @@ def _split_items(value: Any, *, plural: bool) -> list[Any]:
     if isinstance(value, (np.ndarray, Tensor)):
         many = plural and value.ndim > 1
         return [value[i] for i in range(value.shape[0])] if many else [value]
-    items = _as_list(value)
-    if items is None or (items and all(_is_number(item) for item in items)):
+    items = as_list(value)
+    if items is None or (items and all(is_number(item) for item in items)):
         return [value]
     return items
-
-
-def _as_list(value: Any) -> list[Any] | None:
-    """A list for what JSON, Arrow or pandas calls one; None for a text, bytes or single thing."""
-    if isinstance(value, np.ndarray):
-        return list(value)
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
-        return list(value)
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty (null)"
-    names = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
-    if isinstance(value, Mapping):
-        return f"an object with the fields {', '.join(map(str, value)) or 'none'}"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return names.get(type(value), f"of type {type(value).__name__}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from multi_token.data.dataset import Row, row_name
 from multi_token.data.formats import to_conversation
+from multi_token.data.lengths import KnownLengths, Length
 from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from multi_token.modalities.base import Modality
+
+
+T = TypeVar("T")
 
 
 class Decoder(Protocol):
@@ -45,15 +49,6 @@ class Problem:
     row_id: str
     kind: RowKind
     message: str
-
-
-@dataclass(frozen=True)
-class Length:
-    """What one good row costs: all its tokens, those it learns, those that are media."""
-
-    num_tokens: int
-    num_supervised: int
-    num_media: int
 
 
 @dataclass
@@ -105,59 +100,96 @@ def scan(
     source: str = "rows",
     num_workers: int = 0,
     progress: bool = True,
+    indices: Sequence[int] | None = None,
+    known: KnownLengths | None = None,
 ) -> Report:
     """Read every row the way training will, and report; a bad row never ends the scan.
 
     `read` takes a row and its name: `functools.partial(read_row, reader=..., modalities=...)`. It
-    must be picklable where `num_workers` is not 0. Errors that are not about rows (`TypeError`, a
-    full disk) are bugs or breakdowns, and are raised.
+    must be picklable where `num_workers` is not 0. `indices`: only these rows, in rising order
+    (shares of several processes, which `merge` joins). `known`: rows whose length it has are not
+    read, and it learns the others. Errors that are not about rows (`TypeError`, a full disk) are
+    bugs or breakdowns, and are raised.
     """
-    measured = _Measured(rows, read, source)
+    indices = range(len(rows)) if indices is None else indices
     # each worker takes a row at a time: rows differ in cost by their media
-    results: Iterable[Length | Problem] = DataLoader(
-        measured,
+    results: Iterable[tuple[str | None, Length | Problem]] = DataLoader(
+        _Measured(rows, read, source, indices, known),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,
         # its own, because a loader draws a seed: a scan must not change the training that follows
         generator=torch.Generator(),
     )
-    report = Report(num_rows=len(rows))
-    for index, result in enumerate(_with_progress(results, len(rows), progress)):
-        if isinstance(result, Problem):
-            report.problems.append(result)
-        else:
+    report = Report(num_rows=len(indices))
+    try:
+        found = zip(indices, _with_progress(results, len(indices), progress), strict=True)
+        for index, (key, result) in found:
+            if isinstance(result, Problem):
+                report.problems.append(result)
+                continue
             report.good.append(index)
             report.lengths.append(result)
+            if known is not None and key is not None:
+                known.add(key, result)
+    finally:
+        if known is not None:
+            known.save()
     return report
 
 
-class _Measured(Dataset["Length | Problem"]):
+def merge(reports: Sequence[Report]) -> Report:
+    """One report of shares of the same rows, as if one process had read them all."""
+    pairs = [pair for r in reports for pair in zip(r.good, r.lengths, strict=True)]
+    good = sorted(pairs, key=lambda pair: pair[0])
+    return Report(
+        num_rows=sum(report.num_rows for report in reports),
+        good=[index for index, _ in good],
+        lengths=[length for _, length in good],
+        problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
+    )
+
+
+class _Measured(Dataset["tuple[str | None, Length | Problem]"]):
     def __init__(
-        self, rows: Sequence[Row], read: Callable[[Row, str], Sample], source: str
+        self,
+        rows: Sequence[Row],
+        read: Callable[[Row, str], Sample],
+        source: str,
+        indices: Sequence[int],
+        known: KnownLengths | None,
     ) -> None:
         self.rows = rows
         self.read = read
         self.source = source
+        self.indices = indices
+        self.known = known
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> Length | Problem:
+    def __getitem__(self, number: int) -> tuple[str | None, Length | Problem]:
+        """The row's key, if it can be known again, and its length or what is wrong with it."""
+        index = self.indices[number]
         row_id = row_name(index, None, self.source)
         kind: RowKind
         try:
             row = self.rows[index]
             row_id = row_name(index, row, self.source)
-            return measure(self.read(row, row_id))
+            key = None if self.known is None else self.known.key(row, row_id)
+            if self.known is not None and key is not None:
+                length = self.known.get(key)
+                if length is not None:
+                    return key, length
+            return key, measure(self.read(row, row_id))
         except RowError as error:
             # a line that is not JSON has no id of its own: then the error's name is the better one
-            return Problem(index, error.row_id, error.kind, _sentence(error))
+            return None, Problem(index, error.row_id, error.kind, _sentence(error))
         except MediaError as error:
             kind = error.kind
-            return Problem(index, row_id, kind, str(error))
+            return None, Problem(index, row_id, kind, str(error))
         except ChatTemplateError as error:
-            return Problem(index, row_id, "chat_template", str(error))
+            return None, Problem(index, row_id, "chat_template", str(error))
 
 
 def measure(sample: Sample) -> Length:
@@ -178,9 +210,7 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _with_progress(
-    results: Iterable[Length | Problem], total: int, progress: bool
-) -> Iterable[Length | Problem]:
+def _with_progress(results: Iterable[T], total: int, progress: bool) -> Iterable[T]:
     from rich.console import Console
     from rich.progress import track
 

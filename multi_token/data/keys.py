@@ -49,6 +49,19 @@ def encoder_identity(modality: Modality, encoder: Encoder) -> str:
     return digest(text.encode(), weights_digest(encoder).encode())
 
 
+def settings_identity(modality: Modality) -> str:
+    """What the number of an item's tokens hangs on besides the item: 32 hexadecimal digits.
+
+    All settings with the projector, and where the encoder comes from; no weights.
+    """
+    settings = modality.model_dump(mode="json", exclude={"micro_batch"})
+    name = settings.get("encoder")
+    if isinstance(name, str):
+        settings["encoder"] = _origin(name, settings.pop("revision", None))
+    kind = f"{type(modality).__module__}.{type(modality).__qualname__}"
+    return digest(json.dumps([kind, settings], sort_keys=True).encode())
+
+
 @torch.no_grad()
 def weights_digest(encoder: Encoder) -> str:
     """A digest of all parameters and buffers: names, shapes, precision and every byte."""

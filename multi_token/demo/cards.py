@@ -1,6 +1,6 @@
 """Questions and answers as cards of a page: what was shown and said, the answer, whether right.
 
-Border: files and texts in, HTML out; the style is report.html's.
+Border: files and texts in, HTML out; the style is page/'s.
 """
 
 from __future__ import annotations

@@ -11,57 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 
-from multi_token.page import style
 from multi_token.page.chart import chart
+from multi_token.page.page import Tile, columns, facts_table, page, tile_list
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>$style
-thead th { width: auto; font-weight: 600; }
+_STYLE = """thead th { width: auto; font-weight: 600; }
 div.facts th { width: auto; overflow-wrap: normal; }
 div.facts td, thead th + th { padding-left: 14px; text-align: right; }
 video { display: block; width: 100%; max-width: 720px; height: auto; border-radius: 8px; }
-</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">multi_token example</p>
-<h1>$title</h1>
-<p class="claim">$claim</p>
-</header>
-<main>
-<ul class="tiles">
-$tiles
-</ul>
-$sections
-<div class="columns">
-$facts
-</div>
-</main>
-<footer>
-$footer
-</footer>
-</body>
-</html>
-""")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A key number and what it means."""
-
-    label: str
-    value: str
-    note: str = ""
-    part: float | None = None
-    """Of a whole, 0 to 1: drawn as a bar."""
+"""
 
 
 @dataclass(frozen=True)
@@ -87,21 +45,24 @@ def write_page(
 
     `facts`: small tables at the end, by their titles.
     """
-    page = _PAGE.substitute(
-        title=escape(title),
-        style=style(),
+    whole = page(
+        "example",
+        title=title,
         claim=claim,
-        tiles="\n".join(_tile(tile) for tile in tiles),
-        sections="\n".join(_section(section) for section in sections),
-        facts="\n".join(_facts(name, rows) for name, rows in facts.items()),
-        footer=escape(footer),
+        body=[
+            tile_list(tiles),
+            *map(_section, sections),
+            columns([facts_table(name, rows) for name, rows in facts.items()]),
+        ],
+        footer=footer,
+        own_style=_STYLE,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(whole, encoding="utf-8")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table whose first column names its rows."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(str(row[0]))}</th>'
         + "".join(f"<td>{escape(str(value))}</td>" for value in row[1:])
@@ -141,25 +102,5 @@ def film_figure(path: Path, caption: str) -> str:
     )
 
 
-def _tile(tile: Tile) -> str:
-    meter = ""
-    if tile.part is not None:
-        width = 100 * min(1.0, max(0.0, tile.part))
-        meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
-    return (
-        f'<li class="tile"><span class="label">{escape(tile.label)}</span>'
-        f'<span class="value">{escape(tile.value)}</span>{meter}'
-        f'<span class="note">{escape(tile.note)}</span></li>'
-    )
-
-
 def _section(section: Section) -> str:
     return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.note)}</p>\n{section.html}"
-
-
-def _facts(title: str, facts: Mapping[str, object]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
-        for name, value in facts.items()
-    )
-    return f'<section class="facts"><h2>{escape(title)}</h2><table>{rows}</table></section>'

@@ -1,7 +1,7 @@
 """The demo's report: `report.json`, one self-contained `report.html`, and the sheet as a picture.
 
 Border: numbers and examples in, files out. It counts and decides nothing; what the page looks like
-is in report.html beside this file.
+is in page/.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from multi_token.demo.cards import Card, sheet_of
-from multi_token.page import style
 from multi_token.page.chart import chart
 from multi_token.page.machine import machine
+from multi_token.page.page import Tile, columns, facts_table, page, tile_list
+
+_FOOTER = (
+    "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0.\n"
+    "The same numbers and examples are in report.json beside this file."
+)
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,19 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(shown, indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    page = template.substitute(
+    whole_page = page(
+        "demo",
         title="A language model learned to see",
-        style=style(),
         claim=_claim(whole),
-        tiles="\n".join(_tiles(whole)),
-        charts=_charts(losses, whole.get("probes") or ()),
-        sheets="\n".join(_sheets(folder, examples)),
-        facts="\n".join(_facts(whole)),
+        body=[
+            tile_list(_tiles(whole)),
+            _charts(losses, whole.get("probes") or ()),
+            *_sheets(folder, examples),
+            columns(_facts(whole)),
+        ],
+        footer=_FOOTER,
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(whole_page, encoding="utf-8")
 
 
 def _claim(report: Mapping[str, Any]) -> str:
@@ -76,7 +82,7 @@ def _claim(report: Mapping[str, Any]) -> str:
     )
 
 
-def _tiles(report: Mapping[str, Any]) -> list[str]:
+def _tiles(report: Mapping[str, Any]) -> list[Tile]:
     """The key numbers, each with what it means; those that were not measured are left out."""
     chance = _percent(1 / report["num_names"]) if report.get("num_names") else "near zero"
     rates = {
@@ -86,30 +92,18 @@ def _tiles(report: Mapping[str, Any]) -> list[str]:
         "two_picture_accuracy": ("Two pictures", "Which of these is a fruit? Answered by name"),
     }
     tiles = [
-        _tile(label, _percent(report[key]), note, part=float(report[key]))
+        Tile(label, _percent(report[key]), note, part=float(report[key]))
         for key, (label, note) in rates.items()
         if report.get(key) is not None
     ]
     if report.get("text_logits_identical") is not None:
         value = "identical" if report["text_logits_identical"] else "changed"
-        tiles.append(_tile("Text ability", value, "the logits of a text prompt, to the bit"))
+        tiles.append(Tile("Text ability", value, "the logits of a text prompt, to the bit"))
     if report.get("train_seconds") is not None:
         whole = report.get("total_seconds")
         note = f"the whole demo took {_duration(whole)}" if whole is not None else ""
-        tiles.append(_tile("Training", _clock(report["train_seconds"]), note))
+        tiles.append(Tile("Training", _clock(report["train_seconds"]), note))
     return tiles
-
-
-def _tile(label: str, value: str, note: str, *, part: float | None = None) -> str:
-    meter = ""
-    if part is not None:
-        width = 100 * min(1.0, max(0.0, part))
-        meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
-    return (
-        f'<li class="tile"><span class="label">{escape(label)}</span>'
-        f'<span class="value">{escape(value)}</span>{meter}'
-        f'<span class="note">{escape(note)}</span></li>'
-    )
 
 
 def _charts(losses: Sequence[tuple[int, float]], probes: Sequence[tuple[int, float]]) -> str:
@@ -173,19 +167,15 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key).replace("_", " "))}</th>'
-        f"<td>{escape(_value(str(key), value))}</td></tr>"
-        for key, value in facts.items()
-    )
-    return f'<section class="facts"><h2>{escape(title)}</h2><table>{rows}</table></section>'
+    named = {str(key).replace("_", " "): _value(str(key), value) for key, value in facts.items()}
+    return facts_table(title, named)
 
 
 def _value(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        if key.endswith("accuracy"):
+        if key.endswith(("accuracy", "share")):
             return _percent(value)
         if key.endswith("seconds"):
             return _duration(value)

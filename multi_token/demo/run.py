@@ -158,6 +158,7 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
     start = closed_form(plan, out)
     begun = Asker(start, data, out, console).ask(naming[: size.num_asked // 2], "no gradient step")
 
+    history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
     report: dict[str, Any] = {
         "num_names": len(data.names),
         "held_out_accuracy": _share(named),
@@ -172,6 +173,7 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
         "text_logits_identical": identical,
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - began, 1),
+        "data_wait_share": history.get("data_wait"),
         "num_steps": size.num_steps,
         "seed": seed,
         "machine": machine(),
@@ -182,7 +184,6 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
             "training": f"{size.num_steps} steps of {size.batch_size} rows",
         },
     }
-    history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
     losses = [(log["step"], log["loss"]) for log in history["log_history"] if "loss" in log]
     examples = [*named, *two, *yes_no, *unknown]
     write_report(out, report, examples, losses)

@@ -6,8 +6,10 @@ Border: what must stay as it is, and what is said of a field that is wrong.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ _DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.03,
     "max_grad_norm": 1.0,
 }
+# what transformers does to a whole model -> the recipe's line that does it to the right part
+_ELSEWHERE: dict[str, str] = {
+    "fsdp": "set `train.fsdp: true`, which cuts the language model into pieces",
+    "torch_compile": "set `train.compile_layers: true`, which compiles the language model's layers",
+    "torch_compile_backend": "set `train.compile_layers: true`, whose backend is inductor",
+    "torch_compile_mode": "set `train.compile_layers: true`, whose mode is torch's default",
+    "use_liger_kernel": "set `train.liger: true`, which is for the language model's layers",
+    "liger_kernel_config": "set `train.liger: true`, which chooses them",
+}
 
 
 def training_arguments(
@@ -42,8 +53,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """TrainingArguments of a stage: our defaults, the recipe's fields over them.
 
-    Raises RecipeError for a field that transformers does not have, or that must stay as it is.
+    Raises RecipeError for a field that transformers does not have, that must stay as it is or is
+    set elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
     """
+    _refuse_what_has_its_own_line(fields)
+    _refuse_deepspeed(fields.get("deepspeed"))
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in fields:
         if key not in known:
@@ -73,3 +87,54 @@ def training_arguments(
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train args: {error}") from None
+
+
+def _refuse_what_has_its_own_line(fields: Mapping[str, Any]) -> None:
+    """What transformers would do to the whole model, of which it knows too little."""
+    for key, mend in _ELSEWHERE.items():
+        if fields.get(key) not in (None, False, "", []):
+            raise RecipeError(f"train args: {key!r} is not set here; {mend}")
+    for variable, what, mend in (
+        ("ACCELERATE_USE_FSDP", "FSDP", _ELSEWHERE["fsdp"]),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "name its file as `train.args.deepspeed`"),
+    ):
+        if os.environ.get(variable, "").lower() in ("1", "true") and not fields.get("deepspeed"):
+            raise RecipeError(
+                f"accelerate was told to use {what} ({variable}), which this recipe knows nothing "
+                f"of; start it with plain processes, and {mend}"
+            )
+
+
+def _refuse_deepspeed(given: Any) -> None:
+    """What transformers would take, but a run of ours cannot be right with."""
+    if not given:
+        return
+    where = "train.args.deepspeed"
+    config = given
+    if not isinstance(given, dict):
+        where = f"{where} {str(given)!r}"
+        try:
+            config = json.loads(Path(given).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{where} could not be read: {error.strerror}") from None
+        except ValueError as error:
+            raise RecipeError(f"{where} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{where} should hold a mapping, got {type(config).__name__}")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise RecipeError(
+                f"{where} has a section {key!r}, which would give all that learns one rate; remove "
+                "it: rates are those of `learn`, the rest is `optim` and `lr_scheduler_type` of "
+                "`args`"
+            )
+    if dict(config.get("zero_optimization") or {}).get("stage") == 3:
+        raise RecipeError(
+            f"{where} asks for ZeRO stage 3, which cuts weights that a run writes and reads whole; "
+            "use stage 1 or 2, or `train.fsdp: true`, which cuts them and puts them together"
+        )
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"{where} needs the package deepspeed, which is not installed; install it, or set "
+            "`train.fsdp: true`, which needs nothing more"
+        )

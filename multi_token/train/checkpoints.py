@@ -213,6 +213,7 @@ def refuse_another_pace(checkpoint: Path, facts: Mapping[str, Any]) -> None:
                 f"{checkpoint} was made with {before.get(key)} {key.replace('_', ' ')}, and now "
                 f"there would be {value}: the run would not see the rest of its rows; start it "
                 "with as many (rows per step = processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps; packs per step = processes x "
                 "gradient_accumulation_steps)"
             )
 

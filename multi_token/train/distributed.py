@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
-from multi_token.errors import RecipeError
+from multi_token.errors import MultiTokenError, RecipeError, RowError
 from multi_token.recipe import Recipe
-from multi_token.train.sources import Source
+
+if TYPE_CHECKING:
+    from multi_token.train.sources import Source
 
 T = TypeVar("T")
 
@@ -68,40 +71,78 @@ def from_all(value: T) -> list[T]:
     return found
 
 
-def in_any(flag: bool, device: torch.device) -> bool:
-    """Whether it is so in any process. Signals reach them at different steps."""
+def in_any(flag: bool | Tensor, device: torch.device) -> bool:
+    """Whether it is so in any process. Signals reach them at different steps.
+
+    `flag` may be a bool tensor [], which is read once all processes have added theirs.
+    """
     if num_processes() == 1:
-        return flag
-    told = torch.tensor(int(flag), device=device)
+        return bool(flag)
+    told = torch.as_tensor(flag, device=device).int()
     distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
     return bool(told)
 
 
+def refuse_no_numbers(batches: Sequence[tuple[Tensor, Sequence[str]]], step: int) -> None:
+    """Raises MultiTokenError in all processes, in the same words, if a loss is no number in any.
+
+    `batches`: of each batch of the step, the loss [] and the names of its rows. It costs one
+    exchange of a number, and one wait for the device.
+    """
+    losses = torch.stack([loss.detach() for loss, _ in batches])
+    if not in_any(~torch.isfinite(losses).all(), losses.device):
+        return
+    values = losses.tolist()
+    mine = [
+        (value, list(rows))
+        for value, (_, rows) in zip(values, batches, strict=True)
+        if not math.isfinite(value)
+    ]
+    found = [one for of_process in from_all(mine) for one in of_process]
+    rows = ", ".join(row for _, some in found for row in some)
+    raise MultiTokenError(
+        f"the loss is {found[0][0]} at step {step}, in the batch of the rows {rows}; lower the "
+        "learning rates under `learn`, or look for extreme values in these rows"
+    )
+
+
 def refuse_other_recipes(recipe: Recipe) -> None:
     """Raises RecipeError in all processes if their recipes differ."""
-    digest = _digest([recipe.model_dump(mode="json")])
-    _refuse_differing("recipe", digest, "start all of them with one recipe and the same overrides")
+    refuse_differing(
+        "recipe",
+        [recipe.model_dump(mode="json")],
+        "start all of them with one recipe and the same overrides",
+    )
 
 
 def refuse_other_rows(sources: Sequence[Source]) -> None:
     """Raises RecipeError in all processes if their rows differ.
 
-    Compared are the number of rows, which of them are good, the length of each, and up to 1,000
-    rows of each source in full, evenly spread.
+    Compared are the number of rows, and up to 1,000 rows of each source in full, evenly spread.
     """
     if num_processes() == 1:
         return
     for source in sources:
-        facts: list[Any] = [len(source.rows), list(source.good or ()), list(source.lengths)]
         step = max(1, -(-len(source.rows) // _NUM_ROWS))
-        digest = _digest([*facts, *(source.rows[i] for i in range(0, len(source.rows), step))])
-        _refuse_differing(
-            f"data (rows of {source.name})", digest, "give all machines the same files"
+        some = [_row(source.rows, i) for i in range(0, len(source.rows), step)]
+        refuse_differing(
+            f"data (rows of {source.name})",
+            [len(source.rows), *some],
+            "give all machines the same files",
         )
 
 
-def _refuse_differing(what: str, digest: str, mend: str) -> None:
-    digests = from_all(digest)
+def _row(rows: Sequence[Any], index: int) -> Any:
+    """A row, or what is wrong with a line that is none."""
+    try:
+        return rows[index]
+    except RowError as error:
+        return [error.row_id, error.kind]
+
+
+def refuse_differing(what: str, values: Sequence[Any], mend: str) -> None:
+    """Raises RecipeError in all processes if these values are not the same in each."""
+    digests = from_all(_digest(values))
     others = [str(i) for i, other in enumerate(digests) if other != digests[0]]
     if others:
         raise RecipeError(

@@ -232,7 +232,7 @@ def _measure(
     model: MultiTokenForConditionalGeneration, cache: FeatureCache, first: Sequence[Item]
 ) -> _Measured | None:
     """Means over the first items: what an item costs without the cache, and with it."""
-    _identify(cache, model)
+    identify(cache, model)
     encoders: Any = model.encoders
     readable = [pair for pair in first if _is_readable(pair, model)]
     if not readable:
@@ -263,7 +263,8 @@ def _measure(
     return _Measured(num, False, 1e3 * encoded / num, 1e3 * read / num, num_bytes / num)
 
 
-def _identify(cache: FeatureCache, model: MultiTokenForConditionalGeneration) -> None:
+def identify(cache: FeatureCache, model: MultiTokenForConditionalGeneration) -> None:
+    """Let a cache know whose features it has, where it is used without being filled."""
     for name, modality in model.modalities.items():
         cache.identify(name, modality, model.encoder(name))
 
@@ -271,7 +272,7 @@ def _identify(cache: FeatureCache, model: MultiTokenForConditionalGeneration) ->
 def _identified(model: MultiTokenForConditionalGeneration, folder: Path | None) -> FeatureCache:
     """A cache to be timed: hashing the weights, which is done once a run, is over."""
     cache = FeatureCache(folder)
-    _identify(cache, model)
+    identify(cache, model)
     return cache
 
 

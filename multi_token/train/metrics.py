@@ -144,6 +144,12 @@ class Meter(TrainerCallback):
         """A count since the trainer was made, on this device."""
         return self.totals[name] + self.sums[name]
 
+    @property
+    def data_wait(self) -> float | None:
+        """The share of all steps' time so far that this device waited for batches; None before."""
+        seconds = self.total("step_s")
+        return round(self.total("wait_s") / seconds, 4) if seconds else None
+
     def read(self, reduce: Any = None) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over all devices."""
         for gauge in self._gauges:

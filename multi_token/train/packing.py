@@ -200,35 +200,35 @@ def deal(rows: Packing, chosen: Sequence[int], num_packs: int) -> list[Pack] | N
     return [tuple(pack) for pack in packs] if all(packs) else None
 
 
-def into_steps(rows: Packing, packs: Sequence[Pack], num_processes: int) -> list[list[Pack]]:
-    """Packs -> steps of one pack for each process, about equally long within a step.
+def into_steps(rows: Packing, packs: Sequence[Pack], per_step: int) -> list[list[Pack]]:
+    """Packs -> steps of so many packs, about equally long within a step.
 
     Packs of one length come together. Where that is not enough, the rows of a step are dealt anew,
-    so every row is in one pack still. Raises RecipeError with fewer rows than processes.
+    so every row is in one pack still. Raises RecipeError with fewer rows than packs in a step.
     """
     ordered = sorted(packs, key=lambda pack: -rows.tokens_of(pack))
-    steps = [ordered[i : i + num_processes] for i in range(0, len(ordered), num_processes)]
+    steps = [ordered[i : i + per_step] for i in range(0, len(ordered), per_step)]
     done: list[list[Pack]] = []
     while steps:
         step = steps.pop()
         sizes = [rows.tokens_of(pack) for pack in step]
-        if len(step) % num_processes == 0 and min(sizes) >= (1 - _UNEQUAL) * max(sizes):
+        if len(step) % per_step == 0 and min(sizes) >= (1 - _UNEQUAL) * max(sizes):
             done.append(step)
             continue
-        num_packs = -(-len(step) // num_processes) * num_processes
+        num_packs = -(-len(step) // per_step) * per_step
         chosen = [row for pack in step for row in pack]
         dealt = deal(rows, chosen, num_packs)
         if dealt is not None:
             dealt.sort(key=rows.tokens_of)
-            done += [dealt[i : i + num_processes] for i in range(0, len(dealt), num_processes)]
-        elif len(step) % num_processes == 0:
+            done += [dealt[i : i + per_step] for i in range(0, len(dealt), per_step)]
+        elif len(step) % per_step == 0:
             done.append(step)  # no better, but it is a step
         elif steps:
             steps[-1] = [*steps[-1], *step]  # too few rows for all: with those of another step
         else:
             raise RecipeError(
-                f"{sum(map(len, packs))} rows cannot be packed for {num_processes} processes; "
-                "every step needs a row for each"
+                f"{sum(map(len, packs))} rows cannot be {per_step} packs, one for each process at "
+                "least; use fewer processes, or more rows"
             )
     return done[::-1]
 
@@ -236,9 +236,10 @@ def into_steps(rows: Packing, packs: Sequence[Pack], num_processes: int) -> list
 class PackSampler(Sampler[list[int]]):
     """The packs of one process, in another order with other companions each epoch: a batch sampler.
 
-    The plan is the same in all processes and depends on seed and epoch alone, so that a resumed run
-    skips what it has seen. Every epoch has the same number of packs, from which transformers counts
-    its steps.
+    The plan depends on seed, epoch and the packs of a step alone: all processes have the same one,
+    and so has a resumed run, which skips what it has seen. Two processes with a pack each take from
+    it what one takes with two packs a step (`num_accumulated`). Every epoch has the same number of
+    packs, from which transformers counts its steps.
     """
 
     def __init__(
@@ -248,28 +249,35 @@ class PackSampler(Sampler[list[int]]):
         seed: int,
         num_processes: int = 1,
         process: int = 0,
+        num_accumulated: int = 1,
         window: int = WINDOW,
     ) -> None:
-        """Raises RecipeError with fewer rows than processes."""
+        """`num_accumulated`: packs of a step that a process takes one after the other.
+
+        Raises RecipeError with fewer rows than processes.
+        """
         self.rows = rows
         self.seed = seed
         self.num_processes = num_processes
         self.process = process
+        # where there are fewer rows than packs in a step, an epoch is one smaller step
+        self.num_accumulated = min(num_accumulated, max(1, len(rows.lengths) // num_processes))
+        self.num_packs = num_processes * self.num_accumulated
         self.window = window
         self.epoch = 0
         self._planned: tuple[int, list[list[Pack]]] | None = None
-        # with several processes a little is left, so that the rows of a step can be dealt anew
-        aim = rows.max_tokens if num_processes == 1 else round(0.99 * rows.max_tokens)
+        # with several packs a step a little is left, so that its rows can be dealt anew
+        aim = rows.max_tokens if self.num_packs == 1 else round(0.99 * rows.max_tokens)
         self._tight = dataclasses.replace(rows, max_tokens=max(aim, max(rows.lengths)))
         self.first = self._plan(0, 0)
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self.first) * self.num_accumulated
 
     @property
     def use(self) -> float:
         """The share of the token budget that packs fill."""
-        num_packs = len(self.first) * self.num_processes
+        num_packs = len(self.first) * self.num_packs
         return sum(self.rows.lengths) / (num_packs * self.rows.max_tokens)
 
     @property
@@ -282,10 +290,11 @@ class PackSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter([self.rows.members(step[self.process]) for step in self.steps(self.epoch)])
+        own = slice(self.process, None, self.num_processes)
+        return iter([self.rows.members(p) for step in self.steps(self.epoch) for p in step[own]])
 
     def steps(self, epoch: int) -> list[list[Pack]]:
-        """The plan of an epoch: a pack for each process and step."""
+        """The plan of an epoch: the packs of each step, of all processes."""
         if self._planned is None or self._planned[0] != epoch:
             self._planned = epoch, self._steps(epoch)
         return self._planned[1]
@@ -313,7 +322,7 @@ class PackSampler(Sampler[list[int]]):
                 sorted(order[i : i + self.window], key=lambda row: -by_length[row])
             )
         ]
-        return _shuffled(into_steps(self.rows, packs, self.num_processes), generator)
+        return _shuffled(into_steps(self.rows, packs, self.num_packs), generator)
 
     def _packed(self, window: Sequence[int]) -> list[Pack]:
         """The rows of a window, the longest first: as full as can be, or where items are what fills
@@ -336,11 +345,11 @@ class PackSampler(Sampler[list[int]]):
             if len(steps) == num_steps:
                 break
             chosen = [row for pack in steps[at] for row in pack]
-            dealt = deal(self.rows, chosen, 2 * self.num_processes)
+            dealt = deal(self.rows, chosen, 2 * self.num_packs)
             if dealt is not None:
                 dealt.sort(key=self.rows.tokens_of)
-                steps[at] = dealt[: self.num_processes]
-                steps.append(dealt[self.num_processes :])
+                steps[at] = dealt[: self.num_packs]
+                steps.append(dealt[self.num_packs :])
         return steps
 
     def _generator(self, epoch: int, attempt: int) -> torch.Generator:

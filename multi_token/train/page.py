@@ -10,14 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 
-from multi_token.page import style
 from multi_token.page.chart import chart
 from multi_token.page.machine import machine
+from multi_token.page.page import columns, facts_table, page
 from multi_token.recipe import Recipe
 
 JSON, HTML = "report.json", "report.html"
@@ -35,6 +34,14 @@ _CURVES = (
     ("mfu", "Model FLOPs utilization", "share of the device's peak", False),
 )
 _SHARES = {"eval_exact_answers", "data_wait_fraction", "encoder_fraction", "mfu"}
+
+
+_STYLE = """pre { padding: 16px 18px; overflow: auto; background: var(--card);
+  border: 1px solid var(--line); border-radius: 14px; font-size: .85rem; }
+.charts { margin-bottom: 12px; }
+details { margin-top: 12px; }
+thead th { width: auto; font-weight: 600; }
+"""
 
 
 class RunReport:
@@ -64,8 +71,19 @@ class RunReport:
             self.facts["stages"].append({"name": stage, "log": [], "samples": []})
         self._stage["learns"] = [line.strip() for line in learns]
 
-    def log(self, history: Sequence[Mapping[str, Any]], max_steps: int) -> None:
-        """The whole log of the stage so far, as the trainer keeps it (also over a restart)."""
+    def log(
+        self,
+        history: Sequence[Mapping[str, Any]],
+        max_steps: int,
+        *,
+        data_wait: float | None = None,
+    ) -> None:
+        """The whole log of the stage so far, as the trainer keeps it (also over a restart).
+
+        `data_wait`: the share of the time since the last start that steps waited for their data.
+        """
+        if data_wait is not None:
+            self._stage["data_wait"] = data_wait
         self._stage["log"] = [dict(entry) for entry in history]
         self._stage["max_steps"] = max_steps
         reached = max((entry.get("step", 0) for entry in history), default=0)
@@ -130,17 +148,22 @@ def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]
 
 def page_of(facts: Mapping[str, Any]) -> str:
     """The page: per stage what learns, curves and answers; then the blind test and the run."""
-    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     out = facts["recipe"]["train"]["output_dir"]
-    return template.substitute(
-        title=escape(f"Run {Path(out).name}"),
-        style=style(),
+    parts = dict(line.strip().partition(": ")[::2] for line in facts["parts"])
+    recipe = escape(json.dumps(facts["recipe"], indent=1, ensure_ascii=False))
+    return page(
+        "run",
+        title=f"Run {Path(out).name}",
         claim=escape("; ".join(facts["parts"][:1]) or "A run that has not begun."),
-        stages="\n".join(map(_stage, facts["stages"])),
-        blind=_blind(facts["blind"]) if "blind" in facts else "",
-        facts=_table("Hardware", facts["hardware"])
-        + _table("Parts", dict(line.strip().partition(": ")[::2] for line in facts["parts"])),
-        recipe=escape(json.dumps(facts["recipe"], indent=1, ensure_ascii=False)),
+        body=[
+            *map(_stage, facts["stages"]),
+            _blind(facts["blind"]) if "blind" in facts else "",
+            columns([facts_table("Hardware", facts["hardware"]), facts_table("Parts", parts)]),
+            f"<h2>Recipe</h2>\n<pre>{recipe}</pre>",
+        ],
+        footer="Written anew while the run goes on; load it again to see more. The same numbers "
+        "are in report.json.",
+        own_style=_STYLE,
     )
 
 
@@ -148,6 +171,8 @@ def _stage(stage: Mapping[str, Any]) -> str:
     log = stage["log"]
     reached = max((entry.get("step", 0) for entry in log), default=0)
     steps = f"step {reached} of {stage.get('max_steps', '?')}"
+    if "data_wait" in stage:
+        steps += f"; {stage['data_wait']:.1%} of the time was waiting for data"
     groups = sorted({key for entry in log for key in entry if key.startswith("grad_norm")})
     curves = [
         _figure(points(log, key), name, note, log=as_log, share=key in _SHARES)
@@ -207,17 +232,9 @@ def _blind(found: Mapping[str, Any]) -> str:
         return f"{c['loss']:.3f} ({change}), {c['accuracy']:.0%} exact"
 
     warnings = "".join(f"<p><b>Warning:</b> {escape(w)}</p>" for w in found["warnings"])
-    table = _table("Loss by media", {c["media"]: cells(c) for c in found["conditions"]})
+    table = facts_table("Loss by media", {c["media"]: cells(c) for c in found["conditions"]})
     return (
         "<h2>Does it use its senses?</h2><p>The same held-out rows with media as they are, those "
         f"of other rows, and none ({found['num_rows']} rows; ± two standard errors).</p>{warnings}"
         f"{table}"
     )
-
-
-def _table(title: str, facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
-        for name, value in facts.items()
-    )
-    return f'<section class="facts"><h2>{escape(title)}</h2><table>{rows}</table></section>'

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,12 +97,18 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
     """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
     args, lengths = trainer.args, trainer.lengths
     with same_random_numbers():
-        num_batches = max(len(trainer.get_train_dataloader()), 1)
+        loader: Any = trainer.get_train_dataloader()
+        num_batches = max(len(loader), 1)
     per_epoch = max(num_batches // args.gradient_accumulation_steps, 1)
     num_steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     )
-    mean = sum(lengths) / num_batches / args.world_size  # of a batch on one device
+    num_rows, num_tokens = len(lengths), sum(lengths)
+    if trainer.streamed is not None:  # lengths are those of its first rows
+        num_batches_of_all = num_batches * args.world_size
+        num_tokens = round(num_batches_of_all * loader.tokens_per_batch(lengths))
+        num_rows = round(num_tokens * len(lengths) / sum(lengths))
+    mean = num_tokens / num_batches / args.world_size  # of a batch on one device
     per_device = mean * args.gradient_accumulation_steps
     trial = try_out(trainer) if try_steps else None
     memory = memory_of(trainer)
@@ -112,8 +118,8 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
         memory = Memory(memory.weights, memory.gradients, memory.optimizer, activations)
     return StagePlan(
         name,
-        len(lengths),
-        sum(lengths),
+        num_rows,
+        num_tokens,
         num_steps,
         per_device * args.world_size,
         per_device,

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
 
+_WAITS = 0.05
+"""The share of a stage that may be spent waiting for data before it is spoken of."""
+
+
 def parts_of(model: MultiTokenForConditionalGeneration) -> list[str]:
     """A line for each part (precision, size), and one for all that the probe found unusual.
 
@@ -78,6 +82,21 @@ def logs_of(args: TrainingArguments) -> str:
             "tensorboard`, or set train.args.report_to to another)"
         )
     return "  logged to report.html alone (train.args.report_to names others)"
+
+
+def waits_of(share: float | None, *, num_workers: int, streamed: bool) -> str:
+    """How much of a stage was waiting for data, and what helps where it was a lot."""
+    if share is None:
+        return "  no step was taken"
+    text = f"  {share:.1%} of the time was waiting for data"
+    if share <= _WAITS:
+        return text
+    who = f"{num_workers} processes beside it" if num_workers else "the process that trains"
+    kept = "train.feature_cache" + (".path: a folder that is filled" if streamed else ": true")
+    return (
+        f"{text}: rows are read by {who}; set train.args.dataloader_num_workers: "
+        f"{max(2, 2 * num_workers)} if there are cores to spare, or {kept}"
+    )
 
 
 class Bar(TrainerCallback):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,22 @@ from multi_token.train.distributed import (
     is_first,
     num_processes,
     refuse_other_recipes,
-    refuse_other_rows,
     wait,
 )
 from multi_token.train.families import families_of
-from multi_token.train.features import choose_cache, fill_cache
+from multi_token.train.features import choose_cache, fill_cache, identify
+from multi_token.train.kernels import make_ready
 from multi_token.train.learning import learning_encoders, parameter_groups
 from multi_token.train.packing import packing_of
 from multi_token.train.page import RunReport
 from multi_token.train.plan import say
-from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of
+from multi_token.train.preference import PairCollator, Pairs
+from multi_token.train.preparation import preparations
+from multi_token.train.reference import look_up, pairs_of
+from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_of
 from multi_token.train.sources import Source, good_rows, open_source
 from multi_token.train.start_from import take_over
+from multi_token.train.streaming import Streams, open_streams
 from multi_token.train.teacher import WithTeacher
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.watch import Watch, dataset_of, evaluation_defaults
@@ -67,15 +72,16 @@ def plan(recipe: Recipe, *, console: Console | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fields = recipe.model_dump(mode="json")
         fields["train"] |= {"output_dir": folder, "feature_cache": False}
-        train(Recipe.model_validate(fields), console=console, only_plan=True)
+        train(Recipe.model_validate(fields), console=console, planned=recipe)
 
 
 def train(
-    recipe: Recipe, *, console: Console | None = None, only_plan: bool = False
+    recipe: Recipe, *, console: Console | None = None, planned: Recipe | None = None
 ) -> MultiTokenForConditionalGeneration:
     """Run every stage of a recipe that is not done yet, and return the trained model.
 
-    `only_plan`: build each stage, and say its plan instead of running it (see `plan`).
+    `planned`: build each stage, and say its plan instead of running it (see `plan`); it is the
+    recipe as it was given, `recipe` the one that can be tried.
 
     Raises RecipeError for a recipe that cannot be run, RowError for bad rows (unless the recipe
     skips them), Interrupted after Ctrl-C.
@@ -107,6 +113,7 @@ def train(
     set_seed(recipe.train.seed)
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move(model, arguments[0].device)
+    make_ready(model.language_model, recipe.train, arguments[0].device)
     start, taken = out / "stages" / "0-align", ()
     begun = from_first((start / _DONE).is_file)
     if begun:
@@ -123,22 +130,34 @@ def train(
         model.capabilities.require("branches")
     if recipe.train.packing:
         model.capabilities.require("isolates_packed")
-    sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
+    streams = None
+    if recipe.data.stream is None:
+        sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
+    else:
+        streams = open_streams(model, recipe, seed=arguments[0].data_seed or recipe.train.seed)
+        sources = streams.head(max(recipe.data.stream.window, recipe.train.calibration_items))
+        console.print("data.stream: its first rows are read for statistics and the plan")
     cache = choose_cache(model, recipe, sources, arguments, console)
     if cache is not None:
         sources = [source.cached(cache) for source in sources]
-        fill_cache(model, sources, cache, console)
+        if streams is None:
+            fill_cache(model, sources, cache, console)
+        else:
+            identify(cache, model)
     sources = [source.taught(recipe.train.surrogates) for source in sources]
-    sources = good_rows(sources, recipe, console)
-    refuse_other_rows(sources)
-    dataset = dataset_of(sources, model)
+    sources = [source.paired(recipe.train.pairs) for source in sources]
+    sources = [source.paired(None) for source in good_rows(sources, recipe, console)]
+    dataset = dataset_of(sources, model) if streams is None else streams.read_by(sources)
     held_out = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
     if held_out:
         if cache is not None:
             fill_cache(model, held_out, cache, console)
         held_out = good_rows(held_out, recipe, console)
-        refuse_other_rows(held_out)
     watch = Watch(model, held_out, recipe.train, RunReport(out, recipe, parts_of(model)), console)
+    only_plan = planned is not None
+    if planned is not None:
+        for one in preparations(model, sources, planned, taken=taken):
+            console.print(str(one), highlight=False)
     if not begun and not only_plan:
         _start(model, sources, recipe, cache, console, taken=taken)
         if is_first():
@@ -176,6 +195,7 @@ def train(
             # what was cut into pieces stays so: the next stage needs it whole
             model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
             move(model, args.device)
+            make_ready(model.language_model, recipe.train, args.device)
             load_trained(model, folder / "result")
     if only_plan:
         return model
@@ -252,7 +272,7 @@ def _start(
 
 def _run_stage(
     model: MultiTokenForConditionalGeneration,
-    dataset: ConcatDataset[Any],
+    dataset: ConcatDataset[Any] | Streams,
     stage: Stage,
     folder: Path,
     args: Any,
@@ -264,6 +284,9 @@ def _run_stage(
     only_plan: bool,
 ) -> None:
     assert model.reader is not None
+    pairs: Pairs | None = None
+    if stage.dpo is not None:
+        sources, pairs = pairs_of(sources, stage, model)
     lengths = [length for source in sources for length in source.lengths]
     num_items: list[int] = []
     if spec.pack_items is not None:
@@ -284,14 +307,17 @@ def _run_stage(
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
-        lengths=lengths,
+        lengths=lengths if pairs is None else [2 * length for length in lengths],
         packing=packing,
         fsdp=spec.fsdp,
+        compile_layers=spec.compile_layers,
         args=args,
-        train_dataset=dataset,
+        train_dataset=dataset if pairs is None else pairs,
         eval_dataset=watch.dataset if args.eval_strategy != "no" else None,
         peak_tflops=spec.peak_tflops,
         teacher=stage.teacher,
+        dpo=stage.dpo,
+        say=partial(console.print, highlight=False, markup=False),
         data_collator=_collating(collator, stage, packed=packing is not None),
     )
     for name, learner in learning_encoders(model, stage.learn).items():
@@ -318,6 +344,9 @@ def _run_stage(
     stop = StopOnInterrupt(console)
     trainer.add_callback(Bar(trainer, console, stage.name))
     trainer.add_callback(stop)
+    if pairs is not None:
+        # before a checkpoint is loaded: the model is still what it was when the stage began
+        trainer.lengths = look_up(trainer, pairs, folder, console)
     resume = from_first(lambda: last_checkpoint(folder, console.print))
     if resume is not None:
         console.print(f"going on from {resume}")
@@ -327,16 +356,26 @@ def _run_stage(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "
             f"{stage.name}, saved; the same command goes on from there"
         )
+    wait_share = trainer.meter.data_wait
+    waits = waits_of(
+        wait_share,
+        num_workers=args.dataloader_num_workers,
+        streamed=trainer.streamed is not None,
+    )
+    console.print(waits, highlight=False, soft_wrap=True)
     with writing(folder):
         trainer.save_result(folder / "result")
         if is_first():
-            _mark_done(folder, {"log_history": trainer.state.log_history})
+            facts = {"log_history": trainer.state.log_history, "data_wait": wait_share}
+            _mark_done(folder, facts)
     wait()
 
 
 def _collating(collator: Collator, stage: Stage, *, packed: bool) -> Any:
     if stage.teacher is not None:
-        return WithTeacher(collator)
+        return WithTeacher(collator, packed=packed)
+    if stage.dpo is not None:
+        return PairCollator(collator)
     return collator.pack if packed else collator
 
 

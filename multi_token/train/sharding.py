@@ -53,7 +53,7 @@ class Sharding:
         sharded = {id(p) for p in _language_model_parameters(model)}
         beside = {p for p in model.parameters() if id(p) not in sharded}
         mesh = _mesh(model.device.type, replicas)
-        for layer in _layers(model.language_model):
+        for layer in layers_of(model.language_model):
             fully_shard(layer, mesh=mesh, ignored_params=beside)
         fully_shard(model, mesh=mesh, ignored_params=beside)
 
@@ -159,14 +159,17 @@ def _language_model_parameters(model: MultiTokenForConditionalGeneration) -> lis
     return [p for name, p in model.language_model.named_parameters() if ".lora_" not in name]
 
 
-def _layers(language_model: Any) -> list[nn.Module]:
-    """Its layers, as transformers names their classes."""
+def layers_of(language_model: Any, asked_by: str = "train.fsdp") -> list[nn.Module]:
+    """Its layers, as transformers names their classes.
+
+    Raises LanguageModelError, which names the line of the recipe, for a class that names none.
+    """
     inner = without_adapter(language_model)
     kinds = set(getattr(inner, "_no_split_modules", None) or ())
     layers = [m for m in inner.modules() if type(m).__name__ in kinds]
     if not layers:
         raise LanguageModelError(
-            f"train.fsdp needs to know the layers of {type(inner).__name__}, whose class names "
-            "none (`_no_split_modules`); set train.fsdp to null"
+            f"{asked_by} needs to know the layers of {type(inner).__name__}, whose class names "
+            f"none (`_no_split_modules`); leave {asked_by} out"
         )
     return layers

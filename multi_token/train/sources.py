@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -15,12 +16,20 @@ from rich.console import Console
 from multi_token.data.cache import FeatureCache
 from multi_token.data.dataset import load_rows, read_row, row_name, rows_root
 from multi_token.data.formats import to_conversation
-from multi_token.data.inspect import Problem, scan
+from multi_token.data.inspect import Problem, Report, merge, scan
+from multi_token.data.lengths import KnownLengths
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.reader import Reader
 from multi_token.recipe import Recipe
+from multi_token.train.distributed import (
+    from_all,
+    num_processes,
+    rank,
+    refuse_differing,
+    refuse_other_rows,
+)
 from multi_token.train_spec import DataSource
 from multi_token.types import Conversation, Media
 
@@ -55,6 +64,10 @@ class Source:
         """The same rows, also read with texts in place of their media (`Reader.teacher`)."""
         return replace(self, reader=replace(self.reader, teacher=teacher))
 
+    def paired(self, pairs: Literal["required", "optional"] | None) -> Source:
+        """The same rows, read with their rejected answers too, or without (`Reader.pairs`)."""
+        return replace(self, reader=replace(self.reader, pairs=pairs))
+
     def items(self) -> Iterator[tuple[Media, Reader]]:
         """The items of these conversations, one by one."""
         for conversation, reader in self.conversations():
@@ -75,13 +88,17 @@ def open_source(
 
 
 def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
-    """The sources with their good rows known. Bad rows are refused, or left out and counted."""
+    """The sources with their good rows known. Bad rows are refused, or left out and counted.
+
+    Processes that train together share the reading, and so do data workers where the recipe has
+    some. Lengths of good rows stay in `RUN/lengths`, so that the next start reads no media.
+    """
+    refuse_other_rows(sources)
     good: list[Source] = []
     problems: list[Problem] = []
     num_rows = num_tokens = num_supervised = 0
     for source in sources:
-        read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
-        report = scan(source.rows, read, source=source.name)
+        report = _scanned(source, recipe)
         num_rows += report.num_rows
         num_tokens += report.num_tokens
         num_supervised += report.num_supervised
@@ -107,3 +124,33 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
         highlight=False,
     )
     return good
+
+
+def lengths_folder(recipe: Recipe) -> Path:
+    """Where a run remembers how long its rows are."""
+    return Path(recipe.train.output_dir) / "lengths"
+
+
+_NUM_COMPARED = 32
+"""Rows of each source that every process reads, to see whether all find the same media."""
+
+
+def _scanned(source: Source, recipe: Recipe) -> Report:
+    """The report on all rows, of which this process has read its share."""
+    read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
+    known = KnownLengths(lengths_folder(recipe), source.reader)
+    all_args = [{**recipe.train.args, **stage.args} for stage in recipe.train.stages]
+    num_rows, num_shares = len(source.rows), num_processes()
+    look = partial(scan, source.rows, read, source=source.name, known=known)
+    if num_shares > 1:
+        some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED))))
+        found = [some.good, [(n.num_tokens, n.num_media) for n in some.lengths]]
+        # else a machine that lacks some files would only find the rows of its share bad
+        refuse_differing(
+            f"data (media of {source.name})", found, "give all machines the same files"
+        )
+    mine = look(
+        indices=range(rank(), num_rows, num_shares),
+        num_workers=max(int(args.get("dataloader_num_workers", 0)) for args in all_args),
+    )
+    return merge(from_all(mine))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
-from multi_token.drive import layer_inputs, supervised_loss
 from multi_token.language_model import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train_spec import TeacherSpec
@@ -27,24 +26,35 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class WithTeacher:
-    """A collator whose batches also hold the teacher's inputs."""
+    """A collator whose batches also hold the teacher's inputs, padded or packed as its own."""
 
     collator: Collator
+    packed: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Samples -> their Batch; under `teacher` int64 [rows, time] of those that have texts.
+        """Samples -> their Batch or PackedBatch; under `teacher` another one, of their texts.
 
-        There `rows` int64 [rows] says which rows of the batch they are.
+        There `taught` bool [num_supervised] says which of what is learned, in the order of the
+        batch, belongs to samples that have a text.
         """
-        batch: dict[str, Any] = {**self.collator(samples)}
-        taught = [(i, s.teacher) for i, s in enumerate(samples) if s.teacher is not None]
-        if taught:
-            texts = replace(self.collator, share_prefix=False)([text for _, text in taught])
-            batch[TEACHER] = {
-                "rows": torch.tensor([row for row, _ in taught]),
-                **{key: texts[key] for key in ("input_ids", "attention_mask", "shift_labels")},
-            }
+        batch: dict[str, Any] = {**self._batch(self.collator, samples)}
+        texts = [s.teacher for s in samples if s.teacher is not None]
+        if texts:
+            # nothing is shared among texts: the teacher is not what share_prefix is exact for
+            plain = replace(self.collator, share_prefix=False, share_media=False)
+            read: dict[str, Any] = {**self._batch(plain, texts)}
+            del read["media"], read["labels"]
+            each = [torch.full((_num_learned(s),), s.teacher is not None) for s in samples]
+            batch[TEACHER] = {"taught": torch.cat(each), **read}
         return batch
+
+    def _batch(self, collator: Collator, samples: Sequence[Sample]) -> Mapping[str, Any]:
+        return collator.pack(samples) if self.packed else collator(samples)
+
+
+def _num_learned(sample: Sample) -> int:
+    """Tokens that are predicted and learned; the first of all is predicted by nothing."""
+    return int((sample.labels[1:] != IGNORE_INDEX).sum())
 
 
 class Teacher:
@@ -69,9 +79,7 @@ class Teacher:
         self.taught, self.logits = torch.zeros_like(self.ids, dtype=torch.bool), None
         texts = inputs.get(TEACHER)
         if texts is not None:
-            rows = torch.zeros(len(keep), 1, dtype=torch.bool, device=keep.device)
-            rows[texts["rows"]] = True
-            self.taught = rows.expand_as(keep)[keep]
+            self.taught = texts["taught"].to(keep.device)
             self.logits = answers(model, texts)
         return {key: value for key, value in inputs.items() if key != TEACHER}
 
@@ -105,21 +113,14 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def answers(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Tensor]) -> Tensor:
+def answers(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Any]) -> Tensor:
     """Logits [num_supervised, vocabulary] of the language model as it came, at the answers.
 
-    `texts`: input_ids, attention_mask, shift_labels int64 [rows, time].
+    `texts`: what a `WithTeacher` made of them: a Batch or a PackedBatch without media.
     """
-    language_model, ids = model.language_model, texts["input_ids"]
-    with _as_it_came(language_model):
-        return supervised_loss(
-            language_model,
-            inputs_embeds=model.get_input_embeddings()(ids),
-            attention_mask=texts["attention_mask"],
-            shift_labels=texts["shift_labels"],
-            selects_logits=model.capabilities.selects_logits,
-            **layer_inputs(language_model, ids),
-        ).logits
+    with _as_it_came(model.language_model):
+        # through the model's own forward, which puts together what is cut into pieces
+        return model(**{key: value for key, value in texts.items() if key != "taught"}).logits
 
 
 @contextmanager

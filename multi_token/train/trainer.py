@@ -5,8 +5,8 @@ Border: the loop is transformers'. Batches come from collate.py, folders from ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
 from multi_token.attention import attending_by_segment
 from multi_token.checkpoint import load_trained, save
-from multi_token.errors import MultiTokenError, RecipeError
+from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.train.by_length import ByLength, EpochToSampler
 from multi_token.train.checkpoints import keep_newest, refuse_another_pace, whole
-from multi_token.train.distributed import is_first, wait
+from multi_token.train.distributed import from_all, is_first, refuse_no_numbers, wait
+from multi_token.train.kernels import compiled_layers, compiling
 from multi_token.train.learning import (
     optimizer_groups,
     parameter_groups,
@@ -32,9 +33,12 @@ from multi_token.train.learning import (
 )
 from multi_token.train.metrics import ROW_IDS, Meter, Named, group_rates
 from multi_token.train.packing import Packing, PackSampler
+from multi_token.train.preference import Preference
 from multi_token.train.sharding import Sharding, load_whole_state, whole_state
+from multi_token.train.stream_loader import Streamed, save_states
+from multi_token.train.streaming import Streams
 from multi_token.train.teacher import Teacher
-from multi_token.train_spec import Fsdp, Learn, TeacherSpec
+from multi_token.train_spec import DpoSpec, Fsdp, Learn, TeacherSpec
 
 
 class MultiTokenTrainer(Trainer):
@@ -50,6 +54,9 @@ class MultiTokenTrainer(Trainer):
         packing: Packing | None = None,
         fsdp: Fsdp | None = None,
         teacher: TeacherSpec | None = None,
+        dpo: DpoSpec | None = None,
+        compile_layers: bool = False,
+        say: Callable[[str], object] = print,
         **options: Any,
     ) -> None:
         """`lengths`: tokens of each row, for `train_sampling_strategy: group_by_length`.
@@ -59,11 +66,16 @@ class MultiTokenTrainer(Trainer):
         `fsdp`: the language model is cut into pieces when training begins, if there are several
         processes; the model is of no use for anything else afterwards.
         `teacher`: part of the loss; `data_collator` is then a `WithTeacher`.
+        `dpo`: the loss, of a dataset of `Pairs`; `data_collator` is then a `PairCollator`.
+        `compile_layers`: of the language model, while it trains.
+        `say`: hears of bad rows where `train_dataset` is a `Streams`.
         """
         self.packing = packing
         self.fsdp = fsdp
+        self.compile_layers = compile_layers
         self.sharding: Sharding | None = None
         self._whole_state: dict[str, Any] | None = None
+        self._losses: list[tuple[Tensor, list[str]]] = []
         select_parameters(model, learn)
         self.learn = learn
         self.lengths = list(lengths)
@@ -71,10 +83,18 @@ class MultiTokenTrainer(Trainer):
         self.teacher = None if teacher is None else Teacher(teacher)
         if self.teacher is not None:
             options["compute_loss_func"] = self.teacher.loss
+        self.preference = None if dpo is None else Preference(dpo)
+        if self.preference is not None:
+            options["compute_loss_func"] = self.preference.loss
         if "data_collator" in options:
             options["data_collator"] = Named(options["data_collator"])
         super().__init__(model=model, **options)
+        rows = self.train_dataset
+        self.streamed = Streamed(rows, say) if isinstance(rows, Streams) else None
+        if self.streamed is not None:
+            self.args.ignore_data_skip = True  # a stream goes on where it shall by itself
         self.add_callback(self.meter)
+        self.add_callback(EpochToSampler())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A group for each that learns, split into matrices (decayed) and vectors (not)."""
@@ -100,22 +120,25 @@ class MultiTokenTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As transformers', or of packs: each process walks through its own part of one plan.
 
-        Raises RecipeError for arguments that packing leaves no room for.
+        The same of a stream. Raises RecipeError for arguments that packing leaves no room for.
         """
         args = self.args
         dataset: Any = self.train_dataset
-        if self.packing is None or dataset is None:
+        if dataset is None or (self.packing is None and self.streamed is None):
             return super().get_train_dataloader()
         if args.train_sampling_strategy != "random":
             raise RecipeError(
                 f"train args: train_sampling_strategy is {args.train_sampling_strategy!r}, but "
                 "packs are batches of their own; leave it out, or set train.packing to false"
             )
-        if args.n_gpu > 1:
+        if args.n_gpu > 1 and self.packing is not None:
             raise RecipeError(
                 f"a pack is one row, which {args.n_gpu} devices of one process cannot share; start "
                 "a process for each device (torchrun), or set train.packing to false"
             )
+        if self.streamed is not None:
+            return self.streamed.loader(args, self.data_collator, self.packing)
+        assert self.packing is not None
         loader = DataLoader(
             dataset,
             batch_sampler=PackSampler(
@@ -123,6 +146,7 @@ class MultiTokenTrainer(Trainer):
                 seed=args.data_seed or args.seed,
                 num_processes=args.world_size,
                 process=args.process_index,
+                num_accumulated=args.gradient_accumulation_steps,
             ),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -146,9 +170,18 @@ class MultiTokenTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         """As transformers'; packs are attended to by segment where the model takes that."""
         ours = self._ours()
-        by_segment = self.packing is not None and ours.capabilities.attends_by_segment
-        with attending_by_segment(ours.language_model) if by_segment else nullcontext():
-            return super().train(*args, **options)
+        with ExitStack() as stack:
+            if self.packing is not None and ours.capabilities.attends_by_segment:
+                stack.enter_context(attending_by_segment(ours.language_model))
+            if self.compile_layers:
+                stack.enter_context(compiled_layers(ours.language_model))
+            checkpoint = options.get("resume_from_checkpoint")
+            if self.streamed is not None and checkpoint is not None:
+                self.streamed.go_on(checkpoint, self.args)
+            output = super().train(*args, **options)
+        if self.streamed is not None:
+            self.streamed.finish()
+        return output
 
     def _ours(self) -> MultiTokenForConditionalGeneration:
         model = self.accelerator.unwrap_model(self.model)
@@ -163,22 +196,22 @@ class MultiTokenTrainer(Trainer):
     ) -> Tensor:
         """As transformers', but measured, and a loss that is no number is refused with its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.meter.batch(inputs):
+        with self.meter.batch(inputs), compiling(self.compile_layers):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
-        if not torch.isfinite(loss):
-            raise MultiTokenError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}, in the batch of "
-                f"the rows {', '.join(row_ids)}; lower the learning rates under `learn`, or look "
-                "for extreme values in these rows"
-            )
+        self._losses.append((loss, row_ids))
+        if self.accelerator.sync_gradients:
+            losses, self._losses = self._losses, []
+            refuse_no_numbers(losses, self.state.global_step + 1)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers'; a teacher answers first."""
         if self.teacher is not None:
             inputs = self.teacher.read(self._ours(), inputs)
+        if self.preference is not None:
+            inputs = self.preference.read(inputs)
         return super().compute_loss(model, inputs, *args, **kw)
 
     def prediction_step(
@@ -199,10 +232,27 @@ class MultiTokenTrainer(Trainer):
         with self.meter.waiting():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """As transformers', of supervised tokens; but a preference is learned by the pair."""
+        if self.preference is not None:
+            batch_samples = self.preference.counted(batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers'; a step's loss comes with what the step did (train/metrics.py)."""
+        if self.streamed is not None:
+            # it has no epochs, and transformers counts from the start of this process
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if "loss" in logs:
-            logs |= self.meter.read(self._over_devices if self.args.world_size > 1 else None)
+            if self.streamed is not None and self.streamed.streams.skip_bad:
+                bad = torch.tensor([float(self.streamed.state.num_bad)])
+                logs["bad_rows"] = float(
+                    self._over_devices(bad) if self.args.world_size > 1 else bad
+                )
+            reduce = self._over_devices if self.args.world_size > 1 else None
+            logs |= self.meter.read(reduce)
+            if self.preference is not None:
+                logs |= self.preference.metrics(reduce)
             logs |= self.meter.gradient_norms(logs.get("grad_norm"))
             assert self.optimizer is not None
             logs |= group_rates(self.optimizer.param_groups)
@@ -227,6 +277,8 @@ class MultiTokenTrainer(Trainer):
             self.sharding = Sharding(self._ours(), replicas=self.fsdp.replicas)
             # so that accelerate neither wraps nor cuts it
             self.is_distributed_loading_by_transformers = True
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
+            refuse_another_pace(Path(resume_from_checkpoint), self.pace)  # it loads by itself
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -256,6 +308,8 @@ class MultiTokenTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all. Raises CheckpointError, of a full disk say."""
         run = Path(self._get_output_dir(trial))
+        # asked before anything is written: a process that cannot write would leave others waiting
+        places = None if self.streamed is None else from_all(self.streamed.state)
         num_kept, self.args.save_total_limit = self.args.save_total_limit, None
         if self.sharding is not None:
             # before anything is written: a process that cannot write would leave others waiting
@@ -265,6 +319,9 @@ class MultiTokenTrainer(Trainer):
         try:
             with whole(run / f"checkpoint-{self.state.global_step}", self.pace):
                 super()._save_checkpoint(model, trial)
+                if places is not None and is_first():
+                    step = self.state.global_step
+                    save_states(run / f"checkpoint-{step}", step, places)
         finally:
             self.args.save_total_limit = num_kept
             self._whole_state = None
@@ -295,14 +352,16 @@ class MultiTokenTrainer(Trainer):
     def pace(self) -> dict[str, int]:
         """What a run that goes on from a checkpoint must share with the one that wrote it."""
         args = self.args
+        pieces = {"processes": args.world_size} if self.is_deepspeed_enabled else {}
         if self.packing is not None:
-            return {
-                "processes": args.world_size,
+            if self.streamed is not None:
+                pieces = {"processes": args.world_size}  # each packs the rows that it reads
+            return pieces | {
                 "packs_per_step": args.world_size * args.gradient_accumulation_steps,
                 "tokens_per_pack": self.packing.max_tokens,
             }
         each = args.train_batch_size * args.gradient_accumulation_steps
-        return {"rows_per_step": each * args.world_size}
+        return pieces | {"rows_per_step": each * args.world_size}
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -318,31 +377,3 @@ class _StateOf:
     def __init__(self, state: dict[str, Any], load: Any = None) -> None:
         self.state_dict = lambda: state
         self.load_state_dict = load
-
-
-class ByLength(Sampler[int]):
-    """Batches of rows of about one length, in random order; the same again after a resume."""
-
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
-        self.lengths = list(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The trainer's loader calls this before each epoch, also when it resumes within one."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        # within a megabatch the longest come first, which would be a curriculum
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        # a batch that is not full stays last, or it would shift the borders of those behind it
-        full = [i for i in shuffled if len(batches[i]) == self.batch_size]
-        rest = [i for i in shuffled if len(batches[i]) < self.batch_size]
-        return iter([index for i in (*full, *rest) for index in batches[i]])

@@ -103,7 +103,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.report.log(state.log_history, state.max_steps)
+            wait = None if self.trainer is None else self.trainer.meter.data_wait
+            self.report.log(state.log_history, state.max_steps, data_wait=wait)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

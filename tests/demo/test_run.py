@@ -19,6 +19,7 @@ PROMISED = {
     "text_logits_identical",
     "train_seconds",
     "total_seconds",
+    "data_wait_share",
     "examples",
 }
 
@@ -35,6 +36,7 @@ def test_the_short_demo_writes_a_report_with_every_promised_number(tmp_path: Pat
     # recognized before any gradient step, and not from the words of the question
     assert report["closed_form_accuracy"] >= 0.5
     assert report["shuffled_accuracy"] <= 0.2
+    assert 0 <= report["data_wait_share"] <= 1
     losses = [loss for _, loss in report["losses"]]
     assert losses[-1] < losses[0]
     for example in report["examples"]:

@@ -109,3 +109,64 @@ def tied_language_model(parts: Path, tmp_path_factory: Any) -> str:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return str(folder)
+
+
+def pair(name: str, shown: str, chosen: str, rejected: str, **media: Any) -> dict[str, Any]:
+    """A row with two answers."""
+    messages = [{"role": "user", "content": f"What is this? {shown}".strip()}]
+    return {"id": name, "messages": messages, "chosen": chosen, "rejected": rejected, **media}
+
+
+@pytest.fixture(scope="session")
+def pair_rows(data: Path) -> list[dict[str, Any]]:
+    """Two senses and text; of two rows with one question, each prefers what the other rejects."""
+
+    def pulse(number: int) -> list[float]:
+        return [float(number == i) for i in range(5)]
+
+    red, blue = (str(data / f"{name}.png") for name in ("red", "blue"))
+    return [
+        pair("red", "<image>", "red", "blue", images=[red]),
+        pair("blue", "<image>", "blue", "red", images=[blue]),
+        pair("one", "<pulse>", "one, quite clearly", "two", pulse=pulse(0)),
+        pair("two", "<pulse>", "two", "one, quite clearly", pulse=pulse(1)),
+        pair("both", "<image> <pulse>", "red one", "two", images=[red], pulse=pulse(0)),
+        pair("text", "", "nothing at all", "something"),
+    ]
+
+
+@pytest.fixture
+def pair_fields(
+    mixed_fields: Callable[..., dict[str, Any]], pair_rows: list[dict[str, Any]], tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
+    """Fields of a run with a stage `prefer`; `args` and `stage` change it, the rest is `train`."""
+
+    def fields(
+        out: Path,
+        *,
+        stage: Any = None,
+        args: Any = None,
+        rows: list[dict[str, Any]] = pair_rows,
+        before: Any = (),
+        **more: Any,
+    ) -> dict[str, Any]:
+        prefer = {
+            "name": "prefer",
+            "learn": {"projectors": 1e-2, "adapter": 1e-2},
+            "dpo": {},
+            **(stage or {}),
+        }
+        common = {"use_cpu": True, "logging_steps": 1, "report_to": [], "max_steps": 3}
+        made = mixed_fields(
+            out,
+            stages=[*before, prefer],
+            args={**common, "train_sampling_strategy": "sequential", **(args or {})},
+            adapter={"r": 4},
+            **more,
+        )
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made["data"] = {"train": [{"rows": str(path)}]}
+        return made
+
+    return fields

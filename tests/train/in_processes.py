@@ -2,7 +2,8 @@
 
     {"out": FILE, "runs": [{"name": ..., "fields": ..., "stop_at": 2, "other": {"train.seed": 1}}]}
 
-`stop_at`: the last process gets SIGTERM in this step. `other`: fields of the last process alone.
+`stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors are no numbers
+from this step on. `other`: fields of the last process alone.
 `folders`: where each process looks for files that the recipe names by a relative path.
 
 Border: the test reads the folders and what is in FILE; nothing is asserted here.
@@ -67,10 +68,11 @@ class Wavering(VectorModality):
 class Watch(TrainerCallback):
     """Looks at the model while it learns, and ends it at a step."""
 
-    def __init__(self, trainer: Any, seen: dict[str, Any], stop_at: int | None) -> None:
+    def __init__(self, trainer: Any, seen: dict[str, Any], job: dict[str, Any]) -> None:
         self.trainer = trainer
         self.seen = seen
-        self.stop_at = stop_at
+        self.stop_at = job.get("stop_at")
+        self.poison_at = job.get("poison_at")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         pieces = [p for p in self.trainer.model.parameters() if isinstance(p, DTensor)]
@@ -80,8 +82,12 @@ class Watch(TrainerCallback):
             1, sum(p.numel() for p in pieces)
         )
         self.seen["steps"] = self.seen.get("steps", 0) + 1
-        if self.stop_at == state.global_step + 1 and rank() == num_processes() - 1:
+        is_last = rank() == num_processes() - 1
+        if self.stop_at == state.global_step + 1 and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.poison_at == state.global_step + 1 and is_last:
+            for parameter in self.trainer.model.projectors.parameters():
+                parameter.data.fill_(float("nan"))
 
 
 def main(job: dict[str, Any]) -> None:
@@ -95,7 +101,7 @@ def main(job: dict[str, Any]) -> None:
         def watched(
             trainer: Any, console: Any, title: str, seen: Any = seen, one: Any = one
         ) -> Any:
-            trainer.add_callback(Watch(trainer, seen, one.get("stop_at")))
+            trainer.add_callback(Watch(trainer, seen, one))
             return bar(trainer, console, title)
 
         run_module.Bar = watched  # type: ignore[misc,assignment]

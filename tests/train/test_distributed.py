@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
 from multi_token.recipe import Recipe
 from multi_token.registry import register_modality
-from multi_token.train import trainer as trainer_module
-from multi_token.train.packing import PackSampler
 from multi_token.train.run import train
 from tests.train.in_processes import Wavering
+from tests.train.launchers import launched
 
 pytestmark = pytest.mark.slow
 
 Fields = Callable[..., dict[str, Any]]
 SCRIPT = Path(__file__).with_name("in_processes.py")
-ROOT = Path(__file__).resolve().parents[2]
 # what each of 16 rows shows: in the second step of four rows, the second process has only text
 SHOWN = [
     *(["image"], ["wavering"], ["image", "wavering"], []),
     *(["wavering"], ["image"], [], []),
     *([], ["image"], ["wavering"], ["wavering", "wavering"]),
     *(["image"], [], [], ["wavering"]),
-]
-ROWS_OF_TEXT = [
-    {
-        "id": word,
-        "messages": [
-            {"role": "user", "content": "What is it?"},
-            {"role": "assistant", "content": word},
-        ],
-    }
-    for word in ("red", "blue")
 ]
 LEARN = {
     "projector": {"projectors": 3e-3},
@@ -54,6 +39,9 @@ ONE = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
 TWO = {"per_device_train_batch_size": 2}
 FOUR = {"per_device_train_batch_size": 1}
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+# packs have the tokens of so many rows of mean length, whoever computes them
+PACKS_OF_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+RANDOM = {"train_sampling_strategy": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +80,13 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
     (folder / "rows.jsonl").write_text("".join(lines))
 
     def fields(
-        out: Path, learn: str, args: dict[str, Any], *, is_tied: bool = False, **more: Any
+        out: Path,
+        learn: str,
+        args: dict[str, Any],
+        *,
+        is_tied: bool = False,
+        quantization: str | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         common = {
             "use_cpu": True,
@@ -113,6 +107,8 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
         }
         if is_tied:
             made["model"]["language_model"] = str(tied)
+        if quantization is not None:
+            made["model"]["quantization"] = quantization
         made["data"] = {"train": [{"rows": str(folder / "rows.jsonl")}]}
         return made
 
@@ -127,31 +123,16 @@ def processes(num: int, folder: Path, runs: list[dict[str, Any]]) -> dict[str, A
     return json.loads(out.read_text())
 
 
-def launched(num: int, command: list[str]) -> str:
-    """What `num` processes of a command that torchrun starts print to stderr."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", str(num), *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def alone(fields_of: Fields, tmp_path_factory: Any) -> Callable[..., Path]:
     """The folder of a run by one process, each trained once."""
     folder = tmp_path_factory.mktemp("alone")
     torch.set_num_threads(1)
 
-    def run(learn: str, *, is_tied: bool = False) -> Path:
-        out = folder / f"{learn}-{is_tied}"
+    def run(learn: str, args: dict[str, Any] | None = None, **more: Any) -> Path:
+        out = folder / f"{learn}-{args}-{more}"
         if not out.exists():
-            fields = fields_of(out, learn, ONE, is_tied=is_tied)
+            fields = fields_of(out, learn, {**ONE, **(args or {})}, **more)
             train(Recipe.model_validate(fields), console=Console(quiet=True))
         return out
 
@@ -171,7 +152,8 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         )
 
     def run(name: str, learn: str, args: dict[str, Any] = TWO, **more: Any) -> dict[str, Any]:
-        around = {key: more.pop(key) for key in ("stop_at", "other", "folders") if key in more}
+        keys = ("stop_at", "poison_at", "other", "folders")
+        around = {key: more.pop(key) for key in keys if key in more}
         out = more.pop("out", name)
         return {
             "name": name,
@@ -194,6 +176,19 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("full stopped", "full", fsdp=True, stop_at=3),
         run("full on", "full", fsdp=True, stop_at=3, out="full on two"),
         run("full on again", "full", fsdp=True, out="full on two"),
+        run("by length on", "projector", stop_at=5, out="by length"),
+        run("by length on again", "projector", out="by length"),
+        run("random on", "projector", {**TWO, **RANDOM}, stop_at=5, out="random"),
+        run("random on again", "projector", {**TWO, **RANDOM}, out="random"),
+        run("packed on", "adapter", packing=True, stop_at=5, out="packed twice"),
+        run("packed on again", "adapter", packing=True, out="packed twice"),
+        run("packed stopped", "adapter", packing=True, stop_at=3),
+        run("for four", "adapter", stop_at=3),
+        run("pieces for four", "full", fsdp=True, stop_at=3),
+        run("packed for four", "adapter", PACKS_OF_TWO, packing=True, stop_at=3),
+        run("no number", "adapter", poison_at=3),
+        run("no number in pieces", "adapter", fsdp=True, poison_at=3),
+        *([run("qlora", "adapter", quantization="4bit")] if find_spec("bitsandbytes") else []),
         run("other recipe", "projector", other={"train.seed": 5}),
         run("other rows", "projector", folders=[str(here), str(elsewhere)]),
     ]
@@ -252,43 +247,27 @@ def test_pieces_of_a_language_model_learn_what_one_process_does(
     assert_equal_runs(alone(learn, is_tied=is_tied), two[0] / name)
 
 
-class BothShares(PackSampler):
-    """The packs of two processes one after the other, for one that accumulates gradients."""
-
-    def __init__(self, rows: Any, *, seed: int, num_processes: int, process: int) -> None:
-        assert (num_processes, process) == (1, 0)
-        super().__init__(rows, seed=seed, num_processes=2)
-
-    def __len__(self) -> int:
-        return 2 * super().__len__()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        steps = self.steps(self.epoch)
-        return iter([self.rows.members(pack) for step in steps for pack in step])
-
-
-def test_packs_of_two_processes_teach_what_one_would_learn_from_them(
-    two: Any, fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer_module, "PackSampler", BothShares)
-    args = {**TWO, "gradient_accumulation_steps": 2}
-    fields = fields_of(tmp_path / "packed", "adapter", args, packing=True)
-    train(Recipe.model_validate(fields), console=Console(quiet=True))
+def test_packs_of_two_processes_teach_what_one_learns_that_takes_both(two: Any, alone: Any) -> None:
+    one = alone("adapter", PACKS_OF_TWO, packing=True)
     for name in ("packed", "packed pieces"):
-        assert_equal_runs(tmp_path / "packed", two[0] / name)
+        assert_equal_runs(one, two[0] / name)
 
 
-def test_the_command_line_speaks_once_for_all_processes(fields_of: Fields, tmp_path: Path) -> None:
-    fields = fields_of(tmp_path / "run", "projector", {**TWO, "max_steps": 2})
-    del fields["model"]["modalities"]["wavering"]
-    text = [row for row in ROWS_OF_TEXT for _ in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
-    fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(fields))
-    shown = launched(2, ["-m", "multi_token", "train", str(recipe)])
-    assert shown.count("saved to") == shown.count("ask it:") == shown.count("first batch:") == 1
-    assert (tmp_path / "run" / "config.json").is_file()
+def test_qlora_in_two_processes_learns_what_it_does_in_one(two: Any, alone: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert [one["wrapper"] for one in two[1]["qlora"]] == ["DistributedDataParallel"] * 2
+    assert_equal_runs(alone("adapter", quantization="4bit"), two[0] / "qlora")
+
+
+@pytest.mark.parametrize("name", ["no number", "no number in pieces"])
+def test_a_loss_that_is_no_number_in_one_process_stops_all_with_one_sentence(
+    two: Any, name: str
+) -> None:
+    (sentence,) = {one["error"] for one in two[1][name]}
+    # of the rows 8 to 11 of the third step, the second process has the last two
+    assert sentence.startswith(
+        "MultiTokenError: the loss is nan at step 3, in the batch of the rows 10, 11; lower"
+    )
 
 
 def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(two: Any) -> None:
@@ -301,15 +280,40 @@ def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(t
     assert torch.equal(model.language_model.model.layers[0].mlp.up_proj.weight, expected)
 
 
-@pytest.mark.parametrize(("name", "learn"), [("ddp stopped", "adapter"), ("full stopped", "full")])
+@pytest.mark.parametrize(
+    ("name", "learn", "args", "more"),
+    [
+        ("ddp stopped", "adapter", {}, {}),
+        ("full stopped", "full", {}, {}),  # without fsdp as well
+        ("packed stopped", "adapter", PACKS_OF_TWO, {"packing": True}),
+    ],
+)
 def test_what_two_processes_began_one_finishes(
-    two: Any, alone: Any, fields_of: Fields, name: str, learn: str
+    two: Any, alone: Any, fields_of: Fields, name: str, learn: str, args: Any, more: Any
 ) -> None:
     folder, seen = two
     assert all("stopped at step 3 of 6" in one["error"] for one in seen[name])
-    fields = fields_of(folder / name, learn, ONE)  # without fsdp as well
+    fields = fields_of(folder / name, learn, {**ONE, **args}, **more)
     train(Recipe.model_validate(fields), console=Console(quiet=True))
-    assert_equal_runs(alone(learn), folder / name)
+    assert_equal_runs(alone(learn, args, **more), folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "learn", "args", "more"),
+    [
+        ("by length", "projector", {}, {}),
+        ("random", "projector", RANDOM, {}),
+        ("packed twice", "adapter", PACKS_OF_TWO, {"packing": True}),
+    ],
+)
+def test_two_processes_that_stop_within_the_second_epoch_go_on_with_its_rows(
+    two: Any, alone: Any, name: str, learn: str, args: Any, more: Any
+) -> None:
+    folder, seen = two
+    before, after = [key for key in seen if key.startswith(name.split(" twice")[0] + " on")]
+    assert all("stopped at step 5 of 6" in one["error"] for one in seen[before])
+    assert [one["steps"] for one in seen[after]] == [1, 1]
+    assert_equal_runs(alone(learn, args, **more), folder / name)
 
 
 def test_pieces_go_on_from_a_checkpoint(two: Any, alone: Any) -> None:
@@ -329,11 +333,27 @@ def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> Non
         assert "the data (rows of rows.jsonl) of process 1 is not that of process 0" in one["error"]
 
 
-def test_four_processes_learn_what_one_does(fields_of: Fields, alone: Any, tmp_path: Path) -> None:
-    replicas = fields_of(tmp_path / "replicas", "full", FOUR, fsdp={"replicas": 2})
-    plain = fields_of(tmp_path / "plain", "projector", FOUR)
-    runs = [{"name": "replicas", "fields": replicas}, {"name": "plain", "fields": plain}]
-    seen = processes(4, tmp_path, runs)
+def test_four_processes_learn_what_one_does_and_finish_what_two_began(
+    fields_of: Fields, alone: Any, two: Any, tmp_path: Path
+) -> None:
+    folder, seen = two
+    begun = ("for four", "pieces for four", "packed for four")
+    assert all("stopped at step 3 of 6" in one["error"] for name in begun for one in seen[name])
+    packs = {"per_device_train_batch_size": 2}
+    fields = {
+        "replicas": fields_of(tmp_path / "replicas", "full", FOUR, fsdp={"replicas": 2}),
+        "plain": fields_of(tmp_path / "plain", "projector", FOUR),
+        "for four": fields_of(folder / "for four", "adapter", FOUR),
+        "pieces for four": fields_of(folder / "pieces for four", "full", FOUR, fsdp=True),
+        "packed for four": fields_of(folder / "packed for four", "adapter", packs, packing=True),
+    }
+    seen = processes(4, tmp_path, [{"name": k, "fields": f} for k, f in fields.items()])
     assert all(0.4 < one["share"] < 0.6 for one in seen["replicas"])
+    assert all(0.2 < one["share"] < 0.3 for one in seen["pieces for four"])
+    assert [one["steps"] for name in begun for one in seen[name]] == [3] * 12
     assert_equal_runs(alone("full"), tmp_path / "replicas")
     assert_equal_runs(alone("projector"), tmp_path / "plain")
+    assert_equal_runs(alone("adapter"), folder / "for four")
+    assert_equal_runs(alone("full"), folder / "pieces for four")
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_equal_runs(alone("adapter", accumulated, packing=True), folder / "packed for four")

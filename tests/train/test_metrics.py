@@ -105,6 +105,14 @@ def test_padding_tokens_and_rates_are_logged_as_they_are(
         assert 0 < entry["data_wait_fraction"] < 1 and 0 < entry["encoder_fraction"] < 1
         assert entry["data_wait_fraction"] + entry["encoder_fraction"] < 1
         assert entry["mfu"] == pytest.approx(entry["tflops_per_device"] / 2, rel=1e-2)
+    # two logs of two steps each: the whole lies between them
+    done = json.loads((out / "stages" / "1-projector" / "done.json").read_text())
+    shares = [entry["data_wait_fraction"] for entry in logs]
+    assert min(shares) - 1e-4 <= done["data_wait"] <= max(shares) + 1e-4
+    (stage,) = json.loads((out / "report.json").read_text())["stages"]
+    assert min(shares) - 1e-4 <= stage["data_wait"] <= max(shares) + 1e-4
+    words = f"step 4 of 4; {stage['data_wait']:.1%} of the time was waiting for data"
+    assert words in (out / "report.html").read_text()
 
 
 def test_without_a_known_peak_there_is_no_mfu(recipe_fields: Fields, tmp_path: Path) -> None:

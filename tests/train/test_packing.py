@@ -110,7 +110,7 @@ def test_few_rows_are_dealt_to_all_processes_or_refused() -> None:
     rows = Packing([10, 20, 30, 40], max_tokens=100)
     (step,) = into_steps(rows, best_fit(rows, range(4)), 4)
     assert sorted(step) == [(0,), (1,), (2,), (3,)]
-    with pytest.raises(RecipeError, match="4 rows cannot be packed for 5 processes"):
+    with pytest.raises(RecipeError, match="4 rows cannot be 5 packs"):
         PackSampler(rows, seed=0, num_processes=5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,6 +170,32 @@ def test_the_plan_is_said_and_nothing_is_written(
     assert "encoder of image: " in said and "activations of the largest batch: about" in said
     assert said.count("memory per device: ") == 2, "one for each stage"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_what_is_encoded_before_the_first_step(
+    recipe_fields: Fields, tmp_path: Path, data: Path
+) -> None:
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    many, few = tmp_path / "many.jsonl", tmp_path / "few.jsonl"
+    root = {"images": [str(data / "red.png")]}
+    many.write_text("".join(json.dumps({**row, **root}) + "\n" for row in 3 * rows))
+    few.write_text("".join(json.dumps({**row, **root}) + "\n" for row in rows[:2]))
+    others = {"rows": [{"rows": str(few)}]}
+
+    def said(**train: Any) -> str:
+        fields = recipe_fields(tmp_path / "run", **train)
+        fields["data"]["train"] = [{"rows": str(many)}, {"rows": str(data / "rows.jsonl")}]
+        console = Console(record=True, width=300, file=io.StringIO())
+        plan(Recipe.model_validate(fields), console=console)
+        return console.export_text()
+
+    assert "image: 32 encodings before the first step (for the closed form), about " in said()
+    assert "image: 18 encodings" in said(align=others)
+    assert "image: 16 encodings" in said(align=None)
+    assert "image: 4 encodings" in said(align=None, calibration_items=4)
+    cached = said(feature_cache=True)
+    assert "image: 5 encodings before the first step (for the feature cache, each once)" in cached
+    assert "(8 were tried)" in cached
 
 
 def test_a_run_after_its_plan_is_as_without_and_begins_with_a_short_one(

@@ -14,6 +14,7 @@ from rich.console import Console
 from multi_token.errors import LanguageModelError
 from multi_token.language_model import adapter_parameters
 from multi_token.recipe import Recipe
+from multi_token.train.report import waits_of
 from multi_token.train.run import train
 
 
@@ -60,6 +61,20 @@ def test_a_run_says_its_parts_what_learns_how_fast_and_how_much_is_supervised(
         for start in ("language model", "rows of", "stage both", "first batch")
     ]
     assert order == sorted(order)
+    assert any(
+        line.lstrip()[:1].isdigit() and "of the time was waiting for data" in line for line in said
+    )
+
+
+def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
+    little, none = (waits_of(s, num_workers=0, streamed=False) for s in (0.049, None))
+    assert little == "  4.9% of the time was waiting for data"
+    assert none == "  no step was taken"
+    alone, beside = (waits_of(0.3, num_workers=num, streamed=False) for num in (0, 3))
+    assert "feature_cache: true" not in waits_of(0.3, num_workers=0, streamed=True)
+    assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
+    assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
+    assert "train.feature_cache: true" in alone
 
 
 def test_what_is_unusual_is_said_and_what_cannot_be_is_refused_before_a_row_is_read(

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from multi_token.attention import attending_by_segment
 from multi_token.checkpoint import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
@@ -24,6 +25,7 @@ from multi_token.train.run import train
 from multi_token.train.teacher import Teacher, WithTeacher, divergence
 from multi_token.train_spec import AdapterSpec, TeacherSpec
 from multi_token.types import Sample
+from tests.train.test_distributed import processes
 
 Fields = Callable[..., dict[str, Any]]
 NAMES = ("red", "blue", "green", "white")
@@ -175,6 +177,46 @@ def test_a_batch_is_its_rows_one_by_one_and_rows_without_a_text_learn_by_cross_e
     torch.testing.assert_close(parts[0], (1 - weight) * entropy + weight * pure)
 
 
+@pytest.mark.parametrize("share_media", [False, True])
+def test_a_pack_is_its_rows_padded(model: Any, data: Path, share_media: bool) -> None:
+    rows = [
+        row("red"),
+        row("red", None, "It is red, quite so"),
+        row("red", "a {} thing", "so"),
+        row("green", "{} it is, quite so"),
+        row("white", None, "It is white, and nothing else"),
+        row("blue", "a longer text that says {}"),
+    ]
+    for one in rows:
+        one["messages"][0]["content"] = "What is <image>?"
+    samples = read(model, data, rows, teacher="optional")
+    model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
+    for parameter in adapter_parameters(model.language_model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    spec = TeacherSpec(weight=0.75, missing="cross_entropy")
+    collator = Collator(model.modalities, model.reader.chat.filler_id, share_media=share_media)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for packed in (False, True):
+        teacher = Teacher(spec)
+        with attending_by_segment(model.language_model) as by_segment:
+            batch = WithTeacher(collator, packed=packed)(samples)
+            assert by_segment and ("segments" in batch) == (packed and share_media)
+            assert ("cu_seq_lens_q" in batch["teacher"]) == packed
+            inputs = teacher.read(model, batch)
+            assert [int(n) for n in teacher.taught.long().bincount()] == [
+                sum(int((s.labels[1:] != -100).sum()) for s in samples if (s.teacher is None) == no)
+                for no in (True, False)
+            ]
+            loss = teacher.loss(model(**inputs))
+            found.append((loss, torch.autograd.grad(loss, learned)))
+    (padded, by_padding), (packed_one, by_packing) = found
+    torch.testing.assert_close(packed_one, padded, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(by_packing, by_padding, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert any(g.abs().max() > 1e-4 for g in by_packing)
+
+
 def test_texts_are_counted_named_and_belong_to_items_in_reading_order() -> None:
     fields = row("red")
     fields["images"] = ["a.png", "b.png"]
@@ -234,11 +276,35 @@ def test_a_stage_draws_the_projector_to_the_teacher_whatever_the_accumulation(
     plain = taught_fields(recipe_fields, data, tmp_path / "plain", teacher=None)
     plain["train"]["args"] |= {"per_device_train_batch_size": 4}
     trained(plain)
+    packed = taught_fields(recipe_fields, data, tmp_path / "packed")
+    packed["train"] |= {"packing": True, "pack_tokens": 10_000}
+    del packed["train"]["args"]["train_sampling_strategy"]
+    trained(packed)
+    assert losses(tmp_path / "packed") == pytest.approx(one, rel=1e-3)
     assert losses(tmp_path / "plain")[0] != pytest.approx(one[0], rel=1e-2)
     file = "projectors.safetensors"
     ours, theirs = (load_file(tmp_path / name / file) for name in ("one", "four"))
     for key, tensor in ours.items():
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_with_pieces_of_the_model_are_drawn_as_one_is(
+    recipe_fields: Fields, data: Path, tmp_path: Path
+) -> None:
+    def fields(name: str, size: int, **more: Any) -> dict[str, Any]:
+        made = taught_fields(
+            recipe_fields, data, tmp_path / name, learn={"projectors": 1e-2, "adapter": 1e-2}
+        )
+        made["train"] |= more
+        made["train"]["args"] |= {"per_device_train_batch_size": size, "report_to": []}
+        return made
+
+    run = {"name": "two", "fields": fields("two", 2, fsdp=True)}
+    seen = processes(2, tmp_path, [run])["two"]
+    assert all(one["num_pieces"] > 0 for one in seen)
+    trained(fields("one", 4))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_a_teacher_that_would_move_or_could_not_be_fed_is_refused(
@@ -250,8 +316,10 @@ def test_a_teacher_that_would_move_or_could_not_be_fed_is_refused(
     parse_recipe(text)
     for override, sentence in (
         ("train.stages.0.learn={language_model: 1e-5}", "has the language model as its `teacher`"),
-        ("train.packing=true", "`packing` and the `teacher` of stage 'a' exclude each other"),
         ("train.stages.0.teacher.weight=2", "less than or equal to 1"),
     ):
         with pytest.raises(RecipeError, match=sentence):
             parse_recipe(text, [override])
+    parse_recipe(text, ["train.fsdp=true"])
+    with pytest.raises(RecipeError, match="teacher of stage 'a' must read every row"):
+        parse_recipe(text, ["train.fsdp=true", "train.stages.0.teacher.missing=cross_entropy"])

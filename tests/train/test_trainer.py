@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.errors import RecipeError
 from multi_token.train.arguments import training_arguments
-from multi_token.train.trainer import ByLength
+from multi_token.train.by_length import ByLength, EpochToSampler
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,16 @@ from multi_token.train.trainer import ByLength
         ({"learning_rate": 1e-3}, "learning rates are under `learn`"),
         ({"remove_unused_columns": True}, "needed as it is"),
         ({"save_strategy": "sometimes"}, "train args"),
+        ({"fsdp": "full_shard"}, "'fsdp' is not set here; set `train.fsdp: true`"),
+        ({"torch_compile": True}, "set `train.compile_layers: true`"),
+        ({"use_liger_kernel": True}, "set `train.liger: true`"),
+        (
+            {"deepspeed": "nowhere.json"},
+            r"deepspeed 'nowhere\.json' could not be read: No such file",
+        ),
+        ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "has a section 'optimizer', which would"),
+        ({"deepspeed": {"scheduler": {}}}, "has a section 'scheduler', which would"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 3, which cuts weights .* 1 or"),
     ],
 )
 def test_training_arguments_are_checked(fields: Any, sentence: str, tmp_path: Path) -> None:
@@ -36,3 +50,46 @@ def test_rows_of_one_length_come_together_each_once_and_in_another_order_each_ep
     assert first == list(sampler)
     sampler.set_epoch(1)
     assert first != list(sampler)
+
+
+def test_a_deepspeed_file_is_read_before_a_run_begins(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    for text, sentence in (("{", "is no JSON"), ("[2]", "should hold a mapping, got list")):
+        file.write_text(text)
+        with pytest.raises(RecipeError, match=sentence):
+            training_arguments(tmp_path, {"deepspeed": str(file)}, seed=0, learning_rate=1e-3)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_said(tmp_path: Path) -> None:
+    fields = {"use_cpu": True, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    with pytest.raises(RecipeError, match="needs the package deepspeed, which is not installed"):
+        training_arguments(tmp_path, fields, seed=0, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("ACCELERATE_USE_FSDP", "told to use FSDP .* set `train.fsdp: true`"),
+        ("ACCELERATE_USE_DEEPSPEED", "told to use DeepSpeed .* `train.args.deepspeed`"),
+    ],
+)
+def test_what_only_accelerate_was_told_is_refused(
+    variable: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(RecipeError, match=sentence):
+        training_arguments(tmp_path, {"use_cpu": True}, seed=0, learning_rate=1e-3)
+
+
+def test_a_run_that_resumes_within_an_epoch_tells_it_to_the_sampler_below_four_layers() -> None:
+    """As accelerate nests them for one of several processes that skips the batches it has seen."""
+    sampler = ByLength([10, 50] * 8, batch_size=4, seed=1)
+    share = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), 2, 0)
+    loader = DataLoader(range(16), batch_sampler=SkipBatchSampler(share, 1))  # type: ignore[arg-type]
+    state, args = TrainerState(epoch=2.25), TrainingArguments("unused", use_cpu=True)
+    EpochToSampler().on_epoch_begin(args, state, TrainerControl(), train_dataloader=loader)
+    expected = ByLength([10, 50] * 8, batch_size=4, seed=1)
+    expected.set_epoch(2)
+    wanted = list(expected)
+    assert [batch.tolist() for batch in loader] == [wanted[i : i + 2] for i in (4, 8, 12)]

@@ -1,0 +1,216 @@
+"""How long rows are, remembered in a folder, so that a second look at them opens no media.
+
+Border: keys of rows, and small files with lengths; who reads a row, and when, is inspect.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from multi_token import __version__
+from multi_token.data.dataset import Row
+from multi_token.data.formats import to_conversation
+from multi_token.data.keys import KeyTable, digest, settings_identity
+from multi_token.errors import MultiTokenError, RowError
+from multi_token.media.content import content
+from multi_token.types import Conversation, Media
+
+if TYPE_CHECKING:
+    from multi_token.media.fetch import Fetch
+    from multi_token.reader import Reader
+
+_FIELDS = ("num_tokens", "num_supervised", "num_media")
+_APART = 30.0
+"""Seconds between two savings while rows are read."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """What one good row costs: all its tokens, those it learns, those that are media."""
+
+    num_tokens: int
+    num_supervised: int
+    num_media: int
+
+
+class KnownLengths:
+    """Lengths of good rows in a folder, which any number of processes may fill at once.
+
+    A row is known by its content, by size and time of change of the local files that it names, and
+    by how it is read (`reader_identity`). What changed is read anew, and so is each bad row: it may
+    have been mended. An address counts as its text, so that what lies there is not looked at again.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], reader: Reader) -> None:
+        """Raises MultiTokenError for a file in the folder that is damaged."""
+        self.folder = Path(folder)
+        self.names = tuple(reader.modalities)
+        self.fetch = reader.fetch
+        self.identity = reader_identity(reader)
+        self._table = KeyTable([(name, "i4") for name in _FIELDS])
+        self._new: dict[str, Length] = {}
+        self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        self._saved = time.monotonic()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def refresh(self) -> None:
+        """Also know what other processes have saved since."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                found = load_file(path)
+                keys, lengths = found["keys"], found["lengths"]
+            except (SafetensorError, KeyError) as error:
+                raise MultiTokenError(
+                    f"{path} is damaged ({error}); remove it: its rows are then read once more"
+                ) from error
+            for key, length in zip(keys, lengths.tolist(), strict=True):
+                self._table.add(key.tobytes().hex(), tuple(length))
+
+    def key(self, row: Row, row_id: str) -> str | None:
+        """What a row's length hangs on; None for one that cannot be known again."""
+        try:
+            conversation = to_conversation(row, self.names, row_id=row_id)
+        except RowError:
+            return None
+        turns = self._turns(conversation)
+        if turns is None:
+            return None
+        text = json.dumps(turns, ensure_ascii=False)
+        return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
+
+    def _turns(self, conversation: Conversation) -> list[Any] | None:
+        turns: list[Any] = []
+        for message in conversation.messages:
+            parts: list[Any] = []
+            for part in message.parts:
+                if not isinstance(part, Media):
+                    parts.append(part.text)
+                    continue
+                mark = _mark(part.source, self.fetch)
+                if mark is None:
+                    return None
+                parts.append([part.modality, mark, part.surrogate])
+            turns.append([message.role, parts])
+        if conversation.rejected is None:
+            return turns
+        others = self._turns(conversation.rejected)
+        return None if others is None else [*turns, others]
+
+    def get(self, key: str) -> Length | None:
+        """The length of a row, if it is known."""
+        found = self._table.get(key)
+        return None if found is None else Length(*map(int, found))
+
+    def add(self, key: str, length: Length) -> None:
+        """Know a length from now on; saved from time to time, and by `save`."""
+        if self._table.get(key) is not None:
+            return
+        self._table.add(key, astuple(length))
+        self._new[key] = length
+        if time.monotonic() - self._saved > _APART:
+            self.save()
+
+    def save(self) -> None:
+        """What this process has found goes into one file of its own, whole or not at all."""
+        self._saved = time.monotonic()
+        if not self._new:
+            return
+        keys = b"".join(map(bytes.fromhex, self._new))
+        arrays = {
+            "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
+            "lengths": np.array([astuple(length) for length in self._new.values()], np.int32),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".unfinished")
+        save_file(arrays, unfinished)
+        unfinished.replace(self._file)
+
+    def finish(self, share: int, num_shares: int, *, of: str) -> bool:
+        """Save, and say that a share is done; returns whether all shares now are.
+
+        `of`: what is shared out, in words; the last one wipes the marks out again.
+        """
+        self.save()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = digest(self.identity.encode(), of.encode())
+        marks = [self.folder / f"{name}-{i}-of-{num_shares}.done" for i in range(num_shares)]
+        marks[share].touch()
+        if not all(mark.exists() for mark in marks):
+            return False
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        return True
+
+
+def reader_identity(reader: Reader) -> str:
+    """What lengths hang on besides the row: 32 hexadecimal digits.
+
+    Tokenizer, template, which turns are learned, settings of each modality with its projector and
+    the small files of its encoder's folder, limits, and the version of this package.
+    """
+    tokenizer = json.loads(reader.chat.tokenizer.backend_tokenizer.to_str())
+    for passing in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        tokenizer.pop(passing, None)
+    settings: dict[str, Any] = {
+        "version": __version__,
+        "tokenizer": tokenizer,
+        "template": reader.chat.template,
+        "learn_turns": reader.chat.learn_turns,
+        "modalities": {name: settings_identity(m) for name, m in reader.modalities.items()},
+    }
+    for field in fields(reader):
+        if field.name not in ("chat", "modalities", "fetch", "cache"):
+            settings[field.name] = getattr(reader, field.name)
+    return digest(json.dumps(settings, sort_keys=True).encode())
+
+
+def _mark(source: Any, fetch: Fetch) -> Any:
+    """Words and numbers that change when what is behind a source does; None if there are none."""
+    if isinstance(source, (str, os.PathLike)):
+        return [
+            os.fspath(source) if isinstance(source, os.PathLike) else source,
+            *_file(source, fetch),
+        ]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return digest(bytes(source))
+    if isinstance(source, (Image.Image, np.ndarray, Tensor)):
+        return digest(content(source, fetch))
+    if isinstance(source, (bool, int, float)):
+        return repr(source)
+    if isinstance(source, Mapping):
+        pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
+        marks: list[Any] = [[key, _mark(value, fetch)] for key, value in pairs]
+        return None if any(mark is None for _, mark in marks) else marks
+    if isinstance(source, (list, tuple)):
+        try:
+            return digest(content(np.asarray(source, dtype=np.float64), fetch))
+        except (TypeError, ValueError):
+            each = [None if value is None else _mark(value, fetch) for value in source]
+            return None if None in each else each
+    return None
+
+
+def _file(source: Any, fetch: Fetch) -> list[Any]:
+    """Path, size and time of change of the local file that a source names, if it does."""
+    path = fetch.local_path(source)
+    try:
+        found = None if path is None else path.stat()
+    except (OSError, ValueError):  # no such file, or a text too long for a name
+        return []
+    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

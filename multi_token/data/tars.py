@@ -1,0 +1,147 @@
+"""The samples of a WebDataset .tar as rows by index: its members are the media.
+
+Border: reads members, and names them as a row does; what is in them is the reader's.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from multi_token.data.dataset import Row
+from multi_token.errors import MultiTokenError, RowError
+
+_ROW = "json"
+_NOT_MEDIA = ("id", "surrogates")
+_TURNS = ("messages", "conversations", "chosen", "rejected")
+
+
+class TarRows(Sequence[Row]):
+    """A sample is the files of one key: `0001.json` is the row, `0001.jpg` a medium of it.
+
+    As WebDataset has it, the key is the path up to the first dot of the name, and what follows is
+    the extension. Members come into the row in two ways, as `{"bytes": ..., "path": name}`:
+
+    - By name: `"image": "0001.jpg"`, or `".jpg"` for short, wherever a row may name a file: in the
+      field of a modality, alone or in a list, or in a content part.
+    - As a field: `0001.image.jpg` is the field `image`, `0001.jpg` without such a name is `jpg`;
+      the row may not have that field as well.
+
+    Opening a file reads its headers, and then each row by its offset, so that a row in the middle
+    costs no more than the first. Raises MultiTokenError for a file that is no plain .tar, RowError
+    for a sample without a row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        samples: dict[str, dict[str, tuple[str, int, int]]] = {}
+        try:
+            with tarfile.open(self.path, "r:") as file:
+                for member in file:
+                    folder, name = posixpath.split(member.name)
+                    key, dot, extension = name.partition(".")
+                    if member.isfile() and key and dot:
+                        place = (name, member.offset_data, member.size)
+                        samples.setdefault(posixpath.join(folder, key), {})[extension] = place
+        except (OSError, tarfile.TarError) as error:
+            raise MultiTokenError(
+                f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "
+                "compressed, or write it anew"
+            ) from error
+        self.keys = list(samples)
+        self.samples = list(samples.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        key, places = self.keys[index], self.samples[index]
+        row_id = f"{self.path.name}/{key}"
+        with self.path.open("rb") as file:
+            contents = {}
+            for extension, (name, start, size) in places.items():
+                file.seek(start)
+                contents[extension] = {"bytes": file.read(size), "path": name}
+        given = contents.pop(_ROW, None)
+        if given is None:
+            raise RowError(
+                f"has the files {', '.join(name for name, _, _ in places.values())} and no "
+                f"{posixpath.basename(key)}.{_ROW}, which must be the row",
+                kind="format",
+                row_id=row_id,
+            )
+        try:
+            row = json.loads(given["bytes"])
+        except ValueError as error:
+            raise RowError(
+                f"{given['path']} is not JSON ({error})", kind="format", row_id=row_id
+            ) from error
+        if not isinstance(row, Mapping):
+            raise RowError(
+                f"{given['path']} is a {type(row).__name__}, expected an object with fields",
+                kind="format",
+                row_id=row_id,
+            )
+        return {"id": row_id, **_with_members(row, contents, row_id)}
+
+
+def _with_members(
+    row: Mapping[str, Any], members: Mapping[str, Mapping[str, Any]], row_id: str
+) -> dict[str, Any]:
+    """The row with what its sample's files hold, where it names them and as fields."""
+    by_name = {f".{extension}": member for extension, member in members.items()}
+    by_name |= {str(member["path"]): member for member in members.values()}
+    named: set[str] = set()
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str) and value in by_name:
+            named.add(by_name[value]["path"])
+            return by_name[value]
+        if isinstance(value, list):
+            return [filled(one) for one in value]
+        return value
+
+    def filled_turns(turns: Any) -> Any:
+        if not isinstance(turns, list):
+            return turns
+        return [
+            {**turn, "content": [filled_part(part) for part in turn["content"]]}
+            if isinstance(turn, Mapping) and isinstance(turn.get("content"), list)
+            else turn
+            for turn in turns
+        ]
+
+    def filled_part(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        return {k: v if k in ("type", "text") else filled(v) for k, v in part.items()}
+
+    full: dict[str, Any] = {}
+    for key, value in row.items():
+        if key in _TURNS:
+            full[key] = filled_turns(value)
+        else:
+            full[key] = value if key in _NOT_MEDIA else filled(value)
+    for extension, member in members.items():
+        if member["path"] in named:
+            continue
+        field = extension.rpartition(".")[0] or extension
+        if full.get(field) is not None:
+            raise RowError(
+                f"has the file {member['path']}, which is the field {field!r}, and that field as "
+                "well; leave one of them out",
+                kind="format",
+                row_id=row_id,
+            )
+        full[field] = member
+    return full

@@ -1,0 +1,66 @@
+"""What the `data` section of a recipe says: which rows, and how they are gone through.
+
+Border: names, numbers and defaults only; rows are opened in data/.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """What all parts of a recipe share: unknown keys are refused, nothing changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSource(Section):
+    """Rows from one place."""
+
+    rows: str
+    """A .json, .jsonl, .parquet or .tar (WebDataset) file, `shards/*.parquet` or a folder of such
+    files, a folder saved by `datasets`, or a hub name."""
+    split: str = "train"
+    """Which split, where the source has several."""
+    weight: float | None = Field(default=None, gt=0)
+    """With `data.stream`: this source's part of the rows, in any unit; default: 1."""
+
+
+class StreamSpec(Section):
+    """Rows are read while training goes on, and not before; see docs/streaming.md."""
+
+    window: int = Field(default=1024, ge=1)
+    """So many rows at a time are put in random order; `1` leaves them as they come."""
+
+
+class DataSpec(Section):
+    """What is learned from."""
+
+    train: list[DataSource] = Field(min_length=1)
+    eval: list[DataSource] = Field(default_factory=list)
+    """Held-out rows: their loss, answers to some of them and the blind test, every `eval_steps`."""
+    stream: StreamSpec | None = None
+    """Do not read all rows before training, but on the way: `true`, or a section. A stage then
+    needs `max_steps`."""
+    max_tokens: int = Field(default=2048, ge=1)
+    """A longer row is never cut: see `on_bad_row`."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """`raise`: stop and say which rows are bad; `skip`: leave them out whole and count them."""
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _from_a_word(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _weights_mix_a_stream(self) -> DataSpec:
+        for key, sources in (("train", self.train), ("eval", self.eval)):
+            for source in sources:
+                if source.weight is not None and (self.stream is None or key == "eval"):
+                    raise ValueError(
+                        f"`weight` of {source.rows!r} under `data.{key}` is the part of a source "
+                        "in a mixture, which only `data.train` with `data.stream: true` is"
+                    )
+        return self

@@ -1,0 +1,212 @@
+"""Claims about data/lengths.py: what is known is not read again, and what changed is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multi_token.data.dataset import load_rows, read_row
+from multi_token.data.inspect import Report, merge, scan
+from multi_token.data.lengths import KnownLengths, Length, reader_identity
+from multi_token.errors import MultiTokenError
+from multi_token.reader import Reader, build_reader
+from multi_token.recipe import Recipe
+
+Fields = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def folder(data: Path, tmp_path: Path) -> Path:
+    """Pictures and seven rows, of which the third and the fifth are bad."""
+    for name in ("red", "blue", "green"):
+        (tmp_path / f"{name}.png").write_bytes((data / f"{name}.png").read_bytes())
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()
+    ][:3]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            f"{line}\n"
+            for line in [
+                json.dumps(rows[0]),
+                json.dumps(rows[1]),
+                json.dumps({**rows[0], "id": "lost", "images": ["lost.png"]}),
+                json.dumps(rows[2]),
+                "{no JSON",
+                json.dumps({"id": "text", "messages": [{"role": "user", "content": "a"}]}),
+                json.dumps({**rows[2], "id": "again", "images": ["red.png"]}),
+            ]
+        )
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def reader(recipe_fields: Fields, folder: Path) -> Reader:
+    recipe = Recipe.model_validate(recipe_fields(folder / "run"))
+    return build_reader(recipe, root=str(folder))
+
+
+def look(
+    folder: Path, reader: Reader, *, known: bool = True, **options: Any
+) -> tuple[Report, list[str]]:
+    """The report, and the rows that were read for it."""
+    opened: list[str] = []
+
+    def read(row: Any, row_id: str) -> Any:
+        opened.append(row_id)
+        return read_row(row, row_id, reader=reader, modalities=list(reader.modalities))
+
+    rows = load_rows(str(folder / "rows.jsonl"))
+    lengths = KnownLengths(folder / "lengths", reader) if known else None
+    return scan(rows, read, source="rows.jsonl", progress=False, known=lengths, **options), opened
+
+
+BAD = ["lost", "text"]
+
+
+def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
+    folder: Path, reader: Reader
+) -> None:
+    plain, _ = look(folder, reader, known=False)
+    assert plain.good == [0, 1, 3, 6] and [p.index for p in plain.problems] == [2, 4, 5]
+    first, opened = look(folder, reader)
+    assert first == plain and len(opened) == 6
+    second, opened = look(folder, reader)
+    assert second == plain and opened == BAD
+    with_workers, _ = look(folder, reader, num_workers=2)
+    assert with_workers == plain
+
+
+def test_what_changed_is_read_again(folder: Path, reader: Reader) -> None:
+    look(folder, reader)
+    picture = folder / "blue.png"
+    before = picture.stat()
+    Image.new("RGB", (60, 60)).save(picture)
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert look(folder, reader)[1] == ["blue", *BAD], "no other"
+    (folder / "red.png").rename(folder / "lost.png")
+    report, opened = look(folder, reader)
+    assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was mended"
+    assert [p.row_id for p in report.problems] == ["red", "rows.jsonl[4]", "text", "again"]
+    rows = folder / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"content": "green"', '"content": "greener"', 1))
+    assert look(folder, reader)[1] == ["red", "green", "text", "again"]
+
+
+def test_another_way_of_reading_knows_nothing(
+    recipe_fields: Fields, folder: Path, reader: Reader
+) -> None:
+    look(folder, reader)
+    others = [replace(reader, max_tokens=7), replace(reader, teacher="optional")]
+    for change in (
+        {"model": {"learn_turns": "last"}},
+        {"model": {"chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"}},
+        {"factor": 4},
+    ):
+        fields = recipe_fields(folder / "run")
+        fields["model"] |= change.get("model", {})  # type: ignore[operator]
+        projector = fields["model"]["modalities"]["image"]["projector"]
+        projector["factor"] = change.get("factor", 3)
+        others.append(build_reader(Recipe.model_validate(fields), root=str(folder)))
+    identities = {reader_identity(one) for one in [reader, *others]}
+    assert len(identities) == 1 + len(others)
+    assert look(folder, others[-1])[1][:2] == ["red", "blue"]
+    # what a call leaves in the tokenizer is no other tokenizer
+    before = reader_identity(reader)
+    reader.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=1)
+    assert reader_identity(reader) == before
+
+
+@pytest.mark.parametrize("num_shares", [2, 3, 9])
+def test_shares_make_the_report_of_one(folder: Path, reader: Reader, num_shares: int) -> None:
+    plain, _ = look(folder, reader, known=False)
+    parts = [
+        look(folder, reader, indices=range(share, 7, num_shares)) for share in range(num_shares)
+    ]
+    opened = sorted(row for _, rows in parts for row in rows)
+    assert opened == ["again", "blue", "green", "lost", "red", "text"], "each row once"
+    assert merge([report for report, _ in parts[::-1]]) == plain
+    assert look(folder, reader)[1] == BAD
+
+
+def test_a_scan_that_breaks_off_goes_on(folder: Path, reader: Reader) -> None:
+    rows = load_rows(str(folder / "rows.jsonl"))
+
+    def read(row: Any, row_id: str) -> Any:
+        if row_id == "green":
+            raise KeyboardInterrupt
+        return read_row(row, row_id, reader=reader, modalities=["image"])
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(rows, read, known=KnownLengths(folder / "lengths", reader), progress=False)
+    assert look(folder, reader)[1] == ["lost", "green", "text", "again"]
+
+
+def row_with(source: Any) -> dict[str, Any]:
+    return {
+        "image": source,
+        "messages": [
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "a"},
+        ],
+    }
+
+
+def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
+    folder: Path, reader: Reader
+) -> None:
+    known = KnownLengths(folder / "lengths", reader)
+    pictures = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
+    sources: list[Any] = [
+        "red.png",
+        "./red.png",
+        pathlib.PurePath("blue.png"),
+        "https://example.org/red.png",
+        b"one",
+        b"two",
+        *pictures,
+        np.zeros(3),
+        np.ones(3),
+        torch.ones(4),
+        {"array": [0.0, 1.0]},
+        {"array": [0.0, 2.0]},
+        {"path": "red.png", "start": 1.0},
+        {"path": "red.png", "start": 2.0},
+        {"bytes": b"one", "start": 1.0},
+        {"frames": ["red.png", "blue.png"]},
+        {"frames": ["blue.png", "red.png"]},
+    ]
+    keys = [known.key(row_with(source), "row") for source in sources]
+    assert None not in keys and len(set(keys)) == len(keys)
+    again = [known.key(row_with(source), "other") for source in sources]
+    assert again == keys
+    assert known.key(row_with(object()), "row") is None
+    assert known.key({"messages": 3}, "row") is None
+
+
+def test_lengths_of_others_are_known_after_a_look_and_a_damaged_file_is_named(
+    folder: Path, reader: Reader
+) -> None:
+    one, two = (KnownLengths(folder / "lengths", reader) for _ in range(2))
+    key = one.key(row_with("red.png"), "row")
+    assert key is not None and one.get(key) is None
+    one.add(key, Length(9, 2, 3))
+    one.save()
+    assert two.get(key) is None
+    two.refresh()
+    assert two.get(key) == Length(9, 2, 3) and len(two) == 1
+    two.save()
+    (file,) = (folder / "lengths").iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(MultiTokenError, match=f"{file.name} is damaged .*; remove it"):
+        KnownLengths(folder / "lengths", reader)
