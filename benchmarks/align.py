@@ -145,7 +145,7 @@ def compare(bench: Bench, lengths: dict[str, list[int]], seeds: int, target: flo
     """Ever longer trainings of both starts in turn, until each has reached the target."""
     every = sorted({steps for of_start in lengths.values() for steps in of_start})
     for seed in range(seeds):
-        waiting = list(STARTS)
+        waiting: list[str] = list(STARTS)
         for steps in every:
             for start in [s for s in waiting if steps in lengths[s]]:
                 score = bench.score(start, RATES[start], steps=steps, seed=seed, split="held_out")

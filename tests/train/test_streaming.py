@@ -24,7 +24,7 @@ from tests.train.streams import BAD, row_of
 class Rows:
     """Rows of a list as a stream, and which of them were asked for."""
 
-    root = None
+    root: str | None = None
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
