@@ -43,6 +43,7 @@ NAMELESS = {"utils", "util", "helpers", "helper", "manager", "managers", "misc",
 NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket", "ssl"}
 NETWORK |= {"urllib", "urllib3"}
 SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/address.py"}
+SPEAKS_TO_A_NETWORK |= {"multi_token/serve/bench.py"}  # to the server that it measures
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 FAMILIES = re.compile(
     r"llama|qwen|gemma|mistral|mixtral|smollm|falcon|deepseek|olmo|granite|mamba|lfm2|cohere"

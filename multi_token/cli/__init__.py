@@ -14,11 +14,13 @@ from rich.console import Console
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat, predict
+from multi_token.cli.bench import bench_app
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.evaluate import evaluate_app
 from multi_token.cli.modalities import modalities_app
+from multi_token.cli.serve import serve
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError
 
@@ -34,9 +36,11 @@ app.command()(train)
 app.command()(chat)
 app.command()(ask)
 app.command()(predict)
+app.command()(serve)
 app.command("import")(import_run)
 app.command()(export)
 app.command()(push)
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(modalities_app, name="modalities")

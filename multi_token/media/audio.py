@@ -31,6 +31,8 @@ from multi_token.media.waveform import (
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")
 
 MAX_CHANNELS = 64
+MAX_FILE_CHANNELS = 8
+"""Of a file, whose header may say any number, each of which would be decoded: 7.1 has 8."""
 _KEYS = ("array", "sampling_rate", "path", "bytes", "start", "end")
 _AS_MAPPING = '{"array": [...], "sampling_rate": 16000}'
 _HEADER_SLACK_S = 0.1  # by which a header may promise too much: that of an MP3 is an estimate
@@ -45,6 +47,13 @@ _CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
 )
 """Offset, first bytes, and FFmpeg's name of what libsndfile does not read. The reader is named and
 never guessed: FFmpeg also knows playlists, which open other files and addresses."""
+
+CODECS = (
+    *("aac", "mp3", "mp2", "opus", "vorbis", "flac", "alac", "ac3", "eac3"),
+    *("pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_f32le", "pcm_u8"),
+    *("amr_nb", "amr_wb"),  # of phones
+)
+"""What is decoded inside of containers; FFmpeg knows a hundred more, few of which anybody means."""
 
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89png", "a picture (PNG)"),
@@ -199,6 +208,7 @@ def _decode_file(
     if num_missing := _num_missing(data):
         raise _damaged(label, f"{num_missing:,} bytes at its end are missing")
     given = checked_rate(file.samplerate, label)
+    _check_channels(file.channels, label)
     begin, end = wanted_frames(span, given, file.frames, label, max_seconds)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -239,6 +249,12 @@ def _decode_container(
     if track.codec_context is None:
         raise _damaged(label, "its audio track has no known codec")
     given = checked_rate(track.rate, label)
+    if track.codec_context.codec.canonical_name not in CODECS:
+        raise undecodable(
+            f"{label} is coded as {track.codec_context.codec.canonical_name}, expected one of "
+            f"{', '.join(CODECS)}; convert it"
+        )
+    _check_channels(track.codec_context.channels, label)
     known = UNKNOWN
     if container.duration and demuxer != "aac":  # of raw AAC it is a guess by the bit rate
         known = int(container.duration * given / av.time_base)
@@ -264,6 +280,14 @@ def _decode_container(
             raise _damaged(label, f"it ends after {position / given:.1f} s")
 
     return given, blocks()
+
+
+def _check_channels(num_channels: int, label: str) -> None:
+    if num_channels > MAX_FILE_CHANNELS:
+        raise undecodable(
+            f"{label} has {num_channels:,} channels, and the limit is {MAX_FILE_CHANNELS}; mix it "
+            "down"
+        )
 
 
 def _floats(frame: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A source in, its bytes out: a path, a URL, a data URI, or the bytes themselves.
 
-Border: the only file with sockets or user paths for media; it does not know what the bytes mean.
+Border: the only file with user paths for media, and with address.py beside it the only one with
+sockets; it does not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from multi_token.errors import MediaError
 if TYPE_CHECKING:
     import httpx
 
+    from multi_token.media.address import UrlPolicy
+
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_REDIRECTS = 5
@@ -40,7 +43,7 @@ class Fetch:
     | `bytes`                      | returned                                        |
 
     Whatever goes wrong raises `MediaError(kind="missing_file")`. A server that reads for strangers
-    wants `allow_paths=False, allow_urls=False`: data URIs and bytes are then all it accepts.
+    wants `allow_paths=False, url_policy=UrlPolicy()`: data URIs and bytes are then all it accepts.
     """
 
     root: str | None = None
@@ -53,6 +56,9 @@ class Fetch:
     """Whether http(s) addresses are read."""
     allow_paths: bool = True
     """Whether files of this machine are read."""
+    url_policy: UrlPolicy | None = None
+    """For strangers: which addresses are read, and how (address.py). None: any, as for rows of
+    one's own."""
 
     def read(self, source: Any) -> bytes:
         """All bytes of `source`."""
@@ -151,6 +157,8 @@ class Fetch:
                 f"web addresses are not read here, and {shorten(source)} is one; "
                 "download it and give the path or the bytes"
             )
+        if self.url_policy is not None:
+            return self.url_policy.download(source, max_bytes=self.max_bytes)
         import httpx
 
         deadline = time.monotonic() + self.timeout_s

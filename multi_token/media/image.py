@@ -17,6 +17,10 @@ from multi_token.errors import MediaError
 # Ghostscript) and formats nobody fuzzes. All of these are read from memory, inside the process.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
+MAX_ASPECT = 200
+"""Times that one side may be as long as the other. Processors scale the short side to that of their
+encoder, and a line of pixels would become gigabytes."""
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,6 +90,11 @@ def as_rgb(
         raise _undecodable(
             f"{label} is {width} x {height} = {width * height:,} pixels, and the limit is "
             f"{max_pixels:,}; make it smaller, or raise max_pixels"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise _undecodable(
+            f"{label} is {width} x {height} pixels, a line rather than a picture: one side may be "
+            f"{MAX_ASPECT} times as long as the other; cut it"
         )
     try:
         picture.load()

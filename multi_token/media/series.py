@@ -6,6 +6,8 @@ Border: lists, arrays and `.npy` files; knows no encoder and no patches.
 from __future__ import annotations
 
 import io
+import math
+import tokenize
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,24 @@ from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch, shorten
 
 _SOURCES = ("array", "path", "bytes")
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Readers of the header by the version of the format; a third one is for names of fields only."""
+# what numpy raises on damaged headers; a nest of brackets overflows the parser
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    SyntaxError,
+    tokenize.TokenError,
+    EOFError,
+    OSError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def read_series(
@@ -35,7 +55,7 @@ def read_series(
         name, raw = "the row's series", source
     else:
         name = shorten(source) if isinstance(source, str) else "the bytes given"
-        raw = _read_npy(fetch.read(source), name)
+        raw = read_npy(fetch.read(source), name)
     series = _checked(raw, name, channels, max_steps)
     if rate is None or sampling_rate is None or rate == sampling_rate:
         return series
@@ -64,16 +84,28 @@ def _opened(source: Mapping[str, Any]) -> tuple[Any, float | None]:
     return inner, float(rate)
 
 
-def _read_npy(data: bytes, name: str) -> np.ndarray:
+def read_npy(data: bytes, name: str) -> np.ndarray:
+    """The array of numbers in a `.npy` file; its header is believed only where the bytes are there.
+
+    Raises MediaError.
+    """
+    file = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:  # a header may promise anything
+        if data.startswith(b"PK"):
+            raise _undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
+        read_header = _HEADERS[np.lib.format.read_magic(file)]
+        shape, _, dtype = read_header(file)
+        # before the array: numpy would make room for whatever the header promises
+        num_missing = math.prod(shape) * dtype.itemsize - (len(data) - file.tell())
+        if dtype.kind not in "biuf":
+            raise ValueError(f"it holds {dtype}")
+        if num_missing > 0:
+            raise ValueError(f"its header promises {num_missing:,} bytes more than there are")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except _DAMAGE as error:
         raise _undecodable(
             f"{name} is not a .npy file of numbers ({error}); write it with numpy.save"
         ) from None
-    if not isinstance(array, np.ndarray):
-        raise _undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
-    return array
 
 
 def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:

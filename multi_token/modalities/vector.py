@@ -6,7 +6,6 @@ fitted on the training rows and saved beside its weights.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from multi_token.errors import MediaError
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import Fetch, shorten
+from multi_token.media.series import read_npy
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
 from multi_token.projectors import Expand
 from multi_token.types import Features, Prepared
@@ -54,17 +54,12 @@ class VectorModality(Modality):
                 kind="undecodable",
             )
         else:
-            name = source if isinstance(source, str) else "the bytes given"
-            try:
-                raw = np.load(io.BytesIO(fetch.read(source)), allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise MediaError(
-                    f"{name} is not a .npy file ({error}); write it with numpy.save",
-                    kind="undecodable",
-                ) from None
+            name = shorten(source) if isinstance(source, str) else "the bytes given"
+            raw = read_npy(fetch.read(source), name)
         try:
-            return np.asarray(raw, dtype=np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # what becomes infinite is refused by `prepare`
+                return np.asarray(raw, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError):
             raise MediaError(
                 f"expected numbers in {name}, got {str(raw)[:80]!r}", kind="undecodable"
             ) from None
