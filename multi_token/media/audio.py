@@ -49,11 +49,11 @@ _CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
 never guessed: FFmpeg also knows playlists, which open other files and addresses."""
 
 CODECS = (
-    *("aac", "mp3", "mp2", "opus", "vorbis", "flac", "alac", "ac3", "eac3"),
-    *("pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_f32le", "pcm_u8"),
-    *("amr_nb", "amr_wb"),  # of phones
+    *("aac", "mp3", "mp3float", "mp2", "mp2float", "opus", "libopus", "vorbis", "libvorbis"),
+    *("flac", "alac", "ac3", "eac3", "amrnb", "amrwb", "pcm_s16le", "pcm_s16be", "pcm_s24le"),
+    *("pcm_s24be", "pcm_s32le", "pcm_f32le", "pcm_u8"),
 )
-"""What is decoded inside of containers; FFmpeg knows a hundred more, few of which anybody means."""
+"""What decodes inside of containers; FFmpeg has a hundred more, few of which anybody means."""
 
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89png", "a picture (PNG)"),
@@ -249,11 +249,9 @@ def _decode_container(
     if track.codec_context is None:
         raise _damaged(label, "its audio track has no known codec")
     given = checked_rate(track.rate, label)
-    if track.codec_context.codec.canonical_name not in CODECS:
-        raise undecodable(
-            f"{label} is coded as {track.codec_context.codec.canonical_name}, expected one of "
-            f"{', '.join(CODECS)}; convert it"
-        )
+    codec = track.codec_context.codec.name
+    if codec not in CODECS:
+        raise undecodable(f"{label} is coded as {codec}; convert it to FLAC, MP3 or AAC")
     _check_channels(track.codec_context.channels, label)
     known = UNKNOWN
     if container.duration and demuxer != "aac":  # of raw AAC it is a guess by the bit rate

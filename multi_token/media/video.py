@@ -26,11 +26,12 @@ FORMATS = ("mov", "matroska", "gif", "avi", "mpegts", "mpeg", "flv", "ogg", "asf
 _ACCEPTED = "MP4, MOV, WebM, MKV, GIF, AVI, MPEG, FLV, Ogg or WMV"
 
 CODECS = (
-    *("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg1video", "mpeg2video", "h263", "theora"),
-    *("gif", "mjpeg", "prores", "dnxhd", "ffv1", "rawvideo", "flv1", "vp6", "vp6f"),
-    *("msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "wmv3", "vc1"),
+    *("h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9"),
+    *("mpeg4", "mpeg1video", "mpeg2video", "h263", "theora", "gif", "mjpeg", "prores", "dnxhd"),
+    *("ffv1", "rawvideo", "flv", "vp6", "vp6f", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3"),
+    "vc1",
 )
-"""What is decoded inside of them; FFmpeg knows two hundred more, few of which anybody means."""
+"""What decodes inside of them; FFmpeg has two hundred more, few of which anybody means."""
 
 # what stands where in the first bytes
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
@@ -140,7 +141,7 @@ def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[tuple[Any, Any
             raise undecodable(
                 f"{label} is of a kind that the installed FFmpeg cannot decode; convert it to MP4"
             )
-        codec = stream.codec_context.codec.canonical_name
+        codec = stream.codec_context.codec.name
         if codec not in CODECS:
             raise undecodable(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
         _check_pixels(stream.width, stream.height, label, max_pixels)

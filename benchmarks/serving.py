@@ -1,0 +1,312 @@
+"""The server beside bare `generate`, and many clients beside one, on one run and one machine.
+
+    python benchmarks/serving.py [RUN] [--rows FILE] [--backends static,continuous] [--out FILE]
+
+Without RUN, the demo's language model with a new `vector` sense, each question about another
+vector. For each backend, in one run and in turns:
+
+- **one client**: every question by `model.generate` in this process, and by one client of a server
+  that has no more threads; time to the first token and tokens a second, as ratios of medians.
+- **many clients**: the same questions by one client, then by 8 at once; tokens a second as a ratio.
+
+Answers have to be equal, all of them, or the figures are not worth printing; how many are is.
+
+Border: starts servers and asks; the asking is the library's own `bench serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from multi_token.checkpoint import compose, load
+from multi_token.data.dataset import load_rows, rows_root
+from multi_token.data.formats import to_conversation
+from multi_token.demo.parts import language_model_folder
+from multi_token.media.fetch import Fetch
+from multi_token.page.machine import machine
+from multi_token.recipe import ModelSpec, load_recipe
+from multi_token.serve.bench import Load, Measured, measure
+from multi_token.serve.row_parts import bytes_of, question_of, request_messages
+from multi_token.types import Conversation, Media, Message, Text
+
+_DIM = 64
+_TOPICS = ("a river", "winter", "an old house", "the night train", "bread", "a lighthouse", "snow")
+
+
+@dataclass
+class Bare:
+    """`generate` in this process: of each question its answer and times, in seconds."""
+
+    texts: list[str] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+
+
+class Watch:
+    """A streamer of transformers that notes when tokens come. The prompt comes first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def composed(folder: Path) -> None:
+    """A run with the demo's language model and a sense that has learned nothing."""
+    fields = {
+        "language_model": str(language_model_folder()),
+        "modalities": {
+            "vector": {"type": "vector", "dim": _DIM, "projector": {"type": "expand", "factor": 8}}
+        },
+    }
+    torch.manual_seed(0)
+    compose(ModelSpec.model_validate(fields)).save_pretrained(folder)
+
+
+def made_up(number: int) -> list[Conversation]:
+    """Questions of several lengths, each about a vector of its own."""
+    generator = torch.Generator().manual_seed(0)
+    conversations = []
+    for i in range(number):
+        vector = bytes_of(torch.randn(_DIM, generator=generator).tolist(), Fetch())
+        words = " and ".join(_TOPICS[(i + j) % len(_TOPICS)] for j in range(1 + i % 4))
+        text = f"\nTell me a story about {words}, in {20 + i} words."
+        message = Message("user", (Media("vector", vector), Text(text)))
+        conversations.append(Conversation((message,), id=str(i)))
+    return conversations
+
+
+def of_rows(rows: str, names: Sequence[str], number: int) -> list[Conversation]:
+    """Questions of the first rows, their items as bytes."""
+    every = load_rows(rows)
+    fetch = Fetch(root=rows_root(rows))
+
+    def held(part: Any) -> Any:
+        is_media = isinstance(part, Media)
+        return replace(part, source=bytes_of(part.source, fetch)) if is_media else part
+
+    conversations = []
+    for i in range(min(number, len(every))):
+        messages, _ = question_of(to_conversation(every[i], names, row_id=str(i)))
+        conversations.append(
+            Conversation(
+                tuple(Message(m.role, tuple(map(held, m.parts))) for m in messages), id=str(i)
+            )
+        )
+    return conversations
+
+
+def bare_answers(model: Any, conversations: Sequence[Conversation], max_tokens: int) -> Bare:
+    """Every question by itself."""
+    bare = Bare()
+    for conversation in conversations:
+        watch = Watch()
+        began = time.perf_counter()
+        (text,) = model.generate([conversation], max_new_tokens=max_tokens, streamer=watch)
+        bare.seconds.append(time.perf_counter() - began)
+        bare.texts.append(text)
+        bare.first.append(watch.times[1] - began)
+        bare.num_tokens.append(len(watch.times) - 1)
+    return bare
+
+
+@contextmanager
+def served(run: Path, backend: str, max_batch: int) -> Iterator[str]:
+    """A server in a process of its own, without a cache of media; its URL."""
+    options = ["--port", "0", "--backend", backend, "--max-batch", str(max_batch)]
+    options += ["--cache-megabytes", "0", "--workers", "1", "--max-queue", "10000", "--no-examples"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "multi_token", "serve", str(run), *options, "--name", "measured"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed: list[str] = []
+    url = None
+    for line in process.stdout:
+        printed.append(line)
+        if found := re.search(r"listens on (http://\S+);", line):
+            url = found[1]
+            break
+    if url is None:
+        raise SystemExit("the server did not start:\n" + "".join(printed[-20:]))
+    # its log has to be read, or it waits for somebody who does
+    threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
+    try:
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answered(measured: Measured) -> list[str]:
+    """All answers in the order of asking. Ends the benchmark if one is missing."""
+    faults = [request.fault for request in measured.requests if request.fault is not None]
+    if faults:
+        raise SystemExit(f"{len(faults)} requests failed: {', '.join(sorted(set(faults)))}")
+    return [r.text.strip() for r in sorted(measured.requests, key=lambda r: r.number)]
+
+
+def num_equal(texts: Sequence[str], others: Sequence[str]) -> int:
+    return sum(a == b for a, b in zip(texts, others, strict=True))
+
+
+def compared(
+    run: Path,
+    model: Any,
+    backend: str,
+    conversations: Sequence[Conversation],
+    args: argparse.Namespace,
+    tick: Any,
+) -> dict[str, Any]:
+    """The figures of one backend."""
+    prompts = [request_messages(c.messages, Fetch()) for c in conversations]
+    few, few_prompts = conversations[: args.num_alone], prompts[: args.num_alone]
+    with served(run, backend, args.clients) as url:
+        work = Load(url, "measured", prompts, max_tokens=args.max_tokens)
+
+        def asked(load: Load, num_clients: int) -> Measured:
+            number = len(load.prompts)
+            return asyncio.run(measure(load, num_clients, number, lambda _: None))
+
+        alone = replace(work, prompts=few_prompts)
+        bare_answers(model, few[:1], args.max_tokens)  # both warm up
+        asked(replace(work, prompts=few_prompts[:1]), 1)
+        tick()
+        rounds = []
+        for _ in range(args.rounds):  # in turns, so that a slow minute is everybody's
+            bare, server = bare_answers(model, few, args.max_tokens), asked(alone, 1)
+            rounds.append((bare, server))
+            tick()
+        ones, manies = [], []
+        for _ in range(args.rounds):
+            ones.append(asked(work, 1))
+            manies.append(asked(work, args.clients))
+            tick()
+    bare_first = statistics.median(t for bare, _ in rounds for t in bare.first)
+    first = statistics.median(r.pieces[0] for _, m in rounds for r in m.requests if r.pieces)
+    bare_rate = statistics.median(sum(b.num_tokens) / sum(b.seconds) for b, _ in rounds)
+    rate = statistics.median(
+        sum(r.num_tokens for r in m.requests) / sum(r.seconds for r in m.requests)
+        for _, m in rounds
+    )
+    one = statistics.median(m.as_json()["tokens_per_second"] for m in ones)
+    many = statistics.median(m.as_json()["tokens_per_second"] for m in manies)
+    texts = answered(ones[0])
+    return {
+        "backend": backend,
+        "one_client": {
+            "num_questions": len(few),
+            "equal_answers": num_equal(rounds[0][0].texts, answered(rounds[0][1])),
+            "bare_ttft_s": bare_first,
+            "ttft_s": first,
+            "ttft_ratio": first / bare_first,
+            "bare_tokens_per_second": bare_rate,
+            "tokens_per_second": rate,
+            "tokens_per_second_ratio": rate / bare_rate,
+        },
+        "many_clients": {
+            "num_clients": args.clients,
+            "num_questions": len(prompts),
+            "equal_answers": min(num_equal(texts, answered(m)) for m in [*ones, *manies]),
+            "one_at_a_time_tokens_per_second": one,
+            "tokens_per_second": many,
+            "throughput_ratio": many / one,
+            "one": ones[0].as_json(),
+            "many": manies[0].as_json(),
+        },
+    }
+
+
+def table_of(figures: Sequence[dict[str, Any]]) -> Table:
+    """A line for each backend."""
+    table = Table(title="the server beside bare generate, and many clients beside one")
+    for name in ("backend", "first token", "tokens/s", "equal", "clients", "throughput", "equal "):
+        table.add_column(name, justify="left" if name == "backend" else "right")
+    for each in figures:
+        one, many = each["one_client"], each["many_clients"]
+        table.add_row(
+            each["backend"],
+            f"{one['ttft_ratio']:.2f}x",
+            f"{one['tokens_per_second_ratio']:.2f}x",
+            f"{one['equal_answers']} of {one['num_questions']}",
+            str(many["num_clients"]),
+            f"{many['throughput_ratio']:.2f}x",
+            f"{many['equal_answers']} of {many['num_questions']}",
+        )
+    return table
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("run", nargs="?", type=Path, help="a trained run; default: see above")
+    parser.add_argument("--rows", help="questions; default: the run's first rows of training")
+    parser.add_argument("--backends", default="static,continuous")
+    parser.add_argument("--requests", type=int, default=32, help="questions of many clients")
+    parser.add_argument("--num-alone", type=int, default=8, help="of them, also asked one by one")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        run = args.run or Path(scratch, "composed")
+        if args.run is None:
+            composed(run)
+        model = load(run)
+        if args.run is None and args.rows is None:
+            conversations = made_up(args.requests)
+        else:
+            rows = args.rows or load_recipe(run / "recipe.yaml").data.train[0].rows
+            conversations = of_rows(rows, list(model.modalities), args.requests)
+        backends = args.backends.split(",")
+        figures = []
+        with Progress(console=console) as progress:
+            task = progress.add_task("measuring", total=len(backends) * (1 + 2 * args.rounds))
+            for backend in backends:
+                progress.update(task, description=backend)
+                found = compared(
+                    run, model, backend, conversations, args, lambda: progress.advance(task)
+                )
+                figures.append(found)
+    console.print(table_of(figures))
+    if args.out is not None:
+        described = {
+            "run": "composed" if args.run is None else args.run.name,
+            "settings": {k: v for k, v in vars(args).items() if k not in ("run", "rows", "out")},
+            "threads": torch.get_num_threads(),
+            "machine": machine(),
+            "backends": figures,
+        }
+        args.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

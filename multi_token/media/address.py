@@ -1,0 +1,300 @@
+"""An address that a stranger gave: downloaded from listed public hosts, and never led inwards.
+
+Border: who may be dialled, how much is read and for how long. What an address is, fetch.py decides;
+what the bytes mean is known to neither.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Any
+
+import httpcore
+
+from multi_token.errors import MediaError, MultiTokenError
+
+if TYPE_CHECKING:
+    import ssl
+
+    import httpx
+
+Address = IPv4Address | IPv6Address
+
+_PORTS = {"http": 80, "https": 443}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_LETTERS = 8_192
+_ENTRY = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?(:[0-9]{1,5})?")
+_HOST = re.compile(r"[a-z0-9_.:-]+")
+# Parsers differ about these, so an address that holds one may mean another host to somebody.
+_AMBIGUOUS = re.compile(r"[\x00-\x20\x7f\\]")
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def resolved(host: str, port: int) -> list[str]:
+    """Every IP that the system finds for a host. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def is_public(address: Address) -> bool:
+    """Whether an IP is one host of the open internet, and so is what it carries inside.
+
+    Mapped, 6to4, Teredo and NAT64 addresses lead to the IPv4 address within them.
+    """
+    if isinstance(address, IPv6Address):
+        inner: Iterable[Address | None] = (
+            address.ipv4_mapped,
+            address.sixtofour,
+            *(address.teredo or ()),
+            IPv4Address(int(address) & 0xFFFF_FFFF) if address in _NAT64 else None,
+        )
+        within = [one for one in inner if one is not None]
+        if within:
+            return all(is_public(one) for one in within)
+        if address.is_site_local:
+            return False
+    return address.is_global and not (
+        address.is_multicast or address.is_reserved or address.is_unspecified
+    )
+
+
+@dataclass(frozen=True)
+class UrlPolicy:
+    """What may be downloaded for a stranger. As it stands, nothing.
+
+    An address is parsed once, and what was parsed is dialled: http or https, a listed host and
+    port, no user name. The host is resolved once, each IP found must be public, and the connection
+    goes to one of these very IPs, under the host's name. A redirect is a new address, to which all
+    of this applies. No proxy, cookie, password or setting of the environment is used.
+    """
+
+    allowed_hosts: tuple[str, ...] = ()
+    """`example.org`: this host, on ports 80 and 443; `*.example.org`: every host below it;
+    `example.org:8080`: on this port. Nothing listed: nothing is read."""
+    timeout_s: float = 10.0
+    """One deadline for names, connections, redirects and all bytes together."""
+    max_redirects: int = 3
+    """A longer chain is refused."""
+    resolve: Callable[[str, int], Sequence[str]] = resolved
+    """Host and port -> its IPs; raises OSError."""
+    is_allowed_address: Callable[[Address], bool] = is_public
+    """Which IPs may be dialled."""
+
+    def __post_init__(self) -> None:
+        wrong = [entry for entry in self.allowed_hosts if not _ENTRY.fullmatch(entry.lower())]
+        if wrong:
+            raise MultiTokenError(
+                "expected hosts such as example.org, *.example.org or example.org:8080 in the list "
+                f"of allowed hosts, got {wrong[0]!r}; write the name of a host alone"
+            )
+
+    def download(self, address: str, *, max_bytes: int) -> bytes:
+        """The bytes behind `address`. Raises `MediaError(kind="missing_file")`, which names no IP.
+
+        No more than `max_bytes` are read, whatever length is announced.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        url = self._parsed(address)
+        for _ in range(self.max_redirects + 1):
+            try:
+                moved, body = _get(url, self._public_ips(url, deadline), deadline, max_bytes)
+            except httpcore.TimeoutException:
+                raise _refused(
+                    f"{url.host} was not done within {self.timeout_s:g} s; send the bytes instead"
+                ) from None
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol):
+                raise _refused(
+                    f"{url.host} could not be reached, or broke off its answer; check the address, "
+                    "or send the bytes"
+                ) from None
+            if moved is None:
+                return body
+            url = self._parsed(moved, base=url)
+        raise _refused(f"{url.host} redirects more than {self.max_redirects} times; give the last")
+
+    def _parsed(self, address: str, *, base: httpx.URL | None = None) -> httpx.URL:
+        """An address, or where a redirect leads from `base`; checked but for its IPs."""
+        import httpx
+
+        if not self.allowed_hosts:
+            raise _refused("web addresses are not read here; send the bytes as a data: address")
+        if _AMBIGUOUS.search(address) or len(address) > _MAX_LETTERS:
+            raise _refused("the address holds a blank, a backslash or too many letters")
+        try:
+            url = httpx.URL(address) if base is None else base.join(address)
+            host, port = url.raw_host.decode("ascii").lower(), url.port or _PORTS.get(url.scheme)
+        except (httpx.InvalidURL, ValueError):
+            raise _refused("what was given as an address is none") from None
+        if url.scheme not in _PORTS or port is None:
+            raise _refused("the address does not begin with http:// or https://")
+        if url.userinfo or b"@" in url.netloc:
+            raise _refused("the address holds a user name or password; leave it out")
+        if not _HOST.fullmatch(host) or not self._lists(host, port, port == _PORTS[url.scheme]):
+            raise _refused(
+                "the address names a host or port that is not on the list of this server; send the "
+                "bytes as a data: address"
+            )
+        return url
+
+    def _lists(self, host: str, port: int, is_usual: bool) -> bool:
+        for entry in self.allowed_hosts:
+            # an IPv6 address has colons of its own, and no entry can name one
+            name, _, entry_port = entry.lower().partition(":")
+            below = name.startswith("*.") and host.endswith(name[1:]) and host != name[1:]
+            at_port = port == int(entry_port) if entry_port else is_usual
+            if (host == name or below) and at_port:
+                return True
+        return False
+
+    def _public_ips(self, url: httpx.URL, deadline: float) -> list[str]:
+        """The IPs of a host, if all of them may be dialled."""
+        port = url.port or _PORTS[url.scheme]
+        host = url.raw_host.decode("ascii").lower()
+        # the system's resolver knows no deadline of ours, so it is asked from a thread
+        found = _within(_left(deadline), lambda: self.resolve(host, port))
+        try:
+            ips = [ip_address(ip) for ip in found or ()]
+        except ValueError:  # fe80::1%eth0
+            ips = []
+        if not ips or not all(self.is_allowed_address(ip) for ip in ips):
+            raise _refused("the address is not the name of a host on the public internet")
+        return [str(ip) for ip in ips]
+
+
+def _get(
+    url: httpx.URL, ips: Sequence[str], deadline: float, max_bytes: int
+) -> tuple[str | None, bytes]:
+    """One request -> where it leads instead, or the bytes of its answer."""
+    target = httpcore.URL(
+        scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+    )
+    # identity: a compressed answer would have to be unpacked, to any size
+    headers = [
+        (b"Host", url.netloc),
+        (b"Accept", b"*/*"),
+        (b"Accept-Encoding", b"identity"),
+        (b"User-Agent", b"multi_token"),
+    ]
+    with (
+        httpcore.ConnectionPool(network_backend=_Pinned(ips, deadline)) as pool,
+        pool.stream("GET", target, headers=headers) as answer,
+    ):
+        fields = {name.lower(): value for name, value in answer.headers}
+        if answer.status in _REDIRECTS and b"location" in fields:
+            return fields[b"location"].decode("latin-1"), b""
+        if answer.status != 200:
+            raise _refused(f"{url.host} answered {answer.status} instead of 200")
+        announced = fields.get(b"content-length", b"")
+        data = bytearray()
+        _check_size(int(announced) if announced.isdigit() else 0, max_bytes, url.host)
+        for chunk in answer.iter_stream():
+            data += chunk
+            _check_size(len(data), max_bytes, url.host)
+    return None, bytes(data)
+
+
+class _Pinned(httpcore.NetworkBackend):
+    """Dials the IPs that were checked and nothing else, whatever host it is asked for."""
+
+    def __init__(self, ips: Sequence[str], deadline: float) -> None:
+        self.ips = ips
+        self.deadline = deadline
+        self.sockets = httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        failed: Exception = httpcore.ConnectError("no IP")
+        for ip in self.ips:
+            try:
+                stream = self.sockets.connect_tcp(ip, port, timeout=_left(self.deadline))
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failed = error
+            else:
+                return _Timed(stream, self.deadline)
+        raise failed
+
+    def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        raise httpcore.ConnectError("sockets of this machine are not dialled")
+
+    def sleep(self, seconds: float) -> None:
+        raise httpcore.ConnectTimeout("nothing is tried twice")
+
+
+class _Timed(httpcore.NetworkStream):
+    """A connection whose every step gets the time that is left, so that drops of bytes end too."""
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+        self.stream = stream
+        self.deadline = deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self.stream.read(max_bytes, timeout=_left(self.deadline))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.stream.write(buffer, timeout=_left(self.deadline))
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        stream = self.stream.start_tls(ssl_context, server_hostname, _left(self.deadline))
+        return _Timed(stream, self.deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self.stream.get_extra_info(info)
+
+
+def _left(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise httpcore.ReadTimeout("the deadline has passed")
+    return seconds
+
+
+def _within(seconds: float, ask: Callable[[], Sequence[str]]) -> Sequence[str] | None:
+    """What `ask` returns; None if it fails or takes longer."""
+    answers: list[Sequence[str]] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except (OSError, UnicodeError):
+            return  # no such host, which an empty answer says as well
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def _check_size(num_bytes: int, max_bytes: int, host: str) -> None:
+    if num_bytes > max_bytes:
+        raise _refused(
+            f"{host} sends more than {max_bytes:,} bytes, which is the limit; make it smaller"
+        )
+
+
+def _refused(message: str) -> MediaError:
+    return MediaError(message, kind="missing_file")

@@ -1,0 +1,134 @@
+"""Who may come in: a bounded number of answers, none while the server drains, each with a deadline.
+
+Border: counts and clocks on the event loop; it knows nothing of requests' contents or of engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from multi_token.serve.errors import ServeError
+
+_MAX_RETRY_AFTER_S = 60
+_NEW_WEIGHT = 0.2
+"""How much the last answer counts in the mean time of answers."""
+_FIRST_GUESS_S = 2.0
+
+
+class Admission:
+    """At most `max_batch` answers are written and `max_queue` wait; whoever comes then is refused.
+
+    Lives on one event loop: no locks.
+    """
+
+    def __init__(self, max_batch: int, max_queue: int) -> None:
+        self.max_batch = max_batch
+        self.capacity = max_batch + max_queue
+        self.num_inside = 0
+        self.is_draining = False
+        self._mean_s = _FIRST_GUESS_S
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @contextmanager
+    def enter(self, num_answers: int = 1) -> Iterator[None]:
+        """Hold places for so many answers of one request.
+
+        Raises ServeError: 503 while draining, 429 if there are not so many places, 400 if there
+        never are.
+        """
+        self.refuse(num_answers)
+        self.num_inside += num_answers
+        self._empty.clear()
+        started = time.monotonic()
+        try:
+            yield
+            self._mean_s += _NEW_WEIGHT * (time.monotonic() - started - self._mean_s)
+        finally:
+            self.num_inside -= num_answers
+            if not self.num_inside:
+                self._empty.set()
+
+    def refuse(self, num_answers: int = 1) -> None:
+        """Raise what `enter` would raise now: cheap, so it comes before a body is parsed."""
+        if self.is_draining:
+            raise ServeError(
+                "the server is shutting down and takes no new requests",
+                status=503,
+                code="shutting_down",
+                retry=True,
+            )
+        if num_answers > self.capacity:
+            raise ServeError(
+                f"n is {num_answers}, and this server writes at most {self.capacity} answers",
+                param="n",
+                code="invalid_value",
+            )
+        if self.num_inside + num_answers > self.capacity:
+            raise ServeError(
+                f"rate limit: all {self.capacity} places of this server are taken; try again later",
+                status=429,
+                code="queue_full",
+                retry_after=self.estimated_wait_s(),
+            )
+
+    def estimated_wait_s(self) -> int:
+        """Whole seconds until a place should be free, 1 to 60."""
+        num_waiting = max(0, self.num_inside - self.max_batch)
+        rounds = 1 + num_waiting / self.max_batch
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(rounds * self._mean_s)))
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        self.is_draining = True
+
+    async def emptied(self, timeout_s: float) -> bool:
+        """Wait until nobody is inside; False if that took longer."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+
+class Deadline:
+    """A point in time, and what to raise when it has passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    @classmethod
+    def of(cls, header: str | None, longest_s: float) -> Deadline:
+        """`X-Request-Timeout` in seconds lowers the server's own. Raises ServeError."""
+        if header is None:
+            return cls(longest_s)
+        try:
+            seconds = float(header)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise ServeError(
+                "X-Request-Timeout should be a number of seconds over 0",
+                param="X-Request-Timeout",
+                code="invalid_value",
+            )
+        return cls(min(seconds, longest_s))
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that are left, at least 0."""
+        return max(0.0, self._at - time.monotonic())
+
+    def error(self) -> ServeError:
+        """504, which clients should not simply repeat: it would take as long again."""
+        return ServeError(
+            f"the request took longer than {self.seconds:g} s",
+            status=504,
+            code="deadline_exceeded",
+            retry=False,
+        )

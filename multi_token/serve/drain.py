@@ -1,0 +1,100 @@
+"""uvicorn with our signals: the first lets answers end and leaves with 0, the second aborts.
+
+Border: processes and signals; what draining means to requests is the service's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from multi_token.serve.app import build_app
+from multi_token.serve.guard import timed_protocol
+
+if TYPE_CHECKING:
+    from multi_token.serve.server import Service
+
+ABORTED = 1
+"""The exit code after a second signal."""
+_LAST_WORDS_S = 2.0
+"""What remains, behind the shutdown timeout, to write the last events of streams."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Listens until nothing is being answered any more, so that /ready can still say no."""
+
+    def __init__(self, service: Service, on_started: Callable[[], None] | None = None) -> None:
+        """`on_started`: called once, when it listens."""
+        settings = service.settings
+        self.service = service
+        self._on_started = on_started
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(
+            uvicorn.Config(
+                build_app(service),
+                host=settings.host.strip("[]"),
+                port=settings.port,
+                http=timed_protocol(settings.header_timeout_s, settings.send_timeout_s),
+                ws="none",
+                lifespan="on",
+                access_log=False,
+                server_header=False,
+                log_config=None,
+                timeout_graceful_shutdown=2,
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it listens; the port is known once it does."""
+        sockets = [s for server in self.servers for s in server.sockets]
+        port = sockets[0].getsockname()[1] if sockets else self.config.port
+        host = self.config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal is not raised again behind a clean end: that leaves with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kept = {
+            sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for sig, handler in kept.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT."""
+        if self._loop is None or self.service.admission.is_draining:
+            os._exit(ABORTED)  # whatever hangs, this does not wait for it
+        self.service.admission.drain()
+        self._loop.call_soon_threadsafe(self._begin)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Load, then listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started and self._on_started is not None:
+            self._on_started()
+
+    def _begin(self) -> None:
+        self._drain = asyncio.ensure_future(self._drained())
+
+    async def _drained(self) -> None:
+        await self.service.drain(self.service.settings.shutdown_timeout_s)
+        # answers that were cut off have been told so; their last events are still to be written
+        await self.service.admission.emptied(_LAST_WORDS_S)
+        self.should_exit = True

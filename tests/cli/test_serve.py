@@ -1,0 +1,195 @@
+"""`multi-token serve` as people start it: a process, its options, its signals.
+
+Border: what it answers is tested in tests/serve; the run is made here, as small as it gets.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from multi_token.cli.serve import KEYS_VARIABLE, _keys, _settings
+from multi_token.errors import MultiTokenError
+
+KEY = "sk-test-key-1"
+LONG = {
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 400,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+@pytest.fixture(scope="module")
+def run(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that reads vectors."""
+    from multi_token.checkpoint import compose
+    from multi_token.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    fields = recipe_fields(folder)
+    fields["model"]["modalities"] = {"vector": {"type": "vector", "dim": 2}}
+    compose(Recipe.model_validate(fields).model).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its URL, and what it has printed (which grows)."""
+    command = [sys.executable, "-m", "multi_token", "serve", str(run), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--workers", "1", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+    )
+    printed: list[str] = []
+    listens = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            if "curl " in line:
+                listens.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert listens.wait(120), "".join(printed)
+        url = re.search(r"listens on (\S+);", "".join(printed))
+        assert url is not None
+        yield process, url[1], printed
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
+    with served(run, "--api-key", KEY, "--name", "mine") as (process, url, printed):
+        text = "".join(printed)
+        assert "mine listens on" in text and "senses: vector (vector)" in text
+        assert KEY not in text
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            assert httpx.get(f"{url}/ready").status_code == 401
+            assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+            with client.stream("POST", "/v1/chat/completions", json=LONG) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                statuses = set()
+                for _ in range(200):
+                    statuses.add(client.get("/ready").status_code)
+                    if 503 in statuses:
+                        break
+                assert 503 in statuses
+                short = {**LONG, "stream": False, "max_tokens": 1}
+                refused = client.post("/v1/chat/completions", json=short)
+                assert refused.status_code == 503
+                assert client.get("/health").status_code == 200
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+        assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_aborts(run: Path) -> None:
+    with (
+        served(run) as (process, url, _),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        for _ in range(200):
+            if httpx.get(f"{url}/ready").status_code == 503:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], "needs a key"),
+        (["--api-key", "short"], "a key has"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--backend", "magic"], "backend"),
+        (["--api-key-file", "nothing-here"], "expected a file with a key a line"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(
+    options: list[str], words: str, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from multi_token.cli import app
+
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "no-run"), *options])
+    assert isinstance(result.exception, MultiTokenError)
+    assert words in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from multi_token.cli import app
+
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert isinstance(result.exception, MultiTokenError)
+    assert "config.json" in str(result.exception)
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from multi_token.cli import app
+
+    # by its name: in the package the command stands before its own module
+    module = sys.modules["multi_token.cli.serve"]
+    monkeypatch.setattr(module, "_PACKAGES", ("no_such_package",))
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert isinstance(result.exception, MultiTokenError)
+    assert 'pip install "multi_token[serve]"' in str(result.exception)
+
+
+def test_keys_come_from_option_file_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# two\nsk-file-key-1\n\n sk-file-key-2 \n")
+    monkeypatch.setenv(KEYS_VARIABLE, "sk-environment-1, sk-environment-2\nsk-option-1")
+    assert _keys(["sk-option-1"], file) == (
+        "sk-option-1",
+        "sk-file-key-1",
+        "sk-file-key-2",
+        "sk-environment-1",
+        "sk-environment-2",
+    )
+    file.write_text("\n")
+    with pytest.raises(MultiTokenError, match="holds no key"):
+        _keys(None, file)
+
+
+def test_options_become_settings() -> None:
+    settings = _settings(name="x", max_batch=3, max_queue=None)
+    assert settings.num_waiting_allowed == 12 and settings.backend == "static"
+    with pytest.raises(MultiTokenError, match=r"^name 'a b'"):
+        _settings(name="a b")

@@ -1,0 +1,117 @@
+"""A tiny run with pictures and vectors, and a real server of it on a free port.
+
+Border: fixtures; what the server answers is for the tests to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.running_server import KEY, RunningServer, running
+
+
+@pytest.fixture(scope="session")
+def served_run(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run with the senses `image` (3 tokens) and `vector` (2 for each vector)."""
+    import torch
+
+    from multi_token.checkpoint import compose
+    from multi_token.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("served") / "tiny-run"
+    fields = recipe_fields(folder)
+    fields["model"]["modalities"]["vector"] = {
+        "type": "vector",
+        "dim": 5,
+        "projector": {"type": "expand", "factor": 2},
+    }
+    torch.manual_seed(0)
+    compose(Recipe.model_validate(fields).model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served_model(served_run: Path) -> Any:
+    """The run's model; do not change it."""
+    from multi_token.checkpoint import load
+
+    return load(served_run)
+
+
+@pytest.fixture(scope="session")
+def running_server(served_model: Any) -> Iterator[RunningServer]:
+    """One server for all tests that leave it as it is; it needs `KEY`."""
+    with running(served_model, api_keys=(KEY, "sk-test-key-2")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(running_server: RunningServer) -> str:
+    """Its base URL."""
+    return running_server.url
+
+
+@pytest.fixture(scope="session")
+def http(server: str) -> Iterator[httpx.Client]:
+    """A client of it that has the key."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=server, headers=headers, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def openai_client(server: str) -> Iterator[Any]:
+    """The `openai` package's own client."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small modality of every built-in type, and of documents also one whose strings are texts;
+    those of media lowered to small limits."""
+    from multi_token.modalities.base import Modality
+    from multi_token.registry import build
+    from multi_token.serve.limits import DecodeLimits, limited
+    from multi_token.testing.audio import tiny_clap, tiny_whisper
+    from multi_token.testing.joint import tiny_joint_clip
+    from multi_token.testing.text import tiny_sentence_encoder
+    from multi_token.testing.vision import tiny_image_encoder
+
+    folder = tmp_path_factory.mktemp("all_senses")
+    clip = tiny_image_encoder(folder / "clip")
+    sentences = tiny_sentence_encoder(folder / "sentences")
+    fields: dict[str, dict[str, Any]] = {
+        "image": {"encoder": clip},
+        "speech": {"encoder": tiny_whisper(folder / "whisper")},
+        "sound": {"encoder": tiny_clap(folder / "clap")},
+        "video": {"encoder": clip, "fps": 4.0, "max_seconds": 60.0},
+        "document": {"encoder": sentences, "chunk_tokens": 32},
+        "text": {"type": "document", "encoder": sentences, "strings": "text"},
+        "joint": {"encoder": tiny_joint_clip(folder / "joint")},
+        "timeseries": {"channels": 2},
+        "vector": {"dim": 4},
+    }
+    limits = DecodeLimits(
+        max_bytes=8 * 1024 * 1024,
+        max_pixels=1_000_000,
+        max_frames=16,
+        max_film_pixels=160_000,
+        max_seconds=3.0,
+        max_pages=5,
+        max_characters=5_000,
+        max_numbers=10_000,
+    )
+    return {
+        name: limited(build("modality", {"type": name, **own}, Modality), limits)
+        for name, own in fields.items()
+    }

@@ -1,0 +1,101 @@
+"""Tiny models with a sense, prompts for them, and clients of an engine.
+
+Border: parts for the tests of engines; no assertion about an engine's answers stands here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from multi_token.checkpoint import compose
+from multi_token.generate import ask, reader_of
+from multi_token.recipe import ModelSpec
+from multi_token.serve.engine import End, Engine, Event, Prompt, SamplingOptions, Token
+from multi_token.types import Media, Sample
+
+VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]
+
+
+def composed(folder: Path, families: ModuleType, family: str) -> Any:
+    """A family's tiny model with a vector sense whose tokens weigh as much as text."""
+    untied = {"tie_word_embeddings": False} if family == "Gemma3" else {}
+    families.save_tiny_model(family, folder, **untied)  # else it repeats one token
+    vector = {"type": "vector", "dim": 5, "projector": {"type": "expand", "factor": 3}}
+    fields = {"language_model": str(folder), "modalities": {"vector": vector}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = compose(ModelSpec.model_validate(fields))
+        for parameter in model.projectors.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def sample_of(model: Any, text: str, *vectors: Sequence[float]) -> Sample:
+    conversation = ask(text, [Media("vector", list(vector)) for vector in vectors])
+    return reader_of(model)(conversation, prompt_only=True)
+
+
+@torch.no_grad()
+def prompt_of(model: Any, sample: Sample) -> Prompt:
+    tokens, keys = [], []
+    for item in sample.media:
+        inputs = model.modalities["vector"].collate([item])
+        tokens.append(model.projectors["vector"](model.encode("vector", inputs)))
+        keys.append(str(item.inputs["values"].tolist()))
+    return Prompt(sample.input_ids, tuple(sample.places), tuple(tokens), tuple(keys))
+
+
+class Client:
+    """Collects what an engine says of one request; `after`: told of each event."""
+
+    def __init__(self, after: Callable[[Event], None] | None = None) -> None:
+        self.events: list[Event] = []
+        self.has_ended = threading.Event()
+        self._after = after
+
+    def __call__(self, event: Event) -> None:
+        assert not self.has_ended.is_set(), f"{event} behind {self.events[-1]}"
+        self.events.append(event)
+        if self._after is not None:
+            self._after(event)
+        if not isinstance(event, Token):
+            self.has_ended.set()
+
+    def wait(self) -> Event:
+        assert self.has_ended.wait(30), f"no end after {self.events}"
+        return self.events[-1]
+
+    @property
+    def ids(self) -> list[int]:
+        end = self.wait()
+        assert isinstance(end, End), end
+        return [event.id for event in self.events if isinstance(event, Token)]
+
+
+def together(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    options: Sequence[SamplingOptions],
+    clients: Sequence[Client],
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
+    """Submit all of them, and then do `meanwhile`, while the engine is held by another prompt."""
+    is_held, all_are_there = threading.Event(), threading.Event()
+
+    def hold(_: Event) -> None:
+        is_held.set()
+        all_are_there.wait(30)
+
+    engine.submit("gate", prompts[0], SamplingOptions(1), Client(hold))
+    assert is_held.wait(30)
+    for number, (prompt, client) in enumerate(zip(prompts, clients, strict=True)):
+        engine.submit(f"r{number}", prompt, options[number], client)
+    meanwhile()
+    all_are_there.set()

@@ -1,0 +1,45 @@
+"""What a training leaves behind for the chat page: a recipe, rows of several kinds, a report.
+
+Border: makes the folder; the model that is served is another one's, with the same senses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HOSTILE = '<img src="x" onerror="window.hacked = 1">'
+
+
+def page_run(recipe_fields: Callable[..., dict[str, Any]], folder: Path) -> Path:
+    """Rows: one that spells HTML, one whose pictures are not there, and the four of the recipe."""
+    fields = recipe_fields(folder)
+    rows = [
+        {
+            "vector": [1, 2, 3, 4, 5],
+            "messages": [
+                {"role": "system", "content": "You name things."},
+                {"role": "user", "content": f"{HOSTILE} is <vector>?"},
+                {"role": "assistant", "content": "a vector"},
+            ],
+        },
+        {
+            "images": ["/etc/hostname", "nowhere.png"],
+            "messages": [
+                {"role": "user", "content": "<image> <image>"},
+                {"role": "assistant", "content": "lost"},
+            ],
+        },
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields["data"]["eval"] = [{"rows": str(folder / "rows.jsonl")}, {"rows": "gone/away"}]
+    fields["model"]["modalities"]["vector"] = {"type": "vector", "dim": 5}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    (folder / "report.html").write_text(
+        "<!doctype html><title>Report</title><h1>Trained</h1><script>document.title = 1</script>"
+    )
+    return folder

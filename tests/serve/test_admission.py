@@ -1,0 +1,301 @@
+"""Too many, too long, too late: what a server under load says, and what it does when it ends.
+
+Border: admission alone, and a real server without senses (no media workers to wait for). SIGTERM
+in a real process: tests/cli/test_serve.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from multi_token.serve.admission import Admission, Deadline
+from multi_token.serve.errors import ServeError
+from tests.serve.running_server import RunningServer, running
+
+LONG = {
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 480,
+    "ignore_eos": True,
+}
+SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+
+
+def code_of(admission: Admission, num_answers: int = 1) -> str | None:
+    with pytest.raises(ServeError) as caught, admission.enter(num_answers):
+        raise AssertionError("it was let in")
+    return caught.value.code
+
+
+def test_so_many_are_inside_and_no_more() -> None:
+    async def enter() -> None:
+        admission = Admission(2, 1)
+        with admission.enter(2):
+            assert code_of(admission, 2) == "queue_full"
+            with admission.enter():
+                assert admission.num_inside == 3
+                assert code_of(admission) == "queue_full"
+            with admission.enter():
+                pass
+        assert admission.num_inside == 0
+        assert code_of(admission, 4) == "invalid_value"  # there will never be four places
+
+    asyncio.run(enter())
+
+
+def test_a_place_is_given_back_by_a_request_that_fails() -> None:
+    async def enter() -> None:
+        admission = Admission(1, 0)
+        for _ in range(3):
+            with pytest.raises(RuntimeError), admission.enter():
+                raise RuntimeError
+        assert admission.num_inside == 0
+
+    asyncio.run(enter())
+
+
+def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
+    async def drain() -> None:
+        admission = Admission(2, 0)
+        entered = admission.enter()
+        with entered:
+            admission.drain()
+            assert code_of(admission) == "shutting_down"
+            assert not await admission.emptied(0.01)
+            waiting = asyncio.ensure_future(admission.emptied(10))
+            await asyncio.sleep(0)
+        assert await waiting
+
+    asyncio.run(drain())
+
+
+def test_the_wait_that_is_told_grows_with_the_queue() -> None:
+    async def enter() -> None:
+        admission = Admission(2, 100)
+        with admission.enter(2):
+            first = admission.estimated_wait_s()
+            with admission.enter(20):
+                assert 60 >= admission.estimated_wait_s() > first >= 1
+
+    asyncio.run(enter())
+
+
+@pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "", "1e999"])
+def test_a_deadline_is_a_number_of_seconds(header: str) -> None:
+    with pytest.raises(ServeError, match="X-Request-Timeout"):
+        Deadline.of(header, 300)
+
+
+def test_a_client_can_only_lower_the_deadline() -> None:
+    assert Deadline.of(None, 300).seconds == 300
+    assert Deadline.of("1.5", 300).seconds == 1.5
+    assert Deadline.of("1e9", 300).seconds == 300
+
+
+def without_senses(model: Any) -> Any:
+    """The same model that reads only text: its server starts no media workers."""
+    found = copy.copy(model)
+    found.modalities = {}
+    return found
+
+
+@pytest.fixture(scope="module")
+def text_model(served_model: Any) -> Any:
+    return without_senses(served_model)
+
+
+@pytest.fixture(scope="module")
+def small(text_model: Any) -> Iterator[RunningServer]:
+    """A server with one place for an answer and one to wait."""
+    with running(text_model, max_batch=1, max_queue=1) as server:
+        yield server
+
+
+def chat(server: RunningServer, body: dict[str, Any], **headers: str) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+
+
+def test_a_model_without_senses_answers_and_says_so(small: RunningServer) -> None:
+    assert chat(small, SHORT).status_code == 200
+    part = {"type": "image_url", "image_url": "data:,x"}
+    answer = chat(small, {"messages": [{"role": "user", "content": [part]}]})
+    assert answer.status_code == 400 and "none" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: RunningServer) -> None:
+    admission = small.service.admission
+    with httpx.stream(
+        "POST", f"{small.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=30
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        statuses: list[int] = []
+        second = threading.Thread(target=lambda: statuses.append(chat(small, SHORT).status_code))
+        second.start()
+        assert small.wait_until(lambda: admission.num_inside == 2)
+        refused = chat(small, SHORT)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        error = refused.json()["error"]
+        assert error["type"] == "rate_limit_error" and "rate limit" in error["message"]
+        assert httpx.get(f"{small.url}/health").status_code == 200
+    second.join()
+    assert statuses == [200]  # it waited for the place that the first one left
+    assert chat(small, SHORT).status_code == 200
+    assert 'rejections_total{reason="queue_full"}' in httpx.get(f"{small.url}/metrics").text
+
+
+def test_more_answers_than_places_can_never_be_given(small: RunningServer) -> None:
+    answer = chat(small, {**SHORT, "n": 3})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+
+
+def test_the_openai_client_comes_again_after_a_429(small: RunningServer) -> None:
+    from openai import OpenAI
+
+    with (
+        OpenAI(base_url=f"{small.url}/v1", api_key="none", max_retries=3) as client,
+        httpx.stream(
+            "POST", f"{small.url}/v1/chat/completions", json={**LONG, "n": 2, "stream": True}
+        ) as busy,
+    ):
+        lines = busy.iter_lines()
+        next(lines)
+        leave = threading.Timer(0.2, busy.close)
+        leave.start()
+        answer = client.chat.completions.create(model="tiny-run", **SHORT)
+        assert answer.choices[0].message.content is not None
+        leave.join()
+
+
+def test_a_client_that_never_reads_its_stream_loses_its_places(
+    text_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = {**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps(many).encode()
+    with running(text_model, send_timeout_s=0.5) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
+        assert server.wait_until(lambda: server.service.admission.num_inside == 8)
+        assert server.wait_until(lambda: server.service.admission.num_inside == 0, seconds=20)
+        metrics = httpx.get(f"{server.url}/metrics").text
+    assert 'requests_aborted_total{reason="client_gone"} 1.0' in metrics
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_two_clients_may_choose_one_id(text_model: Any) -> None:
+    with running(text_model) as server:
+        statuses: list[httpx.Response] = []
+
+        def ask() -> None:
+            statuses.append(chat(server, {**SHORT, "max_tokens": 60}, **{"X-Request-Id": "a"}))
+
+        clients = [threading.Thread(target=ask) for _ in range(3)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+    assert [answer.status_code for answer in statuses] == [200] * 3
+
+
+def test_more_text_than_any_prompt_holds_is_refused_before_it_is_tokenized(
+    small: RunningServer,
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a" * (512 * 64 + 1)}]}
+    answer = chat(small, body)
+    assert answer.status_code == 400 and "32768" in answer.json()["error"]["message"]
+
+
+def test_many_leavers_leave_nothing_behind(small: RunningServer) -> None:
+    service = small.service
+
+    def leave(_: int) -> None:
+        with httpx.stream(
+            "POST", f"{small.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=30
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+
+    for number in range(20):
+        leave(number)
+    assert small.wait_until(
+        lambda: (
+            service.admission.num_inside == 0
+            and service.engine.num_running == 0
+            and service.engine.num_waiting == 0
+            and not service._answers
+        )
+    )
+    assert chat(small, SHORT).status_code == 200
+
+
+def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
+    broken = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        if broken.is_set():
+            raise RuntimeError("broken at 0x7f00 in /home/me")
+
+    hook = text_model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        with running(text_model) as server:
+            service, loop = server.service, server.server._loop
+            assert chat(server, SHORT).status_code == 200
+            # nobody looks after it for a while, or it would be started again between two lines
+            loop.call_soon_threadsafe(service._watching.cancel)
+            broken.set()
+            answer = chat(server, SHORT)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "the engine has failed"
+            assert httpx.get(f"{server.url}/health").status_code == 503
+            assert httpx.get(f"{server.url}/ready").status_code == 503
+            broken.clear()
+            watching = asyncio.run_coroutine_threadsafe(service._watch(), loop)
+            assert server.wait_until(lambda: server.service.is_healthy)
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert chat(server, SHORT).status_code == 200
+            metrics = httpx.get(f"{server.url}/metrics").text
+            assert "multi_token_engine_restarts_total 1.0" in metrics
+            watching.cancel()
+    finally:
+        hook.remove()
+
+
+def test_a_server_that_drains_answers_those_inside_and_nobody_else(text_model: Any) -> None:
+    with running(text_model) as server:
+        answers: list[httpx.Response] = []
+        inside = threading.Thread(target=lambda: answers.append(chat(server, LONG)))
+        inside.start()
+        assert server.wait_until(lambda: server.service.admission.num_inside == 1)
+        server.service.admission.drain()
+        refused = chat(server, SHORT)
+        assert refused.status_code == 503 and refused.headers["x-should-retry"] == "true"
+        assert refused.headers["connection"] == "close"
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        inside.join()
+        assert [answer.status_code for answer in answers] == [200]
+
+
+def test_answers_that_are_cut_off_are_told_so(text_model: Any) -> None:
+    with running(text_model) as server:
+        loop = server.server._loop
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=30
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            drained = asyncio.run_coroutine_threadsafe(server.service.drain(0.0), loop)
+            *_, error, done = [line for line in lines if line]
+            drained.result(10)
+        assert "shutting_down" in error and done == "data: [DONE]"

@@ -1,0 +1,158 @@
+"""Answers as they grow: the order of events, those who leave, and what comes too late.
+
+Border: a real server on a tiny model.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.asking import (
+    NUM_TOKENS,
+    PICTURE,
+    QUESTION,
+    asked,
+    content_of,
+    events_of,
+    fault_of,
+    post,
+)
+from tests.serve.running_server import KEY, RunningServer
+
+
+def test_the_openai_client_reads_a_stream(openai_client: Any, http: httpx.Client) -> None:
+    stream = openai_client.chat.completions.create(
+        model="tiny-run",
+        messages=asked(PICTURE, QUESTION),
+        max_tokens=NUM_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == content_of(post(http, asked(PICTURE, QUESTION)))
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == NUM_TOKENS
+    assert [c.choices[0].finish_reason for c in chunks[:-1]][-1] == "length"
+
+
+def test_a_stream_has_openais_order(http: httpx.Client) -> None:
+    answer = post(http, asked("one two"), stream=True, stream_options={"include_usage": True})
+    *chunks, done = events_of(answer)
+    assert done == "[DONE]"
+    first, *rest, end, usage = chunks
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(set(c["choices"][0]["delta"]) == {"content"} for c in rest)
+    assert all(c["choices"][0]["finish_reason"] is None for c in [first, *rest])
+    assert end["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == NUM_TOKENS
+    assert all(c["usage"] is None for c in [first, *rest, end])
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    assert len({(c["id"], c["created"], c["model"]) for c in chunks}) == 1
+
+
+def test_a_stream_without_usage_has_no_usage(http: httpx.Client) -> None:
+    *chunks, _ = events_of(post(http, asked("one two"), stream=True))
+    assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+def test_n_choices_of_a_stream_are_told_apart(http: httpx.Client) -> None:
+    *chunks, _ = events_of(post(http, asked("Which?"), stream=True, n=2, seed=1))
+    whole = post(http, asked("Which?"), n=2, seed=1).json()
+    for choice in whole["choices"]:
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert mine[0]["delta"]["role"] == "assistant"
+        text = "".join(c["delta"].get("content", "") for c in mine)
+        assert text == choice["message"]["content"]
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client) -> None:
+    fields = {"logprobs": True, "top_logprobs": 1}
+    *chunks, _ = events_of(post(http, asked("one two"), stream=True, **fields))
+    streamed = [
+        entry
+        for chunk in chunks
+        for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    whole = post(http, asked("one two"), **fields).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in whole]
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(
+    running_server: RunningServer, http: httpx.Client
+) -> None:
+    body = {"messages": asked("x"), "max_tokens": 480, "ignore_eos": True, "stream": True}
+    engine, admission = running_server.service.engine, running_server.service.admission
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.iter_lines()  # dropped, it would close the connection
+        assert next(lines).startswith("data: ")
+        assert admission.num_inside == 1
+        assert running_server.wait_until(lambda: engine.num_running == 1)
+    assert running_server.wait_until(
+        lambda: admission.num_inside == 0 and engine.num_running == 0, seconds=1.0
+    )
+
+
+def test_a_client_that_leaves_while_it_waits_frees_its_place(
+    running_server: RunningServer, server: str
+) -> None:
+    engine, admission = running_server.service.engine, running_server.service.admission
+    body = {"messages": asked("x"), "max_tokens": 480, "ignore_eos": True}
+
+    def impatient() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server}/v1/chat/completions",
+                json=body,
+                headers={"Authorization": f"Bearer {KEY}"},
+                timeout=0.2,
+            )
+
+    client = threading.Thread(target=impatient)
+    client.start()
+    assert running_server.wait_until(lambda: admission.num_inside == 1)
+    client.join()
+    assert running_server.wait_until(
+        lambda: admission.num_inside == 0 and engine.num_running == 0, seconds=1.0
+    )
+
+
+def test_a_late_answer_is_a_504_that_is_not_to_be_repeated(http: httpx.Client) -> None:
+    body = {"messages": asked("x"), "max_tokens": 480, "ignore_eos": True}
+    late = {"X-Request-Timeout": "0.15"}
+    answer = http.post("/v1/chat/completions", json=body, headers=late)
+    assert answer.status_code == 504
+    assert answer.headers["x-should-retry"] == "false"
+    assert fault_of(answer)["type"] == "timeout_error"
+    *chunks, error, done = events_of(
+        http.post("/v1/chat/completions", json={**body, "stream": True}, headers=late)
+    )
+    assert chunks and done == "[DONE]"
+    assert error["error"]["code"] == "deadline_exceeded"
+    wrong = http.post("/v1/chat/completions", json=body, headers={"X-Request-Timeout": "soon"})
+    assert wrong.status_code == 400
+
+
+def test_the_openai_client_raises_on_an_error_within_a_stream(openai_client: Any) -> None:
+    from openai import APIError
+
+    stream = openai_client.chat.completions.create(
+        model="tiny-run",
+        messages=asked("x"),
+        max_tokens=480,
+        stream=True,
+        extra_body={"ignore_eos": True},
+        extra_headers={"X-Request-Timeout": "0.15"},
+    )
+    with pytest.raises(APIError, match="longer than"):
+        list(stream)
