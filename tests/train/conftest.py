@@ -13,10 +13,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from multi_token.modalities.base import Encoder
 from multi_token.modalities.vector import VectorModality
 from multi_token.registry import register_modality
+from multi_token.train import run as run_module
 from multi_token.types import Features
 
 ROWS = {
@@ -170,3 +172,30 @@ def pair_fields(
         return made
 
     return fields
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of one step."""
+
+    def __init__(self, step: int, act: Callable[[], Any]) -> None:
+        self.step = step
+        self.act = act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.act()
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Have something done at a step of the next run."""
+    bar = run_module.Bar
+
+    def at(step: int, act: Callable[[], Any]) -> None:
+        def bar_and_more(trainer: Any, *args: Any) -> Any:
+            trainer.add_callback(At(step, act))
+            return bar(trainer, *args)
+
+        monkeypatch.setattr(run_module, "Bar", bar_and_more)
+
+    return at

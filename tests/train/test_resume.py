@@ -17,14 +17,12 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from multi_token.errors import CheckpointError, Interrupted, RecipeError
 from multi_token.recipe import Recipe
-from multi_token.train import run as run_module
 from multi_token.train.checkpoints import keep_newest, last_checkpoint
 from multi_token.train.run import train
+from tests.train.bits import assert_same_bits
 
 Fields = Callable[..., dict[str, Any]]
 STAGE = Path("stages") / "1-adapter"
@@ -41,47 +39,6 @@ def fields_of(recipe_fields: Fields, out: Path, *, args: Any = None, **more: Any
     given = {**ARGS, "max_steps": 6, "save_steps": 1, **(args or {})}
     adapter = {"r": 4, "lora_dropout": 0.2}
     return recipe_fields(out, stages=[stage], args=given, adapter=adapter, **more)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.relative_to(out)}: {key}": tensor
-        for file in (out / "projectors.safetensors", *(out / "adapter").glob("*.safetensors"))
-        for key, tensor in load_file(file).items()
-    }
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-
-
-class At(TrainerCallback):
-    """Does something at the beginning of one step."""
-
-    def __init__(self, step: int, act: Callable[[], Any]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act()
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
-    """Have something done at a step of the next run."""
-    bar = run_module.Bar
-
-    def at(step: int, act: Callable[[], Any]) -> None:
-        def bar_and_more(trainer: Any, *args: Any) -> Any:
-            trainer.add_callback(At(step, act))
-            return bar(trainer, *args)
-
-        monkeypatch.setattr(run_module, "Bar", bar_and_more)
-
-    return at
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ import torch
 import yaml
 from pyarrow import parquet
 from rich.console import Console
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from multi_token.checkpoint import compose
 from multi_token.data.cache import FeatureCache
@@ -29,10 +27,10 @@ from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.recipe import Recipe
-from multi_token.train import run as run_module
 from multi_token.train.run import plan, train
 from multi_token.train.stream_loader import StreamLoader
 from multi_token.types import Media
+from tests.train.bits import assert_same_bits, weights
 from tests.train.streams import BAD, WORDS, row_of
 
 Fields = Callable[..., dict[str, Any]]
@@ -92,50 +90,12 @@ def trained(fields: dict[str, Any], console: Console | None = None) -> Any:
     return train(Recipe.model_validate(fields), console=console or Console(quiet=True))
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    files = [out / "projectors.safetensors", *(out / "adapter").glob("*.safetensors")]
-    return {f"{f.name}: {k}": v for f in files for k, v in load_file(f).items()}
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys() and len(ours) > 10
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-
-
 def history(out: Path) -> list[dict[str, float]]:
     done = json.loads((out / "stages" / "1-adapter" / "done.json").read_text())
     return [entry for entry in done["log_history"] if "loss" in entry]
 
 
 PACKED = {"packing": True, "pack_tokens": 120}
-
-
-class At(TrainerCallback):
-    """Does something at the beginning of one step."""
-
-    def __init__(self, step: int, act: Callable[[], Any]) -> None:
-        self.step = step
-        self.act = act
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step + 1 == self.step:
-            self.act()
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
-    """Have something done at a step of the next run."""
-    bar = run_module.Bar
-
-    def at(step: int, act: Callable[[], Any]) -> None:
-        def bar_and_more(trainer: Any, *args: Any) -> Any:
-            trainer.add_callback(At(step, act))
-            return bar(trainer, *args)
-
-        monkeypatch.setattr(run_module, "Bar", bar_and_more)
-
-    return at
 
 
 def stop() -> None:

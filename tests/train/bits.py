@@ -1,0 +1,22 @@
+"""What a run has learned, to compare it with another bit by bit: for tests of going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(out)}: {key}": tensor
+        for file in (out / "projectors.safetensors", *(out / "adapter").glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
