@@ -17,7 +17,7 @@ from multi_token.errors import MediaError
 # Ghostscript) and formats nobody fuzzes. All of these are read from memory, inside the process.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
-MAX_ASPECT = 200
+MAX_ASPECT = 300
 """Times that one side may be as long as the other. Processors scale the short side to that of their
 encoder, and a line of pixels would become gigabytes."""
 

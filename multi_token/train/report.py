@@ -211,9 +211,7 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
+    def restore(self) -> None:
+        """Signals do again what they did before, however training ended."""
+        while self.previous:
+            signal.signal(*self.previous.popitem())

@@ -350,7 +350,10 @@ def _run_stage(
     resume = from_first(lambda: last_checkpoint(folder, console.print))
     if resume is not None:
         console.print(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        stop.restore()
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "

@@ -81,6 +81,7 @@ def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], st
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
     with served(run, "--api-key", KEY, "--name", "mine") as (process, url, printed):
         text = "".join(printed)

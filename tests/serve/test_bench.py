@@ -32,6 +32,8 @@ from multi_token.serve.bench import (
 )
 from tests.serve.running_server import KEY, npy, png
 
+pytestmark = pytest.mark.slow
+
 
 def measured(load: Load, num_clients: int, num_requests: int) -> Measured:
     return asyncio.run(measure(load, num_clients, num_requests, lambda _: None))

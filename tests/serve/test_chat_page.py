@@ -23,6 +23,8 @@ from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.page_run import HOSTILE, page_run
 from tests.serve.running_server import KEY, RunningServer, npy, png, running
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 RED, BLUE = png((220, 30, 30)), png((30, 60, 220))
 NUM_TOKENS = 8

@@ -45,7 +45,8 @@ def model(families: ModuleType, tmp_path_factory: Any) -> Any:
     return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
 
 
-@pytest.fixture(params=ENGINES)
+# stopping transformers' manager takes a second of garbage collection each time
+@pytest.fixture(params=["static", pytest.param("continuous", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Builds and starts the engine, with what it is given; all are stopped at the end."""
     made: list[Engine] = []

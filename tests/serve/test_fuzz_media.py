@@ -27,6 +27,8 @@ from multi_token.testing.text import write_pdf
 from multi_token.testing.video import noise_frames, write_video
 from multi_token.types import Media
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024 * 1024
 GROWTH = 1.05
 """Of the workers' memory over the second half, at most."""

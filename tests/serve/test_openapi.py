@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.serve.running_server import RunningServer, running
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def open_server(served_model: Any) -> Iterator[RunningServer]:

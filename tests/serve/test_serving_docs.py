@@ -20,6 +20,8 @@ from multi_token.serve.schema import IGNORED, PARTS, ChatRequest
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import RunningServer, png, running
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 

@@ -23,6 +23,8 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.soft_tokens import SoftEmbedding, SoftIds, soft_embedding
 from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
 
+pytestmark = pytest.mark.slow
+
 NUM_NEW = 8
 NUM_IDS = 100
 

@@ -50,6 +50,7 @@ def loss_and_gradients(language_model: Any, num_tokens: int) -> list[torch.Tenso
     return [loss.detach(), *(g.clone() for g in grads)]
 
 
+@pytest.mark.slow
 @GRAD_OF_NO_LEAF
 def test_layers_are_compiled_in_training_steps_only_and_give_the_same(model: Any) -> None:
     language_model = attach_adapter(copy.deepcopy(model.language_model), AdapterSpec(r=2))

@@ -216,3 +216,16 @@ def test_the_rows_of_a_step_may_be_cut_otherwise_but_not_become_more(
         trained(fields_of(recipe_fields, tmp_path, args={"per_device_train_batch_size": 4}))
     trained(fields_of(recipe_fields, tmp_path, args=cut))
     assert (tmp_path / "config.json").is_file()
+
+
+def test_signals_do_again_what_they_did_after_a_run_that_failed(
+    recipe_fields: Fields, tmp_path: Path, at: Any
+) -> None:
+    def fail() -> None:
+        raise ValueError("no more")
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    at(2, fail)
+    with pytest.raises(ValueError, match="no more"):
+        trained(fields_of(recipe_fields, tmp_path / "failed"))
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
