@@ -34,13 +34,13 @@ class ServeSettings(BaseModel):
     """What the model is called in `/v1/models` and in requests."""
     host: str = "127.0.0.1"
     """The address that is listened on; any but this machine's own needs a key."""
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     """0 takes a free one."""
     run_folder: Path | None = None
     """The run's folder, whose report and rows the chat page shows; None shows neither."""
     show_examples: bool = True
     """Whether the chat page shows some rows of the training to whoever has a key."""
-    api_keys: tuple[str, ...] = Field((), repr=False)
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Whoever sends one of them as `Authorization: Bearer KEY` is answered; none: everybody is."""
     allowed_url_hosts: tuple[str, ...] = ()
     """Hosts that media may be fetched from; none: media come in the request alone."""
@@ -79,7 +79,7 @@ class ServeSettings(BaseModel):
     """The longest that a client may take to read a piece of its answer."""
     deadline_s: PositiveFloat = 300.0
     """The longest that a request may take; `X-Request-Timeout` lowers it."""
-    shutdown_timeout_s: float = Field(30.0, ge=0)
+    shutdown_timeout_s: float = Field(default=30.0, ge=0)
     """The longest that answers go on after SIGTERM."""
 
     @model_validator(mode="after")
