@@ -21,6 +21,8 @@ import pytest
 from multi_token.cli.serve import KEYS_VARIABLE, _keys, _settings
 from multi_token.errors import MultiTokenError
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-test-key-1"
 LONG = {
     "messages": [{"role": "user", "content": "x"}],
@@ -81,7 +83,6 @@ def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], st
         process.stdout.close()
 
 
-@pytest.mark.slow
 def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
     with served(run, "--api-key", KEY, "--name", "mine") as (process, url, printed):
         text = "".join(printed)
@@ -110,7 +111,6 @@ def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
         assert process.wait(30) == 0
 
 
-@pytest.mark.slow
 def test_a_second_signal_aborts(run: Path) -> None:
     with (
         served(run) as (process, url, _),

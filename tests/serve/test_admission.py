@@ -21,6 +21,8 @@ from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.errors import ServeError
 from tests.serve.running_server import RunningServer, running
 
+pytestmark = pytest.mark.slow
+
 LONG = {
     "messages": [{"role": "user", "content": "x"}],
     "max_tokens": 480,

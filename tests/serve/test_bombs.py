@@ -18,6 +18,8 @@ from multi_token.testing.audio import tone
 from multi_token.testing.video import noise_frames, write_video
 from tests.serve.strangers import MIB, little_memory, prepare, refusal
 
+pytestmark = pytest.mark.slow
+
 # --- pictures
 
 

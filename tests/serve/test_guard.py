@@ -22,6 +22,8 @@ from multi_token.serve.guard import Guard, timed_protocol
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import KEY, RunningServer
 
+pytestmark = pytest.mark.slow
+
 OTHER_KEY = "sk-test-key-2"
 
 

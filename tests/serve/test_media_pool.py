@@ -31,6 +31,8 @@ from multi_token.serve.media_pool import MediaPool
 from multi_token.types import Media, Prepared
 from tests.serve.strangers import children, is_gone
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024 * 1024
 TIMEOUT_S = 2.0
 SECRET = "a-secret-of-the-server"
@@ -338,7 +340,6 @@ def test_limits_are_put_onto_the_senses_of_a_pool(pool: MediaPool) -> None:
     assert pool.modalities["image"].max_pixels == DecodeLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.slow
 def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None:
     senses = {"trial": trial(), "vector": VectorModality(dim=3)}
     pool = MediaPool(senses, num_workers=2, timeout_s=2.0, fork=False)
@@ -358,7 +359,6 @@ def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None
         pool.stop()
 
 
-@pytest.mark.slow
 def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
     pool = MediaPool({"trial": trial()}, num_workers=1)
     pool.start()
@@ -379,7 +379,6 @@ def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
     assert all(is_gone(pid) for pid in pids)
 
 
-@pytest.mark.slow
 def test_a_sense_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) -> None:
     class Local(trial):  # in a function: no other process finds it
         type: Any = "local"

@@ -33,6 +33,8 @@ from multi_token.types import Media
 from tests.train.bits import assert_same_bits, weights
 from tests.train.streams import BAD, WORDS, row_of
 
+pytestmark = pytest.mark.slow
+
 Fields = Callable[..., dict[str, Any]]
 
 
@@ -145,7 +147,6 @@ def test_a_run_that_was_killed_behind_its_last_step_does_no_more(
     assert [entry["step"] for entry in history(out)] == list(range(1, 7))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", [{}, PACKED], ids=["padded", "packed"])
 def test_killed_at_any_step_it_goes_on_to_the_same_bits(
     fields_of: Fields, tmp_path: Path, way: dict[str, Any]
@@ -329,7 +330,6 @@ class OfBoth:
                 yield next(each)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["padded", "packed"])
 def test_two_processes_learn_from_a_stream_what_one_does(
     two: Any, fields_of: Fields, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
