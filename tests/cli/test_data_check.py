@@ -21,6 +21,8 @@ from multi_token.errors import MultiTokenError
 from multi_token.recipe import Recipe
 from multi_token.train.run import train
 
+pytestmark = pytest.mark.slow
+
 Fields = Callable[..., dict[str, Any]]
 
 
@@ -105,7 +107,6 @@ def test_shares_that_cannot_be_are_a_sentence(recipe: Path, rows: Path) -> None:
     assert "--shard and --num-shards belong together" in str(done.exception)
 
 
-@pytest.mark.slow
 def test_torchrun_shares_the_check(recipe: Path, rows: Path) -> None:
     alone = check(rows, "--recipe", recipe)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -30,6 +30,8 @@ from multi_token.serve.static import StaticEngine
 from multi_token.types import Sample
 from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["Llama", "Qwen2", "Gemma3", "Phi-3"]
 ENGINES: dict[str, Callable[..., Any]] = {"static": StaticEngine, "continuous": ContinuousEngine}
 NUM_NEW = 10

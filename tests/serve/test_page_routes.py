@@ -22,6 +22,8 @@ from multi_token.serve.settings import ServeSettings
 from tests.serve.page_run import page_run
 from tests.serve.running_server import KEY, npy
 
+pytestmark = pytest.mark.slow
+
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 

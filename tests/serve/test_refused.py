@@ -14,6 +14,8 @@ import pytest
 from tests.serve.asking import PICTURE, QUESTION, RED, VECTOR, asked, content_of, fault_of, post
 from tests.serve.running_server import data_url
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("messages", "status", "words"),

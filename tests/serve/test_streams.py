@@ -23,6 +23,8 @@ from tests.serve.asking import (
 )
 from tests.serve.running_server import KEY, RunningServer
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_openai_client_reads_a_stream(openai_client: Any, http: httpx.Client) -> None:
     stream = openai_client.chat.completions.create(

@@ -15,6 +15,8 @@ from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
 from multi_token.train.run import train
 
+pytestmark = pytest.mark.slow
+
 EVERY = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
 
 

@@ -30,6 +30,8 @@ from multi_token.train import reference as reference_module
 from multi_token.train import run as run_module
 from multi_token.train.run import plan, train
 
+pytestmark = pytest.mark.slow
+
 Fields = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +45,6 @@ def logs(out: Path, stage: str = "1-prefer") -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_reference_and_learn_as_one(
     recipe_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -99,7 +100,6 @@ def test_two_processes_share_the_reference_and_learn_as_one(
             torch.testing.assert_close(theirs[key], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_in_bfloat16_the_reference_is_rounded_as_a_step_is(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
@@ -133,7 +133,6 @@ def test_a_stage_begins_at_log_two_and_ends_with_every_pair_told_apart_by_its_me
     assert stored["lengths"].shape == stored["logps"].shape == (len(pair_rows), 2)
 
 
-@pytest.mark.slow
 def test_the_reference_is_the_model_as_the_stage_begins_not_as_the_run_did(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
@@ -156,7 +155,6 @@ def test_the_reference_is_the_model_as_the_stage_begins_not_as_the_run_did(
     assert first["logps/chosen"] > plain["logps/chosen"] + 1, "tuned before, or it proves nothing"
 
 
-@pytest.mark.slow
 def test_accumulated_pairs_are_one_batch_of_them(pair_fields: Fields, tmp_path: Path) -> None:
     for name, size, num in (("one", 6, 1), ("three", 2, 3)):
         args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": num}
@@ -181,7 +179,6 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.slow
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_by_the_same_reference(
     pair_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -234,7 +231,6 @@ def test_rows_without_two_answers_are_refused_or_left_out_of_the_stage(
         trained(pair_fields(tmp_path / "none", rows=[plain], stage={"dpo": {"missing": "skip"}}))
 
 
-@pytest.mark.slow
 def test_held_out_pairs_are_evaluated_by_their_chosen_answers(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
