@@ -105,13 +105,12 @@ def test_ids_of_a_text_conversation_are_the_tokenizers_own(template: str) -> Non
 
 @pytest.mark.parametrize("end", ["\n", "  ", " \n\n"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_blanks_behind_an_item_at_the_end_of_a_question_are_not_learned(
-    template: str, end: str
-) -> None:
+def test_blanks_at_the_end_of_a_question_are_not_learned(template: str, end: str) -> None:
     chat = ChatFormat(tiny_tokenizer(), TEMPLATES[template])
     question = Message("user", (Text("What is this?\n"), Media("image", "x"), Text(end)))
+    again = Message("user", (Media("image", "x"), Text("And now?" + end)))
     answer = Message("assistant", (Text("A cat."),))
-    sample = chat.tokenize(Conversation((question, answer, question, answer)), [3, 3])
+    sample = chat.tokenize(Conversation((question, answer, again, answer)), [3, 3])
     learned = [chat.tokenizer.decode(run) for run in learned_runs(sample.labels)]
     assert [text.strip() for text in learned] == ["A cat." + end_of_turn(template)] * 2
 
