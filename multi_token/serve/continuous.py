@@ -208,10 +208,6 @@ class ContinuousEngine:
                 self._paged.request_stop()
             self._thread.join()
 
-    def supports(self, options: SamplingOptions) -> bool:
-        """All of them: each row's token is chosen here, not by transformers."""
-        return True
-
     def submit(
         self,
         request_id: str,

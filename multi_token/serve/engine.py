@@ -89,10 +89,6 @@ class Engine(Protocol):
         """Cancel what runs and waits, and end the thread."""
         ...
 
-    def supports(self, options: SamplingOptions) -> bool:
-        """Whether answers with these options can be asked of it; `submit` refuses others."""
-        ...
-
     def submit(
         self,
         request_id: str,

@@ -75,10 +75,6 @@ class StaticEngine:
         if self._thread is not None:
             self._thread.join()
 
-    def supports(self, options: SamplingOptions) -> bool:
-        """All of them."""
-        return True
-
     def submit(
         self,
         request_id: str,

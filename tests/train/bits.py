@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -20,3 +23,18 @@ def assert_same_bits(first: Path, second: Path) -> None:
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys() and len(ours) > 10
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def run_until(recipe: Path, line: str | None) -> int:
+    """The exit code of the command line, which is killed when it has printed `line`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "multi_token", "train", str(recipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr is not None
+        for printed in process.stderr:
+            if line is not None and printed.startswith(line):
+                process.kill()
+        return process.wait()

@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from multi_token.errors import CheckpointError, Interrupted, RecipeError
 from multi_token.recipe import Recipe
 from multi_token.train.checkpoints import keep_newest, last_checkpoint
 from multi_token.train.run import train
-from tests.train.bits import assert_same_bits
+from tests.train.bits import assert_same_bits, run_until
 
 Fields = Callable[..., dict[str, Any]]
 STAGE = Path("stages") / "1-adapter"
@@ -74,25 +72,10 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bits(
     seed = random.randrange(10**6)
     step = random.Random(seed).randrange(2, 10)
     print(f"killed once step {step} was logged (seed {seed})")  # noqa: T201 - shown on a failure
-    assert _run_until(recipe, f"adapter {step}/12") == -signal.SIGKILL
+    assert run_until(recipe, f"adapter {step}/12") == -signal.SIGKILL
     assert not (tmp_path / "cut" / "config.json").exists()
-    assert _run_until(recipe, None) == 0
+    assert run_until(recipe, None) == 0
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-
-
-def _run_until(recipe: Path, line: str | None) -> int:
-    """The exit code of the command line, which is killed when it has printed `line`."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "multi_token", "train", str(recipe)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr is not None
-        for printed in process.stderr:
-            if line is not None and printed.startswith(line):
-                process.kill()
-        return process.wait()
 
 
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_to_the_same_bits(

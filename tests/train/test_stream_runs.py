@@ -30,7 +30,7 @@ from multi_token.recipe import Recipe
 from multi_token.train.run import plan, train
 from multi_token.train.stream_loader import StreamLoader
 from multi_token.types import Media
-from tests.train.bits import assert_same_bits, weights
+from tests.train.bits import assert_same_bits, run_until, weights
 from tests.train.streams import BAD, WORDS, row_of
 
 pytestmark = pytest.mark.slow
@@ -159,24 +159,9 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bits(
     seed = random.randrange(10**6)
     step = random.Random(seed).randrange(2, 10)
     print(f"killed once step {step} was logged (seed {seed})")  # noqa: T201 - shown on a failure
-    assert _run_until(recipe, f"adapter {step}/12") == -signal.SIGKILL
-    assert _run_until(recipe, None) == 0
+    assert run_until(recipe, f"adapter {step}/12") == -signal.SIGKILL
+    assert run_until(recipe, None) == 0
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-
-
-def _run_until(recipe: Path, line: str | None) -> int:
-    """The exit code of the command line, which is killed when it has printed `line`."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "multi_token", "train", str(recipe)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr is not None
-        for printed in process.stderr:
-            if line is not None and printed.startswith(line):
-                process.kill()
-        return process.wait()
 
 
 def test_bad_rows_are_in_the_log_and_in_words_and_survive_a_stop(
