@@ -69,6 +69,7 @@ def test_train_and_ask_from_the_command_line(recipe_file: Path, data: Path, tmp_
     assert asked.returncode == 0, asked.stderr
 
 
+@pytest.mark.slow
 def test_predict_answers_in_order_and_goes_on_where_it_stopped(
     run: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_predict_refuses_answers_of_other_rows(run: Path, data: Path, tmp_path: 
     assert out.read_text() == '{"id": "stranger", "answer": "x"}\n'
 
 
+@pytest.mark.slow
 def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
     run: Path, data: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
     assert "1 item(s) go with the next message" in done.stdout
 
 
+@pytest.mark.slow
 def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
     typed = f"/image {data / 'red.png'}\nWhat is this?\n"
     done = command("chat", run, "--max-new-tokens", "6", stdin=typed)
@@ -150,6 +153,7 @@ def test_bad_input_is_a_sentence_and_a_code(
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_data_check_counts_problems_by_kind_and_writes_the_clean_rows(
     recipe_file: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +195,7 @@ def test_data_show_marks_what_is_learned_and_where_media_stand(
     assert "What is " in done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [
