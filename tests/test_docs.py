@@ -153,6 +153,18 @@ def test_relative_links_lead_somewhere() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_tests_named_in_documents_exist() -> None:
+    found = [
+        (page, *named)
+        for page in DOCUMENTS
+        for named in re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", page.read_text("utf-8"))
+    ]
+    assert len(found) > 24, "docs/security.md names a test for each line"
+    for page, path, name in found:
+        text = (ROOT / path).read_text("utf-8") if (ROOT / path).exists() else ""
+        assert f"def {name}(" in text, f"{name_of(page)}: {path}::{name} does not exist"
+
+
 def test_make_targets_in_documents_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

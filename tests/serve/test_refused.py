@@ -21,6 +21,11 @@ pytestmark = pytest.mark.slow
     ("messages", "status", "words"),
     [
         (asked({"type": "smell", "smell": "x"}, QUESTION), 400, ["smell", "image_url", "media"]),
+        (
+            asked({"type": "prompt_embeds", "data": "AAAA"}, QUESTION),
+            400,
+            ["prompt_embeds", "media"],
+        ),
         (asked({"type": "smell_url", "smell_url": "x"}, QUESTION), 400, ["vector_url"]),
         (asked({"text": "x"}, QUESTION), 400, ["type", "input_audio"]),
         (
