@@ -48,11 +48,30 @@ class DataSpec(Section):
     """A longer row is never cut: see `on_bad_row`."""
     on_bad_row: Literal["raise", "skip"] = "raise"
     """`raise`: stop and say which rows are bad; `skip`: leave them out whole and count them."""
+    lengths: Literal["decode", "headers"] = "decode"
+    """How long rows are, before training: `decode`: each is read as training will read it, which
+    finds every bad one; `headers`: headers tell it where they can (docs/lengths.md), and a damaged
+    file ends the run when training meets it. Needs `on_bad_row: raise`."""
 
     @field_validator("stream", mode="before")
     @classmethod
     def _from_a_word(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _headers_cannot_skip(self) -> DataSpec:
+        if self.lengths == "headers" and self.on_bad_row == "skip":
+            raise ValueError(
+                "`data.lengths: headers` decodes nothing before training, so `data.on_bad_row: "
+                "skip` could not leave a damaged file out any more; set on_bad_row to raise, or "
+                "lengths to decode"
+            )
+        if self.lengths == "headers" and self.stream is not None:
+            raise ValueError(
+                "`data.lengths: headers` is for rows that are looked at before training, and "
+                "`data.stream` reads them on the way; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_mix_a_stream(self) -> DataSpec:

@@ -62,6 +62,11 @@ class RowError(MultiTokenError):
         self.kind: RowKind = kind
         self.row_id = row_id
 
+    @property
+    def sentence(self) -> str:
+        """The message without its opening `row <id>: `."""
+        return str(self).removeprefix(f"row {self.row_id}: ")
+
     def __reduce__(self) -> tuple[object, ...]:
         return _row_error, (str(self), self.kind, self.row_id)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from multi_token.chat import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Modality
+from multi_token.modalities.base import Modality, told_length
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
@@ -51,6 +51,10 @@ class Reader:
     pairs: Literal["required", "optional"] | None = None
     """Also read the rejected answer of rows that have two, and learn the last answers alone;
     `required`: a row without one is refused. Else such a row is that of its chosen answer."""
+    by_header: bool = False
+    """For lengths alone: an item whose header tells its length stays undecoded, without inputs."""
+    row_id: str = ""
+    """What errors about single items call their row, where nobody says it."""
 
     @property
     def tokenizer(self) -> Any:
@@ -59,6 +63,7 @@ class Reader:
 
     def prepare(self, item: Media, *, row_id: str = "") -> Prepared:
         """One media item -> what its encoder takes, or its cached features. Raises RowError."""
+        row_id = row_id or self.row_id
         modality = self.modalities.get(item.modality)
         if modality is None:
             raise RowError(
@@ -72,6 +77,10 @@ class Reader:
                 cached = self.cache.find(item, modality, self.fetch)
                 if cached is not None:
                     return cached
+            elif self.by_header:
+                num_features = told_length(modality, item.source, self.fetch)
+                if num_features is not None:
+                    return Prepared({}, num_features)
             return modality.prepare(modality.load(item.source, self.fetch))
         except MediaError as error:
             raise RowError(f"{item.modality}: {error}", kind=error.kind, row_id=row_id) from error

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 from typing_extensions import NotRequired
 
+from multi_token.errors import RowError
+
 Role = Literal["system", "user", "assistant", "tool"]
 """Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
 
@@ -100,7 +102,8 @@ class Sample:
     `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
     `places` and `media` run in parallel, in reading order. `teacher`: the same conversation with
     texts in place of its media, if that was asked for and they are there. `rejected`: the same
-    prompt and media with the answer that is not preferred, likewise.
+    prompt and media with the answer that is not preferred, likewise. `error`: what is wrong with
+    the row, where that is found only now; the numbers then stand for nothing (data/promised.py).
     """
 
     input_ids: Tensor
@@ -110,6 +113,7 @@ class Sample:
     id: str = ""
     teacher: Sample | None = None
     rejected: Sample | None = None
+    error: RowError | None = None
 
 
 class MediaBatch(TypedDict):

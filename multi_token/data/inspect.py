@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -59,6 +59,10 @@ class Report:
     good: list[int] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    num_decoded: int = field(default=0, compare=False)
+    """Good rows of which an item was decoded, or came from a feature cache."""
+    num_remembered: int = field(default=0, compare=False)
+    """Good rows that were not looked at, since their lengths were known."""
 
     @property
     def by_kind(self) -> dict[RowKind, list[Problem]]:
@@ -113,7 +117,7 @@ def scan(
     """
     indices = range(len(rows)) if indices is None else indices
     # each worker takes a row at a time: rows differ in cost by their media
-    results: Iterable[tuple[str | None, Length | Problem]] = DataLoader(
+    results: Iterable[_Result] = DataLoader(
         _Measured(rows, read, source, indices, known),
         batch_size=None,
         num_workers=num_workers,
@@ -124,10 +128,12 @@ def scan(
     report = Report(num_rows=len(indices))
     try:
         found = zip(indices, _with_progress(results, len(indices), progress), strict=True)
-        for index, (key, result) in found:
+        for index, (key, result, how) in found:
             if isinstance(result, Problem):
                 report.problems.append(result)
                 continue
+            report.num_decoded += how == "decoded"
+            report.num_remembered += how == "remembered"
             report.good.append(index)
             report.lengths.append(result)
             if known is not None and key is not None:
@@ -147,10 +153,20 @@ def merge(reports: Sequence[Report]) -> Report:
         good=[index for index, _ in good],
         lengths=[length for _, length in good],
         problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
+        num_decoded=sum(report.num_decoded for report in reports),
+        num_remembered=sum(report.num_remembered for report in reports),
     )
 
 
-class _Measured(Dataset["tuple[str | None, Length | Problem]"]):
+class _Result(NamedTuple):
+    """A row's key, if it can be known again; its length, or what is wrong with it; and how."""
+
+    key: str | None
+    found: Length | Problem
+    how: Literal["read", "decoded", "remembered"] = "read"
+
+
+class _Measured(Dataset[_Result]):
     def __init__(
         self,
         rows: Sequence[Row],
@@ -168,8 +184,7 @@ class _Measured(Dataset["tuple[str | None, Length | Problem]"]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> tuple[str | None, Length | Problem]:
-        """The row's key, if it can be known again, and its length or what is wrong with it."""
+    def __getitem__(self, number: int) -> _Result:
         index = self.indices[number]
         row_id = row_name(index, None, self.source)
         kind: RowKind
@@ -180,16 +195,18 @@ class _Measured(Dataset["tuple[str | None, Length | Problem]"]):
             if self.known is not None and key is not None:
                 length = self.known.get(key)
                 if length is not None:
-                    return key, length
-            return key, measure(self.read(row, row_id))
+                    return _Result(key, length, "remembered")
+            sample = self.read(row, row_id)
+            decoded = any(item.inputs for item in sample.media)
+            return _Result(key, measure(sample), "decoded" if decoded else "read")
         except RowError as error:
             # a line that is not JSON has no id of its own: then the error's name is the better one
-            return None, Problem(index, error.row_id, error.kind, _sentence(error))
+            return _Result(None, Problem(index, error.row_id, error.kind, error.sentence))
         except MediaError as error:
             kind = error.kind
-            return None, Problem(index, row_id, kind, str(error))
+            return _Result(None, Problem(index, row_id, kind, str(error)))
         except ChatTemplateError as error:
-            return None, Problem(index, row_id, "chat_template", str(error))
+            return _Result(None, Problem(index, row_id, "chat_template", str(error)))
 
 
 def measure(sample: Sample) -> Length:
@@ -199,11 +216,6 @@ def measure(sample: Sample) -> Length:
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
         num_media=sum(place.length for place in sample.places),
     )
-
-
-def _sentence(error: RowError) -> str:
-    """The message without its opening `row <id>: `, which a table has in a column of its own."""
-    return str(error).removeprefix(f"row {error.row_id}: ")
 
 
 def _unchanged(result: Any) -> Any:

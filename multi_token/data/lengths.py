@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from multi_token.reader import Reader
 
 _FIELDS = ("num_tokens", "num_supervised", "num_media")
+_BY_HEADER = "by_header"
+"""A file holds it whose lengths were told by headers."""
+_NOT_LENGTHS = frozenset(("chat", "modalities", "fetch", "cache", "by_header", "row_id"))
+"""Fields of a reader that are looked at otherwise, or that lengths do not hang on."""
 _APART = 30.0
 """Seconds between two savings while rows are read."""
 
@@ -52,6 +56,8 @@ class KnownLengths:
     A row is known by its content, by size and time of change of the local files that it names, and
     by how it is read (`reader_identity`). What changed is read anew, and so is each bad row: it may
     have been mended. An address counts as its text, so that what lies there is not looked at again.
+    Lengths that headers told are kept apart: only a reader that asks headers too knows them, since
+    nobody has seen those rows to be good.
     """
 
     def __init__(self, folder: str | os.PathLike[str], reader: Reader) -> None:
@@ -60,6 +66,7 @@ class KnownLengths:
         self.names = tuple(reader.modalities)
         self.fetch = reader.fetch
         self.identity = reader_identity(reader)
+        self.by_header = reader.by_header
         self._table = KeyTable([(name, "i4") for name in _FIELDS])
         self._new: dict[str, Length] = {}
         self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
@@ -75,6 +82,8 @@ class KnownLengths:
             try:
                 found = load_file(path)
                 keys, lengths = found["keys"], found["lengths"]
+                if _BY_HEADER in found and not self.by_header:
+                    continue
             except (SafetensorError, KeyError) as error:
                 raise MultiTokenError(
                     f"{path} is damaged ({error}); remove it: its rows are then read once more"
@@ -136,6 +145,8 @@ class KnownLengths:
             "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
             "lengths": np.array([astuple(length) for length in self._new.values()], np.int32),
         }
+        if self.by_header:
+            arrays[_BY_HEADER] = np.ones(1, np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._file.with_suffix(".unfinished")
         save_file(arrays, unfinished)
@@ -175,7 +186,7 @@ def reader_identity(reader: Reader) -> str:
         "modalities": {name: settings_identity(m) for name, m in reader.modalities.items()},
     }
     for field in fields(reader):
-        if field.name not in ("chat", "modalities", "fetch", "cache"):
+        if field.name not in _NOT_LENGTHS:
             settings[field.name] = getattr(reader, field.name)
     return digest(json.dumps(settings, sort_keys=True).encode())
 

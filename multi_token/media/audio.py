@@ -36,10 +36,10 @@ MAX_FILE_CHANNELS = 8
 _KEYS = ("array", "sampling_rate", "path", "bytes", "start", "end")
 _AS_MAPPING = '{"array": [...], "sampling_rate": 16000}'
 _HEADER_SLACK_S = 0.1  # by which a header may promise too much: that of an MP3 is an estimate
-_STREAMED = 0x7FFF_F000  # from here on, sizes in a header mean that the length was not known
+STREAMED = 0x7FFF_F000  # from here on, sizes in a header mean that the length was not known
 _UNRECOGNISED = 1  # libsndfile's code of a format that it does not know
 
-_CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
+CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyp", "mov"),  # MP4, M4A, MOV, 3GP
     (0, b"\x1a\x45\xdf\xa3", "matroska"),  # and WebM
     (0, b"\xff\xf1", "aac"),
@@ -86,15 +86,8 @@ def load_audio(
 
     Raises MediaError.
     """
-    given = dict(source) if isinstance(source, Mapping) else {"path": source}
-    unknown = sorted(str(key) for key in given if key not in _KEYS)
-    if unknown:
-        raise undecodable(
-            f"an audio has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
-        )
+    given, name, span = taken_apart(source)
     path = given.get("path")
-    name = shorten(path) if isinstance(path, str) and path[:5].lower() != "data:" else ""
-    span = _span(given.get("start"), given.get("end"), name or "the audio")
     limits = {"rate": rate, "name": name, "max_seconds": max_seconds, "span": span}
     if given.get("array") is not None:
         if given.get("sampling_rate") is None:
@@ -119,6 +112,22 @@ def load_audio(
     return audio
 
 
+def taken_apart(source: Any) -> tuple[dict[str, Any], str, Span]:
+    """A source as a mapping, the name that messages call it by, and the part that is wanted.
+
+    Raises MediaError for a key or a part that cannot be.
+    """
+    given = dict(source) if isinstance(source, Mapping) else {"path": source}
+    unknown = sorted(str(key) for key in given if key not in _KEYS)
+    if unknown:
+        raise undecodable(
+            f"an audio has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
+        )
+    path = given.get("path")
+    name = shorten(path) if isinstance(path, str) and path[:5].lower() != "data:" else ""
+    return given, name, _span(given.get("start"), given.get("end"), name or "the audio")
+
+
 def decode_audio(
     data: bytes,
     *,
@@ -137,7 +146,7 @@ def decode_audio(
     label = name or "the audio"
     if not data:
         raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    demuxer = next((reader for at, magic, reader in _CONTAINERS if data.startswith(magic, at)), "")
+    demuxer = next((reader for at, magic, reader in CONTAINERS if data.startswith(magic, at)), "")
     decode = _decode_container if demuxer else _decode_file
     given, blocks = decode(data, demuxer, label, span, max_seconds)
     return join_blocks(blocks, given, rate=rate, label=label, max_seconds=max_seconds)
@@ -317,7 +326,7 @@ def _num_missing(data: bytes) -> int:
         size = last + 27 + len(table) + sum(table)
     missing = size - len(data)
     # one byte that fills up an odd number is often announced and not written
-    return missing if missing > 1 and size < _STREAMED else 0
+    return missing if missing > 1 and size < STREAMED else 0
 
 
 def _damaged(label: str, reason: object) -> MediaError:

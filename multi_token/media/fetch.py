@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -74,6 +75,15 @@ class Fetch:
                 return self._read_url(source)
         return self._read_file(source)
 
+    def open(self, source: Any) -> BinaryIO:
+        """`source` as a file, of which a part may be read: a header, say. Close it.
+
+        A local file is only opened; whatever else is read whole.
+        """
+        if self.local_path(source) is None:
+            return io.BytesIO(self.read(source))
+        return self._open_file(source)[0]
+
     def local_path(self, source: Any) -> Path | None:
         """The absolute path that `source` names, or None if it does not name a local file.
 
@@ -94,6 +104,16 @@ class Fetch:
         return Path(self.root or "").joinpath(path).resolve()
 
     def _read_file(self, source: Any) -> bytes:
+        file, path = self._open_file(source)
+        try:
+            with file:
+                data = file.read(self.max_bytes + 1)
+        except OSError as error:
+            raise _unreadable_file(path, error) from error
+        self._check_size(len(data), str(path))  # a file may grow while it is read
+        return data
+
+    def _open_file(self, source: Any) -> tuple[BinaryIO, Path]:
         path = self.local_path(source)
         if path is None:
             raise _missing(_unreadable_source(source))
@@ -111,16 +131,15 @@ class Fetch:
                 raise _missing(
                     f"expected a regular file at {path}, but it is a device, pipe or socket"
                 )
-            with path.open("rb") as file:
-                self._check_size(os.fstat(file.fileno()).st_size, str(path))
-                data = file.read(self.max_bytes + 1)
+            file = path.open("rb")
         except OSError as error:
-            raise _missing(
-                f"cannot read {shorten(path)}: {error.strerror or error}; "
-                "check the name and the permissions"
-            ) from error
-        self._check_size(len(data), str(path))  # a file may grow while it is read
-        return data
+            raise _unreadable_file(path, error) from error
+        try:
+            self._check_size(os.fstat(file.fileno()).st_size, str(path))
+        except MediaError:
+            file.close()
+            raise
+        return file, path
 
     def _not_found(self, source: Any, path: Path) -> str:
         given = os.fspath(source)
@@ -232,6 +251,13 @@ def _file_url_path(source: str) -> str:
             "a file:// address of this machine has three slashes: file:///folder/name"
         )
     return url2pathname(parts.path)
+
+
+def _unreadable_file(path: Path, error: OSError) -> MediaError:
+    return _missing(
+        f"cannot read {shorten(path)}: {error.strerror or error}; check the name and the "
+        "permissions"
+    )
 
 
 def _unreadable_source(source: Any) -> str:

@@ -6,8 +6,11 @@ Border: reads no files and knows no encoder; sizes and crops are the modality's.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -31,6 +34,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)
+"""Orientations whose width is the height of what is upright."""
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # what PIL's plug-ins raise on damaged bytes; found by tests that damage bytes
 _DAMAGE = (
@@ -74,10 +80,8 @@ def decode_image(
     Palettes, greys, CMYK and 16 bits are converted; an animation gives its first frame. `name`
     opens the error message. Raises `MediaError(kind="undecodable")`.
     """
-    label = name or "the picture"
-    if not data:
-        raise _undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    return as_rgb(_open(data, label), name=name, max_pixels=max_pixels)
+    picture = _open(io.BytesIO(data), name or "the picture")
+    return as_rgb(picture, name=name, max_pixels=max_pixels)
 
 
 def as_rgb(
@@ -85,6 +89,55 @@ def as_rgb(
 ) -> Image.Image:  # RGB, fully in memory
     """The same for a picture that is open already; one from `datasets` or a notebook, say."""
     label = name or "the picture"
+    _check_size(picture, label, max_pixels)
+    width, height = picture.size
+    try:
+        picture.load()
+        return _upright(_to_rgb(picture, label), picture)
+    except _DAMAGE as error:
+        raise _undecodable(
+            f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
+            f"or damaged ({error}); copy or download it again"
+        ) from error
+
+
+def read_size(
+    file: BinaryIO, *, name: str = "", max_pixels: int = 89_478_485
+) -> tuple[int, int] | None:
+    """Width and height of the picture that `decode_image` would make of a file, from its header.
+
+    None where only decoding tells how it is turned: a PNG that says something behind its pixels.
+    Raises MediaError for what the header shows to be no picture, or over a limit.
+    """
+    label = name or "the picture"
+    picture = _open(file, label)
+    _check_size(picture, label, max_pixels)
+    if picture.format == "TIFF":
+        return picture.size  # PIL turns it while it decodes, and says so before
+    if picture.format == "PNG" and not _ends_with_pixels(file):
+        return None
+    # the base class's: that of PNG would decode to see whether more comes behind the pixels
+    lies = _orientation(Image.Image.getexif, picture) in _LYING
+    width, height = picture.size
+    return (height, width) if lies else (width, height)
+
+
+def _ends_with_pixels(file: BinaryIO) -> bool:
+    """Whether all that a PNG says stands before its pixels, and the pixels are all there."""
+    file.seek(len(_PNG_SIGNATURE))
+    seen = False
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            return seen
+        if seen and kind != b"IDAT":
+            return False
+        seen = seen or kind == b"IDAT"
+        file.seek(size + 4, os.SEEK_CUR)  # behind its checksum
+    return False
+
+
+def _check_size(picture: Image.Image, label: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
         raise _undecodable(
@@ -96,24 +149,19 @@ def as_rgb(
             f"{label} is {width} x {height} pixels, a line rather than a picture: one side may be "
             f"{MAX_ASPECT} times as long as the other; cut it"
         )
-    try:
-        picture.load()
-        return _upright(_to_rgb(picture, label), picture)
-    except _DAMAGE as error:
-        raise _undecodable(
-            f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
-            f"or damaged ({error}); copy or download it again"
-        ) from error
 
 
-def _open(data: bytes, label: str) -> Image.Image:
+def _open(file: BinaryIO, label: str) -> Image.Image:
     """The header only.
 
     Not `Image.open`: that compares the size with a global limit of PIL and warns or raises by it,
     and the limit here is the caller's. `Image.OPEN` is the table that `Image.open` walks.
     """
+    start = file.read(64)
+    if not start:
+        raise _undecodable(f"{label} is empty (0 bytes); copy or download it again")
     Image.init()
-    prefix = data[:16]
+    prefix = start[:16]
     damage: Exception | None = None
     for name in FORMATS:
         if name not in Image.OPEN:  # AVIF and JPEG2000 are not in every build of PIL
@@ -122,8 +170,9 @@ def _open(data: bytes, label: str) -> Image.Image:
         accepted = accept is None or accept(prefix)
         if not accepted or isinstance(accepted, str):  # a text says what this build of PIL lacks
             continue
+        file.seek(0)
         try:
-            return factory(io.BytesIO(data), "")
+            return factory(file, "")
         except _DAMAGE as error:
             damage = error
     if damage is not None and not isinstance(damage, UnidentifiedImageError):
@@ -132,12 +181,12 @@ def _open(data: bytes, label: str) -> Image.Image:
             "copy or download it again"
         ) from damage
     raise _undecodable(
-        f"{label} is not a picture: {_describe(data)}; expected one of {', '.join(FORMATS)}"
+        f"{label} is not a picture: {_describe(start)}; expected one of {', '.join(FORMATS)}"
     )
 
 
 def _describe(data: bytes) -> str:
-    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    start = data.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, what in _MAGIC:
         if start.startswith(magic):
             return f"it begins like {what}"
@@ -173,16 +222,19 @@ def _from_integers(picture: Image.Image, label: str) -> Image.Image:
 
 
 def _upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
-    try:
-        orientation = picture.getexif().get(_ORIENTATION, 1)
-    except _DAMAGE:
-        # viewers show a picture whose EXIF block is broken as it lies, and so do we
-        orientation = 1
-    turn = _UPRIGHT.get(orientation)
+    turn = _UPRIGHT.get(_orientation(type(picture).getexif, picture))
     upright = rgb if turn is None else rgb.transpose(turn)
     # with its EXIF block left in, an image processor that turns by it would turn a second time
     upright.info = {}
     return upright
+
+
+def _orientation(read_exif: Callable[[Any], Image.Exif], picture: Image.Image) -> int:
+    try:
+        return read_exif(picture).get(_ORIENTATION, 1)
+    except _DAMAGE:
+        # viewers show a picture whose EXIF block is broken as it lies, and so do we
+        return 1
 
 
 def _undecodable(message: str) -> MediaError:

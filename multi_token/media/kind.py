@@ -36,7 +36,8 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (  # some of these could pass for a te
     (b"\x93NUMPY", "a NumPy array"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
 )
-_LENGTH = 4096
+NUM_BYTES = 4096
+"""So many are looked at, and one more tells whether that was all."""
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 
@@ -76,7 +77,7 @@ def _known(data: bytes) -> MediaKind | None:
     if data.startswith(b"FORM") and form in (b"AIFF", b"AIFC"):
         return "audio"
     if data.startswith(b"OggS"):  # its streams name themselves on the first pages
-        return "video" if b"theora" in data[:_LENGTH] else "audio"
+        return "video" if b"theora" in data[:NUM_BYTES] else "audio"
     if data[4:8] == b"ftyp":  # the brand says what the container is for
         if form in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
             return "image"
@@ -105,7 +106,7 @@ def _is_mp3(data: bytes) -> bool:
 def _is_text(data: bytes) -> bool:
     try:
         start = codecs.getincrementaldecoder("utf-8")().decode(
-            data[:_LENGTH], final=len(data) <= _LENGTH
+            data[:NUM_BYTES], final=len(data) <= NUM_BYTES
         )
     except UnicodeDecodeError:
         return False

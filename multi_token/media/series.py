@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import tokenize
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -59,11 +60,48 @@ def read_series(
     series = _checked(raw, name, channels, max_steps)
     if rate is None or sampling_rate is None or rate == sampling_rate:
         return series
-    num_steps = max(1, round(len(series) * rate / sampling_rate))
+    num_steps = _num_steps(len(series), rate, sampling_rate)
     _check_length(num_steps, max_steps, f"{name}, at {rate:g} steps a second,")
     at = np.arange(num_steps) * (sampling_rate / rate)
     given = np.arange(len(series))
     return np.stack([np.interp(at, given, c) for c in series.T], axis=1).astype(np.float32)
+
+
+def count_steps(
+    source: Any, fetch: Fetch, *, channels: int, max_steps: int, rate: float | None = None
+) -> int | None:
+    """The steps that `read_series` gives, from the header of a `.npy` file, of numbers in the row
+    by reading them.
+
+    None for a file with no such series: reading it says why. Raises MediaError for a file that is
+    not there or is none, and for a series over `max_steps`.
+    """
+    inner, sampling_rate = _opened(source) if isinstance(source, Mapping) else (source, None)
+    if isinstance(inner, (list, tuple, np.ndarray, Tensor)):
+        return len(read_series(source, fetch, channels=channels, max_steps=max_steps, rate=rate))
+    name = shorten(inner) if isinstance(inner, str) else "the bytes given"
+    shape = told_shape(inner, fetch, name)
+    if len(shape) not in (1, 2) or shape[0] == 0 or channels != (*shape, 1)[1]:
+        return None
+    num_steps = _num_steps(shape[0], rate, sampling_rate)
+    _check_length(max(shape[0], num_steps), max_steps, name)
+    return num_steps
+
+
+def _num_steps(num_given: int, rate: float | None, sampling_rate: float | None) -> int:
+    """Steps at `rate`, where both rates are known."""
+    if rate is None or sampling_rate is None or rate == sampling_rate:
+        return num_given
+    return max(1, round(num_given * rate / sampling_rate))
+
+
+def told_shape(source: Any, fetch: Fetch, name: str) -> tuple[int, ...]:
+    """The shape of the array in a `.npy` file, of which only the header is read.
+
+    Raises MediaError.
+    """
+    with fetch.open(source) as file:
+        return read_npy_header(file, name)[0]
 
 
 def _opened(source: Mapping[str, Any]) -> tuple[Any, float | None]:
@@ -89,23 +127,38 @@ def read_npy(data: bytes, name: str) -> np.ndarray:
 
     Raises MediaError.
     """
-    file = io.BytesIO(data)
+    read_npy_header(io.BytesIO(data), name)
     try:
-        if data.startswith(b"PK"):
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except _DAMAGE as error:
+        raise _not_npy(name, error) from None
+
+
+def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the numbers in a `.npy` file, at whose beginning `file` stands.
+
+    Raises MediaError for other files, and for one that is shorter than it says.
+    """
+    try:
+        if file.read(2) == b"PK":
             raise _undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
+        file.seek(0)
         read_header = _HEADERS[np.lib.format.read_magic(file)]
         shape, _, dtype = read_header(file)
+        begin = file.tell()
         # before the array: numpy would make room for whatever the header promises
-        num_missing = math.prod(shape) * dtype.itemsize - (len(data) - file.tell())
+        num_missing = math.prod(shape) * dtype.itemsize - (file.seek(0, os.SEEK_END) - begin)
         if dtype.kind not in "biuf":
             raise ValueError(f"it holds {dtype}")
         if num_missing > 0:
             raise ValueError(f"its header promises {num_missing:,} bytes more than there are")
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return shape, dtype
     except _DAMAGE as error:
-        raise _undecodable(
-            f"{name} is not a .npy file of numbers ({error}); write it with numpy.save"
-        ) from None
+        raise _not_npy(name, error) from None
+
+
+def _not_npy(name: str, error: Exception) -> MediaError:
+    return _undecodable(f"{name} is not a .npy file of numbers ({error}); write it with numpy.save")
 
 
 def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -93,25 +93,87 @@ def decode_video(
     label = name or "the video"
     if not data:
         raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    with _opened(data, label, max_pixels) as (container, stream):
-        promised = _promised_seconds(container, stream)
-        if promised is not None and end is None and promised - (start or 0) > max_seconds:
-            raise too_long(label, f"{float(promised) - (start or 0):.1f} s", max_seconds)
-        limit = math.inf if end is not None else max_seconds + (start or 0)
-        index = _scan(container, stream, label, limit=limit, max_seconds=max_seconds)
+    asked = _Asked(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
+    index, times = _planned(io.BytesIO(data), asked, label)
+    with _opened(io.BytesIO(data), label, max_pixels) as (container, stream):
+        return _decode(container, stream, index, times, label=label, max_pixels=max_pixels)
+
+
+def count_pictures(
+    file: BinaryIO,
+    *,
+    name: str = "",
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    max_seconds: float,
+    max_frames: int,
+    max_pixels: int,
+) -> int:
+    """How many pictures `decode_video` gives of a file; nothing is decoded.
+
+    With `num_frames` only the header is read, with `fps` all packets are. Raises MediaError.
+    """
+    label = name or "the video"
+    asked = _Asked(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
+    if num_frames is None:
+        return len(_planned(file, asked, label)[1])
+    with _opened(file, label, max_pixels) as (container, stream):
+        _promised(container, stream, asked, label)
+    return num_frames
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is wanted of a video, and the limits."""
+
+    num_frames: int | None
+    fps: float | None
+    start: float | None
+    end: float | None
+    max_seconds: float
+    max_frames: int
+    max_pixels: int
+
+
+def _promised(container: Any, stream: Any, asked: _Asked, label: str) -> Fraction | None:
+    """Seconds by the header, if it says them. Raises MediaError for too many."""
+    promised = _promised_seconds(container, stream)
+    to_read = None if promised is None or asked.end is not None else promised - (asked.start or 0)
+    if to_read is not None and to_read > asked.max_seconds:
+        raise too_long(label, f"{float(to_read):.1f} s", asked.max_seconds)
+    return promised
+
+
+def _planned(file: BinaryIO, asked: _Asked, label: str) -> tuple[_Index, list[Fraction]]:
+    """All packets, and the times of the wanted frames; no frame is decoded."""
+    with _opened(file, label, asked.max_pixels) as (container, stream):
+        promised = _promised(container, stream, asked, label)
+        limit = math.inf if asked.end is not None else asked.max_seconds + (asked.start or 0)
+        index = _scan(container, stream, label, limit=limit, max_seconds=asked.max_seconds)
     if promised is not None and promised > index.duration + SLACK:
         raise undecodable(
             f"{label} is cut off: its header promises {float(promised):.1f} s, and it ends after "
             f"{float(index.duration):.1f} s; copy or download it again"
         )
-    part = section(index.duration, start, end, max_seconds=max_seconds, label=label)
-    times = sample_times(*part, num_frames=num_frames, fps=fps, max_frames=max_frames)
-    with _opened(data, label, max_pixels) as (container, stream):
-        return _decode(container, stream, index, times, label=label, max_pixels=max_pixels)
+    part = section(
+        index.duration, asked.start, asked.end, max_seconds=asked.max_seconds, label=label
+    )
+    return index, sample_times(
+        *part, num_frames=asked.num_frames, fps=asked.fps, max_frames=asked.max_frames
+    )
+
+
+class _Unnamed:
+    """A file whose name says nothing to FFmpeg, which would believe its ending."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 @contextmanager
-def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
+def _opened(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, of which only the header was read."""
     try:
         import av
@@ -121,11 +183,11 @@ def _opened(data: bytes, label: str, max_pixels: int) -> Iterator[tuple[Any, Any
 
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
-        container = av.open(io.BytesIO(data), options=options, metadata_errors="replace")
+        container = av.open(_Unnamed(file), options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         if isinstance(error, EOFError):
             raise _empty(label) from error
-        raise undecodable(f"{label} is not a video: {_describe(data, error)}") from error
+        raise undecodable(f"{label} is not a video: {_describe(file, error)}") from error
     with container:
         # a sound file may hold its cover as a video stream
         covers = Disposition.attached_pic
@@ -284,7 +346,9 @@ def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
         )
 
 
-def _describe(data: bytes, error: Any) -> str:
+def _describe(file: BinaryIO, error: Any) -> str:
+    file.seek(0)
+    data = file.read(16)
     for offset, magic, what in _MAGIC:
         if data.startswith(magic, offset):
             return f"it begins like {what}; expected {_ACCEPTED}"

@@ -58,6 +58,12 @@ def join_blocks(
     return audio
 
 
+def resampled_length(num_samples: int, given: int, rate: int) -> int:
+    """Samples that `join_blocks` makes of so many at the rate `given`: as libsoxr counts them."""
+    # its own arithmetic, in doubles (`rate_flush` in rate.h), so that halves are rounded alike
+    return num_samples if given == rate else int(num_samples / (given / rate) + 0.5)
+
+
 def wanted_frames(
     span: Span, given: int, num_frames: int, label: str, max_seconds: float
 ) -> tuple[int, int]:

@@ -81,6 +81,16 @@ class Modality(BaseModel, ABC):
     def build_encoder(self) -> Encoder:
         """The encoder, with its weights."""
 
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """The number of features of an item, told without decoding it: by its header, or the row.
+
+        None where only decoding tells; else exactly `prepare(load(source, fetch)).num_features`,
+        for an item that can be decoded. Raises MediaError for what a header shows to be none. It
+        belongs to the `load` and `prepare` beside it: a class that changes one of them and not
+        this is decoded (`told_length`).
+        """
+        return None
+
     def named_file(self, source: Any) -> str | os.PathLike[str] | None:
         """The path or address that a source names, if it names one."""
         if isinstance(source, Mapping):
@@ -107,6 +117,23 @@ class Modality(BaseModel, ABC):
         is an empty one for whatever files they need (a tiny encoder, say).
         """
         return None
+
+
+def told_length(modality: Modality, source: Any, fetch: Fetch) -> int | None:
+    """What `measure` says of an item, if it was written for the `load` and `prepare` in use."""
+    return modality.measure(source, fetch) if tells_lengths(type(modality)) else None
+
+
+def tells_lengths(cls: type[Modality]) -> bool:
+    """Whether a class measures items without decoding them.
+
+    Not one that inherits `measure` and changes what it counts.
+    """
+    depth = {
+        name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
+        for name in ("measure", "load", "prepare")
+    }
+    return depth["measure"] <= min(depth.values()) and cls.measure is not Modality.measure
 
 
 class PretrainedModality(Modality):

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multi_token.media.audio import load_audio
+from multi_token.media.audio_header import count_samples
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import PretrainedModality, stack_padded
 from multi_token.types import Features, Prepared
@@ -46,6 +47,14 @@ class AudioModality(PretrainedModality):
             max_seconds=self.max_seconds,
             allow_silence=self.allow_silence,
         )
+
+    def count_samples(self, source: Any, fetch: Fetch) -> int | None:
+        """Samples that `load` gives, told by the header or the array; None if decoding must tell.
+
+        Raises MediaError.
+        """
+        rate = feature_extractor(self.encoder, self.revision).sampling_rate
+        return count_samples(source, fetch, rate=rate, max_seconds=self.max_seconds)
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """All chunks of all items in one batch, and which feature is which.
@@ -84,6 +93,13 @@ def cut_evenly(waveform: np.ndarray, longest: int) -> list[np.ndarray]:
     So that no piece is a rest of a few samples, from which an encoder hears nothing.
     """
     return np.array_split(waveform, math.ceil(len(waveform) / longest))
+
+
+def even_lengths(num_samples: int, longest: int) -> list[int]:
+    """The lengths of the pieces that `cut_evenly` makes of so many samples."""
+    num_pieces = math.ceil(num_samples / longest)
+    length, num_longer = divmod(num_samples, num_pieces)
+    return [length + 1] * num_longer + [length] * (num_pieces - num_longer)
 
 
 def enumerate_frames(num_frames: Sequence[int]) -> dict[str, Tensor]:

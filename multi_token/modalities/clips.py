@@ -15,7 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.modalities.image import FeatureKind, ImageEncoder, Layers, image_processor
+from multi_token.modalities.image import (
+    SIZES_TRIED,
+    FeatureKind,
+    ImageEncoder,
+    Layers,
+    image_processor,
+)
 
 
 class ClipEncoder(ImageEncoder):
@@ -166,3 +172,14 @@ def num_clip_features(
     probe = ClipEncoder(tower, features=features, layer=layer)
     with torch.no_grad():
         return int(probe(pixel_values=torch.empty(1, *shape, device="meta")).values.shape[1])
+
+
+@functools.lru_cache(maxsize=8)
+def clip_shape(encoder: str, revision: str | None, num_frames: int) -> tuple[int, ...] | None:
+    """[frames, channels, height, width] of a clip, if it is the same for frames of any size.
+
+    Found by trying some.
+    """
+    blanks = [[Image.new("RGB", size)] * num_frames for size in SIZES_TRIED]
+    shapes = {tuple(prepare_clip(frames, encoder, revision).shape) for frames in blanks}
+    return shapes.pop() if len(shapes) == 1 else None

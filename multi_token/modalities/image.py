@@ -18,18 +18,21 @@ from torch import Tensor, nn
 
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
-from multi_token.media.image import as_rgb, decode_image
+from multi_token.media.image import as_rgb, decode_image, read_size
 from multi_token.modalities.base import (
     Encoder,
     PretrainedModality,
     in_micro_batches,
     layers_up_to,
 )
+from multi_token.modalities.hidden_states import HiddenStates
 from multi_token.modalities.tiles import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.types import Features, Prepared
 
 FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]
 Layers = int | tuple[int, ...] | None
+Way = tuple[str, str | None, Layers, FeatureKind, bool]
+"""How a picture is read whole: encoder, revision, layer, features, and whether it is padded."""
 
 
 class ImageEncoder(Encoder):
@@ -42,6 +45,8 @@ class ImageEncoder(Encoder):
         self.tower = tower
         self.features: FeatureKind = features
         self.layer = layer
+        taken = () if layer is None else layer if isinstance(layer, tuple) else (layer,)
+        self.states = HiddenStates(taken)
         self.micro_batch = micro_batch
         self.dim = -1  # known after the first forward; `build` runs one
 
@@ -63,18 +68,12 @@ class ImageEncoder(Encoder):
 
     def _values(self, **inputs: Tensor) -> Tensor:
         """[pictures, length, dim]"""
-        deep = self.layer is not None
-        output = self.run(inputs, **({"output_hidden_states": True} if deep else {}))
         if self.features == "pooled":
-            pooled = getattr(output, "pooler_output", None)
-            if pooled is None or deep:
-                raise MultiTokenError(
-                    f"{type(self.tower).__name__} gives no pooled output"
-                    + (f" at layer {self.layer}" if deep else "")
-                    + "; use `features: mean`, `patches` or `cls`"
-                )
-            return pooled.flatten(1)[:, None]
-        values = self._layers(output.hidden_states) if deep else output.last_hidden_state
+            return self._pooled(inputs)
+        if self.layer is None:
+            values = self.run(inputs).last_hidden_state
+        else:
+            values = self._layers(inputs)
         if values.ndim == 4:  # a convolutional map [items, dim, height, width]
             values, num_prefix = values.flatten(2).transpose(1, 2), 0
         else:
@@ -94,6 +93,17 @@ class ImageEncoder(Encoder):
             weight = weight[..., None]
             return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
         return values
+
+    def _pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        deep = self.layer is not None
+        pooled = None if deep else getattr(self.run(inputs), "pooler_output", None)
+        if pooled is None:
+            raise MultiTokenError(
+                f"{type(self.tower).__name__} gives no pooled output"
+                + (f" at layer {self.layer}" if deep else "")
+                + "; use `features: mean`, `patches` or `cls`"
+            )
+        return pooled.flatten(1)[:, None]
 
     def run(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
         """What the tower answers."""
@@ -121,17 +131,9 @@ class ImageEncoder(Encoder):
         """Those that the features come through: with `layer`, none behind it."""
         return layers_up_to(super().layers(), self.layer)
 
-    def _layers(self, states: Sequence[Tensor]) -> Tensor:
+    def _layers(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The chosen hidden state, or several side by side in each feature."""
-        assert self.layer is not None
-        layers = self.layer if isinstance(self.layer, tuple) else (self.layer,)
-        try:
-            chosen = [states[layer] for layer in layers]
-        except IndexError:
-            raise MultiTokenError(
-                f"{type(self.tower).__name__} has hidden states 0 to {len(states) - 1} (or counted "
-                f"from the end, -1 to -{len(states)}), the recipe asks for layer {self.layer}"
-            ) from None
+        chosen = self.states(self.tower, super().layers(), functools.partial(self.run, inputs))
         if len({s.shape[2:] if s.ndim == 4 else s.shape[1:2] for s in chosen}) > 1:
             raise MultiTokenError(
                 f"{type(self.tower).__name__} has hidden states of different sizes at layers "
@@ -188,6 +190,42 @@ class ImageModality(PretrainedModality):
             return as_rgb(source, max_pixels=self.max_pixels)
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         return decode_image(fetch.read(source), name=name, max_pixels=self.max_pixels)
+
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """From width and height in the header, turned as decoding would turn the picture.
+
+        None for a PIL picture, which is there already. Raises what `load` and `prepare` raise.
+        """
+        if isinstance(source, Image.Image):
+            return None
+        return self.count_features(self.check_header(source, fetch))
+
+    def check_header(self, source: Any, fetch: Fetch) -> tuple[int, int] | None:
+        """Width and height of the picture that `load` gives, if its header tells them.
+
+        Raises MediaError for what its header shows to be no picture, or over the limit.
+        """
+        if isinstance(source, Image.Image):
+            return None
+        name = source if isinstance(source, str) and not source.startswith("data:") else ""
+        with fetch.open(source) as file:
+            return read_size(file, name=name, max_pixels=self.max_pixels)
+
+    def count_features(self, size: tuple[int, int] | None) -> int | None:
+        """Features of a picture of this width and height; of any size, if all have as many."""
+        if self.features not in ("patches", "all"):
+            return 1
+        if self.tile_grids is not None:
+            if size is None:
+                return None
+            side, patches = tile_shape(self.encoder, self.revision, self.layer)
+            width, height = size
+            grid = best_grid(height, width, self.tile_grids, side)
+            return len(reading_order(height, width, grid, patches)[0])
+        way = (self.encoder, self.revision, self.layer, self.features, self.pad_to_square)
+        if (number := _num_of_all_sizes(way)) is not None or size is None:
+            return number
+        return _num_of_blank(way, size)
 
     def prepare(self, raw: Any) -> Prepared:
         """An RGB picture -> what the encoder's own image processor makes of it.
@@ -280,6 +318,38 @@ def _num_features(
     probe = ImageEncoder(_skeleton(encoder, revision), features=features, layer=layer)
     with torch.no_grad():
         return int(probe(**inputs).values.shape[1])
+
+
+SIZES_TRIED = ((64, 64), (40, 120), (120, 40), (300, 200), (97, 1300), (1100, 800))
+"""Widths and heights, small and large, of several proportions."""
+
+
+@functools.lru_cache(maxsize=8)
+def _num_of_all_sizes(way: Way) -> int | None:
+    """Features of any picture, if the processor brings all to one shape; found by trying some."""
+    shapes: set[tuple[int, ...]] = set()
+    for size in SIZES_TRIED:
+        inputs = _blank(way, size).inputs
+        if set(inputs) != {"pixel_values"}:
+            return None  # with a mask, the number hangs on more than the shape
+        shapes.add(tuple(inputs["pixel_values"].shape))
+        if len(shapes) > 1:
+            return None
+    return _num_of_blank(way, SIZES_TRIED[0])
+
+
+@functools.lru_cache(maxsize=65_536)
+def _num_of_blank(way: Way, size: tuple[int, int]) -> int:
+    """Features of a picture of this width and height, whatever is on it."""
+    return _blank(way, size).num_features
+
+
+def _blank(way: Way, size: tuple[int, int]) -> Prepared:
+    encoder, revision, layer, features, padded = way
+    modality = ImageModality(
+        encoder=encoder, revision=revision, layer=layer, features=features, pad_to_square=padded
+    )
+    return modality.prepare(Image.new("RGB", size))
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
-from multi_token.media.image import as_rgb, decode_image
-from multi_token.media.kind import MediaKind, kind_of
+from multi_token.media.image import as_rgb, decode_image, read_size
+from multi_token.media.kind import NUM_BYTES, MediaKind, kind_of
 from multi_token.modalities.base import Encoder, PretrainedModality, in_micro_batches, stack_padded
 from multi_token.modalities.chunks import feature_extractor
 from multi_token.modalities.clips import clip_length, prepare_clip
@@ -137,6 +137,23 @@ class JointModality(PretrainedModality):
         except UnicodeDecodeError as error:
             raise _undecodable(f"{name or 'the text'} is not UTF-8 ({error}); convert it") from None
         return kind, self._checked_text(text, name or "the text")
+
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """One feature an item, of whatever kind; its first bytes tell that it is one.
+
+        None for what is there already (a PIL picture, an array) and for texts.
+        """
+        kind, inner = _named_kind(source)
+        if kind == "text" or isinstance(inner, (Image.Image, Mapping)):
+            return None
+        name = shorten(inner) if isinstance(inner, str) and inner[:5].lower() != "data:" else ""
+        with fetch.open(inner) as file:
+            kind = kind or kind_of(file.read(NUM_BYTES + 1), name=name)
+            self._check_kind(kind, name or "the item")
+            if kind == "image":
+                file.seek(0)
+                read_size(file, name=name, max_pixels=self.max_pixels)
+        return None if kind == "text" else 1
 
     def _check_kind(self, kind: MediaKind, name: str) -> None:
         known = list(methods(self.encoder, self.revision))

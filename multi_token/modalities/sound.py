@@ -16,12 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
+from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches
 from multi_token.modalities.chunks import (
     AudioModality,
     arrange_frames,
     cut_evenly,
     enumerate_frames,
+    even_lengths,
     feature_extractor,
 )
 from multi_token.projectors import Expand
@@ -87,24 +89,23 @@ class SoundModality(AudioModality):
     thirds, for encoders trained with it (fused). Shorter audio is repeated to fill a window."""
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))
 
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """From the number of samples in the header of WAV, FLAC and other plain formats."""
+        num_samples = self.count_samples(source, fetch)
+        if num_samples is None:
+            return None
+        window = self._window()
+        is_fused = self.long_audio == "fusion" and num_samples > window
+        return self._num_frames() * (1 if is_fused else len(even_lengths(num_samples, window)))
+
     def prepare(self, raw: np.ndarray) -> Prepared:
         """float32 [samples] -> CLAP's spectrograms of each window.
 
         `input_features` [windows, spectrograms, time, mels], `is_longer` bool [windows, 1];
         `chunk`, `frame` int64 [length]. Raises RecipeError for what is not a CLAP.
         """
-        extractor = feature_extractor(self.encoder, self.revision)
-        window = getattr(extractor, "nb_max_samples", None)
-        if window is None:
-            raise RecipeError(
-                f"{self.encoder} has a {type(extractor).__name__}; `sound` takes a CLAP"
-            )
+        extractor, window = feature_extractor(self.encoder, self.revision), self._window()
         fusion = self.long_audio == "fusion"
-        if fusion and extractor.truncation != "fusion":
-            raise RecipeError(
-                f"`long_audio: fusion` needs a fused CLAP, and {self.encoder} is none; use "
-                "`windows`"
-            )
         if fusion and len(raw) > window:
             spectrograms = [_fused(raw, window, extractor)]
         else:
@@ -116,11 +117,30 @@ class SoundModality(AudioModality):
             # and so every audio that comes alone
             "is_longer": torch.full((num_windows, 1), fusion),
         }
-        num_frames = 1
-        if self.features == "frames":
-            num_frames = _frames_per_window(self.encoder, self.revision)
+        num_frames = self._num_frames()
         inputs |= enumerate_frames([num_frames] * num_windows)
         return Prepared(inputs, num_features=num_windows * num_frames)
+
+    def _window(self) -> int:
+        """Samples of CLAP's window. Raises RecipeError for what is no CLAP, or not of that kind."""
+        extractor = feature_extractor(self.encoder, self.revision)
+        window = getattr(extractor, "nb_max_samples", None)
+        if window is None:
+            raise RecipeError(
+                f"{self.encoder} has a {type(extractor).__name__}; `sound` takes a CLAP"
+            )
+        if self.long_audio == "fusion" and extractor.truncation != "fusion":
+            raise RecipeError(
+                f"`long_audio: fusion` needs a fused CLAP, and {self.encoder} is none; use "
+                "`windows`"
+            )
+        return window
+
+    def _num_frames(self) -> int:
+        """Features of a window."""
+        if self.features == "pooled":
+            return 1
+        return _frames_per_window(self.encoder, self.revision)
 
     def build_encoder(self) -> SoundEncoder:
         """CLAP's audio half; the text half is dropped."""

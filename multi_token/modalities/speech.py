@@ -15,15 +15,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from multi_token.errors import MediaError, MultiTokenError, RecipeError
+from multi_token.errors import MediaError, RecipeError
+from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches, layers_up_to
 from multi_token.modalities.chunks import (
     AudioModality,
     arrange_frames,
     cut_evenly,
     enumerate_frames,
+    even_lengths,
     feature_extractor,
 )
+from multi_token.modalities.hidden_states import HiddenStates
 from multi_token.projectors import Stack
 from multi_token.types import Features, Prepared
 
@@ -42,6 +45,7 @@ class SpeechEncoder(Encoder):
         self.tower = tower
         self.features: SpeechFeatures = features
         self.layer = layer
+        self.states = HiddenStates(() if layer is None else (layer,))
         self.micro_batch = micro_batch
         self.dim = -1  # known after the first forward; `build_encoder` runs one
 
@@ -95,14 +99,8 @@ class SpeechEncoder(Encoder):
             return tower(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state
         if self.layer is None:
             return self.tower(**inputs).last_hidden_state
-        states = self.tower(**inputs, output_hidden_states=True).hidden_states
-        try:
-            return states[self.layer]
-        except IndexError:
-            raise MultiTokenError(
-                f"{type(self.tower).__name__} has hidden states 0 to {len(states) - 1} (or counted "
-                f"from the end, -1 to -{len(states)}), the recipe asks for layer {self.layer}"
-            ) from None
+        run = functools.partial(self.tower, **inputs)
+        return self.states(self.tower, super().layers(), run)[0]
 
 
 class SpeechModality(AudioModality):
@@ -127,6 +125,24 @@ class SpeechModality(AudioModality):
         if self.features == "start" and self.layer is not None:
             raise ValueError("`layer` is one of the encoder's, and `features: start` the decoder's")
         return self
+
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """From the number of samples in the header of WAV, FLAC and other plain formats."""
+        num_samples = self.count_samples(source, fetch)
+        if num_samples is None:
+            return None
+        extractor = feature_extractor(self.encoder, self.revision)
+        if extractor.model_input_names[0] == "input_values":
+            lengths = even_lengths(num_samples, self._longest(extractor))
+        else:
+            window, hop = self._window(extractor)
+            starts = range(0, num_samples, window)
+            lengths = [-(-min(window, num_samples - start) // hop) for start in starts]
+        num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]
+        if min(num_frames) < 1:
+            return None
+        counts = {"mean": 1, "start": len(num_frames), "frames": sum(num_frames)}
+        return counts[self.features]
 
     def prepare(self, raw: np.ndarray) -> Prepared:
         """float32 [samples] -> what the encoder's feature extractor makes of each chunk.
@@ -153,21 +169,24 @@ class SpeechModality(AudioModality):
         inputs |= enumerate_frames(num_frames)
         return Prepared(inputs, num_features=1 if self.features == "mean" else sum(num_frames))
 
+    def _longest(self, extractor: Any) -> int:
+        """Samples that an encoder of raw waveforms hears at once."""
+        return round((self.chunk_seconds or _DEFAULT_CHUNK_S) * extractor.sampling_rate)
+
     def _waveforms(self, raw: np.ndarray, extractor: Any) -> dict[str, Tensor]:
-        longest = round((self.chunk_seconds or _DEFAULT_CHUNK_S) * extractor.sampling_rate)
         rate = extractor.sampling_rate
         # one by one: together they would be padded
         chunks = [
             torch.as_tensor(extractor(piece, sampling_rate=rate)["input_values"][0])
-            for piece in cut_evenly(raw, longest)
+            for piece in cut_evenly(raw, self._longest(extractor))
         ]
         return {
             "input_values": nn.utils.rnn.pad_sequence(chunks, batch_first=True).float(),
             "num_samples": torch.tensor([len(chunk) for chunk in chunks]),
         }
 
-    def _mel_windows(self, raw: np.ndarray, extractor: Any) -> tuple[dict[str, Tensor], list[int]]:
-        """Inputs of all windows, and how many steps of each are not padding."""
+    def _window(self, extractor: Any) -> tuple[int, int]:
+        """Samples of a mel window, and of a step in it. Raises RecipeError."""
         window, hop = (getattr(extractor, name, None) for name in ("n_samples", "hop_length"))
         if window is None or hop is None:
             raise RecipeError(
@@ -179,6 +198,11 @@ class SpeechModality(AudioModality):
                 f"{self.encoder} has windows of {window / extractor.sampling_rate:g} s by itself; "
                 "leave out `chunk_seconds`"
             )
+        return window, hop
+
+    def _mel_windows(self, raw: np.ndarray, extractor: Any) -> tuple[dict[str, Tensor], list[int]]:
+        """Inputs of all windows, and how many steps of each are not padding."""
+        window, hop = self._window(extractor)
         pieces = [raw[at : at + window] for at in range(0, len(raw), window)]
         processed = extractor(pieces, sampling_rate=extractor.sampling_rate, return_tensors="pt")
         return (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
-from multi_token.media.series import read_series
+from multi_token.media.series import count_steps, read_series
 from multi_token.modalities.base import Encoder, Modality, in_micro_batches
 from multi_token.types import Features, Prepared
 
@@ -181,6 +181,19 @@ class TimeseriesModality(Modality):
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
         )
 
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """From the header of a `.npy` file; numbers in the row are read, since they are there."""
+        num_steps = count_steps(
+            source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
+        )
+        if num_steps is None:
+            return None
+        if self.encoder is None:
+            return math.ceil(num_steps / self.patch_length)
+        shape = self._window_shape()
+        num_full, rest = divmod(num_steps, shape.context)
+        return num_full * shape.num_patches + shape.num_new_patches(rest)
+
     def prepare(self, raw: Any) -> Prepared:
         """float32 [time, channels] -> what the encoder takes, and a feature for each patch.
 
@@ -216,7 +229,7 @@ class TimeseriesModality(Modality):
             fill = np.broadcast_to(last.mean(0), (missing, self.channels))
             windows.append(np.concatenate([fill, last]))
             observed.append(np.arange(shape.context)[:, None].repeat(self.channels, 1) >= missing)
-            num_new = min(shape.num_patches, math.ceil(rest / shape.stride))
+            num_new = shape.num_new_patches(rest)
             end = num_features + shape.num_patches
             feature += range(end - num_new, end)
         inputs = {
@@ -287,6 +300,10 @@ class WindowShape(NamedTuple):
     def channels_together(self) -> bool:
         """Whether channels go in side by side, and not each as a series of its own."""
         return self.channels > 1
+
+    def num_new_patches(self, rest: int) -> int:
+        """Patches of the last window that no window before has seen, if so many steps are left."""
+        return min(self.num_patches, math.ceil(rest / self.stride))
 
 
 @functools.lru_cache(maxsize=8)

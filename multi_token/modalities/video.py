@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.sampling import pick_frames
-from multi_token.media.video import decode_video
+from multi_token.media.video import count_pictures, decode_video
 from multi_token.modalities.base import Encoder, PretrainedModality
 from multi_token.modalities.clips import (
     ClipEncoder,
     build_clip_encoder,
     clip_length,
+    clip_shape,
     num_clip_features,
     prepare_clip,
 )
@@ -117,18 +118,7 @@ class VideoModality(PretrainedModality):
         | `{"path": ..., "start": 2, "end": 5.5}` | seconds 2 to 5.5; also `bytes`, `array` |
         | `{"array": ..., "fps": 25}`             | frames that have times                  |
         """
-        options: dict[str, Any] = {"start": None, "end": None}
-        rate = None
-        if isinstance(source, Mapping):
-            source, rate, options = _taken_apart(source)
-        options |= {
-            "num_frames": None if self.fps else self.num_frames,
-            "fps": self.fps,
-            "max_seconds": self.max_seconds,
-            "max_frames": self.max_frames,
-        }
-        if isinstance(source, Tensor):
-            source = source.detach().cpu().numpy()
+        source, rate, options = self._asked(source)
         if isinstance(source, np.ndarray):
             _check_array(source, self.max_pixels)
             taken = pick_frames(source, rate=rate, **options)  # type: ignore[reportArgumentType]
@@ -149,6 +139,64 @@ class VideoModality(PretrainedModality):
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         data = fetch.read(source)
         return decode_video(data, name=name, max_pixels=self.max_pixels, **options)
+
+    def _asked(self, source: Any) -> tuple[Any, float | None, dict[str, Any]]:
+        """What to read, frames a second of an array, and what is wanted of it."""
+        options: dict[str, Any] = {"start": None, "end": None}
+        rate = None
+        if isinstance(source, Mapping):
+            source, rate, options = _taken_apart(source)
+        if isinstance(source, Tensor):
+            source = source.detach().cpu().numpy()
+        options |= {
+            "num_frames": None if self.fps else self.num_frames,
+            "fps": self.fps,
+            "max_seconds": self.max_seconds,
+            "max_frames": self.max_frames,
+        }
+        return source, rate, options
+
+    def measure(self, source: Any, fetch: Fetch) -> int | None:
+        """`num_frames` of each item; with `fps`, its packets tell how long it is, undecoded.
+
+        None where a frame has more features the larger it is, or in another shape.
+        """
+        num_each, num_frames = self._num_each(), self._count_frames(source, fetch)
+        if num_each is None or num_frames is None:
+            return None
+        in_one = self.num_frames if self.read_as == "clip" else 1
+        return math.ceil(num_frames / in_one) * num_each
+
+    def _count_frames(self, source: Any, fetch: Fetch) -> int | None:
+        """Frames that `load` gives. Raises MediaError."""
+        source, rate, options = self._asked(source)
+        if isinstance(source, np.ndarray):
+            _check_array(source, self.max_pixels)
+            return len(pick_frames(range(len(source)), rate=rate, **options))
+        if isinstance(source, (list, tuple)):
+            _check_pictures(source)
+            image = ImageModality(encoder=self.encoder, max_pixels=self.max_pixels)
+            places = pick_frames(range(len(source)), rate=rate, **options)
+            for place in sorted(set(places)):
+                image.check_header(source[place], fetch)
+            return len(places)
+        if rate is not None:
+            return None
+        name = source if isinstance(source, str) and not source.startswith("data:") else ""
+        with fetch.open(source) as file:
+            return count_pictures(file, name=name, max_pixels=self.max_pixels, **options)
+
+    def _num_each(self) -> int | None:
+        """Features of a frame, or of a clip, if all have as many. Raises RecipeError."""
+        self._check_encoder()
+        if self.features not in ("patches", "all"):
+            return 1
+        if self.read_as == "frames":
+            return self._image().count_features(None)
+        shape = clip_shape(self.encoder, self.revision, self.num_frames)
+        if shape is None:
+            return None
+        return num_clip_features(self.encoder, self.revision, self.layer, self.features, shape)
 
     def prepare(self, raw: Any) -> Prepared:
         """RGB frames -> `pixel_values` [frames or clips, ...], `tile`, `patch` int64 [length].

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Encoder, Modality
+from multi_token.modalities.base import Encoder, Modality, told_length
 from multi_token.projectors import ProjectorSpec
 from multi_token.types import Features, Prepared
 
@@ -267,6 +267,18 @@ def _refuses(trial: Trial) -> str:
             "expected a MediaError"
         ) from error
     raise Broken("an object that is no source was read without a word")
+
+
+def tells_the_length(trial: Trial) -> str:
+    told = [told_length(trial.modality, source, trial.fetch) for source in trial.sources]
+    for index, (number, item) in enumerate(zip(told, trial.items, strict=True)):
+        if number is not None and number != item.num_features:
+            raise Broken(
+                f"source {index}: `measure` tells {number} features, `prepare` promises "
+                f"{item.num_features}"
+            )
+    num_told = sum(number is not None for number in told)
+    return f"{num_told} of {len(told)} sources are told, the others are decoded"
 
 
 CLAIMS: dict[str, Callable[[Trial], str]] = {

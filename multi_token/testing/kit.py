@@ -16,7 +16,7 @@ from typing import Any
 from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Modality, PretrainedModality
+from multi_token.modalities.base import Modality, PretrainedModality, tells_lengths
 from multi_token.projectors import ProjectorSpec
 from multi_token.testing.claims import (
     CLAIMS,
@@ -24,6 +24,7 @@ from multi_token.testing.claims import (
     Trial,
     takes_micro_batches,
     takes_projector,
+    tells_the_length,
 )
 
 _EXAMPLES = {
@@ -63,6 +64,8 @@ def check_modality(
     claims = dict(CLAIMS)
     if isinstance(modality, PretrainedModality):
         claims["small micro-batches give the same features"] = takes_micro_batches
+    if tells_lengths(type(modality)):
+        claims["the length told by the header is the prepared length"] = tells_the_length
     for kind in registry.names("projector"):
         if registry.entry("projector", kind, ProjectorSpec).state == "ready":
             claims[f"projector {kind} keeps its promise"] = partial(takes_projector, kind=kind)

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.flops import LanguageModelCost, ModuleCost, Work, num_elements
+from multi_token.train.preference import Pair
 from multi_token.types import IGNORE_INDEX, Sample
 
 COUNTS: tuple[str, ...] = (
@@ -34,7 +35,7 @@ COUNTS: tuple[str, ...] = (
 
 
 ROW_IDS = "row_ids"
-"""Where a batch carries the names of its rows, for messages."""
+"""Where a batch carries the names of its rows, for messages; of a bad one, what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Named:
 
     collator: Callable[[Any], Any]
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample | Pair]) -> dict[str, Any]:
         """Samples -> their Batch with `row_ids`."""
-        return {**self.collator(samples), ROW_IDS: [sample.id for sample in samples]}
+        plain = [one.sample if isinstance(one, Pair) else one for one in samples]
+        names = [sample.error or sample.id for sample in plain]
+        return {**self.collator(samples), ROW_IDS: names}
 
 
 def default_report_to() -> list[str]:
@@ -188,6 +191,8 @@ class Meter(TrainerCallback):
         """
         found = {name: float(norm) for name, norm in self.norms.items()}
         clipped = sum(norm**2 for norm in found.values()) ** 0.5
+        if not clipped and total:
+            return {}  # ZeRO keeps them elsewhere: groups are not known
         scale = total / clipped if total is not None and clipped > 0 else 1.0
         return {f"grad_norm/{name}": norm * scale for name, norm in found.items()}
 

@@ -45,6 +45,13 @@ class Source:
     """Indices of rows that can be learned from, once they have been read."""
     lengths: Sequence[int] = ()
     """Tokens of each good row."""
+    headers: bool = False
+    """Whether headers may tell these lengths (`data.lengths`)."""
+
+    @property
+    def by_header(self) -> bool:
+        """Whether they do: for a feature cache every item is decoded in any case."""
+        return self.headers and self.reader.cache is None
 
     def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
         """The good rows, or before they are known those that are conversations at all."""
@@ -52,7 +59,9 @@ class Source:
             try:
                 row = self.rows[index]
                 row_id = row_name(index, row, self.name)
-                yield to_conversation(row, list(self.reader.modalities), row_id=row_id), self.reader
+                # what nobody has decoded may be bad, and is then named by its row
+                reader = replace(self.reader, row_id=row_id) if self.by_header else self.reader
+                yield to_conversation(row, list(reader.modalities), row_id=row_id), reader
             except RowError:
                 continue
 
@@ -81,10 +90,16 @@ def open_source(
     recipe: Recipe,
     cache: FeatureCache | None,
 ) -> Source:
-    """The rows of a source; their items come from `cache`, if there is one."""
+    """The rows of a source; their items come from `cache`, if there is one.
+
+    Headers may tell the lengths of training rows, for which batches are planned; held-out rows and
+    those of the closed form alone are decoded always.
+    """
     assert model.reader is not None
     reader = replace(model.reader, fetch=Fetch(root=rows_root(source.rows)), cache=cache)
-    return Source(load_rows(source.rows, split=source.split), reader, source.rows)
+    headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
+    rows = load_rows(source.rows, split=source.split)
+    return Source(rows, reader, source.rows, headers=headers)
 
 
 def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
@@ -97,8 +112,11 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
     good: list[Source] = []
     problems: list[Problem] = []
     num_rows = num_tokens = num_supervised = 0
+    told = Report(0)
     for source in sources:
-        report = _scanned(source, recipe)
+        report = _scanned(source, recipe, console)
+        if source.by_header:
+            told = merge([told, report])
         num_rows += report.num_rows
         num_tokens += report.num_tokens
         num_supervised += report.num_supervised
@@ -123,7 +141,17 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
         sep="\n",
         highlight=False,
     )
+    if told.num_rows:
+        console.print(counted(told), highlight=False)
     return good
+
+
+def counted(report: Report) -> str:
+    """How the lengths of good rows were found, in words."""
+    num_good, num_decoded, num_known = len(report.good), report.num_decoded, report.num_remembered
+    by_header = num_good - num_decoded - num_known
+    known = f", {num_known:,} remembered" if num_known else ""
+    return f"lengths of {num_good:,} rows: {by_header:,} by header, {num_decoded:,} decoded{known}"
 
 
 def lengths_folder(recipe: Recipe) -> Path:
@@ -131,16 +159,26 @@ def lengths_folder(recipe: Recipe) -> Path:
     return Path(recipe.train.output_dir) / "lengths"
 
 
+_MANY = 50_000
+"""Rows from which on it is said that decoding them can be spared."""
 _NUM_COMPARED = 32
 """Rows of each source that every process reads, to see whether all find the same media."""
 
 
-def _scanned(source: Source, recipe: Recipe) -> Report:
+def _scanned(source: Source, recipe: Recipe, console: Console) -> Report:
     """The report on all rows, of which this process has read its share."""
-    read = partial(read_row, reader=source.reader, modalities=list(source.reader.modalities))
-    known = KnownLengths(lengths_folder(recipe), source.reader)
+    reader = replace(source.reader, by_header=source.by_header)
+    read = partial(read_row, reader=reader, modalities=list(reader.modalities))
+    known = KnownLengths(lengths_folder(recipe), reader)
     all_args = [{**recipe.train.args, **stage.args} for stage in recipe.train.stages]
     num_rows, num_shares = len(source.rows), num_processes()
+    spared = recipe.data.lengths == "decode" and recipe.data.on_bad_row == "raise"
+    if spared and source.reader.cache is None and num_rows - len(known) > _MANY:
+        console.print(
+            f"{num_rows:,} rows of {source.name} are read to know their lengths, with all media; "
+            "`data.lengths: headers` would read headers alone (docs/lengths.md)",
+            highlight=False,
+        )
     look = partial(scan, source.rows, read, source=source.name, known=known)
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED))))

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.data.dataset import ConversationDataset
+from multi_token.data.promised import PromisedDataset
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, Row, blind
 from multi_token.evaluate.rows import spread
@@ -42,17 +43,22 @@ def dataset_of(
     sources: Sequence[Source], model: MultiTokenForConditionalGeneration
 ) -> ConcatDataset[Any]:
     """The good rows of all sources as samples."""
-    return ConcatDataset(
-        [
-            ConversationDataset(
-                source.rows,
-                source.reader,
-                modalities=list(model.modalities),
-                good=source.good,
-                source=source.name,
-            )
-            for source in sources
-        ]
+    return ConcatDataset([_dataset_of(source, list(model.modalities)) for source in sources])
+
+
+def _dataset_of(source: Source, modalities: list[str]) -> ConversationDataset:
+    reader, good, name = source.reader, source.good, source.name
+    if not source.by_header:
+        return ConversationDataset(
+            source.rows, reader, modalities=modalities, good=good, source=name
+        )
+    return PromisedDataset(
+        source.rows,
+        reader,
+        modalities=modalities,
+        good=good,
+        source=name,
+        lengths=source.lengths,
     )
 
 
@@ -71,6 +77,7 @@ class Watch(TrainerCallback):
         self.spec = spec
         self.report = report
         self.console = console
+        self.held_out = held_out
         self.dataset = dataset_of(held_out, model) if held_out else None
         self.rows: list[Row] = [pair for source in held_out for pair in source.conversations()]
         self.blind = spec.blind and bool(self.rows)

@@ -259,3 +259,18 @@ def test_a_local_path_is_told_without_opening_it(tmp_path: Path) -> None:
 def test_it_travels_into_data_workers() -> None:
     fetch = Fetch(root="pictures", max_bytes=7)
     assert pickle.loads(pickle.dumps(fetch)) == fetch  # noqa: S301 - our own
+
+
+def test_a_file_may_be_read_in_part(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abcdef")
+    fetch = Fetch(root=str(tmp_path), max_bytes=6)
+    for source in ("a.bin", b"abcdef", "data:;base64,YWJjZGVm"):
+        with fetch.open(source) as file:
+            assert file.read(2) == b"ab" and file.seek(0) == 0
+    for source in ("gone.bin", str(tmp_path), "ftp://a/b", 3):
+        with pytest.raises(MediaError):
+            fetch.open(source)
+    with pytest.raises(MediaError, match="the limit is 5"):
+        Fetch(root=str(tmp_path), max_bytes=5).open("a.bin")
+    with pytest.raises(MediaError, match="files of this machine are not read here"):
+        Fetch(root=str(tmp_path), allow_paths=False).open("a.bin")

@@ -39,6 +39,7 @@ CONFIG = "its config round-trips"
 REFUSES = "a source that cannot be read is refused in one sentence"
 APART = "different items are told apart"
 FOUND = "its name leads to its class"
+TOLD = "the length told by the header is the prepared length"
 
 
 class Fault(VectorModality):
@@ -129,6 +130,21 @@ def test_a_wrong_number_of_features_is_named(broken: Any) -> None:
     assert "promises 2 features, the encoder gives 1" in found[FEATURES]
     assert "expected 20 tokens of width 16 for a batch, got [12, 16]" in found[TOKENS]
     assert BATCH not in found and SAME not in found
+
+
+def test_a_length_that_its_header_tells_otherwise_is_named(broken: Any) -> None:
+    class Lying(Fault):
+        def measure(self, source: Any, fetch: Fetch) -> int:
+            return 1
+
+    class Silent(Fault):
+        def load(self, source: Any, fetch: Fetch) -> Any:
+            return super().load(source, fetch)
+
+    assert broken(Lying)[TOLD] == "source 1: `measure` tells 1 features, `prepare` promises 2"
+    claims = {result.claim for result in check_modality(Silent(), SOURCES)}
+    assert TOLD not in claims, "what it inherits does not belong to its own `load`"
+    assert TOLD in {result.claim for result in check_modality(Fault(), SOURCES)}
 
 
 def test_a_wrong_width_and_numbers_that_are_none_are_named(broken: Any) -> None:

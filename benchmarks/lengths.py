@@ -1,0 +1,141 @@
+"""What it takes to know how long rows with pictures are: by decoding them, and by their headers.
+
+    python benchmarks/lengths.py [--rows 2000] [--size 640 480] [--rounds 3] [--out FILE.json]
+
+Writes JPEGs of one size (noise, blurred so that their files are as large as photographs are) and
+reads the rows as a run does before it trains, in one process, with three encoders: one that brings
+all pictures to one shape, LLaVA-NeXT's tiles, and one of native proportions. Both ways take turns;
+a time is the median over the rounds. What a round before it left in the system's memory is there
+for both, so a cold or distant disk, from which headers are less than all bytes, gains more.
+
+Border: scans with the library's own reader; lengths of both ways are compared, and must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.table import Table
+
+from multi_token.data.dataset import load_rows, read_row
+from multi_token.data.inspect import Report, scan
+from multi_token.page.machine import machine
+from multi_token.reader import Reader, build_reader
+from multi_token.recipe import Recipe
+from multi_token.testing import tiny_image_encoder, tiny_language_model
+
+GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one shape for all": ("clip", {}),
+    "tiles": ("clip", {"tile_grids": GRIDS, "projector": {"type": "linear", "line_break": True}}),
+    "native proportions": ("siglip2", {}),
+}
+"""Tiny encoders: the picture's size is what costs, and nothing is encoded."""
+
+
+def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
+    """Pictures and `rows.jsonl`; returns the mean size of a file in bytes."""
+    num_bytes = 0
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(num_rows):
+            path = folder / f"{number}.jpg"
+            noise = Image.effect_noise((size[0] // 4, size[1] // 4), 90).resize(size)
+            noise.filter(ImageFilter.BoxBlur(1)).convert("RGB").save(path, quality=90)
+            num_bytes += path.stat().st_size
+            messages = [
+                {"role": "user", "content": "What is <image>?"},
+                {"role": "assistant", "content": "noise"},
+            ]
+            file.write(json.dumps({"image": path.name, "messages": messages}) + "\n")
+    return num_bytes // num_rows
+
+
+def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> Reader:
+    """The reader of a recipe with one sense."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {
+                "language_model": str(folder / "language_model"),
+                "modalities": {
+                    "image": {"type": "image", "encoder": str(folder / encoder), **fields}
+                },
+            },
+            "data": {"train": [{"rows": str(folder / "rows.jsonl")}], "max_tokens": 100_000},
+            "train": {
+                "output_dir": str(folder / "run"),
+                "stages": [{"name": "projector", "learn": {"projectors": 1e-3}}],
+            },
+        }
+    )
+    return build_reader(recipe, root=str(folder))
+
+
+def scanned(reader: Reader, rows: Any) -> tuple[float, Report]:
+    """Seconds of a scan, and its report."""
+    began = time.perf_counter()
+    read = partial(read_row, reader=reader, modalities=["image"])
+    report = scan(rows, read, progress=False)
+    return time.perf_counter() - began, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=110)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_language_model(folder / "language_model")
+        for kind in ("clip", "siglip2"):
+            tiny_image_encoder(folder / kind, kind)
+        num_bytes = write_rows(folder, options.rows, tuple(options.size))
+        rows = load_rows(str(folder / "rows.jsonl"))
+        for way, (kind, fields) in WAYS.items():
+            reader = reader_of(folder, kind, fields)
+            readers = {"decode": reader, "headers": replace(reader, by_header=True)}
+            seconds: dict[str, list[float]] = {name: [] for name in readers}
+            reports: dict[str, Report] = {}
+            for _ in range(options.rounds):
+                for name, one in readers.items():
+                    took, reports[name] = scanned(one, rows)
+                    seconds[name].append(took)
+            assert reports["headers"] == reports["decode"], "headers tell other lengths"
+            assert reports["headers"].num_decoded == 0
+            decode, headers = (statistics.median(seconds[name]) for name in readers)
+            results.append({"way": way, "decode_s": decode, "headers_s": headers})
+    table = Table(
+        "encoder",
+        "decode, s",
+        "headers, s",
+        "ratio",
+        title=f"{options.rows:,} JPEGs of {options.size[0]} x {options.size[1]}, "
+        f"{num_bytes / 1000:.0f} kB each, {options.rounds} rounds",
+    )
+    for one in results:
+        decode, headers = one["decode_s"], one["headers_s"]
+        table.add_row(one["way"], f"{decode:.2f}", f"{headers:.2f}", f"{decode / headers:.1f}")
+    console.print(table)
+    if options.out is not None:
+        facts = {"machine": machine(), "rows": options.rows, "size": options.size}
+        options.out.write_text(json.dumps({**facts, "results": results}, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

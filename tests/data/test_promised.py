@@ -1,0 +1,79 @@
+"""data/promised.py: a row that breaks its promise is no exception, and goes through a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multi_token.collate import Collator
+from multi_token.data.dataset import load_rows, read_row
+from multi_token.data.promised import PromisedDataset, stand_in
+from multi_token.errors import RowError
+from multi_token.reader import Reader, build_reader
+from multi_token.recipe import Recipe
+from multi_token.train.distributed import refuse_bad_rows, refuse_no_numbers
+from multi_token.train.metrics import ROW_IDS, Named
+from multi_token.train.preference import Pair, PairCollator
+from multi_token.train.teacher import WithTeacher
+
+Fields = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def reader(recipe_fields: Fields, data: Path, tmp_path: Path) -> Reader:
+    return build_reader(Recipe.model_validate(recipe_fields(tmp_path / "run")), root=str(data))
+
+
+@pytest.fixture
+def rows(data: Path) -> Any:
+    return load_rows(str(data / "rows.jsonl"))
+
+
+def test_a_row_of_another_length_comes_with_what_is_wrong(rows: Any, reader: Reader) -> None:
+    read = [read_row(row, row["id"], reader=reader, modalities=["image"]) for row in rows]
+    lengths = [len(sample.input_ids) for sample in read]
+
+    def dataset(lengths: list[int]) -> PromisedDataset:
+        return PromisedDataset(rows, reader, modalities=["image"], lengths=lengths)
+
+    assert all(sample.error is None for sample in map(dataset(lengths).__getitem__, range(4)))
+    sample = dataset([lengths[0] + 1, *lengths[1:]])[0]
+    assert str(sample.error).startswith(f"row red: is {lengths[0]} tokens long, but by the headers")
+    assert sample.id == "red"
+
+
+def test_what_stands_in_for_a_bad_row_goes_through_every_collator(
+    rows: Any, reader: Reader
+) -> None:
+    good = read_row(rows[0], "red", reader=reader, modalities=["image"])
+    pair = replace(good, teacher=replace(good, places=[], media=[]), rejected=good)
+    error = RowError("is bad", kind="undecodable", row_id="blue")
+    for share in (False, True):
+        collator = Collator(
+            reader.modalities, reader.chat.filler_id, share_prefix=share, share_media=share
+        )
+        for collate in (collator, collator.pack, WithTeacher(collator, packed=False)):
+            for samples in ([pair, stand_in(error)], [stand_in(error)]):
+                names = Named(collate)(samples)[ROW_IDS]
+                assert names == ["red", error][-len(names) :]
+        pairs = [Pair(sample, torch.zeros(2)) for sample in (pair, stand_in(error))]
+        batch = Named(PairCollator(collator))(pairs)
+        assert batch[ROW_IDS] == ["red", error] and len(batch["input_ids"]) == 4
+
+
+def test_bad_rows_of_a_step_are_said_in_one_sentence_whatever_its_loss_is() -> None:
+    first = RowError("is bad", kind="undecodable", row_id="blue")
+    other = RowError("is worse", kind="missing_file", row_id="red")
+    for loss in (1.0, float("nan")):
+        with pytest.raises(
+            RowError, match=r"^row blue: is bad \(met at step 3, and 1 more with it, since with"
+        ) as caught:
+            refuse_no_numbers([(torch.tensor(loss), ["white", first, other])], 3)
+        assert caught.value.row_id == "blue" and caught.value.kind == "undecodable"
+    refuse_no_numbers([(torch.tensor(1.0), ["white"])], 3)
+    refuse_bad_rows(["white"], "step 3")
