@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 _LOG = logging.getLogger(__name__)
-_NO_NUMBERS = "the model makes no numbers of this prompt's media; send other media"
 
 
 @torch.no_grad()
@@ -40,12 +39,12 @@ def answer_together(
     rows = [row for row in rows if not row.is_done]
     if not rows:
         return
-    embeds, input_ids, attention_mask = _inputs(model, rows, filler_id)
+    embeds, input_ids, attention_mask = padded_inputs(model, rows, filler_id)
 
     def choose_all(_: Tensor, scores: Tensor) -> Tensor:
         ids, bad, all_likeliest = choose(rows, scores)
         for row in bad:
-            row.fail(ServeError(_NO_NUMBERS, status=400, retry=False))
+            row.fail(no_numbers())
         return scores if all_likeliest else forced(scores, ids)
 
     def have_ended(ids: Tensor, *_: Tensor, **__: object) -> Tensor:
@@ -69,7 +68,16 @@ def answer_together(
         row.fail(ServeError("the model ended the answer before it was complete", status=500))
 
 
-def _inputs(
+def no_numbers() -> ServeError:
+    """What is told to whose logits are NaN or infinite."""
+    return ServeError(
+        "the model makes no numbers of this prompt's media; send other media",
+        status=400,
+        retry=False,
+    )
+
+
+def padded_inputs(
     model: MultiTokenForConditionalGeneration, rows: Sequence[Running], filler_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings [batch, time, dim] with media, ids and mask [batch, time], padded on the left."""
@@ -143,17 +151,18 @@ def answer_one_by_one(
 
     A fault is a row's own if the model still answers a plain prompt; else `cause` is raised.
     """
-    _refuse_broken(model, cause)
+    refuse_broken(model, cause)
     for row in rows:
         row.begin()
         try:
             answer_together(model, [row], filler_id)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-            _refuse_broken(model, error)
+            refuse_broken(model, error)
             failed(row, error)
 
 
-def _refuse_broken(model: MultiTokenForConditionalGeneration, cause: Exception) -> None:
+def refuse_broken(model: MultiTokenForConditionalGeneration, cause: Exception) -> None:
+    """Raise `cause` if it is no prompt's fault: the model does not even answer a plain one."""
     try:
         answer_alone(model, plain_prompt(model), SamplingOptions(max_new_tokens=1))
     except Exception as error:  # noqa: BLE001 - whatever it is, the model is broken

@@ -1,6 +1,7 @@
-"""The engine that any language model can be served with: prompts that wait, as one padded batch.
+"""The engine that any language model can be served with: prompts in one padded batch.
 
-Border: who goes into a batch and when. How a batch is answered stands in padded.py.
+Border: who goes into the batch and when. How it is answered stands in stepping.py, and in padded.py
+for models whose rows cannot leave.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ from typing import TYPE_CHECKING
 from multi_token.generate import reader_of, stop_ids
 from multi_token.serve.engine import Event, Prompt, SamplingOptions
 from multi_token.serve.errors import ServeError
-from multi_token.serve.padded import answer_one_by_one, answer_together
+from multi_token.serve.padded import answer_one_by_one, answer_together, refuse_broken
 from multi_token.serve.prompts import context_length, refuse, shortest
-from multi_token.serve.running import Requests, Running
+from multi_token.serve.running import Requests, Running, failed
+from multi_token.serve.stepping import Stepping
+from multi_token.serve.way import Way, find_way
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 _LOG = logging.getLogger(__name__)
+_MAX_READ = 512
+"""Tokens of prompts that join at once, so that those who are being answered do not wait long."""
 
 
 class StaticEngine:
-    """Answers all that wait, up to a limit, in one padded batch; who comes then waits for the next.
+    """Answers prompts in one padded batch: a row leaves when it has ended, and who comes joins.
 
-    Fastest for prompts that come together, and exact for every language model that can be asked at
-    all: where padding changes answers, only prompts of one length share a batch.
+    So at the start of each step, if a trial at the start finds that it is exact (way.py). Else rows
+    leave only, and who comes waits for the next batch; or they stay until all have ended, which is
+    exact for every language model that can be asked at all. Where padding changes answers, only
+    prompts of one length share a batch.
     """
 
     name = "static"
@@ -51,6 +58,7 @@ class StaticEngine:
         self._filler_id = reader_of(model).chat.filler_id
         self._end_ids = frozenset(stop_ids(model))
         self._requests = Requests()
+        self._way: Way | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
 
@@ -60,7 +68,8 @@ class StaticEngine:
             return
         if self._thread is not None:
             self._thread.join()
-        _ = self.model.capabilities  # tried here, not in the first client's time
+        if self._way is None:  # tried here, not in the first client's time
+            self._way = find_way(self.model, self._filler_id)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="static engine", daemon=True)
         self._thread.start()
@@ -108,12 +117,12 @@ class StaticEngine:
 
     def _run(self) -> None:
         try:
-            while batch := self._take():
-                try:
-                    answer_together(self.model, batch, self._filler_id)
-                except Exception as error:  # noqa: BLE001 - one prompt must not end the others
-                    _LOG.error("a batch of %d failed", len(batch), exc_info=error)
-                    answer_one_by_one(self.model, batch, self._filler_id, error)
+            if self._way == "stay":
+                while batch := self._take(None):
+                    self._answer(batch)
+            else:
+                joins = self._way == "join"
+                self._answer_step_by_step(Stepping(self.model, self._filler_id, joins=joins))
         except Exception as error:  # noqa: BLE001 - every client must be told
             _LOG.error("the engine's thread ends", exc_info=error)
             with self._requests.changed:
@@ -121,25 +130,77 @@ class StaticEngine:
             for row in self._requests.all():
                 row.fail(ServeError("the engine has failed", status=503))
 
-    def _take(self) -> list[Running]:
-        """The next batch, when there is one; empty when there will be none."""
-        with self._requests.changed:
-            self._requests.changed.wait_for(lambda: self._requests.waiting or self._is_stopping)
-            if self._is_stopping:
-                return []
+    def _answer(self, batch: list[Running]) -> None:
+        """A batch to its end, in one call."""
+        try:
+            answer_together(self.model, batch, self._filler_id)
+        except Exception as error:  # noqa: BLE001 - one prompt must not end the others
+            _LOG.error("a batch of %d failed", len(batch), exc_info=error)
+            answer_one_by_one(self.model, batch, self._filler_id, error)
+
+    def _answer_step_by_step(self, stepping: Stepping) -> None:
+        """Whoever comes, a token of each at a step, until the engine is stopped."""
+        while not self._is_stopping:
+            if stepping.joins or not stepping.rows:
+                self._join(stepping, self._take(stepping))
+            try:
+                stepping.step()
+            except Exception as error:  # noqa: BLE001 - one prompt must not end the others
+                rows = stepping.rows
+                stepping.clear()
+                _LOG.error("a step of %d failed", len(rows), exc_info=error)
+                answer_one_by_one(self.model, rows, self._filler_id, error)
+
+    def _join(self, stepping: Stepping, rows: list[Running]) -> None:
+        """Begin to answer these. If that fails, it is not the fault of those that are answered."""
+        try:
+            stepping.join(rows)
+        except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
+            _LOG.error("%d prompts failed", len(rows), exc_info=cause)
+            if not stepping.joins:
+                answer_one_by_one(self.model, rows, self._filler_id, cause)
+                return
+            refuse_broken(self.model, cause)
+            for row in rows:
+                row.begin()
+                try:
+                    stepping.join([row])
+                except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                    refuse_broken(self.model, error)
+                    failed(row, error)
+
+    def _take(self, stepping: Stepping | None) -> list[Running]:
+        """Who is answered next: at once if there are rows that are being answered, else as soon as
+        somebody is there; nobody if the engine is stopped.
+        """
+        running = [] if stepping is None else stepping.rows
+        requests = self._requests
+        with requests.changed:
+            if not running:
+                requests.changed.wait_for(lambda: requests.waiting or self._is_stopping)
             batch: list[Running] = []
-            for row in list(self._requests.waiting):
-                if len(batch) < self.max_batch and self._fits([*batch, row]):
+            for row in [] if self._is_stopping else list(requests.waiting):
+                if len(running) + len(batch) == self.max_batch:
+                    break
+                if self._fits(stepping, running, [*batch, row]):
                     batch.append(row)
-                    self._requests.waiting.remove(row)
+                    requests.waiting.remove(row)
+                elif self._way == "join":
+                    break  # those behind it must not overtake it again and again
             return batch
 
-    def _fits(self, rows: list[Running]) -> bool:
+    def _fits(self, stepping: Stepping | None, running: list[Running], rows: list[Running]) -> bool:
         """Whether these may be answered together, as each alone and within memory."""
-        if len(rows) == 1:
+        if not running and len(rows) == 1:
             return True
         lengths = [len(row.prompt.input_ids) for row in rows]
-        longest = max(lengths) + max(row.options.max_new_tokens for row in rows)
-        if longest * len(rows) > self.max_batch_tokens:
+        if self._way == "join" and len(rows) > 1 and sum(lengths) > _MAX_READ:
             return False
-        return len(set(lengths)) == 1 or self.model.capabilities.answers_together(longest)
+        if stepping is None:
+            longest = max(lengths) + max(row.options.max_new_tokens for row in rows)
+        else:
+            longest = stepping.width_with(rows)
+        if longest * (len(running) + len(rows)) > self.max_batch_tokens:
+            return False
+        is_equal = not running and len(set(lengths)) == 1
+        return is_equal or self.model.capabilities.answers_together(longest)
