@@ -29,7 +29,7 @@ from multi_token.chat import ChatFormat
 from multi_token.encoders import TrainedEncoder, attach_lora, trained_tensors
 from multi_token.errors import CheckpointError
 from multi_token.hub import local_folder
-from multi_token.language_model import load_language_model, load_tokenizer
+from multi_token.language_model import load_embeddings, load_language_model, load_tokenizer
 from multi_token.language_model_folder import (
     LANGUAGE_MODEL,
     described_inside,
@@ -57,17 +57,21 @@ ENCODER_WEIGHTS = "encoders.safetensors"
 
 
 def compose(
-    spec: ModelSpec, *, max_tokens: int | None = None
+    spec: ModelSpec, *, max_tokens: int | None = None, with_layers: bool = True
 ) -> MultiTokenForConditionalGeneration:
-    """The model of a recipe before any training: frozen parts loaded, projectors new."""
-    language_model = load_language_model(
+    """The model of a recipe before any training: frozen parts loaded, projectors new.
+
+    Unless `with_layers`, of the language model its embeddings alone (`EmbeddingsOnly`).
+    """
+    load_child = load_language_model if with_layers else load_embeddings
+    language_model: Any = load_child(
         spec.language_model,
         revision=spec.revision,
         dtype=spec.dtype,
         attn_implementation=spec.attn_implementation,
         quantization=spec.quantization,
     )
-    width = language_model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+    width = language_model.get_input_embeddings().weight.shape[1]
     encoders = {name: modality.build_encoder() for name, modality in spec.modalities.items()}
     projectors = {
         name: modality.projector.build(encoders[name].dim, int(width))
@@ -223,9 +227,8 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
         )
     if fields.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path} has checkpoint schema {fields.get('schema')!r}, this version "
-            f"({__version__}) reads {SCHEMA}; it was written by multi_token "
-            f"{fields.get('multi_token_version')}"
+            f"{path} has checkpoint schema {fields.get('schema')!r}, this version reads {SCHEMA} "
+            f"({__version__}); it was written by multi_token {fields.get('multi_token_version')}"
         )
     return fields
 
@@ -236,14 +239,14 @@ def load(
     revision: str | None = None,
     language_model: str | None = None,
     device: str | None = None,
+    with_layers: bool = True,
 ) -> MultiTokenForConditionalGeneration:
     """A run's folder or hub name -> the model with its reader, in eval mode.
 
     `revision`: branch, tag or commit of a hub name (`user/run@revision` says the same).
-    `language_model`: where the frozen language model is now, if its folder has moved.
+    `language_model`: where the frozen one is now, if it has moved. `with_layers`: see `compose`.
 
-    Raises CheckpointError for a folder that is not ours, lacks or has too many tensors, or belongs
-    to another language model.
+    Raises CheckpointError for one that is not ours, not whole, or of another language model.
     """
     fields = read_config(folder, revision=revision)
     path = local_folder(folder, revision=revision)
@@ -251,7 +254,7 @@ def load(
     if language_model is not None:
         spec_fields |= {"language_model": language_model, "revision": None}
     spec = validated(ModelSpec, resolved(spec_fields, path), where=str(path / CONFIG))
-    model = compose(spec)
+    model = compose(spec, with_layers=with_layers)
     model.config.base_model = fields.get("base_model")
     load_trained(model, path, fields)
     if fields.get("base_identity"):

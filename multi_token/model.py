@@ -101,6 +101,11 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             self._capabilities = probe(self.language_model)
         return self._capabilities
 
+    @capabilities.setter
+    def capabilities(self, found: Capabilities) -> None:
+        """For a language model that runs elsewhere, which cannot be tried here."""
+        self._capabilities = found
+
     def get_input_embeddings(self) -> nn.Module:
         """ids -> what the language model makes of them before its first layer."""
         embedding = self.language_model.get_input_embeddings()

@@ -87,21 +87,22 @@ def identity(language_model: Any) -> dict[str, Any]:
     `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
     quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter
     changes; one that stands beside it changes nothing. A hash is None where it cannot be made: on
-    the meta device, or of quantized layers.
+    the meta device, of quantized layers, or where they were not loaded.
     """
     config = language_model.config.get_text_config()
     embeddings = language_model.get_input_embeddings().weight
     rows = embeddings[:: max(1, len(embeddings) // _NUM_ROWS)][:_NUM_ROWS]
     parameters = [p for _, p in sorted(own_tensors(language_model.named_parameters()).items())]
     vectors = [p for p in parameters if p.ndim == 1 and p.is_floating_point()]
+    is_whole = getattr(language_model, "has_layers", True)
     return {
         "model_type": config.model_type,
         "hidden_size": int(embeddings.shape[1]),
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
         "num_ids": int(embeddings.shape[0]),
         "dtype": str(embeddings.dtype).removeprefix("torch."),
-        "weights": _hash([rows, *vectors]),
-        "layers": _hash(_pieces(parameters)),
+        "weights": _hash([rows, *vectors]) if is_whole else None,
+        "layers": _hash(_pieces(parameters)) if is_whole else None,
     }
 
 

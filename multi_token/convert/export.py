@@ -23,6 +23,7 @@ from multi_token.checkpoint import CONFIG, PROJECTORS, load, save
 from multi_token.convert.merge import merge
 from multi_token.convert.parts_template import over_parts, placeholder
 from multi_token.convert.staging import staged
+from multi_token.drive import layer_inputs
 from multi_token.errors import ConvertError
 from multi_token.language_model_folder import (
     LANGUAGE_MODEL,
@@ -34,6 +35,7 @@ from multi_token.model import MultiTokenForConditionalGeneration
 Format = Literal["merged", "language-model", "llava"]
 ENCODERS, MANIFEST = "encoders", "manifest.json"
 MANIFEST_SCHEMA = 1
+_NUM_GOLDEN = 8
 
 
 def export(
@@ -111,19 +113,30 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, Any]:
-    """A question and its answer in ids: what a served copy is checked against."""
+    """A question and its answer in ids: what a served copy is checked against.
+
+    The likeliest ids of the model itself, whatever its generation config asks for besides.
+    """
     from multi_token.generate import reader_of
 
-    reader = reader_of(model)
-    ids = reader.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    new: Any = model.language_model.generate(
-        inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=8,
-        do_sample=False,
-        pad_token_id=reader.chat.filler_id,
-    )
-    return {"text": text, "input_ids": ids[0].tolist(), "greedy_ids": new[0].tolist()}
+    tokenizer = reader_of(model).tokenizer
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    num_prompt, logprobs = ids.shape[1], []
+    for _ in range(_NUM_GOLDEN):
+        logits = model.language_model(
+            inputs_embeds=model.get_input_embeddings()(ids),
+            use_cache=False,
+            **layer_inputs(model.language_model, ids),
+        ).logits[0, -1]
+        logprob, likeliest = logits.float().log_softmax(-1).max(-1)
+        logprobs.append(round(float(logprob), 4))
+        ids = torch.cat([ids, likeliest.view(1, 1)], 1)
+    return {
+        "text": text,
+        "input_ids": ids[0, :num_prompt].tolist(),
+        "greedy_ids": ids[0, num_prompt:].tolist(),
+        "greedy_logprobs": logprobs,
+    }
 
 
 def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +149,8 @@ def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any])
         "language_model": {
             "folder": LANGUAGE_MODEL,
             **model.config.identity,  # type: ignore[dict-item]
+            "embedding_scale": model.capabilities.embedding_scale,
+            "needs_ids": model.capabilities.needs_ids,
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         },
         "modalities": {

@@ -1,0 +1,125 @@
+"""`multi-token export`, engines, `multi-token serve --backend vllm`: as people start them.
+
+Border: the command line; what is answered is test_vllm.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from multi_token.cli import app
+from multi_token.cli.serve import ENGINE_KEY_VARIABLE
+from multi_token.errors import MultiTokenError
+from multi_token.types import Conversation, Media, Message, Text
+from tests.serve.asking import PICTURE, QUESTION, RED, asked, content_of, post
+from tests.serve.vllm_stand_in import StandIn
+
+pytestmark = pytest.mark.slow
+KEY = "sk-of-the-engines"
+
+
+@contextmanager
+def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its URL, and what it has printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "multi_token", "serve", *arguments, "--port", "0", "--workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, ENGINE_KEY_VARIABLE: KEY},
+    )
+    printed: list[str] = []
+    listens = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            if "curl " in line:
+                listens.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert listens.wait(120), "".join(printed)
+        url = re.search(r"listens on (\S+);", "".join(printed))
+        assert url is not None
+        yield process, url[1], printed
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_an_exported_run_is_served_before_two_engines(
+    served_run: Path, served_model: Any, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    out = tmp_path / "out"
+    arguments = ["export", str(served_run), "--to", "language-model", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    engines = [StandIn(served_model.language_model, key=KEY) for _ in range(2)]
+    urls = [part for engine in engines for part in ("--engine-url", engine.url)]
+    (tmp_path / "red.png").write_bytes(RED)
+    parts = (Media("image", str(tmp_path / "red.png")), Text("What is this?"))
+    question = Conversation((Message("user", parts),))
+    expected = served_model.generate([question], max_new_tokens=8)[0]
+    with (
+        gateway(str(out), "--backend", "vllm", *urls) as (process, url, printed),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        for _ in range(4):
+            found = content_of(post(http, asked(PICTURE, QUESTION), temperature=0))
+            assert found.strip() == expected
+        assert sum(len(engine.bodies) for engine in engines) == 4
+        assert http.get("/health").status_code == 200
+        for engine in engines:
+            engine.die()
+        assert engines[0].wait_until(lambda: http.get("/health").status_code == 503)
+        lost = post(http, asked(PICTURE, QUESTION))
+        assert lost.status_code == 503 and lost.json()["error"]["code"] == "no_engine"
+        engines[1].start()
+        assert engines[1].wait_until(lambda: http.get("/health").status_code == 200)
+        assert content_of(post(http, asked(PICTURE, QUESTION))).strip() == expected
+        assert KEY not in "".join(printed)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    engines[1].die()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--backend", "vllm"], "needs at least one: give --backend vllm"),
+        (["--engine-url", "http://127.0.0.1:9"], "needs at least one: give --backend vllm"),
+        (["--backend", "vllm", "--engine-url", "127.0.0.1:9"], "should be http://HOST:PORT"),
+        (
+            ["--backend", "vllm", "--engine-url", "http://127.0.0.1:9"],
+            "has no manifest.json.*multi-token export RUN --to language-model --out",
+        ),
+    ],
+)
+def test_what_cannot_be_served_so_is_refused_before_anything_is_loaded(
+    options: list[str], words: str, served_run: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, ["serve", str(served_run), *options])
+    assert isinstance(result.exception, MultiTokenError)
+    assert re.search(words, str(result.exception)) and "\n" not in str(result.exception)
