@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,7 @@ from rich.table import Table
 from multi_token.checkpoint import compose, load
 from multi_token.data.dataset import load_rows, rows_root
 from multi_token.data.formats import to_conversation
-from multi_token.demo.parts import language_model_folder
+from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
 from multi_token.page.machine import machine
 from multi_token.recipe import ModelSpec, load_recipe
@@ -75,14 +76,19 @@ class Watch:
         """Nothing is left to do."""
 
 
-def composed(folder: Path) -> None:
-    """A run with the demo's language model and a sense that has learned nothing."""
-    fields = {
-        "language_model": str(language_model_folder()),
-        "modalities": {
-            "vector": {"type": "vector", "dim": _DIM, "projector": {"type": "expand", "factor": 8}}
-        },
+def composed(folder: Path, *, with_pictures: bool = False) -> None:
+    """A run with the demo's language model and senses that have learned nothing."""
+    senses: dict[str, Any] = {
+        "vector": {"type": "vector", "dim": _DIM, "projector": {"type": "expand", "factor": 8}}
     }
+    if with_pictures:
+        senses["image"] = {
+            "type": "image",
+            "encoder": str(encoder_folder()),
+            "features": "pooled",
+            "projector": {"type": "expand", "factor": 8},
+        }
+    fields = {"language_model": str(language_model_folder()), "modalities": senses}
     torch.manual_seed(0)
     compose(ModelSpec.model_validate(fields)).save_pretrained(folder)
 
@@ -134,13 +140,21 @@ def bare_answers(model: Any, conversations: Sequence[Conversation], max_tokens: 
     return bare
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that listens. `faults`: lines of its log about errors, the last thousand."""
+
+    url: str
+    pid: int
+    faults: deque[str]
+
+
 @contextmanager
-def served(run: Path, backend: str, max_batch: int) -> Iterator[str]:
-    """A server in a process of its own, without a cache of media; its URL."""
-    options = ["--port", "0", "--backend", backend, "--max-batch", str(max_batch)]
-    options += ["--cache-megabytes", "0", "--workers", "1", "--max-queue", "10000", "--no-examples"]
+def served(run: Path, *options: str) -> Iterator[Served]:
+    """A server in a process of its own, on a free port; the model is called `measured`."""
+    command = [sys.executable, "-m", "multi_token", "serve", str(run), "--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "multi_token", "serve", str(run), *options, "--name", "measured"],
+        [*command, "--no-examples", "--name", "measured", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -155,10 +169,17 @@ def served(run: Path, backend: str, max_batch: int) -> Iterator[str]:
             break
     if url is None:
         raise SystemExit("the server did not start:\n" + "".join(printed[-20:]))
-    # its log has to be read, or it waits for somebody who does
-    threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
+    faults: deque[str] = deque(maxlen=1000)
+
+    def read() -> None:
+        """Its log has to be read, or it waits for somebody who does."""
+        for line in process.stdout or ():
+            if not re.match(r"\S+ \S+ INFO ", line):
+                faults.append(line.rstrip())
+
+    threading.Thread(target=read, daemon=True).start()
     try:
-        yield url
+        yield Served(url, process.pid, faults)
     finally:
         process.terminate()
         process.wait(60)
@@ -187,8 +208,10 @@ def compared(
     """The figures of one backend."""
     prompts = [request_messages(c.messages, Fetch()) for c in conversations]
     few, few_prompts = conversations[: args.num_alone], prompts[: args.num_alone]
-    with served(run, backend, args.clients) as url:
-        work = Load(url, "measured", prompts, max_tokens=args.max_tokens)
+    options = ["--backend", backend, "--max-batch", str(args.clients), "--max-queue", "10000"]
+    options += ["--cache-megabytes", "0", "--workers", "1"]  # no cache of media
+    with served(run, *options) as server:
+        work = Load(server.url, "measured", prompts, max_tokens=args.max_tokens)
 
         def asked(load: Load, num_clients: int) -> Measured:
             number = len(load.prompts)
@@ -200,8 +223,7 @@ def compared(
         tick()
         rounds = []
         for _ in range(args.rounds):  # in turns, so that a slow minute is everybody's
-            bare, server = bare_answers(model, few, args.max_tokens), asked(alone, 1)
-            rounds.append((bare, server))
+            rounds.append((bare_answers(model, few, args.max_tokens), asked(alone, 1)))
             tick()
         ones, manies = [], []
         for _ in range(args.rounds):

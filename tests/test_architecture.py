@@ -44,6 +44,7 @@ NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket
 NETWORK |= {"urllib", "urllib3"}
 SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/address.py"}
 SPEAKS_TO_A_NETWORK |= {"multi_token/serve/bench.py"}  # to the server that it measures
+SPEAKS_TO_A_NETWORK |= {"multi_token/serve/vllm_wire.py"}  # to the engines that it was given
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 FAMILIES = re.compile(
     r"llama|qwen|gemma|mistral|mixtral|smollm|falcon|deepseek|olmo|granite|mamba|lfm2|cohere"

@@ -26,7 +26,7 @@ _SYSTEM = typer.Option(None, help="A system message.")
 
 
 def _load(
-    run: Path, language_model: str | None, device: str | None
+    run: Path, language_model: str | None, device: str | None, *, with_layers: bool = True
 ) -> MultiTokenForConditionalGeneration:
     import torch
 
@@ -38,7 +38,7 @@ def _load(
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )
         device = str(found) if found is not None else "cpu"
-    return load(run, language_model=language_model, device=device)
+    return load(run, language_model=language_model, device=device, with_layers=with_layers)
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

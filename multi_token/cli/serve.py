@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from multi_token.serve.settings import ServeSettings
 
 KEYS_VARIABLE = "MULTI_TOKEN_API_KEYS"
+ENGINE_KEY_VARIABLE = "MULTI_TOKEN_ENGINE_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -35,13 +36,23 @@ def serve(
     max_queue: int = typer.Option(None, help="Answers that may wait; default: 4 x --max-batch."),
     deadline: float = typer.Option(300.0, help="The longest that a request may take, in seconds."),
     cache_megabytes: int = typer.Option(256, help="Projected media kept for when they come again."),
+    cache_tokens: int = typer.Option(
+        None, help="Tokens that --backend continuous keeps at once; default: 1024 an answer."
+    ),
     workers: int = typer.Option(2, help="Processes that decode media."),
     allow_url_host: list[str] = typer.Option(
         None, help="A host that media may be fetched from; default: none."
     ),
     backend: str = typer.Option(
         "static",
-        help="static: padded batches, for any model; continuous: late comers join, newer.",
+        help="static: padded batches, for any model; continuous: late comers join, newer; vllm: "
+        "answers come from engines at --engine-url.",
+    ),
+    engine_url: list[str] = typer.Option(
+        None, help=f"A vLLM with the language model of an export; its key: {ENGINE_KEY_VARIABLE}."
+    ),
+    engine_wait: float = typer.Option(
+        0.0, help="How long the start waits for the first engine, in seconds."
     ),
     examples: bool = typer.Option(
         True, help="Whether the chat page shows some rows of the run's training."
@@ -72,11 +83,15 @@ def serve(
         max_queue=max_queue,
         deadline_s=deadline,
         cache_bytes=cache_megabytes * 1024 * 1024,
+        num_cache_tokens=cache_tokens,
         num_workers=workers,
         run_folder=run.resolve(),
         show_examples=examples,
         allowed_url_hosts=tuple(allow_url_host or ()),
         backend=backend,
+        engine_urls=tuple(engine_url or ()),
+        engine_key=os.environ.get(ENGINE_KEY_VARIABLE) or None,
+        engine_wait_s=engine_wait,
         shutdown_timeout_s=shutdown_timeout,
     )
     _run(run, settings, language_model, device)
@@ -137,7 +152,12 @@ def _run(
     logging.getLogger("multi_token.serve").setLevel(logging.INFO)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"loading {run} ...")
-    model = _load(run, language_model, device)
+    is_elsewhere = settings.backend == "vllm"
+    if is_elsewhere:
+        from multi_token.serve.vllm_golden import read_golden
+
+        read_golden(run)  # a folder without it is refused before anything is loaded
+    model = _load(run, language_model, device, with_layers=not is_elsewhere)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _say(console, server, service))
     server.run()

@@ -30,8 +30,11 @@ class Usage:
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Name of a sense -> `image` or `audio`, for those that OpenAI's fields can say."""
 
-    def as_json(self, num_completion: int) -> dict[str, Any]:
-        """OpenAI's `usage`, with `media_tokens` beside its own details."""
+    def as_json(self, num_completion: int, num_cached: int = 0) -> dict[str, Any]:
+        """OpenAI's `usage`, with `media_tokens` beside its own details.
+
+        `num_cached`: tokens of the prompt that the engine had computed before, if it says.
+        """
         of_kind = {
             kind: sum(n for name, n in self.media.items() if self.kinds.get(name) == kind)
             for kind in ("image", "audio")
@@ -44,7 +47,7 @@ class Usage:
                 "text_tokens": self.num_prompt - sum(self.media.values()),
                 "image_tokens": of_kind["image"],
                 "audio_tokens": of_kind["audio"],
-                "cached_tokens": 0,
+                "cached_tokens": num_cached,
                 "media_tokens": dict(self.media),
             },
         }

@@ -23,6 +23,7 @@ from multi_token.serve.admission import Deadline
 from multi_token.serve.answers import SSE_DONE, Head, choice, error_body, error_headers, sse
 from multi_token.serve.chat_page import KEYLESS, add_page
 from multi_token.serve.choices import Answer
+from multi_token.serve.engine import HasEngines
 from multi_token.serve.errors import ServeError
 from multi_token.serve.guard import RECORD, ClientGone, Guard, Record
 from multi_token.serve.openapi import REFERENCE, describe, reference_page
@@ -97,7 +98,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         if not chat.stream:
             return await or_gone(request.receive, _whole(answering, head, record, headers))
         stack = AsyncExitStack()
-        answer = await or_gone(request.receive, stack.enter_async_context(answering))
+        answer = await or_gone(request.receive, _begun(service, answering, stack))
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
         events = _events(answer, head, record, with_usage=with_usage)
         return _Stream(events, stack, headers)
@@ -210,6 +211,22 @@ def _answering(
         deadline=deadline,
         arrived=record.started,
     )
+
+
+async def _begun(
+    service: Service, answering: AbstractAsyncContextManager[Answer], stack: AsyncExitStack
+) -> Answer:
+    """An answer of which a stream can be made. Where engines elsewhere may still refuse it, it
+    waits for their first word: a stream that has begun has no status of its own any more.
+    """
+    answer = await stack.enter_async_context(answering)
+    if isinstance(service.engine, HasEngines):
+        try:
+            await answer.begun()
+        except BaseException:
+            await stack.aclose()
+            raise
+    return answer
 
 
 async def _whole(

@@ -69,12 +69,14 @@ class Answer:
         """The code of the error that ended it."""
         self._choices = [_Choice(text) for text in texts]
         self._usage = usage
+        self._num_cached = 0  # of the choice that began first: the others may find what it left
         self._deadline = deadline
         self._end_ids = end_ids
         self._cancel = cancel
         self._spelling = spelling
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._first: tuple[int, Event] | None = None
         late = Failure(deadline.error())
         self._timer = self._loop.call_later(
             deadline.remaining_s, self._events.put_nowait, (0, late)
@@ -109,7 +111,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
-        return self._usage.as_json(self.num_tokens)
+        return self._usage.as_json(self.num_tokens, self._num_cached)
 
     def counts(self) -> dict[str, Any]:
         """What the log says of it."""
@@ -119,10 +121,18 @@ class Answer:
             "media": dict(self._usage.media),
         }
 
+    async def begun(self) -> None:
+        """Until something has come of it. Raises ServeError if that is an error."""
+        index, event = await self._events.get()
+        if isinstance(event, Failure):
+            self._piece(index, event)
+        self._first = (index, event)
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """Pieces as they come, until every choice has ended. Raises ServeError."""
         while not self.is_complete:
-            index, event = await self._events.get()
+            index, event = self._first or await self._events.get()
+            self._first = None
             piece = self._piece(index, event)
             if piece is not None:
                 yield piece
@@ -157,6 +167,7 @@ class Answer:
             return self._told(index, choice.text.end(), choice.finish)
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
+            self._num_cached = event.num_cached
         choice.num_tokens += 1
         if event.id not in self._end_ids:
             choice.held.append(event)

@@ -29,6 +29,7 @@ from multi_token.serve.padded import (
     plain_prompt,
     tokens_of,
 )
+from multi_token.serve.prefix_hits import PrefixHits
 from multi_token.serve.prompts import context_length, refuse, shortest
 from multi_token.serve.running import Requests, Running, choose, failed, forced
 from multi_token.serve.soft_tokens import SoftEmbedding, SoftIds, soft_embedding
@@ -87,6 +88,7 @@ class ContinuousEngine:
         self._requests = Requests()
         self._numbers = itertools.count()
         self._by_number: dict[str, Running] = {}
+        self.prefix = PrefixHits()
         self._thread: threading.Thread | None = None
         self._is_open = False  # for prompts of clients
         self._admits = False  # prompts that wait may go into the loop that runs
@@ -138,7 +140,9 @@ class ContinuousEngine:
 
     def _build(self) -> Paged:
         language_model = without_adapter(self.model.language_model)
-        return _paged().Paged(language_model, choose=self._choose, **self._paged_options)
+        return _paged().Paged(
+            language_model, choose=self._choose, on_read=self._on_read, **self._paged_options
+        )
 
     def _prove(
         self,
@@ -226,7 +230,9 @@ class ContinuousEngine:
                 f"{self._num_soft_tokens} that this server keeps; send fewer items",
                 param="messages",
             )
-        self._add(Running(request_id, prompt, options, emit, self._end_ids, self._on_end))
+        told = self.prefix.telling(emit, lambda: row.number)
+        row = Running(request_id, prompt, options, told, self._end_ids, self._on_end)
+        self._add(row)
 
     def cancel(self, request_id: str) -> None:
         """End an answer early; see `Engine`. Its pages are free before the next step."""
@@ -237,6 +243,11 @@ class ContinuousEngine:
     @property
     def is_alive(self) -> bool:
         return self._is_open and self._thread is not None and self._thread.is_alive()
+
+    @property
+    def cache_usage(self) -> float:
+        """The part of the cache that answers hold, 0 to 1."""
+        return self._paged.cache_usage if self.is_alive else 0.0
 
     @property
     def num_running(self) -> int:
@@ -294,6 +305,7 @@ class ContinuousEngine:
         # have been written over stands under ids that nobody will ever have again
         with self._requests.changed:
             self._requests.forget(row)
+            self.prefix.forget(row.number)
             if self._by_number.pop(row.number, None) is not None:
                 self._ids.unpin([key for key, _ in _items(row.prompt)])
             self._admit()
@@ -304,6 +316,14 @@ class ContinuousEngine:
             # in one long row a number that is none spreads to all, and into the cache
             raise LanguageModelError(f"no numbers come of {len(bad)} of {len(numbers)} prompts")
         return scores if all_likeliest else forced(scores, ids)
+
+    def _on_read(self, number: str, num_there: int) -> None:
+        if number in self.prefix:
+            return  # a later step, or a prompt that was put back and is read again
+        with self._requests.changed:
+            row = self._by_number.get(number)
+            if row is not None:
+                self.prefix.add(number, len(row.prompt.input_ids), num_there)
 
     def _give_up(self, number: str, why: str) -> None:
         row = self._by_number.get(number)

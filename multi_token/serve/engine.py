@@ -1,17 +1,22 @@
 """What is asked of an engine, and what it says while it answers.
 
-Border: types only. static.py and continuous.py hold engines; none of them knows HTTP or text.
+Border: types only. static.py, continuous.py and vllm.py hold engines; none of them knows text, nor
+the HTTP of clients.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from multi_token.types import Place
+
+if TYPE_CHECKING:
+    from multi_token.serve.prefix_hits import PrefixHits
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Prompt:
     """For each place float [length, dim], what its projector made."""
     keys: tuple[str, ...]
     """For each place; equal only for equal content, encoder, projector and tenant."""
+    tenant: str = ""
+    """Who asks; what is kept of a prompt is not used for another one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest ids with their log-probabilities, likeliest first."""
+    num_cached: int = 0
+    """Of an answer's first token: how many of the prompt's the engine had computed already."""
 
 
 @dataclass(frozen=True)
@@ -121,4 +130,30 @@ class Engine(Protocol):
     @property
     def num_waiting(self) -> int:
         """Prompts that wait for their turn."""
+        ...
+
+
+@runtime_checkable
+class HasCache(Protocol):
+    """An engine whose prompts share one cache of keys and values, and that tells of it."""
+
+    prefix: PrefixHits
+    """How much of prompts was there already."""
+
+    @property
+    def cache_usage(self) -> float:
+        """The part of the cache that answers hold, 0 to 1."""
+        ...
+
+
+@runtime_checkable
+class HasEngines(Protocol):
+    """An engine that has prompts answered by others, and tells of them."""
+
+    retries: Counter[str]
+    """Prompts that were handed to another engine, by why."""
+
+    @property
+    def num_engines(self) -> int:
+        """Those that are used now."""
         ...

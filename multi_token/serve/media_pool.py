@@ -26,8 +26,9 @@ from multi_token.modalities.base import Modality
 from multi_token.serve import media_worker
 from multi_token.serve.errors import ServeError
 from multi_token.serve.limits import DecodeLimits, limited
-from multi_token.serve.media_process import MediaProcess, Request, refused, stopped
+from multi_token.serve.media_process import Decoded, MediaProcess, Request, refused, stopped
 from multi_token.serve.media_samples import warm
+from multi_token.serve.media_totals import MediaTotals, Size
 from multi_token.serve.wire import frame, packed
 from multi_token.types import Media, Prepared
 
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 @dataclass
 class _Job:
     item: Request
-    result: Future[Prepared] = field(default_factory=Future)
+    result: Future[Decoded] = field(default_factory=Future)
 
 
 class MediaPool:
@@ -115,8 +116,8 @@ class MediaPool:
             if isinstance(encoder, str) and not os.path.isdir(encoder):
                 warm(modality)  # fetches what the hub has of its processor; workers ask nobody
         try:
-            for worker in self._workers:
-                worker.wait_ready()
+            with ThreadPoolExecutor(len(self._workers)) as together:  # each loads its libraries
+                list(together.map(MediaProcess.wait_ready, self._workers))
         except MultiTokenError:
             self.stop()
             raise
@@ -146,13 +147,14 @@ class MediaPool:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._readers = None
 
-    async def prepare(self, item: Media) -> Prepared:
-        """One item -> what its encoder takes.
+    async def prepare(self, item: Media, totals: MediaTotals | None = None) -> Prepared:
+        """One item -> what its encoder takes. `totals`: of the request that it belongs to, which
+        knows already how many bytes were sent with it.
 
-        Raises ServeError: 400 for media that cannot be read or decoded, 422 for an item that takes
-        too much time or memory or ends its decoder, 429 where too much waits, 503 where the pool
-        is stopped. Cancelled, it gives up its place in the queue; what a worker has begun is
-        thrown away.
+        Raises ServeError: 400 for media that cannot be read or decoded, 413 where all items of the
+        request are too much, 422 for an item that takes too much time or memory or ends its
+        decoder, 429 where too much waits, 503 where the pool is stopped. Cancelled, it gives up its
+        place in the queue; what a worker has begun is thrown away.
         """
         if self._readers is None or not self._threads:
             raise stopped()
@@ -160,12 +162,17 @@ class MediaPool:
             raise ServeError(f"this model has no sense named {item.modality!r}", status=400)
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(self._readers, self._job, item)
+        if totals is not None and not isinstance(item.source, bytes):  # it was downloaded
+            totals.add(Size(bytes=len(job.item.data)))
         self._take_room(job)
         self._jobs.put(job)
         if not self._threads:  # stopped in between: nobody would take it
             job.result.cancel()
             raise stopped()
-        return await asyncio.wrap_future(job.result)
+        decoded = await asyncio.wrap_future(job.result)
+        if totals is not None:
+            totals.add(decoded.size)
+        return decoded.prepared
 
     def _take_room(self, job: _Job) -> None:
         """What waits is in memory, so there is a limit to it. Raises ServeError (429)."""
@@ -177,7 +184,7 @@ class MediaPool:
                 )
             self._num_bytes += num_bytes
 
-        def give_back(_: Future[Prepared]) -> None:
+        def give_back(_: Future[Decoded]) -> None:
             with self._lock:
                 self._num_bytes -= num_bytes
 

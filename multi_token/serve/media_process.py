@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from multi_token.errors import MultiTokenError
 from multi_token.serve import media_worker
 from multi_token.serve.errors import ServeError
+from multi_token.serve.media_totals import Size
 from multi_token.serve.wire import frame, opened, read_frame
 from multi_token.types import Prepared
 
@@ -60,6 +61,14 @@ class Request:
 
     modality: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a worker made of an item, and what that was."""
+
+    prepared: Prepared
+    size: Size
 
 
 class MediaProcess:
@@ -110,7 +119,7 @@ class MediaProcess:
             raise MultiTokenError(f"the process that decodes media does not start: {reason}")
         self._is_ready = True
 
-    def prepare(self, item: Request) -> Prepared:
+    def prepare(self, item: Request) -> Decoded:
         """What the process makes of an item. Raises ServeError."""
         if self._is_stopped:
             raise stopped()
@@ -132,7 +141,7 @@ class MediaProcess:
         header, blobs = answer
         if "fault" in header:
             raise self._fault(item, header)
-        return _prepared(header, blobs)
+        return _decoded(header, blobs)
 
     def _exchange(self, data: bytes, seconds: float) -> tuple[dict[str, Any], list[bytes]] | None:
         """Write a frame and read one; None if the process ends, or has to be ended, before."""
@@ -215,12 +224,20 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _prepared(header: Mapping[str, Any], blobs: list[bytes]) -> Prepared:
+def _decoded(header: Mapping[str, Any], blobs: list[bytes]) -> Decoded:
     from safetensors.torch import load
 
     try:
-        return Prepared(load(blobs[0]), num_features=int(header["num_features"]))
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        told = header["size"]
+        size = Size(
+            pixels=int(told.get("pixels", 0)),
+            frames=int(told.get("frames", 0)),
+            seconds=float(told.get("seconds", 0)),
+            characters=int(told.get("characters", 0)),
+            prepared_bytes=len(blobs[0]),
+        )
+        return Decoded(Prepared(load(blobs[0]), num_features=int(header["num_features"])), size)
+    except (AttributeError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ServeError("the item cannot be decoded", status=422, code="invalid_media") from error
 
 

@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any, BinaryIO
 
 from multi_token.serve.media_samples import warm
+from multi_token.serve.media_sizes import size_of
 from multi_token.serve.wire import frame, opened, read_frame, unpacked
 
 CAN_FORK = sys.platform == "linux"
@@ -190,7 +191,9 @@ def answered(
         header, blobs = opened(request)
         modality = modalities[header["modality"]]
         fetch = Fetch(max_bytes=setup["max_bytes"], allow_paths=False, allow_urls=False)
-        prepared = modality.prepare(modality.load(unpacked(header["source"], blobs), fetch))
+        raw = modality.load(unpacked(header["source"], blobs), fetch)
+        size = size_of(modality, raw)
+        prepared = modality.prepare(raw)
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
         if num_bytes > setup["max_prepared_bytes"]:
             raise MediaError(
@@ -200,7 +203,8 @@ def answered(
             )
         # copies: safetensors refuses tensors that share memory
         tensors = {key: t.detach().contiguous().clone() for key, t in prepared.inputs.items()}
-        return frame({"num_features": int(prepared.num_features)}, [save(tensors)]), True
+        told = {"num_features": int(prepared.num_features), "size": size}
+        return frame(told, [save(tensors)]), True
     except MediaError as error:
         return frame({"fault": "media", "message": str(error)}), True
     except MultiTokenError as error:

@@ -6,7 +6,7 @@ ours: nothing that a client writes becomes one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,6 +27,20 @@ class _Total(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily(self.name, self.help, value=self.value())
+
+
+@dataclass(frozen=True, eq=False)
+class _Totals(Collector):
+    name: str
+    help: str
+    label: str
+    values: Mapping[str, float]
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self.name, self.help, labels=[self.label])
+        for kind, value in sorted(dict(self.values).items()):
+            family.add_metric([kind], value)
+        yield family
 
 
 class Metrics:
@@ -97,6 +111,10 @@ class Metrics:
     def watch_total(self, name: str, help: str, value: Callable[[], float]) -> None:
         """A counter that somebody else counts, read when somebody asks."""
         self.registry.register(_Total(f"{_PREFIX}_{name}", help, value))
+
+    def watch_totals(self, name: str, help: str, label: str, values: Mapping[str, float]) -> None:
+        """Counters by a label, in a mapping that somebody else counts up."""
+        self.registry.register(_Totals(f"{_PREFIX}_{name}", help, label, values))
 
     def modality(self, name: str) -> str:
         """A label for a sense, of the run's own names only."""

@@ -29,6 +29,8 @@ from multi_token.language_model import first_line
 Choose = Callable[[list[str], Tensor], Tensor]
 """Numbers of the prompts and logits [rows, vocabulary] of a step -> scores whose maximum is the
 choice. What it raises ends the loop."""
+Read = Callable[[str, int], None]
+"""Number of a prompt, and how many of its tokens are in the cache before a step."""
 
 
 class Paged:
@@ -43,10 +45,12 @@ class Paged:
         max_step_tokens: int,
         max_batch: int,
         choose: Choose,
+        on_read: Read,
     ) -> None:
         """`num_cache_tokens`: keys and values that are kept for all prompts together, in pages of
         `page_size`. `max_step_tokens`: of all prompts in one forward; longer ones are read in
-        pieces. Raises LanguageModelError for a model that cannot be answered so.
+        pieces. `on_read`: told of each prompt in each step. Raises LanguageModelError for a model
+        that cannot be answered so.
         """
         name = type(language_model).__name__
         if not hasattr(language_model, "init_continuous_batching"):
@@ -73,9 +77,10 @@ class Paged:
                 generation_config=greedy_config(language_model),
                 continuous_batching_config=ContinuousBatchingConfig(**fields),
             )
-            processors = ContinuousBatchingLogitsProcessorList(
+            processors = _Processors(
                 LogitsProcessorList([_ChooseEach(choose)])  # type: ignore[list-item]
             )
+            processors.on_read = on_read
             processors.tensors_required = 1
             self._manager.logit_processor = processors
             self._manager.warmup()  # without graphs it makes the cache and nothing else
@@ -90,6 +95,23 @@ class Paged:
 
     max_tokens: int
     """Of one prompt and its answer: what the cache holds when nothing else is in it."""
+
+    @property
+    def cache_usage(self) -> float:
+        """The part of the cache that prompts hold, 0 to 1; for gauges, from any thread.
+
+        Pages of prompts that have ended count as free, though they are kept for others that begin
+        alike: they are given up as soon as somebody needs them.
+        """
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0.0
+        cache = processor.cache
+        num_free = cache.compute_free_capacity(relative=False) + sum(
+            len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+            for allocator in cache.cache_allocators.values()
+        )
+        return min(1.0, max(0.0, 1.0 - num_free / (cache.num_sectors * cache.bytes_per_sector)))
 
     def start(self) -> None:
         """Begin the loop, in a thread of its own."""
@@ -163,6 +185,18 @@ def greedy_config(language_model: Any) -> Any:
         )
     config.eos_token_id = -1  # each prompt brings its own
     return config
+
+
+class _Processors(ContinuousBatchingLogitsProcessorList):
+    """The manager shows it all prompts of a step, also those that are read in pieces."""
+
+    on_read: Read
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
+        for request in requests_in_batch:  # what the step itself reads is counted already
+            state = request.state
+            self.on_read(state.request_id, state.position_offset - request.query_length)
+        return super().prepare_tensor_args(requests_in_batch, arg_storage)
 
 
 class _ChooseEach(ContinuousBatchingLogitsProcessor):

@@ -7,22 +7,20 @@ the rows go in a prompt is known already.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from multi_token.data.keys import digest, encoder_identity, weights_digest
+from multi_token.data.keys import digest
 from multi_token.errors import MultiTokenError
 from multi_token.generate import to_device
-from multi_token.modalities.base import Encoder
 from multi_token.serve.engine import Prompt
 from multi_token.serve.errors import ServeError
 from multi_token.types import Prepared, Sample
@@ -56,7 +54,7 @@ class Projection:
         max_items: int = 16,
     ) -> None:
         """`cache_bytes`: of rows that are kept, those asked for last; 0 keeps none. `max_items`:
-        in one batch. Reads all weights of the encoders once, to know them by their content.
+        in one batch. What is kept lives no longer than this, so the weights must stay as they are.
         """
         self.model = model
         self.cache_bytes = cache_bytes
@@ -67,9 +65,6 @@ class Projection:
         """Those among them that were here, or on their way."""
         self.num_bytes = 0
         """Of the rows that are kept."""
-        self._identities = {
-            name: projector_identity(model, name).encode() for name in model.modalities
-        }
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._on_their_way: dict[str, Future[Tensor]] = {}
         self._waiting: deque[_Job] = deque()
@@ -89,12 +84,13 @@ class Projection:
             for place, item, key in zip(sample.places, sample.media, keys, strict=True)
         ]
         tokens = await asyncio.gather(*asked)
-        return Prompt(sample.input_ids, tuple(sample.places), tuple(tokens), tuple(keys))
+        places = tuple(sample.places)
+        return Prompt(sample.input_ids, places, tuple(tokens), tuple(keys), tenant)
 
     def keys(self, sample: Sample, tenant: str = "") -> tuple[str, ...]:
         """Of each item 32 hexadecimal digits; see `content_key`."""
         return tuple(
-            content_key(self._identities[place.modality], item, tenant)
+            content_key(place.modality, item, tenant)
             for place, item in zip(sample.places, sample.media, strict=True)
         )
 
@@ -225,29 +221,14 @@ class Projection:
             self.num_bytes -= oldest.nbytes
 
 
-def projector_identity(model: MultiTokenForConditionalGeneration, name: str) -> str:
-    """What rows of a modality hang on besides the item: 32 hexadecimal digits.
-
-    Its settings, every weight of its encoder and of its projector.
-    """
-    modality = model.modalities[name]
-    settings = modality.projector.model_dump(mode="json")
-    # of a projector only what any module has is looked at
-    weights = weights_digest(cast(Encoder, model.projector(name)))
-    return digest(
-        encoder_identity(modality, model.encoder(name)).encode(),
-        json.dumps(settings, sort_keys=True).encode(),
-        weights.encode(),
-    )
-
-
-def content_key(identity: bytes, prepared: Prepared, tenant: str) -> str:
-    """32 hexadecimal digits that are equal only for equal rows of one tenant.
+def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
+    """32 hexadecimal digits that are equal only for equal rows of one tenant, in one server.
 
     Of what the encoder is given (names, precisions, shapes and every byte), so that neither a file
-    is read again nor a name trusted.
+    is read again nor a client's name trusted. Which encoder and projector that is, the name of the
+    sense says: they are the same for as long as anything is kept.
     """
-    parts = [identity, tenant.encode(), str(prepared.num_features).encode()]
+    parts = [modality.encode(), tenant.encode(), str(prepared.num_features).encode()]
     for name, tensor in sorted(prepared.inputs.items()):
         values = tensor.detach().cpu().contiguous()
         parts.append(f"{name} {values.dtype} {tuple(values.shape)}".encode())

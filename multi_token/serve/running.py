@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,10 @@ class Running:
                 self._end(End("stop"))
             elif self._position >= self.options.max_new_tokens:
                 self._end(End("length"))
+
+    def end(self, reason: Literal["stop", "length"]) -> None:
+        """End it because whoever answers it says so."""
+        self._end(End(reason))
 
     def cancel(self) -> None:
         """End it here; nothing follows."""

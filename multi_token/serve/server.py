@@ -20,11 +20,12 @@ from multi_token.media.address import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.answers import Spelling, Usage
 from multi_token.serve.choices import Answer
-from multi_token.serve.engine import Engine, Prompt
+from multi_token.serve.engine import Engine, HasCache, HasEngines, Prompt
 from multi_token.serve.errors import ServeError
 from multi_token.serve.limits import DecodeLimits
 from multi_token.serve.literal import LITERAL, Literals
 from multi_token.serve.media_pool import MediaPool
+from multi_token.serve.media_totals import MediaTotals, Size
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.options import AnswerOptions
 from multi_token.serve.parts import KINDS, MAX_CHARACTERS, PartReader
@@ -229,16 +230,21 @@ class Service:
 
     async def _prepared(self, items: Sequence[Media]) -> list[Prepared]:
         """All items, decoded at once; if one is refused, the others are given up."""
-        tasks = [asyncio.ensure_future(self._one_prepared(item)) for item in items]
+        totals = MediaTotals(self.settings.media_totals, len(items))
+        sent = [item.source for item in items if isinstance(item.source, bytes)]
+        totals.add(Size(bytes=sum(map(len, sent))))
+        tasks = [asyncio.ensure_future(self._one_prepared(item, totals)) for item in items]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _one_prepared(self, item: Media) -> Prepared:
+    async def _one_prepared(self, item: Media, totals: MediaTotals) -> Prepared:
         began = time.monotonic()
-        prepared = await self.pool.prepare(item)
+        prepared = await self.pool.prepare(item, totals)
+        num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
+        totals.add(Size(tokens=num_tokens))
         label = self.metrics.modality(item.modality)
         self.metrics.media_decode.labels(label).observe(time.monotonic() - began)
         return prepared
@@ -322,6 +328,16 @@ class Service:
         watch("media_cache_bytes", "Projected tokens that are kept.", lambda: cache.num_bytes)
         total("media_cache_queries", "Items that were asked for.", lambda: cache.num_queries)
         total("media_cache_hits", "Those that were kept already.", lambda: cache.num_hits)
+        if isinstance(engine, HasCache):
+            prefix = engine.prefix
+            watch("kv_cache_usage_perc", "Part in use, 0 to 1.", lambda: engine.cache_usage)
+            total("prefix_cache_queries", "Tokens of prompts.", lambda: prefix.num_queries)
+            total("prefix_cache_hits", "Those computed before.", lambda: prefix.num_hits)
+        if isinstance(engine, HasEngines):
+            watch("engines_alive", "Engines that are used.", lambda: engine.num_engines)
+            self.metrics.watch_totals(
+                "engine_retries", "Prompts handed to another engine.", "reason", engine.retries
+            )
 
     async def _watch(self) -> None:
         """Start a dead engine again, as often as it takes."""
@@ -350,5 +366,11 @@ def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSetti
     if settings.backend == "continuous":
         from multi_token.serve.continuous import ContinuousEngine
 
-        return ContinuousEngine(model, max_batch=settings.max_batch)
+        return ContinuousEngine(
+            model, max_batch=settings.max_batch, num_cache_tokens=settings.num_cache_tokens
+        )
+    if settings.backend == "vllm":
+        from multi_token.serve.vllm import build_vllm_engine
+
+        return build_vllm_engine(model, settings)
     return StaticEngine(model, max_batch=settings.max_batch)

@@ -20,9 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from multi_token.serve.media_totals import TotalLimits
+
 MIB = 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _NAME = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
+_ENGINE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?/?")
+_ENGINE_KEY = re.compile(r"[\x21-\x7e]{1,512}")
 
 
 class ServeSettings(BaseModel):
@@ -45,12 +49,21 @@ class ServeSettings(BaseModel):
     allowed_url_hosts: tuple[str, ...] = ()
     """Hosts that media may be fetched from; none: media come in the request alone."""
 
-    backend: Literal["static", "continuous"] = "static"
-    """How prompts are batched: padded, or as transformers' continuous batching does."""
+    backend: Literal["static", "continuous", "vllm"] = "static"
+    """How prompts are batched: padded, or as transformers' continuous batching does; or by vLLM."""
+    engine_urls: tuple[str, ...] = ()
+    """Of the vllm backend: where engines listen, without `/v1`."""
+    engine_key: str | None = Field(default=None, repr=False)
+    """What the engines were given as `--api-key`."""
+    engine_wait_s: float = Field(default=0.0, ge=0)
+    """How long the start waits for the first engine."""
     max_batch: PositiveInt = 8
     """Answers that are written at once."""
     max_queue: NonNegativeInt | None = None
     """Answers that may wait beside them; None: four times `max_batch`."""
+    num_cache_tokens: PositiveInt | None = None
+    """Of the continuous backend: tokens of all prompts and answers whose keys and values are kept
+    at once. None: 1024 for each of `max_batch`, or for one of the model's length up to 8192."""
     num_workers: PositiveInt = 2
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
@@ -66,6 +79,8 @@ class ServeSettings(BaseModel):
     """Items in one request."""
     max_messages: PositiveInt = 1000
     """Messages in one request."""
+    media_totals: TotalLimits = TotalLimits()
+    """Of all items in one request together."""
 
     max_body_bytes: PositiveInt = 32 * MIB
     """A longer body is refused as soon as so much of it has been received."""
@@ -89,6 +104,17 @@ class ServeSettings(BaseModel):
                 f"host {self.host} can be reached from other machines, which needs a key: give "
                 "--api-key, or listen on 127.0.0.1"
             )
+        if self.num_cache_tokens is not None and self.backend != "continuous":
+            raise ValueError(
+                f"num_cache_tokens is of the continuous backend, and this one is {self.backend}: "
+                "leave out --cache-tokens, or give --backend continuous"
+            )
+        if bool(self.engine_urls) != (self.backend == "vllm"):
+            raise ValueError(
+                "engine_urls are of the vllm backend, which needs at least one: give --backend "
+                "vllm with --engine-url http://HOST:8000, or neither"
+            )
+        check_engines(self.engine_urls, self.engine_key)
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError(
@@ -115,3 +141,19 @@ class ServeSettings(BaseModel):
     def num_waiting_allowed(self) -> int:
         """Answers that may wait beside those that are written."""
         return 4 * self.max_batch if self.max_queue is None else self.max_queue
+
+
+def check_engines(urls: tuple[str, ...], key: str | None) -> None:
+    """Raise ValueError for what cannot be addresses of engines, or their key."""
+    for url in urls:
+        if not _ENGINE_URL.fullmatch(url):
+            shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # a password is not repeated
+            raise ValueError(
+                f"engine_urls: {shown!r} should be http://HOST:PORT or https://HOST:PORT of an "
+                "engine, without a path, user or password (its key: MULTI_TOKEN_ENGINE_KEY)"
+            )
+    addresses = [url.rstrip("/") for url in urls]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"engine_urls: {addresses} names an engine twice; name each once")
+    if key is not None and not _ENGINE_KEY.fullmatch(key):
+        raise ValueError("engine_key should have printable ASCII characters and no blanks only")

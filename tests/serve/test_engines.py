@@ -1,4 +1,4 @@
-"""Both engines keep the contract of serve/engine.py, on tiny models of four families.
+"""All engines keep the contract of serve/engine.py, on tiny models of four families.
 
 Border: engines only, with prompts made in process; HTTP is tested beside it.
 """
@@ -29,11 +29,14 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.static import StaticEngine
 from multi_token.types import Sample
 from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
+from tests.serve.vllm_parts import VllmWithStandIn
 
 pytestmark = pytest.mark.slow
 
 FAMILIES = ["Llama", "Qwen2", "Gemma3", "Phi-3"]
-ENGINES: dict[str, Callable[..., Any]] = {"static": StaticEngine, "continuous": ContinuousEngine}
+HERE: dict[str, Callable[..., Any]] = {"static": StaticEngine, "continuous": ContinuousEngine}
+ENGINES = {**HERE, "vllm": VllmWithStandIn}
+"""The last one has its model answered elsewhere: its faults are not the engine's."""
 NUM_NEW = 10
 
 
@@ -48,7 +51,7 @@ def model(families: ModuleType, tmp_path_factory: Any) -> Any:
 
 
 # stopping transformers' manager takes a second of garbage collection each time
-@pytest.fixture(params=["static", pytest.param("continuous", marks=pytest.mark.slow)])
+@pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Builds and starts the engine, with what it is given; all are stopped at the end."""
     made: list[Engine] = []
@@ -222,6 +225,7 @@ def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(model: Any, make
     assert len(client.ids) == just.max_new_tokens
 
 
+@pytest.mark.parametrize("engine", HERE, indirect=True)
 @pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
 def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fault: str) -> None:
     samples = samples_of(model)[:4]
@@ -250,6 +254,7 @@ def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fau
     assert again.ids == alone[2]
 
 
+@pytest.mark.parametrize("make", HERE, indirect=True)
 def test_a_broken_model_ends_the_thread_and_start_begins_anew(model: Any, make: Any) -> None:
     engine = make(model)
     prompts = [prompt_of(model, sample) for sample in samples_of(model)[:2]]

@@ -229,7 +229,7 @@ def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
         return file.getvalue()
 
     def key(name: str, source: Any) -> str:
-        return content_key(b"weights", prepare(all_senses[name], source), "tenant")
+        return content_key(name, prepare(all_senses[name], source), "tenant")
 
     assert key("image", palette((255, 0, 0))) != key("image", palette((0, 0, 255)))
     assert key("image", palette((255, 0, 0))) == key("image", palette((255, 0, 0)))
@@ -238,4 +238,4 @@ def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
     one = Prepared({"values": torch.arange(8.0).reshape(2, 4)}, 2)
     other = Prepared({"values": torch.arange(8.0).reshape(4, 2)}, 2)
     bits = Prepared({"values": torch.arange(8.0).reshape(2, 4).view(torch.int32)}, 2)
-    assert len({content_key(b"w", p, "t") for p in (one, other, bits)}) == 3
+    assert len({content_key("vector", p, "t") for p in (one, other, bits)}) == 3
