@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.cache import FeatureCache
-from multi_token.demo.example import peak_memory, run_example, stage_losses
+from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.facts import THINGS, Question, write_document
 from multi_token.demo.page import Section, Tile, loss_figures, table, write_page
 from multi_token.demo.parts import language_model_folder, sentence_encoder_folder
@@ -39,6 +39,7 @@ from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.page.machine import machine
 from multi_token.recipe import Recipe, parse_recipe
 from multi_token.train.run import train
+from multi_token.train.trial import peak_memory
 from multi_token.types import Media
 
 CHUNK_TOKENS = 20

@@ -1,4 +1,4 @@
-"""What the examples share: their command line, losses of a finished run, and peak memory.
+"""What the examples share: their command line, and losses of a finished run.
 
 Border: options in, a call of the example's own `run`, its numbers on the console. What an example
 does stands in its own file.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 
 SizeT = TypeVar("SizeT")
@@ -66,23 +64,3 @@ def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
             if "loss" in log
         ]
     return losses
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """[bytes]: the most that tensors took inside beside what they took before, by torch's profiler.
-
-    Not the process's memory, which a longer past has made large already.
-    """
-    peak = [0]
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        yield peak
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events: Any = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    taken = 0
-    for _, num_bytes in changes:
-        taken += num_bytes
-        peak[0] = max(peak[0], taken)

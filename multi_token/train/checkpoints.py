@@ -77,8 +77,8 @@ def claim(out: Path, recipe: Recipe) -> None:
 
 def _changes(before: Any, now: Any, at: str = "") -> list[str]:
     """`train.seed: 0 -> 1` for each value that differs and matters."""
-    if at == "train.fsdp":
-        return []  # who holds which piece is another matter
+    if at in ("train.fsdp", "data.lengths"):
+        return []  # who holds which piece, and who told the lengths, is another matter
     if isinstance(before, dict) and isinstance(now, dict):
         pairs = [(key, before.get(key), now.get(key)) for key in {**before, **now}]
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -83,15 +84,43 @@ def in_any(flag: bool | Tensor, device: torch.device) -> bool:
     return bool(told)
 
 
-def refuse_no_numbers(batches: Sequence[tuple[Tensor, Sequence[str]]], step: int) -> None:
+@contextmanager
+def in_company() -> Iterator[None]:
+    """Within, a connection to another process that breaks is a MultiTokenError, in words.
+
+    gloo and NCCL find it in whatever exchange comes next, at once where the other one ended, and
+    after `ddp_timeout` where it only stands still.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        broken = isinstance(error, distributed.DistError) or "gloo" in text or "by peer" in text
+        if num_processes() == 1 or not broken:
+            raise
+        raise MultiTokenError(
+            f"process {rank()} lost another process of this run, which ended or cannot be reached "
+            f"any more; what it printed itself says why. Start the same command again: it goes on "
+            f"from the last whole checkpoint. ({(text.splitlines() or [type(error).__name__])[0]})"
+        ) from error
+
+
+def refuse_no_numbers(
+    batches: Sequence[tuple[Tensor, Sequence[str | RowError]]], step: int
+) -> None:
     """Raises MultiTokenError in all processes, in the same words, if a loss is no number in any.
 
-    `batches`: of each batch of the step, the loss [] and the names of its rows. It costs one
-    exchange of a number, and one wait for the device.
+    Or if a row of the step is a bad one in any (RowError). `batches`: of each batch of the step,
+    the loss [] and the names of its rows, or what is wrong with them. It costs one exchange of a
+    number, and one wait for the device.
     """
     losses = torch.stack([loss.detach() for loss, _ in batches])
-    if not in_any(~torch.isfinite(losses).all(), losses.device):
+    bad = [row for _, rows in batches for row in rows if isinstance(row, RowError)]
+    wrong = ~torch.isfinite(losses).all()
+    if not in_any(torch.ones_like(wrong) if bad else wrong, losses.device):
         return
+    if everywhere := [row for of_process in from_all(bad) for row in of_process]:
+        refuse_bad_rows(everywhere, f"step {step}")
     values = losses.tolist()
     mine = [
         (value, list(rows))
@@ -99,10 +128,24 @@ def refuse_no_numbers(batches: Sequence[tuple[Tensor, Sequence[str]]], step: int
         if not math.isfinite(value)
     ]
     found = [one for of_process in from_all(mine) for one in of_process]
-    rows = ", ".join(row for _, some in found for row in some)
+    rows = ", ".join(str(row) for _, some in found for row in some)
     raise MultiTokenError(
         f"the loss is {found[0][0]} at step {step}, in the batch of the rows {rows}; lower the "
         "learning rates under `learn`, or look for extreme values in these rows"
+    )
+
+
+def refuse_bad_rows(rows: Sequence[str | RowError], where: str) -> None:
+    """Raises RowError if there is one among the names of rows; `where` they were met, in words."""
+    bad = [row for row in rows if isinstance(row, RowError)]
+    if not bad:
+        return
+    others = f", and {len(bad) - 1} more with it" if len(bad) > 1 else ""
+    raise RowError(
+        f"{bad[0].sentence} (met at {where}{others}, since with `data.lengths: headers` nothing is "
+        "decoded before; mend the file, and the same command goes on from the last checkpoint)",
+        kind=bad[0].kind,
+        row_id=bad[0].row_id,
     )
 
 

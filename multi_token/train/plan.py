@@ -1,35 +1,29 @@
 """Before a run starts: how much there is to do, what it takes in memory, and how long it will be.
 
-Border: looks at a trainer that is ready to go, and tries a few of its steps without leaving a trace
-in weights or random numbers; words and numbers come out.
+Border: looks at a trainer that is ready to go; words and numbers come out. trial.py tries
+its steps.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import random
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.training_args import OptimizerNames
 
-from multi_token.attention import attending_by_segment
 from multi_token.quantization import num_bytes
 from multi_token.train.flops import short
+from multi_token.train.trial import NUM_TIMED, Trial, same_random_numbers, try_out
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
-_WARM_UP, _TIMED = 1, 2
 _FULL = 0.9
 """The share of a device's memory that a run may be planned for; the rest goes to fragments."""
 
@@ -43,7 +37,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int | None = None
-    """What the largest batch keeps for its backward pass; None where no step was tried."""
+    """What a step with the largest batch takes beside the rest; None where no step was tried."""
 
     @property
     def fixed(self) -> int:
@@ -53,15 +47,6 @@ class Memory:
     @property
     def total(self) -> int:
         return self.fixed + (self.activations or 0)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a few tried steps told, on this device."""
-
-    seconds_per_token: float
-    flops_per_token: float
-    activation_bytes_per_token: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,8 @@ class StagePlan:
     def seconds_per_step(self) -> float | None:
         if self.trial is None:
             return None
-        return self.trial.seconds_per_token * self.tokens_per_device
+        of_tokens = self.trial.seconds_per_token * self.tokens_per_device
+        return of_tokens + self.trial.seconds_per_update
 
 
 def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
@@ -113,8 +99,7 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
     trial = try_out(trainer) if try_steps else None
     memory = memory_of(trainer)
     if trial is not None:
-        largest = largest_batch(trainer)
-        activations = round(trial.activation_bytes_per_token * largest)
+        activations = max(trial.num_bytes - memory.gradients, 0)
         memory = Memory(memory.weights, memory.gradients, memory.optimizer, activations)
     return StagePlan(
         name,
@@ -126,14 +111,6 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
         memory,
         trial,
     )
-
-
-def largest_batch(trainer: MultiTokenTrainer) -> int:
-    """Positions of the largest batch that may come: padded, its longest row sets the length."""
-    if trainer.packing is not None:
-        return trainer.packing.max_tokens
-    size = min(trainer.args.per_device_train_batch_size, len(trainer.lengths))
-    return max(trainer.lengths) * size
 
 
 def memory_of(trainer: MultiTokenTrainer) -> Memory:
@@ -162,117 +139,6 @@ def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
     if any(optim.startswith(kind) for kind in ("lion", "rmsprop", "adagrad")):
         return own
     return 2 * own  # Adam's two moments, in the precision of the parameters
-
-
-def try_out(trainer: MultiTokenTrainer) -> Trial:
-    """A few real steps: forward, backward and optimizer, at a learning rate of zero.
-
-    Weights, buffers, gradients and random numbers are afterwards as they were.
-    """
-    model, device = trainer._ours(), trainer.args.device
-    seconds = flops = activation_bytes = 0.0
-    num_tokens = num_positions = 0
-    with untouched(model), ExitStack() as stack:
-        by_segment = trainer.packing is not None and model.capabilities.attends_by_segment
-        stack.enter_context(
-            attending_by_segment(model.language_model) if by_segment else nullcontext()
-        )
-        optimizer = _still(trainer)
-        batches = iter(trainer.get_train_dataloader())
-        for step in range(_WARM_UP + _TIMED):
-            inputs = next(batches, None)
-            if inputs is None:
-                batches = iter(trainer.get_train_dataloader())
-                inputs = next(batches)
-            kept = Kept(model)
-            # what is kept is counted in the step that is not timed
-            counting = saved_tensors_hooks(kept.pack, kept.unpack) if step == 0 else nullcontext()
-            start = _now(device)
-            model.train()
-            with counting:
-                num_items = (inputs["labels"] != -100).sum()
-                trainer.training_step(model, inputs, num_items)
-            optimizer.step()
-            model.zero_grad(set_to_none=True)
-            if step == 0:
-                num_positions = inputs["input_ids"].numel()
-                activation_bytes = kept.num_bytes
-            if step >= _WARM_UP:
-                seconds += _now(device) - start
-                flops += trainer.meter.last_flops
-                num_tokens += trainer.meter.last_tokens
-        trainer.meter.detach()
-    trainer.meter.reset()
-    return Trial(
-        seconds / max(num_tokens, 1),
-        flops / max(num_tokens, 1),
-        activation_bytes / max(num_positions, 1),
-    )
-
-
-def _still(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
-    """An optimizer of the trainer's kind that moves nothing; the trainer's own is made later."""
-    optimizer = trainer.create_optimizer()
-    trainer.optimizer = None
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    return optimizer
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Kept:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        own = (*model.parameters(), *model.buffers())
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self.num_bytes = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Called for each tensor that is kept."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.num_bytes += storage.nbytes()
-        return tensor
-
-    def unpack(self, tensor: Tensor) -> Tensor:
-        """Called when it is needed again."""
-        return tensor
-
-
-@contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Within, steps may be tried: buffers, mode and random numbers are put back at the end."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    try:
-        with same_random_numbers():
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        model.zero_grad(set_to_none=True)
-        model.train(training)
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """What is drawn within leaves no trace in what is drawn afterwards."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 def capacity_of(device: torch.device) -> int:
@@ -316,7 +182,7 @@ def long_lines(plan: StagePlan) -> list[str]:
         f"    activations of the largest batch: about {size(memory.activations or 0)}, in all "
         f"{size(memory.total)}",
         f"  {short(flops)}FLOP a step, {short(flops * plan.num_steps)}FLOP in all",
-        f"  about {plan.seconds_per_step:.3g} s a step ({_TIMED} steps were tried), "
+        f"  about {plan.seconds_per_step:.3g} s a step ({NUM_TIMED} steps were tried), "
         f"{duration(plan.seconds)} in all without evaluation and saving",
     ]
 
@@ -345,8 +211,8 @@ def warnings_of(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -
                 f"train.args.per_device_train_batch_size: {fits} (it is {size_now}; raise "
                 "gradient_accumulation_steps by as much)"
             )
-    if memory.activations and not trainer.args.gradient_checkpointing:
-        ways.append("train.args.gradient_checkpointing: true (a third slower, far less to keep)")
+    if memory.activations and not trainer.args.activation_checkpointing:
+        ways.append("train.args.activation_checkpointing: true (a third slower, far less to keep)")
     if not frozen:
         ways.append(
             "an `adapter` instead of `language_model` under `learn` (no gradients and optimizer "

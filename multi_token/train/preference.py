@@ -6,7 +6,8 @@ trainer's. TRL has the same losses inside of its own trainer only: docs/decision
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +41,13 @@ class Pair:
 class Pairs(Dataset[Pair]):
     """Samples with rejected answers, beside what the reference says of them once that is known."""
 
-    def __init__(self, samples: Any) -> None:
-        """`samples`: a dataset of Samples that have `rejected`."""
+    def __init__(self, samples: Any, lengths: Sequence[tuple[int, int]]) -> None:
+        """`samples`: a dataset of Samples that have `rejected`.
+
+        `lengths`: tokens of each with its chosen and with its rejected answer.
+        """
         self.samples = samples
+        self.lengths = list(lengths)
         self.reference = torch.zeros(len(samples), 2)
 
     def __len__(self) -> int:
@@ -50,6 +55,16 @@ class Pairs(Dataset[Pair]):
 
     def __getitem__(self, index: int) -> Pair:
         return Pair(self.samples[index], self.reference[index])
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Of each pair, both answers with their prompts."""
+        return [chosen + rejected for chosen, rejected in self.lengths]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer with its prompt."""
+        return max(map(max, self.lengths))
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class Preference:
     """
 
     _NAMES = (
+        "loss",
         "rewards/chosen",
         "rewards/rejected",
         "rewards/margins",
@@ -143,6 +159,7 @@ class Preference:
         """Of the batch that was read last, [pairs, 2]; None for a batch without pairs."""
         self.shift_labels = torch.zeros(0, 0, dtype=torch.long)
         self._sums: Tensor | None = None
+        self._gather: Callable[[Tensor], Tensor] | None = None
 
     def read(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch as the model takes it, without the reference."""
@@ -163,7 +180,7 @@ class Preference:
         num_tokens = (self.shift_labels != IGNORE_INDEX).sum(-1).view(2, -1).T
         logratios = logps - self.reference
         losses = preference_losses(logratios, num_tokens, self.spec)
-        self._count(logps.detach(), self.spec.beta * logratios.detach())
+        self._count(losses.detach(), logps.detach(), self.spec.beta * logratios.detach())
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
     def counted(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -179,16 +196,37 @@ class Preference:
             found.append(batch)
         return found
 
-    def _count(self, logps: Tensor, rewards: Tensor) -> None:
+    def _count(self, losses: Tensor, logps: Tensor, rewards: Tensor) -> None:
         margins = rewards[:, 0] - rewards[:, 1]
-        facts = torch.stack([*rewards.T, margins, (margins > 0).float(), *logps.T]).sum(-1)
-        facts = torch.cat([facts, facts.new_tensor([len(logps)])])
-        self._sums = facts if self._sums is None else self._sums + facts
+        facts = torch.stack([losses, *rewards.T, margins, (margins > 0).float(), *logps.T], -1)
+        facts = torch.cat([facts, facts.new_ones(len(facts), 1)], -1)
+        if self._gather is not None:
+            facts = self._gather(facts)
+        sums = facts.sum(0)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @contextmanager
+    def evaluating(self, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within, pairs are counted apart from those that were learned from.
+
+        `gather`: facts of pairs [pairs, facts] on this device -> on all devices, each pair once.
+        """
+        before, self._sums, self._gather = self._sums, None, gather
+        try:
+            yield
+        finally:
+            self._sums, self._gather = before, None
 
     def metrics(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Means over pairs since the last call; `reduce` sums a tensor over all devices."""
+        """Means over pairs since the last call; `reduce` sums a tensor over all devices.
+
+        With `loss` while it is evaluated; in training, that is logged by the trainer.
+        """
         if self._sums is None:
             return {}
         *sums, num_pairs = (self._sums if reduce is None else reduce(self._sums)).tolist()
         self._sums = None
-        return {name: total / num_pairs for name, total in zip(self._NAMES, sums, strict=True)}
+        found = {name: total / num_pairs for name, total in zip(self._NAMES, sums, strict=True)}
+        if self._gather is None:
+            del found["loss"]
+        return found

@@ -1,6 +1,7 @@
 """The reference of a stage with `dpo`: what the model said of each answer as the stage began.
 
     RUN/stages/<stage>/reference.safetensors   logps float32 [pairs, 2], lengths int64 [pairs, 2]
+    RUN/stages/<stage>/held_out_reference.safetensors   the same of pairs in `data.eval`
 
 Border: one pass over the rows before the stage learns anything. It is right whatever learns then
 (adapter, projectors, encoders, all), and a run that goes on reads it instead of computing it.
@@ -24,20 +25,30 @@ from torch.utils.data import DataLoader, Subset
 
 from multi_token.data.keys import digest
 from multi_token.errors import RecipeError
+from multi_token.reader import Reader
 from multi_token.train.checkpoints import writing
-from multi_token.train.distributed import from_all, from_first, is_first, num_processes, rank, wait
+from multi_token.train.distributed import (
+    from_all,
+    from_first,
+    is_first,
+    num_processes,
+    rank,
+    refuse_bad_rows,
+    wait,
+)
 from multi_token.train.metrics import ROW_IDS
-from multi_token.train.plan import same_random_numbers
 from multi_token.train.preference import REFERENCE, Pairs, row_logps
 from multi_token.train.sources import Source
+from multi_token.train.trial import same_random_numbers
 from multi_token.train.watch import dataset_of
 from multi_token.train_spec import Stage
+from multi_token.types import Conversation
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.train.trainer import MultiTokenTrainer
 
-REFERENCE_FILE = "reference.safetensors"
+REFERENCE_FILE, HELD_OUT_FILE = "reference.safetensors", "held_out_reference.safetensors"
 
 
 def pairs_of(
@@ -47,31 +58,85 @@ def pairs_of(
 
     Raises RecipeError if there are none.
     """
-    found = [_only_pairs(source) for source in sources]
-    if not any(source.lengths for source in found):
+    found = _with_two_answers(sources, model)
+    if found is None:
         num_rows = sum(len(source.lengths) for source in sources)
         raise RecipeError(
             f"stage {stage.name!r} has `dpo`, but none of {num_rows} rows has a `chosen` and a "
             "`rejected` answer; see docs/preferences.md"
         )
-    reading = [source.taught(None).paired("required") for source in found]
-    return found, Pairs(dataset_of(reading, model))
+    return found
 
 
-def _only_pairs(source: Source) -> Source:
-    good = range(len(source.rows)) if source.good is None else source.good
-    facts = zip(good, source.lengths, source.conversations(), strict=True)
-    kept = [(index, length) for index, length, (c, _) in facts if c.rejected is not None]
-    return replace(source, good=[i for i, _ in kept], lengths=[length for _, length in kept])
-
-
-def look_up(trainer: MultiTokenTrainer, pairs: Pairs, folder: Path, console: Console) -> list[int]:
-    """Give `pairs` their reference, from the stage's folder or from the model as it is now.
-
-    All processes take part: each computes its share. Returns the tokens of each pair, both answers
-    with their prompts. Raises RecipeError if the folder holds the reference of other rows.
+def held_out_pairs(
+    sources: Sequence[Source], model: MultiTokenForConditionalGeneration, console: Console
+) -> Pairs | None:
+    """Those of the held-out rows that have two answers; None if no row has. It says what is left
+    out.
     """
-    file = folder / REFERENCE_FILE
+    found = _with_two_answers(sources, model)
+    num_rows = sum(len(source.lengths) for source in sources)
+    if found is None:
+        console.print("no held-out row has two answers: they are evaluated by cross entropy")
+        return None
+    if len(found[1]) < num_rows:
+        console.print(
+            f"{len(found[1])} of {num_rows} held-out rows have two answers; the others are left "
+            "out of this stage's evaluation",
+            highlight=False,
+        )
+    return found[1]
+
+
+def _with_two_answers(
+    sources: Sequence[Source], model: MultiTokenForConditionalGeneration
+) -> tuple[list[Source], Pairs] | None:
+    found, lengths = [], []
+    for source in sources:
+        good = range(len(source.rows)) if source.good is None else source.good
+        facts = zip(good, source.lengths, source.conversations(), strict=True)
+        kept = {
+            index: (length, length + _num_more(conversation, reader))
+            for index, length, (conversation, reader) in facts
+            if conversation.rejected is not None
+        }
+        lengths += kept.values()
+        found.append(replace(source, good=list(kept), lengths=[c for c, _ in kept.values()]))
+    if not lengths:
+        return None
+    reading = [source.taught(None).paired("required") for source in found]
+    return found, Pairs(dataset_of(reading, model), lengths)
+
+
+def _num_more(conversation: Conversation, reader: Reader) -> int:
+    """Tokens by which the rejected answer is longer. No media are opened: both have the same."""
+    assert conversation.rejected is not None
+    anything = [1] * len(conversation.media)
+    chosen, rejected = (
+        len(reader.chat.tokenize(one, anything, learn_turns="last").input_ids)
+        for one in (conversation, conversation.rejected)
+    )
+    return rejected - chosen
+
+
+def look_up(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:
+    """Give the trainer's pairs their reference, from the stage's folder or from the model as it is.
+
+    All processes take part: each computes its share. Raises RecipeError if the folder holds the
+    reference of other rows.
+    """
+    for rows, name in (
+        (trainer.train_dataset, REFERENCE_FILE),
+        (trainer.eval_dataset, HELD_OUT_FILE),
+    ):
+        if isinstance(rows, Pairs):
+            _look_up(trainer, rows, folder / name, console)
+    if isinstance(trainer.train_dataset, Pairs):
+        trainer.lengths = trainer.train_dataset.num_tokens
+
+
+def _look_up(trainer: MultiTokenTrainer, pairs: Pairs, file: Path, console: Console) -> None:
+    folder = file.parent
     if not from_first(file.is_file):
         logps, lengths = _computed(trainer, pairs, console)
         if is_first():
@@ -89,7 +154,7 @@ def look_up(trainer: MultiTokenTrainer, pairs: Pairs, folder: Path, console: Con
                 f"as they were when the stage began, or remove {folder} to begin it anew"
             )
         pairs.reference = stored.get_tensor("logps")
-        return stored.get_tensor("lengths").sum(-1).tolist()
+        pairs.lengths = [(c, r) for c, r in stored.get_tensor("lengths").tolist()]
 
 
 def _rows(pairs: Pairs) -> str:
@@ -123,6 +188,7 @@ def _computed(trainer: MultiTokenTrainer, pairs: Pairs, console: Console) -> tup
         ):
             task = progress.add_task("Reference of both answers", total=len(mine))
             for batch in loader:
+                refuse_bad_rows(batch.get(ROW_IDS, ()), "the reference of both answers")
                 inputs: Any = send_to_device(
                     {k: v for k, v in batch.items() if k not in (ROW_IDS, REFERENCE)}, args.device
                 )

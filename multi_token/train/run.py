@@ -35,6 +35,7 @@ from multi_token.train.checkpoints import RECIPE, claim, last_checkpoint, writin
 from multi_token.train.distributed import (
     from_all,
     from_first,
+    in_company,
     is_first,
     num_processes,
     refuse_other_recipes,
@@ -49,7 +50,7 @@ from multi_token.train.page import RunReport
 from multi_token.train.plan import say
 from multi_token.train.preference import PairCollator, Pairs
 from multi_token.train.preparation import preparations
-from multi_token.train.reference import look_up, pairs_of
+from multi_token.train.reference import held_out_pairs, look_up, pairs_of
 from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_of
 from multi_token.train.sources import Source, good_rows, open_source
 from multi_token.train.start_from import take_over
@@ -75,6 +76,7 @@ def plan(recipe: Recipe, *, console: Console | None = None) -> None:
         train(Recipe.model_validate(fields), console=console, planned=recipe)
 
 
+@in_company()
 def train(
     recipe: Recipe, *, console: Console | None = None, planned: Recipe | None = None
 ) -> MultiTokenForConditionalGeneration:
@@ -152,7 +154,8 @@ def train(
     if held_out:
         if cache is not None:
             fill_cache(model, held_out, cache, console)
-        held_out = good_rows(held_out, recipe, console)
+        held_out = [source.paired(recipe.train.pairs and "optional") for source in held_out]
+        held_out = [source.paired(None) for source in good_rows(held_out, recipe, console)]
     watch = Watch(model, held_out, recipe.train, RunReport(out, recipe, parts_of(model)), console)
     only_plan = planned is not None
     if planned is not None:
@@ -285,8 +288,11 @@ def _run_stage(
 ) -> None:
     assert model.reader is not None
     pairs: Pairs | None = None
+    held_out: Any = watch.dataset if args.eval_strategy != "no" else None
     if stage.dpo is not None:
         sources, pairs = pairs_of(sources, stage, model)
+        if held_out is not None:
+            held_out = held_out_pairs(watch.held_out, model, console) or held_out
     lengths = [length for source in sources for length in source.lengths]
     num_items: list[int] = []
     if spec.pack_items is not None:
@@ -307,13 +313,13 @@ def _run_stage(
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
-        lengths=lengths if pairs is None else [2 * length for length in lengths],
+        lengths=lengths if pairs is None else pairs.num_tokens,
         packing=packing,
         fsdp=spec.fsdp,
         compile_layers=spec.compile_layers,
         args=args,
         train_dataset=dataset if pairs is None else pairs,
-        eval_dataset=watch.dataset if args.eval_strategy != "no" else None,
+        eval_dataset=held_out,
         peak_tflops=spec.peak_tflops,
         teacher=stage.teacher,
         dpo=stage.dpo,
@@ -346,7 +352,7 @@ def _run_stage(
     trainer.add_callback(stop)
     if pairs is not None:
         # before a checkpoint is loaded: the model is still what it was when the stage began
-        trainer.lengths = look_up(trainer, pairs, folder, console)
+        look_up(trainer, folder, console)
     resume = from_first(lambda: last_checkpoint(folder, console.print))
     if resume is not None:
         console.print(f"going on from {resume}")

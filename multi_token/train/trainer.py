@@ -225,6 +225,18 @@ class MultiTokenTrainer(Trainer):
         inputs.pop(ROW_IDS, None)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As transformers'; of pairs, what is logged of them in training, and their own loss."""
+        if self.preference is None:
+            return super().evaluation_loop(*args, **options)
+        gather: Any = self.accelerator.gather_for_metrics
+        with self.preference.evaluating(gather):
+            output: Any = super().evaluation_loop(*args, **options)
+            found = self.preference.metrics()
+        prefix = options.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:

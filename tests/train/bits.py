@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return {
         f"{file.relative_to(out)}: {key}": tensor
-        for file in (out / "projectors.safetensors", *(out / "adapter").glob("*.safetensors"))
+        for file in (
+            out / "projectors.safetensors",
+            *(out / "adapter").glob("*.safetensors"),
+            *(out / "language_model").glob("*.safetensors"),
+        )
         for key, tensor in load_file(file).items()
     }
 

@@ -93,6 +93,11 @@ class Watch(TrainerCallback):
 def main(job: dict[str, Any]) -> None:
     """Train, and write what each process saw."""
     register_modality("wavering", Wavering)
+    if job.get("deepspeed"):
+        import deepspeed  # type: ignore[import-not-found]
+
+        # else it compiles an exchange of its own by shared memory, for minutes; gloo has one
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     bar = run_module.Bar
     found = {}
     for one in job["runs"]:

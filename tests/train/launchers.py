@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,20 @@ def accelerate_launch(num: int) -> list[str]:
     return [*command, "--num_processes", str(num), *plain, "--main_process_port", port]
 
 
-def launched(num: int, command: list[str], *, by: Any = torchrun, fails: bool = False) -> str:
-    """What `num` processes of a command print to stderr."""
+def launched(
+    num: int,
+    command: list[str],
+    *,
+    by: Any = torchrun,
+    fails: bool = False,
+    beside: Sequence[Path] = (),
+) -> str:
+    """What `num` processes of a command print to stderr. `beside`: folders of more packages."""
+    places = os.pathsep.join(map(str, (ROOT, *beside)))
     done = subprocess.run(
         [*by(num), *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
         capture_output=True,
         text=True,
         timeout=600,

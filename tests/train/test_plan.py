@@ -26,16 +26,15 @@ from multi_token.recipe import Recipe
 from multi_token.train.arguments import training_arguments
 from multi_token.train.plan import (
     duration,
-    largest_batch,
     memory_of,
     optimizer_bytes,
     plan_of,
     size,
-    try_out,
     warnings_of,
 )
 from multi_token.train.run import plan, train
 from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train.trial import largest_batch, try_out
 from multi_token.train_spec import AdapterSpec, Learn
 
 Fields = Callable[..., dict[str, Any]]
@@ -103,7 +102,7 @@ def test_trying_steps_leaves_no_trace(trainer_of: Callable[..., Any]) -> None:
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     numbers = torch.get_rng_state(), random.getstate(), of_numpy()
     trial = try_out(trainer)
-    assert trial.seconds_per_token > 0 and trial.activation_bytes_per_token > 0
+    assert trial.seconds_per_token > 0 and trial.num_bytes > 0 and trial.seconds_per_update > 0
     after = trainer.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert torch.equal(torch.get_rng_state(), numbers[0])
@@ -133,7 +132,7 @@ def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
 def test_what_a_batch_keeps_grows_with_what_learns(trainer_of: Callable[..., Any]) -> None:
     some = try_out(trainer_of(learning(projectors=1e-3)))
     every = try_out(trainer_of(learning(projectors=1e-3, language_model=1e-3)))
-    assert every.activation_bytes_per_token > some.activation_bytes_per_token > 0
+    assert every.num_bytes > some.num_bytes > 0
 
 
 def test_what_does_not_fit_is_said_with_the_lines_to_change(
@@ -144,7 +143,7 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(
     memory = planned.memory
     assert warnings_of(planned, trainer, capacity=2 * memory.total) == []
     (tight,) = warnings_of(planned, trainer, capacity=memory.total)
-    for key in ("model.dtype: bfloat16", "model.quantization: 4bit", "gradient_checkpointing"):
+    for key in ("model.dtype: bfloat16", "model.quantization: 4bit", "activation_checkpointing"):
         assert key in tight
     just_one = memory.fixed + 0.6 * (memory.activations or 0)
     (batch,) = warnings_of(planned, trainer, capacity=round(just_one / 0.9))

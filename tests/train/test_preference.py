@@ -18,8 +18,16 @@ from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
 from multi_token.recipe import Recipe
-from multi_token.train.preference import Pair, PairCollator, Preference, preference_losses
-from multi_token.train_spec import DpoSpec
+from multi_token.train.arguments import training_arguments
+from multi_token.train.preference import (
+    Pair,
+    PairCollator,
+    Pairs,
+    Preference,
+    preference_losses,
+)
+from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train_spec import DpoSpec, Learn
 from multi_token.types import Sample
 
 Fields = Callable[..., dict[str, Any]]
@@ -132,85 +140,123 @@ def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> No
     assert texts[2].startswith("one") and texts[2].endswith(texts[0])
 
 
+class BesideTrl:
+    """TRL's trainer and our model, of one policy and one reference, on three pairs of text."""
+
+    def __init__(self, fields: dict[str, Any], folder: Path, loss: str) -> None:
+        trl = pytest.importorskip("trl")
+        from datasets import Dataset
+
+        fields["model"]["chat_template"] = DEFAULT_TEMPLATE
+        torch.manual_seed(0)
+        self.model: Any = compose(Recipe.model_validate(fields).model)
+        pairs = [
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for question, chosen, rejected in (
+                ("What is red?", "a colour of light", "no"),
+                ("Say blue", "blue", "green, green and green"),
+                ("One?", "one", "two"),
+            )
+        ]
+        self.policy = copy.deepcopy(self.model.language_model).requires_grad_(True)
+        before = copy.deepcopy(self.policy).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in before.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        tokenizer = copy.deepcopy(self.model.reader.tokenizer)
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+        self.theirs = trl.DPOTrainer(
+            self.policy,
+            ref_model=before,
+            args=trl.DPOConfig(
+                output_dir=str(folder / "trl"),
+                loss_type=[loss],
+                beta=0.3,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to=[],
+            ),
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer,
+        )
+        rows = [self.theirs.train_dataset[i] for i in range(len(pairs))]
+        self.batch = self.theirs.data_collator(rows)
+        self.samples = read(self.model, pairs)
+        self.collate = PairCollator(
+            Collator(self.model.modalities, self.model.reader.chat.filler_id)
+        )
+        ids = self.collate([Pair(s, torch.zeros(2)) for s in self.samples])["input_ids"]
+        assert ids.tolist() == self.batch["input_ids"].tolist(), "else it proves nothing"
+        with torch.no_grad():
+            now, self.model.language_model = self.model.language_model, before
+            of_each = [
+                [by_hand(self.model, s), by_hand(self.model, s.rejected)]  # type: ignore[arg-type]
+                for s in self.samples
+            ]
+            self.reference = torch.tensor([[float(x) for x in pair] for pair in of_each])
+            self.model.language_model = now.requires_grad_(True)
+
+
 @pytest.mark.slow  # to import TRL
 @pytest.mark.filterwarnings("ignore")  # TRL's own, of arguments that transformers renamed
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
 def test_loss_and_gradients_are_those_of_trl(
     recipe_fields: Fields, tmp_path: Path, loss: str
 ) -> None:
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    fields = recipe_fields(tmp_path / "run")
-    fields["model"]["chat_template"] = DEFAULT_TEMPLATE
-    torch.manual_seed(0)
-    model: Any = compose(Recipe.model_validate(fields).model)
-    pairs = [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
-        for question, chosen, rejected in (
-            ("What is red?", "a colour of light", "no"),
-            ("Say blue", "blue", "green, green and green"),
-            ("One?", "one", "two"),
-        )
-    ]
-    policy = copy.deepcopy(model.language_model).requires_grad_(True)
-    before = copy.deepcopy(policy).requires_grad_(False)
-    with torch.no_grad():
-        for parameter in before.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    tokenizer = copy.deepcopy(model.reader.tokenizer)
-    tokenizer.chat_template = DEFAULT_TEMPLATE
-    config = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        loss_type=[loss],
-        beta=0.3,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-    )
-    theirs = trl.DPOTrainer(
-        policy,
-        ref_model=before,
-        args=config,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-    )
-    batch = theirs.data_collator([theirs.train_dataset[i] for i in range(len(pairs))])
-    samples = read(model, pairs)
-    ours = PairCollator(Collator(model.modalities, model.reader.chat.filler_id))
-    ids = ours([Pair(s, torch.zeros(2)) for s in samples])["input_ids"]
-    assert ids.tolist() == batch["input_ids"].tolist(), "the same tokens, or it proves nothing"
-    policy.train()  # there is no dropout in it
-    expected = theirs.compute_loss(theirs.model, batch)
+    beside = BesideTrl(recipe_fields(tmp_path / "run"), tmp_path, loss)
+    model, theirs = beside.model, beside.theirs
+    beside.policy.train()  # there is no dropout in it
+    expected = theirs.compute_loss(theirs.model, beside.batch)
     expected.backward()
-
-    with torch.no_grad():
-        now, model.language_model = model.language_model, before
-        reference = torch.stack(
-            [
-                torch.stack([by_hand(model, s), by_hand(model, s.rejected)])  # type: ignore[arg-type]
-                for s in samples
-            ]
-        )
-        model.language_model = now.requires_grad_(True)
-    found = loss_of(model, samples, reference, DpoSpec(beta=0.3, loss=loss))  # type: ignore[arg-type]
+    spec = DpoSpec(beta=0.3, loss=loss)  # type: ignore[arg-type]
+    found = loss_of(model, beside.samples, beside.reference, spec)
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    gradients = {name: p.grad for name, p in policy.named_parameters()}
+    gradients = {name: p.grad for name, p in beside.policy.named_parameters()}
     assert all(bool(g is not None and g.abs().max() > 0) for g in gradients.values())
-    for name, parameter in now.named_parameters():
+    for name, parameter in model.language_model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
     logged = theirs._metrics["train"]
-    preference = Preference(DpoSpec(beta=0.3))
-    pairs_of_ours = [Pair(s, r) for s, r in zip(samples, reference, strict=True)]
-    preference.loss(model(**preference.read(ours(pairs_of_ours))))
+    preference = Preference(spec)
+    pairs = [Pair(s, r) for s, r in zip(beside.samples, beside.reference, strict=True)]
+    preference.loss(model(**preference.read(beside.collate(pairs))))
     for name, value in preference.metrics().items():
         assert value == pytest.approx(logged[name][0], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.slow  # to import TRL
+@pytest.mark.filterwarnings("ignore")  # TRL's own, of arguments that transformers renamed
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
+    recipe_fields: Fields, tmp_path: Path, loss: str
+) -> None:
+    beside = BesideTrl(recipe_fields(tmp_path / "run"), tmp_path, loss)
+    expected = beside.theirs.evaluate()
+    pairs = Pairs(beside.samples, [(1, 1)] * len(beside.samples))
+    pairs.reference = beside.reference
+    args = {"use_cpu": True, "per_device_eval_batch_size": 2}
+    trainer = MultiTokenTrainer(
+        beside.model,
+        learn=Learn.model_validate({"language_model": 1e-3}),
+        lengths=pairs.num_tokens,
+        dpo=DpoSpec(beta=0.3, loss=loss),  # type: ignore[arg-type]
+        args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        data_collator=beside.collate,
+    )
+    found = trainer.evaluate()
+    of_pairs = ("loss", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")))
+    for name in (*of_pairs, "logps/chosen", "logps/rejected"):
+        assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
+    assert trainer.preference is not None
+    assert trainer.preference.metrics() == {}, "nothing of it counts as training"
 
 
 def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:

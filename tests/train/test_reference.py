@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def test_two_processes_share_the_reference_and_learn_as_one(
     # the second process's rows are text alone
     chosen = [*pair_rows[:2], pair_rows[5], {**pair_rows[5], "id": "more", "chosen": "no"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    uneven = tmp_path / "uneven.jsonl"
+    uneven.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     runs = []
     for name, size in (("one", 4), ("two", 2)):
         fields = recipe_fields(
@@ -66,9 +69,13 @@ def test_two_processes_share_the_reference_and_learn_as_one(
                 "lr_scheduler_type": "constant",
                 "train_sampling_strategy": "sequential",
                 "per_device_train_batch_size": size,
+                "per_device_eval_batch_size": 1,
+                "eval_steps": 3,
             },
+            num_samples=0,
+            blind=False,
         )
-        fields["data"] = {"train": [{"rows": str(path)}]}
+        fields["data"] = {"train": [{"rows": str(path)}], "eval": [{"rows": str(uneven)}]}
         runs.append({"name": name, "fields": fields})
     trained(runs[0]["fields"])
     job = tmp_path / "job.json"
@@ -94,6 +101,9 @@ def test_two_processes_share_the_reference_and_learn_as_one(
     for a, b in zip(logs(tmp_path / "one"), logs(tmp_path / "two"), strict=True):
         for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+    (a,), (b,) = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")
+    for key in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected"):
+        assert b[f"eval_{key}"] == pytest.approx(a[f"eval_{key}"], rel=1e-4, abs=1e-5), key
     for file in ("projectors.safetensors", "adapter/adapter_model.safetensors"):
         ours, theirs = (load_file(tmp_path / name / file) for name in ("one", "two"))
         for key, tensor in ours.items():
@@ -231,21 +241,77 @@ def test_rows_without_two_answers_are_refused_or_left_out_of_the_stage(
         trained(pair_fields(tmp_path / "none", rows=[plain], stage={"dpo": {"missing": "skip"}}))
 
 
-def test_held_out_pairs_are_evaluated_by_their_chosen_answers(
+def evaluations(out: Path) -> list[dict[str, float]]:
+    history = json.loads((out / "stages" / "1-prefer" / "done.json").read_text())["log_history"]
+    return [entry for entry in history if "eval_loss" in entry]
+
+
+def test_held_out_pairs_are_evaluated_as_those_that_are_learned_from(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    fields = pair_fields(out, args={"eval_steps": 3, "max_steps": 3}, num_samples=0, blind=False)
+    best = {"metric_for_best_model": "eval_rewards/margins", "save_steps": 3}
+    args = {"eval_steps": 3, "max_steps": 3, "per_device_eval_batch_size": 4, **best}
+    fields = pair_fields(out, args=args, num_samples=0, blind=False)
     fields["data"]["eval"] = fields["data"]["train"]
     model = trained(fields)
-    history = json.loads((out / "stages" / "1-prefer" / "done.json").read_text())["log_history"]
-    (found,) = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    (found,) = evaluations(out)
+    stage = out / "stages" / "1-prefer"
+    reference = load_file(stage / "held_out_reference.safetensors")["logps"]
+    assert torch.equal(reference, load_file(stage / "reference.safetensors")["logps"])
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     read = partial(to_conversation, modalities=list(model.modalities), row_id="row")
-    samples = [model.reader(read(row)) for row in rows]
+    collate = Collator(model.modalities, model.reader.chat.filler_id)
     with torch.no_grad():
-        batch = Collator(model.modalities, model.reader.chat.filler_id)(samples)
-        assert found == pytest.approx(float(model(**batch).loss), rel=1e-3)
+        samples = [replace(model.reader, pairs="required")(read(row)) for row in rows]
+        logps = torch.tensor(
+            [
+                [-float(model(**collate([s])).loss) * int((s.labels != -100).sum()) for s in pair]
+                for pair in ((sample, sample.rejected) for sample in samples)
+            ]
+        )
+    rewards = 0.1 * (logps - reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    expected = {
+        "loss": -torch.nn.functional.logsigmoid(margins).mean(),
+        "rewards/chosen": rewards[:, 0].mean(),
+        "rewards/rejected": rewards[:, 1].mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": (margins > 0).float().mean(),
+        "logps/chosen": logps[:, 0].mean(),
+        "logps/rejected": logps[:, 1].mean(),
+    }
+    for name, value in expected.items():
+        assert found[f"eval_{name}"] == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
+    assert found["eval_loss"] < math.log(2), "it has learned, or it proves nothing"
+    state = json.loads((stage / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_metric"] == found["eval_rewards/margins"]
+
+
+def test_what_of_held_out_rows_has_one_answer_is_left_out_with_a_word(
+    pair_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    answer = {"role": "assistant", "content": "red"}
+    plain = {"id": "plain", "messages": [{"role": "user", "content": "What?"}, answer]}
+
+    def said(name: str, rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args = {"eval_steps": 1, "max_steps": 1}
+        fields = pair_fields(tmp_path / name, args=args, num_samples=0, blind=False)
+        fields["data"]["eval"] = [{"rows": str(path)}]
+        console = Console(record=True, width=200, file=io.StringIO())
+        train(Recipe.model_validate(fields), console=console)
+        return console.export_text()
+
+    assert "2 of 3 held-out rows have two answers; the others are" in said(
+        "some", [pair_rows[0], plain, pair_rows[5]]
+    )
+    assert "eval_rewards/margins" in evaluations(tmp_path / "some")[0]
+    assert "no held-out row has two answers" in said("none", [plain])
+    assert "eval_rewards/margins" not in evaluations(tmp_path / "none")[0]
+    with pytest.raises(RowError, match="has an empty `rejected` answer"):
+        said("bad", [{**pair_rows[0], "rejected": " "}])
 
 
 def test_a_plan_is_made_without_a_reference(pair_fields: Fields, tmp_path: Path) -> None:
