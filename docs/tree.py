@@ -25,6 +25,7 @@ OTHERS = {
     "tests": "mirror of the package; test_architecture.py and test_docs.py hold the house rules",
     "examples": "whole jobs on real parts, each with a report; and a plug-in package",
     "benchmarks": "the numbers behind our claims, and the scripts that make them",
+    "deploy": "gateways before engines of vLLM, as containers",
     "docs": "decisions with their reasons, and the log of experiments",
 }
 

@@ -6,6 +6,7 @@ Border: processes and signals; what draining means to requests is the service's.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from multi_token.errors import MultiTokenError
 from multi_token.serve.app import build_app
 from multi_token.serve.guard import timed_protocol
 
@@ -84,11 +86,23 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin)
 
     async def startup(self, sockets: Any = None) -> None:
-        """Load, then listen."""
+        """Load, then listen. Why the service does not start is its `start_error`, not logged."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(self._is_news)
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            # uvicorn's own end of a start that failed, at which nobody could say why any more
+            self.should_exit = True
+        finally:
+            log.removeFilter(self._is_news)
         if self.started and self._on_started is not None:
             self._on_started()
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Whether a line of uvicorn's says what its caller is not told anyway."""
+        return not isinstance(self.service.start_error, MultiTokenError)
 
     def _begin(self) -> None:
         self._drain = asyncio.ensure_future(self._drained())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -112,12 +113,13 @@ class Stepping:
         if min(lengths) < self.width:
             padding = torch.tensor([self.width - length for length in lengths])
             attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
-        output = self._forward(
-            input_ids=torch.tensor([row.ids[-1:] for row in self._rows], device=device),
-            attention_mask=attention_mask,
-            position_ids=torch.tensor(lengths, device=device)[:, None],
-            past_key_values=self._cache,
-        )
+        with _a_thread_less(device):
+            output = self._forward(
+                input_ids=torch.tensor([row.ids[-1:] for row in self._rows], device=device),
+                attention_mask=attention_mask,
+                position_ids=torch.tensor(lengths, device=device)[:, None],
+                past_key_values=self._cache,
+            )
         self._cache = output.past_key_values
         self.width += 1
         for row in self._rows:
@@ -188,6 +190,24 @@ class Stepping:
         if self.joins and width < self.width:
             cut_left(self._cache, width)
             self.width = width
+
+
+@contextmanager
+def _a_thread_less(device: torch.device) -> Iterator[None]:
+    """One core is left to HTTP, tokens as text and media; a step of few rows has little to share.
+
+    If they have to wait for a core, all threads of torch wait for the one that lost its own: on two
+    cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md).
+    """
+    num_threads = torch.get_num_threads()
+    if device.type != "cpu" or num_threads == 1:
+        yield
+        return
+    torch.set_num_threads(num_threads - 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def processors_of(language_model: Any) -> Any:

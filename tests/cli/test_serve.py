@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -146,6 +147,19 @@ def test_wrong_options_are_refused_before_anything_is_loaded(
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "no-run"), *options])
     assert isinstance(result.exception, MultiTokenError)
     assert words in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_port_in_use_is_a_sentence(run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "multi_token", "serve", str(run), "--port", str(port)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"the server did not start on 127.0.0.1:{port}" in done.stderr
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

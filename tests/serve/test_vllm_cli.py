@@ -101,6 +101,17 @@ def test_an_exported_run_is_served_before_two_engines(
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     engines[1].die()
+    # a start that fails is the last line, and the only one about it
+    command = [sys.executable, "-m", "multi_token", "serve", str(out), "--port", "0"]
+    done_early = subprocess.run(
+        [*command, "--backend", "vllm", "--engine-url", engines[1].url],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = done_early.stdout + done_early.stderr
+    assert done_early.returncode == 1 and "Traceback" not in said, said
+    assert "no engine can be used" in said and engines[1].url in said, said
 
 
 @pytest.mark.parametrize(
