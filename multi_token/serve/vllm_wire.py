@@ -186,8 +186,7 @@ def read_event(fields: Mapping[str, Any], num_top: int = 0) -> Delta | None:
         if "error" in fields:
             error = fields["error"]
             told = error if isinstance(error, dict) else {"message": error}
-            is_of_prompt = told.get("code") in _STATUS_OF_PROMPTS
-            raise EngineFault(str(told.get("message")), "rejected" if is_of_prompt else "failed")
+            raise EngineFault(str(told.get("message")), _reason(told.get("code")))
         if not fields["choices"]:
             return None
         choice = fields["choices"][0]
@@ -266,11 +265,15 @@ def _fault(status: int, body: bytes) -> EngineFault:
         message = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass  # then it is told as it is
+    reason = _reason(status)
+    return EngineFault(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
+
+
+def _reason(status: Any) -> Reason:
+    """What a status means; a stream that has begun with 200 says it in an event."""
     if status in (429, 503):
-        return EngineFault(f"HTTP {status}: {message}", "full")
-    if status in _STATUS_OF_PROMPTS:
-        return EngineFault(message, "rejected")
-    return EngineFault(f"HTTP {status}: {message}", "failed")
+        return "full"
+    return "rejected" if status in _STATUS_OF_PROMPTS else "failed"
 
 
 def _named(error: Exception) -> str:

@@ -46,6 +46,7 @@ def test_events_become_tokens_with_the_likeliest_ids() -> None:
     [
         ({"error": {"message": "EngineCore died", "code": 500}}, "failed"),
         ({"error": {"message": "Out of range float values", "code": 400}}, "rejected"),
+        ({"error": {"message": "The engine is currently busy", "code": 503}}, "full"),
         ({"error": "Unauthorized"}, "failed"),
         ({"object": "chat.completion.chunk"}, "failed"),
         (event(token_ids=["60"]), "failed"),
