@@ -145,7 +145,6 @@ def _run(
     from multi_token.errors import MultiTokenError
     from multi_token.serve.drain import DrainingServer
     from multi_token.serve.server import Service
-    from multi_token.serve.short_thread import in_short_thread
 
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -158,9 +157,8 @@ def _run(
         from multi_token.serve.vllm_golden import read_golden
 
         read_golden(run)  # a folder without it is refused before anything is loaded
-    service = in_short_thread(
-        lambda: Service(_load(run, language_model, device, with_layers=not is_elsewhere), settings)
-    )
+    model = _load(run, language_model, device, with_layers=not is_elsewhere)
+    service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _say(console, server, service))
     server.run()
     if isinstance(service.start_error, MultiTokenError):

@@ -17,7 +17,6 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.padded import answer_one_by_one, answer_together, refuse_broken
 from multi_token.serve.prompts import context_length, refuse, shortest
 from multi_token.serve.running import Requests, Running, failed
-from multi_token.serve.short_thread import in_short_thread
 from multi_token.serve.stepping import Stepping
 from multi_token.serve.way import Way, find_way
 
@@ -70,7 +69,7 @@ class StaticEngine:
         if self._thread is not None:
             self._thread.join()
         if self._way is None:  # tried here, not in the first client's time
-            self._way = in_short_thread(lambda: find_way(self.model, self._filler_id))
+            self._way = find_way(self.model, self._filler_id)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="static engine", daemon=True)
         self._thread.start()
