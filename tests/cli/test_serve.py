@@ -5,14 +5,11 @@ Border: what it answers is tested in tests/serve; the run is made here, as small
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import pytest
 
 from multi_token.cli.serve import KEYS_VARIABLE, _keys, _settings
 from multi_token.errors import MultiTokenError
+from tests.serve.serve_process import serve_process
 
 pytestmark = pytest.mark.slow
 
@@ -48,44 +46,8 @@ def run(
     return folder
 
 
-@contextmanager
-def served(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, its URL, and what it has printed (which grows)."""
-    command = [sys.executable, "-m", "multi_token", "serve", str(run), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--workers", "1", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-    )
-    printed: list[str] = []
-    listens = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            printed.append(line)
-            if "curl " in line:
-                listens.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert listens.wait(120), "".join(printed)
-        url = re.search(r"listens on (\S+);", "".join(printed))
-        assert url is not None
-        yield process, url[1], printed
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(10)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
-    with served(run, "--api-key", KEY, "--name", "mine") as (process, url, printed):
+    with serve_process(str(run), "--api-key", KEY, "--name", "mine") as (process, url, printed):
         text = "".join(printed)
         assert "mine listens on" in text and "senses: vector (vector)" in text
         assert KEY not in text
@@ -114,7 +76,7 @@ def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
 
 def test_a_second_signal_aborts(run: Path) -> None:
     with (
-        served(run) as (process, url, _),
+        serve_process(str(run)) as (process, url, _),
         httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as answer,
     ):
         lines = answer.iter_lines()

@@ -5,14 +5,11 @@ Border: the command line; what is answered is test_vllm.py's.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +21,18 @@ from multi_token.cli.serve import ENGINE_KEY_VARIABLE
 from multi_token.errors import MultiTokenError
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.asking import PICTURE, QUESTION, RED, asked, content_of, post
+from tests.serve.serve_process import serve_process
 from tests.serve.vllm_stand_in import StandIn
 
 pytestmark = pytest.mark.slow
 KEY = "sk-of-the-engines"
 
 
-@contextmanager
-def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def gateway(
+    *arguments: str,
+) -> AbstractContextManager[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its URL, and what it has printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "multi_token", "serve", *arguments, "--port", "0", "--workers", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, ENGINE_KEY_VARIABLE: KEY},
-    )
-    printed: list[str] = []
-    listens = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            printed.append(line)
-            if "curl " in line:
-                listens.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert listens.wait(120), "".join(printed)
-        url = re.search(r"listens on (\S+);", "".join(printed))
-        assert url is not None
-        yield process, url[1], printed
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(10)
-        assert process.stdout is not None
-        process.stdout.close()
+    return serve_process(*arguments, env={ENGINE_KEY_VARIABLE: KEY})
 
 
 def test_an_exported_run_is_served_before_two_engines(

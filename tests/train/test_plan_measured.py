@@ -1,10 +1,11 @@
-"""train/plan.py and trial.py against the run right after: tokens, FLOPs, memory and time."""
+"""train/plan.py and trial.py against the run right after: tokens, FLOPs and memory.
+
+Border: the time of a step is measured by benchmarks/plan.py.
+"""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,7 +38,7 @@ ARGS = {
 
 
 class Ran(TrainerCallback):
-    """Plans a stage that is ready to go; then its time by step, or the most memory it takes."""
+    """Plans a stage that is ready to go; then counts its steps, or the most memory they take."""
 
     def __init__(self, trainer: Any, *, memory: bool) -> None:
         self.trainer = trainer
@@ -47,7 +48,7 @@ class Ran(TrainerCallback):
         self.planned_lengths = list(rows.lengths) if isinstance(rows, Pairs) else []
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
         self.weights = sum(t.nbytes for t in {id(t): t for t in tensors}.values())
-        self.ends: list[float] = []
+        self.num_steps = 0
         self.peak = [0]
         self.stack = ExitStack()
 
@@ -56,7 +57,7 @@ class Ran(TrainerCallback):
             self.peak = self.stack.enter_context(peak_memory())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.num_steps += 1
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.stack.close()
@@ -65,12 +66,6 @@ class Ran(TrainerCallback):
     def num_bytes(self) -> int:
         """The most that tensors took, weights included."""
         return self.weights + self.peak[0]
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The median."""
-        pairs = zip(self.ends, self.ends[1:], strict=False)
-        return statistics.median(end - begin for begin, end in pairs)
 
 
 @pytest.fixture
@@ -193,26 +188,10 @@ def test_planned_tokens_and_flops_a_step_are_those_that_the_run_counts(
 ) -> None:
     one = ran(fields_of(tmp_path / "run", **more))
     trial, meter = one.planned.trial, one.trainer.meter
-    assert trial is not None and one.planned.num_steps == len(one.ends) == 6
+    assert trial is not None and one.planned.num_steps == one.num_steps == 6
     assert one.planned.tokens_per_step == meter.total("tokens") / 6
     flops = trial.flops_per_token * one.planned.tokens_per_step
     assert flops == pytest.approx(meter.total("flops") / 6, rel=1e-6)
-
-
-@pytest.mark.parametrize("learn", [ADAPTER, FULL], ids=["adapter", "language model"])
-def test_planned_time_is_within_a_fifth_of_what_a_step_then_takes(
-    fields_of: Fields, ran: Callable[..., Ran], tmp_path: Path, learn: Any
-) -> None:
-    figures = []
-    for attempt in range(3):  # other work on the machine may come and go between the two
-        args = {"max_steps": 12, "per_device_train_batch_size": 16}
-        one = ran(fields_of(tmp_path / str(attempt), learn=learn, args=args))
-        planned, measured = one.planned.seconds_per_step, one.seconds_per_step
-        assert planned is not None
-        figures.append(f"{planned:.4f} s planned, {measured:.4f} s measured")
-        if abs(planned - measured) <= 0.2 * measured:
-            return
-    pytest.fail("; ".join(figures))
 
 
 def test_lengths_of_pairs_are_known_before_their_media_are_opened(
