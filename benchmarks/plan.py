@@ -53,8 +53,6 @@ def recipe_of(folder: Path, out: Path, learn: dict[str, Any], more: dict[str, An
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "train_sampling_strategy": "sequential",
-        "disable_tqdm": True,
     }
     return Recipe.model_validate(
         {
@@ -67,7 +65,7 @@ def recipe_of(folder: Path, out: Path, learn: dict[str, Any], more: dict[str, An
             "train": {
                 "output_dir": str(out),
                 "stages": [{"name": STAGE, "learn": learn}],
-                "align": False,
+                "align": None,
                 "feature_cache": False,
                 "args": arguments,
                 **more,

@@ -10,6 +10,8 @@ vector. For each backend, in one run and in turns:
 - **many clients**: the same questions by one client, then by 8 at once; tokens a second as a ratio.
 
 Answers have to be equal, all of them, or the figures are not worth printing; how many are is.
+Every asking has a key of its own, so that it finds nothing of an earlier one in the server's caches:
+what is shared is what its own prompts begin with, which is the chat template's system message.
 
 Border: starts servers and asks; the asking is the library's own `bench serve`.
 """
@@ -210,12 +212,14 @@ def compared(
     few, few_prompts = conversations[: args.num_alone], prompts[: args.num_alone]
     options = ["--backend", backend, "--max-batch", str(args.clients), "--max-queue", "10000"]
     options += ["--cache-megabytes", "0", "--workers", "1"]  # no cache of media
+    keys = [f"sk-measured-{i}" for i in range(1 + 3 * args.rounds)]
+    options += [part for key in keys for part in ("--api-key", key)]
     with served(run, *options) as server:
         work = Load(server.url, "measured", prompts, max_tokens=args.max_tokens)
 
         def asked(load: Load, num_clients: int) -> Measured:
-            number = len(load.prompts)
-            return asyncio.run(measure(load, num_clients, number, lambda _: None))
+            own = replace(load, api_key=keys.pop())
+            return asyncio.run(measure(own, num_clients, len(own.prompts), lambda _: None))
 
         alone = replace(work, prompts=few_prompts)
         bare_answers(model, few[:1], args.max_tokens)  # both warm up

@@ -37,7 +37,9 @@ def serve(
     deadline: float = typer.Option(300.0, help="The longest that a request may take, in seconds."),
     cache_megabytes: int = typer.Option(256, help="Projected media kept for when they come again."),
     cache_tokens: int = typer.Option(
-        None, help="Tokens that --backend continuous keeps at once; default: 1024 an answer."
+        None,
+        help="Tokens kept: by continuous of all answers (default: 1024 an answer); by static of "
+        "ended ones, for prompts that begin alike (default: 2048; 0: none).",
     ),
     workers: int = typer.Option(2, help="Processes that decode media."),
     allow_url_host: list[str] = typer.Option(

@@ -49,7 +49,7 @@ def cut_left(cache: Any, num_tokens: int) -> None:
         if layer.keys is not None:
             first = max(0, layer.keys.shape[2] - _num_kept(layer, num_tokens))
             layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
-            _count(layer, num_tokens)
+            set_count(layer, num_tokens)
 
 
 def join_rows(cache: Any, other: Any, num_tokens: int) -> None:
@@ -66,7 +66,7 @@ def join_rows(cache: Any, other: Any, num_tokens: int) -> None:
             joined.append((layer, keys, values))
     for layer, keys, values in joined:
         layer.keys, layer.values = keys, values
-        _count(layer, num_tokens)
+        set_count(layer, num_tokens)
 
 
 def _stacked(held: Sequence[Tensor], time: int) -> Tensor:
@@ -123,6 +123,7 @@ def _num_kept(layer: Any, num_tokens: int) -> int:
     return num_tokens if window < 0 else min(num_tokens, window - 1)
 
 
-def _count(layer: Any, num_tokens: int) -> None:
+def set_count(layer: Any, num_tokens: int) -> None:
+    """Tell a layer that counts its tokens how many it has."""
     if hasattr(layer, _COUNT):
         setattr(layer, _COUNT, num_tokens)

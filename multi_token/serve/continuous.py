@@ -230,8 +230,7 @@ class ContinuousEngine:
                 f"{self._num_soft_tokens} that this server keeps; send fewer items",
                 param="messages",
             )
-        told = self.prefix.telling(emit, lambda: row.number)
-        row = Running(request_id, prompt, options, told, self._end_ids, self._on_end)
+        row = Running(request_id, prompt, options, emit, self._end_ids, self._on_end)
         self._add(row)
 
     def cancel(self, request_id: str) -> None:
@@ -305,7 +304,6 @@ class ContinuousEngine:
         # have been written over stands under ids that nobody will ever have again
         with self._requests.changed:
             self._requests.forget(row)
-            self.prefix.forget(row.number)
             if self._by_number.pop(row.number, None) is not None:
                 self._ids.unpin([key for key, _ in _items(row.prompt)])
             self._admit()
@@ -318,12 +316,10 @@ class ContinuousEngine:
         return scores if all_likeliest else forced(scores, ids)
 
     def _on_read(self, number: str, num_there: int) -> None:
-        if number in self.prefix:
-            return  # a later step, or a prompt that was put back and is read again
         with self._requests.changed:
             row = self._by_number.get(number)
             if row is not None:
-                self.prefix.add(number, len(row.prompt.input_ids), num_there)
+                self.prefix.add(row, num_there)
 
     def _give_up(self, number: str, why: str) -> None:
         row = self._by_number.get(number)

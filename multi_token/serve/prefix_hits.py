@@ -1,48 +1,28 @@
-"""How much of each prompt the cache of keys and values had already, when it was first read.
+"""How much of each prompt an engine had computed already, when it was first read.
 
-Border: counts what continuous.py hands in; what is shared, and when, is transformers' own.
+Border: counts what engines hand in; what is shared, and when, is theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from multi_token.serve.engine import Event, Token
+if TYPE_CHECKING:
+    from multi_token.serve.running import Running
 
 
 class PrefixHits:
-    """Of prompts by their number. `num_queries`, `num_hits`: tokens of all of them so far."""
+    """Of all prompts so far. `num_queries`: their tokens; `num_hits`: those computed before."""
 
     def __init__(self) -> None:
         self.num_queries = 0
         self.num_hits = 0
-        self._by_number: dict[str, int] = {}
 
-    def __contains__(self, number: str) -> bool:
-        return number in self._by_number
-
-    def add(self, number: str, num_tokens: int, num_there: int) -> None:
-        """A prompt of so many tokens is read for the first time, and so many are there."""
-        self._by_number[number] = num_there
-        self.num_queries += num_tokens
-        self.num_hits += num_there
-
-    def forget(self, number: str) -> None:
-        """A prompt has ended."""
-        self._by_number.pop(number, None)
-
-    def telling(
-        self, emit: Callable[[Event], None], number: Callable[[], str]
-    ) -> Callable[[Event], None]:
-        """`emit`, whose first token tells how many of its prompt's were there."""
-        is_first = True
-
-        def told(event: Event) -> None:
-            nonlocal is_first
-            if is_first and isinstance(event, Token):
-                is_first = False
-                event = replace(event, num_cached=self._by_number.get(number(), 0))
-            emit(event)
-
-        return told
+    def add(self, row: Running, num_there: int) -> None:
+        """A prompt is read, of which so many tokens are there. The first time counts: later it may
+        find what it left itself.
+        """
+        if row.num_cached is None:
+            row.num_cached = num_there
+            self.num_queries += len(row.prompt.input_ids)
+            self.num_hits += num_there

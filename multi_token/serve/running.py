@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,6 +43,8 @@ class Running:
         self.number = ""
         """What an engine calls it, unlike `id` for no two alike."""
         self.is_done = False
+        self.num_cached: int | None = None
+        """Of its prompt's tokens, how many were computed before it was read; None: not read yet."""
         self._emit = emit
         self._on_end = on_end
         self._lock = threading.RLock()
@@ -74,7 +77,8 @@ class Running:
                     )
                 return
             self._said.append(token.id)
-            self._emit(token)
+            is_first = len(self._said) == 1
+            self._emit(replace(token, num_cached=self.num_cached or 0) if is_first else token)
             if token.id in self.end_ids:
                 self._end(End("stop"))
             elif self._position >= self.options.max_new_tokens:

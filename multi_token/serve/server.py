@@ -373,4 +373,6 @@ def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSetti
         from multi_token.serve.vllm import build_vllm_engine
 
         return build_vllm_engine(model, settings)
-    return StaticEngine(model, max_batch=settings.max_batch)
+    num_kept = settings.num_cache_tokens
+    kept = {} if num_kept is None else {"num_cache_tokens": num_kept}
+    return StaticEngine(model, max_batch=settings.max_batch, **kept)

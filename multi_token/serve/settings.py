@@ -61,9 +61,11 @@ class ServeSettings(BaseModel):
     """Answers that are written at once."""
     max_queue: NonNegativeInt | None = None
     """Answers that may wait beside them; None: four times `max_batch`."""
-    num_cache_tokens: PositiveInt | None = None
-    """Of the continuous backend: tokens of all prompts and answers whose keys and values are kept
-    at once. None: 1024 for each of `max_batch`, or for one of the model's length up to 8192."""
+    num_cache_tokens: NonNegativeInt | None = None
+    """Tokens whose keys and values are kept. Of the continuous backend: those of all prompts and
+    answers at once; None: 1024 for each of `max_batch`, or for one of the model's length up to
+    8192. Of the static one: of prompts and answers that have ended, for others that begin so; None:
+    2048, 0: none."""
     num_workers: PositiveInt = 2
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
@@ -104,10 +106,15 @@ class ServeSettings(BaseModel):
                 f"host {self.host} can be reached from other machines, which needs a key: give "
                 "--api-key, or listen on 127.0.0.1"
             )
-        if self.num_cache_tokens is not None and self.backend != "continuous":
+        if self.num_cache_tokens is not None and self.backend == "vllm":
             raise ValueError(
-                f"num_cache_tokens is of the continuous backend, and this one is {self.backend}: "
-                "leave out --cache-tokens, or give --backend continuous"
+                "num_cache_tokens is of an engine here, and those of the vllm backend are "
+                "elsewhere: leave out --cache-tokens"
+            )
+        if self.num_cache_tokens == 0 and self.backend == "continuous":
+            raise ValueError(
+                "num_cache_tokens is 0, but the continuous backend keeps every answer there: give "
+                "--cache-tokens 1 or more, or leave it out"
             )
         if bool(self.engine_urls) != (self.backend == "vllm"):
             raise ValueError(

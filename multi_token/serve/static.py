@@ -12,13 +12,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from multi_token.generate import reader_of, stop_ids
+from multi_token.serve.beginnings import Beginnings
 from multi_token.serve.engine import Event, Prompt, SamplingOptions
 from multi_token.serve.errors import ServeError
 from multi_token.serve.padded import answer_one_by_one, answer_together, refuse_broken
+from multi_token.serve.prefix_hits import PrefixHits
 from multi_token.serve.prompts import context_length, refuse, shortest
 from multi_token.serve.running import Requests, Running, failed
 from multi_token.serve.stepping import Stepping
-from multi_token.serve.way import Way, find_way
+from multi_token.serve.way import Way, find_way, may_begin_alike
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -35,6 +37,9 @@ class StaticEngine:
     leave only, and who comes waits for the next batch; or they stay until all have ended, which is
     exact for every language model that can be asked at all. Where padding changes answers, only
     prompts of one length share a batch.
+
+    Where rows can join, what a prompt begins with like an earlier one of the same tenant (a system
+    message, the same picture, a conversation that goes on) is not read again.
     """
 
     name = "static"
@@ -46,10 +51,12 @@ class StaticEngine:
         max_batch: int = 8,
         max_batch_tokens: int = 32768,
         max_tokens: int | None = None,
+        num_cache_tokens: int = 2048,
     ) -> None:
         """`max_batch`: prompts answered together. `max_batch_tokens`: padded, with the longest
         answer; bounds the memory of the key-value cache. `max_tokens`: see `Engine`; by default
-        what the language model's config says.
+        what the language model's config says. `num_cache_tokens`: of prompts and answers, whose
+        keys and values are kept when these have ended; 0: none.
         """
         self.model = model
         self.max_batch = max_batch
@@ -57,8 +64,12 @@ class StaticEngine:
         self.max_tokens = shortest(max_tokens, context_length(model), max_batch_tokens)
         self._filler_id = reader_of(model).chat.filler_id
         self._end_ids = frozenset(stop_ids(model))
+        self.num_cache_tokens = num_cache_tokens
+        self.prefix = PrefixHits()
         self._requests = Requests()
         self._way: Way | None = None
+        self._begins_alike = False
+        self._stepping: Stepping | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
 
@@ -70,6 +81,8 @@ class StaticEngine:
             self._thread.join()
         if self._way is None:  # tried here, not in the first client's time
             self._way = find_way(self.model, self._filler_id)
+            if self._way == "join" and self.num_cache_tokens:
+                self._begins_alike = may_begin_alike(self.model, self._filler_id)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="static engine", daemon=True)
         self._thread.start()
@@ -108,6 +121,14 @@ class StaticEngine:
         return self._thread is not None and self._thread.is_alive() and not self._is_stopping
 
     @property
+    def cache_usage(self) -> float:
+        """The part of `max_batch_tokens` that answers hold, padding included, 0 to 1."""
+        stepping = self._stepping
+        if stepping is None or not self.is_alive:
+            return 0.0
+        return len(stepping.rows) * stepping.width / self.max_batch_tokens
+
+    @property
     def num_running(self) -> int:
         return self._requests.num_running
 
@@ -121,14 +142,19 @@ class StaticEngine:
                 while batch := self._take(None):
                     self._answer(batch)
             else:
-                joins = self._way == "join"
-                self._answer_step_by_step(Stepping(self.model, self._filler_id, joins=joins))
+                self._stepping = self._new_stepping()
+                self._answer_step_by_step(self._stepping)
         except Exception as error:  # noqa: BLE001 - every client must be told
             _LOG.error("the engine's thread ends", exc_info=error)
             with self._requests.changed:
                 self._is_stopping = True  # or one could be queued behind the last that fails
             for row in self._requests.all():
                 row.fail(ServeError("the engine has failed", status=503))
+
+    def _new_stepping(self) -> Stepping:
+        """Of the model as it is now: nothing that was kept before is used."""
+        kept = Beginnings(self.num_cache_tokens, self.prefix) if self._begins_alike else None
+        return Stepping(self.model, self._filler_id, joins=self._way == "join", beginnings=kept)
 
     def _answer(self, batch: list[Running]) -> None:
         """A batch to its end, in one call."""

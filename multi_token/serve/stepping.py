@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from multi_token.drive import layer_inputs, takes_positions, without_adapter
+from multi_token.serve.beginnings import Beginnings
 from multi_token.serve.cached_rows import can_be_padded, cut_left, join_rows, keep_rows
 from multi_token.serve.padded import no_numbers, padded_inputs
 from multi_token.serve.running import Running, choose
@@ -33,6 +34,8 @@ class _Row:
     """Of its tokens that are in the cache."""
     ids: list[int] = field(default_factory=list)
     """New ones. The last is not in the cache yet."""
+    is_bad: bool = False
+    """No numbers came of it, so what it has in the cache is of no use to others."""
 
 
 class Stepping:
@@ -43,14 +46,21 @@ class Stepping:
     """
 
     def __init__(
-        self, model: MultiTokenForConditionalGeneration, filler_id: int, *, joins: bool
+        self,
+        model: MultiTokenForConditionalGeneration,
+        filler_id: int,
+        *,
+        joins: bool,
+        beginnings: Beginnings | None = None,
     ) -> None:
         """`joins`: rows join others, and padding that nobody needs is cut off when the longest has
-        left; see `can_be_padded`. Without it all rows join at once.
+        left; see `can_be_padded`. Without it all rows join at once. `beginnings`: what is kept of
+        rows, and not read again.
         """
         self.model = model
         self.filler_id = filler_id
         self.joins = joins
+        self.beginnings = beginnings
         self.width = 0
         self._rows: list[_Row] = []
         self._cache: Any = None
@@ -142,14 +152,46 @@ class Stepping:
         self._rows = [_Row(row, len(row.prompt.input_ids)) for row in rows]
         self.width = embeds.shape[1]
         is_padded = min(row.length for row in self._rows) < self.width
+        first, cache = self._begun(rows)
         output = self._forward(
-            inputs_embeds=embeds,
+            inputs_embeds=embeds[:, first:],
             attention_mask=attention_mask if is_padded else None,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-            **layer_inputs(self.model.language_model, input_ids),
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
+            **({} if cache is None else {"past_key_values": cache}),
+            **layer_inputs(self.model.language_model, input_ids[:, first:]),
         )
         self._cache = output.past_key_values
         self._choose(output.logits)
+        self._keep(self._rows)
+
+    def _begun(self, rows: Sequence[Running]) -> tuple[int, Any]:
+        """How many of `width` tokens need not be read, and a cache that holds them.
+
+        All rows are read from the same place on, so a row that is shorter, or shares more than the
+        others, is read from there too; what stands before it is its own.
+        """
+        if self.beginnings is None:
+            return 0, None
+        found = [self.beginnings.find(row.prompt) for row in rows]
+        lengths = [len(row.prompt.input_ids) for row in rows]
+        num_read = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
+        begun = [
+            (beginning, max(0, length - num_read))
+            for length, (beginning, _) in zip(lengths, found, strict=True)
+        ]
+        for row, (_, num) in zip(rows, begun, strict=True):
+            self.beginnings.hits.add(row, num)
+        first = self.width - num_read
+        return first, self.beginnings.cache_of(begun, first) if first else None
+
+    def _keep(self, rows: Sequence[_Row]) -> None:
+        """What these have in the cache, for others that begin so."""
+        if self.beginnings is None:
+            return
+        for index, row in enumerate(self._rows):
+            if row in rows and not row.is_bad:
+                answer = row.ids[: row.length - len(row.running.prompt.input_ids)]
+                self.beginnings.add(row.running.prompt, answer, self._cache, index, row.length)
 
     def _forward(self, *, position_ids: Tensor, **inputs: Any) -> Any:
         if self._takes_positions:
@@ -175,12 +217,14 @@ class Stepping:
             running.fail(no_numbers())
         for row, token_id in zip(self._rows, ids, strict=True):
             row.ids.append(token_id)
+            row.is_bad = row.is_bad or row.running in bad
 
     def _let_go(self) -> None:
         """Without the rows that have ended."""
         kept = [i for i, row in enumerate(self._rows) if not row.running.is_done]
         if len(kept) == len(self._rows):
             return
+        self._keep([row for row in self._rows if row.running.is_done])
         if not kept:
             self.clear()
             return

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from multi_token.serve.beginnings import Beginnings
 from multi_token.serve.engine import Event, Prompt, SamplingOptions, Token
 from multi_token.serve.padded import answer_alone, plain_prompt, tokens_of
+from multi_token.serve.prefix_hits import PrefixHits
 from multi_token.serve.running import Running
 from multi_token.serve.stepping import Stepping, processors_of
 
@@ -64,6 +66,31 @@ def find_way(model: MultiTokenForConditionalGeneration, filler_id: int) -> Way:
     if model.capabilities.pads_left and _holds(lambda: holds(_join, joins=True)):
         return "join"
     return "leave" if _holds(lambda: holds(_leave, joins=False)) else "stay"
+
+
+def may_begin_alike(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
+    """Whether prompts get the tokens and log-probabilities of `generate` also where what they begin
+    with has been read before: one that goes on behind another's end, beside a shorter one that
+    shares nothing, and one that comes again. For a model whose rows may join.
+    """
+
+    def holds() -> bool:
+        short, whole, _ = _trials(model)
+        ids, prompt = whole.prompt.input_ids, whole.prompt
+        longer = _Trial(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 4)
+        _expect(model, [short, whole, longer])
+        hits = PrefixHits()
+        kept = Beginnings(4 * len(ids), hits)
+        for trials in ([whole], [short, longer], [longer]):
+            stepping = Stepping(model, filler_id, joins=True, beginnings=kept)
+            stepping.join([trial.running() for trial in trials])
+            _to_the_end(stepping)
+            if not _are_right(model, trials):
+                return False
+        # of the longer one the second time all but the last
+        return hits.num_hits >= len(longer.prompt.input_ids) - 1
+
+    return _holds(holds)
 
 
 def _holds(trial: Callable[[], bool]) -> bool:
