@@ -10,8 +10,8 @@ vector. For each backend, in one run and in turns:
 - **many clients**: the same questions by one client, then by 8 at once; tokens a second as a ratio.
 
 Answers have to be equal, all of them, or the figures are not worth printing; how many are is.
-Every asking has a key of its own, so that it finds nothing of an earlier one in the server's caches:
-what is shared is what its own prompts begin with, which is the chat template's system message.
+Every asking has a key of its own, so that it finds nothing of an earlier one in a cache: what is
+shared is what its own prompts begin with, which is the chat template's system message.
 
 Border: starts servers and asks; the asking is the library's own `bench serve`.
 """

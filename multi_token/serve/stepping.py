@@ -135,6 +135,8 @@ class Stepping:
         for row in self._rows:
             row.length += 1
         self._choose(output.logits)
+        if not self.rows:
+            self._let_go()  # now, since the next step may be long in coming
 
     def clear(self) -> None:
         """Nobody is answered any more."""

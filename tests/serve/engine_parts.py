@@ -22,10 +22,10 @@ from multi_token.types import Media, Sample
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]
 
 
-def composed(folder: Path, families: ModuleType, family: str) -> Any:
+def composed(folder: Path, families: ModuleType, family: str, **changes: Any) -> Any:
     """A family's tiny model with a vector sense whose tokens weigh as much as text."""
     untied = {"tie_word_embeddings": False} if family == "Gemma3" else {}
-    families.save_tiny_model(family, folder, **untied)  # else it repeats one token
+    families.save_tiny_model(family, folder, **untied, **changes)  # else it repeats one token
     vector = {"type": "vector", "dim": 5, "projector": {"type": "expand", "factor": 3}}
     fields = {"language_model": str(folder), "modalities": {"vector": vector}}
     with torch.random.fork_rng():

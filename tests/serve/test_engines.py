@@ -229,7 +229,7 @@ def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(model: Any, make
 @pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
 def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fault: str) -> None:
     samples = samples_of(model)[:4]
-    # a tenant of whom nothing has been read: else the engine has it already, and is not broken by it
+    # a tenant of whom nothing has been read: what is kept already breaks nothing
     prompts = [replace(prompt_of(model, sample), tenant=fault) for sample in samples]
     alone = [answer_ids(model, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     unlucky = prompts[2].tokens[0][0, 0]

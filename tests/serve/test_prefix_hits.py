@@ -1,4 +1,4 @@
-"""Claims about what the continuous engine tells of its cache: its use, and what prompts find in it.
+"""Claims about what engines tell of their cache: its use, and what prompts find in it.
 
 Border: a real server on a tiny model. That answers of a small cache are right: test_soft_tokens.py.
 """
@@ -94,21 +94,29 @@ def test_a_prompt_that_the_cache_could_never_hold_is_refused_before_it_waits(
 
 
 @pytest.mark.slow
-def test_an_engine_without_a_cache_of_its_own_says_nothing_of_one(served_model: Any) -> None:
+@pytest.mark.parametrize("num_kept", [None, 0])
+def test_the_static_engine_tells_what_it_kept_of_ended_answers(
+    served_model: Any, num_kept: int | None
+) -> None:
     with (
-        running(served_model) as server,
+        running(served_model, num_cache_tokens=num_kept) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        for _ in range(2):
-            usage = post(http, asked(LONG["text"])).json()["usage"]
-            assert usage["prompt_tokens_details"]["cached_tokens"] == 0
-        assert gauge(http, "kv_cache_usage_perc") is None
-        assert gauge(http, "prefix_cache_hits_total") is None
+        usages = [post(http, asked(PICTURE, LONG)).json()["usage"] for _ in range(2)]
+        found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        num_prompt = usages[0]["prompt_tokens"]
+        expected = 0 if num_kept == 0 else num_prompt - 1
+        assert found == [0, expected]
+        assert gauge(http, "prefix_cache_queries_total") == (0 if num_kept == 0 else 2 * num_prompt)
+        assert gauge(http, "prefix_cache_hits_total") == expected
+        assert server.wait_until(lambda: server.service.engine.cache_usage == 0.0)
+        assert gauge(http, "kv_cache_usage_perc") == 0.0
 
 
-def test_the_size_of_the_cache_is_for_the_engine_that_has_one() -> None:
+def test_the_size_of_the_cache_is_for_engines_that_are_here() -> None:
     assert ServeSettings(backend="continuous", num_cache_tokens=4096).num_cache_tokens == 4096
-    with pytest.raises(ValidationError, match="--backend continuous"):
-        ServeSettings(num_cache_tokens=4096)
-    with pytest.raises(MultiTokenError, match="num_cache_tokens"):
+    assert ServeSettings(num_cache_tokens=0).num_cache_tokens == 0
+    with pytest.raises(ValidationError, match="leave out --cache-tokens"):
+        ServeSettings(backend="vllm", engine_urls=("http://x:1",), num_cache_tokens=4096)
+    with pytest.raises(MultiTokenError, match="--cache-tokens 1 or more"):
         _settings(backend="continuous", num_cache_tokens=0)
