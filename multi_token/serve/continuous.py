@@ -32,7 +32,12 @@ from multi_token.serve.padded import (
 from multi_token.serve.prefix_hits import PrefixHits
 from multi_token.serve.prompts import context_length, refuse, shortest
 from multi_token.serve.running import Requests, Running, choose, failed, forced
-from multi_token.serve.soft_tokens import SoftEmbedding, SoftIds, soft_embedding
+from multi_token.serve.soft_tokens import (
+    SoftEmbedding,
+    SoftIds,
+    own_to_tenant,
+    soft_embedding,
+)
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -223,6 +228,7 @@ class ContinuousEngine:
         if not self.is_alive:
             raise ServeError("the engine does not run", status=503)
         refuse(self.model, prompt, options, self.max_tokens)
+        prompt = own_to_tenant(prompt, self._soft, self.model.capabilities.embedding_scale)
         num_soft = sum(dict(_items(prompt)).values())
         if num_soft > self._num_soft_tokens:
             raise ServeError(
@@ -294,8 +300,8 @@ class ContinuousEngine:
     def _write(self, first: int, tokens: Tensor) -> None:
         pool = self._soft.pool
         # the model multiplies what its embedding gives; these are what comes of that
-        rows = tokens.to(pool.device, pool.dtype) / self.model.capabilities.embedding_scale
-        pool[self._ids.rows(first, len(tokens)).to(pool.device)] = rows
+        rows = tokens.to(pool.device).float() / self.model.capabilities.embedding_scale
+        pool[self._ids.rows(first, len(tokens)).to(pool.device)] = rows.to(pool.dtype)
         if pool.device.type != "cpu":  # the loop has a stream of its own
             torch.get_device_module(pool.device).synchronize()
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
+from multi_token.serve.engine import Prompt
+from multi_token.types import Place
 
 MAX_ID = 2**31 - 1
 """transformers' continuous batching keeps ids as int32."""
@@ -73,6 +75,25 @@ def soft_embedding(language_model: Any, num_rows: int) -> Iterator[SoftEmbedding
         yield soft
     finally:
         language_model.set_input_embeddings(embedding)
+
+
+@torch.no_grad()
+def own_to_tenant(prompt: Prompt, soft: SoftEmbedding, embedding_scale: float) -> Prompt:
+    """A prompt whose first token has an id that only its tenant's prompts have.
+
+    transformers shares keys and values of equal ids, whoever asks: without this, a client could
+    learn from how fast an answer comes, and from its `cached_tokens`, what another one has asked.
+    """
+    if not prompt.tenant or any(place.start == 0 for place in prompt.places):
+        return prompt
+    first = prompt.input_ids[:1]
+    row = soft.embedding(first.to(soft.weight.device)).float() * embedding_scale
+    return replace(
+        prompt,
+        places=(Place("text", 0, 1), *prompt.places),
+        tokens=(row, *prompt.tokens),
+        keys=(f"token {int(first)} of {prompt.tenant}", *prompt.keys),
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,6 +169,21 @@ def test_what_many_ask_at_once_fits_into_a_small_cache(model: Any, make: Any) ->
     with pytest.raises(ServeError, match="limit"):
         engine.submit("long", prompts[0], SamplingOptions(96), Client())
     assert engine.is_alive
+
+
+def test_a_tenant_finds_only_what_it_has_asked_itself(model: Any, make: Any) -> None:
+    engine = make(page_size=4)
+    sample = sample_of(model, "What is a fruit?")
+    alone = answer_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
+    prompt = prompt_of(model, sample)
+    num_cached = []
+    for tenant in ("a", "b", "a", "", "b", ""):
+        client = Client()
+        engine.submit("one", replace(prompt, tenant=tenant), SamplingOptions(NUM_NEW), client)
+        assert client.ids == alone
+        num_cached.append(client.events[0].num_cached)
+    shared = (len(prompt.input_ids) - 1) // 4 * 4
+    assert num_cached == [0, 0, shared, 0, shared, shared] and shared > 0
 
 
 def test_ids_that_are_used_up_begin_anew_with_an_empty_cache(model: Any, make: Any) -> None:
