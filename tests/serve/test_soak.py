@@ -54,7 +54,7 @@ def test_a_third_of_a_minute_of_everything_has_no_wrong_answer_and_no_error_of_o
     told = f"{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, told
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["num_good"] > 50 and found["num_broken"] > 5 and found["num_leavers"] > 5, told
+    assert min(found["num_good"], found["num_broken"], found["num_leavers"]) > 1, told
     assert (found["num_wrong"], found["num_own_errors"]) == (0, 0), told
     assert found["let_through"] == [] and found["not_freed"] == {}, told
     assert found["missed"] == []
