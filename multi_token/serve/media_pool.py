@@ -106,18 +106,18 @@ class MediaPool:
         return self._jobs.qsize()
 
     def start(self) -> None:
-        """Start the workers and wait until they have loaded. Raises MultiTokenError."""
+        """Start the workers, and wait until the first has loaded its libraries: the others do so
+        when it has, so that they take no cores from what else starts. Raises MultiTokenError.
+        """
         if not media_worker.CAN_FORK:
             _log.warning("the memory of media workers is not limited on %s", sys.platform)
-        for worker in self._workers:
-            worker.launch()
+        self._workers[0].launch()
         for modality in self.modalities.values():
             encoder = getattr(modality, "encoder", None)
             if isinstance(encoder, str) and not os.path.isdir(encoder):
                 warm(modality)  # fetches what the hub has of its processor; workers ask nobody
         try:
-            with ThreadPoolExecutor(len(self._workers)) as together:  # each loads its libraries
-                list(together.map(MediaProcess.wait_ready, self._workers))
+            self._workers[0].wait_ready()
         except MultiTokenError:
             self.stop()
             raise
@@ -237,6 +237,8 @@ class MediaPool:
         return self._fetch.read(address)
 
     def _serve(self, worker: MediaProcess) -> None:
+        if not worker.is_ready:
+            worker.come_up()
         while (job := self._jobs.get()) is not None:
             if not job.result.set_running_or_notify_cancel():
                 continue  # its client has left

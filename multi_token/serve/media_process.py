@@ -77,7 +77,8 @@ class MediaProcess:
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_ready = False
+        self.is_ready = False
+        """Whether it has loaded what it needs."""
         self._is_stopped = False
 
     def launch(self) -> None:
@@ -97,7 +98,7 @@ class MediaProcess:
             "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        self._is_ready = False
+        self.is_ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", media_worker.__name__],
             stdin=subprocess.PIPE,
@@ -117,20 +118,26 @@ class MediaProcess:
             self.stop_process()
             reason = "it ended by itself" if answer is None else answer[0].get("failed", "")
             raise MultiTokenError(f"the process that decodes media does not start: {reason}")
-        self._is_ready = True
+        self.is_ready = True
+
+    def come_up(self) -> bool:
+        """Start the process and wait for it; whether it is there, and why not in the log."""
+        try:
+            self.launch()
+            self.wait_ready()
+        except (MultiTokenError, OSError) as error:
+            if not self._is_stopped:
+                _log.error("%s", error)
+        return self.is_ready
 
     def prepare(self, item: Request) -> Decoded:
         """What the process makes of an item. Raises ServeError."""
         if self._is_stopped:
             raise stopped()
-        if not self._is_ready or (self._process is not None and self._process.poll() is not None):
+        if not self.is_ready or (self._process is not None and self._process.poll() is not None):
             self.stop_process()  # it has ended since the last item, if it was there at all
-            try:
-                self.launch()
-                self.wait_ready()
-            except (MultiTokenError, OSError) as error:
-                _log.error("%s", error)
-                raise ServeError("media cannot be decoded at the moment", status=503) from None
+            if not self.come_up():
+                raise ServeError("media cannot be decoded at the moment", status=503)
         seconds = self._setup["timeout_s"] + (_GRACE_S if self._setup["fork"] else 0.0)
         answer = self._exchange(item.data, seconds)
         if answer is None:
@@ -204,7 +211,7 @@ class MediaProcess:
         self.stop_process()
 
     def stop_process(self) -> None:
-        process, self._is_ready = self._process, False
+        process, self.is_ready = self._process, False
         if process is None:
             return
         _kill(process)

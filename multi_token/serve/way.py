@@ -75,9 +75,9 @@ def may_begin_alike(model: MultiTokenForConditionalGeneration, filler_id: int) -
     """
 
     def holds() -> bool:
-        short, whole, _ = _trials(model)
+        short, whole = (_Trial(trial.prompt, 2) for trial in _trials(model)[:2])
         ids, prompt = whole.prompt.input_ids, whole.prompt
-        longer = _Trial(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 4)
+        longer = _Trial(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 3)
         _expect(model, [short, whole, longer])
         hits = PrefixHits()
         kept = Beginnings(4 * len(ids), hits)

@@ -126,6 +126,8 @@ def train(
             f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
         )
     console.print(*parts_of(model), sep="\n", highlight=False)
+    if recipe.train.fsdp is not None and num_processes() == 1:
+        console.print("train.fsdp: one process trains, which cuts nothing; start several")
     if recipe.train.share_prefix:
         model.capabilities.require("repeats_cache")
     if recipe.train.share_media:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -22,12 +23,14 @@ pytestmark = [
 ]
 
 SERVER = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.media_pool import MediaPool
 if __name__ == "__main__":
     pool = MediaPool({"vector": VectorModality(dim=2)}, num_workers=2)
     pool.start()
+    while not all(worker.is_ready for worker in pool._workers):
+        time.sleep(0.01)
     pids = [worker._process.pid for worker in pool._workers]
     for pid in pids:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
@@ -44,6 +47,30 @@ def pool() -> Iterator[MediaPool]:
     made.start()
     yield made
     made.stop()
+
+
+def test_the_start_waits_for_one_worker_and_the_others_come_by_themselves() -> None:
+    pool = MediaPool({"vector": VectorModality(dim=2)}, num_workers=3)
+    pool.start()
+    try:
+        first, *others = pool._workers
+        assert first.is_ready and is_read(pool)
+        for _ in range(3000):
+            if all(worker.is_ready for worker in others):
+                break
+            time.sleep(0.02)
+        assert [worker.is_ready for worker in others] == [True, True]
+    finally:
+        pool.stop()
+
+
+def test_a_pool_that_is_stopped_while_workers_load_leaves_none() -> None:
+    pool = MediaPool({"vector": VectorModality(dim=2)}, num_workers=3)
+    pool.start()
+    pool.stop()
+    processes = [worker._process for worker in pool._workers]
+    assert all(process is None or process.poll() is not None for process in processes)
+    assert not any(worker.is_ready for worker in pool._workers)
 
 
 def worker(pool: MediaPool) -> int:

@@ -69,6 +69,15 @@ def test_thirty_steps_overfit_four_rows(
     assert losses(tmp_path / "run", "2-adapter")[-1] < 0.3 * losses(tmp_path / "run")[0]
 
 
+def test_one_process_says_that_it_cuts_nothing(
+    recipe_fields: Fields, tmp_path: Path, capsys: Any
+) -> None:
+    stages = [{**LONG, "args": {"max_steps": 1}}]
+    fields = recipe_fields(tmp_path / "run", stages=stages, fsdp=True)
+    train(Recipe.model_validate(fields), console=Console())
+    assert "train.fsdp: one process trains, which cuts nothing" in capsys.readouterr().out
+
+
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
