@@ -155,13 +155,14 @@ class Stepping:
         self.width = embeds.shape[1]
         is_padded = min(row.length for row in self._rows) < self.width
         first, cache = self._begun(rows)
-        output = self._forward(
-            inputs_embeds=embeds[:, first:],
-            attention_mask=attention_mask if is_padded else None,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
-            **({} if cache is None else {"past_key_values": cache}),
-            **layer_inputs(self.model.language_model, input_ids[:, first:]),
-        )
+        with _a_thread_less(self._device):
+            output = self._forward(
+                inputs_embeds=embeds[:, first:],
+                attention_mask=attention_mask if is_padded else None,
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
+                **({} if cache is None else {"past_key_values": cache}),
+                **layer_inputs(self.model.language_model, input_ids[:, first:]),
+            )
         self._cache = output.past_key_values
         self._choose(output.logits)
         self._keep(self._rows)
@@ -240,7 +241,7 @@ class Stepping:
 
 @contextmanager
 def _a_thread_less(device: torch.device) -> Iterator[None]:
-    """One core is left to HTTP, tokens as text and media; a step of few rows has little to share.
+    """One core is left to HTTP, tokens as text and media; what is computed here has little to share.
 
     If they have to wait for a core, all threads of torch wait for the one that lost its own: on two
     cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md).
