@@ -241,7 +241,7 @@ class Stepping:
 
 @contextmanager
 def _a_thread_less(device: torch.device) -> Iterator[None]:
-    """One core is left to HTTP, tokens as text and media; what is computed here has little to share.
+    """One core is left to HTTP, tokens as text and media; what is computed here shares little.
 
     If they have to wait for a core, all threads of torch wait for the one that lost its own: on two
     cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md).
