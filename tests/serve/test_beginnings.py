@@ -20,7 +20,15 @@ from multi_token.serve.beginnings import marks_of
 from multi_token.serve.engine import End, Failure, Prompt, SamplingOptions
 from multi_token.serve.static import StaticEngine
 from multi_token.types import Conversation, Media, Message, Text
-from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
+from tests.serve.engine_parts import (
+    VECTORS,
+    Client,
+    composed,
+    prompt_of,
+    sample_of,
+    static_engines,
+    together,
+)
 
 NUM_NEW = 6
 OPTIONS = SamplingOptions(NUM_NEW, ignore_end=True)
@@ -33,16 +41,8 @@ def model(families: ModuleType, tmp_path_factory: Any) -> Any:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., StaticEngine]]:
-    made: list[StaticEngine] = []
-
-    def build(model: Any, **options: Any) -> StaticEngine:
-        made.append(StaticEngine(model, **options))
-        made[-1].start()
-        return made[-1]
-
-    yield build
-    for engine in made:
-        engine.stop()
+    with static_engines() as build:
+        yield build
 
 
 @contextmanager

@@ -18,7 +18,15 @@ from torch import Tensor
 from multi_token.generate import answer_ids
 from multi_token.serve.engine import End, Event, Failure, Prompt, SamplingOptions, Token
 from multi_token.serve.static import StaticEngine
-from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
+from tests.serve.engine_parts import (
+    VECTORS,
+    Client,
+    composed,
+    prompt_of,
+    sample_of,
+    static_engines,
+    together,
+)
 
 LONG = SamplingOptions(60, ignore_end=True)
 TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and which is a fruit?"]
@@ -31,16 +39,8 @@ def model(families: ModuleType, tmp_path_factory: Any) -> Any:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., StaticEngine]]:
-    made: list[StaticEngine] = []
-
-    def build(model: Any, **options: Any) -> StaticEngine:
-        made.append(StaticEngine(model, **options))
-        made[-1].start()
-        return made[-1]
-
-    yield build
-    for engine in made:
-        engine.stop()
+    with static_engines() as build:
+        yield build
 
 
 @contextmanager
