@@ -133,7 +133,11 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
         )
     names = ", ".join(source.name for source in sources)
     if num_rows == len(problems):
-        raise RecipeError(f"no row of {names} can be learned from")
+        first_said = f", the first for: {problems[0].message}" if problems else ""
+        raise RecipeError(
+            f"no row of {names} can be learned from: {num_rows} rows, {len(problems)} skipped"
+            f"{first_said}; see them all with `multi-token data check`"
+        )
     console.print(
         f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
         f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",

@@ -204,6 +204,10 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(
     shown = capsys.readouterr().out
     assert "2 good, 2 skipped" in shown
     assert "skipped row blue (item_count)" in shown and "skipped row green (missing_file)" in shown
+    path.write_text(json.dumps(rows[-1] | {"id": "lost", "images": ["nowhere.png"]}) + "\n")
+    fields["train"]["output_dir"] = str(tmp_path / "none")
+    with pytest.raises(RecipeError, match="1 rows, 1 skipped, the first for: .*nowhere.png"):
+        trained(fields)
 
 
 def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
