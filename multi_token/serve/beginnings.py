@@ -7,6 +7,7 @@ prompts behind it, and way.py finds whether a language model can be read so.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ _LEAST = 4
 """Fewer tokens than these are not worth a copy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Beginning:
     """The first tokens of one prompt, and of what was answered."""
 
@@ -35,13 +36,17 @@ class Beginning:
 
 
 class Beginnings:
-    """Those used last, up to `max_tokens` in all. Each tenant finds only its own."""
+    """Those used last, up to `max_tokens` in all. Each tenant finds only its own.
+
+    Every method may be called from any thread.
+    """
 
     def __init__(self, max_tokens: int, hits: PrefixHits) -> None:
         self.max_tokens = max_tokens
         self.hits = hits
         self._kept: list[Beginning] = []
         """The one used last is the last."""
+        self._lock = threading.Lock()
         self._like: Any = None
         """A cache whose layers hold nothing that matters."""
 
@@ -57,14 +62,15 @@ class Beginnings:
         marks = marks_of(prompt)[:-1]
         best: Beginning | None = None
         most = 0
-        for one in reversed(self._kept):
-            num = num_equal(one.marks, marks) if one.tenant == prompt.tenant else 0
-            if num > most:
-                best, most = one, num
-        if best is None or most < _LEAST:
-            return None, 0
-        self._kept = [one for one in self._kept if one is not best] + [best]
-        return best, most
+        with self._lock:
+            for one in reversed(self._kept):
+                num = num_equal(one.marks, marks) if one.tenant == prompt.tenant else 0
+                if num > most:
+                    best, most = one, num
+            if best is None or most < _LEAST:
+                return None, 0
+            self._kept = [one for one in self._kept if one is not best] + [best]
+            return best, most
 
     def add(
         self, prompt: Prompt, answer: Sequence[int], cache: Any, row: int, num_tokens: int
@@ -80,28 +86,24 @@ class Beginnings:
         if len(marks) != num_tokens or first < 0 or min(held) < max(held):
             return
         marks = marks[: self.max_tokens]
-        if any(
-            one.tenant == prompt.tenant and num_equal(one.marks, marks) == len(marks)
-            for one in self._kept
-        ):
-            return
         last = first + len(marks)
-        layers = tuple(
-            None
-            if layer.keys is None
-            else (layer.keys[row, :, first:last].clone(), layer.values[row, :, first:last].clone())
-            for layer in cache.layers
-        )
-        if self._like is None:
-            self._like = _without_rows(cache)
-        self._kept = [
-            one
-            for one in self._kept
-            if one.tenant != prompt.tenant or num_equal(one.marks, marks) < len(one.marks)
-        ]
-        self._kept.append(Beginning(prompt.tenant, marks, layers))
-        while self.num_tokens > self.max_tokens:
-            self._kept.pop(0)
+        with self._lock:
+            mine = [one for one in self._kept if one.tenant == prompt.tenant]
+            if any(num_equal(one.marks, marks) == len(marks) for one in mine):
+                return
+            layers = tuple(
+                None
+                if layer.keys is None
+                else tuple(x[row, :, first:last].clone() for x in (layer.keys, layer.values))
+                for layer in cache.layers
+            )
+            if self._like is None:
+                self._like = _without_rows(cache)
+            shorter = [one for one in mine if num_equal(one.marks, marks) == len(one.marks)]
+            self._kept = [one for one in self._kept if one not in shorter]
+            self._kept.append(Beginning(prompt.tenant, marks, layers))
+            while self.num_tokens > self.max_tokens:
+                self._kept.pop(0)
 
     def cache_of(self, rows: Sequence[tuple[Beginning | None, int]], num_tokens: int) -> Any:
         """A cache in which each row holds so many first tokens, padded on the left to all."""

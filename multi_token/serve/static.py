@@ -18,9 +18,10 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.padded import answer_one_by_one, answer_together, refuse_broken
 from multi_token.serve.prefix_hits import PrefixHits
 from multi_token.serve.prompts import context_length, refuse, shortest
+from multi_token.serve.reads import Reads
 from multi_token.serve.running import Requests, Running, failed
 from multi_token.serve.stepping import Stepping
-from multi_token.serve.way import Way, find_way, may_begin_alike
+from multi_token.serve.way import Way, find_way, may_begin_alike, may_read_beside
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -39,7 +40,9 @@ class StaticEngine:
     prompts of one length share a batch.
 
     Where rows can join, what a prompt begins with like an earlier one of the same tenant (a system
-    message, the same picture, a conversation that goes on) is not read again.
+    message, the same picture, a conversation that goes on) is not read again; and on a CPU with
+    more than one core prompts are read in a second thread, so that nobody's answer stands still
+    meanwhile.
     """
 
     name = "static"
@@ -69,6 +72,8 @@ class StaticEngine:
         self._requests = Requests()
         self._way: Way | None = None
         self._begins_alike = False
+        self._reads_beside = False
+        self._reads: Reads | None = None
         self._stepping: Stepping | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -81,8 +86,10 @@ class StaticEngine:
             self._thread.join()
         if self._way is None:  # tried here, not in the first client's time
             self._way = find_way(self.model, self._filler_id)
-            if self._way == "join" and self.num_cache_tokens:
-                self._begins_alike = may_begin_alike(self.model, self._filler_id)
+            if self._way == "join":
+                self._reads_beside = may_read_beside(self.model, self._filler_id)
+                if self.num_cache_tokens:
+                    self._begins_alike = may_begin_alike(self.model, self._filler_id)
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="static engine", daemon=True)
         self._thread.start()
@@ -143,7 +150,9 @@ class StaticEngine:
                     self._answer(batch)
             else:
                 self._stepping = self._new_stepping()
-                self._answer_step_by_step(self._stepping)
+                with Reads() as reads:
+                    self._reads = reads if self._reads_beside else None
+                    self._answer_step_by_step(self._stepping)
         except Exception as error:  # noqa: BLE001 - every client must be told
             _LOG.error("the engine's thread ends", exc_info=error)
             with self._requests.changed:
@@ -166,34 +175,60 @@ class StaticEngine:
 
     def _answer_step_by_step(self, stepping: Stepping) -> None:
         """Whoever comes, a token of each at a step, until the engine is stopped."""
+        reads = self._reads
         while not self._is_stopping:
-            if stepping.joins or not stepping.rows:
-                self._join(stepping, self._take(stepping))
+            if reads is not None and reads.is_ready(wait=not stepping.rows):
+                self._take_in(stepping, reads)
+            if reads is None or not reads.is_busy:
+                self._begin(stepping)
             try:
-                stepping.step()
+                stepping.step(is_beside=reads is not None and reads.is_busy)
             except Exception as error:  # noqa: BLE001 - one prompt must not end the others
                 rows = stepping.rows
                 stepping.clear()
                 _LOG.error("a step of %d failed", len(rows), exc_info=error)
                 answer_one_by_one(self.model, rows, self._filler_id, error)
 
+    def _begin(self, stepping: Stepping) -> None:
+        """Read the prompts of who is next: beside the steps of others, if there are any."""
+        if stepping.rows and not stepping.joins:
+            return
+        rows = self._take(stepping)
+        if rows and stepping.rows and self._reads is not None:
+            self._reads.begin(stepping, rows)
+        else:
+            self._join(stepping, rows)
+
+    def _take_in(self, stepping: Stepping, reads: Reads) -> None:
+        """Answer those who have been read beside the others."""
+        rows, others = reads.end()
+        try:
+            stepping.take_in(others.result())
+        except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
+            self._join_each(stepping, rows, cause)
+
     def _join(self, stepping: Stepping, rows: list[Running]) -> None:
         """Begin to answer these. If that fails, it is not the fault of those that are answered."""
         try:
             stepping.join(rows)
         except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
-            _LOG.error("%d prompts failed", len(rows), exc_info=cause)
-            if not stepping.joins:
+            if stepping.joins:
+                self._join_each(stepping, rows, cause)
+            else:
+                _LOG.error("%d prompts failed", len(rows), exc_info=cause)
                 answer_one_by_one(self.model, rows, self._filler_id, cause)
-                return
-            refuse_broken(self.model, cause)
-            for row in rows:
-                row.begin()
-                try:
-                    stepping.join([row])
-                except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                    refuse_broken(self.model, error)
-                    failed(row, error)
+
+    def _join_each(self, stepping: Stepping, rows: list[Running], cause: Exception) -> None:
+        """One after the other, since together they failed."""
+        _LOG.error("%d prompts failed", len(rows), exc_info=cause)
+        refuse_broken(self.model, cause)
+        for row in rows:
+            row.begin()
+            try:
+                stepping.join([row])
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                refuse_broken(self.model, error)
+                failed(row, error)
 
     def _take(self, stepping: Stepping | None) -> list[Running]:
         """Who is answered next: at once if there are rows that are being answered, else as soon as

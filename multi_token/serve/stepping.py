@@ -96,10 +96,27 @@ class Stepping:
 
         Raises what the model raises; the others are then as they were.
         """
+        self.take_in(self.read(rows))
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Running], *, is_beside: bool = False) -> Stepping:
+        """Others than these, read, and the first token of each said; who ended with it has left.
+
+        Raises what the model raises. With `is_beside` these may be stepped meanwhile, in another
+        thread.
+        """
+        others = copy.copy(self)
+        others.clear()
         rows = [row for row in rows if not row.is_done]
-        if not rows:
-            return
-        others = self._reading(rows)
+        if rows:
+            others._read(rows, is_beside=is_beside)
+            others._let_go()
+        return others
+
+    @torch.no_grad()
+    def take_in(self, others: Stepping) -> None:
+        """Have others, that `read` made, answered beside these."""
+        others._let_go()
         self._let_go()
         groups = [group for group in (self, others) if group._rows]
         if not groups:
@@ -112,8 +129,11 @@ class Stepping:
         self._cache, self.width = cache, width
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Say one more token of each row that has not ended. Raises what the model raises."""
+    def step(self, *, is_beside: bool = False) -> None:
+        """Say one more token of each row that has not ended. Raises what the model raises.
+
+        `is_beside`: others are read meanwhile, in another thread.
+        """
         self._let_go()
         if not self._rows:
             return
@@ -123,7 +143,7 @@ class Stepping:
         if min(lengths) < self.width:
             padding = torch.tensor([self.width - length for length in lengths])
             attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
-        with _a_thread_less(device):
+        with _threads(device, is_beside=is_beside):
             output = self._forward(
                 input_ids=torch.tensor([row.ids[-1:] for row in self._rows], device=device),
                 attention_mask=attention_mask,
@@ -142,20 +162,13 @@ class Stepping:
         """Nobody is answered any more."""
         self._rows, self._cache, self.width = [], None, 0
 
-    def _reading(self, rows: Sequence[Running]) -> Stepping:
-        """Others than these, read, and the first token of each said; who ended with it has left."""
-        others = copy.copy(self)
-        others._read(rows)
-        others._let_go()
-        return others
-
-    def _read(self, rows: Sequence[Running]) -> None:
+    def _read(self, rows: Sequence[Running], *, is_beside: bool) -> None:
         embeds, input_ids, attention_mask = padded_inputs(self.model, rows, self.filler_id)
         self._rows = [_Row(row, len(row.prompt.input_ids)) for row in rows]
         self.width = embeds.shape[1]
         is_padded = min(row.length for row in self._rows) < self.width
         first, cache = self._begun(rows)
-        with _a_thread_less(self._device):
+        with _threads(self._device, is_beside=is_beside):
             output = self._forward(
                 inputs_embeds=embeds[:, first:],
                 attention_mask=attention_mask if is_padded else None,
@@ -240,17 +253,18 @@ class Stepping:
 
 
 @contextmanager
-def _a_thread_less(device: torch.device) -> Iterator[None]:
+def _threads(device: torch.device, *, is_beside: bool) -> Iterator[None]:
     """One core is left to HTTP, tokens as text and media; what is computed here shares little.
 
     If they have to wait for a core, all threads of torch wait for the one that lost its own: on two
-    cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md).
+    cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md). `is_beside`:
+    prompts are read beside a step, so each gets half.
     """
     num_threads = torch.get_num_threads()
     if device.type != "cpu" or num_threads == 1:
         yield
         return
-    torch.set_num_threads(num_threads - 1)
+    torch.set_num_threads(num_threads // 2 if is_beside else num_threads - 1)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +91,46 @@ def may_begin_alike(model: MultiTokenForConditionalGeneration, filler_id: int) -
         return hits.num_hits >= len(longer.prompt.input_ids) - 1
 
     return _holds(holds)
+
+
+def may_read_beside(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
+    """Whether prompts may be read while others are answered, in two threads: on a CPU of which
+    torch has more than one core, and if no module of the language model keeps what it was given
+    for its next forward pass, where another's would find it.
+    """
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    if weight.device.type != "cpu" or torch.get_num_threads() == 1:
+        return False
+
+    def holds() -> bool:
+        stepping = Stepping(model, filler_id, joins=True)
+        states = [_state_of(model.language_model)]  # after a step
+        stepping.join([trial.running() for trial in _trials(model)[:1]])
+        states.append(_state_of(model.language_model))
+        stepping.step()
+        states.append(_state_of(model.language_model))
+        return all(map(_is_same_state, states, states[1:]))
+
+    return _holds(holds)
+
+
+def _state_of(module: torch.nn.Module) -> dict[str, tuple[Any, int]]:
+    """All that its modules hold, by name: itself, and what tells that it was written into."""
+    state: dict[str, tuple[Any, int]] = {}
+    for name, each in module.named_modules():
+        held = {**vars(each), **each._buffers}
+        for key, value in held.items():
+            changes = value._version if isinstance(value, Tensor) else 0
+            if isinstance(value, (dict, list, set)):
+                changes = len(value)
+            state[f"{name}.{key}"] = (value, changes)
+    return state
+
+
+def _is_same_state(a: dict[str, tuple[Any, int]], b: dict[str, tuple[Any, int]]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name][0] is b[name][0] and a[name][1] == b[name][1] for name in a
+    )
 
 
 def _holds(trial: Callable[[], bool]) -> bool:

@@ -97,6 +97,17 @@ class Client:
         return [event.id for event in self.events if isinstance(event, Token)]
 
 
+def at_token(number: int, act: Callable[[], object]) -> Client:
+    """A client in whose token of that number, from 1, something happens."""
+
+    def look(event: Event) -> None:
+        if isinstance(event, Token) and len(client.events) == number:
+            act()
+
+    client = Client(look)
+    return client
+
+
 def together(
     engine: Engine,
     prompts: Sequence[Prompt],

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from multi_token.generate import answer_ids
-from multi_token.serve.engine import End, Event, Failure, Prompt, SamplingOptions, Token
+from multi_token.serve.engine import End, Event, Failure, Prompt, SamplingOptions
 from multi_token.serve.static import StaticEngine
 from tests.serve.engine_parts import (
     VECTORS,
     Client,
+    at_token,
     composed,
     prompt_of,
     sample_of,
@@ -30,6 +31,15 @@ from tests.serve.engine_parts import (
 
 LONG = SamplingOptions(60, ignore_end=True)
 TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and which is a fruit?"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So that prompts are read in turn, and what is computed when can be said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +82,6 @@ def alone(engine: Any, prompt: Prompt, options: SamplingOptions) -> list[int]:
     client = Client()
     engine.submit("alone", prompt, options, client)
     return client.ids
-
-
-def at_token(number: int, act: Callable[[], object]) -> Client:
-    """A client in whose token of that number, from 1, something happens."""
-
-    def look(event: Event) -> None:
-        if isinstance(event, Token) and len(client.events) == number:
-            act()
-
-    client = Client(look)
-    return client
 
 
 def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
