@@ -169,6 +169,10 @@ class _Probe:
             raise LanguageModelError(
                 f"{self.name} does not run on a few ids: {first_line(error)}"
             ) from None
+        if not bool(by_ids.isfinite().all()):
+            raise LanguageModelError(
+                f"{self.name} answers a few ids with numbers that are not finite{self._broken()}"
+            )
         self.spread = float(by_ids.std())
         # of rounding; `selects_logits` measures what it amounts to in this model
         self.tolerance = 16 * max(torch.finfo(dtype).eps for dtype in self._precisions(by_ids))
@@ -189,6 +193,18 @@ class _Probe:
             f"{min(distances):.3g} times their spread): it needs ids in its layers, so media "
             "cannot be written into its input"
         )
+
+    def _broken(self) -> str:
+        """Which weights are to blame, in words."""
+        broken = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.is_floating_point() and not bool(p.float().isfinite().all())
+        ]
+        if not broken:
+            return "; try another `model.dtype`"
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        return f": its weight {broken[0]}{more} holds nan or inf; get its files anew"
 
     def _drive_by_embeddings(self, ids: Tensor) -> Tensor:
         """Logits [2, time, vocabulary] of the ids' embeddings, and with one that is no token's."""

@@ -145,6 +145,16 @@ def test_a_model_that_cannot_take_media_is_refused(kind: Any, message: str) -> N
         probe(llama(kind))
 
 
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = llama(LlamaForCausalLM)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+        model.model.norm.weight[0] = torch.inf
+    message = r"not finite: its weight model\.layers\.1\.mlp\.up_proj\.weight and 1 more holds nan"
+    with pytest.raises(LanguageModelError, match=message):
+        probe(model)
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [

@@ -7,18 +7,17 @@ its steps.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 from transformers.training_args import OptimizerNames
 
 from multi_token.quantization import num_bytes
 from multi_token.train.flops import short
+from multi_token.train.memory import capacity_of, listed, ways_to_need_less
 from multi_token.train.trial import NUM_TIMED, Trial, same_random_numbers, try_out
 
 if TYPE_CHECKING:
@@ -141,13 +140,6 @@ def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
     return 2 * own  # Adam's two moments, in the precision of the parameters
 
 
-def capacity_of(device: torch.device) -> int:
-    """Bytes of memory of a device, or of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def short_lines(plan: StagePlan) -> list[str]:
     """The plan in two lines, which stand at the start of every stage."""
     memory = plan.memory
@@ -189,39 +181,24 @@ def long_lines(plan: StagePlan) -> list[str]:
 
 def warnings_of(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
     """What will not fit into `capacity` bytes, and which lines of the recipe to change."""
-    memory = plan.memory
-    if memory.total <= _FULL * capacity:
+    memory, trial = plan.memory, plan.trial
+    fitted = 1.0 if trial is None else trial.fitted
+    if memory.total <= _FULL * capacity and fitted == 1.0:
         return []
-    ways: list[str] = []
-    language_model = trainer._ours().language_model
-    frozen = not any(
-        p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
+    part = None
+    if memory.activations:
+        part = min(max(_FULL * capacity - memory.fixed, 0) / memory.activations, fitted)
+    verdict = (
+        f"needs about {size(memory.total)} a device, which has {size(capacity)}; it will not fit"
     )
-    dtypes = {p.dtype for p in language_model.parameters() if not p.requires_grad}
-    if frozen and torch.float32 in dtypes:
-        ways.append("model.dtype: bfloat16 (halves the frozen language model)")
-    if frozen and torch.uint8 not in dtypes and torch.int8 not in dtypes:
-        ways.append("model.quantization: 4bit (a quarter of bfloat16, or less)")
-    size_now = trainer.args.per_device_train_batch_size
-    room = _FULL * capacity - memory.fixed
-    if memory.activations and room > 0 and size_now > 1:
-        fits = max(1, int(size_now * room / memory.activations))
-        if fits < size_now:
-            ways.append(
-                f"train.args.per_device_train_batch_size: {fits} (it is {size_now}; raise "
-                "gradient_accumulation_steps by as much)"
-            )
-    if memory.activations and not trainer.args.activation_checkpointing:
-        ways.append("train.args.activation_checkpointing: true (a third slower, far less to keep)")
-    if not frozen:
-        ways.append(
-            "an `adapter` instead of `language_model` under `learn` (no gradients and optimizer "
-            "states of all weights)"
+    if memory.total <= _FULL * capacity:
+        verdict = (
+            f"needs about {size(memory.total)} a device, and of its {size(capacity)} there was not "
+            "enough left when it was tried"
         )
-    listed = "".join(f"\n    {way}" for way in ways)
     return [
-        f"warning: stage {plan.name} needs about {size(memory.total)} a device, which has "
-        f"{size(capacity)}; it will not fit. Change in the recipe:{listed}"
+        f"warning: stage {plan.name} {verdict}. Change in the recipe:"
+        f"{listed(ways_to_need_less(trainer, part))}"
     ]
 
 

@@ -45,6 +45,7 @@ from multi_token.train.families import families_of
 from multi_token.train.features import choose_cache, fill_cache, identify
 from multi_token.train.kernels import make_ready
 from multi_token.train.learning import learning_encoders, parameter_groups
+from multi_token.train.memory import within_memory
 from multi_token.train.packing import packing_of
 from multi_token.train.page import RunReport
 from multi_token.train.plan import say
@@ -359,7 +360,8 @@ def _run_stage(
     if resume is not None:
         console.print(f"going on from {resume}")
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with within_memory(trainer, stage.name):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:

@@ -18,6 +18,13 @@ import numpy as np
 import torch
 
 from multi_token.attention import attending_by_segment
+from multi_token.errors import MultiTokenError
+from multi_token.train.memory import (
+    capacity_of,
+    is_out_of_memory,
+    listed,
+    ways_to_need_less,
+)
 from multi_token.train.packing import PackSampler
 from multi_token.train.preference import Pairs
 
@@ -39,13 +46,63 @@ class Trial:
     flops_per_token: float
     num_bytes: int
     """The most that a step with the largest batch takes beside weights and optimizer."""
+    fitted: float = 1.0
+    """How much of the largest batch was tried, since more of it did not fit, 0 to 1."""
 
 
 def try_out(trainer: MultiTokenTrainer) -> Trial:
     """A few real steps: forward, backward and optimizer, at a learning rate of zero.
 
-    Weights, buffers, gradients and random numbers are afterwards as they were.
+    Weights, buffers, gradients and random numbers are afterwards as they were. Where a batch does
+    not fit into memory, half of its rows are tried, and so on; what a whole one would take follows
+    from that. Raises MultiTokenError where one row, or a pack, does not fit.
     """
+    whole = size = trainer.args.per_device_train_batch_size
+    largest = largest_batch(trainer)
+    while True:
+        trial = _tried(trainer, size, largest, whole)
+        if trial is not None:
+            return trial
+        if trainer.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if trainer.packing is not None or size == 1:
+            is_pack = trainer.packing is not None
+            what = "a pack" if is_pack else "a batch of one row"
+            raise MultiTokenError(
+                f"{what} does not fit into the memory of {trainer.args.device}, with "
+                f"{capacity_of(trainer.args.device) / 2**30:,.1f} GiB. Change in the recipe:"
+                f"{listed(ways_to_need_less(trainer, 0.5 if is_pack else 0.0))}"
+            )
+        size //= 2
+
+
+def _tried(trainer: MultiTokenTrainer, size: int, largest: int, whole: int) -> Trial | None:
+    """With batches of so many rows, of which a `whole` one has up to `largest` positions; None if
+    memory is not enough.
+    """
+    try:
+        with _batches_of(trainer, size):
+            return _steps(trainer, largest, size / whole)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        trainer.meter.detach()
+        trainer.meter.reset()
+        return None
+
+
+@contextmanager
+def _batches_of(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
+    """Within, the trainer makes batches of so many rows."""
+    before = trainer.args.per_device_train_batch_size, trainer._train_batch_size
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+    try:
+        yield
+    finally:
+        trainer.args.per_device_train_batch_size, trainer._train_batch_size = before
+
+
+def _steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Trial:
     model, device, meter = trainer._ours(), trainer.args.device, trainer.meter
     learning: list[float] = []
     updating: list[float] = []
@@ -69,7 +126,8 @@ def try_out(trainer: MultiTokenTrainer) -> Trial:
         if trainer.args.gradient_accumulation_steps == 1:
             model.zero_grad(set_to_none=True)  # else gradients are there as a batch comes
         kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        inputs, share = _largest(trainer, next(batches))
+        inputs = _largest(trainer, next(batches))
+        share = max(largest / inputs["input_ids"].numel(), 1.0)
         with peak_memory(device) as peak:
             _learn(trainer, inputs)
             update()
@@ -93,6 +151,7 @@ def try_out(trainer: MultiTokenTrainer) -> Trial:
         median(updating),
         flops / max(num_tokens, 1),
         learned_bytes + round(beside * share),
+        fitted,
     )
 
 
@@ -118,9 +177,9 @@ def _endless(trainer: MultiTokenTrainer) -> Iterator[dict[str, Any]]:
         yield from trainer.get_train_dataloader()
 
 
-def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """The batch of the longest rows or the fullest pack, and how many times as many positions a
-    batch may have; the `other` one of a stream, whose rows come as they will.
+def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any]:
+    """The batch of the longest rows or the fullest pack; the `other` one of a stream, whose rows
+    come as they will.
     """
     rows: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
@@ -137,7 +196,7 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> tuple[dict[st
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         longest = by_length[: trainer.args.per_device_train_batch_size]
         inputs = collate([rows[i] for i in longest])
-    return inputs, max(largest_batch(trainer) / inputs["input_ids"].numel(), 1.0)
+    return inputs
 
 
 def _still(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
