@@ -5,6 +5,7 @@ Border: arguments in, sentences out. A fault of ours or the user's is one senten
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -67,6 +68,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT asks transformers by an old name, which whoever types a command can do nothing about
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # PEFT imports it for everybody, and it then misses a kernel that only 4 bits would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     console = Console(stderr=True)
     try:
         app()
