@@ -210,7 +210,10 @@ def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
         return f"unknown key {key!r}{nearest(loc[-1], known)} (known: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"{key!r} is required and missing"
-    return f"{key!r}: {fault['msg']}, got {fault['input']!r}"
+    said = f"{key!r}: " * bool(key) + fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
+        return said  # keys that contradict each other, which the message names
+    return f"{said}, got {fault['input']!r}"
 
 
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -37,6 +37,11 @@ _DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.03,
     "max_grad_norm": 1.0,
 }
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 # what transformers does to a whole model -> the recipe's line that does it to the right part
 _ELSEWHERE: dict[str, str] = {
     "fsdp": "set `train.fsdp: true`, which cuts the language model into pieces",
@@ -71,6 +76,7 @@ def training_arguments(
                 "`output_dir` and `seed` under `train`, and the rest of "
                 f"{sorted(_FIXED)} is needed as it is"
             )
+    _refuse_other_kinds(fields)
     on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
     ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": default_report_to()}
     values = {**ours, **fields, **_FIXED}
@@ -87,6 +93,29 @@ def training_arguments(
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train args: {error}") from None
+
+
+def _refuse_other_kinds(fields: Mapping[str, Any]) -> None:
+    """TrainingArguments takes any value for a number, and fails far from it."""
+    hints = get_type_hints(TrainingArguments)
+    for key, value in fields.items():
+        kinds = {hints[key], *get_args(hints[key])}
+        of_numbers = kinds & {int, float, bool}
+        if not of_numbers or kinds & {str, list} or (value is None and type(None) in kinds):
+            continue
+        expected = "true or false"
+        if bool in kinds:
+            fits = isinstance(value, bool)
+        elif isinstance(value, bool):
+            fits, expected = False, "a number"
+        elif float in kinds:
+            fits, expected = isinstance(value, (int, float)), "a number"
+        elif key in _AT_LEAST_ONE:
+            fits, expected = isinstance(value, int) and value > 0, "a whole number from 1 on"
+        else:
+            fits, expected = isinstance(value, int), "a whole number"
+        if not fits:
+            raise RecipeError(f"train args: expected {expected} for {key!r}, got {value!r}")
 
 
 def _refuse_what_has_its_own_line(fields: Mapping[str, Any]) -> None:
