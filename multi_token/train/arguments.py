@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from multi_token.errors import RecipeError
 from multi_token.registry import nearest
@@ -88,9 +89,11 @@ def training_arguments(
     accelerator = {"dispatch_batches": False, **dict(fields.get("accelerator_config") or {})}
     values["accelerator_config"] = accelerator
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, **values
         )
+        get_reporting_integration_callbacks(args.report_to)  # refuses what it does not know
+        return args
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train args: {error}") from None
 
@@ -112,6 +115,8 @@ def _refuse_other_kinds(fields: Mapping[str, Any]) -> None:
             fits, expected = isinstance(value, (int, float)), "a number"
         elif key in _AT_LEAST_ONE:
             fits, expected = isinstance(value, int) and value > 0, "a whole number from 1 on"
+        elif key == "dataloader_num_workers":
+            fits, expected = isinstance(value, int) and value >= 0, "a whole number from 0 on"
         else:
             fits, expected = isinstance(value, int), "a whole number"
         if not fits:

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import distributed
 
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe import Recipe, load_recipe
 from multi_token.train.distributed import from_all, is_first, wait
+from multi_token.train.memory import is_out_of_memory
 
 RECIPE = "recipe.yaml"
 WHOLE = "whole.json"
@@ -108,6 +110,24 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{folder} could not be written: {_reason(error)}; make room or choose another "
             "`train.output_dir`, and start the same command again: it goes on from what is whole"
+        ) from error
+
+
+@contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Around reading an optimizer's state: a file whose bytes are wrong is a CheckpointError.
+
+    Its size was looked at before (`last_checkpoint`), its content was not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, distributed.DistError):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({(str(error).splitlines() or [''])[0][:200]}); remove that "
+            "folder, and the same command goes on from the checkpoint before it, or begins the "
+            "stage anew if there is none"
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from multi_token.errors import MultiTokenError, RecipeError, RowError
 from multi_token.recipe import Recipe
@@ -133,6 +134,24 @@ def refuse_no_numbers(
         f"the loss is {found[0][0]} at step {step}, in the batch of the rows {rows}; lower the "
         "learning rates under `learn`, or look for extreme values in these rows"
     )
+
+
+def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
+    """Raises MultiTokenError in all processes if a weight that learns is no number in any: after
+    the last step no loss would tell.
+    """
+    broken = []
+    for name, p in model.named_parameters():
+        mine = p.to_local() if isinstance(p, DTensor) else p
+        if p.requires_grad and not bool(mine.isfinite().all()):
+            broken.append(name)
+    found = [name for of_process in from_all(broken) for name in of_process]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise MultiTokenError(
+            f"after step {step} the weight {found[0]}{more} holds nan or inf, so nothing is "
+            "written; lower the learning rates under `learn`"
+        )
 
 
 def refuse_bad_rows(rows: Sequence[str | RowError], where: str) -> None:

@@ -23,8 +23,14 @@ from multi_token.checkpoint import load_trained, save
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.by_length import ByLength, EpochToSampler
-from multi_token.train.checkpoints import keep_newest, refuse_another_pace, whole
-from multi_token.train.distributed import from_all, is_first, refuse_no_numbers, wait
+from multi_token.train.checkpoints import keep_newest, reading, refuse_another_pace, whole
+from multi_token.train.distributed import (
+    from_all,
+    is_first,
+    refuse_broken_weights,
+    refuse_no_numbers,
+    wait,
+)
 from multi_token.train.kernels import compiled_layers, compiling
 from multi_token.train.learning import (
     optimizer_groups,
@@ -307,6 +313,7 @@ class MultiTokenTrainer(Trainer):
 
     def save_result(self, folder: str | Path) -> None:
         """The model into a folder; all processes take part, the first one writes."""
+        refuse_broken_weights(self._ours(), self.state.global_step)
         if self.sharding is not None:
             self.sharding.gather()
         self._save(str(folder))
@@ -319,6 +326,7 @@ class MultiTokenTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all. Raises CheckpointError, of a full disk say."""
+        refuse_broken_weights(self._ours(), self.state.global_step)
         run = Path(self._get_output_dir(trial))
         # asked before anything is written: a process that cannot write would leave others waiting
         places = None if self.streamed is None else from_all(self.streamed.state)
@@ -356,7 +364,8 @@ class MultiTokenTrainer(Trainer):
             cutting: Any = _StateOf({}, lambda state: load_whole_state(optimizer, state))
             self.optimizer = cutting
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with reading(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
         finally:
             self.optimizer = optimizer
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from multi_token.errors import CheckpointError, Interrupted, RecipeError
+from multi_token.errors import CheckpointError, Interrupted, MultiTokenError, RecipeError
 from multi_token.recipe import Recipe
 from multi_token.train.checkpoints import keep_newest, last_checkpoint
 from multi_token.train.run import train
@@ -108,6 +109,35 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
     assert "checkpoint-4 is not whole (optimizer.pt has " in shown
     assert f"going on from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
     assert_same_bits(six_steps, out)
+
+
+def test_a_checkpoint_with_other_bytes_is_named(
+    recipe_fields: Fields, tmp_path: Path, at: Any
+) -> None:
+    out = tmp_path / "cut"
+    at(4, stop)
+    with pytest.raises(Interrupted):
+        trained(fields_of(recipe_fields, out))
+    damaged = out / STAGE / "checkpoint-4"
+    state = damaged / "optimizer.pt"
+    state.write_bytes(bytes(state.stat().st_size))
+    at(4, go_on)
+    with pytest.raises(CheckpointError, match="checkpoint-4 is damaged .* remove that folder"):
+        trained(fields_of(recipe_fields, out))
+    shutil.rmtree(damaged)
+    trained(fields_of(recipe_fields, out))
+
+
+def test_weights_that_the_last_step_broke_are_not_written(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fields = fields_of(recipe_fields, out, args={"max_steps": 1, "warmup_steps": 0})
+    fields["train"]["stages"][0]["learn"] = {"projectors": 1e39}
+    with pytest.raises(MultiTokenError, match="after step 1 the weight .* holds nan or inf"):
+        trained(fields)
+    assert not (out / "config.json").exists()
+    assert not (out / STAGE / "checkpoint-1").exists()
 
 
 @pytest.mark.parametrize(
