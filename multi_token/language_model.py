@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from multi_token.errors import LanguageModelError
-from multi_token.quantization import quantization_config, quantized_parameters
+from multi_token.quantization import keep_backward, quantization_config, quantized_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +96,7 @@ def load_language_model(
             f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
             "to null, or try another kind"
         )
+    keep_backward(model)
     return model.requires_grad_(False).eval()
 
 

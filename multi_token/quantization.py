@@ -57,6 +57,19 @@ def _compute_dtype(asked: str | None, dtype: str) -> torch.dtype:
     return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
 
 
+def keep_backward(model: nn.Module) -> None:
+    """Have 4-bit layers keep the form of weights that has a backward pass.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them anew in the first forward pass without
+    gradients, for good, and gradients through the packed ones are wrong, with no more than a
+    warning of torch's.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantized_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Those that are stored in integers, or hold such tensors inside."""
     return [

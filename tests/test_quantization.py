@@ -20,6 +20,7 @@ from multi_token.language_model import load_language_model
 from multi_token.quantization import num_bytes, quantized_parameters
 from multi_token.recipe import ModelSpec, Quantization, Recipe
 from multi_token.registry import validated
+from multi_token.testing.language_models import tiny_language_model
 from multi_token.train.run import train
 from multi_token.types import Media
 
@@ -57,7 +58,10 @@ def test_quantized_weights_take_fewer_bytes_and_give_nearly_the_same_logits(
     kind: Any, recipe_fields: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     need(kind)
-    fields = recipe_fields(tmp_path)["model"]
+    # bitsandbytes 0.50 reads 4 bits wrongly on a CPU with AVX512 where a layer's inputs are no
+    # multiple of its blocks of 64
+    wide = tiny_language_model(tmp_path / "wide", hidden_size=64)
+    fields = recipe_fields(tmp_path)["model"] | {"language_model": wide}
     torch.manual_seed(0)
     whole = compose(ModelSpec.model_validate(fields))
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def test_quantized_weights_take_fewer_bytes_and_give_nearly_the_same_logits(
     assert model.get_input_embeddings().weight.dtype == torch.float32
     ours, theirs = logits(model, data), logits(whole, data)
     similarity = torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
-    # four bits in layers of 32 inputs are coarse; these weights are random besides
+    # four bits in layers of 64 inputs are coarse; these weights are random besides
     assert 0.9 < similarity < 1.0
 
 
@@ -117,6 +121,32 @@ def test_a_quantized_model_is_trained_saved_and_loaded_as_it_was(
     assert torch.equal(logits(model, data), logits(again, data))
     row = {"images": ["red.png"], "messages": [{"role": "user", "content": "What is <image>?"}]}
     assert len(again.generate([row], root=str(data), max_new_tokens=3)) == 1
+
+
+@of_each_kind
+def test_gradients_through_quantized_weights_are_the_same_after_an_answer(
+    kind: Any, tmp_path: Path
+) -> None:
+    """bitsandbytes packs 4 bits for answers on some CPUs, in a form without a backward pass."""
+    need(kind)
+    fields = kind if isinstance(kind, dict) else {"kind": kind}
+    wide = tiny_language_model(tmp_path / "wide", hidden_size=64)  # 32 cannot be packed
+    quantization = validated(Quantization, fields, where="")
+    language_model = load_language_model(wide, quantization=quantization)
+    ids = torch.arange(8)[None]
+    given = language_model.get_input_embeddings()(ids).detach()
+
+    def gradient() -> torch.Tensor:
+        embeds = given.clone().requires_grad_()
+        language_model.train()(inputs_embeds=embeds, labels=ids).loss.backward()
+        assert embeds.grad is not None
+        return embeds.grad
+
+    before = gradient()
+    with torch.no_grad():
+        language_model.eval()(inputs_embeds=given)
+    torch.testing.assert_close(gradient(), before)
+    assert float(before.norm()) > 0
 
 
 @pytest.mark.parametrize(

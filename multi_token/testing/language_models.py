@@ -98,7 +98,9 @@ def tiny_tokenizer(template: str = "chatml") -> Any:
     return tokenizer
 
 
-def tiny_language_model(folder: Path, *, template: str = "chatml", seed: int = 0) -> str:
+def tiny_language_model(
+    folder: Path, *, template: str = "chatml", seed: int = 0, hidden_size: int = 32
+) -> str:
     """A random two-layer Llama with its tokenizer, saved; returns the folder's name."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,8 +111,8 @@ def tiny_language_model(folder: Path, *, template: str = "chatml", seed: int = 0
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed
 
+from multi_token.checkpoint import CONFIG
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe import Recipe, load_recipe
 from multi_token.train.distributed import from_all, is_first, wait
@@ -56,12 +57,13 @@ _MAY_CHANGE = frozenset(
 
 
 def claim(out: Path, recipe: Recipe) -> None:
-    """Write the recipe into its folder. Raises RecipeError if it is a run of another one.
+    """Write the recipe into its folder. Raises RecipeError if it is a run of another one, of which
+    something is there: one that was refused before it began leaves nothing to lose.
 
     Fields that say where and with how many processes it runs may change (see docs/scale-out.md).
     """
     path = out / RECIPE
-    if path.is_file():
+    if path.is_file() and any((out / name).exists() for name in ("stages", CONFIG)):
         before = load_recipe(path)
         changed = _changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if changed:
@@ -180,6 +182,8 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
+    if "inline_container" in str(error):  # torch's writer, which tells positions instead
+        return "a file could not be written to its end, as on a full disk"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +27,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def capacity_of(device: torch.device) -> int:
-    """Bytes of memory of a device, or of the machine for a CPU."""
+    """Bytes of memory of a device; for a CPU of the machine, or of the container if it has less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # control groups, version 2
+    said = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(said)) if said.isdigit() else machine
 
 
 def ways_to_need_less(trainer: MultiTokenTrainer, part: float | None) -> list[str]:

@@ -25,6 +25,7 @@ from multi_token.train.learning import LearningGroup
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
+    from multi_token.train_spec import TrainSpec
 
 
 _WAITS = 0.05
@@ -84,7 +85,22 @@ def logs_of(args: TrainingArguments) -> str:
     return "  logged to report.html alone (train.args.report_to names others)"
 
 
-def waits_of(share: float | None, *, num_workers: int, streamed: bool) -> str:
+def waits_in(trainer: MultiTokenTrainer, spec: TrainSpec) -> str:
+    """How much of its stage a trainer was waiting for data, and what helps in this recipe."""
+    model = trainer._ours()
+    encoded = any(p.numel() for e in model.encoders.values() for p in e.parameters())
+    learns = any(stage.learn.encoders for stage in spec.stages)
+    return waits_of(
+        trainer.meter.data_wait,
+        num_workers=trainer.args.dataloader_num_workers,
+        streamed=trainer.streamed is not None,
+        can_cache=encoded and not learns and not spec.feature_cache,
+    )
+
+
+def waits_of(
+    share: float | None, *, num_workers: int, streamed: bool, can_cache: bool = True
+) -> str:
     """How much of a stage was waiting for data, and what helps where it was a lot."""
     if share is None:
         return "  no step was taken"
@@ -95,7 +111,7 @@ def waits_of(share: float | None, *, num_workers: int, streamed: bool) -> str:
     kept = "train.feature_cache" + (".path: a folder that is filled" if streamed else ": true")
     return (
         f"{text}: rows are read by {who}; set train.args.dataloader_num_workers: "
-        f"{max(2, 2 * num_workers)} if there are cores to spare, or {kept}"
+        f"{max(2, 2 * num_workers)} if there are cores to spare" + f", or {kept}" * can_cache
     )
 
 

@@ -52,8 +52,8 @@ from multi_token.train.plan import say
 from multi_token.train.preference import PairCollator, Pairs
 from multi_token.train.preparation import preparations
 from multi_token.train.reference import held_out_pairs, look_up, pairs_of
-from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_of
-from multi_token.train.sources import Source, good_rows, open_source
+from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_in
+from multi_token.train.sources import Source, good_rows, open_source, refuse_no_items
 from multi_token.train.start_from import take_over
 from multi_token.train.streaming import Streams, open_streams
 from multi_token.train.teacher import WithTeacher
@@ -152,6 +152,7 @@ def train(
     sources = [source.taught(recipe.train.surrogates) for source in sources]
     sources = [source.paired(recipe.train.pairs) for source in sources]
     sources = [source.paired(None) for source in good_rows(sources, recipe, console)]
+    refuse_no_items(sources, recipe)
     dataset = dataset_of(sources, model) if streams is None else streams.read_by(sources)
     held_out = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
     if held_out:
@@ -370,12 +371,7 @@ def _run_stage(
             f"{stage.name}, saved; the same command goes on from there"
         )
     wait_share = trainer.meter.data_wait
-    waits = waits_of(
-        wait_share,
-        num_workers=args.dataloader_num_workers,
-        streamed=trainer.streamed is not None,
-    )
-    console.print(waits, highlight=False, soft_wrap=True)
+    console.print(waits_in(trainer, spec), highlight=False, soft_wrap=True)
     with writing(folder):
         trainer.save_result(folder / "result")
         if is_first():

@@ -133,7 +133,8 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
         )
     names = ", ".join(source.name for source in sources)
     if num_rows == len(problems):
-        first_said = f", the first for: {problems[0].message}" if problems else ""
+        first = problems[0] if problems else None
+        first_said = f", the first, row {first.row_id}: {first.message}" if first else ""
         raise RecipeError(
             f"no row of {names} can be learned from: {num_rows} rows, {len(problems)} skipped"
             f"{first_said}; see them all with `multi-token data check`"
@@ -148,6 +149,23 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
     if told.num_rows:
         console.print(counted(told), highlight=False)
     return good
+
+
+def refuse_no_items(sources: Sequence[Source], recipe: Recipe) -> None:
+    """Raises RecipeError if rows have no item of any sense, and only senses are to learn.
+
+    A key of a row that no sense reads is no fault of the row: it may hold anything.
+    """
+    learns = [stage.learn for stage in recipe.train.stages]
+    if any(learn.adapter or learn.language_model for learn in learns):
+        return
+    if not any(True for source in sources for _ in source.items()):
+        names = ", ".join(recipe.model.modalities)
+        raise RecipeError(
+            f"no row of {', '.join(source.name for source in sources)} has an item of {names}, so "
+            "nothing would be learned; rows name their items as the recipe names its senses "
+            "(docs of each in docs/senses), and `multi-token data show` prints what is read"
+        )
 
 
 def counted(report: Report) -> str:

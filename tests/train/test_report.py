@@ -72,6 +72,7 @@ def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
     assert none == "  no step was taken"
     alone, beside = (waits_of(0.3, num_workers=num, streamed=False) for num in (0, 3))
     assert "feature_cache: true" not in waits_of(0.3, num_workers=0, streamed=True)
+    assert "feature_cache" not in waits_of(0.3, num_workers=0, streamed=False, can_cache=False)
     assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
     assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
     assert "train.feature_cache: true" in alone

@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from multi_token.data.cache import FeatureCache
-from multi_token.errors import Interrupted, MultiTokenError, RecipeError, RowError
+from multi_token.errors import (
+    Interrupted,
+    LanguageModelError,
+    MultiTokenError,
+    RecipeError,
+    RowError,
+)
 from multi_token.recipe import Recipe
 from multi_token.train import run as run_module
 from multi_token.train.checkpoints import last_checkpoint
@@ -206,8 +212,35 @@ def test_bad_rows_stop_the_run_or_are_left_out_and_counted(
     assert "skipped row blue (item_count)" in shown and "skipped row green (missing_file)" in shown
     path.write_text(json.dumps(rows[-1] | {"id": "lost", "images": ["nowhere.png"]}) + "\n")
     fields["train"]["output_dir"] = str(tmp_path / "none")
-    with pytest.raises(RecipeError, match="1 rows, 1 skipped, the first for: .*nowhere.png"):
+    with pytest.raises(RecipeError, match="1 rows, 1 skipped, the first, row lost: .*nowhere.png"):
         trained(fields)
+
+
+def test_a_folder_of_a_run_that_never_began_is_free_for_another_recipe(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    fields = recipe_fields(tmp_path / "run")
+    mistyped = {**fields, "model": {**fields["model"], "language_model": str(tmp_path / "none")}}
+    with pytest.raises(LanguageModelError):
+        trained(mistyped)
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    trained(fields)
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        trained(mistyped)
+
+
+def test_rows_without_an_item_of_any_sense_are_refused_where_only_senses_learn(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    rows = tmp_path / "text.jsonl"
+    turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "red"}]
+    rows.write_text(json.dumps({"picture": "red.png", "messages": turns}) + "\n")
+    fields = recipe_fields(tmp_path / "run")
+    fields["data"] = {"train": [{"rows": str(rows)}]}
+    with pytest.raises(RecipeError, match="no row of .*text.jsonl has an item of image"):
+        trained(fields)
+    fields["train"]["stages"][0]["learn"] = {"adapter": 1e-3}
+    trained(fields)
 
 
 def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
