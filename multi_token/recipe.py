@@ -231,6 +231,17 @@ def _set(tree: Any, keys: list[str], value: Any, override: str) -> None:
             tree = tree[at] if isinstance(tree, list) else tree.setdefault(at, {})
 
 
+def differences(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
+    """Of two dumped recipes the values that differ: dotted name, `a`'s and `b`'s."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b}]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(a, b, strict=True))]
+    else:
+        return [] if a == b else [(at, a, b)]
+    return [x for key, c, d in pairs for x in differences(c, d, f"{at}.{key}" if at else key)]
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as in Python and YAML 1.2."""
 

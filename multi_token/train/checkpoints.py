@@ -22,7 +22,7 @@ from torch import distributed
 
 from multi_token.checkpoint import CONFIG
 from multi_token.errors import CheckpointError, RecipeError
-from multi_token.recipe import Recipe, load_recipe
+from multi_token.recipe import Recipe, differences, load_recipe
 from multi_token.train.distributed import from_all, is_first, wait
 from multi_token.train.memory import is_out_of_memory
 
@@ -79,23 +79,21 @@ def claim(out: Path, recipe: Recipe) -> None:
         os.replace(partial, path)
 
 
-def _changes(before: Any, now: Any, at: str = "") -> list[str]:
-    """`train.seed: 0 -> 1` for each value that differs and matters."""
-    if at in ("train.fsdp", "data.lengths"):
-        return []  # who holds which piece, and who told the lengths, is another matter
-    if isinstance(before, dict) and isinstance(now, dict):
-        pairs = [(key, before.get(key), now.get(key)) for key in {**before, **now}]
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(before, now, strict=True))]
-    elif before == now or (at.rpartition(".")[0].endswith("args") and _last(at) in _MAY_CHANGE):
-        return []
-    else:
-        return [f"{at}: {_short(before)} there, {_short(now)} here"]
-    return [line for key, a, b in pairs for line in _changes(a, b, f"{at}.{key}" if at else key)]
+def _changes(before: Any, now: Any) -> list[str]:
+    """`train.seed: 0 there, 1 here` for each value that differs and matters."""
+    return [
+        f"{at}: {_short(a)} there, {_short(b)} here"
+        for at, a, b in differences(before, now)
+        if _matters(at)
+    ]
 
 
-def _last(at: str) -> str:
-    return at.rpartition(".")[2]
+def _matters(at: str) -> bool:
+    """Not who holds which piece (`train.fsdp`), who told the lengths, and where it runs."""
+    section, _, key = at.rpartition(".")
+    if section.endswith("args") and key in _MAY_CHANGE:
+        return False
+    return at != "data.lengths" and at.split(".")[:2] != ["train", "fsdp"]
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from multi_token.errors import MultiTokenError, RecipeError, RowError
-from multi_token.recipe import Recipe
+from multi_token.recipe import Recipe, differences
 
 if TYPE_CHECKING:
     from multi_token.train.sources import Source
@@ -172,22 +172,11 @@ def refuse_other_recipes(recipe: Recipe) -> None:
     """Raises RecipeError in all processes if their recipes differ, which names the fields."""
     first, *others = from_all(recipe.model_dump(mode="json"))
     for number, other in enumerate(others, 1):
-        if differing := _differing(first, other):
+        if differing := [name for name, _, _ in differences(first, other)]:
             raise RecipeError(
                 f"the recipe of process {number} is not that of process 0: it differs in "
                 f"{', '.join(differing)}; start all of them with one recipe and the same overrides"
             )
-
-
-def _differing(a: Any, b: Any, at: str = "") -> list[str]:
-    """The dotted names of values that differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b}]
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = [(str(i), *pair) for i, pair in enumerate(zip(a, b, strict=True))]
-    else:
-        return [] if a == b else [at]
-    return [x for key, c, d in pairs for x in _differing(c, d, f"{at}.{key}" if at else key)]
 
 
 def refuse_other_rows(sources: Sequence[Source]) -> None:

@@ -99,9 +99,10 @@ def test_what_waits_goes_together(model: Any, make: Any, batches: list[int]) -> 
     items = [sample_of(model, [float(i)] * 5).media[0] for i in range(5)]
     asked = [projection.ask("vector", item, str(i)) for i, item in enumerate(items)]
     go()
-    for item, future in zip(items, asked, strict=True):
-        torch.testing.assert_close(future.result(30), alone(model, item))
-    assert batches[:3] == [1, 3, 2]
+    results = [future.result(30) for future in asked]
+    assert batches == [1, 3, 2]
+    for item, result in zip(items, results, strict=True):
+        torch.testing.assert_close(result, alone(model, item))
 
 
 def test_one_content_asked_twice_is_computed_once(
