@@ -6,6 +6,7 @@ numbers. What follows from them for a whole stage is plan.py's.
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def try_out(trainer: MultiTokenTrainer) -> Trial:
         trial = _tried(trainer, size, largest, whole)
         if trial is not None:
             return trial
+        gc.collect()  # what the failed step made may hang in cycles
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
         if trainer.packing is not None or size == 1:

@@ -93,6 +93,9 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
             "logging_steps": 1,
             "max_steps": 6,
             "lr_scheduler_type": "constant",
+            # Adam divides by the gradient's size: of one near zero it would take the rounding for
+            # a direction
+            "adam_epsilon": 1e-5,
             "save_steps": 2,
             "report_to": [],
         }
@@ -218,7 +221,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_two_processes_learn_what_one_does(two: Any, alone: Any) -> None:

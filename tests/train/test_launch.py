@@ -39,7 +39,7 @@ def text_recipe(recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path) ->
         "logging_steps": 1,
         "report_to": [],
     }
-    stages = [{"name": "projector", "learn": {"projectors": 3e-3}}]
+    stages = [{"name": "projector", "learn": {"adapter": 3e-3}}]
     fields = recipe_fields(tmp_path / "run", stages=stages, args=args)
     text = [row for row in ROWS_OF_TEXT for _ in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text))
