@@ -100,12 +100,12 @@ def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> An
         output = language_model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
         past = output.past_key_values
         past.batch_repeat_interleave(num_rows)
-    except (AttributeError, NotImplementedError, TypeError, ValueError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise LanguageModelError(
             f"{type(without_adapter(language_model)).__name__} keeps no key-value cache that could "
             "be repeated for each row, so a shared start cannot be computed once; set "
             "train.share_prefix to false"
-        ) from None
+        ) from error
     return past
 
 

@@ -83,3 +83,7 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(130)
+    finally:
+        # not imported for a command that had no use for it
+        if met := sys.modules.get("multi_token.train.distributed"):
+            met.part()

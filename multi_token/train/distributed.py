@@ -51,8 +51,11 @@ def wait() -> None:
 
 
 def part() -> None:
-    """The last word: processes that have met go on alone."""
-    if num_processes() > 1:
+    """The last word, after a fault too: processes that have met go on alone.
+
+    A process whose group outlives it is now and then ended by a thread of gloo with an abort.
+    """
+    if _have_met():
         distributed.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -115,3 +116,28 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name: limited(build("modality", {"type": name, **own}, Modality), limits)
         for name, own in fields.items()
     }
+
+
+@pytest.fixture(scope="session")
+def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny Llama with a vector sense, for tests of engines; do not change it."""
+    from tests.serve.engine_parts import composed
+
+    return composed(tmp_path_factory.mktemp("llama"), families, "Llama")
+
+
+@pytest.fixture
+def start_static() -> Iterator[Callable[..., Any]]:
+    """Builds and starts static engines, all of which are stopped at the end."""
+    from multi_token.serve.static import StaticEngine
+
+    made: list[StaticEngine] = []
+
+    def build(model: Any, **options: Any) -> StaticEngine:
+        made.append(StaticEngine(model, **options))
+        made[-1].start()
+        return made[-1]
+
+    yield build
+    for engine in made:
+        engine.stop()

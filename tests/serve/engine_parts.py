@@ -6,8 +6,7 @@ Border: parts for the tests of engines; no assertion about an engine's answers s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,6 @@ from multi_token.checkpoint import compose
 from multi_token.generate import ask, reader_of
 from multi_token.recipe import ModelSpec
 from multi_token.serve.engine import End, Engine, Event, Prompt, SamplingOptions, Token
-from multi_token.serve.static import StaticEngine
 from multi_token.types import Media, Sample
 
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]
@@ -36,23 +34,6 @@ def composed(folder: Path, families: ModuleType, family: str, **changes: Any) ->
         for parameter in model.projectors.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     return model
-
-
-@contextmanager
-def static_engines() -> Iterator[Callable[..., StaticEngine]]:
-    """Builds and starts static engines, all of which are stopped at the end."""
-    made: list[StaticEngine] = []
-
-    def build(model: Any, **options: Any) -> StaticEngine:
-        made.append(StaticEngine(model, **options))
-        made[-1].start()
-        return made[-1]
-
-    try:
-        yield build
-    finally:
-        for engine in made:
-            engine.stop()
 
 
 def sample_of(model: Any, text: str, *vectors: Sequence[float]) -> Sample:

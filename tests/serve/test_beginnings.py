@@ -5,7 +5,7 @@ Border: what is read again and what is not; the tensors of a cache are test_stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -26,23 +26,11 @@ from tests.serve.engine_parts import (
     composed,
     prompt_of,
     sample_of,
-    static_engines,
     together,
 )
 
 NUM_NEW = 6
 OPTIONS = SamplingOptions(NUM_NEW, ignore_end=True)
-
-
-@pytest.fixture(scope="module")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., StaticEngine]]:
-    with static_engines() as build:
-        yield build
 
 
 @contextmanager
@@ -85,51 +73,55 @@ def about(model: Any, before: str, vector: Sequence[float], behind: str) -> Any:
     return reader_of(model)(Conversation((Message("user", parts),)), prompt_only=True)
 
 
-def test_only_what_is_new_in_a_prompt_is_read(model: Any, make: Any) -> None:
-    engine = make(model)
+def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
     samples = [
-        about(model, "Here it is: ", VECTORS[0], "What is a fruit?"),
-        about(model, "Here it is: ", VECTORS[0], "What is a fruit? And what is a square?"),
-        about(model, "Here it is: ", VECTORS[1], "What is a fruit?"),
+        about(llama, "Here it is: ", VECTORS[0], "What is a fruit?"),
+        about(llama, "Here it is: ", VECTORS[0], "What is a fruit? And what is a square?"),
+        about(llama, "Here it is: ", VECTORS[1], "What is a fruit?"),
     ]
-    prompts = [prompt_of(model, sample) for sample in samples]
+    prompts = [prompt_of(llama, sample) for sample in samples]
     marks = [marks_of(prompt) for prompt in prompts]
     lengths = [len(prompt.input_ids) for prompt in prompts]
     num_there = [0, num_alike(marks[0], marks[1]), prompts[2].places[0].start]
     assert num_there[1] > num_there[2] + 3 and num_there[2] >= 4
     assert num_alike(marks[0], marks[2]) == num_there[2], "other media, so all behind it is new"
-    with reading(model) as seen:
+    with reading(llama) as seen:
         found = [asked(engine, prompt) for prompt in prompts]
     assert seen == [length - num for length, num in zip(lengths, num_there, strict=True)]
     assert (engine.prefix.num_queries, engine.prefix.num_hits) == (sum(lengths), sum(num_there))
-    assert found == [by_generate(model, sample) for sample in samples]
+    assert found == [by_generate(llama, sample) for sample in samples]
 
 
-def test_a_conversation_that_goes_on_is_read_behind_what_was_said(model: Any, make: Any) -> None:
-    engine = make(model)
-    reader = reader_of(model)
+def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
+    llama: Any, start_static: Any
+) -> None:
+    engine = start_static(llama)
+    reader = reader_of(llama)
     first = Message("user", (Media("vector", list(VECTORS[0])), Text("What is a fruit?")))
-    begun = prompt_of(model, reader(Conversation((first,)), prompt_only=True))
+    begun = prompt_of(llama, reader(Conversation((first,)), prompt_only=True))
     ids = asked(engine, begun)
     said = Message("assistant", (Text(reader.tokenizer.decode(ids)),))
     more = Message("user", (Text("And what is a square?"),))
     sample = reader(Conversation((first, said, more)), prompt_only=True)
-    prompt = prompt_of(model, sample)
+    prompt = prompt_of(llama, sample)
     kept = torch.cat([marks_of(begun), torch.tensor(ids[:-1])])
     num_there = num_alike(kept, marks_of(prompt))
     assert num_there > begun.places[0].start + begun.places[0].length + 4
-    with reading(model) as seen:
+    with reading(llama) as seen:
         found = asked(engine, prompt)
     assert seen == [len(prompt.input_ids) - num_there]
-    assert found == by_generate(model, sample)
+    assert found == by_generate(llama, sample)
 
 
-def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompt = of(model, "What is a fruit?", VECTORS[0])
+def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(
+    llama: Any, start_static: Any
+) -> None:
+    engine = start_static(llama)
+    prompt = of(llama, "What is a fruit?", VECTORS[0])
     client = Client()
     first = asked(engine, prompt)
-    with reading(model) as seen:
+    with reading(llama) as seen:
         engine.submit("again", prompt, OPTIONS, client)
         assert client.ids == first
     assert seen == [1]
@@ -137,45 +129,45 @@ def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(model: Any, m
     assert not any(event.num_cached for event in client.events[1:-1])
 
 
-def test_tenants_share_nothing(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompt = of(model, "What is a fruit?")
+def test_tenants_share_nothing(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompt = of(llama, "What is a fruit?")
     asked(engine, replace(prompt, tenant="a"))
-    with reading(model) as seen:
+    with reading(llama) as seen:
         asked(engine, replace(prompt, tenant="b"))
         asked(engine, replace(prompt, tenant="a"))
     assert seen == [len(prompt.input_ids), 1]
 
 
 def test_prompts_that_share_unlike_much_are_right_when_they_are_read_at_once(
-    model: Any, make: Any
+    llama: Any, start_static: Any
 ) -> None:
-    engine = make(model)
-    asked(engine, of(model, "What is a fruit? " * 4, VECTORS[0]))
+    engine = start_static(llama)
+    asked(engine, of(llama, "What is a fruit? " * 4, VECTORS[0]))
     samples = [
-        sample_of(model, "What is a fruit? " * 4 + "Which?", VECTORS[0]),
-        sample_of(model, "yes or no"),
-        sample_of(model, "What is a fruit? And what is this?", VECTORS[0]),
-        sample_of(model, "What is it?", VECTORS[1], VECTORS[2]),
+        sample_of(llama, "What is a fruit? " * 4 + "Which?", VECTORS[0]),
+        sample_of(llama, "yes or no"),
+        sample_of(llama, "What is a fruit? And what is this?", VECTORS[0]),
+        sample_of(llama, "What is it?", VECTORS[1], VECTORS[2]),
     ]
     clients = [Client() for _ in samples]
-    prompts = [prompt_of(model, sample) for sample in samples]
-    with reading(model) as seen:
+    prompts = [prompt_of(llama, sample) for sample in samples]
+    with reading(llama) as seen:
         together(engine, prompts, [OPTIONS] * 4, clients)
-        assert [client.ids for client in clients] == [by_generate(model, s) for s in samples]
+        assert [client.ids for client in clients] == [by_generate(llama, s) for s in samples]
     longest = max(len(prompt.input_ids) for prompt in prompts)
     assert 1 < seen[-1] < longest
 
 
 def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
-    model: Any, make: Any
+    llama: Any, start_static: Any
 ) -> None:
-    prompts = [replace(of(model, "What is a fruit?"), tenant=str(i)) for i in range(3)]
+    prompts = [replace(of(llama, "What is a fruit?"), tenant=str(i)) for i in range(3)]
     length = len(prompts[0].input_ids) + NUM_NEW - 1
-    engine = make(model, num_cache_tokens=2 * length)
+    engine = start_static(llama, num_cache_tokens=2 * length)
     for prompt in prompts:
         asked(engine, prompt)
-    with reading(model) as seen:
+    with reading(llama) as seen:
         for prompt in (prompts[2], prompts[1], prompts[0]):
             asked(engine, prompt)
     engine.stop()
@@ -184,42 +176,42 @@ def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
     assert seen == [1, 1, len(prompts[0].input_ids)]
 
 
-def test_with_no_room_every_prompt_is_read_whole(model: Any, make: Any) -> None:
-    engine = make(model, num_cache_tokens=0)
-    prompt = of(model, "What is a fruit?")
-    with reading(model) as seen:
+def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama, num_cache_tokens=0)
+    prompt = of(llama, "What is a fruit?")
+    with reading(llama) as seen:
         assert asked(engine, prompt) == asked(engine, prompt)
     assert seen == [len(prompt.input_ids)] * 2
     assert engine.prefix.num_hits == 0
 
 
-def test_an_engine_that_starts_anew_has_kept_nothing(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompt = of(model, "What is a fruit?")
+def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompt = of(llama, "What is a fruit?")
     asked(engine, prompt)
     engine.stop()
     engine.start()
-    with reading(model) as seen:
+    with reading(llama) as seen:
         asked(engine, prompt)
     assert seen == [len(prompt.input_ids)]
 
 
-def test_what_no_numbers_came_of_is_not_kept(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompt = of(model, "What is a fruit?", VECTORS[0])
+def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompt = of(llama, "What is a fruit?", VECTORS[0])
     unlucky = prompt.tokens[0][0, 0]
 
     def no_numbers(_: Any, inputs: tuple[Tensor, ...]) -> Any:
         return (inputs[0].masked_fill(inputs[0][..., :1] == unlucky, torch.nan),)
 
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(no_numbers)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(no_numbers)
     client = Client()
     try:
         engine.submit("bad", prompt, OPTIONS, client)
         assert isinstance(client.wait(), Failure)
     finally:
         hook.remove()
-    with reading(model) as seen:
+    with reading(llama) as seen:
         assert len(asked(engine, prompt)) == NUM_NEW
     assert seen == [len(prompt.input_ids)]
 
@@ -231,7 +223,7 @@ WHOLE = {"Falcon-H1", "LFM2", "Qwen3-Next", "Mamba2", "RWKV", "xLSTM"}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     served = sorted(families.FAMILIES.keys() - {"BERT"})
     whole: set[str] = set()
@@ -239,7 +231,7 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
         has_window = "sliding_window" in families.FAMILIES[family][1]
         changes = {"sliding_window": 256} if has_window else {}  # prompts stay within it
         model = composed(tmp_path_factory.mktemp("lm"), families, family, **changes)
-        engine = make(model)
+        engine = start_static(model)
         if not engine._begins_alike:
             whole.add(family)
         samples = [
@@ -260,11 +252,11 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
 
 
 def test_what_a_window_has_let_go_is_not_kept(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     window = 48
     model = composed(tmp_path_factory.mktemp("lm"), families, "Gemma3", sliding_window=window)
-    engine = make(model)
+    engine = start_static(model)
     samples = [sample_of(model, "What is a fruit?" * num) for num in (1, 12)]
     short, long = (prompt_of(model, sample) for sample in samples)
     lengths = [len(prompt.input_ids) for prompt in (short, long)]

@@ -20,7 +20,7 @@ from multi_token.serve.engine import End, Failure, SamplingOptions
 from multi_token.serve.errors import ServeError
 from multi_token.serve.vllm import VllmEngine
 from tests.serve.asking import asked, fault_of, post
-from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of
+from tests.serve.engine_parts import VECTORS, Client, prompt_of, sample_of
 from tests.serve.running_server import running
 from tests.serve.vllm_parts import LOOK_S, golden_of, started
 from tests.serve.vllm_stand_in import StandIn
@@ -30,20 +30,15 @@ LONG = SamplingOptions(150, ignore_end=True)
 
 
 @pytest.fixture(scope="module")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
-@pytest.fixture(scope="module")
-def prompts(model: Any) -> list[Any]:
-    return [prompt_of(model, sample_of(model, "What is this?", vector)) for vector in VECTORS]
+def prompts(llama: Any) -> list[Any]:
+    return [prompt_of(llama, sample_of(llama, "What is this?", vector)) for vector in VECTORS]
 
 
 @pytest.fixture
-def two(model: Any) -> Iterator[tuple[VllmEngine, StandIn, StandIn]]:
+def two(llama: Any) -> Iterator[tuple[VllmEngine, StandIn, StandIn]]:
     """A gateway before two engines."""
-    first, second = StandIn(model.language_model), StandIn(model.language_model)
-    with started(model, first, second) as engine:
+    first, second = StandIn(llama.language_model), StandIn(llama.language_model)
+    with started(llama, first, second) as engine:
         assert first.wait_until(lambda: engine.num_engines == 2)
         yield engine, first, second
 
@@ -70,11 +65,11 @@ def test_prompts_go_to_the_engine_with_the_fewest(two: Any, prompts: list[Any]) 
 
 
 def test_an_engine_that_dies_before_the_first_token_loses_nothing(
-    two: Any, model: Any, prompts: list[Any]
+    two: Any, llama: Any, prompts: list[Any]
 ) -> None:
     engine, first, second = two
     expected = [
-        answer_ids(model, [sample_of(model, "What is this?", vector)], max_new_tokens=8)[0].tolist()
+        answer_ids(llama, [sample_of(llama, "What is this?", vector)], max_new_tokens=8)[0].tolist()
         for vector in VECTORS
     ]
     with first.held():
@@ -89,10 +84,10 @@ def test_an_engine_that_dies_before_the_first_token_loses_nothing(
 
 
 def test_an_engine_that_dies_within_an_answer_ends_it_with_an_error(
-    model: Any, prompts: list[Any]
+    llama: Any, prompts: list[Any]
 ) -> None:
-    dying = StandIn(model.language_model)
-    with started(model, dying) as engine:
+    dying = StandIn(llama.language_model)
+    with started(llama, dying) as engine:
         has_begun = threading.Event()
         client = Client(lambda _: has_begun.set())
         engine.submit("r", prompts[0], LONG, client)
@@ -107,12 +102,12 @@ def test_an_engine_that_dies_within_an_answer_ends_it_with_an_error(
 
 
 def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
-    model: Any, prompts: list[Any]
+    llama: Any, prompts: list[Any]
 ) -> None:
-    breaking = StandIn(model.language_model)
-    engine = VllmEngine(model, golden_of(model), [breaking.url], look_s=LOOK_S)
+    breaking = StandIn(llama.language_model)
+    engine = VllmEngine(llama, golden_of(llama), [breaking.url], look_s=LOOK_S)
     with (
-        running(model, engine=engine) as server,
+        running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         breaking.breaks_at = 3
@@ -125,7 +120,7 @@ def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
 
 
 def test_an_engine_that_comes_back_is_proved_and_used_again(
-    two: Any, model: Any, families: ModuleType, prompts: list[Any]
+    two: Any, llama: Any, families: ModuleType, prompts: list[Any]
 ) -> None:
     engine, first, second = two
     second.die()
@@ -146,7 +141,7 @@ def test_an_engine_that_comes_back_is_proved_and_used_again(
     assert engine.num_engines == 1 and second.num_asked == num_asked + 1
     second.die()
     assert second.wait_until(lambda: engine._pool.engines[1].state == "out")
-    second.language_model = model.language_model
+    second.language_model = llama.language_model
     second.start()
     assert second.wait_until(lambda: engine.num_engines == 2)
 
@@ -166,12 +161,12 @@ def test_an_engine_that_hangs_is_given_up_and_another_one_answers(
 
 
 def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
-    model: Any, prompts: list[Any]
+    llama: Any, prompts: list[Any]
 ) -> None:
-    one, other = (StandIn(model.language_model, max_num_seqs=1, max_inside=1) for _ in range(2))
-    engine = VllmEngine(model, golden_of(model), [one.url, other.url], look_s=LOOK_S)
+    one, other = (StandIn(llama.language_model, max_num_seqs=1, max_inside=1) for _ in range(2))
+    engine = VllmEngine(llama, golden_of(llama), [one.url, other.url], look_s=LOOK_S)
     with (
-        running(model, engine=engine) as server,
+        running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         assert one.wait_until(lambda: engine.num_engines == 2)
@@ -210,10 +205,10 @@ def test_errors_of_an_engine_put_it_out_until_it_is_right_again(
 
 
 def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
-    model: Any, prompts: list[Any]
+    llama: Any, prompts: list[Any]
 ) -> None:
-    engines = [StandIn(model.language_model) for _ in range(3)]
-    with started(model, *engines) as engine:
+    engines = [StandIn(llama.language_model) for _ in range(3)]
+    with started(llama, *engines) as engine:
         assert engines[0].wait_until(lambda: engine.num_engines == 3)
         for stand_in in engines:
             stand_in.breaks_at = 0
@@ -221,32 +216,32 @@ def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
         assert sum(len(stand_in.bodies) for stand_in in engines) == 2
 
 
-def test_a_prompt_that_the_engine_does_not_take_is_a_400(model: Any, prompts: list[Any]) -> None:
-    short = StandIn(model.language_model)
-    with started(model, short) as engine:
+def test_a_prompt_that_the_engine_does_not_take_is_a_400(llama: Any, prompts: list[Any]) -> None:
+    short = StandIn(llama.language_model)
+    with started(llama, short) as engine:
         short.max_model_len = 20
         error = error_of(submitted(engine, prompts[0]))
         assert error.status == 400 and "maximum context length is 20" in error.message
         assert engine.is_alive
 
 
-def test_the_shortest_engine_says_how_long_prompts_may_be(model: Any, prompts: list[Any]) -> None:
-    long, short = StandIn(model.language_model), StandIn(model.language_model, max_model_len=48)
-    with started(model, long, short) as engine:
+def test_the_shortest_engine_says_how_long_prompts_may_be(llama: Any, prompts: list[Any]) -> None:
+    long, short = StandIn(llama.language_model), StandIn(llama.language_model, max_model_len=48)
+    with started(llama, long, short) as engine:
         assert long.wait_until(lambda: engine.num_engines == 2)
         assert engine.max_tokens == 48
         with pytest.raises(ServeError, match="lower max_tokens"):
             submitted(engine, prompts[0], SamplingOptions(48))
 
 
-def test_the_start_waits_for_the_first_engine_if_it_is_told_to(model: Any) -> None:
-    late = StandIn(model.language_model)
+def test_the_start_waits_for_the_first_engine_if_it_is_told_to(llama: Any) -> None:
+    late = StandIn(llama.language_model)
     late.die()
-    engine = VllmEngine(model, golden_of(model), [late.url], look_s=LOOK_S, wait_s=0.2)
+    engine = VllmEngine(llama, golden_of(llama), [late.url], look_s=LOOK_S, wait_s=0.2)
     with pytest.raises(LanguageModelError, match="does not answer /health"):
         engine.start()
     assert not engine.is_alive
-    engine = VllmEngine(model, golden_of(model), [late.url], look_s=LOOK_S, wait_s=60)
+    engine = VllmEngine(llama, golden_of(llama), [late.url], look_s=LOOK_S, wait_s=60)
     starting = threading.Thread(target=engine.start)
     starting.start()
     assert late.wait_until(lambda: engine._pool is not None and engine._pool.are_all_seen)

@@ -45,11 +45,6 @@ def any_family(request: pytest.FixtureRequest, families: ModuleType, tmp_path_fa
     return composed(tmp_path_factory.mktemp("lm"), families, request.param)
 
 
-@pytest.fixture(scope="session")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
 # stopping transformers' manager takes a second of garbage collection each time
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
@@ -68,9 +63,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest, model: Any) -> Iterator[Any]:
+def engine(request: pytest.FixtureRequest, llama: Any) -> Iterator[Any]:
     """One engine for the tests that leave it as it is."""
-    started = ENGINES[request.param](model)
+    started = ENGINES[request.param](llama)
     started.start()
     yield started
     started.stop()
@@ -111,9 +106,9 @@ def test_greedy_answers_equal_those_of_generate(
     assert not caplog.records, "a batch that fails is answered one by one, and would hide a fault"
 
 
-def test_ends_say_why(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompt = prompt_of(model, sample_of(model, "What is a fruit?"))
+def test_ends_say_why(llama: Any, make: Any) -> None:
+    engine = make(llama)
+    prompt = prompt_of(llama, sample_of(llama, "What is a fruit?"))
     deaf, long = SamplingOptions(30, ignore_end=True), SamplingOptions(30)
     (client,) = submitted(engine, [prompt], deaf)
     ids = client.ids
@@ -125,8 +120,8 @@ def test_ends_say_why(model: Any, make: Any) -> None:
     assert is_deaf.ids == ids and is_deaf.wait() == End("length")
 
 
-def test_a_seed_says_the_same_in_any_company(model: Any, engine: Any) -> None:
-    prompts = [prompt_of(model, sample) for sample in samples_of(model)]
+def test_a_seed_says_the_same_in_any_company(llama: Any, engine: Any) -> None:
+    prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
     warm = SamplingOptions(NUM_NEW, temperature=1.5, seed=7, ignore_end=True)
     alone = submitted(engine, [prompts[1]], warm)[0].ids
     kinds = [
@@ -140,22 +135,22 @@ def test_a_seed_says_the_same_in_any_company(model: Any, engine: Any) -> None:
     together(engine, [prompts[1]] * len(kinds), kinds, clients)
     answers = [client.ids for client in clients]
     assert answers[1] == alone
-    greedy = answer_ids(model, [samples_of(model)[1]], max_new_tokens=NUM_NEW)[0].tolist()
+    greedy = answer_ids(llama, [samples_of(llama)[1]], max_new_tokens=NUM_NEW)[0].tolist()
     assert answers[0][: len(greedy)] == greedy
     assert len({tuple(answer) for answer in answers}) >= 4, answers
 
 
-def test_logprobs_are_of_the_models_own_distribution(model: Any, engine: Any) -> None:
-    sample = sample_of(model, "What is this?", VECTORS[0])
-    prompt = prompt_of(model, sample)
+def test_logprobs_are_of_the_models_own_distribution(llama: Any, engine: Any) -> None:
+    sample = sample_of(llama, "What is this?", VECTORS[0])
+    prompt = prompt_of(llama, sample)
     options = SamplingOptions(3, temperature=2.0, seed=1, num_logprobs=3, ignore_end=True)
     (client,) = submitted(engine, [prompt], options)
     assert len(client.ids) == 3
-    embeds = model.get_input_embeddings()(torch.cat([prompt.input_ids, torch.tensor(client.ids)]))
+    embeds = llama.get_input_embeddings()(torch.cat([prompt.input_ids, torch.tensor(client.ids)]))
     place = prompt.places[0]
     with torch.no_grad():
         embeds[place.start : place.start + place.length] = prompt.tokens[0]
-        logits = model.language_model(inputs_embeds=embeds[None]).logits[0]
+        logits = llama.language_model(inputs_embeds=embeds[None]).logits[0]
     for step, token in enumerate(e for e in client.events if isinstance(e, Token)):
         own = logits[len(prompt.input_ids) - 1 + step].log_softmax(-1)
         assert token.logprob == pytest.approx(float(own[token.id]), abs=1e-4)
@@ -164,8 +159,8 @@ def test_logprobs_are_of_the_models_own_distribution(model: Any, engine: Any) ->
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_cancelling_ends_at_once_and_leaves_the_others(model: Any, engine: Any) -> None:
-    prompts = [prompt_of(model, sample) for sample in samples_of(model)]
+def test_cancelling_ends_at_once_and_leaves_the_others(llama: Any, engine: Any) -> None:
+    prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
     long = SamplingOptions(100, ignore_end=True)
     num_said: list[int] = []
 
@@ -188,9 +183,9 @@ def test_cancelling_ends_at_once_and_leaves_the_others(model: Any, engine: Any) 
     assert len(again.ids) > 0
 
 
-def test_who_waits_can_be_cancelled(model: Any, make: Any) -> None:
-    engine = make(model, max_batch=1)
-    prompt = prompt_of(model, sample_of(model, "yes"))
+def test_who_waits_can_be_cancelled(llama: Any, make: Any) -> None:
+    engine = make(llama, max_batch=1)
+    prompt = prompt_of(llama, sample_of(llama, "yes"))
     waiting = Client()
 
     def cancel_the_other(event: Event) -> None:
@@ -208,9 +203,9 @@ def test_who_waits_can_be_cancelled(model: Any, make: Any) -> None:
     assert len(first.ids) == 100
 
 
-def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(model: Any, make: Any) -> None:
-    engine = make(model, max_tokens=48)
-    good = prompt_of(model, sample_of(model, "What is this?", VECTORS[0]))
+def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(llama: Any, make: Any) -> None:
+    engine = make(llama, max_tokens=48)
+    good = prompt_of(llama, sample_of(llama, "What is this?", VECTORS[0]))
     nan = replace(good, tokens=(torch.full_like(good.tokens[0], torch.nan),))
     narrow = replace(good, tokens=(good.tokens[0][:, :-1],))
     ok = SamplingOptions(NUM_NEW)
@@ -227,11 +222,11 @@ def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(model: Any, make
 
 @pytest.mark.parametrize("engine", HERE, indirect=True)
 @pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
-def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fault: str) -> None:
-    samples = samples_of(model)[:4]
+def test_a_prompt_that_breaks_the_model_fails_alone(llama: Any, engine: Any, fault: str) -> None:
+    samples = samples_of(llama)[:4]
     # a tenant of whom nothing has been read: what is kept already breaks nothing
-    prompts = [replace(prompt_of(model, sample), tenant=fault) for sample in samples]
-    alone = [answer_ids(model, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+    prompts = [replace(prompt_of(llama, sample), tenant=fault) for sample in samples]
+    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     unlucky = prompts[2].tokens[0][0, 0]
 
     def break_on_it(module: Any, inputs: tuple[Tensor, ...]) -> Any:
@@ -241,7 +236,7 @@ def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fau
             raise RuntimeError("out of luck at /some/path")
         return (hidden.masked_fill(is_it, torch.nan),)
 
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
     try:
         clients = submitted(engine, prompts)
         end = clients[2].wait()
@@ -256,9 +251,9 @@ def test_a_prompt_that_breaks_the_model_fails_alone(model: Any, engine: Any, fau
 
 
 @pytest.mark.parametrize("make", HERE, indirect=True)
-def test_a_broken_model_ends_the_thread_and_start_begins_anew(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompts = [prompt_of(model, sample) for sample in samples_of(model)[:2]]
+def test_a_broken_model_ends_the_thread_and_start_begins_anew(llama: Any, make: Any) -> None:
+    engine = make(llama)
+    prompts = [prompt_of(llama, sample) for sample in samples_of(llama)[:2]]
     whole = [client.ids for client in submitted(engine, prompts)]
     hooks: list[Any] = []
 
@@ -266,7 +261,7 @@ def test_a_broken_model_ends_the_thread_and_start_begins_anew(model: Any, make: 
         raise RuntimeError("the device is gone")
 
     def break_it() -> None:
-        hooks.append(model.language_model.register_forward_pre_hook(broken))
+        hooks.append(llama.language_model.register_forward_pre_hook(broken))
 
     clients = [Client(), Client()]
     together(engine, prompts, [SamplingOptions(NUM_NEW)] * 2, clients, meanwhile=break_it)
@@ -285,9 +280,9 @@ def test_a_broken_model_ends_the_thread_and_start_begins_anew(model: Any, make: 
     assert [client.ids for client in submitted(engine, prompts)] == whole
 
 
-def test_stopping_cancels_all(model: Any, make: Any) -> None:
-    engine = make(model, max_batch=1)
-    prompts = [prompt_of(model, sample) for sample in samples_of(model)[:2]]
+def test_stopping_cancels_all(llama: Any, make: Any) -> None:
+    engine = make(llama, max_batch=1)
+    prompts = [prompt_of(llama, sample) for sample in samples_of(llama)[:2]]
     clients = submitted(engine, prompts, SamplingOptions(200, ignore_end=True))
     engine.stop()
     assert [client.wait() for client in clients] == [End("cancelled")] * 2

@@ -26,7 +26,6 @@ from tests.serve.engine_parts import (
     composed,
     prompt_of,
     sample_of,
-    static_engines,
 )
 
 LONG = SamplingOptions(60, ignore_end=True)
@@ -41,22 +40,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
 @pytest.fixture
-def make() -> Iterator[Callable[..., StaticEngine]]:
-    with static_engines() as build:
-        yield build
-
-
-@pytest.fixture
-def prompts(model: Any) -> list[Prompt]:
+def prompts(llama: Any) -> list[Prompt]:
     return [
-        prompt_of(model, sample_of(model, "yes or no")),
-        prompt_of(model, sample_of(model, "Which of these is a fruit?", VECTORS[0])),
+        prompt_of(llama, sample_of(llama, "yes or no")),
+        prompt_of(llama, sample_of(llama, "Which of these is a fruit?", VECTORS[0])),
     ]
 
 
@@ -82,8 +70,10 @@ def alone(engine: StaticEngine, prompt: Prompt, options: SamplingOptions) -> lis
     return client.ids
 
 
-def test_answers_go_on_while_a_prompt_is_read(model: Any, make: Any, prompts: list[Prompt]) -> None:
-    engine = make(model)
+def test_answers_go_on_while_a_prompt_is_read(
+    llama: Any, start_static: Any, prompts: list[Prompt]
+) -> None:
+    engine = start_static(llama)
     expected = [alone(engine, prompts[0], LONG), alone(engine, prompts[1], SHORT)]
     newcomer = Client()
     has_gone_on = threading.Event()
@@ -98,7 +88,7 @@ def test_answers_go_on_while_a_prompt_is_read(model: Any, make: Any, prompts: li
             has_gone_on.set()
 
     first = Client(lambda _: look(len(first.events)))
-    with reading(model, lambda: waited_for(has_gone_on)):
+    with reading(llama, lambda: waited_for(has_gone_on)):
         engine.submit("first", prompts[0], LONG, first)
         assert newcomer.ids == expected[1]
     assert first.ids == expected[0]
@@ -110,26 +100,26 @@ def waited_for(event: threading.Event) -> None:
 
 
 def test_a_prompt_is_answered_though_all_others_end_while_it_is_read(
-    model: Any, make: Any, prompts: list[Prompt]
+    llama: Any, start_static: Any, prompts: list[Prompt]
 ) -> None:
-    engine = make(model)
+    engine = start_static(llama)
     expected = alone(engine, prompts[1], SHORT)
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
-    with reading(model, lambda: waited_for(first.has_ended)):
+    with reading(llama, lambda: waited_for(first.has_ended)):
         engine.submit("first", prompts[0], SamplingOptions(8, ignore_end=True), first)
         assert newcomer.ids == expected
     assert alone(engine, prompts[0], SHORT) == first.ids[:5]
 
 
 def test_who_leaves_while_his_prompt_is_read_is_not_answered(
-    model: Any, make: Any, prompts: list[Prompt]
+    llama: Any, start_static: Any, prompts: list[Prompt]
 ) -> None:
-    engine = make(model)
+    engine = start_static(llama)
     expected = alone(engine, prompts[0], LONG)
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
-    with reading(model, lambda: engine.cancel("new")):
+    with reading(llama, lambda: engine.cancel("new")):
         engine.submit("first", prompts[0], LONG, first)
         assert newcomer.wait() == End("cancelled")
         assert first.ids == expected
@@ -138,9 +128,9 @@ def test_who_leaves_while_his_prompt_is_read_is_not_answered(
 
 
 def test_a_prompt_that_breaks_the_model_beside_others_fails_alone(
-    model: Any, make: Any, prompts: list[Prompt]
+    llama: Any, start_static: Any, prompts: list[Prompt]
 ) -> None:
-    engine = make(model, num_cache_tokens=0)
+    engine = start_static(llama, num_cache_tokens=0)
     expected = [alone(engine, prompts[0], LONG), alone(engine, prompts[1], SHORT)]
     unlucky = prompts[1].tokens[0][0, 0]
 
@@ -150,7 +140,7 @@ def test_a_prompt_that_breaks_the_model_beside_others_fails_alone(
 
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
     try:
         engine.submit("first", prompts[0], LONG, first)
         assert isinstance(newcomer.wait(), Failure)
@@ -161,9 +151,9 @@ def test_a_prompt_that_breaks_the_model_beside_others_fails_alone(
 
 
 def test_an_engine_stops_while_a_prompt_is_read(
-    model: Any, make: Any, prompts: list[Prompt]
+    llama: Any, start_static: Any, prompts: list[Prompt]
 ) -> None:
-    engine = make(model)
+    engine = start_static(llama)
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
     is_read = threading.Event()
@@ -172,7 +162,7 @@ def test_an_engine_stops_while_a_prompt_is_read(
         is_read.set()
         waited_for(newcomer.has_ended)
 
-    with reading(model, stands):
+    with reading(llama, stands):
         engine.submit("first", prompts[0], LONG, first)
         assert is_read.wait(30)
         engine.stop()
@@ -202,9 +192,9 @@ def test_a_model_that_keeps_what_it_was_given_reads_in_turn(
     assert not may_read_beside(model, filler_id)
 
 
-def test_with_one_thread_prompts_are_read_in_turn(model: Any) -> None:
+def test_with_one_thread_prompts_are_read_in_turn(llama: Any) -> None:
     torch.set_num_threads(1)
-    assert not may_read_beside(model, reader_of(model).chat.filler_id)
+    assert not may_read_beside(llama, reader_of(llama).chat.filler_id)
 
 
 def one_by_one(
@@ -226,7 +216,7 @@ def one_by_one(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 def test_who_is_read_beside_others_is_answered_as_by_generate_in_every_family(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     """Twelve come while others are answered, so reading and steps overlap in many places."""
     beside: set[str] = set()
@@ -237,7 +227,7 @@ def test_who_is_read_beside_others_is_answered_as_by_generate_in_every_family(
             sample_of(model, "yes or no " * (1 + i % 3), *VECTORS[: i % 4]) for i in range(12)
         ]
         expected = [answer_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
-        engine = make(model)
+        engine = start_static(model)
         if engine._way == "join":
             joining.add(family)
         if not engine._reads_beside:

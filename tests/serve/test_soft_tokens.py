@@ -30,17 +30,12 @@ NUM_NEW = 8
 NUM_IDS = 100
 
 
-@pytest.fixture(scope="session")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
 @pytest.fixture
-def make(model: Any) -> Iterator[Callable[..., ContinuousEngine]]:
+def make(llama: Any) -> Iterator[Callable[..., ContinuousEngine]]:
     made: list[ContinuousEngine] = []
 
     def build(**options: Any) -> ContinuousEngine:
-        made.append(ContinuousEngine(model, **options))
+        made.append(ContinuousEngine(llama, **options))
         made[-1].start()
         return made[-1]
 
@@ -127,8 +122,8 @@ def test_ids_end_before_int32_does() -> None:
     assert ids.pin([("c", 1)]) == ([100], [0])
 
 
-def test_the_embedding_is_the_models_own_again_afterwards(model: Any) -> None:
-    language_model = model.language_model
+def test_the_embedding_is_the_models_own_again_afterwards(llama: Any) -> None:
+    language_model = llama.language_model
     own, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
     text = torch.tensor([[5, 7, 11]])
     with soft_embedding(language_model, 4) as soft:
@@ -143,24 +138,24 @@ def test_the_embedding_is_the_models_own_again_afterwards(model: Any) -> None:
     assert not any(isinstance(m, SoftEmbedding) for m in language_model.modules())
 
 
-def test_no_answer_is_by_what_lay_there_before(model: Any, make: Any) -> None:
+def test_no_answer_is_by_what_lay_there_before(llama: Any, make: Any) -> None:
     """The pool holds three rows, so the second content takes the place of the first."""
-    samples = [sample_of(model, "What is this?", vector) for vector in VECTORS[:2]]
-    alone = [answer_ids(model, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+    samples = [sample_of(llama, "What is this?", vector) for vector in VECTORS[:2]]
+    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     assert alone[0] != alone[1]
     engine = make(num_soft_tokens=3, page_size=4)
-    prompts = [prompt_of(model, sample) for sample in samples]
+    prompts = [prompt_of(llama, sample) for sample in samples]
     for _ in range(2):
         assert [asked(engine, [prompt])[0] for prompt in prompts] == alone
     # at once: the second waits for the rows
     assert asked(engine, prompts) == alone
 
 
-def test_what_many_ask_at_once_fits_into_a_small_cache(model: Any, make: Any) -> None:
+def test_what_many_ask_at_once_fits_into_a_small_cache(llama: Any, make: Any) -> None:
     """Prompts are put back and read again while others are answered."""
-    samples = [sample_of(model, text, v) for v in VECTORS for text in ("yes or no", "What is it?")]
-    alone = [answer_ids(model, [s], max_new_tokens=40)[0].tolist() for s in samples]
-    prompts = [prompt_of(model, sample) for sample in samples]
+    samples = [sample_of(llama, text, v) for v in VECTORS for text in ("yes or no", "What is it?")]
+    alone = [answer_ids(llama, [s], max_new_tokens=40)[0].tolist() for s in samples]
+    prompts = [prompt_of(llama, sample) for sample in samples]
     engine = make(num_cache_tokens=96, page_size=8, max_step_tokens=16)
     assert engine.max_tokens <= 96
     clients = [Client() for _ in prompts]
@@ -171,11 +166,11 @@ def test_what_many_ask_at_once_fits_into_a_small_cache(model: Any, make: Any) ->
     assert engine.is_alive
 
 
-def test_a_tenant_finds_only_what_it_has_asked_itself(model: Any, make: Any) -> None:
+def test_a_tenant_finds_only_what_it_has_asked_itself(llama: Any, make: Any) -> None:
     engine = make(page_size=4)
-    sample = sample_of(model, "What is a fruit?")
-    alone = answer_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
-    prompt = prompt_of(model, sample)
+    sample = sample_of(llama, "What is a fruit?")
+    alone = answer_ids(llama, [sample], max_new_tokens=NUM_NEW)[0].tolist()
+    prompt = prompt_of(llama, sample)
     num_cached = []
     for tenant in ("a", "b", "a", "", "b", ""):
         client = Client()
@@ -186,34 +181,34 @@ def test_a_tenant_finds_only_what_it_has_asked_itself(model: Any, make: Any) -> 
     assert num_cached == [0, 0, shared, 0, shared, shared] and shared > 0
 
 
-def test_ids_that_are_used_up_begin_anew_with_an_empty_cache(model: Any, make: Any) -> None:
-    samples = [sample_of(model, "What is this?", vector) for vector in VECTORS]
-    alone = [answer_ids(model, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+def test_ids_that_are_used_up_begin_anew_with_an_empty_cache(llama: Any, make: Any) -> None:
+    samples = [sample_of(llama, "What is this?", vector) for vector in VECTORS]
+    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     engine = make(num_soft_tokens=3, page_size=4)
     engine._ids.max_id = engine._soft.num_ids + 7
-    prompts = [prompt_of(model, sample) for sample in samples]
+    prompts = [prompt_of(llama, sample) for sample in samples]
     for _ in range(2):
         assert asked(engine, prompts) == alone
     assert engine.is_alive
 
 
-def test_more_media_than_are_kept_are_refused(model: Any, make: Any) -> None:
+def test_more_media_than_are_kept_are_refused(llama: Any, make: Any) -> None:
     engine = make(num_soft_tokens=5)
-    two = prompt_of(model, sample_of(model, "Which?", *VECTORS[:2]))
+    two = prompt_of(llama, sample_of(llama, "Which?", *VECTORS[:2]))
     with pytest.raises(ServeError, match="send fewer items"):
         engine.submit("two", two, SamplingOptions(NUM_NEW), Client())
 
 
-def test_the_language_model_is_as_it_was_when_the_engine_has_stopped(model: Any, make: Any) -> None:
-    own = model.language_model.get_input_embeddings()
-    kind = model.language_model.config._attn_implementation
+def test_the_language_model_is_as_it_was_when_the_engine_has_stopped(llama: Any, make: Any) -> None:
+    own = llama.language_model.get_input_embeddings()
+    kind = llama.language_model.config._attn_implementation
     engine = make()
-    assert model.language_model.get_input_embeddings() is not own
+    assert llama.language_model.get_input_embeddings() is not own
     engine.stop()
-    assert model.language_model.get_input_embeddings() is own
-    assert model.language_model.config._attn_implementation == kind
+    assert llama.language_model.get_input_embeddings() is own
+    assert llama.language_model.config._attn_implementation == kind
     engine.start()
-    prompt = prompt_of(model, sample_of(model, "yes or no"))
+    prompt = prompt_of(llama, sample_of(llama, "yes or no"))
     assert asked(engine, [prompt])
 
 
@@ -238,17 +233,17 @@ def test_a_language_model_that_cannot_be_served_so_is_refused_at_the_start(
     assert model.language_model.get_input_embeddings() is own
 
 
-def test_a_penalty_of_repetition_is_refused_and_not_left_out(model: Any) -> None:
-    config = model.language_model.generation_config
+def test_a_penalty_of_repetition_is_refused_and_not_left_out(llama: Any) -> None:
+    config = llama.language_model.generation_config
     config.repetition_penalty = 1.3
     try:
         with pytest.raises(LanguageModelError, match="RepetitionPenalty"):
-            ContinuousEngine(model).start()
+            ContinuousEngine(llama).start()
     finally:
         config.repetition_penalty = None
 
 
-def test_a_model_that_answers_otherwise_by_pages_is_refused(model: Any) -> None:
+def test_a_model_that_answers_otherwise_by_pages_is_refused(llama: Any) -> None:
     """The proof at the start looks at probabilities, not only at the likeliest ids."""
 
     def a_little_louder(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -256,9 +251,9 @@ def test_a_model_that_answers_otherwise_by_pages_is_refused(model: Any) -> None:
             output.logits = output.logits * 1.05
         return output
 
-    hook = model.language_model.register_forward_hook(a_little_louder, with_kwargs=True)
+    hook = llama.language_model.register_forward_hook(a_little_louder, with_kwargs=True)
     try:
-        engine = ContinuousEngine(model)
+        engine = ContinuousEngine(llama)
         with pytest.raises(LanguageModelError, match="answers otherwise"):
             engine.start()
         assert not engine.is_alive

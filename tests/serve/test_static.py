@@ -5,7 +5,7 @@ Border: what it computes, and when; that answers are right is tested for both en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -25,7 +25,6 @@ from tests.serve.engine_parts import (
     composed,
     prompt_of,
     sample_of,
-    static_engines,
     together,
 )
 
@@ -40,17 +39,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(families: ModuleType, tmp_path_factory: Any) -> Any:
-    return composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., StaticEngine]]:
-    with static_engines() as build:
-        yield build
 
 
 @contextmanager
@@ -85,10 +73,10 @@ def alone(engine: Any, prompt: Prompt, options: SamplingOptions) -> list[int]:
 
 
 def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
-    model: Any, make: Any
+    llama: Any, start_static: Any
 ) -> None:
-    engine = make(model)
-    prompts = prompts_of(model)
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
     short = SamplingOptions(5, ignore_end=True)
     expected = [alone(engine, prompts[0], LONG), *(alone(engine, p, short) for p in prompts[1:])]
     num_said: list[int] = []
@@ -108,13 +96,13 @@ def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
     assert all(number <= 20 for number in num_said), "both end soon after the tenth token"
 
 
-def test_an_ended_row_is_computed_no_more(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompts = prompts_of(model)
+def test_an_ended_row_is_computed_no_more(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
     lengths = [4, 30, 11]
     clients = [Client() for _ in prompts]
     options = [SamplingOptions(length, ignore_end=True) for length in lengths]
-    with watched(model) as seen:
+    with watched(llama) as seen:
         together(engine, prompts, options, clients)
         assert [len(client.ids) for client in clients] == lengths
     steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
@@ -122,12 +110,12 @@ def test_an_ended_row_is_computed_no_more(model: Any, make: Any) -> None:
     assert len(steps) == max(lengths) - 1, "all of them are answered together"
 
 
-def test_a_cancelled_row_leaves_before_the_next_step(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompts = prompts_of(model)
+def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
     leaver = at_token(5, lambda: engine.cancel("r1"))
     clients = [Client(), leaver]
-    with watched(model) as seen:
+    with watched(llama) as seen:
         together(engine, prompts[:2], [LONG] * 2, clients)
         assert leaver.wait() == End("cancelled")
         assert len(clients[0].ids) == 60
@@ -135,16 +123,16 @@ def test_a_cancelled_row_leaves_before_the_next_step(model: Any, make: Any) -> N
     assert steps == [2] * 4 + [1] * 55
 
 
-def test_the_padding_that_nobody_needs_is_cut_off(model: Any, make: Any) -> None:
+def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any) -> None:
     """Else a row that joined a longer one would carry its padding to the end."""
-    engine = make(model)
-    prompts = sorted(prompts_of(model), key=lambda p: len(p.input_ids))
+    engine = start_static(llama)
+    prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     widths: list[int] = []
 
     def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         widths.append(inputs["past_key_values"].get_seq_length() if "input_ids" in inputs else 0)
 
-    hook = model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         options = [LONG, SamplingOptions(3, ignore_end=True)]
         clients = [Client(), Client()]
@@ -155,9 +143,9 @@ def test_the_padding_that_nobody_needs_is_cut_off(model: Any, make: Any) -> None
     assert widths[-1] == len(prompts[0].input_ids) + 58
 
 
-def test_a_seed_says_the_same_to_a_newcomer(model: Any, make: Any) -> None:
-    engine = make(model)
-    prompts = prompts_of(model)
+def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
     warm = SamplingOptions(12, temperature=1.5, seed=3, ignore_end=True)
     expected = alone(engine, prompts[1], warm)
     newcomer = Client()
@@ -169,10 +157,10 @@ def test_a_seed_says_the_same_to_a_newcomer(model: Any, make: Any) -> None:
 
 @pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
 def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
-    model: Any, make: Any, fault: str
+    llama: Any, start_static: Any, fault: str
 ) -> None:
-    engine = make(model, num_cache_tokens=0)  # else they have been read already
-    prompts = prompts_of(model)
+    engine = start_static(llama, num_cache_tokens=0)  # else they have been read already
+    prompts = prompts_of(llama)
     expected = [alone(engine, p, SamplingOptions(12, ignore_end=True)) for p in prompts]
     unlucky = prompts[1].tokens[0][0, 0]
 
@@ -196,9 +184,9 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
 
     newcomers[0] = Client(failed)
     first = at_token(4, come)
-    hook = model.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
     try:
-        with watched(model) as seen:
+        with watched(llama) as seen:
             engine.submit("first", prompts[0], LONG, first)
             assert isinstance(newcomers[0].wait(), Failure)
             assert newcomers[1].ids == expected[2]
@@ -213,11 +201,11 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
     assert num_read == 1, "who is being answered is not read again"
 
 
-def test_who_waits_is_not_overtaken_by_those_that_fit(model: Any, make: Any) -> None:
-    prompts = sorted(prompts_of(model), key=lambda p: len(p.input_ids))
+def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_static: Any) -> None:
+    prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     small, big = prompts[0], prompts[-1]
     # room for two small ones, or for the big one alone
-    engine = make(model, max_batch_tokens=2 * (len(small.input_ids) + 60))
+    engine = start_static(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
     long = SamplingOptions(engine.max_tokens - len(big.input_ids), ignore_end=True)
     ended: list[str] = []
 
@@ -237,10 +225,10 @@ def test_who_waits_is_not_overtaken_by_those_that_fit(model: Any, make: Any) -> 
     assert ended == ["big", "behind"]
 
 
-def test_a_batch_never_holds_more_tokens_than_allowed(model: Any, make: Any) -> None:
-    prompts = prompts_of(model) * 4
+def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_static: Any) -> None:
+    prompts = prompts_of(llama) * 4
     limit = 2 * (max(len(p.input_ids) for p in prompts) + 60)
-    engine = make(model, max_batch_tokens=limit)
+    engine = start_static(llama, max_batch_tokens=limit)
     held: list[int] = []
 
     def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -248,7 +236,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed(model: Any, make: Any) -> 
             ids = inputs["input_ids"]
             held.append(len(ids) * (inputs["past_key_values"].get_seq_length() + 1))
 
-    hook = model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         options = [SamplingOptions(10 + 4 * i, ignore_end=True) for i in range(len(prompts))]
         clients = [Client() for _ in prompts]
@@ -261,7 +249,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed(model: Any, make: Any) -> 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
     samples = [sample_of(model, text) for text in TEXTS]
@@ -269,7 +257,7 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
     model.language_model.generation_config.repetition_penalty = 3.0
     expected = [answer_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
     assert expected != plain, "the setting must matter"
-    engine = make(model)
+    engine = start_static(model)
     assert engine._way == "join"
     clients = [Client() for _ in samples]
     prompts = [prompt_of(model, sample) for sample in samples]
@@ -280,10 +268,10 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the family's own code
 def test_rows_leave_also_where_nobody_can_join(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "LFM2")
-    engine = make(model)
+    engine = start_static(model)
     assert engine._way == "leave"
     prompt = prompts_of(model)[1]
     expected = alone(engine, prompt, LONG)
@@ -316,7 +304,7 @@ def staggered(engine: StaticEngine, prompts: Sequence[Prompt], num_new: int) -> 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 def test_who_comes_late_is_answered_as_by_generate_in_every_family(
-    families: ModuleType, tmp_path_factory: Any, make: Any
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
 ) -> None:
     served = families.FAMILIES.keys() - {"BERT"}
     ways: dict[str, set[str]] = {"join": set(), "leave": set(), "stay": set()}
@@ -328,7 +316,7 @@ def test_who_comes_late_is_answered_as_by_generate_in_every_family(
             sample_of(model, "What is this?", VECTORS[0]),
         ]
         expected = [answer_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
-        engine = make(model)
+        engine = start_static(model)
         prompts = [prompt_of(model, sample) for sample in samples]
         for ids, own in zip(staggered(engine, prompts, 14), expected, strict=True):
             assert ids[: len(own)] == own, family  # `generate` ends where the model says so

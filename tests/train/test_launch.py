@@ -72,3 +72,17 @@ def test_processes_with_other_recipes_end_with_a_sentence_and_an_exit_code(
     assert "multi_token/train" not in shown, "a traceback"
     assert set(re.findall(r"exitcode *: (-?\d+)", shown)) <= {"1", "-15"}
     assert not (text_recipe.parent / "run").exists()
+
+
+def test_a_failed_command_leaves_no_process_group_behind(text_recipe: Path) -> None:
+    # else gloo's threads abort a process in ten at its end, which hides its exit code
+    code = (
+        "import sys; from multi_token.cli import main; from torch import distributed\n"
+        "try: main()\n"
+        "finally: print('left behind:', distributed.is_initialized(), file=sys.stderr)"
+    )
+    start = f'{sys.executable} -c "{code}" train {text_recipe} train.seed=$RANK'
+    shown = launched(2, ["--no-python", "bash", "-c", start], fails=True)
+    assert "error: the recipe of process 1 is not that of process 0" in shown
+    assert "left behind: False" in shown
+    assert "left behind: True" not in shown
