@@ -175,6 +175,7 @@ class Variant:
     supervised: bool = False
     cached: bool = False
     tree: bool = False
+    lowered: bool = False
 
 
 @dataclass
@@ -204,19 +205,42 @@ LEVERS = [
     )
 ]
 
+LOWERED = [
+    Variant(name.format(learn), learn, packed, packed, lowered=lowered)
+    for learn in ("projector", "all")
+    for name, packed, lowered in (
+        ("{}: padded, all logits", False, False),
+        ("{}: bfloat16", False, True),
+        ("{}: packed + supervised logits + bfloat16", True, True),
+    )
+]
+"""Frozen parts in bfloat16, so equal up to rounding; apart, since they are other models."""
 
 SHARED = [
-    Variant("five questions a picture: packed + supervised logits", "projector", True, True),
-    Variant("five questions a picture: as a tree", "projector", True, True, tree=True),
+    Variant(f"five questions a picture: {name}", "projector", True, True, tree=tree)
+    for name, tree in (("packed + supervised logits", False), ("as a tree", True))
 ]
 """The same rows with and without `share_media`; their picture is 196 tokens."""
+
+
+def composed(fields: dict[str, Any]) -> MultiTokenForConditionalGeneration:
+    """A model with the same new projector each time, tried before any step is counted."""
+    torch.manual_seed(0)
+    model = compose(ModelSpec.model_validate(fields)).train()
+    assert model.capabilities
+    return model
 
 
 class Levers:
     """A model and some rows, as each variant takes them."""
 
     def __init__(
-        self, folder: Path, given: Sequence[dict[str, Any]], projector: dict[str, Any]
+        self,
+        folder: Path,
+        given: Sequence[dict[str, Any]],
+        projector: dict[str, Any],
+        *,
+        lowered: bool = False,
     ) -> None:
         image = {
             "type": "image",
@@ -229,13 +253,17 @@ class Levers:
             "dtype": "float32",
             "modalities": {"image": image},
         }
-        torch.manual_seed(0)
-        self.model = compose(ModelSpec.model_validate(spec)).train()
-        assert self.model.reader is not None
-        collator = Collator(self.model.modalities, self.model.reader.chat.filler_id)
+        model = composed(spec)
+        self.models = {("projector", False): model, ("all", False): model}
+        if lowered:
+            halves = {**spec, "modalities": {"image": {**image, "dtype": "bfloat16"}}}
+            self.models["projector", True] = composed({**halves, "dtype": "bfloat16"})
+            self.models["all", True] = composed(halves)
+        assert model.reader is not None
+        collator = Collator(model.modalities, model.reader.chat.filler_id)
         tree = replace(collator, share_media=True)
-        plain, cached = (read(self.model, folder, given, cache) for cache in (None, FeatureCache()))
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        plain, cached = (read(model, folder, given, cache) for cache in (None, FeatureCache()))
+        self.optimizers: dict[tuple[str, bool], torch.optim.Optimizer] = {}
         self.lengths = [len(sample.input_ids) for sample in plain]
         self.num_supervised = sum(int((s.labels[1:] != -100).sum()) for s in plain)
         self.batches = {
@@ -257,15 +285,16 @@ class Levers:
 
     def step(self, variant: Variant) -> tuple[float, float]:
         """Forward, backward and an update by zero -> loss, norm of the projector's gradient."""
-        model = self.model
+        which = (variant.learn, variant.lowered)
+        model = self.models[which]
         model.language_model.requires_grad_(variant.learn == "all")
         model.projectors.requires_grad_(True)
-        if variant.learn not in self.optimizers:
+        if which not in self.optimizers:
             learned = [p for p in model.parameters() if p.requires_grad]
-            self.optimizers[variant.learn] = torch.optim.AdamW(
+            self.optimizers[which] = torch.optim.AdamW(
                 learned, lr=0.0, weight_decay=0.0, fused=True
             )
-        optimizer = self.optimizers[variant.learn]
+        optimizer = self.optimizers[which]
         layout = "tree" if variant.tree else "packed" if variant.packed else "padded"
         batch: Any = dict(self.batches[layout + ", cached" * variant.cached])
         segments: Any = attending_by_segment(model.language_model)
@@ -332,11 +361,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_parts(folder)
-        levers = Levers(
-            folder, rows(NUM_ROWS, random.Random(0)), {"type": "pixel_shuffle", "factor": 2}
-        )
+        given, projector = rows(NUM_ROWS, random.Random(0)), {"type": "pixel_shuffle", "factor": 2}
+        levers = Levers(folder, given, projector)
         console.print(levers.facts(), highlight=False)
         results = measure(levers, LEVERS, rounds)
+        results += measure(Levers(folder, given, projector, lowered=True), LOWERED, rounds)
         shared = Levers(folder, questions(random.Random(1)), {"type": "mlp"})
         console.print("five questions a picture: " + shared.facts(), highlight=False)
         results += measure(shared, SHARED, rounds)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from multi_token import __version__
 from multi_token.chat import ChatFormat
-from multi_token.encoders import TrainedEncoder, attach_lora, trained_tensors
+from multi_token.encoders import TrainedEncoder, attach_lora, build_encoders, trained_tensors
 from multi_token.errors import CheckpointError
 from multi_token.hub import local_folder
 from multi_token.language_model import load_embeddings, load_language_model, load_tokenizer
@@ -72,7 +72,7 @@ def compose(
         quantization=spec.quantization,
     )
     width = language_model.get_input_embeddings().weight.shape[1]
-    encoders = {name: modality.build_encoder() for name, modality in spec.modalities.items()}
+    encoders = build_encoders(spec.modalities)
     projectors = {
         name: modality.projector.build(encoders[name].dim, int(width))
         for name, modality in spec.modalities.items()

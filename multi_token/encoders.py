@@ -1,4 +1,4 @@
-"""What of an encoder learns: nothing (the default), all, its last layers, or LoRA on it.
+"""Encoders as a recipe wants them: in which precision, and what learns (by default nothing).
 
 Border: one encoder and what a recipe says of it. Learning rates are the trainer's, files are
 checkpoint.py's.
@@ -7,14 +7,16 @@ checkpoint.py's.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from multi_token.errors import RecipeError
-from multi_token.modalities.base import Encoder
+from multi_token.modalities.base import Encoder, Modality, PretrainedModality
 from multi_token.train_spec import LearnEncoder, LoraSpec, Section
 from multi_token.types import Features
 
@@ -26,6 +28,46 @@ class TrainedEncoder(Section):
     """Their names, or `all` that the encoder has (its buffers too)."""
     lora: LoraSpec | None = None
     """The LoRA that some of these names belong to."""
+
+
+def build_encoders(modalities: Mapping[str, Modality]) -> dict[str, Encoder]:
+    """Instance name -> its encoder, in the precision that the recipe gives."""
+    encoders = {name: modality.build_encoder() for name, modality in modalities.items()}
+    for name, modality in modalities.items():
+        if isinstance(modality, PretrainedModality) and modality.dtype != "float32":
+            lower(encoders[name], getattr(torch, modality.dtype))
+    return encoders
+
+
+def lower(encoder: Encoder, dtype: torch.dtype) -> None:
+    """Keep an encoder's weights in fewer bits, as `from_pretrained(dtype=...)` does.
+
+    It then takes the same inputs and gives float32 features, also if it becomes float32 later.
+    Buffers that no file holds (frequencies of rotary positions) stay as they are.
+    """
+    for module in encoder.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    encoder.register_forward_pre_hook(_take_precision, with_kwargs=True)
+    encoder.register_forward_hook(_hand_on_float32)
+
+
+def _take_precision(
+    encoder: nn.Module, args: tuple[Any, ...], inputs: dict[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    # LoRA is float32 whatever it stands beside
+    own = (p.dtype for name, p in encoder.named_parameters() if "lora_" not in name)
+    dtype = next(own, torch.float32)
+    floats = {key: value.to(dtype) for key, value in inputs.items() if value.is_floating_point()}
+    return args, {**inputs, **floats}
+
+
+def _hand_on_float32(_: nn.Module, args: tuple[Any, ...], features: Features) -> Features:
+    return replace(features, values=features.values.float())
 
 
 def starts_from_random(encoder: Encoder) -> bool:

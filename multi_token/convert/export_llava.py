@@ -62,14 +62,18 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 
 @contextmanager
 def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
-    """The model around a copy of its language model, of plain numbers and with LoRA merged."""
-    own, own_identity = model.language_model, model.config.identity
-    model.language_model = copy.deepcopy(own)
+    """The model around copies of its parts: float32, of plain numbers and with LoRA merged.
+
+    Of a projector nothing is changed, so it is the model's own.
+    """
+    own = model.language_model, model.encoders, model.config.identity
+    model.language_model, model.encoders = copy.deepcopy(own[:2])
     try:
         merge(model)
+        model.encoders.float()
         yield
     finally:
-        model.language_model, model.config.identity = own, own_identity
+        model.language_model, model.encoders, model.config.identity = own
 
 
 def _name(model: MultiTokenForConditionalGeneration) -> str:
@@ -110,7 +114,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
         raise ConvertError(
             f"{type(causal).__name__} has no plain linear head over its base model, LLaVA has"
         )
-    encoder: Any = copy.deepcopy(model.encoder(name))
+    encoder: Any = model.encoder(name)
     if has_lora(encoder):
         merge_lora(encoder)
     tower = encoder.tower

@@ -17,8 +17,8 @@ from numpy.typing import DTypeLike
 
 from multi_token.modalities.base import Encoder, Modality
 
-_NOT_FEATURES = {"projector", "micro_batch"}
-"""Fields of a modality that features do not hang on."""
+_NOT_FEATURES = {"projector", "micro_batch", "dtype"}
+"""Fields of a modality that features do not hang on, or that the encoder's weights tell."""
 _SETTINGS = (".json", ".txt", ".model", ".vocab", ".py")
 """Suffixes of a model folder's files that are no weights: config, preprocessor, tokenizer."""
 _DIGITS = 32
@@ -54,7 +54,7 @@ def settings_identity(modality: Modality) -> str:
 
     All settings with the projector, and where the encoder comes from; no weights.
     """
-    settings = modality.model_dump(mode="json", exclude={"micro_batch"})
+    settings = modality.model_dump(mode="json", exclude={"micro_batch", "dtype"})
     name = settings.get("encoder")
     if isinstance(name, str):
         settings["encoder"] = _origin(name, settings.pop("revision", None))

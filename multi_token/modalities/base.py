@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny
@@ -143,6 +143,9 @@ class PretrainedModality(Modality):
     """Hub name or folder of the encoder."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen encoder, which a recipe lets learn in float32 always. Features are
+    handed on as float32."""
     micro_batch: PositiveInt = 32
     """Parts (pictures, tiles, chunks of audio or text, clips) that go through the encoder at once:
     its memory does not grow with the number of items in a batch."""

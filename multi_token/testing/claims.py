@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multi_token import registry
+from multi_token.encoders import lower
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, told_length
@@ -26,6 +27,7 @@ from multi_token.types import Features, Prepared
 
 _WIDTH = 16  # of the language model that is not there
 _TOLERANCE = 1e-3  # of the features' size: rounding stays far below it, and a fault far above
+_ROUNDING = 0.1  # of the features' length: what weights of 8 bits of mantissa may cost
 
 
 class Broken(Exception):
@@ -243,6 +245,17 @@ def takes_micro_batches(trial: Trial) -> str:
         if few.shape != many.shape or _difference(few, many) > _TOLERANCE:
             raise Broken(f"source {index} has other features with `micro_batch: 1`")
     return "micro_batch: 1"
+
+
+def takes_bfloat16(trial: Trial) -> str:
+    encoder = _frozen(trial.modality.build_encoder())
+    lower(encoder, torch.bfloat16)
+    lowered = trial.encode(trial.items, encoder)
+    for index, (few, many) in enumerate(zip(_rows(lowered), _rows(trial.features), strict=True)):
+        off = float((few - many).norm() / many.norm().clamp(min=1e-6))
+        if few.shape != many.shape or not off < _ROUNDING:
+            raise Broken(f"source {index} has other features with `dtype: bfloat16`: {off:.1%} off")
+    return "dtype: bfloat16"
 
 
 def _tells_items_apart(trial: Trial) -> str:

@@ -22,6 +22,7 @@ from multi_token.testing.claims import (
     CLAIMS,
     Broken,
     Trial,
+    takes_bfloat16,
     takes_micro_batches,
     takes_projector,
     tells_the_length,
@@ -64,6 +65,7 @@ def check_modality(
     claims = dict(CLAIMS)
     if isinstance(modality, PretrainedModality):
         claims["small micro-batches give the same features"] = takes_micro_batches
+        claims["bfloat16 gives nearly the same features"] = takes_bfloat16
     if tells_lengths(type(modality)):
         claims["the length told by the header is the prepared length"] = tells_the_length
     for kind in registry.names("projector"):

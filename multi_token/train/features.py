@@ -21,7 +21,7 @@ from rich.progress import Progress
 from multi_token.checkpoint import compose
 from multi_token.data.cache import FeatureCache
 from multi_token.data.encode import random_preprocessing, share_of
-from multi_token.encoders import starts_from_random
+from multi_token.encoders import build_encoders, starts_from_random
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder
@@ -74,8 +74,7 @@ def frozen_encoders(recipe: Recipe) -> dict[str, Encoder]:
         take_over(model, recipe.train)
         encoders = {name: model.encoder(name) for name in model.modalities}
     else:
-        modalities = recipe.model.modalities
-        encoders = {name: modality.build_encoder() for name, modality in modalities.items()}
+        encoders = build_encoders(recipe.model.modalities)
     for name, encoder in encoders.items():
         for stage in recipe.train.stages:
             if starts_from_random(encoder) and stage.learn.projector(name) is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from multi_token.errors import MultiTokenError
+from multi_token.modalities.base import PretrainedModality
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
@@ -41,13 +42,18 @@ def ways_to_need_less(trainer: MultiTokenTrainer, part: float | None) -> list[st
     fit, 0 (not even a small one) to 1; None if what a batch takes is not known.
     """
     ways: list[str] = []
-    language_model = trainer._ours().language_model
+    model = trainer._ours()
+    language_model = model.language_model
     frozen = not any(
         p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
     )
     dtypes = {p.dtype for p in language_model.parameters() if not p.requires_grad}
     if frozen and torch.float32 in dtypes:
         ways.append("model.dtype: bfloat16 (halves the frozen language model)")
+    for name, modality in model.modalities.items():
+        learns = any(p.requires_grad for p in model.encoder(name).parameters())
+        if isinstance(modality, PretrainedModality) and modality.dtype == "float32" and not learns:
+            ways.append(f"model.modalities.{name}.dtype: bfloat16 (halves its frozen encoder)")
     if frozen and torch.uint8 not in dtypes and torch.int8 not in dtypes:
         ways.append("model.quantization: 4bit (a quarter of bfloat16, or less)")
     size = trainer.args.per_device_train_batch_size

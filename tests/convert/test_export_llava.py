@@ -236,3 +236,16 @@ def test_a_bfloat16_language_model_is_exported_in_its_precision(
     export_llava(model, tmp_path / "out")
     theirs, _ = reloaded(tmp_path / "out")
     assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+
+
+def test_a_vision_tower_in_bfloat16_is_exported_with_its_rounded_weights(
+    parts: Path, tmp_path: Path
+) -> None:
+    model = composed(parts, layer=-2, dtype="bfloat16")
+    export_llava(model, tmp_path / "out")
+    tower: Any = model.encoder("photo").tower
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}, "the run is as it was"
+    theirs, _ = reloaded(tmp_path / "out")
+    written = dict(theirs.model.vision_tower.named_parameters())
+    for name, parameter in tower.named_parameters():
+        assert torch.equal(written[name], parameter.float()), name

@@ -143,7 +143,12 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(
     memory = planned.memory
     assert warnings_of(planned, trainer, capacity=2 * memory.total) == []
     (tight,) = warnings_of(planned, trainer, capacity=memory.total)
-    for key in ("model.dtype: bfloat16", "model.quantization: 4bit", "activation_checkpointing"):
+    for key in (
+        "model.dtype: bfloat16",
+        "model.modalities.image.dtype: bfloat16",
+        "model.quantization: 4bit",
+        "activation_checkpointing",
+    ):
         assert key in tight
     just_one = memory.fixed + 0.6 * (memory.activations or 0)
     (batch,) = warnings_of(planned, trainer, capacity=round(just_one / 0.9))
