@@ -12,6 +12,7 @@ import warnings
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat, predict
@@ -68,6 +69,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT asks transformers by an old name, which whoever types a command can do nothing about
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # the profiler, by which `--plan` measures memory, would announce its start and its end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # PEFT imports it for everybody, and it then misses a kernel that only 4 bits would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     console = Console(stderr=True)
@@ -77,8 +80,9 @@ def main() -> None:
         console.print(str(error), highlight=False, markup=False)
         sys.exit(130)
     except MultiTokenError as error:
-        console.print("error: ", style="bold red", end="")
-        console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        # in one piece, since several processes may have the same to say at once
+        said = Text.assemble(("error: ", "bold red"), str(error))
+        console.print(said, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("stopped")

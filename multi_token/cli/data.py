@@ -5,6 +5,7 @@ Border: tables and exit codes. What is in the rows is found by data/inspect.py.
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -245,7 +246,8 @@ def encode(
         soft_wrap=True,
     )
     if folder != cache_folder(loaded):
-        console.print(f"train with it: train.feature_cache.path={folder}", soft_wrap=True)
+        option = shlex.quote(f"train.feature_cache={{path: {folder}}}")
+        console.print(f"train with it: {option}", markup=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
 

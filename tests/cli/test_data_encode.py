@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from multi_token.cli import app
 from multi_token.data.cache import FeatureCache
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.recipe import Recipe
+from multi_token.recipe import Recipe, load_recipe
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]
@@ -41,7 +41,14 @@ def test_shares_fill_one_folder_and_training_then_encodes_nothing(
     for i in range(2):
         done = encode(recipe, "--out", features, "--num-shards", "2", "--shard", str(i))
         assert done.exit_code == 0
-        assert f"train with it: train.feature_cache.path={features}" in done.output
+        option = re.search(r"train with it: '(.*)'", done.output)
+        assert option is not None
+        for before in (True, "auto", {"dtype": "bfloat16"}):
+            other = saved(
+                recipe_fields(tmp_path / "run", feature_cache=before), tmp_path / "o.yaml"
+            )
+            cache = load_recipe(other, [option[1]]).train.feature_cache
+            assert cache is not None and cache.path == str(features)
         counts = re.search(rf"\(share {i} of 2\): (\d) encoded", done.output)
         assert counts is not None
         num_encoded += int(counts[1])
