@@ -30,7 +30,7 @@ def train(
         plan_run(loaded, console=console)
         return
     from multi_token.errors import Interrupted
-    from multi_token.train.distributed import is_first
+    from multi_token.train.distributed import is_first, part
 
     try:
         run(loaded, console=console)
@@ -40,3 +40,4 @@ def train(
         raise typer.Exit(130) from None
     if is_first():
         console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
+    part()

@@ -50,12 +50,13 @@ def wait() -> None:
         distributed.barrier()
 
 
-def part() -> None:
-    """The last word, after a fault too: processes that have met go on alone.
+def part(*, after_fault: bool = False) -> None:
+    """The last word: processes that have met go on alone.
 
-    A process whose group outlives it is now and then ended by a thread of gloo with an abort.
+    After a fault too, or a thread of gloo now and then ends a process with an abort, which hides
+    its exit code. NCCL is left alone then: it would wait for processes that are elsewhere.
     """
-    if _have_met():
+    if _have_met() and not (after_fault and distributed.get_backend() == "nccl"):
         distributed.destroy_process_group()
 
 
