@@ -114,7 +114,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
         raise ConvertError(
             f"{type(causal).__name__} has no plain linear head over its base model, LLaVA has"
         )
-    encoder: Any = model.encoder(name)
+    encoder: Any = copy.deepcopy(model.encoder(name))
     if has_lora(encoder):
         merge_lora(encoder)
     tower = encoder.tower

@@ -130,14 +130,7 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 def start_static() -> Iterator[Callable[..., Any]]:
     """Builds and starts static engines, all of which are stopped at the end."""
     from multi_token.serve.static import StaticEngine
+    from tests.serve.engine_parts import engines
 
-    made: list[StaticEngine] = []
-
-    def build(model: Any, **options: Any) -> StaticEngine:
-        made.append(StaticEngine(model, **options))
-        made[-1].start()
-        return made[-1]
-
-    yield build
-    for engine in made:
-        engine.stop()
+    with engines(StaticEngine) as build:
+        yield build

@@ -6,7 +6,8 @@ Border: parts for the tests of engines; no assertion about an engine's answers s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,23 @@ def composed(folder: Path, families: ModuleType, family: str, **changes: Any) ->
         for parameter in model.projectors.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     return model
+
+
+@contextmanager
+def engines(kind: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Builds and starts engines of a kind, all of which are stopped at the end."""
+    made: list[Any] = []
+
+    def build(model: Any, **options: Any) -> Any:
+        made.append(kind(model, **options))
+        made[-1].start()
+        return made[-1]
+
+    try:
+        yield build
+    finally:
+        for engine in made:
+            engine.stop()
 
 
 def sample_of(model: Any, text: str, *vectors: Sequence[float]) -> Sample:

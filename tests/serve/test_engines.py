@@ -28,7 +28,15 @@ from multi_token.serve.engine import (
 from multi_token.serve.errors import ServeError
 from multi_token.serve.static import StaticEngine
 from multi_token.types import Sample
-from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
+from tests.serve.engine_parts import (
+    VECTORS,
+    Client,
+    composed,
+    engines,
+    prompt_of,
+    sample_of,
+    together,
+)
 from tests.serve.vllm_parts import VllmWithStandIn
 
 pytestmark = pytest.mark.slow
@@ -49,17 +57,8 @@ def any_family(request: pytest.FixtureRequest, families: ModuleType, tmp_path_fa
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Builds and starts the engine, with what it is given; all are stopped at the end."""
-    made: list[Engine] = []
-
-    def build(model: Any, **options: Any) -> Engine:
-        engine: Engine = ENGINES[request.param](model, **options)
-        made.append(engine)
-        engine.start()
-        return engine
-
-    yield build
-    for engine in made:
-        engine.stop()
+    with engines(ENGINES[request.param]) as build:
+        yield build
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,15 @@ from multi_token.serve.continuous import ContinuousEngine
 from multi_token.serve.engine import Prompt, SamplingOptions
 from multi_token.serve.errors import ServeError
 from multi_token.serve.soft_tokens import SoftEmbedding, SoftIds, soft_embedding
-from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of, together
+from tests.serve.engine_parts import (
+    VECTORS,
+    Client,
+    composed,
+    engines,
+    prompt_of,
+    sample_of,
+    together,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +41,8 @@ NUM_IDS = 100
 
 @pytest.fixture
 def make(llama: Any) -> Iterator[Callable[..., ContinuousEngine]]:
-    made: list[ContinuousEngine] = []
-
-    def build(**options: Any) -> ContinuousEngine:
-        made.append(ContinuousEngine(llama, **options))
-        made[-1].start()
-        return made[-1]
-
-    yield build
-    for engine in made:
-        engine.stop()
+    with engines(ContinuousEngine) as build:
+        yield partial(build, llama)
 
 
 def asked(engine: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
