@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -21,10 +22,11 @@ from multi_token.data.formats import to_conversation
 from multi_token.encoders import lower
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
+from multi_token.modalities.image import ImageModality
 from multi_token.recipe import Recipe
 from multi_token.registry import build, resolve
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
-from multi_token.testing.claims import Trial, takes_bfloat16
+from multi_token.testing.claims import Broken, Trial, takes_bfloat16
 from multi_token.testing.kit import _EXAMPLES
 from multi_token.testing.video import tiny_video_encoder
 from multi_token.testing.vision import tiny_image_encoder
@@ -53,6 +55,34 @@ OTHERS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
     },
 }
 """Kind of encoder -> its sense, and the fields of an instance; beside the examples of the kit."""
+
+
+class Cancelling(Encoder):
+    """What is left when a large number is added and taken away: little of it in 8 bits."""
+
+    dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.tensor(1e4))
+
+    def forward(self, **inputs: Tensor) -> Features:
+        means = inputs["pixel_values"].mean((2, 3))
+        return Features((means + self.large - 1e4)[:, None])
+
+
+class Picture(ImageModality):
+    """Pictures, with that encoder."""
+
+    def build_encoder(self) -> Any:
+        return Cancelling()
+
+
+def test_the_conformance_kit_names_an_encoder_that_does_not_bear_bfloat16(parts: Path) -> None:
+    pictures = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    trial = Trial(Picture(encoder=str(parts / "clip")), pictures, Fetch())
+    with pytest.raises(Broken, match="source 0 has other features with `dtype: bfloat16`"):
+        takes_bfloat16(trial)
 
 
 NOT_LOADED = {"timeseries", "vector"}
