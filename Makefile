@@ -46,7 +46,7 @@ examples: $(EXAMPLES) ## Every example in its short form
 
 test-slow: $(STAMP) $(EXAMPLES) $(ASIDE) ## The tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
-	@PYTHONPATH=$(TORCHAO) $(PYTEST) -k int8 tests/test_quantization.py tests/convert/test_export.py
+	@PYTHONPATH=$(TORCHAO) $(PYTEST) -k int8 tests/language_model/test_quantization.py tests/convert/test_export.py
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, ten minutes
 	@MULTI_TOKEN_VLLM=$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist \

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from multi_token.demo.rows import DemoData, build_rows, read_questions
 from multi_token.demo.run import SYSTEM, Asker, Size, recipe
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import train
 
 STARTS = ("random", "closed form")

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.inspect import Report, scan
-from multi_token.page.machine import machine
-from multi_token.reader import Reader, build_reader
-from multi_token.recipe import Recipe
+from multi_token.data.scan import Report, scan
+from multi_token.processor import Reader, build_reader
+from multi_token.recipe.recipe import Recipe
+from multi_token.report.machine import machine
 from multi_token.testing import tiny_image_encoder, tiny_language_model
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]

@@ -37,14 +37,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from multi_token.checkpoint import load
+from multi_token.checkpoint.load import load
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
-from multi_token.page.machine import machine
-from multi_token.train.arguments import training_arguments
+from multi_token.recipe.train import Learn
+from multi_token.report.machine import machine
 from multi_token.train.packing import Packing
 from multi_token.train.trainer import MultiTokenTrainer
-from multi_token.train_spec import Learn
+from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample
 
 STEPS = 4

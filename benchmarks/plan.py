@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from training import NUM_ROWS, build_parts, rows
 
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import plan, train
 
 NUM_STEPS = 12

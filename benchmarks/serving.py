@@ -40,13 +40,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from multi_token.checkpoint import compose, load
+from multi_token.checkpoint.load import compose, load
 from multi_token.data.dataset import load_rows, rows_root
 from multi_token.data.formats import to_conversation
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
-from multi_token.page.machine import machine
-from multi_token.recipe import ModelSpec, load_recipe
+from multi_token.recipe.recipe import ModelSpec, load_recipe
+from multi_token.report.machine import machine
 from multi_token.serve.bench import Load, Measured, measure
 from multi_token.serve.row_parts import bytes_of, question_of, request_messages
 from multi_token.types import Conversation, Media, Message, Text

@@ -55,8 +55,8 @@ from traffic import (
     send_broken,
 )
 
-from multi_token.checkpoint import read_config
-from multi_token.page.machine import machine
+from multi_token.checkpoint.load import read_config
+from multi_token.report.machine import machine
 
 MOST_GROWTH_PERCENT = 5.0
 JUDGED_MINUTES = 5.0

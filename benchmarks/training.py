@@ -43,15 +43,15 @@ from transformers import (
     LlavaProcessor,
 )
 
-from multi_token.attention import attending_by_segment
-from multi_token.checkpoint import compose
+from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
+from multi_token.language_model.segment_attention import attending_by_segment
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import ModelSpec
+from multi_token.recipe.recipe import ModelSpec
+from multi_token.report.machine import machine
 from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
 from multi_token.types import Sample
 

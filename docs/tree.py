@@ -1,4 +1,4 @@
-"""Renders the tree of the README from each file's first sentence: `make fix` writes it.
+"""Renders the tree of the README from each folder's first sentence: `make fix` writes it.
 
 Border: reads docstrings, writes between the `tree` marks of README.md. A test compares the two.
 """
@@ -11,14 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MARK = "<!-- tree -->"
-
-# The order of reading; files that are not named come after, by name.
-FLOW = [
-    *("types", "errors", "registry", "recipe", "reader", "chat", "chat_template", "marks"),
-    *("collate", "splice", "projectors", "model", "language_model", "quantization", "probe"),
-    *("drive", "generate", "checkpoint", "references", "hub"),
-    *("base", "formats", "dataset"),
-]
 
 OTHERS = {
     "recipes": "runs to start from, one file each",
@@ -47,17 +39,12 @@ def rendered(readme: str, root: Path = ROOT) -> str:
 
 
 def _folder(folder: Path, depth: int) -> list[tuple[str, str]]:
-    indent = "  " * depth
-    files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
-    lines = [(f"{indent}{p.name}", _purpose(p)) for p in sorted(files, key=_place)]
-    for inner in sorted(p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.py"))):
-        lines.append((f"{indent}{inner.name}/", _purpose(inner / "__init__.py")))
-        lines += _folder(inner, depth + 1)
+    lines = []
+    for inner in sorted(p for p in folder.iterdir() if (p / "__init__.py").is_file()):
+        if inner.name != "templates":
+            lines.append((f"{'  ' * depth}{inner.name}/", _purpose(inner / "__init__.py")))
+            lines += _folder(inner, depth + 1)
     return lines
-
-
-def _place(path: Path) -> tuple[int, str]:
-    return (FLOW.index(path.stem) if path.stem in FLOW else len(FLOW), path.stem)
 
 
 def _purpose(path: Path) -> str:

@@ -32,8 +32,8 @@ from multi_token.demo.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, he
 from multi_token.demo.page import Section, Tile, film_figure, loss_figures, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.recipe.recipe import Recipe, parse_recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import train
 
 VIEWS = {

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.cards import Card, sheet_of
 from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
@@ -36,8 +36,8 @@ from multi_token.demo.scores import word_errors, words
 from multi_token.demo.voices import Voice, record
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.recipe.recipe import Recipe, parse_recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import train
 from multi_token.types import Media
 

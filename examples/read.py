@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.example import run_example, stage_losses
 from multi_token.demo.facts import THINGS, Question, write_document
 from multi_token.demo.page import Section, Tile, loss_figures, table, write_page
@@ -36,10 +36,10 @@ from multi_token.demo.scores import is_name
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.document import DocumentModality
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.recipe.recipe import Recipe, parse_recipe
+from multi_token.report.machine import machine
+from multi_token.train.plan.dry_run import peak_memory
 from multi_token.train.run import train
-from multi_token.train.trial import peak_memory
 from multi_token.types import Media
 
 CHUNK_TOKENS = 20

@@ -31,8 +31,8 @@ from multi_token.demo.scores import is_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
 from multi_token.demo.voices import Voice
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.recipe.recipe import Recipe, parse_recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import train
 
 SYSTEM = "Answer in one word."

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Encoder, Modality
     from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.projectors import ProjectorSpec
-    from multi_token.recipe import Recipe, load_recipe
+    from multi_token.projectors.base import ProjectorSpec
+    from multi_token.recipe.recipe import Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
     from multi_token.types import Conversation, Features, Media, Message, Prepared, Text
 
@@ -29,10 +29,10 @@ _HOMES = {
     "MultiTokenError": "multi_token.errors",
     "MultiTokenForConditionalGeneration": "multi_token.model",
     "Prepared": "multi_token.types",
-    "ProjectorSpec": "multi_token.projectors",
-    "Recipe": "multi_token.recipe",
+    "ProjectorSpec": "multi_token.projectors.base",
+    "Recipe": "multi_token.recipe.recipe",
     "Text": "multi_token.types",
-    "load_recipe": "multi_token.recipe",
+    "load_recipe": "multi_token.recipe.recipe",
     "register_modality": "multi_token.registry",
     "register_projector": "multi_token.registry",
 }

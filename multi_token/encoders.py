@@ -1,7 +1,7 @@
 """Encoders as a recipe wants them: in which precision, and what learns (by default nothing).
 
 Border: one encoder and what a recipe says of it. Learning rates are the trainer's, files are
-checkpoint.py's.
+checkpoint/load.py's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
-from multi_token.train_spec import LearnEncoder, LoraSpec, Section
+from multi_token.recipe.train import LearnEncoder, LoraSpec, Section
 from multi_token.types import Features
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
-from multi_token.drive import continue_text
 from multi_token.errors import LanguageModelError, MultiTokenError
+from multi_token.language_model.forward import continue_text
 from multi_token.media.fetch import Fetch
-from multi_token.reader import Reader
+from multi_token.processor import Reader
 from multi_token.types import Batch, Conversation, Media, Message, Part, Sample, Text
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The model: encoders and projectors beside an untouched language model.
 
 Border: tensors only below `Batch`; no paths, strings or templates except in the doors
-`from_pretrained`, `save_pretrained` and `generate`, which lead to checkpoint.py and generate.py.
+`from_pretrained`, `save_pretrained` and `generate`, which lead to load.py and generate.py.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from multi_token.attention import segment_table
-from multi_token.capabilities import Capabilities
 from multi_token.collate import BREAKS_KEY, FEATURES_KEY
-from multi_token.drive import (
+from multi_token.encoders import TrainedEncoder, set_training, starts_from_random
+from multi_token.language_model.capabilities import Capabilities
+from multi_token.language_model.forward import (
     ScaledEmbedding,
     layer_inputs,
     prefix_cache,
     segment_inputs,
     supervised_loss,
 )
-from multi_token.encoders import TrainedEncoder, set_training, starts_from_random
+from multi_token.language_model.probe import probe
+from multi_token.language_model.segment_attention import segment_table
 from multi_token.modalities.base import Encoder, Modality
-from multi_token.probe import probe
-from multi_token.projectors import Projector
+from multi_token.projectors.base import Projector
 from multi_token.splice import Piece, splice
 from multi_token.types import Features, MediaBatch
 
 if TYPE_CHECKING:
-    from multi_token.reader import Reader
+    from multi_token.processor import Reader
 
 
 class MultiTokenConfig(PreTrainedConfig):
-    """What a checkpoint says about itself (see checkpoint.py for the fields)."""
+    """What a checkpoint says about itself (see checkpoint/load.py for the fields)."""
 
     model_type = "multi_token"
     identity: dict[str, Any] | None = None
@@ -225,8 +225,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return module
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
-        """What was trained, and references to the rest; see checkpoint.py."""
-        from multi_token.checkpoint import save
+        """What was trained, and references to the rest; see checkpoint/load.py."""
+        from multi_token.checkpoint.load import save
 
         save(self, save_directory)
 
@@ -239,7 +239,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         language_model: str | None = None,
         device: str | None = None,
     ) -> MultiTokenForConditionalGeneration:
-        """A run's folder or hub name -> the model with its reader; see checkpoint.py."""
-        from multi_token.checkpoint import load
+        """A run's folder or hub name -> the model with its reader; see checkpoint/load.py."""
+        from multi_token.checkpoint.load import load
 
         return load(folder, revision=revision, language_model=language_model, device=device)

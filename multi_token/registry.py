@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _GROUPS: dict[Kind, str] = {
     "modality": "multi_token.modalities",
-    "projector": "multi_token.projectors",
+    "projector": "multi_token.projectors.base",
 }
 _BUILT_INS: dict[Kind, dict[str, str]] = {
     "modality": {
@@ -37,13 +37,13 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "vector": "multi_token.modalities.vector:VectorModality",
     },
     "projector": {
-        "linear": "multi_token.projectors:Linear",
-        "mlp": "multi_token.projectors:Mlp",
-        "expand": "multi_token.projectors:Expand",
-        "pool": "multi_token.projectors:Pool",
-        "stack": "multi_token.projectors:Stack",
-        "pixel_shuffle": "multi_token.projectors:PixelShuffle",
-        "resample": "multi_token.resample:Resample",
+        "linear": "multi_token.projectors.base:Linear",
+        "mlp": "multi_token.projectors.base:Mlp",
+        "expand": "multi_token.projectors.base:Expand",
+        "pool": "multi_token.projectors.base:Pool",
+        "stack": "multi_token.projectors.base:Stack",
+        "pixel_shuffle": "multi_token.projectors.base:PixelShuffle",
+        "resample": "multi_token.projectors.resampler:Resample",
     },
 }
 _EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -37,7 +37,7 @@ class Media:
 
     `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
     gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers. `surrogate`: a
-    text that says the same (a transcript, a caption), for a teacher that reads (train/teacher.py).
+    text that says the same (a transcript, a caption), for a teacher that reads (distillation.py).
     """
 
     modality: str
@@ -155,7 +155,8 @@ class PackedBatch(TypedDict):
     with one, even of ones, transformers would not look for samples in the positions.
     `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], where samples begin, and the end.
     `max_length_q`, `max_length_k`: the longest sample. Flash attention asks for these four.
-    `segments`: int64 [num_segments, 4], where samples share a start (attention.py): from where to
+    `segments`: int64 [num_segments, 4], where samples share a start (segment_attention.py): from
+    where to
     where each segment goes, and from where to where what stands before it (0, 0 for nothing). Then
     the four above count segments, and positions go on from the shared start.
     """

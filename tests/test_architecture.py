@@ -20,31 +20,49 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "multi_token"
 
-# A room may import rooms of its own line and of the lines above it.
+# A package may import packages of its own line and of the lines above it.
 LAYERS = [
     ["types", "errors"],
-    ["registry", "hub", "references", "page"],
+    ["distributed", "registry", "report"],
     ["media"],
-    ["projectors", "resample", "modalities"],
-    ["marks", "chat_template", "chat", "collate", "splice", "data_spec", "train_spec", "recipe"],
-    ["drive", "attention", "capabilities", "quantization", "language_model", "probe", "encoders"],
-    ["reader", "model", "language_model_folder"],
-    ["checkpoint", "generate", "data", "evaluate", "train", "testing"],
-    ["demo", "serve", "cli"],
+    ["projectors"],
+    ["modalities"],
+    ["recipe", "chat", "splice", "collate"],
+    ["language_model", "encoders"],
+    ["processor"],
+    ["checkpoint"],
+    ["data"],
+    ["generate"],
+    ["model"],
+    ["evaluate", "convert", "testing"],
+    ["train"],
+    ["demo", "serve"],
+    ["cli"],
 ]
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# Methods that a PreTrainedModel must have lead to rooms behind it: allowed inside functions only.
-DOORS = {("model", "checkpoint"), ("model", "generate")}
-# Formats of others: reads ours, and only these rooms may ask for it.
-CONVERT_USERS = {"convert", "checkpoint", "demo", "cli"}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+# Arrows that still point upwards, to be turned round. The list only shrinks.
+UPWARDS = {("checkpoint", "model"), ("data", "model"), ("data", "train"), ("generate", "model")}
 
-MAX_LINES = 400
+# Formats of others: reads ours, and only these packages may ask for it.
+CONVERT_USERS = {"convert", "demo", "cli"}
+
+MAX_LINES = 500
+MIN_LINES = 100
+# Plug-ins, storage formats and commands: one file each, however short.
+MAY_BE_SHORT = (
+    "multi_token/cli/",
+    "multi_token/modalities/",
+    "multi_token/projectors/",
+    "multi_token/data/files/",
+    "multi_token/convert/",
+    "multi_token/testing/",
+)
 NAMELESS = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}
 NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket", "ssl"}
 NETWORK |= {"urllib", "urllib3"}
-SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/address.py"}
+SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/safe_http.py"}
 SPEAKS_TO_A_NETWORK |= {"multi_token/serve/bench.py"}  # to the server that it measures
-SPEAKS_TO_A_NETWORK |= {"multi_token/serve/vllm_wire.py"}  # to the engines that it was given
+SPEAKS_TO_A_NETWORK |= {"multi_token/client.py"}  # to the engines that it was given
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 FAMILIES = re.compile(
     r"llama|qwen|gemma|mistral|mixtral|smollm|falcon|deepseek|olmo|granite|mamba|lfm2|cohere"
@@ -69,16 +87,16 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=name_of(path))
 
 
-def room_of(path: Path) -> str:
-    """`multi_token/media/fetch.py` -> media; `multi_token/chat.py` -> chat."""
+def package_of(path: Path) -> str:
+    """`multi_token/media/fetch.py` -> media; `multi_token/model.py` -> model."""
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
 
-def code_of_rooms() -> list[Path]:
-    """Every file of the package but its two doors, which name all rooms."""
-    doors = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
-    return [p for p in python_files("multi_token") if p not in doors]
+def code_of_packages() -> list[Path]:
+    """Every file but `__init__` and `__main__`, which import all packages."""
+    entries = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
+    return [p for p in python_files("multi_token") if p not in entries]
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
@@ -95,22 +113,32 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
                 yield ".".join([*base, alias.name]), node.lineno
 
 
-def imported_rooms(path: Path) -> Iterator[tuple[str, int]]:
-    """Rooms that a file imports, doors left out."""
-    inside_functions = {
-        node.lineno
-        for function in ast.walk(tree_of(path))
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-        if isinstance(node, ast.stmt)
-    }
+def imported_packages(path: Path) -> Iterator[tuple[str, int]]:
+    """Packages (or top-level modules) of multi_token that a file imports, wherever in it."""
     for name, line in imported(path):
         parts = name.split(".")
-        if parts[0] != "multi_token" or len(parts) < 2 or parts[1] not in {*LEVEL, "convert"}:
-            continue
-        if (room_of(path), parts[1]) in DOORS and line in inside_functions:
-            continue
-        yield parts[1], line
+        if parts[0] == "multi_token" and len(parts) > 1 and parts[1] in LEVEL:
+            yield parts[1], line
+
+
+@cache
+def file_graph() -> dict[str, set[str]]:
+    """Dotted module name -> modules of multi_token that it imports, inside functions too."""
+    names = {module_of(path) for path in python_files("multi_token")} - {"multi_token"}
+    graph = {}
+    for path in code_of_packages():
+        found = set()
+        for name, _ in imported(path):
+            target = name if name in names else name.rpartition(".")[0]
+            found |= {target} & names
+        graph[module_of(path)] = found - {module_of(path)}
+    return graph
+
+
+def module_of(path: Path) -> str:
+    """`multi_token/media/__init__.py` -> multi_token.media."""
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return dotted.removesuffix(".__init__")
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -143,51 +171,63 @@ def refuse(faults: list[str]) -> None:
     assert not faults, "\n" + "\n".join(sorted(faults))
 
 
-def test_every_room_has_its_place_in_the_layers() -> None:
+def test_every_package_has_its_layer() -> None:
     refuse(
         [
-            f"{name_of(path)}: room {room_of(path)!r} has no place in LAYERS"
-            for path in code_of_rooms()
-            if room_of(path) not in {*LEVEL, "convert"}
+            f"{name_of(path)}: package {package_of(path)!r} is missing from LAYERS"
+            for path in code_of_packages()
+            if package_of(path) not in LEVEL
         ]
     )
 
 
-def test_rooms_import_only_what_stands_before_them() -> None:
+def test_packages_import_only_layers_below_them() -> None:
     faults = []
-    for path in code_of_rooms():
-        room = room_of(path)
-        for other, line in imported_rooms(path):
-            if "convert" in (room, other) or room not in LEVEL:
-                continue
-            if LEVEL[other] > LEVEL[room]:
-                faults.append(
-                    f"{name_of(path)}:{line}: {room!r} imports {other!r}, which stands after it"
-                )
+    for path in code_of_packages():
+        package = package_of(path)
+        for other, line in imported_packages(path):
+            if LEVEL[other] > LEVEL.get(package, 0) and (package, other) not in UPWARDS:
+                faults.append(f"{name_of(path)}:{line}: {package!r} imports {other!r} above it")
     refuse(faults)
 
 
-def test_no_two_rooms_need_each_other() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in code_of_rooms():
-        graph.setdefault(room_of(path), set()).update(
-            other for other, _ in imported_rooms(path) if other != room_of(path)
-        )
+@pytest.mark.xfail(reason="five cycles are being cut")
+def test_no_two_files_import_each_other() -> None:
+    """Imports inside functions and under TYPE_CHECKING count."""
     try:
-        list(TopologicalSorter(graph).static_order())
+        list(TopologicalSorter(file_graph()).static_order())
     except CycleError as error:
-        pytest.fail(f"rooms import each other in a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"files import each other in a circle: {' -> '.join(error.args[1])}")
 
 
-def test_only_the_edges_ask_for_convert() -> None:
+def test_only_the_edges_import_convert() -> None:
     refuse(
         [
             f"{name_of(path)}:{line}: only {', '.join(sorted(CONVERT_USERS))} may import 'convert'"
-            for path in code_of_rooms()
-            for other, line in imported_rooms(path)
-            if other == "convert" and room_of(path) not in CONVERT_USERS
+            for path in code_of_packages()
+            for other, line in imported_packages(path)
+            if other == "convert" and package_of(path) not in CONVERT_USERS
         ]
     )
+
+
+@pytest.mark.xfail(reason="short files are being merged")
+def test_no_file_is_a_splinter() -> None:
+    """A short module with one importer belongs into it."""
+    importers: dict[str, set[str]] = {}
+    for name, imports in file_graph().items():
+        for other in imports:
+            importers.setdefault(other, set()).add(name)
+    faults = []
+    for path in code_of_packages():
+        name = name_of(path)
+        if path.name == "__init__.py" or name.startswith(MAY_BE_SHORT):
+            continue
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        users = importers.get(module_of(path), set())
+        if num_lines < MIN_LINES and len(users) == 1:
+            faults.append(f"{name}: {num_lines} lines and only {min(users)} imports it; merge them")
+    refuse(faults)
 
 
 def test_every_file_says_what_it_is_for() -> None:
@@ -232,8 +272,8 @@ def test_the_package_does_not_print() -> None:
 
 def test_pickles_are_opened_only_in_convert() -> None:
     faults = []
-    for path in code_of_rooms():
-        inside = room_of(path) == "convert"
+    for path in code_of_packages():
+        inside = package_of(path) == "convert"
         for name, line in imported(path):
             if name.split(".")[0] in PICKLES:
                 faults.append(f"{name_of(path)}:{line}: no pickles here ({name})")
@@ -253,7 +293,7 @@ def test_only_fetch_and_its_neighbour_open_sockets() -> None:
     refuse(
         [
             f"{name_of(path)}:{line}: imports {name}; only media/ speaks to a network"
-            for path in code_of_rooms()
+            for path in code_of_packages()
             if name_of(path) not in SPEAKS_TO_A_NETWORK
             for name, line in imported(path)
             if name.split(".")[0] in NETWORK
@@ -280,14 +320,14 @@ def test_no_error_is_swallowed() -> None:
 def test_core_code_names_no_family_of_language_models() -> None:
     """Behaviour comes from a field or a probe, never from a model's name. Prose may name them."""
     faults = []
-    for path in code_of_rooms():
-        if room_of(path) in NAMES_FAMILIES:
+    for path in code_of_packages():
+        if package_of(path) in NAMES_FAMILIES:
             continue
         for word, line in words(path):
             if found := FAMILIES.search(word):
                 faults.append(
                     f"{name_of(path)}:{line}: names {found[0]!r}; quirks of a language model live "
-                    "in language_model.py"
+                    "in language_model/loading.py"
                 )
     refuse(faults)
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.chat import ChatFormat
-from multi_token.chat_template import ChatTemplate
+from multi_token.chat.format import ChatFormat
+from multi_token.chat.template import ChatTemplate
 from multi_token.errors import ChatTemplateError
 from multi_token.types import Conversation
 

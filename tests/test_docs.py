@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 
 from multi_token import __version__
-from multi_token.recipe import Recipe, load_recipe
+from multi_token.recipe.recipe import Recipe, load_recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,15 +15,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from multi_token.checkpoint import compose, load
+from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import lower
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
 from multi_token.modalities.image import ImageModality
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.registry import build, resolve
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
 from multi_token.testing.claims import Broken, Trial, takes_bfloat16

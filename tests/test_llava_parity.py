@@ -18,7 +18,7 @@ from multi_token import MultiTokenForConditionalGeneration
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
 from multi_token.generate import as_prompt, stop_ids
-from multi_token.recipe import parse_recipe
+from multi_token.recipe.recipe import parse_recipe
 from multi_token.testing import tiny_llava
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
 

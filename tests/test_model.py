@@ -133,8 +133,8 @@ def test_the_summed_loss_is_divided_by_the_items_of_the_whole_step(model: Any) -
 
 
 def test_the_gradient_reaches_the_projector_and_nothing_else(model: Any) -> None:
-    from multi_token.train.learning import select_parameters
-    from multi_token.train_spec import Learn
+    from multi_token.recipe.train import Learn
+    from multi_token.train.parameter_groups import select_parameters
 
     select_parameters(model, Learn.model_validate({"projectors": 1e-3}))
     model.zero_grad()
@@ -147,8 +147,8 @@ def test_the_gradient_reaches_the_projector_and_nothing_else(model: Any) -> None
 def test_a_projector_whose_modality_is_absent_still_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
-    from multi_token.train.learning import select_parameters
-    from multi_token.train_spec import Learn
+    from multi_token.recipe.train import Learn
+    from multi_token.train.parameter_groups import select_parameters
 
     select_parameters(model, Learn.model_validate({"projectors": 1e-3}))
     model.train().zero_grad()
@@ -195,8 +195,8 @@ def test_all_items_of_a_sense_go_through_its_encoder_in_one_call_of_bounded_size
 
 
 def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
-    from multi_token.train.learning import select_parameters
-    from multi_token.train_spec import Learn
+    from multi_token.recipe.train import Learn
+    from multi_token.train.parameter_groups import select_parameters
 
     select_parameters(model, Learn.model_validate({"encoders": {"image": 1e-5}}))
     weights = list(model.encoders["image"].parameters())
@@ -216,8 +216,8 @@ def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) ->
 def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
-    from multi_token.train.learning import select_parameters
-    from multi_token.train_spec import Learn
+    from multi_token.recipe.train import Learn
+    from multi_token.train.parameter_groups import select_parameters
 
     select_parameters(model, Learn.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}}))
     model.train()(**batch_of(model, [MIXED[2]])).loss.backward()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from multi_token.chat import ChatFormat
+    from multi_token.chat.format import ChatFormat
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
@@ -30,7 +30,7 @@ def _load(
 ) -> MultiTokenForConditionalGeneration:
     import torch
 
-    from multi_token.checkpoint import load, read_config
+    from multi_token.checkpoint.load import load, read_config
 
     read_config(run)  # a folder that is not ours is refused before anything heavy is loaded
     if device is None:

@@ -88,7 +88,7 @@ def serve_command(
 def figures_of(load: Load, measured: Sequence[Measured], *, source: str) -> dict[str, Any]:
     """All figures, and what they were measured with."""
     from multi_token import __version__
-    from multi_token.page.machine import machine
+    from multi_token.report.machine import machine
 
     return {
         "url": load.url,

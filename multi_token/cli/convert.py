@@ -36,8 +36,8 @@ def import_run(
     """Make a run of a checkpoint in another format. What it is, is told by its files."""
     from rich.console import Console
 
-    from multi_token.checkpoint import read_config
-    from multi_token.convert.sources import import_run as convert
+    from multi_token.checkpoint.load import read_config
+    from multi_token.convert.detect import import_run as convert
 
     console = Console(stderr=True, highlight=False)
     with console.status(f"importing {source}"):

@@ -1,6 +1,6 @@
 """`multi-token data check`, `data show` and `data encode`: rows before a GPU is rented.
 
-Border: tables and exit codes. What is in the rows is found by data/inspect.py.
+Border: tables and exit codes. What is in the rows is found by data/scan.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from multi_token.data.dataset import Row
-    from multi_token.data.encode import EncodeReport
-    from multi_token.data.inspect import Bin, Report
-    from multi_token.reader import Reader
+    from multi_token.data.feature_cache.encode import EncodeReport
+    from multi_token.data.scan import Bin, Report
+    from multi_token.processor import Reader
     from multi_token.types import Conversation
 
 data_app = typer.Typer(no_args_is_help=True, help="Check and look at rows before training.")
@@ -81,10 +81,10 @@ def check(
     from rich.console import Console
 
     from multi_token.data.dataset import load_rows, read_row
-    from multi_token.data.inspect import scan
     from multi_token.data.lengths import KnownLengths
-    from multi_token.recipe import load_recipe
-    from multi_token.train.sources import lengths_folder
+    from multi_token.data.scan import scan
+    from multi_token.data.sources import lengths_folder
+    from multi_token.recipe.recipe import load_recipe
 
     share, num_shares = _share(shard, num_shards)
     if clean is not None:
@@ -139,7 +139,7 @@ def show(
 
     from multi_token.data.dataset import load_rows, row_name
     from multi_token.data.formats import to_conversation
-    from multi_token.data.inspect import measure, render_sample
+    from multi_token.data.scan import measure, render_sample
 
     reader = _reader(data, recipe, override)
     rows = load_rows(data, split=split)
@@ -195,8 +195,8 @@ def encode(
     from rich.console import Console
 
     from multi_token.errors import RecipeError
-    from multi_token.recipe import load_recipe
-    from multi_token.train_spec import FeatureCacheSpec
+    from multi_token.recipe.recipe import load_recipe
+    from multi_token.recipe.train import FeatureCacheSpec
 
     share, num_shares = _share(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
@@ -204,9 +204,14 @@ def encode(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from multi_token.data.dataset import load_rows, rows_root
-    from multi_token.data.encode import Place, encode_rows, random_preprocessing, some_items
+    from multi_token.data.feature_cache.encode import (
+        Place,
+        encode_rows,
+        random_preprocessing,
+        some_items,
+    )
+    from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.media.fetch import Fetch
-    from multi_token.train.features import cache_folder, frozen_encoders, open_cache
 
     align = loaded.train.align
     sources = [*loaded.data.train, *loaded.data.eval]
@@ -279,8 +284,8 @@ def _print_encoded(console: Console, report: EncodeReport, examples: int) -> Non
 
 def _reader(data: str, recipe: str, override: list[str] | None) -> Reader:
     from multi_token.data.dataset import rows_root
-    from multi_token.reader import build_reader
-    from multi_token.recipe import load_recipe
+    from multi_token.processor import build_reader
+    from multi_token.recipe.recipe import load_recipe
 
     # the data first: a wrong name should not wait for the tokenizer
     root = rows_root(data)
@@ -320,7 +325,7 @@ def _write(
     rows: Sequence[Row], good: Sequence[int], clean: str, *, data: str, reader: Reader
 ) -> None:
     from multi_token.data.dataset import rows_root
-    from multi_token.data.inspect import first_relative_path, write_clean
+    from multi_token.data.scan import first_relative_path, write_clean
     from multi_token.errors import MultiTokenError
 
     start = Path(rows_root(data) or "").resolve()
@@ -335,7 +340,7 @@ def _write(
 
 
 def _print_report(console: Console, report: Report, examples: int) -> None:
-    from multi_token.data.inspect import histogram
+    from multi_token.data.scan import histogram
 
     if report.problems:
         console.print(_problem_table(report, examples))

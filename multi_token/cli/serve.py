@@ -145,8 +145,8 @@ def _run(
 
     from multi_token.cli.ask import _load
     from multi_token.errors import MultiTokenError
-    from multi_token.serve.drain import DrainingServer
-    from multi_token.serve.server import Service
+    from multi_token.serve.server import DrainingServer
+    from multi_token.serve.service import Service
 
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -156,7 +156,7 @@ def _run(
     console.print(f"loading {run} ...")
     is_elsewhere = settings.backend == "vllm"
     if is_elsewhere:
-        from multi_token.serve.vllm_golden import read_golden
+        from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # a folder without it is refused before anything is loaded
     model = _load(run, language_model, device, with_layers=not is_elsewhere)

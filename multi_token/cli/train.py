@@ -19,7 +19,7 @@ def train(
     """Train the stages of a recipe. The same command again goes on where it stopped."""
     from rich.console import Console
 
-    from multi_token.recipe import load_recipe
+    from multi_token.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from multi_token.train.run import plan as plan_run

@@ -19,17 +19,17 @@ from typing import Any, Literal
 import torch
 
 from multi_token import __version__
-from multi_token.checkpoint import CONFIG, PROJECTORS, load, save
-from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import over_parts, placeholder
-from multi_token.convert.staging import staged
-from multi_token.drive import layer_inputs
-from multi_token.errors import ConvertError
-from multi_token.language_model_folder import (
+from multi_token.checkpoint.atomic import staged
+from multi_token.checkpoint.language_model_folder import (
     LANGUAGE_MODEL,
     described_inside,
     write_language_model,
 )
+from multi_token.checkpoint.load import CONFIG, PROJECTORS, load, save
+from multi_token.convert.merge import merge
+from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.errors import ConvertError
+from multi_token.language_model.forward import layer_inputs
 from multi_token.model import MultiTokenForConditionalGeneration
 
 Format = Literal["merged", "language-model", "llava"]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from multi_token.checkpoint.atomic import staged
 from multi_token.convert.llava import num_prefix
 from multi_token.convert.merge import merge
 from multi_token.convert.parts_template import over_parts, placeholder
-from multi_token.convert.staging import staged
 from multi_token.encoders import has_lora, merge_lora
 from multi_token.errors import ConvertError
 
@@ -79,7 +79,7 @@ def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
 def _name(model: MultiTokenForConditionalGeneration) -> str:
     """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
     from multi_token.modalities.image import ImageModality
-    from multi_token.projectors import Mlp
+    from multi_token.projectors.base import Mlp
 
     name, *others = model.modalities
     modality = model.modalities[name]
@@ -221,7 +221,7 @@ def _processor(
     """LLaVA's processor around the encoder's own and the run's tokenizer and template."""
     import transformers as hf
 
-    from multi_token.chat_template import ChatTemplate
+    from multi_token.chat.template import ChatTemplate
     from multi_token.modalities.image import image_processor
 
     assert model.reader is not None
@@ -265,7 +265,7 @@ def _refuse_difference(
     processor: Any,
 ) -> None:
     """Compare ids, pixels and logits with the run's, on a picture and a question."""
-    from multi_token.chat import ChatFormat
+    from multi_token.chat.format import ChatFormat
     from multi_token.generate import ask, collate_prompts, to_device
     from multi_token.types import Conversation, Media, Message, Text
 

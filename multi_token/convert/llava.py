@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from multi_token.convert.llava_own import import_own, is_own
-from multi_token.convert.llava_template import VICUNA, with_bos
-from multi_token.convert.staging import staged
+from multi_token.checkpoint.atomic import staged
+from multi_token.convert.chat_templates import VICUNA, with_bos
+from multi_token.convert.llava_legacy import import_own, is_own
 from multi_token.errors import ConvertError, MultiTokenError
-from multi_token.projectors import Mlp
+from multi_token.projectors.base import Mlp
 
 if TYPE_CHECKING:
     from multi_token.modalities.image import ImageModality
@@ -36,7 +36,7 @@ def recognizes(source: Path) -> bool:
 def import_llava(
     source: Path, out: Path, *, language_model: str | None = None, encoder: str | None = None
 ) -> None:
-    """Write the run `out` (checkpoint.py) with the weights of `source`.
+    """Write the run `out` (checkpoint/load.py) with the weights of `source`.
 
     In transformers' format `source` holds the language model and the vision tower too: they are
     copied to `out`/language_model and `out`/encoders/image. LLaVA's own folders only name them;
@@ -78,7 +78,7 @@ def _is_transformers(fields: Mapping[str, Any]) -> bool:
 
 
 def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> None:
-    from multi_token.checkpoint import compose, save
+    from multi_token.checkpoint.load import compose, save
 
     model, processor = _load(source, is_next=fields["model_type"] == "llava_next")
     tokenizer = processor.tokenizer
@@ -180,7 +180,7 @@ def _plain(processor: Any) -> Any:
 
 
 def _spec(config: Any, image_processor: Any, out: Path) -> Any:
-    from multi_token.recipe import ModelSpec
+    from multi_token.recipe.recipe import ModelSpec
     from multi_token.registry import validated
 
     layer = config.vision_feature_layer

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from multi_token.checkpoint.references import identity
 from multi_token.errors import ConvertError
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.references import identity
 
 
 def merge(model: MultiTokenForConditionalGeneration) -> None:

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multi_token.checkpoint import ADAPTER, compose, load_adapter, refuse_disagreement, save
-from multi_token.convert.builders import BUILDERS, Builder
-from multi_token.convert.staging import staged
+from multi_token.checkpoint.atomic import staged
+from multi_token.checkpoint.load import ADAPTER, compose, load_adapter, refuse_disagreement, save
+from multi_token.convert.original_builders import BUILDERS, Builder
 from multi_token.convert.tensors import model_files, read_tensors
 from multi_token.convert.tokenizers import refuse_missing_packages, refuse_unmaskable
 from multi_token.errors import ConvertError, MultiTokenError
-from multi_token.recipe import ModelSpec
+from multi_token.recipe.recipe import ModelSpec
 from multi_token.registry import nearest, validated
 
 _SUFFIX = "-lmm"
@@ -205,7 +205,7 @@ def _write_language_model(
     """A language model that was trained as a whole -> `out`/language_model, with a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from multi_token.language_model import load_tokenizer
+    from multi_token.language_model.loading import load_tokenizer
 
     folder = out / _LANGUAGE_MODEL
     folder.mkdir()

@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from multi_token.checkpoint import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS, read_config
-from multi_token.convert.card import MARK, read_recipe, render_card
+from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
+from multi_token.checkpoint.load import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS, read_config
 from multi_token.convert.export import ENCODERS, MANIFEST
+from multi_token.convert.model_card import MARK, read_recipe, render_card
 from multi_token.errors import ConvertError
-from multi_token.language_model_folder import LANGUAGE_MODEL
 
 CARD = "README.md"
 _FOLDERS = (ADAPTER, LANGUAGE_MODEL, ENCODERS)

@@ -1,6 +1,6 @@
 """Whether a foreign model's tokenizer can be read here, and its template learned from.
 
-Border: looks and refuses; tokenizers are loaded by language_model.py, templates read by chat.py.
+Border: looks and refuses; tokenizers are loaded by loading.py, templates read by chat/format.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from multi_token.chat import ChatFormat
+from multi_token.chat.format import ChatFormat
 from multi_token.errors import ChatTemplateError, ConvertError
 from multi_token.types import Conversation, Message, Text
 

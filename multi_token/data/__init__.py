@@ -5,7 +5,7 @@ Border: rows and their shapes. Media are opened by the reader, weights by nobody
 
 from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
 from multi_token.data.formats import to_conversation
-from multi_token.data.inspect import Report, histogram, render_sample, scan, write_clean
+from multi_token.data.scan import Report, histogram, render_sample, scan, write_clean
 
 __all__ = [
     "ConversationDataset",

@@ -41,7 +41,7 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     | `rows.json`                | a list of rows, or an object with it under `data` or `rows`    |
     | `rows.jsonl`               | a row on each line, parsed when it is asked for                |
     | `rows.parquet`             | a table                                                        |
-    | `shards.tar`               | WebDataset's samples (data/tars.py)                            |
+    | `shards.tar`               | WebDataset's samples (webdataset.py)                            |
     | `*.parquet`, a folder      | all such files of one kind, sorted by name                     |
     | a folder                   | written by `save_to_disk`, with splits or without              |
     | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
@@ -56,7 +56,7 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     if kind == "folder":
         return _from_folder(path, split)
     if kind == "many":
-        from multi_token.data.stream import all_rows
+        from multi_token.data.row_stream import all_rows
 
         return all_rows(source, split=split)
     if split != "train":

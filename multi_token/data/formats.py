@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from multi_token.data.preferences import branches, is_pair
-from multi_token.data.values import as_list, is_number, kind_of
+from multi_token.data.rows import as_list, is_number, kind_of
 from multi_token.errors import RowError, RowKind
 from multi_token.types import Conversation, Media, Message, Part, Role, Text
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from multi_token import __version__
 from multi_token.data.dataset import Row
+from multi_token.data.feature_cache.keys import KeyTable, digest, settings_identity
 from multi_token.data.formats import to_conversation
-from multi_token.data.keys import KeyTable, digest, settings_identity
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.content import content
+from multi_token.media.hashing import content
 from multi_token.types import Conversation, Media
 
 if TYPE_CHECKING:
     from multi_token.media.fetch import Fetch
-    from multi_token.reader import Reader
+    from multi_token.processor import Reader
 
 _FIELDS = ("num_tokens", "num_supervised", "num_media")
 _BY_HEADER = "by_header"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from multi_token.data.values import as_list, is_same, kind_of
+from multi_token.data.rows import as_list, is_same, kind_of
 from multi_token.errors import RowError
 
 ANSWERS = ("chosen", "rejected")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from multi_token.page.chart import chart
-from multi_token.page.page import Tile, columns, facts_table, page, tile_list
+from multi_token.report.chart import chart
+from multi_token.report.html import Tile, columns, facts_table, page, tile_list
 
 _STYLE = """thead th { width: auto; font-weight: 600; }
 div.facts th { width: auto; overflow-wrap: normal; }

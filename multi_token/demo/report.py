@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from multi_token.demo.cards import Card, sheet_of
-from multi_token.page.chart import chart
-from multi_token.page.machine import machine
-from multi_token.page.page import Tile, columns, facts_table, page, tile_list
+from multi_token.report.chart import chart
+from multi_token.report.html import Tile, columns, facts_table, page, tile_list
+from multi_token.report.machine import machine
 
 _FOOTER = (
     "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0.\n"

@@ -17,17 +17,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from multi_token.checkpoint import CONFIG, compose, load_trained
-from multi_token.data.cache import FeatureCache
+from multi_token.checkpoint.load import CONFIG, compose, load_trained
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.demo.report import Example, sheet, write_report
 from multi_token.demo.rows import DemoData, Question, build_rows, read_questions
 from multi_token.demo.scores import contains_name, is_name, shuffled_pictures
-from multi_token.language_model import load_language_model
+from multi_token.language_model.loading import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.page.machine import machine
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.recipe.recipe import Recipe, parse_recipe
+from multi_token.report.machine import machine
 from multi_token.train.run import train
 from multi_token.types import Media
 

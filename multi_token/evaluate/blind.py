@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.evaluate.metrics import RowScores, score_rows
+from multi_token.evaluate.scores import RowScores, score_rows
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.projectors import Projector, without_breaks
-from multi_token.reader import Reader
+from multi_token.processor import Reader
+from multi_token.projectors.base import Projector, without_breaks
 from multi_token.types import Conversation, Features, Media, Sample
 
 Row = tuple[Conversation, Reader]

@@ -14,7 +14,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.generate import reader_of
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.reader import Reader
+from multi_token.processor import Reader
 from multi_token.types import Conversation
 
 

@@ -23,7 +23,7 @@ from multi_token.errors import MediaError
 if TYPE_CHECKING:
     import httpx
 
-    from multi_token.media.address import UrlPolicy
+    from multi_token.media.safe_http import UrlPolicy
 
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from multi_token.errors import MediaError, MultiTokenError
+from multi_token.media.frame_sampling import SLACK, sample_times, section, too_long, undecodable
 from multi_token.media.image import as_rgb
-from multi_token.media.sampling import SLACK, sample_times, section, too_long, undecodable
 
 # A list of our own, because FFmpeg's whole registry holds formats that open other files and
 # addresses named inside the data (HLS, DASH, concat), and pictures as videos of one frame.

@@ -17,9 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from torch import Tensor, nn
 
 from multi_token import registry
-from multi_token.media.content import content
 from multi_token.media.fetch import Fetch
-from multi_token.projectors import Mlp, ProjectorSpec
+from multi_token.media.hashing import content
+from multi_token.projectors.base import Mlp, ProjectorSpec
 from multi_token.types import Features, Prepared
 
 AnyProjector = Annotated[

@@ -25,7 +25,7 @@ from multi_token.media.document import (
 )
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.modalities.base import AnyProjector, Encoder, PretrainedModality, in_micro_batches
-from multi_token.projectors import Expand
+from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
 
 Pooling = Literal["mean", "cls"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image, read_size
+from multi_token.modalities.anyres import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.modalities.base import (
     Encoder,
     PretrainedModality,
@@ -26,7 +27,6 @@ from multi_token.modalities.base import (
     layers_up_to,
 )
 from multi_token.modalities.hidden_states import HiddenStates
-from multi_token.modalities.tiles import arrange, best_grid, collate_tiles, cut, reading_order
 from multi_token.types import Features, Prepared
 
 FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]

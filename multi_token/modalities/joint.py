@@ -1,6 +1,6 @@
 """Items of several kinds through one encoder that puts all of them into one space.
 
-Border: bytes to one vector an item. What kind an item is, media/kind.py reads from its bytes;
+Border: bytes to one vector an item. What kind an item is, media/sniff.py reads from its bytes;
 which kinds an encoder takes follows from the methods that its class has.
 """
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.image import as_rgb, decode_image, read_size
-from multi_token.media.kind import NUM_BYTES, MediaKind, kind_of
+from multi_token.media.sniff import NUM_BYTES, MediaKind, kind_of
+from multi_token.modalities.audio_chunks import feature_extractor
 from multi_token.modalities.base import Encoder, PretrainedModality, in_micro_batches, stack_padded
-from multi_token.modalities.chunks import feature_extractor
-from multi_token.modalities.clips import clip_length, prepare_clip
 from multi_token.modalities.image import image_processor
+from multi_token.modalities.video_clips import clip_length, prepare_clip
 from multi_token.types import Features, Prepared
 
 KINDS: tuple[MediaKind, ...] = get_args(MediaKind)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches
-from multi_token.modalities.chunks import (
+from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
     cut_evenly,
@@ -26,7 +25,8 @@ from multi_token.modalities.chunks import (
     even_lengths,
     feature_extractor,
 )
-from multi_token.projectors import Expand
+from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches
+from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
 
 SoundFeatures = Literal["pooled", "frames"]

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches, layers_up_to
-from multi_token.modalities.chunks import (
+from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
     cut_evenly,
@@ -26,8 +25,9 @@ from multi_token.modalities.chunks import (
     even_lengths,
     feature_extractor,
 )
+from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches, layers_up_to
 from multi_token.modalities.hidden_states import HiddenStates
-from multi_token.projectors import Stack
+from multi_token.projectors.base import Stack
 from multi_token.types import Features, Prepared
 
 SpeechFeatures = Literal["frames", "mean", "start"]

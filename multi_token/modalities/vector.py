@@ -18,7 +18,7 @@ from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.series import read_npy, told_shape
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
-from multi_token.projectors import Expand
+from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
 
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
-from multi_token.media.sampling import pick_frames
+from multi_token.media.frame_sampling import pick_frames
 from multi_token.media.video import count_pictures, decode_video
+from multi_token.modalities.anyres import arrange, collate_tiles
 from multi_token.modalities.base import Encoder, PretrainedModality
-from multi_token.modalities.clips import (
+from multi_token.modalities.image import FeatureKind, ImageEncoder, ImageModality, Layers
+from multi_token.modalities.video_clips import (
     ClipEncoder,
     build_clip_encoder,
     clip_length,
@@ -32,8 +34,6 @@ from multi_token.modalities.clips import (
     num_clip_features,
     prepare_clip,
 )
-from multi_token.modalities.image import FeatureKind, ImageEncoder, ImageModality, Layers
-from multi_token.modalities.tiles import arrange, collate_tiles
 from multi_token.types import Features, Prepared
 
 _KEYS = {"path", "bytes", "array", "fps", "start", "end"}

@@ -22,7 +22,7 @@ from multi_token.encoders import lower
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, told_length
-from multi_token.projectors import ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec
 from multi_token.types import Features, Prepared
 
 _WIDTH = 16  # of the language model that is not there

@@ -17,7 +17,7 @@ from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality, PretrainedModality, tells_lengths
-from multi_token.projectors import ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec
 from multi_token.testing.claims import (
     CLAIMS,
     Broken,

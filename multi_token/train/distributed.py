@@ -18,10 +18,10 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from multi_token.errors import MultiTokenError, RecipeError, RowError
-from multi_token.recipe import Recipe, differences
+from multi_token.recipe.recipe import Recipe, differences
 
 if TYPE_CHECKING:
-    from multi_token.train.sources import Source
+    from multi_token.data.sources import Source
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from multi_token.collate import shared_start
-from multi_token.data.keys import digest
-from multi_token.train.sources import Source
+from multi_token.data.feature_cache.keys import digest
+from multi_token.data.sources import Source
 from multi_token.types import Sample
 
 

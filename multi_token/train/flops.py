@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from multi_token.drive import without_adapter
+from multi_token.language_model.forward import without_adapter
 
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 

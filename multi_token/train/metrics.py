@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.train.dpo import Pair
 from multi_token.train.flops import LanguageModelCost, ModuleCost, Work, num_elements
-from multi_token.train.preference import Pair
 from multi_token.types import IGNORE_INDEX, Sample
 
 COUNTS: tuple[str, ...] = (

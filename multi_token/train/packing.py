@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import Sampler
 
 from multi_token.errors import RecipeError
+from multi_token.recipe.train import TrainSpec
 from multi_token.train.families import Family
-from multi_token.train_spec import TrainSpec
 
 Pack = tuple[int, ...]
 """Indices of the rows that share a pack."""

@@ -1,6 +1,6 @@
 """A recipe -> a trained model in the run's folder. The same recipe again goes on where it stopped.
 
-    RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint.py)
+    RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint/load.py)
     RUN/cache/*.safetensors, *.json                                  features of frozen encoders
     RUN/stages/0-align, 1-<name>, ...                                each stage's own state
 
@@ -20,18 +20,22 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, set_seed
 
-from multi_token.checkpoint import CONFIG, compose, load, load_trained, move, save
+from multi_token.checkpoint.load import CONFIG, compose, load, load_trained, move, save
 from multi_token.collate import Collator
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.feature_cache.policy import choose_cache, fill_cache, identify
+from multi_token.data.sources import Source, good_rows, open_source, refuse_no_items
+from multi_token.data.streaming import Streams, open_streams
 from multi_token.encoders import attach_lora, refuse_unreached
 from multi_token.errors import Interrupted, RecipeError
-from multi_token.language_model import attach_adapter
+from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.probe import try_training
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.probe import try_training
-from multi_token.recipe import Recipe
-from multi_token.train.align import align, calibrate, captioned, encoded
-from multi_token.train.arguments import training_arguments
-from multi_token.train.checkpoints import RECIPE, claim, last_checkpoint, writing
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import Stage, TrainSpec
+from multi_token.train.closed_form import align, calibrate, captioned, encoded
+from multi_token.train.compile import make_ready
+from multi_token.train.distillation import WithTeacher
 from multi_token.train.distributed import (
     from_all,
     from_first,
@@ -41,25 +45,21 @@ from multi_token.train.distributed import (
     refuse_other_recipes,
     wait,
 )
+from multi_token.train.dpo import PairCollator, Pairs
+from multi_token.train.dpo_reference import held_out_pairs, look_up, pairs_of
+from multi_token.train.evaluation import Watch, dataset_of, evaluation_defaults
 from multi_token.train.families import families_of
-from multi_token.train.features import choose_cache, fill_cache, identify
-from multi_token.train.kernels import make_ready
-from multi_token.train.learning import learning_encoders, parameter_groups
-from multi_token.train.memory import within_memory
+from multi_token.train.init_from import take_over
 from multi_token.train.packing import packing_of
-from multi_token.train.page import RunReport
-from multi_token.train.plan import say
-from multi_token.train.preference import PairCollator, Pairs
-from multi_token.train.preparation import preparations
-from multi_token.train.reference import held_out_pairs, look_up, pairs_of
-from multi_token.train.report import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_in
-from multi_token.train.sources import Source, good_rows, open_source, refuse_no_items
-from multi_token.train.start_from import take_over
-from multi_token.train.streaming import Streams, open_streams
-from multi_token.train.teacher import WithTeacher
+from multi_token.train.parameter_groups import learning_encoders, parameter_groups
+from multi_token.train.plan.estimate import say
+from multi_token.train.plan.oom import within_memory
+from multi_token.train.plan.preparation import preparations
+from multi_token.train.progress import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_in
+from multi_token.train.resume import RECIPE, claim, last_checkpoint, writing
+from multi_token.train.run_report import RunReport
 from multi_token.train.trainer import MultiTokenTrainer
-from multi_token.train.watch import Watch, dataset_of, evaluation_defaults
-from multi_token.train_spec import Stage, TrainSpec
+from multi_token.train.training_args import training_arguments
 
 _DONE = "done.json"
 

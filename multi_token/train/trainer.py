@@ -1,6 +1,6 @@
 """A thin subclass of transformers' Trainer: what learns, what is saved, what is counted.
 
-Border: the loop is transformers'. Batches come from collate.py, folders from checkpoint.py.
+Border: the loop is transformers'. Batches come from collate.py, folders from checkpoint/load.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from multi_token.attention import attending_by_segment
-from multi_token.checkpoint import load_trained, save
+from multi_token.checkpoint.load import load_trained, save
+from multi_token.data.stream_loader import Streamed, save_states
+from multi_token.data.streaming import Streams
 from multi_token.errors import RecipeError
+from multi_token.language_model.segment_attention import attending_by_segment
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.by_length import ByLength, EpochToSampler
-from multi_token.train.checkpoints import keep_newest, reading, refuse_another_pace, whole
+from multi_token.recipe.train import DpoSpec, Fsdp, Learn, TeacherSpec
+from multi_token.train.compile import compiled_layers, compiling
+from multi_token.train.distillation import Teacher
 from multi_token.train.distributed import (
     from_all,
     is_first,
@@ -31,20 +34,17 @@ from multi_token.train.distributed import (
     refuse_no_numbers,
     wait,
 )
-from multi_token.train.kernels import compiled_layers, compiling
-from multi_token.train.learning import (
+from multi_token.train.dpo import Preference
+from multi_token.train.fsdp import Sharding, load_whole_state, whole_state
+from multi_token.train.metrics import ROW_IDS, Meter, Named, group_rates
+from multi_token.train.packing import Packing, PackSampler
+from multi_token.train.parameter_groups import (
     optimizer_groups,
     parameter_groups,
     select_parameters,
 )
-from multi_token.train.metrics import ROW_IDS, Meter, Named, group_rates
-from multi_token.train.packing import Packing, PackSampler
-from multi_token.train.preference import Preference
-from multi_token.train.sharding import Sharding, load_whole_state, whole_state
-from multi_token.train.stream_loader import Streamed, save_states
-from multi_token.train.streaming import Streams
-from multi_token.train.teacher import Teacher
-from multi_token.train_spec import DpoSpec, Fsdp, Learn, TeacherSpec
+from multi_token.train.resume import keep_newest, reading, refuse_another_pace, whole
+from multi_token.train.samplers import ByLength, EpochToSampler
 
 
 class MultiTokenTrainer(Trainer):

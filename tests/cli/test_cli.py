@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from multi_token.checkpoint import load, read_config
+from multi_token.checkpoint.load import load, read_config
 from multi_token.cli import app
 from multi_token.errors import MultiTokenError
 

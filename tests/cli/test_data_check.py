@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from multi_token.cli import app
 from multi_token.errors import MultiTokenError
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from multi_token.cli import app
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.recipe import Recipe, load_recipe
+from multi_token.recipe.recipe import Recipe, load_recipe
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]

@@ -14,7 +14,7 @@ from multi_token.cli.modalities import write_package
 from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Modality
 from multi_token.modalities.vector import VectorModality
-from multi_token.projectors import ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec
 
 BROKEN = '''"""A modality whose own library is not there."""
 

@@ -36,8 +36,8 @@ def run(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run that reads vectors."""
-    from multi_token.checkpoint import compose
-    from multi_token.recipe import Recipe
+    from multi_token.checkpoint.load import compose
+    from multi_token.recipe.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     fields = recipe_fields(folder)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.checkpoint import compose, load, save
+from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.merge import merge
 from multi_token.errors import MultiTokenError
-from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import Recipe
-from multi_token.train_spec import AdapterSpec
+from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import AdapterSpec
 
 
 def with_adapter(fields: dict[str, Any]) -> Any:

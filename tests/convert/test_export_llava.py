@@ -16,17 +16,17 @@ from PIL import Image
 from torch import nn
 
 from multi_token import MultiTokenForConditionalGeneration
-from multi_token.checkpoint import compose
+from multi_token.checkpoint.load import compose
 from multi_token.convert.export_llava import export_llava
 from multi_token.convert.llava import import_llava
 from multi_token.encoders import attach_lora, learning_parameters
 from multi_token.errors import ConvertError
 from multi_token.generate import ask, collate_prompts, reader_of, stop_ids
-from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.recipe import ModelSpec
+from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.train import AdapterSpec, LearnEncoder
 from multi_token.registry import validated
 from multi_token.testing import tiny_image_encoder, tiny_llava
-from multi_token.train_spec import AdapterSpec, LearnEncoder
 from multi_token.types import Media
 
 NEXT = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from multi_token.checkpoint import load
-from multi_token.convert.builders import BUILDERS
+from multi_token.checkpoint.load import load
 from multi_token.convert.original import import_original
+from multi_token.convert.original_builders import BUILDERS
 from multi_token.media.fetch import Fetch
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"

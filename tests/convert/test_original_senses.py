@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multi_token.checkpoint import load
-from multi_token.convert.builders import BUILDERS
+from multi_token.checkpoint.load import load
 from multi_token.convert.original import import_original
+from multi_token.convert.original_builders import BUILDERS
 from multi_token.data.formats import to_conversation
 from multi_token.media.fetch import Fetch
 from multi_token.registry import resolve

@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-from multi_token.checkpoint import compose, load, save
+from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
-from multi_token.language_model import attach_adapter
-from multi_token.recipe import Recipe
-from multi_token.train.learning import select_parameters
-from multi_token.train_spec import AdapterSpec, Learn, LearnEncoder
+from multi_token.language_model.loading import attach_adapter
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import AdapterSpec, Learn, LearnEncoder
+from multi_token.train.parameter_groups import select_parameters
 
 
 @pytest.fixture(scope="module")

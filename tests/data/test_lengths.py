@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.inspect import Report, merge, scan
 from multi_token.data.lengths import KnownLengths, Length, reader_identity
+from multi_token.data.scan import Report, merge, scan
 from multi_token.errors import MultiTokenError
-from multi_token.reader import Reader, build_reader
-from multi_token.recipe import Recipe
+from multi_token.processor import Reader, build_reader
+from multi_token.recipe.recipe import Recipe
 
 Fields = Callable[..., dict[str, Any]]
 

@@ -23,17 +23,17 @@ from PIL.PngImagePlugin import putchunk
 from rich.console import Console
 from safetensors.torch import load_file
 
+from multi_token.data import sources as sources_module
 from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.inspect import scan
 from multi_token.data.lengths import KnownLengths, reader_identity
+from multi_token.data.scan import scan
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
-from multi_token.reader import Reader, build_reader
-from multi_token.recipe import Recipe, parse_recipe
+from multi_token.processor import Reader, build_reader
+from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.registry import register_modality
 from multi_token.testing import tiny_image_encoder
-from multi_token.train import sources as sources_module
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]
@@ -264,7 +264,7 @@ import json, sys
 import torch
 from rich.console import Console
 from multi_token.errors import MultiTokenError
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
 from multi_token.train.distributed import part, rank
 from multi_token.train.run import train

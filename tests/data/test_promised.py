@@ -14,12 +14,12 @@ from multi_token.collate import Collator
 from multi_token.data.dataset import load_rows, read_row
 from multi_token.data.promised import PromisedDataset, stand_in
 from multi_token.errors import RowError
-from multi_token.reader import Reader, build_reader
-from multi_token.recipe import Recipe
+from multi_token.processor import Reader, build_reader
+from multi_token.recipe.recipe import Recipe
+from multi_token.train.distillation import WithTeacher
 from multi_token.train.distributed import refuse_bad_rows, refuse_no_numbers
+from multi_token.train.dpo import Pair, PairCollator
 from multi_token.train.metrics import ROW_IDS, Named
-from multi_token.train.preference import Pair, PairCollator
-from multi_token.train.teacher import WithTeacher
 
 Fields = Callable[..., dict[str, Any]]
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from multi_token.demo.report import Example, sheet, write_report
-from multi_token.page import style as page_style
-from multi_token.page.chart import chart
-from multi_token.page.machine import machine
+from multi_token.report import style as page_style
+from multi_token.report.chart import chart
+from multi_token.report.machine import machine
 
 NUMBERS: dict[str, Any] = {
     "num_names": 100,

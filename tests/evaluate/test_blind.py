@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multi_token.checkpoint import compose, save
+from multi_token.checkpoint.load import compose, save
 from multi_token.cli import app
 from multi_token.data.dataset import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import Exchange, blanked, blind
-from multi_token.evaluate.metrics import _by_row, score_rows
 from multi_token.evaluate.rows import spread, with_reader
-from multi_token.recipe import Recipe
+from multi_token.evaluate.scores import _by_row, score_rows
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]

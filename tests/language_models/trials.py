@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multi_token.checkpoint import compose, load
+from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
-from multi_token.drive import layer_inputs
 from multi_token.errors import LanguageModelError
 from multi_token.generate import answer_ids
-from multi_token.language_model import adapter_parameters, attach_adapter
-from multi_token.probe import try_training
-from multi_token.recipe import ModelSpec
-from multi_token.train.align import calibrate
-from multi_token.train.learning import select_parameters
-from multi_token.train_spec import AdapterSpec, Learn
+from multi_token.language_model.forward import layer_inputs
+from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.probe import try_training
+from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.train import AdapterSpec, Learn
+from multi_token.train.closed_form import calibrate
+from multi_token.train.parameter_groups import select_parameters
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Sample, Text
 
 YES = "yes"

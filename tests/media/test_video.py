@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from multi_token.errors import MediaError
-from multi_token.media.sampling import pick_frames, sample_times
+from multi_token.media.frame_sampling import pick_frames, sample_times
 from multi_token.media.video import decode_video
 from multi_token.testing.video import noise_frames, write_video
 

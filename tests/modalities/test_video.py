@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.errors import MediaError, MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality

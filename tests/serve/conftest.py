@@ -23,8 +23,8 @@ def served_run(
     """The folder of a run with the senses `image` (3 tokens) and `vector` (2 for each vector)."""
     import torch
 
-    from multi_token.checkpoint import compose
-    from multi_token.recipe import Recipe
+    from multi_token.checkpoint.load import compose
+    from multi_token.recipe.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("served") / "tiny-run"
     fields = recipe_fields(folder)
@@ -41,7 +41,7 @@ def served_run(
 @pytest.fixture(scope="session")
 def served_model(served_run: Path) -> Any:
     """The run's model; do not change it."""
-    from multi_token.checkpoint import load
+    from multi_token.checkpoint.load import load
 
     return load(served_run)
 
@@ -82,7 +82,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     those of media lowered to small limits."""
     from multi_token.modalities.base import Modality
     from multi_token.registry import build
-    from multi_token.serve.limits import DecodeLimits, limited
+    from multi_token.serve.media.limits import DecodeLimits, limited
     from multi_token.testing.audio import tiny_clap, tiny_whisper
     from multi_token.testing.joint import tiny_joint_clip
     from multi_token.testing.text import tiny_sentence_encoder
@@ -129,7 +129,7 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 @pytest.fixture
 def start_static() -> Iterator[Callable[..., Any]]:
     """Builds and starts static engines, all of which are stopped at the end."""
-    from multi_token.serve.static import StaticEngine
+    from multi_token.serve.engines.local.engine import StaticEngine
     from tests.serve.engine_parts import engines
 
     with engines(StaticEngine) as build:

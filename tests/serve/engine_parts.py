@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from multi_token.checkpoint import compose
+from multi_token.checkpoint.load import compose
 from multi_token.generate import ask, reader_of
-from multi_token.recipe import ModelSpec
-from multi_token.serve.engine import End, Engine, Event, Prompt, SamplingOptions, Token
+from multi_token.recipe.recipe import ModelSpec
+from multi_token.serve.engines.base import End, Engine, Event, Prompt, SamplingOptions, Token
 from multi_token.types import Media, Sample
 
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]

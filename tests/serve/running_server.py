@@ -23,7 +23,7 @@ class RunningServer:
     """uvicorn in a thread, with the service behind it."""
 
     def __init__(self, service: Any) -> None:
-        from multi_token.serve.drain import DrainingServer
+        from multi_token.serve.server import DrainingServer
 
         self.service = service
         self.server = DrainingServer(service, on_started=lambda: self._started.set())
@@ -55,7 +55,7 @@ class RunningServer:
 @contextmanager
 def running(model: Any, *, engine: Any = None, **settings: Any) -> Iterator[RunningServer]:
     """A server of a model on a free port, with other settings."""
-    from multi_token.serve.server import Service
+    from multi_token.serve.service import Service
     from multi_token.serve.settings import ServeSettings
 
     fields = {"name": "tiny-run", "port": 0, "num_workers": 1, **settings}

@@ -15,7 +15,7 @@ import pytest
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media_process import refused
+from multi_token.serve.media.worker_process import refused
 from multi_token.types import Prepared
 
 MIB = 1024 * 1024

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from multi_token.serve.schema import IGNORED, PARTS, ChatRequest
+from multi_token.serve.openai.protocol import IGNORED, PARTS, ChatRequest
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import RunningServer, png, running
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from multi_token.drive import layer_inputs
-from multi_token.serve.padded import plain_prompt
-from multi_token.serve.vllm import VllmEngine
-from multi_token.serve.vllm_golden import Golden
+from multi_token.language_model.forward import layer_inputs
+from multi_token.serve.engines.fallback import plain_prompt
+from multi_token.serve.engines.vllm.engine import VllmEngine
+from multi_token.serve.engines.vllm.golden import Golden
 from tests.serve.vllm_stand_in import StandIn
 
 LOOK_S = 0.05

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
 
-from multi_token.serve.engine import SamplingOptions
-from multi_token.serve.sampling import draw
+from multi_token.serve.engines.base import SamplingOptions
+from multi_token.serve.engines.sampler import draw
 
 
 class Refused(Exception):

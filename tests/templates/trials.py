@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from multi_token.chat import ChatFormat
-from multi_token.chat_template import ChatTemplate
+from multi_token.chat.format import ChatFormat
+from multi_token.chat.template import ChatTemplate
 from multi_token.errors import ChatTemplateError
 from multi_token.testing import TEMPLATES
 from multi_token.types import (

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Encoder
 from multi_token.modalities.vector import VectorModality
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
 from multi_token.train import run as run_module
 from multi_token.train.distributed import from_all, is_first, num_processes, part, rank

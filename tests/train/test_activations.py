@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train import run as run_module
 from multi_token.train.run import train
 

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint import compose, load
+from multi_token.checkpoint.load import compose, load
 from multi_token.convert.export import export
 from multi_token.errors import RecipeError
 from multi_token.generate import ask, collate_prompts
-from multi_token.quantization import quantized_parameters
-from multi_token.recipe import Recipe
+from multi_token.language_model.quantization import quantized_parameters
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 from multi_token.types import Media
 

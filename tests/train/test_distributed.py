@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
 from multi_token.train.run import train
 from tests.train.in_processes import Wavering
@@ -274,7 +274,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_one_sentence(
 
 
 def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(two: Any) -> None:
-    from multi_token.checkpoint import load
+    from multi_token.checkpoint.load import load
 
     folder, _ = two
     (file,) = (folder / "full" / "language_model").glob("*.safetensors")

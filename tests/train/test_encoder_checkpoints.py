@@ -15,17 +15,17 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from multi_token.checkpoint import compose, load, save
+from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora
 from multi_token.errors import CheckpointError, Interrupted
 from multi_token.generate import as_prompt, collate_prompts
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import Learn
 from multi_token.train import run as run_module
-from multi_token.train.learning import select_parameters
+from multi_token.train.parameter_groups import select_parameters
 from multi_token.train.run import train
-from multi_token.train_spec import Learn
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)

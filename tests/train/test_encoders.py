@@ -14,17 +14,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from multi_token.checkpoint import compose
+from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.recipe import Recipe
-from multi_token.train.arguments import training_arguments
-from multi_token.train.learning import parameter_groups, select_parameters
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import Learn, LoraSpec
+from multi_token.train.parameter_groups import parameter_groups, select_parameters
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
-from multi_token.train_spec import Learn, LoraSpec
+from multi_token.train.training_args import training_arguments
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)

@@ -13,16 +13,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint import compose, load, save
+from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError
 from multi_token.generate import ask, collate_prompts
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import Learn
 from multi_token.testing import tiny_language_model
-from multi_token.train.learning import select_parameters
+from multi_token.train.parameter_groups import select_parameters
 from multi_token.train.run import train
-from multi_token.train_spec import Learn
 from multi_token.types import Media
 
 Fields = Callable[..., dict[str, Any]]

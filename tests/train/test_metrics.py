@@ -15,20 +15,20 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback
 
-from multi_token.checkpoint import compose
+from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset, load_rows
 from multi_token.errors import MultiTokenError
-from multi_token.language_model import attach_adapter
+from multi_token.language_model.loading import attach_adapter
 from multi_token.media.fetch import Fetch
-from multi_token.recipe import Recipe
-from multi_token.train.arguments import training_arguments
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import AdapterSpec, Learn
 from multi_token.train.flops import short
-from multi_token.train.learning import select_parameters
 from multi_token.train.metrics import Meter, Named, group_norms, row_lengths, work_of
+from multi_token.train.parameter_groups import select_parameters
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
-from multi_token.train_spec import AdapterSpec, Learn
+from multi_token.train.training_args import training_arguments
 
 Fields = Callable[..., dict[str, Any]]
 

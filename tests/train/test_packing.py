@@ -16,15 +16,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from multi_token.attention import SEGMENTS
 from multi_token.errors import Interrupted, LanguageModelError, RecipeError
-from multi_token.recipe import Recipe
+from multi_token.language_model.segment_attention import SEGMENTS
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import TrainSpec
 from multi_token.train import run as run_module
-from multi_token.train.checkpoints import last_checkpoint
 from multi_token.train.families import Family, find_families
 from multi_token.train.packing import Packing, PackSampler, best_fit, into_steps, packing_of
+from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
-from multi_token.train_spec import TrainSpec
 from multi_token.types import Conversation, Media, Message, Text
 
 Fields = Callable[..., dict[str, Any]]

@@ -1,4 +1,4 @@
-"""train/checkpoints.py: a run that was stopped, killed or left without room goes on exactly."""
+"""train/resume.py: a run that was stopped, killed or left without room goes on exactly."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 
 from multi_token.errors import CheckpointError, Interrupted, MultiTokenError, RecipeError
-from multi_token.recipe import Recipe
-from multi_token.train.checkpoints import keep_newest, last_checkpoint
+from multi_token.recipe.recipe import Recipe
+from multi_token.train.resume import keep_newest, last_checkpoint
 from multi_token.train.run import train
 from tests.train.bits import assert_same_bits, run_until
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from multi_token.data.cache import FeatureCache
+from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.errors import (
     Interrupted,
     LanguageModelError,
@@ -23,9 +23,9 @@ from multi_token.errors import (
     RecipeError,
     RowError,
 )
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train import run as run_module
-from multi_token.train.checkpoints import last_checkpoint
+from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]

@@ -21,17 +21,17 @@ import yaml
 from pyarrow import parquet
 from rich.console import Console
 
-from multi_token.checkpoint import compose
-from multi_token.data.cache import FeatureCache
+from multi_token.checkpoint.load import compose
+from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.stream_loader import StreamLoader
 from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import plan, train
-from multi_token.train.stream_loader import StreamLoader
 from multi_token.types import Media
+from tests.data.streams import BAD, WORDS, row_of
 from tests.train.bits import assert_same_bits, run_until, weights
-from tests.train.streams import BAD, WORDS, row_of
 
 pytestmark = pytest.mark.slow
 
@@ -323,7 +323,7 @@ def test_two_processes_learn_from_a_stream_what_one_does(
     folder, seen = two
     assert all("error" not in one for ones in seen.values() for one in ones), seen
     if way == "packed":
-        from multi_token.train.stream_loader import Streamed
+        from multi_token.data.stream_loader import Streamed
 
         loader = Streamed.loader
         monkeypatch.setattr(Streamed, "loader", lambda self, *a: OfBoth(loader(self, *a)))

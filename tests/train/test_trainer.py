@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.errors import RecipeError
-from multi_token.train.arguments import training_arguments
-from multi_token.train.by_length import ByLength, EpochToSampler
+from multi_token.train.samplers import ByLength, EpochToSampler
+from multi_token.train.training_args import training_arguments
 
 
 @pytest.mark.parametrize(

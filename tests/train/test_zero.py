@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from multi_token.recipe import Recipe
+from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 from tests.train.launchers import launched
 from tests.train.test_distributed import assert_equal_runs

@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> Any:
-    from multi_token.checkpoint import load
+    from multi_token.checkpoint.load import load
 
     return load(run)
 

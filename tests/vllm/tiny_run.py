@@ -27,12 +27,12 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from multi_token.checkpoint import compose, save
-    from multi_token.language_model import adapter_parameters, attach_adapter
-    from multi_token.recipe import ModelSpec
+    from multi_token.checkpoint.load import compose, save
+    from multi_token.language_model.loading import adapter_parameters, attach_adapter
+    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.recipe.train import AdapterSpec
     from multi_token.testing import tiny_image_encoder, tiny_tokenizer
     from multi_token.testing.audio import tiny_clap
-    from multi_token.train_spec import AdapterSpec
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng():

@@ -1,0 +1,1 @@
+"""Conversation <-> token ids, over the language model's own chat template."""

@@ -1,0 +1,1 @@
+"""The checkpoint folder: trained tensors, and references to the rest."""

@@ -1,0 +1,66 @@
+"""The complete folder of a language model inside a run, which was trained whole, or merged.
+
+Border: writes and reads that folder as transformers does; the rest of a run is load.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from multi_token.checkpoint.references import identity, own_tensors, refuse_another
+from multi_token.language_model.forward import without_adapter
+from multi_token.language_model.loading import load_language_model
+
+LANGUAGE_MODEL = "language_model"
+"""Its name in a run."""
+
+
+def described_inside(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a run that holds its language model, as it was written."""
+    return {
+        **fields,
+        "language_model": f"./{LANGUAGE_MODEL}",
+        "revision": None,
+        "quantization": None,
+        "chat_template": None,  # the tokenizer's own now
+    }
+
+
+def write_language_model(
+    language_model: Any, tokenizer: Any, chat_template: str, folder: Path
+) -> None:
+    """The language model without its adapter, its tokenizer and template, in safetensors.
+
+    The folder changes whole: the one that was there may be what the weights were read from.
+    """
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        tensors = own_tensors(language_model.state_dict().items())
+        without_adapter(language_model).save_pretrained(partial, state_dict=tensors)
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are their maker's alone
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_language_model(folder: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Its tensors in float32, by their names in memory: files of some families have others.
+
+    Raises LanguageModelError for a folder that cannot be read, CheckpointError for one that is not
+    of the identity `expected` (checkpoint/references.py).
+    """
+    found = load_language_model(str(folder), dtype="float32")
+    refuse_another(expected, identity(found), folder=folder.parent, name=str(folder))
+    return found.state_dict()

@@ -1,0 +1,200 @@
+"""LLaVA's own folders become a run: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`.
+
+Border: what was trained, and names of the rest. The language model and the vision tower stay where
+they are; a folder with a whole model in it is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from multi_token.convert.chat_templates import VICUNA
+from multi_token.convert.tensors import read_tensors
+from multi_token.errors import ConvertError, MultiTokenError
+
+IMAGE = "image"
+PROJECTOR, ADAPTER, BESIDE = "mm_projector.bin", "adapter_config.json", "non_lora_trainables.bin"
+_FEATURES = {"patch": "patches", "cls_patch": "all"}
+
+
+def is_own(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is LLaVA's own."""
+    return "mm_vision_tower" in fields
+
+
+def import_own(
+    source: Path,
+    fields: Mapping[str, Any],
+    out: Path,
+    *,
+    language_model: str | None,
+    encoder: str | None,
+) -> None:
+    """Write a run that names `language_model` and `encoder` (default: what the folder names)."""
+    from multi_token.checkpoint.load import compose, save
+    from multi_token.language_model.loading import load_tokenizer
+    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.registry import validated
+
+    adapter = source / ADAPTER
+    if adapter.is_file() and (source / BESIDE).is_file():
+        found = read_tensors(source / BESIDE)
+        named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    elif (source / PROJECTOR).is_file():
+        found, named = read_tensors(source / PROJECTOR), fields.get("_name_or_path")
+    else:
+        raise ConvertError(
+            f"{source} is LLaVA's own, but holds neither {PROJECTOR} nor {ADAPTER} with {BESIDE}; "
+            "a whole model is imported from transformers' format, which transformers' "
+            "convert_llava_weights_to_hf.py makes of it"
+        )
+    base = language_model or named
+    if not base:
+        raise ConvertError(f"{source} names no language model; name it with --language-model")
+    tensors, line_break = _ours(found, source)
+    modality = _modality(fields, encoder or str(fields["mm_vision_tower"]), tensors)
+    if (line_break is not None) != ("tile_grids" in modality):
+        raise ConvertError(
+            f"{source} {'lacks' if line_break is None else 'has'} an image_newline, and its "
+            f"`image_aspect_ratio` is {fields.get('image_aspect_ratio')!r}; a newline goes with "
+            "anyres, and anyres with a newline"
+        )
+    try:
+        template = None if load_tokenizer(base).chat_template else VICUNA
+        spec = {"language_model": base, "chat_template": template, "modalities": {IMAGE: modality}}
+        run = compose(validated(ModelSpec, spec, where="the imported recipe"))
+    except (MultiTokenError, OSError, ValueError) as error:
+        raise ConvertError(
+            f"{source} cannot become a run: {str(error).splitlines()[0]}. Where its parts are is "
+            "said by --language-model and --encoder"
+        ) from error
+    projector = run.projector(IMAGE)
+    if line_break is not None:
+        tensors["line_break"] = line_break
+    tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
+    _refuse_disagreement(source, projector.state_dict(), tensors)
+    projector.load_state_dict(tensors)
+    if adapter.is_file():
+        run.language_model = _adapted(run.language_model, source)
+    save(run, out)
+
+
+def _ours(found: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], Tensor | None]:
+    """LLaVA's names -> the projector's network and the line break."""
+    tensors: dict[str, Tensor] = {}
+    line_break: Tensor | None = None
+    left = []
+    for name, tensor in found.items():
+        short = re.sub(r"^(base_model\.)?(model\.)+", "", name)
+        if short == "image_newline":
+            line_break = tensor.float()
+        elif match := re.fullmatch(r"mm_projector\.((\d+\.)?(weight|bias))", short):
+            tensors[f"network.{match[1]}"] = tensor.float()
+        else:
+            left.append(f"{name} {tuple(tensor.shape)}")
+    if left:
+        raise ConvertError(f"{source} holds what a run has no place for: {', '.join(sorted(left))}")
+    return tensors, line_break
+
+
+def _modality(
+    fields: Mapping[str, Any], encoder: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """LLaVA's settings -> those of our `image`. Raises ConvertError."""
+    kind = str(fields.get("mm_projector_type", "linear"))
+    select = str(fields.get("mm_vision_select_feature", "patch"))
+    aspect = fields.get("image_aspect_ratio") or "square"
+    faults = []
+    perceptron = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if kind != "linear" and perceptron is None:
+        faults.append(f"`mm_projector_type` {kind!r} (linear and mlp<n>x_gelu can be)")
+    if select not in _FEATURES:
+        faults.append(f"`mm_vision_select_feature` {select!r}")
+    if fields.get("mm_use_im_start_end"):
+        faults.append("`mm_use_im_start_end`: tokens of its own around a picture")
+    if aspect not in ("square", "pad", "anyres"):
+        faults.append(f"`image_aspect_ratio` {aspect!r}")
+    if aspect == "anyres" and fields.get("mm_patch_merge_type", "flat") != "spatial_unpad":
+        faults.append("`image_aspect_ratio: anyres` without `mm_patch_merge_type: spatial_unpad`")
+    if faults:
+        raise ConvertError(f"this LLaVA cannot be said in a recipe: {'; '.join(faults)}")
+    projector: dict[str, Any] = {"type": "linear", "standardize": False}
+    if perceptron is not None:
+        projector |= {"type": "mlp", "num_layers": int(perceptron[1])}
+    modality = {
+        "type": "image",
+        "encoder": encoder,
+        "layer": int(fields.get("mm_vision_select_layer", -2)),
+        "features": _FEATURES[select],
+        "pad_to_square": aspect == "pad",
+        "projector": projector,
+    }
+    if aspect == "anyres":
+        projector["line_break"] = True
+        modality["tile_grids"] = _tile_grids(fields.get("image_grid_pinpoints"), modality)
+    return modality
+
+
+def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
+    """LLaVA's own pinpoints are pixels (width, height), as a list or as text."""
+    from multi_token.modalities.image import tile_shape
+
+    try:
+        listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        sizes = [(int(width), int(height)) for width, height in listed]
+    except (TypeError, ValueError, SyntaxError):
+        raise ConvertError(
+            f"`image_grid_pinpoints` {pinpoints!r}: expected pairs of width and height"
+        ) from None
+    try:
+        side, _ = tile_shape(modality["encoder"], None, modality["layer"])
+    except (OSError, ValueError) as error:
+        raise ConvertError(
+            f"no vision encoder could be loaded from {modality['encoder']!r}; say where it is with "
+            f"--encoder: {str(error).splitlines()[0]}"
+        ) from None
+    wrong = [size for size in sizes if size[0] % side or size[1] % side]
+    if wrong:
+        raise ConvertError(f"`image_grid_pinpoints` {wrong} are no multiples of {side} pixels")
+    return [[height // side, width // side] for width, height in sizes]
+
+
+def _adapted(language_model: Any, source: Path) -> Any:
+    """The language model with LLaVA's LoRA on it, strictly."""
+    from peft import PeftConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    path = source / "adapter_model.safetensors"
+    found = read_tensors(path if path.is_file() else path.with_suffix(".bin"))
+    try:
+        config = PeftConfig.from_pretrained(str(source))
+        config.base_model_name_or_path = getattr(language_model, "name_or_path", None)
+        adapted: Any = get_peft_model(language_model, config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConvertError(f"{source}: the adapter cannot be read: {error}") from error
+    _refuse_disagreement(source, get_peft_model_state_dict(adapted), found)
+    set_peft_model_state_dict(adapted, found)
+    return adapted.requires_grad_(False).eval()
+
+
+def _refuse_disagreement(
+    source: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    faults = [
+        *(f"lacks {key}" for key in sorted(expected.keys() - found.keys())),
+        *(f"has {key}, which has no place" for key in sorted(found.keys() - expected.keys())),
+        *(
+            f"has {key} of shape {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in sorted(expected.keys() & found.keys())
+            if expected[key].shape != found[key].shape
+        ),
+    ]
+    if faults:
+        raise ConvertError(f"{source} does not fit its parts: it {'; it '.join(faults)}")

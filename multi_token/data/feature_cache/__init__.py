@@ -1,0 +1,1 @@
+"""Feature cache: features of frozen encoders, kept on disk by content."""

@@ -1,0 +1,207 @@
+"""Features of frozen encoders, kept by content: every item is encoded once.
+
+Border: maps an item to features [length, dim], and where lines end among them; knows nothing of
+rows or training.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from multi_token.collate import BREAKS_KEY, FEATURES_KEY
+from multi_token.data.feature_cache.keys import KeyTable, digest, encoder_identity, source_text
+from multi_token.data.feature_cache.store import MIB, Shards, Stored, num_bytes, stored_dtype
+from multi_token.errors import MediaError, MultiTokenError
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.base import Encoder, Modality
+from multi_token.types import Media, Prepared
+
+_MAX_WAIT_S = 300.0
+"""A shard is written at the latest after so long, however small: what a kill may lose."""
+
+
+class FeatureCache:
+    """Content, encoder and its settings -> features, in memory or in a folder of shards.
+
+    With a folder, features are memory-mapped: what a process holds in memory is the index, not the
+    features. Picklable into data workers.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_shard_bytes: int = 256 * MIB,
+    ) -> None:
+        """`path`: the folder where features lie between runs; None keeps them in memory.
+
+        `dtype`: precision of stored features; they are handed out as float32.
+        """
+        self.path = path
+        self.dtype = stored_dtype(dtype)
+        self._shards = None if path is None else Shards(path, max_bytes=max_shard_bytes)
+        self._recent: dict[str, Stored] = {}
+        self._num_recent_bytes = 0
+        self._written_at = time.monotonic()
+        self._keys = KeyTable("S32")  # of sources that have a name
+        self._identities: dict[str, tuple[Modality, str]] = {}
+        self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was identified stays known; encoders do not travel
+        return {**self.__dict__, "_versions": {}}
+
+    def __len__(self) -> int:
+        """Number of items whose features are here."""
+        return len(self._recent) + (0 if self._shards is None else len(self._shards))
+
+    @property
+    def damaged(self) -> list[str]:
+        """What is wrong with files of the folder; their items are encoded again."""
+        return [] if self._shards is None else self._shards.damaged
+
+    def identify(self, name: str, modality: Modality, encoder: Encoder) -> None:
+        """Say whose features those of the instance `name` are, before any is looked for.
+
+        Costs a look at every weight, once; `fill` does it too.
+        """
+        # torch counts changes in place, so weights are not read again as long as they are the same
+        tensors = encoder.state_dict().values()
+        version = [modality, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
+        known, before = self._versions.get(name, (None, None))
+        if known is None or known() is not encoder or before != version:
+            self._identities[name] = (modality, encoder_identity(modality, encoder))
+            self._versions[name] = (weakref.ref(encoder), version)
+
+    def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
+        """The item with its features float32 [length, dim], if it was encoded.
+
+        Raises MediaError for an item that cannot be read, MultiTokenError for an instance that
+        was never identified.
+        """
+        key = self._key(item, modality, fetch)
+        stored = self._recent.get(key)
+        if stored is None and self._shards is not None:
+            stored = self._shards.read(key)
+        if stored is None:
+            return None
+        values, breaks = stored
+        inputs = {FEATURES_KEY: values.float()}
+        if breaks is not None:
+            inputs[BREAKS_KEY] = breaks
+        return Prepared(inputs, num_features=len(values))
+
+    def fill(
+        self,
+        items: Iterable[tuple[Media, Fetch]],
+        modalities: Mapping[str, Modality],
+        encoders: Mapping[str, Encoder],
+        *,
+        batch_size: int | None = None,
+        on_items: Callable[[int], None] | None = None,
+        on_bad: Callable[[Media, MediaError], None] | None = None,
+    ) -> int:
+        """Encode what is not there yet; returns how many items were encoded.
+
+        An item that cannot be read is passed over here (`on_bad` is told): reading its row names
+        it. `batch_size`: items encoded together; by default few on a CPU, whose caches a large
+        batch would leave. With a folder, every full shard is kept whatever comes after it.
+        """
+        for name, modality in modalities.items():
+            self.identify(name, modality, encoders[name])
+        if batch_size is None:
+            on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
+            batch_size = 4 if on_cpu else 32
+        waiting: dict[str, dict[str, Prepared]] = {name: {} for name in modalities}
+        num_encoded = 0
+        self._written_at = time.monotonic()
+        try:
+            for item, fetch in items:
+                name, modality = item.modality, modalities[item.modality]
+                try:
+                    key = self._key(item, modality, fetch)
+                    if not self._has(key) and key not in waiting[name]:
+                        prepared = modality.prepare(modality.load(item.source, fetch))
+                        waiting[name][key] = prepared
+                except MediaError as error:
+                    if on_bad is not None:
+                        on_bad(item, error)
+                    continue
+                finally:
+                    if on_items is not None:
+                        on_items(1)
+                if len(waiting[name]) == batch_size:
+                    num_encoded += self._encode(modality, encoders[name], waiting[name])
+                    waiting[name] = {}
+            for name, rest in waiting.items():
+                if rest:
+                    num_encoded += self._encode(modalities[name], encoders[name], rest)
+        except KeyboardInterrupt:
+            self._flush()
+            raise
+        self._flush()
+        return num_encoded
+
+    def refresh(self) -> None:
+        """See what other processes have written into the folder meanwhile."""
+        if self._shards is not None:
+            self._shards.refresh()
+
+    def _has(self, key: str) -> bool:
+        return key in self._recent or (self._shards is not None and key in self._shards)
+
+    @torch.no_grad()
+    def _encode(self, modality: Modality, encoder: Encoder, items: Mapping[str, Prepared]) -> int:
+        device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+        inputs = modality.collate(list(items.values()))
+        features = encoder(**{key: value.to(device) for key, value in inputs.items()})
+        for i, key in enumerate(items):
+            real = slice(None) if features.mask is None else features.mask[i]
+            # a clone: a view would keep the whole batch in memory, and shards refuse shared ones
+            values = features.values[i][real].to(self.dtype).cpu().clone()
+            breaks = None if features.breaks is None else features.breaks[i][real].cpu().clone()
+            self._recent[key] = (values.contiguous(), breaks)
+            self._num_recent_bytes += num_bytes(self._recent[key])
+        if self._shards is not None and (
+            self._num_recent_bytes >= self._shards.max_bytes
+            or time.monotonic() - self._written_at > _MAX_WAIT_S
+        ):
+            self._flush()
+        return len(items)
+
+    def _flush(self) -> None:
+        if self._shards is not None and self._recent:
+            self._shards.write(self._recent)
+            self._recent, self._num_recent_bytes = {}, 0
+        self._written_at = time.monotonic()
+
+    def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:
+        known = self._identities.get(item.modality)
+        if known is None or known[0] != modality:
+            raise MultiTokenError(
+                f"the feature cache does not know whose features those of {item.modality!r} are"
+                + (" with these settings" if known else "")
+                + "; call `fill` or `identify` with the encoder first"
+            )
+        text = source_text(item.source)
+        if text is None:
+            return self._digest(known[1], modality.content(item.source, fetch))
+        # by name, so that a file is not read again in every epoch
+        place = digest(
+            known[1].encode(), repr(fetch.root).encode(), text.encode(errors="surrogatepass")
+        )
+        found = self._keys.get(place)
+        if found is None:
+            found = self._digest(known[1], modality.content(item.source, fetch))
+            self._keys.add(place, found)
+        return found if isinstance(found, str) else found.decode()
+
+    def _digest(self, identity: str, content: bytes) -> str:
+        return digest(identity.encode(), str(self.dtype).encode(), content)

@@ -1,0 +1,153 @@
+"""Every item of some rows into a feature cache, in any number of processes at once.
+
+Border: rows to items to the cache; which encoders and which folder is the caller's business.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from multi_token.data.dataset import row_name
+from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.feature_cache.keys import source_text
+from multi_token.data.formats import to_conversation
+from multi_token.data.scan import Problem
+from multi_token.errors import MediaError, RowError
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.base import Encoder, Modality
+from multi_token.types import Media
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of one place, and where their media lie."""
+
+    rows: Sequence[Any]
+    fetch: Fetch
+    name: str
+
+
+@dataclass
+class EncodeReport:
+    """What became of the items of one share of the rows."""
+
+    num_rows: int = 0
+    num_items: int = 0
+    """Items of this share, each as often as rows name it."""
+    num_encoded: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    """Rows that are no conversation (in all shares), and items that cannot be read."""
+
+    @property
+    def num_there(self) -> int:
+        """Items that needed no encoding: in the cache already, or the same as another."""
+        num_unread = sum(problem.kind in _OF_ITEMS for problem in self.problems)
+        return self.num_items - self.num_encoded - num_unread
+
+
+_OF_ITEMS = ("missing_file", "undecodable")
+
+
+def encode_rows(
+    places: Sequence[Place],
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
+    cache: FeatureCache,
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    on_row: Callable[[], None] | None = None,
+) -> EncodeReport:
+    """Encode one share of the items of all rows; what is in the cache already is passed over.
+
+    `share` of `num_shares`: items are dealt out by their source, so that one that many rows name
+    is encoded by one process. All shares together are all items.
+    """
+    report = EncodeReport()
+    at: tuple[int, str] = (0, "")
+
+    def items() -> Iterator[tuple[Media, Fetch]]:
+        nonlocal at
+        num_seen = 0
+        for place in places:
+            for index in range(len(place.rows)):
+                report.num_rows += 1
+                at = (index, row_name(index, None, place.name))
+                try:
+                    row = place.rows[index]
+                    at = (index, row_name(index, row, place.name))
+                    conversation = to_conversation(row, list(modalities), row_id=at[1])
+                except RowError as error:
+                    report.problems.append(Problem(*at, error.kind, str(error)))
+                    continue
+                finally:
+                    if on_row is not None:
+                        on_row()
+                for item in conversation.media:
+                    num_seen += 1
+                    if share_of(item, num_seen, num_shares) == share:
+                        report.num_items += 1
+                        yield item, place.fetch
+
+    def on_bad(item: Media, error: MediaError) -> None:
+        # an item is opened as soon as it was asked for, so `at` is its row
+        report.problems.append(Problem(*at, error.kind, f"row {at[1]}: {item.modality}: {error}"))
+
+    report.num_encoded = cache.fill(items(), modalities, encoders, on_bad=on_bad)
+    return report
+
+
+def some_items(
+    places: Sequence[Place], modalities: Mapping[str, Modality], num: int = 8
+) -> list[tuple[Media, Fetch]]:
+    """The first items of the rows."""
+    found: list[tuple[Media, Fetch]] = []
+    for place in places:
+        for index in range(len(place.rows)):
+            try:
+                row = place.rows[index]
+                row_id = row_name(index, row, place.name)
+                conversation = to_conversation(row, list(modalities), row_id=row_id)
+            except RowError:
+                continue
+            found += [(item, place.fetch) for item in conversation.media]
+            if len(found) >= num:
+                return found[:num]
+    return found
+
+
+def share_of(item: Media, number: int, num_shares: int) -> int:
+    """Which share an item falls to: by its source if that has a name, else by its number."""
+    text = source_text(item.source)
+    if text is None:
+        return number % num_shares
+    return zlib.crc32(f"{item.modality}\0{text}".encode(errors="surrogatepass")) % num_shares
+
+
+def random_preprocessing(
+    items: Sequence[tuple[Media, Fetch]], modalities: Mapping[str, Modality]
+) -> str | None:
+    """Why features cannot be kept, if an item that is prepared twice gives two different inputs.
+
+    They would be those of one draw for ever.
+    """
+    for item, fetch in items:
+        modality = modalities[item.modality]
+        try:
+            one, two = (modality.prepare(modality.load(item.source, fetch)) for _ in range(2))
+        except MediaError:  # reading its row names it
+            continue
+        same = one.inputs.keys() == two.inputs.keys() and all(
+            torch.equal(value, two.inputs[key]) for key, value in one.inputs.items()
+        )
+        if not same:
+            return (
+                f"`feature_cache` keeps one set of features for each item, but the preprocessing "
+                f"of {item.modality!r} is random: an item, prepared twice, gave different inputs"
+            )
+    return None

@@ -1,0 +1,229 @@
+"""The rows of one source without end: numbered through its files and epochs, read one at a time.
+
+Border: files and hub names become numbered rows here; mixture.py says which number comes when.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.data import ConcatDataset
+
+from multi_token.data.dataset import (
+    Row,
+    files_of,
+    load_rows,
+    row_name,
+    rows_root,
+    rows_while_loading,
+)
+from multi_token.data.files.parquet import ParquetRows
+from multi_token.data.files.webdataset import TarRows
+from multi_token.data.mixture import permutation
+from multi_token.errors import MultiTokenError
+
+_OPENED: dict[str, Callable[[Path], Sequence[Row]]] = {".parquet": ParquetRows, ".tar": TarRows}
+_NUM_OPEN = 4
+"""Files whose index stays in memory."""
+_SHARDS = 2
+"""What the random words of a source are for; its own number is added."""
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A row with what messages call it, and how often the source was gone through before."""
+
+    row: Row
+    row_id: str
+    epoch: int
+
+
+class RowStream(Protocol):
+    """The rows of one source by number, from 0 without end."""
+
+    root: str | None
+    """The folder where relative media paths start; None: the current one."""
+
+    def row(self, number: int) -> Numbered:
+        """The row of a number. Raises RowError for what is none, MultiTokenError without rows."""
+        ...
+
+
+def open_stream(
+    source: str, *, split: str = "train", seed: int = 0, number: int = 0, keep: int = 1024
+) -> RowStream:
+    """A source as a stream. Nothing is read yet but the names of its files.
+
+    | `source`                          | what it is                                             |
+    |-----------------------------------|--------------------------------------------------------|
+    | a file, `shards/*.parquet`, a     | .json, .jsonl, .parquet and .tar (WebDataset) files of |
+    | folder of such files              | one kind; each epoch goes through them in random order |
+    | a folder written by `save_to_disk`| as in `load_rows`                                      |
+    | `owner/name`, `hf://...`          | a data set on the hub, read while it is downloaded     |
+
+    `number`: of this source among all, for an order of files of its own. `keep`: how many of the
+    last rows of a hub stream stay at hand, since it cannot go back. Raises MultiTokenError.
+    """
+    files = files_of(source)
+    if files is not None:
+        _refuse_split(source, split)
+        return Shards(source, files, root=rows_root(source), seed=seed, number=number)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Shards(source, [path], open_rows=partial(_saved, split=split))
+    return Sequential(source, partial(rows_while_loading, source, split=split), keep=keep)
+
+
+def all_rows(source: str, *, split: str = "train") -> Sequence[Row]:
+    """The rows of all files that a name stands for, by index (what `load_rows` gives for many)."""
+    _refuse_split(source, split)
+    files: Any = [open_file(path) for path in files_of(source) or ()]
+    rows: Any = ConcatDataset([rows for rows in files if len(rows)]) if any(map(len, files)) else []
+    return rows
+
+
+def open_file(path: Path) -> Sequence[Row]:
+    """The rows of one file by index, of which only the index is in memory."""
+    opened = _OPENED.get(path.suffix.lower())
+    return load_rows(str(path)) if opened is None else opened(path)
+
+
+def _refuse_split(source: str, split: str) -> None:
+    if split != "train":
+        raise MultiTokenError(
+            f"{source} names files, which have no split {split!r}; leave the split out, or name "
+            "the files that hold it"
+        )
+
+
+def _saved(path: Path, split: str) -> Sequence[Row]:
+    return load_rows(str(path), split=split)
+
+
+class Shards:
+    """Rows of files with a random access each, whose number of rows is learned on the way.
+
+    The n-th row of an epoch is found by the sizes of the files before it: the footer of a .parquet,
+    the headers of a .tar, the line breaks of a .jsonl are read for it, and no row.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        files: Sequence[Path],
+        *,
+        seed: int = 0,
+        number: int = 0,
+        root: str | None = None,
+        open_rows: Callable[[Path], Sequence[Row]] = open_file,
+    ) -> None:
+        self.source = source
+        self.files = list(files)
+        self.root = root
+        self.seed = seed
+        self.number = number
+        self._open = open_rows
+        self._sizes: dict[int, int] = {}
+        self._opened: dict[int, Sequence[Row]] = {}
+        self._at: tuple[int, list[int], list[int]] = (-1, [], [])
+
+    def row(self, number: int) -> Numbered:
+        """The row of a number; see RowStream."""
+        epoch, file, index = self.locate(number)
+        rows, name = self._rows(file), str(self.files[file])
+        row = rows[index]
+        return Numbered(row, row_name(index, row, name), epoch)
+
+    def locate(self, number: int) -> tuple[int, int, int]:
+        """Number -> (epoch, file, index in that file)."""
+        epoch, rest = 0, number
+        if len(self._sizes) == len(self.files):
+            epoch, rest = divmod(number, self._num_rows())
+        found = self._find(epoch, rest)
+        if found is None:  # beyond the first epoch, at whose end all sizes are known
+            epoch, rest = divmod(number, self._num_rows())
+            found = self._find(epoch, rest)
+        assert found is not None
+        return epoch, *found
+
+    def _num_rows(self) -> int:
+        num_rows = sum(self._sizes.values())
+        if not num_rows:
+            raise MultiTokenError(f"{self.source} has no rows, expected at least one")
+        return num_rows
+
+    def _find(self, epoch: int, rest: int) -> tuple[int, int] | None:
+        """The file and index of an epoch's row, or None if the epoch has fewer."""
+        if self._at[0] != epoch:
+            order = permutation(len(self.files), self.seed, _SHARDS + self.number, epoch)
+            self._at = (epoch, order, [0])
+        _, order, starts = self._at
+        while starts[-1] <= rest and len(starts) <= len(order):
+            starts.append(starts[-1] + self._size(order[len(starts) - 1]))
+        if starts[-1] <= rest:
+            return None
+        at = bisect_right(starts, rest) - 1
+        return order[at], rest - starts[at]
+
+    def _size(self, file: int) -> int:
+        if file not in self._sizes:
+            self._sizes[file] = len(self._rows(file))
+        return self._sizes[file]
+
+    def _rows(self, file: int) -> Sequence[Row]:
+        if file not in self._opened:
+            if len(self._opened) == _NUM_OPEN:
+                del self._opened[next(iter(self._opened))]
+            self._opened[file] = self._open(self.files[file])
+        return self._opened[file]
+
+
+class Sequential:
+    """Rows that come one after the other only. The last ones stay at hand; for one before them it
+    begins anew.
+    """
+
+    root: str | None = None
+
+    def __init__(self, source: str, open_rows: Callable[[], Iterable[Row]], *, keep: int) -> None:
+        self.source = source
+        self._open_rows = open_rows
+        self._kept: deque[Numbered] = deque(maxlen=keep)
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers, each of which reads for itself."""
+        return {**self.__dict__, "_rows": None}
+
+    def _begin(self) -> None:
+        self._rows: Iterator[Row] | None = None
+        self._kept.clear()
+        self._next = self._epoch = self._first = 0
+
+    def row(self, number: int) -> Numbered:
+        """The row of a number; see RowStream."""
+        if number < self._next - len(self._kept) or (self._rows is None and self._next):
+            self._begin()
+        while self._next <= number:
+            row = self._read()
+            row_id = row_name(self._next - self._first, row, self.source)
+            self._kept.append(Numbered(row, row_id, self._epoch))
+            self._next += 1
+        return self._kept[number - self._next]
+
+    def _read(self) -> Row:
+        """The next row, which may be the first of another epoch."""
+        for row in self._rows or ():
+            return row
+        if self._rows is not None:
+            self._first, self._epoch = self._next, self._epoch + 1
+        self._rows = iter(self._open_rows())
+        for row in self._rows:
+            return row
+        raise MultiTokenError(f"{self.source} has no rows, expected at least one")

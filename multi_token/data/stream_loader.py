@@ -1,0 +1,299 @@
+"""A process' batches of a stream, padded or packed, and its place in it, which checkpoints keep.
+
+Border: what the trainer iterates. Which rows they are, and reading them, is streaming.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from multi_token.data.mixture import permutation
+from multi_token.data.scan import Problem
+from multi_token.data.streaming import Chunks, Collated, Read, Reading, Share, Streams, as_read
+from multi_token.errors import MultiTokenError, RowError
+from multi_token.train.distributed import from_all
+from multi_token.train.packing import Packing, best_fit
+from multi_token.types import Sample
+
+_PACKS = 1 << 32
+"""What the random words of a process' packs are for; its number is added."""
+_STATES = "stream.json"
+"""In a checkpoint's folder."""
+_BAD_ON_END = 1000
+"""A process that finds no good row among so many stops: something else is wrong."""
+
+
+@dataclass
+class StreamState:
+    """Where a process stands: what a checkpoint keeps for it."""
+
+    num_bad: int = 0
+    window: int = 0
+    """The next window to be packed."""
+    packs: list[list[int]] = field(default_factory=list)
+    """Positions of the rows of packs that are made and have not been learned from."""
+    carried: list[int] = field(default_factory=list)
+    """Positions of rows that wait for companions of the next window."""
+
+
+def save_states(folder: Path, step: int, states: Sequence[StreamState]) -> None:
+    """Into a checkpoint's folder: where each process stands after a step."""
+    facts = {"step": step, "processes": [dataclasses.asdict(state) for state in states]}
+    (folder / _STATES).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, StreamState]:
+    """Of a checkpoint: its step, and where this process stands.
+
+    With another number of processes only the sum of bad rows is known: it is the first one's.
+    """
+    facts = json.loads((folder / _STATES).read_text(encoding="utf-8"))
+    states = [StreamState(**state) for state in facts["processes"]]
+    if len(states) != num_processes:
+        num_bad = sum(state.num_bad for state in states)
+        return facts["step"], StreamState(num_bad if process == 0 else 0)
+    return facts["step"], states[process]
+
+
+class StreamLoader:
+    """The batches of one process from a step on, without end; what the trainer iterates.
+
+    Its own state is always that of what it has given, however far workers are ahead.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        args: TrainingArguments,
+        collate: Callable[[list[Sample]], Any],
+        *,
+        packing: Packing | None = None,
+        step: int = 0,
+        state: StreamState | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        """`packing`: its budgets; a batch is then one pack. `step`, `state`: where to go on."""
+        self.streams = streams
+        self.args = args
+        self.collate = collate
+        self.packing = packing
+        self.step = step
+        self.state = StreamState() if state is None else deepcopy(state)
+        self.say = say
+        self._said: tuple[int, int] = (0, self.state.num_bad)
+
+    def __len__(self) -> int:
+        """Batches of the whole stage, also where it begins in the middle."""
+        return self.args.max_steps * self.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._batches() if self.packing is None else self._packs(self.packing)
+        device = self.args.device
+        return (send_to_device(batch, device, non_blocking=True) for batch in batches)
+
+    def tokens_per_batch(self, lengths: Sequence[int]) -> float:
+        """About so many, by the lengths of some rows."""
+        if self.packing is not None:
+            return self.packing.max_tokens
+        return self.args.train_batch_size * sum(lengths) / len(lengths)
+
+    def _groups(self, reading: Reading) -> Iterator[Any]:
+        args = self.args
+        loader: DataLoader[Any] = DataLoader(
+            reading,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and self.packing is None,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            # its own: a seed that is drawn from the common one would change what follows a resume
+            generator=torch.Generator(),
+        )
+        for group in loader:
+            if isinstance(group, MultiTokenError):
+                raise group
+            yield group
+
+    def _batches(self) -> Iterator[Any]:
+        args = self.args
+        share = Share(
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.process_index,
+        )
+        start = self.step * args.gradient_accumulation_steps
+        reading = Reading(self.streams, share, Collated(self.collate), start=start)
+        for number, (batch, problems) in enumerate(self._groups(reading), start):
+            window = share.positions(number)[-1] // self.streams.mixture.window
+            self._tell(window)
+            self._heed(problems)
+            if batch is None:
+                raise MultiTokenError(
+                    f"no row of window {window} of the stream can be learned from; look at them "
+                    "with `multi-token data check`"
+                )
+            yield batch
+
+    def _packs(self, packing: Packing) -> Iterator[Any]:
+        args, state, window = self.args, self.state, self.streams.mixture.window
+        again = [position for pack in [*state.packs, state.carried] for position in pack]
+        chunks = Chunks(args.world_size, args.process_index, window, state.window, again)
+        rows = self._rows(Reading(self.streams, chunks, as_read))
+        samples = {}
+        for position, read in (next(rows) for _ in again):
+            if isinstance(read, Problem):
+                raise RowError(
+                    "was good before the run was stopped, and now is not: "
+                    + read.message.removeprefix(f"row {read.row_id}: "),
+                    kind=read.kind,
+                    row_id=read.row_id,
+                )
+            samples[position] = read
+        num_bad_on_end = 0
+        position, read = next(rows)
+        while True:
+            while state.packs:
+                chosen = state.packs.pop(0)
+                yield self.collate([samples.pop(p) for p in chosen])
+            fresh: list[int] = []
+            while position // window == state.window:
+                if isinstance(read, Problem):
+                    self._heed([read])
+                    num_bad_on_end += 1
+                else:
+                    samples[position] = read
+                    fresh.append(position)
+                    num_bad_on_end = 0
+                position, read = next(rows)
+            self._tell(state.window + 1)
+            if num_bad_on_end >= _BAD_ON_END:
+                raise MultiTokenError(
+                    f"{num_bad_on_end:,} rows of the stream on end cannot be learned from; look at "
+                    "them with `multi-token data check`"
+                )
+            state.packs, state.carried = self._fitted(packing, [*state.carried, *fresh], samples)
+            state.window += 1
+
+    def _fitted(
+        self, packing: Packing, positions: list[int], samples: Mapping[int, Sample]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Packs in random order, and the rows of the emptiest, which wait for the next window."""
+        chosen = [samples[p] for p in positions]
+        rows = Packing(
+            [len(sample.input_ids) for sample in chosen],
+            packing.max_tokens,
+            [len(sample.media) for sample in chosen] if packing.max_items is not None else (),
+            packing.max_items,
+        )
+        longest_first = sorted(range(len(chosen)), key=lambda i: -rows.lengths[i])
+        packs = sorted(best_fit(rows, longest_first), key=rows.tokens_of)
+        carried = [positions[i] for i in packs[0]] if packs else []
+        others = [[positions[i] for i in pack] for pack in packs[1:]]
+        seed, process = self.streams.mixture.seed, self.args.process_index
+        order = permutation(len(others), seed, _PACKS + process, self.state.window)
+        return [others[i] for i in order], carried
+
+    def _rows(self, reading: Reading) -> Iterator[tuple[int, Read]]:
+        """Rows one by one; those of workers become this process' own, since many are kept, and
+        what is shared between processes keeps a file open each.
+        """
+        shared = self.args.dataloader_num_workers > 0
+        for group in self._groups(reading):
+            for position, read in group.items():
+                yield position, _owned(read) if shared else read
+
+    def _heed(self, problems: Sequence[Problem]) -> None:
+        """Raises RowError for a bad row, or counts it."""
+        if problems and not self.streams.skip_bad:
+            first = problems[0]
+            raise RowError(
+                first.message.removeprefix(f"row {first.row_id}: ")
+                + "; set data.on_bad_row=skip to leave such rows out",
+                kind=first.kind,
+                row_id=first.row_id,
+            )
+        self.state.num_bad += len(problems)
+
+    def _tell(self, window: int) -> None:
+        """Once a window is through: how many of its rows were left out."""
+        last, num_bad = self._said
+        if window > last:
+            if self.state.num_bad > num_bad:
+                self.say(
+                    f"rows up to window {window} of the stream: {self.state.num_bad - num_bad} "
+                    f"skipped, {self.state.num_bad} since the stage began (of this process)"
+                )
+            self._said = (window, self.state.num_bad)
+
+
+def _owned(value: Any) -> Any:
+    """A copy without memory that is shared with a worker."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        return [_owned(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _owned(one) for key, one in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _owned(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+class Streamed:
+    """The trainer's side of a stream: where it begins, the loader that goes through it now, and
+    what of it goes into logs and checkpoints.
+    """
+
+    def __init__(self, streams: Streams, say: Callable[[str], object]) -> None:
+        """`say` hears of bad rows."""
+        self.streams = streams
+        self.say = say
+        self.at: tuple[int, StreamState] = (0, StreamState())
+        self.now: StreamLoader | None = None
+
+    def loader(self, args: TrainingArguments, collate: Any, packing: Packing | None) -> Any:
+        """Batches from where the stream begins, or goes on."""
+        step, state = self.at
+        self.now = StreamLoader(
+            self.streams,
+            args,
+            collate,
+            packing=packing,
+            step=step,
+            state=state,
+            say=self.say,
+        )
+        return self.now
+
+    def go_on(self, checkpoint: str | Path, args: TrainingArguments) -> None:
+        """Begin behind what a checkpoint has learned from."""
+        self.at = load_state(Path(checkpoint), args.process_index, args.world_size)
+
+    @property
+    def state(self) -> StreamState:
+        """Where this process stands."""
+        return self.at[1] if self.now is None else self.now.state
+
+    def finish(self) -> None:
+        """Say how many bad rows there were in all processes."""
+        num_bad = sum(state.num_bad for state in from_all(self.state))
+        if num_bad:
+            self.say(f"rows of the stream: {num_bad} skipped in this stage")

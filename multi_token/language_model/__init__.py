@@ -1,0 +1,1 @@
+"""The language model: loading, adapters, capabilities, forward. The only home of its quirks."""

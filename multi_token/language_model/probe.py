@@ -1,0 +1,399 @@
+"""What a language model can do, found by trying: a few tokens, some forwards, no list of names.
+
+Border: it tries the very functions of forward.py that training and asking use, and says what
+came of it. What follows is decided by those who ask: model.py, generate.py, train/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from multi_token.errors import LanguageModelError
+from multi_token.language_model.capabilities import Capabilities
+from multi_token.language_model.forward import (
+    Start,
+    continue_text,
+    layer_inputs,
+    num_exact_tokens,
+    prefix_cache,
+    segment_inputs,
+    supervised_loss,
+    takes_positions,
+    without_adapter,
+)
+from multi_token.language_model.loading import first_line
+from multi_token.language_model.quantization import quantized_parameters
+from multi_token.language_model.segment_attention import attending_by_segment, watching_masks
+
+_NUM_TOKENS = 6
+_ROUNDING = 0.05
+"""What other kernels for the same numbers may change, in units of the logits' spread."""
+# What other libraries raise where they cannot do something; anything else is a defect of ours.
+_FAULTS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    LanguageModelError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def probe(language_model: Any) -> Capabilities:
+    """Try what a language model can do, where it is and in its precision: five forwards if all
+    is plain.
+
+    Raises LanguageModelError for one that cannot take embeddings that are no token's, gives other
+    logits for embeddings than for the ids they belong to, lets a position see those behind it, or
+    cannot go on from a prompt.
+    """
+
+    def everything(trial: _Probe) -> Capabilities:
+        selects_logits = trial.selects_logits()
+        starts_from, pads_left = trial.find_start()
+        return Capabilities(
+            name=trial.name,
+            embedding_scale=trial.scale,
+            needs_ids=bool(layer_inputs(language_model, trial.ids)),
+            starts_from=starts_from,
+            pads_left=pads_left,
+            selects_logits=selects_logits,
+            num_exact_tokens=num_exact_tokens(language_model),
+            trials={
+                "isolates_packed": lambda: _tried(language_model, _Probe.isolates_packed),
+                "attends_by_segment": lambda: _tried(language_model, _Probe.attends_by_segment),
+                "branches": lambda: _tried(language_model, _Probe.branches),
+                "repeats_cache": lambda: _tried(language_model, _Probe.repeats_cache),
+            },
+        )
+
+    return _tried(language_model, everything)
+
+
+def try_training(language_model: Any) -> None:
+    """One step without an update, in training mode: a gradient must reach the embeddings, and the
+    frozen weights must stay what they are.
+
+    Raises LanguageModelError otherwise. Apart from `probe`, since asking needs no gradient.
+    """
+    was_training = language_model.training
+    fault = ""
+    trial = _Probe(language_model)
+    try:
+        embeds = trial.embed(trial.ids).detach().requires_grad_(True)
+        language_model.eval()
+        before = trial.by_embeds(embeds, trial.ids).detach()
+        with torch.enable_grad(), torch.random.fork_rng():
+            language_model.train()
+            logits = trial.by_embeds(embeds, trial.ids).float()
+            (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
+        language_model.eval()
+        trial.spread = float(before.std())
+        if not gradient.abs().max() > 0:
+            fault = "the gradient is zero or no number"
+        elif trial.distance(trial.by_embeds(embeds, trial.ids).detach(), before) > _ROUNDING:
+            fault = "its frozen weights do not stay what they are"
+    except _FAULTS as error:
+        fault = first_line(error)
+    finally:
+        language_model.train(was_training)
+    if fault:
+        mend = "; set model.quantization to null" if quantized_parameters(language_model) else ""
+        raise LanguageModelError(f"{trial.name} cannot be trained through: {fault}{mend}")
+
+
+_Found = TypeVar("_Found")
+
+
+@torch.no_grad()
+def _tried(language_model: Any, trial: Callable[[_Probe], _Found]) -> _Found:
+    """What a trial finds in eval mode, after the model was driven by ids and by embeddings."""
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        started = _Probe(language_model)
+        started.drive()
+        return trial(started)
+    finally:
+        language_model.train(was_training)
+
+
+class _Probe:
+    """The trials, each on a few tokens. `drive` comes first."""
+
+    def __init__(self, language_model: Any) -> None:
+        self.model = language_model
+        self.name = type(without_adapter(language_model)).__name__
+        self.embedding = language_model.get_input_embeddings()
+        self.scale = self.spread = 1.0
+        num_ids = int(self.embedding.weight.shape[0])
+        # none of the first or last: these are special tokens, some of them without an embedding
+        ids = torch.linspace(num_ids // 8, num_ids - 1 - num_ids // 8, 2 * _NUM_TOKENS).long()
+        ids = ids.to(self.embedding.weight.device)[None]
+        self.ids, self.others = ids[:, ::2], ids[:, 1::2]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids) * self.scale
+
+    def logits(self, **inputs: Any) -> Tensor:
+        return self.model(use_cache=False, **inputs).logits
+
+    def by_embeds(self, embeds: Tensor, ids: Tensor, **inputs: Any) -> Tensor:
+        return self.logits(inputs_embeds=embeds, **layer_inputs(self.model, ids), **inputs)
+
+    def distance(self, a: Tensor, b: Tensor) -> float:
+        """The largest difference, in units of the logits' spread; no number counts as far."""
+        largest = float((a.float() - b.float()).abs().max())
+        return largest / max(self.spread, 1e-12) if largest == largest else float("inf")
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        return self.distance(a, b) <= self.tolerance
+
+    def drive(self) -> None:
+        """By ids, then by embeddings: of the same tokens, and of media among them.
+
+        Afterwards there is a prompt of `ids` whose embeddings `embeds` are not all some token's,
+        and its logits, followed by those of `others`, in `reference`.
+        """
+        ids = torch.cat([self.ids, self.others], 1)
+        try:
+            by_ids = self.logits(input_ids=ids)
+        except _FAULTS as error:
+            raise LanguageModelError(
+                f"{self.name} does not run on a few ids: {first_line(error)}"
+            ) from None
+        if not bool(by_ids.isfinite().all()):
+            raise LanguageModelError(
+                f"{self.name} answers a few ids with numbers that are not finite{self._broken()}"
+            )
+        self.spread = float(by_ids.std())
+        # of rounding; `selects_logits` measures what it amounts to in this model
+        self.tolerance = 16 * max(torch.finfo(dtype).eps for dtype in self._precisions(by_ids))
+        own = float(getattr(without_adapter(self.model).config, "embedding_multiplier", 1.0) or 1.0)
+        distances = []
+        # the second, where the model multiplies the embeddings of ids only
+        for self.scale in dict.fromkeys((1.0, own)):
+            text, media = self._drive_by_embeddings(ids)
+            distance = self.distance(text, by_ids[0])
+            if 1e-2 < distance <= 0.25:  # beside another row 8-bit products round otherwise
+                distance = self.distance(self.by_embeds(self.embed(ids), ids), by_ids)
+            distances.append(distance)
+            if distance <= 1e-2:
+                self.reference = media
+                return
+        raise LanguageModelError(
+            f"{self.name} gives other logits for embeddings than for the same ids (by up to "
+            f"{min(distances):.3g} times their spread): it needs ids in its layers, so media "
+            "cannot be written into its input"
+        )
+
+    def _broken(self) -> str:
+        """Which weights are to blame, in words."""
+        broken = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.is_floating_point() and not bool(p.float().isfinite().all())
+        ]
+        if not broken:
+            return "; try another `model.dtype`"
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        return f": its weight {broken[0]}{more} holds nan or inf; get its files anew"
+
+    def _drive_by_embeddings(self, ids: Tensor) -> Tensor:
+        """Logits [2, time, vocabulary] of the ids' embeddings, and with one that is no token's."""
+        text = self.embed(ids)
+        media = text.clone()
+        media[:, 2] = (text[:, 1] + text[:, 3]) / 2
+        self.embeds = media[:, :_NUM_TOKENS]
+        try:
+            return self.by_embeds(torch.cat([text, media]), ids.repeat(2, 1))
+        except _FAULTS as error:
+            fault = first_line(error)
+        if _holds(lambda: self.by_embeds(text, ids) is not None):
+            raise LanguageModelError(
+                f"{self.name} takes no embedding that is not a token's, so media cannot be written "
+                f"into its input: {fault}"
+            )
+        raise LanguageModelError(f"{self.name} cannot be driven by embeddings: {fault}")
+
+    def _precisions(self, logits: Tensor) -> set[torch.dtype]:
+        """Those of weights and logits; what is stored in integers is multiplied in few bits."""
+        dtypes = {logits.dtype, *(p.dtype for p in self.model.parameters())}
+        if quantized_parameters(self.model):
+            dtypes.add(torch.bfloat16)
+        return {dtype for dtype in dtypes if dtype.is_floating_point}
+
+    def selects_logits(self) -> bool:
+        """Whether training's loss comes of selected logits: those of a longer text, as nothing
+        that stands behind a position may change it. Raises LanguageModelError if it does.
+        """
+        labels = torch.full_like(self.ids, -100)
+        labels[:, 1:4] = self.others[:, 1:4]
+        keep = labels[0] != -100
+        expected = self.reference[:_NUM_TOKENS]
+        distance = float("inf")
+        try:
+            found = supervised_loss(
+                self.model,
+                inputs_embeds=self.embeds,
+                attention_mask=torch.ones_like(self.ids),
+                shift_labels=labels,
+                num_items_in_batch=6,
+                **layer_inputs(self.model, self.ids),
+            )
+            distance = self.distance(found.logits, expected[keep])
+            loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
+            selected = distance <= 0.25 and bool((found.loss - loss).abs() <= 0.05 * loss)
+        except _FAULTS:
+            selected = False
+        if not selected:
+            distance = self.distance(self.by_embeds(self.embeds, self.ids)[0], expected)
+            if distance > 0.25:
+                raise LanguageModelError(
+                    f"{self.name} lets a position see what stands behind it, so it cannot write "
+                    "text; a decoder-only model is expected"
+                )
+        self.tolerance = max(self.tolerance, 8 * distance)
+        return selected
+
+    def find_start(self) -> tuple[Start, bool]:
+        """How a prompt is continued with the logits of repeated forwards, and padded as alone.
+
+        A recurrent model may go on by other kernels than it reads a prompt with, so what it rounds
+        alone is allowed when padded too.
+        """
+        starts: tuple[Start, Start] = ("embeddings", "ids")
+        fault = ""
+        for start in starts:
+            padded = alone = float("inf")
+            for is_padded in (True, False):
+                try:
+                    distance = self._distance_of_continuing(start, padded=is_padded)
+                except _FAULTS as error:
+                    fault = fault or first_line(error)
+                    continue
+                padded, alone = (distance, alone) if is_padded else (padded, distance)
+                if padded <= self.tolerance:
+                    return start, True
+            if alone <= max(self.tolerance, _ROUNDING):
+                return start, padded <= 2 * alone
+        raise LanguageModelError(
+            f"{self.name} cannot go on from a prompt of embeddings: its `generate` does not give "
+            f"the logits of repeated forwards{f' ({fault})' if fault else ''}, so it could be "
+            "trained, but not asked"
+        )
+
+    def _distance_of_continuing(self, start: Start, *, padded: bool) -> float:
+        """From the reference, over two new tokens; `padded`: beside a longer row."""
+        ids, embeds = self.ids, self.embeds
+        mask = torch.ones_like(ids)
+        if padded:
+            pad = torch.zeros_like(ids[:, :2])
+            ids = torch.cat([torch.cat([pad, ids], 1), torch.cat([self.others, ids[:, :2]], 1)])
+            embeds = torch.cat([torch.cat([self.embed(pad), embeds], 1), self.embed(ids[1:])])
+            mask = torch.ones_like(ids)
+            mask[0, :2] = 0
+        out = continue_text(
+            self.model,
+            inputs_embeds=embeds,
+            input_ids=ids,
+            attention_mask=mask,
+            start=start,
+            max_new_tokens=2,
+            do_sample=False,
+            num_beams=1,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            pad_token_id=0,
+            logits_processor=[self._force_first_of_others],
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return max(
+            self.distance(out.logits[step][0], self.reference[_NUM_TOKENS - 1 + step])
+            for step in range(2)
+        )
+
+    def _force_first_of_others(self, _: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, self.others[0, :1], 0.0)
+
+    def isolates_packed(self) -> bool:
+        if not takes_positions(self.model):
+            return False
+        self.selects_logits()  # measures rounding
+        positions = torch.arange(_NUM_TOKENS, device=self.ids.device).repeat(1, 2)
+        borders = torch.arange(3, device=self.ids.device, dtype=torch.int32) * _NUM_TOKENS
+        lengths = {"max_length_q": _NUM_TOKENS, "max_length_k": _NUM_TOKENS}
+        segments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
+        return _holds(
+            lambda: self.same(
+                self.by_embeds(
+                    torch.cat([self.embed(self.others), self.embeds], 1),
+                    torch.cat([self.others, self.ids], 1),
+                    position_ids=positions,
+                    **segment_inputs(self.model, segments),
+                )[0, _NUM_TOKENS:],
+                self.reference[:_NUM_TOKENS],
+            )
+        )
+
+    def attends_by_segment(self) -> bool:
+        def trial() -> bool:
+            with attending_by_segment(self.model) as switched:
+                return switched and self.isolates_packed()
+
+        return _holds(trial)
+
+    def branches(self) -> bool:
+        """Two rows that share three tokens: what the second comes to, as it does alone."""
+
+        def trial() -> bool:
+            with watching_masks() as far, attending_by_segment(self.model) as switched:
+                if not switched or not takes_positions(self.model):
+                    return False
+                self.selects_logits()  # measures rounding
+                self.by_embeds(self.embeds, self.ids)
+                if not (far and all(far)):
+                    return False
+                start, rest = slice(0, 3), slice(3, None)
+                ids, embeds = (
+                    torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
+                    for a, b in ((self.ids, self.others), (self.embeds, self.embed(self.others)))
+                )
+                found = self.by_embeds(
+                    embeds,
+                    ids,
+                    position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
+                    attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
+                )[0]
+                return self.same(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
+
+        return _holds(trial)
+
+    def repeats_cache(self) -> bool:
+        def trial() -> bool:
+            self.selects_logits()  # measures rounding
+            past = prefix_cache(self.model, self.ids[:, :2], num_rows=2)
+            found = self.by_embeds(
+                self.embeds[:, 2:].repeat(2, 1, 1),
+                self.ids[:, 2:].repeat(2, 1),
+                past_key_values=past,
+                attention_mask=torch.ones_like(self.ids).repeat(2, 1),
+            )
+            return self.same(found, self.reference[2:_NUM_TOKENS].expand_as(found))
+
+        return _holds(trial)
+
+
+def _holds(trial: Callable[[], bool]) -> bool:
+    """Whether a trial succeeds; a fault of the model's means that it does not."""
+    try:
+        return trial()
+    except _FAULTS:
+        return False

@@ -1,0 +1,1 @@
+"""Projectors: encoder features -> the language model's width."""

@@ -1,0 +1,362 @@
+"""Features -> tokens of the language model's width. Each kind knows how many tokens it makes.
+
+Border: a projector sees features and their mask; it knows nothing of modalities, ids or places.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from multi_token.errors import MultiTokenError
+from multi_token.types import Features
+
+
+class ProjectorSpec(BaseModel, ABC):
+    """A kind of projector: its fields are its config.
+
+    A plug-in overrides the three small methods below, or `num_tokens` and `build` as a whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attends: ClassVar[bool] = False
+    """True for a network that looks at all features of an item at once instead of at its groups,
+    which then are for the closed-form part alone."""
+    type: str
+    """The registered name of the class."""
+    standardize: bool = True
+    """Bring features to zero mean and unit variance, with statistics of the training rows."""
+    line_break: bool = False
+    """Learn a token that ends each line of a picture read in tiles (LLaVA-NeXT's newline)."""
+
+    @model_validator(mode="after")
+    def _lines_end_between_tokens(self) -> ProjectorSpec:
+        grouped = type(self).group is not ProjectorSpec.group or self.tokens_per_group != 1
+        if self.line_break and grouped:
+            raise ValueError(
+                "`line_break` needs a projector that makes one token of each feature (linear, mlp)"
+            )
+        return self
+
+    @abstractmethod
+    def num_tokens(self, num_features: int) -> int:
+        """Tokens made of an item with so many features."""
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Arrange features before the network, without parameters.
+
+        values [items, length, dim] and mask [items, length] -> the same with groups, group_dim
+        """
+        return values, mask
+
+    def group_dim(self, in_dim: int) -> int:
+        """Width of what `group` returns."""
+        return in_dim
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Tokens that the network makes of one group."""
+        return 1
+
+    @abstractmethod
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        """[..., group_dim] -> [..., tokens_per_group * out_dim].
+
+        If it `attends`: values [items, length, in_dim] and mask [items, length] -> [items, groups,
+        tokens_per_group * out_dim].
+        """
+
+    def build(self, in_dim: int, out_dim: int) -> Projector:
+        """The module that is trained."""
+        return Projector(self, in_dim, out_dim)
+
+
+class Linear(ProjectorSpec):
+    """One linear map, each feature a token."""
+
+    type: Literal["linear"] = "linear"  # type: ignore[reportIncompatibleVariableOverride]
+
+    def num_tokens(self, num_features: int) -> int:
+        return num_features
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return nn.Linear(in_dim, out_dim)
+
+
+class Mlp(ProjectorSpec):
+    """A multi-layer perceptron with GELU, each feature a token (LLaVA-1.5, arXiv:2310.03744)."""
+
+    type: Literal["mlp"] = "mlp"  # type: ignore[reportIncompatibleVariableOverride]
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers; LLaVA-1.5 has 2."""
+
+    def num_tokens(self, num_features: int) -> int:
+        return num_features
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return mlp(in_dim, out_dim, self.num_layers)
+
+
+class Expand(ProjectorSpec):
+    """Each feature becomes `factor` tokens, one perceptron each (sshh12/multi_token)."""
+
+    type: Literal["expand"] = "expand"  # type: ignore[reportIncompatibleVariableOverride]
+    factor: int = Field(default=4, ge=1)
+    """Tokens made of one feature."""
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers of each perceptron."""
+
+    def num_tokens(self, num_features: int) -> int:
+        return num_features * self.factor
+
+    @property
+    def tokens_per_group(self) -> int:
+        return self.factor
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return Branches([mlp(in_dim, out_dim, self.num_layers) for _ in range(self.factor)])
+
+
+class Stack(ProjectorSpec):
+    """`factor` neighbouring features joined into one token (Ultravox); the last is zero-filled."""
+
+    type: Literal["stack"] = "stack"  # type: ignore[reportIncompatibleVariableOverride]
+    factor: int = Field(default=8, ge=1)
+    """Neighbouring features joined into one token."""
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers behind the joining."""
+
+    def num_tokens(self, num_features: int) -> int:
+        return math.ceil(num_features / self.factor)
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        values, mask = _in_groups(values, mask, self.factor)
+        return values.flatten(2), mask.any(-1)
+
+    def group_dim(self, in_dim: int) -> int:
+        return in_dim * self.factor
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return mlp(in_dim, out_dim, self.num_layers)
+
+
+class Pool(ProjectorSpec):
+    """`factor` neighbours averaged into one token; with `grid`, squares of factor x factor."""
+
+    type: Literal["pool"] = "pool"  # type: ignore[reportIncompatibleVariableOverride]
+    factor: int = Field(default=2, ge=1)
+    """Neighbours averaged, along the sequence or along each side of the grid."""
+    grid: bool = False
+    """Features are a square grid in reading order, as a vision encoder's patches are."""
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers behind the averaging."""
+
+    def num_tokens(self, num_features: int) -> int:
+        if not self.grid:
+            return math.ceil(num_features / self.factor)
+        return math.ceil(_side(num_features, _POOL_GRID) / self.factor) ** 2
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self.grid:
+            image = _as_grid(values, mask, _POOL_GRID).permute(0, 3, 1, 2)
+            pooled = nn.functional.avg_pool2d(image, self.factor, ceil_mode=True)
+            values = pooled.flatten(2).transpose(1, 2)
+            return values, mask.new_ones(values.shape[:2])
+        values, mask = _in_groups(values, mask, self.factor)
+        num_real = mask.sum(-1, keepdim=True).clamp(min=1)
+        return values.sum(2) / num_real, mask.any(-1)
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return mlp(in_dim, out_dim, self.num_layers)
+
+
+class PixelShuffle(ProjectorSpec):
+    """Squares of `factor` x `factor` patches joined into one token (InternVL, arXiv:2404.16821).
+
+    The patches of a square stand in the joined width in reading order, as in Idefics3 and SmolVLM.
+    """
+
+    type: Literal["pixel_shuffle"] = "pixel_shuffle"  # type: ignore[reportIncompatibleVariableOverride]
+    factor: int = Field(default=2, ge=1)
+    """Patches joined along each side of the grid, which it must divide."""
+    num_layers: int = Field(default=2, ge=1)
+    """Linear layers behind the joining; InternVL has 2, Idefics3 and SmolVLM 1."""
+
+    def num_tokens(self, num_features: int) -> int:
+        side = _side(num_features, self.type)
+        if side % self.factor:
+            raise MultiTokenError(
+                f"pixel_shuffle with factor {self.factor} needs a grid whose side it divides, got "
+                f"{side} x {side} features; choose a divisor of {side}"
+            )
+        return (side // self.factor) ** 2
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        side = math.isqrt(self.num_tokens(values.shape[1]))
+        squares = _as_grid(values, mask, self.type).unflatten(2, (side, self.factor))
+        squares = squares.unflatten(1, (side, self.factor))  # [items, side, f, side, f, dim]
+        joined = squares.transpose(2, 3).flatten(3).flatten(1, 2)
+        return joined, mask.new_ones(joined.shape[:2])
+
+    def group_dim(self, in_dim: int) -> int:
+        return in_dim * self.factor**2
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        return mlp(in_dim, out_dim, self.num_layers)
+
+
+class Branches(nn.Module):
+    """The same input through several networks, outputs side by side."""
+
+    def __init__(self, branches: list[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., branches * out]"""
+        return torch.cat([branch(x) for branch in self.branches], dim=-1)
+
+
+class Projector(nn.Module):
+    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], in order.
+
+    The closed-form part (see train/closed_form.py) is fitted, then frozen; the network learns the
+    difference beside it.
+    """
+
+    def __init__(self, spec: ProjectorSpec, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_dim = out_dim
+        self.group_dim = spec.group_dim(in_dim)
+        self.tokens_per_group = spec.tokens_per_group
+        self.network = spec.build_network(self.group_dim, out_dim)
+        self.register_buffer("feature_mean", torch.zeros(in_dim))
+        self.register_buffer("feature_scale", torch.ones(in_dim))
+        self.closed_form: nn.Linear | None = None
+        self.line_break = (
+            nn.Parameter(torch.randn(out_dim) / math.sqrt(out_dim)) if spec.line_break else None
+        )
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def standardized(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Features -> values [items, length, in_dim], mask [items, length]; zero where masked."""
+        values = (features.values.float() - self.feature_mean) * self.feature_scale
+        mask = features.mask
+        if mask is None:
+            mask = values.new_ones(values.shape[:2], dtype=torch.bool)
+        else:
+            # padding must be zero after standardizing too, or `stack` and `pool` would see it
+            values = values * mask[..., None]
+        return values, mask
+
+    def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Features -> groups [items, groups, group_dim], mask [items, groups]."""
+        return self.spec.group(*self.standardized(features))
+
+    def forward(self, features: Features) -> Tensor:
+        """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups.
+
+        Raises MultiTokenError for features with line ends if the spec has no `line_break`.
+        """
+        values, present = self.standardized(features)
+        groups, mask = self.spec.group(values, present)
+        tokens = self.network(values, present) if self.spec.attends else self.network(groups)
+        if self.closed_form is not None:
+            tokens = tokens + self.closed_form(groups)
+        if self.line_break is not None:
+            # also where no line ends, so that no rank's gradient lacks it
+            breaks = torch.zeros_like(mask) if features.breaks is None else features.breaks
+            tokens = torch.where(breaks[..., None], self.line_break, tokens)
+        elif features.breaks is not None:
+            raise MultiTokenError(
+                "the encoder marks where lines end, but the projector has no token for it; set "
+                "`line_break: true` in the projector"
+            )
+        return tokens[mask].reshape(-1, self.out_dim)
+
+    def add_closed_form(self) -> nn.Linear:
+        """A frozen linear map beside the network, whose own output is set to zero."""
+        like = next(self.network.parameters())
+        self.closed_form = nn.Linear(
+            self.group_dim, self.tokens_per_group * self.out_dim, device=like.device
+        ).requires_grad_(False)
+        for layer in self.final_layers():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return self.closed_form
+
+    def final_layers(self) -> list[nn.Linear]:
+        """The linear layers whose outputs are the tokens."""
+        branches = (
+            list(self.network.branches) if isinstance(self.network, Branches) else [self.network]
+        )
+        return [
+            [m for m in branch.modules() if isinstance(m, nn.Linear)][-1] for branch in branches
+        ]
+
+    @torch.no_grad()
+    def scale_output(self, features: Features, rms: float) -> None:
+        """Scale the last layers so that the tokens of these features have this root mean square.
+
+        A token that ends lines gets it by itself, so that its size does not hang on their number.
+        """
+        if self.line_break is not None:
+            self.line_break.mul_(rms / self.line_break.square().mean().sqrt())
+        tokens = self(Features(features.values, without_breaks(features)))
+        now = tokens.square().mean().sqrt()
+        for layer in self.final_layers():
+            layer.weight.mul_(rms / now)
+            layer.bias.mul_(rms / now)
+
+
+def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
+    """Linear layers with GELU between them; every hidden layer is `out_dim` wide."""
+    layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
+    for _ in range(num_layers - 1):
+        layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
+    return nn.Sequential(*layers)
+
+
+def without_breaks(features: Features) -> Tensor | None:
+    """The mask [items, length] of what the encoder saw: no padding and no line ends."""
+    if features.breaks is None:
+        return features.mask
+    return ~features.breaks if features.mask is None else features.mask & ~features.breaks
+
+
+def _in_groups(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """[items, length, dim] -> [items, groups, factor, dim] and mask [items, groups, factor]."""
+    missing = -values.shape[1] % factor
+    values = nn.functional.pad(values, (0, 0, 0, missing))
+    mask = nn.functional.pad(mask, (0, missing))
+    return values.unflatten(1, (-1, factor)), mask.unflatten(1, (-1, factor))
+
+
+_POOL_GRID = "pool with grid: true"
+
+
+def _side(num_features: int, kind: str) -> int:
+    side = math.isqrt(num_features)
+    if side * side != num_features:
+        raise MultiTokenError(f"{kind} needs a square number of features, got {num_features}")
+    return side
+
+
+def _as_grid(values: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """[items, side * side, dim] -> [items, side, side, dim]"""
+    side = _side(values.shape[1], kind)
+    if not bool(mask.all()):
+        raise MultiTokenError(
+            f"{kind} needs items of one size, got a batch of several; use an encoder that brings "
+            "its items to one size, or the projector pool, stack or resample"
+        )
+    return values.unflatten(1, (side, side))

@@ -1,0 +1,123 @@
+"""The projector kind `resample`: learned queries look at all features of an item.
+
+Border: one kind of projector with its network; what holds for every kind stands in base.py.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from multi_token.errors import RecipeError
+from multi_token.projectors.base import ProjectorSpec
+
+
+class Resample(ProjectorSpec):
+    """Any item becomes `num_queries` tokens (Flamingo's perceiver resampler, arXiv:2204.14198).
+
+    The queries see a set: where a feature stands it must say itself, as most encoders' do.
+    The closed-form part is fitted to the mean of an item's features.
+    """
+
+    attends: ClassVar[bool] = True
+
+    type: Literal["resample"] = "resample"  # type: ignore[reportIncompatibleVariableOverride]
+    num_queries: int = Field(default=64, ge=1)
+    """Tokens made of an item, however long it is."""
+    depth: int = Field(default=2, ge=1)
+    """Layers of cross-attention and perceptron; Flamingo has 6."""
+    num_heads: int = Field(default=8, ge=1)
+    """Heads of attention, which must divide the width of the queries."""
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Width of the queries; by default that of the features."""
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Resample:
+        if self.hidden_size is not None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} cannot be divided among {self.num_heads} heads"
+            )
+        return self
+
+    def num_tokens(self, num_features: int) -> int:
+        return self.num_queries
+
+    def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        num_real = mask.sum(1, keepdim=True).clamp(min=1)  # [items, 1]
+        return (values.sum(1) / num_real)[:, None], torch.ones_like(num_real, dtype=torch.bool)
+
+    @property
+    def tokens_per_group(self) -> int:
+        return self.num_queries
+
+    def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
+        width = self.hidden_size or in_dim
+        if width % self.num_heads:
+            raise RecipeError(
+                f"resample with {self.num_heads} heads cannot divide features of width {in_dim}; "
+                "set `num_heads` to a divisor of it, or a `hidden_size`"
+            )
+        return Perceiver(
+            in_dim,
+            width,
+            out_dim,
+            num_queries=self.num_queries,
+            depth=self.depth,
+            num_heads=self.num_heads,
+        )
+
+
+class Perceiver(nn.Module):
+    """Learned queries, layers in which they look at the features, and a map to tokens."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        width: int,
+        out_dim: int,
+        *,
+        num_queries: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_dim, width)
+        self.queries = nn.Parameter(torch.randn(num_queries, width))
+        self.layers = nn.ModuleList(PerceiverLayer(width, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_tokens = nn.Linear(width, out_dim)
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        """values [items, length, in_dim], mask [items, length] -> [items, 1, queries * out_dim]"""
+        features = self.embed(values)
+        queries = self.queries.expand(len(values), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, features, mask)
+        return self.to_tokens(self.norm(queries)).flatten(1)[:, None]
+
+
+class PerceiverLayer(nn.Module):
+    """Cross-attention, in which the queries see each other too, and a perceptron."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm_features = nn.LayerNorm(width)
+        self.norm_queries = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        """queries [items, queries, width], features [items, length, width] -> queries"""
+        asking = self.norm_queries(queries)
+        seen = torch.cat([self.norm_features(features), asking], dim=1)
+        hidden = nn.functional.pad(~mask, (0, queries.shape[1]))
+        attended, _ = self.attention(
+            asking, seen, seen, key_padding_mask=hidden, need_weights=False
+        )
+        queries = queries + attended
+        return queries + self.perceptron(queries)

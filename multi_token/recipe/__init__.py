@@ -1,0 +1,1 @@
+"""Recipe: YAML and `key=value` overrides -> checked settings of a run."""

@@ -1,0 +1,379 @@
+"""What the `train` section of a recipe says: stages, what learns in them and how fast.
+
+Border: names, numbers and defaults only; the whole recipe, and reading it, stand in recipe.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from multi_token.recipe.data import DataSource, Section
+
+Rate = Annotated[float, Field(gt=0)]
+"""A learning rate."""
+
+
+class AlignSpec(Section):
+    """The closed-form start: ridge regression from features to caption embeddings."""
+
+    penalty: float = Field(default=100.0, gt=0)
+    """Ridge penalty on standardized features."""
+    caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
+    """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
+    a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
+    targets: Literal["mean", "in_order"] = "mean"
+    """What each of an item's many tokens aims at: the `mean` of its caption's embeddings, or, for
+    speech and whatever else goes through its caption from first word to last, the caption's token
+    at the same part of the way (`in_order`)."""
+    rows: list[DataSource] | None = None
+    """Captioned rows (one item, one answer); default: those among the training rows."""
+
+
+class LoraSpec(Section):
+    """LoRA (PEFT): the rank, the scale and the dropout of what is learned beside frozen layers."""
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class AdapterSpec(LoraSpec):
+    """LoRA on the language model."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Inside the language model only; encoders and projectors are never touched."""
+    use_dora: bool = False
+    """DoRA: each weight's length is learned apart from its direction (Liu et al.,
+    arXiv:2402.09353); slower, and with a few more parameters."""
+    use_rslora: bool = False
+    """rsLoRA: scaled by lora_alpha / sqrt(r) instead of lora_alpha / r (Kalajdzievski,
+    arXiv:2312.03732), so that higher ranks pay; set `lora_alpha` lower with it."""
+
+
+class Pace(Section):
+    """How fast something learns; `2.0e-6` stands for `{rate: 2.0e-6}`."""
+
+    rate: Rate
+    """Learning rate."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Of its matrices; default: `weight_decay` of `args`, which is transformers' (0)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_its_rate(cls, fields: Any) -> Any:
+        return {"rate": fields} if isinstance(fields, (int, float, str)) else fields
+
+
+def _for_all_or_each(fields: Any) -> str:
+    """Whether a value is one pace for all instances, or a mapping from instances to theirs."""
+    by_instance = isinstance(fields, dict) and "rate" not in fields
+    return "each" if by_instance else "all"
+
+
+Paces = Annotated[
+    Annotated[Pace, Tag("all")] | Annotated[dict[str, Pace], Tag("each")],
+    Discriminator(_for_all_or_each),
+]
+
+
+class LearnEncoder(Pace):
+    """What of an encoder learns: all of it, its last layers, or LoRA on its linear layers."""
+
+    last: int | None = Field(default=None, ge=1)
+    """So many of its last layers, and nothing before or behind them (a final norm stays)."""
+    lora: LoraSpec | None = None
+    """LoRA on all of its linear layers, which stay as they are."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LearnEncoder:
+        if self.last is not None and self.lora is not None:
+            raise ValueError("`last` and `lora` exclude each other; keep one")
+        return self
+
+
+class Learn(Section):
+    """What learns in a stage, and how fast; the rest is frozen.
+
+    Each value is a learning rate, or `{rate, weight_decay}`.
+    """
+
+    projectors: Paces | None = None
+    """The projectors, or some of them by instance (`{sound: 1.0e-3}`). An encoder that starts from
+    random weights learns with its projector."""
+    projector_biases: Pace | None = None
+    """Their last biases, the part of a token that all items share (a soft prompt), which are
+    decayed only if a `weight_decay` is given here; default: they learn as `projectors`. After a
+    closed-form start ten times the rate pays: see benchmarks/align.py."""
+    encoders: dict[str, LearnEncoder] = Field(default_factory=dict)
+    """Encoders that learn, by instance: a rate, or a section with more."""
+    adapter: Pace | None = None
+    """LoRA on the language model, as `train.adapter` says."""
+    language_model: Pace | None = None
+    """All weights of the language model, in float32. It is then saved inside the run."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Learn:
+        whole = (self.adapter, self.language_model)
+        if not self.projectors and not self.encoders and whole == (None, None):
+            raise ValueError(
+                "a stage must learn something: set `projectors`, `encoders`, `adapter` or "
+                "`language_model`"
+            )
+        if self.projector_biases is not None and not self.projectors:
+            raise ValueError("`projector_biases` needs `projectors`")
+        if None not in whole:
+            raise ValueError(
+                "`adapter` and `language_model` exclude each other: an adapter stands beside "
+                "weights that stay as they are; keep one"
+            )
+        return self
+
+    def projector(self, name: str) -> Pace | None:
+        """How fast an instance's projector learns, or None if it is frozen."""
+        return self.projectors.get(name) if isinstance(self.projectors, dict) else self.projectors
+
+    @property
+    def first_rate(self) -> float:
+        """The rate that stands for the stage where there is room for one."""
+        of_projectors = (
+            self.projectors.values() if isinstance(self.projectors, dict) else [self.projectors]
+        )
+        paces = (*of_projectors, self.adapter, self.language_model, *self.encoders.values())
+        return next(pace.rate for pace in paces if pace is not None)
+
+
+class TeacherSpec(Section):
+    """The language model without its adapter, which reads texts in place of media (Ultravox)."""
+
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """Share of the divergence from the teacher's answer in the loss; the rest is cross entropy."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Both answers' logits are divided by it (Hinton et al., arXiv:1503.02531)."""
+    missing: Literal["raise", "cross_entropy"] = "raise"
+    """A row with an item that has no text: bad, or learned by cross entropy alone."""
+
+
+class DpoSpec(Section):
+    """Learn to prefer a row's `chosen` answer to its `rejected` one; see docs/preferences.md."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much the model is held to what it was when the stage began."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """The formulas are in train/dpo.py."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """With `sigmoid`: the share of rows whose answers may have been swapped by mistake."""
+    missing: Literal["raise", "skip"] = "raise"
+    """A row without the two answers: bad, or left out of this stage."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> DpoSpec:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"`label_smoothing` is for the loss sigmoid, not for {self.loss}")
+        return self
+
+
+class Stage(Section):
+    """One run of the trainer inside the run's folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    learn: Learn
+    teacher: TeacherSpec | None = None
+    """Aim at what the language model answers to the rows' `surrogates`; `{}` for the defaults."""
+    dpo: DpoSpec | None = None
+    """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
+
+    @model_validator(mode="after")
+    def _teacher_stays(self) -> Stage:
+        if self.teacher is not None and self.learn.language_model is not None:
+            raise ValueError(
+                f"stage {self.name!r} has the language model as its `teacher`, so it cannot learn "
+                "it as a whole; learn an `adapter`, or leave `teacher` out"
+            )
+        if self.teacher is not None and self.dpo is not None:
+            raise ValueError(
+                f"`teacher` and `dpo` of stage {self.name!r} exclude each other; keep one"
+            )
+        return self
+
+
+class FeatureCacheSpec(Section):
+    """Where the features of frozen encoders are kept, and how."""
+
+    path: str | None = None
+    """The folder, which runs and machines may share; default: `cache` in the run's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of stored features; bfloat16 halves them, and rounds what the encoder gave."""
+    shard_megabytes: int = Field(default=256, ge=1)
+    """A file of the folder is closed once it holds so much."""
+    auto: bool = False
+    """Measure on the first items whether keeping features pays, and only then do it."""
+
+
+class Fsdp(Section):
+    """How the language model is shared out among processes; see docs/scale-out.md."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Groups of processes with all pieces each (HSDP), for several machines: the number of them."""
+
+
+class TrainSpec(Section):
+    """How it is learned."""
+
+    output_dir: str
+    start_from: str | None = None
+    """A trained run (folder or hub name) whose projectors, trained encoders, adapter and trained
+    language model are taken over as they are; instances that it does not have start anew."""
+    seed: int = 0
+    align: AlignSpec | None = Field(default_factory=AlignSpec)
+    """Stage zero; `null` turns it off."""
+    feature_cache: FeatureCacheSpec | None = None
+    """Run frozen encoders once and keep every item's features on disk: `true`, `false`, `auto`, or
+    a section with more. See docs/feature-cache.md."""
+    share_prefix: bool = False
+    """Compute the text that all rows of a batch begin with (a system message, say) once and without
+    gradients. The loss stays the same; for stages in which the language model is frozen."""
+    packing: bool = False
+    """Rows of a batch stand one after the other in one row of tokens, without padding; each sees
+    itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size` rows.
+    The loss stays the same."""
+    pack_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a pack; default: `per_device_train_batch_size` times the mean length of a row, and
+    at least the longest row."""
+    pack_items: int | None = Field(default=None, ge=1)
+    """The most media items in a pack, where encoders need the memory; default: no limit."""
+    share_media: bool = False
+    """With `packing`: rows that begin with the same media (several questions about one picture)
+    come into one pack, in which what they share is computed once. The loss stays the same."""
+    fsdp: Fsdp | None = None
+    """Each process holds a piece of the language model's weights, gradients and optimizer state
+    (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
+    compile_layers: bool = False
+    """Each layer of the language model is compiled by torch (inductor); see docs/scale-out.md."""
+    liger: bool = False
+    """Liger's kernels in the language model's layers; needs a GPU and the package liger-kernel."""
+    calibration_items: int = Field(default=4096, ge=1)
+    """Items of each modality whose features fix the projector's statistics."""
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    stages: list[Stage] = Field(min_length=1)
+    num_samples: int = Field(default=4, ge=0)
+    """Rows of `data.eval` whose answers are shown at each evaluation."""
+    blind: bool = True
+    """Test at each evaluation and at the end whether the model uses its senses: rows of `data.eval`
+    with their media as they are, shuffled and blanked."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device can do at most, in TFLOP/s of the precision used, for `mfu` in the log."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Any transformers.TrainingArguments field, for every stage."""
+
+    def _fsdp_fits(self) -> None:
+        """Pieces are put together in one forward of the whole model, and by one library."""
+        for stage in self.stages:
+            for key in ("fsdp", "deepspeed"):
+                if {**self.args, **stage.args}.get(key):
+                    raise ValueError(f"`fsdp` and `{key}` of `args` exclude each other; keep one")
+        if self.share_prefix:
+            raise ValueError("`fsdp` and `share_prefix` exclude each other; keep one")
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _fsdp_from_a_word(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("feature_cache", mode="before")
+    @classmethod
+    def _from_a_word(cls, value: Any) -> Any:
+        words: dict[Any, Any] = {True: {}, False: None, "auto": {"auto": True}, None: None}
+        if isinstance(value, (bool, str)):
+            if value not in words:
+                raise ValueError(
+                    "expected true, false, auto or a section such as {path: FOLDER}, got "
+                    f"{value!r}"
+                )
+            return words[value]
+        return value
+
+    @property
+    def surrogates(self) -> Literal["required", "optional"] | None:
+        """Whether rows are read with texts in place of their media, for the stages' teachers."""
+        teachers = [stage.teacher for stage in self.stages if stage.teacher is not None]
+        if not teachers:
+            return None
+        return "required" if any(t.missing == "raise" for t in teachers) else "optional"
+
+    @property
+    def pairs(self) -> Literal["required", "optional"] | None:
+        """Whether rows are read with their rejected answers, for the stages with `dpo`."""
+        missing = [stage.dpo.missing for stage in self.stages if stage.dpo is not None]
+        return None if not missing else "required" if "raise" in missing else "optional"
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> TrainSpec:
+        stage_names = [stage.name for stage in self.stages]
+        if len(set(stage_names)) < len(stage_names):
+            raise ValueError(f"stages need different names, got {stage_names}")
+        with_adapter = [stage.name for stage in self.stages if stage.learn.adapter is not None]
+        in_full = [stage.name for stage in self.stages if stage.learn.language_model is not None]
+        if self.share_prefix and (with_adapter or in_full):
+            raise ValueError(
+                f"`share_prefix` needs a frozen language model, but stage "
+                f"{(with_adapter or in_full)[0]!r} learns "
+                + ("an adapter" if with_adapter else "all of it")
+            )
+        if self.packing and self.share_prefix:
+            raise ValueError(
+                "`packing` and `share_prefix` exclude each other: packed rows have no common "
+                "start; keep one"
+            )
+        if self.fsdp is not None:
+            self._fsdp_fits()
+        for stage in self.stages if self.fsdp is not None else ():
+            if stage.teacher is not None and stage.teacher.missing != "raise":
+                raise ValueError(
+                    f"with `fsdp` the teacher of stage {stage.name!r} must read every row, or "
+                    "processes would wait for each other; set `teacher.missing` to raise"
+                )
+        preferring = [stage.name for stage in self.stages if stage.dpo is not None]
+        for key in ("packing", "fsdp", "share_prefix"):
+            if preferring and getattr(self, key):
+                raise ValueError(
+                    f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
+                    "one, or give that stage a recipe of its own with `start_from`"
+                )
+        for key in ("pack_tokens", "pack_items", "share_media"):
+            if getattr(self, key) not in (None, False) and not self.packing:
+                raise ValueError(f"`{key}` needs `packing: true`")
+        if with_adapter and in_full:
+            last_full = stage_names.index(in_full[-1])
+            if stage_names.index(with_adapter[0]) < last_full:
+                raise ValueError(
+                    f"stage {in_full[-1]!r} learns `language_model` behind stage "
+                    f"{with_adapter[0]!r}, which learns an adapter for the weights as they were "
+                    "before; learn the language model first, or merge the adapter (`multi-token "
+                    "export RUN --to merged`) and train that"
+                )
+        if self.start_from is not None and (
+            Path(self.start_from).absolute() == Path(self.output_dir).absolute()
+        ):
+            raise ValueError("`start_from` is the run's own `output_dir`; choose another for one")
+        of_encoders = [
+            (stage.name, *pair) for stage in self.stages for pair in stage.learn.encoders.items()
+        ]
+        if self.feature_cache and not self.feature_cache.auto and of_encoders:
+            stage_name, name, _ = of_encoders[0]
+            raise ValueError(
+                f"`feature_cache` keeps the features of frozen encoders, but stage {stage_name!r} "
+                f"learns the encoder of {name!r}; set it to false"
+            )
+        ways: dict[str, LoraSpec | None] = {}
+        for stage_name, name, encoder in of_encoders:
+            if ways.setdefault(name, encoder.lora) != encoder.lora:
+                raise ValueError(
+                    f"the encoder of {name!r} learns by other means in stage {stage_name!r} than "
+                    "before: LoRA must be the same in all stages that name it, or in none"
+                )
+        return self

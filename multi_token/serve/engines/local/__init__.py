@@ -1,0 +1,1 @@
+"""The local engine: continuous batching over a left-padded KV cache."""

@@ -1,0 +1,1 @@
+"""Untrusted media: decoded in worker processes, under limits."""

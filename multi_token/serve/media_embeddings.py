@@ -1,0 +1,245 @@
+"""Media of many requests through their encoders and projectors, together and each content once.
+
+Border: prepared items in, rows of the language model's width out. It decodes nothing, and where
+the rows go in a prompt is known already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multi_token.data.feature_cache.keys import digest
+from multi_token.errors import MultiTokenError
+from multi_token.generate import to_device
+from multi_token.serve.engines.base import Prompt
+from multi_token.serve.errors import ServeError
+from multi_token.types import Prepared, Sample
+
+if TYPE_CHECKING:
+    from multi_token.model import MultiTokenForConditionalGeneration
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    modality: str
+    prepared: Prepared
+    key: str
+    result: Future[Tensor]
+
+
+class Projection:
+    """One thread that takes all items of a modality that wait as one batch, and keeps the rows.
+
+    Rows are on the language model's device, in its precision. Any method may be called from any
+    thread.
+    """
+
+    def __init__(
+        self,
+        model: MultiTokenForConditionalGeneration,
+        *,
+        cache_bytes: int,
+        max_items: int = 16,
+    ) -> None:
+        """`cache_bytes`: of rows that are kept, those asked for last; 0 keeps none. `max_items`:
+        in one batch. What is kept lives no longer than this, so the weights must stay as they are.
+        """
+        self.model = model
+        self.cache_bytes = cache_bytes
+        self.max_items = max_items
+        self.num_queries = 0
+        """Items that were asked for."""
+        self.num_hits = 0
+        """Those among them that were here, or on their way."""
+        self.num_bytes = 0
+        """Of the rows that are kept."""
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._on_their_way: dict[str, Future[Tensor]] = {}
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    async def prompt(self, sample: Sample, *, tenant: str = "") -> Prompt:
+        """A sample with its media prepared -> the prompt with what the projectors make of them.
+
+        `tenant`: whoever asks under another name shares nothing with this one. Raises ServeError
+        for an item of which no rows come.
+        """
+        keys = await asyncio.to_thread(self.keys, sample, tenant) if sample.media else ()
+        asked = [
+            asyncio.wrap_future(self.ask(place.modality, item, key))
+            for place, item, key in zip(sample.places, sample.media, keys, strict=True)
+        ]
+        tokens = await asyncio.gather(*asked)
+        places = tuple(sample.places)
+        return Prompt(sample.input_ids, places, tuple(tokens), tuple(keys), tenant)
+
+    def keys(self, sample: Sample, tenant: str = "") -> tuple[str, ...]:
+        """Of each item 32 hexadecimal digits; see `content_key`."""
+        return tuple(
+            content_key(place.modality, item, tenant)
+            for place, item in zip(sample.places, sample.media, strict=True)
+        )
+
+    def ask(self, modality: str, prepared: Prepared, key: str) -> Future[Tensor]:
+        """An item -> its rows [num_tokens, dim], at once if they are here."""
+        with self._changed:
+            self.num_queries += 1
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                self.num_hits += 1
+                here: Future[Tensor] = Future()
+                here.set_result(kept)
+                return here
+            on_its_way = self._on_their_way.get(key)
+            if on_its_way is not None:
+                self.num_hits += 1
+                return on_its_way
+            if self._is_stopping:
+                raise ServeError("the server is shutting down", status=503)
+            result: Future[Tensor] = Future()
+            result.set_running_or_notify_cancel()  # others may wait for it: nobody can cancel it
+            self._on_their_way[key] = result
+            self._waiting.append(_Job(modality, prepared, key, result))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="projection", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+            return result
+
+    def stop(self) -> None:
+        """Refuse what waits and end the thread, behind the batch that it is at."""
+        with self._changed:
+            self._is_stopping = True
+            refused = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify()
+        for job in refused:
+            self._end(job, ServeError("the server is shutting down", status=503))
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_stopping)
+                if self._is_stopping:
+                    return
+                name = self._waiting[0].modality
+                batch = [job for job in self._waiting if job.modality == name][: self.max_items]
+                taken = {job.key for job in batch}
+                self._waiting = deque(job for job in self._waiting if job.key not in taken)
+            try:
+                self._compute(batch)
+            except Exception as error:  # noqa: BLE001 - those who wait must be told
+                _LOG.error("%d items of %s failed", len(batch), name, exc_info=error)
+                for job in batch:
+                    if not job.result.done():
+                        self._end(job, _told(error, name))
+
+    def _compute(self, jobs: Sequence[_Job]) -> None:
+        """All at once; if that fails, or for those of which no numbers come, each alone."""
+        again: list[_Job] = []
+        try:
+            for job, rows in zip(jobs, self._rows(jobs), strict=True):
+                if rows is None:
+                    again.append(job)
+                else:
+                    self._end(job, rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            again = [job for job in jobs if not job.result.done()]
+            if len(jobs) == 1:
+                _LOG.error("an item of %s failed", jobs[0].modality, exc_info=error)
+                self._end(jobs[0], _told(error, jobs[0].modality))
+                return
+        if len(jobs) == 1 and again:
+            self._end(
+                jobs[0],
+                ServeError(
+                    f"an item of {jobs[0].modality!r} gives tokens that are no numbers (NaN or "
+                    "infinite); send another item",
+                    param="messages",
+                ),
+            )
+            return
+        for job in again:
+            self._compute([job])
+
+    @torch.no_grad()
+    def _rows(self, jobs: Sequence[_Job]) -> list[Tensor | None]:
+        """Rows [num_tokens, dim] of each item; None where they are no numbers."""
+        name = jobs[0].modality
+        modality = self.model.modalities[name]
+        lengths = [modality.num_tokens(job.prepared.num_features) for job in jobs]
+        inputs = to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
+        weight: Any = self.model.get_input_embeddings().weight
+        tokens = self.model.projector(name)(self.model.encode(name, inputs))
+        tokens = tokens.to(weight.device, weight.dtype)
+        if tokens.shape != (sum(lengths), weight.shape[1]):
+            raise MultiTokenError(
+                f"{len(jobs)} items of {name!r} became tokens of shape {tuple(tokens.shape)}, "
+                f"expected {(sum(lengths), weight.shape[1])}"
+            )
+        are_numbers = tokens.isfinite().all(-1).cpu()
+        return [
+            # a clone: a part of the batch would keep all of it in memory
+            rows.clone() if bool(good.all()) else None
+            for rows, good in zip(tokens.split(lengths), are_numbers.split(lengths), strict=True)
+        ]
+
+    def _end(self, job: _Job, result: Tensor | ServeError) -> None:
+        with self._changed:
+            self._on_their_way.pop(job.key, None)
+            if isinstance(result, Tensor):
+                self._keep(job.key, result)
+        if isinstance(result, Tensor):
+            job.result.set_result(result)
+        else:
+            job.result.set_exception(result)
+
+    def _keep(self, key: str, rows: Tensor) -> None:
+        if rows.nbytes > self.cache_bytes:
+            return
+        self._kept[key] = rows
+        self.num_bytes += rows.nbytes
+        while self.num_bytes > self.cache_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.num_bytes -= oldest.nbytes
+
+
+def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
+    """32 hexadecimal digits that are equal only for equal rows of one tenant, in one server.
+
+    Of what the encoder is given (names, precisions, shapes and every byte), so that neither a file
+    is read again nor a client's name trusted. Which encoder and projector that is, the name of the
+    sense says: they are the same for as long as anything is kept.
+    """
+    parts = [modality.encode(), tenant.encode(), str(prepared.num_features).encode()]
+    for name, tensor in sorted(prepared.inputs.items()):
+        values = tensor.detach().cpu().contiguous()
+        parts.append(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        parts.append(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest(*parts)
+
+
+def _told(error: Exception, modality: str) -> ServeError:
+    """What a client is told: of errors of ours the text, of others that there was one."""
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, MultiTokenError):
+        return ServeError(f"an item of {modality!r}: {error}", param="messages")
+    return ServeError(f"an item of {modality!r} cannot be encoded", status=500, retry=False)

@@ -1,0 +1,155 @@
+"""The description of the routes for machines (OpenAPI), and the same as a page for people.
+
+Border: made of the schemas and routes that there are; the page loads nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from multi_token.serve.openai.protocol import PARTS, ChatRequest
+
+REFERENCE = "/docs"
+_REF = "#/components/schemas/{model}"
+_ERRORS = {
+    "400": "The request is wrong; `param` says where.",
+    "401": "No key, or a wrong one.",
+    "404": "There is no such route or model.",
+    "408": "The body took too long to arrive.",
+    "413": "The body is too long.",
+    "415": "The body is not said to be JSON.",
+    "421": "The Host header names another machine.",
+    "422": "An item of media takes too much time or memory.",
+    "429": "No place is free; see Retry-After.",
+    "500": "A fault of the server.",
+    "503": "The server shuts down, or its engine has failed.",
+    "504": "The request took too long.",
+}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string", "maxLength": 300, "pattern": "^[\\x20-\\x7e]*$"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+                "error_id": {"type": "string"},
+            },
+        }
+    },
+}
+_GENERATE_SCHEMA = {
+    "type": "object",
+    "required": ["messages"],
+    "properties": {
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+            },
+        },
+        "images": {"type": "array", "items": {"type": "string"}},
+    },
+}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, with the bodies that we read ourselves."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for model in (ChatRequest, *PARTS.values()):
+        _add(schemas, model)
+    # an object stands for parts that only this run has: `<name>_url`
+    parts: list[dict[str, Any]] = [{"$ref": _REF.format(model=m.__name__)} for m in PARTS.values()]
+    content = schemas["ChatMessage"]["properties"]["content"]
+    for branch in content["anyOf"]:
+        if branch.get("type") == "array":
+            branch["items"] = {"anyOf": parts}
+    schemas["Error"] = _ERROR_SCHEMA
+    schemas["GenerateRequest"] = _GENERATE_SCHEMA
+    bodies = {"/v1/chat/completions": "ChatRequest", "/generate": "GenerateRequest"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _complete(operation, bodies.get(path), is_open=path == "/health")
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    app.openapi_schema = document
+    return document
+
+
+def _add(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template=_REF)
+    schemas.update(schema.pop("$defs", {}))
+    schemas[model.__name__] = schema
+
+
+def _complete(operation: dict[str, Any], body: str | None, *, is_open: bool) -> None:
+    if body is not None:
+        schema = {"$ref": _REF.format(model=body)}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
+    operation["security"] = [] if is_open else [{"key": []}]
+    responses = operation["responses"]
+    error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
+    for status, meaning in _ERRORS.items():
+        if status == "503" and operation.get("tags") == ["state"]:
+            responses[status] = {"description": meaning}
+        else:
+            responses[status] = {"description": meaning, "content": error}
+    if body == "ChatRequest":  # or, with `stream`, events
+        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    if "metrics" in operation["operationId"]:
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def reference_page(document: dict[str, Any]) -> str:
+    """Routes and fields as one page of HTML, without scripts."""
+    rows = [
+        f"<tr><td><code>{method.upper()} {escape(path)}</code></td>"
+        f"<td>{escape(operation.get('description', ''))}</td></tr>"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    fields = [
+        f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(_type(schema))}</code></td></tr>"
+        for name, schema in document["components"]["schemas"]["ChatRequest"]["properties"].items()
+    ]
+    return (
+        "<!doctype html><meta charset=utf-8><title>multi_token</title>"
+        "<style>body{font:16px system-ui;margin:2em auto;max-width:50em;padding:0 1em}"
+        "td{padding:.2em 1em .2em 0;vertical-align:top}</style>"
+        f"<h1>multi_token {escape(document['info']['version'])}</h1>"
+        f"<h2>Routes</h2><table>{''.join(rows)}</table>"
+        f"<h2>Fields of a chat request</h2><table>{''.join(fields)}</table>"
+        '<p>For machines: <a href="openapi.json">openapi.json</a></p>'
+    )
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """A schema in a few words: its types and bounds."""
+    branches = schema.get("anyOf", [schema])
+    names = []
+    for branch in branches:
+        name = branch.get("type") or str(branch.get("$ref", "")).rpartition("/")[2]
+        bounds = [
+            f"{sign} {branch[key]}"
+            for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="))
+            if key in branch
+        ]
+        names.append(" ".join([name, *bounds]))
+    return " or ".join(name for name in names if name != "null")

@@ -1,0 +1,329 @@
+"""Messages of a request -> a Conversation: which sense a content part is for, and its bytes.
+
+Border: decodes base64 and numbers, fetches nothing and opens no media. Text becomes `Text` whatever
+it spells; only a content part makes a `Media`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from multi_token.data.formats import to_conversation
+from multi_token.errors import RowError
+from multi_token.registry import nearest
+from multi_token.serve.errors import ServeError
+from multi_token.serve.openai.protocol import (
+    PARTS,
+    AudioUrlPart,
+    ChatMessage,
+    FilePart,
+    ImageUrlPart,
+    InputAudioPart,
+    MediaPart,
+    TextPart,
+    Url,
+    VideoUrlPart,
+    checked,
+    unknown_field,
+)
+from multi_token.types import Conversation, Media, Message, Part, Role, Text
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "image": ("image", "joint"),
+    "audio": ("speech", "sound", "joint"),
+    "video": ("video", "joint"),
+    "document": ("document", "joint"),
+}
+"""What a part is -> types of modalities that may read it."""
+_KIND_OF_SUFFIX: Mapping[str, str] = {
+    **dict.fromkeys(("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"), "image"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "aiff"), "audio"),
+    **dict.fromkeys(("mp4", "webm", "mov", "mkv", "avi", "mpeg"), "video"),
+}
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+MAX_PARTS = 1024
+MAX_CHARACTERS = 1_000_000
+"""Of all texts of a request, where its server has no lower limit."""
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """Reads messages for a run with these senses."""
+
+    types: Mapping[str, str]
+    """Name of each modality instance -> its registered type."""
+    takes_urls: bool = False
+    """Whether any host is allowed to be fetched from."""
+    max_media: int = 64
+    max_messages: int = 1000
+    max_characters: int = MAX_CHARACTERS
+
+    def conversation(self, messages: Sequence[ChatMessage], *, id: str = "") -> Conversation:
+        """The conversation that is to be answered. Raises ServeError (400)."""
+        read = tuple(self._message(m, f"messages.{i}") for i, m in enumerate(messages))
+        return self._checked(Conversation(read, id=id))
+
+    def row(self, fields: Any, *, id: str = "") -> Conversation:
+        """A row as the original's `/generate` takes it; its items are `data:` addresses or base64.
+
+        `{"messages": [{"role": "user", "content": "What is <image>?"}], "images": [...]}`. Raises
+        ServeError (400).
+        """
+        if not isinstance(fields, dict):
+            raise ServeError(
+                'the body should be a JSON object: {"messages": [...], "images": [...]}'
+            )
+        try:
+            read = to_conversation(
+                {k: v for k, v in fields.items() if k != "id"}, list(self.types), row_id="request"
+            )
+        except RowError as error:
+            raise ServeError(str(error).removeprefix("row request: "), param="messages") from None
+        messages = tuple(
+            Message(m.role, tuple(self._legacy(p) if isinstance(p, Media) else p for p in m.parts))
+            for m in read.messages
+        )
+        return self._checked(Conversation(messages, id=id))
+
+    def _checked(self, conversation: Conversation) -> Conversation:
+        messages = conversation.messages
+        num_characters = sum(
+            len(part.text) for m in messages for part in m.parts if isinstance(part, Text)
+        )
+        counts = (
+            ("messages", len(messages), self.max_messages),
+            ("media items", len(conversation.media), self.max_media),
+            ("content parts", sum(len(m.parts) for m in messages), MAX_PARTS),
+            ("characters of text", num_characters, self.max_characters),
+        )
+        for what, number, limit in counts:
+            if number > limit:
+                raise ServeError(
+                    f"the request has {number} {what}, and the limit is {limit}",
+                    param="messages",
+                    code="invalid_value",
+                )
+        if messages[-1].role != "user":
+            raise ServeError(
+                f"the last message is of the {messages[-1].role}; it should be the user's, which "
+                "is answered",
+                param="messages",
+                code="invalid_value",
+            )
+        for index, message in enumerate(messages):
+            if message.role != "user" and any(isinstance(p, Media) for p in message.parts):
+                raise ServeError(
+                    f"messages.{index} is of the {message.role} and holds media, which only a "
+                    "user's message may",
+                    param=f"messages.{index}.content",
+                    code="invalid_value",
+                )
+        return conversation
+
+    def _message(self, message: ChatMessage, where: str) -> Message:
+        role: Role = "system" if message.role == "developer" else message.role
+        content = message.content
+        if content is None:
+            if role != "assistant":
+                raise ServeError(f"{where}.content is missing", param=f"{where}.content")
+            content = ""
+        if isinstance(content, str):
+            return Message(role, (Text(_encodable(content, f"{where}.content")),))
+        if not content:
+            raise ServeError(f"{where}.content has no parts", param=f"{where}.content")
+        parts = (self._part(p, f"{where}.content.{i}") for i, p in enumerate(content))
+        return Message(role, tuple(parts))
+
+    def _part(self, fields: dict[str, Any], where: str) -> Part:
+        kind = fields.get("type")
+        if not isinstance(kind, str):
+            raise ServeError(f"{where}.type is missing; {self._known()}", param=f"{where}.type")
+        name = kind.removesuffix("_url")
+        if kind not in PARTS and not (kind != name and name in self.types):
+            raise ServeError(
+                f"unknown content part {kind[:40]!r}; {self._known()}",
+                param=f"{where}.type",
+                code="unknown_part",
+            )
+        if name != kind and name in self.types:  # the name of an instance says which one it is
+            return self._item(name, self._url_of(fields, kind, where))
+        part = checked(PARTS[kind], fields, where=where)
+        if isinstance(part, TextPart):
+            return Text(_encodable(part.text, f"{where}.text"))
+        if isinstance(part, ImageUrlPart):
+            return self._by_kind("image", _address(part.image_url), f"{where}.image_url")
+        if isinstance(part, AudioUrlPart):
+            return self._by_kind("audio", _address(part.audio_url), f"{where}.audio_url")
+        if isinstance(part, VideoUrlPart):
+            return self._by_kind("video", _address(part.video_url), f"{where}.video_url")
+        if isinstance(part, InputAudioPart):
+            at = f"{where}.input_audio"
+            return self._by_kind("audio", part.input_audio.data, at, encoded=True)
+        if isinstance(part, FilePart):
+            address = part.file.file_data
+            kind = _kind_of_file(address, part.file.filename)
+            return self._by_kind(kind, address, f"{where}.file", encoded=True)
+        assert isinstance(part, MediaPart)
+        return self._media(part, where)
+
+    def _known(self) -> str:
+        own = [f"{name}_url" for name in self.types if f"{name}_url" not in PARTS]
+        return f"there are {', '.join([*PARTS, *own])}"
+
+    def _url_of(self, fields: dict[str, Any], kind: str, where: str) -> Any:
+        extra = [key for key in fields if key not in ("type", kind)]
+        if extra:
+            raise unknown_field(extra[0], ("type", kind), where=f"{where}.{extra[0]}")
+        value = fields.get(kind)
+        address = value if isinstance(value, str) else checked(Url, value, where=f"{where}.{kind}")
+        return self._source(_address(address), f"{where}.{kind}")
+
+    def _by_kind(self, kind: str, address: str, where: str, *, encoded: bool = False) -> Media:
+        return self._item(self._instance(kind, where), self._source(address, where, encoded))
+
+    def _instance(self, kind: str, where: str) -> str:
+        """The one sense that reads such a thing. Raises ServeError if there is none, or several."""
+        fitting = [name for name, of_type in self.types.items() if of_type in KINDS[kind]]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(f"{n} ({self.types[n]})" for n in fitting or self.types) or "none"
+        example = (fitting or [*self.types, "NAME"])[0]
+        found = "several senses" if fitting else "no sense"
+        raise ServeError(
+            f"this model has {found} for a part of kind {kind}"
+            f"{': ' if fitting else '; its senses are '}{names}. Name one: "
+            f'{{"type": "media", "modality": "{example}", "data": "<base64>"}}',
+            param=where,
+            code="ambiguous_part" if fitting else "no_such_sense",
+        )
+
+    def _media(self, part: MediaPart, where: str) -> Media:
+        if part.modality not in self.types:
+            near = nearest(part.modality, self.types)
+            raise ServeError(
+                f"unknown modality {part.modality[:40]!r}{near}; this model has "
+                f"{', '.join(self.types) or 'none'}",
+                param=f"{where}.modality",
+                code="no_such_sense",
+            )
+        if (part.data is None) == (part.url is None):
+            raise ServeError("a media part has either data or url", param=where)
+        if part.url is not None:
+            return self._item(part.modality, self._source(part.url, f"{where}.url"))
+        at = f"{where}.data"
+        if isinstance(part.data, list):
+            return self._item(part.modality, _npy(part.data, at))
+        assert part.data is not None
+        if part.format == "text":
+            return self._item(part.modality, _encodable(part.data, at).encode())
+        return self._item(part.modality, self._source(part.data, at, encoded=True))
+
+    def _legacy(self, item: Media) -> Media:
+        where = f"{item.modality}s"
+        source = item.source
+        if isinstance(source, str):
+            return self._item(item.modality, self._source(source, where, encoded=True))
+        if isinstance(source, list):
+            return self._item(item.modality, _npy(source, where))
+        raise ServeError(
+            f"expected each of {where} to be a data: address, base64 or a list of numbers",
+            param=where,
+            code="invalid_value",
+        )
+
+    def _item(self, name: str, source: bytes | str) -> Media:
+        return Media(name, source)
+
+    def _source(self, address: str, where: str, encoded: bool = False) -> bytes | str:
+        """The bytes of an address, or the address if it is of the web and such are allowed.
+
+        `encoded`: plain base64 is taken as well. Raises ServeError for everything else, paths
+        among them.
+        """
+        if address[:5].lower() == "data:":
+            header, comma, body = address.partition(",")
+            if not comma or not header.lower().endswith(";base64"):
+                raise _bad_address(where)
+            return _decoded(body, where)
+        if _WEB.match(address):
+            if not self.takes_urls:
+                raise ServeError(
+                    f"{where}: this server reads nothing from the web; send a data: address",
+                    param=where,
+                    code="urls_not_allowed",
+                )
+            return address
+        if not encoded or "://" in address[:16]:
+            raise _bad_address(where)
+        return _decoded(address, where)
+
+
+def _bad_address(where: str) -> ServeError:
+    return ServeError(
+        f"{where}: expected data:<type>;base64,<letters>; files of the server are never read",
+        param=where,
+        code="invalid_address",
+    )
+
+
+def _address(value: Url | str) -> str:
+    return value if isinstance(value, str) else value.url
+
+
+def _decoded(letters: str, where: str) -> bytes:
+    try:
+        data = base64.b64decode("".join(letters.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ServeError(
+            f"{where} is not base64; check that nothing was cut off",
+            param=where,
+            code="invalid_base64",
+        ) from None
+    if not data:
+        raise ServeError(f"{where} is empty", param=where, code="empty_media")
+    return data
+
+
+def _npy(numbers: list[Any], where: str) -> bytes:
+    """A list of numbers, or of equally long lists of them, as the bytes of a `.npy` file."""
+    try:
+        array = np.asarray(numbers)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "iuf" or not 1 <= array.ndim <= 2 or not array.size:
+        raise ServeError(
+            f"{where}: expected a list of numbers, or of equally long lists of numbers",
+            param=where,
+            code="invalid_value",
+        )
+    file = io.BytesIO()
+    with np.errstate(over="ignore"):  # the sense itself refuses what is not finite
+        np.save(file, array.astype(np.float32), allow_pickle=False)
+    return file.getvalue()
+
+
+def _kind_of_file(address: str, filename: str | None) -> str:
+    """What a file is: by the type of its address, else by its name; a document by default."""
+    if address[:5].lower() == "data:":
+        kind = address[5:64].partition("/")[0].lower()
+        if kind in KINDS:
+            return kind
+    suffix = (filename or "").rpartition(".")[2].lower()
+    return _KIND_OF_SUFFIX.get(suffix, "document")
+
+
+def _encodable(text: str, where: str) -> str:
+    """Text that is Unicode: half of a surrogate pair cannot be tokenized."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ServeError(f"{where} holds half of a surrogate pair", param=where) from None
+    return text

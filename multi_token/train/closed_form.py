@@ -1,0 +1,193 @@
+"""Stage zero: feature statistics, and the closed-form start (a projector without a gradient step).
+
+Border: fits buffers and the frozen linear part of projectors from captioned items; trains nothing.
+
+The closed-form start is this project's own: ridge regression from the standardized features of each
+captioned item to the language model's input embeddings of its caption's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multi_token.collate import Collator
+from multi_token.generate import to_device
+from multi_token.language_model.loading import embedding_rms
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.processor import Reader
+from multi_token.projectors.base import without_breaks
+from multi_token.recipe.train import AlignSpec
+from multi_token.types import Conversation, Features, Media, Text
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One item, what is said of it, and the reader that opens it."""
+
+    item: Media
+    caption: str
+    reader: Reader
+
+
+def captioned(conversations: Iterable[tuple[Conversation, Reader]]) -> Iterator[Captioned]:
+    """Those conversations that hold exactly one item and one assistant turn."""
+    for conversation, reader in conversations:
+        answers = [m for m in conversation.messages if m.role == "assistant"]
+        if len(conversation.media) == 1 and len(answers) == 1:
+            text = "".join(p.text for p in answers[0].parts if isinstance(p, Text)).strip()
+            if text:
+                yield Captioned(conversation.media[0], text, reader)
+
+
+@torch.no_grad()
+def calibrate(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[tuple[Media, Reader]],
+    *,
+    batch_size: int = 32,
+) -> int:
+    """Fit a projector's feature statistics, and scale its output to the embeddings' size.
+
+    Afterwards standardized features have zero mean and unit variance over these items, and tokens
+    the root mean square of the language model's input embeddings. Returns the number of vectors.
+    """
+    projector = model.projector(name)
+    total = torch.zeros_like(projector.feature_mean, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    count = 0
+    first: Features | None = None
+    for features in encoded(model, name, items, batch_size=batch_size):
+        first = first or features
+        values = features.values.double()
+        mask = without_breaks(features)
+        values = values.flatten(0, 1) if mask is None else values[mask]
+        total += values.sum(0)
+        squares += values.square().sum(0)
+        count += len(values)
+    if first is None:
+        return 0
+    if projector.spec.standardize:
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        # a value that never changes carries nothing: it is centred and left as small as it is
+        scale = torch.where(variance > 1e-10, variance.clamp(min=1e-10).rsqrt(), 1.0)
+        projector.feature_mean.copy_(mean)
+        projector.feature_scale.copy_(scale)
+    projector.scale_output(first, embedding_rms(model))
+    return count
+
+
+@torch.no_grad()
+def align(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[Captioned],
+    *,
+    spec: AlignSpec,
+    batch_size: int = 32,
+) -> int:
+    """Fit the closed-form part of a projector; returns the number of items it was fitted on.
+
+    Where one feature makes all of an item's tokens, token j is fitted to the embedding of the j-th
+    token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
+    each is fitted to the mean of the caption's embeddings, or (`targets: in_order`) to the token at
+    the same part of the way.
+
+    Streaming: only Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
+    """
+    if not items:
+        return 0
+    projector = model.projector(name)
+    targets = _Targets(model, items[0].reader, projector.tokens_per_group, spec)
+    num_in, num_out = projector.group_dim, projector.tokens_per_group * projector.out_dim
+    device = projector.feature_mean.device
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    gram, cross = torch.zeros(num_in, num_in, **exact), torch.zeros(num_in, num_out, **exact)
+    sum_x, sum_y, count = torch.zeros(num_in, **exact), torch.zeros(num_out, **exact), 0
+    start = 0
+    pairs = [(i.item, i.reader) for i in items]
+    for features in encoded(model, name, pairs, batch_size=batch_size):
+        batch = items[start : start + len(features.values)]
+        start += len(batch)
+        # where a line ends there is nothing to fit: that token is the projector's own
+        groups, mask = projector.arrange(Features(features.values, without_breaks(features)))
+        nums = mask.sum(1).tolist()
+        y = torch.cat(
+            [targets(i.caption, num_groups=n) for i, n in zip(batch, nums, strict=True)]
+        ).double()  # [groups, tokens * dim]
+        x = groups[mask].double()
+        gram += x.T @ x
+        cross += x.T @ y
+        sum_x += x.sum(0)
+        sum_y += y.sum(0)
+        count += len(x)
+    mean_x, mean_y = sum_x / count, sum_y / count
+    gram -= count * torch.outer(mean_x, mean_x)
+    cross -= count * torch.outer(mean_x, mean_y)
+    gram.diagonal().add_(spec.penalty)
+    weight = torch.linalg.solve(gram, cross)
+    closed_form = projector.add_closed_form()
+    closed_form.weight.copy_(weight.T)
+    closed_form.bias.copy_(mean_y - mean_x @ weight)
+    return start
+
+
+class _Targets:
+    """Caption -> the embeddings that its item's tokens should have, remembered by caption."""
+
+    def __init__(
+        self,
+        model: MultiTokenForConditionalGeneration,
+        reader: Reader,
+        num_tokens: int,
+        spec: AlignSpec,
+    ) -> None:
+        self.spec = spec
+        self.tokenizer = reader.tokenizer
+        self.embedding = model.get_input_embeddings()
+        self.num_tokens = num_tokens
+        self.space = self._embed(" ")[-1:]
+        self.known: dict[tuple[str, int], Tensor] = {}
+
+    def _embed(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        weight: Any = self.embedding.weight
+        return self.embedding(torch.tensor(ids, device=weight.device)).float()
+
+    def __call__(self, caption: str, *, num_groups: int) -> Tensor:
+        """[num_groups, num_tokens * dim]"""
+        if (caption, num_groups) not in self.known:
+            # by replacement, since a caption may hold braces of its own
+            embeddings = self._embed(self.spec.caption_format.replace("{caption}", caption))
+            num_all = num_groups * self.num_tokens
+            if num_groups == 1:
+                filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
+                target = filled[: self.num_tokens]
+            elif self.spec.targets == "in_order":
+                middles = 2 * torch.arange(num_all) + 1  # of each token's part of the way
+                target = embeddings[middles * len(embeddings) // (2 * num_all)]
+            else:
+                target = embeddings.mean(0, keepdim=True).expand(num_all, -1)
+            self.known[caption, num_groups] = target.reshape(num_groups, -1)
+        return self.known[caption, num_groups]
+
+
+def encoded(
+    model: MultiTokenForConditionalGeneration,
+    name: str,
+    items: Sequence[tuple[Media, Reader]],
+    *,
+    batch_size: int,
+) -> Iterator[Features]:
+    """Features of the items in order, batch by batch, from the cache where they are in it."""
+    collator = Collator(model.modalities, pad_id=0)
+    for start in range(0, len(items), batch_size):
+        prepared = [reader.prepare(item) for item, reader in items[start : start + batch_size]]
+        inputs = to_device(collator.inputs(name, prepared), model.device)
+        yield model.encode(name, inputs)

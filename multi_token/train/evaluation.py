@@ -1,0 +1,226 @@
+"""While a run learns: answers to held-out rows, the blind test, and the report that grows with it.
+
+Border: a callback of the trainer. What is measured is evaluate/'s, how a page looks page.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch.utils.data import ConcatDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from multi_token.data.dataset import ConversationDataset
+from multi_token.data.promised import PromisedDataset
+from multi_token.data.sources import Source
+from multi_token.errors import MultiTokenError
+from multi_token.evaluate.blind import BlindReport, Row, blind
+from multi_token.evaluate.rows import spread
+from multi_token.generate import answer_ids, decode, reader_of
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe.train import TrainSpec
+from multi_token.train.distributed import is_first, num_processes
+from multi_token.train.run_report import RunReport
+from multi_token.types import Conversation, Text
+
+if TYPE_CHECKING:
+    from multi_token.train.trainer import MultiTokenTrainer
+
+_BLIND_DURING, _BLIND_AFTER = 64, 256
+"""At most so many rows in the blind test of an evaluation, and of the end."""
+_LONGEST_ANSWER = 128
+
+
+def evaluation_defaults(spec_has_rows: bool) -> dict[str, Any]:
+    """Training arguments where there are rows to evaluate on; the recipe's go over them."""
+    return {"eval_strategy": "steps", "eval_steps": 200} if spec_has_rows else {}
+
+
+def dataset_of(
+    sources: Sequence[Source], model: MultiTokenForConditionalGeneration
+) -> ConcatDataset[Any]:
+    """The good rows of all sources as samples."""
+    return ConcatDataset([_dataset_of(source, list(model.modalities)) for source in sources])
+
+
+def _dataset_of(source: Source, modalities: list[str]) -> ConversationDataset:
+    reader, good, name = source.reader, source.good, source.name
+    if not source.by_header:
+        return ConversationDataset(
+            source.rows, reader, modalities=modalities, good=good, source=name
+        )
+    return PromisedDataset(
+        source.rows,
+        reader,
+        modalities=modalities,
+        good=good,
+        source=name,
+        lengths=source.lengths,
+    )
+
+
+class Watch(TrainerCallback):
+    """One for a run; each stage attaches its trainer. Without held-out rows it only reports."""
+
+    def __init__(
+        self,
+        model: MultiTokenForConditionalGeneration,
+        held_out: Sequence[Source],
+        spec: TrainSpec,
+        report: RunReport,
+        console: Console,
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.report = report
+        self.console = console
+        self.held_out = held_out
+        self.dataset = dataset_of(held_out, model) if held_out else None
+        self.rows: list[Row] = [pair for source in held_out for pair in source.conversations()]
+        self.blind = spec.blind and bool(self.rows)
+        self.trainer: MultiTokenTrainer | None = None
+        self.alone = False
+
+    def attach(self, trainer: MultiTokenTrainer, stage: str, learns: Sequence[str]) -> None:
+        """Begin with the trainer of a stage; `learns`: what learns in it, in words."""
+        self.trainer, self.model = trainer, trainer._ours()
+        self.report.begin(stage, learns)
+        trainer.add_callback(self)
+        sharded = trainer.is_deepspeed_enabled or (
+            num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
+        )
+        if self.rows and sharded and (self.blind or self.spec.num_samples):
+            self.console.print(
+                "the language model is sharded: answers to held-out rows and the blind test are "
+                "left out while it trains (`multi-token evaluate blind` does it afterwards)"
+            )
+        self.alone = not sharded and is_first()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The last step is evaluated, whatever `eval_steps` says."""
+        if self.dataset is not None and args.eval_strategy != "no":
+            control.should_evaluate |= state.global_step >= state.max_steps
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            wait = None if self.trainer is None else self.trainer.meter.data_wait
+            self.report.log(state.log_history, state.max_steps, data_wait=wait)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not self.alone or self.trainer is None:
+            return
+        if self.spec.num_samples:
+            chosen = spread(len(self.rows), self.spec.num_samples)
+            shown = answered(self.model, [self.rows[i] for i in chosen])
+            self.report.show(state.global_step, shown)
+            for one in shown:
+                self.console.print(
+                    f"  {one['question']!r} -> {one['answer']!r} (truth: {one['truth']!r})",
+                    highlight=False,
+                    markup=False,
+                )
+        found = self._blind(_BLIND_DURING)
+        if found is not None:
+            self.trainer.log(
+                {
+                    "eval_exact_answers": found["as they are"].accuracy,
+                    "eval_shuffled_loss_increase": found["shuffled"].loss_increase,
+                    "eval_blanked_loss_increase": found["blanked"].loss_increase,
+                }
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.report.write(at_once=True)
+
+    def finish(self, model: MultiTokenForConditionalGeneration) -> None:
+        """After the last stage: the blind test on more rows, in words and in the report."""
+        if self.trainer is None or not is_first():
+            return
+        self.model = model
+        found = self._blind(_BLIND_AFTER)
+        if found is not None:
+            self.report.blind(found.to_json())
+            self.console.print(*blind_lines(found), sep="\n", highlight=False, soft_wrap=True)
+        self.report.write(at_once=True)
+
+    def _blind(self, num_rows: int) -> BlindReport | None:
+        if not self.blind:
+            return None
+        try:
+            rows = [self.rows[i] for i in spread(len(self.rows), num_rows)]
+            return blind(self.model, rows, batch_size=self.batch_size)
+        except MultiTokenError as error:
+            self.blind = False
+            self.console.print(f"no blind test: {error}", highlight=False, markup=False)
+            return None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that the trainer evaluates together."""
+        return self.trainer.args.per_device_eval_batch_size if self.trainer is not None else 8
+
+
+def blind_lines(found: BlindReport) -> list[str]:
+    """The blind test in words, a line for each way in which media were shown."""
+    lines = [f"blind test, {found.num_rows} held-out rows:"]
+    for condition in found.conditions:
+        change = ""
+        if condition is not found.conditions[0]:
+            change = f" ({condition.loss_increase:+.3f} ± {2 * condition.standard_error:.3f})"
+        lines.append(
+            f"  media {condition.media}: loss {condition.loss:.3f}{change}, "
+            f"{condition.accuracy:.0%} of answers exact"
+        )
+    return [*lines, *(f"warning: {warning}" for warning in found.warnings)]
+
+
+def answered(
+    model: MultiTokenForConditionalGeneration, rows: Sequence[Row]
+) -> list[dict[str, str]]:
+    """The last question of each row, what the model answers (greedily), and what is true."""
+    training = model.training
+    model.eval()
+    try:
+        prompts = [
+            reader(replace(c, messages=_before_the_answer(c)), prompt_only=True)
+            for c, reader in rows
+        ]
+        truths = [_text(c, "assistant") for c, _ in rows]
+        reader = reader_of(model)
+        longest = max(len(reader.tokenizer(truth).input_ids) for truth in truths)
+        new_ids = answer_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
+        answers = [text for ids in new_ids for text in decode(reader, ids[None])]
+    finally:
+        model.train(training)
+    return [
+        {"id": c.id, "question": _text(c, "user"), "answer": answer.strip(), "truth": truth}
+        for (c, _), answer, truth in zip(rows, answers, truths, strict=True)
+    ]
+
+
+def _before_the_answer(conversation: Conversation) -> tuple[Any, ...]:
+    last = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
+    return conversation.messages[:last]
+
+
+def _text(conversation: Conversation, role: str) -> str:
+    """What the role says last, with `<name>` where an item stands."""
+    message = [m for m in conversation.messages if m.role == role][-1:]
+    parts = [
+        part.text if isinstance(part, Text) else f"<{part.modality}>"
+        for one in message
+        for part in one.parts
+    ]
+    return "".join(parts).strip()

@@ -1,0 +1,90 @@
+"""A trained model gets more senses: what a run has learned goes over into a recipe's new model.
+
+Border: compares a run with a model and takes its trained parts; it trains nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from multi_token.checkpoint.hub import local_folder
+from multi_token.checkpoint.load import CONFIG, load_trained, read_config
+from multi_token.checkpoint.references import absolutes, resolved
+from multi_token.errors import RecipeError
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.train import TrainSpec
+from multi_token.registry import validated
+
+
+def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
+    """All that `spec.start_from` has learned, as it is: projectors, encoders, the adapter, the
+    language model.
+
+    Returns the instances that were taken over. Raises RecipeError for a run with instances that the
+    recipe lacks or describes otherwise, CheckpointError for one of another language model.
+    """
+    run = spec.start_from
+    assert run is not None
+    fields = read_config(run)
+    folder = local_folder(run)
+    theirs = validated(ModelSpec, resolved(fields["model"], folder), where=str(folder / CONFIG))
+    names = list(theirs.modalities)
+    lacking = [name for name in names if name not in model.modalities]
+    if lacking:
+        raise RecipeError(
+            f"train.start_from: {run} has {', '.join(lacking)}, which the recipe lacks; add what "
+            "it has to `model.modalities`, under the same name"
+        )
+    described = absolutes(theirs.model_dump(mode="json"))["modalities"]
+    for name in names:
+        key = _difference(described[name], model.config.model["modalities"][name])
+        if key is not None:
+            raise RecipeError(
+                f"train.start_from: {name}.{key} is {_at(described[name], key)!r} in {run} and "
+                f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; a modality "
+                "that is taken over has the same settings"
+            )
+    in_full = [stage.name for stage in spec.stages if stage.learn.language_model is not None]
+    if fields["adapter"] and in_full:
+        raise RecipeError(
+            f"stage {in_full[0]!r} learns `language_model`, but {run} has an adapter for the "
+            f"weights as they are; merge it (`multi-token export {run} --to merged`) and start "
+            "from that"
+        )
+    load_trained(model, folder, fields)
+    _refuse_another_adapter(model, spec)
+    return names
+
+
+def _difference(theirs: Any, ours: Any, at: str = "") -> str | None:
+    """The dotted name of the first field that differs, if any."""
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return at if theirs != ours else None
+    # of another kind (`type`) than ours it would differ in names of fields as well
+    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (key != "type", key)):
+        inner = f"{at}.{key}" if at else key
+        found = _difference(theirs.get(key), ours.get(key), inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _at(fields: Any, key: str) -> Any:
+    for part in key.split("."):
+        fields = fields.get(part) if isinstance(fields, dict) else None
+    return fields
+
+
+def _refuse_another_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> None:
+    """An adapter that goes on learning keeps its rank and scale: say so if the recipe's differ."""
+    adapters = getattr(model.language_model, "peft_config", None)
+    if not adapters or all(stage.learn.adapter is None for stage in spec.stages):
+        return
+    theirs: Any = adapters["default"]
+    for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora"):
+        if getattr(theirs, key) != getattr(spec.adapter, key):
+            raise RecipeError(
+                f"train.adapter.{key} is {getattr(spec.adapter, key)}, but the adapter of "
+                f"{spec.start_from} has {getattr(theirs, key)} and goes on learning as it is"
+            )

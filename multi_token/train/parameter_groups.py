@@ -1,0 +1,150 @@
+"""What learns in a stage, how fast, and in what precision; all else is frozen.
+
+Border: parameters of a model and the `learn` section of a recipe. Encoders open themselves
+(encoders.py), the optimizer is the trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from multi_token.encoders import learning_parameters, open_to_learn
+from multi_token.errors import MultiTokenError
+from multi_token.language_model.loading import adapter_parameters
+from multi_token.language_model.quantization import quantized_parameters
+from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.projectors.base import Projector
+from multi_token.recipe.train import Learn, LearnEncoder, Pace
+
+
+class LearningGroup(NamedTuple):
+    """Parameters that learn alike."""
+
+    name: str
+    rate: float
+    weight_decay: float
+    parameters: list[nn.Parameter]
+    decays_vectors: bool = False
+    """Otherwise biases and norms are spared, as usual."""
+
+
+def parameter_groups(
+    model: MultiTokenForConditionalGeneration, learn: Learn, *, weight_decay: float = 0.0
+) -> list[LearningGroup]:
+    """What learns in a stage. `weight_decay`: of those that the recipe gives none of their own."""
+    groups: list[LearningGroup] = []
+
+    def add(name: str, pace: Pace, parameters: list[nn.Parameter]) -> None:
+        decay = weight_decay if pace.weight_decay is None else pace.weight_decay
+        groups.append(LearningGroup(name, pace.rate, decay, parameters))
+
+    biases: list[nn.Parameter] = []
+    # one group where all learn alike, one for each instance where the recipe tells them apart
+    rest: dict[str, tuple[Pace, list[nn.Parameter]]] = {}
+    for name, projector in model.projectors.items():
+        pace = learn.projector(name)
+        if pace is None:
+            continue
+        apart: set[int] = set()
+        if isinstance(projector, Projector):
+            if projector.closed_form:
+                apart |= {id(p) for p in projector.closed_form.parameters()}
+            if learn.projector_biases is not None:
+                last = [layer.bias for layer in projector.final_layers()]
+                apart |= {id(p) for p in last}
+                biases += last
+        group = f"projector {name}" if isinstance(learn.projectors, dict) else "projectors"
+        rest.setdefault(group, (pace, []))[1].extend(
+            p for p in projector.parameters() if id(p) not in apart
+        )
+    if learn.projector_biases is not None:
+        pace = learn.projector_biases
+        groups.append(
+            # vectors all of them: what is said of them here is meant for them
+            LearningGroup(
+                "projector_biases", pace.rate, pace.weight_decay or 0.0, biases, decays_vectors=True
+            )
+        )
+    for group, (pace, parameters) in rest.items():
+        add(group, pace, parameters)
+    if learn.adapter is not None:
+        add("adapter", learn.adapter, adapter_parameters(model.language_model))
+    if learn.language_model is not None:
+        add("language_model", learn.language_model, list(model.language_model.parameters()))
+    for name, spec in learning_encoders(model, learn).items():
+        add(f"encoder {name}", spec, learning_parameters(name, model.encoder(name), spec))
+    return groups
+
+
+def optimizer_groups(groups: Iterable[LearningGroup]) -> list[dict[str, Any]]:
+    """As torch's optimizers take them, each split into what is decayed and what is not."""
+    found = []
+    for group in groups:
+        for decayed in (True, False):
+            chosen = [
+                p for p in group.parameters if (p.ndim > 1 or group.decays_vectors) == decayed
+            ]
+            if chosen:
+                own = group.weight_decay if decayed else 0.0
+                found.append(
+                    {"params": chosen, "lr": group.rate, "weight_decay": own, "name": group.name}
+                )
+    return found
+
+
+def learning_encoders(
+    model: MultiTokenForConditionalGeneration, learn: Learn
+) -> dict[str, LearnEncoder]:
+    """What of which encoder learns in a stage, by instance.
+
+    One that starts from random weights learns with its projector, unless the recipe says more.
+    """
+    found = {}
+    for name in model.modalities:
+        encoder, pace = model.encoder(name), learn.projector(name)
+        if name in learn.encoders:
+            found[name] = learn.encoders[name]
+        elif (
+            pace is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
+        ):
+            found[name] = LearnEncoder(rate=pace.rate, weight_decay=pace.weight_decay)
+    return found
+
+
+def select_parameters(model: MultiTokenForConditionalGeneration, learn: Learn) -> None:
+    """Let the stage's parameters learn, freeze all others.
+
+    Raises MultiTokenError if none learn, or for a language model that cannot learn as a whole.
+    """
+    model.requires_grad_(False)
+    for name, spec in learning_encoders(model, learn).items():
+        model.trained_encoders[name] = open_to_learn(
+            name, model.encoder(name), spec, model.trained_encoders.get(name)
+        )
+    if learn.language_model is not None:
+        _open_language_model(model)
+    for group in parameter_groups(model, learn):
+        if not group.parameters:
+            raise MultiTokenError(f"nothing to learn under {group.name!r}")
+        for parameter in group.parameters:
+            parameter.requires_grad_(True)
+
+
+def _open_language_model(model: MultiTokenForConditionalGeneration) -> None:
+    """All of it in float32: small steps would be lost in 16 bits, and integers take none."""
+    if quantized_parameters(model.language_model):
+        raise MultiTokenError(
+            "learn.language_model trains all weights, but those of the language model are "
+            "quantized; learn an `adapter` on it (QLoRA), or set model.quantization to null and "
+            "name weights that are not quantized"
+        )
+    if hasattr(model.language_model, "peft_config"):
+        raise MultiTokenError(
+            "learn.language_model trains the weights that the model's adapter was made for; learn "
+            "`adapter`, or merge it first (`multi-token export RUN --to merged`) and train that"
+        )
+    model.language_model.float()
+    model.trained_language_model = True

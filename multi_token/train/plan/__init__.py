@@ -1,0 +1,1 @@
+"""`--plan`: time and memory of a run, before it starts."""

@@ -1,0 +1,220 @@
+"""Before a run starts: how much there is to do, what it takes in memory, and how long it will be.
+
+Border: looks at a trainer that is ready to go; words and numbers come out. trial.py tries
+its steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import Tensor
+from transformers.training_args import OptimizerNames
+
+from multi_token.language_model.quantization import num_bytes
+from multi_token.train.flops import short
+from multi_token.train.plan.dry_run import NUM_TIMED, Trial, same_random_numbers, try_out
+from multi_token.train.plan.oom import capacity_of, listed, ways_to_need_less
+
+if TYPE_CHECKING:
+    from multi_token.train.trainer import MultiTokenTrainer
+
+_FULL = 0.9
+"""The share of a device's memory that a run may be planned for; the rest goes to fragments."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. All but `activations` is counted, not estimated."""
+
+    weights: dict[str, int]
+    """By part: `language model`, `encoder of image`, ..."""
+    gradients: int
+    optimizer: int
+    activations: int | None = None
+    """What a step with the largest batch takes beside the rest; None where no step was tried."""
+
+    @property
+    def fixed(self) -> int:
+        """What any batch needs."""
+        return sum(self.weights.values()) + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.fixed + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do."""
+
+    name: str
+    num_rows: int
+    num_tokens: int
+    """Of all rows, once."""
+    num_steps: int
+    tokens_per_step: float
+    """Over all devices."""
+    tokens_per_device: float
+    """Of one step on one device."""
+    memory: Memory
+    trial: Trial | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole stage's, or None where no step was tried."""
+        per_step = self.seconds_per_step
+        return None if per_step is None else per_step * self.num_steps
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        if self.trial is None:
+            return None
+        of_tokens = self.trial.seconds_per_token * self.tokens_per_device
+        return of_tokens + self.trial.seconds_per_update
+
+
+def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
+    """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
+    args, lengths = trainer.args, trainer.lengths
+    with same_random_numbers():
+        loader: Any = trainer.get_train_dataloader()
+        num_batches = max(len(loader), 1)
+    per_epoch = max(num_batches // args.gradient_accumulation_steps, 1)
+    num_steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    )
+    num_rows, num_tokens = len(lengths), sum(lengths)
+    if trainer.streamed is not None:  # lengths are those of its first rows
+        num_batches_of_all = num_batches * args.world_size
+        num_tokens = round(num_batches_of_all * loader.tokens_per_batch(lengths))
+        num_rows = round(num_tokens * len(lengths) / sum(lengths))
+    mean = num_tokens / num_batches / args.world_size  # of a batch on one device
+    per_device = mean * args.gradient_accumulation_steps
+    trial = try_out(trainer) if try_steps else None
+    memory = memory_of(trainer)
+    if trial is not None:
+        activations = max(trial.num_bytes - memory.gradients, 0)
+        memory = Memory(memory.weights, memory.gradients, memory.optimizer, activations)
+    return StagePlan(
+        name,
+        num_rows,
+        num_tokens,
+        num_steps,
+        per_device * args.world_size,
+        per_device,
+        memory,
+        trial,
+    )
+
+
+def memory_of(trainer: MultiTokenTrainer) -> Memory:
+    """Weights as they are stored, gradients, and what the optimizer will keep."""
+    model = trainer._ours()
+    weights = {"language model": num_bytes(model.language_model)}
+    weights |= {f"encoder of {name}": num_bytes(e) for name, e in model.encoders.items()}
+    weights |= {f"projector of {name}": num_bytes(p) for name, p in model.projectors.items()}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in learned)
+    return Memory(
+        weights, gradients, optimizer_bytes(OptimizerNames(trainer.args.optim).value, learned)
+    )
+
+
+def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
+    """What an optimizer of transformers' names keeps of these parameters."""
+    numel = sum(p.numel() for p in learned)
+    own = sum(p.numel() * p.element_size() for p in learned)
+    if "8bit" in optim:
+        return 2 * numel
+    if optim == "adafactor":
+        return sum(4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1]) for p in learned if p.ndim)
+    if optim == "sgd":
+        return 0
+    if any(optim.startswith(kind) for kind in ("lion", "rmsprop", "adagrad")):
+        return own
+    return 2 * own  # Adam's two moments, in the precision of the parameters
+
+
+def short_lines(plan: StagePlan) -> list[str]:
+    """The plan in two lines, which stand at the start of every stage."""
+    memory = plan.memory
+    return [
+        f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
+        f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
+        f"  memory per device: {size(memory.fixed)} before any batch (weights "
+        f"{size(sum(memory.weights.values()))}, gradients {size(memory.gradients)}, optimizer "
+        f"{size(memory.optimizer)})",
+    ]
+
+
+def say(trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool) -> StagePlan:
+    """Print the plan of a stage: two lines, or (`at_length`) with steps tried and warnings."""
+    plan = plan_of(trainer, name, try_steps=at_length)
+    warnings = warnings_of(plan, trainer, capacity=capacity_of(trainer.args.device))
+    lines = long_lines(plan) if at_length else short_lines(plan)
+    console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    return plan
+
+
+def long_lines(plan: StagePlan) -> list[str]:
+    """The whole plan of a stage whose steps were tried."""
+    memory, trial = plan.memory, plan.trial
+    lines = short_lines(plan)
+    lines += [f"    {name}: {size(num)}" for name, num in memory.weights.items()]
+    if trial is None or plan.seconds is None or plan.seconds_per_step is None:
+        return lines
+    flops = trial.flops_per_token * plan.tokens_per_step
+    return [
+        *lines,
+        f"    activations of the largest batch: about {size(memory.activations or 0)}, in all "
+        f"{size(memory.total)}",
+        f"  {short(flops)}FLOP a step, {short(flops * plan.num_steps)}FLOP in all",
+        f"  about {plan.seconds_per_step:.3g} s a step ({NUM_TIMED} steps were tried), "
+        f"{duration(plan.seconds)} in all without evaluation and saving",
+    ]
+
+
+def warnings_of(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
+    """What will not fit into `capacity` bytes, and which lines of the recipe to change."""
+    memory, trial = plan.memory, plan.trial
+    fitted = 1.0 if trial is None else trial.fitted
+    if memory.total <= _FULL * capacity and fitted == 1.0:
+        return []
+    part = None
+    if memory.activations:
+        part = min(max(_FULL * capacity - memory.fixed, 0) / memory.activations, fitted)
+    verdict = (
+        f"needs about {size(memory.total)} a device, which has {size(capacity)}; it will not fit"
+    )
+    if memory.total <= _FULL * capacity:
+        verdict = (
+            f"needs about {size(memory.total)} a device, and of its {size(capacity)} there was not "
+            "enough left when it was tried"
+        )
+    return [
+        f"warning: stage {plan.name} {verdict}. Change in the recipe:"
+        f"{listed(ways_to_need_less(trainer, part))}"
+    ]
+
+
+def size(num: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num < 1024 or unit == "GiB":
+            return f"{num:,.0f} {unit}" if unit == "bytes" else f"{num:,.1f} {unit}"
+        num /= 1024
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `41 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours else f"{minutes} min"

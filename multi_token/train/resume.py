@@ -1,0 +1,262 @@
+"""A run's folder as something to go on from: whose it is, and checkpoints that are whole or not.
+
+    RUN/recipe.yaml                       the recipe that the folder belongs to
+    RUN/stages/<stage>/checkpoint-<step>  one of the trainer's, whole if `whole.json` is in it and
+                                          all files have the sizes that it names
+
+Border: what is in a checkpoint is written by the trainer; here stands when it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import distributed
+
+from multi_token.checkpoint.load import CONFIG
+from multi_token.errors import CheckpointError, RecipeError
+from multi_token.recipe.recipe import Recipe, differences, load_recipe
+from multi_token.train.distributed import from_all, is_first, wait
+from multi_token.train.plan.oom import is_out_of_memory
+
+RECIPE = "recipe.yaml"
+WHOLE = "whole.json"
+_PREFIX = "checkpoint-"
+# what writing to a full or vanished disk ends in, by Python, torch and safetensors
+_FAULTS = (OSError, RuntimeError, SafetensorError)
+
+# transformers' arguments by which a run goes on elsewhere or reports otherwise, with one result;
+# that the rows of a step stay as many is checked against the checkpoint
+_MAY_CHANGE = frozenset(
+    {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "use_cpu",
+        "ddp_backend",
+        "ddp_timeout",
+        "ddp_bucket_cap_mb",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+        "logging_steps",
+        "logging_first_step",
+        "report_to",
+        "run_name",
+        "save_steps",
+        "save_total_limit",
+    }
+)
+
+
+def claim(out: Path, recipe: Recipe) -> None:
+    """Write the recipe into its folder. Raises RecipeError if it is a run of another one, of which
+    something is there: one that was refused before it began leaves nothing to lose.
+
+    Fields that say where and with how many processes it runs may change (see docs/scale-out.md).
+    """
+    path = out / RECIPE
+    if path.is_file() and any((out / name).exists() for name in ("stages", CONFIG)):
+        before = load_recipe(path)
+        changed = _changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if changed:
+            raise RecipeError(
+                f"{out} holds a run of another recipe ({path}), which differs in "
+                f"{'; '.join(changed)}; go on with that one, choose another `train.output_dir`, or "
+                "remove that folder to start anew"
+            )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / f".{RECIPE}"
+        recipe.save(partial)
+        os.replace(partial, path)
+
+
+def _changes(before: Any, now: Any) -> list[str]:
+    """`train.seed: 0 there, 1 here` for each value that differs and matters."""
+    return [
+        f"{at}: {_short(a)} there, {_short(b)} here"
+        for at, a, b in differences(before, now)
+        if _matters(at)
+    ]
+
+
+def _matters(at: str) -> bool:
+    """Not who holds which piece (`train.fsdp`), who told the lengths, and where it runs."""
+    section, _, key = at.rpartition(".")
+    if section.endswith("args") and key in _MAY_CHANGE:
+        return False
+    return at != "data.lengths" and at.split(".")[:2] != ["train", "fsdp"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around writing a result: a full disk is a CheckpointError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written: {_reason(error)}; make room or choose another "
+            "`train.output_dir`, and start the same command again: it goes on from what is whole"
+        ) from error
+
+
+@contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """Around reading an optimizer's state: a file whose bytes are wrong is a CheckpointError.
+
+    Its size was looked at before (`last_checkpoint`), its content was not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, distributed.DistError):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({(str(error).splitlines() or [''])[0][:200]}); remove that "
+            "folder, and the same command goes on from the checkpoint before it, or begins the "
+            "stage anew if there is none"
+        ) from error
+
+
+@contextmanager
+def whole(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+    """Around writing a checkpoint, in all processes at once: afterwards it is whole, or gone.
+
+    `facts`: what a later run must share to go on from it. Raises CheckpointError in all processes
+    if any of them could not write, with the name of the last checkpoint that is whole.
+    """
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while writing it
+    wait()
+    fault = None
+    try:
+        yield
+    except _FAULTS as error:
+        fault = error
+    _refuse_faults(folder, fault)
+    try:
+        if is_first():
+            _mark(folder, facts)
+    except OSError as error:
+        fault = error
+    _refuse_faults(folder, fault)
+
+
+def _refuse_faults(folder: Path, fault: Exception | None) -> None:
+    reasons = [r for r in from_all(None if fault is None else _reason(fault)) if r is not None]
+    if not reasons:
+        return
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait()
+    last = last_checkpoint(folder.parent)
+    raise CheckpointError(
+        f"{folder} could not be written: {reasons[0]}; make room on that disk and start the same "
+        + (
+            f"command again: it goes on from {last.name}, which is whole"
+            if last is not None
+            else "command again; there is no checkpoint yet, so this stage begins anew"
+        )
+    ) from fault
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong: torch adds where in its own source."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    if "inline_container" in str(error):  # torch's writer, which tells positions instead
+        return "a file could not be written to its end, as on a full disk"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _mark(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Everything onto the disk, then the mark, so that a power cut leaves none alone."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    partial = folder / f".{WHOLE}"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({**facts, "files": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / WHOLE)
+
+
+def last_checkpoint(folder: Path, say: Callable[[str], object] | None = None) -> Path | None:
+    """The newest whole checkpoint of a stage; `say` hears of newer ones that are not."""
+    for path in reversed(_checkpoints(folder)):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        if say is not None:
+            say(f"{path} is not whole ({fault}), so it is passed over")
+    return None
+
+
+def keep_newest(folder: Path, num: int | None, *, best: str | None = None) -> None:
+    """Remove all but the newest `num` whole checkpoints (None: keep all), and the `best` one.
+
+    Those that are not whole go as well.
+    """
+    at_hand = [path for path in _checkpoints(folder) if _fault(path) is None]
+    kept = {path.name for path in (at_hand[-num:] if num else at_hand)}
+    if best is not None:
+        kept.add(Path(best).name)
+    for path in _checkpoints(folder):
+        if path.name not in kept:
+            (path / WHOLE).unlink(missing_ok=True)  # first, or half of it might count as all
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_another_pace(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Raises RecipeError if a step would take other rows than those before this checkpoint."""
+    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+    for key, value in facts.items():
+        if before.get(key) != value:
+            raise RecipeError(
+                f"{checkpoint} was made with {before.get(key)} {key.replace('_', ' ')}, and now "
+                f"there would be {value}: the run would not see the rest of its rows; start it "
+                "with as many (rows per step = processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps; packs per step = processes x "
+                "gradient_accumulation_steps)"
+            )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def _fault(path: Path) -> str | None:
+    """Why a checkpoint does not count, if it does not."""
+    try:
+        sizes = json.loads((path / WHOLE).read_text(encoding="utf-8"))["files"]
+    except OSError:
+        return f"it was cut off while it was written: no {WHOLE}"
+    except (ValueError, KeyError, TypeError):
+        return f"{WHOLE} is damaged"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None

@@ -1,0 +1,174 @@
+"""transformers' TrainingArguments of a stage: our defaults, and the recipe's fields over them.
+
+Border: what must stay as it is, and what is said of a field that is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from multi_token.errors import RecipeError
+from multi_token.registry import nearest
+from multi_token.train.metrics import default_report_to
+
+# what a run needs to be right, whatever the recipe says
+_FIXED: dict[str, Any] = {
+    "remove_unused_columns": False,  # media are no columns of forward's signature
+    "label_names": ["labels"],
+    "logging_nan_inf_filter": False,  # it would hide a diverging loss
+    "prediction_loss_only": True,  # logits at supervised positions have no common length
+    "disable_tqdm": True,  # train/progress.py draws the bar
+}
+_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "logging_steps": 5,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "max_grad_norm": 1.0,
+}
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+# what transformers does to a whole model -> the recipe's line that does it to the right part
+_ELSEWHERE: dict[str, str] = {
+    "fsdp": "set `train.fsdp: true`, which cuts the language model into pieces",
+    "torch_compile": "set `train.compile_layers: true`, which compiles the language model's layers",
+    "torch_compile_backend": "set `train.compile_layers: true`, whose backend is inductor",
+    "torch_compile_mode": "set `train.compile_layers: true`, whose mode is torch's default",
+    "use_liger_kernel": "set `train.liger: true`, which is for the language model's layers",
+    "liger_kernel_config": "set `train.liger: true`, which chooses them",
+}
+
+
+def training_arguments(
+    output_dir: Path, fields: Mapping[str, Any], *, seed: int, learning_rate: float
+) -> TrainingArguments:
+    """TrainingArguments of a stage: our defaults, the recipe's fields over them.
+
+    Raises RecipeError for a field that transformers does not have, that must stay as it is or is
+    set elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
+    """
+    _refuse_what_has_its_own_line(fields)
+    _refuse_deepspeed(fields.get("deepspeed"))
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key in fields:
+        if key not in known:
+            raise RecipeError(
+                f"train args: {key!r} is no field of transformers.TrainingArguments"
+                + nearest(key, known)
+            )
+        if key in _FIXED or key in ("output_dir", "learning_rate", "seed"):
+            raise RecipeError(
+                f"train args: {key!r} is not set here; learning rates are under `learn`, "
+                "`output_dir` and `seed` under `train`, and the rest of "
+                f"{sorted(_FIXED)} is needed as it is"
+            )
+    _refuse_other_kinds(fields)
+    on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
+    ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": default_report_to()}
+    values = {**ours, **fields, **_FIXED}
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        values.pop("ddp_backend", None)  # transformers would wait for others
+    elif on_cpu:
+        values.setdefault("ddp_backend", "gloo")
+    # rows are read where they are needed: rank 0 must not read for all and cut batches of media
+    accelerator = {"dispatch_batches": False, **dict(fields.get("accelerator_config") or {})}
+    values["accelerator_config"] = accelerator
+    try:
+        args = TrainingArguments(
+            output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, **values
+        )
+        get_reporting_integration_callbacks(args.report_to)  # refuses what it does not know
+        return args
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train args: {error}") from None
+
+
+def _refuse_other_kinds(fields: Mapping[str, Any]) -> None:
+    """TrainingArguments takes any value for a number, and fails far from it."""
+    hints = get_type_hints(TrainingArguments)
+    for key, value in fields.items():
+        kinds = {hints[key], *get_args(hints[key])}
+        of_numbers = kinds & {int, float, bool}
+        if not of_numbers or kinds & {str, list} or (value is None and type(None) in kinds):
+            continue
+        expected = "true or false"
+        if bool in kinds:
+            fits = isinstance(value, bool)
+        elif isinstance(value, bool):
+            fits, expected = False, "a number"
+        elif float in kinds:
+            fits, expected = isinstance(value, (int, float)), "a number"
+        elif key in _AT_LEAST_ONE:
+            fits, expected = isinstance(value, int) and value > 0, "a whole number from 1 on"
+        elif key == "dataloader_num_workers":
+            fits, expected = isinstance(value, int) and value >= 0, "a whole number from 0 on"
+        else:
+            fits, expected = isinstance(value, int), "a whole number"
+        if not fits:
+            raise RecipeError(f"train args: expected {expected} for {key!r}, got {value!r}")
+
+
+def _refuse_what_has_its_own_line(fields: Mapping[str, Any]) -> None:
+    """What transformers would do to the whole model, of which it knows too little."""
+    for key, mend in _ELSEWHERE.items():
+        if fields.get(key) not in (None, False, "", []):
+            raise RecipeError(f"train args: {key!r} is not set here; {mend}")
+    for variable, what, mend in (
+        ("ACCELERATE_USE_FSDP", "FSDP", _ELSEWHERE["fsdp"]),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "name its file as `train.args.deepspeed`"),
+    ):
+        if os.environ.get(variable, "").lower() in ("1", "true") and not fields.get("deepspeed"):
+            raise RecipeError(
+                f"accelerate was told to use {what} ({variable}), which this recipe knows nothing "
+                f"of; start it with plain processes, and {mend}"
+            )
+
+
+def _refuse_deepspeed(given: Any) -> None:
+    """What transformers would take, but a run of ours cannot be right with."""
+    if not given:
+        return
+    where = "train.args.deepspeed"
+    config = given
+    if not isinstance(given, dict):
+        where = f"{where} {str(given)!r}"
+        try:
+            config = json.loads(Path(given).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{where} could not be read: {error.strerror}") from None
+        except ValueError as error:
+            raise RecipeError(f"{where} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{where} should hold a mapping, got {type(config).__name__}")
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            raise RecipeError(
+                f"{where} has a section {key!r}, which would give all that learns one rate; remove "
+                "it: rates are those of `learn`, the rest is `optim` and `lr_scheduler_type` of "
+                "`args`"
+            )
+    if dict(config.get("zero_optimization") or {}).get("stage") == 3:
+        raise RecipeError(
+            f"{where} asks for ZeRO stage 3, which cuts weights that a run writes and reads whole; "
+            "use stage 1 or 2, or `train.fsdp: true`, which cuts them and puts them together"
+        )
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"{where} needs the package deepspeed, which is not installed; install it, or set "
+            "`train.fsdp: true`, which needs nothing more"
+        )

@@ -1,0 +1,67 @@
+"""Run by torchrun: reads the rows of a job file as training does and writes what each process read.
+
+    {"out": FILE, "fields": ..., "folders": [FOLDER of each process]}
+
+Border: the test looks at FILE; nothing is asserted here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from multi_token.data.dataset import load_rows
+from multi_token.data.sources import Source, good_rows
+from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import Fetch
+from multi_token.processor import build_reader
+from multi_token.recipe.recipe import Recipe
+from multi_token.train.distributed import from_all, is_first, part, rank
+
+
+@dataclass(frozen=True)
+class Counting(Fetch):
+    """Remembers what it was asked to read."""
+
+    opened: list[str] = field(default_factory=list)
+
+    def read(self, source: Any) -> bytes:
+        """As Fetch's."""
+        self.opened.append(Path(source).stem)
+        return super().read(source)
+
+
+def main(job: dict[str, Any]) -> None:
+    """Twice, as a run that is started again."""
+    torch.distributed.init_process_group("gloo")
+    os.chdir(job["folders"][rank()])
+    recipe = Recipe.model_validate(job["fields"])
+    seen: dict[str, Any] = {}
+    for start in ("first", "second"):
+        fetch = Counting(root=".")
+        reader = build_reader(recipe)
+        object.__setattr__(reader, "fetch", fetch)
+        sources = [Source(load_rows("rows.jsonl"), reader, "rows.jsonl")]
+        try:
+            (found,) = good_rows(sources, recipe, Console(quiet=True))
+            seen[start] = {"good": list(found.good or ()), "lengths": list(found.lengths)}
+        except MultiTokenError as error:
+            seen[start] = {"error": f"{type(error).__name__}: {error}"}
+        seen[start]["opened"] = fetch.opened
+        torch.distributed.barrier()
+    everyone = from_all(seen)
+    if is_first():
+        Path(job["out"]).write_text(json.dumps(everyone))
+    part()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

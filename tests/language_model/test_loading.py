@@ -1,0 +1,52 @@
+"""language_model/loading.py: what is named is loaded as it is, or refused in a sentence.
+
+Border: GGUF files are in test_gguf.py, fewer bits in test_quantization.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from multi_token.errors import LanguageModelError
+from multi_token.language_model.loading import embedding_rms, load_language_model, load_tokenizer
+
+
+def test_a_loaded_language_model_is_frozen_and_in_eval_mode(parts: Path) -> None:
+    model = load_language_model(str(parts / "language_model"))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_precision_of_the_recipe_is_that_of_the_weights(parts: Path) -> None:
+    model = load_language_model(str(parts / "language_model"), dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_no_language_model_is_refused_with_what_was_expected(
+    tmp_path: Path, parts: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", parts / "clip"):
+        with pytest.raises(LanguageModelError, match="a decoder-only model is expected"):
+            load_language_model(str(folder))
+    with pytest.raises(LanguageModelError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_a_language_model_that_is_cut_off_is_refused(parts: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(parts / "language_model", tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(LanguageModelError, match="no language model could be loaded from"):
+        load_language_model(str(folder))
+
+
+def test_the_size_of_embeddings_is_taken_behind_the_module(parts: Path) -> None:
+    model = load_language_model(str(parts / "language_model"))
+    weight: Any = model.get_input_embeddings().weight
+    assert embedding_rms(model) == pytest.approx(float(weight.square().mean().sqrt()), rel=1e-5)

@@ -1,0 +1,301 @@
+"""segment_attention.py: packed rows are what they are alone, whatever mask a model makes for
+itself.
+
+Border: the model's own `sdpa` with one row at a time is the measure; plans of packs are tested with
+train/packing.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from multi_token.collate import Collator, shared_start
+from multi_token.errors import LanguageModelError
+from multi_token.language_model import segment_attention as attention
+from multi_token.language_model.probe import probe
+from multi_token.language_model.segment_attention import SEGMENTS, attending_by_segment
+from multi_token.recipe.train import AdapterSpec, Learn
+from multi_token.train.parameter_groups import select_parameters
+from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, PackedBatch, Text
+
+LENGTHS = (12, 1, 25)
+
+
+def question(*parts: Any, answer: str) -> Conversation:
+    turn = tuple(p if isinstance(p, Media) else Text(p) for p in parts)
+    return Conversation((Message("user", turn), Message("assistant", (Text(answer),))), id=answer)
+
+
+def picture(colour: str) -> Media:
+    return Media("image", Image.new("RGB", (40, 40), colour))
+
+
+MIXED = [
+    question("What is this?", picture("red"), answer="a red square"),
+    question(picture("blue"), " or ", picture("green"), "?", answer="two"),
+    question("No media at all, only a much longer question about nothing", answer="yes"),
+    question(Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("white"), answer="eight nine"),
+]
+
+
+@pytest.fixture
+def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
+    """A model whose projectors and LoRA learn, with pictures and vectors."""
+    from multi_token.checkpoint.load import compose
+    from multi_token.language_model.loading import adapter_parameters, attach_adapter
+    from multi_token.recipe.recipe import Recipe
+
+    fields = recipe_fields(tmp_path)
+    projector = {"type": "expand", "factor": 2}
+    fields["model"]["modalities"]["vector"] = {"type": "vector", "dim": 5, "projector": projector}
+    torch.manual_seed(0)
+    model = compose(Recipe.model_validate(fields).model)
+    model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
+    with torch.no_grad():  # LoRA starts at zero, where half of its gradients are
+        for parameter in adapter_parameters(model.language_model):
+            parameter.normal_(std=0.05)
+    select_parameters(model, Learn.model_validate({"projectors": 1e-3, "adapter": 1e-3}))
+    yield model.train()
+
+
+def collator_of(model: Any) -> Collator:
+    return Collator(model.modalities, model.reader.chat.filler_id)
+
+
+def packed(model: Any, conversations: list[Conversation]) -> PackedBatch:
+    return collator_of(model).pack([model.reader(c) for c in conversations])
+
+
+def loss_and_gradients(model: Any, batches: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed over batches that make one step."""
+    num_items = sum(int((b["shift_labels"] != IGNORE_INDEX).sum()) for b in batches)
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
+        loss.backward()
+        total += loss.detach()
+    learned = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return total, learned
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest distance between two gradients of one parameter, as a part of their length."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[key] - theirs[key]).norm() / theirs[key].norm().clamp(min=1e-6)) for key in ours
+    )
+
+
+def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(learning: Any) -> None:
+    model = learning
+    collate = collator_of(model)
+    samples = [model.reader(c) for c in MIXED]
+    alone = loss_and_gradients(model, [collate([s]) for s in samples])
+    ways = {
+        "padded": [collate(samples)],
+        "packed": [collate.pack(samples)],
+        "two packs accumulated": [collate.pack(samples[:1]), collate.pack(samples[1:])],
+    }
+    found = {name: loss_and_gradients(model, batches) for name, batches in ways.items()}
+    with attending_by_segment(model.language_model) as by_segment:
+        assert by_segment
+        found["by segment"] = loss_and_gradients(model, ways["packed"])
+        found["padded, by segment"] = loss_and_gradients(model, ways["padded"])
+    parts = {name.split(".")[0] for name, gradient in alone[1].items() if gradient.any()}
+    assert parts == {"projectors", "language_model"}
+    for name, (loss, gradients) in found.items():
+        torch.testing.assert_close(loss, alone[0], rtol=1e-5, atol=1e-6, msg=name)
+        assert apart(gradients, alone[1]) < 1e-5, name
+
+
+def test_activation_checkpointing_runs_layers_again_by_segment_too(learning: Any) -> None:
+    model, batch = learning, packed(learning, MIXED)
+    plain = loss_and_gradients(model, [batch])
+    base = model.language_model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    with attending_by_segment(model.language_model):
+        again = loss_and_gradients(model, [batch])
+    assert apart(again[1], plain[1]) < 1e-5
+
+
+@pytest.mark.parametrize("by_segment", [False, True], ids=["mask", "by segment"])
+def test_what_stands_in_one_segment_changes_nothing_in_the_others(
+    learning: Any, by_segment: bool
+) -> None:
+    model = learning.eval()
+    others = [
+        MIXED[0],
+        question("Which of all these is it?", picture("white"), answer="seven"),
+        *MIXED[2:],
+    ]
+
+    def logits(conversations: list[Conversation]) -> list[Tensor]:
+        batch: dict[str, Any] = dict(packed(model, conversations))
+        borders = batch["cu_seq_lens_q"].tolist()
+        for key in ("labels", "shift_labels"):
+            del batch[key]
+        found = model(**batch, use_cache=False).logits[0]
+        return [found[a:b] for a, b in pairwise(borders)]
+
+    with torch.no_grad():
+        if by_segment:
+            with attending_by_segment(model.language_model):
+                before, after = logits(MIXED), logits(others)
+        else:
+            before, after = logits(MIXED), logits(others)
+    assert before[1].shape != after[1].shape
+    for i in (0, 2, 3):
+        torch.testing.assert_close(before[i], after[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen3", "Gemma3", "Phi-3", "GPT-2", "Granite", "SmolLM3"]
+)
+def test_families_are_by_segment_what_they_are_row_by_row(families: Any, family: str) -> None:
+    """Rows are longer than the sliding windows, so that these matter."""
+    model = families.tiny_model(family)
+    assert probe(model).attends_by_segment
+    ids = torch.randint(10, 390, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    with torch.no_grad():
+        rows = [model(input_ids=row, use_cache=False).logits for row in ids.split(LENGTHS, 1)]
+        with attending_by_segment(model):
+            found = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, torch.cat(rows, 1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "by_segment"), [(None, True), (25, True), (24, False)])
+def test_the_whole_mask_is_made_only_where_a_window_cuts_a_segment(
+    families: Any, window: int | None, by_segment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, int]] = []
+
+    def watched(module: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append((query.shape[2], args[0].shape[2]))
+        return sdpa_attention_forward(module, query, *args, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", watched)
+    model = families.tiny_model("Mistral", sliding_window=window)
+    ids = torch.arange(10, 10 + sum(LENGTHS))[None]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    with attending_by_segment(model), torch.no_grad():
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    one_layer = [(n, n) for n in (LENGTHS if by_segment else (sum(LENGTHS),))]
+    assert shapes == 2 * one_layer
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Mamba2", "LFM2"])
+def test_models_that_cannot_attend_by_segment_are_found(families: Any, family: str) -> None:
+    model = families.tiny_model(family)
+    before = model.config._attn_implementation
+    found = probe(model)
+    assert not found.attends_by_segment
+    assert model.config._attn_implementation == before
+    if family != "Gemma2":  # whose soft caps need `eager`, with a mask over all
+        with pytest.raises(LanguageModelError, match="cannot take packed rows"):
+            found.require("isolates_packed")
+
+
+def test_answers_are_the_same_during_and_after_attending_by_segment(model: Any) -> None:
+    questions = [Conversation(c.messages[:1], id=c.id) for c in MIXED]
+    before = model.generate(questions, max_new_tokens=6, batch_size=2)
+    with attending_by_segment(model.language_model):
+        assert model.language_model.config._attn_implementation == SEGMENTS
+        assert model.generate(questions, max_new_tokens=6, batch_size=2) == before
+        assert model.generate(questions, max_new_tokens=6, batch_size=1) == before
+    assert model.language_model.config._attn_implementation == "sdpa"
+    assert model.generate(questions, max_new_tokens=6, batch_size=2) == before
+
+
+def test_a_model_that_runs_on_something_else_is_left_as_it_is(families: Any) -> None:
+    model = families.tiny_model("Llama")
+    model.set_attn_implementation("eager")
+    with attending_by_segment(model) as by_segment:
+        assert not by_segment and model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager"
+
+
+SHARED = [
+    question("Look at ", picture("red"), " and say: ", "is it red?", answer="yes"),
+    question(
+        "Look at ", picture("red"), " and say: ", "which colour is it?", answer="a red square"
+    ),
+    question("Look at ", picture("red"), " and say: ", "is it blue?", answer="no"),
+    question("Look at ", picture("blue"), " and say: ", "is it blue?", answer="yes"),
+    question("What is this?", picture("red"), answer="a red square"),
+    question(
+        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("white"), "?"),
+        answer="one",
+    ),
+    question(
+        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("green"), "?"),
+        answer="two",
+    ),
+]
+
+
+def test_rows_that_share_media_are_a_tree_with_the_loss_and_gradients_of_rows_one_by_one(
+    learning: Any,
+) -> None:
+    model = learning
+    samples = [model.reader(c) for c in SHARED]
+    alone = loss_and_gradients(model, [collator_of(model)([s]) for s in samples])
+    tree = replace(collator_of(model), share_media=True).pack(samples)
+    three, two = shared_start(samples[:3]), shared_start(samples[5:])
+    assert three > samples[0].places[0].start + samples[0].places[0].length
+    assert two == samples[5].places[1].start == 2 + samples[5].places[0].start
+    num_saved = sum(len(s.input_ids) for s in samples) - tree["input_ids"].shape[1]
+    assert num_saved == 2 * three + two > 30
+    assert len(tree["media"]["image"]["positions"]) == 5 * 3, "of seven pictures"
+    with attending_by_segment(model.language_model):
+        loss, gradients = loss_and_gradients(model, [tree])
+    torch.testing.assert_close(loss, alone[0], rtol=1e-5, atol=1e-6)
+    assert apart(gradients, alone[1]) < 1e-5
+
+
+def test_a_shared_start_ends_before_what_is_learned_and_holds_media_or_is_none(model: Any) -> None:
+    seen = Message("user", (picture("red"), Text("?")))
+    said = Message("assistant", (Text("a red square"),))
+    asked = [Message("user", (Text(t),)) for t in ("one", "a picture")]
+    rows = [Conversation((seen, said, again, said), id="row") for again in asked]
+    samples = [model.reader(row) for row in rows]
+    first_learned = int((samples[0].labels != IGNORE_INDEX).nonzero()[0])
+    assert shared_start(samples) == first_learned - 1
+    texts = [model.reader(Conversation((again, said), id="row")) for again in asked]
+    assert shared_start(texts) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "branches"),
+    [
+        *((family, True) for family in ("Llama", "Qwen3", "GPT-2", "Granite")),
+        *((family, False) for family in ("Mistral", "Gemma3", "Gemma2", "LFM2")),
+    ],
+)
+def test_models_that_go_on_from_a_start_several_times_are_found(
+    families: Any, family: str, branches: bool
+) -> None:
+    """A window of any length is in the way: here one that no trial could reach."""
+    window = {"sliding_window": 10_000} if family in ("Mistral", "Gemma3") else {}
+    found = probe(families.tiny_model(family, **window))
+    assert found.branches == branches
+    if not branches:
+        with pytest.raises(LanguageModelError, match="set train.share_media to false"):
+            found.require("branches")
+
+
+def test_a_tree_outside_of_attending_by_segment_is_refused(model: Any) -> None:
+    tree = replace(collator_of(model), share_media=True).pack([model.reader(c) for c in SHARED])
+    with pytest.raises(LanguageModelError, match="run it inside of `attending_by_segment`"):
+        model(**tree)

@@ -1,0 +1,121 @@
+"""media/sniff.py: what bytes begin like, for files that other programs wrote."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multi_token.errors import MediaError
+from multi_token.media.sniff import kind_of
+from multi_token.testing.audio import write_tone
+from multi_token.testing.video import noise_frames, write_video
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF"])
+def test_pictures_are_images_and_moving_ones_too(form: str) -> None:
+    Image.init()
+    if form not in Image.SAVE:
+        pytest.skip(f"this build of Pillow writes no {form}")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    one = io.BytesIO()
+    frames[0].save(one, form)
+    assert kind_of(one.getvalue()) == "image"
+    if form in ("GIF", "WEBP"):
+        several = io.BytesIO()
+        frames[0].save(several, form, save_all=True, append_images=frames[1:])
+        assert kind_of(several.getvalue()) == "image"
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"),
+    [
+        ("WAV", "PCM_16"),
+        ("RF64", "PCM_16"),
+        ("FLAC", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+        ("AIFF", None),
+        ("AU", None),
+        ("CAF", None),
+    ],
+)
+def test_sounds_are_audio(tmp_path: Path, form: str, subtype: str | None) -> None:
+    path = write_tone(tmp_path / "tone", 0.3, 48_000, format=form, subtype=subtype)
+    assert kind_of(Path(path).read_bytes()) == "audio"
+
+
+def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
+    data = Path(write_tone(tmp_path / "tone", 0.3, 48_000, format="MP3")).read_bytes()
+    # where the frames begin, behind whatever the encoder put in front
+    starts = [i for i in range(len(data) - 1) if data[i] == 0xFF and data[i + 1] & 0xFE == 0xFA]
+    assert starts
+    assert kind_of(data[starts[0] :]) == "audio"
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "kind"),
+    [
+        ("film.mp4", "libx264", "video"),
+        ("film.mov", "libx264", "video"),
+        ("film.webm", "libvpx-vp9", "video"),
+        ("film.mkv", "libx264", "video"),
+        ("film.avi", "mpeg4", "video"),
+        ("film.flv", "flv", "video"),
+        ("film.mpg", "mpeg1video", "video"),
+        ("film.wmv", "wmv2", "video"),
+        ("film.gif", "gif", "image"),
+    ],
+)
+def test_films_are_video(tmp_path: Path, name: str, codec: str, kind: str) -> None:
+    path = write_video(tmp_path / name, noise_frames(4), fps=25, codec=codec)
+    assert kind_of(Path(path).read_bytes()) == kind
+
+
+def test_a_container_with_the_brand_of_a_sound_is_audio(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "tone.m4a"
+    with av.open(str(path), "w", format="ipod") as container:
+        stream: Any = container.add_stream("aac", rate=48_000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert kind_of(path.read_bytes()) == "audio"
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "BMW and GIF", "Ü" * 5000, "\ufeffwith a mark", "two\r\n\tlines", "<html>", "{}"]
+)
+def test_utf8_is_text(text: str) -> None:
+    assert kind_of(text.encode()) == "text"
+    assert kind_of(b"x" + text.encode()) == "text"  # wherever the first 4096 bytes cut a letter
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", r"^a\.bin is empty"),
+        (b"%PDF-1.7 ...", "begins like a PDF document"),
+        (b"PK\x03\x04....", "begins like a ZIP archive"),
+        (b"\x93NUMPY\x01\x00", "begins like a NumPy array"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        ("ü".encode("latin-1"), "its first bytes are b'.xfc'"),
+        (b"a\x00b", "is not a picture, sound, film or UTF-8 text"),
+        (b"\xff\xff\xff\xff", "its first bytes are"),
+        (b"\xff\xfb", "its first bytes are"),
+        (b"BM\x00\x00", "its first bytes are"),
+    ],
+)
+def test_anything_else_is_refused_with_a_sentence(data: bytes, sentence: str) -> None:
+    with pytest.raises(MediaError, match=sentence) as caught:
+        kind_of(data, name="a.bin")
+    assert caught.value.kind == "undecodable"

@@ -1,0 +1,326 @@
+"""The static engine: rows leave its batch and join it while others are being answered.
+
+Border: what it computes, and when; that answers are right is tested for both engines beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from multi_token.generate import answer_ids
+from multi_token.serve.engines.base import End, Event, Failure, Prompt, SamplingOptions
+from multi_token.serve.engines.local.engine import StaticEngine
+from tests.serve.engine_parts import (
+    VECTORS,
+    Client,
+    at_token,
+    composed,
+    prompt_of,
+    sample_of,
+    together,
+)
+
+LONG = SamplingOptions(60, ignore_end=True)
+TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and which is a fruit?"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So that prompts are read in turn, and what is computed when can be said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """Of each forward: rows, and positions that are computed of each."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        given = inputs.get("inputs_embeds")
+        given = inputs["input_ids"] if given is None else given
+        seen.append((given.shape[0], given.shape[1]))
+
+    hook = model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def prompts_of(model: Any) -> list[Prompt]:
+    media = [[], [VECTORS[0]], [VECTORS[1], VECTORS[2]]]
+    return [
+        prompt_of(model, sample_of(model, text, *vectors))
+        for text, vectors in zip(TEXTS, media, strict=True)
+    ]
+
+
+def alone(engine: Any, prompt: Prompt, options: SamplingOptions) -> list[int]:
+    client = Client()
+    engine.submit("alone", prompt, options, client)
+    return client.ids
+
+
+def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
+    llama: Any, start_static: Any
+) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
+    short = SamplingOptions(5, ignore_end=True)
+    expected = [alone(engine, prompts[0], LONG), *(alone(engine, p, short) for p in prompts[1:])]
+    num_said: list[int] = []
+    newcomers = [Client(lambda event: counted(event)) for _ in prompts[1:]]
+
+    def counted(event: Event) -> None:
+        if isinstance(event, End):
+            num_said.append(len(first.events))
+
+    def come() -> None:
+        for number, (prompt, client) in enumerate(zip(prompts[1:], newcomers, strict=True)):
+            engine.submit(f"new {number}", prompt, short, client)
+
+    first = at_token(10, come)
+    engine.submit("first", prompts[0], LONG, first)
+    assert [client.ids for client in (first, *newcomers)] == expected
+    assert all(number <= 20 for number in num_said), "both end soon after the tenth token"
+
+
+def test_an_ended_row_is_computed_no_more(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
+    lengths = [4, 30, 11]
+    clients = [Client() for _ in prompts]
+    options = [SamplingOptions(length, ignore_end=True) for length in lengths]
+    with watched(llama) as seen:
+        together(engine, prompts, options, clients)
+        assert [len(client.ids) for client in clients] == lengths
+    steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
+    assert sum(steps) == sum(length - 1 for length in lengths), "the first comes of the prompt"
+    assert len(steps) == max(lengths) - 1, "all of them are answered together"
+
+
+def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
+    leaver = at_token(5, lambda: engine.cancel("r1"))
+    clients = [Client(), leaver]
+    with watched(llama) as seen:
+        together(engine, prompts[:2], [LONG] * 2, clients)
+        assert leaver.wait() == End("cancelled")
+        assert len(clients[0].ids) == 60
+    steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
+    assert steps == [2] * 4 + [1] * 55
+
+
+def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any) -> None:
+    """Else a row that joined a longer one would carry its padding to the end."""
+    engine = start_static(llama)
+    prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
+    widths: list[int] = []
+
+    def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        widths.append(inputs["past_key_values"].get_seq_length() if "input_ids" in inputs else 0)
+
+    hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        options = [LONG, SamplingOptions(3, ignore_end=True)]
+        clients = [Client(), Client()]
+        together(engine, [prompts[0], prompts[-1]], options, clients)
+        assert [len(client.ids) for client in clients] == [60, 3]
+    finally:
+        hook.remove()
+    assert widths[-1] == len(prompts[0].input_ids) + 58
+
+
+def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_static: Any) -> None:
+    engine = start_static(llama)
+    prompts = prompts_of(llama)
+    warm = SamplingOptions(12, temperature=1.5, seed=3, ignore_end=True)
+    expected = alone(engine, prompts[1], warm)
+    newcomer = Client()
+    first = at_token(4, lambda: engine.submit("new", prompts[1], warm, newcomer))
+    engine.submit("first", prompts[2], replace(LONG, temperature=1.0, seed=4), first)
+    assert newcomer.ids == expected
+    assert len(first.ids) == 60
+
+
+@pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
+def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
+    llama: Any, start_static: Any, fault: str
+) -> None:
+    engine = start_static(llama, num_cache_tokens=0)  # else they have been read already
+    prompts = prompts_of(llama)
+    expected = [alone(engine, p, SamplingOptions(12, ignore_end=True)) for p in prompts]
+    unlucky = prompts[1].tokens[0][0, 0]
+
+    def break_on_it(_: Any, inputs: tuple[Tensor, ...]) -> Any:
+        is_it = inputs[0][..., :1] == unlucky
+        if fault == "raises" and bool(is_it.any()):
+            raise RuntimeError("out of luck")
+        return (inputs[0].masked_fill(is_it, torch.nan),)
+
+    newcomers = [Client(), Client()]
+    num_said: list[int] = []
+
+    def come() -> None:
+        for number, client in enumerate(newcomers):
+            options = SamplingOptions(12, ignore_end=True)
+            engine.submit(f"new {number}", prompts[1 + number], options, client)
+
+    def failed(event: Event) -> None:
+        assert isinstance(event, Failure)
+        num_said.append(len(first.events))
+
+    newcomers[0] = Client(failed)
+    first = at_token(4, come)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
+    try:
+        with watched(llama) as seen:
+            engine.submit("first", prompts[0], LONG, first)
+            assert isinstance(newcomers[0].wait(), Failure)
+            assert newcomers[1].ids == expected[2]
+            assert first.ids[:12] == expected[0]
+    finally:
+        hook.remove()
+    assert num_said == [4]
+    num_read = sum(
+        num_positions == len(prompts[0].input_ids) and num_rows == 1
+        for num_rows, num_positions in seen
+    )
+    assert num_read == 1, "who is being answered is not read again"
+
+
+def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_static: Any) -> None:
+    prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
+    small, big = prompts[0], prompts[-1]
+    # room for two small ones, or for the big one alone
+    engine = start_static(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
+    long = SamplingOptions(engine.max_tokens - len(big.input_ids), ignore_end=True)
+    ended: list[str] = []
+
+    def client(name: str) -> Client:
+        return Client(lambda event: ended.append(name) if isinstance(event, End) else None)
+
+    waits, behind = client("big"), client("behind")
+    options = SamplingOptions(3, ignore_end=True)
+
+    def come() -> None:
+        engine.submit("big", big, long, waits)
+        engine.submit("behind", small, options, behind)
+
+    first = at_token(2, come)
+    engine.submit("first", small, LONG, first)
+    assert len(behind.ids) == 3 and len(first.ids) == 60
+    assert ended == ["big", "behind"]
+
+
+def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_static: Any) -> None:
+    prompts = prompts_of(llama) * 4
+    limit = 2 * (max(len(p.input_ids) for p in prompts) + 60)
+    engine = start_static(llama, max_batch_tokens=limit)
+    held: list[int] = []
+
+    def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if "input_ids" in inputs:
+            ids = inputs["input_ids"]
+            held.append(len(ids) * (inputs["past_key_values"].get_seq_length() + 1))
+
+    hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        options = [SamplingOptions(10 + 4 * i, ignore_end=True) for i in range(len(prompts))]
+        clients = [Client() for _ in prompts]
+        together(engine, prompts, options, clients)
+        assert [len(client.ids) for client in clients] == [o.max_new_tokens for o in options]
+    finally:
+        hook.remove()
+    assert limit // 2 < max(held) <= limit
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
+) -> None:
+    model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
+    samples = [sample_of(model, text) for text in TEXTS]
+    plain = [answer_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
+    model.language_model.generation_config.repetition_penalty = 3.0
+    expected = [answer_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
+    assert expected != plain, "the setting must matter"
+    engine = start_static(model)
+    assert engine._way == "join"
+    clients = [Client() for _ in samples]
+    prompts = [prompt_of(model, sample) for sample in samples]
+    together(engine, prompts, [SamplingOptions(12)] * 3, clients)
+    assert [client.ids for client in clients] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the family's own code
+def test_rows_leave_also_where_nobody_can_join(
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
+) -> None:
+    model = composed(tmp_path_factory.mktemp("lm"), families, "LFM2")
+    engine = start_static(model)
+    assert engine._way == "leave"
+    prompt = prompts_of(model)[1]
+    expected = alone(engine, prompt, LONG)
+    lengths = [4, 30, 11]
+    clients = [Client() for _ in lengths]
+    options = [SamplingOptions(length, ignore_end=True) for length in lengths]
+    with watched(model) as seen:
+        together(engine, [prompt] * 3, options, clients)
+        assert [client.ids for client in clients] == [expected[:length] for length in lengths]
+    steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
+    assert steps == [3] * 3 + [2] * 7 + [1] * 19
+
+
+LEAVE = {"Falcon-H1", "LFM2", "Qwen3-Next"}
+"""A recurrent state beside keys and values."""
+STAY = {"Mamba2", "RWKV", "xLSTM"}
+"""No keys and values at all."""
+
+
+def staggered(engine: StaticEngine, prompts: Sequence[Prompt], num_new: int) -> list[list[int]]:
+    """The second comes at the third token of the first, the third at the third of the second."""
+    third = Client()
+    options = SamplingOptions(num_new, ignore_end=True)
+    second = at_token(3, lambda: engine.submit("third", prompts[2], options, third))
+    first = at_token(3, lambda: engine.submit("second", prompts[1], options, second))
+    engine.submit("first", prompts[0], options, first)
+    return [client.ids for client in (first, second, third)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of families' own code
+def test_who_comes_late_is_answered_as_by_generate_in_every_family(
+    families: ModuleType, tmp_path_factory: Any, start_static: Any
+) -> None:
+    served = families.FAMILIES.keys() - {"BERT"}
+    ways: dict[str, set[str]] = {"join": set(), "leave": set(), "stay": set()}
+    for family in sorted(served):
+        model = composed(tmp_path_factory.mktemp("lm"), families, family)
+        samples = [
+            sample_of(model, "yes or no"),
+            sample_of(model, "Which one of all these things?", VECTORS[1], VECTORS[2]),
+            sample_of(model, "What is this?", VECTORS[0]),
+        ]
+        expected = [answer_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
+        engine = start_static(model)
+        prompts = [prompt_of(model, sample) for sample in samples]
+        for ids, own in zip(staggered(engine, prompts, 14), expected, strict=True):
+            assert ids[: len(own)] == own, family  # `generate` ends where the model says so
+        assert engine._way is not None
+        ways[engine._way].add(family)
+        engine.stop()
+    assert ways == {"join": served - LEAVE - STAY, "leave": LEAVE, "stay": STAY}

@@ -1,0 +1,241 @@
+"""Claims about limits.py and the decoders under it: what is too much is refused before or
+while it is decoded, in one plain sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multi_token.serve.media.limits import DecodeLimits, limited
+from multi_token.serve.media.protocol import frame, opened, packed
+from multi_token.serve.media.worker import answered
+from multi_token.serve.media_embeddings import content_key
+from multi_token.testing.text import write_pdf
+from multi_token.types import Prepared
+from tests.serve.strangers import MIB, little_memory, prepare, refusal
+
+SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
+
+
+# --- how limits are put onto a sense
+
+
+def test_limits_lower_what_a_sense_allows_and_raise_nothing(all_senses: dict[str, Any]) -> None:
+    low, high = DecodeLimits(max_pixels=100, max_seconds=1.0), DecodeLimits(max_pixels=10**12)
+    image, speech = all_senses["image"], all_senses["speech"]
+    assert limited(image, low).max_pixels == 100  # type: ignore[reportAttributeAccessIssue]
+    assert limited(speech, low).max_seconds == 1.0  # type: ignore[reportAttributeAccessIssue]
+    assert limited(image, high) == image
+    vector = all_senses["vector"]
+    assert limited(vector, low) == vector
+
+
+def test_every_limit_of_a_built_in_sense_has_one_above_it(all_senses: dict[str, Any]) -> None:
+    """A new field `max_...` must be added to limits.py, or be named here with the reason."""
+    lowest = DecodeLimits(**dict.fromkeys(DecodeLimits.model_fields, 1))
+    bounded_by_others = {"max_chunks"}  # of max_characters
+    for modality in all_senses.values():
+        fields = type(modality).model_fields
+        if "num_frames" in fields:  # which the frames taken are never less than
+            modality = modality.model_copy(update={"num_frames": 1})
+        for name in fields:
+            if name.startswith("max_") and name not in bounded_by_others:
+                assert getattr(limited(modality, lowest), name) == 1, (modality.type, name)
+
+
+def test_a_film_keeps_the_number_of_frames_that_its_encoder_takes(
+    all_senses: dict[str, Any],
+) -> None:
+    film = all_senses["video"].model_copy(update={"fps": None, "num_frames": 8, "max_frames": 128})
+    low = limited(film, DecodeLimits(max_frames=4, max_film_pixels=8_000))
+    assert (low.num_frames, low.max_frames) == (8, 8)  # type: ignore[reportAttributeAccessIssue]
+    assert low.max_pixels == 1_000  # type: ignore[reportAttributeAccessIssue]
+    assert type(low).model_validate(low.model_dump()) == low
+
+
+# --- paths
+
+
+def secret_sources(path: str) -> list[Any]:
+    inner = [path, f"file://{path}", os.path.relpath(path), f"/../../../..{path}"]
+    inner += [
+        "/etc/passwd",
+        "/proc/self/environ",
+        "config.json",
+        "~/config.json",
+        "http://127.0.0.1/",
+    ]
+    shapes: list[Any] = []
+    for text in inner:
+        shapes += [text, {"path": text}, {"bytes": text}, {"array": text}, {"array": [text]}]
+        shapes += [
+            [text],
+            [[text]],
+            {"path": text, "start": 0},
+            {"array": text, "sampling_rate": 1},
+        ]
+        shapes += [{kind: text} for kind in ("image", "audio", "video")]
+        shapes += [{kind: {"path": text}} for kind in ("image", "audio", "video")]
+    return shapes
+
+
+def test_a_worker_that_were_handed_a_path_would_not_read_it(
+    all_senses: dict[str, Any], tmp_path: Path
+) -> None:
+    """The wall behind that of the pool, which hands none on (test_media_pool.py)."""
+    (tmp_path / "real").write_bytes(b"word " * 100)
+    path = str(tmp_path / "link")
+    os.symlink(tmp_path / "real", path)
+    for name in all_senses:
+        for source in secret_sources(path):
+            if name == "text" and isinstance(source, str):
+                continue
+            request = frame({"modality": name, "source": packed(source, max_numbers=100)[0]})
+            header, _ = opened(answered(all_senses, request, SETUP)[0])
+            assert header.get("fault") in ("media", "error"), (name, source, header)
+
+
+def test_a_text_that_looks_like_a_path_is_a_text(
+    all_senses: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "./page.txt"
+    Path(path).write_text("word " * 100)
+    for name, source in (("document", {"text": path}), ("text", path), ("joint", {"text": path})):
+        ids = [key for key in prepare(all_senses[name], source).inputs if "input_ids" in key]
+        request = frame({"modality": name, "source": packed(source, max_numbers=9)[0]})
+        _, (blob,) = opened(answered(all_senses, request, SETUP)[0])
+        from safetensors.torch import load
+
+        told = load(blob)[ids[0]]
+        assert torch.equal(told, prepare(all_senses[name], source).inputs[ids[0]])
+        assert told.numel() < 100  # the letters of the path, not the hundred words behind it
+
+
+# --- documents
+
+
+def test_a_pdf_has_so_many_pages_and_letters(all_senses: dict[str, Any], tmp_path: Path) -> None:
+    few = write_pdf(tmp_path / "few.pdf", ["one two three"] * 5).read_bytes()
+    many = write_pdf(tmp_path / "many.pdf", ["one two three"] * 6).read_bytes()
+    long = write_pdf(tmp_path / "long.pdf", ["\n".join(["one two three"] * 500)]).read_bytes()
+    document = all_senses["document"]
+    assert prepare(document, few).num_features > 0
+    assert "6 pages" in refusal(document, many)
+    assert "the limit is 5,000" in refusal(document, long)
+    lies = many.replace(b"/Count 6", b"/Count 1")
+    assert "6 pages" in refusal(document, lies)
+
+
+def test_an_archive_is_not_unpacked(all_senses: dict[str, Any]) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", bytes(2 * MIB))
+    with little_memory(2):
+        assert "ZIP" in refusal(all_senses["document"], file.getvalue())
+
+
+def test_a_long_text_is_refused(all_senses: dict[str, Any]) -> None:
+    for name, source in (
+        ("document", b"word " * 2_000),
+        ("document", {"text": "word " * 2_000}),
+        ("text", "word " * 2_000),
+        ("document", b"<html><body>" + b"<p>word " * 2_000),
+        ("joint", {"text": "word " * 2_000}),
+    ):
+        assert "the limit is 5,000" in refusal(all_senses[name], source)
+
+
+# --- numbers
+
+
+def npy(array: Any, **header: str) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    data = file.getvalue()
+    for old, new in header.items():
+        before, after = {"shape": (str(array.shape), new)}[old]
+        # the header is padded with blanks, so that its length stays
+        longer = len(after) - len(before)
+        data = data.replace(before.encode() + b", }" + b" " * longer, after.encode() + b", }")
+    return data
+
+
+@pytest.mark.parametrize("name", ["vector", "timeseries"])
+def test_an_array_is_believed_only_where_its_bytes_are(
+    all_senses: dict[str, Any], name: str
+) -> None:
+    array = np.zeros((8, 4 if name == "vector" else 2), np.float32)
+    for shape in ("(1099511627776,)", "(1099511627776, 4)", "(16777216, 1048576)", "(-1, 4)"):
+        data = npy(array, shape=shape)
+        assert shape.encode() in data
+        with little_memory(2):
+            assert "not a .npy file of numbers" in refusal(all_senses[name], data)
+
+
+@pytest.mark.parametrize("name", ["vector", "timeseries"])
+def test_an_array_holds_finite_numbers_and_nothing_else(
+    all_senses: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    width = 4 if name == "vector" else 2
+    good = np.random.default_rng(0).normal(size=(8, width)).astype(np.float32)
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    several = io.BytesIO()
+    np.savez(several, a=good)
+    nest = npy(good).replace(b"'fortran_order': False", b"'fortran_order': " + b"(" * 5)
+    for data in (
+        pickled.getvalue(),
+        several.getvalue(),
+        npy(np.full((8, width), np.nan)),
+        npy(np.full((8, width), -np.inf)),
+        npy(np.full((8, width), 1e300)),
+        npy(np.zeros((8, width), complex)),
+        npy(np.array([["a"] * width])),
+        npy(np.zeros(8, [("a", "f4"), ("b", "f4")])),
+        npy(np.zeros((0, width))),
+        nest,
+        npy(good)[:-1],
+        b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY",
+    ):
+        refusal(all_senses[name], data)
+    for same in (np.asfortranarray(good), good.astype(">f4"), good.astype(np.float64)):
+        told = prepare(all_senses[name], npy(same)).inputs
+        here = prepare(all_senses[name], npy(good)).inputs
+        assert all(torch.allclose(told[key], here[key]) for key in here)
+
+
+# --- what tells one item from another
+
+
+def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
+    all_senses: dict[str, Any],
+) -> None:
+    def palette(colour: tuple[int, int, int]) -> bytes:
+        picture = Image.new("P", (8, 8))
+        picture.putpalette(colour * 256)
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    def key(name: str, source: Any) -> str:
+        return content_key(name, prepare(all_senses[name], source), "tenant")
+
+    assert key("image", palette((255, 0, 0))) != key("image", palette((0, 0, 255)))
+    assert key("image", palette((255, 0, 0))) == key("image", palette((255, 0, 0)))
+    numbers = np.arange(8, dtype=np.float32)
+    assert key("vector", npy(numbers.reshape(2, 4))) != key("vector", npy(numbers[:4]))
+    one = Prepared({"values": torch.arange(8.0).reshape(2, 4)}, 2)
+    other = Prepared({"values": torch.arange(8.0).reshape(4, 2)}, 2)
+    bits = Prepared({"values": torch.arange(8.0).reshape(2, 4).view(torch.int32)}, 2)
+    assert len({content_key("vector", p, "t") for p in (one, other, bits)}) == 3

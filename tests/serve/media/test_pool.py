@@ -1,0 +1,391 @@
+"""Claims about serve/media/pool.py: an item is decoded in a process of its own kind, under limits,
+and takes nothing with it.
+
+The sense `trial` is a plug-in whose items say what is to be done to the process that decodes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from multi_token import registry
+from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.image import ImageModality
+from multi_token.modalities.vector import VectorModality
+from multi_token.serve.errors import ServeError
+from multi_token.serve.media.limits import DecodeLimits
+from multi_token.serve.media.pool import MediaPool
+from multi_token.types import Media, Prepared
+from tests.serve.strangers import children, is_gone
+
+pytestmark = pytest.mark.slow
+
+MIB = 1024 * 1024
+TIMEOUT_S = 2.0
+SECRET = "a-secret-of-the-server"
+
+
+def said(prepared: Prepared) -> str:
+    return bytes(prepared.inputs["values"].tolist()).decode("latin-1")
+
+
+def ask(pool: MediaPool, source: Any, modality: str = "trial") -> Prepared:
+    return asyncio.run(pool.prepare(Media(modality, source)))
+
+
+def refusal(pool: MediaPool, source: Any, modality: str = "trial") -> ServeError:
+    """The error, which tells nothing of the machine."""
+    with pytest.raises(ServeError) as caught:
+        ask(pool, source, modality)
+    message = str(caught.value)
+    assert re.fullmatch(r"[\x20-\x7e]{1,300}", message)
+    assert "0x" not in message and not re.search(r"(^|\s)\S*/\S", message), message
+    assert SECRET not in message
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The plug-in, registered in this process alone, as in a notebook."""
+    folder = tmp_path_factory.mktemp("plug_in")
+    shutil.copy(Path(__file__).parent / "trial_sense.py", folder / "a_trial_sense.py")
+    sys.path.insert(0, str(folder))
+    import a_trial_sense  # type: ignore[reportMissingImports]
+
+    cls = a_trial_sense.TrialModality
+    registry.register_modality("trial", cls)
+    yield cls
+    sys.path.remove(str(folder))
+    registry._registered["modality"].pop("trial")
+
+
+@pytest.fixture(scope="module")
+def senses(trial: Any, parts: Path) -> dict[str, Any]:
+    return {
+        "trial": trial(),
+        "image": ImageModality(encoder=str(parts / "clip")),
+        "vector": VectorModality(dim=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def pool(senses: dict[str, Any]) -> Iterator[MediaPool]:
+    limits = DecodeLimits(max_bytes=4 * MIB, max_numbers=1000, max_prepared_bytes=MIB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTI_TOKEN_API_KEY", SECRET)
+        patch.setenv("HF_TOKEN", SECRET)
+        made = MediaPool(
+            senses, num_workers=1, timeout_s=TIMEOUT_S, memory_bytes=256 * MIB, limits=limits
+        )
+        made.start()
+    yield made
+    made.stop()
+
+
+def png(size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_item_becomes_what_it_becomes_here(pool: MediaPool, senses: dict[str, Any]) -> None:
+    for name, source in (("image", png()), ("vector", [1, 2.5, -3]), ("trial", b"hello")):
+        modality = senses[name]
+        here = modality.prepare(modality.load(source, Fetch()))
+        there = ask(pool, source, name)
+        assert there.num_features == here.num_features
+        assert there.inputs.keys() == here.inputs.keys()
+        assert all(torch.equal(there.inputs[key], here.inputs[key]) for key in here.inputs)
+
+
+def test_many_items_at_once_come_back_each_to_its_own(pool: MediaPool) -> None:
+    async def all_of_them() -> list[Prepared]:
+        items = [Media("vector", [i, i, i]) for i in range(40)]
+        return await asyncio.gather(*map(pool.prepare, items))
+
+    firsts = [prepared.inputs["values"][0, 0].item() for prepared in asyncio.run(all_of_them())]
+    assert firsts == list(range(40))
+
+
+@pytest.mark.parametrize("order", ["abort", "exit", "segfault"])
+def test_an_item_that_ends_its_decoder_fails_alone(pool: MediaPool, order: str) -> None:
+    async def both() -> list[Any]:
+        sources = [b"hello", order.encode(), b"hello", b"hello"]
+        waiting = (pool.prepare(Media("trial", source)) for source in sources)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    first, ended, *others = asyncio.run(both())
+    assert isinstance(ended, ServeError)
+    assert (ended.status, ended.code) == (422, "invalid_media")
+    assert [said(prepared) for prepared in (first, *others)] == ["hello"] * 3
+
+
+def test_an_item_that_takes_too_long_is_ended(pool: MediaPool) -> None:
+    error = refusal(pool, b"spin")
+    assert (error.status, error.code) == (422, "media_too_slow")
+    assert "longer than 2 s" in str(error)
+    assert said(ask(pool, b"hello")) == "hello"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+@pytest.mark.parametrize("order", ["fill", "fill_torch"])
+def test_an_item_that_takes_too_much_memory_is_refused(pool: MediaPool, order: str) -> None:
+    error = refusal(pool, f"{order} {400 * MIB}".encode())
+    assert (error.status, error.code) == (422, "media_too_large")
+    assert ask(pool, f"{order} {50 * MIB}".encode()).num_features > 0
+
+
+@pytest.mark.parametrize("order", ["raise secret", "interrupt", "recurse"])
+def test_an_error_of_a_decoder_is_a_400_that_says_nothing_of_it(
+    pool: MediaPool, order: str
+) -> None:
+    error = refusal(pool, order.encode())
+    assert error.status == 400
+    assert "Error" not in str(error)
+    assert said(ask(pool, b"hello")) == "hello"
+
+
+def test_a_refusal_is_a_400_without_paths_addresses_and_odd_letters(pool: MediaPool) -> None:
+    error = refusal(pool, b"refuse secret")
+    assert (error.status, error.code) == (400, "invalid_media")
+
+
+def test_what_a_library_prints_is_not_taken_for_an_answer(pool: MediaPool) -> None:
+    assert said(ask(pool, b"print 200000")) == "print"
+
+
+def test_an_answer_over_the_limit_is_refused(pool: MediaPool) -> None:
+    assert "the limit is 1,048,576" in str(refusal(pool, b"letters 1048577"))
+    assert ask(pool, b"letters 1000000").num_features == 1_000_000
+
+
+@pytest.fixture
+def secret_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(SECRET)
+    return file
+
+
+def test_a_decoder_opens_no_file_even_if_it_tries(pool: MediaPool, secret_file: Path) -> None:
+    link = secret_file.parent / "link"
+    link.symlink_to(secret_file)
+    inside = Path(sys.prefix) / "lib" / ".." / ".." / ".." / ".." / ".." / "etc" / "passwd"
+    beside = Path(sys.modules["a_trial_sense"].__file__ or "").parent / "beside.txt"
+    beside.write_text(SECRET)
+    others = ("/etc/passwd", "/proc/self/environ", "/dev/zero", "README.md", "pyproject.toml")
+    for path in (secret_file, link, inside, beside, *others):
+        refusal(pool, f"read {path}".encode())
+    refusal(pool, f"list {secret_file.parent}".encode())
+
+
+def test_a_decoder_changes_no_file(pool: MediaPool, tmp_path: Path, secret_file: Path) -> None:
+    refusal(pool, f"write {tmp_path / 'new'}".encode())
+    refusal(pool, f"write {Path(torch.__file__).parent / 'new'}".encode())
+    refusal(pool, f"remove {secret_file}".encode())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_decoder_reaches_no_network_and_no_program(pool: MediaPool) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        refusal(pool, f"connect {server.getsockname()[1]}".encode())
+        with pytest.raises(TimeoutError):
+            server.accept()
+    refusal(pool, b"run id")
+
+
+def test_fetch_in_a_decoder_reads_neither_files_nor_addresses(
+    pool: MediaPool, secret_file: Path
+) -> None:
+    for source in (secret_file, secret_file.as_uri(), "http://127.0.0.1/", "https://example.org/"):
+        assert refusal(pool, f"fetch {source}".encode()).status == 400
+    assert said(ask(pool, b"fetch data:,hello")) == "hello"
+
+
+def test_a_decoder_is_not_told_keys_and_tokens(pool: MediaPool) -> None:
+    environment = said(ask(pool, b"environment"))
+    assert "PATH=" in environment
+    assert SECRET not in environment
+
+
+def test_a_path_never_gets_to_a_decoder(pool: MediaPool, secret_file: Path) -> None:
+    relative = os.path.relpath(secret_file)
+    for path in (str(secret_file), secret_file, secret_file.as_uri(), relative, "config.json", ""):
+        shapes: list[Any] = [
+            path,
+            {"path": path},
+            {"bytes": path},
+            {"array": [path]},
+            [path],
+            [[path]],
+        ]
+        for source in shapes:
+            for name in ("trial", "image", "vector"):
+                error = refusal(pool, source, name)
+                assert error.status == 400
+                assert "files of this machine are never read" in str(error)
+
+
+def test_texts_that_are_no_sources_pass(pool: MediaPool) -> None:
+    assert said(ask(pool, "do hello")) == "hello"  # for this sense such a string is a text
+    source = {"lead": "II", "unit": "mV", "bytes": b"\x00\xff", "also": [None, True, {"a": [1.5]}]}
+    assert said(ask(pool, source)) == repr(source)
+
+
+def test_data_addresses_are_decoded_before_they_are_handed_on(pool: MediaPool) -> None:
+    assert said(ask(pool, "data:;base64,aGVsbG8=")) == "hello"
+    source = {"path": "data:,a", "list": ["data:,b", {"bytes": "data:,c"}]}
+    assert said(ask(pool, source)) == repr({"path": b"a", "list": [b"b", {"bytes": b"c"}]})
+
+
+def test_a_decoder_is_replaced_after_1000_items_and_nobody_notices(pool: MediaPool) -> None:
+    async def counts() -> list[int]:
+        items = [Media("trial", b"count")] * 1_001
+        return [int(said(prepared)) for prepared in await asyncio.gather(*map(pool.prepare, items))]
+
+    ask(pool, b"count")
+    numbers = asyncio.run(counts())
+    assert numbers.count(1) == 1  # there a new one began
+    assert max(numbers) <= 1_000
+
+
+def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaPool) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for source, told in (
+        (b"x" * (4 * MIB + 1), "4,194,305 bytes"),
+        ([b"x" * (3 * MIB)] * 2, "6,291,456 bytes"),
+        ("data:," + "x" * (4 * MIB + 1), "the limit is 4,194,304"),
+        ([0.5] * 1001, "more than 1,000 numbers"),
+        ([[0.5] * 200] * 6, "more than 1,000 numbers"),
+        (deep, "lists inside each other"),
+        ({1: 2}, "names as keys"),
+        (object(), "got object"),
+        (Image.new("RGB", (4, 4)), "got Image"),
+        ("http://127.0.0.1/a.png", "web addresses are not read here"),
+    ):
+        error = refusal(pool, source)
+        assert error.status == 400
+        assert told in str(error)
+
+
+def test_an_unknown_sense_is_a_400(pool: MediaPool) -> None:
+    assert "no sense named 'smell'" in str(refusal(pool, b"", "smell"))
+
+
+def test_numbers_of_any_kind_are_refused_or_finite(pool: MediaPool) -> None:
+    for source in ([float("nan")] * 3, [float("inf")] * 3, [10**400] * 3, [1e308] * 3, [], [None]):
+        assert refusal(pool, source, "vector").status == 400
+
+
+def test_an_item_whose_client_left_is_not_decoded(pool: MediaPool) -> None:
+    async def leave() -> int:
+        before = int(said(await pool.prepare(Media("trial", b"count"))))
+        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.3")))
+        left = [asyncio.ensure_future(pool.prepare(Media("trial", b"count"))) for _ in range(5)]
+        while pool.num_waiting < 5:  # the one worker is busy, and the five stand behind
+            await asyncio.sleep(0.001)
+        for future in left:
+            future.cancel()
+        await busy
+        return int(said(await pool.prepare(Media("trial", b"count")))) - before
+
+    assert asyncio.run(leave()) == 1
+
+
+def test_what_a_worker_has_begun_for_a_client_that_left_is_thrown_away(pool: MediaPool) -> None:
+    async def leave() -> str:
+        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.2")))
+        await asyncio.sleep(0.1)
+        busy.cancel()
+        return said(await pool.prepare(Media("trial", b"hello")))
+
+    assert asyncio.run(leave()) == "hello"
+
+
+def test_what_waits_takes_so_much_memory_at_most(pool: MediaPool) -> None:
+    async def many() -> list[Any]:
+        items = [Media("trial", b"sleep 0.2"), *[Media("trial", b"x" * (4 * MIB))] * 20]
+        return await asyncio.gather(*map(pool.prepare, items), return_exceptions=True)
+
+    results = asyncio.run(many())
+    refused = [result for result in results if getattr(result, "status", 0) == 429]
+    assert 4 <= len(refused) <= 6
+    assert all(error.retry_after for error in refused)
+    assert pool._num_bytes == 0
+
+
+def test_a_stopped_pool_says_503(senses: dict[str, Any]) -> None:
+    pool = MediaPool(senses)
+    assert refusal(pool, b"hello").status == 503
+
+
+def test_limits_are_put_onto_the_senses_of_a_pool(pool: MediaPool) -> None:
+    assert pool.modalities["image"].max_pixels == DecodeLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
+
+
+def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None:
+    senses = {"trial": trial(), "vector": VectorModality(dim=3)}
+    pool = MediaPool(senses, num_workers=2, timeout_s=2.0, fork=False)
+    pool.start()
+    try:
+        for order, code in (("abort", "invalid_media"), ("spin", "media_too_slow")):
+            assert refusal(pool, order.encode()).code == code
+            assert said(ask(pool, b"hello")) == "hello"
+        refusal(pool, b"read /etc/passwd")
+
+        async def many() -> list[Prepared]:
+            items = [Media("vector", [i, i, i]) for i in range(40)]
+            return await asyncio.gather(*map(pool.prepare, items))
+
+        assert [int(p.inputs["values"][0, 0]) for p in asyncio.run(many())] == list(range(40))
+    finally:
+        pool.stop()
+
+
+def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
+    pool = MediaPool({"trial": trial()}, num_workers=1)
+    pool.start()
+
+    async def stop_in_between() -> list[Any]:
+        sources = [b"spin", b"hello", b"hello"]
+        waiting = [asyncio.ensure_future(pool.prepare(Media("trial", s))) for s in sources]
+        while pool.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(pool.stop)
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    process = pool._workers[0]._process
+    assert process is not None
+    pids = [process.pid, *children(process.pid)]
+    errors = asyncio.run(stop_in_between())
+    assert [error.status for error in errors] == [503] * 3
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_sense_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) -> None:
+    class Local(trial):  # in a function: no other process finds it
+        type: Any = "local"
+
+    registry.register_modality("local", Local)
+    try:
+        with pytest.raises(MultiTokenError, match="does not start: AttributeError"):
+            MediaPool({"local": Local()}, num_workers=1).start()
+    finally:
+        registry._registered["modality"].pop("local")

@@ -1,0 +1,396 @@
+"""The door: keys, hosts, bytes, times; around a small application, under a real uvicorn.
+
+Border: what stands behind the door is trivial here, except for the routes' own rules at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from multi_token.serve.openai.middleware import Guard, timed_protocol
+from multi_token.serve.settings import ServeSettings
+from tests.serve.running_server import KEY, RunningServer
+
+pytestmark = pytest.mark.slow
+
+OTHER_KEY = "sk-test-key-2"
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the length of the body; /endless answers until nobody reads, /fault raises."""
+    message = await receive()
+    assert not message["more_body"]
+    if scope["path"] == "/fault":
+        raise RuntimeError("secret at 0x7f0000 in /home/me")
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while scope["path"] == "/endless":
+        await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+    body = json.dumps({"length": len(message["body"]), "path": scope["path"]}).encode()
+    await send({"type": "http.response.body", "body": body})
+
+
+class Door:
+    """A guarded application on a free port."""
+
+    def __init__(self, **settings: Any) -> None:
+        import uvicorn
+
+        self.statuses: list[int] = []
+        found = ServeSettings(**settings)
+        self.guard = Guard(echo, found, on_end=self.statuses.append)
+        config = uvicorn.Config(
+            self.guard,
+            port=0,
+            http=timed_protocol(found.header_timeout_s, found.send_timeout_s),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self.thread.start()
+        while not self.server.started:
+            threading.Event().wait(0.005)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def raw(self, request: str) -> bytes:
+        """All that is answered to these letters until the connection is closed."""
+        with self.socket() as connection:
+            connection.sendall(request.replace("\n", "\r\n").encode("latin-1"))
+            return connection.makefile("rb").read()
+
+
+@contextmanager
+def door(**settings: Any) -> Iterator[Door]:
+    opened = Door(**settings)
+    try:
+        yield opened
+    finally:
+        opened.server.should_exit = True
+        opened.server.force_exit = True
+        opened.thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[Door]:
+    with door(api_keys=(KEY, OTHER_KEY)) as opened:
+        yield opened
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER_KEY])
+def test_each_key_opens(key: str, keyed: Door) -> None:
+    assert httpx.get(f"{keyed.url}/v1/models", headers=bearer(key)).status_code == 200
+    assert httpx.get(f"{keyed.url}/x", headers={"Authorization": f"bearer  {key}"}).is_success
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": KEY},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": f"Bearer {KEY[:-1]}"},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Bearer {KEY}, Bearer {OTHER_KEY}"},
+        {"Authorization": "Bearer \xe9\xff"},
+        {"X-Api-Key": KEY},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE"])
+def test_without_a_right_key_nothing_is_answered(
+    headers: dict[str, str], method: str, keyed: Door
+) -> None:
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    answer = httpx.request(method, f"{keyed.url}/v1/models", headers=encoded)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    if method != "HEAD":
+        assert answer.json()["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "//v1/models",
+        "/v1/../health",
+        "/health/",
+        "//health",
+        "/HEALTH",
+        "/health;x",
+        "/metrics",
+        "/ready",
+        "/docs",
+        "/openapi.json",
+        "/",
+        "/healthz",
+        "/x?/health",
+        "/%2e%2e/health",
+    ],
+)
+def test_only_health_needs_no_key(path: str, keyed: Door) -> None:
+    request = f"GET {path} HTTP/1.1\nHost: x\nConnection: close\n\n"
+    assert keyed.raw(request).startswith(b"HTTP/1.1 401")
+    assert httpx.get(f"{keyed.url}/health").status_code == 200
+    assert httpx.head(f"{keyed.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["x/health?", "127.0.0.1/health?x=", "a.example.", "user@x", "", "x#/health", "health"]
+)
+def test_the_host_header_opens_nothing(host: str, keyed: Door) -> None:
+    request = f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n"
+    assert keyed.raw(request).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
+    absolute = f"GET http://x/health HTTP/1.1\nHost: {host or 'x'}\nConnection: close\n\n"
+    assert b"HTTP/1.1 200" not in keyed.raw(absolute)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("[::1]:8000", 200),
+        ("evil.example", 421),
+        ("localhost.", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example:8000", 421),
+        ("0x7f000001", 421),
+        ("", 421),
+    ],
+)
+def test_without_keys_a_name_of_the_web_is_refused(host: str, status: int) -> None:
+    async def answered() -> int:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/models",
+            "headers": [(b"host", host.encode())],
+        }
+        await Guard(echo, ServeSettings())(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(answered()) == status
+
+
+def test_other_machines_are_answered_only_with_a_key() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org"):
+        with pytest.raises(ValidationError, match="needs a key"):
+            ServeSettings(host=host)
+        ServeSettings(host=host, api_keys=(KEY,))
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "[::1]", "localhost"):
+        ServeSettings(host=host)
+
+
+@pytest.mark.parametrize("key", ["short", "with a blank in it", "caf\xe9caf\xe9", ""])
+def test_a_weak_key_is_refused(key: str) -> None:
+    with pytest.raises(ValidationError, match="a key has"):
+        ServeSettings(api_keys=(key,))
+
+
+def test_keys_are_not_printed() -> None:
+    assert KEY not in repr(ServeSettings(api_keys=(KEY,)))
+
+
+def test_bytes_are_counted_as_they_come() -> None:
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b"x" * 65536
+
+    with door(max_body_bytes=100_000) as opened:
+        answer = httpx.post(f"{opened.url}/x", content=endless(), timeout=10)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        exact = httpx.post(f"{opened.url}/x", content=b"x" * 100_000)
+        assert exact.json()["length"] == 100_000
+        assert httpx.post(f"{opened.url}/x", content=b"x" * 100_001).status_code == 413
+        assert opened.guard._num_bytes_held == 0
+
+
+@pytest.mark.parametrize("length", ["1" * 30, "100001", "99999999999999999999"])
+def test_an_announced_length_over_the_limit_is_refused_at_once(length: str) -> None:
+    with door(max_body_bytes=100_000) as opened:
+        request = f"POST /x HTTP/1.1\nHost: localhost\nContent-Length: {length}\n\n"
+        assert b"413" in opened.raw(request)[:20] or b"400" in opened.raw(request)[:20]
+
+
+def test_a_body_that_drips_is_given_up() -> None:
+    with door(body_timeout_s=0.3) as opened, opened.socket() as connection:
+        connection.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n")
+        began = time.monotonic()
+        connection.sendall(b"x")
+        answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began < 5
+
+
+def test_headers_that_drip_are_given_up() -> None:
+    with door(header_timeout_s=0.3) as opened:
+        for start in (b"", b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-A: "):
+            with opened.socket() as connection:
+                connection.sendall(start)
+                assert connection.makefile("rb").read() == b""
+        # a second request of a kept connection is watched as the first
+        with opened.socket() as connection:
+            connection.sendall(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"\r\n0\r\n\r\n"):
+                answer += connection.recv(4096)
+            connection.sendall(b"GET /")
+            began = time.monotonic()
+            assert b"HTTP/1.1 " not in connection.makefile("rb").read()
+            assert time.monotonic() - began < 4  # and not uvicorn's own 5 s between requests
+        assert httpx.get(f"{opened.url}/x").status_code == 200
+
+
+def test_an_answer_that_nobody_reads_is_given_up() -> None:
+    with door(send_timeout_s=0.3) as opened, opened.socket() as connection:
+        connection.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        waiting = threading.Event()
+        for _ in range(1000):
+            if opened.statuses:
+                break
+            waiting.wait(0.01)
+        assert opened.statuses == [200]
+        # dropped, not closed: closed, it would be kept until the client has read what is left
+        assert not opened.server.server_state.connections
+
+
+def test_bodies_that_are_held_together_have_a_limit() -> None:
+    opened: list[socket.socket] = []
+    with door(max_body_bytes=100_000) as guarded:
+        try:
+            for _ in range(9):
+                connection = guarded.socket()
+                opened.append(connection)
+                connection.sendall(
+                    b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+                    + b"x" * 99_000
+                )
+            answer = opened[-1].recv(4096)
+            assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer
+        finally:
+            for connection in opened:
+                connection.close()
+
+
+def test_a_fault_of_ours_is_told_without_its_text(
+    keyed: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = httpx.post(f"{keyed.url}/fault", headers=bearer(KEY) | {"X-Request-Id": "mine-7"})
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert error["message"] == "the server has a fault" and error["error_id"] == "mine-7"
+    assert answer.headers["x-should-retry"] == "false"
+    assert any("mine-7" in record.getMessage() and record.exc_info for record in caplog.records)
+
+
+def test_a_client_names_its_request_only_in_plain_letters(keyed: Door) -> None:
+    def named(given: str) -> str:
+        answer = httpx.get(f"{keyed.url}/x", headers=bearer(KEY) | {"X-Request-Id": given})
+        return answer.headers["x-request-id"]
+
+    assert named("abc-1_2") == "abc-1_2"
+    assert named("a b").startswith("req-") and named("x" * 65).startswith("req-")
+
+
+def test_the_log_has_one_line_a_request_without_content(
+    running_server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "a very private matter"}],
+        "max_tokens": 2,
+        "user": "alice",
+    }
+    with caplog.at_level("INFO", logger="multi_token.serve"):
+        answer = httpx.post(
+            f"{running_server.url}/v1/chat/completions", json=body, headers=bearer(KEY)
+        )
+        assert answer.status_code == 200
+        named = answer.headers["x-request-id"]
+
+        def lines() -> list[Any]:
+            return [record for record in caplog.records if named in record.getMessage()]
+
+        assert running_server.wait_until(lambda: bool(lines()))
+    (record,) = lines()
+    line = json.loads(record.getMessage())
+    assert line["route"] == "/v1/chat/completions" and line["status"] == 200
+    assert line["id"] == named
+    assert line["completion_tokens"] == 2 and line["media"] == {}
+    text = record.getMessage()
+    assert "private" not in text and "alice" not in text and KEY not in text
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_page_of_the_web_cannot_send_a_request_by_a_form(kind: str, http: httpx.Client) -> None:
+    answer = http.post(
+        "/v1/chat/completions", content=b'{"messages": []}', headers={"Content-Type": kind}
+    )
+    assert answer.status_code == 415
+    options = http.options("/v1/chat/completions", headers={"Origin": "https://evil.example"})
+    assert options.status_code == 405
+    assert "access-control-allow-origin" not in options.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/page", 404),
+        ("GET", "//v1/models", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("HEAD", "/v1/models", 405),
+        ("POST", "/health", 405),
+        ("GET", "/../../etc/passwd", 404),
+        ("GET", "/health/%2e%2e/v1/models", 404),
+    ],
+)
+def test_other_routes_are_errors_of_the_same_form(
+    method: str, path: str, status: int, http: httpx.Client
+) -> None:
+    answer = http.request(method, path)
+    assert answer.status_code == status
+    if method != "HEAD":
+        error = answer.json()["error"]
+        assert error["type"] in ("invalid_request_error", "not_found_error")
+        assert "passwd" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'{"messages": ' + b"[" * 5000, b"\x00\xff", b"1" * 9999]
+)
+def test_a_body_that_is_no_request_is_refused(body: bytes, http: httpx.Client) -> None:
+    for path in ("/v1/chat/completions", "/generate"):
+        answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,106 @@
+"""Text grows without half characters, and ends at stop strings.
+
+Border: ids of tiny tokenizers, no model.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from multi_token.chat.format import ChatFormat
+from multi_token.serve.detokenizer import TextStream
+from multi_token.testing import tiny_tokenizer
+
+TEXT = "Käse für 3 €, 猫と犬 🐈‍⬛ — naïve; then\n\nthe first <b>two</b>  spaces."
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatFormat:
+    return ChatFormat(tiny_tokenizer())
+
+
+def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
+    return [stream.add(token_id) for token_id in ids] + [stream.end()]
+
+
+def ids_of(chat: ChatFormat, text: str) -> list[int]:
+    return chat.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_pieces_are_whole_characters_and_make_the_text(chat: ChatFormat) -> None:
+    ids = ids_of(chat, TEXT)
+    assert len(ids) > len(TEXT), "characters must be cut into several ids"
+    pieces = pieces_of(TextStream(chat), ids)
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 20, "the text must come in many pieces"
+
+
+def test_any_ids_give_what_decoding_all_of_them_gives(chat: ChatFormat) -> None:
+    chance = random.Random(0)
+    for _ in range(50):
+        ids = [chance.randrange(len(chat.tokenizer)) for _ in range(40)]
+        assert "".join(pieces_of(TextStream(chat), ids)) == chat.decode(ids)
+
+
+def test_the_end_hands_out_what_never_became_a_character(chat: ChatFormat) -> None:
+    ids = ids_of(chat, "a 猫")[:-1]
+    stream = TextStream(chat)
+    assert "".join(stream.add(i) for i in ids) == "a "
+    assert stream.end() == chat.decode(ids)[2:] != ""
+
+
+def test_special_tokens_are_no_text(chat: ChatFormat) -> None:
+    end = chat.end_of_turn_ids
+    ids = [*ids_of(chat, "yes"), *end, *ids_of(chat, " no"), *end]
+    assert "".join(pieces_of(TextStream(chat), ids)) == "yes no"
+
+
+def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = ChatFormat(tokenizer)
+    ids = ids_of(chat, "<think>\n\n</think>\n\na red square <think>")
+    pieces = pieces_of(TextStream(chat), ids)
+    assert "".join(pieces) == chat.decode(ids)
+    assert "".join(pieces).strip() == "a red square <think>"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", [" two"], "one"),
+        ("one two three", ["three", "two"], "one "),
+        ("one two three", ["four"], "one two three"),
+        ("one two three", ["threefold", "e f"], "one two three"),
+        ("a aab aaab", ["aaab"], "a aab "),
+        ("a red 猫 cat", ["猫"], "a red "),
+        ("stop", ["stop"], ""),
+        ("one two", [""], "one two"),
+    ],
+)
+def test_an_answer_ends_before_its_stop_string(
+    chat: ChatFormat, text: str, stop: list[str], expected: str
+) -> None:
+    stream = TextStream(chat, stop)
+    handed = ""
+    for token_id in ids_of(chat, text):
+        handed += stream.add(token_id)
+        assert expected.startswith(handed), "nothing may be handed out that the answer lacks"
+    assert handed + stream.end() == expected
+    assert stream.is_stopped == (expected != text)
+    if stream.is_stopped:
+        assert stream.add(ids_of(chat, " more")[0]) == stream.end() == ""
+
+
+def test_only_a_beginning_of_a_stop_string_is_held_back(chat: ChatFormat) -> None:
+    stream = TextStream(chat, ["<end>"])
+    pieces = [stream.add(i) for i in ids_of(chat, "a<e") + ids_of(chat, "x b")]
+    assert pieces[:3] == ["a", "", ""]
+    assert "".join(pieces) == "a<ex b", "nothing waits for the end"

@@ -1,0 +1,225 @@
+"""Projected tokens: together or alone the same, each content once, a bad item fails alone.
+
+Border: the thread with real tiny encoders; how prompts are answered is tested beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from multi_token.errors import MultiTokenError
+from multi_token.generate import ask, reader_of
+from multi_token.serve.errors import ServeError
+from multi_token.serve.media_embeddings import Projection, content_key
+from multi_token.types import Media, Prepared, Sample
+
+VECTORS = [[1.0, 2.0, 3.0, 4.0, 5.0], [-1.0, 0.5, 2.0, 0.0, 1.0], [0.2, 0.2, -3.0, 1.0, 0.0]]
+
+
+@pytest.fixture
+def make(model: Any) -> Iterator[Callable[..., Projection]]:
+    made: list[Projection] = []
+
+    def build(**options: Any) -> Projection:
+        made.append(Projection(model, **{"cache_bytes": 1 << 20, **options}))
+        return made[-1]
+
+    yield build
+    for projection in made:
+        projection.stop()
+
+
+@pytest.fixture
+def batches(model: Any) -> Iterator[list[int]]:
+    """How many items went through the projector of vectors in each batch."""
+    seen: list[int] = []
+    hook = model.projectors["vector"].register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0].values))
+    )
+    yield seen
+    hook.remove()
+
+
+def sample_of(model: Any, *vectors: Any) -> Sample:
+    conversation = ask("What is this?", [Media("vector", vector) for vector in vectors])
+    return reader_of(model)(conversation, prompt_only=True)
+
+
+def alone(model: Any, prepared: Prepared) -> Tensor:
+    inputs = model.modalities["vector"].collate([prepared])
+    with torch.no_grad():
+        return model.projectors["vector"](model.encode("vector", inputs))
+
+
+def held(projection: Projection, model: Any) -> Callable[[], None]:
+    """Keep the thread at an item, so that others meet behind it; returns what lets it go."""
+    go, is_at_it = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        hook.remove()
+        is_at_it.set()
+        assert go.wait(30)
+
+    hook = model.projectors["vector"].register_forward_pre_hook(hold)
+    (item,) = sample_of(model, [9.0] * 5).media
+    projection.ask("vector", item, "held")
+    assert is_at_it.wait(30)
+    return go.set
+
+
+def test_prompts_get_what_each_item_gives_alone(model: Any, make: Any) -> None:
+    samples = [
+        sample_of(model, VECTORS[0], VECTORS[1:]),
+        sample_of(model),
+        sample_of(model, VECTORS[2]),
+    ]
+
+    async def all_at_once(projection: Projection) -> list[Any]:
+        return await asyncio.gather(*(projection.prompt(sample) for sample in samples))
+
+    prompts = asyncio.run(all_at_once(make()))
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert prompt.places == tuple(sample.places)
+        assert torch.equal(prompt.input_ids, sample.input_ids)
+        assert len(set(prompt.keys)) == len(sample.media)
+        for tokens, item in zip(prompt.tokens, sample.media, strict=True):
+            torch.testing.assert_close(tokens, alone(model, item))
+
+
+def test_what_waits_goes_together(model: Any, make: Any, batches: list[int]) -> None:
+    projection = make(max_items=3)
+    go = held(projection, model)
+    items = [sample_of(model, [float(i)] * 5).media[0] for i in range(5)]
+    asked = [projection.ask("vector", item, str(i)) for i, item in enumerate(items)]
+    go()
+    results = [future.result(30) for future in asked]
+    assert batches == [1, 3, 2]
+    for item, result in zip(items, results, strict=True):
+        torch.testing.assert_close(result, alone(model, item))
+
+
+def test_one_content_asked_twice_is_computed_once(
+    model: Any, make: Any, batches: list[int]
+) -> None:
+    projection = make()
+    go = held(projection, model)
+    item = sample_of(model, VECTORS[0]).media[0]
+    first, second = (projection.ask("vector", item, "key") for _ in range(2))
+    go()
+    assert torch.equal(first.result(30), second.result(30))
+    assert torch.equal(projection.ask("vector", item, "key").result(30), first.result(30))
+    assert batches == [1, 1]
+    assert (projection.num_queries, projection.num_hits) == (4, 2)
+
+
+def test_what_was_not_asked_for_longest_is_forgotten_first(model: Any, make: Any) -> None:
+    items = [sample_of(model, vector).media[0] for vector in VECTORS]
+    num_bytes = alone(model, items[0]).nbytes
+    projection = make(cache_bytes=2 * num_bytes)
+
+    def is_here(index: int) -> bool:
+        before = projection.num_hits
+        projection.ask("vector", items[index], str(index)).result(30)
+        assert projection.num_bytes <= 2 * num_bytes
+        return projection.num_hits > before
+
+    assert [is_here(i) for i in (0, 1, 0, 2)] == [False, False, True, False]
+    assert [is_here(i) for i in (0, 2, 1)] == [True, True, False]
+    none = make(cache_bytes=0)
+    for _ in range(2):
+        none.ask("vector", items[0], "0").result(30)
+    assert none.num_hits == none.num_bytes == 0
+
+
+@pytest.mark.parametrize("fault", ["no numbers", "too many", "raises", "ours"])
+def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
+    projection = make()
+    go = held(projection, model)
+    samples = [sample_of(model, vector) for vector in VECTORS]
+    bad = samples[1].media[0].inputs["values"]
+
+    def break_on_it(_: Any, inputs: Any, tokens: Tensor) -> Tensor:
+        is_it = (inputs[0].values == bad).all(-1).any()
+        if bool(is_it):
+            if fault == "raises":
+                raise RuntimeError("weights at /some/path are broken")
+            if fault == "ours":
+                raise MultiTokenError("needs a square number of features, got 7")
+            if fault == "too many":
+                return torch.cat([tokens, tokens])
+        where = (inputs[0].values == bad).all(-1).flatten().repeat_interleave(2)
+        return tokens.masked_fill(where[:, None], torch.nan) if fault == "no numbers" else tokens
+
+    hook = model.projectors["vector"].register_forward_hook(break_on_it)
+    try:
+        asked = [projection.ask("vector", s.media[0], str(i)) for i, s in enumerate(samples)]
+        go()
+        with pytest.raises(ServeError) as failed:
+            asked[1].result(30)
+    finally:
+        hook.remove()
+    assert "path" not in str(failed.value)
+    assert failed.value.status == {"raises": 500}.get(fault, 400)
+    for i in (0, 2):
+        torch.testing.assert_close(asked[i].result(30), alone(model, samples[i].media[0]))
+    again = projection.ask("vector", samples[1].media[0], "1").result(30)
+    torch.testing.assert_close(again, alone(model, samples[1].media[0]))
+
+
+def test_a_client_that_leaves_takes_nothing_from_the_others(model: Any, make: Any) -> None:
+    projection = make()
+    sample = sample_of(model, VECTORS[0])
+    (key,) = projection.keys(sample)
+
+    async def leave() -> Any:
+        go = held(projection, model)
+        leaver = asyncio.ensure_future(projection.prompt(sample))
+        stayer = asyncio.ensure_future(projection.prompt(sample))
+        while key not in projection._on_their_way or projection.num_hits == 0:
+            await asyncio.sleep(0)
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        go()
+        return await stayer
+
+    (tokens,) = asyncio.run(leave()).tokens
+    torch.testing.assert_close(tokens, alone(model, sample.media[0]))
+
+
+def test_keys_are_equal_for_equal_content_of_one_tenant_only(model: Any) -> None:
+    item = sample_of(model, VECTORS[0]).media[0]
+    values = item.inputs["values"]
+    same = Prepared({k: v.clone() for k, v in item.inputs.items()}, item.num_features)
+    key = content_key("vector", item, "a")
+    assert content_key("vector", same, "a") == key
+    others = [
+        content_key("vector", item, "b"),
+        content_key("image", item, "a"),
+        content_key("vector", Prepared({**item.inputs, "values": values + 1e-6}, 1), "a"),
+        content_key("vector", Prepared({**item.inputs, "values": values.reshape(5, 1)}, 1), "a"),
+        content_key("vector", Prepared({**item.inputs, "values": values.double()}, 1), "a"),
+        content_key("vector", Prepared(dict(item.inputs), 2), "a"),
+    ]
+    assert len({key, *others}) == 7
+
+
+def test_stopping_refuses_what_waits(model: Any, make: Any) -> None:
+    projection = make()
+    go = held(projection, model)
+    waiting = projection.ask("vector", sample_of(model, VECTORS[0]).media[0], "waits")
+    stopping = threading.Thread(target=projection.stop)
+    stopping.start()
+    with pytest.raises(ServeError) as refused:
+        waiting.result(30)
+    assert refused.value.status == 503
+    go()
+    stopping.join(30)
+    assert not stopping.is_alive()

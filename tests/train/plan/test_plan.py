@@ -1,0 +1,235 @@
+"""estimate.py: what a run will need is said before it starts, and trying it leaves no trace."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from multi_token.checkpoint.load import compose
+from multi_token.cli import app
+from multi_token.collate import Collator
+from multi_token.data.dataset import ConversationDataset, load_rows
+from multi_token.language_model.loading import attach_adapter
+from multi_token.media.fetch import Fetch
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import AdapterSpec, Learn
+from multi_token.train.plan.dry_run import largest_batch, try_out
+from multi_token.train.plan.estimate import (
+    duration,
+    memory_of,
+    optimizer_bytes,
+    plan_of,
+    size,
+    warnings_of,
+)
+from multi_token.train.run import plan, train
+from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train.training_args import training_arguments
+
+Fields = Callable[..., dict[str, Any]]
+
+
+def of_numpy() -> list[int]:
+    state: Any = np.random.get_state()
+    return state[1].tolist()
+
+
+def learning(**rates: float) -> Learn:
+    return Learn.model_validate(rates)
+
+
+@pytest.fixture
+def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A trainer that is ready to go; keyword arguments are TrainingArguments."""
+
+    def build(learn: Learn, **fields: Any) -> MultiTokenTrainer:
+        model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+        if learn.adapter is not None:
+            model.language_model = attach_adapter(model.language_model, AdapterSpec(r=4))
+        assert model.reader is not None
+        reader = replace(model.reader, fetch=Fetch(root=str(data)))
+        dataset = ConversationDataset(
+            load_rows(str(data / "rows.jsonl")), reader, modalities=["image"]
+        )
+        args = {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 2, **fields}
+        return MultiTokenTrainer(
+            model,
+            learn=learn,
+            lengths=[len(dataset[i].input_ids) for i in range(len(dataset))],
+            args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
+            train_dataset=dataset,
+            data_collator=Collator(model.modalities, 0),
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+@pytest.mark.parametrize(
+    "learn",
+    [learning(projectors=1e-3, adapter=1e-3), learning(projectors=1e-3, language_model=1e-3)],
+    ids=["adapter", "language model"],
+)
+def test_memory_is_that_of_the_tensors_after_a_step(
+    trainer_of: Callable[..., Any], learn: Learn, optim: str
+) -> None:
+    trainer = trainer_of(learn, optim=optim, max_steps=1)
+    memory = memory_of(trainer)
+    learned = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    states = trainer.optimizer.state_dict()["state"]
+    kept = sum(t.nbytes for s in states.values() for t in s.values() if isinstance(t, torch.Tensor))
+    assert memory.optimizer == pytest.approx(kept, rel=0.2, abs=4 * len(learned)), optim
+    assert memory.gradients == sum(p.nbytes for p in learned)
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    stored = sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+    assert sum(memory.weights.values()) == pytest.approx(stored, rel=0.01)
+
+
+def test_trying_steps_leaves_no_trace(trainer_of: Callable[..., Any]) -> None:
+    trainer = trainer_of(learning(projectors=1e-3, adapter=1e-3), weight_decay=0.1)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    numbers = torch.get_rng_state(), random.getstate(), of_numpy()
+    trial = try_out(trainer)
+    assert trial.seconds_per_token > 0 and trial.num_bytes > 0 and trial.seconds_per_update > 0
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert (random.getstate(), of_numpy()) == numbers[1:]
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.optimizer is None and trainer.meter.total("tokens") == 0
+
+
+def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
+    trainer_of: Callable[..., Any],
+) -> None:
+    trainer = trainer_of(
+        learning(projectors=1e-3), max_steps=-1, num_train_epochs=3, logging_steps=1
+    )
+    planned = plan_of(trainer, "projector", try_steps=True)
+    assert planned.trial is not None
+    trainer.train()
+    assert planned.num_steps == trainer.state.max_steps == 6
+    tokens = trainer.meter.total("tokens") / 6
+    assert planned.tokens_per_step == pytest.approx(tokens, rel=0.01)
+    flops = planned.trial.flops_per_token * planned.tokens_per_step * planned.num_steps
+    assert flops == pytest.approx(trainer.meter.total("flops"), rel=0.1)
+    assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.lengths)
+    assert largest_batch(trainer) == 2 * max(trainer.lengths)
+
+
+def test_what_a_batch_keeps_grows_with_what_learns(trainer_of: Callable[..., Any]) -> None:
+    some = try_out(trainer_of(learning(projectors=1e-3)))
+    every = try_out(trainer_of(learning(projectors=1e-3, language_model=1e-3)))
+    assert every.num_bytes > some.num_bytes > 0
+
+
+def test_what_does_not_fit_is_said_with_the_lines_to_change(
+    trainer_of: Callable[..., Any],
+) -> None:
+    trainer = trainer_of(learning(projectors=1e-3))
+    planned = plan_of(trainer, "projector", try_steps=True)
+    memory = planned.memory
+    assert warnings_of(planned, trainer, capacity=2 * memory.total) == []
+    (tight,) = warnings_of(planned, trainer, capacity=memory.total)
+    for key in (
+        "model.dtype: bfloat16",
+        "model.modalities.image.dtype: bfloat16",
+        "model.quantization: 4bit",
+        "activation_checkpointing",
+    ):
+        assert key in tight
+    just_one = memory.fixed + 0.6 * (memory.activations or 0)
+    (batch,) = warnings_of(planned, trainer, capacity=round(just_one / 0.9))
+    assert "train.args.per_device_train_batch_size: 1 (it is 2" in batch
+    (full,) = warnings_of(
+        plan_of(trainer_of(whole := learning(language_model=1e-3)), "all", try_steps=False),
+        trainer_of(whole),
+        capacity=1000,
+    )
+    assert "`adapter` instead of `language_model`" in full and "quantization" not in full
+
+
+def test_the_plan_is_said_and_nothing_is_written(
+    recipe_fields: Fields, tmp_path: Path, data: Path
+) -> None:
+    fields = recipe_fields(tmp_path / "run")
+    adapter = {"name": "adapter", "learn": {"adapter": 1e-3}, "args": {"num_train_epochs": 2}}
+    fields["train"]["stages"].append(adapter)
+    console = Console(record=True, width=300, file=io.StringIO())
+    plan(Recipe.model_validate(fields), console=console)
+    said = console.export_text()
+    assert "4 steps of about" in said and "FLOP a step" in said and "s a step" in said
+    assert "encoder of image: " in said and "activations of the largest batch: about" in said
+    assert said.count("memory per device: ") == 2, "one for each stage"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_what_is_encoded_before_the_first_step(
+    recipe_fields: Fields, tmp_path: Path, data: Path
+) -> None:
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    many, few = tmp_path / "many.jsonl", tmp_path / "few.jsonl"
+    root = {"images": [str(data / "red.png")]}
+    many.write_text("".join(json.dumps({**row, **root}) + "\n" for row in 3 * rows))
+    few.write_text("".join(json.dumps({**row, **root}) + "\n" for row in rows[:2]))
+    others = {"rows": [{"rows": str(few)}]}
+
+    def said(**train: Any) -> str:
+        fields = recipe_fields(tmp_path / "run", **train)
+        fields["data"]["train"] = [{"rows": str(many)}, {"rows": str(data / "rows.jsonl")}]
+        console = Console(record=True, width=300, file=io.StringIO())
+        plan(Recipe.model_validate(fields), console=console)
+        return console.export_text()
+
+    assert "image: 32 encodings before the first step (for the closed form), about " in said()
+    assert "image: 18 encodings" in said(align=others)
+    assert "image: 16 encodings" in said(align=None)
+    assert "image: 4 encodings" in said(align=None, calibration_items=4)
+    cached = said(feature_cache=True)
+    assert "image: 5 encodings before the first step (for the feature cache, each once)" in cached
+    assert "(8 were tried)" in cached
+
+
+def test_a_run_after_its_plan_is_as_without_and_begins_with_a_short_one(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    train(Recipe.model_validate(recipe_fields(tmp_path / "run")), console=console)
+    said = console.export_text()
+    assert "4 steps of about" in said and "memory per device: " in said
+    assert "FLOP a step" not in said, "nothing is tried before a run"
+
+
+def test_the_command_plans(recipe_fields: Fields, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(recipe_fields(tmp_path / "run"))
+    recipe.save(tmp_path / "recipe.yaml")
+    said = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--plan"])
+    assert said.exit_code == 0, said.output
+    assert "in all without evaluation and saving" in said.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_are_said_as_people_say_them() -> None:
+    assert [size(n) for n in (12, 2048, 3 * 2**20, 5.5 * 2**30, 2**41)] == [
+        "12 bytes",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.5 GiB",
+        "2,048.0 GiB",
+    ]
+    assert [duration(s) for s in (5, 150, 7500)] == ["5 s", "2 min", "2 h 5 min"]
+    ones = [torch.ones(4, 3), torch.ones(5)]
+    assert optimizer_bytes("adamw_8bit", ones) == 34
+    assert optimizer_bytes("lion_32bit", ones) == 68

@@ -1,0 +1,138 @@
+"""train/closed_form.py: the closed form is ridge regression; tokens start in the right size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from multi_token.checkpoint.load import compose
+from multi_token.language_model.loading import embedding_rms
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import AlignSpec
+from multi_token.train.closed_form import align, calibrate, captioned
+from multi_token.types import Conversation, Features, Media, Message, Text
+
+KINDS: list[dict[str, Any]] = [
+    {"type": "linear"},
+    {"type": "mlp"},
+    {"type": "expand", "factor": 3},
+    {"type": "stack", "factor": 2},
+    {"type": "pool", "factor": 2},
+]
+
+
+def model_with(recipe_fields: Any, tmp_path: Path, projector: dict[str, Any]) -> Any:
+    fields = recipe_fields(tmp_path)
+    fields["model"]["modalities"] = {"vector": {"type": "vector", "dim": 5, "projector": projector}}
+    torch.manual_seed(0)
+    return compose(Recipe.model_validate(fields).model)
+
+
+def examples(model: Any, length: int = 1) -> list[Any]:
+    numbers = np.random.default_rng(0)
+    words = ["red", "blue square", "cat", "dog"]
+    conversations = []
+    for i in range(40):
+        values = numbers.normal(loc=3.0, scale=7.0, size=(length, 5))
+        user = Message("user", (Text("What is "), Media("vector", values)))
+        answer = Message("assistant", (Text(words[i % 4]),))
+        conversations.append((Conversation((user, answer), id=str(i)), model.reader))
+    return conversations
+
+
+def test_the_closed_form_is_the_ridge_solution_of_its_targets(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "expand", "factor": 3})
+    conversations = examples(model)
+    items = list(captioned(conversations))
+    calibrate(model, "vector", [(i.item, i.reader) for i in items])
+    assert align(model, "vector", items, spec=AlignSpec(penalty=2.0), batch_size=7) == 40
+
+    values = torch.tensor(np.concatenate([i.item.source for i in items]))
+    x = (values - values.mean(0)) / values.std(0, correction=0)
+    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    space = embed(torch.tensor(tokenizer(" ").input_ids))[-1:]
+    targets = [
+        torch.cat([embed(torch.tensor(tokenizer(" " + i.caption).input_ids)), space, space, space])[
+            :3
+        ]
+        for i in items
+    ]
+    y = torch.stack([t.flatten() for t in targets]).double().detach()
+    weight = torch.linalg.solve(x.T @ x + 2.0 * torch.eye(5).double(), x.T @ (y - y.mean(0)))
+    closed_form = model.projector("vector").closed_form
+    torch.testing.assert_close(closed_form.weight.double(), weight.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(closed_form.bias.double(), y.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["type"])
+def test_every_kind_can_be_aligned_and_its_network_starts_silent(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    model = model_with(recipe_fields, tmp_path, kind)
+    items = list(captioned(examples(model, length=4)))
+    calibrate(model, "vector", [(i.item, i.reader) for i in items])
+    align(model, "vector", items, spec=AlignSpec(penalty=1.0))
+    projector = model.projector("vector")
+    groups, _ = projector.arrange(Features(torch.randn(2, 4, 5)))
+    assert not projector.network(groups).any()
+    assert projector.closed_form.weight.any()
+
+
+@pytest.mark.parametrize("targets", ["mean", "in_order"])
+def test_many_features_aim_at_the_mean_of_the_caption_or_go_through_it_in_order(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, targets: Any
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "stack", "factor": 2})
+    # four features become two tokens, the second of which comes of other numbers than the first
+    values = np.array([[1.0, 0, 0, 0, 0]] * 2 + [[0, 1.0, 0, 0, 0]] * 2)
+    user = Message("user", (Text("What is "), Media("vector", values)))
+    answer = Message("assistant", (Text("cat dog"),))
+    items = list(captioned([(Conversation((user, answer)), model.reader)] * 8))
+    align(model, "vector", items, spec=AlignSpec(penalty=1e-6, targets=targets))
+    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    expected = embed(torch.tensor(tokenizer(" cat dog").input_ids)).detach()
+    assert len(expected) == 3
+    halves = expected[[0, 2]] if targets == "in_order" else expected.mean(0)
+    tokens = model.projector("vector")(Features(torch.tensor(values)[None].float()))
+    torch.testing.assert_close(tokens, halves.expand(2, -1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["type"])
+def test_tokens_start_with_the_root_mean_square_of_the_input_embeddings(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    model = model_with(recipe_fields, tmp_path, kind)
+    items = [(c.media[0], reader) for c, reader in examples(model, length=4)]
+    calibrate(model, "vector", items, batch_size=40)
+    values = torch.tensor(np.stack([i.source for i, _ in items])).float()
+    tokens = model.projectors["vector"](Features(values))
+    rms = float(tokens.detach().square().mean().sqrt())
+    assert rms == pytest.approx(embedding_rms(model.language_model), rel=1e-4)
+
+
+def test_a_value_that_never_changes_stays_finite(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "linear"})
+    items = [(Media("vector", [float(i), 7.0, 7.0, 7.0, 7.0]), model.reader) for i in range(9)]
+    calibrate(model, "vector", items)
+    tokens = model.projectors["vector"](Features(torch.tensor([[[1.0, 7.0, 7.0, 7.0, 7.0]]])))
+    assert torch.isfinite(tokens).all()
+    assert model.projector("vector").feature_scale[1:].tolist() == [1.0] * 4
+
+
+def test_only_conversations_with_one_item_and_one_answer_are_captions(model: Any) -> None:
+    item, answer = Media("image", "x"), Message("assistant", (Text("cat"),))
+    one = Conversation((Message("user", (item,)), answer))
+    two = Conversation((Message("user", (item, item)), answer))
+    longer = replace(one, messages=one.messages * 2)
+    found = list(captioned((c, model.reader) for c in (one, two, longer)))
+    assert [c.caption for c in found] == ["cat"]

@@ -1,0 +1,151 @@
+"""evaluation.py, page.py: held-out rows are evaluated, answered and shown while a run learns."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from multi_token.recipe.recipe import Recipe
+from multi_token.train.run import train
+from multi_token.train.run_report import HTML, JSON, RunReport, page_of
+
+Fields = Callable[..., dict[str, Any]]
+_VOID = {"meta", "line", "polyline", "circle", "path", "br", "img"}
+
+
+class Tags(HTMLParser):
+    """Refuses a tag that is not closed, and collects what a page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.num: dict[str, int] = {}
+        self.feed(text)
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.num[tag] = self.num.get(tag, 0) + 1
+        self.loads += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag, f"</{tag}>"
+
+
+@pytest.fixture(scope="module")
+def watched(
+    recipe_fields: Fields, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder of a run with held-out rows, and what it said."""
+    out = tmp_path_factory.mktemp("watched") / "run"
+    learn = {"projectors": 1e-2, "adapter": 2e-2}
+    args = {"max_steps": 25, "per_device_train_batch_size": 4, "eval_steps": 10}
+    fields = recipe_fields(out, stages=[{"name": "both", "learn": learn, "args": args}], align=None)
+    fields["data"]["eval"] = [{"rows": str(data / "rows.jsonl")}]
+    console = Console(record=True, width=300, file=io.StringIO())
+    train(Recipe.model_validate(fields), console=console)
+    return out, console.export_text()
+
+
+def test_held_out_rows_are_evaluated_every_so_often_and_at_the_end(
+    watched: tuple[Path, str],
+) -> None:
+    out, _ = watched
+    log = json.loads((out / "stages/1-both/done.json").read_text())["log_history"]
+    losses = {e["step"]: e["eval_loss"] for e in log if "eval_loss" in e}
+    assert list(losses) == [10, 20, 25] and losses[25] < losses[10]
+    use = {
+        e["step"]: e["eval_shuffled_loss_increase"]
+        for e in log
+        if "eval_shuffled_loss_increase" in e
+    }
+    assert list(use) == [10, 20, 25] and use[25] > 1.0
+    assert [e["eval_exact_answers"] for e in log if "eval_exact_answers" in e][-1] == 1.0
+
+
+def test_answers_and_the_blind_test_are_said_and_kept(watched: tuple[Path, str]) -> None:
+    out, said = watched
+    report = json.loads((out / JSON).read_text())
+    (stage,) = report["stages"]
+    assert [s["step"] for s in stage["samples"]] == [10, 20, 25]
+    last = stage["samples"][-1]["answers"]
+    assert [a["truth"] for a in last] == ["red", "blue", "green", "white"]
+    assert all(a["answer"] == a["truth"] for a in last)
+    assert last[0]["question"] == "What is <image>?"
+    assert "'What is <image>?' -> 'red' (truth: 'red')" in said
+    assert "blind test, 4 held-out rows:" in said and "warning" not in said
+    assert report["blind"]["conditions"][0]["accuracy"] == 1.0
+    assert report["recipe"]["train"]["stages"][0]["name"] == "both"
+    assert report["hardware"]["cores"] and any("adapter" in line for line in stage["learns"])
+
+
+def test_the_page_is_whole_and_loads_nothing(watched: tuple[Path, str]) -> None:
+    out, _ = watched
+    page = (out / HTML).read_text(encoding="utf-8")
+    tags = Tags(page)
+    assert tags.loads == [] and "@import" not in page and "url(" not in page
+    # at least loss, held-out loss, exact answers, use, speed, rate, wait, encoder; three norms
+    assert tags.num["svg"] >= 11
+    for words in ("Loss on held-out rows", "Gradient norm of adapter", "Does it use its senses?"):
+        assert words in page
+    assert page.count("Answers at step") == 3
+
+
+def test_a_run_without_held_out_rows_has_its_curves_too(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    train(Recipe.model_validate(recipe_fields(tmp_path / "run")), console=Console(quiet=True))
+    report = json.loads((tmp_path / "run" / JSON).read_text())
+    assert "blind" not in report and report["stages"][0]["samples"] == []
+    assert Tags((tmp_path / "run" / HTML).read_text(encoding="utf-8")).num["svg"] >= 5
+
+
+def test_a_resumed_report_keeps_what_came_before_and_forgets_what_comes_again(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate(recipe_fields(tmp_path))
+    answer = [{"id": "a", "question": "<b>?", "answer": "x", "truth": "y"}]
+    first = RunReport(tmp_path, recipe, ["language model X: float32"])
+    first.begin("one", ["projectors"])
+    first.log([{"step": 2, "loss": 1.0}], 4)
+    first.begin("two", ["adapter"])
+    for step in (2, 4):
+        first.log([{"step": s, "loss": float("nan")} for s in range(1, step + 1)], 4)
+        first.show(step, answer)
+
+    again = RunReport(tmp_path, recipe, [])
+    again.begin("two", ["adapter"])
+    again.log([{"step": 3, "loss": 1.0}], 4)  # from a checkpoint at step 3
+    one, two = again.facts["stages"]
+    assert one["log"] == [{"step": 2, "loss": 1.0}]
+    assert [s["step"] for s in two["samples"]] == [2], "that of step 4 will be made again"
+    page = page_of(again.facts)
+    assert "&lt;b&gt;?" in page and "<b>?" not in page
+    again.begin("one", ["projectors"])
+    assert [stage["name"] for stage in again.facts["stages"]] == ["one"]
+
+
+def test_a_blind_model_is_warned_of_at_the_end(
+    recipe_fields: Fields, tmp_path: Path, data: Path
+) -> None:
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    for row in rows:  # the answer does not depend on the picture
+        row["images"] = [str(data / row["images"][0])]
+        row["messages"][1]["content"] = "red"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = recipe_fields(tmp_path / "run")
+    fields["data"] = {key: [{"rows": str(tmp_path / "rows.jsonl")}] for key in ("train", "eval")}
+    fields["train"]["stages"][0]["args"]["max_steps"] = 20
+    console = Console(record=True, width=300, file=io.StringIO())
+    train(Recipe.model_validate(fields), console=console)
+    assert "warning: the model answers as well without its media" in console.export_text()
