@@ -62,7 +62,7 @@ NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket
 NETWORK |= {"urllib", "urllib3"}
 SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/safe_http.py"}
 SPEAKS_TO_A_NETWORK |= {"multi_token/serve/bench.py"}  # to the server that it measures
-SPEAKS_TO_A_NETWORK |= {"multi_token/client.py"}  # to the engines that it was given
+SPEAKS_TO_A_NETWORK |= {"multi_token/serve/engines/vllm/client.py"}  # to its engines
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 FAMILIES = re.compile(
     r"llama|qwen|gemma|mistral|mixtral|smollm|falcon|deepseek|olmo|granite|mamba|lfm2|cohere"
