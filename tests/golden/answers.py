@@ -104,9 +104,9 @@ def engine_answers(model: Any, material: Path, kind: str) -> dict[str, list[int]
     import torch
 
     from multi_token.generate import as_prompt, reader_of
-    from multi_token.serve.continuous import ContinuousEngine
-    from multi_token.serve.engine import Prompt, SamplingOptions, Token
-    from multi_token.serve.static import StaticEngine
+    from multi_token.serve.engines.base import Prompt, SamplingOptions, Token
+    from multi_token.serve.engines.continuous import ContinuousEngine
+    from multi_token.serve.engines.local.engine import StaticEngine
 
     engine: Any = {"static": StaticEngine, "continuous": ContinuousEngine}[kind](model)
     ids: dict[str, list[int]] = {name: [] for name in QUESTIONS}
