@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from multi_token.demo.rows import DemoData, build_rows, read_questions
-from multi_token.demo.run import SYSTEM, Asker, Size, recipe
+from multi_token.demo.run import SYSTEM, BatchGenerator, DemoSize, recipe
 from multi_token.recipe.recipe import Recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import train
 
 STARTS = ("random", "closed form")
@@ -72,9 +72,9 @@ class Bench:
         """The demo's rows of a seed, built once."""
         return build_rows(
             self.folder / f"data-{seed}",
-            num_names=Size().num_names,
-            num_renderings=Size().num_renderings,
-            num_held_out_renderings=Size().num_held_out_renderings,
+            num_names=DemoSize().num_names,
+            num_renderings=DemoSize().num_renderings,
+            num_held_out_renderings=DemoSize().num_held_out_renderings,
             num_validation_renderings=2,
             seed=seed,
             system=SYSTEM,
@@ -98,7 +98,7 @@ class Bench:
         loss = [entry["loss"] for entry in history["log_history"] if "loss" in entry][-1]
         path = data.validation_naming if split == "validation" else data.held_out_naming
         questions = read_questions(path)[: self.num_asked]
-        examples = Asker(model, data, self.folder, quiet).ask(questions, "naming")
+        examples = BatchGenerator(model, data, self.folder, quiet).ask(questions, "naming")
         accuracy = sum(example.right for example in examples) / len(examples)
         score = Score(start, learn, steps, seed, accuracy, loss, seconds)
         self.scores.append(score)
@@ -115,7 +115,7 @@ def plan(
     data: DemoData, out: Path, start: str, learn: dict[str, float], *, steps: int, seed: int
 ) -> Recipe:
     """The demo's recipe on its naming rows alone."""
-    size = replace(Size(), num_steps=steps)
+    size = replace(DemoSize(), num_steps=steps)
     fields: dict[str, Any] = recipe(data, out, size, seed=seed).model_dump(mode="json")
     fields["data"]["train"] = [{"rows": str(data.naming)}]
     fields["train"]["stages"][0]["learn"] = learn
@@ -198,7 +198,9 @@ def main() -> None:
             }
             chosen = {start: lengths[start] if start in options.starts else [] for start in STARTS}
             compare(bench, chosen, options.seeds, options.target)
-    print(json.dumps({"machine": machine(), "scores": [vars(score) for score in bench.scores]}))
+    print(
+        json.dumps({"machine": machine_facts(), "scores": [vars(score) for score in bench.scores]})
+    )
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.scan import Report, scan
-from multi_token.processor import Reader, build_reader
+from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.scan import ScanReport, scan
+from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.testing import tiny_image_encoder, tiny_language_model
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
@@ -61,7 +61,7 @@ def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
     return num_bytes // num_rows
 
 
-def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> Reader:
+def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> MultiTokenProcessor:
     """The reader of a recipe with one sense."""
     recipe = Recipe.model_validate(
         {
@@ -78,13 +78,13 @@ def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> Reader:
             },
         }
     )
-    return build_reader(recipe, root=str(folder))
+    return build_processor(recipe, root=str(folder))
 
 
-def scanned(reader: Reader, rows: Any) -> tuple[float, Report]:
+def scanned(processor: MultiTokenProcessor, rows: Any) -> tuple[float, ScanReport]:
     """Seconds of a scan, and its report."""
     began = time.perf_counter()
-    read = partial(read_row, reader=reader, modalities=["image"])
+    read = partial(row_to_sample, processor=processor, modalities=["image"])
     report = scan(rows, read, progress=False)
     return time.perf_counter() - began, report
 
@@ -108,10 +108,10 @@ def main() -> None:
         num_bytes = write_rows(folder, options.rows, tuple(options.size))
         rows = load_rows(str(folder / "rows.jsonl"))
         for way, (kind, fields) in WAYS.items():
-            reader = reader_of(folder, kind, fields)
-            readers = {"decode": reader, "headers": replace(reader, by_header=True)}
+            processor = reader_of(folder, kind, fields)
+            readers = {"decode": processor, "headers": replace(processor, lengths_only=True)}
             seconds: dict[str, list[float]] = {name: [] for name in readers}
-            reports: dict[str, Report] = {}
+            reports: dict[str, ScanReport] = {}
             for _ in range(options.rounds):
                 for name, one in readers.items():
                     took, reports[name] = scanned(one, rows)
@@ -133,7 +133,7 @@ def main() -> None:
         table.add_row(one["way"], f"{decode:.2f}", f"{headers:.2f}", f"{decode / headers:.1f}")
     console.print(table)
     if options.out is not None:
-        facts = {"machine": machine(), "rows": options.rows, "size": options.size}
+        facts = {"machine": machine_facts(), "rows": options.rows, "size": options.size}
         options.out.write_text(json.dumps({**facts, "results": results}, indent=1), "utf-8")
 
 

@@ -40,9 +40,9 @@ from transformers import (
 from multi_token.checkpoint.load import load
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
-from multi_token.recipe.train import Learn
-from multi_token.report.machine import machine
-from multi_token.train.packing import Packing
+from multi_token.recipe.train import Trainable
+from multi_token.report.machine import machine_facts
+from multi_token.train.packing import PackingPlan
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample
@@ -69,7 +69,7 @@ def llava_rows(samples: Sequence[Sample], image_token: int) -> list[dict[str, Te
     """The same ids, labels and pixels as LLaVA takes them."""
     made = []
     for sample in samples:
-        (place,), (item,) = sample.places, sample.media
+        (place,), (item,) = sample.media_spans, sample.media
         ids = sample.input_ids.clone()
         ids[place.start : place.start + place.length] = image_token
         made.append(
@@ -155,9 +155,9 @@ def with_ours(
     mean = sum(lengths) / len(lengths)
     return MultiTokenTrainer(
         model,
-        learn=Learn.model_validate(rates),
+        learn=Trainable.model_validate(rates),
         lengths=lengths,
-        packing=Packing(lengths, max(max(lengths), round(NUM_ROWS * mean))),
+        packing=PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean))),
         args=training_arguments(folder / "trained", options, seed=0, learning_rate=1e-12),
         train_dataset=samples,
         data_collator=Collator(model.modalities, 0).pack,
@@ -246,7 +246,7 @@ def main() -> None:
         "peers": peers,
         "rounds": rounds,
         "threads": options.threads,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from rich.table import Table
 from training import NUM_ROWS, build_parts, rows
 
 from multi_token.recipe.recipe import Recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import plan, train
 
 NUM_STEPS = 12
@@ -146,7 +146,7 @@ def main() -> None:
         "results": results,
         "rounds": rounds,
         "threads": options.threads,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -41,12 +41,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from multi_token.checkpoint.load import compose, load
-from multi_token.data.dataset import load_rows, rows_root
+from multi_token.data.dataset import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import ModelSpec, load_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.serve.bench import Load, Measured, measure
 from multi_token.serve.row_parts import bytes_of, question_of, request_messages
 from multi_token.types import Conversation, Media, Message, Text
@@ -111,7 +111,7 @@ def made_up(number: int) -> list[Conversation]:
 def of_rows(rows: str, names: Sequence[str], number: int) -> list[Conversation]:
     """Questions of the first rows, their items as bytes."""
     every = load_rows(rows)
-    fetch = Fetch(root=rows_root(rows))
+    fetch = Fetch(root=media_root(rows))
 
     def held(part: Any) -> Any:
         is_media = isinstance(part, Media)
@@ -328,7 +328,7 @@ def main() -> None:
             "run": "composed" if args.run is None else args.run.name,
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "rows", "out")},
             "threads": torch.get_num_threads(),
-            "machine": machine(),
+            "machine": machine_facts(),
             "backends": figures,
         }
         args.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

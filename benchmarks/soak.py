@@ -56,7 +56,7 @@ from traffic import (
 )
 
 from multi_token.checkpoint.load import read_config
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 
 MOST_GROWTH_PERCENT = 5.0
 JUDGED_MINUTES = 5.0
@@ -323,7 +323,7 @@ def main() -> int:
             "run": "composed" if args.run is None else args.run.name,
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "out")}
             | {"max_queue": max_queue},
-            "machine": machine(),
+            "machine": machine_facts(),
             "num_good": found.num_good,
             "num_broken": found.num_broken,
             "num_leavers": found.num_leavers,

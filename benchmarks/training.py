@@ -47,11 +47,11 @@ from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
-from multi_token.language_model.segment_attention import attending_by_segment
+from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
 from multi_token.types import Sample
 
@@ -153,16 +153,16 @@ def read(
     cache: FeatureCache | None = None,
 ) -> list[Sample]:
     """Rows as samples, with features in place of pixels where there is a cache."""
-    assert model.reader is not None
-    reader = replace(model.reader, fetch=Fetch(root=str(folder)), cache=cache)
+    assert model.processor is not None
+    processor = replace(model.processor, fetch=Fetch(root=str(folder)), cache=cache)
     conversations = [
         to_conversation(row, list(model.modalities), row_id=row["id"]) for row in given
     ]
     if cache is not None:
-        items = [(item, reader.fetch) for c in conversations for item in c.media]
+        items = [(item, processor.fetch) for c in conversations for item in c.media]
         encoders: Any = model.encoders
         cache.fill(items, model.modalities, encoders)
-    return [reader(conversation) for conversation in conversations]
+    return [processor(conversation) for conversation in conversations]
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ class Levers:
             halves = {**spec, "modalities": {"image": {**image, "dtype": "bfloat16"}}}
             self.models["projector", True] = composed({**halves, "dtype": "bfloat16"})
             self.models["all", True] = composed(halves)
-        assert model.reader is not None
-        collator = Collator(model.modalities, model.reader.chat.filler_id)
+        assert model.processor is not None
+        collator = Collator(model.modalities, model.processor.chat.filler_id)
         tree = replace(collator, share_media=True)
         plain, cached = (read(model, folder, given, cache) for cache in (None, FeatureCache()))
         self.optimizers: dict[tuple[str, bool], torch.optim.Optimizer] = {}
@@ -297,7 +297,7 @@ class Levers:
         optimizer = self.optimizers[which]
         layout = "tree" if variant.tree else "packed" if variant.packed else "padded"
         batch: Any = dict(self.batches[layout + ", cached" * variant.cached])
-        segments: Any = attending_by_segment(model.language_model)
+        segments: Any = segment_attention_enabled(model.language_model)
         with segments if variant.packed else nullcontext():
             if variant.supervised:
                 loss = model(**batch).loss
@@ -389,7 +389,7 @@ def main() -> None:
         "levers": [asdict(result) for result in results],
         "rounds": rounds,
         "threads": options.threads,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -58,12 +58,12 @@ def _row(family: Any) -> list[str]:
     chat, shape = trials.chat_of(family), trials.shape_of(family)
     talk = trials.conversation(2)
     origin = "TRL" if trials.is_from_trl(family.name) else "ours"
-    contents = "parts" if shape.takes_parts else "text"
+    contents = "parts" if shape.takes_content_parts else "text"
     found = "generation tags" if shape.is_tagged else "marks"
     row = [family.name, origin, contents, found]
     if trials.refusal(chat, talk) is not None:
         return [*row, "", "none: refused", "", "", "", ""]
-    text, spans = shape.answered(trials.plain(talk))
+    text, spans = shape.render_with_spans(trials.plain(talk))
     texts = [text[span.start : span.end] for span in spans]
     heads = [text.partition("It is cat")[0] for text in texts]
     ends = [text.partition(f"It is cat {i}.")[2] for i, text in enumerate(texts)]
@@ -91,7 +91,7 @@ def _besides(family: Any, messages: list[dict[str, str]]) -> str:
     if trials.twin(family.name) is None:
         return "no twin"
     shape = trials.shape_of(family)
-    text, spans = shape.answered(messages)
+    text, spans = shape.render_with_spans(messages)
     marked = trials.marked_by_twin(family, messages)
     around = [
         mark.partition(text[span.start : span.end])

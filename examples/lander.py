@@ -27,13 +27,13 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from multi_token.demo.example import run_example, stage_losses
+from multi_token.demo.example import run_command, stage_losses
 from multi_token.demo.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
-from multi_token.demo.page import Section, Tile, film_figure, loss_figures, table, write_page
+from multi_token.demo.page import ReportSection, Tile, loss_figures, table, video_figure, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import train
 
 VIEWS = {
@@ -256,7 +256,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "film": {"seed": filmed.seed, "return": round(filmed.total, 1), "landed": filmed.landed},
         "seed": seed,
         "size": asdict(size),
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_report(out, report)
@@ -322,20 +322,20 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
             for name in (*VIEWS, "perceptron", "pilot", "random")
         ],
         sections=[
-            Section(
+            ReportSection(
                 "A flight",
                 f"Seed {filmed['seed']}, flown by the state alone, with a return of "
                 f"{filmed['return']:.0f}.",
-                film_figure(out / "landing.mp4", f"Each word of the model fires {HOLD} frames"),
+                video_figure(out / "landing.mp4", f"Each word of the model fires {HOLD} frames"),
             ),
-            Section(
+            ReportSection(
                 "All flights",
                 f"The same {num_flights} seeds for all; none of them is in the rows. A screenshot "
                 "stands still, and what an encoder of everyday pictures makes of it says little of "
                 "where the craft is.",
                 table(["Who flies", "Mean return", "Worst", "Landed"], rows),
             ),
-            Section(
+            ReportSection(
                 "Training",
                 f"{report['size']['num_steps']} steps of {report['size']['batch_size']} rows each.",
                 loss_figures(report["losses"]),
@@ -350,4 +350,4 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_example("lander", __doc__ or "", run, full=Size(), quick=QUICK)
+    run_command("lander", __doc__ or "", run, full=Size(), quick=QUICK)

@@ -29,15 +29,15 @@ from torch import Tensor
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.cards import Card, sheet_of
-from multi_token.demo.example import run_example, stage_losses
-from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
+from multi_token.demo.example import run_command, stage_losses
+from multi_token.demo.page import ReportSection, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import language_model_folder, speech_encoder_folder
 from multi_token.demo.scores import word_errors, words
 from multi_token.demo.voices import Voice, record
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import train
 from multi_token.types import Media
 
@@ -280,8 +280,8 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
     cache = FeatureCache(out / "cache")
     ear = Ear(model, data, cache)
     ear.hear([*training, *asked])
-    assert model.reader is not None
-    model.reader = replace(model.reader, cache=cache)
+    assert model.processor is not None
+    model.processor = replace(model.processor, cache=cache)
     texts = model.generate(
         [u.row for u in asked], root=str(data), max_new_tokens=_MAX_NEW_TOKENS, batch_size=25
     )
@@ -309,7 +309,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - began, 1),
         "seed": seed,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     losses = stage_losses(out)
     examples = [
@@ -366,12 +366,12 @@ def _page(
             ),
         ],
         sections=[
-            Section(
+            ReportSection(
                 "Who heard what",
                 "Sentences that are right to the word, and words that are wrong.",
                 table(["", "exact", "word error rate"], rows),
             ),
-            Section(
+            ReportSection(
                 "Listen",
                 "Held-out utterances, what was said, and what the model wrote.",
                 sheet_of(
@@ -385,7 +385,7 @@ def _page(
                     for u, text in shown
                 ),
             ),
-            Section("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
+            ReportSection("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
         ],
         facts={
             "Made of": {
@@ -400,4 +400,4 @@ def _page(
 
 
 if __name__ == "__main__":
-    run_example("listen", __doc__ or "", run, full=Size(), quick=QUICK)
+    run_command("listen", __doc__ or "", run, full=Size(), quick=QUICK)

@@ -28,16 +28,16 @@ from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.demo.example import run_example, stage_losses
+from multi_token.demo.example import run_command, stage_losses
 from multi_token.demo.facts import THINGS, Question, write_document
-from multi_token.demo.page import Section, Tile, loss_figures, table, write_page
+from multi_token.demo.page import ReportSection, Tile, loss_figures, table, write_page
 from multi_token.demo.parts import language_model_folder, sentence_encoder_folder
-from multi_token.demo.scores import is_name
+from multi_token.demo.scores import is_exact_name
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.document import DocumentModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.plan.dry_run import peak_memory
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -210,10 +210,10 @@ class Exam:
     """Asks a model about held-out documents, with their features remembered."""
 
     def __init__(self, model: MultiTokenForConditionalGeneration) -> None:
-        assert model.reader is not None
+        assert model.processor is not None
         self.model = model
         self.cache = FeatureCache()
-        self.reader = model.reader = replace(model.reader, cache=self.cache)
+        self.processor = model.processor = replace(model.processor, cache=self.cache)
         modality = model.modalities["document"]
         assert isinstance(modality, DocumentModality)
         self.modality = modality
@@ -231,11 +231,11 @@ class Exam:
         answered = time.perf_counter()
         with peak_memory() as peak:  # apart, since watching takes time
             self.model.generate(asked[:_BATCH_SIZE], max_new_tokens=1, batch_size=_BATCH_SIZE)
-        right = [is_name(a, q.answer) for a, q in zip(answers, questions, strict=True)]
+        right = [is_exact_name(a, q.answer) for a, q in zip(answers, questions, strict=True)]
         nearest = [
             chunk == q.chunk for chunk, q in zip(self._nearest(questions), questions, strict=True)
         ]
-        text_tokens = [len(self.reader.tokenizer(d)["input_ids"]) for d in documents]
+        text_tokens = [len(self.processor.tokenizer(d)["input_ids"]) for d in documents]
         return Length(
             num_chunks=num_chunks,
             num_asked=len(questions),
@@ -306,7 +306,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "seed": seed,
         "by_tokens": {str(f): [asdict(length) for length in found] for f, found in results.items()},
         "losses": losses,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _write_page(out / "report.html", report, results, samples)
@@ -369,13 +369,13 @@ def _write_page(
             ),
         ],
         sections=[
-            Section(
+            ReportSection(
                 "By length",
                 f"Exact answers. Tokens, times and memory are those of {columns[1]}; memory is "
                 f"what {_BATCH_SIZE} questions at once took beside the model.",
                 table([*columns, *costs], by_length),
             ),
-            Section(
+            ReportSection(
                 "Questions",
                 "About held-out documents.",
                 table(
@@ -383,7 +383,9 @@ def _write_page(
                     [(q.text, n, answer or "(none)", q.answer) for n, q, answer in samples],
                 ),
             ),
-            Section("Training", f"{report['num_steps']} steps.", loss_figures(report["losses"])),
+            ReportSection(
+                "Training", f"{report['num_steps']} steps.", loss_figures(report["losses"])
+            ),
         ],
         facts={
             "Made of": {
@@ -397,4 +399,4 @@ def _write_page(
 
 
 if __name__ == "__main__":
-    run_example("read", __doc__ or "", run, full=Size(), quick=QUICK, others=OTHERS)
+    run_command("read", __doc__ or "", run, full=Size(), quick=QUICK, others=OTHERS)

@@ -23,16 +23,16 @@ from typing import Any
 from rich.console import Console
 
 from multi_token.demo.cards import Card, sheet_of
-from multi_token.demo.example import run_example, stage_losses
+from multi_token.demo.example import run_command, stage_losses
 from multi_token.demo.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
-from multi_token.demo.page import Section, Tile, loss_figure, table, write_page
+from multi_token.demo.page import ReportSection, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder, speech_encoder_folder
-from multi_token.demo.scores import is_name
+from multi_token.demo.scores import is_exact_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
 from multi_token.demo.voices import Voice
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import train
 
 SYSTEM = "Answer in one word."
@@ -78,7 +78,7 @@ class Asked:
 
     @property
     def right(self) -> bool:
-        return is_name(self.answer, self.truth)
+        return is_exact_name(self.answer, self.truth)
 
 
 class World:
@@ -290,7 +290,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "num_steps": size.num_steps,
         "num_things": size.num_things,
         "seed": seed,
-        "machine": machine(),
+        "machine": machine_facts(),
     }
     losses = stage_losses(out)
     examples = [
@@ -368,21 +368,21 @@ def _page(
             Tile("Without the right question", percent("other_voice_accuracy"), "so it listens"),
         ],
         sections=[
-            Section(
+            ReportSection(
                 "Answers",
                 "An answer counts only if it is the expected word.",
                 table(["", "right"], rows),
             ),
-            Section(
+            ReportSection(
                 "Some of them",
                 "Picture, the question as it was spoken, and the answer.",
                 sheet,
             ),
-            Section("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
+            ReportSection("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
         ],
         facts={"Machine": report["machine"]},
     )
 
 
 if __name__ == "__main__":
-    run_example("see_and_hear", __doc__ or "", run, full=Size(), quick=QUICK)
+    run_command("see_and_hear", __doc__ or "", run, full=Size(), quick=QUICK)

@@ -14,11 +14,19 @@ from torch import Tensor
 
 from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Modality, stack_padded
-from multi_token.types import IGNORE_INDEX, Batch, MediaBatch, PackedBatch, Place, Prepared, Sample
+from multi_token.types import (
+    IGNORE_INDEX,
+    Batch,
+    MediaBatch,
+    MediaSpan,
+    PackedBatch,
+    Prepared,
+    Sample,
+)
 
 FEATURES_KEY = "features"
 """The input under which an item carries features from the cache instead of encoder inputs."""
-BREAKS_KEY = "breaks"
+NEWLINES_KEY = "breaks"
 """Beside it, for items that are read line by line: bool [length], where a line ends."""
 
 
@@ -60,7 +68,7 @@ class Collator:
             media=self._media(
                 (place, item, begin)
                 for sample, begin in zip(samples, begins, strict=True)
-                for place, item in zip(sample.places, sample.media, strict=True)
+                for place, item in zip(sample.media_spans, sample.media, strict=True)
             ),
         )
         if self.share_prefix:
@@ -73,10 +81,12 @@ class Collator:
         With `share_media`, samples beside each other that begin with the same media become a tree:
         what they share once, and then the rest of each.
         """
-        families = _families(samples) if self.share_media else [[sample] for sample in samples]
-        pieces: list[_Piece] = []
+        families = (
+            _group_shared_media(samples) if self.share_media else [[sample] for sample in samples]
+        )
+        pieces: list[_PackSegment] = []
         for family in families:
-            pieces += _pieces(family, num_before=len(pieces))
+            pieces += _pack_segments(family, num_before=len(pieces))
         lengths = [piece.stop - piece.start for piece in pieces]
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         labels = [piece.sample.labels[piece.start : piece.stop].clone() for piece in pieces]
@@ -96,20 +106,24 @@ class Collator:
             media=self._media(
                 (place, item, begin - piece.start)
                 for piece, begin in zip(pieces, begins, strict=True)
-                for place, item in zip(piece.sample.places, piece.sample.media, strict=True)
+                for place, item in zip(piece.sample.media_spans, piece.sample.media, strict=True)
                 if piece.start <= place.start < piece.stop
             ),
         )
-        if any(piece.behind is not None for piece in pieces):
+        if any(piece.prefix_segment is not None for piece in pieces):
             batch["segments"] = torch.tensor(
                 [
-                    (begin, begin + length, *(_span(piece.behind, begins, lengths)))
+                    (
+                        begin,
+                        begin + length,
+                        *(_segment_bounds(piece.prefix_segment, begins, lengths)),
+                    )
                     for piece, begin, length in zip(pieces, begins, lengths, strict=True)
                 ]
             )
         return batch
 
-    def _media(self, placed: Iterable[tuple[Place, Prepared, int]]) -> dict[str, MediaBatch]:
+    def _media(self, placed: Iterable[tuple[MediaSpan, Prepared, int]]) -> dict[str, MediaBatch]:
         """Items with their places and where their samples begin in the flattened batch, by
         modality.
         """
@@ -146,8 +160,8 @@ class Collator:
             FEATURES_KEY: stack_padded(values),
             "mask": stack_padded([torch.ones(len(v), dtype=torch.bool) for v in values]),
         }
-        if BREAKS_KEY in items[0].inputs:
-            batch[BREAKS_KEY] = stack_padded([item.inputs[BREAKS_KEY] for item in items])
+        if NEWLINES_KEY in items[0].inputs:
+            batch[NEWLINES_KEY] = stack_padded([item.inputs[NEWLINES_KEY] for item in items])
         return batch
 
 
@@ -155,22 +169,23 @@ def _num_shared(batch: Batch, shortest: int, samples: Sequence[Sample]) -> int:
     """Leading positions with the same ids in all rows, before any media and any learned label."""
     ids, learned = batch["input_ids"], batch["shift_labels"] != IGNORE_INDEX
     stops = ((ids != ids[:1]) | learned).any(0).nonzero().flatten()
-    first_media = [place.start for sample in samples for place in sample.places]
+    first_media = [place.start for sample in samples for place in sample.media_spans]
     # at least one position must be left to compute
     return min([shortest - 1, *first_media, *stops[:1].tolist()])
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """`sample[start:stop]` in a pack, behind what stands in piece number `behind`, if any."""
+class _PackSegment:
+    """`sample[start:stop]` in a pack, behind what stands in piece number `prefix_segment`, if
+    any."""
 
     sample: Sample
     start: int
     stop: int
-    behind: int | None = None
+    prefix_segment: int | None = None
 
 
-def shared_start(samples: Sequence[Sample]) -> int:
+def shared_media_prefix_length(samples: Sequence[Sample]) -> int:
     """How many leading tokens all of these samples share, up to and including shared media.
 
     Ids and encoder inputs are compared, not names. It ends before anything that is learned, since
@@ -184,19 +199,19 @@ def shared_start(samples: Sequence[Sample]) -> int:
         other = (sample.input_ids[:stop] != first.input_ids[:stop]).nonzero()[:1]
         stop = min([stop, *learned.flatten().tolist(), *other.flatten().tolist()])
     num_same = 0
-    for i, place in enumerate(first.places):
+    for i, place in enumerate(first.media_spans):
         same = all(
-            len(sample.places) > i
-            and sample.places[i] == place
+            len(sample.media_spans) > i
+            and sample.media_spans[i] == place
             and _same_item(sample.media[i], first.media[i])
             for sample in samples
         )
         if not same or place.start + place.length > stop:
-            stop = min([stop, *(s.places[i].start for s in samples if len(s.places) > i)])
+            stop = min([stop, *(s.media_spans[i].start for s in samples if len(s.media_spans) > i)])
             break
         num_same += 1
     else:
-        behind = [s.places[num_same].start for s in samples if len(s.places) > num_same]
+        behind = [s.media_spans[num_same].start for s in samples if len(s.media_spans) > num_same]
         stop = min([stop, *behind])
     return stop if num_same else 0
 
@@ -208,25 +223,27 @@ def _same_item(a: Prepared, b: Prepared) -> bool:
     )
 
 
-def _families(samples: Sequence[Sample]) -> list[list[Sample]]:
+def _group_shared_media(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Neighbours that share a start with media."""
     families: list[list[Sample]] = []
     for sample in samples:
-        if families and shared_start([families[-1][0], sample]):
+        if families and shared_media_prefix_length([families[-1][0], sample]):
             families[-1].append(sample)
         else:
             families.append([sample])
     return families
 
 
-def _pieces(family: Sequence[Sample], *, num_before: int) -> list[_Piece]:
+def _pack_segments(family: Sequence[Sample], *, num_before: int) -> list[_PackSegment]:
     """One sample whole; of several, what they share and then the rest of each."""
-    shared = shared_start(family) if len(family) > 1 else 0
+    shared = shared_media_prefix_length(family) if len(family) > 1 else 0
     if not shared:
-        return [_Piece(sample, 0, len(sample.input_ids)) for sample in family]
-    rest = [_Piece(s, shared, len(s.input_ids), behind=num_before) for s in family]
-    return [_Piece(family[0], 0, shared), *rest]
+        return [_PackSegment(sample, 0, len(sample.input_ids)) for sample in family]
+    rest = [_PackSegment(s, shared, len(s.input_ids), prefix_segment=num_before) for s in family]
+    return [_PackSegment(family[0], 0, shared), *rest]
 
 
-def _span(piece: int | None, begins: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+def _segment_bounds(
+    piece: int | None, begins: Sequence[int], lengths: Sequence[int]
+) -> tuple[int, int]:
     return (0, 0) if piece is None else (begins[piece], begins[piece] + lengths[piece])

@@ -17,11 +17,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
-from multi_token.recipe.train import LearnEncoder, LoraSpec, Section
+from multi_token.recipe.train import LoraSpec, StrictModel, TrainableEncoder
 from multi_token.types import Features
 
 
-class TrainedEncoder(Section):
+class TrainedEncoderState(StrictModel):
     """What of an encoder was ever trained; a checkpoint holds exactly these tensors."""
 
     tensors: Literal["all"] | tuple[str, ...]
@@ -35,11 +35,11 @@ def build_encoders(modalities: Mapping[str, Modality]) -> dict[str, Encoder]:
     encoders = {name: modality.build_encoder() for name, modality in modalities.items()}
     for name, modality in modalities.items():
         if isinstance(modality, PretrainedModality) and modality.dtype != "float32":
-            lower(encoders[name], getattr(torch, modality.dtype))
+            cast_encoder(encoders[name], getattr(torch, modality.dtype))
     return encoders
 
 
-def lower(encoder: Encoder, dtype: torch.dtype) -> None:
+def cast_encoder(encoder: Encoder, dtype: torch.dtype) -> None:
     """Keep an encoder's weights in fewer bits, as `from_pretrained(dtype=...)` does.
 
     It then takes the same inputs and gives float32 features, also if it becomes float32 later.
@@ -52,11 +52,11 @@ def lower(encoder: Encoder, dtype: torch.dtype) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
-    encoder.register_forward_pre_hook(_take_precision, with_kwargs=True)
-    encoder.register_forward_hook(_hand_on_float32)
+    encoder.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    encoder.register_forward_hook(_upcast_features)
 
 
-def _take_precision(
+def _cast_inputs(
     encoder: nn.Module, args: tuple[Any, ...], inputs: dict[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
     # LoRA is float32 whatever it stands beside
@@ -66,16 +66,16 @@ def _take_precision(
     return args, {**inputs, **floats}
 
 
-def _hand_on_float32(_: nn.Module, args: tuple[Any, ...], features: Features) -> Features:
+def _upcast_features(_: nn.Module, args: tuple[Any, ...], features: Features) -> Features:
     return replace(features, values=features.values.float())
 
 
-def starts_from_random(encoder: Encoder) -> bool:
+def is_randomly_initialized(encoder: Encoder) -> bool:
     """Whether its weights are nowhere but in the run."""
     return not encoder.pretrained and bool(encoder.state_dict())
 
 
-def learning_parameters(name: str, encoder: Encoder, spec: LearnEncoder) -> list[nn.Parameter]:
+def trainable_parameters(name: str, encoder: Encoder, spec: TrainableEncoder) -> list[nn.Parameter]:
     """The parameters that `spec` names. Raises RecipeError for layers that are not there.
 
     LoRA has to be attached before (`attach_lora`). `name`: the instance, for what is said of it.
@@ -98,30 +98,30 @@ def _last_layers(name: str, encoder: Encoder, num_layers: int) -> list[nn.Module
     return layers[len(layers) - num_layers :]
 
 
-def open_to_learn(
-    name: str, encoder: Encoder, spec: LearnEncoder, before: TrainedEncoder | None
-) -> TrainedEncoder:
+def unfreeze(
+    name: str, encoder: Encoder, spec: TrainableEncoder, before: TrainedEncoderState | None
+) -> TrainedEncoderState:
     """Let what `spec` names learn, and say what has then ever been trained.
 
     What learns is float32; around whole layers that learn, so is the rest of the encoder, or they
     could not be fed.
     """
-    _refuse_other_means(name, encoder, spec, before)
-    chosen = {id(p) for p in learning_parameters(name, encoder, spec)}
+    _check_same_lora(name, encoder, spec, before)
+    chosen = {id(p) for p in trainable_parameters(name, encoder, spec)}
     for parameter in encoder.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     if spec.lora is None:
         encoder.float()
     if (before is not None and before.tensors == "all") or (spec.lora, spec.last) == (None, None):
-        return TrainedEncoder(tensors="all")
+        return TrainedEncoderState(tensors="all")
     names = [key for key, p in encoder.named_parameters() if id(p) in chosen]
     if before is not None:
         names += [key for key in before.tensors if key not in names]
-    return TrainedEncoder(tensors=tuple(names), lora=spec.lora)
+    return TrainedEncoderState(tensors=tuple(names), lora=spec.lora)
 
 
-def _refuse_other_means(
-    name: str, encoder: Encoder, spec: LearnEncoder, before: TrainedEncoder | None
+def _check_same_lora(
+    name: str, encoder: Encoder, spec: TrainableEncoder, before: TrainedEncoderState | None
 ) -> None:
     """LoRA's names are not the layers' own, so one encoder is trained one way or the other."""
     if spec.lora is not None and not encoder.pretrained:
@@ -195,7 +195,7 @@ def merge_lora(encoder: Encoder) -> None:
     delattr(encoder, "peft_config")
 
 
-def trained_tensors(encoder: Encoder, trained: TrainedEncoder) -> dict[str, Tensor]:
+def trained_tensors(encoder: Encoder, trained: TrainedEncoderState) -> dict[str, Tensor]:
     """The tensors themselves, by name; of tied ones the first."""
     state = encoder.state_dict(keep_vars=True)
     if trained.tensors != "all":
@@ -206,7 +206,7 @@ def trained_tensors(encoder: Encoder, trained: TrainedEncoder) -> dict[str, Tens
     return {key: state[key] for key in first.values()}
 
 
-def set_training(encoder: Encoder, mode: bool) -> None:
+def set_train_mode(encoder: Encoder, mode: bool) -> None:
     """Train mode for what learns as a whole, eval for all else: dropout is for learners only.
 
     Layers with running statistics (BatchNorm) stay in eval even where they learn. Their statistics
@@ -228,7 +228,9 @@ def set_training(encoder: Encoder, mode: bool) -> None:
             module.eval()
 
 
-def refuse_unreached(name: str, encoder: Encoder, spec: LearnEncoder, features: Features) -> None:
+def check_gradients_reach(
+    name: str, encoder: Encoder, spec: TrainableEncoder, features: Features
+) -> None:
     """Raise RecipeError for what would never learn: these features give it no gradient."""
     values = features.values
     if spec.last is None and not values.requires_grad:

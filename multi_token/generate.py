@@ -17,9 +17,9 @@ from torch import Tensor
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import LanguageModelError, MultiTokenError
-from multi_token.language_model.forward import continue_text
+from multi_token.language_model.forward import generate_from_embeds
 from multi_token.media.fetch import Fetch
-from multi_token.processor import Reader
+from multi_token.processor import MultiTokenProcessor
 from multi_token.types import Batch, Conversation, Media, Message, Part, Sample, Text
 
 if TYPE_CHECKING:
@@ -48,32 +48,34 @@ def generate(
 
     Raises RowError for a row that cannot be read, before anything is generated for its batch.
     """
-    reader = replace(reader_of(model), fetch=Fetch(root=root))
-    prompts = [as_prompt(conversation, model, i) for i, conversation in enumerate(conversations)]
+    processor = replace(require_processor(model), fetch=Fetch(root=root))
+    prompts = [
+        drop_last_answer(conversation, model, i) for i, conversation in enumerate(conversations)
+    ]
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        new_ids = answer_ids(
+        new_ids = generate_ids(
             model,
-            [reader(prompt, prompt_only=True) for prompt in chunk],
+            [processor(prompt, prompt_only=True) for prompt in chunk],
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             **options,
         )
-        answers += [decode(reader, ids[None])[0].strip() for ids in new_ids]
+        answers += [decode(processor, ids[None])[0].strip() for ids in new_ids]
         if on_batch is not None:
             on_batch(len(answers))
     return answers
 
 
-def reader_of(model: MultiTokenForConditionalGeneration) -> Reader:
+def require_processor(model: MultiTokenForConditionalGeneration) -> MultiTokenProcessor:
     """The model's reader, without a length limit: a prompt is what somebody asked."""
-    if model.reader is None:
+    if model.processor is None:
         raise MultiTokenError("this model has no reader; load it with from_pretrained(RUN)")
-    return replace(model.reader, max_tokens=None)
+    return replace(model.processor, max_tokens=None)
 
 
-def as_prompt(
+def drop_last_answer(
     conversation: Conversation | Mapping[str, Any],
     model: MultiTokenForConditionalGeneration,
     index: int = 0,
@@ -86,7 +88,9 @@ def as_prompt(
     return conversation
 
 
-def ask(text: str, media: Sequence[Media] = (), *, system: str | None = None) -> Conversation:
+def single_question(
+    text: str, media: Sequence[Media] = (), *, system: str | None = None
+) -> Conversation:
     """One question about some items: the items first, then the text."""
     parts: list[Part] = [part for item in media for part in (item, Text("\n"))]
     messages = [Message("user", (*parts, Text(text)))]
@@ -95,21 +99,21 @@ def ask(text: str, media: Sequence[Media] = (), *, system: str | None = None) ->
     return Conversation(tuple(messages), id="question")
 
 
-def collate_prompts(reader: Reader, conversations: Sequence[Conversation]) -> Batch:
+def collate_prompts(processor: MultiTokenProcessor, conversations: Sequence[Conversation]) -> Batch:
     """Conversations -> a left-padded batch, nothing learned."""
-    return _left_padded(reader, [reader(c, prompt_only=True) for c in conversations])
+    return _left_pad(processor, [processor(c, prompt_only=True) for c in conversations])
 
 
-def _left_padded(reader: Reader, samples: Sequence[Sample]) -> Batch:
-    return Collator(reader.modalities, reader.chat.filler_id, padding_side="left")(samples)
+def _left_pad(processor: MultiTokenProcessor, samples: Sequence[Sample]) -> Batch:
+    return Collator(processor.modalities, processor.chat.filler_id, padding_side="left")(samples)
 
 
-def decode(reader: Reader, ids: Tensor) -> list[str]:
+def decode(processor: MultiTokenProcessor, ids: Tensor) -> list[str]:
     """New ids [batch, time] -> what the assistant says: no special tokens, no header."""
-    return [reader.chat.decode(row) for row in ids.tolist()]
+    return [processor.chat.decode(row) for row in ids.tolist()]
 
 
-def answer_ids(
+def generate_ids(
     model: MultiTokenForConditionalGeneration,
     samples: Sequence[Sample],
     *,
@@ -118,10 +122,10 @@ def answer_ids(
     **options: Any,
 ) -> list[Tensor]:
     """Prompts, read -> the new ids of each [new], in their order, as if each were asked alone."""
-    reader = reader_of(model)
+    processor = require_processor(model)
     groups = [list(range(len(samples)))]
     longest = max(len(sample.input_ids) for sample in samples) + max_new_tokens
-    if not model.capabilities.answers_together(longest):
+    if not model.capabilities.can_batch_lengths(longest):
         by_length: dict[int, list[int]] = {}
         for index, sample in enumerate(samples):
             by_length.setdefault(len(sample.input_ids), []).append(index)
@@ -134,8 +138,8 @@ def answer_ids(
         )
     answers: dict[int, Tensor] = {}
     for group in groups:
-        batch = _left_padded(reader, [samples[index] for index in group])
-        new_ids = _generate_ids(
+        batch = _left_pad(processor, [samples[index] for index in group])
+        new_ids = _generate_batch(
             model, batch, max_new_tokens=max_new_tokens, streamer=streamer, options=options
         )
         answers |= zip(group, new_ids, strict=True)
@@ -143,7 +147,7 @@ def answer_ids(
 
 
 @torch.no_grad()
-def _generate_ids(
+def _generate_batch(
     model: MultiTokenForConditionalGeneration,
     batch: Batch,
     *,
@@ -158,24 +162,24 @@ def _generate_ids(
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.get("do_sample") or options.get("temperature"):
         sampling = {"do_sample": True}
-    start = model.capabilities.starts_from
+    start = model.capabilities.prefill_mode
     if start == "ids":
-        _refuse_media_at_the_end(model, batch)
-    return continue_text(
+        _check_text_is_last(model, batch)
+    return generate_from_embeds(
         model.language_model,
         inputs_embeds=embeds,
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        start=start,
+        prefill_mode=start,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model),
-        pad_token_id=reader_of(model).chat.filler_id,
+        eos_token_id=eos_token_ids(model),
+        pad_token_id=require_processor(model).chat.filler_id,
         streamer=streamer,
         **{**sampling, **options},
     )
 
 
-def _refuse_media_at_the_end(model: MultiTokenForConditionalGeneration, batch: Batch) -> None:
+def _check_text_is_last(model: MultiTokenForConditionalGeneration, batch: Batch) -> None:
     time = batch["input_ids"].shape[1]
     for name, media in batch["media"].items():
         if bool((media["positions"] % time == time - 1).any()):
@@ -185,11 +189,11 @@ def _refuse_media_at_the_end(model: MultiTokenForConditionalGeneration, batch: B
             )
 
 
-def stop_ids(model: MultiTokenForConditionalGeneration) -> list[int]:
+def eos_token_ids(model: MultiTokenForConditionalGeneration) -> list[int]:
     """The ids that end an answer: the language model's own, and the template's ends of turn."""
     own = model.language_model.generation_config.eos_token_id
     ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({*ids, *reader_of(model).chat.end_of_turn_ids})
+    return sorted({*ids, *require_processor(model).chat.end_of_turn_ids})
 
 
 def to_device(value: Any, device: torch.device) -> Any:

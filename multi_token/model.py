@@ -13,25 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from multi_token.collate import BREAKS_KEY, FEATURES_KEY
-from multi_token.encoders import TrainedEncoder, set_training, starts_from_random
+from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
+from multi_token.encoders import TrainedEncoderState, is_randomly_initialized, set_train_mode
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.forward import (
     ScaledEmbedding,
-    layer_inputs,
+    filter_flash_attention_kwargs,
+    per_layer_inputs,
     prefix_cache,
-    segment_inputs,
     supervised_loss,
 )
 from multi_token.language_model.probe import probe
-from multi_token.language_model.segment_attention import segment_table
+from multi_token.language_model.segment_attention import segments_to_mask
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.projectors.base import Projector
-from multi_token.splice import Piece, splice
+from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import Features, MediaBatch
 
 if TYPE_CHECKING:
-    from multi_token.processor import Reader
+    from multi_token.processor import MultiTokenProcessor
 
 
 class MultiTokenConfig(PreTrainedConfig):
@@ -63,20 +63,20 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         modalities: Mapping[str, Modality],
         encoders: Mapping[str, Encoder],
         projectors: Mapping[str, nn.Module],
-        reader: Reader | None = None,
+        processor: MultiTokenProcessor | None = None,
     ) -> None:
         super().__init__(config)
         self.language_model = language_model
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
         self.projectors = nn.ModuleDict(projectors)
         self.trained_encoders = {
-            name: TrainedEncoder(tensors="all")
+            name: TrainedEncoderState(tensors="all")
             for name, encoder in encoders.items()
-            if starts_from_random(encoder)
+            if is_randomly_initialized(encoder)
         }
         self.trained_language_model = False
         self.modalities = dict(modalities)
-        self.reader = reader
+        self.processor = processor
         self._capabilities: Capabilities | None = None
         self.train(False)
 
@@ -88,7 +88,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         super().train(mode)
         self.encoders.eval()
         for name in self.encoders:
-            set_training(self.encoder(name), mode)
+            set_train_mode(self.encoder(name), mode)
         return self
 
     @property
@@ -118,7 +118,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         Without gradients, unless something of the encoder learns.
         """
         if FEATURES_KEY in inputs:
-            return Features(inputs[FEATURES_KEY], inputs["mask"], inputs.get(BREAKS_KEY))
+            return Features(inputs[FEATURES_KEY], inputs["mask"], inputs.get(NEWLINES_KEY))
         encoder = self.encoder(name)
         learns = any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
@@ -128,12 +128,15 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         """input_ids [batch, time] -> inputs_embeds [batch, time, dim], media written in."""
         embeds = self.get_input_embeddings()(input_ids)
         media = media or {}
-        pieces = [Piece(name, self._tokens(name, m), m["positions"]) for name, m in media.items()]
+        pieces = [
+            MediaEmbeds(name, self._media_embeds(name, m), m["positions"])
+            for name, m in media.items()
+        ]
         if self.training:
             embeds = embeds + self._touch_absent(media).to(embeds.dtype)
         return splice(embeds, pieces)
 
-    def _tokens(self, name: str, media: MediaBatch) -> Tensor:
+    def _media_embeds(self, name: str, media: MediaBatch) -> Tensor:
         """All tokens of a modality's items [copies * num_tokens, dim], computed once."""
         tokens = self.projectors[name](self.encode(name, media["inputs"]))
         copies = media.get("copies", 1)
@@ -174,15 +177,15 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         `segments`: as in `PackedBatch`. Everything else goes to the language model, as what a
         `PackedBatch` says of positions and borders.
         """
-        kwargs = segment_inputs(self.language_model, kwargs)
+        kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if segments is not None:
-            attention_mask = segment_table(self.language_model, segments)
+            attention_mask = segments_to_mask(self.language_model, segments)
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:
             return self.language_model(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
-                **layer_inputs(self.language_model, input_ids),
+                **per_layer_inputs(self.language_model, input_ids),
                 **kwargs,
             )
         if shift_labels is None and labels is not None:
@@ -201,8 +204,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             shift_labels=shift_labels[:, num_shared:],
             num_items_in_batch=num_items_in_batch,
             past_key_values=past,
-            selects_logits=self.capabilities.selects_logits,
-            **layer_inputs(self.language_model, input_ids[:, num_shared:]),
+            supports_logits_to_keep=self.capabilities.supports_logits_to_keep,
+            **per_layer_inputs(self.language_model, input_ids[:, num_shared:]),
             **kwargs,
         )
 

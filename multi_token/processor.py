@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from multi_token.chat.format import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Modality, told_length
+from multi_token.modalities.base import Modality, header_length
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
-    LearnTurns,
     Media,
     Message,
     Prepared,
     Sample,
     Text,
+    TrainOnTurns,
 )
 
 if TYPE_CHECKING:
     from multi_token.recipe.recipe import Recipe
 
 
-class FeatureSource(Protocol):
+class FeatureLookup(Protocol):
     """What may stand in for decoding and encoding an item (data/feature_cache/cache.py)."""
 
     def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
@@ -37,21 +37,21 @@ class FeatureSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Reader:
+class MultiTokenProcessor:
     """Callable and picklable; goes into data workers and servers alike."""
 
     chat: ChatFormat
     modalities: Mapping[str, Modality]
     fetch: Fetch
     max_tokens: int | None = None
-    cache: FeatureSource | None = None
-    teacher: Literal["required", "optional"] | None = None
+    cache: FeatureLookup | None = None
+    distillation: Literal["required", "optional"] | None = None
     """Also read each conversation with texts in place of its media; `required`: a row without them
     is refused."""
-    pairs: Literal["required", "optional"] | None = None
+    preference: Literal["required", "optional"] | None = None
     """Also read the rejected answer of rows that have two, and learn the last answers alone;
     `required`: a row without one is refused. Else such a row is that of its chosen answer."""
-    by_header: bool = False
+    lengths_only: bool = False
     """For lengths alone: an item whose header tells its length stays undecoded, without inputs."""
     row_id: str = ""
     """What errors about single items call their row, where nobody says it."""
@@ -77,8 +77,8 @@ class Reader:
                 cached = self.cache.find(item, modality, self.fetch)
                 if cached is not None:
                     return cached
-            elif self.by_header:
-                num_features = told_length(modality, item.source, self.fetch)
+            elif self.lengths_only:
+                num_features = header_length(modality, item.source, self.fetch)
                 if num_features is not None:
                     return Prepared({}, num_features)
             return modality.prepare(modality.load(item.source, self.fetch))
@@ -91,15 +91,15 @@ class Reader:
         `prompt_only`: for asking; the sample ends where the assistant begins, nothing is learned.
         """
         row_id = conversation.id
-        rejected = None if self.pairs is None or prompt_only else conversation.rejected
-        if self.pairs == "required" and not prompt_only and rejected is None:
+        rejected = None if self.preference is None or prompt_only else conversation.rejected
+        if self.preference == "required" and not prompt_only and rejected is None:
             raise RowError(
                 "has no `chosen` and `rejected` answers, from which a stage with `dpo` learns; "
                 "give both, or set `dpo.missing` to skip",
                 kind="format",
                 row_id=row_id,
             )
-        last: LearnTurns | None = "last" if rejected is not None else None
+        last: TrainOnTurns | None = "last" if rejected is not None else None
         answers = [m for m in conversation.messages if m.role == "assistant"]
         if (last or self.chat.learn_turns) == "last":
             answers = answers[-1:]
@@ -144,19 +144,19 @@ class Reader:
                 kind="too_long",
                 row_id=row_id,
             )
-        if self.teacher is not None and not prompt_only:
-            sample.teacher = self._as_text(conversation, sample, learn_turns=last)
+        if self.distillation is not None and not prompt_only:
+            sample.teacher = self._teacher_sample(conversation, sample, learn_turns=last)
         return sample
 
-    def _as_text(
-        self, conversation: Conversation, sample: Sample, *, learn_turns: LearnTurns | None
+    def _teacher_sample(
+        self, conversation: Conversation, sample: Sample, *, learn_turns: TrainOnTurns | None
     ) -> Sample | None:
         """The conversation with its media's surrogates, or None where some are missing.
 
         Raises RowError if they are required, or if the answers read otherwise behind them.
         """
         missing = sorted({m.modality for m in conversation.media if m.surrogate is None})
-        if missing and self.teacher == "optional":
+        if missing and self.distillation == "optional":
             return None
         if missing:
             raise RowError(
@@ -181,7 +181,7 @@ class Reader:
             teacher = self.chat.tokenize(as_text, [], learn_turns=learn_turns)
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=conversation.id) from error
-        if _learned_ids(teacher) != _learned_ids(sample):
+        if _supervised_ids(teacher) != _supervised_ids(sample):
             raise RowError(
                 "has answers whose tokens are others behind its `surrogates` than behind its "
                 "media, so the teacher's cannot be compared; leave the surrogates out",
@@ -191,7 +191,7 @@ class Reader:
         return teacher
 
 
-def _learned_ids(sample: Sample) -> list[int]:
+def _supervised_ids(sample: Sample) -> list[int]:
     """The ids that are predicted and learned; the first of all is predicted by nothing."""
     labels = sample.labels[1:]
     return labels[labels != IGNORE_INDEX].tolist()
@@ -201,7 +201,7 @@ def _has_text(message: Message) -> bool:
     return any(isinstance(part, Text) and part.text.strip() for part in message.parts)
 
 
-def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
+def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenProcessor:
     """The reader of a recipe; `root` is the folder that relative media paths start from.
 
     Loads the tokenizer, no weights.
@@ -209,7 +209,7 @@ def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
     from multi_token.language_model.loading import load_tokenizer
 
     model = recipe.model
-    return Reader(
+    return MultiTokenProcessor(
         chat=ChatFormat(
             load_tokenizer(model.language_model, model.revision),
             model.chat_template,
@@ -218,5 +218,5 @@ def build_reader(recipe: Recipe, *, root: str | None = None) -> Reader:
         modalities=model.modalities,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,
-        pairs=recipe.train.pairs,
+        preference=recipe.train.preference_mode,
     )

@@ -107,7 +107,7 @@ def _installed(kind: Kind) -> dict[str, list[EntryPoint]]:
     return found
 
 
-def names(kind: Kind) -> list[str]:
+def registered_names(kind: Kind) -> list[str]:
     """Every name that can be asked for, sorted."""
     return sorted({*_BUILT_INS[kind], *_registered[kind], *_installed(kind)})
 
@@ -132,7 +132,8 @@ def resolve(kind: Kind, name: str) -> type:
         module, _, attribute = _BUILT_INS[kind][name].partition(":")
         return getattr(import_module(module), attribute)
     raise RegistryError(
-        f"unknown {kind} {name!r}{nearest(name, names(kind))}; known: {', '.join(names(kind))}. "
+        f"unknown {kind} {name!r}{did_you_mean(name, registered_names(kind))}; "
+        f"known: {', '.join(registered_names(kind))}. "
         f"One from another package must be installed (pip install PACKAGE) and declare the entry "
         f"point group {_GROUPS[kind]!r}"
     )
@@ -167,7 +168,7 @@ def _package(kind: Kind, name: str) -> str:
     return ", ".join(owners)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`: did you mean 'x'?` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else ""
@@ -182,15 +183,16 @@ def build(kind: Kind, fields: Any, base: type[Model]) -> Model:
         return fields
     if not isinstance(fields, Mapping) or not isinstance(fields.get("type"), str):
         raise RecipeError(
-            f"a {kind} is a mapping with a `type` (one of {', '.join(names(kind))}), got {fields!r}"
+            f"a {kind} is a mapping with a `type` (one of "
+            f"{', '.join(registered_names(kind))}), got {fields!r}"
         )
     cls = resolve(kind, fields["type"])
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise RegistryError(f"{kind} {fields['type']!r} is {cls!r}, not a {base.__name__}")
-    return validated(cls, fields, where=f"{kind} of type {fields['type']!r}")
+    return validate_fields(cls, fields, where=f"{kind} of type {fields['type']!r}")
 
 
-def validated(cls: type[Model], fields: Mapping[str, Any], *, where: str) -> Model:
+def validate_fields(cls: type[Model], fields: Mapping[str, Any], *, where: str) -> Model:
     """`cls(**fields)`, with every fault as a sentence: where, what was expected, what came.
 
     Raises RecipeError.
@@ -207,7 +209,7 @@ def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
     key = ".".join(loc)
     if fault["type"] == "extra_forbidden":
         known = _fields_at(cls, loc[:-1])
-        return f"unknown key {key!r}{nearest(loc[-1], known)} (known: {', '.join(known)})"
+        return f"unknown key {key!r}{did_you_mean(loc[-1], known)} (known: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"{key!r} is required and missing"
     said = f"{key!r}: " * bool(key) + fault["msg"].removeprefix("Value error, ")

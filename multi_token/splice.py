@@ -14,18 +14,18 @@ from multi_token.errors import SpliceError
 
 
 @dataclass(frozen=True)
-class Piece:
+class MediaEmbeds:
     """All tokens of one modality in a batch.
 
-    `tokens` [num_tokens, dim]; `positions` int64 [num_tokens], in the flat [batch * time] view.
+    `embeds` [num_tokens, dim]; `positions` int64 [num_tokens], in the flat [batch * time] view.
     """
 
     name: str
-    tokens: Tensor
+    embeds: Tensor
     positions: Tensor
 
 
-def splice(text: Tensor, pieces: Sequence[Piece]) -> Tensor:
+def splice(text: Tensor, media_embeds: Sequence[MediaEmbeds]) -> Tensor:
     """text [batch, time, dim] -> the same with each piece's tokens at its positions.
 
     One `index_copy` a modality: no search, no sync with the device. Raises SpliceError where
@@ -33,14 +33,14 @@ def splice(text: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """
     batch, time, dim = text.shape
     flat = text.reshape(batch * time, dim)
-    for piece in pieces:
-        num_tokens, num_places = piece.tokens.shape[0], piece.positions.shape[0]
+    for piece in media_embeds:
+        num_tokens, num_places = piece.embeds.shape[0], piece.positions.shape[0]
         if num_tokens != num_places:
             raise SpliceError(f"{piece.name}: {num_tokens} tokens for {num_places} places")
-        if piece.tokens.ndim != 2 or piece.tokens.shape[1] != dim:
+        if piece.embeds.ndim != 2 or piece.embeds.shape[1] != dim:
             raise SpliceError(
-                f"{piece.name}: tokens are {tuple(piece.tokens.shape)}, the language model's "
+                f"{piece.name}: tokens are {tuple(piece.embeds.shape)}, the language model's "
                 f"embeddings are {dim} wide"
             )
-        flat = flat.index_copy(0, piece.positions, piece.tokens.to(flat.dtype))
+        flat = flat.index_copy(0, piece.positions, piece.embeds.to(flat.dtype))
     return flat.view(batch, time, dim)

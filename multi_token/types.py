@@ -17,7 +17,7 @@ from multi_token.errors import RowError
 Role = Literal["system", "user", "assistant", "tool"]
 """Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
 
-LearnTurns = Literal["all", "last"]
+TrainOnTurns = Literal["all", "last"]
 """Which assistant turns of a conversation are learned."""
 
 IGNORE_INDEX = -100
@@ -87,7 +87,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Place:
+class MediaSpan:
     """Where one item's tokens stand in a sample: `input_ids[start : start + length]`."""
 
     modality: str
@@ -100,7 +100,8 @@ class Sample:
     """One conversation as numbers.
 
     `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
-    `places` and `media` run in parallel, in reading order. `teacher`: the same conversation with
+    `media_spans` and `media` run in parallel, in reading order. `teacher`: the same conversation
+    with
     texts in place of its media, if that was asked for and they are there. `rejected`: the same
     prompt and media with the answer that is not preferred, likewise. `error`: what is wrong with
     the row, where that is found only now; the numbers then stand for nothing (data/promised.py).
@@ -108,7 +109,7 @@ class Sample:
 
     input_ids: Tensor
     labels: Tensor
-    places: list[Place] = field(default_factory=list)
+    media_spans: list[MediaSpan] = field(default_factory=list)
     media: list[Prepared] = field(default_factory=list)
     id: str = ""
     teacher: Sample | None = None
@@ -177,10 +178,10 @@ class PackedBatch(TypedDict):
 class Features:
     """What an encoder returns: `values` [items, length, dim], `mask` [items, length] or None.
 
-    `breaks` bool [items, length] or None: where a line ends, instead of a feature. The projector
+    `newlines` bool [items, length] or None: where a line ends, instead of a feature. The projector
     writes its own learned `line_break` there.
     """
 
     values: Tensor
     mask: Tensor | None = None
-    breaks: Tensor | None = None
+    newlines: Tensor | None = None

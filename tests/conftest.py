@@ -284,13 +284,13 @@ class At(TrainerCallback):
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
     """Have something done at a step of the next run."""
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
 
     def at(step: int, act: Callable[[], Any]) -> None:
         def bar_and_more(trainer: Any, *args: Any) -> Any:
             trainer.add_callback(At(step, act))
             return bar(trainer, *args)
 
-        monkeypatch.setattr(run_module, "Bar", bar_and_more)
+        monkeypatch.setattr(run_module, "ProgressBarCallback", bar_and_more)
 
     return at

@@ -113,7 +113,7 @@ def test_asking_gives_the_ids_that_training_saw_before_the_last_answer(family: A
         asked = chat.tokenize(Conversation(talk.messages[:-1]), [3, 2], prompt_only=True)
         before = trained.input_ids[: trials.runs_of(trained)[-1][0]]
         assert asked.input_ids.tolist() == before.tolist()
-        assert asked.places == trained.places
+        assert asked.media_spans == trained.media_spans
 
 
 @of_each
@@ -130,7 +130,7 @@ def test_ids_of_text_are_the_tokenizers_own_with_no_second_bos(family: Any) -> N
     for talk in text_talks(family):
         messages = trials.plain(talk)
         own = chat.tokenizer.apply_chat_template(
-            trials.in_parts(messages) if shape.takes_parts else messages,
+            trials.in_parts(messages) if shape.takes_content_parts else messages,
             chat_template=chat.template,
         )["input_ids"]
         ours = chat.tokenize(talk, []).input_ids.tolist()
@@ -148,13 +148,13 @@ def test_what_is_learned_is_what_trls_twin_marks_but_for_what_is_named(family: A
     shape = trials.shape_of(family)
     for talk in text_talks(family):
         messages, answers = trials.plain(talk), answers_of(talk)
-        text, spans = shape.answered(messages)
+        text, spans = shape.render_with_spans(messages)
         twin = trials.marked_by_twin(family, messages)
         for answer in answers[:-1]:
             text = text.replace(answer, family.twin_head + answer)
         assert twin.text == text
         ours = to_be_learned(family, answers)
-        assert [shape.answered(messages)[0][s.start : s.end] for s in spans] == ours
+        assert [shape.render_with_spans(messages)[0][s.start : s.end] for s in spans] == ours
         before, behind = ("", "") if shape.is_tagged else family.more
         befores = [family.twin_head or before] * (len(answers) - 1) + [before]
         behinds = in_turns(family, len(answers), behind, family.last_more)
@@ -173,7 +173,7 @@ def test_a_twin_can_be_named_in_a_recipe_and_is_followed_to_the_letter(family: A
     shape = ChatTemplate(trials.twin(family.name), tokenizer)
     for num_turns in (1, 3):
         messages = trials.plain(trials.conversation(num_turns))
-        text, spans = shape.answered(messages)
+        text, spans = shape.render_with_spans(messages)
         twin = trials.marked_by_twin(family, messages)
         assert text == twin.text
         assert [text[span.start : span.end] for span in spans] == twin.marks
@@ -260,7 +260,7 @@ def test_reasoning_is_learned_where_the_template_shows_it_the_last_turn(name: st
 def test_one_turn_with_reasoning_is_what_the_twin_marks(name: str) -> None:
     family = FAMILIES[name]
     messages = trials.plain(trials.conversation(1, answer=REASONED))
-    text, (span,) = trials.shape_of(family).answered(messages)
+    text, (span,) = trials.shape_of(family).render_with_spans(messages)
     twin = trials.marked_by_twin(family, messages)
     assert twin.text == text
     assert twin.marks == [family.more[0] + text[span.start : span.end] + family.more[1]]
@@ -285,7 +285,7 @@ def test_a_template_that_drops_the_last_answers_reasoning_is_refused(name: str) 
 def test_an_empty_think_block_in_the_row_is_not_written_twice(name: str) -> None:
     family = FAMILIES[name]
     empty = trials.conversation(2, answer="<think>\n\n</think>\n\nIt is cat {}.")
-    text, _ = trials.shape_of(family).answered(trials.plain(empty))
+    text, _ = trials.shape_of(family).render_with_spans(trials.plain(empty))
     assert text.count("</think>") <= 2
     learned = trials.learned_texts(trials.chat_of(family), empty)
     assert [text.count("It is cat") for text in learned] == [1, 1]
@@ -293,7 +293,9 @@ def test_an_empty_think_block_in_the_row_is_not_written_twice(name: str) -> None
 
 @needs_trl
 def test_contents_go_in_parts_only_to_templates_that_show_no_plain_text() -> None:
-    in_parts = {name for name, family in FAMILIES.items() if trials.shape_of(family).takes_parts}
+    in_parts = {
+        name for name, family in FAMILIES.items() if trials.shape_of(family).takes_content_parts
+    }
     assert in_parts == {"idefics3", "llava_next", "smolvlm"}
 
 

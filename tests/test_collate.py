@@ -9,7 +9,7 @@ import torch
 
 from multi_token.collate import FEATURES_KEY, Collator
 from multi_token.errors import MultiTokenError
-from multi_token.types import IGNORE_INDEX, Place, Prepared, Sample
+from multi_token.types import IGNORE_INDEX, MediaSpan, Prepared, Sample
 
 
 def test_cached_features_of_different_lengths_are_padded_with_their_mask(model: Any) -> None:
@@ -35,7 +35,7 @@ def sample(ids: list[int], num_learned: int, place: int | None = None) -> Sample
     return Sample(
         torch.tensor(ids),
         labels,
-        places=[] if place is None else [Place("vector", place, 2)],
+        media_spans=[] if place is None else [MediaSpan("vector", place, 2)],
         media=[] if place is None else [media],
     )
 

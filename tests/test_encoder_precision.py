@@ -19,14 +19,14 @@ from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
-from multi_token.encoders import lower
+from multi_token.encoders import cast_encoder
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
 from multi_token.modalities.image import ImageModality
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import build, resolve
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
-from multi_token.testing.claims import Broken, Trial, takes_bfloat16
+from multi_token.testing.claims import ClaimFailed, Subject, works_in_bfloat16
 from multi_token.testing.kit import _EXAMPLES
 from multi_token.testing.video import tiny_video_encoder
 from multi_token.testing.vision import tiny_image_encoder
@@ -80,9 +80,9 @@ class Picture(ImageModality):
 
 def test_the_conformance_kit_names_an_encoder_that_does_not_bear_bfloat16(parts: Path) -> None:
     pictures = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
-    trial = Trial(Picture(encoder=str(parts / "clip")), pictures, Fetch())
-    with pytest.raises(Broken, match="source 0 has other features with `dtype: bfloat16`"):
-        takes_bfloat16(trial)
+    trial = Subject(Picture(encoder=str(parts / "clip")), pictures, Fetch())
+    with pytest.raises(ClaimFailed, match="source 0 has other features with `dtype: bfloat16`"):
+        works_in_bfloat16(trial)
 
 
 NOT_LOADED = {"timeseries", "vector"}
@@ -103,7 +103,7 @@ def test_each_encoder_gives_nearly_the_same_features_in_bfloat16(kind: str, tmp_
     if "read_as" in changed:
         fields = {}
     modality = build("modality", {"type": sense, **fields, **changed}, Modality)
-    assert takes_bfloat16(Trial(modality, tuple(sources), Fetch())) == "dtype: bfloat16"
+    assert works_in_bfloat16(Subject(modality, tuple(sources), Fetch())) == "dtype: bfloat16"
 
 
 def test_only_senses_of_pretrained_models_have_a_precision() -> None:
@@ -142,8 +142,8 @@ def batch_of(model: Any, data: Path) -> Any:
             {"role": "assistant", "content": "red"},
         ],
     }
-    sample = model.reader(to_conversation(row, ["image"], row_id="red"))
-    return Collator(model.modalities, model.reader.chat.filler_id)([sample])
+    sample = model.processor(to_conversation(row, ["image"], row_id="red"))
+    return Collator(model.modalities, model.processor.chat.filler_id)([sample])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -239,7 +239,7 @@ class Rotary(Encoder):
 
 def test_buffers_that_no_file_holds_keep_their_precision() -> None:
     encoder = Rotary().eval()
-    lower(encoder, torch.bfloat16)
+    cast_encoder(encoder, torch.bfloat16)
     assert encoder.frequencies.dtype == torch.float32
     assert encoder.norm.running_mean is not None
     assert encoder.norm.running_mean.dtype == encoder.norm.weight.dtype == torch.bfloat16

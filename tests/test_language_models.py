@@ -117,14 +117,14 @@ def test_positions_that_depend_on_the_longest_row_are_said_and_prompts_answered_
     model = trials.composed(tmp_path)
     lengths = [len(sample.input_ids) for sample in trials.prompts(model)]
     assert min(lengths) < 32 < max(lengths)
-    (said,) = model.capabilities.findings()
+    (said,) = model.capabilities.notes()
     assert "a row of more than 32 tokens" in said
     subject = trials.Subject(tmp_path, model)
     assert trials.batch_equals_single(subject) == "yes, by length"
     with pytest.warns(UserWarning, match="one length after another"):
         model.generate(trials.ROWS, max_new_tokens=2)
     short = trials.prompts(model)[:1]
-    assert model.capabilities.answers_together(len(short[0].input_ids) + 4)
+    assert model.capabilities.can_batch_lengths(len(short[0].input_ids) + 4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

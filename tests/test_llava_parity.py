@@ -17,7 +17,7 @@ from PIL import Image
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
-from multi_token.generate import as_prompt, stop_ids
+from multi_token.generate import drop_last_answer, eos_token_ids
 from multi_token.recipe.recipe import parse_recipe
 from multi_token.testing import tiny_llava
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
@@ -61,12 +61,12 @@ class Pair:
 
     def sample(self, row: Any, *, ask: bool = False) -> Any:
         if ask:
-            prompt = as_prompt(conversation(row), self.ours)
-            return self.ours.reader(prompt, prompt_only=True)
-        return self.ours.reader(conversation(row))
+            prompt = drop_last_answer(conversation(row), self.ours)
+            return self.ours.processor(prompt, prompt_only=True)
+        return self.ours.processor(conversation(row))
 
     def batch(self, rows: list[Any]) -> Any:
-        collate = Collator(self.ours.modalities, self.ours.reader.chat.filler_id)
+        collate = Collator(self.ours.modalities, self.ours.processor.chat.filler_id)
         return collate([self.sample(row) for row in rows])
 
     def inputs(self, rows: list[Any], *, ask: bool = False) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_ids_are_the_processors_and_every_picture_takes_as_many_places(pair: Pai
     for row, ask in [(row, ask) for row in QUESTIONS for ask in (False, True)]:
         sample = pair.sample(row, ask=ask)
         ids = sample.input_ids.clone()
-        for place in sample.places:
+        for place in sample.media_spans:
             ids[place.start : place.start + place.length] = image_id
         assert ids.tolist() == pair.inputs([row], ask=ask)["input_ids"][0].tolist()
 
@@ -158,7 +158,7 @@ def test_greedy_text_is_the_references_single_and_batched(pair: Pair) -> None:
     ]
     inputs = pair.inputs(QUESTIONS, ask=True)
     ids = pair.theirs.generate(
-        **inputs, max_new_tokens=8, do_sample=False, eos_token_id=stop_ids(pair.ours)
+        **inputs, max_new_tokens=8, do_sample=False, eos_token_id=eos_token_ids(pair.ours)
     )
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = pair.processor.batch_decode(new, skip_special_tokens=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from multi_token.collate import Collator
-from multi_token.generate import as_prompt, collate_prompts
+from multi_token.generate import collate_prompts, drop_last_answer
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
 
 
@@ -33,8 +33,8 @@ MIXED = [
 
 
 def batch_of(model: Any, conversations: list[Conversation], side: Any = "right") -> Any:
-    samples = [model.reader(c) for c in conversations]
-    return Collator(model.modalities, model.reader.chat.filler_id, padding_side=side)(samples)
+    samples = [model.processor(c) for c in conversations]
+    return Collator(model.modalities, model.processor.chat.filler_id, padding_side=side)(samples)
 
 
 def test_without_media_the_logits_are_the_bare_language_models(model: Any) -> None:
@@ -98,8 +98,8 @@ def test_a_start_that_all_rows_share_is_computed_once_with_the_same_loss_and_gra
     weight = model.projectors["image"].network.branches[0][0].weight.requires_grad_(True)
     system = Message("system", (Text("You are a helpful assistant of few words."),))
     rows = [replace(c, messages=(system, *c.messages)) for c in MIXED]
-    samples = [model.reader(c) for c in rows]
-    collate = Collator(model.modalities, model.reader.chat.filler_id)
+    samples = [model.processor(c) for c in rows]
+    collate = Collator(model.modalities, model.processor.chat.filler_id)
     plain, shared = collate(samples), replace(collate, share_prefix=True)(samples)
     assert shared["num_shared"] >= 10
     prefix = plain["input_ids"][:, : shared["num_shared"]]
@@ -113,10 +113,10 @@ def test_a_start_that_all_rows_share_is_computed_once_with_the_same_loss_and_gra
 
 def test_a_shared_start_ends_before_media_and_before_anything_learned(model: Any) -> None:
     rows = [question(picture("red"), "?"), question(picture("blue"), "?")]
-    samples = [model.reader(c) for c in rows]
-    collate = Collator(model.modalities, model.reader.chat.filler_id, share_prefix=True)
-    assert collate(samples)["num_shared"] == samples[0].places[0].start
-    texts = [model.reader(question("What is this?")) for _ in range(2)]
+    samples = [model.processor(c) for c in rows]
+    collate = Collator(model.modalities, model.processor.chat.filler_id, share_prefix=True)
+    assert collate(samples)["num_shared"] == samples[0].media_spans[0].start
+    texts = [model.processor(question("What is this?")) for _ in range(2)]
     first_learned = int((texts[0].labels != IGNORE_INDEX).nonzero()[0])
     assert collate(texts)["num_shared"] == first_learned - 1
 
@@ -133,10 +133,10 @@ def test_the_summed_loss_is_divided_by_the_items_of_the_whole_step(model: Any) -
 
 
 def test_the_gradient_reaches_the_projector_and_nothing_else(model: Any) -> None:
-    from multi_token.recipe.train import Learn
-    from multi_token.train.parameter_groups import select_parameters
+    from multi_token.recipe.train import Trainable
+    from multi_token.train.parameter_groups import freeze_and_unfreeze
 
-    select_parameters(model, Learn.model_validate({"projectors": 1e-3}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"projectors": 1e-3}))
     model.zero_grad()
     model(**batch_of(model, MIXED)).loss.backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -147,10 +147,10 @@ def test_the_gradient_reaches_the_projector_and_nothing_else(model: Any) -> None
 def test_a_projector_whose_modality_is_absent_still_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
-    from multi_token.recipe.train import Learn
-    from multi_token.train.parameter_groups import select_parameters
+    from multi_token.recipe.train import Trainable
+    from multi_token.train.parameter_groups import freeze_and_unfreeze
 
-    select_parameters(model, Learn.model_validate({"projectors": 1e-3}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"projectors": 1e-3}))
     model.train().zero_grad()
     model(**batch_of(model, MIXED[:1])).loss.backward()
     gradients = [p.grad for p in model.projectors["vector"].parameters()]
@@ -195,10 +195,10 @@ def test_all_items_of_a_sense_go_through_its_encoder_in_one_call_of_bounded_size
 
 
 def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
-    from multi_token.recipe.train import Learn
-    from multi_token.train.parameter_groups import select_parameters
+    from multi_token.recipe.train import Trainable
+    from multi_token.train.parameter_groups import freeze_and_unfreeze
 
-    select_parameters(model, Learn.model_validate({"encoders": {"image": 1e-5}}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"image": 1e-5}}))
     weights = list(model.encoders["image"].parameters())
     whole = batch_of(model, MIXED)
     num_items = torch.tensor(int((whole["shift_labels"] != IGNORE_INDEX).sum()))
@@ -216,10 +216,12 @@ def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) ->
 def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
-    from multi_token.recipe.train import Learn
-    from multi_token.train.parameter_groups import select_parameters
+    from multi_token.recipe.train import Trainable
+    from multi_token.train.parameter_groups import freeze_and_unfreeze
 
-    select_parameters(model, Learn.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}}))
+    freeze_and_unfreeze(
+        model, Trainable.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}})
+    )
     model.train()(**batch_of(model, [MIXED[2]])).loss.backward()
     gradients = {n: p.grad for n, p in model.encoders.named_parameters() if p.requires_grad}
     assert gradients and all(g is not None and not g.any() for g in gradients.values())
@@ -230,20 +232,20 @@ def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pas
 
 def test_greedy_generation_equals_the_argmax_of_repeated_full_forwards(model: Any) -> None:
     num_new = 6
-    reader = replace(model.reader, max_tokens=None)
+    processor = replace(model.processor, max_tokens=None)
     answers = model.generate(MIXED, max_new_tokens=num_new, batch_size=4)
     for conversation, answer in zip(MIXED, answers, strict=True):
-        batch = collate_prompts(reader, [as_prompt(conversation, model)])
+        batch = collate_prompts(processor, [drop_last_answer(conversation, model)])
         embeds = model.embed(batch["input_ids"], batch["media"])
         ids: list[int] = []
         for _ in range(num_new):
             with torch.no_grad():
                 step = model.language_model(inputs_embeds=embeds).logits[0, -1].argmax()
             ids.append(int(step))
-            if ids[-1] in reader.chat.end_of_turn_ids:
+            if ids[-1] in processor.chat.end_of_turn_ids:
                 break
             embeds = torch.cat([embeds, model.get_input_embeddings()(step.view(1, 1))], dim=1)
-        assert answer == reader.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_generation_keeps_the_order_and_does_not_depend_on_the_batch_size(model: Any) -> None:

@@ -20,8 +20,10 @@ def row(content: Any, answer: str = "red", **fields: Any) -> dict[str, Any]:
 
 
 def read(model: Any, data: Path, fields: dict[str, Any], **changes: Any) -> Any:
-    reader = replace(model.reader, fetch=replace(model.reader.fetch, root=str(data)), **changes)
-    return reader(to_conversation(fields, list(model.modalities), row_id="r7"))
+    processor = replace(
+        model.processor, fetch=replace(model.processor.fetch, root=str(data)), **changes
+    )
+    return processor(to_conversation(fields, list(model.modalities), row_id="r7"))
 
 
 BAD = [
@@ -81,9 +83,9 @@ def test_a_row_that_just_fits_is_kept_whole(model: Any, data: Path) -> None:
 def test_an_image_mark_in_a_content_part_row_stays_text(model: Any, data: Path) -> None:
     parts = [{"type": "text", "text": "I wrote <image>"}, {"type": "image", "image": "red.png"}]
     sample = read(model, data, row(parts))
-    assert len(sample.places) == 1
-    before = sample.input_ids[: sample.places[0].start]
-    assert "I wrote <image>" in model.reader.tokenizer.decode(before)
+    assert len(sample.media_spans) == 1
+    before = sample.input_ids[: sample.media_spans[0].start]
+    assert "I wrote <image>" in model.processor.tokenizer.decode(before)
 
 
 def test_an_item_of_an_unknown_modality_is_refused(model: Any) -> None:
@@ -92,7 +94,7 @@ def test_an_item_of_an_unknown_modality_is_refused(model: Any) -> None:
         (Message("user", parts), Message("assistant", (Text("a"),))), id="r7"
     )
     with pytest.raises(RowError, match="'smell', but the recipe has image, vector"):
-        model.reader(conversation)
+        model.processor(conversation)
 
 
 def test_errors_keep_kind_and_id_on_their_way_out_of_a_data_worker() -> None:

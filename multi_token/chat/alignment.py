@@ -16,7 +16,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
-class Span:
+class CharSpan:
     """Characters [start, end) of a text."""
 
     start: int
@@ -24,7 +24,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Marker:
     """A mark in a rendering: it stands for the text of a message, or for the reasoning in it."""
 
     message: int
@@ -33,7 +33,7 @@ class Mark:
     end: int
 
 
-def unused_salt(messages: Sequence[ChatMessage]) -> str:
+def unused_marker_id(messages: Sequence[ChatMessage]) -> str:
     """What makes marks (private-use characters) different from every text."""
     text = "".join(message["content"] for message in messages)
     number = 0
@@ -42,20 +42,20 @@ def unused_salt(messages: Sequence[ChatMessage]) -> str:
     return str(number)
 
 
-def spelling(salt: str, message: int, *, is_reasoning: bool = False) -> str:
+def marker_text(salt: str, message: int, *, is_reasoning: bool = False) -> str:
     """How the mark of a message is written."""
     return f"\ue100{salt}.{message}{'r' if is_reasoning else ''}\ue101"
 
 
-def find_marks(text: str, salt: str) -> list[Mark]:
+def find_markers(text: str, salt: str) -> list[Marker]:
     """All marks of a rendering, in order."""
     return [
-        Mark(int(found[1]), bool(found[2]), found.start(), found.end())
+        Marker(int(found[1]), bool(found[2]), found.start(), found.end())
         for found in re.finditer(f"\ue100{salt}\\.(\\d+)(r?)\ue101", text)
     ]
 
 
-def marked(
+def replace_with_markers(
     messages: Sequence[ChatMessage], salt: str, roles: Sequence[str] | None = None
 ) -> list[ChatMessage]:
     """The messages (of these roles) with marks instead of their texts."""
@@ -64,38 +64,38 @@ def marked(
         content = message["content"]
         if roles is None or message["role"] in roles:
             # from the back, so that earlier positions stay right
-            for is_reasoning, piece in reversed(_pieces(content).items()):
-                mark = spelling(salt, i, is_reasoning=is_reasoning)
+            for is_reasoning, piece in reversed(_message_texts(content).items()):
+                mark = marker_text(salt, i, is_reasoning=is_reasoning)
                 content = content[: piece.start] + mark + content[piece.end :]
         out.append({**message, "content": content})
     return out
 
 
-def align(
+def match_markers(
     rendering: str, text: str, messages: Sequence[ChatMessage], salt: str
-) -> dict[int, list[Span]] | None:
+) -> dict[int, list[CharSpan]] | None:
     """Where the marked messages' texts stand in `text`, if it is `rendering` with them put back."""
-    places: dict[int, list[Span]] = {}
+    places: dict[int, list[CharSpan]] = {}
     built, at = "", 0
-    for mark in find_marks(rendering, salt):
+    for mark in find_markers(rendering, salt):
         built += rendering[at : mark.start]
         content = messages[mark.message]["content"]
-        piece = _pieces(content)[mark.is_reasoning]
+        piece = _message_texts(content)[mark.is_reasoning]
         places.setdefault(mark.message, []).append(
-            Span(len(built), len(built) + piece.end - piece.start)
+            CharSpan(len(built), len(built) + piece.end - piece.start)
         )
         built += content[piece.start : piece.end]
         at = mark.end
     return places if built + rendering[at:] == text else None
 
 
-def text_before(rendering: str, marks: Sequence[Mark], message: int) -> str:
+def text_before(rendering: str, marks: Sequence[Marker], message: int) -> str:
     """What stands between the first mark of a message and the mark before it, or the start."""
     at = next(k for k, mark in enumerate(marks) if mark.message == message)
     return rendering[marks[at - 1].end if at else 0 : marks[at].start]
 
 
-def text_behind(rendering: str, marks: Sequence[Mark], message: int) -> str:
+def text_after(rendering: str, marks: Sequence[Marker], message: int) -> str:
     """What stands between the last mark of a message and the next mark, or the end.
 
     Empty for a message without a mark.
@@ -106,7 +106,7 @@ def text_behind(rendering: str, marks: Sequence[Mark], message: int) -> str:
     return rendering[marks[at].end : marks[at + 1].start if at + 1 < len(marks) else None]
 
 
-def num_common(one: Sequence[str], other: Sequence[str]) -> int:
+def common_prefix_length(one: Sequence[str], other: Sequence[str]) -> int:
     """How many first items (characters of strings) two sequences share."""
     num = 0
     while num < min(len(one), len(other)) and one[num] == other[num]:
@@ -116,10 +116,10 @@ def num_common(one: Sequence[str], other: Sequence[str]) -> int:
 
 def has_reasoning(content: str) -> bool:
     """Whether a mark of its own stands for the reasoning in this text."""
-    return True in _pieces(content)
+    return True in _message_texts(content)
 
 
-def _pieces(content: str) -> dict[bool, Span]:
+def _message_texts(content: str) -> dict[bool, CharSpan]:
     """What marks stand for, by whether it is reasoning; the blanks around it stay where they are.
 
     A text with one `</think>` has two pieces, because templates take it apart there. An empty
@@ -135,6 +135,6 @@ def _pieces(content: str) -> dict[bool, Span]:
     return {True: reasoning, False: answer} if reasoning.end > reasoning.start else {False: answer}
 
 
-def _stripped(content: str, start: int, end: int) -> Span:
+def _stripped(content: str, start: int, end: int) -> CharSpan:
     start += len(content[start:end]) - len(content[start:end].lstrip())
-    return Span(start, start + len(content[start:end].rstrip()))
+    return CharSpan(start, start + len(content[start:end].rstrip()))

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 
-from multi_token.chat.alignment import ChatMessage, Span
+from multi_token.chat.alignment import CharSpan, ChatMessage
 from multi_token.chat.template import ChatTemplate
 from multi_token.errors import ChatTemplateError
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
-    LearnTurns,
     Media,
-    Place,
+    MediaSpan,
     Sample,
+    TrainOnTurns,
 )
 
 DEFAULT_TEMPLATE = (
@@ -45,7 +45,7 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, learn_turns: LearnTurns = "all"
+        self, tokenizer: Any, chat_template: str | None = None, learn_turns: TrainOnTurns = "all"
     ) -> None:
         """`chat_template`: Jinja text, or the path of a file with it; else the tokenizer's own.
 
@@ -58,8 +58,8 @@ class ChatFormat:
                 "(tokenizer.json) is needed to find the assistant's tokens exactly"
             )
         self.tokenizer = tokenizer
-        self.learn_turns: LearnTurns = learn_turns
-        self.template: str = _source(tokenizer, chat_template)
+        self.learn_turns: TrainOnTurns = learn_turns
+        self.template: str = _template_source(tokenizer, chat_template)
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
             raise ChatTemplateError(
@@ -69,7 +69,7 @@ class ChatFormat:
             )
         self.filler_id: int = fillers[0]
         self._chat_template = ChatTemplate(self.template, tokenizer)
-        self._slotted: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
+        self._slot_tokenizers: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slotted": {}}  # copies are made again where they are needed
@@ -80,7 +80,7 @@ class ChatFormat:
         num_tokens: Sequence[int],
         *,
         prompt_only: bool = False,
-        learn_turns: LearnTurns | None = None,
+        learn_turns: TrainOnTurns | None = None,
     ) -> Sample:
         """One conversation -> ids, labels and places. The Sample's `media` is left empty.
 
@@ -90,14 +90,14 @@ class ChatFormat:
 
         Raises ChatTemplateError.
         """
-        slot = _unused_spelling(conversation)
-        messages = _messages(conversation, slot)
-        spans: list[Span] = []
+        slot = _unused_slot(conversation)
+        messages = _to_chat_messages(conversation, slot)
+        spans: list[CharSpan] = []
         if prompt_only:
-            text, end = self._chat_template.asked(messages)
-            spans = [Span(end, len(text))]
+            text, end = self._chat_template.render_prompt(messages)
+            spans = [CharSpan(end, len(text))]
         else:
-            text, spans = self._chat_template.answered(
+            text, spans = self._chat_template.render_with_spans(
                 messages, last_only=(learn_turns or self.learn_turns) == "last"
             )
         if text.count(slot) != len(num_tokens):
@@ -105,23 +105,23 @@ class ChatFormat:
                 f"the chat template kept {text.count(slot)} of {len(num_tokens)} media slots: it "
                 "drops or repeats a turn that holds media"
             )
-        self._chat_template.refuse_dropped(messages, prompt_only=prompt_only)
-        slotted, slot_id = self._tokenizer_with(slot)
+        self._chat_template.check_all_messages_rendered(messages, prompt_only=prompt_only)
+        slotted, slot_id = self._slot_tokenizer(slot)
         encoded = slotted(text, add_special_tokens=False, return_offsets_mapping=True)
 
         input_ids: list[int] = []
         labels: list[int] = []
-        places: list[Place] = []
+        places: list[MediaSpan] = []
         learned: list[list[int]] = [[] for _ in spans]
         media = iter(zip(conversation.media, num_tokens, strict=True))
         for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
             if token_id == slot_id:
                 item, length = next(media)
-                places.append(Place(item.modality, len(input_ids), length))
+                places.append(MediaSpan(item.modality, len(input_ids), length))
                 input_ids += [self.filler_id] * length
                 labels += [IGNORE_INDEX] * length
                 continue
-            span = _span_of(spans, start, end, text)
+            span = _find_span(spans, start, end, text)
             if prompt_only and span is not None:
                 break
             input_ids.append(token_id)
@@ -129,59 +129,61 @@ class ChatFormat:
             if span is not None:
                 learned[span].append(token_id)
         if not prompt_only:
-            self._check(learned, [text[s.start : s.end].replace(slot, "") for s in spans])
+            self._check_supervised_text(
+                learned, [text[s.start : s.end].replace(slot, "") for s in spans]
+            )
         return Sample(
             input_ids=torch.tensor(input_ids, dtype=torch.long),
             labels=torch.tensor(labels, dtype=torch.long),
-            places=places,
+            media_spans=places,
             id=conversation.id,
         )
 
     @functools.cached_property
     def end_of_turn_ids(self) -> list[int]:
         """The ids that close an assistant turn; some templates have another one for the last."""
-        tokens = self._chat_template.ends_of_turn
+        tokens = self._chat_template.end_of_turn_tokens
         return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
 
-    def decode(self, ids: Sequence[int], *, growing: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, partial: bool = False) -> str:
         """What the assistant says in ids that it has generated (or, `growing`, is generating).
 
         Without special tokens, and without what the template has it write before an answer (an
         empty `<think>` block, the name of a channel).
         """
-        head = self._chat_template.head.strip()
-        if head:
+        answer_prefix = self._chat_template.answer_prefix.strip()
+        if answer_prefix:
             whole = self.tokenizer.decode(ids, skip_special_tokens=False).lstrip()
-            if growing and head.startswith(whole):
+            if partial and answer_prefix.startswith(whole):
                 return ""
-            if whole.startswith(head):
+            if whole.startswith(answer_prefix):
                 added = self.tokenizer.added_tokens_decoder.values()
                 special = [re.escape(str(token)) for token in added if token.special]
-                return re.sub("|".join(special), "", whole[len(head) :])
+                return re.sub("|".join(special), "", whole[len(answer_prefix) :])
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _tokenizer_with(self, slot: str) -> tuple[Any, int]:
-        if slot not in self._slotted:
+    def _slot_tokenizer(self, slot: str) -> tuple[Any, int]:
+        if slot not in self._slot_tokenizers:
             slotted = copy.deepcopy(self.tokenizer)
             slotted.add_tokens([AddedToken(slot, special=True, normalized=False)])
-            self._slotted[slot] = slotted
-        slotted = self._slotted[slot]
+            self._slot_tokenizers[slot] = slotted
+        slotted = self._slot_tokenizers[slot]
         return slotted, slotted.convert_tokens_to_ids(slot)
 
-    def _check(self, learned: list[list[int]], expected: list[str]) -> None:
+    def _check_supervised_text(self, supervised: list[list[int]], expected: list[str]) -> None:
         """The loud one: the learned ids, decoded, are the spans' text and nothing else."""
-        for ids, text in zip(learned, expected, strict=True):
+        for ids, text in zip(supervised, expected, strict=True):
             decoded = self.tokenizer.decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            if self._comparable(decoded) != self._comparable(text):
+            if self._normalize(decoded) != self._normalize(text):
                 raise ChatTemplateError(
                     f"expected to learn {text[:80]!r}, but the learned tokens read "
                     f"{decoded[:80]!r}: the tokenizer cannot spell this text; write it in other "
                     "words, or leave the row out"
                 )
 
-    def _comparable(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         """Text as the tokenizer normalizes it, without blanks (decoders drop and add some)."""
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         if normalizer is not None:
@@ -189,7 +191,7 @@ class ChatFormat:
         return "".join(text.replace("\u2581", " ").split())
 
 
-def _source(tokenizer: Any, chat_template: str | None) -> str:
+def _template_source(tokenizer: Any, chat_template: str | None) -> str:
     """The Jinja text that is to be used: the recipe's, the tokenizer's own, or the default."""
     if chat_template is not None and "{" not in chat_template:
         path = Path(chat_template)
@@ -224,7 +226,7 @@ def _default_template(tokenizer: Any) -> str:
     return ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
 
 
-def _unused_spelling(conversation: Conversation) -> str:
+def _unused_slot(conversation: Conversation) -> str:
     """A slot's spelling (private-use characters) that the conversation's text does not hold."""
     text = "".join(
         part.text for m in conversation.messages for part in m.parts if not isinstance(part, Media)
@@ -235,7 +237,7 @@ def _unused_spelling(conversation: Conversation) -> str:
     return slot
 
 
-def _messages(conversation: Conversation, slot: str) -> list[ChatMessage]:
+def _to_chat_messages(conversation: Conversation, slot: str) -> list[ChatMessage]:
     return [
         {
             "role": message.role,
@@ -247,7 +249,7 @@ def _messages(conversation: Conversation, slot: str) -> list[ChatMessage]:
     ]
 
 
-def _span_of(spans: list[Span], start: int, end: int, text: str) -> int | None:
+def _find_span(spans: list[CharSpan], start: int, end: int, text: str) -> int | None:
     """The learned span of a token. Raises ChatTemplateError if it lies across a border.
 
     Blanks do not count: tokenizers glue one to the word behind it, and some special tokens swallow

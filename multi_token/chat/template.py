@@ -14,22 +14,22 @@ from typing import Any
 from jinja2 import TemplateError
 
 from multi_token.chat.alignment import (
+    CharSpan,
     ChatMessage,
-    Mark,
-    Span,
-    align,
-    find_marks,
+    Marker,
+    common_prefix_length,
+    find_markers,
     has_reasoning,
-    marked,
-    num_common,
-    spelling,
+    marker_text,
+    match_markers,
+    replace_with_markers,
+    text_after,
     text_before,
-    text_behind,
-    unused_salt,
+    unused_marker_id,
 )
 from multi_token.errors import ChatTemplateError
 
-_TAG = (
+_GENERATION_TAG_HINT = (
     "set `chat_template` in the recipe to a template with {% generation %} ... {% endgeneration %} "
     "around each answer and its end of turn, and around nothing else"
 )
@@ -38,28 +38,30 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
-class _Border:
+class _TurnPrefix:
     """What a template writes between the text before an assistant's turn and the answer itself.
 
-    `given`: what the model is given when it is asked; `head`: what it has to write after that.
+    `in_prompt`: what the model is given when it is asked; `answer_prefix`: what it has to write
+    after that.
     """
 
-    given: str
-    head: str
+    in_prompt: str
+    answer_prefix: str
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _RoleLayout:
     """What a template makes of a sequence of roles, whatever the texts are.
 
-    `bare`: the messages, all marks; `text`: their rendering; `borders`: of the assistant's turns,
+    `marker_messages`: the messages, all marks; `text`: their rendering; `turn_prefixes`: of the
+    assistant's turns,
     by their index, as far as they have been asked for.
     """
 
-    bare: list[ChatMessage]
+    marker_messages: list[ChatMessage]
     text: str
-    marks: list[Mark]
-    borders: dict[int, _Border]
+    marks: list[Marker]
+    turn_prefixes: dict[int, _TurnPrefix]
 
 
 class ChatTemplate:
@@ -78,18 +80,18 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self.is_tagged = _GENERATION_TAG.search(source) is not None
-        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._role_layouts: dict[tuple[str, ...], _RoleLayout] = {}
 
     def render(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False
     ) -> str:
         """The text of a conversation. Raises ChatTemplateError with the template's own words."""
-        return self._render(messages, add_generation_prompt, as_parts=self.takes_parts)
+        return self._render(messages, add_generation_prompt, as_parts=self.takes_content_parts)
 
     @functools.cached_property
-    def takes_parts(self) -> bool:
+    def takes_content_parts(self) -> bool:
         """Whether contents have to be lists of parts. Found by trying; plain text comes first."""
-        probe = marked([_message("user"), _message("assistant")], "0")
+        probe = replace_with_markers([_message("user"), _message("assistant")], "0")
         for as_parts in (False, True):
             try:
                 text = self._render(probe, False, as_parts=as_parts)
@@ -100,9 +102,9 @@ class ChatTemplate:
                 return as_parts
         return False
 
-    def answered(
+    def render_with_spans(
         self, messages: Sequence[ChatMessage], *, last_only: bool = False
-    ) -> tuple[str, list[Span]]:
+    ) -> tuple[str, list[CharSpan]]:
         """The text to train on, and its learned spans: one for each assistant turn, or the last.
 
         The text is the template's own. A template that closes a turn by the opening of the next
@@ -114,13 +116,13 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return text, []
-        salt = unused_salt(messages)
-        rendering = self.render(marked(messages, salt))
-        places = align(rendering, text, messages, salt)
+        salt = unused_marker_id(messages)
+        rendering = self.render(replace_with_markers(messages, salt))
+        places = match_markers(rendering, text, messages, salt)
         if places is None:  # the template looks into the texts of others: leave them as they are
-            answers = marked(messages, salt, roles=("assistant",))
-            places = align(self.render(answers), text, messages, salt)
-        marks = find_marks(rendering, salt)
+            answers = replace_with_markers(messages, salt, roles=("assistant",))
+            places = match_markers(self.render(answers), text, messages, salt)
+        marks = find_markers(rendering, salt)
         shown = [m.message for m in marks if m.message in turns and not m.is_reasoning]
         if places is None or shown != turns:
             raise ChatTemplateError(
@@ -137,10 +139,15 @@ class ChatTemplate:
             )
         ends: dict[int, int] = {}
         for i in turns:
-            behind = text_behind(rendering, marks, i)
-            end = self._end_of_turn(behind, places[i][-1].end)
-            if end is None and i == len(messages) - 1 and not behind.strip() and self.end_of_turn:
-                text += self.end_of_turn
+            behind = text_after(rendering, marks, i)
+            end = self._find_end_of_turn(behind, places[i][-1].end)
+            if (
+                end is None
+                and i == len(messages) - 1
+                and not behind.strip()
+                and self.end_of_turn_token
+            ):
+                text += self.end_of_turn_token
                 end = len(text)
             if end is None:
                 raise ChatTemplateError(
@@ -151,37 +158,38 @@ class ChatTemplate:
                 )
             ends[i] = end
         if self.is_tagged:
-            spans = self._tagged_spans(messages, text, places, ends)
+            spans = self._spans_from_generation_tags(messages, text, places, ends)
         else:
             spans = {}
             for i in turns:
                 before = text_before(rendering, marks, i)
-                border = self._border(messages, i)
-                between = border.given + border.head
+                border = self._turn_prefix(messages, i)
+                between = border.in_prompt + border.answer_prefix
                 # blanks at a question's end have no mark, and stand before the border's text
                 blank = len(before) - len(between) if before.endswith(between) else 0
-                given = blank + num_common(before[blank:], border.given)
-                start = _start(text, places[i][0].start, before[given:])
-                spans[i] = Span(start, ends[i])
+                given = blank + common_prefix_length(before[blank:], border.in_prompt)
+                start = _answer_start(text, places[i][0].start, before[given:])
+                spans[i] = CharSpan(start, ends[i])
         return text, [spans[i] for i in (turns[-1:] if last_only else turns)]
 
     def prompt(self, messages: Sequence[ChatMessage]) -> str:
         """The text that ends where the assistant is to speak. Raises ChatTemplateError."""
-        text, end = self.asked(messages)
+        text, end = self.render_prompt(messages)
         return text[:end]
 
-    def asked(self, messages: Sequence[ChatMessage]) -> tuple[str, int]:
+    def render_prompt(self, messages: Sequence[ChatMessage]) -> tuple[str, int]:
         """A text that begins with the prompt, and where the prompt ends in it.
 
         What follows is an answer that has just begun: a tokenizer may cut the blanks at the end of
         a text in another way than before a word, and training saw a word there. The prompt is what
-        `answered` has up to the turn: the template's own generation prompt, unless its renderings
+        `render_with_spans` has up to the turn: the template's own generation prompt, unless its
+        renderings
         of answers go on in another way (`<think>` opened in the one and not in the other); then
         only as far as both agree.
 
         Raises ChatTemplateError.
         """
-        open_answer = {"role": "assistant", "content": spelling(unused_salt(messages), 0)}
+        open_answer = {"role": "assistant", "content": marker_text(unused_marker_id(messages), 0)}
         try:
             text = self.render([*messages, open_answer])
         except ChatTemplateError:
@@ -190,15 +198,19 @@ class ChatTemplate:
         if answer < 0:  # no answer may follow here, so that no training can have seen one
             text = self.render(messages, add_generation_prompt=True)
             return text, len(text)
-        head = self._border([*messages, open_answer], len(messages)).head
-        return f"{text[:answer]}a", _start(text, answer, head)
+        answer_prefix = self._turn_prefix([*messages, open_answer], len(messages)).answer_prefix
+        return f"{text[:answer]}a", _answer_start(text, answer, answer_prefix)
 
-    def refuse_dropped(self, messages: Sequence[ChatMessage], *, prompt_only: bool) -> None:
+    def check_all_messages_rendered(
+        self, messages: Sequence[ChatMessage], *, prompt_only: bool
+    ) -> None:
         """Raise ChatTemplateError if the text to train on (or the prompt) lacks a message."""
         try:
-            layout = self._layout([*messages, _message("assistant")] if prompt_only else messages)
+            layout = self._role_layout(
+                [*messages, _message("assistant")] if prompt_only else messages
+            )
         except ChatTemplateError:
-            layout = self._layout(messages)
+            layout = self._role_layout(messages)
         shown = {mark.message for mark in layout.marks}
         for i, message in enumerate(messages):
             if i not in shown and message["content"].strip():
@@ -209,37 +221,37 @@ class ChatTemplate:
                 )
 
     @functools.cached_property
-    def end_of_turn(self) -> str | None:
+    def end_of_turn_token(self) -> str | None:
         """The token that closes a last answer (its last one, if several), or None."""
-        last, between = self._closings
+        last, between = self._end_of_turn_runs
         return last[-1] if last else between[0] if between else None
 
     @functools.cached_property
-    def ends_of_turn(self) -> list[str]:
+    def end_of_turn_tokens(self) -> list[str]:
         """Every token that closes an answer, in the middle of a conversation or at its end."""
-        num_tokens = num_common(*self._closings) or 1
-        return sorted({run[:num_tokens][-1] for run in self._closings if run})
+        num_tokens = common_prefix_length(*self._end_of_turn_runs) or 1
+        return sorted({run[:num_tokens][-1] for run in self._end_of_turn_runs if run})
 
     @functools.cached_property
-    def head(self) -> str:
+    def answer_prefix(self) -> str:
         """What the model has to write between its prompt and an answer; mostly nothing.
 
         Raises ChatTemplateError if the template shows no answer to a question.
         """
         roles = [_message("user"), _message("assistant")]
-        if all(mark.message != 1 for mark in self._layout(roles).marks):
+        if all(mark.message != 1 for mark in self._role_layout(roles).marks):
             raise ChatTemplateError(
                 "the chat template does not show what the assistant says; set `chat_template` in "
                 "the recipe to one that does"
             )
-        return self._border(roles, 1).head
+        return self._turn_prefix(roles, 1).answer_prefix
 
     def _render(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool, *, as_parts: bool
     ) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                _in_parts(messages) if as_parts else list(messages),
+                _as_content_parts(messages) if as_parts else list(messages),
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -250,44 +262,47 @@ class ChatTemplate:
                 f"(roles: {', '.join(m['role'] for m in messages)})"
             ) from None
 
-    def _tagged_spans(
+    def _spans_from_generation_tags(
         self,
         messages: Sequence[ChatMessage],
         text: str,
-        places: dict[int, list[Span]],
+        places: dict[int, list[CharSpan]],
         ends: dict[int, int],
-    ) -> dict[int, Span]:
+    ) -> dict[int, CharSpan]:
         """From the template's own generation tags, held against the turns that were found."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
-            conversations=[_in_parts(messages) if self.takes_parts else list(messages)],  # type: ignore[arg-type]
+            conversations=[
+                _as_content_parts(messages) if self.takes_content_parts else list(messages)
+            ],  # type: ignore[arg-type]
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
         _, (indices,) = rendered
-        tagged: list[Span] = []
+        tagged: list[CharSpan] = []
         for start, end in indices:
             if tagged and tagged[-1].end == start:  # an answer and its end, tagged one by one
-                tagged[-1] = Span(tagged[-1].start, end)
+                tagged[-1] = CharSpan(tagged[-1].start, end)
             else:
-                tagged.append(Span(start, end))
-        spans: dict[int, Span] = {}
+                tagged.append(CharSpan(start, end))
+        spans: dict[int, CharSpan] = {}
         for i, end in ends.items():
             start = places[i][-1].start
             around = [s for s in tagged if s.start <= start and end <= s.end]
             if not around:
                 raise ChatTemplateError(
                     "the template's {% generation %} tags do not hold all of "
-                    f"{text[start:end][:80]!r}, an answer and its end of turn; {_TAG}"
+                    f"{text[start:end][:80]!r}, an answer and its end of turn; "
+                    f"{_GENERATION_TAG_HINT}"
                 )
             # two turns may share a tag
             begins = max([around[0].start, *(e for e in ends.values() if e <= start)])
             later = [
                 places[j][0].start for j in ends if j > i and places[j][0].end <= around[0].end
             ]
-            spans[i] = Span(begins, end if later else around[0].end)
+            spans[i] = CharSpan(begins, end if later else around[0].end)
         for j, message in enumerate(messages):
             for place in places.get(j, []) if message["role"] != "assistant" else []:
                 if any(
@@ -295,38 +310,38 @@ class ChatTemplate:
                 ):
                     raise ChatTemplateError(
                         "the template's {% generation %} tags hold more than the assistant's "
-                        f"turns: {text[place.start : place.end][:80]!r}; {_TAG}"
+                        f"turns: {text[place.start : place.end][:80]!r}; {_GENERATION_TAG_HINT}"
                     )
         return spans
 
-    def _layout(self, messages: Sequence[ChatMessage]) -> _Layout:
+    def _role_layout(self, messages: Sequence[ChatMessage]) -> _RoleLayout:
         """Rendered once for each sequence of roles."""
         roles = tuple(message["role"] for message in messages)
-        if roles not in self._layouts:
-            if len(self._layouts) >= _MAX_LAYOUTS:
-                self._layouts.clear()
-            bare = marked([_message(role) for role in roles], "0")
+        if roles not in self._role_layouts:
+            if len(self._role_layouts) >= _MAX_LAYOUTS:
+                self._role_layouts.clear()
+            bare = replace_with_markers([_message(role) for role in roles], "0")
             text = self.render(bare)
-            self._layouts[roles] = _Layout(bare, text, find_marks(text, "0"), {})
-        return self._layouts[roles]
+            self._role_layouts[roles] = _RoleLayout(bare, text, find_markers(text, "0"), {})
+        return self._role_layouts[roles]
 
-    def _border(self, messages: Sequence[ChatMessage], i: int) -> _Border:
+    def _turn_prefix(self, messages: Sequence[ChatMessage], i: int) -> _TurnPrefix:
         """The border of an assistant turn that is shown; only the roles decide over it."""
-        layout = self._layout(messages)
-        if i not in layout.borders:
+        layout = self._role_layout(messages)
+        if i not in layout.turn_prefixes:
             before = text_before(layout.text, layout.marks, i)
-            given = self._num_given(layout.bare[:i], before)
-            layout.borders[i] = _Border(before[:given], before[given:])
-        return layout.borders[i]
+            given = self._generation_prompt_length(layout.marker_messages[:i], before)
+            layout.turn_prefixes[i] = _TurnPrefix(before[:given], before[given:])
+        return layout.turn_prefixes[i]
 
-    def _num_given(self, messages: list[ChatMessage], before: str) -> int:
+    def _generation_prompt_length(self, messages: list[ChatMessage], before: str) -> int:
         """How many characters of `before` the generation prompt has as well."""
         given = len(before)
         if messages and "add_generation_prompt" in self.source:
             asked = self.render(messages, add_generation_prompt=True)
-            marks = find_marks(asked, "0")
-            given = num_common(before, asked[marks[-1].end if marks else 0 :])
-            for token in self._tokens.finditer(before):
+            marks = find_markers(asked, "0")
+            given = common_prefix_length(before, asked[marks[-1].end if marks else 0 :])
+            for token in self._special_token_pattern.finditer(before):
                 if token.start() < given < token.end():
                     given = token.start()
         # a tokenizer glues blanks to what follows them, so they go where that goes
@@ -337,41 +352,41 @@ class ChatTemplate:
             given -= 1
         return given
 
-    def _end_of_turn(self, behind: str, start: int) -> int | None:
+    def _find_end_of_turn(self, behind: str, start: int) -> int | None:
         """Where the end-of-turn tokens end in a text that goes on with `behind` at `start`.
 
         Those that follow an answer in the middle of a conversation and at its end alike; where the
         two have nothing in common, the first.
         """
-        run = self._run(behind)
+        run = self._special_token_run(behind)
         if not run:
             return None
-        num_tokens = num_common(run, self._closings[0]) or 1
+        num_tokens = common_prefix_length(run, self._end_of_turn_runs[0]) or 1
         blanks = len(behind) - len(behind.lstrip())
         return start + blanks + len("".join(run[:num_tokens]))
 
     @functools.cached_property
-    def _closings(self) -> tuple[list[str], list[str]]:
+    def _end_of_turn_runs(self) -> tuple[list[str], list[str]]:
         """Tokens right behind an answer: when it is the last message, and before a user's turn."""
         runs: list[list[str]] = []
         for roles in (("user", "assistant"), ("user", "assistant", "user")):
             try:
-                text = self.render(marked([_message(role) for role in roles], "0"))
-                runs.append(self._run(text_behind(text, find_marks(text, "0"), 1)))
+                text = self.render(replace_with_markers([_message(role) for role in roles], "0"))
+                runs.append(self._special_token_run(text_after(text, find_markers(text, "0"), 1)))
             except ChatTemplateError:
                 runs.append([])
         return runs[0], runs[1]
 
-    def _run(self, text: str) -> list[str]:
+    def _special_token_run(self, text: str) -> list[str]:
         """Tokens that `text` begins with, after blanks."""
         run, at = [], len(text) - len(text.lstrip())
-        while token := self._tokens.match(text, at):
+        while token := self._special_token_pattern.match(text, at):
             run.append(token[0])
             at = token.end()
         return run
 
     @functools.cached_property
-    def _tokens(self) -> re.Pattern[str]:
+    def _special_token_pattern(self) -> re.Pattern[str]:
         """Any spelling that the tokenizer keeps whole: special and other added tokens."""
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         tokens = {t for t in [*self.tokenizer.all_special_tokens, *added] if t.strip()}
@@ -383,15 +398,16 @@ def _message(role: str) -> ChatMessage:
     return {"role": role, "content": ""}
 
 
-def _in_parts(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+def _as_content_parts(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
-def _start(text: str, answer: int, head: str) -> int:
-    """Where a turn begins whose answer begins at `answer`, behind its `head`."""
-    if not text.endswith(head, 0, answer):
+def _answer_start(text: str, answer: int, answer_prefix: str) -> int:
+    """Where a turn begins whose answer begins at `answer`, behind its `answer_prefix`."""
+    if not text.endswith(answer_prefix, 0, answer):
         raise ChatTemplateError(
-            f"expected {head!r} before an answer, but the template renders "
-            f"{text[:answer][-40:]!r} there, so where the turn begins is not certain; {_TAG}"
+            f"expected {answer_prefix!r} before an answer, but the template renders "
+            f"{text[:answer][-40:]!r} there, so where the turn begins is not certain; "
+            f"{_GENERATION_TAG_HINT}"
         )
-    return answer - len(head)
+    return answer - len(answer_prefix)

@@ -15,7 +15,7 @@ from multi_token.errors import ConvertError
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, which becomes `out` at the end and vanishes after a fault.
 
     Raises ConvertError if something is at `out` already.

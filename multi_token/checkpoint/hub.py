@@ -41,10 +41,10 @@ def local_folder(
         return path
     if revision and named and revision != named:
         raise CheckpointError(f"{text} names one revision, and {revision!r} is another")
-    return _fetched(repository, revision or named or None, only)
+    return _download(repository, revision or named or None, only)
 
 
-def _fetched(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
+def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

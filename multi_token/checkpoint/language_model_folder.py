@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from multi_token.checkpoint.references import identity, own_tensors, refuse_another
-from multi_token.language_model.forward import without_adapter
+from multi_token.checkpoint.references import base_model_tensors, check_fingerprint, fingerprint
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.loading import load_language_model
 
 LANGUAGE_MODEL = "language_model"
 """Its name in a run."""
 
 
-def described_inside(fields: Mapping[str, Any]) -> dict[str, Any]:
+def with_saved_language_model(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section of a run that holds its language model, as it was written."""
     return {
         **fields,
@@ -42,8 +42,8 @@ def write_language_model(
     """
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        tensors = own_tensors(language_model.state_dict().items())
-        without_adapter(language_model).save_pretrained(partial, state_dict=tensors)
+        tensors = base_model_tensors(language_model.state_dict().items())
+        base_language_model(language_model).save_pretrained(partial, state_dict=tensors)
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(partial)
@@ -62,5 +62,5 @@ def read_language_model(folder: Path, expected: Mapping[str, Any]) -> dict[str, 
     of the identity `expected` (checkpoint/references.py).
     """
     found = load_language_model(str(folder), dtype="float32")
-    refuse_another(expected, identity(found), folder=folder.parent, name=str(folder))
+    check_fingerprint(expected, fingerprint(found), folder=folder.parent, name=str(folder))
     return found.state_dict()

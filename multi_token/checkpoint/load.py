@@ -29,27 +29,27 @@ from multi_token.chat.format import ChatFormat
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.language_model_folder import (
     LANGUAGE_MODEL,
-    described_inside,
     read_language_model,
+    with_saved_language_model,
     write_language_model,
 )
 from multi_token.checkpoint.references import (
-    absolutes,
-    identity,
-    own_tensors,
-    refuse_another,
-    resolved,
-    stored,
+    absolutize,
+    base_model_tensors,
+    check_fingerprint,
+    fingerprint,
+    relativize,
+    resolve,
 )
-from multi_token.encoders import TrainedEncoder, attach_lora, build_encoders, trained_tensors
+from multi_token.encoders import TrainedEncoderState, attach_lora, build_encoders, trained_tensors
 from multi_token.errors import CheckpointError
 from multi_token.language_model.loading import load_embeddings, load_language_model, load_tokenizer
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
-from multi_token.processor import Reader
+from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.registry import validated
+from multi_token.registry import validate_fields
 
 SCHEMA = 1
 CONFIG, PROJECTORS, ADAPTER = "config.json", "projectors.safetensors", "adapter"
@@ -77,7 +77,7 @@ def compose(
         name: modality.projector.build(encoders[name].dim, int(width))
         for name, modality in spec.modalities.items()
     }
-    reader = Reader(
+    processor = MultiTokenProcessor(
         chat=ChatFormat(
             load_tokenizer(spec.language_model, spec.revision), spec.chat_template, spec.learn_turns
         ),
@@ -90,18 +90,18 @@ def compose(
         "schema": SCHEMA,
         "multi_token_version": __version__,
         "model": {
-            **absolutes(spec.model_dump(mode="json")),
+            **absolutize(spec.model_dump(mode="json")),
             "revision": commit or spec.revision,
             # the template itself, so that a checkpoint does not hang on a file elsewhere
-            "chat_template": reader.chat.template if spec.chat_template else None,
+            "chat_template": processor.chat.template if spec.chat_template else None,
         },
-        "identity": identity(language_model),
+        "identity": fingerprint(language_model),
         "base_identity": None,
         "base_model": None,
     }
     config = MultiTokenConfig(**fields)
     return MultiTokenForConditionalGeneration(
-        config, language_model, spec.modalities, encoders, projectors, reader
+        config, language_model, spec.modalities, encoders, projectors, processor
     )
 
 
@@ -126,25 +126,25 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
     base_model = model.config.base_model
     described = model.config.model
     if model.trained_language_model:
-        assert model.reader is not None, "a model that was composed or loaded has a reader"
-        chat = model.reader.chat
+        assert model.processor is not None, "a model that was composed or loaded has a reader"
+        chat = model.processor.chat
         write_language_model(
             model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL
         )
         if not Path(described["language_model"]).exists():
             base_model = base_model or described["language_model"]
-        described = {**described_inside(described), "dtype": "auto"}
+        described = {**with_saved_language_model(described), "dtype": "auto"}
     fields = {
         "model_type": MultiTokenConfig.model_type,
         "schema": SCHEMA,
         "multi_token_version": __version__,
-        "model": stored(described, out),
+        "model": relativize(described, out),
         "identity": (
-            identity(model.language_model)
+            fingerprint(model.language_model)
             if model.trained_language_model
             else model.config.identity
         ),
-        "base_identity": _base_identity(model) if model.trained_language_model else None,
+        "base_identity": _base_fingerprint(model) if model.trained_language_model else None,
         "base_model": base_model,
         "adapter": has_adapter,
         "closed_form": sorted(
@@ -161,7 +161,7 @@ def save(model: MultiTokenForConditionalGeneration, folder: str | os.PathLike[st
     _atomically(out / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
-def _base_identity(model: MultiTokenForConditionalGeneration) -> dict[str, Any]:
+def _base_fingerprint(model: MultiTokenForConditionalGeneration) -> dict[str, Any]:
     """Of the language model before all of it was trained."""
     return model.config.base_identity or model.config.identity or {}
 
@@ -177,7 +177,7 @@ def _projector_tensors(
 
 
 def _encoder_tensors(
-    model: MultiTokenForConditionalGeneration, trained: Mapping[str, TrainedEncoder]
+    model: MultiTokenForConditionalGeneration, trained: Mapping[str, TrainedEncoderState]
 ) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
@@ -253,17 +253,17 @@ def load(
     spec_fields = dict(fields["model"])
     if language_model is not None:
         spec_fields |= {"language_model": language_model, "revision": None}
-    spec = validated(ModelSpec, resolved(spec_fields, path), where=str(path / CONFIG))
+    spec = validate_fields(ModelSpec, resolve(spec_fields, path), where=str(path / CONFIG))
     model = compose(spec, with_layers=with_layers)
     model.config.base_model = fields.get("base_model")
     load_trained(model, path, fields)
     if fields.get("base_identity"):
         model.trained_language_model = True
         model.config.base_identity = fields["base_identity"]
-    return move(model, device).eval() if device else model.eval()
+    return move_to_device(model, device).eval() if device else model.eval()
 
 
-def move(
+def move_to_device(
     model: MultiTokenForConditionalGeneration, device: Any
 ) -> MultiTokenForConditionalGeneration:
     """The model on a device (transformers' decorator hides the arguments of `to` from checkers)."""
@@ -284,10 +284,10 @@ def load_trained(
     path = Path(folder)
     name = model.config.model["language_model"]
     if fields.get("base_identity") and Path(name) != (path / LANGUAGE_MODEL).absolute():
-        refuse_another(fields["base_identity"], _base_identity(model), folder=path, name=name)
+        check_fingerprint(fields["base_identity"], _base_fingerprint(model), folder=path, name=name)
         _load_language_model(model, path, fields)
     elif fields.get("identity"):
-        refuse_another(fields["identity"], model.config.identity, folder=path, name=name)
+        check_fingerprint(fields["identity"], model.config.identity, folder=path, name=name)
     for name in fields["closed_form"]:
         if model.projector(name).closed_form is None:
             model.projector(name).add_closed_form()
@@ -308,7 +308,7 @@ def _load_language_model(
         )
     found = read_language_model(path / LANGUAGE_MODEL, fields["identity"])
     model.language_model.float()
-    expected = own_tensors(model.language_model.state_dict(keep_vars=True).items())
+    expected = base_model_tensors(model.language_model.state_dict(keep_vars=True).items())
     _copy_into(expected, found, path / LANGUAGE_MODEL)
     model.trained_language_model = True
     model.config.base_identity = fields["base_identity"]
@@ -319,7 +319,9 @@ def _load_encoders(
 ) -> None:
     """Read what of the encoders was trained, and only that."""
     trained = {
-        name: validated(TrainedEncoder, entry, where=f"{path / CONFIG}, encoder of {name}")
+        name: validate_fields(
+            TrainedEncoderState, entry, where=f"{path / CONFIG}, encoder of {name}"
+        )
         for name, entry in fields.get("encoders", {}).items()
     }
     for name in fields["model"]["modalities"]:
@@ -349,7 +351,7 @@ def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    refuse_disagreement(path, expected, found)
+    check_state_dict(path, expected, found)
     for key, tensor in expected.items():
         tensor.copy_(found[key])
 
@@ -374,13 +376,13 @@ def load_adapter(
     if not isinstance(model.language_model, PeftModel):
         model.language_model = get_peft_model(model.language_model, config)
     expected = get_peft_model_state_dict(model.language_model)
-    refuse_disagreement(where or path / "adapter_model.safetensors", expected, tensors)
+    check_state_dict(where or path / "adapter_model.safetensors", expected, tensors)
     set_peft_model_state_dict(model.language_model, tensors)
     for parameter in model.language_model.parameters():
         parameter.requires_grad_(False)
 
 
-def refuse_disagreement(
+def check_state_dict(
     path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
     """Raise CheckpointError, with every tensor that is missing, unknown or of other shape."""

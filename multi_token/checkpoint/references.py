@@ -22,12 +22,12 @@ _NUM_COLUMNS = 256
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_ids")
 
 
-def absolute(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A file or folder by its absolute path, a hub name as it is."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
-def stored(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def relativize(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The `model` section as it is written into `folder`: what lies inside begins with `./`.
 
     All else is absolute already, so that a checkpoint is true wherever it is saved again: it goes
@@ -40,10 +40,10 @@ def stored(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             return f"./{path.relative_to(folder.absolute()).as_posix()}"
         return name
 
-    return _mapped(fields, relative)
+    return _map_names(fields, relative)
 
 
-def resolved(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The `model` section as it was read from `folder`: `./` names become absolute paths.
 
     Raises CheckpointError for a part that is not there, or one outside the folder.
@@ -62,15 +62,15 @@ def resolved(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             )
         return str(path)
 
-    return _mapped(fields, found)
+    return _map_names(fields, found)
 
 
-def absolutes(fields: Mapping[str, Any]) -> dict[str, Any]:
+def absolutize(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section with every part that is on this machine by its absolute path."""
-    return _mapped(fields, absolute)
+    return _map_names(fields, absolute_name)
 
 
-def _mapped(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+def _map_names(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     modalities = {
         name: {**modality, "encoder": change(modality["encoder"])}
         if isinstance(modality.get("encoder"), str)
@@ -81,7 +81,7 @@ def _mapped(fields: Mapping[str, Any], change: Callable[[str], str]) -> dict[str
     return {**fields, "language_model": language_model, "modalities": modalities}
 
 
-def identity(language_model: Any) -> dict[str, Any]:
+def fingerprint(language_model: Any) -> dict[str, Any]:
     """What tells one language model from another: its shape, and hashes over a few weights.
 
     `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
@@ -92,7 +92,9 @@ def identity(language_model: Any) -> dict[str, Any]:
     config = language_model.config.get_text_config()
     embeddings = language_model.get_input_embeddings().weight
     rows = embeddings[:: max(1, len(embeddings) // _NUM_ROWS)][:_NUM_ROWS]
-    parameters = [p for _, p in sorted(own_tensors(language_model.named_parameters()).items())]
+    parameters = [
+        p for _, p in sorted(base_model_tensors(language_model.named_parameters()).items())
+    ]
     vectors = [p for p in parameters if p.ndim == 1 and p.is_floating_point()]
     is_whole = getattr(language_model, "has_layers", True)
     return {
@@ -102,11 +104,11 @@ def identity(language_model: Any) -> dict[str, Any]:
         "num_ids": int(embeddings.shape[0]),
         "dtype": str(embeddings.dtype).removeprefix("torch."),
         "weights": _hash([rows, *vectors]) if is_whole else None,
-        "layers": _hash(_pieces(parameters)) if is_whole else None,
+        "layers": _hash(_first_and_last_rows(parameters)) if is_whole else None,
     }
 
 
-def own_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def base_model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Those of the language model itself by its own names, whether PEFT has wrapped it or not."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
@@ -115,7 +117,7 @@ def own_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _pieces(parameters: Iterable[Tensor]) -> list[Tensor]:
+def _first_and_last_rows(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The first and last row of every matrix, or nothing if some are quantized."""
     matrices = [p for p in parameters if p.ndim > 1]
     if not all(m.is_floating_point() and type(m.data) is Tensor for m in matrices):
@@ -134,7 +136,7 @@ def _hash(tensors: list[Tensor]) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def refuse_another(
+def check_fingerprint(
     expected: Mapping[str, Any], found: Mapping[str, Any], *, folder: Path, name: str
 ) -> None:
     """Raise CheckpointError if the language model `found` is not the one `expected` was made of.

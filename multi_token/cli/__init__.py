@@ -90,4 +90,4 @@ def main() -> None:
     finally:
         # not imported for a command that had no use for it
         if met := sys.modules.get("multi_token.train.distributed"):
-            met.part(after_fault=True)
+            met.destroy_process_group(after_fault=True)

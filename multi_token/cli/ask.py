@@ -72,7 +72,7 @@ def ask(
     device: str = _DEVICE,
 ) -> None:
     """Ask one question about some items and print the answer."""
-    from multi_token.generate import ask as as_conversation
+    from multi_token.generate import single_question as as_conversation
 
     items = _items(media, image)
     model = _load(run, language_model, device)
@@ -96,7 +96,7 @@ def chat(
     from rich.console import Console
 
     from multi_token.errors import MultiTokenError
-    from multi_token.generate import reader_of
+    from multi_token.generate import require_processor
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
@@ -107,7 +107,7 @@ def chat(
     start = [Message("system", (Text(system),))] if system else []
     messages: list[Message] = list(start)
     waiting: list[Media] = []
-    for line in _lines(console):
+    for line in _read_lines(console):
         command, _, rest = line.partition(" ")
         if command in ("/exit", "/quit"):
             return
@@ -124,7 +124,7 @@ def chat(
             answers = model.generate(
                 [Conversation((*messages, turn), id="chat")],
                 max_new_tokens=max_new_tokens,
-                streamer=_Screen(reader_of(model).chat),
+                streamer=_TerminalStreamer(require_processor(model).chat),
                 **_sampling(temperature),
             )
         except MultiTokenError as error:
@@ -134,7 +134,7 @@ def chat(
         waiting = []
 
 
-class _Screen:
+class _TerminalStreamer:
     """A streamer of transformers: writes an answer while it grows, and nothing twice."""
 
     def __init__(self, chat: ChatFormat) -> None:
@@ -145,7 +145,7 @@ class _Screen:
     def put(self, value: Any) -> None:
         """One new id [1], as `generate` hands it over; a prompt by embeddings comes empty."""
         self.ids += value.flatten().tolist()
-        text = self.chat.decode(self.ids, growing=True)
+        text = self.chat.decode(self.ids, partial=True)
         # the bytes of a character may come in several tokens, and until then read as U+FFFD
         if not text.endswith("\ufffd") and text.startswith(self.shown):
             self._write(text)
@@ -162,7 +162,7 @@ class _Screen:
         self.shown = text
 
 
-def _lines(console: Any) -> Iterator[str]:
+def _read_lines(console: Any) -> Iterator[str]:
     """What the user types, until the end of input."""
     while True:
         try:
@@ -178,17 +178,19 @@ def _checked_item(
     model: MultiTokenForConditionalGeneration, name: str, source: str, names: list[str]
 ) -> Media:
     from multi_token.errors import MultiTokenError
-    from multi_token.generate import reader_of
-    from multi_token.registry import nearest
+    from multi_token.generate import require_processor
+    from multi_token.registry import did_you_mean
     from multi_token.types import Media
 
     if name not in names:
         raise MultiTokenError(
-            f"unknown command /{name}{nearest(name, [*names, 'reset', 'exit'])}; this run has "
+            f"unknown command /{name}{did_you_mean(name, [*names, 'reset', 'exit'])}; this run has "
             f"{', '.join(names)}"
         )
     item = Media(name, source)
-    reader_of(model).prepare(item, row_id="chat")  # a bad path is told now, not with the question
+    require_processor(model).prepare(
+        item, row_id="chat"
+    )  # a bad path is told now, not with the question
     return item
 
 
@@ -207,11 +209,11 @@ def predict(
     from rich.console import Console
     from rich.progress import Progress
 
-    from multi_token.data.dataset import load_rows, row_name, rows_root
+    from multi_token.data.dataset import load_rows, media_root, row_id_of
 
-    source, root = load_rows(rows, split=split), rows_root(rows)
-    ids = [row_name(i, source[i], rows) for i in range(len(source))]
-    num_done = _num_answered(out, ids)
+    source, root = load_rows(rows, split=split), media_root(rows)
+    ids = [row_id_of(i, source[i], rows) for i in range(len(source))]
+    num_done = _resume_position(out, ids)
     console = Console(stderr=True)
     if num_done:
         console.print(f"{num_done} of {len(source)} rows are answered already", highlight=False)
@@ -239,7 +241,7 @@ def predict(
     console.print(f"{len(source) - num_done} answers written to {out}", highlight=False)
 
 
-def _num_answered(out: Path, ids: list[str]) -> int:
+def _resume_position(out: Path, ids: list[str]) -> int:
     """How many rows the file answers already; a line that was cut off is taken away."""
     from multi_token.errors import MultiTokenError
 

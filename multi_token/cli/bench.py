@@ -88,7 +88,7 @@ def serve_command(
 def figures_of(load: Load, measured: Sequence[Measured], *, source: str) -> dict[str, Any]:
     """All figures, and what they were measured with."""
     from multi_token import __version__
-    from multi_token.report.machine import machine
+    from multi_token.report.machine import machine_facts
 
     return {
         "url": load.url,
@@ -98,7 +98,7 @@ def figures_of(load: Load, measured: Sequence[Measured], *, source: str) -> dict
         "max_tokens": load.max_tokens,
         "ignore_eos": load.ignore_eos,
         "multi_token": __version__,
-        "client": machine(),
+        "client": machine_facts(),
         "levels": [each.as_json() for each in measured],
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 
-class To(str, Enum):
+class ExportFormat(str, Enum):
     """What a run can become."""
 
     merged = "merged"
@@ -61,7 +61,7 @@ def import_run(
 
 def export(
     run: str = typer.Argument(..., help="The folder or hub name of a run."),
-    to: To = typer.Option(
+    to: ExportFormat = typer.Option(
         ...,
         help="merged: a run with its language model inside. language-model: what vLLM and other "
         "engines need. llava: transformers' LLaVA.",

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from multi_token.data.dataset import Row
     from multi_token.data.feature_cache.encode import EncodeReport
-    from multi_token.data.scan import Bin, Report
-    from multi_token.processor import Reader
+    from multi_token.data.scan import Bin, ScanReport
+    from multi_token.processor import MultiTokenProcessor
     from multi_token.types import Conversation
 
 data_app = typer.Typer(no_args_is_help=True, help="Check and look at rows before training.")
@@ -80,26 +80,26 @@ def check(
     """
     from rich.console import Console
 
-    from multi_token.data.dataset import load_rows, read_row
-    from multi_token.data.lengths import KnownLengths
+    from multi_token.data.dataset import load_rows, row_to_sample
+    from multi_token.data.lengths import LengthStore
     from multi_token.data.scan import scan
     from multi_token.data.sources import lengths_folder
     from multi_token.recipe.recipe import load_recipe
 
-    share, num_shares = _share(shard, num_shards)
+    share, num_shares = _shard_of(shard, num_shards)
     if clean is not None:
         _check_target(clean)
-    reader = _reader(data, recipe, override)
+    processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
-    names = tuple(reader.modalities)
+    names = tuple(processor.modalities)
     known = None
     if keep is not None or num_shares > 1:
         run = lengths_folder(load_recipe(recipe, override or ()))
-        known = KnownLengths(Path(keep).expanduser() if keep is not None else run, reader)
+        known = LengthStore(Path(keep).expanduser() if keep is not None else run, processor)
     look = partial(
         scan,
         rows,
-        partial(read_row, reader=reader, modalities=names),
+        partial(row_to_sample, processor=processor, modalities=names),
         source=data,
         num_workers=num_workers,
         known=known,
@@ -120,7 +120,7 @@ def check(
         report = look()  # what is left to read are the bad rows
     _print_report(console, report, examples)
     if clean is not None:
-        _write(rows, report.good, clean, data=data, reader=reader)
+        _write_clean_rows(rows, report.good, clean, data=data, processor=processor)
         console.print(f"{len(report.good):,} good rows written to {clean}", markup=False)
     if report.problems or not report.num_rows:
         raise typer.Exit(1)
@@ -137,18 +137,18 @@ def show(
     """One row, token by token, as the model will get it: prompt, learned, media."""
     from rich.console import Console
 
-    from multi_token.data.dataset import load_rows, row_name
+    from multi_token.data.dataset import load_rows, row_id_of
     from multi_token.data.formats import to_conversation
-    from multi_token.data.scan import measure, render_sample
+    from multi_token.data.scan import render_sample, sample_length
 
-    reader = _reader(data, recipe, override)
+    processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
-    index = _find(rows, row, data)
+    index = _find_row(rows, row, data)
     conversation = to_conversation(
-        rows[index], tuple(reader.modalities), row_id=row_name(index, rows[index], data)
+        rows[index], tuple(processor.modalities), row_id=row_id_of(index, rows[index], data)
     )
-    sample = reader(conversation)
-    length = measure(sample)
+    sample = processor(conversation)
+    length = sample_length(sample)
 
     console = Console(highlight=False)
     console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
@@ -156,18 +156,18 @@ def show(
         f"{length.num_tokens:,} tokens, {length.num_supervised:,} learned, "
         f"{length.num_media:,} media\n"
     )
-    render = partial(render_sample, tokenizer=reader.tokenizer, marks=not console.is_terminal)
+    render = partial(render_sample, tokenizer=processor.tokenizer, marks=not console.is_terminal)
     console.print(render(sample))
     if sample.rejected is not None:
-        num_tokens = measure(sample.rejected).num_tokens
+        num_tokens = sample_length(sample.rejected).num_tokens
         console.print(
             f"\nThat was the chosen answer; with the rejected one, {num_tokens:,} tokens:\n"
         )
         console.print(render(sample.rejected))
     elif conversation.rejected is not None:
         console.print("\nThis is the chosen answer; only stages with `dpo` read the rejected one.")
-    if sample.places:
-        console.print(_media_table(conversation, [place.length for place in sample.places]))
+    if sample.media_spans:
+        console.print(_media_table(conversation, [place.length for place in sample.media_spans]))
 
 
 @data_app.command()
@@ -198,17 +198,17 @@ def encode(
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
 
-    share, num_shares = _share(shard, num_shards)
+    share, num_shares = _shard_of(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
     spec = loaded.train.feature_cache or FeatureCacheSpec()
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from multi_token.data.dataset import load_rows, rows_root
+    from multi_token.data.dataset import load_rows, media_root
     from multi_token.data.feature_cache.encode import (
-        Place,
+        RowSource,
         encode_rows,
         random_preprocessing,
-        some_items,
+        sample_items,
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.media.fetch import Fetch
@@ -217,11 +217,11 @@ def encode(
     sources = [*loaded.data.train, *loaded.data.eval]
     sources += (align.rows or []) if align is not None else []
     places = [
-        Place(load_rows(s.rows, split=s.split), Fetch(root=rows_root(s.rows)), s.rows)
+        RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources
     ]
     modalities = loaded.model.modalities
-    reason = random_preprocessing(some_items(places, modalities), modalities)
+    reason = random_preprocessing(sample_items(places, modalities), modalities)
     if reason is not None:
         raise RecipeError(reason)
     encoders = frozen_encoders(loaded)
@@ -240,12 +240,13 @@ def encode(
             num_shares=num_shares,
             on_row=lambda: progress.advance(task),
         )
-    _print_encoded(console, report, examples)
+    _print_encode_report(console, report, examples)
     cache.refresh()
     of = "" if num_shares == 1 else f" (share {share} of {num_shares})"
     console.print(
         f"{report.num_items:,} items in {report.num_rows:,} rows{of}: {report.num_encoded:,} "
-        f"encoded, {report.num_there:,} there already or repeated, {len(report.problems):,} "
+        f"encoded, {report.num_already_cached:,} there already or repeated, "
+        f"{len(report.problems):,} "
         f"skipped; {len(cache):,} in {folder}",
         markup=False,
         soft_wrap=True,
@@ -257,7 +258,7 @@ def encode(
         raise typer.Exit(1)
 
 
-def _share(shard: int | None, num_shards: int | None) -> tuple[int, int]:
+def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     """From the options, or else from what torchrun tells its processes."""
     import os
 
@@ -275,24 +276,24 @@ def _share(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     return shard, num_shards
 
 
-def _print_encoded(console: Console, report: EncodeReport, examples: int) -> None:
+def _print_encode_report(console: Console, report: EncodeReport, examples: int) -> None:
     for problem in report.problems[:examples]:
         console.print(f"skipped {problem.message}", markup=False, soft_wrap=True)
     if 0 < examples < len(report.problems):
         console.print(f"and {len(report.problems) - examples:,} more")
 
 
-def _reader(data: str, recipe: str, override: list[str] | None) -> Reader:
-    from multi_token.data.dataset import rows_root
-    from multi_token.processor import build_reader
+def _processor(data: str, recipe: str, override: list[str] | None) -> MultiTokenProcessor:
+    from multi_token.data.dataset import media_root
+    from multi_token.processor import build_processor
     from multi_token.recipe.recipe import load_recipe
 
     # the data first: a wrong name should not wait for the tokenizer
-    root = rows_root(data)
-    return build_reader(load_recipe(recipe, override or ()), root=root)
+    root = media_root(data)
+    return build_processor(load_recipe(recipe, override or ()), root=root)
 
 
-def _find(rows: Sequence[Row], wanted: str, data: str) -> int:
+def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
     from multi_token.errors import MultiTokenError, RowError
 
     # 0012 is an id: an index has no leading zeros
@@ -321,16 +322,21 @@ def _check_target(clean: str) -> None:
         raise MultiTokenError(f"no folder {target.resolve().parent} to write {target.name} into")
 
 
-def _write(
-    rows: Sequence[Row], good: Sequence[int], clean: str, *, data: str, reader: Reader
+def _write_clean_rows(
+    rows: Sequence[Row],
+    good: Sequence[int],
+    clean: str,
+    *,
+    data: str,
+    processor: MultiTokenProcessor,
 ) -> None:
-    from multi_token.data.dataset import rows_root
+    from multi_token.data.dataset import media_root
     from multi_token.data.scan import first_relative_path, write_clean
     from multi_token.errors import MultiTokenError
 
-    start = Path(rows_root(data) or "").resolve()
+    start = Path(media_root(data) or "").resolve()
     if Path(clean).resolve().parent != start:
-        lost = first_relative_path(rows, good, modalities=reader.modalities)
+        lost = first_relative_path(rows, good, modalities=processor.modalities)
         if lost is not None:
             raise MultiTokenError(
                 f"relative media paths ({lost}) start at {start} and would be lost in {clean}; "
@@ -339,7 +345,7 @@ def _write(
     write_clean(rows, good, clean)
 
 
-def _print_report(console: Console, report: Report, examples: int) -> None:
+def _print_report(console: Console, report: ScanReport, examples: int) -> None:
     from multi_token.data.scan import histogram
 
     if report.problems:
@@ -356,7 +362,7 @@ def _print_report(console: Console, report: Report, examples: int) -> None:
         console.print("There are no rows at all.")
 
 
-def _problem_table(report: Report, examples: int) -> Table:
+def _problem_table(report: ScanReport, examples: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 

@@ -19,10 +19,10 @@ def demo(
     """Teach SmolLM2-135M-Instruct to name pictures, ask it about new ones, write a report."""
     from rich.console import Console
 
-    from multi_token.demo.run import QUICK, Size, run
+    from multi_token.demo.run import QUICK, DemoSize, run
 
     console = Console(stderr=True)
-    size = QUICK if quick else Size()
+    size = QUICK if quick else DemoSize()
     if names is not None:
         size = replace(size, num_names=names)
     report = run(out, size=size, seed=seed, console=console)

@@ -46,11 +46,11 @@ def blind_command(
     from multi_token.cli.ask import _load
     from multi_token.data.dataset import load_rows
     from multi_token.evaluate.blind import blind
-    from multi_token.evaluate.rows import spread, with_reader
+    from multi_token.evaluate.rows import evenly_spaced, with_processor
 
     every = load_rows(rows, split=split)
     model = _load(run, language_model, device)
-    chosen = with_reader(every, model, source=rows, indices=spread(len(every), num_rows))
+    chosen = with_processor(every, model, source=rows, indices=evenly_spaced(len(every), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))

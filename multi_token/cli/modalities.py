@@ -70,7 +70,7 @@ def check(
         raise MultiTokenError("expected the name of a modality, or --all")
     entries = _entries() if all_names else [_entry(name)]
     console = Console(highlight=False)
-    failed = [entry.name for entry in entries if not _holds(console, entry)]
+    failed = [entry.name for entry in entries if not _print_and_check(console, entry)]
     skipped = [entry.name for entry in entries if entry.state == "missing extra"]
     if skipped:
         console.print(f"not checked, for a missing extra: {', '.join(skipped)}")
@@ -89,7 +89,7 @@ def new(
     """Write a small package with a sense of your own: one file that works, and its test."""
     from rich.console import Console
 
-    _refuse_name(name)
+    _check_name(name)
     out = out or Path(f"multi-token-{name.replace('_', '-')}")
     write_package(name, out)
     console = Console(stderr=True, highlight=False)
@@ -125,24 +125,24 @@ def write_package(name: str, out: Path) -> None:
         (out / target.format(**words)).write_text(text.render(words), encoding="utf-8")
 
 
-def _refuse_name(name: str) -> None:
+def _check_name(name: str) -> None:
     from multi_token import registry
     from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
     from multi_token.recipe.recipe import ModelSpec
-    from multi_token.registry import validated
+    from multi_token.registry import validate_fields
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise MultiTokenError(
             f"{name!r} cannot name a sense: expected small letters, digits and single _, as in "
             "heartbeat or left_camera"
         )
-    if name in registry.names("modality"):
+    if name in registry.registered_names("modality"):
         owner = registry.entry("modality", name, Modality).owner
         raise MultiTokenError(f"modality {name!r} is owned by {owner}; choose another name")
     # rows use some words themselves, which a recipe refuses
     any_sense = {"type": "vector", "dim": 1}
-    validated(
+    validate_fields(
         ModelSpec, {"language_model": "any", "modalities": {name: any_sense}}, where="a new sense"
     )
 
@@ -151,7 +151,9 @@ def _entries() -> list[Entry]:
     from multi_token import registry
     from multi_token.modalities.base import Modality
 
-    return [registry.entry("modality", name, Modality) for name in registry.names("modality")]
+    return [
+        registry.entry("modality", name, Modality) for name in registry.registered_names("modality")
+    ]
 
 
 def _entry(name: str) -> Entry:
@@ -160,7 +162,7 @@ def _entry(name: str) -> Entry:
     from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
 
-    if name not in registry.names("modality"):
+    if name not in registry.registered_names("modality"):
         registry.resolve("modality", name)  # says what is known, and the nearest
     entry = registry.entry("modality", name, Modality)
     if entry.state == "missing extra":
@@ -168,7 +170,7 @@ def _entry(name: str) -> Entry:
     return entry
 
 
-def _holds(console: Console, entry: Entry) -> bool:
+def _print_and_check(console: Console, entry: Entry) -> bool:
     """Whether a sense keeps its contract; prints each claim."""
     from multi_token.testing import Result, check_named
 
@@ -177,7 +179,7 @@ def _holds(console: Console, entry: Entry) -> bool:
     if entry.state == "broken":
         results: Sequence[Result] = [Result("it can be imported", False, entry.fault)]
     else:
-        _silence_loading()
+        _no_progress_bars()
         with tempfile.TemporaryDirectory() as folder:
             results = check_named(entry.name, Path(folder))
     _print_results(console, entry, results)
@@ -195,7 +197,7 @@ def _print_results(console: Console, entry: Entry, results: Sequence[Result]) ->
     console.print(table)
 
 
-def _silence_loading() -> None:
+def _no_progress_bars() -> None:
     """No bars for weights of a few kilobytes; transformers asks the hub's library when imported."""
     from huggingface_hub.utils import disable_progress_bars
 

@@ -161,7 +161,7 @@ def _run(
         read_golden(run)  # a folder without it is refused before anything is loaded
     model = _load(run, language_model, device, with_layers=not is_elsewhere)
     service = Service(model, settings)
-    server = DrainingServer(service, on_started=lambda: _say(console, server, service))
+    server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()
     if isinstance(service.start_error, MultiTokenError):
         raise service.start_error
@@ -171,10 +171,12 @@ def _run(
         )
 
 
-def _say(console: Any, server: Any, service: Any) -> None:
+def _print_address(console: Any, server: Any, service: Any) -> None:
     """Where it listens, what it senses, and a line to try."""
     settings = service.settings
-    senses = ", ".join(f"{name} ({kind})" for name, kind in service.parts.types.items())
+    senses = ", ".join(
+        f"{name} ({kind})" for name, kind in service.message_parser.type_names.items()
+    )
     key = " -H 'Authorization: Bearer '$KEY" if settings.api_keys else ""
     body = f'{{"model": "{settings.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     console.print(f"{settings.name} listens on {server.url}; senses: {senses or 'none'}")

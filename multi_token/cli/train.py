@@ -30,14 +30,14 @@ def train(
         plan_run(loaded, console=console)
         return
     from multi_token.errors import Interrupted
-    from multi_token.train.distributed import is_first, part
+    from multi_token.train.distributed import destroy_process_group, is_main_process
 
     try:
         run(loaded, console=console)
     except Interrupted:
-        if is_first():
+        if is_main_process():
             raise
         raise typer.Exit(130) from None
-    if is_first():
+    if is_main_process():
         console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
-    part()
+    destroy_process_group()

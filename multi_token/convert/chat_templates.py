@@ -19,7 +19,7 @@ VICUNA = (
 )
 
 
-def with_bos(template: str, tokenizer: Any) -> str:
+def prepend_bos(template: str, tokenizer: Any) -> str:
     """The template with a BOS in front, where LLaVA's processor has the tokenizer put it there.
 
     Here a template writes all special tokens itself.

@@ -45,7 +45,7 @@ _SETTINGS: dict[str, int] = {
     "decoder/start_from_zero_embedding": 0,
 }
 """What makes the network Whisper's; with another value it would be another network."""
-_UNUSED = (
+_UNUSED_VARIABLES = (
     "decoder/alignment_heads",
     "decoder/alignment_layer",
     "decoder/alibi_use_positive_positions",
@@ -65,8 +65,8 @@ def convert(model_bin: Path, out: Path) -> None:
     source = _Variables(model_bin)
     config = _config(source)
     model = WhisperForConditionalGeneration(config)
-    tensors = dict(_renamed(source, config))
-    source.refuse_rest()
+    tensors = dict(_rename_weights(source, config))
+    source.check_all_taken()
     for name, tensor in model.model.state_dict().items():
         found = tensors.get(name)
         if found is None or found.shape != tensor.shape:
@@ -86,7 +86,7 @@ class _Variables:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.arrays, aliases = _read(path)
+        self.arrays, aliases = _read_variables(path)
         if aliases != _TIED:
             raise ConvertError(f"{path}: expected the aliases {_TIED}, found {aliases}")
 
@@ -120,14 +120,14 @@ class _Variables:
         names = {name.split("/")[1] for name in self.arrays if name.startswith(f"{room}/layer_")}
         return len(names - {"layer_norm"})
 
-    def refuse_rest(self) -> None:
+    def check_all_taken(self) -> None:
         if self.arrays:
             raise ConvertError(
                 f"{self.path} has variables that are not known: {', '.join(sorted(self.arrays))}"
             )
 
 
-class _Bytes:
+class _ByteReader:
     """The bytes of a file from first to last, never past their end."""
 
     def __init__(self, path: Path) -> None:
@@ -157,9 +157,9 @@ class _Bytes:
         return raw[:-1].decode("ascii")
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+def _read_variables(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
     """The file's arrays by name, and its aliases."""
-    source = _Bytes(path)
+    source = _ByteReader(path)
     version = source.number("I")
     # in another version nothing behind this number need be where it is in this one
     header = (version, source.string(), source.number("I")) if version == _HEADER[0] else (version,)
@@ -179,7 +179,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
     return arrays, aliases
 
 
-def _array(source: _Bytes, name: str) -> np.ndarray[Any, Any]:
+def _array(source: _ByteReader, name: str) -> np.ndarray[Any, Any]:
     rank = source.number("B")
     if rank > _MAX_RANK:
         raise ConvertError(f"{source.path} is damaged: {name} has {rank} axes")
@@ -205,7 +205,7 @@ def _config(source: _Variables) -> WhisperConfig:
     for name, expected in _SETTINGS.items():
         if (found := source.setting(name)) != expected:
             raise ConvertError(f"{source.path}: {name} is {found}, Whisper's is {expected}")
-    for name in _UNUSED:
+    for name in _UNUSED_VARIABLES:
         source.arrays.pop(name, None)
     num_tokens, width = source.shape("decoder/embeddings/weight", 2)
     if num_tokens != _ENGLISH_VOCABULARY:
@@ -262,7 +262,7 @@ def _tokenizer(path: Path) -> WhisperTokenizer:
     return WhisperTokenizer.from_pretrained(path.parent)
 
 
-def _renamed(source: _Variables, config: WhisperConfig) -> Iterator[tuple[str, Tensor]]:
+def _rename_weights(source: _Variables, config: WhisperConfig) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its name in transformers' WhisperModel."""
     for conv in ("conv1", "conv2"):
         for kind in ("weight", "bias"):

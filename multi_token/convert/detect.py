@@ -16,7 +16,7 @@ from multi_token.convert.original import import_original, is_original
 from multi_token.errors import ConvertError
 from multi_token.model import MultiTokenConfig
 
-_WANTED = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
+_NEEDED_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
 _EXPECTED = (
     "expected one of: a folder that sshh12/multi_token trained (config.json with `modality_builder`"
     "), LLaVA as transformers keeps it (config.json of type llava or llava_next), or LLaVA's own "
@@ -37,9 +37,9 @@ def import_run(
 
     Nothing is written unless all of it can be mapped. Raises ConvertError or CheckpointError.
     """
-    from multi_token.convert.llava import import_llava, recognizes
+    from multi_token.convert.llava import import_llava, is_llava
 
-    folder = local_folder(source, revision=revision, only=_WANTED)
+    folder = local_folder(source, revision=revision, only=_NEEDED_FILES)
     fields = _config(folder)
     if fields.get("model_type") == MultiTokenConfig.model_type:
         raise ConvertError(f"{folder} is a run of multi_token already; it needs no import")
@@ -51,7 +51,7 @@ def import_run(
             encoder=encoder,
             chat_template=chat_template,
         )
-    elif recognizes(folder) or (folder / "mm_projector.bin").is_file():
+    elif is_llava(folder) or (folder / "mm_projector.bin").is_file():
         if chat_template is not None:
             raise ConvertError("--chat-template is for folders of sshh12/multi_token, not LLaVA's")
         import_llava(folder, out, language_model=language_model, encoder=encoder)

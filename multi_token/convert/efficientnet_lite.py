@@ -38,7 +38,7 @@ def convert(pth: Path, out: Path) -> None:
     source = cast(dict[str, Tensor], torch.load(pth, map_location="cpu", weights_only=True))
     model = EfficientNetModel(_config())
     target = model.state_dict()
-    renamed = {new: source.pop(old) for new, old in _names(model) if old in source}
+    renamed = {new: source.pop(old) for new, old in _weight_names(model) if old in source}
     left = [name for name in source if not name.startswith("_fc.")]
     missing = [n for n in target if n not in renamed and ".squeeze_excite." not in n]
     if left or missing:
@@ -76,7 +76,7 @@ def _image_processor() -> EfficientNetImageProcessorPil:
     )
 
 
-def _names(model: EfficientNetModel) -> Iterator[tuple[str, str]]:
+def _weight_names(model: EfficientNetModel) -> Iterator[tuple[str, str]]:
     """Pairs of (name in transformers, name in the file), whether or not the file has them."""
     yield "embeddings.convolution.weight", "_conv_stem.weight"
     yield from _batch_norm("embeddings.batchnorm", "_bn0")

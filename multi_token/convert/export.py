@@ -19,23 +19,23 @@ from typing import Any, Literal
 import torch
 
 from multi_token import __version__
-from multi_token.checkpoint.atomic import staged
+from multi_token.checkpoint.atomic import staged_folder
 from multi_token.checkpoint.language_model_folder import (
     LANGUAGE_MODEL,
-    described_inside,
+    with_saved_language_model,
     write_language_model,
 )
 from multi_token.checkpoint.load import CONFIG, PROJECTORS, load, save
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.errors import ConvertError
-from multi_token.language_model.forward import layer_inputs
+from multi_token.language_model.forward import per_layer_inputs
 from multi_token.model import MultiTokenForConditionalGeneration
 
 Format = Literal["merged", "language-model", "llava"]
 ENCODERS, MANIFEST = "encoders", "manifest.json"
 MANIFEST_SCHEMA = 1
-_NUM_GOLDEN = 8
+_NUM_GOLDEN_TOKENS = 8
 
 
 def export(
@@ -58,7 +58,7 @@ def export(
 
         export_llava(model, out)
         return
-    with staged(out) as partial:
+    with staged_folder(out) as partial:
         _write_merged(model, partial)
         if to == "language-model":
             _write_for_engines(model, partial)
@@ -66,9 +66,9 @@ def export(
 
 def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     """The run with everything inside that is not on the hub already."""
-    assert model.reader is not None
+    assert model.processor is not None
     merge(model)
-    chat = model.reader.chat
+    chat = model.processor.chat
     write_language_model(model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL)
     fields = model.config.model
     base, modalities = fields["language_model"], {}
@@ -81,7 +81,7 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     if not Path(base).exists():
         model.config.base_model = base
     model.config.model = {
-        **described_inside(fields),
+        **with_saved_language_model(fields),
         "modalities": modalities,
     }
     model.trained_language_model = False  # from here on it is a language model like any other
@@ -90,13 +90,13 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 
 def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     """What an engine that knows language models only needs beside the weights."""
-    assert model.reader is not None
-    tokenizer = model.reader.tokenizer
+    assert model.processor is not None
+    tokenizer = model.processor.tokenizer
     question = [{"role": "user", "content": "What is this?"}]
-    plain = _rendered(tokenizer, question)
-    tokenizer.chat_template = over_parts(model.reader.chat.template)
+    plain = _render(tokenizer, question)
+    tokenizer.chat_template = accept_content_parts(model.processor.chat.template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
-    if not plain == _rendered(tokenizer, question) == _rendered(tokenizer, parts):
+    if not plain == _render(tokenizer, question) == _render(tokenizer, parts):
         raise ConvertError(
             "the language model's chat template renders parts otherwise than the text that they "
             "make, so an engine would ask in other words; set another `chat_template`"
@@ -107,7 +107,7 @@ def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> 
     (out / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -117,16 +117,16 @@ def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, A
 
     The likeliest ids of the model itself, whatever its generation config asks for besides.
     """
-    from multi_token.generate import reader_of
+    from multi_token.generate import require_processor
 
-    tokenizer = reader_of(model).tokenizer
+    tokenizer = require_processor(model).tokenizer
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     num_prompt, logprobs = ids.shape[1], []
-    for _ in range(_NUM_GOLDEN):
+    for _ in range(_NUM_GOLDEN_TOKENS):
         logits = model.language_model(
             inputs_embeds=model.get_input_embeddings()(ids),
             use_cache=False,
-            **layer_inputs(model.language_model, ids),
+            **per_layer_inputs(model.language_model, ids),
         ).logits[0, -1]
         logprob, likeliest = logits.float().log_softmax(-1).max(-1)
         logprobs.append(round(float(logprob), 4))
@@ -140,8 +140,8 @@ def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, A
 
 
 def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any]) -> dict[str, Any]:
-    assert model.reader is not None
-    template = model.reader.tokenizer.chat_template
+    assert model.processor is not None
+    template = model.processor.tokenizer.chat_template
     hidden_size = int(model.config.identity["hidden_size"])  # type: ignore[index]
     return {
         "schema": MANIFEST_SCHEMA,
@@ -150,13 +150,13 @@ def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any])
             "folder": LANGUAGE_MODEL,
             **model.config.identity,  # type: ignore[dict-item]
             "embedding_scale": model.capabilities.embedding_scale,
-            "needs_ids": model.capabilities.needs_ids,
+            "needs_ids": model.capabilities.needs_input_ids,
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         },
         "modalities": {
             name: {
                 "type": modality.type,
-                "placeholder": placeholder(name),
+                "placeholder": part_placeholder(name),
                 "num_tokens": _num_tokens(modality),
                 "projector": {"file": PROJECTORS, "prefix": f"{name}."},
             }

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multi_token.checkpoint.atomic import staged
-from multi_token.convert.llava import num_prefix
+from multi_token.checkpoint.atomic import staged_folder
+from multi_token.convert.llava import num_prefix_tokens
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.encoders import has_lora, merge_lora
 from multi_token.errors import ConvertError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from multi_token.modalities.image import ImageModality
     from multi_token.model import MultiTokenForConditionalGeneration
 
-IMAGE_TOKEN = placeholder("image")
+IMAGE_TOKEN = part_placeholder("image")
 
 
 def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
@@ -39,10 +39,10 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 
     Raises ConvertError if the run has not LLaVA's shape, with the reason.
     """
-    if model.reader is None:
+    if model.processor is None:
         raise ConvertError("this model has no reader; load it with from_pretrained(RUN)")
-    name = _name(model)
-    tokenizer = copy.deepcopy(model.reader.tokenizer)
+    name = _exportable_modality(model)
+    tokenizer = copy.deepcopy(model.processor.tokenizer)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         from tokenizers import AddedToken
 
@@ -51,11 +51,11 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
         built = _build(model, name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         num_ids = built.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > num_ids:
-            _grow(built, len(tokenizer))
+            _grow_vocabulary(built, len(tokenizer))
         processor = _processor(model, name, tokenizer, built.config)
-        _refuse_difference(model, name, built, processor)
+        _check_parity(model, name, built, processor)
     built.to(built.model.language_model.dtype)
-    with staged(out) as partial:
+    with staged_folder(out) as partial:
         built.save_pretrained(partial)
         processor.save_pretrained(partial)
 
@@ -76,7 +76,7 @@ def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
         model.language_model, model.encoders, model.config.identity = own
 
 
-def _name(model: MultiTokenForConditionalGeneration) -> str:
+def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
     from multi_token.modalities.image import ImageModality
     from multi_token.projectors.base import Mlp
@@ -118,7 +118,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     if has_lora(encoder):
         merge_lora(encoder)
     tower = encoder.tower
-    _refuse_tower(tower)
+    _check_tower(tower)
     text_config = copy.deepcopy(causal.config.get_text_config())
     for config in (tower.config, text_config):
         config._name_or_path = ""  # or the file would tell where this machine keeps its parts
@@ -144,7 +144,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     built.model.language_model = inner
     built.lm_head = head
     built.model.vision_tower = tower
-    first, second = _folded(model, name)
+    first, second = _fold_standardization(model, name)
     built.model.multi_modal_projector.linear_1 = first
     built.model.multi_modal_projector.linear_2 = second
     line_break = model.projector(name).line_break
@@ -154,7 +154,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     return built.requires_grad_(False).eval()
 
 
-def _refuse_tower(tower: Any) -> None:
+def _check_tower(tower: Any) -> None:
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def _last_layer(model: MultiTokenForConditionalGeneration, name: str) -> int:
     """LLaVA counts hidden states; what a tower returns may have passed a norm behind the last."""
     modality: Any = model.modalities[name]
     tower: Any = model.encoders[name].tower  # type: ignore[union-attr]
-    inputs = modality.collate([modality.prepare(_noise())])
+    inputs = modality.collate([modality.prepare(_noise_image())])
     output = tower(inputs["pixel_values"].to(model.device), output_hidden_states=True)
     if not torch.equal(output.last_hidden_state, output.hidden_states[-1]):
         raise ConvertError(
@@ -185,7 +185,7 @@ def _last_layer(model: MultiTokenForConditionalGeneration, name: str) -> int:
 
 def _strategy(modality: ImageModality) -> str:
     """LLaVA's `default` leaves out the first feature, `full` nothing."""
-    prefix = num_prefix(modality)
+    prefix = num_prefix_tokens(modality)
     if modality.features == "all" or prefix == 0:
         return "full"
     if prefix == 1:
@@ -196,7 +196,9 @@ def _strategy(modality: ImageModality) -> str:
 
 
 @torch.no_grad()
-def _folded(model: MultiTokenForConditionalGeneration, name: str) -> tuple[nn.Linear, nn.Linear]:
+def _fold_standardization(
+    model: MultiTokenForConditionalGeneration, name: str
+) -> tuple[nn.Linear, nn.Linear]:
     """The two layers, with the features' standardization inside the first."""
     projector = model.projector(name)
     first, second = copy.deepcopy([m for m in projector.network if isinstance(m, nn.Linear)])  # type: ignore[union-attr]
@@ -207,7 +209,7 @@ def _folded(model: MultiTokenForConditionalGeneration, name: str) -> tuple[nn.Li
 
 
 @torch.no_grad()
-def _grow(built: Any, num_ids: int) -> None:
+def _grow_vocabulary(built: Any, num_ids: int) -> None:
     """More rows in the vocabulary, each the mean of those that were there."""
     before = built.get_input_embeddings().weight.shape[0]
     built.resize_token_embeddings(num_ids, mean_resizing=False)
@@ -224,7 +226,7 @@ def _processor(
     from multi_token.chat.template import ChatTemplate
     from multi_token.modalities.image import image_processor
 
-    assert model.reader is not None
+    assert model.processor is not None
     modality: Any = model.modalities[name]
     cutter: Any = image_processor(modality.encoder, modality.revision)
     side = config.vision_config.image_size
@@ -241,24 +243,24 @@ def _processor(
         )
     elif modality.pad_to_square:
         cutter = hf.LlavaImageProcessorPil(**{**fields, "do_pad": True})
-    template = model.reader.chat.template
+    template = model.processor.chat.template
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         template = template.removeprefix("{{ bos_token }}")  # the tokenizer writes it here
-    if not ChatTemplate(template, tokenizer).takes_parts:
-        template = over_parts(template)
+    if not ChatTemplate(template, tokenizer).takes_content_parts:
+        template = accept_content_parts(template)
     tokenizer.chat_template = template
     return getattr(hf, f"{kind}Processor")(
         image_processor=cutter,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=num_prefix(modality),
+        num_additional_image_tokens=num_prefix_tokens(modality),
         chat_template=template,
     )
 
 
 @torch.no_grad()
-def _refuse_difference(
+def _check_parity(
     model: MultiTokenForConditionalGeneration,
     name: str,
     built: Any,
@@ -266,20 +268,22 @@ def _refuse_difference(
 ) -> None:
     """Compare ids, pixels and logits with the run's, on a picture and a question."""
     from multi_token.chat.format import ChatFormat
-    from multi_token.generate import ask, collate_prompts, to_device
+    from multi_token.generate import collate_prompts, single_question, to_device
     from multi_token.types import Conversation, Media, Message, Text
 
-    assert model.reader is not None
+    assert model.processor is not None
     question = "\nWhat is this?"
-    batch = collate_prompts(model.reader, [ask(question[1:], [Media(name, _noise())])])
+    batch = collate_prompts(
+        model.processor, [single_question(question[1:], [Media(name, _noise_image())])]
+    )
     positions = batch["media"][name]["positions"]
     image_id = built.config.image_token_id
     ids = batch["input_ids"].view(-1).clone()
     ids[positions] = image_id
     spelled = Conversation((Message("user", (Text(IMAGE_TOKEN + question),)),))
-    exported = ChatFormat(processor.tokenizer, model.reader.chat.template)
+    exported = ChatFormat(processor.tokenizer, model.processor.chat.template)
     short = exported.tokenize(spelled, [], prompt_only=True).input_ids.tolist()
-    inputs = dict(processor(images=[_noise()], text=IMAGE_TOKEN, return_tensors="pt"))
+    inputs = dict(processor(images=[_noise_image()], text=IMAGE_TOKEN, return_tensors="pt"))
     places = [i for i in inputs["input_ids"].view(-1).tolist() if i == image_id]
     at = short.index(image_id) if image_id in short else 0
     if [*short[:at], *places, *short[at + 1 :]] != ids.tolist():
@@ -306,7 +310,7 @@ def _refuse_difference(
         )
 
 
-def _noise() -> Any:
+def _noise_image() -> Any:
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from multi_token.checkpoint.atomic import staged
-from multi_token.convert.chat_templates import VICUNA, with_bos
-from multi_token.convert.llava_legacy import import_own, is_own
+from multi_token.checkpoint.atomic import staged_folder
+from multi_token.convert.chat_templates import VICUNA, prepend_bos
+from multi_token.convert.llava_legacy import import_legacy, is_legacy
 from multi_token.errors import ConvertError, MultiTokenError
 from multi_token.projectors.base import Mlp
 
@@ -27,10 +27,10 @@ IMAGE = "image"
 """The modality's name in an imported run: rows say `<image>`, as LLaVA's do."""
 
 
-def recognizes(source: Path) -> bool:
+def is_llava(source: Path) -> bool:
     """Whether a folder holds LLaVA, in transformers' format or in LLaVA's own."""
     fields = _config(source)
-    return fields is not None and (_is_transformers(fields) or is_own(fields))
+    return fields is not None and (_is_transformers(fields) or is_legacy(fields))
 
 
 def import_llava(
@@ -46,14 +46,14 @@ def import_llava(
     setting that has no place in a run.
     """
     fields = _config(source)
-    if fields is None or not (_is_transformers(fields) or is_own(fields)):
+    if fields is None or not (_is_transformers(fields) or is_legacy(fields)):
         raise ConvertError(
             f"{source} is not LLaVA: expected a config.json of type llava or llava_next with "
             "`vision_config` and `text_config`, or LLaVA's own with `mm_vision_tower`"
         )
-    with staged(out) as partial:
-        if is_own(fields):
-            import_own(source, fields, partial, language_model=language_model, encoder=encoder)
+    with staged_folder(out) as partial:
+        if is_legacy(fields):
+            import_legacy(source, fields, partial, language_model=language_model, encoder=encoder)
         elif language_model is not None or encoder is not None:
             raise ConvertError(
                 f"{source} holds its language model and its vision tower, so none can be named"
@@ -85,8 +85,8 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
-    tokenizer.chat_template = with_bos(template or VICUNA, tokenizer)
-    language_model = _causal(model)
+    tokenizer.chat_template = prepend_bos(template or VICUNA, tokenizer)
+    language_model = _text_model(model)
     language_model.save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")
     # compose() reads the copies, and two of a language model need not be in memory at once
@@ -94,7 +94,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     model.model.language_model = model.lm_head = nn.Identity()
     tower = model.model.vision_tower
     tower.save_pretrained(out / "encoders" / IMAGE)
-    _plain(processor.image_processor).save_pretrained(out / "encoders" / IMAGE)
+    _without_tiles(processor.image_processor).save_pretrained(out / "encoders" / IMAGE)
     spec = _spec(model.config, processor.image_processor, out)
     try:
         run = compose(spec)
@@ -147,7 +147,7 @@ def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def _causal(model: Any) -> Any:
+def _text_model(model: Any) -> Any:
     """The language model alone, of the very modules that LLaVA holds."""
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +167,7 @@ def _causal(model: Any) -> Any:
     return causal
 
 
-def _plain(processor: Any) -> Any:
+def _without_tiles(processor: Any) -> Any:
     """NeXT's image processor cuts tiles; the one that makes the picture of a single tile."""
     if not hasattr(processor, "image_grid_pinpoints"):
         return processor
@@ -181,7 +181,7 @@ def _plain(processor: Any) -> Any:
 
 def _spec(config: Any, image_processor: Any, out: Path) -> Any:
     from multi_token.recipe.recipe import ModelSpec
-    from multi_token.registry import validated
+    from multi_token.registry import validate_fields
 
     layer = config.vision_feature_layer
     fields: dict[str, Any] = {
@@ -190,22 +190,22 @@ def _spec(config: Any, image_processor: Any, out: Path) -> Any:
         "layer": layer if isinstance(layer, int) else list(layer),
         "projector": {"type": "mlp", "standardize": False},
     }
-    fields["features"] = _features(fields, config.vision_feature_select_strategy)
+    fields["features"] = _feature_selection(fields, config.vision_feature_select_strategy)
     if config.model_type == "llava_next":
         fields["tile_grids"] = _tile_grids(config, image_processor)
         fields["projector"]["line_break"] = True
-    return validated(
+    return validate_fields(
         ModelSpec,
         {"language_model": str(out / "language_model"), "modalities": {IMAGE: fields}},
         where="the imported recipe",
     )
 
 
-def _features(fields: Mapping[str, Any], strategy: str) -> str:
+def _feature_selection(fields: Mapping[str, Any], strategy: str) -> str:
     """LLaVA's `default` leaves out the first feature, whatever it is; ours leaves out the CLS."""
     from multi_token.modalities.image import ImageModality
 
-    prefix = num_prefix(ImageModality.model_validate(fields))
+    prefix = num_prefix_tokens(ImageModality.model_validate(fields))
     if strategy == "full":
         return "all" if prefix else "patches"
     if prefix != 1:
@@ -217,7 +217,7 @@ def _features(fields: Mapping[str, Any], strategy: str) -> str:
     return "patches"
 
 
-def num_prefix(modality: ImageModality) -> int:
+def num_prefix_tokens(modality: ImageModality) -> int:
     """How many tokens (CLS, registers) stand before the patches of a vision tower."""
     from PIL import Image
 

@@ -20,16 +20,20 @@ from multi_token.convert.tensors import read_tensors
 from multi_token.errors import ConvertError, MultiTokenError
 
 IMAGE = "image"
-PROJECTOR, ADAPTER, BESIDE = "mm_projector.bin", "adapter_config.json", "non_lora_trainables.bin"
+PROJECTOR, ADAPTER, MM_PROJECTOR_FILE = (
+    "mm_projector.bin",
+    "adapter_config.json",
+    "non_lora_trainables.bin",
+)
 _FEATURES = {"patch": "patches", "cls_patch": "all"}
 
 
-def is_own(fields: Mapping[str, Any]) -> bool:
+def is_legacy(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is LLaVA's own."""
     return "mm_vision_tower" in fields
 
 
-def import_own(
+def import_legacy(
     source: Path,
     fields: Mapping[str, Any],
     out: Path,
@@ -41,24 +45,25 @@ def import_own(
     from multi_token.checkpoint.load import compose, save
     from multi_token.language_model.loading import load_tokenizer
     from multi_token.recipe.recipe import ModelSpec
-    from multi_token.registry import validated
+    from multi_token.registry import validate_fields
 
     adapter = source / ADAPTER
-    if adapter.is_file() and (source / BESIDE).is_file():
-        found = read_tensors(source / BESIDE)
+    if adapter.is_file() and (source / MM_PROJECTOR_FILE).is_file():
+        found = read_tensors(source / MM_PROJECTOR_FILE)
         named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     elif (source / PROJECTOR).is_file():
         found, named = read_tensors(source / PROJECTOR), fields.get("_name_or_path")
     else:
         raise ConvertError(
-            f"{source} is LLaVA's own, but holds neither {PROJECTOR} nor {ADAPTER} with {BESIDE}; "
+            f"{source} is LLaVA's own, but holds neither {PROJECTOR} nor {ADAPTER} with "
+            f"{MM_PROJECTOR_FILE}; "
             "a whole model is imported from transformers' format, which transformers' "
             "convert_llava_weights_to_hf.py makes of it"
         )
     base = language_model or named
     if not base:
         raise ConvertError(f"{source} names no language model; name it with --language-model")
-    tensors, line_break = _ours(found, source)
+    tensors, line_break = _to_our_names(found, source)
     modality = _modality(fields, encoder or str(fields["mm_vision_tower"]), tensors)
     if (line_break is not None) != ("tile_grids" in modality):
         raise ConvertError(
@@ -69,7 +74,7 @@ def import_own(
     try:
         template = None if load_tokenizer(base).chat_template else VICUNA
         spec = {"language_model": base, "chat_template": template, "modalities": {IMAGE: modality}}
-        run = compose(validated(ModelSpec, spec, where="the imported recipe"))
+        run = compose(validate_fields(ModelSpec, spec, where="the imported recipe"))
     except (MultiTokenError, OSError, ValueError) as error:
         raise ConvertError(
             f"{source} cannot become a run: {str(error).splitlines()[0]}. Where its parts are is "
@@ -79,14 +84,16 @@ def import_own(
     if line_break is not None:
         tensors["line_break"] = line_break
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
-    _refuse_disagreement(source, projector.state_dict(), tensors)
+    _check_names(source, projector.state_dict(), tensors)
     projector.load_state_dict(tensors)
     if adapter.is_file():
-        run.language_model = _adapted(run.language_model, source)
+        run.language_model = _with_lora(run.language_model, source)
     save(run, out)
 
 
-def _ours(found: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], Tensor | None]:
+def _to_our_names(
+    found: Mapping[str, Tensor], source: Path
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """LLaVA's names -> the projector's network and the line break."""
     tensors: dict[str, Tensor] = {}
     line_break: Tensor | None = None
@@ -166,7 +173,7 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
     return [[height // side, width // side] for width, height in sizes]
 
 
-def _adapted(language_model: Any, source: Path) -> Any:
+def _with_lora(language_model: Any, source: Path) -> Any:
     """The language model with LLaVA's LoRA on it, strictly."""
     from peft import PeftConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -179,14 +186,12 @@ def _adapted(language_model: Any, source: Path) -> Any:
         adapted: Any = get_peft_model(language_model, config)
     except (OSError, ValueError, TypeError) as error:
         raise ConvertError(f"{source}: the adapter cannot be read: {error}") from error
-    _refuse_disagreement(source, get_peft_model_state_dict(adapted), found)
+    _check_names(source, get_peft_model_state_dict(adapted), found)
     set_peft_model_state_dict(adapted, found)
     return adapted.requires_grad_(False).eval()
 
 
-def _refuse_disagreement(
-    source: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> None:
+def _check_names(source: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     faults = [
         *(f"lacks {key}" for key in sorted(expected.keys() - found.keys())),
         *(f"has {key}, which has no place" for key in sorted(found.keys() - expected.keys())),

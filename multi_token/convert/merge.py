@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from multi_token.checkpoint.references import identity
+from multi_token.checkpoint.references import fingerprint
 from multi_token.errors import ConvertError
 from multi_token.model import MultiTokenForConditionalGeneration
 
@@ -34,18 +34,18 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
             adapter = (config, get_peft_model_state_dict(language_model))
             model.language_model = language_model.unload()
     if _is_quantized(model.language_model):
-        model.language_model = _dequantized(model.language_model)
+        model.language_model = _dequantize(model.language_model)
     if adapter is not None:
-        model.language_model = _merged(model.language_model, *adapter)
+        model.language_model = _merged_copy(model.language_model, *adapter)
     model.language_model.requires_grad_(False).eval()
-    model.config.identity = identity(model.language_model)
+    model.config.identity = fingerprint(model.language_model)
 
 
 def _is_quantized(language_model: Any) -> bool:
     return getattr(language_model.config, "quantization_config", None) is not None
 
 
-def _dequantized(language_model: Any) -> Any:
+def _dequantize(language_model: Any) -> Any:
     held = [
         (module, tensor)
         for module in language_model.modules()
@@ -69,7 +69,7 @@ def _dequantized(language_model: Any) -> Any:
         ) from None
 
 
-def _merged(language_model: Any, config: Any, tensors: dict[str, Any]) -> Any:
+def _merged_copy(language_model: Any, config: Any, tensors: dict[str, Any]) -> Any:
     from peft import get_peft_model
     from peft.utils import set_peft_model_state_dict
 

@@ -14,7 +14,9 @@ import yaml
 
 from multi_token.errors import ConvertError
 
-MARK = "<!-- written by `multi-token push`; without this line the file is left as it is -->"
+GENERATED_MARK = (
+    "<!-- written by `multi-token push`; without this line the file is left as it is -->"
+)
 _PIPELINES = {
     frozenset({"image"}): "image-text-to-text",
     frozenset({"video"}): "video-text-to-text",
@@ -34,21 +36,21 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
     report = _read_json(run / "report.json")
     sections = [
         "---\n" + yaml.safe_dump(_header(fields, recipe), sort_keys=False).rstrip() + "\n---",
-        MARK,
+        GENERATED_MARK,
         f"# {name.partition('/')[2] or name}",
-        _claim(fields),
+        _claim_section(fields),
         "## What it senses",
-        _senses(model["modalities"]),
+        _modalities_section(model["modalities"]),
         "## How to ask",
-        _usage(name, model["modalities"]),
+        _usage_section(name, model["modalities"]),
         "## Data",
-        _data(recipe),
+        _data_section(recipe),
         "## Recipe",
-        _recipe(recipe),
+        _recipe_section(recipe),
         "## Hardware",
-        _hardware(run, report),
+        _hardware_section(run, report),
         "## Evaluation",
-        _evaluation(report),
+        _evaluation_section(report),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -66,15 +68,15 @@ def read_recipe(run: Path, name: str) -> dict[str, Any] | None:
         tree["train"]["output_dir"] = f"runs/{name.rpartition('/')[2]}"
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConvertError(f"{path} is no recipe of a run: {error}") from None
-    return _without_folders(tree)
+    return _strip_local_paths(tree)
 
 
-def _without_folders(value: Any) -> Any:
+def _strip_local_paths(value: Any) -> Any:
     """The same tree, absolute paths cut to their last part."""
     if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
+        return {key: _strip_local_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_folders(inner) for inner in value]
+        return [_strip_local_paths(inner) for inner in value]
     if isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
         return Path(value).name
     return value
@@ -109,20 +111,20 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
         "library_name": "multi_token",
         "pipeline_tag": _PIPELINES.get(types, "any-to-any"),
         **({"base_model": parents} if parents else {}),
-        **({"base_model_relation": relation} if (relation := _relation(fields)) else {}),
+        **({"base_model_relation": relation} if (relation := _base_model_relation(fields)) else {}),
         **({"datasets": datasets} if datasets else {}),
         "tags": ["multi_token", "multimodal", *sorted(types)],
     }
 
 
-def _relation(fields: Mapping[str, Any]) -> str | None:
+def _base_model_relation(fields: Mapping[str, Any]) -> str | None:
     """In the hub's words."""
     if fields.get("base_identity"):
         return "finetune"
     return "adapter" if fields["adapter"] else None
 
 
-def _claim(fields: Mapping[str, Any]) -> str:
+def _claim_section(fields: Mapping[str, Any]) -> str:
     model = fields["model"]
     base = fields.get("base_model") or model["language_model"]
     names = ", ".join(f"`<{name}>`" for name in model["modalities"])
@@ -140,12 +142,12 @@ def _claim(fields: Mapping[str, Any]) -> str:
     )
 
 
-def _senses(modalities: Mapping[str, Any]) -> str:
+def _modalities_section(modalities: Mapping[str, Any]) -> str:
     rows = [
         "| in rows | type | encoder | projector |",
         "|---|---|---|---|",
         *(
-            f"| `<{name}>` | {fields['type']} | {_named(fields.get('encoder'))} | "
+            f"| `<{name}>` | {fields['type']} | {_encoder_name(fields.get('encoder'))} | "
             f"{_projector(fields['projector'])} |"
             for name, fields in modalities.items()
         ),
@@ -153,7 +155,7 @@ def _senses(modalities: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _named(encoder: str | None) -> str:
+def _encoder_name(encoder: str | None) -> str:
     if not encoder:
         return "none"
     return "in this repository" if _is_inside(encoder) else f"`{encoder}`"
@@ -164,7 +166,7 @@ def _projector(fields: Mapping[str, Any]) -> str:
     return " ".join([fields["type"], *([f"({', '.join(shown)})"] if shown else [])])
 
 
-def _usage(name: str, modalities: Mapping[str, Any]) -> str:
+def _usage_section(name: str, modalities: Mapping[str, Any]) -> str:
     first, fields = next(iter(modalities.items()))
     file = {"image": "cat.png", "vector": "values.npy", "video": "clip.mp4"}.get(
         fields["type"], "file"
@@ -193,39 +195,41 @@ print(model.generate([row])[0])
 ```"""
 
 
-def _data(recipe: Mapping[str, Any] | None) -> str:
+def _data_section(recipe: Mapping[str, Any] | None) -> str:
     sources = (recipe or {}).get("data", {}).get("train", [])
     if not sources:
         return "Not recorded: the run has no recipe, as one that was imported from another format."
     return "\n".join(f"- `{source['rows']}`, split `{source['split']}`" for source in sources)
 
 
-def _recipe(recipe: Mapping[str, Any] | None) -> str:
+def _recipe_section(recipe: Mapping[str, Any] | None) -> str:
     if recipe is None:
         return "Not recorded."
     text = yaml.safe_dump({"train": recipe["train"]}, sort_keys=False)
     return f"`recipe.yaml` in this repository, resolved; how it was trained:\n\n```yaml\n{text}```"
 
 
-def _hardware(run: Path, report: Mapping[str, Any]) -> str:
+def _hardware_section(run: Path, report: Mapping[str, Any]) -> str:
     seconds = 0.0
     for path in sorted(run.glob("stages/*/done.json")):
         for entry in _read_json(path).get("log_history", []):
             seconds += entry.get("train_runtime", 0.0)
     machine = report.get("machine") or {}
     facts = {**machine, **({"training": f"{seconds:.0f} s"} if seconds else {})}
-    return _table(facts) if facts else "Not recorded."
+    return _facts_table(facts) if facts else "Not recorded."
 
 
-def _evaluation(report: Mapping[str, Any]) -> str:
+def _evaluation_section(report: Mapping[str, Any]) -> str:
     numbers = {
         key: f"{value:.4g}" if isinstance(value, float) else value
         for key, value in report.items()
         if isinstance(value, (int, float))
     }
-    return _table(numbers) if numbers else "None recorded (there is no report.json in the run)."
+    return (
+        _facts_table(numbers) if numbers else "None recorded (there is no report.json in the run)."
+    )
 
 
-def _table(facts: Mapping[str, Any]) -> str:
+def _facts_table(facts: Mapping[str, Any]) -> str:
     rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items()]
     return "\n".join(["| | |", "|---|---|", *rows])

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multi_token.checkpoint.atomic import staged
-from multi_token.checkpoint.load import ADAPTER, compose, load_adapter, refuse_disagreement, save
-from multi_token.convert.original_builders import BUILDERS, Builder
+from multi_token.checkpoint.atomic import staged_folder
+from multi_token.checkpoint.load import ADAPTER, check_state_dict, compose, load_adapter, save
+from multi_token.convert.original_builders import BUILDERS, OriginalBuilder
 from multi_token.convert.tensors import model_files, read_tensors
-from multi_token.convert.tokenizers import refuse_missing_packages, refuse_unmaskable
+from multi_token.convert.tokenizers import check_maskable, check_tokenizer_packages
 from multi_token.errors import ConvertError, MultiTokenError
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.registry import nearest, validated
+from multi_token.registry import did_you_mean, validate_fields
 
 _SUFFIX = "-lmm"
 """The original's configurations are a language model's own with this behind their type."""
@@ -39,7 +39,7 @@ _LANGUAGE_MODEL = "language_model"
 
 
 @dataclass
-class _Found:
+class _OriginalTensors:
     """The tensors of a folder, by what they belong to, under the names that they have there."""
 
     projector: dict[str, Tensor] = field(default_factory=dict)
@@ -68,18 +68,18 @@ def import_original(
     Raises ConvertError, or CheckpointError for tensors that do not fit; both name them.
     """
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    builder = _builder(fields, source)
-    found = _read(source, builder)
-    named = language_model or _named_base(source, fields)
-    with staged(out) as partial:
+    builder = _find_builder(fields, source)
+    found = _read_tensors(source, builder)
+    named = language_model or _base_name(source, fields)
+    with staged_folder(out) as partial:
         if found.language_model:
             base = _write_language_model(source, partial, fields, found.language_model, named)
         else:
-            base = _checked_base(source, fields, named, given=language_model is not None)
+            base = _check_base(source, fields, named, given=language_model is not None)
         encoder = encoder or builder.encoder
-        _refuse_unloadable_encoder(encoder, source)
+        _check_encoder_loadable(encoder, source)
         modality = {
-            "type": builder.sense,
+            "type": builder.modality_type,
             "encoder": encoder,
             **(builder.fields or {}),
             "projector": builder.projector_fields,
@@ -89,27 +89,27 @@ def import_original(
             "chat_template": chat_template,
             "modalities": {builder.name: modality},
         }
-        model = compose(validated(ModelSpec, spec, where="the imported recipe"))
-        assert model.reader is not None
-        refuse_unmaskable(model.reader.chat)
+        model = compose(validate_fields(ModelSpec, spec, where="the imported recipe"))
+        assert model.processor is not None
+        check_maskable(model.processor.chat)
         network = model.projector(builder.name).network
-        names = {_theirs(name, builder): name for name in network.state_dict()}
+        names = {_original_name(name, builder): name for name in network.state_dict()}
         expected = {theirs: network.state_dict()[name] for theirs, name in names.items()}
-        refuse_disagreement(source, expected, found.projector)
+        check_state_dict(source, expected, found.projector)
         # feature_mean and feature_scale stay 0 and 1: features are taken as they come
         network.load_state_dict({names[key]: value for key, value in found.projector.items()})
         if found.adapter:
-            _attach(model, found.adapter, source, partial)
+            _attach_lora(model, found.adapter, source, partial)
         save(model, partial)
 
 
-def _builder(fields: Mapping[str, Any], source: Path) -> Builder:
+def _find_builder(fields: Mapping[str, Any], source: Path) -> OriginalBuilder:
     """The table's entry of a configuration. Raises ConvertError."""
     name = fields.get("modality_builder")
     if name not in BUILDERS:
         raise ConvertError(
             f"{source / 'config.json'} names the modality builder {name!r}"
-            f"{nearest(str(name), BUILDERS)}; known are {', '.join(BUILDERS)}"
+            f"{did_you_mean(str(name), BUILDERS)}; known are {', '.join(BUILDERS)}"
         )
     builder = BUILDERS[name]
     if builder.fields is None:
@@ -119,9 +119,9 @@ def _builder(fields: Mapping[str, Any], source: Path) -> Builder:
     return builder
 
 
-def _read(source: Path, builder: Builder) -> _Found:
+def _read_tensors(source: Path, builder: OriginalBuilder) -> _OriginalTensors:
     """Every tensor of the folder, sorted. Raises ConvertError if there is no projector."""
-    found = _Found()
+    found = _OriginalTensors()
     if (source / "adapter_config.json").is_file():
         names = ("adapter_model.safetensors", "adapter_model.bin")
         files = [source / name for name in names if (source / name).is_file()]
@@ -147,21 +147,21 @@ def _read(source: Path, builder: Builder) -> _Found:
     return found
 
 
-def _theirs(name: str, builder: Builder) -> str:
+def _original_name(name: str, builder: OriginalBuilder) -> str:
     """A parameter of our projector's network -> the original's name of it."""
     if builder.projector == "expand":
         name = name.replace("branches.", "mlps.", 1)
     return f"model.{builder.modality}_lmm_projector.{name}"
 
 
-def _named_base(source: Path, fields: Mapping[str, Any]) -> str | None:
+def _base_name(source: Path, fields: Mapping[str, Any]) -> str | None:
     adapter = source / "adapter_config.json"
     if adapter.is_file():
         return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     return fields.get("_name_or_path")
 
 
-def _checked_base(source: Path, fields: Mapping[str, Any], name: str | None, *, given: bool) -> str:
+def _check_base(source: Path, fields: Mapping[str, Any], name: str | None, *, given: bool) -> str:
     """The base model's name, if it loads and is the one that the folder was trained on."""
     from transformers import AutoConfig
 
@@ -191,7 +191,7 @@ def _checked_base(source: Path, fields: Mapping[str, Any], name: str | None, *, 
             f"{source} was trained on another language model than {name}, which has "
             f"{', '.join(differing)}; name the right one with --language-model"
         )
-    refuse_missing_packages(name)
+    check_tokenizer_packages(name)
     return name
 
 
@@ -216,7 +216,7 @@ def _write_language_model(
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     expected = dict(model.state_dict())
     tied = set(expected) - {name for name, _ in model.named_parameters()}
-    refuse_disagreement(
+    check_state_dict(
         source, {k: v for k, v in expected.items() if k in tensors or k not in tied}, tensors
     )
     model.load_state_dict(dict(tensors), strict=False, assign=True)
@@ -227,7 +227,7 @@ def _write_language_model(
     place = str(source) if has_tokenizer else named
     if place is None:
         raise ConvertError(f"{source} has no tokenizer; name a model with it by --language-model")
-    refuse_missing_packages(place)
+    check_tokenizer_packages(place)
     try:
         load_tokenizer(place).save_pretrained(folder)
     except MultiTokenError as error:
@@ -238,7 +238,7 @@ def _write_language_model(
     return str(folder)
 
 
-def _refuse_unloadable_encoder(name: str, source: Path) -> None:
+def _check_encoder_loadable(name: str, source: Path) -> None:
     from transformers import AutoConfig
 
     try:
@@ -250,7 +250,7 @@ def _refuse_unloadable_encoder(name: str, source: Path) -> None:
         ) from None
 
 
-def _attach(model: Any, tensors: Mapping[str, Tensor], source: Path, partial: Path) -> None:
+def _attach_lora(model: Any, tensors: Mapping[str, Tensor], source: Path, partial: Path) -> None:
     """LoRA as PEFT reads it: its settings as they are, its tensors as safetensors."""
     staging = partial / ADAPTER
     staging.mkdir()

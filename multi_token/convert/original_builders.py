@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Builder:
+class OriginalBuilder:
     """One entry of the original's `modality_builder`. All its projectors have two linear layers."""
 
     modality: str
@@ -30,7 +30,7 @@ class Builder:
     """`mlp`: each feature a token. `expand`: a perceptron for each token, all of one feature."""
     num_tokens: int
     """Tokens of one item, with that encoder."""
-    sense: str
+    modality_type: str
     """The type of modality that it is here."""
     fields: dict[str, Any] | None = None
     """Fields of that modality, or None for a builder that cannot be imported."""
@@ -45,7 +45,7 @@ class Builder:
 
 
 _CLIP = "openai/clip-vit-large-patch14-336"
-_GTE = Builder(
+_GTE = OriginalBuilder(
     modality="document_gte",
     name="document",
     rows_key="documents",
@@ -54,12 +54,12 @@ _GTE = Builder(
     in_dim=1024,
     projector="expand",
     num_tokens=4,
-    sense="document",
+    modality_type="document",
     fields={"chunk_tokens": 512, "strings": "text"},
 )
 
-BUILDERS: dict[str, Builder] = {
-    "vision_clip": Builder(
+BUILDERS: dict[str, OriginalBuilder] = {
+    "vision_clip": OriginalBuilder(
         modality="vision_clip",
         name="image",
         rows_key="images",
@@ -68,10 +68,10 @@ BUILDERS: dict[str, Builder] = {
         in_dim=1024,
         projector="mlp",
         num_tokens=576,
-        sense="image",
+        modality_type="image",
         fields={"features": "patches", "layer": -2},
     ),
-    "vision_clip_pool": Builder(
+    "vision_clip_pool": OriginalBuilder(
         modality="vision_clip",
         name="image",
         rows_key="images",
@@ -80,10 +80,10 @@ BUILDERS: dict[str, Builder] = {
         in_dim=1024,
         projector="expand",
         num_tokens=10,
-        sense="image",
+        modality_type="image",
         fields={"features": "pooled"},
     ),
-    "audio_whisper": Builder(
+    "audio_whisper": OriginalBuilder(
         modality="audio_whisper",
         name="speech",
         rows_key="speech_audios",
@@ -92,10 +92,10 @@ BUILDERS: dict[str, Builder] = {
         in_dim=768,
         projector="expand",
         num_tokens=10,
-        sense="speech",
+        modality_type="speech",
         fields={"features": "start"},
     ),
-    "audio_clap": Builder(
+    "audio_clap": OriginalBuilder(
         modality="audio_clap",
         name="sound",
         rows_key="sounds",
@@ -104,10 +104,10 @@ BUILDERS: dict[str, Builder] = {
         in_dim=512,
         projector="expand",
         num_tokens=5,
-        sense="sound",
+        modality_type="sound",
         fields={"features": "pooled", "long_audio": "fusion"},
     ),
-    "video_xclip": Builder(
+    "video_xclip": OriginalBuilder(
         modality="video_xclip",
         name="video",
         rows_key="videos",
@@ -116,10 +116,10 @@ BUILDERS: dict[str, Builder] = {
         in_dim=512,
         projector="expand",
         num_tokens=10,
-        sense="video",
+        modality_type="video",
         fields={"read_as": "clip", "num_frames": 8, "features": "pooled", "normalize": True},
     ),
-    "imagebind": Builder(
+    "imagebind": OriginalBuilder(
         modality="imagebind",
         name="imagebind",
         rows_key="imagebinds",
@@ -128,13 +128,13 @@ BUILDERS: dict[str, Builder] = {
         in_dim=1024,
         projector="expand",
         num_tokens=4,
-        sense="joint",
+        modality_type="joint",
         reason="its encoder, ImageBind, is neither part of transformers nor an installable package "
         "(its code and weights are under CC BY-NC-SA 4.0), so no encoder folder can be named for "
         "it; a modality of your own can bring it (docs/add-a-modality.md), and the tensors of "
         "`imagebind_lmm_projector` then fit a projector `{type: expand, factor: 4}`",
     ),
     "document_gte": _GTE,
-    "document_gte_x16": Builder(**{**vars(_GTE), "num_tokens": 32}),
+    "document_gte_x16": OriginalBuilder(**{**vars(_GTE), "num_tokens": 32}),
 }
 """Every builder that the original has. The names are its own."""

@@ -30,11 +30,11 @@ or message['content'] is undefined -%}
 {{- '' }}"""
 
 
-def placeholder(name: str) -> str:
+def part_placeholder(name: str) -> str:
     """What the template writes for a media part of this type."""
     return f"<{name}>"
 
 
-def over_parts(template: str) -> str:
+def accept_content_parts(template: str) -> str:
     """The same rendering for plain texts, and for parts what their joined text would give."""
     return template if template.startswith(_HEAD) else _HEAD + template

@@ -15,7 +15,7 @@ import yaml
 from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
 from multi_token.checkpoint.load import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS, read_config
 from multi_token.convert.export import ENCODERS, MANIFEST
-from multi_token.convert.model_card import MARK, read_recipe, render_card
+from multi_token.convert.model_card import GENERATED_MARK, read_recipe, render_card
 from multi_token.errors import ConvertError
 
 CARD = "README.md"
@@ -39,9 +39,9 @@ def push(
     CheckpointError for a folder that is not a whole run.
     """
     fields = read_config(run)
-    _refuse_local_references(run, fields["model"])
+    _check_no_local_references(run, fields["model"])
     readme = run / CARD
-    if not readme.is_file() or MARK in readme.read_text(encoding="utf-8"):
+    if not readme.is_file() or GENERATED_MARK in readme.read_text(encoding="utf-8"):
         readme.write_text(render_card(run, name, fields), encoding="utf-8")
     files = dict(_files(run, name, fields))
     if not dry_run:
@@ -52,7 +52,7 @@ def push(
     }
 
 
-def _refuse_local_references(run: Path, model: Mapping[str, Any]) -> None:
+def _check_no_local_references(run: Path, model: Mapping[str, Any]) -> None:
     references = {"language_model": model["language_model"]}
     references |= {
         f"modalities.{name}.{key}": value

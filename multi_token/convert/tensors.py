@@ -37,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except _torch_pickle.UnpicklingError as error:
         raise ConvertError(
             f"{path} is refused, and nothing in it was run: it is a pickle that holds more than "
-            f"tensors ({_code(error)})"
+            f"tensors ({_pickle_target(error)})"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ConvertError(f"{path} cannot be read, it may be cut off: {_reason(error)}") from None
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(key): tensor for key, tensor in found.items()}
 
 
-def _code(error: Exception) -> str:
+def _pickle_target(error: Exception) -> str:
     """What the pickle asked for, out of torch's long advice on how to let it have its way."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"it names {named[1]}" if named else "it is no state dict"

@@ -15,7 +15,7 @@ from multi_token.types import Conversation, Message, Text
 _PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 
 
-def refuse_missing_packages(name: str) -> None:
+def check_tokenizer_packages(name: str) -> None:
     """Raise ConvertError for a SentencePiece tokenizer that this installation cannot read.
 
     transformers would say something about tiktoken instead.
@@ -23,7 +23,7 @@ def refuse_missing_packages(name: str) -> None:
     folder = Path(name)
     if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
         return
-    missing = [package for module, package in _PACKAGES.items() if not _installed(module)]
+    missing = [package for module, package in _PACKAGES.items() if not _is_installed(module)]
     if missing:
         raise ConvertError(
             f"the tokenizer of {name} is a SentencePiece model, and reading it needs "
@@ -31,14 +31,14 @@ def refuse_missing_packages(name: str) -> None:
         )
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
         return False
 
 
-def refuse_unmaskable(chat: ChatFormat) -> None:
+def check_maskable(chat: ChatFormat) -> None:
     """Raise ConvertError for a template whose answers cannot be told from the rest exactly."""
     turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day"),)))
     try:

@@ -3,19 +3,25 @@
 Border: rows and their shapes. Media are opened by the reader, weights by nobody here.
 """
 
-from multi_token.data.dataset import ConversationDataset, load_rows, read_row, row_name, rows_root
+from multi_token.data.dataset import (
+    ConversationDataset,
+    load_rows,
+    media_root,
+    row_id_of,
+    row_to_sample,
+)
 from multi_token.data.formats import to_conversation
-from multi_token.data.scan import Report, histogram, render_sample, scan, write_clean
+from multi_token.data.scan import ScanReport, histogram, render_sample, scan, write_clean
 
 __all__ = [
     "ConversationDataset",
-    "Report",
+    "ScanReport",
     "histogram",
     "load_rows",
-    "read_row",
+    "media_root",
     "render_sample",
-    "row_name",
-    "rows_root",
+    "row_id_of",
+    "row_to_sample",
     "scan",
     "to_conversation",
     "write_clean",

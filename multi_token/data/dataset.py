@@ -51,7 +51,7 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     """
     kind = _source_kind(source)
     if kind == "hub":
-        return _undecoded(_from_hub(source, split))
+        return _without_decoding(_from_hub(source, split))
     path = Path(source).expanduser()
     if kind == "folder":
         return _from_folder(path, split)
@@ -71,13 +71,13 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     return _from_parquet(path)
 
 
-def rows_root(source: str) -> str | None:
+def media_root(source: str) -> str | None:
     """The folder where relative media paths of `source` start: that of a file of rows.
 
     None (the current folder) for saved folders and hub names: they do not lie beside their media.
     Raises MultiTokenError for files in several folders.
     """
-    files = files_of(source)
+    files = resolve_files(source)
     if files is None:
         return None
     folders = sorted({str(file.resolve().parent) for file in files})
@@ -90,7 +90,7 @@ def rows_root(source: str) -> str | None:
     return folders[0]
 
 
-def files_of(source: str) -> list[Path] | None:
+def resolve_files(source: str) -> list[Path] | None:
     """The files of rows that a name stands for, by name, or None for a saved folder or hub name.
 
     Raises MultiTokenError where there are none, or of several kinds.
@@ -122,42 +122,44 @@ def _is_shard(path: Path) -> bool:
     return path.suffix.lower() in _SHARDS
 
 
-def row_name(index: int, row: Row | None, source: str) -> str:
+def row_id_of(index: int, row: Row | None, source: str) -> str:
     """What messages call a row: its own `id`, or else the file and the index."""
     if isinstance(row, Mapping) and row.get("id") is not None:
         return str(row["id"])
     return f"{Path(source).name}[{index}]"
 
 
-def read_row(
+def row_to_sample(
     row: Row,
     row_id: str,
     *,
-    reader: Callable[[Conversation], Sample],
+    processor: Callable[[Conversation], Sample],
     modalities: Collection[str],
 ) -> Sample:
-    """A row the whole way to its sample: the one path of training, of `check` and of `show`."""
-    return reader(to_conversation(row, modalities, row_id=row_id))
+    """A row the whole way to its sample: the one path of training, of `check` and of
+    `add_samples`."""
+    return processor(to_conversation(row, modalities, row_id=row_id))
 
 
 class ConversationDataset(Dataset[Sample]):
     """Rows as samples: `dataset[i]` is the i-th good row, read when it is asked for.
 
-    Picklable for data workers as long as `rows` and `reader` are. A row that cannot be read raises:
+    Picklable for data workers as long as `rows` and `processor` are. A row that cannot be read
+    raises:
     which rows are good is decided before, by `scan`.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        reader: Callable[[Conversation], Sample],
+        processor: Callable[[Conversation], Sample],
         *,
         modalities: Collection[str],
         good: Sequence[int] | None = None,
         source: str = "rows",
     ) -> None:
         self.rows = rows
-        self.reader = reader
+        self.processor = processor
         self.modalities = tuple(modalities)
         # an array, not a list: forked workers would copy the pages of a list by counting references
         self.good = array("q", range(len(rows)) if good is None else good)
@@ -169,8 +171,8 @@ class ConversationDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row_index = self.good[index]
         row = self.rows[row_index]
-        row_id = row_name(row_index, row, self.source)
-        return read_row(row, row_id, reader=self.reader, modalities=self.modalities)
+        row_id = row_id_of(row_index, row, self.source)
+        return row_to_sample(row, row_id, processor=self.processor, modalities=self.modalities)
 
 
 class JsonLines(Sequence[Row]):
@@ -215,7 +217,7 @@ class JsonLines(Sequence[Row]):
                 f"line {number} of {self.path} is not JSON ({reason}); "
                 "write one object on each line",
                 kind="format",
-                row_id=row_name(index % len(self), None, str(self.path)),
+                row_id=row_id_of(index % len(self), None, str(self.path)),
             ) from error
         return _checked(row, index % len(self), f"line {number} of {self.path}", self.path)
 
@@ -225,7 +227,7 @@ def _checked(row: Any, index: int, where: str, path: Path) -> Row:
         raise RowError(
             f"{where} is a {type(row).__name__}, expected an object with fields",
             kind="format",
-            row_id=row_name(index, None, str(path)),
+            row_id=row_id_of(index, None, str(path)),
         )
     return cast("Row", row)
 
@@ -300,7 +302,7 @@ def _from_parquet(path: Path) -> Sequence[Row]:
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
         cause = error.__cause__ or error
         raise MultiTokenError(f"{path} cannot be read as parquet: {cause}") from error
-    return _undecoded(cast("datasets.Dataset", table))
+    return _without_decoding(cast("datasets.Dataset", table))
 
 
 def _is_saved(path: Path) -> bool:
@@ -322,8 +324,8 @@ def _from_folder(path: Path, split: str) -> Sequence[Row]:
             raise MultiTokenError(
                 f"{path} has no split {split!r}; its splits are {', '.join(map(str, content))}"
             )
-        return _undecoded(content[split])
-    return _undecoded(content)
+        return _without_decoding(content[split])
+    return _without_decoding(content)
 
 
 def rows_while_loading(source: str, *, split: str = "train") -> Iterable[Row]:
@@ -356,7 +358,7 @@ def _from_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     return found
 
 
-def _undecoded(table: datasets.Dataset) -> Sequence[Row]:
+def _without_decoding(table: datasets.Dataset) -> Sequence[Row]:
     """The same table, whose pictures and recordings come as {"bytes", "path"}, however nested."""
     import datasets
 

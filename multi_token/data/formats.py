@@ -14,8 +14,8 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
-from multi_token.data.preferences import branches, is_pair
-from multi_token.data.rows import as_list, is_number, kind_of
+from multi_token.data.preferences import is_preference_row, split_preference_row
+from multi_token.data.rows import as_list, is_number, type_name
 from multi_token.errors import RowError, RowKind
 from multi_token.types import Conversation, Media, Message, Part, Role, Text
 
@@ -50,7 +50,7 @@ def to_conversation(
     of two or more axes in `<name>s` is many, along its first. In a row of content parts no text is
     a slot: `<image>` stays text in all its messages.
 
-    `surrogates`, if given, holds a text for each item of a name, in reading order:
+    `distillation_mode`, if given, holds a text for each item of a name, in reading order:
     `{"speech": ["turn on the light"]}`.
 
     A row with `chosen` and `rejected` answers (data/preferences.py) is the conversation with the
@@ -58,12 +58,12 @@ def to_conversation(
 
     An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
     """
-    reader = _RowReader(row, modalities, row_id=str(row_id))
-    if not is_pair(row):
-        return reader.read()
+    reader = _RowParser(row, modalities, row_id=str(row_id))
+    if not is_preference_row(row):
+        return reader.parse()
     chosen, rejected = (
-        _RowReader(branch, modalities, row_id=reader.row_id).read()
-        for branch in branches(row, ROLES, reader.error)
+        _RowParser(branch, modalities, row_id=reader.row_id).parse()
+        for branch in split_preference_row(row, ROLES, reader.error)
     )
     if chosen.messages[-1] == rejected.messages[-1]:
         raise reader.error(
@@ -73,7 +73,7 @@ def to_conversation(
     return replace(chosen, rejected=rejected)
 
 
-class _RowReader:
+class _RowParser:
     """The state of reading one row: its name, and the items that its fields still have to give."""
 
     def __init__(self, row: Mapping[str, Any], modalities: Collection[str], *, row_id: str) -> None:
@@ -81,7 +81,9 @@ class _RowReader:
         # longest first: with `image` and `image_left`, the longer name must win
         self.names = sorted(modalities, key=lambda name: (-len(name), name))
         if not isinstance(row, Mapping):
-            raise self.error(f"expected an object with fields, got {kind_of(row)}; {self.shapes()}")
+            raise self.error(
+                f"expected an object with fields, got {type_name(row)}; {self.shapes()}"
+            )
         if row.get("id") is not None:
             self.row_id = str(row["id"])
         self.row = row
@@ -106,7 +108,7 @@ class _RowReader:
             '{"type": "text", "text": "What is it?"}]}, ...]}'
         )
 
-    def read(self) -> Conversation:
+    def parse(self) -> Conversation:
         turns, role_key, content_key = self._turns()
         for name in self.names:
             self._read_field(name)
@@ -116,19 +118,19 @@ class _RowReader:
             role = self._role(turn, role_key, index)
             parts = self._parts(turn.get(content_key), index, content_key, text_slots=text_slots)
             if role == "assistant":
-                self._refuse_media(parts, index)
+                self._check_no_media(parts, index)
             messages.append(Message(role, parts))
         self._check_counts(text_slots=text_slots)
         return self._with_surrogates(Conversation(tuple(messages), id=self.row_id))
 
     def _with_surrogates(self, conversation: Conversation) -> Conversation:
-        """The same conversation, each item with its text of the row's `surrogates`."""
+        """The same conversation, each item with its text of the row's `distillation_mode`."""
         given = self.row.get("surrogates")
         if given is None:
             return conversation
         if not isinstance(given, Mapping):
             raise self.error(
-                f"`surrogates` is {kind_of(given)}, expected an object with a list of texts for "
+                f"`surrogates` is {type_name(given)}, expected an object with a list of texts for "
                 f"each of {', '.join(sorted(self.names))}"
             )
         texts: dict[str, list[Any]] = {}
@@ -142,7 +144,7 @@ class _RowReader:
                 or not all(isinstance(text, (str, type(None))) for text in found)
             ):
                 raise self.error(
-                    f"`surrogates` has {kind_of(value)} under {name!r}, expected a list of texts "
+                    f"`surrogates` has {type_name(value)} under {name!r}, expected a list of texts "
                     f"under one of {', '.join(sorted(self.names))}"
                 )
             num_items = sum(item.modality == name for item in conversation.media)
@@ -181,13 +183,13 @@ class _RowReader:
         role_key, content_key = ("role", "content") if key == "messages" else ("from", "value")
         turns = as_list(self.row[key])
         if turns is None:
-            raise self.error(f"`{key}` is {kind_of(self.row[key])}, expected a list of turns")
+            raise self.error(f"`{key}` is {type_name(self.row[key])}, expected a list of turns")
         if not turns:
             raise self.error(f"`{key}` is empty; a row needs at least one turn")
         for index, turn in enumerate(turns):
             if not isinstance(turn, Mapping):
                 raise self.error(
-                    f"turn {index} of `{key}` is {kind_of(turn)}, "
+                    f"turn {index} of `{key}` is {type_name(turn)}, "
                     f"expected an object with `{role_key}` and `{content_key}`"
                 )
             for field in (role_key, content_key):
@@ -244,7 +246,7 @@ class _RowReader:
         if entries is None:
             expected = "a text" if content_key == "value" else "a text or a list of parts"
             raise self.error(
-                f"`{content_key}` of turn {index} is {kind_of(content)}, expected {expected}"
+                f"`{content_key}` of turn {index} is {type_name(content)}, expected {expected}"
             )
         if content_key == "value":
             raise self.error(
@@ -270,14 +272,14 @@ class _RowReader:
     def _part(self, entry: Any, where: str) -> Part:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
             raise self.error(
-                f'{where} is {kind_of(entry)}, expected {{"type": ...}} with one of the types '
+                f'{where} is {type_name(entry)}, expected {{"type": ...}} with one of the types '
                 f"{self._types()}"
             )
         kind: str = entry["type"]
         if kind == "text":
             text = entry.get("text")
             if not isinstance(text, str):
-                raise self.error(f"{where} has {kind_of(text)} under `text`, expected a text")
+                raise self.error(f"{where} has {type_name(text)} under `text`, expected a text")
             return Text(text)
         if kind not in self.num_slots:
             near = difflib.get_close_matches(kind, ["text", *self.names], n=1)
@@ -302,7 +304,7 @@ class _RowReader:
         # counts are compared once the row is read, so that the message can state both
         return Media(name, items[index] if index < len(items) else None)
 
-    def _refuse_media(self, parts: tuple[Part, ...], index: int) -> None:
+    def _check_no_media(self, parts: tuple[Part, ...], index: int) -> None:
         for part in parts:
             if isinstance(part, Media):
                 raise self.error(

@@ -22,20 +22,20 @@ from torch import Tensor
 
 from multi_token import __version__
 from multi_token.data.dataset import Row
-from multi_token.data.feature_cache.keys import KeyTable, digest, settings_identity
+from multi_token.data.feature_cache.keys import KeyTable, digest, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import content
+from multi_token.media.hashing import content_bytes
 from multi_token.types import Conversation, Media
 
 if TYPE_CHECKING:
     from multi_token.media.fetch import Fetch
-    from multi_token.processor import Reader
+    from multi_token.processor import MultiTokenProcessor
 
 _FIELDS = ("num_tokens", "num_supervised", "num_media")
 _BY_HEADER = "by_header"
 """A file holds it whose lengths were told by headers."""
-_NOT_LENGTHS = frozenset(("chat", "modalities", "fetch", "cache", "by_header", "row_id"))
+_NOT_LENGTHS = frozenset(("chat", "modalities", "fetch", "cache", "lengths_only", "row_id"))
 """Fields of a reader that are looked at otherwise, or that lengths do not hang on."""
 _APART = 30.0
 """Seconds between two savings while rows are read."""
@@ -50,23 +50,24 @@ class Length:
     num_media: int
 
 
-class KnownLengths:
+class LengthStore:
     """Lengths of good rows in a folder, which any number of processes may fill at once.
 
     A row is known by its content, by size and time of change of the local files that it names, and
-    by how it is read (`reader_identity`). What changed is read anew, and so is each bad row: it may
+    by how it is read (`processor_fingerprint`). What changed is read anew, and so is each bad row:
+    it may
     have been mended. An address counts as its text, so that what lies there is not looked at again.
     Lengths that headers told are kept apart: only a reader that asks headers too knows them, since
     nobody has seen those rows to be good.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], reader: Reader) -> None:
+    def __init__(self, folder: str | os.PathLike[str], processor: MultiTokenProcessor) -> None:
         """Raises MultiTokenError for a file in the folder that is damaged."""
         self.folder = Path(folder)
-        self.names = tuple(reader.modalities)
-        self.fetch = reader.fetch
-        self.identity = reader_identity(reader)
-        self.by_header = reader.by_header
+        self.names = tuple(processor.modalities)
+        self.fetch = processor.fetch
+        self.identity = processor_fingerprint(processor)
+        self.lengths_only = processor.lengths_only
         self._table = KeyTable([(name, "i4") for name in _FIELDS])
         self._new: dict[str, Length] = {}
         self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
@@ -82,7 +83,7 @@ class KnownLengths:
             try:
                 found = load_file(path)
                 keys, lengths = found["keys"], found["lengths"]
-                if _BY_HEADER in found and not self.by_header:
+                if _BY_HEADER in found and not self.lengths_only:
                     continue
             except (SafetensorError, KeyError) as error:
                 raise MultiTokenError(
@@ -111,7 +112,7 @@ class KnownLengths:
                 if not isinstance(part, Media):
                     parts.append(part.text)
                     continue
-                mark = _mark(part.source, self.fetch)
+                mark = _source_stamp(part.source, self.fetch)
                 if mark is None:
                     return None
                 parts.append([part.modality, mark, part.surrogate])
@@ -145,7 +146,7 @@ class KnownLengths:
             "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
             "lengths": np.array([astuple(length) for length in self._new.values()], np.int32),
         }
-        if self.by_header:
+        if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._file.with_suffix(".unfinished")
@@ -169,29 +170,29 @@ class KnownLengths:
         return True
 
 
-def reader_identity(reader: Reader) -> str:
+def processor_fingerprint(processor: MultiTokenProcessor) -> str:
     """What lengths hang on besides the row: 32 hexadecimal digits.
 
     Tokenizer, template, which turns are learned, settings of each modality with its projector and
     the small files of its encoder's folder, limits, and the version of this package.
     """
-    tokenizer = json.loads(reader.chat.tokenizer.backend_tokenizer.to_str())
+    tokenizer = json.loads(processor.chat.tokenizer.backend_tokenizer.to_str())
     for passing in ("padding", "truncation"):  # of the last call, not of the tokenizer
         tokenizer.pop(passing, None)
     settings: dict[str, Any] = {
         "version": __version__,
         "tokenizer": tokenizer,
-        "template": reader.chat.template,
-        "learn_turns": reader.chat.learn_turns,
-        "modalities": {name: settings_identity(m) for name, m in reader.modalities.items()},
+        "template": processor.chat.template,
+        "learn_turns": processor.chat.learn_turns,
+        "modalities": {name: settings_fingerprint(m) for name, m in processor.modalities.items()},
     }
-    for field in fields(reader):
+    for field in fields(processor):
         if field.name not in _NOT_LENGTHS:
-            settings[field.name] = getattr(reader, field.name)
+            settings[field.name] = getattr(processor, field.name)
     return digest(json.dumps(settings, sort_keys=True).encode())
 
 
-def _mark(source: Any, fetch: Fetch) -> Any:
+def _source_stamp(source: Any, fetch: Fetch) -> Any:
     """Words and numbers that change when what is behind a source does; None if there are none."""
     if isinstance(source, (str, os.PathLike)):
         return [
@@ -201,18 +202,18 @@ def _mark(source: Any, fetch: Fetch) -> Any:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
-        return digest(content(source, fetch))
+        return digest(content_bytes(source, fetch))
     if isinstance(source, (bool, int, float)):
         return repr(source)
     if isinstance(source, Mapping):
         pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
-        marks: list[Any] = [[key, _mark(value, fetch)] for key, value in pairs]
+        marks: list[Any] = [[key, _source_stamp(value, fetch)] for key, value in pairs]
         return None if any(mark is None for _, mark in marks) else marks
     if isinstance(source, (list, tuple)):
         try:
-            return digest(content(np.asarray(source, dtype=np.float64), fetch))
+            return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
         except (TypeError, ValueError):
-            each = [None if value is None else _mark(value, fetch) for value in source]
+            each = [None if value is None else _source_stamp(value, fetch) for value in source]
             return None if None in each else each
     return None
 

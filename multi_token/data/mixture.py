@@ -18,7 +18,7 @@ _KEPT = 4
 
 
 @dataclass(frozen=True)
-class Place:
+class RowRef:
     """Where a row comes from: its source, and which of that source's rows it is, from 0."""
 
     source: int
@@ -46,14 +46,14 @@ class Mixture:
         bounds = [min(int(share * 2.0**64), 2**64 - 1) for share in shares[:-1]]
         self._bounds = np.array(bounds, dtype=np.uint64)
         self._counted = (0, np.zeros(self.num_sources, dtype=np.int64))
-        self._planned: dict[int, list[Place]] = {}
+        self._planned: dict[int, list[RowRef]] = {}
 
-    def place(self, position: int) -> Place:
+    def row_ref(self, position: int) -> RowRef:
         """Where the row of a position comes from."""
         number, offset = divmod(position, self.window)
-        return self.places(number)[offset]
+        return self.row_refs(number)[offset]
 
-    def places(self, number: int) -> list[Place]:
+    def row_refs(self, number: int) -> list[RowRef]:
         """All places of a window, in the order in which they are read."""
         if number not in self._planned:
             if len(self._planned) == _KEPT:
@@ -61,18 +61,18 @@ class Mixture:
             self._planned[number] = self._plan(number)
         return self._planned[number]
 
-    def _plan(self, number: int) -> list[Place]:
+    def _plan(self, number: int) -> list[RowRef]:
         drawn = self._drawn(number)
         numbers = np.empty(self.window, dtype=np.int64)
         for source, before in enumerate(self._before(number)):
             mine = drawn == source
             numbers[mine] = before + np.arange(mine.sum())
         order = permutation(self.window, self.seed, _ORDER, number)
-        return [Place(int(drawn[i]), int(numbers[i])) for i in order]
+        return [RowRef(int(drawn[i]), int(numbers[i])) for i in order]
 
     def _drawn(self, number: int) -> NDArray[np.int64]:
         """The sources of a window's positions, before it is shuffled."""
-        words = random_words(self.window, self.seed, _DRAW, number)
+        words = random_integers(self.window, self.seed, _DRAW, number)
         return np.searchsorted(self._bounds, words, side="right")
 
     def _before(self, number: int) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ class Mixture:
         return counts
 
 
-def random_words(size: int, seed: int, purpose: int, number: int) -> NDArray[np.uint64]:
+def random_integers(size: int, seed: int, purpose: int, number: int) -> NDArray[np.uint64]:
     """uint64 [size]: the same for the same arguments, on every machine."""
     key = np.array([seed % 2**64, purpose], dtype=np.uint64)
     counter = np.array([0, 0, 0, number], dtype=np.uint64)
@@ -97,5 +97,5 @@ def random_words(size: int, seed: int, purpose: int, number: int) -> NDArray[np.
 
 def permutation(size: int, seed: int, purpose: int, number: int) -> list[int]:
     """The numbers below `size` in random order."""
-    words = random_words(size, seed, purpose, number)
+    words = random_integers(size, seed, purpose, number)
     return np.argsort(words, kind="stable").tolist()

@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from multi_token.data.rows import as_list, is_same, kind_of
+from multi_token.data.rows import as_list, type_name, values_equal
 from multi_token.errors import RowError
 
 ANSWERS = ("chosen", "rejected")
 _PROMPTS = ("messages", "conversations", "prompt")
 
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 
 
-def is_pair(row: Row) -> bool:
+def is_preference_row(row: RawRow) -> bool:
     """Whether a row has an answer under `chosen` or `rejected`; null is none."""
     return any(row.get(name) is not None for name in ANSWERS)
 
 
-def branches(
-    row: Row, roles: Mapping[str, str], error: Callable[[str], RowError]
+def split_preference_row(
+    row: RawRow, roles: Mapping[str, str], error: Callable[[str], RowError]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same row twice: with its chosen answer as the last turn, and with the rejected one.
 
@@ -75,7 +75,7 @@ def branches(
         turns = answers[name]
         if isinstance(turns, str):
             turns = [{role: "assistant", content: turns}]
-        elif len(turns) > len(prompt) and is_same(turns[: len(prompt)], prompt):
+        elif len(turns) > len(prompt) and values_equal(turns[: len(prompt)], prompt):
             turns = turns[len(prompt) :]
         if len(turns) != 1:
             raise error(
@@ -85,7 +85,8 @@ def branches(
         speaker = turns[0].get(role) if isinstance(turns[0], Mapping) else None
         if roles.get(str(speaker)) != "assistant":
             raise error(
-                f"the turn under `{name}` is {kind_of(turns[0])} with {speaker!r} as its `{role}`, "
+                f"the turn under `{name}` is {type_name(turns[0])} with {speaker!r} as its "
+                f"`{role}`, "
                 f"expected a turn of the assistant with `{role}` and `{content}`, like those of "
                 "the prompt"
             )
@@ -101,7 +102,8 @@ def _turns(value: Any, name: str, error: Callable[[str], RowError]) -> list[Any]
     turns = [value] if isinstance(value, Mapping) else as_list(value)
     if turns is None:
         raise error(
-            f"`{name}` is {kind_of(value)}, expected a text, which is the assistant's answer, or a "
+            f"`{name}` is {type_name(value)}, expected a text, which is the assistant's "
+            f"answer, or a "
             "list with its turn"
         )
     return turns
@@ -112,7 +114,7 @@ def _prompt(value: Any, name: str, error: Callable[[str], RowError]) -> list[Any
         return [{"role": "user", "content": value}]
     turns = as_list(value)
     if turns is None:
-        raise error(f"`{name}` is {kind_of(value)}, expected a list of turns")
+        raise error(f"`{name}` is {type_name(value)}, expected a list of turns")
     return turns
 
 
@@ -125,7 +127,7 @@ def _common(answers: Mapping[str, list[Any] | str], error: Callable[[str], RowEr
         )
     num = 0
     shortest = min(len(chosen), len(rejected)) - 1
-    while num < shortest and is_same(chosen[num], rejected[num]):
+    while num < shortest and values_equal(chosen[num], rejected[num]):
         num += 1
     return chosen[:num]
 

@@ -17,7 +17,7 @@ from multi_token.errors import RowError
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 
-class PromisedDataset(ConversationDataset):
+class HeaderLengthDataset(ConversationDataset):
     """Rows of known lengths, none of which was decoded; a bad one does not raise.
 
     It comes as a sample with its `error`, and ends the run with the step that it is in, in all
@@ -28,7 +28,7 @@ class PromisedDataset(ConversationDataset):
     def __init__(
         self,
         rows: Sequence[Row],
-        reader: Callable[[Conversation], Sample],
+        processor: Callable[[Conversation], Sample],
         *,
         modalities: Collection[str],
         good: Sequence[int] | None = None,
@@ -36,7 +36,7 @@ class PromisedDataset(ConversationDataset):
         lengths: Sequence[int],
     ) -> None:
         """`lengths`: tokens of each good row, as they were told."""
-        super().__init__(rows, reader, modalities=modalities, good=good, source=source)
+        super().__init__(rows, processor, modalities=modalities, good=good, source=source)
         self.lengths = array("q", lengths)
 
     def __getitem__(self, index: int) -> Sample:
@@ -51,11 +51,11 @@ class PromisedDataset(ConversationDataset):
                     row_id=sample.id,
                 )
         except RowError as error:
-            return stand_in(error)
+            return placeholder_sample(error)
         return sample
 
 
-def stand_in(error: RowError) -> Sample:
+def placeholder_sample(error: RowError) -> Sample:
     """A sample of two tokens that goes through a step in place of a row that is bad."""
     ids = torch.zeros(2, dtype=torch.long)
     labels = torch.tensor([IGNORE_INDEX, 0])

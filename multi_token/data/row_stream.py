@@ -17,10 +17,10 @@ from torch.utils.data import ConcatDataset
 
 from multi_token.data.dataset import (
     Row,
-    files_of,
     load_rows,
-    row_name,
-    rows_root,
+    media_root,
+    resolve_files,
+    row_id_of,
     rows_while_loading,
 )
 from multi_token.data.files.parquet import ParquetRows
@@ -36,7 +36,7 @@ _SHARDS = 2
 
 
 @dataclass(frozen=True)
-class Numbered:
+class NumberedRow:
     """A row with what messages call it, and how often the source was gone through before."""
 
     row: Row
@@ -50,7 +50,7 @@ class RowStream(Protocol):
     root: str | None
     """The folder where relative media paths start; None: the current one."""
 
-    def row(self, number: int) -> Numbered:
+    def row(self, number: int) -> NumberedRow:
         """The row of a number. Raises RowError for what is none, MultiTokenError without rows."""
         ...
 
@@ -70,20 +70,20 @@ def open_stream(
     `number`: of this source among all, for an order of files of its own. `keep`: how many of the
     last rows of a hub stream stay at hand, since it cannot go back. Raises MultiTokenError.
     """
-    files = files_of(source)
+    files = resolve_files(source)
     if files is not None:
-        _refuse_split(source, split)
-        return Shards(source, files, root=rows_root(source), seed=seed, number=number)
+        _check_no_split(source, split)
+        return ShardedRows(source, files, root=media_root(source), seed=seed, number=number)
     path = Path(source).expanduser()
     if path.is_dir():
-        return Shards(source, [path], open_rows=partial(_saved, split=split))
-    return Sequential(source, partial(rows_while_loading, source, split=split), keep=keep)
+        return ShardedRows(source, [path], open_rows=partial(_saved, split=split))
+    return SequentialRows(source, partial(rows_while_loading, source, split=split), keep=keep)
 
 
 def all_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     """The rows of all files that a name stands for, by index (what `load_rows` gives for many)."""
-    _refuse_split(source, split)
-    files: Any = [open_file(path) for path in files_of(source) or ()]
+    _check_no_split(source, split)
+    files: Any = [open_file(path) for path in resolve_files(source) or ()]
     rows: Any = ConcatDataset([rows for rows in files if len(rows)]) if any(map(len, files)) else []
     return rows
 
@@ -94,7 +94,7 @@ def open_file(path: Path) -> Sequence[Row]:
     return load_rows(str(path)) if opened is None else opened(path)
 
 
-def _refuse_split(source: str, split: str) -> None:
+def _check_no_split(source: str, split: str) -> None:
     if split != "train":
         raise MultiTokenError(
             f"{source} names files, which have no split {split!r}; leave the split out, or name "
@@ -106,7 +106,7 @@ def _saved(path: Path, split: str) -> Sequence[Row]:
     return load_rows(str(path), split=split)
 
 
-class Shards:
+class ShardedRows:
     """Rows of files with a random access each, whose number of rows is learned on the way.
 
     The n-th row of an epoch is found by the sizes of the files before it: the footer of a .parquet,
@@ -133,12 +133,12 @@ class Shards:
         self._opened: dict[int, Sequence[Row]] = {}
         self._at: tuple[int, list[int], list[int]] = (-1, [], [])
 
-    def row(self, number: int) -> Numbered:
+    def row(self, number: int) -> NumberedRow:
         """The row of a number; see RowStream."""
         epoch, file, index = self.locate(number)
         rows, name = self._rows(file), str(self.files[file])
         row = rows[index]
-        return Numbered(row, row_name(index, row, name), epoch)
+        return NumberedRow(row, row_id_of(index, row, name), epoch)
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """Number -> (epoch, file, index in that file)."""
@@ -184,7 +184,7 @@ class Shards:
         return self._opened[file]
 
 
-class Sequential:
+class SequentialRows:
     """Rows that come one after the other only. The last ones stay at hand; for one before them it
     begins anew.
     """
@@ -194,7 +194,7 @@ class Sequential:
     def __init__(self, source: str, open_rows: Callable[[], Iterable[Row]], *, keep: int) -> None:
         self.source = source
         self._open_rows = open_rows
-        self._kept: deque[Numbered] = deque(maxlen=keep)
+        self._kept: deque[NumberedRow] = deque(maxlen=keep)
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,14 +206,14 @@ class Sequential:
         self._kept.clear()
         self._next = self._epoch = self._first = 0
 
-    def row(self, number: int) -> Numbered:
+    def row(self, number: int) -> NumberedRow:
         """The row of a number; see RowStream."""
         if number < self._next - len(self._kept) or (self._rows is None and self._next):
             self._begin()
         while self._next <= number:
             row = self._read()
-            row_id = row_name(self._next - self._first, row, self.source)
-            self._kept.append(Numbered(row, row_id, self._epoch))
+            row_id = row_id_of(self._next - self._first, row, self.source)
+            self._kept.append(NumberedRow(row, row_id, self._epoch))
             self._next += 1
         return self._kept[number - self._next]
 

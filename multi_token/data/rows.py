@@ -26,7 +26,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """What messages call a value that was not expected."""
     if value is None:
         return "empty (null)"
@@ -38,7 +38,7 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def is_same(a: Any, b: Any) -> bool:
+def values_equal(a: Any, b: Any) -> bool:
     """Whether two values say the same, arrays and whatever holds them included.
 
     A null field is an absent one: a table has a column in every row.
@@ -47,12 +47,12 @@ def is_same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         ours, theirs = ({k: v for k, v in x.items() if v is not None} for x in (a, b))
-        return ours.keys() == theirs.keys() and all(is_same(ours[k], theirs[k]) for k in ours)
+        return ours.keys() == theirs.keys() and all(values_equal(ours[k], theirs[k]) for k in ours)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype != object:
         return a.dtype == b.dtype and np.array_equal(a, b)
     ours, theirs = as_list(a), as_list(b)
     if ours is not None and theirs is not None:
-        return len(ours) == len(theirs) and all(map(is_same, ours, theirs))
+        return len(ours) == len(theirs) and all(map(values_equal, ours, theirs))
     return type(a) is type(b) and bool(a == b)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multi_token.data.dataset import Row, row_name
+from multi_token.data.dataset import Row, row_id_of
 from multi_token.data.formats import to_conversation
-from multi_token.data.lengths import KnownLengths, Length
+from multi_token.data.lengths import Length, LengthStore
 from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass
-class Report:
+class ScanReport:
     """What `scan` found. `good` and `lengths` run in parallel, in the order of the rows."""
 
     num_rows: int
@@ -61,7 +61,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     num_decoded: int = field(default=0, compare=False)
     """Good rows of which an item was decoded, or came from a feature cache."""
-    num_remembered: int = field(default=0, compare=False)
+    num_known_before: int = field(default=0, compare=False)
     """Good rows that were not looked at, since their lengths were known."""
 
     @property
@@ -105,8 +105,8 @@ def scan(
     num_workers: int = 0,
     progress: bool = True,
     indices: Sequence[int] | None = None,
-    known: KnownLengths | None = None,
-) -> Report:
+    known: LengthStore | None = None,
+) -> ScanReport:
     """Read every row the way training will, and report; a bad row never ends the scan.
 
     `read` takes a row and its name: `functools.partial(read_row, reader=..., modalities=...)`. It
@@ -118,14 +118,14 @@ def scan(
     indices = range(len(rows)) if indices is None else indices
     # each worker takes a row at a time: rows differ in cost by their media
     results: Iterable[_Result] = DataLoader(
-        _Measured(rows, read, source, indices, known),
+        _ScanDataset(rows, read, source, indices, known),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_unchanged,
+        collate_fn=_identity,
         # its own, because a loader draws a seed: a scan must not change the training that follows
         generator=torch.Generator(),
     )
-    report = Report(num_rows=len(indices))
+    report = ScanReport(num_rows=len(indices))
     try:
         found = zip(indices, _with_progress(results, len(indices), progress), strict=True)
         for index, (key, result, how) in found:
@@ -133,7 +133,7 @@ def scan(
                 report.problems.append(result)
                 continue
             report.num_decoded += how == "decoded"
-            report.num_remembered += how == "remembered"
+            report.num_known_before += how == "remembered"
             report.good.append(index)
             report.lengths.append(result)
             if known is not None and key is not None:
@@ -144,17 +144,17 @@ def scan(
     return report
 
 
-def merge(reports: Sequence[Report]) -> Report:
+def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     """One report of shares of the same rows, as if one process had read them all."""
     pairs = [pair for r in reports for pair in zip(r.good, r.lengths, strict=True)]
     good = sorted(pairs, key=lambda pair: pair[0])
-    return Report(
+    return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
         good=[index for index, _ in good],
         lengths=[length for _, length in good],
         problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
         num_decoded=sum(report.num_decoded for report in reports),
-        num_remembered=sum(report.num_remembered for report in reports),
+        num_known_before=sum(report.num_known_before for report in reports),
     )
 
 
@@ -166,14 +166,14 @@ class _Result(NamedTuple):
     how: Literal["read", "decoded", "remembered"] = "read"
 
 
-class _Measured(Dataset[_Result]):
+class _ScanDataset(Dataset[_Result]):
     def __init__(
         self,
         rows: Sequence[Row],
         read: Callable[[Row, str], Sample],
         source: str,
         indices: Sequence[int],
-        known: KnownLengths | None,
+        known: LengthStore | None,
     ) -> None:
         self.rows = rows
         self.read = read
@@ -186,11 +186,11 @@ class _Measured(Dataset[_Result]):
 
     def __getitem__(self, number: int) -> _Result:
         index = self.indices[number]
-        row_id = row_name(index, None, self.source)
+        row_id = row_id_of(index, None, self.source)
         kind: RowKind
         try:
             row = self.rows[index]
-            row_id = row_name(index, row, self.source)
+            row_id = row_id_of(index, row, self.source)
             key = None if self.known is None else self.known.key(row, row_id)
             if self.known is not None and key is not None:
                 length = self.known.get(key)
@@ -198,7 +198,7 @@ class _Measured(Dataset[_Result]):
                     return _Result(key, length, "remembered")
             sample = self.read(row, row_id)
             decoded = any(item.inputs for item in sample.media)
-            return _Result(key, measure(sample), "decoded" if decoded else "read")
+            return _Result(key, sample_length(sample), "decoded" if decoded else "read")
         except RowError as error:
             # a line that is not JSON has no id of its own: then the error's name is the better one
             return _Result(None, Problem(index, error.row_id, error.kind, error.sentence))
@@ -209,16 +209,16 @@ class _Measured(Dataset[_Result]):
             return _Result(None, Problem(index, row_id, "chat_template", str(error)))
 
 
-def measure(sample: Sample) -> Length:
+def sample_length(sample: Sample) -> Length:
     """The three lengths of a sample."""
     return Length(
         num_tokens=int(sample.input_ids.numel()),
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-        num_media=sum(place.length for place in sample.places),
+        num_media=sum(place.length for place in sample.media_spans),
     )
 
 
-def _unchanged(result: Any) -> Any:
+def _identity(result: Any) -> Any:
     return result
 
 
@@ -264,7 +264,7 @@ def write_clean(rows: Sequence[Row], good: Sequence[int], path: str | os.PathLik
         with unfinished.open("w", encoding="utf-8") as file:
             for index in good:
                 row = rows[index]
-                plain = partial(_plain, row_id=row_name(index, row, "rows"))
+                plain = partial(_plain, row_id=row_id_of(index, row, "rows"))
                 json.dump(row, file, ensure_ascii=False, default=plain)
                 file.write("\n")
         unfinished.replace(target)
@@ -319,7 +319,7 @@ def _png_uri(picture: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-PROMPT_STYLE, LEARNED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
+PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
 
 
 def render_sample(sample: Sample, tokenizer: Decoder, *, marks: bool = False) -> Text:
@@ -331,12 +331,12 @@ def render_sample(sample: Sample, tokenizer: Decoder, *, marks: bool = False) ->
 
     ids: list[int] = sample.input_ids.tolist()
     learned: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
-    starts = {place.start: place for place in sample.places}
+    starts = {place.start: place for place in sample.media_spans}
     opening, closing = ("⟦", "⟧") if marks else ("", "")
     text = Text.assemble(
         ("prompt", PROMPT_STYLE),
         "  ",
-        (f"{opening}learned{closing}", LEARNED_STYLE),
+        (f"{opening}learned{closing}", SUPERVISED_STYLE),
         "  ",
         ("[media x tokens]", MEDIA_STYLE),
         "\n\n",
@@ -352,7 +352,7 @@ def render_sample(sample: Sample, tokenizer: Decoder, *, marks: bool = False) ->
             end += 1
         piece = str(tokenizer.decode(ids[position:end]))
         if learned[position]:
-            text.append(f"{opening}{piece}{closing}", style=LEARNED_STYLE)
+            text.append(f"{opening}{piece}{closing}", style=SUPERVISED_STYLE)
         else:
             text.append(piece, style=PROMPT_STYLE)
         position = end

@@ -13,33 +13,33 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from multi_token.data.dataset import load_rows, read_row, row_name, rows_root
+from multi_token.data.dataset import load_rows, media_root, row_id_of, row_to_sample
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
-from multi_token.data.lengths import KnownLengths
-from multi_token.data.scan import Problem, Report, merge, scan
+from multi_token.data.lengths import LengthStore
+from multi_token.data.scan import Problem, ScanReport, merge_reports, scan
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.processor import Reader
+from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DataSource
 from multi_token.train.distributed import (
-    from_all,
+    all_gather,
+    check_same_rows,
+    check_same_values,
     num_processes,
     rank,
-    refuse_differing,
-    refuse_other_rows,
 )
 from multi_token.types import Conversation, Media
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSource:
     """Rows of one place with the reader that opens their media."""
 
     rows: Sequence[Any]
-    reader: Reader
+    processor: MultiTokenProcessor
     name: str
     good: Sequence[int] | None = None
     """Indices of rows that can be learned from, once they have been read."""
@@ -49,39 +49,43 @@ class Source:
     """Whether headers may tell these lengths (`data.lengths`)."""
 
     @property
-    def by_header(self) -> bool:
+    def lengths_only(self) -> bool:
         """Whether they do: for a feature cache every item is decoded in any case."""
-        return self.headers and self.reader.cache is None
+        return self.headers and self.processor.cache is None
 
-    def conversations(self) -> Iterator[tuple[Conversation, Reader]]:
+    def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """The good rows, or before they are known those that are conversations at all."""
         for index in range(len(self.rows)) if self.good is None else self.good:
             try:
                 row = self.rows[index]
-                row_id = row_name(index, row, self.name)
+                row_id = row_id_of(index, row, self.name)
                 # what nobody has decoded may be bad, and is then named by its row
-                reader = replace(self.reader, row_id=row_id) if self.by_header else self.reader
-                yield to_conversation(row, list(reader.modalities), row_id=row_id), reader
+                processor = (
+                    replace(self.processor, row_id=row_id) if self.lengths_only else self.processor
+                )
+                yield to_conversation(row, list(processor.modalities), row_id=row_id), processor
             except RowError:
                 continue
 
-    def cached(self, cache: FeatureCache) -> Source:
+    def with_feature_cache(self, cache: FeatureCache) -> TrainingSource:
         """The same rows, whose items come with features where the cache has them."""
-        return replace(self, reader=replace(self.reader, cache=cache))
+        return replace(self, processor=replace(self.processor, cache=cache))
 
-    def taught(self, teacher: Literal["required", "optional"] | None) -> Source:
-        """The same rows, also read with texts in place of their media (`Reader.teacher`)."""
-        return replace(self, reader=replace(self.reader, teacher=teacher))
+    def with_distillation(self, teacher: Literal["required", "optional"] | None) -> TrainingSource:
+        """The same rows, also read with texts in place of their media
+        (`MultiTokenProcessor.distillation`)."""
+        return replace(self, processor=replace(self.processor, distillation=teacher))
 
-    def paired(self, pairs: Literal["required", "optional"] | None) -> Source:
-        """The same rows, read with their rejected answers too, or without (`Reader.pairs`)."""
-        return replace(self, reader=replace(self.reader, pairs=pairs))
+    def with_preference(self, pairs: Literal["required", "optional"] | None) -> TrainingSource:
+        """The same rows, read with their rejected answers too, or without
+        (`MultiTokenProcessor.preference`)."""
+        return replace(self, processor=replace(self.processor, preference=pairs))
 
-    def items(self) -> Iterator[tuple[Media, Reader]]:
+    def items(self) -> Iterator[tuple[Media, MultiTokenProcessor]]:
         """The items of these conversations, one by one."""
-        for conversation, reader in self.conversations():
+        for conversation, processor in self.conversations():
             for item in conversation.media:
-                yield item, reader
+                yield item, processor
 
 
 def open_source(
@@ -89,34 +93,36 @@ def open_source(
     model: MultiTokenForConditionalGeneration,
     recipe: Recipe,
     cache: FeatureCache | None,
-) -> Source:
+) -> TrainingSource:
     """The rows of a source; their items come from `cache`, if there is one.
 
     Headers may tell the lengths of training rows, for which batches are planned; held-out rows and
     those of the closed form alone are decoded always.
     """
-    assert model.reader is not None
-    reader = replace(model.reader, fetch=Fetch(root=rows_root(source.rows)), cache=cache)
+    assert model.processor is not None
+    processor = replace(model.processor, fetch=Fetch(root=media_root(source.rows)), cache=cache)
     headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
     rows = load_rows(source.rows, split=source.split)
-    return Source(rows, reader, source.rows, headers=headers)
+    return TrainingSource(rows, processor, source.rows, headers=headers)
 
 
-def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> list[Source]:
+def good_rows(
+    sources: Sequence[TrainingSource], recipe: Recipe, console: Console
+) -> list[TrainingSource]:
     """The sources with their good rows known. Bad rows are refused, or left out and counted.
 
     Processes that train together share the reading, and so do data workers where the recipe has
     some. Lengths of good rows stay in `RUN/lengths`, so that the next start reads no media.
     """
-    refuse_other_rows(sources)
-    good: list[Source] = []
+    check_same_rows(sources)
+    good: list[TrainingSource] = []
     problems: list[Problem] = []
     num_rows = num_tokens = num_supervised = 0
-    told = Report(0)
+    told = ScanReport(0)
     for source in sources:
-        report = _scanned(source, recipe, console)
-        if source.by_header:
-            told = merge([told, report])
+        report = _scan_source(source, recipe, console)
+        if source.lengths_only:
+            told = merge_reports([told, report])
         num_rows += report.num_rows
         num_tokens += report.num_tokens
         num_supervised += report.num_supervised
@@ -147,11 +153,11 @@ def good_rows(sources: Sequence[Source], recipe: Recipe, console: Console) -> li
         highlight=False,
     )
     if told.num_rows:
-        console.print(counted(told), highlight=False)
+        console.print(row_counts(told), highlight=False)
     return good
 
 
-def refuse_no_items(sources: Sequence[Source], recipe: Recipe) -> None:
+def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
     """Raises RecipeError if rows have no item of any sense, and only senses are to learn.
 
     A key of a row that no sense reads is no fault of the row: it may hold anything.
@@ -168,12 +174,14 @@ def refuse_no_items(sources: Sequence[Source], recipe: Recipe) -> None:
         )
 
 
-def counted(report: Report) -> str:
+def row_counts(report: ScanReport) -> str:
     """How the lengths of good rows were found, in words."""
-    num_good, num_decoded, num_known = len(report.good), report.num_decoded, report.num_remembered
-    by_header = num_good - num_decoded - num_known
+    num_good, num_decoded, num_known = len(report.good), report.num_decoded, report.num_known_before
+    lengths_only = num_good - num_decoded - num_known
     known = f", {num_known:,} remembered" if num_known else ""
-    return f"lengths of {num_good:,} rows: {by_header:,} by header, {num_decoded:,} decoded{known}"
+    return (
+        f"lengths of {num_good:,} rows: {lengths_only:,} by header, {num_decoded:,} decoded{known}"
+    )
 
 
 def lengths_folder(recipe: Recipe) -> Path:
@@ -187,15 +195,15 @@ _NUM_COMPARED = 32
 """Rows of each source that every process reads, to see whether all find the same media."""
 
 
-def _scanned(source: Source, recipe: Recipe, console: Console) -> Report:
+def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> ScanReport:
     """The report on all rows, of which this process has read its share."""
-    reader = replace(source.reader, by_header=source.by_header)
-    read = partial(read_row, reader=reader, modalities=list(reader.modalities))
-    known = KnownLengths(lengths_folder(recipe), reader)
+    processor = replace(source.processor, lengths_only=source.lengths_only)
+    read = partial(row_to_sample, processor=processor, modalities=list(processor.modalities))
+    known = LengthStore(lengths_folder(recipe), processor)
     all_args = [{**recipe.train.args, **stage.args} for stage in recipe.train.stages]
     num_rows, num_shares = len(source.rows), num_processes()
     spared = recipe.data.lengths == "decode" and recipe.data.on_bad_row == "raise"
-    if spared and source.reader.cache is None and num_rows - len(known) > _MANY:
+    if spared and source.processor.cache is None and num_rows - len(known) > _MANY:
         console.print(
             f"{num_rows:,} rows of {source.name} are read to know their lengths, with all media; "
             "`data.lengths: headers` would read headers alone (docs/lengths.md)",
@@ -206,11 +214,11 @@ def _scanned(source: Source, recipe: Recipe, console: Console) -> Report:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED))))
         found = [some.good, [(n.num_tokens, n.num_media) for n in some.lengths]]
         # else a machine that lacks some files would only find the rows of its share bad
-        refuse_differing(
+        check_same_values(
             f"data (media of {source.name})", found, "give all machines the same files"
         )
     mine = look(
         indices=range(rank(), num_rows, num_shares),
         num_workers=max(int(args.get("dataloader_num_workers", 0)) for args in all_args),
     )
-    return merge(from_all(mine))
+    return merge_reports(all_gather(mine))

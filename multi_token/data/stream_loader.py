@@ -21,10 +21,18 @@ from transformers import TrainingArguments
 
 from multi_token.data.mixture import permutation
 from multi_token.data.scan import Problem
-from multi_token.data.streaming import Chunks, Collated, Read, Reading, Share, Streams, as_read
+from multi_token.data.streaming import (
+    CollateGroup,
+    PackedShard,
+    PaddedShard,
+    SampleOrProblem,
+    ShardReader,
+    StreamDataset,
+    return_group,
+)
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.train.distributed import from_all
-from multi_token.train.packing import Packing, best_fit
+from multi_token.train.distributed import all_gather
+from multi_token.train.packing import PackingPlan, best_fit
 from multi_token.types import Sample
 
 _PACKS = 1 << 32
@@ -75,14 +83,14 @@ class StreamLoader:
 
     def __init__(
         self,
-        streams: Streams,
+        streams: StreamDataset,
         args: TrainingArguments,
         collate: Callable[[list[Sample]], Any],
         *,
-        packing: Packing | None = None,
+        packing: PackingPlan | None = None,
         step: int = 0,
         state: StreamState | None = None,
-        say: Callable[[str], object] = lambda line: None,
+        print_fn: Callable[[str], object] = lambda line: None,
     ) -> None:
         """`packing`: its budgets; a batch is then one pack. `step`, `state`: where to go on."""
         self.streams = streams
@@ -91,8 +99,8 @@ class StreamLoader:
         self.packing = packing
         self.step = step
         self.state = StreamState() if state is None else deepcopy(state)
-        self.say = say
-        self._said: tuple[int, int] = (0, self.state.num_bad)
+        self.print_fn = print_fn
+        self._reported: tuple[int, int] = (0, self.state.num_bad)
 
     def __len__(self) -> int:
         """Batches of the whole stage, also where it begins in the middle."""
@@ -109,12 +117,12 @@ class StreamLoader:
             return self.packing.max_tokens
         return self.args.train_batch_size * sum(lengths) / len(lengths)
 
-    def _groups(self, reading: Reading) -> Iterator[Any]:
+    def _groups(self, reading: ShardReader) -> Iterator[Any]:
         args = self.args
         loader: DataLoader[Any] = DataLoader(
             reading,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and self.packing is None,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -128,18 +136,18 @@ class StreamLoader:
 
     def _batches(self) -> Iterator[Any]:
         args = self.args
-        share = Share(
+        share = PaddedShard(
             args.train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
             args.process_index,
         )
         start = self.step * args.gradient_accumulation_steps
-        reading = Reading(self.streams, share, Collated(self.collate), start=start)
+        reading = ShardReader(self.streams, share, CollateGroup(self.collate), start=start)
         for number, (batch, problems) in enumerate(self._groups(reading), start):
             window = share.positions(number)[-1] // self.streams.mixture.window
-            self._tell(window)
-            self._heed(problems)
+            self._report_skipped(window)
+            self._handle_problems(problems)
             if batch is None:
                 raise MultiTokenError(
                     f"no row of window {window} of the stream can be learned from; look at them "
@@ -147,11 +155,11 @@ class StreamLoader:
                 )
             yield batch
 
-    def _packs(self, packing: Packing) -> Iterator[Any]:
+    def _packs(self, packing: PackingPlan) -> Iterator[Any]:
         args, state, window = self.args, self.state, self.streams.mixture.window
         again = [position for pack in [*state.packs, state.carried] for position in pack]
-        chunks = Chunks(args.world_size, args.process_index, window, state.window, again)
-        rows = self._rows(Reading(self.streams, chunks, as_read))
+        chunks = PackedShard(args.world_size, args.process_index, window, state.window, again)
+        rows = self._rows(ShardReader(self.streams, chunks, return_group))
         samples = {}
         for position, read in (next(rows) for _ in again):
             if isinstance(read, Problem):
@@ -171,28 +179,30 @@ class StreamLoader:
             fresh: list[int] = []
             while position // window == state.window:
                 if isinstance(read, Problem):
-                    self._heed([read])
+                    self._handle_problems([read])
                     num_bad_on_end += 1
                 else:
                     samples[position] = read
                     fresh.append(position)
                     num_bad_on_end = 0
                 position, read = next(rows)
-            self._tell(state.window + 1)
+            self._report_skipped(state.window + 1)
             if num_bad_on_end >= _BAD_ON_END:
                 raise MultiTokenError(
                     f"{num_bad_on_end:,} rows of the stream on end cannot be learned from; look at "
                     "them with `multi-token data check`"
                 )
-            state.packs, state.carried = self._fitted(packing, [*state.carried, *fresh], samples)
+            state.packs, state.carried = self._pack_window(
+                packing, [*state.carried, *fresh], samples
+            )
             state.window += 1
 
-    def _fitted(
-        self, packing: Packing, positions: list[int], samples: Mapping[int, Sample]
+    def _pack_window(
+        self, packing: PackingPlan, positions: list[int], samples: Mapping[int, Sample]
     ) -> tuple[list[list[int]], list[int]]:
         """Packs in random order, and the rows of the emptiest, which wait for the next window."""
         chosen = [samples[p] for p in positions]
-        rows = Packing(
+        rows = PackingPlan(
             [len(sample.input_ids) for sample in chosen],
             packing.max_tokens,
             [len(sample.media) for sample in chosen] if packing.max_items is not None else (),
@@ -206,16 +216,16 @@ class StreamLoader:
         order = permutation(len(others), seed, _PACKS + process, self.state.window)
         return [others[i] for i in order], carried
 
-    def _rows(self, reading: Reading) -> Iterator[tuple[int, Read]]:
+    def _rows(self, reading: ShardReader) -> Iterator[tuple[int, SampleOrProblem]]:
         """Rows one by one; those of workers become this process' own, since many are kept, and
         what is shared between processes keeps a file open each.
         """
         shared = self.args.dataloader_num_workers > 0
         for group in self._groups(reading):
             for position, read in group.items():
-                yield position, _owned(read) if shared else read
+                yield position, _copy_from_shared_memory(read) if shared else read
 
-    def _heed(self, problems: Sequence[Problem]) -> None:
+    def _handle_problems(self, problems: Sequence[Problem]) -> None:
         """Raises RowError for a bad row, or counts it."""
         if problems and not self.streams.skip_bad:
             first = problems[0]
@@ -227,73 +237,76 @@ class StreamLoader:
             )
         self.state.num_bad += len(problems)
 
-    def _tell(self, window: int) -> None:
+    def _report_skipped(self, window: int) -> None:
         """Once a window is through: how many of its rows were left out."""
-        last, num_bad = self._said
+        last, num_bad = self._reported
         if window > last:
             if self.state.num_bad > num_bad:
-                self.say(
+                self.print_fn(
                     f"rows up to window {window} of the stream: {self.state.num_bad - num_bad} "
                     f"skipped, {self.state.num_bad} since the stage began (of this process)"
                 )
-            self._said = (window, self.state.num_bad)
+            self._reported = (window, self.state.num_bad)
 
 
-def _owned(value: Any) -> Any:
+def _copy_from_shared_memory(value: Any) -> Any:
     """A copy without memory that is shared with a worker."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, list):
-        return [_owned(one) for one in value]
+        return [_copy_from_shared_memory(one) for one in value]
     if isinstance(value, dict):
-        return {key: _owned(one) for key, one in value.items()}
+        return {key: _copy_from_shared_memory(one) for key, one in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _owned(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: _copy_from_shared_memory(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
         return dataclasses.replace(value, **fields)
     return value
 
 
-def _unchanged(result: Any) -> Any:
+def _identity(result: Any) -> Any:
     return result
 
 
-class Streamed:
+class StreamProgress:
     """The trainer's side of a stream: where it begins, the loader that goes through it now, and
     what of it goes into logs and checkpoints.
     """
 
-    def __init__(self, streams: Streams, say: Callable[[str], object]) -> None:
-        """`say` hears of bad rows."""
+    def __init__(self, streams: StreamDataset, print_fn: Callable[[str], object]) -> None:
+        """`print_fn` hears of bad rows."""
         self.streams = streams
-        self.say = say
+        self.print_fn = print_fn
         self.at: tuple[int, StreamState] = (0, StreamState())
-        self.now: StreamLoader | None = None
+        self.current_loader: StreamLoader | None = None
 
-    def loader(self, args: TrainingArguments, collate: Any, packing: Packing | None) -> Any:
+    def loader(self, args: TrainingArguments, collate: Any, packing: PackingPlan | None) -> Any:
         """Batches from where the stream begins, or goes on."""
         step, state = self.at
-        self.now = StreamLoader(
+        self.current_loader = StreamLoader(
             self.streams,
             args,
             collate,
             packing=packing,
             step=step,
             state=state,
-            say=self.say,
+            print_fn=self.print_fn,
         )
-        return self.now
+        return self.current_loader
 
-    def go_on(self, checkpoint: str | Path, args: TrainingArguments) -> None:
+    def resume(self, checkpoint: str | Path, args: TrainingArguments) -> None:
         """Begin behind what a checkpoint has learned from."""
         self.at = load_state(Path(checkpoint), args.process_index, args.world_size)
 
     @property
     def state(self) -> StreamState:
         """Where this process stands."""
-        return self.at[1] if self.now is None else self.now.state
+        return self.at[1] if self.current_loader is None else self.current_loader.state
 
     def finish(self) -> None:
         """Say how many bad rows there were in all processes."""
-        num_bad = sum(state.num_bad for state in from_all(self.state))
+        num_bad = sum(state.num_bad for state in all_gather(self.state))
         if num_bad:
-            self.say(f"rows of the stream: {num_bad} skipped in this stage")
+            self.print_fn(f"rows of the stream: {num_bad} skipped in this stage")

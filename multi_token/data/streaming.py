@@ -16,26 +16,26 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from multi_token.data.dataset import Row, read_row
+from multi_token.data.dataset import Row, row_to_sample
 from multi_token.data.mixture import Mixture
 from multi_token.data.row_stream import RowStream, open_stream
 from multi_token.data.scan import Problem
-from multi_token.data.sources import Source
+from multi_token.data.sources import TrainingSource
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.processor import Reader
+from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.types import Sample
 
-Read = Sample | Problem
+SampleOrProblem = Sample | Problem
 """A row as it goes into a batch, or what is wrong with it."""
 
 _CHUNK = 8
 """Rows that a data worker reads at a time where they are packed afterwards."""
 
 
-class Streams(IterableDataset[Sample]):
+class StreamDataset(IterableDataset[Sample]):
     """All sources of a recipe as one endless order of rows, the same in every process.
 
     Position -> source and number by `data/mixture.py`, and from there to the row: nothing is
@@ -46,7 +46,7 @@ class Streams(IterableDataset[Sample]):
         self,
         streams: Sequence[RowStream],
         names: Sequence[str],
-        readers: Sequence[Reader],
+        processors: Sequence[MultiTokenProcessor],
         mixture: Mixture,
         *,
         skip_bad: bool = False,
@@ -57,7 +57,7 @@ class Streams(IterableDataset[Sample]):
         """
         self.streams = list(streams)
         self.names = list(names)
-        self.readers = list(readers)
+        self.processors = list(processors)
         self.mixture = mixture
         self.skip_bad = skip_bad
         self.max_items = max_items
@@ -66,13 +66,13 @@ class Streams(IterableDataset[Sample]):
         """The good rows, one after the other."""
         return (s for s in map(self.read, count()) if not isinstance(s, Problem))
 
-    def head(self, num_rows: int) -> list[Source]:
+    def first_rows(self, num_rows: int) -> list[TrainingSource]:
         """The rows of the first positions, by source and each once, for what comes before training:
         statistics of features, the closed-form start, the plan.
         """
         rows: list[list[Row]] = [[] for _ in self.streams]
         for position in range(num_rows):
-            place = self.mixture.place(position)
+            place = self.mixture.row_ref(position)
             try:
                 found = self.streams[place.source].row(place.number)
             except RowError:
@@ -80,49 +80,54 @@ class Streams(IterableDataset[Sample]):
             if found.epoch == 0:
                 rows[place.source].append({**found.row, "id": found.row_id})
         return [
-            Source(rows_of_source, reader, name)
-            for rows_of_source, reader, name in zip(rows, self.readers, self.names, strict=True)
+            TrainingSource(rows_of_source, processor, name)
+            for rows_of_source, processor, name in zip(
+                rows, self.processors, self.names, strict=True
+            )
         ]
 
-    def read_by(self, sources: Sequence[Source]) -> Streams:
+    def with_sources(self, sources: Sequence[TrainingSource]) -> StreamDataset:
         """The same rows, read as those of these sources are."""
         same = copy(self)
-        same.readers = [source.reader for source in sources]
+        same.processors = [source.processor for source in sources]
         return same
 
-    def raw(self, positions: Iterable[int]) -> dict[int, Any]:
+    def raw_rows(self, positions: Iterable[int]) -> dict[int, Any]:
         """Rows as they lie in their files, in the order of the files: each is read in one pass."""
-        place = self.mixture.place
+        place = self.mixture.row_ref
         ordered = sorted(positions, key=lambda p: (place(p).source, place(p).number))
         return {position: self._row(position) for position in ordered}
 
     def _row(self, position: int) -> Any:
-        place = self.mixture.place(position)
+        place = self.mixture.row_ref(position)
         try:
             return self.streams[place.source].row(place.number)
         except RowError as error:
             return error
 
-    def read(self, position: int, raw: Any = None) -> Read:
-        """The sample of a position, or what is wrong with its row (`raw`, if it was read before).
+    def read(self, position: int, raw: Any = None) -> SampleOrProblem:
+        """The sample of a position, or what is wrong with its row (`raw_rows`, if it was read
+        before).
 
         Random preprocessing draws by position, so that it is the same in any worker.
         """
         found = self._row(position) if raw is None else raw
         if isinstance(found, RowError):
             return Problem(position, found.row_id, found.kind, str(found))
-        reader = self.readers[self.mixture.place(position).source]
+        processor = self.processors[self.mixture.row_ref(position).source]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.mixture.seed * 1_000_003 + position) % 2**63)
             try:
-                names = list(reader.modalities)
-                sample = read_row(found.row, found.row_id, reader=reader, modalities=names)
-                self._refuse_many_items(sample)
+                names = list(processor.modalities)
+                sample = row_to_sample(
+                    found.row, found.row_id, processor=processor, modalities=names
+                )
+                self._check_num_items(sample)
             except RowError as error:
                 return Problem(position, error.row_id, error.kind, str(error))
         return sample
 
-    def _refuse_many_items(self, sample: Sample) -> None:
+    def _check_num_items(self, sample: Sample) -> None:
         if self.max_items is not None and len(sample.media) > self.max_items:
             raise RowError(
                 f"has {len(sample.media)} media items, but train.pack_items is {self.max_items}; "
@@ -134,23 +139,23 @@ class Streams(IterableDataset[Sample]):
 
 def open_streams(
     model: MultiTokenForConditionalGeneration, recipe: Recipe, *, seed: int
-) -> Streams:
+) -> StreamDataset:
     """The training rows of a recipe with `data.stream`. No row is read yet."""
-    assert model.reader is not None and recipe.data.stream is not None
+    assert model.processor is not None and recipe.data.stream is not None
     window, sources = recipe.data.stream.window, recipe.data.train
     streams = [
         open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
         for i, source in enumerate(sources)
     ]
-    readers = [
-        dataclasses.replace(model.reader, fetch=Fetch(root=stream.root)) for stream in streams
+    processors = [
+        dataclasses.replace(model.processor, fetch=Fetch(root=stream.root)) for stream in streams
     ]
     weights = [source.weight or 1.0 for source in sources]
     mixture = Mixture(weights, seed=seed, window=window)
-    return Streams(
+    return StreamDataset(
         streams,
         [source.rows for source in sources],
-        readers,
+        processors,
         mixture,
         skip_bad=recipe.data.on_bad_row == "skip",
         max_items=recipe.train.pack_items,
@@ -158,7 +163,7 @@ def open_streams(
 
 
 @dataclass(frozen=True)
-class Share:
+class PaddedShard:
     """What of the order is one process': of each step a part of its rows, batch by batch."""
 
     batch_size: int
@@ -183,36 +188,36 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class PackedShard:
     """What of the order is one process', where it packs: every so many-th row, from a window on."""
 
     num_processes: int
     process: int
     window: int
     first_window: int = 0
-    again: Sequence[int] = ()
+    replay: Sequence[int] = ()
     """Rows that were read before the run was stopped, and have not come into a batch yet."""
 
     def positions(self, number: int) -> Sequence[int]:
         """The rows of a chunk of a number; a worker reads all of a chunk."""
-        num_again = -(-len(self.again) // _CHUNK)
+        num_again = -(-len(self.replay) // _CHUNK)
         if number < num_again:
-            return self.again[number * _CHUNK : (number + 1) * _CHUNK]
+            return self.replay[number * _CHUNK : (number + 1) * _CHUNK]
         first = -(-(self.first_window * self.window - self.process) // self.num_processes)
         at = first + (number - num_again) * _CHUNK
         return [self.process + i * self.num_processes for i in range(at, at + _CHUNK)]
 
 
-class Reading(IterableDataset[Any]):
+class ShardReader(IterableDataset[Any]):
     """Groups of rows, read: with several workers each takes every so many-th group, which the
     loader puts in order again, so that their number makes no difference.
     """
 
     def __init__(
         self,
-        streams: Streams,
-        share: Share | Chunks,
-        finish: Callable[[Streams, dict[int, Read]], Any],
+        streams: StreamDataset,
+        share: PaddedShard | PackedShard,
+        finish: Callable[[StreamDataset, dict[int, SampleOrProblem]], Any],
         *,
         start: int = 0,
     ) -> None:
@@ -227,11 +232,13 @@ class Reading(IterableDataset[Any]):
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         waiting: dict[int, Any] = {}
         for number in count(self.start + worker, num_workers):
-            group: dict[int, Read] = {}
+            group: dict[int, SampleOrProblem] = {}
             try:
                 for position in self.share.positions(number):
                     if position not in waiting:
-                        waiting |= self.streams.raw(self._in_window(number, position, num_workers))
+                        waiting |= self.streams.raw_rows(
+                            self._in_window(number, position, num_workers)
+                        )
                     group[position] = self.streams.read(position, waiting.pop(position))
                 yield self.finish(self.streams, group)
             except MultiTokenError as error:
@@ -254,7 +261,7 @@ class Reading(IterableDataset[Any]):
 
 
 @dataclass(frozen=True)
-class Collated:
+class CollateGroup:
     """Makes a batch of a group: what is wrong with its rows, and the good ones collated.
 
     With no good row in it, the next one of its window takes a part, so that no process is without a
@@ -263,15 +270,17 @@ class Collated:
 
     collate: Callable[[list[Sample]], Any]
 
-    def __call__(self, streams: Streams, group: dict[int, Read]) -> tuple[Any, list[Problem]]:
+    def __call__(
+        self, streams: StreamDataset, group: dict[int, SampleOrProblem]
+    ) -> tuple[Any, list[Problem]]:
         """-> (batch or None, problems)."""
         samples = [read for read in group.values() if not isinstance(read, Problem)]
         problems = [read for read in group.values() if isinstance(read, Problem)]
         if not samples:
-            samples = self._one_more(streams, max(group))
+            samples = self._replacement_sample(streams, max(group))
         return self.collate(samples) if samples else None, problems
 
-    def _one_more(self, streams: Streams, last: int) -> list[Sample]:
+    def _replacement_sample(self, streams: StreamDataset, last: int) -> list[Sample]:
         window = streams.mixture.window
         start = last - last % window
         for i in range(1, window):
@@ -281,6 +290,8 @@ class Collated:
         return []
 
 
-def as_read(streams: Streams, group: dict[int, Read]) -> dict[int, Read]:
+def return_group(
+    streams: StreamDataset, group: dict[int, SampleOrProblem]
+) -> dict[int, SampleOrProblem]:
     """A group as it is."""
     return group

@@ -17,7 +17,7 @@ from rich.console import Console
 SizeT = TypeVar("SizeT")
 
 
-def run_example(
+def run_command(
     name: str,
     about: str,
     run: Callable[[Path, SizeT, int, Console], Mapping[str, Any]],

@@ -23,7 +23,7 @@ video { display: block; width: 100%; max-width: 720px; height: auto; border-radi
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A heading, a sentence and whatever stands under them."""
 
     title: str
@@ -37,7 +37,7 @@ def write_page(
     title: str,
     claim: str,
     tiles: Sequence[Tile],
-    sections: Sequence[Section],
+    sections: Sequence[ReportSection],
     facts: Mapping[str, Mapping[str, object]],
     footer: str = "The same numbers are in report.json beside this file.",
 ) -> None:
@@ -92,7 +92,7 @@ def loss_figures(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def film_figure(path: Path, caption: str) -> str:
+def video_figure(path: Path, caption: str) -> str:
     """An .mp4 as a figure, within the page."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
@@ -102,5 +102,5 @@ def film_figure(path: Path, caption: str) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def _section(section: ReportSection) -> str:
     return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.note)}</p>\n{section.html}"

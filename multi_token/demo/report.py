@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from multi_token.demo.cards import Card, sheet_of
 from multi_token.report.chart import chart
 from multi_token.report.html import Tile, columns, facts_table, page, tile_list
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 
 _FOOTER = (
     "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0.\n"
@@ -48,10 +48,10 @@ def write_report(
 ) -> None:
     """Write `report.json` and `report.html` to `folder`.
 
-    `report`: the numbers. Of its other keys, `recipe` (a mapping) and `machine` (by default
-    `machine()`) become tables, `probes` ([(step, accuracy)]) a curve.
+    `report`: the numbers. Of its other keys, `recipe` (a mapping) and `machine_facts` (by default
+    `machine_facts()`) become tables, `probes` ([(step, accuracy)]) a curve.
     """
-    whole = {**report, "machine": report.get("machine") or machine()}
+    whole = {**report, "machine": report.get("machine") or machine_facts()}
     shown = {**whole, "losses": list(losses), "examples": [asdict(e) for e in examples]}
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(shown, indent=2, ensure_ascii=False)
@@ -59,7 +59,7 @@ def write_report(
     whole_page = page(
         "demo",
         title="A language model learned to see",
-        claim=_claim(whole),
+        claim=_claim_html(whole),
         body=[
             tile_list(_tiles(whole)),
             _charts(losses, whole.get("probes") or ()),
@@ -71,7 +71,7 @@ def write_report(
     (folder / "report.html").write_text(whole_page, encoding="utf-8")
 
 
-def _claim(report: Mapping[str, Any]) -> str:
+def _claim_html(report: Mapping[str, Any]) -> str:
     names = escape(str(report.get("num_names", "some")))
     return (
         "A language model of text alone was given a frozen picture encoder and a small projector "
@@ -134,7 +134,7 @@ def _sheets(folder: Path, examples: Sequence[Example]) -> list[str]:
         num_right = sum(example.right for example in members)
         cards = (
             Card(
-                _spoken(example.question),
+                _question_text(example.question),
                 example.answer,
                 example.truth,
                 example.right,
@@ -149,7 +149,7 @@ def _sheets(folder: Path, examples: Sequence[Example]) -> list[str]:
     return sheets
 
 
-def _spoken(question: str) -> str:
+def _question_text(question: str) -> str:
     """Without the slot where the picture stands; slots inside a sentence are numbered."""
     text = question.removeprefix("<image>").strip()
     if text.count("<image>") == 1:
@@ -200,7 +200,7 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes else _duration(seconds)
 
 
-def sheet(
+def draw_sheet(
     examples: Sequence[Example], path: Path, *, folder: Path, columns: int = 5, rows: int = 3
 ) -> None:
     """Draw the first `columns` x `rows` examples as one PNG, for a README.
@@ -232,19 +232,21 @@ def _draw_card(example: Example, folder: Path, size: tuple[int, int]) -> Image.I
         card.paste(thumb, (i * side, (width - side) // 2))
     color, ground = ("#14713f", "#e3f3e9") if example.right else ("#b3261e", "#fbe7e5")
     verdict = "right" if example.right else f"truth: {example.truth}"
-    draw.text((12, width + 8), *_fitted(draw, _spoken(example.question), "#5a626c", 14, width))
-    draw.text((12, width + 28), *_fitted(draw, example.answer.strip(), "#1b1f24", 22, width))
+    draw.text(
+        (12, width + 8), *_fit_text(draw, _question_text(example.question), "#5a626c", 14, width)
+    )
+    draw.text((12, width + 28), *_fit_text(draw, example.answer.strip(), "#1b1f24", 22, width))
     draw.rectangle((0, height - 30, width, height), ground)
     mark = [(12, -15), (17, -9), (27, -21)] if example.right else [(13, -21), (25, -9)]
     draw.line([(x, height + y) for x, y in mark], color, 3)
     if not example.right:
         draw.line([(25, height - 21), (13, height - 9)], color, 3)
-    draw.text((36, height - 25), *_fitted(draw, verdict, color, 15, width - 24))
+    draw.text((36, height - 25), *_fit_text(draw, verdict, color, 15, width - 24))
     draw.rectangle((0, 0, width - 1, height - 1), outline="#dedcd6" if example.right else color)
     return card
 
 
-def _fitted(
+def _fit_text(
     draw: ImageDraw.ImageDraw, text: str, color: str, size: int, width: int
 ) -> tuple[str, str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     """The text, its color and font: cut with dots where it is wider than a card."""

@@ -32,7 +32,7 @@ _VERSION = 3
 
 
 @dataclass(frozen=True)
-class Question:
+class DemoQuestion:
     """One question with its pictures and the only answer that counts."""
 
     id: str
@@ -132,7 +132,7 @@ def build_rows(
     trained_categories = {thing.category for thing in trained}
     asked: list[Category] = [c for c in CATEGORY_PHRASES if c in trained_categories]
 
-    def write(path: Path, questions: Iterable[Question]) -> None:
+    def write(path: Path, questions: Iterable[DemoQuestion]) -> None:
         lines = (json.dumps(_row(q, system), ensure_ascii=False) for q in questions)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -178,10 +178,10 @@ def build_rows(
     return data
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[DemoQuestion]:
     """The questions of a file that `build_rows` wrote."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [_question(json.loads(line)) for line in lines]
+    return [_parse_question(json.loads(line)) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Pictures:
             list(pool.map(write_thing, self.things))
 
 
-def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterator[Question]:
+def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterator[DemoQuestion]:
     """Every picture once; without random numbers always in the same words."""
     for place in range(len(pictures.numbers)):
         for thing in pictures.things:
@@ -219,19 +219,19 @@ def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterat
             if random_numbers is not None and random_numbers.random() < 0.3:
                 text = _OTHER_PHRASING
             path = pictures.path(thing, place)
-            yield Question(
+            yield DemoQuestion(
                 f"naming/{thing.name}/{place}", "naming", text, (path,), (thing.name,), thing.name
             )
 
 
 def _yes_no(
     pictures: _Pictures, num_rows: int, random_numbers: random.Random
-) -> Iterator[Question]:
+) -> Iterator[DemoQuestion]:
     """Each name is asked for as often with "yes" as with "no", so the words alone tell nothing."""
     for i, asked in enumerate(islice(cycle(pictures.things), num_rows)):
         yes = (i // len(pictures.things) + i) % 2 == 0
-        shown = asked if yes else _another(asked, pictures.things, random_numbers)
-        yield Question(
+        shown = asked if yes else _pick_other(asked, pictures.things, random_numbers)
+        yield DemoQuestion(
             f"yes_no/{i}",
             "yes_no",
             f"<image>\nIs this {asked.phrase}?",
@@ -241,7 +241,7 @@ def _yes_no(
         )
 
 
-def _another(thing: Thing, among: Sequence[Thing], random_numbers: random.Random) -> Thing:
+def _pick_other(thing: Thing, among: Sequence[Thing], random_numbers: random.Random) -> Thing:
     """Half the time of the same category: an apple is harder to tell from a pear than a bus."""
     others = [t for t in among if t is not thing]
     near = [t for t in others if t.category == thing.category]
@@ -250,13 +250,13 @@ def _another(thing: Thing, among: Sequence[Thing], random_numbers: random.Random
 
 def _categories(
     pictures: _Pictures, asked: Sequence[Category], num_rows: int, random_numbers: random.Random
-) -> Iterator[Question]:
+) -> Iterator[DemoQuestion]:
     """Is this an animal? Yes and no in turn, for each category that has both."""
-    sides = _sides(pictures, pictures, asked)
+    sides = _split_by_category(pictures, pictures, asked)
     for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
         yes = i // len(sides) % 2 == 0
         shown = random_numbers.choice(inside if yes else outside)
-        yield Question(
+        yield DemoQuestion(
             f"category/{i}",
             "category",
             f"<image>\nIs this {CATEGORY_PHRASES[category]}?",
@@ -272,10 +272,10 @@ def _two_pictures(
     asked: Sequence[Category],
     num_rows: int,
     random_numbers: random.Random,
-) -> Iterator[Question]:
+) -> Iterator[DemoQuestion]:
     """Which of these is a fruit? The answer is its name, so it must be found and recognized."""
     kind: Kind = "two_pictures" if fitting is other else "known_beside_unknown"
-    sides = _sides(fitting, other, asked)
+    sides = _split_by_category(fitting, other, asked)
     for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
         right, wrong = random_numbers.choice(inside), random_numbers.choice(outside)
         pair = [
@@ -284,7 +284,7 @@ def _two_pictures(
         ]
         if i // len(sides) % 2:
             pair.reverse()
-        yield Question(
+        yield DemoQuestion(
             f"{kind}/{i}",
             kind,
             f"Which of <image> and <image> is {CATEGORY_PHRASES[category]}?",
@@ -294,7 +294,7 @@ def _two_pictures(
         )
 
 
-def _sides(
+def _split_by_category(
     fitting: _Pictures, other: _Pictures, asked: Sequence[Category]
 ) -> list[tuple[Category, list[Thing], list[Thing]]]:
     """For each category that has both: the things that fit, and those that clearly do not."""
@@ -307,19 +307,19 @@ def _sides(
     return sides
 
 
-def _row(question: Question, system: str | None) -> dict[str, Any]:
+def _row(question: DemoQuestion, system: str | None) -> dict[str, Any]:
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": question.text})
     messages.append({"role": "assistant", "content": question.answer})
     return {"id": question.id, "images": list(question.pictures), "messages": messages}
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _parse_question(row: dict[str, Any]) -> DemoQuestion:
     kind = row["id"].split("/")[0]
     assert kind in get_args(Kind), kind
     names = tuple(Path(path).parent.name for path in row["images"])
     user, assistant = row["messages"][-2:]
-    return Question(
+    return DemoQuestion(
         row["id"],
         cast(Kind, kind),
         user["content"],

@@ -20,14 +20,14 @@ from rich.progress import Progress
 from multi_token.checkpoint.load import CONFIG, compose, load_trained
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
-from multi_token.demo.report import Example, sheet, write_report
-from multi_token.demo.rows import DemoData, Question, build_rows, read_questions
-from multi_token.demo.scores import contains_name, is_name, shuffled_pictures
+from multi_token.demo.report import Example, draw_sheet, write_report
+from multi_token.demo.rows import DemoData, DemoQuestion, build_rows, read_questions
+from multi_token.demo.scores import contains_name, is_exact_name, shuffled_pictures
 from multi_token.language_model.loading import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 from multi_token.train.run import train
 from multi_token.types import Media
 
@@ -38,7 +38,7 @@ _BATCH_SIZE = 50
 
 
 @dataclass(frozen=True)
-class Size:
+class DemoSize:
     """How much is made, learned and asked."""
 
     num_names: int = 100
@@ -53,7 +53,7 @@ class Size:
     """Questions of each held-out kind, at most."""
 
 
-QUICK = Size(
+QUICK = DemoSize(
     num_names=10,
     num_renderings=4,
     num_steps=16,
@@ -65,7 +65,7 @@ QUICK = Size(
 )
 
 
-def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
+def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
     """The demo's recipe: the same keys as any user's."""
     fields: dict[str, Any] = {
         "model": {
@@ -107,7 +107,7 @@ def recipe(data: DemoData, out: Path, size: Size, *, seed: int) -> Recipe:
     return parse_recipe(json.dumps(fields), where="the demo's recipe")
 
 
-def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]:
+def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, Any]:
     """Everything, with the report written to `out`; returns the report's numbers."""
     began = time.perf_counter()
     console.rule("1 rows")
@@ -142,41 +142,43 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
     times.write_text(json.dumps(train_seconds), encoding="utf-8")
 
     console.rule("3 questions about what it has not seen")
-    asker = Asker(model, data, out, console)
+    asker = BatchGenerator(model, data, out, console)
     naming = read_questions(data.held_out_naming)[: size.num_asked]
     named = asker.ask(naming, "new renderings")
     two = asker.ask(
         read_questions(data.held_out_two_pictures)[: size.num_asked // 2], "two pictures"
     )
     yes_no = asker.ask(read_questions(data.held_out_yes_no)[: size.num_asked // 2], "yes or no")
-    unknown = asker.ask(_beside_unknown(data)[: size.num_asked // 4], "beside an unseen thing")
+    unknown = asker.ask(_unknown_media_ids(data)[: size.num_asked // 4], "beside an unseen thing")
 
     console.rule("4 proofs")
-    mixed = _with_others_pictures(naming, seed)
+    mixed = _shuffle_pictures(naming, seed)
     shuffled = asker.ask(mixed, "the same with the pictures shuffled")
     identical = text_is_untouched(model)
-    start = closed_form(plan, out)
-    begun = Asker(start, data, out, console).ask(naming[: size.num_asked // 2], "no gradient step")
+    start = closed_form_model(plan, out)
+    begun = BatchGenerator(start, data, out, console).ask(
+        naming[: size.num_asked // 2], "no gradient step"
+    )
 
     history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
     report: dict[str, Any] = {
         "num_names": len(data.names),
-        "held_out_accuracy": _share(named),
+        "held_out_accuracy": _share_right(named),
         "closed_form_accuracy": sum(
             contains_name(example.answer, example.truth) for example in begun
         )
         / len(begun),
-        "shuffled_accuracy": _share(shuffled),
-        "two_picture_accuracy": _share(two),
-        "yes_no_accuracy": _share(yes_no),
-        "known_beside_unseen_accuracy": _share(unknown),
+        "shuffled_accuracy": _share_right(shuffled),
+        "two_picture_accuracy": _share_right(two),
+        "yes_no_accuracy": _share_right(yes_no),
+        "known_beside_unseen_accuracy": _share_right(unknown),
         "text_logits_identical": identical,
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - began, 1),
         "data_wait_share": history.get("data_wait"),
         "num_steps": size.num_steps,
         "seed": seed,
-        "machine": machine(),
+        "machine": machine_facts(),
         "recipe": {
             "language model": "SmolLM2-135M-Instruct, frozen",
             "encoder": "EfficientNet-Lite0 (ImageNet), pooled, frozen",
@@ -187,12 +189,12 @@ def run(out: Path, *, size: Size, seed: int, console: Console) -> dict[str, Any]
     losses = [(log["step"], log["loss"]) for log in history["log_history"] if "loss" in log]
     examples = [*named, *two, *yes_no, *unknown]
     write_report(out, report, examples, losses)
-    sheet(_for_the_sheet(named), out / "sheet.png", folder=out)
+    draw_sheet(_sheet_examples(named), out / "sheet.png", folder=out)
     return report
 
 
 @dataclass
-class Asker:
+class BatchGenerator:
     """Asks questions of the data's files in batches, with features remembered."""
 
     model: MultiTokenForConditionalGeneration
@@ -201,12 +203,12 @@ class Asker:
     console: Console
 
     def __post_init__(self) -> None:
-        assert self.model.reader is not None
+        assert self.model.processor is not None
         cache = FeatureCache(self.out / "cache" / "held_out")
-        self.model.reader = replace(self.model.reader, cache=cache)
+        self.model.processor = replace(self.model.processor, cache=cache)
         self.cache = cache
 
-    def ask(self, questions: Sequence[Question], what: str) -> list[Example]:
+    def ask(self, questions: Sequence[DemoQuestion], what: str) -> list[Example]:
         """Greedy answers, right only if they *are* the expected one."""
         folder = str(self.data.folder)
         items = [(Media("image", p), Fetch(root=folder)) for q in questions for p in q.pictures]
@@ -228,7 +230,7 @@ class Asker:
                 question=question.text,
                 answer=answer,
                 truth=question.answer,
-                right=is_name(answer, question.answer),
+                right=is_exact_name(answer, question.answer),
                 pictures=tuple(
                     str((self.data.folder / p).relative_to(self.out)) for p in question.pictures
                 ),
@@ -236,7 +238,7 @@ class Asker:
             )
             for question, answer in zip(questions, answers, strict=True)
         ]
-        share = _share(examples)
+        share = _share_right(examples)
         self.console.print(f"{what}: {share:.1%} of {len(examples)} right", highlight=False)
         return examples
 
@@ -246,20 +248,20 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
     spec = model.config.model
     bare: Any = load_language_model(spec["language_model"], dtype=spec["dtype"])
     bare.to(model.device)
-    ids = model.reader.tokenizer("The capital of France is", return_tensors="pt").input_ids  # type: ignore[union-attr]
+    ids = model.processor.tokenizer("The capital of France is", return_tensors="pt").input_ids  # type: ignore[union-attr]
     ids = ids.to(model.device)
     with torch.no_grad():
         return torch.equal(model(input_ids=ids).logits, bare(input_ids=ids).logits)
 
 
-def closed_form(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
+def closed_form_model(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
     """The model as it was after the closed-form start, before any gradient step."""
     model = compose(plan.model)
     load_trained(model, out / "stages" / "0-align")
     return model.eval()
 
 
-def _row(question: Question) -> dict[str, Any]:
+def _row(question: DemoQuestion) -> dict[str, Any]:
     return {
         "id": question.id,
         "images": list(question.pictures),
@@ -270,7 +272,7 @@ def _row(question: Question) -> dict[str, Any]:
     }
 
 
-def _with_others_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
+def _shuffle_pictures(questions: Sequence[DemoQuestion], seed: int) -> list[DemoQuestion]:
     """Each question with the picture of another name; the right answer stays its own."""
     order = shuffled_pictures([question.names[0] for question in questions], seed)
     return [
@@ -279,15 +281,15 @@ def _with_others_pictures(questions: Sequence[Question], seed: int) -> list[Ques
     ]
 
 
-def _beside_unknown(data: DemoData) -> list[Question]:
+def _unknown_media_ids(data: DemoData) -> list[DemoQuestion]:
     return [q for q in read_questions(data.held_out_things) if q.kind == "known_beside_unknown"]
 
 
-def _share(examples: Sequence[Example]) -> float:
+def _share_right(examples: Sequence[Example]) -> float:
     return round(sum(example.right for example in examples) / max(len(examples), 1), 4)
 
 
-def _for_the_sheet(examples: Sequence[Example]) -> list[Example]:
+def _sheet_examples(examples: Sequence[Example]) -> list[Example]:
     """Fifteen spread over all, wrong ones among them in their true proportion."""
     step = max(1, len(examples) // 15)
     return list(examples[::step][:15])

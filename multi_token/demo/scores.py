@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
-def is_name(answer: str, name: str) -> bool:
+def is_exact_name(answer: str, name: str) -> bool:
     """Whether the answer is the name and nothing else, but for case, spaces around, a final dot."""
     return answer.strip().removesuffix(".").rstrip().casefold() == name.casefold()
 
@@ -23,7 +23,7 @@ def contains_name(answer: str, name: str) -> bool:
 
 def accuracy(pairs: Iterable[tuple[str, str]]) -> float:
     """The part of (answer, name) pairs where the answer is the name."""
-    right = [is_name(answer, name) for answer, name in pairs]
+    right = [is_exact_name(answer, name) for answer, name in pairs]
     if not right:
         raise ValueError("no answers to count")
     return sum(right) / len(right)

@@ -21,11 +21,11 @@ import torch
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.scores import RowScores, score_rows
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.processor import Reader
-from multi_token.projectors.base import Projector, without_breaks
+from multi_token.processor import MultiTokenProcessor
+from multi_token.projectors.base import Projector, mask_without_newlines
 from multi_token.types import Conversation, Features, Media, Sample
 
-Row = tuple[Conversation, Reader]
+EvaluationRow = tuple[Conversation, MultiTokenProcessor]
 """A conversation, and what opens its media."""
 
 
@@ -70,7 +70,7 @@ class BlindReport:
 
 def blind(
     model: MultiTokenForConditionalGeneration,
-    rows: Sequence[Row],
+    rows: Sequence[EvaluationRow],
     *,
     batch_size: int = 8,
     seed: int = 0,
@@ -84,9 +84,11 @@ def blind(
 
     Raises MultiTokenError if fewer than two rows can be shuffled, RowError for a bad row.
     """
-    senses = _senses(rows)
-    exchanged = Exchange(rows, seed=seed)
-    chosen = [i for i in range(len(rows)) if rows[i][0].media and exchanged.donors(i, senses)]
+    modality_names = _modality_names(rows)
+    exchanged = MediaShuffle(rows, seed=seed)
+    chosen = [
+        i for i in range(len(rows)) if rows[i][0].media and exchanged.donors(i, modality_names)
+    ]
     if len(chosen) < 2:
         raise MultiTokenError(
             f"expected at least 2 rows whose media can be exchanged for others, got {len(chosen)} "
@@ -99,23 +101,23 @@ def blind(
     as_is = [rows[i][1](rows[i][0]) for i in chosen]
     base = score(as_is)
     conditions = [Condition("as they are", _mean(base.loss), _mean(base.accuracy))]
-    shuffled = score([exchanged.sample(i, senses) for i in chosen])
-    conditions.append(_compared("shuffled", shuffled, base))
-    with blanked(model, senses):
-        conditions.append(_compared("blanked", score(as_is), base))
+    shuffled = score([exchanged.sample(i, modality_names) for i in chosen])
+    conditions.append(_compare("shuffled", shuffled, base))
+    with ablated(model, modality_names):
+        conditions.append(_compare("blanked", score(as_is), base))
     warnings = _warnings(conditions[1], "its media")
-    for sense in senses if len(senses) > 1 else ():
+    for sense in modality_names if len(modality_names) > 1 else ():
         some = [k for k, i in enumerate(chosen) if exchanged.donors(i, [sense])]
         if len(some) < 2:
             continue
         of_sense = score([exchanged.sample(chosen[k], [sense]) for k in some])
         same_rows = RowScores(base.loss[some], base.accuracy[some])
-        conditions.append(_compared(f"{sense} shuffled", of_sense, same_rows))
+        conditions.append(_compare(f"{sense} shuffled", of_sense, same_rows))
         warnings += _warnings(conditions[-1], repr(sense))
     return BlindReport(len(chosen), len(rows) - len(chosen), conditions, warnings)
 
 
-def _senses(rows: Sequence[Row]) -> list[str]:
+def _modality_names(rows: Sequence[EvaluationRow]) -> list[str]:
     return sorted({item.modality for conversation, _ in rows for item in conversation.media})
 
 
@@ -123,7 +125,7 @@ def _mean(values: torch.Tensor) -> float:
     return float(values.double().mean())
 
 
-def _compared(media: str, scores: RowScores, base: RowScores) -> Condition:
+def _compare(media: str, scores: RowScores, base: RowScores) -> Condition:
     differences = (scores.loss - base.loss).double()
     return Condition(
         media,
@@ -145,37 +147,41 @@ def _warnings(condition: Condition, what: str) -> list[str]:
     ]
 
 
-class Exchange:
+class MediaShuffle:
     """Other rows' items in each row, found by content."""
 
-    def __init__(self, rows: Sequence[Row], *, seed: int) -> None:
+    def __init__(self, rows: Sequence[EvaluationRow], *, seed: int) -> None:
         self.rows = rows
         generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(len(rows), generator=generator).tolist()
         self.place = {index: place for place, index in enumerate(self.order)}
         self._digests: dict[int, list[bytes]] = {}
-        self._found: dict[tuple[int, tuple[str, ...]], dict[int, tuple[int, int]]] = {}
+        self._donors: dict[tuple[int, tuple[str, ...]], dict[int, tuple[int, int]]] = {}
 
-    def donors(self, index: int, senses: Collection[str]) -> dict[int, tuple[int, int]]:
+    def donors(self, index: int, modality_names: Collection[str]) -> dict[int, tuple[int, int]]:
         """Item of the row -> (row, item) that takes its place; {} if there is none.
 
         A row with as many items of these senses is taken whole; where there is none, items come
         from different rows.
         """
-        key = (index, tuple(sorted(senses)))
-        if key not in self._found:
-            self._found[key] = self._find(index, senses)
-        return self._found[key]
+        key = (index, tuple(sorted(modality_names)))
+        if key not in self._donors:
+            self._donors[key] = self._find_donors(index, modality_names)
+        return self._donors[key]
 
-    def _find(self, index: int, senses: Collection[str]) -> dict[int, tuple[int, int]]:
-        mine = self._items(index, senses)
+    def _find_donors(
+        self, index: int, modality_names: Collection[str]
+    ) -> dict[int, tuple[int, int]]:
+        mine = self._items(index, modality_names)
         if not mine:
             return {}
         singles: dict[int, tuple[int, int]] = {}
-        for other in self._others(index):
-            theirs = self._items(other, senses)
+        for other in self._shuffled_rows(index):
+            theirs = self._items(other, modality_names)
             if Counter(name for name, _ in mine) == Counter(name for name, _ in theirs):
-                pairs = dict(zip(_by_sense(mine), _by_sense(theirs), strict=True))
+                pairs = dict(
+                    zip(_positions_by_modality(mine), _positions_by_modality(theirs), strict=True)
+                )
                 if all(self._differ(index, a, other, b) for a, b in pairs.items()):
                     return {a: (other, b) for a, b in pairs.items()}
             for name, place in mine:
@@ -187,57 +193,61 @@ class Exchange:
                         break
         return singles if len(singles) == len(mine) else {}
 
-    def sample(self, index: int, senses: Collection[str]) -> Sample:
+    def sample(self, index: int, modality_names: Collection[str]) -> Sample:
         """The row with its items of these senses exchanged, read anew: they may be longer."""
-        conversation, reader = self.rows[index]
-        taken = self.donors(index, senses)
+        conversation, processor = self.rows[index]
+        taken = self.donors(index, modality_names)
         media = [
-            self._prepare(*taken[place]) if place in taken else reader.prepare(item)
+            self._prepare(*taken[place]) if place in taken else processor.prepare(item)
             for place, item in enumerate(conversation.media)
         ]
         num_tokens = [
-            reader.modalities[item.modality].num_tokens(prepared.num_features)
+            processor.modalities[item.modality].num_tokens(prepared.num_features)
             for item, prepared in zip(conversation.media, media, strict=True)
         ]
-        sample = reader.chat.tokenize(conversation, num_tokens)
+        sample = processor.chat.tokenize(conversation, num_tokens)
         sample.media = media
         return sample
 
     def _prepare(self, index: int, place: int) -> Any:
-        conversation, reader = self.rows[index]
-        return reader.prepare(conversation.media[place], row_id=conversation.id)
+        conversation, processor = self.rows[index]
+        return processor.prepare(conversation.media[place], row_id=conversation.id)
 
-    def _others(self, index: int) -> Iterator[int]:
+    def _shuffled_rows(self, index: int) -> Iterator[int]:
         start = self.place[index]
         for step in range(1, len(self.order)):
             yield self.order[(start + step) % len(self.order)]
 
-    def _items(self, index: int, senses: Collection[str]) -> list[tuple[str, int]]:
+    def _items(self, index: int, modality_names: Collection[str]) -> list[tuple[str, int]]:
         media = self.rows[index][0].media
-        return [(m.modality, place) for place, m in enumerate(media) if m.modality in senses]
+        return [
+            (m.modality, place) for place, m in enumerate(media) if m.modality in modality_names
+        ]
 
     def _differ(self, index: int, place: int, other: int, other_place: int) -> bool:
-        return self._digest(index)[place] != self._digest(other)[other_place]
+        return self._digest_of(index)[place] != self._digest_of(other)[other_place]
 
-    def _digest(self, index: int) -> list[bytes]:
+    def _digest_of(self, index: int) -> list[bytes]:
         if index not in self._digests:
-            conversation, reader = self.rows[index]
-            self._digests[index] = [_digest(item, reader) for item in conversation.media]
+            conversation, processor = self.rows[index]
+            self._digests[index] = [_digest(item, processor) for item in conversation.media]
         return self._digests[index]
 
 
-def _by_sense(items: Sequence[tuple[str, int]]) -> list[int]:
+def _positions_by_modality(items: Sequence[tuple[str, int]]) -> list[int]:
     """Places of items, those of a sense together: the same order for equal counts."""
     return [place for _, place in sorted(items)]
 
 
-def _digest(item: Media, reader: Reader) -> bytes:
-    content = reader.modalities[item.modality].content(item.source, reader.fetch)
+def _digest(item: Media, processor: MultiTokenProcessor) -> bytes:
+    content = processor.modalities[item.modality].content(item.source, processor.fetch)
     return hashlib.sha256(content).digest()
 
 
 @contextmanager
-def blanked(model: MultiTokenForConditionalGeneration, senses: Collection[str]) -> Iterator[None]:
+def ablated(
+    model: MultiTokenForConditionalGeneration, modality_names: Collection[str]
+) -> Iterator[None]:
     """Within: the projectors of these senses are given features that say nothing.
 
     Each is the mean that the projector was calibrated to, which is zero once standardized. Where a
@@ -249,13 +259,13 @@ def blanked(model: MultiTokenForConditionalGeneration, senses: Collection[str]) 
         if isinstance(projector, Projector) and projector.spec.standardize:
             mean = projector.feature_mean.to(features.values.dtype)
         else:
-            mask = without_breaks(features)
+            mask = mask_without_newlines(features)
             values = features.values
             mean = values.flatten(0, 1).mean(0) if mask is None else values[mask].mean(0)
         values = mean.expand_as(features.values)
-        return (Features(values, features.mask, features.breaks), *rest)
+        return (Features(values, features.mask, features.newlines), *rest)
 
-    handles = [model.projectors[name].register_forward_pre_hook(replace) for name in senses]
+    handles = [model.projectors[name].register_forward_pre_hook(replace) for name in modality_names]
     try:
         yield
     finally:

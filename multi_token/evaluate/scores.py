@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from multi_token.collate import Collator
 from multi_token.errors import MultiTokenError
-from multi_token.generate import reader_of, to_device
+from multi_token.generate import require_processor, to_device
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -40,7 +40,7 @@ def score_rows(
     write this answer and stop, so nothing has to be generated. Raises MultiTokenError for a sample
     with nothing learned.
     """
-    collate = Collator(model.modalities, reader_of(model).chat.filler_id)
+    collate = Collator(model.modalities, require_processor(model).chat.filler_id)
     training = model.training
     model.eval()
     losses: list[Tensor] = []

@@ -11,22 +11,22 @@ from functools import cached_property
 from typing import Literal
 
 from multi_token.errors import LanguageModelError
-from multi_token.language_model.forward import Start
+from multi_token.language_model.forward import PrefillMode
 
-_LACKS = {
-    "pads_left": (
+_LIMITATIONS = {
+    "supports_left_padding": (
         "{name} answers otherwise when its rows are padded on the left, so only prompts of one "
         "length are answered together"
     ),
-    "selects_logits": (
+    "supports_logits_to_keep": (
         "{name} does not select logits by a mask, so all logits are computed and the supervised "
         "ones taken, which needs more memory"
     ),
-    "isolates_packed": (
+    "supports_packing": (
         "{name} cannot take packed rows: what stands in one row changes what comes of the next; "
         "leave them padded"
     ),
-    "branches": (
+    "supports_shared_media": (
         "{name} cannot go on from one start several times in a packed row: it does not run on "
         "`sdpa`, or not all of its layers see everything before them; set train.share_media to "
         "false"
@@ -46,78 +46,81 @@ class Capabilities:
     """The model's class."""
     embedding_scale: float
     """What embeddings must be multiplied with to be what the model makes of ids."""
-    needs_ids: bool
+    needs_input_ids: bool
     """Layers look ids up: they are passed beside the embeddings."""
-    starts_from: Start
+    prefill_mode: PrefillMode
     """How a prompt is continued: see `drive.continue_text`."""
-    pads_left: bool
+    supports_left_padding: bool
     """Rows padded on the left answer as they do alone. Padding on the right is exact for all."""
-    selects_logits: bool
+    supports_logits_to_keep: bool
     """The head computes logits at supervised positions only."""
-    num_exact_tokens: int | None
+    max_batched_length: int | None
     """Rows change each other in a batch with one longer than this: see `drive.num_exact_tokens`."""
-    trials: Mapping[str, Callable[[], bool]] = field(repr=False, compare=False)
+    probes: Mapping[str, Callable[[], bool]] = field(repr=False, compare=False)
     """Of what is tried when it is first asked for."""
 
     @cached_property
-    def isolates_packed(self) -> bool:
+    def supports_packing(self) -> bool:
         """Rows packed into one, with positions that begin anew, do not see each other.
 
         Tried when first asked for, as only packing needs it.
         """
-        return self.trials["isolates_packed"]()
+        return self.probes["supports_packing"]()
 
     @cached_property
-    def attends_by_segment(self) -> bool:
+    def supports_segment_attention(self) -> bool:
         """Packed rows are right with segment_attention.py, which is faster than a mask over all
         of them.
 
         Tried when first asked for.
         """
-        return self.trials["attends_by_segment"]()
+        return self.probes["supports_segment_attention"]()
 
     @cached_property
-    def branches(self) -> bool:
+    def supports_shared_media(self) -> bool:
         """Packed rows may share a start, computed once, that each of them goes on from.
 
         Tried when first asked for.
         """
-        return self.trials["branches"]()
+        return self.probes["supports_shared_media"]()
 
     @cached_property
     def repeats_cache(self) -> bool:
         """A start that all rows share can be computed once. Tried when first asked for."""
-        return self.trials["repeats_cache"]()
+        return self.probes["repeats_cache"]()
 
-    def require(self, what: Literal["isolates_packed", "branches", "repeats_cache"]) -> None:
+    def require(
+        self, what: Literal["supports_packing", "supports_shared_media", "repeats_cache"]
+    ) -> None:
         """Raise LanguageModelError, with the reason, if the model cannot do it."""
         if not getattr(self, what):
-            raise LanguageModelError(_LACKS[what].format(name=self.name))
+            raise LanguageModelError(_LIMITATIONS[what].format(name=self.name))
 
-    def findings(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What differs from the plain case, in words; nothing if all is plain."""
         said = []
         if self.embedding_scale != 1.0:
             said.append(f"embeddings are multiplied by {self.embedding_scale:g}, as ids' are")
-        if self.needs_ids:
+        if self.needs_input_ids:
             said.append("its layers get the ids too; a media span shows them the filler id")
-        if self.starts_from == "ids":
+        if self.prefill_mode == "ids":
             said.append("answers go on from a cache of the prompt, by ids")
-        for what in ("pads_left", "selects_logits"):
+        for what in ("supports_left_padding", "supports_logits_to_keep"):
             if not getattr(self, what):
-                said.append(_LACKS[what].format(name=self.name))
-        if self.num_exact_tokens is not None:
+                said.append(_LIMITATIONS[what].format(name=self.name))
+        if self.max_batched_length is not None:
             said.append(
-                f"in a batch with a row of more than {self.num_exact_tokens} tokens it scales the "
+                f"in a batch with a row of more than {self.max_batched_length} tokens it "
+                f"scales the "
                 "positions of all rows by the longest (see rope_type in its config.json): keep "
                 "data.max_tokens below, or train longer rows one at a time"
             )
         return said
 
-    def answers_together(self, longest: int) -> bool:
+    def can_batch_lengths(self, longest: int) -> bool:
         """Whether prompts of several lengths, the longest with its answer so long, may be padded
         to one batch and are answered as each alone.
         """
-        return self.pads_left and (
-            self.num_exact_tokens is None or longest <= self.num_exact_tokens
+        return self.supports_left_padding and (
+            self.max_batched_length is None or longest <= self.max_batched_length
         )

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 
-Start = Literal["embeddings", "ids"]
+PrefillMode = Literal["embeddings", "ids"]
 """From what a prompt is continued: see `continue_text`."""
-SEGMENT_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+FLASH_ATTENTION_KWARGS = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+)
 """What transformers' flash attention is told of a packed row."""
 
 
-def without_adapter(language_model: Any) -> Any:
+def base_language_model(language_model: Any) -> Any:
     """transformers' own module, below PEFT's if an adapter is attached."""
     inner = getattr(language_model, "get_base_model", None)
     return inner() if callable(inner) else language_model
@@ -32,39 +34,39 @@ class ScaledEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Module, scale: float) -> None:
         super().__init__()
-        self.of = (embedding,)  # in a tuple, so that its weights are not listed a second time
+        self.wrapped = (embedding,)  # in a tuple, so that its weights are not listed a second time
         self.scale = scale
 
     @property
     def weight(self) -> Tensor:
         """The weights [num_ids, dim], not scaled."""
-        return self.of[0].weight  # type: ignore[return-value]
+        return self.wrapped[0].weight  # type: ignore[return-value]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] -> [..., dim]"""
-        return self.of[0](input_ids) * self.scale
+        return self.wrapped[0](input_ids) * self.scale
 
 
-def layer_inputs(language_model: Any, input_ids: Tensor) -> dict[str, Any]:
+def per_layer_inputs(language_model: Any, input_ids: Tensor) -> dict[str, Any]:
     """What some families look up by id for every layer, as arguments of forward; {} for others.
 
     input_ids int64 [batch, time]. A media span holds the filler id, which is what the multimodal
     classes of those families put there as well (Gemma3n, Gemma4 in transformers).
     """
-    model = without_adapter(language_model)
+    model = base_language_model(language_model)
     if not getattr(model.config, "hidden_size_per_layer_input", 0):
         return {}
     look_up = getattr(model.base_model, "get_per_layer_inputs", None)
     return {} if look_up is None else {"per_layer_inputs": look_up(input_ids)}
 
 
-def num_exact_tokens(language_model: Any) -> int | None:
+def max_batched_length(language_model: Any) -> int | None:
     """The length beyond which a row's positions are scaled by the longest row of its batch, if any.
 
     So do transformers' `dynamic` and `longrope` scalings (modeling_rope_utils.py). Read from the
     configuration: trying it would take a text of that length.
     """
-    config = without_adapter(language_model).config.get_text_config()
+    config = base_language_model(language_model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     lengths = [
         kind.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -74,19 +76,21 @@ def num_exact_tokens(language_model: Any) -> int | None:
     return min(lengths, default=None)
 
 
-def takes_positions(language_model: Any) -> bool:
+def accepts_position_ids(language_model: Any) -> bool:
     """Whether forward has an argument `position_ids` of its own."""
-    return "position_ids" in inspect.signature(without_adapter(language_model).forward).parameters
+    return (
+        "position_ids" in inspect.signature(base_language_model(language_model).forward).parameters
+    )
 
 
-def segment_inputs(language_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Of forward's arguments those that this model takes: where segments begin (`cu_seq_lens_q`
     and so on) is told only to one that passes on what it does not know.
     """
-    parameters = inspect.signature(without_adapter(language_model).forward).parameters.values()
+    parameters = inspect.signature(base_language_model(language_model).forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return dict(inputs)
-    return {name: value for name, value in inputs.items() if name not in SEGMENT_INPUTS}
+    return {name: value for name, value in inputs.items() if name not in FLASH_ATTENTION_KWARGS}
 
 
 @torch.no_grad()
@@ -102,7 +106,8 @@ def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> An
         past.batch_repeat_interleave(num_rows)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise LanguageModelError(
-            f"{type(without_adapter(language_model)).__name__} keeps no key-value cache that could "
+            f"{type(base_language_model(language_model)).__name__} keeps no key-value "
+            f"cache that could "
             "be repeated for each row, so a shared start cannot be computed once; set "
             "train.share_prefix to false"
         ) from error
@@ -117,7 +122,7 @@ def supervised_loss(
     shift_labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     past_key_values: Any = None,
-    selects_logits: bool = True,
+    supports_logits_to_keep: bool = True,
     **inputs: Any,
 ) -> Any:
     """The model's own output with loss and with logits at supervised positions only.
@@ -137,7 +142,7 @@ def supervised_loss(
         "attention_mask": attention_mask,
         "use_cache": False,
     }
-    if not selects_logits:
+    if not supports_logits_to_keep:
         output = language_model(**inputs)
         output.logits = output.logits[keep]
         total = nn.functional.cross_entropy(
@@ -154,19 +159,20 @@ def supervised_loss(
     )
     if output.logits.shape[0] != int(keep.sum()):
         raise LanguageModelError(
-            f"{type(without_adapter(language_model)).__name__} ignores a boolean logits_to_keep "
+            f"{type(base_language_model(language_model)).__name__} ignores a boolean "
+            f"logits_to_keep "
             f"(got logits {tuple(output.logits.shape)} for {int(keep.sum())} supervised positions)"
         )
     return output
 
 
-def continue_text(
+def generate_from_embeds(
     language_model: Any,
     *,
     inputs_embeds: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
-    start: Start = "embeddings",
+    prefill_mode: PrefillMode = "embeddings",
     **options: Any,
 ) -> Any:
     """The child's own `generate` behind a prompt [batch, time, dim] -> new ids [batch, new].
@@ -176,20 +182,21 @@ def continue_text(
     embeddings there or need ids in their layers; the last position must then be text, and
     input_ids int64 [batch, time] says which. With `return_dict_in_generate` its whole output.
     """
-    if start == "embeddings":
+    if prefill_mode == "embeddings":
         return language_model.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
         )
     if max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
         raise LanguageModelError(
-            f"{type(without_adapter(language_model)).__name__} goes on from a cache of the prompt, "
+            f"{type(base_language_model(language_model)).__name__} goes on from a cache "
+            f"of the prompt, "
             "which cannot be shared by several answers: num_beams and num_return_sequences must "
             "be 1"
         )
     before = slice(None, -1)
     if input_ids.shape[1] > 1:
-        prompt = layer_inputs(language_model, input_ids[:, before])
-        if takes_positions(language_model):
+        prompt = per_layer_inputs(language_model, input_ids[:, before])
+        if accepts_position_ids(language_model):
             prompt["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, before]
         options["past_key_values"] = language_model(
             inputs_embeds=inputs_embeds[:, before],
@@ -199,7 +206,7 @@ def continue_text(
             **prompt,
         ).past_key_values
     if options.get("streamer") is not None:
-        options["streamer"] = _WithoutPrompt(options["streamer"])
+        options["streamer"] = _SkipPromptStreamer(options["streamer"])
     output = language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
     if isinstance(output, Tensor):
         return output[:, input_ids.shape[1] :]
@@ -207,7 +214,7 @@ def continue_text(
     return output
 
 
-class _WithoutPrompt:
+class _SkipPromptStreamer:
     """Hands a streamer an empty prompt, as `generate` does where it is given embeddings."""
 
     def __init__(self, streamer: Any) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.quantization import (
-    keep_backward,
+    keep_backward_layout,
     quantization_config,
     quantized_parameters,
 )
@@ -50,7 +50,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
-    source, options = _gguf(name)
+    source, options = _gguf_arguments(name)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, **options)
     except _FAULTS as error:
@@ -75,11 +75,11 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
-    source, options = _gguf(name)
+    source, options = _gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        _refuse_to_quantize_twice(name, source, options, revision)
+        _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -94,14 +94,14 @@ def load_language_model(
             f"of a decoder-only model is expected): {first_line(error)}"
         ) from None
     if "gguf_file" in options:
-        _forget_gguf(model)
+        _clear_gguf_quantizer(model)
     if quantization is not None and not quantized_parameters(model):
         raise LanguageModelError(
             f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
             f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
             "to null, or try another kind"
         )
-    keep_backward(model)
+    keep_backward_layout(model)
     return model.requires_grad_(False).eval()
 
 
@@ -144,7 +144,7 @@ def load_embeddings(
     are read. Where a family cannot be made so, or its embeddings do not come, all of it is loaded
     and the rest given up again.
     """
-    less = _without_layers(name, revision, dtype) if quantization is None else None
+    less = _load_without_layers(name, revision, dtype) if quantization is None else None
     if less is None:
         whole: Any = load_language_model(
             name,
@@ -159,12 +159,12 @@ def load_embeddings(
     return found.requires_grad_(False).eval()
 
 
-def _without_layers(name: str, revision: str | None, dtype: str) -> tuple[Any, Any] | None:
+def _load_without_layers(name: str, revision: str | None, dtype: str) -> tuple[Any, Any] | None:
     """A model of no layers and the config of the whole one, or None if there is no such thing."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    if _gguf(name)[1]:
+    if _gguf_arguments(name)[1]:
         return None
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # of every layer it would say that it is left over
@@ -191,7 +191,7 @@ def _without_layers(name: str, revision: str | None, dtype: str) -> tuple[Any, A
     return None if report["missing_keys"] or report["mismatched_keys"] else (model, config)
 
 
-def _gguf(name: str) -> tuple[str, dict[str, Any]]:
+def _gguf_arguments(name: str) -> tuple[str, dict[str, Any]]:
     """What transformers is asked for: the name, or a GGUF file's folder and the file's name."""
     path = Path(name)
     if path.suffix == ".gguf":
@@ -216,14 +216,14 @@ def _gguf(name: str) -> tuple[str, dict[str, Any]]:
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _forget_gguf(model: Any) -> None:
+def _clear_gguf_quantizer(model: Any) -> None:
     """Its weights are plain numbers by now, but it would be refused as quantized where it goes."""
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
 
 
-def _refuse_to_quantize_twice(
+def _check_not_quantized(
     name: str, source: str, options: Mapping[str, Any], revision: str | None
 ) -> None:
     if "gguf_file" in options:
@@ -283,15 +283,15 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
     try:
         return get_peft_model(language_model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        _remove_half_an_adapter(language_model)
+        _remove_partial_adapter(language_model)
         raise LanguageModelError(
             f"LoRA cannot be attached to {spec.target_modules}: "
             f"{first_line(error).partition('. ')[0]}; set train.adapter.target_modules to a list "
-            f"of layers that take it: {', '.join(_layers_that_take_lora(language_model))}"
+            f"of layers that take it: {', '.join(_lora_target_modules(language_model))}"
         ) from None
 
 
-def _layers_that_take_lora(language_model: PreTrainedModel) -> list[str]:
+def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
     """Names of linear layers, each tried alone, without the head."""
     from peft import LoraConfig, get_peft_model
 
@@ -308,12 +308,12 @@ def _layers_that_take_lora(language_model: PreTrainedModel) -> list[str]:
         except ValueError:
             continue
         finally:
-            _remove_half_an_adapter(language_model)
+            _remove_partial_adapter(language_model)
         fitting.append(name)
     return fitting
 
 
-def _remove_half_an_adapter(language_model: nn.Module) -> None:
+def _remove_partial_adapter(language_model: nn.Module) -> None:
     """Put layers back that PEFT has wrapped, as it does before it refuses the next one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -15,19 +15,22 @@ from torch import Tensor
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.forward import (
-    Start,
-    continue_text,
-    layer_inputs,
-    num_exact_tokens,
+    PrefillMode,
+    accepts_position_ids,
+    base_language_model,
+    filter_flash_attention_kwargs,
+    generate_from_embeds,
+    max_batched_length,
+    per_layer_inputs,
     prefix_cache,
-    segment_inputs,
     supervised_loss,
-    takes_positions,
-    without_adapter,
 )
 from multi_token.language_model.loading import first_line
 from multi_token.language_model.quantization import quantized_parameters
-from multi_token.language_model.segment_attention import attending_by_segment, watching_masks
+from multi_token.language_model.segment_attention import (
+    recording_mask_reach,
+    segment_attention_enabled,
+)
 
 _NUM_TOKENS = 6
 _ROUNDING = 0.05
@@ -56,28 +59,32 @@ def probe(language_model: Any) -> Capabilities:
     """
 
     def everything(trial: _Probe) -> Capabilities:
-        selects_logits = trial.selects_logits()
-        starts_from, pads_left = trial.find_start()
+        supports_logits_to_keep = trial.supports_logits_to_keep()
+        prefill_mode, supports_left_padding = trial.find_prefill_mode()
         return Capabilities(
             name=trial.name,
             embedding_scale=trial.scale,
-            needs_ids=bool(layer_inputs(language_model, trial.ids)),
-            starts_from=starts_from,
-            pads_left=pads_left,
-            selects_logits=selects_logits,
-            num_exact_tokens=num_exact_tokens(language_model),
-            trials={
-                "isolates_packed": lambda: _tried(language_model, _Probe.isolates_packed),
-                "attends_by_segment": lambda: _tried(language_model, _Probe.attends_by_segment),
-                "branches": lambda: _tried(language_model, _Probe.branches),
-                "repeats_cache": lambda: _tried(language_model, _Probe.repeats_cache),
+            needs_input_ids=bool(per_layer_inputs(language_model, trial.ids)),
+            prefill_mode=prefill_mode,
+            supports_left_padding=supports_left_padding,
+            supports_logits_to_keep=supports_logits_to_keep,
+            max_batched_length=max_batched_length(language_model),
+            probes={
+                "supports_packing": lambda: _run_probe(language_model, _Probe.supports_packing),
+                "supports_segment_attention": lambda: _run_probe(
+                    language_model, _Probe.supports_segment_attention
+                ),
+                "supports_shared_media": lambda: _run_probe(
+                    language_model, _Probe.supports_shared_media
+                ),
+                "repeats_cache": lambda: _run_probe(language_model, _Probe.repeats_cache),
             },
         )
 
-    return _tried(language_model, everything)
+    return _run_probe(language_model, everything)
 
 
-def try_training(language_model: Any) -> None:
+def check_trainable(language_model: Any) -> None:
     """One step without an update, in training mode: a gradient must reach the embeddings, and the
     frozen weights must stay what they are.
 
@@ -89,16 +96,18 @@ def try_training(language_model: Any) -> None:
     try:
         embeds = trial.embed(trial.ids).detach().requires_grad_(True)
         language_model.eval()
-        before = trial.by_embeds(embeds, trial.ids).detach()
+        before = trial.logits_from_embeds(embeds, trial.ids).detach()
         with torch.enable_grad(), torch.random.fork_rng():
             language_model.train()
-            logits = trial.by_embeds(embeds, trial.ids).float()
+            logits = trial.logits_from_embeds(embeds, trial.ids).float()
             (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
         language_model.eval()
         trial.spread = float(before.std())
         if not gradient.abs().max() > 0:
             fault = "the gradient is zero or no number"
-        elif trial.distance(trial.by_embeds(embeds, trial.ids).detach(), before) > _ROUNDING:
+        elif (
+            trial.distance(trial.logits_from_embeds(embeds, trial.ids).detach(), before) > _ROUNDING
+        ):
             fault = "its frozen weights do not stay what they are"
     except _FAULTS as error:
         fault = first_line(error)
@@ -109,28 +118,28 @@ def try_training(language_model: Any) -> None:
         raise LanguageModelError(f"{trial.name} cannot be trained through: {fault}{mend}")
 
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 @torch.no_grad()
-def _tried(language_model: Any, trial: Callable[[_Probe], _Found]) -> _Found:
+def _run_probe(language_model: Any, trial: Callable[[_Probe], _Result]) -> _Result:
     """What a trial finds in eval mode, after the model was driven by ids and by embeddings."""
     was_training = language_model.training
     language_model.eval()
     try:
         started = _Probe(language_model)
-        started.drive()
+        started.check_embeddings()
         return trial(started)
     finally:
         language_model.train(was_training)
 
 
 class _Probe:
-    """The trials, each on a few tokens. `drive` comes first."""
+    """The trials, each on a few tokens. `check_embeddings` comes first."""
 
     def __init__(self, language_model: Any) -> None:
         self.model = language_model
-        self.name = type(without_adapter(language_model)).__name__
+        self.name = type(base_language_model(language_model)).__name__
         self.embedding = language_model.get_input_embeddings()
         self.scale = self.spread = 1.0
         num_ids = int(self.embedding.weight.shape[0])
@@ -145,18 +154,18 @@ class _Probe:
     def logits(self, **inputs: Any) -> Tensor:
         return self.model(use_cache=False, **inputs).logits
 
-    def by_embeds(self, embeds: Tensor, ids: Tensor, **inputs: Any) -> Tensor:
-        return self.logits(inputs_embeds=embeds, **layer_inputs(self.model, ids), **inputs)
+    def logits_from_embeds(self, embeds: Tensor, ids: Tensor, **inputs: Any) -> Tensor:
+        return self.logits(inputs_embeds=embeds, **per_layer_inputs(self.model, ids), **inputs)
 
     def distance(self, a: Tensor, b: Tensor) -> float:
         """The largest difference, in units of the logits' spread; no number counts as far."""
         largest = float((a.float() - b.float()).abs().max())
         return largest / max(self.spread, 1e-12) if largest == largest else float("inf")
 
-    def same(self, a: Tensor, b: Tensor) -> bool:
+    def is_close(self, a: Tensor, b: Tensor) -> bool:
         return self.distance(a, b) <= self.tolerance
 
-    def drive(self) -> None:
+    def check_embeddings(self) -> None:
         """By ids, then by embeddings: of the same tokens, and of media among them.
 
         Afterwards there is a prompt of `ids` whose embeddings `embeds` are not all some token's,
@@ -171,19 +180,22 @@ class _Probe:
             ) from None
         if not bool(by_ids.isfinite().all()):
             raise LanguageModelError(
-                f"{self.name} answers a few ids with numbers that are not finite{self._broken()}"
+                f"{self.name} answers a few ids with numbers that are not "
+                f"finite{self._broken_weights()}"
             )
         self.spread = float(by_ids.std())
-        # of rounding; `selects_logits` measures what it amounts to in this model
+        # of rounding; `supports_logits_to_keep` measures what it amounts to in this model
         self.tolerance = 16 * max(torch.finfo(dtype).eps for dtype in self._precisions(by_ids))
-        own = float(getattr(without_adapter(self.model).config, "embedding_multiplier", 1.0) or 1.0)
+        own = float(
+            getattr(base_language_model(self.model).config, "embedding_multiplier", 1.0) or 1.0
+        )
         distances = []
         # the second, where the model multiplies the embeddings of ids only
         for self.scale in dict.fromkeys((1.0, own)):
-            text, media = self._drive_by_embeddings(ids)
+            text, media = self._logits_of_embeddings(ids)
             distance = self.distance(text, by_ids[0])
             if 1e-2 < distance <= 0.25:  # beside another row 8-bit products round otherwise
-                distance = self.distance(self.by_embeds(self.embed(ids), ids), by_ids)
+                distance = self.distance(self.logits_from_embeds(self.embed(ids), ids), by_ids)
             distances.append(distance)
             if distance <= 1e-2:
                 self.reference = media
@@ -194,7 +206,7 @@ class _Probe:
             "cannot be written into its input"
         )
 
-    def _broken(self) -> str:
+    def _broken_weights(self) -> str:
         """Which weights are to blame, in words."""
         broken = [
             name
@@ -206,17 +218,17 @@ class _Probe:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         return f": its weight {broken[0]}{more} holds nan or inf; get its files anew"
 
-    def _drive_by_embeddings(self, ids: Tensor) -> Tensor:
+    def _logits_of_embeddings(self, ids: Tensor) -> Tensor:
         """Logits [2, time, vocabulary] of the ids' embeddings, and with one that is no token's."""
         text = self.embed(ids)
         media = text.clone()
         media[:, 2] = (text[:, 1] + text[:, 3]) / 2
         self.embeds = media[:, :_NUM_TOKENS]
         try:
-            return self.by_embeds(torch.cat([text, media]), ids.repeat(2, 1))
+            return self.logits_from_embeds(torch.cat([text, media]), ids.repeat(2, 1))
         except _FAULTS as error:
             fault = first_line(error)
-        if _holds(lambda: self.by_embeds(text, ids) is not None):
+        if _succeeds(lambda: self.logits_from_embeds(text, ids) is not None):
             raise LanguageModelError(
                 f"{self.name} takes no embedding that is not a token's, so media cannot be written "
                 f"into its input: {fault}"
@@ -230,7 +242,7 @@ class _Probe:
             dtypes.add(torch.bfloat16)
         return {dtype for dtype in dtypes if dtype.is_floating_point}
 
-    def selects_logits(self) -> bool:
+    def supports_logits_to_keep(self) -> bool:
         """Whether training's loss comes of selected logits: those of a longer text, as nothing
         that stands behind a position may change it. Raises LanguageModelError if it does.
         """
@@ -246,7 +258,7 @@ class _Probe:
                 attention_mask=torch.ones_like(self.ids),
                 shift_labels=labels,
                 num_items_in_batch=6,
-                **layer_inputs(self.model, self.ids),
+                **per_layer_inputs(self.model, self.ids),
             )
             distance = self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
@@ -254,7 +266,7 @@ class _Probe:
         except _FAULTS:
             selected = False
         if not selected:
-            distance = self.distance(self.by_embeds(self.embeds, self.ids)[0], expected)
+            distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
             if distance > 0.25:
                 raise LanguageModelError(
                     f"{self.name} lets a position see what stands behind it, so it cannot write "
@@ -263,19 +275,19 @@ class _Probe:
         self.tolerance = max(self.tolerance, 8 * distance)
         return selected
 
-    def find_start(self) -> tuple[Start, bool]:
+    def find_prefill_mode(self) -> tuple[PrefillMode, bool]:
         """How a prompt is continued with the logits of repeated forwards, and padded as alone.
 
         A recurrent model may go on by other kernels than it reads a prompt with, so what it rounds
         alone is allowed when padded too.
         """
-        starts: tuple[Start, Start] = ("embeddings", "ids")
+        starts: tuple[PrefillMode, PrefillMode] = ("embeddings", "ids")
         fault = ""
         for start in starts:
             padded = alone = float("inf")
             for is_padded in (True, False):
                 try:
-                    distance = self._distance_of_continuing(start, padded=is_padded)
+                    distance = self._generation_distance(start, padded=is_padded)
                 except _FAULTS as error:
                     fault = fault or first_line(error)
                     continue
@@ -290,7 +302,7 @@ class _Probe:
             "trained, but not asked"
         )
 
-    def _distance_of_continuing(self, start: Start, *, padded: bool) -> float:
+    def _generation_distance(self, start: PrefillMode, *, padded: bool) -> float:
         """From the reference, over two new tokens; `padded`: beside a longer row."""
         ids, embeds = self.ids, self.embeds
         mask = torch.ones_like(ids)
@@ -300,12 +312,12 @@ class _Probe:
             embeds = torch.cat([torch.cat([self.embed(pad), embeds], 1), self.embed(ids[1:])])
             mask = torch.ones_like(ids)
             mask[0, :2] = 0
-        out = continue_text(
+        out = generate_from_embeds(
             self.model,
             inputs_embeds=embeds,
             input_ids=ids,
             attention_mask=mask,
-            start=start,
+            prefill_mode=start,
             max_new_tokens=2,
             do_sample=False,
             num_beams=1,
@@ -323,42 +335,42 @@ class _Probe:
     def _force_first_of_others(self, _: Tensor, scores: Tensor) -> Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, self.others[0, :1], 0.0)
 
-    def isolates_packed(self) -> bool:
-        if not takes_positions(self.model):
+    def supports_packing(self) -> bool:
+        if not accepts_position_ids(self.model):
             return False
-        self.selects_logits()  # measures rounding
+        self.supports_logits_to_keep()  # measures rounding
         positions = torch.arange(_NUM_TOKENS, device=self.ids.device).repeat(1, 2)
         borders = torch.arange(3, device=self.ids.device, dtype=torch.int32) * _NUM_TOKENS
         lengths = {"max_length_q": _NUM_TOKENS, "max_length_k": _NUM_TOKENS}
         segments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
-        return _holds(
-            lambda: self.same(
-                self.by_embeds(
+        return _succeeds(
+            lambda: self.is_close(
+                self.logits_from_embeds(
                     torch.cat([self.embed(self.others), self.embeds], 1),
                     torch.cat([self.others, self.ids], 1),
                     position_ids=positions,
-                    **segment_inputs(self.model, segments),
+                    **filter_flash_attention_kwargs(self.model, segments),
                 )[0, _NUM_TOKENS:],
                 self.reference[:_NUM_TOKENS],
             )
         )
 
-    def attends_by_segment(self) -> bool:
+    def supports_segment_attention(self) -> bool:
         def trial() -> bool:
-            with attending_by_segment(self.model) as switched:
-                return switched and self.isolates_packed()
+            with segment_attention_enabled(self.model) as switched:
+                return switched and self.supports_packing()
 
-        return _holds(trial)
+        return _succeeds(trial)
 
-    def branches(self) -> bool:
+    def supports_shared_media(self) -> bool:
         """Two rows that share three tokens: what the second comes to, as it does alone."""
 
         def trial() -> bool:
-            with watching_masks() as far, attending_by_segment(self.model) as switched:
-                if not switched or not takes_positions(self.model):
+            with recording_mask_reach() as far, segment_attention_enabled(self.model) as switched:
+                if not switched or not accepts_position_ids(self.model):
                     return False
-                self.selects_logits()  # measures rounding
-                self.by_embeds(self.embeds, self.ids)
+                self.supports_logits_to_keep()  # measures rounding
+                self.logits_from_embeds(self.embeds, self.ids)
                 if not (far and all(far)):
                     return False
                 start, rest = slice(0, 3), slice(3, None)
@@ -366,32 +378,34 @@ class _Probe:
                     torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
                     for a, b in ((self.ids, self.others), (self.embeds, self.embed(self.others)))
                 )
-                found = self.by_embeds(
+                found = self.logits_from_embeds(
                     embeds,
                     ids,
                     position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
                     attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
                 )[0]
-                return self.same(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
+                return self.is_close(
+                    torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS]
+                )
 
-        return _holds(trial)
+        return _succeeds(trial)
 
     def repeats_cache(self) -> bool:
         def trial() -> bool:
-            self.selects_logits()  # measures rounding
+            self.supports_logits_to_keep()  # measures rounding
             past = prefix_cache(self.model, self.ids[:, :2], num_rows=2)
-            found = self.by_embeds(
+            found = self.logits_from_embeds(
                 self.embeds[:, 2:].repeat(2, 1, 1),
                 self.ids[:, 2:].repeat(2, 1),
                 past_key_values=past,
                 attention_mask=torch.ones_like(self.ids).repeat(2, 1),
             )
-            return self.same(found, self.reference[2:_NUM_TOKENS].expand_as(found))
+            return self.is_close(found, self.reference[2:_NUM_TOKENS].expand_as(found))
 
-        return _holds(trial)
+        return _succeeds(trial)
 
 
-def _holds(trial: Callable[[], bool]) -> bool:
+def _succeeds(trial: Callable[[], bool]) -> bool:
     """Whether a trial succeeds; a fault of the model's means that it does not."""
     try:
         return trial()

@@ -57,7 +57,7 @@ def _compute_dtype(asked: str | None, dtype: str) -> torch.dtype:
     return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
 
 
-def keep_backward(model: nn.Module) -> None:
+def keep_backward_layout(model: nn.Module) -> None:
     """Have 4-bit layers keep the form of weights that has a backward pass.
 
     On a CPU with AVX512-BF16, bitsandbytes packs them anew in the first forward pass without
@@ -79,7 +79,7 @@ def quantized_parameters(module: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def num_bytes(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
     """Bytes of all weights as they are stored, with the scales of quantized ones."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(_bytes_of(tensor) for tensor in {id(t): t for t in tensors}.values())

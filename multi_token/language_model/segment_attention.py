@@ -17,14 +17,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from multi_token.errors import LanguageModelError
-from multi_token.language_model.forward import without_adapter
+from multi_token.language_model.forward import base_language_model
 
-SEGMENTS = "multi_token_segments"
+SEGMENT_ATTENTION = "multi_token_segments"
 """The name under which transformers knows it."""
-_REPLACES = "sdpa"
+_BASE_IMPLEMENTATION = "sdpa"
 """What it takes the place of. A model that runs on something else was asked to, or has to."""
 _FAR = 1 << 30
-_watching: list[list[bool]] = []
+_recordings: list[list[bool]] = []
 
 
 def segment_attention(
@@ -44,7 +44,7 @@ def segment_attention(
     does the work alone. Nothing of size time x time is made, and nothing outside of a segment is
     multiplied.
     """
-    if not _is_table(attention_mask):
+    if not _is_segment_table(attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
@@ -93,7 +93,7 @@ def segment_mask(
     causal attention inside of segments (a sliding window shorter than a segment, say), the whole
     mask is made, as it would be without this.
     """
-    for found in _watching:
+    for found in _recordings:
         far, zero = (
             torch.tensor([_FAR], device=device),
             torch.zeros(1, dtype=torch.long, device=device),
@@ -101,7 +101,7 @@ def segment_mask(
         found.append(not use_vmap and bool(mask_function(zero, zero, far, zero).all()))
     packed = batch_size == 1 and attention_mask is None and q_length == kv_length
     if packed and not use_vmap:
-        table = _segments(mask_function, q_length, device)
+        table = _find_segments(mask_function, q_length, device)
         if table is not None:
             return table
     return sdpa_mask(
@@ -116,12 +116,12 @@ def segment_mask(
     )
 
 
-def _is_table(mask: Tensor | None) -> bool:
+def _is_segment_table(mask: Tensor | None) -> bool:
     """A mask of transformers is bool or floating."""
     return mask is not None and mask.dtype == torch.int64
 
 
-def _segments(sees: Callable[..., Tensor], time: int, device: Any) -> Tensor | None:
+def _find_segments(sees: Callable[..., Tensor], time: int, device: Any) -> Tensor | None:
     """The segments in which all see all before them, or None if it is not so simple.
 
     Looks at neighbours and at the two ends of each segment: what a window or a chunk leaves out is
@@ -149,50 +149,50 @@ def _segments(sees: Callable[..., Tensor], time: int, device: Any) -> Tensor | N
     return table if bool(simple.all()) else None
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionMaskInterface.register(SEGMENTS, segment_mask)
+AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)
 
 
 @contextmanager
-def attending_by_segment(language_model: Any) -> Iterator[bool]:
+def segment_attention_enabled(language_model: Any) -> Iterator[bool]:
     """Inside, a model that runs on `sdpa` attends by segment; yields whether it does.
 
     Stays on through the backward pass as well: activation checkpointing runs layers again there.
     Rows that are not packed, and going on from a cache, are what they are without it.
     """
-    model = without_adapter(language_model)
+    model = base_language_model(language_model)
     previous = model.config._attn_implementation
     try:
-        if previous == _REPLACES:
-            model.set_attn_implementation(SEGMENTS)
-        yield model.config._attn_implementation == SEGMENTS
+        if previous == _BASE_IMPLEMENTATION:
+            model.set_attn_implementation(SEGMENT_ATTENTION)
+        yield model.config._attn_implementation == SEGMENT_ATTENTION
     finally:
-        if previous == _REPLACES:
+        if previous == _BASE_IMPLEMENTATION:
             model.set_attn_implementation(previous)
 
 
-def segment_table(language_model: Any, segments: Tensor) -> Tensor:
+def segments_to_mask(language_model: Any, segments: Tensor) -> Tensor:
     """`PackedBatch`'s segments [num_segments, 4] as an attention mask of this implementation.
 
-    Raises LanguageModelError outside of `attending_by_segment`: no other one understands it.
+    Raises LanguageModelError outside of `segment_attention_enabled`: no other one understands it.
     """
-    if without_adapter(language_model).config._attn_implementation != SEGMENTS:
+    if base_language_model(language_model).config._attn_implementation != SEGMENT_ATTENTION:
         raise LanguageModelError(
             "a pack whose rows share a start was given to a language model that does not attend by "
-            "segment; run it inside of `attending_by_segment`, or pack without share_media"
+            "segment; run it inside of `segment_attention_enabled`, or pack without share_media"
         )
     return segments[None, None].cpu()
 
 
 @contextmanager
-def watching_masks() -> Iterator[list[bool]]:
+def recording_mask_reach() -> Iterator[list[bool]]:
     """Inside, of each mask that is made for rows: whether it lets a position see any distance back.
 
     So a sliding window is found, of whatever length, where a model attends by segment.
     """
     found: list[bool] = []
-    _watching.append(found)
+    _recordings.append(found)
     try:
         yield found
     finally:
-        _watching.remove(found)
+        _recordings.remove(found)

@@ -16,14 +16,14 @@ from torch import Tensor
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.waveform import (
-    UNKNOWN,
-    Span,
-    checked_rate,
+    UNKNOWN_LENGTH,
+    SecondsRange,
+    audio_error,
+    check_rate,
     join_blocks,
-    package,
-    scaled,
-    undecodable,
-    wanted_frames,
+    require_package,
+    sample_range,
+    to_float32,
 )
 
 # A list of our own: libsndfile also opens the formats of old games and samplers, which nobody
@@ -34,7 +34,7 @@ MAX_CHANNELS = 64
 MAX_FILE_CHANNELS = 8
 """Of a file, whose header may say any number, each of which would be decoded: 7.1 has 8."""
 _KEYS = ("array", "sampling_rate", "path", "bytes", "start", "end")
-_AS_MAPPING = '{"array": [...], "sampling_rate": 16000}'
+_MAPPING_HINT = '{"array": [...], "sampling_rate": 16000}'
 _HEADER_SLACK_S = 0.1  # by which a header may promise too much: that of an MP3 is an estimate
 STREAMED = 0x7FFF_F000  # from here on, sizes in a header mean that the length was not known
 _UNRECOGNISED = 1  # libsndfile's code of a format that it does not know
@@ -55,7 +55,7 @@ CODECS = (
 )
 """What decodes inside of containers; FFmpeg has a hundred more, few of which anybody means."""
 
-_OTHERS: tuple[tuple[bytes, str], ...] = (
+_OTHER_CONTAINERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89png", "a picture (PNG)"),
     (b"\xff\xd8\xff", "a picture (JPEG)"),
     (b"gif8", "a picture (GIF)"),
@@ -86,33 +86,33 @@ def load_audio(
 
     Raises MediaError.
     """
-    given, name, span = taken_apart(source)
+    given, name, span = unpack_source(source)
     path = given.get("path")
     limits = {"rate": rate, "name": name, "max_seconds": max_seconds, "span": span}
     if given.get("array") is not None:
         if given.get("sampling_rate") is None:
-            raise undecodable(
-                f"an array of samples comes without its rate; give {_AS_MAPPING} with the rate "
+            raise audio_error(
+                f"an array of samples comes without its rate; give {_MAPPING_HINT} with the rate "
                 "at which it was recorded"
             )
         audio = as_audio(given["array"], sampling_rate=given["sampling_rate"], **limits)
     elif isinstance(path, (list, tuple, np.ndarray, Tensor)):
-        raise undecodable(
+        raise audio_error(
             "samples alone do not tell their rate; instead of a bare list or array give "
-            f"{_AS_MAPPING} with the rate at which they were recorded"
+            f"{_MAPPING_HINT} with the rate at which they were recorded"
         )
     else:
         data = given.get("bytes")
         audio = decode_audio(fetch.read(path if data is None else data), **limits)
     if not allow_silence and audio.min() == audio.max():
-        raise undecodable(
+        raise audio_error(
             f"{name or 'the audio'} is silence ({len(audio) / rate:.2f} s, all samples equal); "
             "mend the row, or set `allow_silence: true` if silence means something"
         )
     return audio
 
 
-def taken_apart(source: Any) -> tuple[dict[str, Any], str, Span]:
+def unpack_source(source: Any) -> tuple[dict[str, Any], str, SecondsRange]:
     """A source as a mapping, the name that messages call it by, and the part that is wanted.
 
     Raises MediaError for a key or a part that cannot be.
@@ -120,7 +120,7 @@ def taken_apart(source: Any) -> tuple[dict[str, Any], str, Span]:
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
     unknown = sorted(str(key) for key in given if key not in _KEYS)
     if unknown:
-        raise undecodable(
+        raise audio_error(
             f"an audio has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
         )
     path = given.get("path")
@@ -134,7 +134,7 @@ def decode_audio(
     rate: int,
     name: str = "",
     max_seconds: float = 600.0,
-    span: Span = (0.0, None),
+    span: SecondsRange = (0.0, None),
 ) -> np.ndarray:  # float32 [samples] at `rate`
     """The audio in `data`, channels averaged.
 
@@ -145,7 +145,7 @@ def decode_audio(
     """
     label = name or "the audio"
     if not data:
-        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
+        raise audio_error(f"{label} is empty (0 bytes); copy or download it again")
     demuxer = next((reader for at, magic, reader in CONTAINERS if data.startswith(magic, at)), "")
     decode = _decode_container if demuxer else _decode_file
     given, blocks = decode(data, demuxer, label, span, max_seconds)
@@ -159,7 +159,7 @@ def as_audio(
     rate: int,
     name: str = "",
     max_seconds: float = 600.0,
-    span: Span = (0.0, None),
+    span: SecondsRange = (0.0, None),
 ) -> np.ndarray:  # float32 [samples] at `rate`
     """The same for samples that are decoded already: [samples] or [samples, channels].
 
@@ -170,23 +170,23 @@ def as_audio(
     try:
         array = np.asarray(array)
     except ValueError:
-        raise undecodable(f"{label} has rows of different lengths; give [samples]") from None
-    given = checked_rate(sampling_rate, label)
-    array = _mono(scaled(array, label), label)
-    begin, end = wanted_frames(span, given, len(array), label, max_seconds)
+        raise audio_error(f"{label} has rows of different lengths; give [samples]") from None
+    given = check_rate(sampling_rate, label)
+    array = _mix_to_mono(to_float32(array, label), label)
+    begin, end = sample_range(span, given, len(array), label, max_seconds)
     pieces = (array[at : min(at + given, end)] for at in range(begin, end, given))
     return join_blocks(pieces, given, rate=rate, label=label, max_seconds=max_seconds)
 
 
-def _mono(array: np.ndarray, label: str) -> np.ndarray:
+def _mix_to_mono(array: np.ndarray, label: str) -> np.ndarray:
     if array.ndim == 1:
         return array
     if array.ndim != 2 or array.shape[1] == 0:
-        raise undecodable(
+        raise audio_error(
             f"{label} has the shape {list(array.shape)}, expected [samples] or [samples, channels]"
         )
     if array.shape[1] > min(MAX_CHANNELS, array.shape[0]):
-        raise undecodable(
+        raise audio_error(
             f"{label} has the shape {list(array.shape)}, which would be {array.shape[1]:,} "
             "channels; expected [samples, channels], so transpose it"
         )
@@ -194,10 +194,10 @@ def _mono(array: np.ndarray, label: str) -> np.ndarray:
 
 
 def _decode_file(
-    data: bytes, _: str, label: str, span: Span, max_seconds: float
+    data: bytes, _: str, label: str, span: SecondsRange, max_seconds: float
 ) -> tuple[int, Iterator[np.ndarray]]:
     """The rate and the mono blocks of what libsndfile reads."""
-    soundfile = package("soundfile", "audio")
+    soundfile = require_package("soundfile", "audio")
 
     class Forward(soundfile.SoundFile):
         """Read from front to end: soundfile would else seek behind each block, which costs an MP3
@@ -210,15 +210,15 @@ def _decode_file(
         file = Forward(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         if error.code != _UNRECOGNISED:
-            raise _damaged(label, error) from error
-        raise _not_audio(data, label) from error
+            raise _damaged_error(label, error) from error
+        raise _not_audio_error(data, label) from error
     if file.format not in FORMATS:
-        raise _not_audio(data, label)
-    if num_missing := _num_missing(data):
-        raise _damaged(label, f"{num_missing:,} bytes at its end are missing")
-    given = checked_rate(file.samplerate, label)
+        raise _not_audio_error(data, label)
+    if num_missing := _num_missing_bytes(data):
+        raise _damaged_error(label, f"{num_missing:,} bytes at its end are missing")
+    given = check_rate(file.samplerate, label)
     _check_channels(file.channels, label)
-    begin, end = wanted_frames(span, given, file.frames, label, max_seconds)
+    begin, end = sample_range(span, given, file.frames, label, max_seconds)
 
     def blocks() -> Iterator[np.ndarray]:
         # a second earlier: the first frames behind a jump lack what they build on
@@ -235,37 +235,37 @@ def _decode_file(
                     position += len(block)
         except soundfile.LibsndfileError as error:
             where = f"after {position / given:.1f} s: {error}"
-            raise _damaged(label, where) from error
-        if file.frames < UNKNOWN and position < end - _HEADER_SLACK_S * given:
-            raise _damaged(label, f"it ends after {position / given:.1f} s")
+            raise _damaged_error(label, where) from error
+        if file.frames < UNKNOWN_LENGTH and position < end - _HEADER_SLACK_S * given:
+            raise _damaged_error(label, f"it ends after {position / given:.1f} s")
 
     return given, blocks()
 
 
 def _decode_container(
-    data: bytes, demuxer: str, label: str, span: Span, max_seconds: float
+    data: bytes, demuxer: str, label: str, span: SecondsRange, max_seconds: float
 ) -> tuple[int, Iterator[np.ndarray]]:
     """The same of the first audio track of what FFmpeg reads."""
-    av = package("av", "video")
+    av = require_package("av", "video")
     try:
         container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="replace")
     except av.FFmpegError as error:
-        raise _damaged(label, error) from error
+        raise _damaged_error(label, error) from error
     if not container.streams.audio:
         container.close()
-        raise undecodable(f"{label} has no audio track; it is a film without sound")
+        raise audio_error(f"{label} has no audio track; it is a film without sound")
     track = container.streams.audio[0]
     if track.codec_context is None:
-        raise _damaged(label, "its audio track has no known codec")
-    given = checked_rate(track.rate, label)
+        raise _damaged_error(label, "its audio track has no known codec")
+    given = check_rate(track.rate, label)
     codec = track.codec_context.codec.name
     if codec not in CODECS:
-        raise undecodable(f"{label} is coded as {codec}; convert it to FLAC, MP3 or AAC")
+        raise audio_error(f"{label} is coded as {codec}; convert it to FLAC, MP3 or AAC")
     _check_channels(track.codec_context.channels, label)
-    known = UNKNOWN
+    known = UNKNOWN_LENGTH
     if container.duration and demuxer != "aac":  # of raw AAC it is a guess by the bit rate
         known = int(container.duration * given / av.time_base)
-    begin, end = wanted_frames(span, given, known, label, max_seconds)
+    begin, end = sample_range(span, given, known, label, max_seconds)
 
     def blocks() -> Iterator[np.ndarray]:
         position = 0
@@ -276,46 +276,46 @@ def _decode_container(
                     container.seek(int((begin / given - 1) / track.time_base), stream=track)
                 for frame in container.decode(track):
                     position = round((frame.time or 0.0) * given) if position == 0 else position
-                    block = _floats(frame)
+                    block = _to_float(frame)
                     yield block[max(begin - position, 0) : max(end - position, 0)]
                     position += len(block)
                     if position >= end:
                         return
         except av.FFmpegError as error:
-            raise _damaged(label, f"after {position / given:.1f} s: {error}") from error
-        if known < UNKNOWN and position < end - _HEADER_SLACK_S * given:
-            raise _damaged(label, f"it ends after {position / given:.1f} s")
+            raise _damaged_error(label, f"after {position / given:.1f} s: {error}") from error
+        if known < UNKNOWN_LENGTH and position < end - _HEADER_SLACK_S * given:
+            raise _damaged_error(label, f"it ends after {position / given:.1f} s")
 
     return given, blocks()
 
 
 def _check_channels(num_channels: int, label: str) -> None:
     if num_channels > MAX_FILE_CHANNELS:
-        raise undecodable(
+        raise audio_error(
             f"{label} has {num_channels:,} channels, and the limit is {MAX_FILE_CHANNELS}; mix it "
             "down"
         )
 
 
-def _floats(frame: Any) -> np.ndarray:
+def _to_float(frame: Any) -> np.ndarray:
     """A decoded frame of FFmpeg as mono floats."""
     samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels]
     if not frame.format.is_planar:
         samples = samples.reshape(-1, len(frame.layout.channels)).T
-    return scaled(samples, "a frame").mean(axis=0)
+    return to_float32(samples, "a frame").mean(axis=0)
 
 
-def _span(start: Any, end: Any, label: str) -> Span:
+def _span(start: Any, end: Any, label: str) -> SecondsRange:
     for key, value in (("start", start), ("end", end)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and math.isfinite(value) and value >= 0):
-            raise undecodable(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
+            raise audio_error(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
     if end is not None and end <= (start or 0.0):
-        raise undecodable(f"{label} is to end at {end:g} s, but to start at {start or 0.0:g} s")
+        raise audio_error(f"{label} is to end at {end:g} s, but to start at {start or 0.0:g} s")
     return float(start or 0.0), end
 
 
-def _num_missing(data: bytes) -> int:
+def _num_missing_bytes(data: bytes) -> int:
     """Bytes that the file says it has and that are not there; libsndfile passes over the gap."""
     size = len(data)
     if data.startswith((b"RIFF", b"FORM")):
@@ -329,14 +329,14 @@ def _num_missing(data: bytes) -> int:
     return missing if missing > 1 and size < STREAMED else 0
 
 
-def _damaged(label: str, reason: object) -> MediaError:
-    return undecodable(f"{label} is truncated or damaged ({reason}); copy or download it again")
+def _damaged_error(label: str, reason: object) -> MediaError:
+    return audio_error(f"{label} is truncated or damaged ({reason}); copy or download it again")
 
 
-def _not_audio(data: bytes, label: str) -> MediaError:
+def _not_audio_error(data: bytes, label: str) -> MediaError:
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    what = next((what for magic, what in _OTHERS if start.startswith(magic)), None)
+    what = next((what for magic, what in _OTHER_CONTAINERS if start.startswith(magic)), None)
     found = f"it begins like {what}" if what else f"its first bytes are {data[:12]!r}"
-    return undecodable(
+    return audio_error(
         f"{label} is not audio: {found}; expected one of {', '.join(FORMATS)}, MP4, WebM, AAC"
     )

@@ -52,8 +52,8 @@ _WEB_PAGE = re.compile(
     rb"(?:\s|<\?xml[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!doctype\s+html|html|head|body)[\s>]",
     re.I | re.S,
 )
-_UNSEEN = frozenset(("script", "style", "template", "noscript"))
-_BLOCK = re.compile(
+_INVISIBLE_TAGS = frozenset(("script", "style", "template", "noscript"))
+_BLOCK_TAGS = re.compile(
     "address|article|aside|blockquote|body|caption|d[dlt]|div|figcaption|figure|footer|form|h[1-6]"
     "|header|hr|li|main|nav|ol|p|pre|section|summary|table|title|tr|ul"
 )
@@ -103,13 +103,13 @@ def read_document(
     """
     label = name or "the document"
     if not data:
-        raise _undecodable(f"{label} is empty (0 bytes); copy or download it again")
+        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
     if data[:1024].lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"%PDF-"):
         return _text_of_pdf(data, label, max_pages, max_characters)
     if _WEB_PAGE.match(data.removeprefix(codecs.BOM_UTF8)):
         text = _text_of_web_page(data, label, max_characters)
     else:
-        text = _decoded(data, label, max_characters)
+        text = _decode_text(data, label, max_characters)
     return as_document(text, name=name, max_characters=max_characters)
 
 
@@ -118,11 +118,11 @@ def as_document(text: str, *, name: str = "", max_characters: int = MAX_CHARACTE
     label = name or "the document"
     _check_length(len(text), label, max_characters)
     if not text.strip():
-        raise _undecodable(f"{label} has no text, only blanks; leave it out of the rows")
+        raise _decode_error(f"{label} has no text, only blanks; leave it out of the rows")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell it, and no tokenizer takes it
-        raise _undecodable(
+        raise _decode_error(
             f"{label} has half a character (a lone surrogate) at position {error.start:,}; "
             "write the whole one, or leave it out"
         ) from None
@@ -153,7 +153,7 @@ def split_document(
     while begin < len(text):
         room = most
         while True:
-            end = _furthest(begin, room, starts, borders, len(text))
+            end = _chunk_end(begin, room, starts, borders, len(text))
             chunk = text[begin:end].strip()
             # a word that was cut may have more tokens by itself than it had in the text
             excess = len(offsets(prefix + chunk)) - max_tokens
@@ -166,7 +166,7 @@ def split_document(
     return chunks
 
 
-def _furthest(
+def _chunk_end(
     begin: int,
     room: int,
     starts: Sequence[int],
@@ -183,31 +183,33 @@ def _furthest(
     return max(limit, begin + 1)  # several tokens may share a character
 
 
-def _decoded(data: bytes, label: str, max_characters: int) -> str:
-    _refuse(_NO_PROSE, data, label)
+def _decode_text(data: bytes, label: str, max_characters: int) -> str:
+    _check_kind(_NO_PROSE, data, label)
     _check_length(len(data) // 4, label, max_characters)  # no character has more than 4 bytes
     encoding = next((code for mark, code in _BOMS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        _refuse(_MAGIC, data, label)
+        _check_kind(_MAGIC, data, label)
         if b"\0" not in data:
-            raise _undecodable(
+            raise _decode_error(
                 f"{label} is not {encoding.upper()} text (byte 0x{data[error.start]:02X} at "
                 f"position {error.start:,}); save it as UTF-8"
             ) from None
         text = "\0"
     if "\0" in text:
-        _refuse(_MAGIC, data, label)
-        raise _undecodable(f"{label} is not a text: its first bytes are {data[:12]!r}; {_EXPECTED}")
+        _check_kind(_MAGIC, data, label)
+        raise _decode_error(
+            f"{label} is not a text: its first bytes are {data[:12]!r}; {_EXPECTED}"
+        )
     return text
 
 
-def _refuse(kinds: Sequence[tuple[bytes, str]], data: bytes, label: str) -> None:
+def _check_kind(kinds: Sequence[tuple[bytes, str]], data: bytes, label: str) -> None:
     start = data[:64].lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
     for magic, what in kinds:
         if start.startswith(magic):
-            raise _undecodable(f"{label} begins like {what}; {_EXPECTED}")
+            raise _decode_error(f"{label} begins like {what}; {_EXPECTED}")
 
 
 def _text_of_web_page(data: bytes, label: str, max_characters: int) -> str:
@@ -229,9 +231,9 @@ def _text_of_web_page(data: bytes, label: str, max_characters: int) -> str:
     for node in page.descendants:
         block = blocks[id(node.parent)]
         if isinstance(node, Tag):
-            if node.name in _UNSEEN or node.has_attr("hidden"):
+            if node.name in _INVISIBLE_TAGS or node.has_attr("hidden"):
                 block = None
-            elif block is not None and _BLOCK.fullmatch(node.name):
+            elif block is not None and _BLOCK_TAGS.fullmatch(node.name):
                 block = node
             blocks[id(node)] = block
             if node.name == "br" and block is not None:
@@ -261,7 +263,7 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
             raise FileNotDecryptedError
         num_pages = len(reader.pages)
         if num_pages > max_pages:
-            raise _undecodable(
+            raise _decode_error(
                 f"{label} has {num_pages:,} pages, and the limit is {max_pages:,}; give a part of "
                 "it, or raise max_pages"
             )
@@ -270,17 +272,17 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
             _check_length(num_characters, label, max_characters)
             pages.append(text)
     except (DependencyError, FileNotDecryptedError):
-        raise _undecodable(
+        raise _decode_error(
             f"{label} is an encrypted PDF; save it without a password "
             "(qpdf --decrypt WITH_PASSWORD.pdf WITHOUT.pdf)"
         ) from None
     except (PyPdfError, *_DAMAGE) as error:
-        raise _undecodable(
+        raise _decode_error(
             f"{label} is a PDF that is truncated or damaged ({error or type(error).__name__}); "
             "copy or download it again"
         ) from error
     if not any(pages):
-        raise _undecodable(
+        raise _decode_error(
             f"{label} is a PDF of {num_pages:,} page{'' if num_pages == 1 else 's'} without text, "
             "pictures of pages most likely; run text recognition (OCR) on it first "
             "(ocrmypdf IN.pdf OUT.pdf)"
@@ -297,11 +299,11 @@ def _texts(reader: Any) -> Iterator[str]:
 
 def _check_length(num_characters: int, label: str, max_characters: int) -> None:
     if num_characters > max_characters:
-        raise _undecodable(
+        raise _decode_error(
             f"{label} has {num_characters:,} characters or more, and the limit is "
             f"{max_characters:,}; give a part of it, or raise max_characters"
         )
 
 
-def _undecodable(message: str) -> MediaError:
+def _decode_error(message: str) -> MediaError:
     return MediaError(message, kind="undecodable")

@@ -109,31 +109,33 @@ class Fetch:
             with file:
                 data = file.read(self.max_bytes + 1)
         except OSError as error:
-            raise _unreadable_file(path, error) from error
+            raise _unreadable_file_error(path, error) from error
         self._check_size(len(data), str(path))  # a file may grow while it is read
         return data
 
     def _open_file(self, source: Any) -> tuple[BinaryIO, Path]:
         path = self.local_path(source)
         if path is None:
-            raise _missing(_unreadable_source(source))
+            raise _missing_file_error(_unreadable_source_error(source))
         if not self.allow_paths:
-            raise _missing(
+            raise _missing_file_error(
                 f"files of this machine are not read here, and {shorten(source)} is one; "
                 "send the bytes as a data: address"
             )
         try:
             if not path.exists():
-                raise _missing(self._not_found(source, path))
+                raise _missing_file_error(self._not_found(source, path))
             if path.is_dir():
-                raise _missing(f"expected a file at {path}, but found a folder; name a file in it")
+                raise _missing_file_error(
+                    f"expected a file at {path}, but found a folder; name a file in it"
+                )
             if not path.is_file():
-                raise _missing(
+                raise _missing_file_error(
                     f"expected a regular file at {path}, but it is a device, pipe or socket"
                 )
             file = path.open("rb")
         except OSError as error:
-            raise _unreadable_file(path, error) from error
+            raise _unreadable_file_error(path, error) from error
         try:
             self._check_size(os.fstat(file.fileno()).st_size, str(path))
         except MediaError:
@@ -154,7 +156,7 @@ class Fetch:
     def _read_data_uri(self, source: str) -> bytes:
         header, comma, body = source.partition(",")
         if not comma:
-            raise _missing(
+            raise _missing_file_error(
                 f"expected data:<type>;base64,<letters>, but {shorten(source)} has no comma"
             )
         self._check_size(len(body) * 3 // 4 - 2, "the data: address")
@@ -163,7 +165,7 @@ class Fetch:
         try:
             data = base64.b64decode("".join(body.split()), validate=True)
         except (binascii.Error, ValueError) as error:
-            raise _missing(
+            raise _missing_file_error(
                 f"{shorten(source)} is not base64 ({error}); "
                 "encode the bytes with base64.b64encode and check that nothing was cut off"
             ) from error
@@ -172,7 +174,7 @@ class Fetch:
 
     def _read_url(self, source: str) -> bytes:
         if not self.allow_urls:
-            raise _missing(
+            raise _missing_file_error(
                 f"web addresses are not read here, and {shorten(source)} is one; "
                 "download it and give the path or the bytes"
             )
@@ -196,14 +198,14 @@ class Fetch:
                 return self._download(answer, source, deadline)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             reason = str(error) or type(error).__name__
-            raise _missing(
+            raise _missing_file_error(
                 f"cannot download {shorten(source)}: {reason}; check the address and the network, "
                 "or download it once and give the path"
             ) from error
 
     def _download(self, answer: httpx.Response, source: str, deadline: float) -> bytes:
         if answer.status_code != 200:
-            raise _missing(
+            raise _missing_file_error(
                 f"{shorten(source)} answered {answer.status_code} {answer.reason_phrase} "
                 "instead of 200; check that the address is right and open to everyone"
             )
@@ -216,7 +218,7 @@ class Fetch:
             data += chunk
             self._check_size(len(data), shorten(source))
             if time.monotonic() > deadline:
-                raise _missing(
+                raise _missing_file_error(
                     f"{shorten(source)} sent {len(data):,} bytes in {self.timeout_s:g} s and was "
                     "not done; raise timeout_s, or download it once and give the path"
                 )
@@ -224,7 +226,7 @@ class Fetch:
 
     def _check_size(self, num_bytes: int, what: str) -> None:
         if num_bytes > self.max_bytes:
-            raise _missing(
+            raise _missing_file_error(
                 f"{what} has {num_bytes:,} bytes or more, and the limit is {self.max_bytes:,}; "
                 "make it smaller, or raise max_bytes"
             )
@@ -246,21 +248,21 @@ def _scheme(source: str) -> str | None:
 def _file_url_path(source: str) -> str:
     parts = urlsplit(source)
     if parts.netloc not in ("", "localhost"):
-        raise _missing(
+        raise _missing_file_error(
             f"{shorten(source)} names the machine {parts.netloc!r}; "
             "a file:// address of this machine has three slashes: file:///folder/name"
         )
     return url2pathname(parts.path)
 
 
-def _unreadable_file(path: Path, error: OSError) -> MediaError:
-    return _missing(
+def _unreadable_file_error(path: Path, error: OSError) -> MediaError:
+    return _missing_file_error(
         f"cannot read {shorten(path)}: {error.strerror or error}; check the name and the "
         "permissions"
     )
 
 
-def _unreadable_source(source: Any) -> str:
+def _unreadable_source_error(source: Any) -> str:
     if isinstance(source, str) and (scheme := _scheme(source)):
         return f"{shorten(source)} starts with {scheme}://, but the source must be {_ACCEPTED}"
     if isinstance(source, str):
@@ -269,5 +271,5 @@ def _unreadable_source(source: Any) -> str:
     return f"expected {_ACCEPTED}, but the source is of type {type(source).__name__}"
 
 
-def _missing(message: str) -> MediaError:
+def _missing_file_error(message: str) -> MediaError:
     return MediaError(message, kind="missing_file")

@@ -19,7 +19,7 @@ _READ = ("path", "bytes", "array")
 """Keys of a mapping whose values are sources themselves; the others are settings."""
 
 
-def content(source: Any, fetch: Fetch) -> bytes:
+def content_bytes(source: Any, fetch: Fetch) -> bytes:
     """The bytes behind a source: of a file its own, of pictures and arrays their values.
 
     A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for what
@@ -34,7 +34,9 @@ def content(source: Any, fetch: Fetch) -> bytes:
         return f"{source.dtype}{source.shape}".encode() + source.tobytes()
     if isinstance(source, Mapping):
         pieces = [
-            content(value, fetch) if key in _READ and value is not None else repr(value).encode()
+            content_bytes(value, fetch)
+            if key in _READ and value is not None
+            else repr(value).encode()
             for key, value in sorted(source.items())
         ]
         digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)

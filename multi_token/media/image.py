@@ -25,7 +25,7 @@ MAX_ASPECT = 300
 encoder, and a line of pixels would become gigabytes."""
 
 _ORIENTATION = 0x0112
-_UPRIGHT = {
+_NO_ROTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,7 +34,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LYING = (5, 6, 7, 8)
+_SWAPPED_SIDES = (5, 6, 7, 8)
 """Orientations whose width is the height of what is upright."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -93,9 +93,9 @@ def as_rgb(
     width, height = picture.size
     try:
         picture.load()
-        return _upright(_to_rgb(picture, label), picture)
+        return _apply_orientation(_to_rgb(picture, label), picture)
     except _DAMAGE as error:
-        raise _undecodable(
+        raise _decode_error(
             f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
             f"or damaged ({error}); copy or download it again"
         ) from error
@@ -117,7 +117,7 @@ def read_size(
     if picture.format == "PNG" and not _ends_with_pixels(file):
         return None
     # the base class's: that of PNG would decode to see whether more comes behind the pixels
-    lies = _orientation(Image.Image.getexif, picture) in _LYING
+    lies = _orientation(Image.Image.getexif, picture) in _SWAPPED_SIDES
     width, height = picture.size
     return (height, width) if lies else (width, height)
 
@@ -140,12 +140,12 @@ def _ends_with_pixels(file: BinaryIO) -> bool:
 def _check_size(picture: Image.Image, label: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
-        raise _undecodable(
+        raise _decode_error(
             f"{label} is {width} x {height} = {width * height:,} pixels, and the limit is "
             f"{max_pixels:,}; make it smaller, or raise max_pixels"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _undecodable(
+        raise _decode_error(
             f"{label} is {width} x {height} pixels, a line rather than a picture: one side may be "
             f"{MAX_ASPECT} times as long as the other; cut it"
         )
@@ -159,7 +159,7 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
     """
     start = file.read(64)
     if not start:
-        raise _undecodable(f"{label} is empty (0 bytes); copy or download it again")
+        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
     Image.init()
     prefix = start[:16]
     damage: Exception | None = None
@@ -176,11 +176,11 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
         except _DAMAGE as error:
             damage = error
     if damage is not None and not isinstance(damage, UnidentifiedImageError):
-        raise _undecodable(
+        raise _decode_error(
             f"{label} begins like a picture, but its header is truncated or damaged ({damage}); "
             "copy or download it again"
         ) from damage
-    raise _undecodable(
+    raise _decode_error(
         f"{label} is not a picture: {_describe(start)}; expected one of {', '.join(FORMATS)}"
     )
 
@@ -195,9 +195,9 @@ def _describe(data: bytes) -> str:
 
 def _to_rgb(picture: Image.Image, label: str) -> Image.Image:
     if picture.mode.startswith("I"):
-        return _from_integers(picture, label)
+        return _integers_to_uint8(picture, label)
     if picture.mode == "F":
-        raise _undecodable(
+        raise _decode_error(
             f"{label} holds floating-point numbers, whose black and white are unknown; "
             "save it with 8 or 16 bits"
         )
@@ -208,21 +208,21 @@ def _to_rgb(picture: Image.Image, label: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _from_integers(picture: Image.Image, label: str) -> Image.Image:
+def _integers_to_uint8(picture: Image.Image, label: str) -> Image.Image:
     # convert("RGB") would cut everything above 255 to white instead of scaling it
     import numpy as np
 
     values = np.asarray(picture)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise _undecodable(
+        raise _decode_error(
             f"{label} holds 32-bit integers from {values.min()} to {values.max()}, whose black and "
             "white are unknown; save it with 8 or 16 bits"
         )
     return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
-def _upright(rgb: Image.Image, picture: Image.Image) -> Image.Image:
-    turn = _UPRIGHT.get(_orientation(type(picture).getexif, picture))
+def _apply_orientation(rgb: Image.Image, picture: Image.Image) -> Image.Image:
+    turn = _NO_ROTATION.get(_orientation(type(picture).getexif, picture))
     upright = rgb if turn is None else rgb.transpose(turn)
     # with its EXIF block left in, an image processor that turns by it would turn a second time
     upright.info = {}
@@ -237,5 +237,5 @@ def _orientation(read_exif: Callable[[Any], Image.Exif], picture: Image.Image) -
         return 1
 
 
-def _undecodable(message: str) -> MediaError:
+def _decode_error(message: str) -> MediaError:
     return MediaError(message, kind="undecodable")

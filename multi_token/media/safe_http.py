@@ -28,15 +28,15 @@ Address = IPv4Address | IPv6Address
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
-_MAX_LETTERS = 8_192
-_ENTRY = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?(:[0-9]{1,5})?")
+_MAX_URL_LENGTH = 8_192
+_HOST_ENTRY = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?(:[0-9]{1,5})?")
 _HOST = re.compile(r"[a-z0-9_.:-]+")
 # Parsers differ about these, so an address that holds one may mean another host to somebody.
 _AMBIGUOUS = re.compile(r"[\x00-\x20\x7f\\]")
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
-def resolved(host: str, port: int) -> list[str]:
+def resolve_host(host: str, port: int) -> list[str]:
     """Every IP that the system finds for a host. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -81,13 +81,13 @@ class UrlPolicy:
     """One deadline for names, connections, redirects and all bytes together."""
     max_redirects: int = 3
     """A longer chain is refused."""
-    resolve: Callable[[str, int], Sequence[str]] = resolved
+    resolve: Callable[[str, int], Sequence[str]] = resolve_host
     """Host and port -> its IPs; raises OSError."""
     is_allowed_address: Callable[[Address], bool] = is_public
     """Which IPs may be dialled."""
 
     def __post_init__(self) -> None:
-        wrong = [entry for entry in self.allowed_hosts if not _ENTRY.fullmatch(entry.lower())]
+        wrong = [entry for entry in self.allowed_hosts if not _HOST_ENTRY.fullmatch(entry.lower())]
         if wrong:
             raise MultiTokenError(
                 "expected hosts such as example.org, *.example.org or example.org:8080 in the list "
@@ -100,49 +100,55 @@ class UrlPolicy:
         No more than `max_bytes` are read, whatever length is announced.
         """
         deadline = time.monotonic() + self.timeout_s
-        url = self._parsed(address)
+        url = self._parse_url(address)
         for _ in range(self.max_redirects + 1):
             try:
                 moved, body = _get(url, self._public_ips(url, deadline), deadline, max_bytes)
             except httpcore.TimeoutException:
-                raise _refused(
+                raise _refused_error(
                     f"{url.host} was not done within {self.timeout_s:g} s; send the bytes instead"
                 ) from None
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol):
-                raise _refused(
+                raise _refused_error(
                     f"{url.host} could not be reached, or broke off its answer; check the address, "
                     "or send the bytes"
                 ) from None
             if moved is None:
                 return body
-            url = self._parsed(moved, base=url)
-        raise _refused(f"{url.host} redirects more than {self.max_redirects} times; give the last")
+            url = self._parse_url(moved, base=url)
+        raise _refused_error(
+            f"{url.host} redirects more than {self.max_redirects} times; give the last"
+        )
 
-    def _parsed(self, address: str, *, base: httpx.URL | None = None) -> httpx.URL:
+    def _parse_url(self, address: str, *, base: httpx.URL | None = None) -> httpx.URL:
         """An address, or where a redirect leads from `base`; checked but for its IPs."""
         import httpx
 
         if not self.allowed_hosts:
-            raise _refused("web addresses are not read here; send the bytes as a data: address")
-        if _AMBIGUOUS.search(address) or len(address) > _MAX_LETTERS:
-            raise _refused("the address holds a blank, a backslash or too many letters")
+            raise _refused_error(
+                "web addresses are not read here; send the bytes as a data: address"
+            )
+        if _AMBIGUOUS.search(address) or len(address) > _MAX_URL_LENGTH:
+            raise _refused_error("the address holds a blank, a backslash or too many letters")
         try:
             url = httpx.URL(address) if base is None else base.join(address)
             host, port = url.raw_host.decode("ascii").lower(), url.port or _PORTS.get(url.scheme)
         except (httpx.InvalidURL, ValueError):
-            raise _refused("what was given as an address is none") from None
+            raise _refused_error("what was given as an address is none") from None
         if url.scheme not in _PORTS or port is None:
-            raise _refused("the address does not begin with http:// or https://")
+            raise _refused_error("the address does not begin with http:// or https://")
         if url.userinfo or b"@" in url.netloc:
-            raise _refused("the address holds a user name or password; leave it out")
-        if not _HOST.fullmatch(host) or not self._lists(host, port, port == _PORTS[url.scheme]):
-            raise _refused(
+            raise _refused_error("the address holds a user name or password; leave it out")
+        if not _HOST.fullmatch(host) or not self._is_allowed_host(
+            host, port, port == _PORTS[url.scheme]
+        ):
+            raise _refused_error(
                 "the address names a host or port that is not on the list of this server; send the "
                 "bytes as a data: address"
             )
         return url
 
-    def _lists(self, host: str, port: int, is_usual: bool) -> bool:
+    def _is_allowed_host(self, host: str, port: int, is_usual: bool) -> bool:
         for entry in self.allowed_hosts:
             # an IPv6 address has colons of its own, and no entry can name one
             name, _, entry_port = entry.lower().partition(":")
@@ -157,13 +163,13 @@ class UrlPolicy:
         port = url.port or _PORTS[url.scheme]
         host = url.raw_host.decode("ascii").lower()
         # the system's resolver knows no deadline of ours, so it is asked from a thread
-        found = _within(_left(deadline), lambda: self.resolve(host, port))
+        found = _with_timeout(_remaining_s(deadline), lambda: self.resolve(host, port))
         try:
             ips = [ip_address(ip) for ip in found or ()]
         except ValueError:  # fe80::1%eth0
             ips = []
         if not ips or not all(self.is_allowed_address(ip) for ip in ips):
-            raise _refused("the address is not the name of a host on the public internet")
+            raise _refused_error("the address is not the name of a host on the public internet")
         return [str(ip) for ip in ips]
 
 
@@ -182,14 +188,14 @@ def _get(
         (b"User-Agent", b"multi_token"),
     ]
     with (
-        httpcore.ConnectionPool(network_backend=_Pinned(ips, deadline)) as pool,
+        httpcore.ConnectionPool(network_backend=_PinnedBackend(ips, deadline)) as pool,
         pool.stream("GET", target, headers=headers) as answer,
     ):
         fields = {name.lower(): value for name, value in answer.headers}
         if answer.status in _REDIRECTS and b"location" in fields:
             return fields[b"location"].decode("latin-1"), b""
         if answer.status != 200:
-            raise _refused(f"{url.host} answered {answer.status} instead of 200")
+            raise _refused_error(f"{url.host} answered {answer.status} instead of 200")
         announced = fields.get(b"content-length", b"")
         data = bytearray()
         _check_size(int(announced) if announced.isdigit() else 0, max_bytes, url.host)
@@ -199,7 +205,7 @@ def _get(
     return None, bytes(data)
 
 
-class _Pinned(httpcore.NetworkBackend):
+class _PinnedBackend(httpcore.NetworkBackend):
     """Dials the IPs that were checked and nothing else, whatever host it is asked for."""
 
     def __init__(self, ips: Sequence[str], deadline: float) -> None:
@@ -218,11 +224,11 @@ class _Pinned(httpcore.NetworkBackend):
         failed: Exception = httpcore.ConnectError("no IP")
         for ip in self.ips:
             try:
-                stream = self.sockets.connect_tcp(ip, port, timeout=_left(self.deadline))
+                stream = self.sockets.connect_tcp(ip, port, timeout=_remaining_s(self.deadline))
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failed = error
             else:
-                return _Timed(stream, self.deadline)
+                return _DeadlineStream(stream, self.deadline)
         raise failed
 
     def connect_unix_socket(
@@ -237,7 +243,7 @@ class _Pinned(httpcore.NetworkBackend):
         raise httpcore.ConnectTimeout("nothing is tried twice")
 
 
-class _Timed(httpcore.NetworkStream):
+class _DeadlineStream(httpcore.NetworkStream):
     """A connection whose every step gets the time that is left, so that drops of bytes end too."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
@@ -245,10 +251,10 @@ class _Timed(httpcore.NetworkStream):
         self.deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self.stream.read(max_bytes, timeout=_left(self.deadline))
+        return self.stream.read(max_bytes, timeout=_remaining_s(self.deadline))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self.stream.write(buffer, timeout=_left(self.deadline))
+        self.stream.write(buffer, timeout=_remaining_s(self.deadline))
 
     def close(self) -> None:
         self.stream.close()
@@ -259,21 +265,21 @@ class _Timed(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        stream = self.stream.start_tls(ssl_context, server_hostname, _left(self.deadline))
-        return _Timed(stream, self.deadline)
+        stream = self.stream.start_tls(ssl_context, server_hostname, _remaining_s(self.deadline))
+        return _DeadlineStream(stream, self.deadline)
 
     def get_extra_info(self, info: str) -> Any:
         return self.stream.get_extra_info(info)
 
 
-def _left(deadline: float) -> float:
+def _remaining_s(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise httpcore.ReadTimeout("the deadline has passed")
     return seconds
 
 
-def _within(seconds: float, ask: Callable[[], Sequence[str]]) -> Sequence[str] | None:
+def _with_timeout(seconds: float, ask: Callable[[], Sequence[str]]) -> Sequence[str] | None:
     """What `ask` returns; None if it fails or takes longer."""
     answers: list[Sequence[str]] = []
 
@@ -291,10 +297,10 @@ def _within(seconds: float, ask: Callable[[], Sequence[str]]) -> Sequence[str] |
 
 def _check_size(num_bytes: int, max_bytes: int, host: str) -> None:
     if num_bytes > max_bytes:
-        raise _refused(
+        raise _refused_error(
             f"{host} sends more than {max_bytes:,} bytes, which is the limit; make it smaller"
         )
 
 
-def _refused(message: str) -> MediaError:
+def _refused_error(message: str) -> MediaError:
     return MediaError(message, kind="missing_file")

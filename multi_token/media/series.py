@@ -49,7 +49,7 @@ def read_series(
     """
     sampling_rate = None
     if isinstance(source, Mapping):
-        source, sampling_rate = _opened(source)
+        source, sampling_rate = _open_source(source)
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, (list, tuple, np.ndarray)):
@@ -57,7 +57,7 @@ def read_series(
     else:
         name = shorten(source) if isinstance(source, str) else "the bytes given"
         raw = read_npy(fetch.read(source), name)
-    series = _checked(raw, name, channels, max_steps)
+    series = _check_series(raw, name, channels, max_steps)
     if rate is None or sampling_rate is None or rate == sampling_rate:
         return series
     num_steps = _num_steps(len(series), rate, sampling_rate)
@@ -76,11 +76,11 @@ def count_steps(
     None for a file with no such series: reading it says why. Raises MediaError for a file that is
     not there or is none, and for a series over `max_steps`.
     """
-    inner, sampling_rate = _opened(source) if isinstance(source, Mapping) else (source, None)
+    inner, sampling_rate = _open_source(source) if isinstance(source, Mapping) else (source, None)
     if isinstance(inner, (list, tuple, np.ndarray, Tensor)):
         return len(read_series(source, fetch, channels=channels, max_steps=max_steps, rate=rate))
     name = shorten(inner) if isinstance(inner, str) else "the bytes given"
-    shape = told_shape(inner, fetch, name)
+    shape = header_shape(inner, fetch, name)
     if len(shape) not in (1, 2) or shape[0] == 0 or channels != (*shape, 1)[1]:
         return None
     num_steps = _num_steps(shape[0], rate, sampling_rate)
@@ -95,7 +95,7 @@ def _num_steps(num_given: int, rate: float | None, sampling_rate: float | None) 
     return max(1, round(num_given * rate / sampling_rate))
 
 
-def told_shape(source: Any, fetch: Fetch, name: str) -> tuple[int, ...]:
+def header_shape(source: Any, fetch: Fetch, name: str) -> tuple[int, ...]:
     """The shape of the array in a `.npy` file, of which only the header is read.
 
     Raises MediaError.
@@ -104,12 +104,12 @@ def told_shape(source: Any, fetch: Fetch, name: str) -> tuple[int, ...]:
         return read_npy_header(file, name)[0]
 
 
-def _opened(source: Mapping[str, Any]) -> tuple[Any, float | None]:
+def _open_source(source: Mapping[str, Any]) -> tuple[Any, float | None]:
     """The source inside a mapping, and its steps a second if it says them."""
     inner = next((source[key] for key in _SOURCES if source.get(key) is not None), None)
     unknown = [key for key in source if key not in (*_SOURCES, "sampling_rate")]
     if inner is None or unknown:
-        raise _undecodable(
+        raise _decode_error(
             'expected {"array": ..., "sampling_rate": 500} for a series (or `path` or `bytes` of a '
             f".npy file instead of `array`), got the keys {', '.join(map(str, source)) or 'none'}"
         )
@@ -118,7 +118,7 @@ def _opened(source: Mapping[str, Any]) -> tuple[Any, float | None]:
         return inner, None
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or not 0 < rate < float("inf"):
-        raise _undecodable(f"expected a `sampling_rate` above 0 in steps a second, got {rate!r}")
+        raise _decode_error(f"expected a `sampling_rate` above 0 in steps a second, got {rate!r}")
     return inner, float(rate)
 
 
@@ -131,7 +131,7 @@ def read_npy(data: bytes, name: str) -> np.ndarray:
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except _DAMAGE as error:
-        raise _not_npy(name, error) from None
+        raise _not_npy_error(name, error) from None
 
 
 def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -141,7 +141,7 @@ def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtyp
     """
     try:
         if file.read(2) == b"PK":
-            raise _undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
+            raise _decode_error(f"{name} holds several arrays (.npz); write one with numpy.save")
         file.seek(0)
         read_header = _HEADERS[np.lib.format.read_magic(file)]
         shape, _, dtype = read_header(file)
@@ -154,21 +154,23 @@ def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtyp
             raise ValueError(f"its header promises {num_missing:,} bytes more than there are")
         return shape, dtype
     except _DAMAGE as error:
-        raise _not_npy(name, error) from None
+        raise _not_npy_error(name, error) from None
 
 
-def _not_npy(name: str, error: Exception) -> MediaError:
-    return _undecodable(f"{name} is not a .npy file of numbers ({error}); write it with numpy.save")
+def _not_npy_error(name: str, error: Exception) -> MediaError:
+    return _decode_error(
+        f"{name} is not a .npy file of numbers ({error}); write it with numpy.save"
+    )
 
 
-def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
+def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
     """float32 [time, channels], every number finite."""
     try:
         array = np.asarray(raw)
     except ValueError:  # rows of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf" and array.size:
-        raise _undecodable(
+        raise _decode_error(
             f"expected numbers in {name}, as [time] or [time, channels] with rows of one length, "
             f"got {str(raw)[:80]!r}"
         )
@@ -180,7 +182,7 @@ def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
             mend = "a series has at least one step"
         elif array.ndim == 2 and array.shape[0] == channels:
             mend = "time comes first, so transpose it"
-        raise _undecodable(
+        raise _decode_error(
             f"expected a series of shape [time, {channels}] in {name}, got {list(array.shape)}; "
             + mend
         )
@@ -190,7 +192,7 @@ def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
     finite = np.isfinite(series)
     if not finite.all():
         step, channel = (int(i) for i in np.argwhere(~finite)[0])
-        raise _undecodable(
+        raise _decode_error(
             f"{name} holds {series[step, channel]} at step {step} of channel {channel} "
             f"({int((~finite).sum())} such values in all); remove or fill them"
         )
@@ -199,11 +201,11 @@ def _checked(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
 
 def _check_length(num_steps: int, max_steps: int, name: str) -> None:
     if num_steps > max_steps:
-        raise _undecodable(
+        raise _decode_error(
             f"{name} has {num_steps:,} steps, and the limit is {max_steps:,}; cut it, lower "
             "`rate`, or raise `max_steps`"
         )
 
 
-def _undecodable(message: str) -> MediaError:
+def _decode_error(message: str) -> MediaError:
     return MediaError(message, kind="undecodable")

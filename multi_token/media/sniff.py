@@ -29,19 +29,19 @@ _VIDEO: tuple[bytes, ...] = (
     b"\x00\x00\x01\xba",  # MPEG
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # WMV
 )
-_REFUSED: tuple[tuple[bytes, str], ...] = (  # some of these could pass for a text
+_UNSUPPORTED_SIGNATURES: tuple[tuple[bytes, str], ...] = (  # some of these could pass for a text
     (b"%PDF", "a PDF document"),
     (b"PK\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
 )
-NUM_BYTES = 4096
+NUM_SNIFF_BYTES = 4096
 """So many are looked at, and one more tells whether that was all."""
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 
-def kind_of(data: bytes, *, name: str = "") -> MediaKind:
+def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
     """`image` for PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF, JPEG 2000; `audio` for WAV, FLAC, Ogg,
     MP3, AIFF, AU, CAF, AAC, M4A; `video` for MP4, MOV, WebM, Matroska, AVI, FLV, MPEG, WMV and Ogg
     with pictures; else `text` for UTF-8.
@@ -50,20 +50,22 @@ def kind_of(data: bytes, *, name: str = "") -> MediaKind:
     """
     label = name or "the item"
     if not data:
-        raise _undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    kind = _known(data)
+        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
+    kind = _known_signature(data)
     if kind is not None:
         return kind
-    refused = next((what for magic, what in _REFUSED if data.startswith(magic)), None)
+    refused = next(
+        (what for magic, what in _UNSUPPORTED_SIGNATURES if data.startswith(magic)), None
+    )
     if refused is None and _is_text(data):
         return "text"
-    raise _undecodable(
+    raise _decode_error(
         f"{label} is not a picture, sound, film or UTF-8 text: "
         + (f"it begins like {refused}" if refused else f"its first bytes are {data[:12]!r}")
     )
 
 
-def _known(data: bytes) -> MediaKind | None:
+def _known_signature(data: bytes) -> MediaKind | None:
     if data.startswith(_IMAGE) or _is_bmp(data):
         return "image"
     if data.startswith(_AUDIO) or _is_mp3(data):
@@ -77,7 +79,7 @@ def _known(data: bytes) -> MediaKind | None:
     if data.startswith(b"FORM") and form in (b"AIFF", b"AIFC"):
         return "audio"
     if data.startswith(b"OggS"):  # its streams name themselves on the first pages
-        return "video" if b"theora" in data[:NUM_BYTES] else "audio"
+        return "video" if b"theora" in data[:NUM_SNIFF_BYTES] else "audio"
     if data[4:8] == b"ftyp":  # the brand says what the container is for
         if form in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
             return "image"
@@ -106,12 +108,12 @@ def _is_mp3(data: bytes) -> bool:
 def _is_text(data: bytes) -> bool:
     try:
         start = codecs.getincrementaldecoder("utf-8")().decode(
-            data[:NUM_BYTES], final=len(data) <= NUM_BYTES
+            data[:NUM_SNIFF_BYTES], final=len(data) <= NUM_SNIFF_BYTES
         )
     except UnicodeDecodeError:
         return False
     return not any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in start)
 
 
-def _undecodable(message: str) -> MediaError:
+def _decode_error(message: str) -> MediaError:
     return MediaError(message, kind="undecodable")

@@ -17,7 +17,13 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.frame_sampling import SLACK, sample_times, section, too_long, undecodable
+from multi_token.media.frame_sampling import (
+    TIME_SLACK_S,
+    clip_bounds,
+    sample_times,
+    too_long_error,
+    video_error,
+)
 from multi_token.media.image import as_rgb
 
 # A list of our own, because FFmpeg's whole registry holds formats that open other files and
@@ -51,7 +57,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 
 
 @dataclass(frozen=True)
-class _Index:
+class _PacketIndex:
     """What the packets say before any is decoded; in decoding order, seconds from the first frame.
 
     `times`: when each packet's frame is shown, None if it is not; `keys`: where decoding can begin.
@@ -64,7 +70,7 @@ class _Index:
 
 
 @dataclass
-class _Run:
+class _DecodeRun:
     """Packets `first` to `last` are decoded for the frames shown at `times`."""
 
     first: int
@@ -88,18 +94,18 @@ def decode_video(
 
     Where there are fewer frames than times, a frame is given again. Only packets that a wanted
     frame is made of are decoded, and only wanted frames are kept. Upright, RGB, over white where
-    transparent. `name` opens the error message. Raises `MediaError(kind="undecodable")`.
+    transparent. `name` opens the error message. Raises `MediaError(kind="video_error")`.
     """
     label = name or "the video"
     if not data:
-        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    asked = _Asked(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
-    index, times = _planned(io.BytesIO(data), asked, label)
-    with _opened(io.BytesIO(data), label, max_pixels) as (container, stream):
+        raise video_error(f"{label} is empty (0 bytes); copy or download it again")
+    asked = _FrameRequest(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
+    index, times = _plan_frames(io.BytesIO(data), asked, label)
+    with _open_video(io.BytesIO(data), label, max_pixels) as (container, stream):
         return _decode(container, stream, index, times, label=label, max_pixels=max_pixels)
 
 
-def count_pictures(
+def count_frames(
     file: BinaryIO,
     *,
     name: str = "",
@@ -116,16 +122,16 @@ def count_pictures(
     With `num_frames` only the header is read, with `fps` all packets are. Raises MediaError.
     """
     label = name or "the video"
-    asked = _Asked(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
+    asked = _FrameRequest(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
     if num_frames is None:
-        return len(_planned(file, asked, label)[1])
-    with _opened(file, label, max_pixels) as (container, stream):
-        _promised(container, stream, asked, label)
+        return len(_plan_frames(file, asked, label)[1])
+    with _open_video(file, label, max_pixels) as (container, stream):
+        _header_times(container, stream, asked, label)
     return num_frames
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _FrameRequest:
     """What is wanted of a video, and the limits."""
 
     num_frames: int | None
@@ -137,27 +143,29 @@ class _Asked:
     max_pixels: int
 
 
-def _promised(container: Any, stream: Any, asked: _Asked, label: str) -> Fraction | None:
+def _header_times(container: Any, stream: Any, asked: _FrameRequest, label: str) -> Fraction | None:
     """Seconds by the header, if it says them. Raises MediaError for too many."""
-    promised = _promised_seconds(container, stream)
+    promised = _header_duration(container, stream)
     to_read = None if promised is None or asked.end is not None else promised - (asked.start or 0)
     if to_read is not None and to_read > asked.max_seconds:
-        raise too_long(label, f"{float(to_read):.1f} s", asked.max_seconds)
+        raise too_long_error(label, f"{float(to_read):.1f} s", asked.max_seconds)
     return promised
 
 
-def _planned(file: BinaryIO, asked: _Asked, label: str) -> tuple[_Index, list[Fraction]]:
+def _plan_frames(
+    file: BinaryIO, asked: _FrameRequest, label: str
+) -> tuple[_PacketIndex, list[Fraction]]:
     """All packets, and the times of the wanted frames; no frame is decoded."""
-    with _opened(file, label, asked.max_pixels) as (container, stream):
-        promised = _promised(container, stream, asked, label)
+    with _open_video(file, label, asked.max_pixels) as (container, stream):
+        promised = _header_times(container, stream, asked, label)
         limit = math.inf if asked.end is not None else asked.max_seconds + (asked.start or 0)
         index = _scan(container, stream, label, limit=limit, max_seconds=asked.max_seconds)
-    if promised is not None and promised > index.duration + SLACK:
-        raise undecodable(
+    if promised is not None and promised > index.duration + TIME_SLACK_S:
+        raise video_error(
             f"{label} is cut off: its header promises {float(promised):.1f} s, and it ends after "
             f"{float(index.duration):.1f} s; copy or download it again"
         )
-    part = section(
+    part = clip_bounds(
         index.duration, asked.start, asked.end, max_seconds=asked.max_seconds, label=label
     )
     return index, sample_times(
@@ -165,7 +173,7 @@ def _planned(file: BinaryIO, asked: _Asked, label: str) -> tuple[_Index, list[Fr
     )
 
 
-class _Unnamed:
+class _NamelessFile:
     """A file whose name says nothing to FFmpeg, which would believe its ending."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -173,7 +181,7 @@ class _Unnamed:
 
 
 @contextmanager
-def _opened(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
+def _open_video(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream, of which only the header was read."""
     try:
         import av
@@ -183,29 +191,29 @@ def _opened(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, 
 
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
-        container = av.open(_Unnamed(file), options=options, metadata_errors="replace")
+        container = av.open(_NamelessFile(file), options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         if isinstance(error, EOFError):
-            raise _empty(label) from error
-        raise undecodable(f"{label} is not a video: {_describe(file, error)}") from error
+            raise _empty_error(label) from error
+        raise video_error(f"{label} is not a video: {_describe(file, error)}") from error
     with container:
         # a sound file may hold its cover as a video stream
         covers = Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & covers]
         if not streams:
             others = sorted({s.type for s in container.streams})
-            raise undecodable(
+            raise video_error(
                 f"{label} holds no moving pictures, only {' and '.join(others) or 'a header'}; "
                 "give a video, or use the item for another sense"
             )
         stream = streams[0]
         if stream.codec_context is None:
-            raise undecodable(
+            raise video_error(
                 f"{label} is of a kind that the installed FFmpeg cannot decode; convert it to MP4"
             )
         codec = stream.codec_context.codec.name
         if codec not in CODECS:
-            raise undecodable(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
+            raise video_error(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
         _check_pixels(stream.width, stream.height, label, max_pixels)
         # A frame may be larger than the header says: the decoder then makes no room for it. It
         # counts whole blocks, and those of neighbours; what comes out is measured exactly.
@@ -213,7 +221,7 @@ def _opened(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, 
         yield container, stream
 
 
-def _promised_seconds(container: Any, stream: Any) -> Fraction | None:
+def _header_duration(container: Any, stream: Any) -> Fraction | None:
     """The duration in the header, where there is one of the pictures alone."""
     if stream.duration is not None:
         return stream.duration * stream.time_base
@@ -228,7 +236,9 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
             yield packet
 
 
-def _scan(container: Any, stream: Any, label: str, *, limit: float, max_seconds: float) -> _Index:
+def _scan(
+    container: Any, stream: Any, label: str, *, limit: float, max_seconds: float
+) -> _PacketIndex:
     """Read all packets, decode none. A header may know no duration, or a wrong one."""
     import av
 
@@ -249,19 +259,21 @@ def _scan(container: Any, stream: Any, label: str, *, limit: float, max_seconds:
             shown = packet.duration * stream.time_base if packet.duration else still
             end = time + shown if end is None else max(end, time + shown)
             if time - zero > limit:
-                raise too_long(label, f"more than {float(time - zero):.1f} s", max_seconds)
+                raise too_long_error(label, f"more than {float(time - zero):.1f} s", max_seconds)
     except av.FFmpegError as error:
         time = Fraction(0) if zero is None or end is None else end - zero
-        raise _damaged(label, time, error.strerror) from error
+        raise _damaged_error(label, time, error.strerror) from error
     if zero is None or end is None:
-        raise _empty(label)
-    return _Index([None if time is None else time - zero for time in times], keys, zero, end - zero)
+        raise _empty_error(label)
+    return _PacketIndex(
+        [None if time is None else time - zero for time in times], keys, zero, end - zero
+    )
 
 
-def _runs(index: _Index, times: Sequence[Fraction]) -> list[_Run]:
+def _runs(index: _PacketIndex, times: Sequence[Fraction]) -> list[_DecodeRun]:
     """The packets needed for the frames at `times`, which ascend."""
     shown = sorted((time, number) for number, time in enumerate(index.times) if time is not None)
-    runs: list[_Run] = []
+    runs: list[_DecodeRun] = []
     for time in times:
         position = bisect.bisect_right(shown, (time, len(index.times))) - 1
         frame_time, last = shown[max(position, 0)]
@@ -271,7 +283,7 @@ def _runs(index: _Index, times: Sequence[Fraction]) -> list[_Run]:
             key -= 1  # shown before the key frame it follows, so made of frames before that one
         first = index.keys[key] if key >= 0 else 0
         if not runs or first > runs[-1].last + 1:
-            runs.append(_Run(first, last))
+            runs.append(_DecodeRun(first, last))
         runs[-1].last = max(runs[-1].last, last)
         runs[-1].times.append(time)
     return runs
@@ -280,7 +292,7 @@ def _runs(index: _Index, times: Sequence[Fraction]) -> list[_Run]:
 def _decode(
     container: Any,
     stream: Any,
-    index: _Index,
+    index: _PacketIndex,
     times: Sequence[Fraction],
     *,
     label: str,
@@ -298,16 +310,20 @@ def _decode(
                 continue
             time = stamp * stream.time_base - index.zero
             while waiting and shown is not None and time > waiting[0]:
-                pictures.append(_picture(shown, waiting.pop(0), label, max_pixels))
+                pictures.append(_to_image(shown, waiting.pop(0), label, max_pixels))
             shown = frame
         if shown is None:
-            raise _damaged(label, run.times[0], "no frame comes out")
-        pictures += [_picture(shown, time, label, max_pixels) for time in waiting]
+            raise _damaged_error(label, run.times[0], "no frame comes out")
+        pictures += [_to_image(shown, time, label, max_pixels) for time in waiting]
     return pictures
 
 
 def _frames(
-    packets: Iterator[tuple[int, Any]], stream: Any, run: _Run, index: _Index, label: str
+    packets: Iterator[tuple[int, Any]],
+    stream: Any,
+    run: _DecodeRun,
+    index: _PacketIndex,
+    label: str,
 ) -> Iterator[Any]:
     """The frames made of a run of packets, in the order they are shown."""
     import av
@@ -322,13 +338,13 @@ def _frames(
                 break
         yield from decoder.decode(None)
     except av.FFmpegError as error:
-        raise _damaged(label, index.times[number] or Fraction(0), error.strerror) from error
+        raise _damaged_error(label, index.times[number] or Fraction(0), error.strerror) from error
     decoder.flush_buffers()
 
 
-def _picture(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.Image:
+def _to_image(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.Image:
     if frame.is_corrupt:
-        raise _damaged(label, time, "the frame is incomplete")
+        raise _damaged_error(label, time, "the frame is incomplete")
     if any(component.is_alpha for component in frame.format.components):
         picture = Image.fromarray(frame.to_ndarray(format="rgba"))
     else:
@@ -340,7 +356,7 @@ def _picture(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.I
 
 def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise undecodable(
+        raise video_error(
             f"a frame of {label} is {width} x {height} = {width * height:,} pixels, and the limit "
             f"is {max_pixels:,}; make it smaller, or raise max_pixels"
         )
@@ -356,12 +372,12 @@ def _describe(file: BinaryIO, error: Any) -> str:
     return f"{reason}; its first bytes are {data[:12]!r}"
 
 
-def _empty(label: str) -> MediaError:
-    return undecodable(f"{label} has a header but no frames; copy or download it again")
+def _empty_error(label: str) -> MediaError:
+    return video_error(f"{label} has a header but no frames; copy or download it again")
 
 
-def _damaged(label: str, time: Fraction, error: str | None) -> MediaError:
-    return undecodable(
+def _damaged_error(label: str, time: Fraction, error: str | None) -> MediaError:
+    return video_error(
         f"{label} is damaged {float(time):.2f} s after its start ({error}); copy or download it "
         "again, or leave that part out with `start` and `end`"
     )

@@ -15,13 +15,13 @@ from multi_token.errors import MediaError, MultiTokenError
 
 RATES = (1_000, 768_000)
 """Samples in a second that are believed. Outside of them a number is another one: kHz, say."""
-LOUDEST = 100.0
+MAX_AMPLITUDE = 100.0
 """Floats lie between -1 and 1, or little over; beyond this they are integers in a coat."""
 
-Span = tuple[float, float | None]
+SecondsRange = tuple[float, float | None]
 """Start and end of the part that is wanted, in seconds; None is the end of the audio."""
 
-UNKNOWN = 1 << 48
+UNKNOWN_LENGTH = 1 << 48
 """From here on, a number of samples means that a file does not tell its length."""
 _END_SLACK_S = 0.5  # by which an `end` may lie behind the last sample: times in rows are rounded
 
@@ -34,7 +34,7 @@ def join_blocks(
     Raises MediaError for values that are not finite, for a length of zero, and where the blocks
     pass `max_seconds`: no block behind it is asked for.
     """
-    soxr = package("soxr", "audio")
+    soxr = require_package("soxr", "audio")
     stream = None if given == rate else soxr.ResampleStream(given, rate, 1, dtype="float32")
     pieces: list[np.ndarray] = []
     num_samples = 0
@@ -42,19 +42,19 @@ def join_blocks(
         finite = np.isfinite(block)
         if not finite.all():
             at = num_samples + int(np.argmin(finite))
-            raise undecodable(
+            raise audio_error(
                 f"{label} holds {block[np.argmin(finite)]} at sample {at:,} ({at / given:.2f} s); "
                 "remove or fill such values"
             )
         num_samples += len(block)
         if num_samples > max_seconds * given:
-            raise _too_long(label, f"more than {max_seconds:g} s", max_seconds)
+            raise _too_long_error(label, f"more than {max_seconds:g} s", max_seconds)
         pieces.append(block if stream is None else stream.resample_chunk(block))
     if stream is not None:
         pieces.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     audio = np.concatenate([np.zeros(0, np.float32), *pieces])
     if not len(audio):
-        raise undecodable(f"{label} has a length of zero; leave the row out, or record it again")
+        raise audio_error(f"{label} has a length of zero; leave the row out, or record it again")
     return audio
 
 
@@ -64,8 +64,8 @@ def resampled_length(num_samples: int, given: int, rate: int) -> int:
     return num_samples if given == rate else int(num_samples / (given / rate) + 0.5)
 
 
-def wanted_frames(
-    span: Span, given: int, num_frames: int, label: str, max_seconds: float
+def sample_range(
+    span: SecondsRange, given: int, num_frames: int, label: str, max_seconds: float
 ) -> tuple[int, int]:
     """The first sample that is wanted and the one behind the last, of so many.
 
@@ -75,31 +75,31 @@ def wanted_frames(
     length = num_frames / given
     if (start and start >= length) or (end or 0.0) > length + _END_SLACK_S:
         asked = f"{start:g} to {end:g} s" if end is not None else f"{start:g} s on"
-        raise undecodable(f"{label} is {length:.2f} s long, but the row asks for {asked}")
+        raise audio_error(f"{label} is {length:.2f} s long, but the row asks for {asked}")
     stop = num_frames if end is None else min(round(end * given), num_frames)
     begin = round(start * given)
-    if stop < UNKNOWN and stop - begin > max_seconds * given:
-        raise _too_long(label, f"{(stop - begin) / given:,.1f} s", max_seconds)
+    if stop < UNKNOWN_LENGTH and stop - begin > max_seconds * given:
+        raise _too_long_error(label, f"{(stop - begin) / given:,.1f} s", max_seconds)
     return begin, stop
 
 
-def checked_rate(rate: Any, label: str) -> int:
+def check_rate(rate: Any, label: str) -> int:
     """Samples in a second, as a whole number that can be. Raises MediaError."""
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or rate != round(float(rate)) or not RATES[0] <= rate <= RATES[1]:
-        raise undecodable(
+        raise audio_error(
             f"{label} has the sampling rate {rate!r}, expected a whole number of samples in a "
             f"second, {RATES[0]:,} to {RATES[1]:,}"
         )
     return int(rate)
 
 
-def scaled(array: np.ndarray, label: str) -> np.ndarray:
+def to_float32(array: np.ndarray, label: str) -> np.ndarray:
     """Samples of any type as float32 between -1 and 1. Raises MediaError."""
     if array.dtype.kind == "f":
         loudest = float(np.abs(array).max(initial=0.0))
-        if loudest > LOUDEST:  # NaN is not: it is named with its position later
-            raise undecodable(
+        if loudest > MAX_AMPLITUDE:  # NaN is not: it is named with its position later
+            raise audio_error(
                 f"{label} holds floats up to {loudest:g}, expected -1 to 1; divide 16-bit samples "
                 "by 32768"
             )
@@ -108,13 +108,13 @@ def scaled(array: np.ndarray, label: str) -> np.ndarray:
         return (array.astype(np.float32) - 128) / 128
     if array.dtype.kind == "i" and array.dtype.itemsize < 8:
         return array.astype(np.float32) / 2.0 ** (8 * array.dtype.itemsize - 1)
-    raise undecodable(
+    raise audio_error(
         f"{label} holds values of type {array.dtype}, whose full scale is unknown; give floats "
         "from -1 to 1 or integers of 16 bits"
     )
 
 
-def package(name: str, extra: str) -> Any:
+def require_package(name: str, extra: str) -> Any:
     """An optional package. Raises MultiTokenError with the line that installs it."""
     try:
         return import_module(name)
@@ -125,13 +125,13 @@ def package(name: str, extra: str) -> Any:
         ) from None
 
 
-def _too_long(label: str, length: str, max_seconds: float) -> MediaError:
-    return undecodable(
+def _too_long_error(label: str, length: str, max_seconds: float) -> MediaError:
+    return audio_error(
         f"{label} is {length} long, and the limit is {max_seconds:g} s; cut it, name a part with "
         "`start` and `end`, or raise `max_seconds`"
     )
 
 
-def undecodable(message: str) -> MediaError:
+def audio_error(message: str) -> MediaError:
     """The error of audio that is there and of no use."""
     return MediaError(message, kind="undecodable")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multi_token.types import Features, Prepared
 
-LINE_END = -1
+NEWLINE = -1
 """In place of a tile's number: here a line ends."""
 NOTHING = -2
 """In place of a tile's number: padding behind a shorter item."""
@@ -41,7 +41,7 @@ def best_grid(height: int, width: int, grids: Sequence[Grid], side: int) -> Grid
     return max(grids, key=kept_and_waste)
 
 
-def cut(
+def crop_tiles(
     picture: Image.Image, grid: Grid, side: int, resample: Image.Resampling
 ) -> list[Image.Image]:
     """The whole picture squeezed into one square, then its tiles in reading order.
@@ -81,7 +81,7 @@ def reading_order(height: int, width: int, grid: Grid, patches: int) -> tuple[Te
     patch = (y % patches) * patches + x % patches
     whole = torch.arange(patches * patches)
     return (
-        torch.cat([torch.zeros_like(whole), _with_line_ends(tile, LINE_END)]),
+        torch.cat([torch.zeros_like(whole), _with_line_ends(tile, NEWLINE)]),
         torch.cat([whole, _with_line_ends(patch, 0)]),
     )
 
@@ -114,4 +114,4 @@ def arrange(values: Tensor, tile: Tensor, patch: Tensor) -> Features:
     """Patches of all tiles [tiles, patches, dim] -> Features of the items, line by line."""
     index = tile.clamp(min=0) * values.shape[1] + patch
     arranged = values.flatten(0, 1)[index] * (tile >= 0)[..., None]
-    return Features(arranged, mask=tile != NOTHING, breaks=tile == LINE_END)
+    return Features(arranged, mask=tile != NOTHING, newlines=tile == NEWLINE)

@@ -87,7 +87,7 @@ def feature_extractor(encoder: str, revision: str | None) -> Any:
     return AutoFeatureExtractor.from_pretrained(encoder, revision=revision)
 
 
-def cut_evenly(waveform: np.ndarray, longest: int) -> list[np.ndarray]:
+def split_evenly(waveform: np.ndarray, longest: int) -> list[np.ndarray]:
     """As few consecutive pieces as `longest` allows, equally long to a sample.
 
     So that no piece is a rest of a few samples, from which an encoder hears nothing.
@@ -96,7 +96,7 @@ def cut_evenly(waveform: np.ndarray, longest: int) -> list[np.ndarray]:
 
 
 def even_lengths(num_samples: int, longest: int) -> list[int]:
-    """The lengths of the pieces that `cut_evenly` makes of so many samples."""
+    """The lengths of the pieces that `split_evenly` makes of so many samples."""
     num_pieces = math.ceil(num_samples / longest)
     length, num_longer = divmod(num_samples, num_pieces)
     return [length + 1] * num_longer + [length] * (num_pieces - num_longer)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from multi_token import registry
 from multi_token.media.fetch import Fetch
-from multi_token.media.hashing import content
+from multi_token.media.hashing import content_bytes
 from multi_token.projectors.base import Mlp, ProjectorSpec
 from multi_token.types import Features, Prepared
 
@@ -81,13 +81,13 @@ class Modality(BaseModel, ABC):
     def build_encoder(self) -> Encoder:
         """The encoder, with its weights."""
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """The number of features of an item, told without decoding it: by its header, or the row.
 
         None where only decoding tells; else exactly `prepare(load(source, fetch)).num_features`,
         for an item that can be decoded. Raises MediaError for what a header shows to be none. It
         belongs to the `load` and `prepare` beside it: a class that changes one of them and not
-        this is decoded (`told_length`).
+        this is decoded (`header_length`).
         """
         return None
 
@@ -99,7 +99,7 @@ class Modality(BaseModel, ABC):
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """Bytes that are equal only for equal items, by which features are kept."""
-        return content(source, fetch)
+        return content_bytes(source, fetch)
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items -> one batch: each input stacked, shorter ones padded with zeros at the end."""
@@ -119,21 +119,27 @@ class Modality(BaseModel, ABC):
         return None
 
 
-def told_length(modality: Modality, source: Any, fetch: Fetch) -> int | None:
-    """What `measure` says of an item, if it was written for the `load` and `prepare` in use."""
-    return modality.measure(source, fetch) if tells_lengths(type(modality)) else None
+def header_length(modality: Modality, source: Any, fetch: Fetch) -> int | None:
+    """What `num_features_from_header` says of an item, if it was written for the `load` and
+    `prepare` in use."""
+    return (
+        modality.num_features_from_header(source, fetch) if tells_lengths(type(modality)) else None
+    )
 
 
 def tells_lengths(cls: type[Modality]) -> bool:
     """Whether a class measures items without decoding them.
 
-    Not one that inherits `measure` and changes what it counts.
+    Not one that inherits `num_features_from_header` and changes what it counts.
     """
     depth = {
         name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
-        for name in ("measure", "load", "prepare")
+        for name in ("num_features_from_header", "load", "prepare")
     }
-    return depth["measure"] <= min(depth.values()) and cls.measure is not Modality.measure
+    return (
+        depth["num_features_from_header"] <= min(depth.values())
+        and cls.num_features_from_header is not Modality.num_features_from_header
+    )
 
 
 class PretrainedModality(Modality):
@@ -169,7 +175,9 @@ def layers_up_to(
     return layers[: max(n if n >= 0 else len(layers) + 1 + n for n in states)]
 
 
-def in_micro_batches(run: Callable[..., Tensor], inputs: Mapping[str, Tensor], size: int) -> Tensor:
+def run_in_micro_batches(
+    run: Callable[..., Tensor], inputs: Mapping[str, Tensor], size: int
+) -> Tensor:
     """`run(**inputs)` on slices of at most `size` along the first axis, joined along it."""
     num_parts = len(next(iter(inputs.values())))
     if num_parts <= size:

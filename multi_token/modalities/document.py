@@ -24,7 +24,12 @@ from multi_token.media.document import (
     split_document,
 )
 from multi_token.media.fetch import Fetch, shorten
-from multi_token.modalities.base import AnyProjector, Encoder, PretrainedModality, in_micro_batches
+from multi_token.modalities.base import (
+    AnyProjector,
+    Encoder,
+    PretrainedModality,
+    run_in_micro_batches,
+)
 from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
 
@@ -56,7 +61,7 @@ class DocumentEncoder(Encoder):
         `chunk`: which chunk each feature of an item is.
         """
         chunk = inputs.pop("chunk")
-        values = in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
         mask = chunk != _NO_CHUNK
         return Features(values[chunk.clamp(min=0)] * mask[..., None], mask)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multi_token.errors import MultiTokenError
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """The last layer that is needed has answered."""
 
 
@@ -45,8 +45,8 @@ class HiddenStates:
         behind = [layers[i] for i in self._positions(layers)]
         # a layer that learns may be computed again on the way back, which must find its own end
         if behind and self._ends_early and not torch.is_grad_enabled():
-            return _until(layers, behind, run)
-        outputs, remove = _listen(behind)
+            return _run_until(layers, behind, run)
+        outputs, remove = _register_hooks(behind)
         with remove:
             states = run(output_hidden_states=True).hidden_states
         try:
@@ -72,7 +72,7 @@ class HiddenStates:
         return positions if inside and max(positions) < len(layers) - 1 else []
 
 
-def _listen(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitStack]:
+def _register_hooks(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitStack]:
     """Where their outputs will be, and what takes the listeners away again."""
     outputs: dict[nn.Module, Tensor] = {}
     stack = ExitStack()
@@ -85,19 +85,19 @@ def _listen(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitS
     return outputs, stack
 
 
-def _until(
+def _run_until(
     layers: Sequence[nn.Module], wanted: Sequence[nn.Module], run: Callable[..., Any]
 ) -> list[Tensor]:
     """The outputs of the wanted layers; those behind the last of them are not run."""
-    outputs, stack = _listen(wanted)
+    outputs, stack = _register_hooks(wanted)
     last = max(wanted, key=list(layers).index)
 
     def end(*_: Any) -> None:
-        raise _Reached
+        raise _StopForward
 
     with stack:
         stack.callback(last.register_forward_hook(end).remove)
-        with suppress(_Reached):
+        with suppress(_StopForward):
             run()
     return [outputs[layer] for layer in wanted]
 

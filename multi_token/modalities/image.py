@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image, read_size
-from multi_token.modalities.anyres import arrange, best_grid, collate_tiles, cut, reading_order
+from multi_token.modalities.anyres import (
+    arrange,
+    best_grid,
+    collate_tiles,
+    crop_tiles,
+    reading_order,
+)
 from multi_token.modalities.base import (
     Encoder,
     PretrainedModality,
-    in_micro_batches,
     layers_up_to,
+    run_in_micro_batches,
 )
 from multi_token.modalities.hidden_states import HiddenStates
 from multi_token.types import Features, Prepared
 
 FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]
 Layers = int | tuple[int, ...] | None
-Way = tuple[str, str | None, Layers, FeatureKind, bool]
+PreprocessKey = tuple[str, str | None, Layers, FeatureKind, bool]
 """How a picture is read whole: encoder, revision, layer, features, and whether it is padded."""
 
 
@@ -57,7 +63,7 @@ class ImageEncoder(Encoder):
         what each feature of an item is (see tiles.py).
         """
         tile, patch = inputs.pop("tile", None), inputs.pop("patch", None)
-        values = in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
         if tile is not None and patch is not None:
             return arrange(values, tile, patch)
         mask = inputs.get("pixel_attention_mask")
@@ -168,7 +174,7 @@ class ImageModality(PretrainedModality):
     """A picture larger than this is refused before it is decoded (a guard against bombs)."""
 
     @model_validator(mode="after")
-    def _tiles_fit(self) -> ImageModality:
+    def _check_tiles(self) -> ImageModality:
         if self.tile_grids is None:
             if self.projector.line_break:
                 raise ValueError("`line_break` in the projector is for `tile_grids`; set both")
@@ -191,7 +197,7 @@ class ImageModality(PretrainedModality):
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         return decode_image(fetch.read(source), name=name, max_pixels=self.max_pixels)
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """From width and height in the header, turned as decoding would turn the picture.
 
         None for a PIL picture, which is there already. Raises what `load` and `prepare` raise.
@@ -247,7 +253,7 @@ class ImageModality(PretrainedModality):
         assert self.tile_grids is not None
         grid = best_grid(raw.height, raw.width, self.tile_grids, side)
         resample = getattr(processor, "resample", None)
-        tiles = cut(
+        tiles = crop_tiles(
             raw,
             grid,
             side,
@@ -325,7 +331,7 @@ SIZES_TRIED = ((64, 64), (40, 120), (120, 40), (300, 200), (97, 1300), (1100, 80
 
 
 @functools.lru_cache(maxsize=8)
-def _num_of_all_sizes(way: Way) -> int | None:
+def _num_of_all_sizes(way: PreprocessKey) -> int | None:
     """Features of any picture, if the processor brings all to one shape; found by trying some."""
     shapes: set[tuple[int, ...]] = set()
     for size in SIZES_TRIED:
@@ -339,12 +345,12 @@ def _num_of_all_sizes(way: Way) -> int | None:
 
 
 @functools.lru_cache(maxsize=65_536)
-def _num_of_blank(way: Way, size: tuple[int, int]) -> int:
+def _num_of_blank(way: PreprocessKey, size: tuple[int, int]) -> int:
     """Features of a picture of this width and height, whatever is on it."""
     return _blank(way, size).num_features
 
 
-def _blank(way: Way, size: tuple[int, int]) -> Prepared:
+def _blank(way: PreprocessKey, size: tuple[int, int]) -> Prepared:
     encoder, revision, layer, features, padded = way
     modality = ImageModality(
         encoder=encoder, revision=revision, layer=layer, features=features, pad_to_square=padded

@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.image import as_rgb, decode_image, read_size
-from multi_token.media.sniff import NUM_BYTES, MediaKind, kind_of
+from multi_token.media.sniff import NUM_SNIFF_BYTES, MediaKind, sniff_kind
 from multi_token.modalities.audio_chunks import feature_extractor
-from multi_token.modalities.base import Encoder, PretrainedModality, in_micro_batches, stack_padded
+from multi_token.modalities.base import (
+    Encoder,
+    PretrainedModality,
+    run_in_micro_batches,
+    stack_padded,
+)
 from multi_token.modalities.image import image_processor
 from multi_token.modalities.video_clips import clip_length, prepare_clip
 from multi_token.types import Features, Prepared
@@ -37,7 +42,7 @@ _METHODS: dict[MediaKind, tuple[str, ...]] = {
 _NO_LIMIT = 1_000_000
 """A tokenizer that knows no longest text says a number beyond this."""
 
-Item = tuple[MediaKind, Any]
+RawItem = tuple[MediaKind, Any]
 
 
 class JointEncoder(Encoder):
@@ -66,7 +71,7 @@ class JointEncoder(Encoder):
             kind = cast(MediaKind, next(iter(group)).partition(".")[0])
             own = {key.partition(".")[2]: value for key, value in group.items()}
             run = functools.partial(self._embed, kind)
-            values.append(in_micro_batches(run, own, self.micro_batch))
+            values.append(run_in_micro_batches(run, own, self.micro_batch))
         return Features(torch.cat(values)[index.argsort()][:, None])
 
     def _embed(self, kind: MediaKind, **inputs: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class JointModality(PretrainedModality):
     max_letters: PositiveInt = 10_000
     """A text longer than this is refused before it is tokenized."""
 
-    def load(self, source: Any, fetch: Fetch) -> Item:
+    def load(self, source: Any, fetch: Fetch) -> RawItem:
         """A row's item -> its kind and the decoded thing. Raises MediaError.
 
         | source                                    | kind                        |
@@ -124,7 +129,7 @@ class JointModality(PretrainedModality):
         data = fetch.read(source)
         is_name = isinstance(source, str) and source[:5].lower() != "data:"
         name = shorten(source) if is_name else ""
-        kind = kind or kind_of(data, name=name)
+        kind = kind or sniff_kind(data, name=name)
         self._check_kind(kind, name or "the item")
         if kind == "image":
             return kind, decode_image(data, name=name, max_pixels=self.max_pixels)
@@ -138,7 +143,7 @@ class JointModality(PretrainedModality):
             raise _undecodable(f"{name or 'the text'} is not UTF-8 ({error}); convert it") from None
         return kind, self._checked_text(text, name or "the text")
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """One feature an item, of whatever kind; its first bytes tell that it is one.
 
         None for what is there already (a PIL picture, an array) and for texts.
@@ -148,7 +153,7 @@ class JointModality(PretrainedModality):
             return None
         name = shorten(inner) if isinstance(inner, str) and inner[:5].lower() != "data:" else ""
         with fetch.open(inner) as file:
-            kind = kind or kind_of(file.read(NUM_BYTES + 1), name=name)
+            kind = kind or sniff_kind(file.read(NUM_SNIFF_BYTES + 1), name=name)
             self._check_kind(kind, name or "the item")
             if kind == "image":
                 file.seek(0)
@@ -202,14 +207,14 @@ class JointModality(PretrainedModality):
             raise RecipeError(f"{self.encoder} does not say how many frames a film of it has")
         return declared
 
-    def prepare(self, raw: Item) -> Prepared:
+    def prepare(self, raw: RawItem) -> Prepared:
         """A kind and a decoded thing -> `<kind>.<input>` for each input of that tower.
 
         Raises MediaError for a text that is longer than the encoder reads.
         """
         kind, thing = raw
         if kind == "text":
-            processed = self._tokenized(thing)
+            processed = self._tokenize(thing)
         elif kind == "image":
             processed = image_processor(self.encoder, self.revision)(
                 images=[thing], return_tensors="pt"
@@ -231,7 +236,7 @@ class JointModality(PretrainedModality):
         }
         return Prepared(inputs, num_features=1)
 
-    def _tokenized(self, text: str) -> Mapping[str, Any]:
+    def _tokenize(self, text: str) -> Mapping[str, Any]:
         tokenizer = joint_tokenizer(self.encoder, self.revision)
         options: dict[str, Any] = {"truncation": False, "return_tensors": "pt", "verbose": False}
         inputs = tokenizer(text, padding=False, **options)
@@ -277,7 +282,7 @@ class JointModality(PretrainedModality):
             encoder.dim = encoder(**blank).values.shape[-1]
         return encoder
 
-    def _blank(self, kind: MediaKind) -> Item:
+    def _blank(self, kind: MediaKind) -> RawItem:
         """An item of nothing, to see what comes out."""
         if kind == "text":
             return kind, "a"

@@ -20,12 +20,12 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
-    cut_evenly,
     enumerate_frames,
     even_lengths,
     feature_extractor,
+    split_evenly,
 )
-from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches
+from multi_token.modalities.base import AnyProjector, Encoder, run_in_micro_batches
 from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
 
@@ -56,7 +56,7 @@ class SoundEncoder(Encoder):
         `chunk` and `frame` [items, length] (see chunks.py) -> Features.
         """
         chunk, frame = inputs.pop("chunk"), inputs.pop("frame")
-        values = in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
         return arrange_frames(values, chunk, frame)
 
     def layers(self) -> Sequence[nn.Module]:
@@ -89,7 +89,7 @@ class SoundModality(AudioModality):
     thirds, for encoders trained with it (fused). Shorter audio is repeated to fill a window."""
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """From the number of samples in the header of WAV, FLAC and other plain formats."""
         num_samples = self.count_samples(source, fetch)
         if num_samples is None:
@@ -109,7 +109,7 @@ class SoundModality(AudioModality):
         if fusion and len(raw) > window:
             spectrograms = [_fused(raw, window, extractor)]
         else:
-            spectrograms = [_spectrograms(piece, extractor) for piece in cut_evenly(raw, window)]
+            spectrograms = [_spectrograms(piece, extractor) for piece in split_evenly(raw, window)]
         num_windows = len(spectrograms)
         inputs = {
             "input_features": torch.stack(spectrograms),

@@ -20,12 +20,12 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
-    cut_evenly,
     enumerate_frames,
     even_lengths,
     feature_extractor,
+    split_evenly,
 )
-from multi_token.modalities.base import AnyProjector, Encoder, in_micro_batches, layers_up_to
+from multi_token.modalities.base import AnyProjector, Encoder, layers_up_to, run_in_micro_batches
 from multi_token.modalities.hidden_states import HiddenStates
 from multi_token.projectors.base import Stack
 from multi_token.types import Features, Prepared
@@ -57,7 +57,7 @@ class SpeechEncoder(Encoder):
         if "num_samples" in inputs:
             values = self._waveforms(inputs["input_values"], inputs["num_samples"])
         else:
-            values = in_micro_batches(self.encode, inputs, self.micro_batch)
+            values = run_in_micro_batches(self.encode, inputs, self.micro_batch)
         features = arrange_frames(values, chunk, frame)
         if self.features != "mean":
             return features
@@ -83,7 +83,7 @@ class SpeechEncoder(Encoder):
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
             equal = {"input_values": input_values[rows, :length]}
-            values = in_micro_batches(self.encode, equal, self.micro_batch)
+            values = run_in_micro_batches(self.encode, equal, self.micro_batch)
             for row, value in zip(rows, values, strict=True):
                 frames[row] = value
         return nn.utils.rnn.pad_sequence(frames, batch_first=True)
@@ -121,12 +121,12 @@ class SpeechModality(AudioModality):
     projector: AnyProjector = Field(default_factory=lambda: Stack(factor=8))
 
     @model_validator(mode="after")
-    def _layer_is_of_the_encoder(self) -> SpeechModality:
+    def _check_layer(self) -> SpeechModality:
         if self.features == "start" and self.layer is not None:
             raise ValueError("`layer` is one of the encoder's, and `features: start` the decoder's")
         return self
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """From the number of samples in the header of WAV, FLAC and other plain formats."""
         num_samples = self.count_samples(source, fetch)
         if num_samples is None:
@@ -178,7 +178,7 @@ class SpeechModality(AudioModality):
         # one by one: together they would be padded
         chunks = [
             torch.as_tensor(extractor(piece, sampling_rate=rate)["input_values"][0])
-            for piece in cut_evenly(raw, self._longest(extractor))
+            for piece in split_evenly(raw, self._longest(extractor))
         ]
         return {
             "input_values": nn.utils.rnn.pad_sequence(chunks, batch_first=True).float(),

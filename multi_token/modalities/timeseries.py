@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import count_steps, read_series
-from multi_token.modalities.base import Encoder, Modality, in_micro_batches
+from multi_token.modalities.base import Encoder, Modality, run_in_micro_batches
 from multi_token.types import Features, Prepared
 
 MergeKind = Literal["join", "mean"]
@@ -69,7 +69,7 @@ class PatchEncoder(Encoder):
     def forward(self, **inputs: Tensor) -> Features:
         """`patches` [items, length, patch_length * channels], `level` [items, 2 * channels] and
         `mask` [items, length] -> Features of as many."""
-        values = in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
         return Features(values, inputs["mask"].bool())
 
     def _values(self, patches: Tensor, level: Tensor, mask: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class WindowEncoder(Encoder):
                 t.transpose(1, 2).reshape(num_windows * channels, context, 1)
                 for t in (series, observed)
             )
-        values = in_micro_batches(
+        values = run_in_micro_batches(
             self._values, {"series": series, "observed": observed}, self.micro_batch
         )  # [rows, channels in a row, patches, width]
         values = values.reshape(num_windows, channels, *values.shape[2:]).transpose(1, 2)
@@ -161,7 +161,7 @@ class TimeseriesModality(Modality):
     """Without `encoder`: attention heads of each layer."""
 
     @model_validator(mode="after")
-    def _one_encoder(self) -> TimeseriesModality:
+    def _check_encoder(self) -> TimeseriesModality:
         fields = type(self).model_fields
         if self.encoder is not None:
             set_ones = [n for n in _OWN_FIELDS if getattr(self, n) != fields[n].default]
@@ -181,7 +181,7 @@ class TimeseriesModality(Modality):
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
         )
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """From the header of a `.npy` file; numbers in the row are read, since they are there."""
         num_steps = count_steps(
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate

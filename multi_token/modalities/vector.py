@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch, shorten
-from multi_token.media.series import read_npy, told_shape
+from multi_token.media.series import header_shape, read_npy
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
 from multi_token.projectors.base import Expand
 from multi_token.types import Features, Prepared
@@ -64,14 +64,14 @@ class VectorModality(Modality):
                 f"expected numbers in {name}, got {str(raw)[:80]!r}", kind="undecodable"
             ) from None
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """From the header of a `.npy` file; numbers in the row are read, since they are there."""
         if isinstance(source, (list, tuple, np.ndarray, Tensor)):
             return self.prepare(self.load(source, fetch)).num_features
         if isinstance(source, Mapping):
             return None
         name = shorten(source) if isinstance(source, str) else "the bytes given"
-        shape = told_shape(source, fetch, name)
+        shape = header_shape(source, fetch, name)
         if len(shape) not in (1, 2) or shape[-1] != self.dim or shape[0] == 0:
             return None
         return 1 if len(shape) == 1 else shape[0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.frame_sampling import pick_frames
-from multi_token.media.video import count_pictures, decode_video
+from multi_token.media.video import count_frames, decode_video
 from multi_token.modalities.anyres import arrange, collate_tiles
 from multi_token.modalities.base import Encoder, PretrainedModality
 from multi_token.modalities.image import FeatureKind, ImageEncoder, ImageModality, Layers
@@ -58,7 +58,7 @@ class VideoEncoder(Encoder):
         values = self.parts(**inputs).values
         if self.normalize:
             values = nn.functional.normalize(values, dim=-1)
-        return replace(arrange(values, tile, patch), breaks=None)
+        return replace(arrange(values, tile, patch), newlines=None)
 
     def layers(self) -> Sequence[nn.Module]:
         """Those of the frames' or the clips' encoder."""
@@ -97,7 +97,7 @@ class VideoModality(PretrainedModality):
     """A video with larger frames is refused before it is decoded."""
 
     @model_validator(mode="after")
-    def _frames_fit(self) -> VideoModality:
+    def _check_frames(self) -> VideoModality:
         if self.projector.line_break:
             raise ValueError("`line_break` in the projector is for pictures with `tile_grids`")
         if self.num_frames > self.max_frames:
@@ -145,7 +145,7 @@ class VideoModality(PretrainedModality):
         options: dict[str, Any] = {"start": None, "end": None}
         rate = None
         if isinstance(source, Mapping):
-            source, rate, options = _taken_apart(source)
+            source, rate, options = _parse_source(source)
         if isinstance(source, Tensor):
             source = source.detach().cpu().numpy()
         options |= {
@@ -156,7 +156,7 @@ class VideoModality(PretrainedModality):
         }
         return source, rate, options
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """`num_frames` of each item; with `fps`, its packets tell how long it is, undecoded.
 
         None where a frame has more features the larger it is, or in another shape.
@@ -184,7 +184,7 @@ class VideoModality(PretrainedModality):
             return None
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         with fetch.open(source) as file:
-            return count_pictures(file, name=name, max_pixels=self.max_pixels, **options)
+            return count_frames(file, name=name, max_pixels=self.max_pixels, **options)
 
     def _num_each(self) -> int | None:
         """Features of a frame, or of a clip, if all have as many. Raises RecipeError."""
@@ -288,7 +288,7 @@ class VideoModality(PretrainedModality):
             )
 
 
-def _taken_apart(source: Mapping[str, Any]) -> tuple[Any, float | None, dict[str, Any]]:
+def _parse_source(source: Mapping[str, Any]) -> tuple[Any, float | None, dict[str, Any]]:
     """A mapping -> what to read, frames a second of an array, and the section of it."""
     given = [key for key in ("path", "bytes", "array") if source.get(key) is not None]
     if len(given) != 1 or not source.keys() <= _KEYS:

@@ -25,7 +25,7 @@ class ProjectorSpec(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    attends: ClassVar[bool] = False
+    cross_attends: ClassVar[bool] = False
     """True for a network that looks at all features of an item at once instead of at its groups,
     which then are for the closed-form part alone."""
     type: str
@@ -36,7 +36,7 @@ class ProjectorSpec(BaseModel, ABC):
     """Learn a token that ends each line of a picture read in tiles (LLaVA-NeXT's newline)."""
 
     @model_validator(mode="after")
-    def _lines_end_between_tokens(self) -> ProjectorSpec:
+    def _check_line_break(self) -> ProjectorSpec:
         grouped = type(self).group is not ProjectorSpec.group or self.tokens_per_group != 1
         if self.line_break and grouped:
             raise ValueError(
@@ -68,7 +68,8 @@ class ProjectorSpec(BaseModel, ABC):
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
         """[..., group_dim] -> [..., tokens_per_group * out_dim].
 
-        If it `attends`: values [items, length, in_dim] and mask [items, length] -> [items, groups,
+        If it `cross_attends`: values [items, length, in_dim] and mask [items, length] -> [items,
+        groups,
         tokens_per_group * out_dim].
         """
 
@@ -120,7 +121,7 @@ class Expand(ProjectorSpec):
         return self.factor
 
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
-        return Branches([mlp(in_dim, out_dim, self.num_layers) for _ in range(self.factor)])
+        return ParallelHeads([mlp(in_dim, out_dim, self.num_layers) for _ in range(self.factor)])
 
 
 class Stack(ProjectorSpec):
@@ -136,7 +137,7 @@ class Stack(ProjectorSpec):
         return math.ceil(num_features / self.factor)
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        values, mask = _in_groups(values, mask, self.factor)
+        values, mask = _group(values, mask, self.factor)
         return values.flatten(2), mask.any(-1)
 
     def group_dim(self, in_dim: int) -> int:
@@ -168,7 +169,7 @@ class Pool(ProjectorSpec):
             pooled = nn.functional.avg_pool2d(image, self.factor, ceil_mode=True)
             values = pooled.flatten(2).transpose(1, 2)
             return values, mask.new_ones(values.shape[:2])
-        values, mask = _in_groups(values, mask, self.factor)
+        values, mask = _group(values, mask, self.factor)
         num_real = mask.sum(-1, keepdim=True).clamp(min=1)
         return values.sum(2) / num_real, mask.any(-1)
 
@@ -211,7 +212,7 @@ class PixelShuffle(ProjectorSpec):
         return mlp(in_dim, out_dim, self.num_layers)
 
 
-class Branches(nn.Module):
+class ParallelHeads(nn.Module):
     """The same input through several networks, outputs side by side."""
 
     def __init__(self, branches: list[nn.Module]) -> None:
@@ -247,7 +248,7 @@ class Projector(nn.Module):
     feature_mean: Tensor
     feature_scale: Tensor
 
-    def standardized(self, features: Features) -> tuple[Tensor, Tensor]:
+    def standardize_features(self, features: Features) -> tuple[Tensor, Tensor]:
         """Features -> values [items, length, in_dim], mask [items, length]; zero where masked."""
         values = (features.values.float() - self.feature_mean) * self.feature_scale
         mask = features.mask
@@ -260,23 +261,23 @@ class Projector(nn.Module):
 
     def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
         """Features -> groups [items, groups, group_dim], mask [items, groups]."""
-        return self.spec.group(*self.standardized(features))
+        return self.spec.group(*self.standardize_features(features))
 
     def forward(self, features: Features) -> Tensor:
         """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups.
 
         Raises MultiTokenError for features with line ends if the spec has no `line_break`.
         """
-        values, present = self.standardized(features)
+        values, present = self.standardize_features(features)
         groups, mask = self.spec.group(values, present)
-        tokens = self.network(values, present) if self.spec.attends else self.network(groups)
+        tokens = self.network(values, present) if self.spec.cross_attends else self.network(groups)
         if self.closed_form is not None:
             tokens = tokens + self.closed_form(groups)
         if self.line_break is not None:
             # also where no line ends, so that no rank's gradient lacks it
-            breaks = torch.zeros_like(mask) if features.breaks is None else features.breaks
+            breaks = torch.zeros_like(mask) if features.newlines is None else features.newlines
             tokens = torch.where(breaks[..., None], self.line_break, tokens)
-        elif features.breaks is not None:
+        elif features.newlines is not None:
             raise MultiTokenError(
                 "the encoder marks where lines end, but the projector has no token for it; set "
                 "`line_break: true` in the projector"
@@ -297,7 +298,9 @@ class Projector(nn.Module):
     def final_layers(self) -> list[nn.Linear]:
         """The linear layers whose outputs are the tokens."""
         branches = (
-            list(self.network.branches) if isinstance(self.network, Branches) else [self.network]
+            list(self.network.branches)
+            if isinstance(self.network, ParallelHeads)
+            else [self.network]
         )
         return [
             [m for m in branch.modules() if isinstance(m, nn.Linear)][-1] for branch in branches
@@ -311,7 +314,7 @@ class Projector(nn.Module):
         """
         if self.line_break is not None:
             self.line_break.mul_(rms / self.line_break.square().mean().sqrt())
-        tokens = self(Features(features.values, without_breaks(features)))
+        tokens = self(Features(features.values, mask_without_newlines(features)))
         now = tokens.square().mean().sqrt()
         for layer in self.final_layers():
             layer.weight.mul_(rms / now)
@@ -326,14 +329,14 @@ def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def without_breaks(features: Features) -> Tensor | None:
+def mask_without_newlines(features: Features) -> Tensor | None:
     """The mask [items, length] of what the encoder saw: no padding and no line ends."""
-    if features.breaks is None:
+    if features.newlines is None:
         return features.mask
-    return ~features.breaks if features.mask is None else features.mask & ~features.breaks
+    return ~features.newlines if features.mask is None else features.mask & ~features.newlines
 
 
-def _in_groups(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+def _group(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """[items, length, dim] -> [items, groups, factor, dim] and mask [items, groups, factor]."""
     missing = -values.shape[1] % factor
     values = nn.functional.pad(values, (0, 0, 0, missing))

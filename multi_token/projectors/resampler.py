@@ -22,7 +22,7 @@ class Resample(ProjectorSpec):
     The closed-form part is fitted to the mean of an item's features.
     """
 
-    attends: ClassVar[bool] = True
+    cross_attends: ClassVar[bool] = True
 
     type: Literal["resample"] = "resample"  # type: ignore[reportIncompatibleVariableOverride]
     num_queries: int = Field(default=64, ge=1)
@@ -35,7 +35,7 @@ class Resample(ProjectorSpec):
     """Width of the queries; by default that of the features."""
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Resample:
+    def _check_num_heads(self) -> Resample:
         if self.hidden_size is not None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"`hidden_size` {self.hidden_size} cannot be divided among {self.num_heads} heads"

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-class Section(BaseModel):
+class StrictModel(BaseModel):
     """What all parts of a recipe share: unknown keys are refused, nothing changes afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataSource(Section):
+class DataSource(StrictModel):
     """Rows from one place."""
 
     rows: str
@@ -28,14 +28,14 @@ class DataSource(Section):
     """With `data.stream`: this source's part of the rows, in any unit; default: 1."""
 
 
-class StreamSpec(Section):
+class StreamSpec(StrictModel):
     """Rows are read while training goes on, and not before; see docs/streaming.md."""
 
     window: int = Field(default=1024, ge=1)
     """So many rows at a time are put in random order; `1` leaves them as they come."""
 
 
-class DataSpec(Section):
+class DataSpec(StrictModel):
     """What is learned from."""
 
     train: list[DataSource] = Field(min_length=1)
@@ -55,11 +55,11 @@ class DataSpec(Section):
 
     @field_validator("stream", mode="before")
     @classmethod
-    def _from_a_word(cls, value: Any) -> Any:
+    def _from_path(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _headers_cannot_skip(self) -> DataSpec:
+    def _check_header_lengths(self) -> DataSpec:
         if self.lengths == "headers" and self.on_bad_row == "skip":
             raise ValueError(
                 "`data.lengths: headers` decodes nothing before training, so `data.on_bad_row: "
@@ -74,7 +74,7 @@ class DataSpec(Section):
         return self
 
     @model_validator(mode="after")
-    def _weights_mix_a_stream(self) -> DataSpec:
+    def _check_weights(self) -> DataSpec:
         for key, sources in (("train", self.train), ("eval", self.eval)):
             for source in sources:
                 if source.weight is not None and (self.stream is None or key == "eval"):

@@ -15,18 +15,18 @@ from pydantic import Field, field_validator, model_validator
 
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import AnyModality, Modality
-from multi_token.recipe.data import DataSpec, Section
+from multi_token.recipe.data import DataSpec, StrictModel
 from multi_token.recipe.train import TrainSpec
-from multi_token.registry import nearest, validated
-from multi_token.types import LearnTurns
+from multi_token.registry import did_you_mean, validate_fields
+from multi_token.types import TrainOnTurns
 
-_TAKEN = frozenset(
+_RESERVED_NAMES = frozenset(
     {"id", "text", "message", "messages", "conversation", "conversations", "rate", "surrogates"}
     | {"prompt", "chosen", "rejected"}
 )
 
 
-class Quantization(Section):
+class Quantization(StrictModel):
     """How the frozen language model's weights are stored; what is trained stays float32."""
 
     kind: Literal["4bit", "8bit", "int8"]
@@ -39,18 +39,18 @@ class Quantization(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_its_kind(cls, fields: Any) -> Any:
+    def _from_kind(cls, fields: Any) -> Any:
         return {"kind": fields} if isinstance(fields, str) else fields
 
     @model_validator(mode="after")
-    def _fields_fit_the_kind(self) -> Quantization:
+    def _check_fields_of_kind(self) -> Quantization:
         for name in ("double_quant", "compute_dtype"):
             if self.kind != "4bit" and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is for 4bit; {self.kind} has nothing like it")
         return self
 
 
-class ModelSpec(Section):
+class ModelSpec(StrictModel):
     """The language model and its senses."""
 
     language_model: str
@@ -66,24 +66,24 @@ class ModelSpec(Section):
     chat_template: str | None = None
     """Jinja text or the path of a file with it; default: the tokenizer's own, or the simple one of
     docs/chat-templates.md where it has none."""
-    learn_turns: LearnTurns = "all"
+    learn_turns: TrainOnTurns = "all"
     """Which assistant turns of a conversation are learned: `all` of them, or the `last` alone."""
     modalities: dict[str, AnyModality] = Field(min_length=1)
     """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
 
     @field_validator("modalities")
     @classmethod
-    def _names_are_free(cls, modalities: dict[str, Modality]) -> dict[str, Modality]:
+    def _check_modality_names(cls, modalities: dict[str, Modality]) -> dict[str, Modality]:
         for name in modalities:
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in _TAKEN:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in _RESERVED_NAMES:
                 raise ValueError(
                     f"{name!r} cannot name a modality: expected letters, digits, - and _, and none "
-                    f"of the words that rows and `learn` use ({', '.join(sorted(_TAKEN))})"
+                    f"of the words that rows and `learn` use ({', '.join(sorted(_RESERVED_NAMES))})"
                 )
         return modalities
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """The tree of a run."""
 
     model: ModelSpec
@@ -91,7 +91,7 @@ class Recipe(Section):
     train: TrainSpec
 
     @model_validator(mode="after")
-    def _what_learns_is_there(self) -> Recipe:
+    def _check_trainable_modalities(self) -> Recipe:
         known = list(self.model.modalities)
         quantized = None if self.model.quantization is None else self.model.quantization.kind
         if quantized and self.train.fsdp is not None:
@@ -121,13 +121,13 @@ class Recipe(Section):
                     if name not in known:
                         raise RecipeError(
                             f"stage {stage.name!r} learns `{part}` of {name!r}, which is no "
-                            f"modality of the recipe{nearest(name, known)} (known: "
+                            f"modality of the recipe{did_you_mean(name, known)} (known: "
                             f"{', '.join(known)})"
                         )
         return self
 
     @model_validator(mode="after")
-    def _what_is_evaluated_is_there(self) -> Recipe:
+    def _check_evaluation_rows(self) -> Recipe:
         for args in (self.train.args, *(stage.args for stage in self.train.stages)):
             if args.get("eval_strategy", "no") != "no" and not self.data.eval:
                 raise RecipeError(
@@ -137,7 +137,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _streams_fit(self) -> Recipe:
+    def _check_streaming(self) -> Recipe:
         """What needs all rows before training begins does not go with a stream."""
         if self.data.stream is None:
             return self
@@ -209,11 +209,11 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
         key, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"expected key=value (train.seed=1), got {override!r}")
-        _set(tree, key.split("."), _read_yaml(value, override), override)
-    return validated(Recipe, tree, where=where)
+        _set_override(tree, key.split("."), _read_yaml(value, override), override)
+    return validate_fields(Recipe, tree, where=where)
 
 
-def _set(tree: Any, keys: list[str], value: Any, override: str) -> None:
+def _set_override(tree: Any, keys: list[str], value: Any, override: str) -> None:
     """Write `value` at a dotted path of mappings and list indices."""
     for i, key in enumerate(keys):
         last = i == len(keys) - 1

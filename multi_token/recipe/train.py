@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from multi_token.recipe.data import DataSource, Section
+from multi_token.recipe.data import DataSource, StrictModel
 
-Rate = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 """A learning rate."""
 
 
-class AlignSpec(Section):
+class AlignSpec(StrictModel):
     """The closed-form start: ridge regression from features to caption embeddings."""
 
     penalty: float = Field(default=100.0, gt=0)
@@ -32,7 +32,7 @@ class AlignSpec(Section):
     """Captioned rows (one item, one answer); default: those among the training rows."""
 
 
-class LoraSpec(Section):
+class LoraSpec(StrictModel):
     """LoRA (PEFT): the rank, the scale and the dropout of what is learned beside frozen layers."""
 
     r: int = Field(default=16, ge=1)
@@ -53,33 +53,33 @@ class AdapterSpec(LoraSpec):
     arXiv:2312.03732), so that higher ranks pay; set `lora_alpha` lower with it."""
 
 
-class Pace(Section):
+class LearningRate(StrictModel):
     """How fast something learns; `2.0e-6` stands for `{rate: 2.0e-6}`."""
 
-    rate: Rate
+    rate: PositiveFloat
     """Learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Of its matrices; default: `weight_decay` of `args`, which is transformers' (0)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_its_rate(cls, fields: Any) -> Any:
+    def _from_number(cls, fields: Any) -> Any:
         return {"rate": fields} if isinstance(fields, (int, float, str)) else fields
 
 
-def _for_all_or_each(fields: Any) -> str:
+def _lr_kind(fields: Any) -> str:
     """Whether a value is one pace for all instances, or a mapping from instances to theirs."""
     by_instance = isinstance(fields, dict) and "rate" not in fields
     return "each" if by_instance else "all"
 
 
-Paces = Annotated[
-    Annotated[Pace, Tag("all")] | Annotated[dict[str, Pace], Tag("each")],
-    Discriminator(_for_all_or_each),
+LearningRates = Annotated[
+    Annotated[LearningRate, Tag("all")] | Annotated[dict[str, LearningRate], Tag("each")],
+    Discriminator(_lr_kind),
 ]
 
 
-class LearnEncoder(Pace):
+class TrainableEncoder(LearningRate):
     """What of an encoder learns: all of it, its last layers, or LoRA on its linear layers."""
 
     last: int | None = Field(default=None, ge=1)
@@ -88,34 +88,34 @@ class LearnEncoder(Pace):
     """LoRA on all of its linear layers, which stay as they are."""
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> LearnEncoder:
+    def _check_exclusive(self) -> TrainableEncoder:
         if self.last is not None and self.lora is not None:
             raise ValueError("`last` and `lora` exclude each other; keep one")
         return self
 
 
-class Learn(Section):
+class Trainable(StrictModel):
     """What learns in a stage, and how fast; the rest is frozen.
 
     Each value is a learning rate, or `{rate, weight_decay}`.
     """
 
-    projectors: Paces | None = None
+    projectors: LearningRates | None = None
     """The projectors, or some of them by instance (`{sound: 1.0e-3}`). An encoder that starts from
     random weights learns with its projector."""
-    projector_biases: Pace | None = None
+    projector_biases: LearningRate | None = None
     """Their last biases, the part of a token that all items share (a soft prompt), which are
     decayed only if a `weight_decay` is given here; default: they learn as `projectors`. After a
     closed-form start ten times the rate pays: see benchmarks/align.py."""
-    encoders: dict[str, LearnEncoder] = Field(default_factory=dict)
+    encoders: dict[str, TrainableEncoder] = Field(default_factory=dict)
     """Encoders that learn, by instance: a rate, or a section with more."""
-    adapter: Pace | None = None
+    adapter: LearningRate | None = None
     """LoRA on the language model, as `train.adapter` says."""
-    language_model: Pace | None = None
+    language_model: LearningRate | None = None
     """All weights of the language model, in float32. It is then saved inside the run."""
 
     @model_validator(mode="after")
-    def _something_learns(self) -> Learn:
+    def _check_anything_trains(self) -> Trainable:
         whole = (self.adapter, self.language_model)
         if not self.projectors and not self.encoders and whole == (None, None):
             raise ValueError(
@@ -131,12 +131,12 @@ class Learn(Section):
             )
         return self
 
-    def projector(self, name: str) -> Pace | None:
+    def projector(self, name: str) -> LearningRate | None:
         """How fast an instance's projector learns, or None if it is frozen."""
         return self.projectors.get(name) if isinstance(self.projectors, dict) else self.projectors
 
     @property
-    def first_rate(self) -> float:
+    def logged_lr(self) -> float:
         """The rate that stands for the stage where there is room for one."""
         of_projectors = (
             self.projectors.values() if isinstance(self.projectors, dict) else [self.projectors]
@@ -145,7 +145,7 @@ class Learn(Section):
         return next(pace.rate for pace in paces if pace is not None)
 
 
-class TeacherSpec(Section):
+class DistillationSpec(StrictModel):
     """The language model without its adapter, which reads texts in place of media (Ultravox)."""
 
     weight: float = Field(default=1.0, gt=0, le=1)
@@ -156,7 +156,7 @@ class TeacherSpec(Section):
     """A row with an item that has no text: bad, or learned by cross entropy alone."""
 
 
-class DpoSpec(Section):
+class DpoSpec(StrictModel):
     """Learn to prefer a row's `chosen` answer to its `rejected` one; see docs/preferences.md."""
 
     beta: float = Field(default=0.1, gt=0)
@@ -169,18 +169,18 @@ class DpoSpec(Section):
     """A row without the two answers: bad, or left out of this stage."""
 
     @model_validator(mode="after")
-    def _smoothing_fits(self) -> DpoSpec:
+    def _check_label_smoothing(self) -> DpoSpec:
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"`label_smoothing` is for the loss sigmoid, not for {self.loss}")
         return self
 
 
-class Stage(Section):
+class Stage(StrictModel):
     """One run of the trainer inside the run's folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    learn: Learn
-    teacher: TeacherSpec | None = None
+    learn: Trainable
+    teacher: DistillationSpec | None = None
     """Aim at what the language model answers to the rows' `surrogates`; `{}` for the defaults."""
     dpo: DpoSpec | None = None
     """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
@@ -188,7 +188,7 @@ class Stage(Section):
     """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
 
     @model_validator(mode="after")
-    def _teacher_stays(self) -> Stage:
+    def _check_teacher_frozen(self) -> Stage:
         if self.teacher is not None and self.learn.language_model is not None:
             raise ValueError(
                 f"stage {self.name!r} has the language model as its `teacher`, so it cannot learn "
@@ -201,7 +201,7 @@ class Stage(Section):
         return self
 
 
-class FeatureCacheSpec(Section):
+class FeatureCacheSpec(StrictModel):
     """Where the features of frozen encoders are kept, and how."""
 
     path: str | None = None
@@ -214,14 +214,14 @@ class FeatureCacheSpec(Section):
     """Measure on the first items whether keeping features pays, and only then do it."""
 
 
-class Fsdp(Section):
+class FsdpSpec(StrictModel):
     """How the language model is shared out among processes; see docs/scale-out.md."""
 
     replicas: int = Field(default=1, ge=1)
     """Groups of processes with all pieces each (HSDP), for several machines: the number of them."""
 
 
-class TrainSpec(Section):
+class TrainSpec(StrictModel):
     """How it is learned."""
 
     output_dir: str
@@ -249,7 +249,7 @@ class TrainSpec(Section):
     share_media: bool = False
     """With `packing`: rows that begin with the same media (several questions about one picture)
     come into one pack, in which what they share is computed once. The loss stays the same."""
-    fsdp: Fsdp | None = None
+    fsdp: FsdpSpec | None = None
     """Each process holds a piece of the language model's weights, gradients and optimizer state
     (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
     compile_layers: bool = False
@@ -270,7 +270,7 @@ class TrainSpec(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Any transformers.TrainingArguments field, for every stage."""
 
-    def _fsdp_fits(self) -> None:
+    def _check_fsdp(self) -> None:
         """Pieces are put together in one forward of the whole model, and by one library."""
         for stage in self.stages:
             for key in ("fsdp", "deepspeed"):
@@ -281,12 +281,12 @@ class TrainSpec(Section):
 
     @field_validator("fsdp", mode="before")
     @classmethod
-    def _fsdp_from_a_word(cls, value: Any) -> Any:
+    def _fsdp_from_bool(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("feature_cache", mode="before")
     @classmethod
-    def _from_a_word(cls, value: Any) -> Any:
+    def _feature_cache_from_word(cls, value: Any) -> Any:
         words: dict[Any, Any] = {True: {}, False: None, "auto": {"auto": True}, None: None}
         if isinstance(value, (bool, str)):
             if value not in words:
@@ -298,7 +298,7 @@ class TrainSpec(Section):
         return value
 
     @property
-    def surrogates(self) -> Literal["required", "optional"] | None:
+    def distillation_mode(self) -> Literal["required", "optional"] | None:
         """Whether rows are read with texts in place of their media, for the stages' teachers."""
         teachers = [stage.teacher for stage in self.stages if stage.teacher is not None]
         if not teachers:
@@ -306,13 +306,13 @@ class TrainSpec(Section):
         return "required" if any(t.missing == "raise" for t in teachers) else "optional"
 
     @property
-    def pairs(self) -> Literal["required", "optional"] | None:
+    def preference_mode(self) -> Literal["required", "optional"] | None:
         """Whether rows are read with their rejected answers, for the stages with `dpo`."""
         missing = [stage.dpo.missing for stage in self.stages if stage.dpo is not None]
         return None if not missing else "required" if "raise" in missing else "optional"
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> TrainSpec:
+    def _check_stages(self) -> TrainSpec:
         stage_names = [stage.name for stage in self.stages]
         if len(set(stage_names)) < len(stage_names):
             raise ValueError(f"stages need different names, got {stage_names}")
@@ -330,7 +330,7 @@ class TrainSpec(Section):
                 "start; keep one"
             )
         if self.fsdp is not None:
-            self._fsdp_fits()
+            self._check_fsdp()
         for stage in self.stages if self.fsdp is not None else ():
             if stage.teacher is not None and stage.teacher.missing != "raise":
                 raise ValueError(

@@ -50,13 +50,15 @@ def tile_list(tiles: Sequence[Tile]) -> str:
 
 
 def _tile(tile: Tile) -> str:
-    meter = ""
+    step_metrics = ""
     if tile.part is not None:
         width = 100 * min(1.0, max(0.0, tile.part))
-        meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
+        step_metrics = (
+            f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
+        )
     return (
         f'<li class="tile"><span class="label">{escape(tile.label)}</span>'
-        f'<span class="value">{escape(tile.value)}</span>{meter}'
+        f'<span class="value">{escape(tile.value)}</span>{step_metrics}'
         f'<span class="note">{escape(tile.note)}</span></li>'
     )
 

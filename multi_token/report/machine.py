@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def machine() -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
     """What the numbers were measured on."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

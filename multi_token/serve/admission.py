@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from multi_token.serve.errors import ServeError
 
 _MAX_RETRY_AFTER_S = 60
-_NEW_WEIGHT = 0.2
+_EMA_WEIGHT = 0.2
 """How much the last answer counts in the mean time of answers."""
-_FIRST_GUESS_S = 2.0
+_INITIAL_SERVICE_S = 2.0
 
 
 class Admission:
@@ -28,33 +28,35 @@ class Admission:
     def __init__(self, max_batch: int, max_queue: int) -> None:
         self.max_batch = max_batch
         self.capacity = max_batch + max_queue
-        self.num_inside = 0
+        self.num_admitted = 0
         self.is_draining = False
-        self._mean_s = _FIRST_GUESS_S
+        self._mean_service_s = _INITIAL_SERVICE_S
         self._empty = asyncio.Event()
         self._empty.set()
 
     @contextmanager
-    def enter(self, num_answers: int = 1) -> Iterator[None]:
+    def admit(self, num_answers: int = 1) -> Iterator[None]:
         """Hold places for so many answers of one request.
 
         Raises ServeError: 503 while draining, 429 if there are not so many places, 400 if there
         never are.
         """
-        self.refuse(num_answers)
-        self.num_inside += num_answers
+        self.check_capacity(num_answers)
+        self.num_admitted += num_answers
         self._empty.clear()
         started = time.monotonic()
         try:
             yield
-            self._mean_s += _NEW_WEIGHT * (time.monotonic() - started - self._mean_s)
+            self._mean_service_s += _EMA_WEIGHT * (
+                time.monotonic() - started - self._mean_service_s
+            )
         finally:
-            self.num_inside -= num_answers
-            if not self.num_inside:
+            self.num_admitted -= num_answers
+            if not self.num_admitted:
                 self._empty.set()
 
-    def refuse(self, num_answers: int = 1) -> None:
-        """Raise what `enter` would raise now: cheap, so it comes before a body is parsed."""
+    def check_capacity(self, num_answers: int = 1) -> None:
+        """Raise what `admit` would raise now: cheap, so it comes before a body is parsed."""
         if self.is_draining:
             raise ServeError(
                 "the server is shutting down and takes no new requests",
@@ -68,7 +70,7 @@ class Admission:
                 param="n",
                 code="invalid_value",
             )
-        if self.num_inside + num_answers > self.capacity:
+        if self.num_admitted + num_answers > self.capacity:
             raise ServeError(
                 f"rate limit: all {self.capacity} places of this server are taken; try again later",
                 status=429,
@@ -78,15 +80,15 @@ class Admission:
 
     def estimated_wait_s(self) -> int:
         """Whole seconds until a place should be free, 1 to 60."""
-        num_waiting = max(0, self.num_inside - self.max_batch)
+        num_waiting = max(0, self.num_admitted - self.max_batch)
         rounds = 1 + num_waiting / self.max_batch
-        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(rounds * self._mean_s)))
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(rounds * self._mean_service_s)))
 
     def drain(self) -> None:
         """Let nobody in any more."""
         self.is_draining = True
 
-    async def emptied(self, timeout_s: float) -> bool:
+    async def wait_until_empty(self, timeout_s: float) -> bool:
         """Wait until nobody is inside; False if that took longer."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -100,7 +102,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._at = time.monotonic() + seconds
+        self._expires_at = time.monotonic() + seconds
 
     @classmethod
     def of(cls, header: str | None, longest_s: float) -> Deadline:
@@ -122,7 +124,7 @@ class Deadline:
     @property
     def remaining_s(self) -> float:
         """Seconds that are left, at least 0."""
-        return max(0.0, self._at - time.monotonic())
+        return max(0.0, self._expires_at - time.monotonic())
 
     def error(self) -> ServeError:
         """504, which clients should not simply repeat: it would take as long again."""

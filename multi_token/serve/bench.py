@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from multi_token.data.dataset import load_rows, rows_root
+from multi_token.data.dataset import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
@@ -283,7 +283,7 @@ def _prompts_of_rows(rows: str, modalities: Sequence[str], most: int) -> Iterato
     every = load_rows(rows)
     if not len(every):
         raise MultiTokenError(f"{rows} has no rows; expected at least one to ask about")
-    fetch = Fetch(root=rows_root(rows))
+    fetch = Fetch(root=media_root(rows))
     for index in range(min(most, len(every))):
         conversation = to_conversation(
             every[index], modalities, row_id=f"{Path(rows).name}[{index}]"

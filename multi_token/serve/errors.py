@@ -45,7 +45,7 @@ class ServeError(MultiTokenError):
         retry_after: float | None = None,
         retry: bool | None = None,
     ) -> None:
-        self.message = cleaned(message)
+        self.message = sanitize(message)
         super().__init__(self.message)
         self.status = status
         self.type: ErrorType = type or _type_of(status)
@@ -59,7 +59,7 @@ class ServeError(MultiTokenError):
         fields: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
-            "param": None if self.param is None else cleaned(self.param),
+            "param": None if self.param is None else sanitize(self.param),
             "code": self.code,
         }
         if error_id is not None:
@@ -79,7 +79,7 @@ def _type_of(status: int) -> ErrorType:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def cleaned(text: str) -> str:
+def sanitize(text: str) -> str:
     """Printable ASCII of one line, at most 300 characters, without paths and addresses."""
     text = _ADDRESS.sub("(address)", text)
     text = _PATH.sub("(path)", text)

@@ -32,14 +32,14 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _EmbedJob:
     modality: str
     prepared: Prepared
     key: str
     result: Future[Tensor]
 
 
-class Projection:
+class MediaEmbedder:
     """One thread that takes all items of a modality that wait as one batch, and keeps the rows.
 
     Rows are on the language model's device, in its precision. Any method may be called from any
@@ -65,47 +65,47 @@ class Projection:
         """Those among them that were here, or on their way."""
         self.num_bytes = 0
         """Of the rows that are kept."""
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._on_their_way: dict[str, Future[Tensor]] = {}
-        self._waiting: deque[_Job] = deque()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._in_flight: dict[str, Future[Tensor]] = {}
+        self._waiting: deque[_EmbedJob] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
 
-    async def prompt(self, sample: Sample, *, tenant: str = "") -> Prompt:
+    async def build_prompt(self, sample: Sample, *, tenant: str = "") -> Prompt:
         """A sample with its media prepared -> the prompt with what the projectors make of them.
 
         `tenant`: whoever asks under another name shares nothing with this one. Raises ServeError
         for an item of which no rows come.
         """
-        keys = await asyncio.to_thread(self.keys, sample, tenant) if sample.media else ()
+        keys = await asyncio.to_thread(self.content_keys, sample, tenant) if sample.media else ()
         asked = [
-            asyncio.wrap_future(self.ask(place.modality, item, key))
-            for place, item, key in zip(sample.places, sample.media, keys, strict=True)
+            asyncio.wrap_future(self.embed(place.modality, item, key))
+            for place, item, key in zip(sample.media_spans, sample.media, keys, strict=True)
         ]
         tokens = await asyncio.gather(*asked)
-        places = tuple(sample.places)
+        places = tuple(sample.media_spans)
         return Prompt(sample.input_ids, places, tuple(tokens), tuple(keys), tenant)
 
-    def keys(self, sample: Sample, tenant: str = "") -> tuple[str, ...]:
+    def content_keys(self, sample: Sample, tenant: str = "") -> tuple[str, ...]:
         """Of each item 32 hexadecimal digits; see `content_key`."""
         return tuple(
             content_key(place.modality, item, tenant)
-            for place, item in zip(sample.places, sample.media, strict=True)
+            for place, item in zip(sample.media_spans, sample.media, strict=True)
         )
 
-    def ask(self, modality: str, prepared: Prepared, key: str) -> Future[Tensor]:
+    def embed(self, modality: str, prepared: Prepared, key: str) -> Future[Tensor]:
         """An item -> its rows [num_tokens, dim], at once if they are here."""
         with self._changed:
             self.num_queries += 1
-            kept = self._kept.get(key)
+            kept = self._cache.get(key)
             if kept is not None:
-                self._kept.move_to_end(key)
+                self._cache.move_to_end(key)
                 self.num_hits += 1
                 here: Future[Tensor] = Future()
                 here.set_result(kept)
                 return here
-            on_its_way = self._on_their_way.get(key)
+            on_its_way = self._in_flight.get(key)
             if on_its_way is not None:
                 self.num_hits += 1
                 return on_its_way
@@ -113,8 +113,8 @@ class Projection:
                 raise ServeError("the server is shutting down", status=503)
             result: Future[Tensor] = Future()
             result.set_running_or_notify_cancel()  # others may wait for it: nobody can cancel it
-            self._on_their_way[key] = result
-            self._waiting.append(_Job(modality, prepared, key, result))
+            self._in_flight[key] = result
+            self._waiting.append(_EmbedJob(modality, prepared, key, result))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="projection", daemon=True)
                 self._thread.start()
@@ -129,7 +129,7 @@ class Projection:
             self._waiting.clear()
             self._changed.notify()
         for job in refused:
-            self._end(job, ServeError("the server is shutting down", status=503))
+            self._resolve(job, ServeError("the server is shutting down", status=503))
         if self._thread is not None:
             self._thread.join()
 
@@ -144,30 +144,30 @@ class Projection:
                 taken = {job.key for job in batch}
                 self._waiting = deque(job for job in self._waiting if job.key not in taken)
             try:
-                self._compute(batch)
+                self._embed_jobs(batch)
             except Exception as error:  # noqa: BLE001 - those who wait must be told
                 _LOG.error("%d items of %s failed", len(batch), name, exc_info=error)
                 for job in batch:
                     if not job.result.done():
-                        self._end(job, _told(error, name))
+                        self._resolve(job, _public_error(error, name))
 
-    def _compute(self, jobs: Sequence[_Job]) -> None:
+    def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
         """All at once; if that fails, or for those of which no numbers come, each alone."""
-        again: list[_Job] = []
+        again: list[_EmbedJob] = []
         try:
-            for job, rows in zip(jobs, self._rows(jobs), strict=True):
+            for job, rows in zip(jobs, self._embed_batch(jobs), strict=True):
                 if rows is None:
                     again.append(job)
                 else:
-                    self._end(job, rows)
+                    self._resolve(job, rows)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
             again = [job for job in jobs if not job.result.done()]
             if len(jobs) == 1:
                 _LOG.error("an item of %s failed", jobs[0].modality, exc_info=error)
-                self._end(jobs[0], _told(error, jobs[0].modality))
+                self._resolve(jobs[0], _public_error(error, jobs[0].modality))
                 return
         if len(jobs) == 1 and again:
-            self._end(
+            self._resolve(
                 jobs[0],
                 ServeError(
                     f"an item of {jobs[0].modality!r} gives tokens that are no numbers (NaN or "
@@ -177,10 +177,10 @@ class Projection:
             )
             return
         for job in again:
-            self._compute([job])
+            self._embed_jobs([job])
 
     @torch.no_grad()
-    def _rows(self, jobs: Sequence[_Job]) -> list[Tensor | None]:
+    def _embed_batch(self, jobs: Sequence[_EmbedJob]) -> list[Tensor | None]:
         """Rows [num_tokens, dim] of each item; None where they are no numbers."""
         name = jobs[0].modality
         modality = self.model.modalities[name]
@@ -201,23 +201,23 @@ class Projection:
             for rows, good in zip(tokens.split(lengths), are_numbers.split(lengths), strict=True)
         ]
 
-    def _end(self, job: _Job, result: Tensor | ServeError) -> None:
+    def _resolve(self, job: _EmbedJob, result: Tensor | ServeError) -> None:
         with self._changed:
-            self._on_their_way.pop(job.key, None)
+            self._in_flight.pop(job.key, None)
             if isinstance(result, Tensor):
-                self._keep(job.key, result)
+                self._store(job.key, result)
         if isinstance(result, Tensor):
             job.result.set_result(result)
         else:
             job.result.set_exception(result)
 
-    def _keep(self, key: str, rows: Tensor) -> None:
+    def _store(self, key: str, rows: Tensor) -> None:
         if rows.nbytes > self.cache_bytes:
             return
-        self._kept[key] = rows
+        self._cache[key] = rows
         self.num_bytes += rows.nbytes
         while self.num_bytes > self.cache_bytes:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._cache.popitem(last=False)
             self.num_bytes -= oldest.nbytes
 
 
@@ -236,7 +236,7 @@ def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
     return digest(*parts)
 
 
-def _told(error: Exception, modality: str) -> ServeError:
+def _public_error(error: Exception, modality: str) -> ServeError:
     """What a client is told: of errors of ours the text, of others that there was one."""
     if isinstance(error, ServeError):
         return error

@@ -20,7 +20,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 
 
 @dataclass(frozen=True)
-class _Total(Collector):
+class _CallbackCounter(Collector):
     name: str
     help: str
     value: Callable[[], float]
@@ -30,7 +30,7 @@ class _Total(Collector):
 
 
 @dataclass(frozen=True, eq=False)
-class _Totals(Collector):
+class _LabelledCallbackCounter(Collector):
     name: str
     help: str
     label: str
@@ -103,23 +103,25 @@ class Metrics:
             **common,
         )
 
-    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
+    def add_gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
         """A gauge that is read when somebody asks."""
         gauge = Gauge(name, help, namespace=_PREFIX, registry=self.registry)
         gauge.set_function(value)
 
-    def watch_total(self, name: str, help: str, value: Callable[[], float]) -> None:
+    def add_counter(self, name: str, help: str, value: Callable[[], float]) -> None:
         """A counter that somebody else counts, read when somebody asks."""
-        self.registry.register(_Total(f"{_PREFIX}_{name}", help, value))
+        self.registry.register(_CallbackCounter(f"{_PREFIX}_{name}", help, value))
 
-    def watch_totals(self, name: str, help: str, label: str, values: Mapping[str, float]) -> None:
+    def add_labelled_counter(
+        self, name: str, help: str, label: str, values: Mapping[str, float]
+    ) -> None:
         """Counters by a label, in a mapping that somebody else counts up."""
-        self.registry.register(_Totals(f"{_PREFIX}_{name}", help, label, values))
+        self.registry.register(_LabelledCallbackCounter(f"{_PREFIX}_{name}", help, label, values))
 
-    def modality(self, name: str) -> str:
+    def modality_label(self, name: str) -> str:
         """A label for a sense, of the run's own names only."""
         return name if name in self._modalities else "other"
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """What `/metrics` answers."""
         return generate_latest(self.registry)

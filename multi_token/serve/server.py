@@ -19,14 +19,14 @@ import uvicorn
 
 from multi_token.errors import MultiTokenError
 from multi_token.serve.openai.app import build_app
-from multi_token.serve.openai.middleware import timed_protocol
+from multi_token.serve.openai.middleware import http_protocol_with_timeouts
 
 if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
-ABORTED = 1
+_EXIT_ABORTED = 1
 """The exit code after a second signal."""
-_LAST_WORDS_S = 2.0
+_FLUSH_TIMEOUT_S = 2.0
 """What remains, behind the shutdown timeout, to write the last events of streams."""
 
 
@@ -45,7 +45,9 @@ class DrainingServer(uvicorn.Server):
                 build_app(service),
                 host=settings.host.strip("[]"),
                 port=settings.port,
-                http=timed_protocol(settings.header_timeout_s, settings.send_timeout_s),
+                http=http_protocol_with_timeouts(
+                    settings.header_timeout_s, settings.send_timeout_s
+                ),
                 ws="none",
                 lifespan="on",
                 access_log=False,
@@ -81,34 +83,34 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT."""
         if self._loop is None or self.service.admission.is_draining:
-            os._exit(ABORTED)  # whatever hangs, this does not wait for it
+            os._exit(_EXIT_ABORTED)  # whatever hangs, this does not wait for it
         self.service.admission.drain()
-        self._loop.call_soon_threadsafe(self._begin)
+        self._loop.call_soon_threadsafe(self._start_drain)
 
     async def startup(self, sockets: Any = None) -> None:
         """Load, then listen. Why the service does not start is its `start_error`, not logged."""
         self._loop = asyncio.get_running_loop()
         log = logging.getLogger("uvicorn.error")
-        log.addFilter(self._is_news)
+        log.addFilter(self._is_worth_logging)
         try:
             await super().startup(sockets)
         except SystemExit:
             # uvicorn's own end of a start that failed, at which nobody could say why any more
             self.should_exit = True
         finally:
-            log.removeFilter(self._is_news)
+            log.removeFilter(self._is_worth_logging)
         if self.started and self._on_started is not None:
             self._on_started()
 
-    def _is_news(self, record: logging.LogRecord) -> bool:
+    def _is_worth_logging(self, record: logging.LogRecord) -> bool:
         """Whether a line of uvicorn's says what its caller is not told anyway."""
         return not isinstance(self.service.start_error, MultiTokenError)
 
-    def _begin(self) -> None:
-        self._drain = asyncio.ensure_future(self._drained())
+    def _start_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._drain_and_exit())
 
-    async def _drained(self) -> None:
+    async def _drain_and_exit(self) -> None:
         await self.service.drain(self.service.settings.shutdown_timeout_s)
         # answers that were cut off have been told so; their last events are still to be written
-        await self.service.admission.emptied(_LAST_WORDS_S)
+        await self.service.admission.wait_until_empty(_FLUSH_TIMEOUT_S)
         self.should_exit = True

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from multi_token.serve.media.totals import TotalLimits
+from multi_token.serve.media.totals import RequestMediaLimits
 
 MIB = 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
@@ -81,7 +81,7 @@ class ServeSettings(BaseModel):
     """Items in one request."""
     max_messages: PositiveInt = 1000
     """Messages in one request."""
-    media_totals: TotalLimits = TotalLimits()
+    media_totals: RequestMediaLimits = RequestMediaLimits()
     """Of all items in one request together."""
 
     max_body_bytes: PositiveInt = 32 * MIB
@@ -121,7 +121,7 @@ class ServeSettings(BaseModel):
                 "engine_urls are of the vllm backend, which needs at least one: give --backend "
                 "vllm with --engine-url http://HOST:8000, or neither"
             )
-        check_engines(self.engine_urls, self.engine_key)
+        check_engine_settings(self.engine_urls, self.engine_key)
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError(
@@ -145,12 +145,12 @@ class ServeSettings(BaseModel):
             return False
 
     @property
-    def num_waiting_allowed(self) -> int:
+    def max_waiting(self) -> int:
         """Answers that may wait beside those that are written."""
         return 4 * self.max_batch if self.max_queue is None else self.max_queue
 
 
-def check_engines(urls: tuple[str, ...], key: str | None) -> None:
+def check_engine_settings(urls: tuple[str, ...], key: str | None) -> None:
     """Raise ValueError for what cannot be addresses of engines, or their key."""
     for url in urls:
         if not _ENGINE_URL.fullmatch(url):

@@ -20,12 +20,12 @@ from multi_token.modalities.base import Modality, PretrainedModality, tells_leng
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.testing.claims import (
     CLAIMS,
-    Broken,
-    Trial,
-    takes_bfloat16,
-    takes_micro_batches,
-    takes_projector,
-    tells_the_length,
+    ClaimFailed,
+    Subject,
+    header_length_is_exact,
+    works_in_bfloat16,
+    works_in_micro_batches,
+    works_with_projector,
 )
 
 _EXAMPLES = {
@@ -61,17 +61,17 @@ def check_modality(
             f"the conformance kit needs at least two different sources for a batch of "
             f"{modality.type}, got {len(sources)}"
         )
-    trial = Trial(modality, tuple(sources), fetch or Fetch())
+    trial = Subject(modality, tuple(sources), fetch or Fetch())
     claims = dict(CLAIMS)
     if isinstance(modality, PretrainedModality):
-        claims["small micro-batches give the same features"] = takes_micro_batches
-        claims["bfloat16 gives nearly the same features"] = takes_bfloat16
+        claims["small micro-batches give the same features"] = works_in_micro_batches
+        claims["bfloat16 gives nearly the same features"] = works_in_bfloat16
     if tells_lengths(type(modality)):
-        claims["the length told by the header is the prepared length"] = tells_the_length
-    for kind in registry.names("projector"):
+        claims["the length told by the header is the prepared length"] = header_length_is_exact
+    for kind in registry.registered_names("projector"):
         if registry.entry("projector", kind, ProjectorSpec).state == "ready":
-            claims[f"projector {kind} keeps its promise"] = partial(takes_projector, kind=kind)
-    return [_tried(claim, partial(check, trial)) for claim, check in claims.items()]
+            claims[f"projector {kind} keeps its promise"] = partial(works_with_projector, kind=kind)
+    return [_try_claim(claim, partial(check, trial)) for claim, check in claims.items()]
 
 
 def check_named(name: str, folder: Path) -> list[Result]:
@@ -105,10 +105,10 @@ def assert_conforms(
         raise AssertionError(f"{type(modality).__name__} does not keep its contract:{lines}")
 
 
-def _tried(claim: str, check: Callable[[], str]) -> Result:
+def _try_claim(claim: str, check: Callable[[], str]) -> Result:
     try:
         return Result(claim, True, check())
-    except Broken as broken:
+    except ClaimFailed as broken:
         return Result(claim, False, str(broken))
     except Exception as error:  # noqa: BLE001 - a crash is the finding, and the other claims go on
         sentence = str(error).strip().partition("\n")[0]

@@ -19,36 +19,38 @@ from multi_token.collate import Collator
 from multi_token.generate import to_device
 from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.processor import Reader
-from multi_token.projectors.base import without_breaks
+from multi_token.processor import MultiTokenProcessor
+from multi_token.projectors.base import mask_without_newlines
 from multi_token.recipe.train import AlignSpec
 from multi_token.types import Conversation, Features, Media, Text
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionedItem:
     """One item, what is said of it, and the reader that opens it."""
 
     item: Media
     caption: str
-    reader: Reader
+    processor: MultiTokenProcessor
 
 
-def captioned(conversations: Iterable[tuple[Conversation, Reader]]) -> Iterator[Captioned]:
+def captioned_items(
+    conversations: Iterable[tuple[Conversation, MultiTokenProcessor]],
+) -> Iterator[CaptionedItem]:
     """Those conversations that hold exactly one item and one assistant turn."""
-    for conversation, reader in conversations:
+    for conversation, processor in conversations:
         answers = [m for m in conversation.messages if m.role == "assistant"]
         if len(conversation.media) == 1 and len(answers) == 1:
             text = "".join(p.text for p in answers[0].parts if isinstance(p, Text)).strip()
             if text:
-                yield Captioned(conversation.media[0], text, reader)
+                yield CaptionedItem(conversation.media[0], text, processor)
 
 
 @torch.no_grad()
 def calibrate(
     model: MultiTokenForConditionalGeneration,
     name: str,
-    items: Sequence[tuple[Media, Reader]],
+    items: Sequence[tuple[Media, MultiTokenProcessor]],
     *,
     batch_size: int = 32,
 ) -> int:
@@ -62,10 +64,10 @@ def calibrate(
     squares = torch.zeros_like(total)
     count = 0
     first: Features | None = None
-    for features in encoded(model, name, items, batch_size=batch_size):
+    for features in encode_items(model, name, items, batch_size=batch_size):
         first = first or features
         values = features.values.double()
-        mask = without_breaks(features)
+        mask = mask_without_newlines(features)
         values = values.flatten(0, 1) if mask is None else values[mask]
         total += values.sum(0)
         squares += values.square().sum(0)
@@ -84,10 +86,10 @@ def calibrate(
 
 
 @torch.no_grad()
-def align(
+def fit_closed_form(
     model: MultiTokenForConditionalGeneration,
     name: str,
-    items: Sequence[Captioned],
+    items: Sequence[CaptionedItem],
     *,
     spec: AlignSpec,
     batch_size: int = 32,
@@ -104,19 +106,19 @@ def align(
     if not items:
         return 0
     projector = model.projector(name)
-    targets = _Targets(model, items[0].reader, projector.tokens_per_group, spec)
+    targets = _Targets(model, items[0].processor, projector.tokens_per_group, spec)
     num_in, num_out = projector.group_dim, projector.tokens_per_group * projector.out_dim
     device = projector.feature_mean.device
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
     gram, cross = torch.zeros(num_in, num_in, **exact), torch.zeros(num_in, num_out, **exact)
     sum_x, sum_y, count = torch.zeros(num_in, **exact), torch.zeros(num_out, **exact), 0
     start = 0
-    pairs = [(i.item, i.reader) for i in items]
-    for features in encoded(model, name, pairs, batch_size=batch_size):
+    pairs = [(i.item, i.processor) for i in items]
+    for features in encode_items(model, name, pairs, batch_size=batch_size):
         batch = items[start : start + len(features.values)]
         start += len(batch)
         # where a line ends there is nothing to fit: that token is the projector's own
-        groups, mask = projector.arrange(Features(features.values, without_breaks(features)))
+        groups, mask = projector.arrange(Features(features.values, mask_without_newlines(features)))
         nums = mask.sum(1).tolist()
         y = torch.cat(
             [targets(i.caption, num_groups=n) for i, n in zip(batch, nums, strict=True)]
@@ -144,12 +146,12 @@ class _Targets:
     def __init__(
         self,
         model: MultiTokenForConditionalGeneration,
-        reader: Reader,
+        processor: MultiTokenProcessor,
         num_tokens: int,
         spec: AlignSpec,
     ) -> None:
         self.spec = spec
-        self.tokenizer = reader.tokenizer
+        self.tokenizer = processor.tokenizer
         self.embedding = model.get_input_embeddings()
         self.num_tokens = num_tokens
         self.space = self._embed(" ")[-1:]
@@ -178,16 +180,18 @@ class _Targets:
         return self.known[caption, num_groups]
 
 
-def encoded(
+def encode_items(
     model: MultiTokenForConditionalGeneration,
     name: str,
-    items: Sequence[tuple[Media, Reader]],
+    items: Sequence[tuple[Media, MultiTokenProcessor]],
     *,
     batch_size: int,
 ) -> Iterator[Features]:
     """Features of the items in order, batch by batch, from the cache where they are in it."""
     collator = Collator(model.modalities, pad_id=0)
     for start in range(0, len(items), batch_size):
-        prepared = [reader.prepare(item) for item, reader in items[start : start + batch_size]]
+        prepared = [
+            processor.prepare(item) for item, processor in items[start : start + batch_size]
+        ]
         inputs = to_device(collator.inputs(name, prepared), model.device)
         yield model.encode(name, inputs)

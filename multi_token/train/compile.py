@@ -17,29 +17,29 @@ import torch
 from transformers import AttentionInterface
 
 from multi_token.errors import RecipeError
-from multi_token.language_model.forward import without_adapter
-from multi_token.language_model.segment_attention import SEGMENTS, segment_attention
+from multi_token.language_model.forward import base_language_model
+from multi_token.language_model.segment_attention import SEGMENT_ATTENTION, segment_attention
 from multi_token.recipe.train import TrainSpec
-from multi_token.train.fsdp import layers_of
+from multi_token.train.fsdp import decoder_layers
 
 # of Liger's kernels: our loss asks the head for supervised positions only, with nothing to fuse
 _NO_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 _COMPILERS = ("g++", "clang++", "cl")
 
 
-def make_ready(language_model: Any, spec: TrainSpec, device: torch.device) -> None:
+def apply_kernels(language_model: Any, spec: TrainSpec, device: torch.device) -> None:
     """What a recipe asks of a language model that was just composed.
 
     Raises RecipeError for what cannot be done on this device.
     """
     if spec.compile_layers:
-        layers_of(language_model, "train.compile_layers")
-        refuse_compiling(device)
+        decoder_layers(language_model, "train.compile_layers")
+        check_can_compile(device)
     if spec.liger:
         use_liger(language_model, device)
 
 
-def refuse_compiling(device: torch.device) -> None:
+def check_can_compile(device: torch.device) -> None:
     """Raises RecipeError if nothing here turns what torch.compile writes into machine code."""
     if device.type == "cpu":
         compiler = os.environ.get("CXX")
@@ -57,29 +57,30 @@ def refuse_compiling(device: torch.device) -> None:
 
 @contextmanager
 def compiled_layers(language_model: Any, *, backend: str = "inductor") -> Iterator[None]:
-    """Within it each layer of a language model is compiled, but only where `compiling` says so.
+    """Within it each layer of a language model is compiled, but only where `compile_enabled` says
+    so.
 
     Layers are alike, so the first one's code serves all of them: it is made once for a length that
     does not change, and once more for all others. Encoders, splicing and the loss, with their
     choices by what a batch holds, stay outside. Raises LanguageModelError for a family that does
     not name its layers.
     """
-    layers = layers_of(language_model, "train.compile_layers")
+    layers = decoder_layers(language_model, "train.compile_layers")
     # it reads the borders of segments, and would be compiled anew for each pack
     disabled: Any = torch.compiler.disable(segment_attention)
-    AttentionInterface.register(SEGMENTS, disabled)
+    AttentionInterface.register(SEGMENT_ATTENTION, disabled)
     for layer in layers:
         layer.compile(backend=backend)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        AttentionInterface.register(SEGMENTS, segment_attention)
+        AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
         for layer in layers:
             layer._compiled_call_impl = None
 
 
-def compiling(wanted: bool) -> Any:
+def compile_enabled(wanted: bool) -> Any:
     """Around a training step inside of `compiled_layers`: compiled code is used.
 
     Elsewhere, in answers to held-out rows say, each new length and cache would be compiled for.
@@ -110,7 +111,7 @@ def use_liger(language_model: Any, device: torch.device) -> None:
         MODEL_TYPE_TO_APPLY_LIGER_FN,
     )
 
-    inner = without_adapter(language_model)
+    inner = base_language_model(language_model)
     family = inner.config.model_type
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise RecipeError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from multi_token.collate import Collator
 from multi_token.language_model.loading import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.train import TeacherSpec
+from multi_token.recipe.train import DistillationSpec
 from multi_token.types import IGNORE_INDEX, Sample
 
 TEACHER = "teacher"
@@ -25,7 +25,7 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
-class WithTeacher:
+class DistillationCollator:
     """A collator whose batches also hold the teacher's inputs, padded or packed as its own."""
 
     collator: Collator
@@ -34,7 +34,8 @@ class WithTeacher:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Samples -> their Batch or PackedBatch; under `teacher` another one, of their texts.
 
-        There `taught` bool [num_supervised] says which of what is learned, in the order of the
+        There `teacher_mask` bool [num_supervised] says which of what is learned, in the order of
+        the
         batch, belongs to samples that have a text.
         """
         batch: dict[str, Any] = {**self._batch(self.collator, samples)}
@@ -44,7 +45,7 @@ class WithTeacher:
             plain = replace(self.collator, share_prefix=False, share_media=False)
             read: dict[str, Any] = {**self._batch(plain, texts)}
             del read["media"], read["labels"]
-            each = [torch.full((_num_learned(s),), s.teacher is not None) for s in samples]
+            each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]
             batch[TEACHER] = {"taught": torch.cat(each), **read}
         return batch
 
@@ -52,19 +53,19 @@ class WithTeacher:
         return collator.pack(samples) if self.packed else collator(samples)
 
 
-def _num_learned(sample: Sample) -> int:
+def _num_supervised(sample: Sample) -> int:
     """Tokens that are predicted and learned; the first of all is predicted by nothing."""
     return int((sample.labels[1:] != IGNORE_INDEX).sum())
 
 
-class Teacher:
+class DistillationLoss:
     """Reads one batch at a time, and then is part of its loss."""
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: DistillationSpec) -> None:
         self.spec = spec
         self.ids = torch.zeros(0, dtype=torch.long)
         """What is learned, [num_supervised]."""
-        self.taught = torch.zeros(0, dtype=torch.bool)
+        self.teacher_mask = torch.zeros(0, dtype=torch.bool)
         """Where of that the teacher answered too, [num_supervised]."""
         self.logits: Tensor | None = None
         """Its answers, [num_taught, vocabulary]."""
@@ -76,11 +77,11 @@ class Teacher:
         shift_labels = inputs["shift_labels"]
         keep = shift_labels != IGNORE_INDEX
         self.ids = shift_labels[keep]
-        self.taught, self.logits = torch.zeros_like(self.ids, dtype=torch.bool), None
+        self.teacher_mask, self.logits = torch.zeros_like(self.ids, dtype=torch.bool), None
         texts = inputs.get(TEACHER)
         if texts is not None:
-            self.taught = texts["taught"].to(keep.device)
-            self.logits = answers(model, texts)
+            self.teacher_mask = texts["taught"].to(keep.device)
+            self.logits = teacher_logits(model, texts)
         return {key: value for key, value in inputs.items() if key != TEACHER}
 
     def loss(
@@ -93,15 +94,15 @@ class Teacher:
         """
         logits = outputs.logits.float()
         entropy = nn.functional.cross_entropy(logits, self.ids, reduction="none")
-        total = entropy[~self.taught].sum()
+        total = entropy[~self.teacher_mask].sum()
         if self.logits is not None:
-            drawn = divergence(self.logits, logits[self.taught], self.spec.temperature)
+            drawn = kl_divergence(self.logits, logits[self.teacher_mask], self.spec.temperature)
             weight = self.spec.weight
-            total = total + ((1 - weight) * entropy[self.taught] + weight * drawn).sum()
+            total = total + ((1 - weight) * entropy[self.teacher_mask] + weight * drawn).sum()
         return total / (max(1, len(self.ids)) if num_items_in_batch is None else num_items_in_batch)
 
 
-def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+def kl_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) of logits [positions, vocabulary] -> [positions].
 
     Times the squared temperature, so that gradients keep their size (Hinton et al.,
@@ -113,18 +114,18 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def answers(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Any]) -> Tensor:
+def teacher_logits(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Any]) -> Tensor:
     """Logits [num_supervised, vocabulary] of the language model as it came, at the answers.
 
-    `texts`: what a `WithTeacher` made of them: a Batch or a PackedBatch without media.
+    `texts`: what a `DistillationCollator` made of them: a Batch or a PackedBatch without media.
     """
-    with _as_it_came(model.language_model):
+    with _adapter_disabled(model.language_model):
         # through the model's own forward, which puts together what is cut into pieces
         return model(**{key: value for key, value in texts.items() if key != "taught"}).logits
 
 
 @contextmanager
-def _as_it_came(language_model: Any) -> Iterator[None]:
+def _adapter_disabled(language_model: Any) -> Iterator[None]:
     """In eval mode and without its adapter, if it has one."""
     was_training = language_model.training
     language_model.eval()

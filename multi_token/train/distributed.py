@@ -21,7 +21,7 @@ from multi_token.errors import MultiTokenError, RecipeError, RowError
 from multi_token.recipe.recipe import Recipe, differences
 
 if TYPE_CHECKING:
-    from multi_token.data.sources import Source
+    from multi_token.data.sources import TrainingSource
 
 T = TypeVar("T")
 
@@ -31,44 +31,44 @@ _NUM_ROWS = 1000
 
 def num_processes() -> int:
     """How many train together; 1 before they have met."""
-    return distributed.get_world_size() if _have_met() else 1
+    return distributed.get_world_size() if _is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process among all, from 0."""
-    return distributed.get_rank() if _have_met() else 0
+    return distributed.get_rank() if _is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that prints and writes."""
     return rank() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
     if num_processes() > 1:
         distributed.barrier()
 
 
-def part(*, after_fault: bool = False) -> None:
+def destroy_process_group(*, after_fault: bool = False) -> None:
     """The last word: processes that have met go on alone.
 
     After a fault too, or a thread of gloo now and then ends a process with an abort, which hides
     its exit code. NCCL is left alone then: it would wait for processes that are elsewhere.
     """
-    if _have_met() and not (after_fault and distributed.get_backend() == "nccl"):
+    if _is_initialized() and not (after_fault and distributed.get_backend() == "nccl"):
         distributed.destroy_process_group()
 
 
-def from_first(decide: Callable[[], T]) -> T:
+def broadcast_from_main(decide: Callable[[], T]) -> T:
     """What the first process finds, for all: others might see a folder later, or differently."""
-    found: list[Any] = [decide() if is_first() else None]
+    found: list[Any] = [decide() if is_main_process() else None]
     if num_processes() > 1:
         distributed.broadcast_object_list(found)
     return found[0]
 
 
-def from_all(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The value of every process, by rank."""
     if num_processes() == 1:
         return [value]
@@ -77,7 +77,7 @@ def from_all(value: T) -> list[T]:
     return found
 
 
-def in_any(flag: bool | Tensor, device: torch.device) -> bool:
+def any_rank(flag: bool | Tensor, device: torch.device) -> bool:
     """Whether it is so in any process. Signals reach them at different steps.
 
     `flag` may be a bool tensor [], which is read once all processes have added theirs.
@@ -90,7 +90,7 @@ def in_any(flag: bool | Tensor, device: torch.device) -> bool:
 
 
 @contextmanager
-def in_company() -> Iterator[None]:
+def peer_errors() -> Iterator[None]:
     """Within, a connection to another process that breaks is a MultiTokenError, in words.
 
     gloo and NCCL find it in whatever exchange comes next, at once where the other one ended, and
@@ -110,7 +110,7 @@ def in_company() -> Iterator[None]:
         ) from error
 
 
-def refuse_no_numbers(
+def check_losses_finite(
     batches: Sequence[tuple[Tensor, Sequence[str | RowError]]], step: int
 ) -> None:
     """Raises MultiTokenError in all processes, in the same words, if a loss is no number in any.
@@ -122,17 +122,17 @@ def refuse_no_numbers(
     losses = torch.stack([loss.detach() for loss, _ in batches])
     bad = [row for _, rows in batches for row in rows if isinstance(row, RowError)]
     wrong = ~torch.isfinite(losses).all()
-    if not in_any(torch.ones_like(wrong) if bad else wrong, losses.device):
+    if not any_rank(torch.ones_like(wrong) if bad else wrong, losses.device):
         return
-    if everywhere := [row for of_process in from_all(bad) for row in of_process]:
-        refuse_bad_rows(everywhere, f"step {step}")
+    if everywhere := [row for of_process in all_gather(bad) for row in of_process]:
+        check_no_bad_rows(everywhere, f"step {step}")
     values = losses.tolist()
     mine = [
         (value, list(rows))
         for value, (_, rows) in zip(values, batches, strict=True)
         if not math.isfinite(value)
     ]
-    found = [one for of_process in from_all(mine) for one in of_process]
+    found = [one for of_process in all_gather(mine) for one in of_process]
     rows = ", ".join(str(row) for _, some in found for row in some)
     raise MultiTokenError(
         f"the loss is {found[0][0]} at step {step}, in the batch of the rows {rows}; lower the "
@@ -140,7 +140,7 @@ def refuse_no_numbers(
     )
 
 
-def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
+def check_weights_finite(model: torch.nn.Module, step: int) -> None:
     """Raises MultiTokenError in all processes if a weight that learns is no number in any: after
     the last step no loss would tell.
     """
@@ -149,7 +149,7 @@ def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
         mine = p.to_local() if isinstance(p, DTensor) else p
         if p.requires_grad and not bool(mine.isfinite().all()):
             broken.append(name)
-    found = [name for of_process in from_all(broken) for name in of_process]
+    found = [name for of_process in all_gather(broken) for name in of_process]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise MultiTokenError(
@@ -158,7 +158,7 @@ def refuse_broken_weights(model: torch.nn.Module, step: int) -> None:
         )
 
 
-def refuse_bad_rows(rows: Sequence[str | RowError], where: str) -> None:
+def check_no_bad_rows(rows: Sequence[str | RowError], where: str) -> None:
     """Raises RowError if there is one among the names of rows; `where` they were met, in words."""
     bad = [row for row in rows if isinstance(row, RowError)]
     if not bad:
@@ -172,9 +172,9 @@ def refuse_bad_rows(rows: Sequence[str | RowError], where: str) -> None:
     )
 
 
-def refuse_other_recipes(recipe: Recipe) -> None:
+def check_same_recipe(recipe: Recipe) -> None:
     """Raises RecipeError in all processes if their recipes differ, which names the fields."""
-    first, *others = from_all(recipe.model_dump(mode="json"))
+    first, *others = all_gather(recipe.model_dump(mode="json"))
     for number, other in enumerate(others, 1):
         if differing := [name for name, _, _ in differences(first, other)]:
             raise RecipeError(
@@ -183,7 +183,7 @@ def refuse_other_recipes(recipe: Recipe) -> None:
             )
 
 
-def refuse_other_rows(sources: Sequence[Source]) -> None:
+def check_same_rows(sources: Sequence[TrainingSource]) -> None:
     """Raises RecipeError in all processes if their rows differ.
 
     Compared are the number of rows, and up to 1,000 rows of each source in full, evenly spread.
@@ -193,7 +193,7 @@ def refuse_other_rows(sources: Sequence[Source]) -> None:
     for source in sources:
         step = max(1, -(-len(source.rows) // _NUM_ROWS))
         some = [_row(source.rows, i) for i in range(0, len(source.rows), step)]
-        refuse_differing(
+        check_same_values(
             f"data (rows of {source.name})",
             [len(source.rows), *some],
             "give all machines the same files",
@@ -208,9 +208,9 @@ def _row(rows: Sequence[Any], index: int) -> Any:
         return [error.row_id, error.kind]
 
 
-def refuse_differing(what: str, values: Sequence[Any], mend: str) -> None:
+def check_same_values(what: str, values: Sequence[Any], mend: str) -> None:
     """Raises RecipeError in all processes if these values are not the same in each."""
-    digests = from_all(_digest(values))
+    digests = all_gather(_digest(values))
     others = [str(i) for i, other in enumerate(digests) if other != digests[0]]
     if others:
         raise RecipeError(
@@ -233,5 +233,5 @@ def _plain(value: Any) -> str:
     return type(value).__name__
 
 
-def _have_met() -> bool:
+def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -24,7 +24,7 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """A row with two answers. `reference`: float32 [2], their log-probabilities at the stage's
     beginning, the chosen one's first.
     """
@@ -38,7 +38,7 @@ class Pair:
         return self.sample.id
 
 
-class Pairs(Dataset[Pair]):
+class PreferenceDataset(Dataset[PreferencePair]):
     """Samples with rejected answers, beside what the reference says of them once that is known."""
 
     def __init__(self, samples: Any, lengths: Sequence[tuple[int, int]]) -> None:
@@ -53,8 +53,8 @@ class Pairs(Dataset[Pair]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Pair:
-        return Pair(self.samples[index], self.reference[index])
+    def __getitem__(self, index: int) -> PreferencePair:
+        return PreferencePair(self.samples[index], self.reference[index])
 
     @property
     def num_tokens(self) -> list[int]:
@@ -68,28 +68,28 @@ class Pairs(Dataset[Pair]):
 
 
 @dataclass(frozen=True)
-class PairCollator:
+class PreferenceCollator:
     """Batches of pairs: all chosen answers, then all rejected ones."""
 
     collator: Collator
     """Pads to the right."""
 
-    def __call__(self, samples: Sequence[Pair | Sample]) -> Batch | dict[str, Any]:
+    def __call__(self, samples: Sequence[PreferencePair | Sample]) -> Batch | dict[str, Any]:
         """n pairs -> their Batch of [2n, longest], with `reference` float32 [n, 2].
 
         Media are encoded once for both answers. Samples without a reference, which evaluation has,
         become an ordinary Batch.
         """
-        pairs = [pair for pair in samples if isinstance(pair, Pair)]
+        pairs = [pair for pair in samples if isinstance(pair, PreferencePair)]
         if len(pairs) < len(samples):
             return self.collator([sample for sample in samples if isinstance(sample, Sample)])
         chosen = [pair.sample for pair in pairs]
         rejected = [sample.rejected for sample in chosen if sample.rejected is not None]
-        batch = self.collator([*chosen, *(replace(r, places=[], media=[]) for r in rejected)])
+        batch = self.collator([*chosen, *(replace(r, media_spans=[], media=[]) for r in rejected)])
         time = batch["input_ids"].shape[1]
         again: dict[str, list[Tensor]] = {name: [] for name in batch["media"]}
         for row, sample in enumerate(rejected, start=len(chosen)):
-            for place in sample.places:
+            for place in sample.media_spans:
                 first = row * time + place.start
                 again[place.modality].append(torch.arange(first, first + place.length))
         for name, media in batch["media"].items():
@@ -98,7 +98,7 @@ class PairCollator:
         return {**batch, REFERENCE: torch.stack([pair.reference for pair in pairs])}
 
 
-def row_logps(logits: Tensor, shift_labels: Tensor) -> Tensor:
+def sequence_logps(logits: Tensor, shift_labels: Tensor) -> Tensor:
     """Log-probability of each row's learned tokens: [rows], in float32.
 
     logits [num_supervised, vocabulary], of the positions of shift_labels int64 [rows, time] that
@@ -110,7 +110,7 @@ def row_logps(logits: Tensor, shift_labels: Tensor) -> Tensor:
     return of_tokens.new_zeros(keep.shape).masked_scatter(keep, of_tokens).sum(-1)
 
 
-def preference_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
+def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
     """The loss of each pair: [pairs].
 
     logratios [pairs, 2]: log of the model's probability of the chosen and of the rejected answer
@@ -135,7 +135,7 @@ def preference_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> T
     return (1 - spec.label_smoothing) * kept + spec.label_smoothing * swapped
 
 
-class Preference:
+class DpoLoss:
     """Takes the reference out of one batch at a time, and then is its loss. It counts what it saw.
 
     Logged are the means over pairs since the last log, under TRL's names: `rewards/chosen` and
@@ -176,14 +176,14 @@ class Preference:
         """
         if self.reference is None:
             return outputs.loss
-        logps = row_logps(outputs.logits, self.shift_labels).view(2, -1).T
+        logps = sequence_logps(outputs.logits, self.shift_labels).view(2, -1).T
         num_tokens = (self.shift_labels != IGNORE_INDEX).sum(-1).view(2, -1).T
         logratios = logps - self.reference
-        losses = preference_losses(logratios, num_tokens, self.spec)
+        losses = dpo_losses(logratios, num_tokens, self.spec)
         self._count(losses.detach(), logps.detach(), self.spec.beta * logratios.detach())
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
-    def counted(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def as_pair_counts(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Batches by which transformers counts the pairs of a step as if they were labels.
 
         Those without pairs are what they are.
@@ -206,7 +206,7 @@ class Preference:
         self._sums = sums if self._sums is None else self._sums + sums
 
     @contextmanager
-    def evaluating(self, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def evaluation_mode(self, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within, pairs are counted apart from those that were learned from.
 
         `gather`: facts of pairs [pairs, facts] on this device -> on all devices, each pair once.

@@ -24,24 +24,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from multi_token.data.feature_cache.keys import digest
-from multi_token.data.sources import Source
+from multi_token.data.sources import TrainingSource
 from multi_token.errors import RecipeError
-from multi_token.processor import Reader
+from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.train import Stage
 from multi_token.train.distributed import (
-    from_all,
-    from_first,
-    is_first,
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    check_no_bad_rows,
+    is_main_process,
     num_processes,
     rank,
-    refuse_bad_rows,
-    wait,
 )
-from multi_token.train.dpo import REFERENCE, Pairs, row_logps
-from multi_token.train.evaluation import dataset_of
+from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
+from multi_token.train.evaluation import build_dataset
 from multi_token.train.metrics import ROW_IDS
-from multi_token.train.plan.dry_run import same_random_numbers
-from multi_token.train.resume import writing
+from multi_token.train.plan.dry_run import preserve_rng_state
+from multi_token.train.resume import raise_on_write_error
 from multi_token.types import Conversation
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
 REFERENCE_FILE, HELD_OUT_FILE = "reference.safetensors", "held_out_reference.safetensors"
 
 
-def pairs_of(
-    sources: Sequence[Source], stage: Stage, model: MultiTokenForConditionalGeneration
-) -> tuple[list[Source], Pairs]:
+def preference_dataset(
+    sources: Sequence[TrainingSource], stage: Stage, model: MultiTokenForConditionalGeneration
+) -> tuple[list[TrainingSource], PreferenceDataset]:
     """The rows of all sources that have two answers, in their order, and as a dataset.
 
     Raises RecipeError if there are none.
     """
-    found = _with_two_answers(sources, model)
+    found = _preference_rows(sources, model)
     if found is None:
         num_rows = sum(len(source.lengths) for source in sources)
         raise RecipeError(
@@ -68,13 +68,13 @@ def pairs_of(
     return found
 
 
-def held_out_pairs(
-    sources: Sequence[Source], model: MultiTokenForConditionalGeneration, console: Console
-) -> Pairs | None:
+def held_out_preference_dataset(
+    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration, console: Console
+) -> PreferenceDataset | None:
     """Those of the held-out rows that have two answers; None if no row has. It says what is left
     out.
     """
-    found = _with_two_answers(sources, model)
+    found = _preference_rows(sources, model)
     num_rows = sum(len(source.lengths) for source in sources)
     if found is None:
         console.print("no held-out row has two answers: they are evaluated by cross entropy")
@@ -88,38 +88,38 @@ def held_out_pairs(
     return found[1]
 
 
-def _with_two_answers(
-    sources: Sequence[Source], model: MultiTokenForConditionalGeneration
-) -> tuple[list[Source], Pairs] | None:
+def _preference_rows(
+    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration
+) -> tuple[list[TrainingSource], PreferenceDataset] | None:
     found, lengths = [], []
     for source in sources:
         good = range(len(source.rows)) if source.good is None else source.good
         facts = zip(good, source.lengths, source.conversations(), strict=True)
         kept = {
-            index: (length, length + _num_more(conversation, reader))
-            for index, length, (conversation, reader) in facts
+            index: (length, length + _num_extra_rejected(conversation, processor))
+            for index, length, (conversation, processor) in facts
             if conversation.rejected is not None
         }
         lengths += kept.values()
         found.append(replace(source, good=list(kept), lengths=[c for c, _ in kept.values()]))
     if not lengths:
         return None
-    reading = [source.taught(None).paired("required") for source in found]
-    return found, Pairs(dataset_of(reading, model), lengths)
+    reading = [source.with_distillation(None).with_preference("required") for source in found]
+    return found, PreferenceDataset(build_dataset(reading, model), lengths)
 
 
-def _num_more(conversation: Conversation, reader: Reader) -> int:
+def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcessor) -> int:
     """Tokens by which the rejected answer is longer. No media are opened: both have the same."""
     assert conversation.rejected is not None
     anything = [1] * len(conversation.media)
     chosen, rejected = (
-        len(reader.chat.tokenize(one, anything, learn_turns="last").input_ids)
+        len(processor.chat.tokenize(one, anything, learn_turns="last").input_ids)
         for one in (conversation, conversation.rejected)
     )
     return rejected - chosen
 
 
-def look_up(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:
+def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:
     """Give the trainer's pairs their reference, from the stage's folder or from the model as it is.
 
     All processes take part: each computes its share. Raises RecipeError if the folder holds the
@@ -129,26 +129,28 @@ def look_up(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:
         (trainer.train_dataset, REFERENCE_FILE),
         (trainer.eval_dataset, HELD_OUT_FILE),
     ):
-        if isinstance(rows, Pairs):
-            _look_up(trainer, rows, folder / name, console)
-    if isinstance(trainer.train_dataset, Pairs):
+        if isinstance(rows, PreferenceDataset):
+            _load_or_compute(trainer, rows, folder / name, console)
+    if isinstance(trainer.train_dataset, PreferenceDataset):
         trainer.lengths = trainer.train_dataset.num_tokens
 
 
-def _look_up(trainer: MultiTokenTrainer, pairs: Pairs, file: Path, console: Console) -> None:
+def _load_or_compute(
+    trainer: MultiTokenTrainer, pairs: PreferenceDataset, file: Path, console: Console
+) -> None:
     folder = file.parent
-    if not from_first(file.is_file):
-        logps, lengths = _computed(trainer, pairs, console)
-        if is_first():
-            with writing(folder):
+    if not broadcast_from_main(file.is_file):
+        logps, lengths = _compute_reference(trainer, pairs, console)
+        if is_main_process():
+            with raise_on_write_error(folder):
                 partial = file.with_name(f".{file.name}")
                 tensors = {"logps": logps, "lengths": lengths}
-                save_file(tensors, partial, metadata={"rows": _rows(pairs)})
+                save_file(tensors, partial, metadata={"rows": _rows_fingerprint(pairs)})
                 partial.replace(file)
-        wait()
+        barrier()
     with safe_open(file, framework="pt") as stored:
         known = (stored.metadata() or {}).get("rows")
-        if known != _rows(pairs):
+        if known != _rows_fingerprint(pairs):
             raise RecipeError(
                 f"{file} is the reference of other rows than the recipe has now; put the rows back "
                 f"as they were when the stage began, or remove {folder} to begin it anew"
@@ -157,14 +159,16 @@ def _look_up(trainer: MultiTokenTrainer, pairs: Pairs, file: Path, console: Cons
         pairs.lengths = [(c, r) for c, r in stored.get_tensor("lengths").tolist()]
 
 
-def _rows(pairs: Pairs) -> str:
+def _rows_fingerprint(pairs: PreferenceDataset) -> str:
     """What the reference belongs to: which rows of which sources, by name."""
     parts = [[d.source, *map(str, d.good)] for d in pairs.samples.datasets]
     return digest(repr(parts).encode("utf-8", "surrogatepass"))
 
 
 @torch.no_grad()
-def _computed(trainer: MultiTokenTrainer, pairs: Pairs, console: Console) -> tuple[Tensor, Tensor]:
+def _compute_reference(
+    trainer: MultiTokenTrainer, pairs: PreferenceDataset, console: Console
+) -> tuple[Tensor, Tensor]:
     """float32 [pairs, 2] log-probabilities and int64 [pairs, 2] lengths, of the model in eval."""
     args, model = trainer.args, trainer.model
     assert model is not None
@@ -181,20 +185,20 @@ def _computed(trainer: MultiTokenTrainer, pairs: Pairs, console: Console) -> tup
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with (
-            same_random_numbers(),
+            preserve_rng_state(),
             Progress(
                 *columns, console=console, disable=not console.is_terminal, transient=True
             ) as progress,
         ):
             task = progress.add_task("Reference of both answers", total=len(mine))
             for batch in loader:
-                refuse_bad_rows(batch.get(ROW_IDS, ()), "the reference of both answers")
+                check_no_bad_rows(batch.get(ROW_IDS, ()), "the reference of both answers")
                 inputs: Any = send_to_device(
                     {k: v for k, v in batch.items() if k not in (ROW_IDS, REFERENCE)}, args.device
                 )
                 with trainer.accelerator.autocast():
                     logits = model(**inputs).logits
-                logps = row_logps(logits, inputs["shift_labels"]).cpu()
+                logps = sequence_logps(logits, inputs["shift_labels"]).cpu()
                 lengths = inputs["attention_mask"].sum(-1).cpu()
                 found.append((logps.view(2, -1).T, lengths.view(2, -1).T))
                 progress.advance(task, len(lengths) // 2)
@@ -203,7 +207,7 @@ def _computed(trainer: MultiTokenTrainer, pairs: Pairs, console: Console) -> tup
     logps, lengths = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 2, dtype=torch.long)
     empty = (torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.long))
     own = tuple(torch.cat(parts) for parts in zip(*(found or [empty]), strict=True))
-    for process, (their_logps, their_lengths) in enumerate(from_all(own)):
+    for process, (their_logps, their_lengths) in enumerate(all_gather(own)):
         logps[process :: num_processes()] = their_logps
         lengths[process :: num_processes()] = their_lengths
     return logps, lengths

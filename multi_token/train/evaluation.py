@@ -14,15 +14,15 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.data.dataset import ConversationDataset
-from multi_token.data.promised import PromisedDataset
-from multi_token.data.sources import Source
+from multi_token.data.promised import HeaderLengthDataset
+from multi_token.data.sources import TrainingSource
 from multi_token.errors import MultiTokenError
-from multi_token.evaluate.blind import BlindReport, Row, blind
-from multi_token.evaluate.rows import spread
-from multi_token.generate import answer_ids, decode, reader_of
+from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
+from multi_token.evaluate.rows import evenly_spaced
+from multi_token.generate import decode, generate_ids, require_processor
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
-from multi_token.train.distributed import is_first, num_processes
+from multi_token.train.distributed import is_main_process, num_processes
 from multi_token.train.run_report import RunReport
 from multi_token.types import Conversation, Text
 
@@ -39,22 +39,22 @@ def evaluation_defaults(spec_has_rows: bool) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": 200} if spec_has_rows else {}
 
 
-def dataset_of(
-    sources: Sequence[Source], model: MultiTokenForConditionalGeneration
+def build_dataset(
+    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration
 ) -> ConcatDataset[Any]:
     """The good rows of all sources as samples."""
-    return ConcatDataset([_dataset_of(source, list(model.modalities)) for source in sources])
+    return ConcatDataset([_source_dataset(source, list(model.modalities)) for source in sources])
 
 
-def _dataset_of(source: Source, modalities: list[str]) -> ConversationDataset:
-    reader, good, name = source.reader, source.good, source.name
-    if not source.by_header:
+def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:
+    processor, good, name = source.processor, source.good, source.name
+    if not source.lengths_only:
         return ConversationDataset(
-            source.rows, reader, modalities=modalities, good=good, source=name
+            source.rows, processor, modalities=modalities, good=good, source=name
         )
-    return PromisedDataset(
+    return HeaderLengthDataset(
         source.rows,
-        reader,
+        processor,
         modalities=modalities,
         good=good,
         source=name,
@@ -62,13 +62,13 @@ def _dataset_of(source: Source, modalities: list[str]) -> ConversationDataset:
     )
 
 
-class Watch(TrainerCallback):
+class EvaluationCallback(TrainerCallback):
     """One for a run; each stage attaches its trainer. Without held-out rows it only reports."""
 
     def __init__(
         self,
         model: MultiTokenForConditionalGeneration,
-        held_out: Sequence[Source],
+        held_out: Sequence[TrainingSource],
         spec: TrainSpec,
         report: RunReport,
         console: Console,
@@ -78,16 +78,18 @@ class Watch(TrainerCallback):
         self.report = report
         self.console = console
         self.held_out = held_out
-        self.dataset = dataset_of(held_out, model) if held_out else None
-        self.rows: list[Row] = [pair for source in held_out for pair in source.conversations()]
+        self.dataset = build_dataset(held_out, model) if held_out else None
+        self.rows: list[EvaluationRow] = [
+            pair for source in held_out for pair in source.conversations()
+        ]
         self.blind = spec.blind and bool(self.rows)
         self.trainer: MultiTokenTrainer | None = None
-        self.alone = False
+        self.runs_generation = False
 
-    def attach(self, trainer: MultiTokenTrainer, stage: str, learns: Sequence[str]) -> None:
+    def attach(self, trainer: MultiTokenTrainer, stage: str, trainable: Sequence[str]) -> None:
         """Begin with the trainer of a stage; `learns`: what learns in it, in words."""
-        self.trainer, self.model = trainer, trainer._ours()
-        self.report.begin(stage, learns)
+        self.trainer, self.model = trainer, trainer._multi_token_model()
+        self.report.start_stage(stage, trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (
             num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
@@ -97,7 +99,7 @@ class Watch(TrainerCallback):
                 "the language model is sharded: answers to held-out rows and the blind test are "
                 "left out while it trains (`multi-token evaluate blind` does it afterwards)"
             )
-        self.alone = not sharded and is_first()
+        self.runs_generation = not sharded and is_main_process()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -110,18 +112,18 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            wait = None if self.trainer is None else self.trainer.meter.data_wait
+            wait = None if self.trainer is None else self.trainer.step_metrics.data_wait
             self.report.log(state.log_history, state.max_steps, data_wait=wait)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if not self.alone or self.trainer is None:
+        if not self.runs_generation or self.trainer is None:
             return
         if self.spec.num_samples:
-            chosen = spread(len(self.rows), self.spec.num_samples)
-            shown = answered(self.model, [self.rows[i] for i in chosen])
-            self.report.show(state.global_step, shown)
+            chosen = evenly_spaced(len(self.rows), self.spec.num_samples)
+            shown = sample_answers(self.model, [self.rows[i] for i in chosen])
+            self.report.add_samples(state.global_step, shown)
             for one in shown:
                 self.console.print(
                     f"  {one['question']!r} -> {one['answer']!r} (truth: {one['truth']!r})",
@@ -146,7 +148,7 @@ class Watch(TrainerCallback):
 
     def finish(self, model: MultiTokenForConditionalGeneration) -> None:
         """After the last stage: the blind test on more rows, in words and in the report."""
-        if self.trainer is None or not is_first():
+        if self.trainer is None or not is_main_process():
             return
         self.model = model
         found = self._blind(_BLIND_AFTER)
@@ -159,7 +161,7 @@ class Watch(TrainerCallback):
         if not self.blind:
             return None
         try:
-            rows = [self.rows[i] for i in spread(len(self.rows), num_rows)]
+            rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
             return blind(self.model, rows, batch_size=self.batch_size)
         except MultiTokenError as error:
             self.blind = False
@@ -186,22 +188,22 @@ def blind_lines(found: BlindReport) -> list[str]:
     return [*lines, *(f"warning: {warning}" for warning in found.warnings)]
 
 
-def answered(
-    model: MultiTokenForConditionalGeneration, rows: Sequence[Row]
+def sample_answers(
+    model: MultiTokenForConditionalGeneration, rows: Sequence[EvaluationRow]
 ) -> list[dict[str, str]]:
     """The last question of each row, what the model answers (greedily), and what is true."""
     training = model.training
     model.eval()
     try:
         prompts = [
-            reader(replace(c, messages=_before_the_answer(c)), prompt_only=True)
-            for c, reader in rows
+            processor(replace(c, messages=_prompt_messages(c)), prompt_only=True)
+            for c, processor in rows
         ]
         truths = [_text(c, "assistant") for c, _ in rows]
-        reader = reader_of(model)
-        longest = max(len(reader.tokenizer(truth).input_ids) for truth in truths)
-        new_ids = answer_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
-        answers = [text for ids in new_ids for text in decode(reader, ids[None])]
+        processor = require_processor(model)
+        longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
+        new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
+        answers = [text for ids in new_ids for text in decode(processor, ids[None])]
     finally:
         model.train(training)
     return [
@@ -210,7 +212,7 @@ def answered(
     ]
 
 
-def _before_the_answer(conversation: Conversation) -> tuple[Any, ...]:
+def _prompt_messages(conversation: Conversation) -> tuple[Any, ...]:
     last = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
     return conversation.messages[:last]
 

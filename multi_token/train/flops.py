@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from multi_token.language_model.forward import without_adapter
+from multi_token.language_model.forward import base_language_model
 
 _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenCounts:
     """What one batch asks of the language model, on one device."""
 
     num_tokens: int
@@ -45,18 +45,18 @@ class LanguageModelCost:
 
     num_body: int
     num_head: int
-    num_body_learned: int
-    num_head_learned: int
+    num_body_trainable: int
+    num_head_trainable: int
     attention_width: int
     """Heads x width of a head, summed over the layers that attend."""
     differentiated: bool
     """Whether gradients pass through it: something learns in it or before it."""
 
     @classmethod
-    def of(cls, language_model: Any, *, learns_before: bool) -> LanguageModelCost:
+    def of(cls, language_model: Any, *, trains_before: bool) -> LanguageModelCost:
         """`learns_before`: a projector or an encoder learns, which stand before it."""
-        head = without_adapter(language_model).get_output_embeddings()
-        config = without_adapter(language_model).config.get_text_config()
+        head = base_language_model(language_model).get_output_embeddings()
+        config = base_language_model(language_model).config.get_text_config()
         body = list(_weights(language_model, _active_share(config), leave_out=head))
         heads = list(_weights(head, 1.0)) if head is not None else []
         learned_body = sum(n for n, learns in body if learns)
@@ -64,30 +64,30 @@ class LanguageModelCost:
         return cls(
             num_body=sum(n for n, _ in body),
             num_head=sum(n for n, _ in heads),
-            num_body_learned=learned_body,
-            num_head_learned=learned_head,
+            num_body_trainable=learned_body,
+            num_head_trainable=learned_head,
             attention_width=_attention_width(config),
-            differentiated=learns_before or learned_body + learned_head > 0,
+            differentiated=trains_before or learned_body + learned_head > 0,
         )
 
-    def forward(self, work: Work) -> int:
+    def forward(self, work: TokenCounts) -> int:
         """FLOPs of the forward pass."""
         shared = 2 * self.num_body * work.num_shared + 4 * self.attention_width * (
             work.num_shared**2
         )
         return shared + self._with_gradients(work)
 
-    def backward(self, work: Work) -> int:
+    def backward(self, work: TokenCounts) -> int:
         """FLOPs of the backward pass: through activations, and for the weights that learn."""
         if not self.differentiated:
             return 0
         activations = self._with_gradients(work) + 4 * self.attention_width * work.num_pairs
         weights = 2 * (
-            self.num_body_learned * work.num_tokens + self.num_head_learned * work.num_logits
+            self.num_body_trainable * work.num_tokens + self.num_head_trainable * work.num_logits
         )
         return activations + weights
 
-    def _with_gradients(self, work: Work) -> int:
+    def _with_gradients(self, work: TokenCounts) -> int:
         linear = 2 * (self.num_body * work.num_tokens + self.num_head * work.num_logits)
         return linear + 4 * self.attention_width * work.num_pairs
 
@@ -212,7 +212,7 @@ def num_elements(inputs: Any) -> int:
     return values.numel() if isinstance(values, Tensor) else 0
 
 
-def short(num: float) -> str:
+def format_count(num: float) -> str:
     """12 300 000 000 -> `12.3 G`: a count in steps of a thousand."""
     if num <= 0 or not math.isfinite(num):
         return f"{num:g}"

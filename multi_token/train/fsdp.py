@@ -18,13 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from multi_token.errors import LanguageModelError, RecipeError
-from multi_token.language_model.forward import without_adapter
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.distributed import is_first, num_processes
+from multi_token.train.distributed import is_main_process, num_processes
 
 
-class Sharding:
+class FsdpShards:
     """The language model of one model, cut into pieces (Zhao et al., PyTorch FSDP, VLDB 2023).
 
     A layer's pieces are put together for its forward and backward, and gradients are averaged into
@@ -47,13 +47,13 @@ class Sharding:
             )
         self.model = model
         self._whole: nn.Module | None = None
-        if model.trained_language_model and is_first():
+        if model.trained_language_model and is_main_process():
             # what is written in the end, filled anew each time
             self._whole = copy.deepcopy(model.language_model).cpu()
         sharded = {id(p) for p in _language_model_parameters(model)}
         beside = {p for p in model.parameters() if id(p) not in sharded}
         mesh = _mesh(model.device.type, replicas)
-        for layer in layers_of(model.language_model):
+        for layer in decoder_layers(model.language_model):
             fully_shard(layer, mesh=mesh, ignored_params=beside)
         fully_shard(model, mesh=mesh, ignored_params=beside)
 
@@ -85,7 +85,7 @@ class Sharding:
                 parameter.grad = piece.view_as(parameter)
 
     def gather(self) -> None:
-        """The whole language model into the first process, for `written_whole`; all take part."""
+        """The whole language model into the first process, for `unsharded`; all take part."""
         whole = dict(self._whole.state_dict(keep_vars=True)) if self._whole is not None else {}
         if not self.model.trained_language_model:
             return  # it is not written
@@ -95,7 +95,7 @@ class Sharding:
                 whole[name].data.copy_(full)
 
     @contextmanager
-    def written_whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Within it, in the first process, the model has the language model as it was gathered."""
         if self._whole is None:
             yield
@@ -108,13 +108,13 @@ class Sharding:
             self.model.language_model = sharded
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state with whole tensors on the CPU, as one process would have it.
 
     All take part, in one order; only the first process keeps what comes of it.
     """
     state = optimizer.state_dict()
-    keeps = is_first()
+    keeps = is_main_process()
     found: dict[Any, dict[str, Any]] = {}
     for number, entries in state["state"].items():
         for key, value in entries.items():
@@ -125,7 +125,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
-def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer a state of whole tensors, each cut as its parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
@@ -159,12 +159,12 @@ def _language_model_parameters(model: MultiTokenForConditionalGeneration) -> lis
     return [p for name, p in model.language_model.named_parameters() if ".lora_" not in name]
 
 
-def layers_of(language_model: Any, asked_by: str = "train.fsdp") -> list[nn.Module]:
+def decoder_layers(language_model: Any, asked_by: str = "train.fsdp") -> list[nn.Module]:
     """Its layers, as transformers names their classes.
 
     Raises LanguageModelError, which names the line of the recipe, for a class that names none.
     """
-    inner = without_adapter(language_model)
+    inner = base_language_model(language_model)
     kinds = set(getattr(inner, "_no_split_modules", None) or ())
     layers = [m for m in inner.modules() if type(m).__name__ in kinds]
     if not layers:

@@ -9,15 +9,15 @@ from typing import Any
 
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.load import CONFIG, load_trained, read_config
-from multi_token.checkpoint.references import absolutes, resolved
+from multi_token.checkpoint.references import absolutize, resolve
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import TrainSpec
-from multi_token.registry import validated
+from multi_token.registry import validate_fields
 
 
-def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
+def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
     """All that `spec.start_from` has learned, as it is: projectors, encoders, the adapter, the
     language model.
 
@@ -28,7 +28,9 @@ def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> lis
     assert run is not None
     fields = read_config(run)
     folder = local_folder(run)
-    theirs = validated(ModelSpec, resolved(fields["model"], folder), where=str(folder / CONFIG))
+    theirs = validate_fields(
+        ModelSpec, resolve(fields["model"], folder), where=str(folder / CONFIG)
+    )
     names = list(theirs.modalities)
     lacking = [name for name in names if name not in model.modalities]
     if lacking:
@@ -36,7 +38,7 @@ def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> lis
             f"train.start_from: {run} has {', '.join(lacking)}, which the recipe lacks; add what "
             "it has to `model.modalities`, under the same name"
         )
-    described = absolutes(theirs.model_dump(mode="json"))["modalities"]
+    described = absolutize(theirs.model_dump(mode="json"))["modalities"]
     for name in names:
         key = _difference(described[name], model.config.model["modalities"][name])
         if key is not None:
@@ -53,7 +55,7 @@ def take_over(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> lis
             "from that"
         )
     load_trained(model, folder, fields)
-    _refuse_another_adapter(model, spec)
+    _check_same_adapter(model, spec)
     return names
 
 
@@ -76,7 +78,7 @@ def _at(fields: Any, key: str) -> Any:
     return fields
 
 
-def _refuse_another_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> None:
+def _check_same_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> None:
     """An adapter that goes on learning keeps its rank and scale: say so if the recipe's differ."""
     adapters = getattr(model.language_model, "peft_config", None)
     if not adapters or all(stage.learn.adapter is None for stage in spec.stages):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.dpo import Pair
-from multi_token.train.flops import LanguageModelCost, ModuleCost, Work, num_elements
+from multi_token.train.dpo import PreferencePair
+from multi_token.train.flops import LanguageModelCost, ModuleCost, TokenCounts, num_elements
 from multi_token.types import IGNORE_INDEX, Sample
 
 COUNTS: tuple[str, ...] = (
@@ -39,14 +39,14 @@ ROW_IDS = "row_ids"
 
 
 @dataclass(frozen=True)
-class Named:
+class WithRowIds:
     """A collator whose batches also name their rows."""
 
     collator: Callable[[Any], Any]
 
-    def __call__(self, samples: Sequence[Sample | Pair]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample | PreferencePair]) -> dict[str, Any]:
         """Samples -> their Batch with `row_ids`."""
-        plain = [one.sample if isinstance(one, Pair) else one for one in samples]
+        plain = [one.sample if isinstance(one, PreferencePair) else one for one in samples]
         names = [sample.error or sample.id for sample in plain]
         return {**self.collator(samples), ROW_IDS: names}
 
@@ -56,7 +56,7 @@ def default_report_to() -> list[str]:
     return ["tensorboard"] if find_spec("tensorboard") is not None else []
 
 
-class Meter(TrainerCallback):
+class StepMetrics(TrainerCallback):
     """Sums over the steps since the last log. The trainer tells it when a batch comes and goes."""
 
     def __init__(
@@ -74,18 +74,21 @@ class Meter(TrainerCallback):
         self._began: float | None = None
         self._in_step = False
         self._media_flops = 0.0
-        self._gauges: list[Gauge] = []
+        self._hooks: list[ForwardHook] = []
 
     def attach(self) -> None:
         """Hooks on encoders and projectors, and the language model's cost as it learns now."""
         self.detach()
         parts = (*self.model.projectors.parameters(), *self.model.encoders.parameters())
         self.cost = LanguageModelCost.of(
-            self.model.language_model, learns_before=any(p.requires_grad for p in parts)
+            self.model.language_model, trains_before=any(p.requires_grad for p in parts)
         )
-        self._gauges = [
-            *(Gauge(encoder, self, timed=True) for encoder in self.model.encoders.values()),
-            *(Gauge(projector, self, timed=False) for projector in self.model.projectors.values()),
+        self._hooks = [
+            *(ForwardHook(encoder, self, timed=True) for encoder in self.model.encoders.values()),
+            *(
+                ForwardHook(projector, self, timed=False)
+                for projector in self.model.projectors.values()
+            ),
         ]
 
     def reset(self) -> None:
@@ -97,12 +100,12 @@ class Meter(TrainerCallback):
 
     def detach(self) -> None:
         """Take the hooks off again."""
-        for gauge in self._gauges:
+        for gauge in self._hooks:
             gauge.remove()
-        self._gauges = []
+        self._hooks = []
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def timing_data_wait(self) -> Iterator[None]:
         """Around fetching the batches of a step: the step begins here."""
         self._began = time.perf_counter()
         yield
@@ -122,18 +125,18 @@ class Meter(TrainerCallback):
         lengths = row_lengths(inputs)
         num_supervised = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
         segments = inputs.get("segments")
-        work = work_of(
+        work = count_tokens(
             lengths,
             num_supervised,
             num_shared=int(inputs.get("num_shared") or 0),
             behind=() if segments is None else (segments[:, 3] - segments[:, 2]).tolist(),
-            selects_logits=self.model.capabilities.selects_logits,
+            supports_logits_to_keep=self.model.capabilities.supports_logits_to_keep,
         )
         read = inputs.get("teacher")  # texts that the language model reads first, forward only
         taught = 0
         if read is not None:
             num_answers = int((read["shift_labels"] != IGNORE_INDEX).sum())
-            taught = self.cost.forward(work_of(row_lengths(read), num_answers))
+            taught = self.cost.forward(count_tokens(row_lengths(read), num_answers))
         self.last_flops = (
             taught + self.cost.forward(work) + self.cost.backward(work) + self._media_flops
         )
@@ -155,7 +158,7 @@ class Meter(TrainerCallback):
 
     def read(self, reduce: Any = None) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over all devices."""
-        for gauge in self._gauges:
+        for gauge in self._hooks:
             self.sums["encoder_s"] += gauge.seconds()
         sums, num_devices = dict(self.sums), 1
         for name in COUNTS:
@@ -225,7 +228,7 @@ class Meter(TrainerCallback):
     ) -> None:
         self.detach()
 
-    def media_ran(self, flops: float) -> None:
+    def add_media_flops(self, flops: float) -> None:
         """A gauge's report of a call inside a training step."""
         self._media_flops += flops
 
@@ -235,11 +238,11 @@ class Meter(TrainerCallback):
         return self._in_step
 
 
-class Gauge:
+class ForwardHook:
     """Hooks on an encoder or projector: its FLOPs, and (`timed`) the time of its forward."""
 
-    def __init__(self, module: nn.Module, meter: Meter, *, timed: bool) -> None:
-        self.meter = meter
+    def __init__(self, module: nn.Module, step_metrics: StepMetrics, *, timed: bool) -> None:
+        self.step_metrics = step_metrics
         self.timed = timed
         self.cost = ModuleCost()
         self._open: list[Any] = []
@@ -266,7 +269,7 @@ class Gauge:
         return total
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.meter.in_step:
+        if not self.step_metrics.in_step:
             return
         self._open.append(self._now())
         if not self.cost.counted:
@@ -281,11 +284,11 @@ class Gauge:
         start = self._open.pop()
         if self.timed:
             self._spans.append((start, self._now()))
-        self.meter.media_ran(self.cost.total(size))
+        self.step_metrics.add_media_flops(self.cost.total(size))
 
     def _now(self) -> Any:
         """A time, or on a GPU, which works behind our back, an event that will have one."""
-        if not self.timed or self.meter.model.device.type != "cuda":
+        if not self.timed or self.step_metrics.model.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -304,25 +307,25 @@ def row_lengths(inputs: Mapping[str, Any]) -> list[int]:
     return [num_positions] * num_rows
 
 
-def work_of(
+def count_tokens(
     lengths: Sequence[int],
     num_supervised: int,
     *,
     num_shared: int = 0,
     behind: Sequence[int] = (),
-    selects_logits: bool = True,
-) -> Work:
+    supports_logits_to_keep: bool = True,
+) -> TokenCounts:
     """What rows of these lengths ask of the language model.
 
     `num_shared`: leading tokens that are computed once for all rows. `behind`: for segments of a
     pack, how many tokens of another one each of them attends to as well.
     """
     own = [length - num_shared for length in lengths]
-    return Work(
+    return TokenCounts(
         num_tokens=sum(own),
         num_pairs=sum(a * b for a, b in zip(own, lengths, strict=True))
         + sum(a * b for a, b in zip(own, behind, strict=bool(behind))),
-        num_logits=num_supervised if selects_logits else sum(own),
+        num_logits=num_supervised if supports_logits_to_keep else sum(own),
         num_shared=num_shared,
     )
 
@@ -335,16 +338,16 @@ def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         gradients.setdefault(group.get("name", "all"), []).extend(found)
     norms = {}
     for name, found in gradients.items():
-        parts = [_whole(torch.linalg.vector_norm(g.detach().float())) for g in found]
+        parts = [_full_norm(torch.linalg.vector_norm(g.detach().float())) for g in found]
         norms[name] = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
     return norms
 
 
-def _whole(norm: Any) -> Tensor:
+def _full_norm(norm: Any) -> Tensor:
     """A norm of a sharded gradient is of all its shards."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def group_rates(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def group_lrs(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """`lr/projectors`, ...: the learning rate of each group of an optimizer."""
     return {f"lr/{group.get('name', 'all')}": float(group["lr"]) for group in groups}

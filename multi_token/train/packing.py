@@ -17,14 +17,14 @@ from torch.utils.data import Sampler
 
 from multi_token.errors import RecipeError
 from multi_token.recipe.train import TrainSpec
-from multi_token.train.families import Family
+from multi_token.train.families import SharedMediaGroup
 
 Pack = tuple[int, ...]
 """Indices of the rows that share a pack."""
 
 WINDOW = 4096
 """Rows among which companions are looked for. The more, the fuller; the fewer, the more random."""
-_UNEQUAL = 0.03
+_MAX_IMBALANCE = 0.03
 """By how much of the largest the packs of one step may differ, before their rows are dealt anew."""
 _JITTER = 0.3
 """By how much a row may count as longer when the longest are packed first, so that few rows have
@@ -33,7 +33,7 @@ _ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackingPlan:
     """What packing needs to know of the rows, and what a pack may hold.
 
     `lengths`: tokens of each row. `num_items`: media items of each row, or nothing where they do
@@ -63,7 +63,7 @@ class Packing:
         """The length of a pack."""
         return sum(self.lengths[row] for row in pack)
 
-    def members(self, pack: Sequence[int]) -> list[int]:
+    def dataset_rows(self, pack: Sequence[int]) -> list[int]:
         """The rows of the data set that a pack holds, those of a unit beside each other."""
         return [row for i in pack for row in (self.units[i] if self.units else (i,))]
 
@@ -71,19 +71,19 @@ class Packing:
         """How many media items a pack has; 0 where they have no budget."""
         return 0 if self.max_items is None else sum(self.num_items[row] for row in pack)
 
-    def holds(self, num_tokens: int, num_items: int) -> bool:
+    def fits(self, num_tokens: int, num_items: int) -> bool:
         """Whether so much stays within both budgets."""
         return num_tokens <= self.max_tokens and num_items <= (self.max_items or num_items)
 
 
-def packing_of(
+def packing_plan(
     spec: TrainSpec,
     lengths: Sequence[int],
     num_items: Sequence[int],
     *,
     num_rows: int,
-    families: Sequence[Family] = (),
-) -> Packing | None:
+    shared_media: Sequence[SharedMediaGroup] = (),
+) -> PackingPlan | None:
     """What a recipe says of packing, or None if it does not pack.
 
     By default a pack has the tokens of `num_rows` rows (`per_device_train_batch_size`) of mean
@@ -93,18 +93,18 @@ def packing_of(
     """
     if not spec.packing:
         return None
-    related = {row for family in families for row in family.rows}
-    num_shared = sum(family.num_tokens * (len(family.rows) - 1) for family in families)
+    related = {row for family in shared_media for row in family.rows}
+    num_shared = sum(family.num_tokens * (len(family.rows) - 1) for family in shared_media)
     mean = (sum(lengths) - num_shared) / len(lengths)
     default = max(round(num_rows * mean), max(lengths))
-    rows = Packing(lengths, spec.pack_tokens or default, num_items, spec.pack_items)
-    if not families:
+    rows = PackingPlan(lengths, spec.pack_tokens or default, num_items, spec.pack_items)
+    if not shared_media:
         return rows
     units = [((row,), 0, 0) for row in range(len(lengths)) if row not in related]
     units += [
         (part, family.num_tokens, family.num_items)
-        for family in families
-        for part in _parts(rows, family)
+        for family in shared_media
+        for part in _split_group(rows, family)
     ]
     return dataclasses.replace(
         rows,
@@ -116,14 +116,14 @@ def packing_of(
     )
 
 
-def _parts(rows: Packing, family: Family) -> list[Pack]:
+def _split_group(rows: PackingPlan, family: SharedMediaGroup) -> list[Pack]:
     """A family in as few parts as fit into a pack each."""
     parts: list[list[int]] = []
     num_tokens = num_items = 0
     for row in family.rows:
         own_tokens = rows.lengths[row] - family.num_tokens
         own_items = rows.items_of([row]) - (family.num_items if rows.max_items is not None else 0)
-        if not parts or not rows.holds(num_tokens + own_tokens, num_items + own_items):
+        if not parts or not rows.fits(num_tokens + own_tokens, num_items + own_items):
             parts.append([])
             num_tokens, num_items = rows.lengths[row], rows.items_of([row])
         else:
@@ -132,7 +132,7 @@ def _parts(rows: Packing, family: Family) -> list[Pack]:
     return [tuple(part) for part in parts]
 
 
-def best_fit(rows: Packing, chosen: Sequence[int]) -> list[Pack]:
+def best_fit(rows: PackingPlan, chosen: Sequence[int]) -> list[Pack]:
     """Packs of the chosen rows: each, in the order given, into the fullest pack that it fits into.
 
     With the longest first that is best-fit decreasing, which needs at most 11/9 of the fewest
@@ -164,7 +164,7 @@ def best_fit(rows: Packing, chosen: Sequence[int]) -> list[Pack]:
     return [tuple(pack) for pack in packs]
 
 
-def deal(rows: Packing, chosen: Sequence[int], num_packs: int) -> list[Pack] | None:
+def balance(rows: PackingPlan, chosen: Sequence[int], num_packs: int) -> list[Pack] | None:
     """The chosen rows in so many packs that are about equally full, none of them empty, or None if
     that does not fit: the largest first, each to the emptiest pack.
     """
@@ -186,7 +186,7 @@ def deal(rows: Packing, chosen: Sequence[int], num_packs: int) -> list[Pack] | N
         while emptiest:
             tried.append(heappop(emptiest))
             pack = tried[-1][-1]
-            if rows.holds(tokens[pack] + length, items[pack] + num):
+            if rows.fits(tokens[pack] + length, items[pack] + num):
                 break
         else:
             return None
@@ -200,7 +200,7 @@ def deal(rows: Packing, chosen: Sequence[int], num_packs: int) -> list[Pack] | N
     return [tuple(pack) for pack in packs] if all(packs) else None
 
 
-def into_steps(rows: Packing, packs: Sequence[Pack], per_step: int) -> list[list[Pack]]:
+def group_into_steps(rows: PackingPlan, packs: Sequence[Pack], per_step: int) -> list[list[Pack]]:
     """Packs -> steps of so many packs, about equally long within a step.
 
     Packs of one length come together. Where that is not enough, the rows of a step are dealt anew,
@@ -212,12 +212,12 @@ def into_steps(rows: Packing, packs: Sequence[Pack], per_step: int) -> list[list
     while steps:
         step = steps.pop()
         sizes = [rows.tokens_of(pack) for pack in step]
-        if len(step) % per_step == 0 and min(sizes) >= (1 - _UNEQUAL) * max(sizes):
+        if len(step) % per_step == 0 and min(sizes) >= (1 - _MAX_IMBALANCE) * max(sizes):
             done.append(step)
             continue
         num_packs = -(-len(step) // per_step) * per_step
         chosen = [row for pack in step for row in pack]
-        dealt = deal(rows, chosen, num_packs)
+        dealt = balance(rows, chosen, num_packs)
         if dealt is not None:
             dealt.sort(key=rows.tokens_of)
             done += [dealt[i : i + per_step] for i in range(0, len(dealt), per_step)]
@@ -244,7 +244,7 @@ class PackSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        rows: Packing,
+        rows: PackingPlan,
         *,
         seed: int,
         num_processes: int = 1,
@@ -291,7 +291,9 @@ class PackSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         own = slice(self.process, None, self.num_processes)
-        return iter([self.rows.members(p) for step in self.steps(self.epoch) for p in step[own]])
+        return iter(
+            [self.rows.dataset_rows(p) for step in self.steps(self.epoch) for p in step[own]]
+        )
 
     def steps(self, epoch: int) -> list[list[Pack]]:
         """The plan of an epoch: the packs of each step, of all processes."""
@@ -322,7 +324,7 @@ class PackSampler(Sampler[list[int]]):
                 sorted(order[i : i + self.window], key=lambda row: -by_length[row])
             )
         ]
-        return _shuffled(into_steps(self.rows, packs, self.num_packs), generator)
+        return _shuffled(group_into_steps(self.rows, packs, self.num_packs), generator)
 
     def _packed(self, window: Sequence[int]) -> list[Pack]:
         """The rows of a window, the longest first: as full as can be, or where items are what fills
@@ -332,7 +334,7 @@ class PackSampler(Sampler[list[int]]):
         if rows.max_items is not None:
             num_packs = math.ceil(rows.items_of(window) / rows.max_items)
             while num_packs * rows.max_tokens > rows.tokens_of(window) and num_packs < len(window):
-                dealt = deal(rows, window, num_packs)
+                dealt = balance(rows, window, num_packs)
                 if dealt is not None:
                     return dealt
                 num_packs += 1 + num_packs // 50
@@ -345,7 +347,7 @@ class PackSampler(Sampler[list[int]]):
             if len(steps) == num_steps:
                 break
             chosen = [row for pack in steps[at] for row in pack]
-            dealt = deal(self.rows, chosen, 2 * self.num_packs)
+            dealt = balance(self.rows, chosen, 2 * self.num_packs)
             if dealt is not None:
                 dealt.sort(key=self.rows.tokens_of)
                 steps[at] = dealt[: self.num_packs]

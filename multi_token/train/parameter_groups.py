@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from multi_token.encoders import learning_parameters, open_to_learn
+from multi_token.encoders import trainable_parameters, unfreeze
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.loading import adapter_parameters
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors.base import Projector
-from multi_token.recipe.train import Learn, LearnEncoder, Pace
+from multi_token.recipe.train import LearningRate, Trainable, TrainableEncoder
 
 
-class LearningGroup(NamedTuple):
+class ParameterGroup(NamedTuple):
     """Parameters that learn alike."""
 
     name: str
-    rate: float
+    lr: float
     weight_decay: float
     parameters: list[nn.Parameter]
     decays_vectors: bool = False
@@ -32,18 +32,18 @@ class LearningGroup(NamedTuple):
 
 
 def parameter_groups(
-    model: MultiTokenForConditionalGeneration, learn: Learn, *, weight_decay: float = 0.0
-) -> list[LearningGroup]:
+    model: MultiTokenForConditionalGeneration, learn: Trainable, *, weight_decay: float = 0.0
+) -> list[ParameterGroup]:
     """What learns in a stage. `weight_decay`: of those that the recipe gives none of their own."""
-    groups: list[LearningGroup] = []
+    groups: list[ParameterGroup] = []
 
-    def add(name: str, pace: Pace, parameters: list[nn.Parameter]) -> None:
+    def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
         decay = weight_decay if pace.weight_decay is None else pace.weight_decay
-        groups.append(LearningGroup(name, pace.rate, decay, parameters))
+        groups.append(ParameterGroup(name, pace.rate, decay, parameters))
 
     biases: list[nn.Parameter] = []
     # one group where all learn alike, one for each instance where the recipe tells them apart
-    rest: dict[str, tuple[Pace, list[nn.Parameter]]] = {}
+    rest: dict[str, tuple[LearningRate, list[nn.Parameter]]] = {}
     for name, projector in model.projectors.items():
         pace = learn.projector(name)
         if pace is None:
@@ -64,7 +64,7 @@ def parameter_groups(
         pace = learn.projector_biases
         groups.append(
             # vectors all of them: what is said of them here is meant for them
-            LearningGroup(
+            ParameterGroup(
                 "projector_biases", pace.rate, pace.weight_decay or 0.0, biases, decays_vectors=True
             )
         )
@@ -74,12 +74,12 @@ def parameter_groups(
         add("adapter", learn.adapter, adapter_parameters(model.language_model))
     if learn.language_model is not None:
         add("language_model", learn.language_model, list(model.language_model.parameters()))
-    for name, spec in learning_encoders(model, learn).items():
-        add(f"encoder {name}", spec, learning_parameters(name, model.encoder(name), spec))
+    for name, spec in trainable_encoders(model, learn).items():
+        add(f"encoder {name}", spec, trainable_parameters(name, model.encoder(name), spec))
     return groups
 
 
-def optimizer_groups(groups: Iterable[LearningGroup]) -> list[dict[str, Any]]:
+def optimizer_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
     """As torch's optimizers take them, each split into what is decayed and what is not."""
     found = []
     for group in groups:
@@ -90,14 +90,14 @@ def optimizer_groups(groups: Iterable[LearningGroup]) -> list[dict[str, Any]]:
             if chosen:
                 own = group.weight_decay if decayed else 0.0
                 found.append(
-                    {"params": chosen, "lr": group.rate, "weight_decay": own, "name": group.name}
+                    {"params": chosen, "lr": group.lr, "weight_decay": own, "name": group.name}
                 )
     return found
 
 
-def learning_encoders(
-    model: MultiTokenForConditionalGeneration, learn: Learn
-) -> dict[str, LearnEncoder]:
+def trainable_encoders(
+    model: MultiTokenForConditionalGeneration, learn: Trainable
+) -> dict[str, TrainableEncoder]:
     """What of which encoder learns in a stage, by instance.
 
     One that starts from random weights learns with its projector, unless the recipe says more.
@@ -110,22 +110,22 @@ def learning_encoders(
         elif (
             pace is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
         ):
-            found[name] = LearnEncoder(rate=pace.rate, weight_decay=pace.weight_decay)
+            found[name] = TrainableEncoder(rate=pace.rate, weight_decay=pace.weight_decay)
     return found
 
 
-def select_parameters(model: MultiTokenForConditionalGeneration, learn: Learn) -> None:
+def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Trainable) -> None:
     """Let the stage's parameters learn, freeze all others.
 
     Raises MultiTokenError if none learn, or for a language model that cannot learn as a whole.
     """
     model.requires_grad_(False)
-    for name, spec in learning_encoders(model, learn).items():
-        model.trained_encoders[name] = open_to_learn(
+    for name, spec in trainable_encoders(model, learn).items():
+        model.trained_encoders[name] = unfreeze(
             name, model.encoder(name), spec, model.trained_encoders.get(name)
         )
     if learn.language_model is not None:
-        _open_language_model(model)
+        _unfreeze_language_model(model)
     for group in parameter_groups(model, learn):
         if not group.parameters:
             raise MultiTokenError(f"nothing to learn under {group.name!r}")
@@ -133,7 +133,7 @@ def select_parameters(model: MultiTokenForConditionalGeneration, learn: Learn) -
             parameter.requires_grad_(True)
 
 
-def _open_language_model(model: MultiTokenForConditionalGeneration) -> None:
+def _unfreeze_language_model(model: MultiTokenForConditionalGeneration) -> None:
     """All of it in float32: small steps would be lost in 16 bits, and integers take none."""
     if quantized_parameters(model.language_model):
         raise MultiTokenError(

@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multi_token.language_model.quantization import num_bytes, quantized_parameters
+from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.distributed import in_any
-from multi_token.train.parameter_groups import LearningGroup
+from multi_token.train.distributed import any_rank
+from multi_token.train.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     from multi_token.recipe.train import TrainSpec
@@ -32,7 +32,7 @@ _WAITS = 0.05
 """The share of a stage that may be spent waiting for data before it is spoken of."""
 
 
-def parts_of(model: MultiTokenForConditionalGeneration) -> list[str]:
+def describe_parts(model: MultiTokenForConditionalGeneration) -> list[str]:
     """A line for each part (precision, size), and one for all that the probe found unusual.
 
     Raises LanguageModelError for a language model that cannot be driven by embeddings.
@@ -43,9 +43,9 @@ def parts_of(model: MultiTokenForConditionalGeneration) -> list[str]:
     parts |= {f"encoder of {name}": encoder for name, encoder in model.encoders.items()}
     parts |= {f"projector of {name}": projector for name, projector in model.projectors.items()}
     lines = [
-        f"{name}: {_precision(part)}, {_size(num_bytes(part))}" for name, part in parts.items()
+        f"{name}: {_precision(part)}, {_size(module_bytes(part))}" for name, part in parts.items()
     ]
-    return [*lines, *(f"  {finding}" for finding in model.capabilities.findings())]
+    return [*lines, *(f"  {finding}" for finding in model.capabilities.notes())]
 
 
 def _precision(part: nn.Module) -> str:
@@ -62,18 +62,18 @@ def _size(num: int) -> str:
     return f"{num / 1e6:,.1f} MB" if num >= 1e5 else f"{num:,} bytes"
 
 
-def groups_of(groups: Sequence[LearningGroup]) -> list[str]:
+def describe_groups(groups: Sequence[ParameterGroup]) -> list[str]:
     """A line for each group that learns: how many parameters, in what precision, how fast."""
     return [
         f"  {group.name}: {sum(p.numel() for p in group.parameters):,} parameters in "
         f"{' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in group.parameters}))}, "
-        f"learning rate {group.rate:g}"
+        f"learning rate {group.lr:g}"
         + (f", weight decay {group.weight_decay:g}" if group.weight_decay else "")
         for group in groups
     ]
 
 
-def logs_of(args: TrainingArguments) -> str:
+def describe_loggers(args: TrainingArguments) -> str:
     """Where the numbers go that are logged, besides the run's own report."""
     if args.report_to:
         return f"  logged to {', '.join(args.report_to)} every {args.logging_steps:g} steps"
@@ -85,20 +85,20 @@ def logs_of(args: TrainingArguments) -> str:
     return "  logged to report.html alone (train.args.report_to names others)"
 
 
-def waits_in(trainer: MultiTokenTrainer, spec: TrainSpec) -> str:
+def describe_data_wait(trainer: MultiTokenTrainer, spec: TrainSpec) -> str:
     """How much of its stage a trainer was waiting for data, and what helps in this recipe."""
-    model = trainer._ours()
+    model = trainer._multi_token_model()
     encoded = any(p.numel() for e in model.encoders.values() for p in e.parameters())
     learns = any(stage.learn.encoders for stage in spec.stages)
-    return waits_of(
-        trainer.meter.data_wait,
+    return data_wait_line(
+        trainer.step_metrics.data_wait,
         num_workers=trainer.args.dataloader_num_workers,
         streamed=trainer.streamed is not None,
         can_cache=encoded and not learns and not spec.feature_cache,
     )
 
 
-def waits_of(
+def data_wait_line(
     share: float | None, *, num_workers: int, streamed: bool, can_cache: bool = True
 ) -> str:
     """How much of a stage was waiting for data, and what helps where it was a lot."""
@@ -115,7 +115,7 @@ def waits_of(
     )
 
 
-class Bar(TrainerCallback):
+class ProgressBarCallback(TrainerCallback):
     """A bar on a terminal, a line for each logged step elsewhere."""
 
     def __init__(self, trainer: MultiTokenTrainer, console: Console, title: str) -> None:
@@ -150,8 +150,8 @@ class Bar(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
         if self.first:
             self.first = False
-            num_tokens = round(self.trainer.meter.total("tokens"))
-            num_supervised = round(self.trainer.meter.total("supervised"))
+            num_tokens = round(self.trainer.step_metrics.total("tokens"))
+            num_supervised = round(self.trainer.step_metrics.total("supervised"))
             self.console.print(
                 f"first batch: {num_tokens:,} tokens, {num_supervised:,} "
                 f"({num_supervised / max(num_tokens, 1):.0%}) supervised",
@@ -222,7 +222,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.interrupted = in_any(self.interrupted, args.device)
+        self.interrupted = any_rank(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

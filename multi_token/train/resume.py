@@ -23,11 +23,11 @@ from torch import distributed
 from multi_token.checkpoint.load import CONFIG
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe.recipe import Recipe, differences, load_recipe
-from multi_token.train.distributed import from_all, is_first, wait
+from multi_token.train.distributed import all_gather, barrier, is_main_process
 from multi_token.train.plan.oom import is_out_of_memory
 
 RECIPE = "recipe.yaml"
-WHOLE = "whole.json"
+COMPLETE = "whole.json"
 _PREFIX = "checkpoint-"
 # what writing to a full or vanished disk ends in, by Python, torch and safetensors
 _FAULTS = (OSError, RuntimeError, SafetensorError)
@@ -56,7 +56,7 @@ _MAY_CHANGE = frozenset(
 )
 
 
-def claim(out: Path, recipe: Recipe) -> None:
+def claim_run_folder(out: Path, recipe: Recipe) -> None:
     """Write the recipe into its folder. Raises RecipeError if it is a run of another one, of which
     something is there: one that was refused before it began leaves nothing to lose.
 
@@ -72,7 +72,7 @@ def claim(out: Path, recipe: Recipe) -> None:
                 f"{'; '.join(changed)}; go on with that one, choose another `train.output_dir`, or "
                 "remove that folder to start anew"
             )
-    with writing(out):
+    with raise_on_write_error(out):
         out.mkdir(parents=True, exist_ok=True)
         partial = out / f".{RECIPE}"
         recipe.save(partial)
@@ -102,19 +102,19 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def raise_on_write_error(folder: Path) -> Iterator[None]:
     """Around writing a result: a full disk is a CheckpointError that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} could not be written: {_reason(error)}; make room or choose another "
+            f"{folder} could not be written: {_error_reason(error)}; make room or choose another "
             "`train.output_dir`, and start the same command again: it goes on from what is whole"
         ) from error
 
 
 @contextmanager
-def reading(checkpoint: str | None) -> Iterator[None]:
+def raise_on_read_error(checkpoint: str | None) -> Iterator[None]:
     """Around reading an optimizer's state: a file whose bytes are wrong is a CheckpointError.
 
     Its size was looked at before (`last_checkpoint`), its content was not.
@@ -132,36 +132,38 @@ def reading(checkpoint: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def whole(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
+def atomic_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     """Around writing a checkpoint, in all processes at once: afterwards it is whole, or gone.
 
     `facts`: what a later run must share to go on from it. Raises CheckpointError in all processes
     if any of them could not write, with the name of the last checkpoint that is whole.
     """
-    if is_first():
+    if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while writing it
-    wait()
+    barrier()
     fault = None
     try:
         yield
     except _FAULTS as error:
         fault = error
-    _refuse_faults(folder, fault)
+    _check_no_fault(folder, fault)
     try:
-        if is_first():
-            _mark(folder, facts)
+        if is_main_process():
+            _write_manifest(folder, facts)
     except OSError as error:
         fault = error
-    _refuse_faults(folder, fault)
+    _check_no_fault(folder, fault)
 
 
-def _refuse_faults(folder: Path, fault: Exception | None) -> None:
-    reasons = [r for r in from_all(None if fault is None else _reason(fault)) if r is not None]
+def _check_no_fault(folder: Path, fault: Exception | None) -> None:
+    reasons = [
+        r for r in all_gather(None if fault is None else _error_reason(fault)) if r is not None
+    ]
     if not reasons:
         return
-    if is_first():
+    if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
-    wait()
+    barrier()
     last = last_checkpoint(folder.parent)
     raise CheckpointError(
         f"{folder} could not be written: {reasons[0]}; make room on that disk and start the same "
@@ -173,7 +175,7 @@ def _refuse_faults(folder: Path, fault: Exception | None) -> None:
     ) from fault
 
 
-def _reason(error: Exception) -> str:
+def _error_reason(error: Exception) -> str:
     """The first line of what went wrong: torch adds where in its own source."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -185,50 +187,50 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _mark(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Everything onto the disk, then the mark, so that a power cut leaves none alone."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    partial = folder / f".{WHOLE}"
+    partial = folder / f".{COMPLETE}"
     with partial.open("w", encoding="utf-8") as file:
         json.dump({**facts, "files": sizes}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / WHOLE)
+    os.replace(partial, folder / COMPLETE)
 
 
-def last_checkpoint(folder: Path, say: Callable[[str], object] | None = None) -> Path | None:
+def last_checkpoint(folder: Path, print_fn: Callable[[str], object] | None = None) -> Path | None:
     """The newest whole checkpoint of a stage; `say` hears of newer ones that are not."""
     for path in reversed(_checkpoints(folder)):
-        fault = _fault(path)
+        fault = _incomplete_reason(path)
         if fault is None:
             return path
-        if say is not None:
-            say(f"{path} is not whole ({fault}), so it is passed over")
+        if print_fn is not None:
+            print_fn(f"{path} is not whole ({fault}), so it is passed over")
     return None
 
 
-def keep_newest(folder: Path, num: int | None, *, best: str | None = None) -> None:
+def prune_checkpoints(folder: Path, num: int | None, *, best: str | None = None) -> None:
     """Remove all but the newest `num` whole checkpoints (None: keep all), and the `best` one.
 
     Those that are not whole go as well.
     """
-    at_hand = [path for path in _checkpoints(folder) if _fault(path) is None]
+    at_hand = [path for path in _checkpoints(folder) if _incomplete_reason(path) is None]
     kept = {path.name for path in (at_hand[-num:] if num else at_hand)}
     if best is not None:
         kept.add(Path(best).name)
     for path in _checkpoints(folder):
         if path.name not in kept:
-            (path / WHOLE).unlink(missing_ok=True)  # first, or half of it might count as all
+            (path / COMPLETE).unlink(missing_ok=True)  # first, or half of it might count as all
             shutil.rmtree(path, ignore_errors=True)
 
 
-def refuse_another_pace(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+def check_same_batching(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Raises RecipeError if a step would take other rows than those before this checkpoint."""
-    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+    before = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     for key, value in facts.items():
         if before.get(key) != value:
             raise RecipeError(
@@ -245,14 +247,14 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def _fault(path: Path) -> str | None:
+def _incomplete_reason(path: Path) -> str | None:
     """Why a checkpoint does not count, if it does not."""
     try:
-        sizes = json.loads((path / WHOLE).read_text(encoding="utf-8"))["files"]
+        sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
     except OSError:
-        return f"it was cut off while it was written: no {WHOLE}"
+        return f"it was cut off while it was written: no {COMPLETE}"
     except (ValueError, KeyError, TypeError):
-        return f"{WHOLE} is damaged"
+        return f"{COMPLETE} is damaged"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():

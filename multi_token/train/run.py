@@ -20,43 +20,58 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, set_seed
 
-from multi_token.checkpoint.load import CONFIG, compose, load, load_trained, move, save
+from multi_token.checkpoint.load import CONFIG, compose, load, load_trained, move_to_device, save
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.policy import choose_cache, fill_cache, identify
-from multi_token.data.sources import Source, good_rows, open_source, refuse_no_items
-from multi_token.data.streaming import Streams, open_streams
-from multi_token.encoders import attach_lora, refuse_unreached
+from multi_token.data.feature_cache.policy import (
+    choose_feature_cache,
+    fill_cache,
+    register_encoders,
+)
+from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
+from multi_token.data.streaming import StreamDataset, open_streams
+from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model.loading import attach_adapter
-from multi_token.language_model.probe import try_training
+from multi_token.language_model.probe import check_trainable
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage, TrainSpec
-from multi_token.train.closed_form import align, calibrate, captioned, encoded
-from multi_token.train.compile import make_ready
-from multi_token.train.distillation import WithTeacher
+from multi_token.train.closed_form import calibrate, captioned_items, encode_items, fit_closed_form
+from multi_token.train.compile import apply_kernels
+from multi_token.train.distillation import DistillationCollator
 from multi_token.train.distributed import (
-    from_all,
-    from_first,
-    in_company,
-    is_first,
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    check_same_recipe,
+    is_main_process,
     num_processes,
-    refuse_other_recipes,
-    wait,
+    peer_errors,
 )
-from multi_token.train.dpo import PairCollator, Pairs
-from multi_token.train.dpo_reference import held_out_pairs, look_up, pairs_of
-from multi_token.train.evaluation import Watch, dataset_of, evaluation_defaults
-from multi_token.train.families import families_of
-from multi_token.train.init_from import take_over
-from multi_token.train.packing import packing_of
-from multi_token.train.parameter_groups import learning_encoders, parameter_groups
-from multi_token.train.plan.estimate import say
-from multi_token.train.plan.oom import within_memory
-from multi_token.train.plan.preparation import preparations
-from multi_token.train.progress import Bar, StopOnInterrupt, groups_of, logs_of, parts_of, waits_in
-from multi_token.train.resume import RECIPE, claim, last_checkpoint, writing
+from multi_token.train.dpo import PreferenceCollator, PreferenceDataset
+from multi_token.train.dpo_reference import (
+    held_out_preference_dataset,
+    load_or_compute_reference,
+    preference_dataset,
+)
+from multi_token.train.evaluation import EvaluationCallback, build_dataset, evaluation_defaults
+from multi_token.train.families import shared_media_groups
+from multi_token.train.init_from import init_from_run
+from multi_token.train.packing import packing_plan
+from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
+from multi_token.train.plan.estimate import print_plan
+from multi_token.train.plan.oom import explain_oom
+from multi_token.train.plan.preparation import estimate_encodings
+from multi_token.train.progress import (
+    ProgressBarCallback,
+    StopOnInterrupt,
+    describe_data_wait,
+    describe_groups,
+    describe_loggers,
+    describe_parts,
+)
+from multi_token.train.resume import RECIPE, claim_run_folder, last_checkpoint, raise_on_write_error
 from multi_token.train.run_report import RunReport
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
@@ -77,7 +92,7 @@ def plan(recipe: Recipe, *, console: Console | None = None) -> None:
         train(Recipe.model_validate(fields), console=console, planned=recipe)
 
 
-@in_company()
+@peer_errors()
 def train(
     recipe: Recipe, *, console: Console | None = None, planned: Recipe | None = None
 ) -> MultiTokenForConditionalGeneration:
@@ -99,15 +114,15 @@ def train(
             folder,
             {**evaluation_defaults(bool(recipe.data.eval)), **recipe.train.args, **stage.args},
             seed=recipe.train.seed,
-            learning_rate=stage.learn.first_rate,
+            learning_rate=stage.learn.logged_lr,
         )
         for folder, stage in zip(stage_folders, recipe.train.stages, strict=True)
     ]
     arguments[0].device  # noqa: B018 - processes that were started together meet when it is asked
-    if not is_first():
+    if not is_main_process():
         console = Console(quiet=True)
-    _claim(out, recipe)
-    if from_first(
+    _prepare_output_dir(out, recipe)
+    if broadcast_from_main(
         lambda: (out / CONFIG).is_file() and all((f / _DONE).is_file() for f in stage_folders)
     ):
         console.print(f"{out} is trained already")
@@ -115,64 +130,69 @@ def train(
 
     set_seed(recipe.train.seed)
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
-    move(model, arguments[0].device)
-    make_ready(model.language_model, recipe.train, arguments[0].device)
+    move_to_device(model, arguments[0].device)
+    apply_kernels(model.language_model, recipe.train, arguments[0].device)
     start, taken = out / "stages" / "0-align", ()
-    begun = from_first((start / _DONE).is_file)
+    begun = broadcast_from_main((start / _DONE).is_file)
     if begun:
         load_trained(model, start)
     elif recipe.train.start_from is not None:
-        taken = take_over(model, recipe.train)
+        taken = init_from_run(model, recipe.train)
         console.print(
             f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
         )
-    console.print(*parts_of(model), sep="\n", highlight=False)
+    console.print(*describe_parts(model), sep="\n", highlight=False)
     if recipe.train.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which cuts nothing; start several")
     if recipe.train.share_prefix:
         model.capabilities.require("repeats_cache")
     if recipe.train.share_media:
-        model.capabilities.require("branches")
+        model.capabilities.require("supports_shared_media")
     if recipe.train.packing:
-        model.capabilities.require("isolates_packed")
+        model.capabilities.require("supports_packing")
     streams = None
     if recipe.data.stream is None:
         sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
     else:
         streams = open_streams(model, recipe, seed=arguments[0].data_seed or recipe.train.seed)
-        sources = streams.head(max(recipe.data.stream.window, recipe.train.calibration_items))
+        sources = streams.first_rows(max(recipe.data.stream.window, recipe.train.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
-    cache = choose_cache(model, recipe, sources, arguments, console)
+    cache = choose_feature_cache(model, recipe, sources, arguments, console)
     if cache is not None:
-        sources = [source.cached(cache) for source in sources]
+        sources = [source.with_feature_cache(cache) for source in sources]
         if streams is None:
             fill_cache(model, sources, cache, console)
         else:
-            identify(cache, model)
-    sources = [source.taught(recipe.train.surrogates) for source in sources]
-    sources = [source.paired(recipe.train.pairs) for source in sources]
-    sources = [source.paired(None) for source in good_rows(sources, recipe, console)]
-    refuse_no_items(sources, recipe)
-    dataset = dataset_of(sources, model) if streams is None else streams.read_by(sources)
+            register_encoders(cache, model)
+    sources = [source.with_distillation(recipe.train.distillation_mode) for source in sources]
+    sources = [source.with_preference(recipe.train.preference_mode) for source in sources]
+    sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]
+    check_has_items(sources, recipe)
+    dataset = build_dataset(sources, model) if streams is None else streams.with_sources(sources)
     held_out = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
     if held_out:
         if cache is not None:
             fill_cache(model, held_out, cache, console)
-        held_out = [source.paired(recipe.train.pairs and "optional") for source in held_out]
-        held_out = [source.paired(None) for source in good_rows(held_out, recipe, console)]
-    watch = Watch(model, held_out, recipe.train, RunReport(out, recipe, parts_of(model)), console)
+        held_out = [
+            source.with_preference(recipe.train.preference_mode and "optional")
+            for source in held_out
+        ]
+        held_out = [source.with_preference(None) for source in good_rows(held_out, recipe, console)]
+    watch = EvaluationCallback(
+        model, held_out, recipe.train, RunReport(out, recipe, describe_parts(model)), console
+    )
     only_plan = planned is not None
     if planned is not None:
-        for one in preparations(model, sources, planned, taken=taken):
+        for one in estimate_encodings(model, sources, planned, initialized=taken):
             console.print(str(one), highlight=False)
     if not begun and not only_plan:
-        _start(model, sources, recipe, cache, console, taken=taken)
-        if is_first():
-            with writing(start):
+        _closed_form_stage(model, sources, recipe, cache, console, initialized=taken)
+        if is_main_process():
+            with raise_on_write_error(start):
                 save(model, start)
                 _mark_done(start, {})
-        wait()
-        if not is_first():
+        barrier()
+        if not is_main_process():
             load_trained(model, start)  # where sums are rounded otherwise, projectors would be too
     for stage, folder, args in zip(recipe.train.stages, stage_folders, arguments, strict=True):
         if stage.learn.adapter is not None and not hasattr(model.language_model, "peft_config"):
@@ -183,7 +203,7 @@ def train(
             if learner.lora is not None and model.encoder(name).pretrained:
                 set_seed(recipe.train.seed)
                 attach_lora(name, model.encoder(name), learner.lora)
-        if from_first((folder / _DONE).is_file):
+        if broadcast_from_main((folder / _DONE).is_file):
             load_trained(model, folder / "result")
             continue
         _run_stage(
@@ -201,41 +221,41 @@ def train(
         if recipe.train.fsdp is not None and num_processes() > 1:
             # what was cut into pieces stays so: the next stage needs it whole
             model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
-            move(model, args.device)
-            make_ready(model.language_model, recipe.train, args.device)
+            move_to_device(model, args.device)
+            apply_kernels(model.language_model, recipe.train, args.device)
             load_trained(model, folder / "result")
     if only_plan:
         return model
-    if is_first():
-        with writing(out):
+    if is_main_process():
+        with raise_on_write_error(out):
             save(model, out)
-    wait()
+    barrier()
     watch.finish(model)
     console.print(f"saved to {out}")
     return model.eval()
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
+def _prepare_output_dir(out: Path, recipe: Recipe) -> None:
     """Make the folder this recipe's, once for all processes."""
-    refuse_other_recipes(recipe)
-    if is_first():
-        claim(out, recipe)
-    wait()
-    if not all(from_all((out / RECIPE).is_file())):
+    check_same_recipe(recipe)
+    if is_main_process():
+        claim_run_folder(out, recipe)
+    barrier()
+    if not all(all_gather((out / RECIPE).is_file())):
         raise RecipeError(
             f"train.output_dir {out.absolute()} is not the same folder for all processes; name one "
             "on storage that all machines share"
         )
 
 
-def _start(
+def _closed_form_stage(
     model: MultiTokenForConditionalGeneration,
-    sources: Sequence[Source],
+    sources: Sequence[TrainingSource],
     recipe: Recipe,
     cache: FeatureCache | None,
     console: Console,
     *,
-    taken: Collection[str],
+    initialized: Collection[str],
 ) -> None:
     """Stage zero: feature statistics of every modality, then the closed-form start.
 
@@ -248,11 +268,11 @@ def _start(
         if cache is not None:
             fill_cache(model, aligned, cache, console)
         aligned = good_rows(aligned, recipe, console)
-        captions = [c for source in aligned for c in captioned(source.conversations())]
+        captions = [c for source in aligned for c in captioned_items(source.conversations())]
     else:
-        captions = list(captioned(pairs))
+        captions = list(captioned_items(pairs))
     for name in model.modalities:
-        if name in taken:
+        if name in initialized:
             continue
         items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
         step = max(1, -(-len(items) // recipe.train.calibration_items))
@@ -268,7 +288,7 @@ def _start(
             )
             continue
         chosen = [c for c in captions if c.item.modality == name]
-        num_aligned = align(model, name, chosen, spec=spec)
+        num_aligned = fit_closed_form(model, name, chosen, spec=spec)
         console.print(
             f"{name}: closed-form start from {num_aligned} captioned items"
             if num_aligned
@@ -279,38 +299,38 @@ def _start(
 
 def _run_stage(
     model: MultiTokenForConditionalGeneration,
-    dataset: ConcatDataset[Any] | Streams,
+    dataset: ConcatDataset[Any] | StreamDataset,
     stage: Stage,
     folder: Path,
     args: Any,
     console: Console,
     *,
-    sources: Sequence[Source],
+    sources: Sequence[TrainingSource],
     spec: TrainSpec,
-    watch: Watch,
+    watch: EvaluationCallback,
     only_plan: bool,
 ) -> None:
-    assert model.reader is not None
-    pairs: Pairs | None = None
+    assert model.processor is not None
+    pairs: PreferenceDataset | None = None
     held_out: Any = watch.dataset if args.eval_strategy != "no" else None
     if stage.dpo is not None:
-        sources, pairs = pairs_of(sources, stage, model)
+        sources, pairs = preference_dataset(sources, stage, model)
         if held_out is not None:
-            held_out = held_out_pairs(watch.held_out, model, console) or held_out
+            held_out = held_out_preference_dataset(watch.held_out, model, console) or held_out
     lengths = [length for source in sources for length in source.lengths]
     num_items: list[int] = []
     if spec.pack_items is not None:
         num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
-    packing = packing_of(
+    packing = packing_plan(
         spec,
         lengths,
         num_items,
         num_rows=args.per_device_train_batch_size,
-        families=families_of(sources, dataset) if spec.share_media else (),
+        shared_media=shared_media_groups(sources, dataset) if spec.share_media else (),
     )
     collator = Collator(
         model.modalities,
-        model.reader.chat.filler_id,
+        model.processor.chat.filler_id,
         share_prefix=spec.share_prefix,
         share_media=spec.share_media,
     )
@@ -327,41 +347,41 @@ def _run_stage(
         peak_tflops=spec.peak_tflops,
         teacher=stage.teacher,
         dpo=stage.dpo,
-        say=partial(console.print, highlight=False, markup=False),
-        data_collator=_collating(collator, stage, packed=packing is not None),
+        print_fn=partial(console.print, highlight=False, markup=False),
+        data_collator=_build_collator(collator, stage, packed=packing is not None),
     )
-    for name, learner in learning_encoders(model, stage.learn).items():
+    for name, learner in trainable_encoders(model, stage.learn).items():
         one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
         if one is not None:
-            (features,) = encoded(model, name, [one], batch_size=1)
-            refuse_unreached(name, model.encoder(name), learner, features)
+            (features,) = encode_items(model, name, [one], batch_size=1)
+            check_gradients_reach(name, model.encoder(name), learner, features)
     num_learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
-    learns = groups_of(parameter_groups(model, stage.learn, weight_decay=args.weight_decay))
+    learns = describe_groups(parameter_groups(model, stage.learn, weight_decay=args.weight_decay))
     console.print(
         f"stage {stage.name}: {num_learned:,} of {num_all:,} parameters learn",
         *learns,
-        logs_of(args),
+        describe_loggers(args),
         sep="\n",
         highlight=False,
     )
-    say(trainer, stage.name, console, at_length=only_plan)
+    print_plan(trainer, stage.name, console, at_length=only_plan)
     if only_plan:
         return
     watch.attach(trainer, stage.name, learns)
-    try_training(model.language_model)
+    check_trainable(model.language_model)
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
-    trainer.add_callback(Bar(trainer, console, stage.name))
+    trainer.add_callback(ProgressBarCallback(trainer, console, stage.name))
     trainer.add_callback(stop)
     if pairs is not None:
         # before a checkpoint is loaded: the model is still what it was when the stage began
-        look_up(trainer, folder, console)
-    resume = from_first(lambda: last_checkpoint(folder, console.print))
+        load_or_compute_reference(trainer, folder, console)
+    resume = broadcast_from_main(lambda: last_checkpoint(folder, console.print))
     if resume is not None:
         console.print(f"going on from {resume}")
     try:
-        with within_memory(trainer, stage.name):
+        with explain_oom(trainer, stage.name):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()
@@ -370,21 +390,21 @@ def _run_stage(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "
             f"{stage.name}, saved; the same command goes on from there"
         )
-    wait_share = trainer.meter.data_wait
-    console.print(waits_in(trainer, spec), highlight=False, soft_wrap=True)
-    with writing(folder):
+    wait_share = trainer.step_metrics.data_wait
+    console.print(describe_data_wait(trainer, spec), highlight=False, soft_wrap=True)
+    with raise_on_write_error(folder):
         trainer.save_result(folder / "result")
-        if is_first():
+        if is_main_process():
             facts = {"log_history": trainer.state.log_history, "data_wait": wait_share}
             _mark_done(folder, facts)
-    wait()
+    barrier()
 
 
-def _collating(collator: Collator, stage: Stage, *, packed: bool) -> Any:
+def _build_collator(collator: Collator, stage: Stage, *, packed: bool) -> Any:
     if stage.teacher is not None:
-        return WithTeacher(collator, packed=packed)
+        return DistillationCollator(collator, packed=packed)
     if stage.dpo is not None:
-        return PairCollator(collator)
+        return PreferenceCollator(collator)
     return collator.pack if packed else collator
 
 

@@ -17,7 +17,7 @@ import torch
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.chart import chart
 from multi_token.report.html import columns, facts_table, page
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 
 JSON, HTML = "report.json", "report.html"
 _APART = 2.0
@@ -54,7 +54,7 @@ class RunReport:
             "hardware": hardware(),
             "parts": list(parts),
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "stages": _earlier(folder),
+            "stages": _load_previous(folder),
         }
         self._written = 0.0
 
@@ -62,14 +62,14 @@ class RunReport:
     def _stage(self) -> dict[str, Any]:
         return self.facts["stages"][-1]
 
-    def begin(self, stage: str, learns: Sequence[str]) -> None:
+    def start_stage(self, stage: str, trainable: Sequence[str]) -> None:
         """A stage begins, or goes on; later stages of an earlier try are forgotten."""
         names = [entry["name"] for entry in self.facts["stages"]]
         if stage in names:
             del self.facts["stages"][names.index(stage) + 1 :]
         else:
             self.facts["stages"].append({"name": stage, "log": [], "samples": []})
-        self._stage["learns"] = [line.strip() for line in learns]
+        self._stage["learns"] = [line.strip() for line in trainable]
 
     def log(
         self,
@@ -90,7 +90,7 @@ class RunReport:
         self._stage["samples"] = [s for s in self._stage["samples"] if s["step"] <= reached]
         self.write()
 
-    def show(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
+    def add_samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
         """Answers to held-out rows at a step."""
         kept = [s for s in self._stage["samples"] if s["step"] != step]
         self._stage["samples"] = [*kept, {"step": step, "answers": [dict(a) for a in answers]}]
@@ -107,14 +107,14 @@ class RunReport:
         self.folder.mkdir(parents=True, exist_ok=True)
         # a loss of NaN has no JSON of its own
         text = json.dumps(_plain(self.facts), indent=1, allow_nan=False)
-        for name, content in ((JSON, text), (HTML, page_of(self.facts))):
+        for name, content in ((JSON, text), (HTML, render_page(self.facts))):
             partial = self.folder / f"{name}.partial"
             partial.write_text(content, encoding="utf-8")
             partial.replace(self.folder / name)
         self._written = time.monotonic()
 
 
-def _earlier(folder: Path) -> list[dict[str, Any]]:
+def _load_previous(folder: Path) -> list[dict[str, Any]]:
     path = folder / JSON
     if not path.is_file():
         return []
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 def hardware() -> dict[str, str]:
     """The machine, and its accelerators by name and memory."""
-    facts = dict(machine())
+    facts = dict(machine_facts())
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(index)
@@ -146,7 +146,7 @@ def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]
     return [(step, float(value)) for step, value in found if value is not None and value == value]
 
 
-def page_of(facts: Mapping[str, Any]) -> str:
+def render_page(facts: Mapping[str, Any]) -> str:
     """The page: per stage what learns, curves and answers; then the blind test and the run."""
     out = facts["recipe"]["train"]["output_dir"]
     parts = dict(line.strip().partition(": ")[::2] for line in facts["parts"])

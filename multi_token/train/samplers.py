@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
-class ByLength(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Batches of rows of about one length, in random order; the same again after a resume."""
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
@@ -27,7 +27,7 @@ class ByLength(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, also when a run resumes within one (see `EpochToSampler`)."""
+        """Called before each epoch, also when a run resumes within one (see `SetEpochCallback`)."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -42,7 +42,7 @@ class ByLength(Sampler[int]):
         return iter([index for i in (*full, *rest) for index in batches[i]])
 
 
-class EpochToSampler(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """Tells the sampler of the rows its epoch, however deep it lies below the loader.
 
     accelerate's loader looks three layers deep. A run of several processes that resumes within an

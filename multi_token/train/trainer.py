@@ -19,32 +19,37 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from multi_token.checkpoint.load import load_trained, save
-from multi_token.data.stream_loader import Streamed, save_states
-from multi_token.data.streaming import Streams
+from multi_token.data.stream_loader import StreamProgress, save_states
+from multi_token.data.streaming import StreamDataset
 from multi_token.errors import RecipeError
-from multi_token.language_model.segment_attention import attending_by_segment
+from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.train import DpoSpec, Fsdp, Learn, TeacherSpec
-from multi_token.train.compile import compiled_layers, compiling
-from multi_token.train.distillation import Teacher
+from multi_token.recipe.train import DistillationSpec, DpoSpec, FsdpSpec, Trainable
+from multi_token.train.compile import compile_enabled, compiled_layers
+from multi_token.train.distillation import DistillationLoss
 from multi_token.train.distributed import (
-    from_all,
-    is_first,
-    refuse_broken_weights,
-    refuse_no_numbers,
-    wait,
+    all_gather,
+    barrier,
+    check_losses_finite,
+    check_weights_finite,
+    is_main_process,
 )
-from multi_token.train.dpo import Preference
-from multi_token.train.fsdp import Sharding, load_whole_state, whole_state
-from multi_token.train.metrics import ROW_IDS, Meter, Named, group_rates
-from multi_token.train.packing import Packing, PackSampler
+from multi_token.train.dpo import DpoLoss
+from multi_token.train.fsdp import FsdpShards, full_optimizer_state, load_full_optimizer_state
+from multi_token.train.metrics import ROW_IDS, StepMetrics, WithRowIds, group_lrs
+from multi_token.train.packing import PackingPlan, PackSampler
 from multi_token.train.parameter_groups import (
+    freeze_and_unfreeze,
     optimizer_groups,
     parameter_groups,
-    select_parameters,
 )
-from multi_token.train.resume import keep_newest, reading, refuse_another_pace, whole
-from multi_token.train.samplers import ByLength, EpochToSampler
+from multi_token.train.resume import (
+    atomic_checkpoint,
+    check_same_batching,
+    prune_checkpoints,
+    raise_on_read_error,
+)
+from multi_token.train.samplers import LengthGroupedSampler, SetEpochCallback
 
 
 class MultiTokenTrainer(Trainer):
@@ -54,15 +59,15 @@ class MultiTokenTrainer(Trainer):
         self,
         model: MultiTokenForConditionalGeneration,
         *,
-        learn: Learn,
+        learn: Trainable,
         lengths: Sequence[int],
         peak_tflops: float | None = None,
-        packing: Packing | None = None,
-        fsdp: Fsdp | None = None,
-        teacher: TeacherSpec | None = None,
+        packing: PackingPlan | None = None,
+        fsdp: FsdpSpec | None = None,
+        teacher: DistillationSpec | None = None,
         dpo: DpoSpec | None = None,
         compile_layers: bool = False,
-        say: Callable[[str], object] = print,
+        print_fn: Callable[[str], object] = print,
         **options: Any,
     ) -> None:
         """`lengths`: tokens of each row, for `train_sampling_strategy: group_by_length`.
@@ -71,50 +76,50 @@ class MultiTokenTrainer(Trainer):
         `packing`: rows are packed, one pack a batch; `data_collator` is then `Collator.pack`.
         `fsdp`: the language model is cut into pieces when training begins, if there are several
         processes; the model is of no use for anything else afterwards.
-        `teacher`: part of the loss; `data_collator` is then a `WithTeacher`.
+        `distillation_loss`: part of the loss; `data_collator` is then a `WithTeacher`.
         `dpo`: the loss, of a dataset of `Pairs`; `data_collator` is then a `PairCollator`.
         `compile_layers`: of the language model, while it trains.
-        `say`: hears of bad rows where `train_dataset` is a `Streams`.
+        `say`: hears of bad rows where `train_dataset` is a `StreamDataset`.
         """
         self.packing = packing
         self.fsdp = fsdp
         self.compile_layers = compile_layers
-        self.sharding: Sharding | None = None
-        self._whole_state: dict[str, Any] | None = None
+        self.sharding: FsdpShards | None = None
+        self._full_optimizer_state: dict[str, Any] | None = None
         self._losses: list[tuple[Tensor, list[str]]] = []
-        select_parameters(model, learn)
+        freeze_and_unfreeze(model, learn)
         self.learn = learn
         self.lengths = list(lengths)
-        self.meter = Meter(model, peak_tflops=peak_tflops)
-        self.teacher = None if teacher is None else Teacher(teacher)
-        if self.teacher is not None:
-            options["compute_loss_func"] = self.teacher.loss
-        self.preference = None if dpo is None else Preference(dpo)
-        if self.preference is not None:
-            options["compute_loss_func"] = self.preference.loss
+        self.step_metrics = StepMetrics(model, peak_tflops=peak_tflops)
+        self.distillation_loss = None if teacher is None else DistillationLoss(teacher)
+        if self.distillation_loss is not None:
+            options["compute_loss_func"] = self.distillation_loss.loss
+        self.dpo_loss = None if dpo is None else DpoLoss(dpo)
+        if self.dpo_loss is not None:
+            options["compute_loss_func"] = self.dpo_loss.loss
         if "data_collator" in options:
-            options["data_collator"] = Named(options["data_collator"])
+            options["data_collator"] = WithRowIds(options["data_collator"])
         super().__init__(model=model, **options)
         rows = self.train_dataset
-        self.streamed = Streamed(rows, say) if isinstance(rows, Streams) else None
+        self.streamed = StreamProgress(rows, print_fn) if isinstance(rows, StreamDataset) else None
         if self.streamed is not None:
             self.args.ignore_data_skip = True  # a stream goes on where it shall by itself
-        self.add_callback(self.meter)
-        self.add_callback(EpochToSampler())
+        self.add_callback(self.step_metrics)
+        self.add_callback(SetEpochCallback())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A group for each that learns, split into matrices (decayed) and vectors (not)."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._ours())
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self._multi_token_model())
             decay = self.args.weight_decay
-            groups = parameter_groups(self._ours(), self.learn, weight_decay=decay)
+            groups = parameter_groups(self._multi_token_model(), self.learn, weight_decay=decay)
             self.optimizer = cls(optimizer_groups(groups), **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As transformers', but lengths are known: it would decode all media to see them."""
         if self.args.train_sampling_strategy == "group_by_length":
-            return ByLength(
+            return LengthGroupedSampler(
                 self.lengths,
                 batch_size=self.args.train_batch_size
                 * self.args.gradient_accumulation_steps
@@ -175,21 +180,21 @@ class MultiTokenTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As transformers'; packs are attended to by segment where the model takes that."""
-        ours = self._ours()
+        ours = self._multi_token_model()
         with ExitStack() as stack:
-            if self.packing is not None and ours.capabilities.attends_by_segment:
-                stack.enter_context(attending_by_segment(ours.language_model))
+            if self.packing is not None and ours.capabilities.supports_segment_attention:
+                stack.enter_context(segment_attention_enabled(ours.language_model))
             if self.compile_layers:
                 stack.enter_context(compiled_layers(ours.language_model))
             checkpoint = options.get("resume_from_checkpoint")
             if self.streamed is not None and checkpoint is not None:
-                self.streamed.go_on(checkpoint, self.args)
+                self.streamed.resume(checkpoint, self.args)
             output = super().train(*args, **options)
         if self.streamed is not None:
             self.streamed.finish()
         return output
 
-    def _ours(self) -> MultiTokenForConditionalGeneration:
+    def _multi_token_model(self) -> MultiTokenForConditionalGeneration:
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, MultiTokenForConditionalGeneration)
         return model
@@ -202,22 +207,22 @@ class MultiTokenTrainer(Trainer):
     ) -> Tensor:
         """As transformers', but measured, and a loss that is no number is refused with its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.meter.batch(inputs), compiling(self.compile_layers):
+        with self.step_metrics.batch(inputs), compile_enabled(self.compile_layers):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
         self._losses.append((loss, row_ids))
         if self.accelerator.sync_gradients:
             losses, self._losses = self._losses, []
-            refuse_no_numbers(losses, self.state.global_step + 1)
+            check_losses_finite(losses, self.state.global_step + 1)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers'; a teacher answers first."""
-        if self.teacher is not None:
-            inputs = self.teacher.read(self._ours(), inputs)
-        if self.preference is not None:
-            inputs = self.preference.read(inputs)
+        if self.distillation_loss is not None:
+            inputs = self.distillation_loss.read(self._multi_token_model(), inputs)
+        if self.dpo_loss is not None:
+            inputs = self.dpo_loss.read(inputs)
         return super().compute_loss(model, inputs, *args, **kw)
 
     def prediction_step(
@@ -233,12 +238,12 @@ class MultiTokenTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """As transformers'; of pairs, what is logged of them in training, and their own loss."""
-        if self.preference is None:
+        if self.dpo_loss is None:
             return super().evaluation_loop(*args, **options)
         gather: Any = self.accelerator.gather_for_metrics
-        with self.preference.evaluating(gather):
+        with self.dpo_loss.evaluation_mode(gather):
             output: Any = super().evaluation_loop(*args, **options)
-            found = self.preference.metrics()
+            found = self.dpo_loss.metrics()
         prefix = options.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
@@ -247,13 +252,13 @@ class MultiTokenTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """As transformers', with the time measured that a step waits for its batches."""
-        with self.meter.waiting():
+        with self.step_metrics.timing_data_wait():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """As transformers', of supervised tokens; but a preference is learned by the pair."""
-        if self.preference is not None:
-            batch_samples = self.preference.counted(batch_samples)
+        if self.dpo_loss is not None:
+            batch_samples = self.dpo_loss.as_pair_counts(batch_samples)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -268,12 +273,12 @@ class MultiTokenTrainer(Trainer):
                     self._over_devices(bad) if self.args.world_size > 1 else bad
                 )
             reduce = self._over_devices if self.args.world_size > 1 else None
-            logs |= self.meter.read(reduce)
-            if self.preference is not None:
-                logs |= self.preference.metrics(reduce)
-            logs |= self.meter.gradient_norms(logs.get("grad_norm"))
+            logs |= self.step_metrics.read(reduce)
+            if self.dpo_loss is not None:
+                logs |= self.dpo_loss.metrics(reduce)
+            logs |= self.step_metrics.gradient_norms(logs.get("grad_norm"))
             assert self.optimizer is not None
-            logs |= group_rates(self.optimizer.param_groups)
+            logs |= group_lrs(self.optimizer.param_groups)
         super().log(logs, start_time)
 
     def _over_devices(self, sums: Tensor) -> Tensor:
@@ -282,7 +287,7 @@ class MultiTokenTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the batch that was just run; transformers' formula knows nothing of frozen parts."""
-        return int(self.meter.last_flops)
+        return int(self.step_metrics.last_flops)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -292,11 +297,13 @@ class MultiTokenTrainer(Trainer):
         By now it has the weights of the checkpoint, and the optimizer is made of what it has then.
         """
         if self.fsdp is not None and self.args.world_size > 1 and self.sharding is None:
-            self.sharding = Sharding(self._ours(), replicas=self.fsdp.replicas)
+            self.sharding = FsdpShards(self._multi_token_model(), replicas=self.fsdp.replicas)
             # so that accelerate neither wraps nor cuts it
             self.is_distributed_loading_by_transformers = True
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
-            refuse_another_pace(Path(resume_from_checkpoint), self.pace)  # it loads by itself
+            check_same_batching(
+                Path(resume_from_checkpoint), self.batching_facts
+            )  # it loads by itself
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -313,45 +320,47 @@ class MultiTokenTrainer(Trainer):
 
     def save_result(self, folder: str | Path) -> None:
         """The model into a folder; all processes take part, the first one writes."""
-        refuse_broken_weights(self._ours(), self.state.global_step)
+        check_weights_finite(self._multi_token_model(), self.state.global_step)
         if self.sharding is not None:
             self.sharding.gather()
         self._save(str(folder))
-        wait()
+        barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            with self.sharding.written_whole() if self.sharding else nullcontext():
-                save(self._ours(), output_dir or str(self.args.output_dir))
+            with self.sharding.unsharded() if self.sharding else nullcontext():
+                save(self._multi_token_model(), output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but whole or not at all. Raises CheckpointError, of a full disk say."""
-        refuse_broken_weights(self._ours(), self.state.global_step)
+        check_weights_finite(self._multi_token_model(), self.state.global_step)
         run = Path(self._get_output_dir(trial))
         # asked before anything is written: a process that cannot write would leave others waiting
-        places = None if self.streamed is None else from_all(self.streamed.state)
+        places = None if self.streamed is None else all_gather(self.streamed.state)
         num_kept, self.args.save_total_limit = self.args.save_total_limit, None
         if self.sharding is not None:
             # before anything is written: a process that cannot write would leave others waiting
             self.sharding.gather()
             assert self.optimizer is not None
-            self._whole_state = whole_state(self.optimizer)
+            self._full_optimizer_state = full_optimizer_state(self.optimizer)
         try:
-            with whole(run / f"checkpoint-{self.state.global_step}", self.pace):
+            with atomic_checkpoint(
+                run / f"checkpoint-{self.state.global_step}", self.batching_facts
+            ):
                 super()._save_checkpoint(model, trial)
-                if places is not None and is_first():
+                if places is not None and is_main_process():
                     step = self.state.global_step
                     save_states(run / f"checkpoint-{step}", step, places)
         finally:
             self.args.save_total_limit = num_kept
-            self._whole_state = None
-        if is_first():
-            keep_newest(run, num_kept, best=self.state.best_model_checkpoint)
+            self._full_optimizer_state = None
+        if is_main_process():
+            prune_checkpoints(run, num_kept, best=self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self.optimizer
-        if self._whole_state is not None:
-            whole_one: Any = _StateOf(self._whole_state)
+        if self._full_optimizer_state is not None:
+            whole_one: Any = _StateOf(self._full_optimizer_state)
             self.optimizer = whole_one
         try:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -361,16 +370,16 @@ class MultiTokenTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self.optimizer
         if self.sharding is not None and optimizer is not None:
-            cutting: Any = _StateOf({}, lambda state: load_whole_state(optimizer, state))
+            cutting: Any = _StateOf({}, lambda state: load_full_optimizer_state(optimizer, state))
             self.optimizer = cutting
         try:
-            with reading(checkpoint):
+            with raise_on_read_error(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
         finally:
             self.optimizer = optimizer
 
     @property
-    def pace(self) -> dict[str, int]:
+    def batching_facts(self) -> dict[str, int]:
         """What a run that goes on from a checkpoint must share with the one that wrote it."""
         args = self.args
         pieces = {"processes": args.world_size} if self.is_deepspeed_enabled else {}
@@ -387,9 +396,9 @@ class MultiTokenTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        refuse_another_pace(Path(resume_from_checkpoint), self.pace)
-        load_trained(self._ours(), resume_from_checkpoint)
-        select_parameters(self._ours(), self.learn)
+        check_same_batching(Path(resume_from_checkpoint), self.batching_facts)
+        load_trained(self._multi_token_model(), resume_from_checkpoint)
+        freeze_and_unfreeze(self._multi_token_model(), self.learn)
 
 
 class _StateOf:

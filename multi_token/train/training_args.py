@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from multi_token.errors import RecipeError
-from multi_token.registry import nearest
+from multi_token.registry import did_you_mean
 from multi_token.train.metrics import default_report_to
 
 # what a run needs to be right, whatever the recipe says
@@ -62,14 +62,14 @@ def training_arguments(
     Raises RecipeError for a field that transformers does not have, that must stay as it is or is
     set elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
     """
-    _refuse_what_has_its_own_line(fields)
-    _refuse_deepspeed(fields.get("deepspeed"))
+    _check_reserved_fields(fields)
+    _check_deepspeed(fields.get("deepspeed"))
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in fields:
         if key not in known:
             raise RecipeError(
                 f"train args: {key!r} is no field of transformers.TrainingArguments"
-                + nearest(key, known)
+                + did_you_mean(key, known)
             )
         if key in _FIXED or key in ("output_dir", "learning_rate", "seed"):
             raise RecipeError(
@@ -77,7 +77,7 @@ def training_arguments(
                 "`output_dir` and `seed` under `train`, and the rest of "
                 f"{sorted(_FIXED)} is needed as it is"
             )
-    _refuse_other_kinds(fields)
+    _check_field_types(fields)
     on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
     ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": default_report_to()}
     values = {**ours, **fields, **_FIXED}
@@ -98,7 +98,7 @@ def training_arguments(
         raise RecipeError(f"train args: {error}") from None
 
 
-def _refuse_other_kinds(fields: Mapping[str, Any]) -> None:
+def _check_field_types(fields: Mapping[str, Any]) -> None:
     """TrainingArguments takes any value for a number, and fails far from it."""
     hints = get_type_hints(TrainingArguments)
     for key, value in fields.items():
@@ -123,7 +123,7 @@ def _refuse_other_kinds(fields: Mapping[str, Any]) -> None:
             raise RecipeError(f"train args: expected {expected} for {key!r}, got {value!r}")
 
 
-def _refuse_what_has_its_own_line(fields: Mapping[str, Any]) -> None:
+def _check_reserved_fields(fields: Mapping[str, Any]) -> None:
     """What transformers would do to the whole model, of which it knows too little."""
     for key, mend in _ELSEWHERE.items():
         if fields.get(key) not in (None, False, "", []):
@@ -139,7 +139,7 @@ def _refuse_what_has_its_own_line(fields: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_deepspeed(given: Any) -> None:
+def _check_deepspeed(given: Any) -> None:
     """What transformers would take, but a run of ours cannot be right with."""
     if not given:
         return

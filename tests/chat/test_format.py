@@ -125,16 +125,16 @@ def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> No
     )
     messages = (Message("user", parts), Message("assistant", (Text("yes"),)))
     sample = chat.tokenize(Conversation(messages), [4, 1, 2])
-    assert [(p.modality, p.length) for p in sample.places] == [
+    assert [(p.modality, p.length) for p in sample.media_spans] == [
         ("image", 4),
         ("vector", 1),
         ("image", 2),
     ]
-    for place in sample.places:
+    for place in sample.media_spans:
         span = slice(place.start, place.start + place.length)
         assert (sample.input_ids[span] == chat.filler_id).all()
         assert (sample.labels[span] == IGNORE_INDEX).all()
-    assert sample.places[2].start == sample.places[1].start + 1
+    assert sample.media_spans[2].start == sample.media_spans[1].start + 1
 
 
 def test_no_id_is_outside_the_language_models_vocabulary() -> None:
@@ -153,8 +153,8 @@ def test_text_that_spells_a_slot_stays_text() -> None:
         Message("assistant", (Text("yes"),)),
     )
     sample = chat.tokenize(Conversation(messages), [2])
-    assert len(sample.places) == 1
-    place = sample.places[0]
+    assert len(sample.media_spans) == 1
+    place = sample.media_spans[0]
     assert forged in chat.tokenizer.decode(sample.input_ids[: place.start])
 
 

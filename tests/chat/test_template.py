@@ -273,7 +273,7 @@ def test_the_recipe_says_which_turns_training_learns(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from multi_token.checkpoint.load import compose
-    from multi_token.processor import build_reader
+    from multi_token.processor import build_processor
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path)
@@ -282,9 +282,9 @@ def test_the_recipe_says_which_turns_training_learns(
         fields["model"]["learn_turns"] = learn_turns
         recipe = Recipe.model_validate(fields)
         model = compose(recipe.model)
-        assert model.reader is not None
-        texts[learn_turns] = learned(model.reader.chat, TWO)
-        assert learned(build_reader(recipe).chat, TWO) == texts[learn_turns]
+        assert model.processor is not None
+        texts[learn_turns] = learned(model.processor.chat, TWO)
+        assert learned(build_processor(recipe).chat, TWO) == texts[learn_turns]
         assert model.config.model["learn_turns"] == learn_turns
     assert texts == {"all": "1<|im_end|>2<|im_end|>", "last": "2<|im_end|>"}
 
@@ -293,12 +293,12 @@ def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_l
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from multi_token.errors import RowError
-    from multi_token.processor import build_reader
+    from multi_token.processor import build_processor
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path)
     row = talk(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", ""))
-    assert build_reader(Recipe.model_validate(fields))(row).labels.max() > 0
+    assert build_processor(Recipe.model_validate(fields))(row).labels.max() > 0
     fields["model"]["learn_turns"] = "last"
     with pytest.raises(RowError, match="nothing to learn"):
-        build_reader(Recipe.model_validate(fields))(row)
+        build_processor(Recipe.model_validate(fields))(row)

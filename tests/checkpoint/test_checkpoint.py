@@ -45,11 +45,11 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 
 def logits(model: Any, data: Path) -> torch.Tensor:
-    from multi_token.generate import ask, collate_prompts
+    from multi_token.generate import collate_prompts, single_question
     from multi_token.types import Media
 
     batch = collate_prompts(
-        model.reader, [ask("What is this?", [Media("image", str(data / "red.png"))])]
+        model.processor, [single_question("What is this?", [Media("image", str(data / "red.png"))])]
     )
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits

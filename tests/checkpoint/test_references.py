@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.checkpoint.references import absolutes, identity, refuse_another, resolved, stored
+from multi_token.checkpoint.references import (
+    absolutize,
+    check_fingerprint,
+    fingerprint,
+    relativize,
+    resolve,
+)
 from multi_token.errors import CheckpointError
 from multi_token.language_model.loading import (
     adapter_parameters,
@@ -29,17 +35,17 @@ def test_what_lies_inside_the_folder_is_named_relative_to_it(tmp_path: Path) -> 
     inside, eye = tmp_path / "language_model", tmp_path / "encoders" / "image"
     inside.mkdir()
     eye.mkdir(parents=True)
-    written = stored(section(str(inside), str(eye)), tmp_path)
+    written = relativize(section(str(inside), str(eye)), tmp_path)
     assert written == section("./language_model", "./encoders/image")
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved"))
-    found = resolved(written, moved)
+    found = resolve(written, moved)
     assert found == section(str(moved / "language_model"), str(moved / "encoders" / "image"))
 
 
 def test_other_folders_and_hub_names_stay_as_they_are(tmp_path: Path) -> None:
     for fields in (section("lab/model", "lab/eye"), section("/elsewhere/model"), section("gpt2")):
-        assert stored(fields, tmp_path) == fields
-        assert resolved(fields, tmp_path) == fields
+        assert relativize(fields, tmp_path) == fields
+        assert resolve(fields, tmp_path) == fields
 
 
 def test_a_relative_folder_of_a_recipe_becomes_absolute(
@@ -47,68 +53,68 @@ def test_a_relative_folder_of_a_recipe_becomes_absolute(
 ) -> None:
     (tmp_path / "eye").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert absolutes(section("lab/model", "eye")) == section("lab/model", str(tmp_path / "eye"))
+    assert absolutize(section("lab/model", "eye")) == section("lab/model", str(tmp_path / "eye"))
 
 
 def test_a_part_that_is_missing_or_outside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="half-written or was copied in part"):
-        resolved(section("./language_model"), tmp_path)
+        resolve(section("./language_model"), tmp_path)
     with pytest.raises(CheckpointError, match="which is outside of it"):
-        resolved(section("./../other"), tmp_path)
+        resolve(section("./../other"), tmp_path)
 
 
 def test_a_copy_is_the_same_model_and_other_weights_are_another(tmp_path: Path) -> None:
     first = load_language_model(tiny_language_model(tmp_path / "a", seed=0))
     same = load_language_model(tiny_language_model(tmp_path / "b", seed=0))
     other = load_language_model(tiny_language_model(tmp_path / "c", seed=1))
-    assert identity(first) == identity(same)
-    refuse_another(identity(first), identity(same), folder=tmp_path, name="b")
+    assert fingerprint(first) == fingerprint(same)
+    check_fingerprint(fingerprint(first), fingerprint(same), folder=tmp_path, name="b")
     with pytest.raises(CheckpointError, match="than c, which has the same shape but other weights"):
-        refuse_another(identity(first), identity(other), folder=tmp_path, name="c")
+        check_fingerprint(fingerprint(first), fingerprint(other), folder=tmp_path, name="c")
 
 
 def test_an_adapter_beside_it_does_not_make_it_another_model(tmp_path: Path) -> None:
     model = load_language_model(tiny_language_model(tmp_path / "a"))
-    before = identity(model)
+    before = fingerprint(model)
     wrapped = attach_adapter(model, AdapterSpec(r=2))
-    assert identity(wrapped) == before
-    assert identity(wrapped.unload()) == before
+    assert fingerprint(wrapped) == before
+    assert fingerprint(wrapped.unload()) == before
 
 
 def test_a_merged_adapter_makes_it_another_model(tmp_path: Path) -> None:
     model = load_language_model(tiny_language_model(tmp_path / "a"))
-    before = identity(model)
+    before = fingerprint(model)
     wrapped = attach_adapter(model, AdapterSpec(r=2))
     with torch.no_grad():
         for parameter in adapter_parameters(wrapped):
             parameter.normal_(std=0.1)
-    merged = identity(wrapped.merge_and_unload())
+    merged = fingerprint(wrapped.merge_and_unload())
     assert merged["weights"] == before["weights"]  # LoRA is on the matrices alone
     with pytest.raises(CheckpointError, match="the same shape but other weights"):
-        refuse_another(before, merged, folder=tmp_path, name="merged")
+        check_fingerprint(before, merged, folder=tmp_path, name="merged")
 
 
 def test_a_quantized_copy_is_compared_by_what_quantization_leaves(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     name = tiny_language_model(tmp_path / "a")
-    plain = identity(load_language_model(name))
-    quantized = identity(load_language_model(name, quantization=Quantization(kind="4bit")))
+    plain = fingerprint(load_language_model(name))
+    quantized = fingerprint(load_language_model(name, quantization=Quantization(kind="4bit")))
     assert quantized["layers"] is None and quantized["weights"] == plain["weights"]
-    refuse_another(plain, quantized, folder=tmp_path, name="a")
+    check_fingerprint(plain, quantized, folder=tmp_path, name="a")
 
 
 def test_another_shape_is_named_field_by_field(tmp_path: Path) -> None:
-    expected = identity(load_language_model(tiny_language_model(tmp_path / "a")))
+    expected = fingerprint(load_language_model(tiny_language_model(tmp_path / "a")))
     found = {**expected, "hidden_size": 48, "num_ids": 401}
     with pytest.raises(
         CheckpointError, match="hidden_size 48 instead of 32, num_ids 401 instead of 400"
     ):
-        refuse_another(expected, found, folder=tmp_path, name="lab/other")
+        check_fingerprint(expected, found, folder=tmp_path, name="lab/other")
 
 
 def test_weights_of_another_precision_are_not_compared(tmp_path: Path) -> None:
     model = load_language_model(tiny_language_model(tmp_path / "a"))
-    expected = identity(model)
-    found = identity(model.to(torch.bfloat16))
+    expected = fingerprint(model)
+    found = fingerprint(model.to(torch.bfloat16))
     assert found["weights"] != expected["weights"]
-    refuse_another(expected, found, folder=tmp_path, name="a")
+    check_fingerprint(expected, found, folder=tmp_path, name="a")

@@ -167,6 +167,6 @@ def test_keys_come_from_option_file_and_environment(
 
 def test_options_become_settings() -> None:
     settings = _settings(name="x", max_batch=3, max_queue=None)
-    assert settings.num_waiting_allowed == 12 and settings.backend == "static"
+    assert settings.max_waiting == 12 and settings.backend == "static"
     with pytest.raises(MultiTokenError, match=r"^name 'a b'"):
         _settings(name="a b")

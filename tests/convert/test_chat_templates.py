@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from multi_token.convert.parts_template import over_parts, placeholder
+from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.testing import TEMPLATES, tiny_tokenizer
 
 TURNS: list[dict[str, Any]] = [
@@ -46,22 +46,22 @@ def test_texts_and_parts_render_as_the_plain_template_renders_texts(
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     plain = rendered(TURNS)
-    tokenizer.chat_template = over_parts(TEMPLATES[name])
+    tokenizer.chat_template = accept_content_parts(TEMPLATES[name])
     assert rendered(TURNS) == plain
     assert rendered(PARTS) == plain
 
 
 def test_a_media_part_is_its_type_in_angle_brackets() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = over_parts(TEMPLATES["chatml"])
+    tokenizer.chat_template = accept_content_parts(TEMPLATES["chatml"])
     parts = [{"role": "user", "content": [{"type": "prompt_embeds", "data": ""}]}]
     text = tokenizer.apply_chat_template(parts, tokenize=False)
-    assert placeholder("prompt_embeds") == "<prompt_embeds>" and "<prompt_embeds>" in text
+    assert part_placeholder("prompt_embeds") == "<prompt_embeds>" and "<prompt_embeds>" in text
 
 
 def test_a_template_that_walks_already_is_left_as_it_is() -> None:
-    once = over_parts(TEMPLATES["chatml"])
-    assert over_parts(once) == once
+    once = accept_content_parts(TEMPLATES["chatml"])
+    assert accept_content_parts(once) == once
 
 
 def test_messages_with_other_fields_and_without_content_keep_them() -> None:
@@ -76,5 +76,5 @@ def test_messages_with_other_fields_and_without_content_keep_them() -> None:
     tokenizer.chat_template = plain
     expected = tokenizer.apply_chat_template([text, called], tokenize=False)
     assert expected.startswith("ada:hi;|bot:") and expected.endswith(";['add']|")
-    tokenizer.chat_template = over_parts(plain)
+    tokenizer.chat_template = accept_content_parts(plain)
     assert tokenizer.apply_chat_template([parts, called], tokenize=False) == expected

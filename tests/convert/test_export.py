@@ -46,11 +46,11 @@ def for_engines(run: Path, tmp_path_factory: Any) -> Path:
 
 
 def logits(model: Any, data: Path) -> Tensor:
-    from multi_token.generate import ask, collate_prompts
+    from multi_token.generate import collate_prompts, single_question
     from multi_token.types import Media
 
-    question = ask("What is this?", [Media("image", str(data / "red.png"))])
-    batch = collate_prompts(model.reader, [question])
+    question = single_question("What is this?", [Media("image", str(data / "red.png"))])
+    batch = collate_prompts(model.processor, [question])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits.float()
 

@@ -19,13 +19,13 @@ from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint.load import compose
 from multi_token.convert.export_llava import export_llava
 from multi_token.convert.llava import import_llava
-from multi_token.encoders import attach_lora, learning_parameters
+from multi_token.encoders import attach_lora, trainable_parameters
 from multi_token.errors import ConvertError
-from multi_token.generate import ask, collate_prompts, reader_of, stop_ids
+from multi_token.generate import collate_prompts, eos_token_ids, require_processor, single_question
 from multi_token.language_model.loading import adapter_parameters, attach_adapter
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.recipe.train import AdapterSpec, LearnEncoder
-from multi_token.registry import validated
+from multi_token.recipe.train import AdapterSpec, TrainableEncoder
+from multi_token.registry import validate_fields
 from multi_token.testing import tiny_image_encoder, tiny_llava
 from multi_token.types import Media
 
@@ -51,7 +51,7 @@ def composed(parts: Path, **image: Any) -> MultiTokenForConditionalGeneration:
     }
     spec = {"language_model": str(parts / "language_model"), "modalities": {"photo": fields}}
     torch.manual_seed(0)
-    model = compose(validated(ModelSpec, spec, where="the recipe"))
+    model = compose(validate_fields(ModelSpec, spec, where="the recipe"))
     model.projector("photo").feature_mean.normal_()
     model.projector("photo").feature_scale.uniform_(0.5, 2.0)
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
@@ -87,9 +87,9 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     assert theirs.config.model_type == ("llava_next" if kind == "next" else "llava")
 
     images = pictures()
-    question = ask("Which is red?", [Media("photo", image) for image in images])
-    assert model.reader is not None
-    batch = collate_prompts(model.reader, [question])
+    question = single_question("Which is red?", [Media("photo", image) for image in images])
+    assert model.processor is not None
+    batch = collate_prompts(model.processor, [question])
     turn = {
         "role": "user",
         "content": [
@@ -113,7 +113,7 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     assert logits.shape[-1] == num_ids + 1
     assert (logits[..., num_ids] < logits.max(-1).values).all()
 
-    stop = stop_ids(model)
+    stop = eos_token_ids(model)
     new = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=stop)
     (answer,) = processor.batch_decode(new[:, len(ids) :], skip_special_tokens=True)
     assert model.generate([question], max_new_tokens=8) == [answer.strip()]
@@ -125,12 +125,14 @@ def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
     parts: Path, tmp_path: Path, learned: dict[str, Any]
 ) -> None:
     model = composed(parts, layer=-2)
-    spec = LearnEncoder.model_validate(learned)
+    spec = TrainableEncoder.model_validate(learned)
     if spec.lora is not None:
         attach_lora("photo", model.encoder("photo"), spec.lora)
-    batch = collate_prompts(reader_of(model), [ask("?", [Media("photo", pictures()[0])])])
+    batch = collate_prompts(
+        require_processor(model), [single_question("?", [Media("photo", pictures()[0])])]
+    )
     before = model(input_ids=batch["input_ids"], media=batch["media"]).logits
-    for parameter in learning_parameters("photo", model.encoder("photo"), spec):
+    for parameter in trainable_parameters("photo", model.encoder("photo"), spec):
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
     ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits
     assert not torch.allclose(ours, before, atol=1e-2)

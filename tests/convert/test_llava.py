@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multi_token import MultiTokenForConditionalGeneration
-from multi_token.convert.llava import import_llava, recognizes
+from multi_token.convert.llava import import_llava, is_llava
 from multi_token.errors import ConvertError, RowError
-from multi_token.generate import ask, collate_prompts
+from multi_token.generate import collate_prompts, single_question
 from multi_token.testing import tiny_image_encoder, tiny_llava
 from multi_token.types import Media, Message, Text
 
@@ -71,12 +71,12 @@ def noise() -> Image.Image:
 def test_llava_is_recognized_by_its_files_and_not_by_its_name(
     source: Path, parts: Path, tmp_path: Path
 ) -> None:
-    assert recognizes(Path(shutil.copytree(source, tmp_path / "something")))
-    assert recognizes(own_folder(tmp_path / "own", parts, {}))
+    assert is_llava(Path(shutil.copytree(source, tmp_path / "something")))
+    assert is_llava(own_folder(tmp_path / "own", parts, {}))
     shutil.copytree(parts / "language_model", tmp_path / "llava")
     (tmp_path / "llava-v1.5").mkdir()
-    assert not recognizes(tmp_path / "llava")
-    assert not recognizes(tmp_path / "llava-v1.5")
+    assert not is_llava(tmp_path / "llava")
+    assert not is_llava(tmp_path / "llava-v1.5")
 
 
 @pytest.mark.parametrize(("kind", "num_layers"), [("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
@@ -94,11 +94,11 @@ def test_llavas_own_projector_makes_the_tokens_that_llava_makes(
         image_aspect_ratio="pad",
     )
     model = import_own(folder, parts, tmp_path / "run")
-    reader, item = model.reader, Media("image", noise())
-    assert reader is not None
+    processor, item = model.processor, Media("image", noise())
+    assert processor is not None
     with torch.no_grad():
         ours = model.projectors["image"](
-            model.encode("image", model.modalities["image"].collate([reader.prepare(item)]))
+            model.encode("image", model.modalities["image"].collate([processor.prepare(item)]))
         )
         pixels = LlavaImageProcessorPil(
             do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
@@ -154,8 +154,10 @@ def lora_folder(folder: Path, parts: Path, **fields: Any) -> tuple[Path, Any, nn
 def test_llavas_own_lora_changes_the_logits_as_it_did_there(parts: Path, tmp_path: Path) -> None:
     folder, adapted, network = lora_folder(tmp_path / "lora", parts)
     model = import_own(folder, parts, tmp_path / "run")
-    assert model.reader is not None
-    batch = collate_prompts(model.reader, [ask("What is this?", [Media("image", noise())])])
+    assert model.processor is not None
+    batch = collate_prompts(
+        model.processor, [single_question("What is this?", [Media("image", noise())])]
+    )
     media = batch["media"]["image"]
     with torch.no_grad():
         ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits
@@ -176,9 +178,9 @@ def test_a_base_without_a_chat_template_gets_the_one_that_llava_learned_with(
     folder = own_folder(tmp_path / "own", parts, named(perceptron(2)))
     import_llava(folder, tmp_path / "run", language_model=str(base))
     model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
-    assert model.reader is not None
-    ids = model.reader(ask("What is this?"), prompt_only=True).input_ids
-    text = model.reader.tokenizer.decode(ids)
+    assert model.processor is not None
+    ids = model.processor(single_question("What is this?"), prompt_only=True).input_ids
+    text = model.processor.tokenizer.decode(ids)
     assert text.startswith("<s>A chat between a curious user and an artificial intelligence")
     assert text.endswith("polite answers to the user's questions. USER: What is this? ASSISTANT:")
 
@@ -207,16 +209,16 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
     processor.save_pretrained(copy)
     import_llava(copy, tmp_path / "run")
     model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
-    assert model.reader is not None
+    assert model.processor is not None
     picture = noise()
-    question = ask("What is this?", [Media("image", picture)])
+    question = single_question("What is this?", [Media("image", picture)])
     turn = {
         "role": "user",
         "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}],
     }
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
     theirs = processor(images=[picture], text=text, return_tensors="pt")["input_ids"][0]
-    batch = collate_prompts(model.reader, [question])
+    batch = collate_prompts(model.processor, [question])
     ids = batch["input_ids"].view(-1).clone()
     ids[batch["media"]["image"]["positions"]] = processor.image_token_id
     assert ids.tolist() == theirs.tolist()
@@ -225,7 +227,7 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
         question, messages=(*question.messages, Message("assistant", (Text("A cat."),)))
     )
     with pytest.raises(RowError, match="writes {{ eos_token }} behind each answer"):
-        model.reader(taught)
+        model.processor(taught)
 
 
 class Stranger:

@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 
 from multi_token.data.dataset import load_rows
-from multi_token.data.sources import Source, good_rows
+from multi_token.data.sources import TrainingSource, good_rows
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.processor import build_reader
+from multi_token.processor import build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.distributed import from_all, is_first, part, rank
+from multi_token.train.distributed import all_gather, destroy_process_group, is_main_process, rank
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def main(job: dict[str, Any]) -> None:
     seen: dict[str, Any] = {}
     for start in ("first", "second"):
         fetch = Counting(root=".")
-        reader = build_reader(recipe)
-        object.__setattr__(reader, "fetch", fetch)
-        sources = [Source(load_rows("rows.jsonl"), reader, "rows.jsonl")]
+        processor = build_processor(recipe)
+        object.__setattr__(processor, "fetch", fetch)
+        sources = [TrainingSource(load_rows("rows.jsonl"), processor, "rows.jsonl")]
         try:
             (found,) = good_rows(sources, recipe, Console(quiet=True))
             seen[start] = {"good": list(found.good or ()), "lengths": list(found.lengths)}
@@ -56,10 +56,10 @@ def main(job: dict[str, Any]) -> None:
             seen[start] = {"error": f"{type(error).__name__}: {error}"}
         seen[start]["opened"] = fetch.opened
         torch.distributed.barrier()
-    everyone = from_all(seen)
-    if is_first():
+    everyone = all_gather(seen)
+    if is_main_process():
         Path(job["out"]).write_text(json.dumps(everyone))
-    part()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from multi_token.data.dataset import ConversationDataset, load_rows, row_name, rows_root
+from multi_token.data.dataset import ConversationDataset, load_rows, media_root, row_id_of
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.types import Conversation, Sample
 
@@ -224,15 +224,15 @@ def test_paths_in_a_file_of_rows_start_at_its_folder(
 ) -> None:
     jsonl(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
-    assert rows_root("rows.jsonl") == str(tmp_path)
-    assert rows_root("hf://owner/name") is None
-    assert rows_root("owner/name") is None
+    assert media_root("rows.jsonl") == str(tmp_path)
+    assert media_root("hf://owner/name") is None
+    assert media_root("owner/name") is None
 
 
 def test_a_row_is_named_by_its_id_or_by_file_and_index() -> None:
-    assert row_name(3, {"id": 17}, "data/rows.jsonl") == "17"
-    assert row_name(3, {"id": None}, "data/rows.jsonl") == "rows.jsonl[3]"
-    assert row_name(3, None, "hf://owner/name") == "name[3]"
+    assert row_id_of(3, {"id": 17}, "data/rows.jsonl") == "17"
+    assert row_id_of(3, {"id": None}, "data/rows.jsonl") == "rows.jsonl[3]"
+    assert row_id_of(3, None, "hf://owner/name") == "name[3]"
 
 
 # --- the torch dataset ---

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.lengths import KnownLengths, Length, reader_identity
-from multi_token.data.scan import Report, merge, scan
+from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.lengths import Length, LengthStore, processor_fingerprint
+from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.errors import MultiTokenError
-from multi_token.processor import Reader, build_reader
+from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
 
 Fields = Callable[..., dict[str, Any]]
@@ -51,23 +51,25 @@ def folder(data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reader(recipe_fields: Fields, folder: Path) -> Reader:
+def processor(recipe_fields: Fields, folder: Path) -> MultiTokenProcessor:
     recipe = Recipe.model_validate(recipe_fields(folder / "run"))
-    return build_reader(recipe, root=str(folder))
+    return build_processor(recipe, root=str(folder))
 
 
 def look(
-    folder: Path, reader: Reader, *, known: bool = True, **options: Any
-) -> tuple[Report, list[str]]:
+    folder: Path, processor: MultiTokenProcessor, *, known: bool = True, **options: Any
+) -> tuple[ScanReport, list[str]]:
     """The report, and the rows that were read for it."""
     opened: list[str] = []
 
     def read(row: Any, row_id: str) -> Any:
         opened.append(row_id)
-        return read_row(row, row_id, reader=reader, modalities=list(reader.modalities))
+        return row_to_sample(
+            row, row_id, processor=processor, modalities=list(processor.modalities)
+        )
 
     rows = load_rows(str(folder / "rows.jsonl"))
-    lengths = KnownLengths(folder / "lengths", reader) if known else None
+    lengths = LengthStore(folder / "lengths", processor) if known else None
     return scan(rows, read, source="rows.jsonl", progress=False, known=lengths, **options), opened
 
 
@@ -75,39 +77,39 @@ BAD = ["lost", "text"]
 
 
 def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
-    folder: Path, reader: Reader
+    folder: Path, processor: MultiTokenProcessor
 ) -> None:
-    plain, _ = look(folder, reader, known=False)
+    plain, _ = look(folder, processor, known=False)
     assert plain.good == [0, 1, 3, 6] and [p.index for p in plain.problems] == [2, 4, 5]
-    first, opened = look(folder, reader)
+    first, opened = look(folder, processor)
     assert first == plain and len(opened) == 6
-    second, opened = look(folder, reader)
+    second, opened = look(folder, processor)
     assert second == plain and opened == BAD
-    with_workers, _ = look(folder, reader, num_workers=2)
+    with_workers, _ = look(folder, processor, num_workers=2)
     assert with_workers == plain
 
 
-def test_what_changed_is_read_again(folder: Path, reader: Reader) -> None:
-    look(folder, reader)
+def test_what_changed_is_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
+    look(folder, processor)
     picture = folder / "blue.png"
     before = picture.stat()
     Image.new("RGB", (60, 60)).save(picture)
     os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert look(folder, reader)[1] == ["blue", *BAD], "no other"
+    assert look(folder, processor)[1] == ["blue", *BAD], "no other"
     (folder / "red.png").rename(folder / "lost.png")
-    report, opened = look(folder, reader)
+    report, opened = look(folder, processor)
     assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was mended"
     assert [p.row_id for p in report.problems] == ["red", "rows.jsonl[4]", "text", "again"]
     rows = folder / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"content": "green"', '"content": "greener"', 1))
-    assert look(folder, reader)[1] == ["red", "green", "text", "again"]
+    assert look(folder, processor)[1] == ["red", "green", "text", "again"]
 
 
 def test_another_way_of_reading_knows_nothing(
-    recipe_fields: Fields, folder: Path, reader: Reader
+    recipe_fields: Fields, folder: Path, processor: MultiTokenProcessor
 ) -> None:
-    look(folder, reader)
-    others = [replace(reader, max_tokens=7), replace(reader, teacher="optional")]
+    look(folder, processor)
+    others = [replace(processor, max_tokens=7), replace(processor, distillation="optional")]
     for change in (
         {"model": {"learn_turns": "last"}},
         {"model": {"chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"}},
@@ -117,39 +119,41 @@ def test_another_way_of_reading_knows_nothing(
         fields["model"] |= change.get("model", {})  # type: ignore[operator]
         projector = fields["model"]["modalities"]["image"]["projector"]
         projector["factor"] = change.get("factor", 3)
-        others.append(build_reader(Recipe.model_validate(fields), root=str(folder)))
-    identities = {reader_identity(one) for one in [reader, *others]}
+        others.append(build_processor(Recipe.model_validate(fields), root=str(folder)))
+    identities = {processor_fingerprint(one) for one in [processor, *others]}
     assert len(identities) == 1 + len(others)
     assert look(folder, others[-1])[1][:2] == ["red", "blue"]
     # what a call leaves in the tokenizer is no other tokenizer
-    before = reader_identity(reader)
-    reader.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=1)
-    assert reader_identity(reader) == before
+    before = processor_fingerprint(processor)
+    processor.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=1)
+    assert processor_fingerprint(processor) == before
 
 
 @pytest.mark.parametrize("num_shares", [2, 3, 9])
-def test_shares_make_the_report_of_one(folder: Path, reader: Reader, num_shares: int) -> None:
-    plain, _ = look(folder, reader, known=False)
+def test_shares_make_the_report_of_one(
+    folder: Path, processor: MultiTokenProcessor, num_shares: int
+) -> None:
+    plain, _ = look(folder, processor, known=False)
     parts = [
-        look(folder, reader, indices=range(share, 7, num_shares)) for share in range(num_shares)
+        look(folder, processor, indices=range(share, 7, num_shares)) for share in range(num_shares)
     ]
     opened = sorted(row for _, rows in parts for row in rows)
     assert opened == ["again", "blue", "green", "lost", "red", "text"], "each row once"
-    assert merge([report for report, _ in parts[::-1]]) == plain
-    assert look(folder, reader)[1] == BAD
+    assert merge_reports([report for report, _ in parts[::-1]]) == plain
+    assert look(folder, processor)[1] == BAD
 
 
-def test_a_scan_that_breaks_off_goes_on(folder: Path, reader: Reader) -> None:
+def test_a_scan_that_breaks_off_goes_on(folder: Path, processor: MultiTokenProcessor) -> None:
     rows = load_rows(str(folder / "rows.jsonl"))
 
     def read(row: Any, row_id: str) -> Any:
         if row_id == "green":
             raise KeyboardInterrupt
-        return read_row(row, row_id, reader=reader, modalities=["image"])
+        return row_to_sample(row, row_id, processor=processor, modalities=["image"])
 
     with pytest.raises(KeyboardInterrupt):
-        scan(rows, read, known=KnownLengths(folder / "lengths", reader), progress=False)
-    assert look(folder, reader)[1] == ["lost", "green", "text", "again"]
+        scan(rows, read, known=LengthStore(folder / "lengths", processor), progress=False)
+    assert look(folder, processor)[1] == ["lost", "green", "text", "again"]
 
 
 def row_with(source: Any) -> dict[str, Any]:
@@ -163,9 +167,9 @@ def row_with(source: Any) -> dict[str, Any]:
 
 
 def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
-    folder: Path, reader: Reader
+    folder: Path, processor: MultiTokenProcessor
 ) -> None:
-    known = KnownLengths(folder / "lengths", reader)
+    known = LengthStore(folder / "lengths", processor)
     pictures = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
     sources: list[Any] = [
         "red.png",
@@ -195,9 +199,9 @@ def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
 
 
 def test_lengths_of_others_are_known_after_a_look_and_a_damaged_file_is_named(
-    folder: Path, reader: Reader
+    folder: Path, processor: MultiTokenProcessor
 ) -> None:
-    one, two = (KnownLengths(folder / "lengths", reader) for _ in range(2))
+    one, two = (LengthStore(folder / "lengths", processor) for _ in range(2))
     key = one.key(row_with("red.png"), "row")
     assert key is not None and one.get(key) is None
     one.add(key, Length(9, 2, 3))
@@ -209,4 +213,4 @@ def test_lengths_of_others_are_known_after_a_look_and_a_damaged_file_is_named(
     (file,) = (folder / "lengths").iterdir()
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(MultiTokenError, match=f"{file.name} is damaged .*; remove it"):
-        KnownLengths(folder / "lengths", reader)
+        LengthStore(folder / "lengths", processor)

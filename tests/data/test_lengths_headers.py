@@ -24,13 +24,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multi_token.data import sources as sources_module
-from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.lengths import KnownLengths, reader_identity
+from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.lengths import LengthStore, processor_fingerprint
 from multi_token.data.scan import scan
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
-from multi_token.processor import Reader, build_reader
+from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.registry import register_modality
 from multi_token.testing import tiny_image_encoder
@@ -52,9 +52,9 @@ class Watched(ImageModality):
         DECODED.append(str(source))
         return super().load(source, fetch)
 
-    def measure(self, source: Any, fetch: Fetch) -> int | None:
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """As of pictures."""
-        return super().measure(source, fetch)
+        return super().num_features_from_header(source, fetch)
 
 
 def write_rows(folder: Path, *, damaged: int | None = None) -> Path:
@@ -116,42 +116,42 @@ def fields_of(recipe_fields: Fields, native: str, tmp_path: Path) -> Fields:
 
 
 @pytest.fixture
-def reader(fields_of: Fields, tmp_path: Path) -> Reader:
+def processor(fields_of: Fields, tmp_path: Path) -> MultiTokenProcessor:
     recipe = Recipe.model_validate(fields_of("run", "headers"))
-    return build_reader(recipe, root=str(tmp_path / "rows"))
+    return build_processor(recipe, root=str(tmp_path / "rows"))
 
 
-def look(reader: Reader, folder: Path, **options: Any) -> Any:
+def look(processor: MultiTokenProcessor, folder: Path, **options: Any) -> Any:
     rows = load_rows(str(folder / "rows.jsonl"))
 
     def read(row: Any, row_id: str) -> Any:
-        return read_row(row, row_id, reader=reader, modalities=["image"])
+        return row_to_sample(row, row_id, processor=processor, modalities=["image"])
 
     return scan(rows, read, source="rows.jsonl", progress=False, **options)
 
 
 def test_a_scan_by_headers_decodes_nothing_and_finds_the_lengths_of_decoding(
-    reader: Reader, tmp_path: Path
+    processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
     DECODED.clear()
-    by_header = look(replace(reader, by_header=True), tmp_path / "rows")
-    assert DECODED == [] and by_header.num_decoded == 0
-    decoded = look(reader, tmp_path / "rows")
+    lengths_only = look(replace(processor, lengths_only=True), tmp_path / "rows")
+    assert DECODED == [] and lengths_only.num_decoded == 0
+    decoded = look(processor, tmp_path / "rows")
     assert len(DECODED) == decoded.num_decoded == len(SIZES)
-    assert by_header == decoded
+    assert lengths_only == decoded
     assert len({length.num_media for length in decoded.lengths}) > 2, "they are of many lengths"
 
 
 def test_a_picture_damaged_behind_its_header_passes_a_scan_by_headers_alone(
-    reader: Reader, tmp_path: Path
+    processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
-    whole = look(reader, tmp_path / "rows")
+    whole = look(processor, tmp_path / "rows")
     write_rows(tmp_path / "rows", damaged=5)
-    assert look(replace(reader, by_header=True), tmp_path / "rows") == whole
-    assert [p.row_id for p in look(reader, tmp_path / "rows").problems] == ["row 5"]
+    assert look(replace(processor, lengths_only=True), tmp_path / "rows") == whole
+    assert [p.row_id for p in look(processor, tmp_path / "rows").problems] == ["row 5"]
     (tmp_path / "rows" / "2.jpg").unlink()
     (tmp_path / "rows" / "3.jpg").write_bytes(b"{}")
-    found = look(replace(reader, by_header=True), tmp_path / "rows").problems
+    found = look(replace(processor, lengths_only=True), tmp_path / "rows").problems
     assert [(p.row_id, p.kind) for p in found] == [
         ("row 2", "missing_file"),
         ("row 3", "undecodable"),
@@ -159,19 +159,19 @@ def test_a_picture_damaged_behind_its_header_passes_a_scan_by_headers_alone(
 
 
 def test_lengths_by_header_are_not_taken_for_those_of_decoded_rows(
-    reader: Reader, tmp_path: Path
+    processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
-    asking = replace(reader, by_header=True)
-    assert reader_identity(asking) == reader_identity(reader)
+    asking = replace(processor, lengths_only=True)
+    assert processor_fingerprint(asking) == processor_fingerprint(processor)
     folder, rows = tmp_path / "lengths", tmp_path / "rows"
-    look(asking, rows, known=KnownLengths(folder, asking))
-    assert look(asking, rows, known=KnownLengths(folder, asking)).num_remembered == len(SIZES)
-    report = look(reader, rows, known=KnownLengths(folder, reader))
-    assert (report.num_remembered, report.num_decoded) == (0, len(SIZES))
+    look(asking, rows, known=LengthStore(folder, asking))
+    assert look(asking, rows, known=LengthStore(folder, asking)).num_known_before == len(SIZES)
+    report = look(processor, rows, known=LengthStore(folder, processor))
+    assert (report.num_known_before, report.num_decoded) == (0, len(SIZES))
     # the other way round they serve: who decoded knows more
     other = tmp_path / "other"
-    look(reader, rows, known=KnownLengths(other, reader))
-    assert look(asking, rows, known=KnownLengths(other, asking)).num_remembered == len(SIZES)
+    look(processor, rows, known=LengthStore(other, processor))
+    assert look(asking, rows, known=LengthStore(other, asking)).num_known_before == len(SIZES)
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ from rich.console import Console
 from multi_token.errors import MultiTokenError
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
-from multi_token.train.distributed import part, rank
+from multi_token.train.distributed import destroy_process_group, rank
 from multi_token.train.run import train
 from tests.data.test_lengths_headers import Watched
 
@@ -279,7 +279,7 @@ try:
 except MultiTokenError as error:
     said = f"{type(error).__name__}: {error}"
 open(f"{out}-{rank()}", "w").write(said)
-part()
+destroy_process_group()
 """
 
 
@@ -333,9 +333,11 @@ def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
     monkeypatch.setattr(sources_module, "_MANY", 7)
     for lengths, told in (("decode", True), ("headers", False)):
         recipe = Recipe.model_validate(fields_of(lengths, lengths))
-        reader = build_reader(recipe, root=str(tmp_path / "rows"))
+        processor = build_processor(recipe, root=str(tmp_path / "rows"))
         rows = load_rows(str(tmp_path / "rows" / "rows.jsonl"))
-        source = sources_module.Source(rows, reader, "rows", headers=lengths == "headers")
+        source = sources_module.TrainingSource(
+            rows, processor, "rows", headers=lengths == "headers"
+        )
         for _ in range(2):  # the second time all are remembered
             out = io.StringIO()
             sources_module.good_rows([source], recipe, Console(file=out, width=300))
@@ -377,8 +379,8 @@ def test_rows_that_headers_do_not_tell_are_decoded_and_counted(
         messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "red"}]
         rows_file.write(json.dumps({"id": "text", "messages": messages}) + "\n")
     rows = load_rows(str(folder / "rows.jsonl"))
-    reader = build_reader(recipe, root=str(folder))
-    source = sources_module.Source(rows, reader, "rows", headers=True)
+    processor = build_processor(recipe, root=str(folder))
+    source = sources_module.TrainingSource(rows, processor, "rows", headers=True)
     DECODED.clear()
     for said in (
         "lengths of 9 rows: 8 by header, 1 decoded\n",
@@ -388,5 +390,5 @@ def test_rows_that_headers_do_not_tell_are_decoded_and_counted(
         (found,) = sources_module.good_rows([source], recipe, Console(file=out, width=300))
         assert said in out.getvalue()
         assert DECODED == ["0.jpg"]
-    expected = look(reader, folder)
+    expected = look(processor, folder)
     assert list(found.lengths) == [length.num_tokens for length in expected.lengths]

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from multi_token.data.mixture import Mixture, Place, permutation
+from multi_token.data.mixture import Mixture, RowRef, permutation
 
 
-def first(mixture: Mixture, num: int) -> list[Place]:
-    return [mixture.place(position) for position in range(num)]
+def first(mixture: Mixture, num: int) -> list[RowRef]:
+    return [mixture.row_ref(position) for position in range(num)]
 
 
 def test_sources_come_as_often_as_their_weights_say() -> None:
@@ -25,7 +25,7 @@ def test_every_row_of_every_source_comes_once_and_within_its_window() -> None:
     mixture = Mixture([2, 1], seed=3, window=window)
     given = [0, 0]
     for number in range(30):
-        places = mixture.places(number)
+        places = mixture.row_refs(number)
         for source in (0, 1):
             numbers = sorted(p.number for p in places if p.source == source)
             assert numbers == list(range(given[source], given[source] + len(numbers)))
@@ -35,7 +35,7 @@ def test_every_row_of_every_source_comes_once_and_within_its_window() -> None:
 
 def test_windows_are_shuffled_each_in_its_own_way_and_a_window_of_one_is_not() -> None:
     mixture = Mixture([1.0], seed=0, window=32)
-    orders = [[p.number - 32 * w for p in mixture.places(w)] for w in range(3)]
+    orders = [[p.number - 32 * w for p in mixture.row_refs(w)] for w in range(3)]
     assert all(sorted(order) == list(range(32)) for order in orders)
     assert orders[0] != orders[1] != orders[2] and orders[0] != list(range(32))
     alone = first(Mixture([1.0], seed=0, window=1), 50)
@@ -46,7 +46,7 @@ def test_a_jump_forward_and_back_finds_what_walking_there_finds() -> None:
     walked = first(Mixture([1, 2, 5], seed=7, window=8), 400)
     jumping = Mixture([1, 2, 5], seed=7, window=8)
     for position in (399, 0, 250, 3, 251, 120):
-        assert jumping.place(position) == walked[position]
+        assert jumping.row_ref(position) == walked[position]
 
 
 def test_another_seed_is_another_mixture_and_another_order() -> None:

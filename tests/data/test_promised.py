@@ -11,22 +11,22 @@ import pytest
 import torch
 
 from multi_token.collate import Collator
-from multi_token.data.dataset import load_rows, read_row
-from multi_token.data.promised import PromisedDataset, stand_in
+from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.promised import HeaderLengthDataset, placeholder_sample
 from multi_token.errors import RowError
-from multi_token.processor import Reader, build_reader
+from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.distillation import WithTeacher
-from multi_token.train.distributed import refuse_bad_rows, refuse_no_numbers
-from multi_token.train.dpo import Pair, PairCollator
-from multi_token.train.metrics import ROW_IDS, Named
+from multi_token.train.distillation import DistillationCollator
+from multi_token.train.distributed import check_losses_finite, check_no_bad_rows
+from multi_token.train.dpo import PreferenceCollator, PreferencePair
+from multi_token.train.metrics import ROW_IDS, WithRowIds
 
 Fields = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def reader(recipe_fields: Fields, data: Path, tmp_path: Path) -> Reader:
-    return build_reader(Recipe.model_validate(recipe_fields(tmp_path / "run")), root=str(data))
+def processor(recipe_fields: Fields, data: Path, tmp_path: Path) -> MultiTokenProcessor:
+    return build_processor(Recipe.model_validate(recipe_fields(tmp_path / "run")), root=str(data))
 
 
 @pytest.fixture
@@ -34,12 +34,16 @@ def rows(data: Path) -> Any:
     return load_rows(str(data / "rows.jsonl"))
 
 
-def test_a_row_of_another_length_comes_with_what_is_wrong(rows: Any, reader: Reader) -> None:
-    read = [read_row(row, row["id"], reader=reader, modalities=["image"]) for row in rows]
+def test_a_row_of_another_length_comes_with_what_is_wrong(
+    rows: Any, processor: MultiTokenProcessor
+) -> None:
+    read = [
+        row_to_sample(row, row["id"], processor=processor, modalities=["image"]) for row in rows
+    ]
     lengths = [len(sample.input_ids) for sample in read]
 
-    def dataset(lengths: list[int]) -> PromisedDataset:
-        return PromisedDataset(rows, reader, modalities=["image"], lengths=lengths)
+    def dataset(lengths: list[int]) -> HeaderLengthDataset:
+        return HeaderLengthDataset(rows, processor, modalities=["image"], lengths=lengths)
 
     assert all(sample.error is None for sample in map(dataset(lengths).__getitem__, range(4)))
     sample = dataset([lengths[0] + 1, *lengths[1:]])[0]
@@ -48,21 +52,23 @@ def test_a_row_of_another_length_comes_with_what_is_wrong(rows: Any, reader: Rea
 
 
 def test_what_stands_in_for_a_bad_row_goes_through_every_collator(
-    rows: Any, reader: Reader
+    rows: Any, processor: MultiTokenProcessor
 ) -> None:
-    good = read_row(rows[0], "red", reader=reader, modalities=["image"])
-    pair = replace(good, teacher=replace(good, places=[], media=[]), rejected=good)
+    good = row_to_sample(rows[0], "red", processor=processor, modalities=["image"])
+    pair = replace(good, teacher=replace(good, media_spans=[], media=[]), rejected=good)
     error = RowError("is bad", kind="undecodable", row_id="blue")
     for share in (False, True):
         collator = Collator(
-            reader.modalities, reader.chat.filler_id, share_prefix=share, share_media=share
+            processor.modalities, processor.chat.filler_id, share_prefix=share, share_media=share
         )
-        for collate in (collator, collator.pack, WithTeacher(collator, packed=False)):
-            for samples in ([pair, stand_in(error)], [stand_in(error)]):
-                names = Named(collate)(samples)[ROW_IDS]
+        for collate in (collator, collator.pack, DistillationCollator(collator, packed=False)):
+            for samples in ([pair, placeholder_sample(error)], [placeholder_sample(error)]):
+                names = WithRowIds(collate)(samples)[ROW_IDS]
                 assert names == ["red", error][-len(names) :]
-        pairs = [Pair(sample, torch.zeros(2)) for sample in (pair, stand_in(error))]
-        batch = Named(PairCollator(collator))(pairs)
+        pairs = [
+            PreferencePair(sample, torch.zeros(2)) for sample in (pair, placeholder_sample(error))
+        ]
+        batch = WithRowIds(PreferenceCollator(collator))(pairs)
         assert batch[ROW_IDS] == ["red", error] and len(batch["input_ids"]) == 4
 
 
@@ -73,7 +79,7 @@ def test_bad_rows_of_a_step_are_said_in_one_sentence_whatever_its_loss_is() -> N
         with pytest.raises(
             RowError, match=r"^row blue: is bad \(met at step 3, and 1 more with it, since with"
         ) as caught:
-            refuse_no_numbers([(torch.tensor(loss), ["white", first, other])], 3)
+            check_losses_finite([(torch.tensor(loss), ["white", first, other])], 3)
         assert caught.value.row_id == "blue" and caught.value.kind == "undecodable"
-    refuse_no_numbers([(torch.tensor(1.0), ["white"])], 3)
-    refuse_bad_rows(["white"], "step 3")
+    check_losses_finite([(torch.tensor(1.0), ["white"])], 3)
+    check_no_bad_rows(["white"], "step 3")

@@ -14,11 +14,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from multi_token.data.dataset import load_rows, rows_root
+from multi_token.data.dataset import load_rows, media_root
 from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.webdataset import TarRows
 from multi_token.data.formats import to_conversation
-from multi_token.data.row_stream import RowStream, Sequential, Shards, open_stream
+from multi_token.data.row_stream import RowStream, SequentialRows, ShardedRows, open_stream
 from multi_token.errors import MultiTokenError, RowError
 
 SIZES = (3, 5, 0, 2)
@@ -95,7 +95,7 @@ def test_the_same_files_are_rows_by_index_where_nothing_is_streamed(shards: str)
     rows = load_rows(shards)
     assert len(rows) == 10 and [row["number"] for row in rows] == list(range(10))
     assert len(load_rows(str(Path(shards).parent))) == 10
-    assert rows_root(shards) == str(Path(shards).parent.resolve())
+    assert media_root(shards) == str(Path(shards).parent.resolve())
     with pytest.raises(MultiTokenError, match="no split 'test'"):
         load_rows(shards, split="test")
 
@@ -154,7 +154,7 @@ class Counting:
 
 def test_rows_that_come_in_order_only_are_kept_for_a_window_and_begun_anew_for_older_ones() -> None:
     rows = Counting(10)
-    stream = Sequential("stream", rows, keep=4)
+    stream = SequentialRows("stream", rows, keep=4)
     assert [stream.row(n).row["number"] for n in (5, 2, 4, 7, 4)] == [5, 2, 4, 7, 4]
     assert rows.num_begun == 1
     assert stream.row(12).row["number"] == 2 and stream.row(12).epoch == 1
@@ -171,13 +171,13 @@ def test_a_stream_of_datasets_is_such_rows() -> None:
         yield from ({"number": n} for n in range(3))
 
     found: Any = datasets.IterableDataset.from_generator(generate)
-    assert numbers(Sequential("hub", lambda: found, keep=2), range(7)) == [0, 1, 2, 0, 1, 2, 0]
+    assert numbers(SequentialRows("hub", lambda: found, keep=2), range(7)) == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("open_rows", [Counting(0)])
 def test_sources_without_rows_are_refused(open_rows: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n")
-    for stream in (open_stream(str(tmp_path)), Sequential(str(tmp_path), open_rows, keep=1)):
+    for stream in (open_stream(str(tmp_path)), SequentialRows(str(tmp_path), open_rows, keep=1)):
         with pytest.raises(MultiTokenError, match="has no rows, expected at least one"):
             stream.row(0)
 
@@ -299,6 +299,6 @@ def test_shards_in_memory_stay_few(tmp_path: Path) -> None:
     for i in range(9):
         write_jsonl(tmp_path / f"{i}.jsonl", range(i, i + 1))
     stream = open_stream(str(tmp_path))
-    assert isinstance(stream, Shards)
+    assert isinstance(stream, ShardedRows)
     assert sorted(numbers(stream, range(9))) == list(range(9))
     assert len(stream._opened) == 4

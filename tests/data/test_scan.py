@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from multi_token.data.dataset import load_rows, read_row
+from multi_token.data.dataset import load_rows, row_to_sample
 from multi_token.data.formats import to_conversation
 from multi_token.data.scan import (
-    LEARNED_STYLE,
     MEDIA_STYLE,
     PROMPT_STYLE,
+    SUPERVISED_STYLE,
     Bin,
     Length,
     first_relative_path,
@@ -32,21 +32,21 @@ from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.video import VideoModality
-from multi_token.types import IGNORE_INDEX, Conversation, Media, Place, Sample
+from multi_token.types import IGNORE_INDEX, Conversation, Media, MediaSpan, Sample
 
 FETCH = Fetch()
 
 
-def reader(conversation: Conversation, *, fetch: Fetch = FETCH) -> Sample:
+def processor(conversation: Conversation, *, fetch: Fetch = FETCH) -> Sample:
     """A small reader: a token for each letter, four for each picture; answers are learned."""
     ids: list[int] = []
     labels: list[int] = []
-    places: list[Place] = []
+    places: list[MediaSpan] = []
     for message in conversation.messages:
         for part in message.parts:
             if isinstance(part, Media):
                 decode_image(fetch.read(part.source))
-                places.append(Place(part.modality, len(ids), 4))
+                places.append(MediaSpan(part.modality, len(ids), 4))
                 new = [0] * 4
             else:
                 new = [ord(letter) for letter in part.text]
@@ -59,7 +59,7 @@ def reader(conversation: Conversation, *, fetch: Fetch = FETCH) -> Sample:
     return Sample(torch.tensor(ids), torch.tensor(labels), places, id=conversation.id)
 
 
-read = partial(read_row, reader=reader, modalities=("image",))
+read = partial(row_to_sample, processor=processor, modalities=("image",))
 
 
 class Letters:
@@ -249,7 +249,7 @@ def test_a_sample_is_shown_by_role_with_media_as_one_span(picture: str) -> None:
         ("Is ", PROMPT_STYLE),
         ("[image x 4]", MEDIA_STYLE),
         (" [bold]red?", PROMPT_STYLE),
-        ("yes", LEARNED_STYLE),
+        ("yes", SUPERVISED_STYLE),
     ]
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from rich.console import Console
 
 from multi_token.data.dataset import load_rows
-from multi_token.data.sources import Source, good_rows
+from multi_token.data.sources import TrainingSource, good_rows
 from multi_token.errors import RowError
-from multi_token.processor import build_reader
+from multi_token.processor import build_processor
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -46,9 +46,9 @@ def write_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(lines))
 
 
-def source_of(folder: Path, recipe: Recipe) -> Source:
-    reader = build_reader(recipe, root=str(folder))
-    return Source(load_rows(str(folder / "rows.jsonl")), reader, "rows.jsonl")
+def source_of(folder: Path, recipe: Recipe) -> TrainingSource:
+    processor = build_processor(recipe, root=str(folder))
+    return TrainingSource(load_rows(str(folder / "rows.jsonl")), processor, "rows.jsonl")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -13,10 +13,10 @@ from multi_token.data.mixture import Mixture
 from multi_token.data.row_stream import open_stream
 from multi_token.data.scan import Problem
 from multi_token.data.stream_loader import StreamLoader, StreamState, load_state, save_states
-from multi_token.data.streaming import Share, Streams
+from multi_token.data.streaming import PaddedShard, StreamDataset
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.train.packing import Packing
+from multi_token.train.packing import PackingPlan
 from multi_token.train.training_args import training_arguments
 from tests.data.streams import BAD, row_of
 
@@ -31,11 +31,11 @@ class Rows:
         self.asked: list[int] = []
 
     def row(self, number: int) -> Any:
-        from multi_token.data.row_stream import Numbered
+        from multi_token.data.row_stream import NumberedRow
 
         self.asked.append(number)
         row = self.rows[number % len(self.rows)]
-        return Numbered(row, str(row.get("id")), number // len(self.rows))
+        return NumberedRow(row, str(row.get("id")), number // len(self.rows))
 
 
 class Bench:
@@ -46,9 +46,14 @@ class Bench:
         self.stream = Rows(rows)
 
     def __call__(
-        self, *, window: int = 4, skip: bool = False, packing: Packing | None = None, **more: Any
+        self,
+        *,
+        window: int = 4,
+        skip: bool = False,
+        packing: PackingPlan | None = None,
+        **more: Any,
     ) -> StreamLoader:
-        args_of = {k: more.pop(k) for k in list(more) if k not in ("step", "state", "say")}
+        args_of = {k: more.pop(k) for k in list(more) if k not in ("step", "state", "print_fn")}
         args = training_arguments(
             self.folder,
             {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 2, **args_of},
@@ -56,7 +61,9 @@ class Bench:
             learning_rate=1e-3,
         )
         mixture = Mixture([1.0], seed=0, window=window)
-        streams = Streams([self.stream], ["rows"], [self.model.reader], mixture, skip_bad=skip)
+        streams = StreamDataset(
+            [self.stream], ["rows"], [self.model.processor], mixture, skip_bad=skip
+        )
         return StreamLoader(streams, args, names, packing=packing, **more)
 
 
@@ -74,9 +81,9 @@ def first(loader: StreamLoader, num: int) -> list[list[str]]:
 
 
 def test_the_steps_of_two_processes_are_those_of_one() -> None:
-    one = Share(4)
-    two = [Share(2, process=i, num_processes=2) for i in (0, 1)]
-    accumulated = [Share(1, num_accumulated=2, process=i, num_processes=2) for i in (0, 1)]
+    one = PaddedShard(4)
+    two = [PaddedShard(2, process=i, num_processes=2) for i in (0, 1)]
+    accumulated = [PaddedShard(1, num_accumulated=2, process=i, num_processes=2) for i in (0, 1)]
     for step in range(5):
         rows = sorted(one.positions(step))
         assert sorted(p for s in two for p in s.positions(step)) == rows
@@ -84,7 +91,7 @@ def test_the_steps_of_two_processes_are_those_of_one() -> None:
         assert sorted(p for s in accumulated for n in numbers for p in s.positions(n)) == rows
 
 
-@pytest.mark.parametrize("packing", [None, Packing([], 120)], ids=["padded", "packed"])
+@pytest.mark.parametrize("packing", [None, PackingPlan([], 120)], ids=["padded", "packed"])
 def test_data_workers_give_the_same_batches(bench: Bench, packing: Any) -> None:
     alone = first(bench(packing=packing), 14)
     helped = first(bench(packing=packing, dataloader_num_workers=2), 14)
@@ -107,11 +114,11 @@ def test_going_on_reads_no_row_before(bench: Bench) -> None:
 
 
 def test_packs_hold_every_row_once_within_both_budgets(bench: Bench, model: Any) -> None:
-    loader = bench(window=12, packing=Packing([], 150, [], 3))
+    loader = bench(window=12, packing=PackingPlan([], 150, [], 3))
     packs = first(loader, 30)
     given = [name for pack in packs for name in pack]
     waiting = [p for pack in [*loader.state.packs, loader.state.carried] for p in pack]
-    place = loader.streams.mixture.place
+    place = loader.streams.mixture.row_ref
     read = [f"{place(p).number % 24:02}" for p in range(12 * loader.state.window)]
     assert len(read) >= 5 * 24
     assert sorted(read) == sorted([*given, *(f"{place(p).number % 24:02}" for p in waiting)])
@@ -123,16 +130,16 @@ def test_packs_hold_every_row_once_within_both_budgets(bench: Bench, model: Any)
 
 
 def length_of(bench: Bench, number: int) -> int:
-    from multi_token.data.dataset import read_row
+    from multi_token.data.dataset import row_to_sample
 
     row = bench.stream.rows[number]
-    sample = read_row(row, "", reader=bench.model.reader, modalities=["image"])
+    sample = row_to_sample(row, "", processor=bench.model.processor, modalities=["image"])
     return len(sample.input_ids)
 
 
 def test_packs_go_on_exactly_from_any_of_them(bench: Bench, tmp_path: Path) -> None:
     def loader(**more: Any) -> StreamLoader:
-        return bench(window=10, packing=Packing([], 150), **more)
+        return bench(window=10, packing=PackingPlan([], 150), **more)
 
     every = first(loader(), 24)
     for num in (1, 5, 6, 13):
@@ -144,7 +151,7 @@ def test_packs_go_on_exactly_from_any_of_them(bench: Bench, tmp_path: Path) -> N
         assert step == num and first(loader(step=step, state=state), 24 - num) == every[num:]
         # what was learned from is not read again
         waiting = {p for pack in [*state.packs, state.carried] for p in pack}
-        place = begun.streams.mixture.place
+        place = begun.streams.mixture.row_ref
         learned = [place(p).number for p in range(10 * state.window) if p not in waiting]
         assert len(learned) > num and not set(learned) & set(bench.stream.asked)
 
@@ -155,14 +162,14 @@ def test_a_bad_row_stops_the_run_by_name(bench: Bench) -> None:
         first(bench(), 12)
     bench.stream.rows[5] = BAD
     with pytest.raises(RowError, match=r"^row bad: "):
-        first(bench(packing=Packing([], 120), dataloader_num_workers=1), 12)
+        first(bench(packing=PackingPlan([], 120), dataloader_num_workers=1), 12)
 
 
 def test_skipped_rows_leave_every_other_row_in_its_batch_and_are_counted(bench: Bench) -> None:
     whole = first(bench(), 12)
     bench.stream.rows[5] = bench.stream.rows[17] = BAD
     said: list[str] = []
-    loader = bench(skip=True, say=said.append)
+    loader = bench(skip=True, print_fn=said.append)
     batches = first(loader, 12)
     assert batches == [[n for n in b if n not in ("05", "17")] or ["?"] for b in whole]
     assert loader.state.num_bad == 2
@@ -182,13 +189,13 @@ def test_a_batch_without_a_good_row_takes_the_next_one_of_its_window(bench: Benc
 
 def test_packs_leave_bad_rows_out(bench: Bench) -> None:
     bench.stream.rows[5] = bench.stream.rows[17] = BAD
-    loader = bench(skip=True, packing=Packing([], 150))
+    loader = bench(skip=True, packing=PackingPlan([], 150))
     given = {name for pack in first(loader, 20) for name in pack}
     assert given == {f"{n:02}" for n in range(24)} - {"05", "17"}
     assert loader.state.num_bad >= 2
     bench.stream.rows[:] = [BAD] * 24
     with pytest.raises(MultiTokenError, match="1,.* rows of the stream on end"):
-        first(bench(skip=True, packing=Packing([], 150)), 1)
+        first(bench(skip=True, packing=PackingPlan([], 150)), 1)
 
 
 def test_another_number_of_processes_keeps_the_count_of_bad_rows(tmp_path: Path) -> None:
@@ -213,7 +220,7 @@ def test_relative_paths_start_at_the_folder_of_the_rows(
     stream = open_stream(str(data / "*.jsonl"))
     from dataclasses import replace
 
-    reader = replace(model.reader, fetch=Fetch(root=stream.root))
-    streams = Streams([stream], ["data"], [reader], Mixture([1.0], seed=0, window=4))
-    collated = Collator(model.modalities, model.reader.chat.filler_id)(list(islice(streams, 4)))
+    processor = replace(model.processor, fetch=Fetch(root=stream.root))
+    streams = StreamDataset([stream], ["data"], [processor], Mixture([1.0], seed=0, window=4))
+    collated = Collator(model.modalities, model.processor.chat.filler_id)(list(islice(streams, 4)))
     assert collated["input_ids"].shape[0] == 4

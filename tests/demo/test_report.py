@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from multi_token.demo.report import Example, sheet, write_report
+from multi_token.demo.report import Example, draw_sheet, write_report
 from multi_token.report import style as page_style
 from multi_token.report.chart import chart
-from multi_token.report.machine import machine
+from multi_token.report.machine import machine_facts
 
 NUMBERS: dict[str, Any] = {
     "num_names": 100,
@@ -99,7 +99,7 @@ def test_the_json_has_the_numbers_the_examples_and_the_machine(
         "group": "Renderings it was not trained on",
     }
     assert report["losses"][0] == [1, 6.0] and len(report["losses"]) == 60
-    assert set(report["machine"]) == set(machine())
+    assert set(report["machine"]) == set(machine_facts())
 
 
 def test_the_page_loads_nothing_from_outside(page: Page) -> None:
@@ -199,8 +199,8 @@ def test_no_point_is_no_curve() -> None:
 
 
 def test_the_sheet_is_a_picture_of_the_first_cards(tmp_path: Path, examples: list[Example]) -> None:
-    sheet(examples * 6, tmp_path / "docs" / "sheet.png", folder=tmp_path)
-    sheet(examples, tmp_path / "small.png", folder=tmp_path, columns=2, rows=1)
+    draw_sheet(examples * 6, tmp_path / "docs" / "sheet.png", folder=tmp_path)
+    draw_sheet(examples, tmp_path / "small.png", folder=tmp_path, columns=2, rows=1)
     with Image.open(tmp_path / "docs" / "sheet.png") as large:
         assert large.format == "PNG" and large.width > 1000 and large.height > 900
         colors = {color for _, color in large.convert("RGB").getcolors(1 << 24) or []}
@@ -210,5 +210,5 @@ def test_the_sheet_is_a_picture_of_the_first_cards(tmp_path: Path, examples: lis
 
 
 def test_the_machine_is_named() -> None:
-    facts = machine()
+    facts = machine_facts()
     assert facts["cpu"] and int(facts["cores"]) >= 1 and facts["torch"] and facts["date"]

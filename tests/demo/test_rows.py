@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multi_token.demo.rows import WHAT_IS_THIS, DemoData, Question, build_rows, read_questions
+from multi_token.demo.rows import WHAT_IS_THIS, DemoData, DemoQuestion, build_rows, read_questions
 from multi_token.demo.things import CATEGORY_PHRASES, THINGS, Category, is_outside
 from multi_token.errors import MultiTokenError
 
@@ -40,11 +40,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     return build(tmp_path_factory.mktemp("demo"))
 
 
-def every_question(data: DemoData) -> list[Question]:
+def every_question(data: DemoData) -> list[DemoQuestion]:
     return [q for path in sorted(data.folder.glob("*.jsonl")) for q in read_questions(path)]
 
 
-def of_kind(questions: list[Question], *kinds: str) -> list[Question]:
+def of_kind(questions: list[DemoQuestion], *kinds: str) -> list[DemoQuestion]:
     return [q for q in questions if q.kind in kinds]
 
 
@@ -73,7 +73,7 @@ def test_naming_has_every_rendering_once_and_answers_with_the_bare_name(data: De
 
 
 def test_training_validation_and_held_out_share_no_picture(data: DemoData) -> None:
-    def bytes_of(questions: list[Question]) -> set[bytes]:
+    def bytes_of(questions: list[DemoQuestion]) -> set[bytes]:
         paths = {path for q in questions for path in q.pictures}
         return {(data.folder / path).read_bytes() for path in paths}
 

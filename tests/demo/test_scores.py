@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from multi_token.demo.scores import accuracy, contains_name, is_name, shuffled_pictures
+from multi_token.demo.scores import accuracy, contains_name, is_exact_name, shuffled_pictures
 
 
 @pytest.mark.parametrize("answer", ["dog", "Dog", " dog ", "dog.", "DOG. ", "dog ."])
 def test_case_spaces_and_one_final_dot_do_not_matter(answer: str) -> None:
-    assert is_name(answer, "dog")
+    assert is_exact_name(answer, "dog")
 
 
 @pytest.mark.parametrize("answer", ["", "a dog", "dogs", "dog..", "dog dog", "hotdog", "dog, cat"])
 def test_an_answer_that_says_more_or_less_is_not_the_name(answer: str) -> None:
-    assert not is_name(answer, "dog")
+    assert not is_exact_name(answer, "dog")
 
 
 def test_a_name_is_contained_only_as_a_whole_word() -> None:

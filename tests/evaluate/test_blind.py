@@ -16,8 +16,8 @@ from multi_token.checkpoint.load import compose, save
 from multi_token.cli import app
 from multi_token.data.dataset import load_rows
 from multi_token.errors import MultiTokenError
-from multi_token.evaluate.blind import Exchange, blanked, blind
-from multi_token.evaluate.rows import spread, with_reader
+from multi_token.evaluate.blind import MediaShuffle, ablated, blind
+from multi_token.evaluate.rows import evenly_spaced, with_processor
 from multi_token.evaluate.scores import _by_row, score_rows
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
@@ -27,7 +27,7 @@ Fields = Callable[..., dict[str, Any]]
 
 def rows_of(model: Any, path: Path) -> list[Any]:
     rows = load_rows(str(path))
-    return with_reader(rows, model, source=str(path), indices=range(len(rows)))
+    return with_processor(rows, model, source=str(path), indices=range(len(rows)))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_model_that_looks_is_worse_with_the_pictures_of_others_and_with_none(
 
 def test_a_model_that_does_not_look_is_warned_of(model: Any, data: Path) -> None:
     rows = rows_of(model, data / "rows.jsonl")
-    with blanked(model, ["image"]):
+    with ablated(model, ["image"]):
         report = blind(model, rows)
     assert report["shuffled"].loss_increase == pytest.approx(0.0, abs=1e-5)
     (warning,) = report.warnings
@@ -67,7 +67,7 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(
 ) -> None:
     model, _ = seeing
     rows = rows_of(model, data / "rows.jsonl")
-    exchanged = Exchange(rows, seed=0)
+    exchanged = MediaShuffle(rows, seed=0)
     samples = [r(c) for c, r in rows[:2]] + [exchanged.sample(i, ["image"]) for i in (2, 3)]
     scores = score_rows(model, samples, batch_size=3)
     answers = model.generate([c for c, _ in rows], root=str(data), max_new_tokens=8)
@@ -108,8 +108,8 @@ def test_rows_exchange_items_of_one_sense_and_count_that_are_not_equal(
         question = {"role": "user", "content": f"What is {slots}?"}
         messages = [question, {"role": "assistant", "content": answer}]
         rows.append({"id": answer, "messages": messages, **media})
-    read = with_reader(rows, model, source=str(data / "rows.jsonl"), indices=range(len(rows)))
-    exchanged = Exchange(read, seed=0)
+    read = with_processor(rows, model, source=str(data / "rows.jsonl"), indices=range(len(rows)))
+    exchanged = MediaShuffle(read, seed=0)
     red, both, one, two = (list(shown).index(n) for n in ("red", "both", "one", "two"))
     assert exchanged.donors(red, ["image"]) == {0: (both, 1)}, "the only other picture"
     assert exchanged.donors(one, ["vector"]) == {0: (two, 0)}, "the same vector is no other"
@@ -160,5 +160,5 @@ def test_the_command_warns_of_a_model_that_does_not_look(
 
 
 def test_rows_are_taken_evenly() -> None:
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 256) == [0, 1, 2]
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 256) == [0, 1, 2]

@@ -103,19 +103,19 @@ def engine_answers(model: Any, material: Path, kind: str) -> dict[str, list[int]
     """Question -> ids by an engine of this process, static or continuous, all asked at once."""
     import torch
 
-    from multi_token.generate import as_prompt, reader_of
-    from multi_token.serve.engines.base import Prompt, SamplingOptions, Token
+    from multi_token.generate import drop_last_answer, require_processor
+    from multi_token.serve.engines.base import Prompt, SamplingParams, TokenEvent
     from multi_token.serve.engines.continuous import ContinuousEngine
-    from multi_token.serve.engines.local.engine import StaticEngine
+    from multi_token.serve.engines.local.engine import LocalEngine
 
-    engine: Any = {"static": StaticEngine, "continuous": ContinuousEngine}[kind](model)
+    engine: Any = {"static": LocalEngine, "continuous": ContinuousEngine}[kind](model)
     ids: dict[str, list[int]] = {name: [] for name in QUESTIONS}
     ends: dict[str, list[Any]] = {name: [] for name in QUESTIONS}
     all_ended = {name: threading.Event() for name in QUESTIONS}
 
     def listener(name: str) -> Any:
         def emit(event: Any) -> None:
-            if isinstance(event, Token):
+            if isinstance(event, TokenEvent):
                 ids[name].append(event.id)
             else:
                 ends[name].append(event)
@@ -126,18 +126,18 @@ def engine_answers(model: Any, material: Path, kind: str) -> dict[str, list[int]
     engine.start()
     try:
         for name, pieces in QUESTIONS.items():
-            conversation = as_prompt(row_of(pieces, material), model)
-            sample = reader_of(model)(conversation, prompt_only=True)
+            conversation = drop_last_answer(row_of(pieces, material), model)
+            sample = require_processor(model)(conversation, prompt_only=True)
             tokens = []
-            for place, item in zip(sample.places, sample.media, strict=True):
+            for place, item in zip(sample.media_spans, sample.media, strict=True):
                 inputs = model.modalities[place.modality].collate([item])
                 with torch.no_grad():
                     tokens.append(
                         model.projectors[place.modality](model.encode(place.modality, inputs))
                     )
             keys = tuple(f"{name} {number}" for number in range(len(tokens)))
-            prompt = Prompt(sample.input_ids, tuple(sample.places), tuple(tokens), keys)
-            engine.submit(name, prompt, SamplingOptions(NUM_NEW), listener(name))
+            prompt = Prompt(sample.input_ids, tuple(sample.media_spans), tuple(tokens), keys)
+            engine.submit(name, prompt, SamplingParams(NUM_NEW), listener(name))
         for name, ended in all_ended.items():
             assert ended.wait(60), f"no end of the answer to {name!r}"
             assert ends[name][0].reason in ("stop", "length"), ends[name]

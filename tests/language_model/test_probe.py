@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, TextStreamer
 
 from multi_token.errors import LanguageModelError
-from multi_token.generate import answer_ids
+from multi_token.generate import generate_ids
 from multi_token.language_model.loading import adapter_parameters, attach_adapter
-from multi_token.language_model.probe import probe, try_training
+from multi_token.language_model.probe import check_trainable, probe
 from multi_token.recipe.train import AdapterSpec
-from multi_token.types import Place, Sample
+from multi_token.types import MediaSpan, Sample
 
 
 def table() -> ModuleType:
@@ -90,9 +90,9 @@ def llama(kind: Any = LlamaForCausalLM) -> Any:
 
 def test_a_plain_model_has_nothing_unusual() -> None:
     found = probe(llama())
-    assert found.findings() == []
-    assert found.isolates_packed and found.repeats_cache
-    found.require("isolates_packed")
+    assert found.notes() == []
+    assert found.supports_packing and found.repeats_cache
+    found.require("supports_packing")
 
 
 def test_it_takes_five_forwards_of_a_dozen_tokens() -> None:
@@ -109,9 +109,9 @@ def test_it_takes_five_forwards_of_a_dozen_tokens() -> None:
     )
     found = probe(model)
     assert len(widths) == 5 and max(widths) == 12
-    assert found.isolates_packed and len(widths) > 5, "what only packing needs is tried later"
+    assert found.supports_packing and len(widths) > 5, "what only packing needs is tried later"
     num_forwards = len(widths)
-    assert found.isolates_packed and len(widths) == num_forwards, "and only once"
+    assert found.supports_packing and len(widths) == num_forwards, "and only once"
 
 
 def test_it_leaves_no_trace() -> None:
@@ -119,7 +119,7 @@ def test_it_leaves_no_trace() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
     probe(model)
-    try_training(model)
+    check_trainable(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -129,7 +129,7 @@ def test_rounding_to_bfloat16_changes_no_finding(family: str) -> None:
     model = families.tiny_model(family)
     whole, half = probe(model), probe(model.to(torch.bfloat16))
     assert whole == half
-    assert whole.isolates_packed == half.isolates_packed
+    assert whole.supports_packing == half.supports_packing
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_a_model_that_cannot_answer_is_refused(model_type: str, message: str) ->
 )
 def test_a_model_that_cannot_be_trained_through_is_refused(kind: Any, message: str) -> None:
     with pytest.raises(LanguageModelError, match=f"cannot be trained through.*{message}"):
-        try_training(llama(kind))
+        check_trainable(llama(kind))
 
 
 def test_what_a_model_lacks_is_a_sentence_where_it_is_asked_for() -> None:
     found = probe(families.tiny_model("Mamba2"))
     with pytest.raises(LanguageModelError, match="Mamba2ForCausalLM cannot take packed rows"):
-        found.require("isolates_packed")
+        found.require("supports_packing")
     with pytest.raises(LanguageModelError, match="set train.share_prefix to false"):
         found.require("repeats_cache")
-    (said,) = probe(families.tiny_model("RWKV")).findings()
+    (said,) = probe(families.tiny_model("RWKV")).notes()
     assert "only prompts of one length are answered together" in said
 
 
@@ -211,7 +211,7 @@ def by_ids(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("by_ids")
     families.save_tiny_model("Gemma3n", folder)
     model = trials.composed(folder)
-    assert model.capabilities.starts_from == "ids"
+    assert model.capabilities.prefill_mode == "ids"
     return model
 
 
@@ -227,9 +227,9 @@ class Heard(TextStreamer):
 
 
 def test_a_streamer_hears_the_answer_without_the_prompt(by_ids: Any) -> None:
-    tokenizer = by_ids.reader.tokenizer
+    tokenizer = by_ids.processor.tokenizer
     streamer = Heard(tokenizer)
-    (answer,) = answer_ids(
+    (answer,) = generate_ids(
         by_ids, trials.prompts(by_ids)[:1], max_new_tokens=4, min_new_tokens=4, streamer=streamer
     )
     assert len(answer) == 4
@@ -239,11 +239,11 @@ def test_a_streamer_hears_the_answer_without_the_prompt(by_ids: Any) -> None:
 def test_what_going_on_by_ids_cannot_do_is_refused(by_ids: Any) -> None:
     sample = trials.prompts(by_ids)[0]
     with pytest.raises(LanguageModelError, match="num_beams and num_return_sequences must be 1"):
-        answer_ids(by_ids, [sample], max_new_tokens=2, num_beams=2)
+        generate_ids(by_ids, [sample], max_new_tokens=2, num_beams=2)
     length = len(sample.input_ids)
     item = sample.media[0]
-    cut = sample.places[0].start + sample.places[0].length
-    at_the_end = Sample(sample.input_ids[:cut], sample.labels[:cut], sample.places, [item])
-    assert at_the_end.places == [Place("vector", cut - 2, 2)] and cut < length
+    cut = sample.media_spans[0].start + sample.media_spans[0].length
+    at_the_end = Sample(sample.input_ids[:cut], sample.labels[:cut], sample.media_spans, [item])
+    assert at_the_end.media_spans == [MediaSpan("vector", cut - 2, 2)] and cut < length
     with pytest.raises(LanguageModelError, match="the prompt ends with an item of 'vector'"):
-        answer_ids(by_ids, [at_the_end], max_new_tokens=2)
+        generate_ids(by_ids, [at_the_end], max_new_tokens=2)

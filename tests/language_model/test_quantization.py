@@ -15,11 +15,11 @@ from rich.console import Console
 
 from multi_token.checkpoint.load import compose, load
 from multi_token.errors import LanguageModelError, RecipeError
-from multi_token.generate import ask, collate_prompts
+from multi_token.generate import collate_prompts, single_question
 from multi_token.language_model.loading import load_language_model
-from multi_token.language_model.quantization import num_bytes, quantized_parameters
+from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.recipe.recipe import ModelSpec, Quantization, Recipe
-from multi_token.registry import validated
+from multi_token.registry import validate_fields
 from multi_token.testing.language_models import tiny_language_model
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -47,8 +47,8 @@ def need(kind: Any) -> None:
 
 
 def logits(model: Any, data: Path) -> torch.Tensor:
-    question = ask("What is this?", [Media("image", str(data / "red.png"))])
-    batch = collate_prompts(model.reader, [question])
+    question = single_question("What is this?", [Media("image", str(data / "red.png"))])
+    batch = collate_prompts(model.processor, [question])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits
 
@@ -66,7 +66,7 @@ def test_quantized_weights_take_fewer_bytes_and_give_nearly_the_same_logits(
     whole = compose(ModelSpec.model_validate(fields))
     torch.manual_seed(0)
     model = compose(ModelSpec.model_validate({**fields, "quantization": kind}))
-    assert num_bytes(model.language_model) < 0.8 * num_bytes(whole.language_model)
+    assert module_bytes(model.language_model) < 0.8 * module_bytes(whole.language_model)
     stored = quantized_parameters(model.language_model)
     assert len(stored) == 14, "seven linear layers in each of two blocks"
     assert model.get_input_embeddings().weight.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_scales_of_quantized_weights_are_counted() -> None:
         layer = bnb.nn.Linear4bit(
             1024, 1024, bias=False, quant_type="nf4", compress_statistics=double_quant
         ).to("cpu")
-        plain[double_quant] = num_bytes(layer) / 1024**2
+        plain[double_quant] = module_bytes(layer) / 1024**2
     # half a byte a weight, and 32 bits in each 64 weights for a scale; 8 and a few in 64 if double
     assert plain[False] == pytest.approx(0.5 + 4 / 64, rel=1e-2)
     assert plain[True] == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, rel=1e-2)
@@ -110,7 +110,7 @@ def test_a_quantized_model_is_trained_saved_and_loaded_as_it_was(
     console = Console(record=True, width=200, file=io.StringIO())
     model = train(Recipe.model_validate(fields), console=console)
     said = console.export_text()
-    size = num_bytes(model.language_model.get_base_model())
+    size = module_bytes(model.language_model.get_base_model())
     assert "language model LlamaForCausalLM: float32 and quantized, 0.1 MB" in said, size
     assert "adapter: " in said and "parameters in float32, learning rate 0.01" in said
 
@@ -131,7 +131,7 @@ def test_gradients_through_quantized_weights_are_the_same_after_an_answer(
     need(kind)
     fields = kind if isinstance(kind, dict) else {"kind": kind}
     wide = tiny_language_model(tmp_path / "wide", hidden_size=64)  # 32 cannot be packed
-    quantization = validated(Quantization, fields, where="")
+    quantization = validate_fields(Quantization, fields, where="")
     language_model = load_language_model(wide, quantization=quantization)
     ids = torch.arange(8)[None]
     given = language_model.get_input_embeddings()(ids).detach()
@@ -183,7 +183,7 @@ def test_a_model_that_is_quantized_already_is_not_quantized_again(
 def test_a_quantization_that_cannot_be_is_refused_by_its_field(fields: Any, message: str) -> None:
     vector = {"type": "vector", "dim": 5}
     with pytest.raises(RecipeError, match=message):
-        validated(
+        validate_fields(
             ModelSpec,
             {"language_model": "a", "modalities": {"vector": vector}, "quantization": fields},
             where="recipe",

@@ -19,13 +19,16 @@ from PIL import Image
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from multi_token.collate import Collator, shared_start
+from multi_token.collate import Collator, shared_media_prefix_length
 from multi_token.errors import LanguageModelError
 from multi_token.language_model import segment_attention as attention
 from multi_token.language_model.probe import probe
-from multi_token.language_model.segment_attention import SEGMENTS, attending_by_segment
-from multi_token.recipe.train import AdapterSpec, Learn
-from multi_token.train.parameter_groups import select_parameters
+from multi_token.language_model.segment_attention import (
+    SEGMENT_ATTENTION,
+    segment_attention_enabled,
+)
+from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, PackedBatch, Text
 
 LENGTHS = (12, 1, 25)
@@ -64,16 +67,16 @@ def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]
     with torch.no_grad():  # LoRA starts at zero, where half of its gradients are
         for parameter in adapter_parameters(model.language_model):
             parameter.normal_(std=0.05)
-    select_parameters(model, Learn.model_validate({"projectors": 1e-3, "adapter": 1e-3}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"projectors": 1e-3, "adapter": 1e-3}))
     yield model.train()
 
 
 def collator_of(model: Any) -> Collator:
-    return Collator(model.modalities, model.reader.chat.filler_id)
+    return Collator(model.modalities, model.processor.chat.filler_id)
 
 
 def packed(model: Any, conversations: list[Conversation]) -> PackedBatch:
-    return collator_of(model).pack([model.reader(c) for c in conversations])
+    return collator_of(model).pack([model.processor(c) for c in conversations])
 
 
 def loss_and_gradients(model: Any, batches: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +103,7 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(learning: Any) -> None:
     model = learning
     collate = collator_of(model)
-    samples = [model.reader(c) for c in MIXED]
+    samples = [model.processor(c) for c in MIXED]
     alone = loss_and_gradients(model, [collate([s]) for s in samples])
     ways = {
         "padded": [collate(samples)],
@@ -108,7 +111,7 @@ def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(learning: 
         "two packs accumulated": [collate.pack(samples[:1]), collate.pack(samples[1:])],
     }
     found = {name: loss_and_gradients(model, batches) for name, batches in ways.items()}
-    with attending_by_segment(model.language_model) as by_segment:
+    with segment_attention_enabled(model.language_model) as by_segment:
         assert by_segment
         found["by segment"] = loss_and_gradients(model, ways["packed"])
         found["padded, by segment"] = loss_and_gradients(model, ways["padded"])
@@ -124,7 +127,7 @@ def test_activation_checkpointing_runs_layers_again_by_segment_too(learning: Any
     plain = loss_and_gradients(model, [batch])
     base = model.language_model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})
-    with attending_by_segment(model.language_model):
+    with segment_attention_enabled(model.language_model):
         again = loss_and_gradients(model, [batch])
     assert apart(again[1], plain[1]) < 1e-5
 
@@ -150,7 +153,7 @@ def test_what_stands_in_one_segment_changes_nothing_in_the_others(
 
     with torch.no_grad():
         if by_segment:
-            with attending_by_segment(model.language_model):
+            with segment_attention_enabled(model.language_model):
                 before, after = logits(MIXED), logits(others)
         else:
             before, after = logits(MIXED), logits(others)
@@ -165,12 +168,12 @@ def test_what_stands_in_one_segment_changes_nothing_in_the_others(
 def test_families_are_by_segment_what_they_are_row_by_row(families: Any, family: str) -> None:
     """Rows are longer than the sliding windows, so that these matter."""
     model = families.tiny_model(family)
-    assert probe(model).attends_by_segment
+    assert probe(model).supports_segment_attention
     ids = torch.randint(10, 390, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     with torch.no_grad():
         rows = [model(input_ids=row, use_cache=False).logits for row in ids.split(LENGTHS, 1)]
-        with attending_by_segment(model):
+        with segment_attention_enabled(model):
             found = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(found, torch.cat(rows, 1), rtol=1e-3, atol=1e-4)
 
@@ -189,7 +192,7 @@ def test_the_whole_mask_is_made_only_where_a_window_cuts_a_segment(
     model = families.tiny_model("Mistral", sliding_window=window)
     ids = torch.arange(10, 10 + sum(LENGTHS))[None]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    with attending_by_segment(model), torch.no_grad():
+    with segment_attention_enabled(model), torch.no_grad():
         model(input_ids=ids, position_ids=positions, use_cache=False)
     one_layer = [(n, n) for n in (LENGTHS if by_segment else (sum(LENGTHS),))]
     assert shapes == 2 * one_layer
@@ -200,18 +203,18 @@ def test_models_that_cannot_attend_by_segment_are_found(families: Any, family: s
     model = families.tiny_model(family)
     before = model.config._attn_implementation
     found = probe(model)
-    assert not found.attends_by_segment
+    assert not found.supports_segment_attention
     assert model.config._attn_implementation == before
     if family != "Gemma2":  # whose soft caps need `eager`, with a mask over all
         with pytest.raises(LanguageModelError, match="cannot take packed rows"):
-            found.require("isolates_packed")
+            found.require("supports_packing")
 
 
 def test_answers_are_the_same_during_and_after_attending_by_segment(model: Any) -> None:
     questions = [Conversation(c.messages[:1], id=c.id) for c in MIXED]
     before = model.generate(questions, max_new_tokens=6, batch_size=2)
-    with attending_by_segment(model.language_model):
-        assert model.language_model.config._attn_implementation == SEGMENTS
+    with segment_attention_enabled(model.language_model):
+        assert model.language_model.config._attn_implementation == SEGMENT_ATTENTION
         assert model.generate(questions, max_new_tokens=6, batch_size=2) == before
         assert model.generate(questions, max_new_tokens=6, batch_size=1) == before
     assert model.language_model.config._attn_implementation == "sdpa"
@@ -221,7 +224,7 @@ def test_answers_are_the_same_during_and_after_attending_by_segment(model: Any) 
 def test_a_model_that_runs_on_something_else_is_left_as_it_is(families: Any) -> None:
     model = families.tiny_model("Llama")
     model.set_attn_implementation("eager")
-    with attending_by_segment(model) as by_segment:
+    with segment_attention_enabled(model) as by_segment:
         assert not by_segment and model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "eager"
 
@@ -249,16 +252,16 @@ def test_rows_that_share_media_are_a_tree_with_the_loss_and_gradients_of_rows_on
     learning: Any,
 ) -> None:
     model = learning
-    samples = [model.reader(c) for c in SHARED]
+    samples = [model.processor(c) for c in SHARED]
     alone = loss_and_gradients(model, [collator_of(model)([s]) for s in samples])
     tree = replace(collator_of(model), share_media=True).pack(samples)
-    three, two = shared_start(samples[:3]), shared_start(samples[5:])
-    assert three > samples[0].places[0].start + samples[0].places[0].length
-    assert two == samples[5].places[1].start == 2 + samples[5].places[0].start
+    three, two = shared_media_prefix_length(samples[:3]), shared_media_prefix_length(samples[5:])
+    assert three > samples[0].media_spans[0].start + samples[0].media_spans[0].length
+    assert two == samples[5].media_spans[1].start == 2 + samples[5].media_spans[0].start
     num_saved = sum(len(s.input_ids) for s in samples) - tree["input_ids"].shape[1]
     assert num_saved == 2 * three + two > 30
     assert len(tree["media"]["image"]["positions"]) == 5 * 3, "of seven pictures"
-    with attending_by_segment(model.language_model):
+    with segment_attention_enabled(model.language_model):
         loss, gradients = loss_and_gradients(model, [tree])
     torch.testing.assert_close(loss, alone[0], rtol=1e-5, atol=1e-6)
     assert apart(gradients, alone[1]) < 1e-5
@@ -269,11 +272,11 @@ def test_a_shared_start_ends_before_what_is_learned_and_holds_media_or_is_none(m
     said = Message("assistant", (Text("a red square"),))
     asked = [Message("user", (Text(t),)) for t in ("one", "a picture")]
     rows = [Conversation((seen, said, again, said), id="row") for again in asked]
-    samples = [model.reader(row) for row in rows]
+    samples = [model.processor(row) for row in rows]
     first_learned = int((samples[0].labels != IGNORE_INDEX).nonzero()[0])
-    assert shared_start(samples) == first_learned - 1
-    texts = [model.reader(Conversation((again, said), id="row")) for again in asked]
-    assert shared_start(texts) == 0
+    assert shared_media_prefix_length(samples) == first_learned - 1
+    texts = [model.processor(Conversation((again, said), id="row")) for again in asked]
+    assert shared_media_prefix_length(texts) == 0
 
 
 @pytest.mark.parametrize(
@@ -289,13 +292,13 @@ def test_models_that_go_on_from_a_start_several_times_are_found(
     """A window of any length is in the way: here one that no trial could reach."""
     window = {"sliding_window": 10_000} if family in ("Mistral", "Gemma3") else {}
     found = probe(families.tiny_model(family, **window))
-    assert found.branches == branches
+    assert found.supports_shared_media == branches
     if not branches:
         with pytest.raises(LanguageModelError, match="set train.share_media to false"):
-            found.require("branches")
+            found.require("supports_shared_media")
 
 
 def test_a_tree_outside_of_attending_by_segment_is_refused(model: Any) -> None:
-    tree = replace(collator_of(model), share_media=True).pack([model.reader(c) for c in SHARED])
-    with pytest.raises(LanguageModelError, match="run it inside of `attending_by_segment`"):
+    tree = replace(collator_of(model), share_media=True).pack([model.processor(c) for c in SHARED])
+    with pytest.raises(LanguageModelError, match="run it inside of `segment_attention_enabled`"):
         model(**tree)

@@ -18,14 +18,14 @@ from torch import Tensor
 from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
 from multi_token.errors import LanguageModelError
-from multi_token.generate import answer_ids
-from multi_token.language_model.forward import layer_inputs
+from multi_token.generate import generate_ids
+from multi_token.language_model.forward import per_layer_inputs
 from multi_token.language_model.loading import adapter_parameters, attach_adapter
-from multi_token.language_model.probe import try_training
+from multi_token.language_model.probe import check_trainable
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.recipe.train import AdapterSpec, Learn
+from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.closed_form import calibrate
-from multi_token.train.parameter_groups import select_parameters
+from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Sample, Text
 
 YES = "yes"
@@ -71,18 +71,20 @@ ROWS = [
 
 
 def prompts(model: Any) -> list[Sample]:
-    return [model.reader(Conversation(r.messages[:-1], id=r.id), prompt_only=True) for r in ROWS]
+    return [model.processor(Conversation(r.messages[:-1], id=r.id), prompt_only=True) for r in ROWS]
 
 
 def batch_of(model: Any, rows: list[Conversation]) -> Any:
-    collate = Collator(model.modalities, model.reader.chat.filler_id)
-    return collate([model.reader(r) for r in rows])
+    collate = Collator(model.modalities, model.processor.chat.filler_id)
+    return collate([model.processor(r) for r in rows])
 
 
 def full_logits(model: Any, embeds: Tensor, ids: Tensor, **inputs: Any) -> Tensor:
     """The child's logits at all positions, without a cache."""
     child = model.language_model
-    return child(inputs_embeds=embeds, use_cache=False, **layer_inputs(child, ids), **inputs).logits
+    return child(
+        inputs_embeds=embeds, use_cache=False, **per_layer_inputs(child, ids), **inputs
+    ).logits
 
 
 def same(a: Tensor, b: Tensor, *, within: float = 1e-4) -> bool:
@@ -124,14 +126,14 @@ def batch_equals_single(subject: Subject) -> str:
     samples = prompts(model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        together = answer_ids(model, samples, **options)
-    alone = [answer_ids(model, [sample], **options)[0] for sample in samples]
+        together = generate_ids(model, samples, **options)
+    alone = [generate_ids(model, [sample], **options)[0] for sample in samples]
     for ours, single in zip(together, alone, strict=True):
         assert torch.equal(ours, single), (ours, single)
     assert len({tuple(ids.tolist()) for ids in alone}) > 1, "all answers are the same"
     by_length = any("one length after another" in str(w.message) for w in told)
     longest = max(len(sample.input_ids) for sample in samples) + 4
-    assert by_length != model.capabilities.answers_together(longest)
+    assert by_length != model.capabilities.can_batch_lengths(longest)
     return f"{YES}, by length" if by_length else YES
 
 
@@ -162,7 +164,7 @@ def loss_and_gradients(subject: Subject) -> str:
         torch.testing.assert_close(ours.loss, loss, rtol=1e-4, atol=1e-5)
         gradients.append(torch.autograd.grad(loss, weight)[0])
         assert same(gradients[0], gradients[-1], within=1e-2)
-    return YES if model.capabilities.selects_logits else f"{YES}, all logits"
+    return YES if model.capabilities.supports_logits_to_keep else f"{YES}, all logits"
 
 
 @torch.no_grad()
@@ -170,7 +172,7 @@ def greedy(subject: Subject) -> str:
     """What is generated is the argmax of repeated forwards over the whole text."""
     model = subject.model
     for sample in prompts(model)[1:]:
-        (answer,) = answer_ids(model, [sample], max_new_tokens=4, min_new_tokens=4)
+        (answer,) = generate_ids(model, [sample], max_new_tokens=4, min_new_tokens=4)
         batch = Collator(model.modalities, 0)([sample])
         ids, embeds = batch["input_ids"], model.embed(batch["input_ids"], batch["media"])
         stops = torch.tensor(sorted(stop_ids_of(model)))
@@ -179,13 +181,13 @@ def greedy(subject: Subject) -> str:
             assert int(logits.argmax()) == int(token)
             ids = torch.cat([ids, token.view(1, 1)], 1)
             embeds = torch.cat([embeds, model.get_input_embeddings()(token.view(1, 1))], 1)
-    return YES if model.capabilities.starts_from == "embeddings" else f"{YES}, by ids"
+    return YES if model.capabilities.prefill_mode == "embeddings" else f"{YES}, by ids"
 
 
 def stop_ids_of(model: Any) -> list[int]:
-    from multi_token.generate import stop_ids
+    from multi_token.generate import eos_token_ids
 
-    return stop_ids(model)
+    return eos_token_ids(model)
 
 
 @torch.no_grad()
@@ -205,8 +207,8 @@ def packed(subject: Subject) -> str:
             use_cache=False,
         ).logits
         isolated = same(together.view_as(alone), alone)
-    assert isolated == model.capabilities.isolates_packed
-    model.capabilities.require("isolates_packed")
+    assert isolated == model.capabilities.supports_packing
+    model.capabilities.require("supports_packing")
     return YES
 
 
@@ -220,7 +222,7 @@ def forward_arguments(model: Any) -> list[str]:
 def size_of_tokens(subject: Subject) -> str:
     """At the start media tokens have the root mean square of what ids are embedded as."""
     model = subject.model
-    items = [(item, model.reader) for r in ROWS for item in r.media]
+    items = [(item, model.processor) for r in ROWS for item in r.media]
     assert calibrate(model, "vector", items) == len(items)
     ids = torch.arange(model.get_input_embeddings().weight.shape[0])[None]
     batch = batch_of(model, [row("?", FIRST), row("?", SECOND), row("?", FIRST)])
@@ -237,9 +239,9 @@ def adapter(subject: Subject) -> str:
     cell = attached(subject, "LoRA", model)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert names and all(name.startswith("language_model.") for name in names)
-    select_parameters(model, Learn.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    try_training(model.language_model)
+    check_trainable(model.language_model)
     losses = trained(model, num_steps=3)
     assert losses[-1] < losses[0]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -302,12 +304,12 @@ def four_bits(subject: Subject) -> str:
     before = [p.clone() for p in stored]
     assert model.capabilities, "asked for before an adapter is attached, as training does"
     cell = attached(subject, "4-bit", model)
-    try_training(model.language_model)
-    select_parameters(model, Learn.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
+    check_trainable(model.language_model)
+    freeze_and_unfreeze(model, Trainable.model_validate({"projectors": 1e-2, "adapter": 1e-2}))
     losses = trained(model, num_steps=4)
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, q) for p, q in zip(stored, before, strict=True))
-    assert len(answer_ids(model, prompts(model)[:1], max_new_tokens=2)[0])
+    assert len(generate_ids(model, prompts(model)[:1], max_new_tokens=2)[0])
     return cell
 
 

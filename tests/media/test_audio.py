@@ -195,9 +195,9 @@ def test_a_file_that_does_not_tell_its_length_is_given_up_at_the_limit(kind: str
 def test_decoding_stops_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     data = contained(tone(60.0, 44_100).reshape(-1, 1), "aac")
     taken: list[int] = []
-    floats = audio._floats
+    floats = audio._to_float
     monkeypatch.setattr(
-        audio, "_floats", lambda frame: taken.append(frame.samples) or floats(frame)
+        audio, "_to_float", lambda frame: taken.append(frame.samples) or floats(frame)
     )
     assert "more than 5 s long" in refusal(data, max_seconds=5)
     assert sum(taken) < 5.1 * 44_100

@@ -338,8 +338,8 @@ def test_the_list_means_hosts_below_and_ports_as_it_says() -> None:
         ("xb.example", 80, True), ("c.example", 80, True), ("a.example.", 80, True),
         ("a.exampl", 80, True), ("", 80, True),
     ]  # fmt: skip
-    assert all(policy._lists(*entry) for entry in listed)
-    assert not any(policy._lists(*entry) for entry in others)
+    assert all(policy._is_allowed_host(*entry) for entry in listed)
+    assert not any(policy._is_allowed_host(*entry) for entry in others)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from multi_token.errors import MediaError
-from multi_token.media.sniff import kind_of
+from multi_token.media.sniff import sniff_kind
 from multi_token.testing.audio import write_tone
 from multi_token.testing.video import noise_frames, write_video
 
@@ -24,11 +24,11 @@ def test_pictures_are_images_and_moving_ones_too(form: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
     one = io.BytesIO()
     frames[0].save(one, form)
-    assert kind_of(one.getvalue()) == "image"
+    assert sniff_kind(one.getvalue()) == "image"
     if form in ("GIF", "WEBP"):
         several = io.BytesIO()
         frames[0].save(several, form, save_all=True, append_images=frames[1:])
-        assert kind_of(several.getvalue()) == "image"
+        assert sniff_kind(several.getvalue()) == "image"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_pictures_are_images_and_moving_ones_too(form: str) -> None:
 )
 def test_sounds_are_audio(tmp_path: Path, form: str, subtype: str | None) -> None:
     path = write_tone(tmp_path / "tone", 0.3, 48_000, format=form, subtype=subtype)
-    assert kind_of(Path(path).read_bytes()) == "audio"
+    assert sniff_kind(Path(path).read_bytes()) == "audio"
 
 
 def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
     # where the frames begin, behind whatever the encoder put in front
     starts = [i for i in range(len(data) - 1) if data[i] == 0xFF and data[i + 1] & 0xFE == 0xFA]
     assert starts
-    assert kind_of(data[starts[0] :]) == "audio"
+    assert sniff_kind(data[starts[0] :]) == "audio"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
 )
 def test_films_are_video(tmp_path: Path, name: str, codec: str, kind: str) -> None:
     path = write_video(tmp_path / name, noise_frames(4), fps=25, codec=codec)
-    assert kind_of(Path(path).read_bytes()) == kind
+    assert sniff_kind(Path(path).read_bytes()) == kind
 
 
 def test_a_container_with_the_brand_of_a_sound_is_audio(tmp_path: Path) -> None:
@@ -89,15 +89,15 @@ def test_a_container_with_the_brand_of_a_sound_is_audio(tmp_path: Path) -> None:
         frame.sample_rate = 48_000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert kind_of(path.read_bytes()) == "audio"
+    assert sniff_kind(path.read_bytes()) == "audio"
 
 
 @pytest.mark.parametrize(
     "text", ["a", "BMW and GIF", "Ü" * 5000, "\ufeffwith a mark", "two\r\n\tlines", "<html>", "{}"]
 )
 def test_utf8_is_text(text: str) -> None:
-    assert kind_of(text.encode()) == "text"
-    assert kind_of(b"x" + text.encode()) == "text"  # wherever the first 4096 bytes cut a letter
+    assert sniff_kind(text.encode()) == "text"
+    assert sniff_kind(b"x" + text.encode()) == "text"  # wherever the first 4096 bytes cut a letter
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_utf8_is_text(text: str) -> None:
 )
 def test_anything_else_is_refused_with_a_sentence(data: bytes, sentence: str) -> None:
     with pytest.raises(MediaError, match=sentence) as caught:
-        kind_of(data, name="a.bin")
+        sniff_kind(data, name="a.bin")
     assert caught.value.kind == "undecodable"

@@ -21,9 +21,9 @@ from multi_token.modalities.image import ImageModality
 from multi_token.projectors.base import Linear
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AlignSpec
-from multi_token.registry import validated
+from multi_token.registry import validate_fields
 from multi_token.testing import tiny_image_encoder
-from multi_token.train.closed_form import align, calibrate, captioned
+from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.train.run import train
 from multi_token.types import Conversation, Media, Message, Text
 
@@ -38,7 +38,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 def tiled(parts: Path, **fields: Any) -> ImageModality:
     fields = {"encoder": str(parts / "clip"), "tile_grids": GRIDS, "projector": LINES} | fields
-    return validated(ImageModality, fields, where="the recipe")
+    return validate_fields(ImageModality, fields, where="the recipe")
 
 
 def test_tiles_are_the_pixels_that_llava_next_makes(parts: Path) -> None:
@@ -87,15 +87,15 @@ def test_a_batch_of_different_grids_equals_one_by_one(parts: Path) -> None:
     assert len({len(item.inputs["pixel_values"]) for item in items}) > 1
     with torch.no_grad():
         together = encoder(**modality.collate(items))
-        assert together.mask is not None and together.breaks is not None
+        assert together.mask is not None and together.newlines is not None
         for row, item in enumerate(items):
             alone = encoder(**modality.collate([item]))
             real = together.mask[row]
             assert int(real.sum()) == item.num_features
             torch.testing.assert_close(together.values[row][real], alone.values[0])
-            assert alone.breaks is not None
-            assert torch.equal(together.breaks[row][real], alone.breaks[0])
-            assert not together.breaks[row][~real].any()
+            assert alone.newlines is not None
+            assert torch.equal(together.newlines[row][real], alone.newlines[0])
+            assert not together.newlines[row][~real].any()
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_the_statistics_and_the_closed_form_see_features_and_no_line_ends(
     fields: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = compose(Recipe.model_validate(fields(tmp_path)).model)
-    reader = model.reader
-    assert reader is not None
+    processor = model.processor
+    assert processor is not None
     rows = [
         Conversation(
             (
@@ -156,28 +156,28 @@ def test_the_statistics_and_the_closed_form_see_features_and_no_line_ends(
         )
         for size in SIZES[:4]
     ]
-    items = [(row.media[0], reader) for row in rows]
-    batch = model.modalities["image"].collate([reader.prepare(item) for item, _ in items])
+    items = [(row.media[0], processor) for row in rows]
+    batch = model.modalities["image"].collate([processor.prepare(item) for item, _ in items])
     features = model.encode("image", batch)
-    assert features.mask is not None and features.breaks is not None
-    real = features.values[features.mask & ~features.breaks]
+    assert features.mask is not None and features.newlines is not None
+    real = features.values[features.mask & ~features.newlines]
     assert calibrate(model, "image", items) == len(real) < int(features.mask.sum())
     projector = model.projector("image")
     torch.testing.assert_close(projector.feature_mean, real.mean(0), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         tokens = projector(features)
         rms = embedding_rms(model.language_model)
-        ends = features.breaks[features.mask]
+        ends = features.newlines[features.mask]
         for kind in (tokens[ends], tokens[~ends]):
             assert float(kind.square().mean().sqrt()) == pytest.approx(rms, rel=1e-4)
 
-        captions = list(captioned((row, reader) for row in rows))
-        assert align(model, "image", captions, spec=AlignSpec(penalty=1.0)) == len(rows)
+        captions = list(captioned_items((row, processor) for row in rows))
+        assert fit_closed_form(model, "image", captions, spec=AlignSpec(penalty=1.0)) == len(rows)
         closed_form = projector.closed_form
         assert closed_form is not None
         # all captions are alike: the fit is that caption's embedding, wherever there is a feature
         embedding: Any = model.get_input_embeddings()
-        ids = reader.tokenizer(" cat").input_ids
+        ids = processor.tokenizer(" cat").input_ids
         target = embedding(torch.tensor(ids)).mean(0)
         torch.testing.assert_close(projector(features)[~ends][0], target, rtol=1e-3, atol=1e-4)
         assert projector.line_break is not None
@@ -209,7 +209,7 @@ def test_the_cache_gives_back_features_and_line_ends_from_its_file(
     path = tmp_path / "features"
     FeatureCache(path).fill([(item, fetch)], {"image": modality}, {"image": encoder})
     again = FeatureCache(path)
-    again.identify("image", modality, encoder)
+    again.register_encoder("image", modality, encoder)
     assert len(again) == 1
     found = again.find(item, modality, fetch)
     prepared = modality.prepare(modality.load(item.source, fetch))
@@ -217,5 +217,5 @@ def test_the_cache_gives_back_features_and_line_ends_from_its_file(
         fresh = encoder(**modality.collate([prepared]))
     assert found is not None and found.num_features == prepared.num_features
     assert torch.equal(found.inputs["features"], fresh.values[0])
-    assert fresh.breaks is not None
-    assert torch.equal(found.inputs["breaks"], fresh.breaks[0])
+    assert fresh.newlines is not None
+    assert torch.equal(found.inputs["breaks"], fresh.newlines[0])

@@ -1,4 +1,5 @@
-"""`Modality.measure`: what a header tells is what preparing gives, for sizes, lengths and formats.
+"""`Modality.num_features_from_header`: what a header tells is what preparing gives, for sizes,
+lengths and formats.
 
 Border: numbers of features alone. What a run makes of them is tests/data/test_lengths_headers.py.
 """
@@ -17,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.media.waveform import join_blocks, resampled_length
-from multi_token.modalities.base import Modality, told_length
+from multi_token.modalities.base import Modality, header_length
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.joint import JointModality
@@ -47,7 +48,7 @@ WAYS = [("siglip2", {}), ("clip", TILES), ("clip", {"pad_to_square": True}), ("b
 class Encoders(dict[str, str]):
     """Tiny encoders by name, each built when it is first asked for.
 
-    `bare`: a DINOv2 whose processor keeps the picture's proportions, for want of a crop.
+    `marker_messages`: a DINOv2 whose processor keeps the picture's proportions, for want of a crop.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_picture_has_the_features_that_its_header_tells_in_every_size_and_form
     for index, size in enumerate(SIZES):
         for format in FORMATS if index < 2 else ["PNG"]:
             data = picture_bytes(size, format)
-            number = modality.measure(data, FETCH)
+            number = modality.num_features_from_header(data, FETCH)
             assert number == prepared(modality, data), (size, format)
             numbers.add(number)
     assert (len(numbers) > 1) == (kind != "clip" or "tile_grids" in fields), "all have as many?"
@@ -116,7 +117,7 @@ def test_a_picture_that_is_turned_is_measured_upright(
 ) -> None:
     modality = ImageModality(encoder=encoders["bare"])
     data = picture_bytes((80, 33), format, turn=turn)
-    assert modality.measure(data, FETCH) == prepared(modality, data)
+    assert modality.num_features_from_header(data, FETCH) == prepared(modality, data)
     upright = modality.load(data, FETCH).size
     assert upright == ((80, 33) if turn < 5 else (33, 80)), "or nothing was turned"
 
@@ -144,11 +145,15 @@ def test_a_png_that_says_something_behind_its_pixels_is_left_to_decoding(
     fixed = ImageModality(encoder=encoders["clip"])
     before, behind = png_with(turned, behind=False), png_with(turned, behind=True)
     assert modality.load(before, FETCH).size == modality.load(behind, FETCH).size == (33, 80)
-    assert modality.measure(before, FETCH) == prepared(modality, behind)
-    assert modality.measure(behind, FETCH) is None
-    assert modality.measure(before[:-40], FETCH) is None, "so is one that is cut off"
-    assert fixed.measure(behind, FETCH) == 16, "where all pictures have as many it does not matter"
-    assert modality.measure(Image.new("RGB", (80, 33)), FETCH) is None
+    assert modality.num_features_from_header(before, FETCH) == prepared(modality, behind)
+    assert modality.num_features_from_header(behind, FETCH) is None
+    assert modality.num_features_from_header(before[:-40], FETCH) is None, (
+        "so is one that is cut off"
+    )
+    assert fixed.num_features_from_header(behind, FETCH) == 16, (
+        "where all pictures have as many it does not matter"
+    )
+    assert modality.num_features_from_header(Image.new("RGB", (80, 33)), FETCH) is None
 
 
 def test_what_a_header_shows_to_be_bad_is_refused_at_once(
@@ -162,7 +167,7 @@ def test_what_a_header_shows_to_be_bad_is_refused_at_once(
         (picture_bytes((50, 30), "PNG"), "the limit is 1,000"),
         (picture_bytes((900, 1), "PNG"), "a line rather than a picture"),
     ):
-        for read in (modality.measure, modality.load):
+        for read in (modality.num_features_from_header, modality.load):
             with pytest.raises(MediaError, match=words):
                 read(source, FETCH)
 
@@ -226,7 +231,9 @@ def test_audio_has_the_features_that_its_header_tells_in_every_plain_format(
         array = {"array": tone(seconds, 11_025), "sampling_rate": 11_025}
         sources += [array, {**array, "array": array["array"].tolist(), "end": 0.21}]
     for source in sources:
-        assert modality.measure(source, FETCH) == prepared(modality, source), source
+        assert modality.num_features_from_header(source, FETCH) == prepared(modality, source), (
+            source
+        )
 
 
 def test_audio_whose_header_is_not_exact_is_left_to_decoding(
@@ -236,16 +243,18 @@ def test_audio_whose_header_is_not_exact_is_left_to_decoding(
     for number, (format, subtype) in enumerate(PACKED):
         path = tmp_path / f"{number}"
         write_tone(path, 0.5, 16_000, format=format, subtype=subtype)
-        assert modality.measure(str(path), FETCH) is None, format
+        assert modality.num_features_from_header(str(path), FETCH) is None, format
     plain = (tmp_path / "plain.wav", tmp_path / "cut.wav")
     write_tone(plain[0], 0.5)
     plain[1].write_bytes(plain[0].read_bytes()[:-1000])
-    assert modality.measure(str(plain[1]), FETCH) is None, "decoding says what is wrong with it"
-    assert modality.measure({"array": [0.1] * 99}, FETCH) is None
+    assert modality.num_features_from_header(str(plain[1]), FETCH) is None, (
+        "decoding says what is wrong with it"
+    )
+    assert modality.num_features_from_header({"array": [0.1] * 99}, FETCH) is None
     with pytest.raises(MediaError, match="no file at"):
-        modality.measure("gone.wav", FETCH)
+        modality.num_features_from_header("gone.wav", FETCH)
     with pytest.raises(MediaError, match="the row asks for"):
-        modality.measure({"path": str(plain[0]), "start": 3.0}, FETCH)
+        modality.num_features_from_header({"path": str(plain[0]), "start": 3.0}, FETCH)
 
 
 def test_vectors_and_series_have_the_features_that_their_headers_tell(tmp_path: Path) -> None:
@@ -261,22 +270,26 @@ def test_vectors_and_series_have_the_features_that_their_headers_tell(tmp_path: 
         np.save(name, values.astype(np.float32 if length % 2 else np.int32))
         for source in (name, Path(name).read_bytes(), values, values.tolist()):
             for modality in (vector, own, windows):
-                assert modality.measure(source, FETCH) == prepared(modality, source)
+                assert modality.num_features_from_header(source, FETCH) == prepared(
+                    modality, source
+                )
         for rate in (20, 100, 33.3):
             for key, source in (("path", name), ("array", values)):
                 asked = {key: source, "sampling_rate": rate}
-                assert own.measure(asked, FETCH) == prepared(own, asked)
+                assert own.num_features_from_header(asked, FETCH) == prepared(own, asked)
     np.save(tmp_path / "flat.npy", np.ones(3))
-    assert vector.measure(str(tmp_path / "flat.npy"), FETCH) == 1
-    assert own.measure(str(tmp_path / "flat.npy"), FETCH) is None, "which is no series of this kind"
+    assert vector.num_features_from_header(str(tmp_path / "flat.npy"), FETCH) == 1
+    assert own.num_features_from_header(str(tmp_path / "flat.npy"), FETCH) is None, (
+        "which is no series of this kind"
+    )
     np.save(tmp_path / "wide.npy", np.ones((5, 4)))
     for modality in (vector, own):
-        assert modality.measure(str(tmp_path / "wide.npy"), FETCH) is None
+        assert modality.num_features_from_header(str(tmp_path / "wide.npy"), FETCH) is None
     with pytest.raises(MediaError, match="holds nan"):
-        vector.measure([1.0, float("nan"), 2.0], FETCH)
+        vector.num_features_from_header([1.0, float("nan"), 2.0], FETCH)
     whole = (tmp_path / "77.npy").read_bytes()
     with pytest.raises(MediaError, match="promises 4 bytes more than there are"):
-        vector.measure(whole[:-4], FETCH)
+        vector.num_features_from_header(whole[:-4], FETCH)
 
 
 @pytest.mark.slow
@@ -302,8 +315,8 @@ def test_a_video_has_the_features_that_its_packets_tell(
     if modality.fps is None:
         sources += [noise_frames(4), [Image.new("RGB", (20, 20))] * 5]
     for source in sources:
-        assert modality.measure(source, FETCH) == prepared(modality, source)
-    numbers = {modality.measure(source, FETCH) for source in sources}
+        assert modality.num_features_from_header(source, FETCH) == prepared(modality, source)
+    numbers = {modality.num_features_from_header(source, FETCH) for source in sources}
     assert (len(numbers) == 1) == (modality.fps is None)
 
 
@@ -311,22 +324,34 @@ def test_a_video_is_left_to_decoding_where_frames_of_other_shapes_have_other_fea
     encoders: Encoders, tmp_path: Path
 ) -> None:
     name = write_video(tmp_path / "film.mp4", noise_frames(5))
-    assert VideoModality(encoder=encoders["bare"], features="patches").measure(name, FETCH) is None
-    assert VideoModality(encoder=encoders["bare"], features="mean").measure(name, FETCH) == 8
+    assert (
+        VideoModality(encoder=encoders["bare"], features="patches").num_features_from_header(
+            name, FETCH
+        )
+        is None
+    )
+    assert (
+        VideoModality(encoder=encoders["bare"], features="mean").num_features_from_header(
+            name, FETCH
+        )
+        == 8
+    )
     with pytest.raises(MediaError, match="no file at"):
-        VideoModality(encoder=encoders["clip"]).measure("gone.mp4", FETCH)
+        VideoModality(encoder=encoders["clip"]).num_features_from_header("gone.mp4", FETCH)
     with pytest.raises(MediaError, match="no file at"):
-        VideoModality(encoder=encoders["clip"]).measure([picture_bytes((9, 9), "PNG"), "no"], FETCH)
+        VideoModality(encoder=encoders["clip"]).num_features_from_header(
+            [picture_bytes((9, 9), "PNG"), "no"], FETCH
+        )
 
 
 def test_an_item_of_a_joint_space_is_one_feature_if_its_first_bytes_fit(tmp_path: Path) -> None:
     modality = JointModality(encoder=tiny_joint_clip(tmp_path / "clip"))
-    assert modality.measure(picture_bytes((30, 40), "JPEG"), FETCH) == 1
-    assert modality.measure({"text": "a cat"}, FETCH) is None, "a text is read"
+    assert modality.num_features_from_header(picture_bytes((30, 40), "JPEG"), FETCH) == 1
+    assert modality.num_features_from_header({"text": "a cat"}, FETCH) is None, "a text is read"
     (tmp_path / "note.txt").write_text("a cat " * 2000)
-    assert modality.measure(str(tmp_path / "note.txt"), FETCH) is None
+    assert modality.num_features_from_header(str(tmp_path / "note.txt"), FETCH) is None
     with pytest.raises(MediaError, match="is of the kind audio"):
-        modality.measure(write_tone(tmp_path / "a.wav", 0.1), FETCH)
+        modality.num_features_from_header(write_tone(tmp_path / "a.wav", 0.1), FETCH)
 
 
 def test_a_class_that_changes_what_is_counted_is_not_asked_for_the_count() -> None:
@@ -337,7 +362,7 @@ def test_a_class_that_changes_what_is_counted_is_not_asked_for_the_count() -> No
     class Renamed(VectorModality):
         """Changes nothing that is counted."""
 
-    assert told_length(VectorModality(dim=2), [1.0, 2.0], FETCH) == 1
-    assert told_length(Renamed(dim=2), [1.0, 2.0], FETCH) == 1
-    assert told_length(Doubled(dim=2), [1.0, 2.0], FETCH) is None
-    assert told_length(DocumentModality(encoder="none"), "a.txt", FETCH) is None
+    assert header_length(VectorModality(dim=2), [1.0, 2.0], FETCH) == 1
+    assert header_length(Renamed(dim=2), [1.0, 2.0], FETCH) == 1
+    assert header_length(Doubled(dim=2), [1.0, 2.0], FETCH) is None
+    assert header_length(DocumentModality(encoder="none"), "a.txt", FETCH) is None

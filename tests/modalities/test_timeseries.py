@@ -18,7 +18,7 @@ import transformers as hf
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.timeseries import TimeseriesModality, normalized, positions
-from multi_token.registry import validated
+from multi_token.registry import validate_fields
 from multi_token.testing.series import timeseries_example, tiny_patchtst
 
 SCRATCH = TimeseriesModality(channels=2, patch_length=4, hidden_size=16, num_layers=2)
@@ -283,7 +283,7 @@ def test_pickles_and_archives_of_arrays_are_refused_and_named(tmp_path: Path) ->
 )
 def test_a_recipe_that_cannot_be_says_why(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        validated(TimeseriesModality, {"channels": 2, **fields}, where="the recipe")
+        validate_fields(TimeseriesModality, {"channels": 2, **fields}, where="the recipe")
 
 
 def test_an_encoder_of_other_channels_or_without_patches_is_refused(

@@ -72,7 +72,7 @@ def encoded(modality: VideoModality, items: list[Any], encoder: Any = None) -> l
     """Features of each item, all in one batch, padding taken off."""
     encoder = encoder or modality.build_encoder()
     features = encoder(**modality.collate(items))
-    assert features.mask is not None and features.breaks is None
+    assert features.mask is not None and features.newlines is None
     return [values[mask] for values, mask in zip(features.values, features.mask, strict=True)]
 
 

@@ -19,7 +19,7 @@ from multi_token.projectors.resampler import Resample
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AlignSpec
 from multi_token.registry import build
-from multi_token.train.closed_form import align, calibrate, captioned
+from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 SMALL = Resample(num_queries=3, depth=2, num_heads=2)
@@ -140,16 +140,16 @@ def test_stage_zero_fits_its_tokens_to_the_caption_s_embeddings(
         values = centres[i % 4] + numbers.normal(size=(1 + i % 3, 6)) * 0.01
         user = Message("user", (Text("What is "), Media("sense", values)))
         answer = Message("assistant", (Text(words[i % 4]),))
-        rows.append((Conversation((user, answer), id=str(i)), model.reader))
-    items = list(captioned(rows))
+        rows.append((Conversation((user, answer), id=str(i)), model.processor))
+    items = list(captioned_items(rows))
     projector = model.projector("sense")
-    calibrate(model, "sense", [(i.item, i.reader) for i in items], batch_size=40)
+    calibrate(model, "sense", [(i.item, i.processor) for i in items], batch_size=40)
     values = [torch.tensor(i.item.source).float() for i in items]
     rms = float(projector(padded(values)).detach().square().mean().sqrt())
     assert rms == pytest.approx(embedding_rms(model.language_model), rel=1e-4)
 
-    align(model, "sense", items, spec=AlignSpec(penalty=1e-4))
-    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    fit_closed_form(model, "sense", items, spec=AlignSpec(penalty=1e-4))
+    embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = tokenizer(" ").input_ids[-1:]
     for word, value in zip(words, values[:4], strict=True):
         ids = (tokenizer(" " + word).input_ids + space * 3)[:3]
@@ -169,7 +169,9 @@ def test_it_takes_patches_and_comes_back_from_a_checkpoint_to_the_bit(
     save(model, tmp_path / "run")
     again = load(tmp_path / "run")
 
-    items = [again.reader.prepare(Media("sense", str(data / f"{c}.png"))) for c in ("red", "blue")]
+    items = [
+        again.processor.prepare(Media("sense", str(data / f"{c}.png"))) for c in ("red", "blue")
+    ]
     assert items[0].num_features == 16
     inputs = Collator(model.modalities, pad_id=0).inputs("sense", items)
     tokens = again.projectors["sense"](again.encode("sense", inputs))

@@ -15,7 +15,7 @@ from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.projectors.base import Expand, Mlp
 from multi_token.recipe.recipe import Recipe, load_recipe, parse_recipe
-from multi_token.recipe.train import FeatureCacheSpec, LearnEncoder, LoraSpec, Pace
+from multi_token.recipe.train import FeatureCacheSpec, LearningRate, LoraSpec, TrainableEncoder
 
 Fields = Callable[..., dict[str, Any]]
 
@@ -99,9 +99,9 @@ def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentenc
 def test_an_encoder_learns_by_a_rate_alone_by_its_last_layers_or_by_lora(text: str) -> None:
     learn = "train.stages.0.learn.encoders"
     for value, expected in (
-        ("2.0e-6", LearnEncoder(rate=2e-6)),
-        ("{rate: 2e-6, last: 2}", LearnEncoder(rate=2e-6, last=2)),
-        ("{rate: 1e-4, lora: {r: 8}}", LearnEncoder(rate=1e-4, lora=LoraSpec(r=8))),
+        ("2.0e-6", TrainableEncoder(rate=2e-6)),
+        ("{rate: 2e-6, last: 2}", TrainableEncoder(rate=2e-6, last=2)),
+        ("{rate: 1e-4, lora: {r: 8}}", TrainableEncoder(rate=1e-4, lora=LoraSpec(r=8))),
     ):
         recipe = parse_recipe(text, [f"{learn}={{image: {value}}}"])
         assert recipe.train.stages[0].learn.encoders == {"image": expected}
@@ -195,8 +195,8 @@ def test_packing_excludes_a_shared_prefix_and_its_keys_need_it(text: str) -> Non
 def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
     for part in ("projectors", "adapter", "language_model"):
         for value, expected in (
-            ("1e-3", Pace(rate=1e-3)),
-            ("{rate: 1e-3, weight_decay: 0.1}", Pace(rate=1e-3, weight_decay=0.1)),
+            ("1e-3", LearningRate(rate=1e-3)),
+            ("{rate: 1e-3, weight_decay: 0.1}", LearningRate(rate=1e-3, weight_decay=0.1)),
         ):
             recipe = parse_recipe(text, [f"train.stages.0.learn={{{part}: {value}}}"])
             assert getattr(recipe.train.stages[0].learn, part) == expected
@@ -204,8 +204,8 @@ def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> Non
     own = "{image: {rate: 1, weight_decay: 2}}"
     some = parse_recipe(text, [f"train.stages.0.learn.projectors={own}"])
     learn = some.train.stages[0].learn
-    assert learn.projectors == {"image": Pace(rate=1, weight_decay=2)}
-    assert learn.projector("image") == Pace(rate=1, weight_decay=2)
+    assert learn.projectors == {"image": LearningRate(rate=1, weight_decay=2)}
+    assert learn.projector("image") == LearningRate(rate=1, weight_decay=2)
     assert parse_recipe(yaml.safe_dump(some.model_dump(mode="json"))) == some
 
 
@@ -270,7 +270,7 @@ def test_a_taken_name_is_refused_with_both_owners() -> None:
 
 def test_every_built_in_name_resolves() -> None:
     for kind in ("modality", "projector"):
-        for name in registry.names(kind):
+        for name in registry.registered_names(kind):
             assert isinstance(registry.resolve(kind, name), type)
 
 

@@ -82,7 +82,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     those of media lowered to small limits."""
     from multi_token.modalities.base import Modality
     from multi_token.registry import build
-    from multi_token.serve.media.limits import DecodeLimits, limited
+    from multi_token.serve.media.limits import MediaLimits, apply_limits
     from multi_token.testing.audio import tiny_clap, tiny_whisper
     from multi_token.testing.joint import tiny_joint_clip
     from multi_token.testing.text import tiny_sentence_encoder
@@ -102,7 +102,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "timeseries": {"channels": 2},
         "vector": {"dim": 4},
     }
-    limits = DecodeLimits(
+    limits = MediaLimits(
         max_bytes=8 * 1024 * 1024,
         max_pixels=1_000_000,
         max_frames=16,
@@ -113,7 +113,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         max_numbers=10_000,
     )
     return {
-        name: limited(build("modality", {"type": name, **own}, Modality), limits)
+        name: apply_limits(build("modality", {"type": name, **own}, Modality), limits)
         for name, own in fields.items()
     }
 
@@ -129,8 +129,8 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 @pytest.fixture
 def start_static() -> Iterator[Callable[..., Any]]:
     """Builds and starts static engines, all of which are stopped at the end."""
-    from multi_token.serve.engines.local.engine import StaticEngine
+    from multi_token.serve.engines.local.engine import LocalEngine
     from tests.serve.engine_parts import engines
 
-    with engines(StaticEngine) as build:
+    with engines(LocalEngine) as build:
         yield build

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 
 from multi_token.checkpoint.load import compose
-from multi_token.generate import ask, reader_of
+from multi_token.generate import require_processor, single_question
 from multi_token.recipe.recipe import ModelSpec
-from multi_token.serve.engines.base import End, Engine, Event, Prompt, SamplingOptions, Token
+from multi_token.serve.engines.base import (
+    Engine,
+    EngineEvent,
+    FinishEvent,
+    Prompt,
+    SamplingParams,
+    TokenEvent,
+)
 from multi_token.types import Media, Sample
 
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]
@@ -55,8 +62,8 @@ def engines(kind: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 
 def sample_of(model: Any, text: str, *vectors: Sequence[float]) -> Sample:
-    conversation = ask(text, [Media("vector", list(vector)) for vector in vectors])
-    return reader_of(model)(conversation, prompt_only=True)
+    conversation = single_question(text, [Media("vector", list(vector)) for vector in vectors])
+    return require_processor(model)(conversation, prompt_only=True)
 
 
 @torch.no_grad()
@@ -66,41 +73,41 @@ def prompt_of(model: Any, sample: Sample) -> Prompt:
         inputs = model.modalities["vector"].collate([item])
         tokens.append(model.projectors["vector"](model.encode("vector", inputs)))
         keys.append(str(item.inputs["values"].tolist()))
-    return Prompt(sample.input_ids, tuple(sample.places), tuple(tokens), tuple(keys))
+    return Prompt(sample.input_ids, tuple(sample.media_spans), tuple(tokens), tuple(keys))
 
 
 class Client:
     """Collects what an engine says of one request; `after`: told of each event."""
 
-    def __init__(self, after: Callable[[Event], None] | None = None) -> None:
-        self.events: list[Event] = []
+    def __init__(self, after: Callable[[EngineEvent], None] | None = None) -> None:
+        self.events: list[EngineEvent] = []
         self.has_ended = threading.Event()
         self._after = after
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: EngineEvent) -> None:
         assert not self.has_ended.is_set(), f"{event} behind {self.events[-1]}"
         self.events.append(event)
         if self._after is not None:
             self._after(event)
-        if not isinstance(event, Token):
+        if not isinstance(event, TokenEvent):
             self.has_ended.set()
 
-    def wait(self) -> Event:
+    def wait(self) -> EngineEvent:
         assert self.has_ended.wait(30), f"no end after {self.events}"
         return self.events[-1]
 
     @property
     def ids(self) -> list[int]:
         end = self.wait()
-        assert isinstance(end, End), end
-        return [event.id for event in self.events if isinstance(event, Token)]
+        assert isinstance(end, FinishEvent), end
+        return [event.id for event in self.events if isinstance(event, TokenEvent)]
 
 
 def at_token(number: int, act: Callable[[], object]) -> Client:
     """A client in whose token of that number, from 1, something happens."""
 
-    def look(event: Event) -> None:
-        if isinstance(event, Token) and len(client.events) == number:
+    def look(event: EngineEvent) -> None:
+        if isinstance(event, TokenEvent) and len(client.events) == number:
             act()
 
     client = Client(look)
@@ -110,7 +117,7 @@ def at_token(number: int, act: Callable[[], object]) -> Client:
 def together(
     engine: Engine,
     prompts: Sequence[Prompt],
-    options: Sequence[SamplingOptions],
+    options: Sequence[SamplingParams],
     clients: Sequence[Client],
     *,
     meanwhile: Callable[[], object] = lambda: None,
@@ -118,11 +125,11 @@ def together(
     """Submit all of them, and then do `meanwhile`, while the engine is held by another prompt."""
     is_held, all_are_there = threading.Event(), threading.Event()
 
-    def hold(_: Event) -> None:
+    def hold(_: EngineEvent) -> None:
         is_held.set()
         all_are_there.wait(30)
 
-    engine.submit("gate", prompts[0], SamplingOptions(1), Client(hold))
+    engine.submit("gate", prompts[0], SamplingParams(1), Client(hold))
     assert is_held.wait(30)
     for number, (prompt, client) in enumerate(zip(prompts, clients, strict=True)):
         engine.submit(f"r{number}", prompt, options[number], client)

@@ -15,7 +15,7 @@ import pytest
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.worker_process import refused
+from multi_token.serve.media.worker_process import media_error
 from multi_token.types import Prepared
 
 MIB = 1024 * 1024
@@ -30,7 +30,7 @@ def refusal(modality: Any, source: Any) -> str:
     """What a client is told: plain letters, no path, no address of memory."""
     with pytest.raises(MediaError) as caught:
         prepare(modality, source)
-    error = refused(modality.type, str(caught.value))
+    error = media_error(modality.type, str(caught.value))
     assert isinstance(error, ServeError) and error.status == 400
     message = str(error)
     assert re.fullmatch(r"[\x20-\x7e]{1,300}", message)

@@ -32,7 +32,7 @@ SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 
 
 def code_of(admission: Admission, num_answers: int = 1) -> str | None:
-    with pytest.raises(ServeError) as caught, admission.enter(num_answers):
+    with pytest.raises(ServeError) as caught, admission.admit(num_answers):
         raise AssertionError("it was let in")
     return caught.value.code
 
@@ -40,14 +40,14 @@ def code_of(admission: Admission, num_answers: int = 1) -> str | None:
 def test_so_many_are_inside_and_no_more() -> None:
     async def enter() -> None:
         admission = Admission(2, 1)
-        with admission.enter(2):
+        with admission.admit(2):
             assert code_of(admission, 2) == "queue_full"
-            with admission.enter():
-                assert admission.num_inside == 3
+            with admission.admit():
+                assert admission.num_admitted == 3
                 assert code_of(admission) == "queue_full"
-            with admission.enter():
+            with admission.admit():
                 pass
-        assert admission.num_inside == 0
+        assert admission.num_admitted == 0
         assert code_of(admission, 4) == "invalid_value"  # there will never be four places
 
     asyncio.run(enter())
@@ -57,9 +57,9 @@ def test_a_place_is_given_back_by_a_request_that_fails() -> None:
     async def enter() -> None:
         admission = Admission(1, 0)
         for _ in range(3):
-            with pytest.raises(RuntimeError), admission.enter():
+            with pytest.raises(RuntimeError), admission.admit():
                 raise RuntimeError
-        assert admission.num_inside == 0
+        assert admission.num_admitted == 0
 
     asyncio.run(enter())
 
@@ -67,12 +67,12 @@ def test_a_place_is_given_back_by_a_request_that_fails() -> None:
 def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
     async def drain() -> None:
         admission = Admission(2, 0)
-        entered = admission.enter()
+        entered = admission.admit()
         with entered:
             admission.drain()
             assert code_of(admission) == "shutting_down"
-            assert not await admission.emptied(0.01)
-            waiting = asyncio.ensure_future(admission.emptied(10))
+            assert not await admission.wait_until_empty(0.01)
+            waiting = asyncio.ensure_future(admission.wait_until_empty(10))
             await asyncio.sleep(0)
         assert await waiting
 
@@ -82,9 +82,9 @@ def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
 def test_the_wait_that_is_told_grows_with_the_queue() -> None:
     async def enter() -> None:
         admission = Admission(2, 100)
-        with admission.enter(2):
+        with admission.admit(2):
             first = admission.estimated_wait_s()
-            with admission.enter(20):
+            with admission.admit(20):
                 assert 60 >= admission.estimated_wait_s() > first >= 1
 
     asyncio.run(enter())
@@ -142,7 +142,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: RunningServer
         statuses: list[int] = []
         second = threading.Thread(target=lambda: statuses.append(chat(small, SHORT).status_code))
         second.start()
-        assert small.wait_until(lambda: admission.num_inside == 2)
+        assert small.wait_until(lambda: admission.num_admitted == 2)
         refused = chat(small, SHORT)
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -188,8 +188,8 @@ def test_a_client_that_never_reads_its_stream_loses_its_places(
         connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
         head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
-        assert server.wait_until(lambda: server.service.admission.num_inside == 8)
-        assert server.wait_until(lambda: server.service.admission.num_inside == 0, seconds=20)
+        assert server.wait_until(lambda: server.service.admission.num_admitted == 8)
+        assert server.wait_until(lambda: server.service.admission.num_admitted == 0, seconds=20)
         metrics = httpx.get(f"{server.url}/metrics").text
     assert 'requests_aborted_total{reason="client_gone"} 1.0' in metrics
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -232,10 +232,10 @@ def test_many_leavers_leave_nothing_behind(small: RunningServer) -> None:
         leave(number)
     assert small.wait_until(
         lambda: (
-            service.admission.num_inside == 0
+            service.admission.num_admitted == 0
             and service.engine.num_running == 0
             and service.engine.num_waiting == 0
-            and not service._answers
+            and not service._outputs
         )
     )
     assert chat(small, SHORT).status_code == 200
@@ -254,7 +254,7 @@ def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
             service, loop = server.service, server.server._loop
             assert chat(server, SHORT).status_code == 200
             # nobody looks after it for a while, or it would be started again between two lines
-            loop.call_soon_threadsafe(service._watching.cancel)
+            loop.call_soon_threadsafe(service._watchdog.cancel)
             broken.set()
             answer = chat(server, SHORT)
             assert answer.status_code == 503
@@ -262,7 +262,7 @@ def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
             assert httpx.get(f"{server.url}/health").status_code == 503
             assert httpx.get(f"{server.url}/ready").status_code == 503
             broken.clear()
-            watching = asyncio.run_coroutine_threadsafe(service._watch(), loop)
+            watching = asyncio.run_coroutine_threadsafe(service._restart_engine_loop(), loop)
             assert server.wait_until(lambda: server.service.is_healthy)
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert chat(server, SHORT).status_code == 200
@@ -278,7 +278,7 @@ def test_a_server_that_drains_answers_those_inside_and_nobody_else(text_model: A
         answers: list[httpx.Response] = []
         inside = threading.Thread(target=lambda: answers.append(chat(server, LONG)))
         inside.start()
-        assert server.wait_until(lambda: server.service.admission.num_inside == 1)
+        assert server.wait_until(lambda: server.service.admission.num_admitted == 1)
         server.service.admission.drain()
         refused = chat(server, SHORT)
         assert refused.status_code == 503 and refused.headers["x-should-retry"] == "true"

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from multi_token.chat.format import ChatFormat
-from multi_token.serve.detokenizer import TextStream
+from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.testing import tiny_tokenizer
 
 TEXT = "Käse für 3 €, 猫と犬 🐈‍⬛ — naïve; then\n\nthe first <b>two</b>  spaces."
@@ -21,8 +21,8 @@ def chat() -> ChatFormat:
     return ChatFormat(tiny_tokenizer())
 
 
-def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
-    return [stream.add(token_id) for token_id in ids] + [stream.end()]
+def pieces_of(stream: IncrementalDetokenizer, ids: list[int]) -> list[str]:
+    return [stream.add(token_id) for token_id in ids] + [stream.flush()]
 
 
 def ids_of(chat: ChatFormat, text: str) -> list[int]:
@@ -32,7 +32,7 @@ def ids_of(chat: ChatFormat, text: str) -> list[int]:
 def test_pieces_are_whole_characters_and_make_the_text(chat: ChatFormat) -> None:
     ids = ids_of(chat, TEXT)
     assert len(ids) > len(TEXT), "characters must be cut into several ids"
-    pieces = pieces_of(TextStream(chat), ids)
+    pieces = pieces_of(IncrementalDetokenizer(chat), ids)
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum(bool(piece) for piece in pieces) > 20, "the text must come in many pieces"
@@ -42,20 +42,20 @@ def test_any_ids_give_what_decoding_all_of_them_gives(chat: ChatFormat) -> None:
     chance = random.Random(0)
     for _ in range(50):
         ids = [chance.randrange(len(chat.tokenizer)) for _ in range(40)]
-        assert "".join(pieces_of(TextStream(chat), ids)) == chat.decode(ids)
+        assert "".join(pieces_of(IncrementalDetokenizer(chat), ids)) == chat.decode(ids)
 
 
 def test_the_end_hands_out_what_never_became_a_character(chat: ChatFormat) -> None:
     ids = ids_of(chat, "a 猫")[:-1]
-    stream = TextStream(chat)
+    stream = IncrementalDetokenizer(chat)
     assert "".join(stream.add(i) for i in ids) == "a "
-    assert stream.end() == chat.decode(ids)[2:] != ""
+    assert stream.flush() == chat.decode(ids)[2:] != ""
 
 
 def test_special_tokens_are_no_text(chat: ChatFormat) -> None:
     end = chat.end_of_turn_ids
     ids = [*ids_of(chat, "yes"), *end, *ids_of(chat, " no"), *end]
-    assert "".join(pieces_of(TextStream(chat), ids)) == "yes no"
+    assert "".join(pieces_of(IncrementalDetokenizer(chat), ids)) == "yes no"
 
 
 def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
@@ -67,7 +67,7 @@ def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
     )
     chat = ChatFormat(tokenizer)
     ids = ids_of(chat, "<think>\n\n</think>\n\na red square <think>")
-    pieces = pieces_of(TextStream(chat), ids)
+    pieces = pieces_of(IncrementalDetokenizer(chat), ids)
     assert "".join(pieces) == chat.decode(ids)
     assert "".join(pieces).strip() == "a red square <think>"
 
@@ -88,19 +88,19 @@ def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
 def test_an_answer_ends_before_its_stop_string(
     chat: ChatFormat, text: str, stop: list[str], expected: str
 ) -> None:
-    stream = TextStream(chat, stop)
+    stream = IncrementalDetokenizer(chat, stop)
     handed = ""
     for token_id in ids_of(chat, text):
         handed += stream.add(token_id)
         assert expected.startswith(handed), "nothing may be handed out that the answer lacks"
-    assert handed + stream.end() == expected
+    assert handed + stream.flush() == expected
     assert stream.is_stopped == (expected != text)
     if stream.is_stopped:
-        assert stream.add(ids_of(chat, " more")[0]) == stream.end() == ""
+        assert stream.add(ids_of(chat, " more")[0]) == stream.flush() == ""
 
 
 def test_only_a_beginning_of_a_stop_string_is_held_back(chat: ChatFormat) -> None:
-    stream = TextStream(chat, ["<end>"])
+    stream = IncrementalDetokenizer(chat, ["<end>"])
     pieces = [stream.add(i) for i in ids_of(chat, "a<e") + ids_of(chat, "x b")]
     assert pieces[:3] == ["a", "", ""]
     assert "".join(pieces) == "a<ex b", "nothing waits for the end"

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import MultiTokenError
-from multi_token.generate import ask, reader_of
+from multi_token.generate import require_processor, single_question
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media_embeddings import Projection, content_key
+from multi_token.serve.media_embeddings import MediaEmbedder, content_key
 from multi_token.types import Media, Prepared, Sample
 
 VECTORS = [[1.0, 2.0, 3.0, 4.0, 5.0], [-1.0, 0.5, 2.0, 0.0, 1.0], [0.2, 0.2, -3.0, 1.0, 0.0]]
 
 
 @pytest.fixture
-def make(model: Any) -> Iterator[Callable[..., Projection]]:
-    made: list[Projection] = []
+def make(model: Any) -> Iterator[Callable[..., MediaEmbedder]]:
+    made: list[MediaEmbedder] = []
 
-    def build(**options: Any) -> Projection:
-        made.append(Projection(model, **{"cache_bytes": 1 << 20, **options}))
+    def build(**options: Any) -> MediaEmbedder:
+        made.append(MediaEmbedder(model, **{"cache_bytes": 1 << 20, **options}))
         return made[-1]
 
     yield build
@@ -48,8 +48,8 @@ def batches(model: Any) -> Iterator[list[int]]:
 
 
 def sample_of(model: Any, *vectors: Any) -> Sample:
-    conversation = ask("What is this?", [Media("vector", vector) for vector in vectors])
-    return reader_of(model)(conversation, prompt_only=True)
+    conversation = single_question("What is this?", [Media("vector", vector) for vector in vectors])
+    return require_processor(model)(conversation, prompt_only=True)
 
 
 def alone(model: Any, prepared: Prepared) -> Tensor:
@@ -58,7 +58,7 @@ def alone(model: Any, prepared: Prepared) -> Tensor:
         return model.projectors["vector"](model.encode("vector", inputs))
 
 
-def held(projection: Projection, model: Any) -> Callable[[], None]:
+def held(projection: MediaEmbedder, model: Any) -> Callable[[], None]:
     """Keep the thread at an item, so that others meet behind it; returns what lets it go."""
     go, is_at_it = threading.Event(), threading.Event()
 
@@ -69,7 +69,7 @@ def held(projection: Projection, model: Any) -> Callable[[], None]:
 
     hook = model.projectors["vector"].register_forward_pre_hook(hold)
     (item,) = sample_of(model, [9.0] * 5).media
-    projection.ask("vector", item, "held")
+    projection.embed("vector", item, "held")
     assert is_at_it.wait(30)
     return go.set
 
@@ -81,15 +81,15 @@ def test_prompts_get_what_each_item_gives_alone(model: Any, make: Any) -> None:
         sample_of(model, VECTORS[2]),
     ]
 
-    async def all_at_once(projection: Projection) -> list[Any]:
-        return await asyncio.gather(*(projection.prompt(sample) for sample in samples))
+    async def all_at_once(projection: MediaEmbedder) -> list[Any]:
+        return await asyncio.gather(*(projection.build_prompt(sample) for sample in samples))
 
     prompts = asyncio.run(all_at_once(make()))
     for prompt, sample in zip(prompts, samples, strict=True):
-        assert prompt.places == tuple(sample.places)
+        assert prompt.media_spans == tuple(sample.media_spans)
         assert torch.equal(prompt.input_ids, sample.input_ids)
-        assert len(set(prompt.keys)) == len(sample.media)
-        for tokens, item in zip(prompt.tokens, sample.media, strict=True):
+        assert len(set(prompt.media_keys)) == len(sample.media)
+        for tokens, item in zip(prompt.media_embeds, sample.media, strict=True):
             torch.testing.assert_close(tokens, alone(model, item))
 
 
@@ -97,7 +97,7 @@ def test_what_waits_goes_together(model: Any, make: Any, batches: list[int]) -> 
     projection = make(max_items=3)
     go = held(projection, model)
     items = [sample_of(model, [float(i)] * 5).media[0] for i in range(5)]
-    asked = [projection.ask("vector", item, str(i)) for i, item in enumerate(items)]
+    asked = [projection.embed("vector", item, str(i)) for i, item in enumerate(items)]
     go()
     results = [future.result(30) for future in asked]
     assert batches == [1, 3, 2]
@@ -111,10 +111,10 @@ def test_one_content_asked_twice_is_computed_once(
     projection = make()
     go = held(projection, model)
     item = sample_of(model, VECTORS[0]).media[0]
-    first, second = (projection.ask("vector", item, "key") for _ in range(2))
+    first, second = (projection.embed("vector", item, "key") for _ in range(2))
     go()
     assert torch.equal(first.result(30), second.result(30))
-    assert torch.equal(projection.ask("vector", item, "key").result(30), first.result(30))
+    assert torch.equal(projection.embed("vector", item, "key").result(30), first.result(30))
     assert batches == [1, 1]
     assert (projection.num_queries, projection.num_hits) == (4, 2)
 
@@ -126,7 +126,7 @@ def test_what_was_not_asked_for_longest_is_forgotten_first(model: Any, make: Any
 
     def is_here(index: int) -> bool:
         before = projection.num_hits
-        projection.ask("vector", items[index], str(index)).result(30)
+        projection.embed("vector", items[index], str(index)).result(30)
         assert projection.num_bytes <= 2 * num_bytes
         return projection.num_hits > before
 
@@ -134,7 +134,7 @@ def test_what_was_not_asked_for_longest_is_forgotten_first(model: Any, make: Any
     assert [is_here(i) for i in (0, 2, 1)] == [True, True, False]
     none = make(cache_bytes=0)
     for _ in range(2):
-        none.ask("vector", items[0], "0").result(30)
+        none.embed("vector", items[0], "0").result(30)
     assert none.num_hits == none.num_bytes == 0
 
 
@@ -159,7 +159,7 @@ def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
 
     hook = model.projectors["vector"].register_forward_hook(break_on_it)
     try:
-        asked = [projection.ask("vector", s.media[0], str(i)) for i, s in enumerate(samples)]
+        asked = [projection.embed("vector", s.media[0], str(i)) for i, s in enumerate(samples)]
         go()
         with pytest.raises(ServeError) as failed:
             asked[1].result(30)
@@ -169,20 +169,20 @@ def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
     assert failed.value.status == {"raises": 500}.get(fault, 400)
     for i in (0, 2):
         torch.testing.assert_close(asked[i].result(30), alone(model, samples[i].media[0]))
-    again = projection.ask("vector", samples[1].media[0], "1").result(30)
+    again = projection.embed("vector", samples[1].media[0], "1").result(30)
     torch.testing.assert_close(again, alone(model, samples[1].media[0]))
 
 
 def test_a_client_that_leaves_takes_nothing_from_the_others(model: Any, make: Any) -> None:
     projection = make()
     sample = sample_of(model, VECTORS[0])
-    (key,) = projection.keys(sample)
+    (key,) = projection.content_keys(sample)
 
     async def leave() -> Any:
         go = held(projection, model)
-        leaver = asyncio.ensure_future(projection.prompt(sample))
-        stayer = asyncio.ensure_future(projection.prompt(sample))
-        while key not in projection._on_their_way or projection.num_hits == 0:
+        leaver = asyncio.ensure_future(projection.build_prompt(sample))
+        stayer = asyncio.ensure_future(projection.build_prompt(sample))
+        while key not in projection._in_flight or projection.num_hits == 0:
             await asyncio.sleep(0)
         leaver.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -190,7 +190,7 @@ def test_a_client_that_leaves_takes_nothing_from_the_others(model: Any, make: An
         go()
         return await stayer
 
-    (tokens,) = asyncio.run(leave()).tokens
+    (tokens,) = asyncio.run(leave()).media_embeds
     torch.testing.assert_close(tokens, alone(model, sample.media[0]))
 
 
@@ -214,7 +214,7 @@ def test_keys_are_equal_for_equal_content_of_one_tenant_only(model: Any) -> None
 def test_stopping_refuses_what_waits(model: Any, make: Any) -> None:
     projection = make()
     go = held(projection, model)
-    waiting = projection.ask("vector", sample_of(model, VECTORS[0]).media[0], "waits")
+    waiting = projection.embed("vector", sample_of(model, VECTORS[0]).media[0], "waits")
     stopping = threading.Thread(target=projection.stop)
     stopping.start()
     with pytest.raises(ServeError) as refused:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from multi_token.serve.openai.protocol import IGNORED, PARTS, ChatRequest
+from multi_token.serve.openai.protocol import CONTENT_PART_MODELS, IGNORED_FIELDS, ChatRequest
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import RunningServer, png, running
 
@@ -69,9 +69,9 @@ def test_the_lines_for_the_openai_client_get_an_answer(
 
 def test_the_page_names_every_field_part_and_limit() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name in [*ChatRequest.model_fields, *IGNORED]:
+    for name in [*ChatRequest.model_fields, *IGNORED_FIELDS]:
         assert f"`{name}" in text, name
-    for name in PARTS:
+    for name in CONTENT_PART_MODELS:
         assert f'"type": "{name}"' in text, name
     settings = ServeSettings()
     for limit in (

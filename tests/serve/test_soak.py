@@ -129,11 +129,11 @@ def test_after_a_thousand_clients_have_left_no_request_is_inside_and_no_slot_is_
         is_empty = server.wait_until(
             lambda: (
                 (
-                    service.admission.num_inside,
+                    service.admission.num_admitted,
                     service.engine.num_running,
                     service.engine.num_waiting,
-                    service.pool.num_waiting,
-                    len(service._answers),
+                    service.media_pool.num_waiting,
+                    len(service._outputs),
                 )
                 == (0, 0, 0, 0, 0)
             ),

@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 
-from multi_token.language_model.forward import layer_inputs
-from multi_token.serve.engines.fallback import plain_prompt
+from multi_token.language_model.forward import per_layer_inputs
+from multi_token.serve.engines.fallback import smoke_prompt
 from multi_token.serve.engines.vllm.engine import VllmEngine
-from multi_token.serve.engines.vllm.golden import Golden
+from multi_token.serve.engines.vllm.golden import GoldenRequest
 from tests.serve.vllm_stand_in import StandIn
 
 LOOK_S = 0.05
 
 
 @torch.no_grad()
-def golden_of(model: Any, num_new: int = 6) -> Golden:
+def golden_of(model: Any, num_new: int = 6) -> GoldenRequest:
     """What an export of the model would hold."""
-    ids = plain_prompt(model).input_ids[None]
+    ids = smoke_prompt(model).input_ids[None]
     num_prompt, logprobs = ids.shape[1], []
     for _ in range(num_new):
         embeds = model.get_input_embeddings()(ids)
-        more = layer_inputs(model.language_model, ids)
+        more = per_layer_inputs(model.language_model, ids)
         logits = model.language_model(inputs_embeds=embeds, **more).logits[0, -1]
         logprob, likeliest = logits.log_softmax(-1).max(-1)
         logprobs.append(float(logprob))
         ids = torch.cat([ids, likeliest.view(1, 1)], 1)
-    return Golden(
+    return GoldenRequest(
         tuple(ids[0, :num_prompt].tolist()),
         tuple(ids[0, num_prompt:].tolist()),
         tuple(logprobs),
@@ -43,7 +43,7 @@ def golden_of(model: Any, num_new: int = 6) -> Golden:
 @contextmanager
 def started(model: Any, *stand_ins: StandIn, **options: Any) -> Iterator[VllmEngine]:
     """A running engine before some stand-ins, which end with it."""
-    fields = {"look_s": LOOK_S, **options}
+    fields = {"health_interval_s": LOOK_S, **options}
     engine = VllmEngine(model, golden_of(model), [s.url for s in stand_ins], **fields)
     try:
         engine.start()

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
 
-from multi_token.serve.engines.base import SamplingOptions
-from multi_token.serve.engines.sampler import draw
+from multi_token.serve.engines.base import SamplingParams
+from multi_token.serve.engines.sampler import sample
 
 
 class Refused(Exception):
@@ -207,7 +207,7 @@ class StandIn:
         return embeds.to(self.language_model.dtype)[None] * self.multiplies
 
     async def _stream(
-        self, embeds: Tensor, options: SamplingOptions, body: dict[str, Any]
+        self, embeds: Tensor, options: SamplingParams, body: dict[str, Any]
     ) -> AsyncIterator[bytes]:
         is_waiting = True
         try:
@@ -226,7 +226,7 @@ class StandIn:
 
     @torch.no_grad()
     async def _chunks(
-        self, embeds: Tensor, options: SamplingOptions, body: dict[str, Any]
+        self, embeds: Tensor, options: SamplingParams, body: dict[str, Any]
     ) -> AsyncIterator[dict[str, Any]]:
         model, past = self.language_model, None
         generator = torch.Generator()
@@ -241,7 +241,7 @@ class StandIn:
                 output = model(**inputs, past_key_values=past, use_cache=True)
             past, scores = output.past_key_values, output.logits[0, -1]
             greedy = options.temperature < 1e-5
-            id = int(scores.argmax()) if greedy else draw(scores, options, generator)
+            id = int(scores.argmax()) if greedy else sample(scores, options, generator)
             is_stop = id in body["stop_token_ids"]
             is_last = number + 1 == options.max_new_tokens
             choice: dict[str, Any] = {
@@ -259,18 +259,18 @@ class StandIn:
             await asyncio.sleep(0)
 
 
-def _options(body: dict[str, Any]) -> SamplingOptions:
+def _options(body: dict[str, Any]) -> SamplingParams:
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         assert name in body, f"vLLM would take {name} from the generation config"
     assert body["stream"] and body["return_token_ids"] and body["return_tokens_as_token_ids"]
-    return SamplingOptions(
+    return SamplingParams(
         body["max_tokens"],
         temperature=body["temperature"],
         top_p=body["top_p"],
         top_k=body["top_k"],
         seed=body.get("seed"),
         num_logprobs=body.get("logprobs"),
-        ignore_end=body["ignore_eos"],
+        ignore_eos=body["ignore_eos"],
     )
 
 

@@ -236,7 +236,7 @@ class Marked:
 
 def marked_by_twin(family: Any, messages: list[dict[str, str]]) -> Marked:
     """The oracle, which is not ours."""
-    parts = shape_of(family).takes_parts
+    parts = shape_of(family).takes_content_parts
     rendered: Any = render_jinja_template(
         conversations=[in_parts(messages) if parts else messages],  # type: ignore[arg-type]
         chat_template=twin(family.name),

@@ -86,7 +86,7 @@ def test_the_built_in_senses_keep_every_claim(name: str, tmp_path: Path) -> None
     results = check_named(name, tmp_path)
     assert failed(results) == {}
     kinds = {r.claim.split()[1] for r in results if r.claim.startswith("projector ")}
-    assert kinds == set(registry.names("projector"))
+    assert kinds == set(registry.registered_names("projector"))
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_a_wrong_number_of_features_is_named(broken: Any) -> None:
 
 def test_a_length_that_its_header_tells_otherwise_is_named(broken: Any) -> None:
     class Lying(Fault):
-        def measure(self, source: Any, fetch: Fetch) -> int:
+        def num_features_from_header(self, source: Any, fetch: Fetch) -> int:
             return 1
 
     class Silent(Fault):

@@ -30,7 +30,13 @@ from multi_token.modalities.vector import VectorModality
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
 from multi_token.train import run as run_module
-from multi_token.train.distributed import from_all, is_first, num_processes, part, rank
+from multi_token.train.distributed import (
+    all_gather,
+    destroy_process_group,
+    is_main_process,
+    num_processes,
+    rank,
+)
 from multi_token.types import Features
 
 QUIET = Console(quiet=True)
@@ -98,7 +104,7 @@ def main(job: dict[str, Any]) -> None:
 
         # else it compiles an exchange of its own by shared memory, for minutes; gloo has one
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
     found = {}
     for one in job["runs"]:
         seen: dict[str, Any] = {}
@@ -109,7 +115,7 @@ def main(job: dict[str, Any]) -> None:
             trainer.add_callback(Watch(trainer, seen, one))
             return bar(trainer, console, title)
 
-        run_module.Bar = watched  # type: ignore[misc,assignment]
+        run_module.ProgressBarCallback = watched  # type: ignore[misc,assignment]
         fields = one["fields"]
         if "folders" in one:
             os.chdir(one["folders"][rank()])
@@ -124,10 +130,10 @@ def main(job: dict[str, Any]) -> None:
             run_module.train(Recipe.model_validate(fields), console=QUIET)
         except MultiTokenError as error:
             seen["error"] = f"{type(error).__name__}: {error}"
-        found[one["name"]] = from_all(seen)
-    if is_first():
+        found[one["name"]] = all_gather(seen)
+    if is_main_process():
         Path(job["out"]).write_text(json.dumps(found))
-    part()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

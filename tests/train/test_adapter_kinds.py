@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from multi_token.checkpoint.load import compose, load
 from multi_token.convert.export import export
 from multi_token.errors import RecipeError
-from multi_token.generate import ask, collate_prompts
+from multi_token.generate import collate_prompts, single_question
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
@@ -45,8 +45,8 @@ def trained(fields: dict[str, Any]) -> Any:
 
 
 def logits(model: Any, data: Path) -> torch.Tensor:
-    question = ask("What is this?", [Media("image", str(data / "red.png"))])
-    batch = collate_prompts(model.reader, [question])
+    question = single_question("What is this?", [Media("image", str(data / "red.png"))])
+    batch = collate_prompts(model.processor, [question])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits.float()
 

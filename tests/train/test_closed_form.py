@@ -15,7 +15,7 @@ from multi_token.checkpoint.load import compose
 from multi_token.language_model.loading import embedding_rms
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AlignSpec
-from multi_token.train.closed_form import align, calibrate, captioned
+from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 KINDS: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def examples(model: Any, length: int = 1) -> list[Any]:
         values = numbers.normal(loc=3.0, scale=7.0, size=(length, 5))
         user = Message("user", (Text("What is "), Media("vector", values)))
         answer = Message("assistant", (Text(words[i % 4]),))
-        conversations.append((Conversation((user, answer), id=str(i)), model.reader))
+        conversations.append((Conversation((user, answer), id=str(i)), model.processor))
     return conversations
 
 
@@ -51,13 +51,13 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
 ) -> None:
     model = model_with(recipe_fields, tmp_path, {"type": "expand", "factor": 3})
     conversations = examples(model)
-    items = list(captioned(conversations))
-    calibrate(model, "vector", [(i.item, i.reader) for i in items])
-    assert align(model, "vector", items, spec=AlignSpec(penalty=2.0), batch_size=7) == 40
+    items = list(captioned_items(conversations))
+    calibrate(model, "vector", [(i.item, i.processor) for i in items])
+    assert fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=2.0), batch_size=7) == 40
 
     values = torch.tensor(np.concatenate([i.item.source for i in items]))
     x = (values - values.mean(0)) / values.std(0, correction=0)
-    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = embed(torch.tensor(tokenizer(" ").input_ids))[-1:]
     targets = [
         torch.cat([embed(torch.tensor(tokenizer(" " + i.caption).input_ids)), space, space, space])[
@@ -77,9 +77,9 @@ def test_every_kind_can_be_aligned_and_its_network_starts_silent(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     model = model_with(recipe_fields, tmp_path, kind)
-    items = list(captioned(examples(model, length=4)))
-    calibrate(model, "vector", [(i.item, i.reader) for i in items])
-    align(model, "vector", items, spec=AlignSpec(penalty=1.0))
+    items = list(captioned_items(examples(model, length=4)))
+    calibrate(model, "vector", [(i.item, i.processor) for i in items])
+    fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=1.0))
     projector = model.projector("vector")
     groups, _ = projector.arrange(Features(torch.randn(2, 4, 5)))
     assert not projector.network(groups).any()
@@ -95,9 +95,9 @@ def test_many_features_aim_at_the_mean_of_the_caption_or_go_through_it_in_order(
     values = np.array([[1.0, 0, 0, 0, 0]] * 2 + [[0, 1.0, 0, 0, 0]] * 2)
     user = Message("user", (Text("What is "), Media("vector", values)))
     answer = Message("assistant", (Text("cat dog"),))
-    items = list(captioned([(Conversation((user, answer)), model.reader)] * 8))
-    align(model, "vector", items, spec=AlignSpec(penalty=1e-6, targets=targets))
-    embed, tokenizer = model.get_input_embeddings(), model.reader.tokenizer
+    items = list(captioned_items([(Conversation((user, answer)), model.processor)] * 8))
+    fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=1e-6, targets=targets))
+    embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     expected = embed(torch.tensor(tokenizer(" cat dog").input_ids)).detach()
     assert len(expected) == 3
     halves = expected[[0, 2]] if targets == "in_order" else expected.mean(0)
@@ -110,7 +110,7 @@ def test_tokens_start_with_the_root_mean_square_of_the_input_embeddings(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     model = model_with(recipe_fields, tmp_path, kind)
-    items = [(c.media[0], reader) for c, reader in examples(model, length=4)]
+    items = [(c.media[0], processor) for c, processor in examples(model, length=4)]
     calibrate(model, "vector", items, batch_size=40)
     values = torch.tensor(np.stack([i.source for i, _ in items])).float()
     tokens = model.projectors["vector"](Features(values))
@@ -122,7 +122,7 @@ def test_a_value_that_never_changes_stays_finite(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     model = model_with(recipe_fields, tmp_path, {"type": "linear"})
-    items = [(Media("vector", [float(i), 7.0, 7.0, 7.0, 7.0]), model.reader) for i in range(9)]
+    items = [(Media("vector", [float(i), 7.0, 7.0, 7.0, 7.0]), model.processor) for i in range(9)]
     calibrate(model, "vector", items)
     tokens = model.projectors["vector"](Features(torch.tensor([[[1.0, 7.0, 7.0, 7.0, 7.0]]])))
     assert torch.isfinite(tokens).all()
@@ -134,5 +134,5 @@ def test_only_conversations_with_one_item_and_one_answer_are_captions(model: Any
     one = Conversation((Message("user", (item,)), answer))
     two = Conversation((Message("user", (item, item)), answer))
     longer = replace(one, messages=one.messages * 2)
-    found = list(captioned((c, model.reader) for c in (one, two, longer)))
+    found = list(captioned_items((c, model.processor) for c in (one, two, longer)))
     assert [c.caption for c in found] == ["cat"]

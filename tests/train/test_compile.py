@@ -23,12 +23,12 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec
 from multi_token.train import trainer as trainer_module
 from multi_token.train.compile import (
+    check_can_compile,
+    compile_enabled,
     compiled_layers,
-    compiling,
-    refuse_compiling,
     use_liger,
 )
-from multi_token.train.fsdp import layers_of
+from multi_token.train.fsdp import decoder_layers
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]
@@ -64,18 +64,18 @@ def test_layers_are_compiled_in_training_steps_only_and_give_the_same(model: Any
     expected = {num: loss_and_gradients(language_model, num) for num in (6, 9)}
     with compiled_layers(language_model, backend=backend):  # type: ignore[arg-type]
         assert list(language_model.state_dict()) == names
-        with compiling(False):
+        with compile_enabled(False):
             loss_and_gradients(language_model, 6)
         assert not graphs
         for num_tokens, those in expected.items():
-            with compiling(True):
+            with compile_enabled(True):
                 found = loss_and_gradients(language_model, num_tokens)
             assert len(found) == len(those) > 4
             torch.testing.assert_close(found, those, atol=1e-6, rtol=1e-5)
         num_graphs = len(graphs)
         assert num_graphs > 0
         loss_and_gradients(language_model, 7)
-    with compiling(True):
+    with compile_enabled(True):
         loss_and_gradients(language_model, 8)
     assert len(graphs) == num_graphs, "compiled outside of training steps"
 
@@ -88,7 +88,7 @@ def test_what_inductor_makes_of_a_layer_gives_the_same(model: Any) -> None:
         pytest.skip("no C++ compiler")
     language_model = attach_adapter(copy.deepcopy(model.language_model), AdapterSpec(r=2))
     expected = loss_and_gradients(language_model, 6)
-    with compiled_layers(language_model), compiling(True):
+    with compiled_layers(language_model), compile_enabled(True):
         found = loss_and_gradients(language_model, 6)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -138,7 +138,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_runs(
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RecipeError, match=r"found none \(CXX, g\+\+, clang\+\+, cl\)"):
-        refuse_compiling(CPU)
+        check_can_compile(CPU)
 
 
 def test_liger_on_the_cpu_is_refused_before_anything_runs(
@@ -183,4 +183,4 @@ def test_liger_gets_the_language_model_below_its_adapter_and_leaves_the_loss_alo
 
 def test_layers_are_those_of_the_language_model_with_an_adapter_as_well(model: Any) -> None:
     language_model = attach_adapter(copy.deepcopy(model.language_model), AdapterSpec(r=2))
-    assert len(layers_of(language_model)) == len(layers_of(model.language_model)) == 2
+    assert len(decoder_layers(language_model)) == len(decoder_layers(model.language_model)) == 2

@@ -19,10 +19,10 @@ from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RecipeError, RowError
 from multi_token.language_model.loading import adapter_parameters, attach_adapter
-from multi_token.language_model.segment_attention import attending_by_segment
+from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.recipe.recipe import Recipe, parse_recipe
-from multi_token.recipe.train import AdapterSpec, TeacherSpec
-from multi_token.train.distillation import Teacher, WithTeacher, divergence
+from multi_token.recipe.train import AdapterSpec, DistillationSpec
+from multi_token.train.distillation import DistillationCollator, DistillationLoss, kl_divergence
 from multi_token.train.run import train
 from multi_token.types import Sample
 from tests.train.test_distributed import processes
@@ -54,13 +54,15 @@ def model(recipe_fields: Fields, tmp_path: Path) -> Any:
 def read(model: Any, data: Path, rows: list[dict[str, Any]], teacher: Any = "required") -> Any:
     from multi_token.media.fetch import Fetch
 
-    reader = replace(model.reader, fetch=Fetch(root=str(data)), teacher=teacher)
-    return [reader(to_conversation(r, ["image"], row_id="row")) for r in rows]
+    processor = replace(model.processor, fetch=Fetch(root=str(data)), distillation=teacher)
+    return [processor(to_conversation(r, ["image"], row_id="row")) for r in rows]
 
 
-def loss_of(model: Any, samples: list[Sample], spec: TeacherSpec, **options: Any) -> torch.Tensor:
-    collate = WithTeacher(Collator(model.modalities, model.reader.chat.filler_id))
-    teacher = Teacher(spec)
+def loss_of(
+    model: Any, samples: list[Sample], spec: DistillationSpec, **options: Any
+) -> torch.Tensor:
+    collate = DistillationCollator(Collator(model.modalities, model.processor.chat.filler_id))
+    teacher = DistillationLoss(spec)
     inputs = teacher.read(model, collate(samples))
     return teacher.loss(model(**inputs), **options)
 
@@ -80,10 +82,10 @@ def says_its_text(model: Any, data: Path) -> tuple[list[Sample], Any]:
     """A sample whose picture's three tokens are the embeddings of the three of its text."""
     samples = read(model, data, [row("red", "uvw")])
     sample = samples[0]
-    (place,) = sample.places
+    (place,) = sample.media_spans
     assert sample.teacher is not None and len(sample.teacher.input_ids) == len(sample.input_ids)
     ids = sample.teacher.input_ids[place.start : place.start + place.length]
-    assert model.reader.tokenizer.decode(ids) == "uvw"
+    assert model.processor.tokenizer.decode(ids) == "uvw"
     with torch.no_grad():
         projector = _Says(model.get_input_embeddings()(ids))
     model.projectors["image"] = projector
@@ -94,10 +96,10 @@ def test_the_divergence_is_zero_where_media_are_the_embeddings_of_their_text(
     model: Any, data: Path
 ) -> None:
     samples, projector = says_its_text(model, data)
-    assert loss_of(model, samples, TeacherSpec()).abs() < 1e-6
+    assert loss_of(model, samples, DistillationSpec()).abs() < 1e-6
     with torch.no_grad():
         projector.tokens[1] += 1.0
-    loss = loss_of(model, samples, TeacherSpec())
+    loss = loss_of(model, samples, DistillationSpec())
     loss.backward()
     assert loss > 1e-3
     assert projector.tokens.grad.abs().min() > 0, "each token is drawn"
@@ -105,7 +107,7 @@ def test_the_divergence_is_zero_where_media_are_the_embeddings_of_their_text(
     # and downhill is where the text is
     with torch.no_grad():
         projector.tokens -= 1e-2 * projector.tokens.grad / projector.tokens.grad.norm()
-    assert loss_of(model, samples, TeacherSpec()) < loss
+    assert loss_of(model, samples, DistillationSpec()) < loss
 
 
 def test_the_teacher_is_the_model_without_its_adapter_and_learns_nothing(
@@ -113,18 +115,18 @@ def test_the_teacher_is_the_model_without_its_adapter_and_learns_nothing(
 ) -> None:
     samples, _ = says_its_text(model, data)
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2, lora_dropout=0.5))
-    assert loss_of(model, samples, TeacherSpec()).abs() < 1e-6
+    assert loss_of(model, samples, DistillationSpec()).abs() < 1e-6
     adapter = adapter_parameters(model.language_model)
     with torch.no_grad():
         for parameter in adapter:
             parameter.normal_(std=0.1)
     model.eval()  # without dropout: the adapter is all the difference
-    assert loss_of(model, samples, TeacherSpec()) > 1e-3
+    assert loss_of(model, samples, DistillationSpec()) > 1e-3
     for learns in (False, True):
         for parameter in adapter:
             parameter.requires_grad_(learns)
         model.train()
-        loss = loss_of(model, samples, TeacherSpec())
+        loss = loss_of(model, samples, DistillationSpec())
         assert loss > 1e-3
         assert model.language_model.training
         assert {p.requires_grad for p in adapter} == {learns}
@@ -142,8 +144,8 @@ def test_the_divergence_is_that_of_torch_and_zero_only_for_the_same() -> None:
             reduction="none",
             log_target=True,
         ).sum(-1)
-        torch.testing.assert_close(divergence(theirs, ours, temperature), expected)
-    assert (divergence(theirs, ours, 1.0) > 0).all()
+        torch.testing.assert_close(kl_divergence(theirs, ours, temperature), expected)
+    assert (kl_divergence(theirs, ours, 1.0) > 0).all()
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
@@ -158,7 +160,7 @@ def test_a_batch_is_its_rows_one_by_one_and_rows_without_a_text_learn_by_cross_e
     ]
     samples = read(model, data, rows, teacher="optional")
     assert [s.teacher is None for s in samples] == [False, True, False, True]
-    spec = TeacherSpec(weight=weight, missing="cross_entropy")
+    spec = DistillationSpec(weight=weight, missing="cross_entropy")
     num = sum(int((s.labels[1:] != -100).sum()) for s in samples)
     parameters = [p for p in model.projectors.parameters() if p.requires_grad]
     whole = loss_of(model, samples, spec, num_items_in_batch=num)
@@ -169,11 +171,11 @@ def test_a_batch_is_its_rows_one_by_one_and_rows_without_a_text_learn_by_cross_e
     for ours, theirs in zip(torch.autograd.grad(summed, parameters), gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     # what the untaught rows give is the model's own cross entropy
-    plain = Collator(model.modalities, model.reader.chat.filler_id)([samples[1]])
+    plain = Collator(model.modalities, model.processor.chat.filler_id)([samples[1]])
     torch.testing.assert_close(parts[1], model(**plain, num_items_in_batch=num).loss)
-    plain = Collator(model.modalities, model.reader.chat.filler_id)([samples[0]])
+    plain = Collator(model.modalities, model.processor.chat.filler_id)([samples[0]])
     entropy = model(**plain, num_items_in_batch=num).loss
-    pure = loss_of(model, [samples[0]], TeacherSpec(), num_items_in_batch=num)
+    pure = loss_of(model, [samples[0]], DistillationSpec(), num_items_in_batch=num)
     torch.testing.assert_close(parts[0], (1 - weight) * entropy + weight * pure)
 
 
@@ -193,18 +195,18 @@ def test_a_pack_is_its_rows_padded(model: Any, data: Path, share_media: bool) ->
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     for parameter in adapter_parameters(model.language_model):
         torch.nn.init.normal_(parameter, std=0.1)
-    spec = TeacherSpec(weight=0.75, missing="cross_entropy")
-    collator = Collator(model.modalities, model.reader.chat.filler_id, share_media=share_media)
+    spec = DistillationSpec(weight=0.75, missing="cross_entropy")
+    collator = Collator(model.modalities, model.processor.chat.filler_id, share_media=share_media)
     learned = [p for p in model.parameters() if p.requires_grad]
     found = []
     for packed in (False, True):
-        teacher = Teacher(spec)
-        with attending_by_segment(model.language_model) as by_segment:
-            batch = WithTeacher(collator, packed=packed)(samples)
+        teacher = DistillationLoss(spec)
+        with segment_attention_enabled(model.language_model) as by_segment:
+            batch = DistillationCollator(collator, packed=packed)(samples)
             assert by_segment and ("segments" in batch) == (packed and share_media)
             assert ("cu_seq_lens_q" in batch["teacher"]) == packed
             inputs = teacher.read(model, batch)
-            assert [int(n) for n in teacher.taught.long().bincount()] == [
+            assert [int(n) for n in teacher.teacher_mask.long().bincount()] == [
                 sum(int((s.labels[1:] != -100).sum()) for s in samples if (s.teacher is None) == no)
                 for no in (True, False)
             ]

@@ -18,13 +18,13 @@ from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import DpoSpec, Learn
+from multi_token.recipe.train import DpoSpec, Trainable
 from multi_token.train.dpo import (
-    Pair,
-    PairCollator,
-    Pairs,
-    Preference,
-    preference_losses,
+    DpoLoss,
+    PreferenceCollator,
+    PreferenceDataset,
+    PreferencePair,
+    dpo_losses,
 )
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
@@ -41,22 +41,22 @@ def model(pair_fields: Fields, tmp_path: Path) -> Any:
 
 
 def read(model: Any, rows: list[dict[str, Any]], pairs: Any = "required") -> list[Sample]:
-    reader = replace(model.reader, pairs=pairs)
-    return [reader(to_conversation(r, list(model.modalities), row_id="row")) for r in rows]
+    processor = replace(model.processor, preference=pairs)
+    return [processor(to_conversation(r, list(model.modalities), row_id="row")) for r in rows]
 
 
 def by_hand(model: Any, sample: Sample) -> torch.Tensor:
     """The log-probability of an answer, from the model's own loss of that sample alone."""
-    batch = Collator(model.modalities, model.reader.chat.filler_id)([sample])
+    batch = Collator(model.modalities, model.processor.chat.filler_id)([sample])
     return -model(**batch).loss * int((sample.labels != -100).sum())
 
 
 def loss_of(
     model: Any, samples: list[Sample], reference: torch.Tensor, spec: DpoSpec, **options: Any
 ) -> torch.Tensor:
-    pairs = [Pair(s, r) for s, r in zip(samples, reference, strict=True)]
-    collate = PairCollator(Collator(model.modalities, model.reader.chat.filler_id))
-    preference = Preference(spec)
+    pairs = [PreferencePair(s, r) for s, r in zip(samples, reference, strict=True)]
+    collate = PreferenceCollator(Collator(model.modalities, model.processor.chat.filler_id))
+    preference = DpoLoss(spec)
     inputs = preference.read(collate(pairs))
     return preference.loss(model(**inputs), **options)
 
@@ -123,7 +123,7 @@ def test_each_item_is_encoded_once_for_both_answers(
 
 
 def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> None:
-    assert model.reader.chat.learn_turns == "all"
+    assert model.processor.chat.learn_turns == "all"
     turns = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "one"},
@@ -134,7 +134,7 @@ def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> No
         model, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}], pairs=None
     )
     assert pair.rejected is not None and pair.input_ids.tolist() == alone.input_ids.tolist()
-    decode = model.reader.tokenizer.decode
+    decode = model.processor.tokenizer.decode
     texts = [decode(s.labels[s.labels != -100]) for s in (pair, pair.rejected, alone)]
     assert texts[0].startswith("two") and texts[1].startswith("twelve")
     assert texts[2].startswith("one") and texts[2].endswith(texts[0])
@@ -167,7 +167,7 @@ class BesideTrl:
         with torch.no_grad():
             for parameter in before.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
-        tokenizer = copy.deepcopy(self.model.reader.tokenizer)
+        tokenizer = copy.deepcopy(self.model.processor.tokenizer)
         tokenizer.chat_template = DEFAULT_TEMPLATE
         self.theirs = trl.DPOTrainer(
             self.policy,
@@ -188,10 +188,10 @@ class BesideTrl:
         rows = [self.theirs.train_dataset[i] for i in range(len(pairs))]
         self.batch = self.theirs.data_collator(rows)
         self.samples = read(self.model, pairs)
-        self.collate = PairCollator(
-            Collator(self.model.modalities, self.model.reader.chat.filler_id)
+        self.collate = PreferenceCollator(
+            Collator(self.model.modalities, self.model.processor.chat.filler_id)
         )
-        ids = self.collate([Pair(s, torch.zeros(2)) for s in self.samples])["input_ids"]
+        ids = self.collate([PreferencePair(s, torch.zeros(2)) for s in self.samples])["input_ids"]
         assert ids.tolist() == self.batch["input_ids"].tolist(), "else it proves nothing"
         with torch.no_grad():
             now, self.model.language_model = self.model.language_model, before
@@ -223,8 +223,8 @@ def test_loss_and_gradients_are_those_of_trl(
     for name, parameter in model.language_model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
     logged = theirs._metrics["train"]
-    preference = Preference(spec)
-    pairs = [Pair(s, r) for s, r in zip(beside.samples, beside.reference, strict=True)]
+    preference = DpoLoss(spec)
+    pairs = [PreferencePair(s, r) for s, r in zip(beside.samples, beside.reference, strict=True)]
     preference.loss(model(**preference.read(beside.collate(pairs))))
     for name, value in preference.metrics().items():
         assert value == pytest.approx(logged[name][0], rel=1e-4, abs=1e-4), name
@@ -238,12 +238,12 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
 ) -> None:
     beside = BesideTrl(recipe_fields(tmp_path / "run"), tmp_path, loss)
     expected = beside.theirs.evaluate()
-    pairs = Pairs(beside.samples, [(1, 1)] * len(beside.samples))
+    pairs = PreferenceDataset(beside.samples, [(1, 1)] * len(beside.samples))
     pairs.reference = beside.reference
     args = {"use_cpu": True, "per_device_eval_batch_size": 2}
     trainer = MultiTokenTrainer(
         beside.model,
-        learn=Learn.model_validate({"language_model": 1e-3}),
+        learn=Trainable.model_validate({"language_model": 1e-3}),
         lengths=pairs.num_tokens,
         dpo=DpoSpec(beta=0.3, loss=loss),  # type: ignore[arg-type]
         args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
@@ -255,15 +255,15 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     of_pairs = ("loss", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")))
     for name in (*of_pairs, "logps/chosen", "logps/rejected"):
         assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
-    assert trainer.preference is not None
-    assert trainer.preference.metrics() == {}, "nothing of it counts as training"
+    assert trainer.dpo_loss is not None
+    assert trainer.dpo_loss.metrics() == {}, "nothing of it counts as training"
 
 
 def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:
     spec = DpoSpec(beta=1.0, label_smoothing=0.1)
     margins = torch.linspace(-6, 6, 1201)
     ratios = torch.stack([margins, torch.zeros_like(margins)], -1)
-    losses = preference_losses(ratios, torch.ones_like(ratios), spec)
+    losses = dpo_losses(ratios, torch.ones_like(ratios), spec)
     assert float(margins[losses.argmin()]) == pytest.approx(math.log(0.9 / 0.1), abs=0.01)
 
 
@@ -273,7 +273,7 @@ def test_a_rejected_answer_must_have_words_and_fit(
     with pytest.raises(RowError, match="row red: has an empty `rejected` answer"):
         read(model, [{**pair_rows[0], "rejected": " "}])
     long = [{**pair_rows[0], "rejected": "blue " * 50}]
-    model.reader = replace(model.reader, max_tokens=40)
+    model.processor = replace(model.processor, max_tokens=40)
     with pytest.raises(RowError, match=r"row red: is \d+ tokens long \(3 of them media\), over"):
         read(model, long)
     read(model, long, pairs=None)

@@ -195,21 +195,21 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_by_the_same_reference
     args = {"max_steps": 5, "save_steps": 1, "per_device_train_batch_size": 2}
     trained(pair_fields(tmp_path / "whole", args=args))
     fields = pair_fields(tmp_path / "cut", args=args)
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
 
     def stopping(trainer: Any, *more: Any) -> Any:
         trainer.add_callback(StopAt(3))
         return bar(trainer, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Bar", stopping)
+        patch.setattr(run_module, "ProgressBarCallback", stopping)
         with pytest.raises((Interrupted, KeyboardInterrupt)):
             trained(fields)
 
     def never(*_: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(reference_module, "_computed", never)
+    monkeypatch.setattr(reference_module, "_compute_reference", never)
     fewer = pair_fields(tmp_path / "cut", args=args, rows=pair_rows[:-1])
     with pytest.raises(RecipeError, match="is the reference of other rows than the recipe has now"):
         trained(fewer)
@@ -261,9 +261,9 @@ def test_held_out_pairs_are_evaluated_as_those_that_are_learned_from(
     assert torch.equal(reference, load_file(stage / "reference.safetensors")["logps"])
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     read = partial(to_conversation, modalities=list(model.modalities), row_id="row")
-    collate = Collator(model.modalities, model.reader.chat.filler_id)
+    collate = Collator(model.modalities, model.processor.chat.filler_id)
     with torch.no_grad():
-        samples = [replace(model.reader, pairs="required")(read(row)) for row in rows]
+        samples = [replace(model.processor, preference="required")(read(row)) for row in rows]
         logps = torch.tensor(
             [
                 [-float(model(**collate([s])).loss) * int((s.labels != -100).sum()) for s in pair]

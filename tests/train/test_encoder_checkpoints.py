@@ -20,11 +20,11 @@ from multi_token.convert.export import export
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora
 from multi_token.errors import CheckpointError, Interrupted
-from multi_token.generate import as_prompt, collate_prompts
+from multi_token.generate import collate_prompts, drop_last_answer
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import Learn
+from multi_token.recipe.train import Trainable
 from multi_token.train import run as run_module
-from multi_token.train.parameter_groups import select_parameters
+from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 
 Fields = Callable[..., dict[str, Any]]
@@ -43,11 +43,11 @@ def changed(fields: dict[str, Any], choice: str) -> Any:
     """A model whose chosen encoder weights are other than those it was composed with."""
     torch.manual_seed(0)
     model = compose(Recipe.model_validate(fields).model)
-    learn = Learn.model_validate(CHOICES[choice])
+    learn = Trainable.model_validate(CHOICES[choice])
     for name, spec in learn.encoders.items():
         if spec.lora is not None:
             attach_lora(name, model.encoder(name), spec.lora)
-    select_parameters(model, learn)
+    freeze_and_unfreeze(model, learn)
     with torch.no_grad():
         for parameter in model.encoders.parameters():
             if parameter.requires_grad:
@@ -59,7 +59,7 @@ def logits(model: Any, fields: dict[str, Any]) -> torch.Tensor:
     rows = Path(fields["data"]["train"][0]["rows"]).read_text().splitlines()
     row = next(row for row in map(json.loads, rows) if row["id"] == "blue")
     conversation = to_conversation(row, list(model.modalities), row_id="blue")
-    batch = collate_prompts(model.reader, [as_prompt(conversation, model)])
+    batch = collate_prompts(model.processor, [drop_last_answer(conversation, model)])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits
 
@@ -108,7 +108,7 @@ def test_layers_that_learned_in_different_stages_are_all_saved(
     model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
     for last in (2, 1):
         learn = {"encoders": {"image": {"rate": 1e-3, "last": last}}}
-        select_parameters(model, Learn.model_validate(learn))
+        freeze_and_unfreeze(model, Trainable.model_validate(learn))
     save(model, tmp_path)
     layers = {name.split(".")[4] for name in load_file(tmp_path / FILE)}
     assert layers == {"1", "2"}
@@ -116,7 +116,7 @@ def test_layers_that_learned_in_different_stages_are_all_saved(
 
 def test_nothing_is_written_of_frozen_encoders(recipe_fields: Fields, tmp_path: Path) -> None:
     model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
-    select_parameters(model, Learn.model_validate(CHOICES["all"]))
+    freeze_and_unfreeze(model, Trainable.model_validate(CHOICES["all"]))
     save(model, tmp_path)
     assert (tmp_path / FILE).is_file()
     frozen = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
@@ -187,7 +187,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     ]
     train(Recipe.model_validate(mixed_fields(tmp_path / "whole", stages=stages)), console=QUIET)
     cut = Recipe.model_validate(mixed_fields(tmp_path / "cut", stages=stages))
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
@@ -196,7 +196,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     # the second command goes on with stage a, and is stopped in stage b
     for num_steps, stage in ((3, "a"), (3, "b")):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "Bar", bar_and_signal)
+            patch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
             with pytest.raises(
                 Interrupted, match=f"stopped at step {num_steps} of 5 of stage {stage}"
             ):

@@ -20,8 +20,8 @@ from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import Learn, LoraSpec
-from multi_token.train.parameter_groups import parameter_groups, select_parameters
+from multi_token.recipe.train import LoraSpec, Trainable
+from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
@@ -37,16 +37,16 @@ def composed(fields: dict[str, Any]) -> Any:
     return compose(Recipe.model_validate(fields).model)
 
 
-def learn(image: Any, **more: Any) -> Learn:
-    return Learn.model_validate({"encoders": {"image": image}, **more})
+def learn(image: Any, **more: Any) -> Trainable:
+    return Trainable.model_validate({"encoders": {"image": image}, **more})
 
 
-def opened(model: Any, stage: Learn) -> set[str]:
+def opened(model: Any, stage: Trainable) -> set[str]:
     """Let a stage's parameters learn, as a run does; returns the names of those of `image`."""
     for name, spec in stage.encoders.items():
         if spec.lora is not None:
             attach_lora(name, model.encoder(name), spec.lora)
-    select_parameters(model, stage)
+    freeze_and_unfreeze(model, stage)
     return {n for n, p in model.encoder("image").named_parameters() if p.requires_grad}
 
 
@@ -62,8 +62,8 @@ def batch_of(model: Any, data: Path) -> Any:
         }
         for name in ("red", "blue")
     ]
-    samples = [model.reader(to_conversation(r, ["image"], row_id=r["id"])) for r in rows]
-    return Collator(model.modalities, model.reader.chat.filler_id)(samples)
+    samples = [model.processor(to_conversation(r, ["image"], row_id=r["id"])) for r in rows]
+    return Collator(model.modalities, model.processor.chat.filler_id)(samples)
 
 
 def stage(image: Any, num_steps: int = 3, **more: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def test_every_encoder_is_a_group_of_the_optimizer_with_its_own_rate(
     mixed_fields: Fields, tmp_path: Path
 ) -> None:
     model = composed(mixed_fields(tmp_path))
-    stage = Learn.model_validate(
+    stage = Trainable.model_validate(
         {"projectors": 1e-3, "encoders": {"image": {"rate": 2e-6, "last": 1}}}
     )
     args = training_arguments(
@@ -192,11 +192,11 @@ def test_an_encoder_without_what_was_asked_for_is_refused(
     fields["model"]["modalities"]["vector"] = {"type": "vector", "dim": 3}
     model = composed(fields)
     with pytest.raises(MultiTokenError, match="nothing to learn under 'encoder vector'"):
-        select_parameters(model, Learn.model_validate({"encoders": {"vector": 1e-3}}))
+        freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"vector": 1e-3}}))
     with pytest.raises(RecipeError, match="VectorEncoder.* has no linear layer"):
         attach_lora("vector", model.encoder("vector"), LoraSpec())
     with pytest.raises(RecipeError, match="LoRA is for an encoder with trained weights"):
-        select_parameters(model, Learn.model_validate({"encoders": {"pulse": LORA}}))
+        freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"pulse": LORA}}))
     opened(model, learn(1e-5))
     with pytest.raises(RecipeError, match="was trained without LoRA before"):
         opened(model, learn(LORA))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
-from multi_token.train.run_report import HTML, JSON, RunReport, page_of
+from multi_token.train.run_report import HTML, JSON, RunReport, render_page
 
 Fields = Callable[..., dict[str, Any]]
 _VOID = {"meta", "line", "polyline", "circle", "path", "br", "img"}
@@ -116,22 +116,22 @@ def test_a_resumed_report_keeps_what_came_before_and_forgets_what_comes_again(
     recipe = Recipe.model_validate(recipe_fields(tmp_path))
     answer = [{"id": "a", "question": "<b>?", "answer": "x", "truth": "y"}]
     first = RunReport(tmp_path, recipe, ["language model X: float32"])
-    first.begin("one", ["projectors"])
+    first.start_stage("one", ["projectors"])
     first.log([{"step": 2, "loss": 1.0}], 4)
-    first.begin("two", ["adapter"])
+    first.start_stage("two", ["adapter"])
     for step in (2, 4):
         first.log([{"step": s, "loss": float("nan")} for s in range(1, step + 1)], 4)
-        first.show(step, answer)
+        first.add_samples(step, answer)
 
     again = RunReport(tmp_path, recipe, [])
-    again.begin("two", ["adapter"])
+    again.start_stage("two", ["adapter"])
     again.log([{"step": 3, "loss": 1.0}], 4)  # from a checkpoint at step 3
     one, two = again.facts["stages"]
     assert one["log"] == [{"step": 2, "loss": 1.0}]
     assert [s["step"] for s in two["samples"]] == [2], "that of step 4 will be made again"
-    page = page_of(again.facts)
+    page = render_page(again.facts)
     assert "&lt;b&gt;?" in page and "<b>?" not in page
-    again.begin("one", ["projectors"])
+    again.start_stage("one", ["projectors"])
     assert [stage["name"] for stage in again.facts["stages"]] == ["one"]
 
 

@@ -17,11 +17,11 @@ from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError
-from multi_token.generate import ask, collate_prompts
+from multi_token.generate import collate_prompts, single_question
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import Learn
+from multi_token.recipe.train import Trainable
 from multi_token.testing import tiny_language_model
-from multi_token.train.parameter_groups import select_parameters
+from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 from multi_token.types import Media
 
@@ -34,8 +34,8 @@ def trained(fields: dict[str, Any]) -> Any:
 
 
 def logits(model: Any, data: Path) -> torch.Tensor:
-    question = ask("What is this?", [Media("image", str(data / "red.png"))])
-    batch = collate_prompts(model.reader, [question])
+    question = single_question("What is this?", [Media("image", str(data / "red.png"))])
+    batch = collate_prompts(model.processor, [question])
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], media=batch["media"]).logits
 
@@ -203,7 +203,7 @@ def test_it_is_exported_to_llava(recipe_fields: Fields, tmp_path: Path) -> None:
     fields = recipe_fields(tmp_path / "run")
     fields["model"]["modalities"]["image"] |= {"features": "patches", "projector": {"type": "mlp"}}
     model = compose(Recipe.model_validate(fields).model)
-    select_parameters(model, Learn.model_validate({"language_model": 1e-3}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"language_model": 1e-3}))
     with torch.no_grad():
         for parameter in model.language_model.parameters():
             parameter.mul_(1.1)
@@ -222,7 +222,7 @@ def test_it_is_pushed_with_its_language_model_and_a_card_that_says_so(
     save(model, tmp_path / "plain")
     export(tmp_path / "plain", export_of_parts, to="merged")
     model = load(export_of_parts)
-    select_parameters(model, Learn.model_validate({"language_model": 1e-3}))
+    freeze_and_unfreeze(model, Trainable.model_validate({"language_model": 1e-3}))
     save(model, export_of_parts)
     files = push(export_of_parts, "ada/seer", dry_run=True)
     size = (export_of_parts / "language_model" / "model.safetensors").stat().st_size

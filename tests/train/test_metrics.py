@@ -22,10 +22,16 @@ from multi_token.errors import MultiTokenError
 from multi_token.language_model.loading import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AdapterSpec, Learn
-from multi_token.train.flops import short
-from multi_token.train.metrics import Meter, Named, group_norms, row_lengths, work_of
-from multi_token.train.parameter_groups import select_parameters
+from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.flops import format_count
+from multi_token.train.metrics import (
+    StepMetrics,
+    WithRowIds,
+    count_tokens,
+    group_norms,
+    row_lengths,
+)
+from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
@@ -33,8 +39,8 @@ from multi_token.train.training_args import training_arguments
 Fields = Callable[..., dict[str, Any]]
 
 
-def learning(**rates: float) -> Learn:
-    return Learn.model_validate(rates)
+def learning(**rates: float) -> Trainable:
+    return Trainable.model_validate(rates)
 
 
 def history(out: Path, stage: str = "1-projector") -> list[dict[str, Any]]:
@@ -52,7 +58,7 @@ def history(out: Path, stage: str = "1-projector") -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("features", ["pooled", "patches"])
 def test_the_formula_counts_what_torch_counts(
-    recipe_fields: Fields, tmp_path: Path, data: Path, learn: Learn, features: str
+    recipe_fields: Fields, tmp_path: Path, data: Path, learn: Trainable, features: str
 ) -> None:
     fields = recipe_fields(tmp_path)
     fields["model"]["attn_implementation"] = "eager"
@@ -63,20 +69,20 @@ def test_the_formula_counts_what_torch_counts(
     for part in model.encoders.modules():
         if isinstance(part, PreTrainedModel):
             part.set_attn_implementation("eager")
-    select_parameters(model, learn)
+    freeze_and_unfreeze(model, learn)
     rows = load_rows(str(data / "rows.jsonl"))
-    assert model.reader is not None
-    reader = replace(model.reader, fetch=Fetch(root=str(data)))
-    samples = ConversationDataset(rows, reader, modalities=["image"])
+    assert model.processor is not None
+    processor = replace(model.processor, fetch=Fetch(root=str(data)))
+    samples = ConversationDataset(rows, processor, modalities=["image"])
     shortest = min((samples[i] for i in range(4)), key=lambda s: len(s.input_ids))
     batch: Any = Collator(model.modalities, 0)([shortest, shortest])
     model.train()
-    assert model.capabilities.selects_logits  # probed here, or its trials would be counted
-    meter = Meter(model)
+    assert model.capabilities.supports_logits_to_keep  # probed here, or its trials would be counted
+    step_metrics = StepMetrics(model)
     for _ in range(2):  # the second time, encoder and projector go by what the first has counted
-        with FlopCounterMode(display=False) as flops, meter.batch(batch):
+        with FlopCounterMode(display=False) as flops, step_metrics.batch(batch):
             model(**batch).loss.backward()
-        assert meter.last_flops == pytest.approx(flops.get_total_flops(), rel=0.02)
+        assert step_metrics.last_flops == pytest.approx(flops.get_total_flops(), rel=0.02)
 
 
 def test_padding_tokens_and_rates_are_logged_as_they_are(
@@ -131,10 +137,10 @@ def test_norms_are_those_before_clipping(model: Any) -> None:
         {"name": "a", "params": parameters[1:2]},
         {"name": "b", "params": parameters[2:]},
     ]
-    meter = Meter(model)
-    meter.norms = group_norms(groups)
-    assert {k: float(v) for k, v in meter.norms.items()} == {"a": 5.0, "b": 12.0}
-    norms = meter.gradient_norms(26.0)  # clipped to 13 from twice as much
+    step_metrics = StepMetrics(model)
+    step_metrics.norms = group_norms(groups)
+    assert {k: float(v) for k, v in step_metrics.norms.items()} == {"a": 5.0, "b": 12.0}
+    norms = step_metrics.gradient_norms(26.0)  # clipped to 13 from twice as much
     assert norms == pytest.approx({"grad_norm/a": 10.0, "grad_norm/b": 24.0})
 
 
@@ -143,8 +149,10 @@ def test_a_packed_batch_has_the_lengths_of_its_samples() -> None:
     assert row_lengths({"input_ids": torch.zeros(1, 5), "cu_seq_lens_q": borders}) == [3, 2]
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert row_lengths({"input_ids": torch.zeros(2, 3), "attention_mask": mask}) == [2, 3]
-    assert work_of([4, 2, 3], 2, behind=[0, 4, 4]).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (3 + 4)
-    work = work_of([3, 5], 2, num_shared=1)
+    assert count_tokens([4, 2, 3], 2, behind=[0, 4, 4]).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (
+        3 + 4
+    )
+    work = count_tokens([3, 5], 2, num_shared=1)
     assert (work.num_tokens, work.num_pairs, work.num_shared) == (6, 2 * 3 + 4 * 5, 1)
 
 
@@ -164,8 +172,8 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
     model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
-    assert model.reader is not None
-    reader = replace(model.reader, fetch=Fetch(root=str(data)))
+    assert model.processor is not None
+    processor = replace(model.processor, fetch=Fetch(root=str(data)))
     args = training_arguments(
         tmp_path,
         {
@@ -184,7 +192,7 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
         learn=learning(projectors=1e-3),
         lengths=[1] * 4,
         args=args,
-        train_dataset=ConversationDataset(rows, reader, modalities=["image"]),
+        train_dataset=ConversationDataset(rows, processor, modalities=["image"]),
         data_collator=Collator(model.modalities, 0),
     )
     trainer.add_callback(_Poison())
@@ -198,15 +206,15 @@ def test_batches_name_their_rows_also_from_a_worker(model: Any, data: Path) -> N
             {"role": "user", "content": "<vector>"}, {"role": "assistant", "content": "a"}]}
         for i in range(3)
     ]  # fmt: skip
-    dataset = ConversationDataset(rows, model.reader, modalities=["vector"])
+    dataset = ConversationDataset(rows, model.processor, modalities=["vector"])
     loader = DataLoader(
-        dataset, batch_size=2, collate_fn=Named(Collator(model.modalities, 0)), num_workers=1
+        dataset, batch_size=2, collate_fn=WithRowIds(Collator(model.modalities, 0)), num_workers=1
     )
     assert [batch["row_ids"] for batch in loader] == [["row 0", "row 1"], ["row 2"]]
 
 
 def test_counts_are_shown_in_steps_of_a_thousand() -> None:
-    assert [short(n) for n in (0, 12, 1500, 12_300_000_000, 2e15)] == [
+    assert [format_count(n) for n in (0, 12, 1500, 12_300_000_000, 2e15)] == [
         "0",
         "12",
         "1.5 k",

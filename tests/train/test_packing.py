@@ -17,12 +17,18 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from multi_token.errors import Interrupted, LanguageModelError, RecipeError
-from multi_token.language_model.segment_attention import SEGMENTS
+from multi_token.language_model.segment_attention import SEGMENT_ATTENTION
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import TrainSpec
 from multi_token.train import run as run_module
-from multi_token.train.families import Family, find_families
-from multi_token.train.packing import Packing, PackSampler, best_fit, into_steps, packing_of
+from multi_token.train.families import SharedMediaGroup, find_shared_media_groups
+from multi_token.train.packing import (
+    PackingPlan,
+    PackSampler,
+    best_fit,
+    group_into_steps,
+    packing_plan,
+)
 from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
 from multi_token.types import Conversation, Media, Message, Text
@@ -44,7 +50,7 @@ def rows_of(sampler: PackSampler, epoch: int) -> list[int]:
 
 @pytest.mark.parametrize("num_processes", [1, 2, 8])
 def test_packs_of_realistic_rows_are_full_equal_and_hold_every_row_once(num_processes: int) -> None:
-    rows = Packing(realistic(4000), max_tokens=2048)
+    rows = PackingPlan(realistic(4000), max_tokens=2048)
     sampler = PackSampler(rows, seed=0, num_processes=num_processes)
     assert sampler.use >= 0.97
     for epoch in range(3):
@@ -60,7 +66,7 @@ def test_packs_of_realistic_rows_are_full_equal_and_hold_every_row_once(num_proc
 def test_items_have_a_budget_of_their_own() -> None:
     lengths = realistic(500)
     num_items = [i % 3 for i in range(500)]
-    rows = Packing(lengths, 2048, num_items, max_items=10)
+    rows = PackingPlan(lengths, 2048, num_items, max_items=10)
     sampler = PackSampler(rows, seed=0, num_processes=2)
     packs = [pack for step in sampler.steps(0) for pack in step]
     assert rows_of(sampler, 0) == list(range(500))
@@ -72,12 +78,12 @@ def test_items_have_a_budget_of_their_own() -> None:
 
 
 def test_a_row_goes_into_the_fullest_pack_that_has_room() -> None:
-    rows = Packing([6, 5, 4, 3, 2], max_tokens=10)
+    rows = PackingPlan([6, 5, 4, 3, 2], max_tokens=10)
     assert best_fit(rows, range(5)) == [(0, 2), (1, 3, 4)]
 
 
 def test_the_plan_depends_on_seed_and_epoch_alone() -> None:
-    rows = Packing(realistic(300), max_tokens=1024)
+    rows = PackingPlan(realistic(300), max_tokens=1024)
     one, other = (PackSampler(rows, seed=3, num_processes=2, process=p) for p in (0, 1))
     mine, theirs = list(one), list(other)
     assert len(mine) == len(theirs) == len(one)
@@ -95,7 +101,7 @@ def test_the_plan_depends_on_seed_and_epoch_alone() -> None:
 
 def test_every_epoch_has_as_many_packs_as_the_first() -> None:
     """With windows so small that luck differs between epochs."""
-    rows = Packing(realistic(60), max_tokens=1024)
+    rows = PackingPlan(realistic(60), max_tokens=1024)
     numbers = set()
     for seed in range(10):
         sampler = PackSampler(rows, seed=seed, num_processes=2, window=12)
@@ -107,8 +113,8 @@ def test_every_epoch_has_as_many_packs_as_the_first() -> None:
 
 
 def test_few_rows_are_dealt_to_all_processes_or_refused() -> None:
-    rows = Packing([10, 20, 30, 40], max_tokens=100)
-    (step,) = into_steps(rows, best_fit(rows, range(4)), 4)
+    rows = PackingPlan([10, 20, 30, 40], max_tokens=100)
+    (step,) = group_into_steps(rows, best_fit(rows, range(4)), 4)
     assert sorted(step) == [(0,), (1,), (2,), (3,)]
     with pytest.raises(RecipeError, match="4 rows cannot be 5 packs"):
         PackSampler(rows, seed=0, num_processes=5)
@@ -116,9 +122,9 @@ def test_few_rows_are_dealt_to_all_processes_or_refused() -> None:
 
 def test_budgets_below_a_row_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"train\.pack_tokens is 50, but a row has 60 tokens"):
-        Packing([60, 20], max_tokens=50)
+        PackingPlan([60, 20], max_tokens=50)
     with pytest.raises(RecipeError, match=r"train\.pack_items is 2, but a row has 3 items"):
-        Packing([60, 20], 60, [3, 0], max_items=2)
+        PackingPlan([60, 20], 60, [3, 0], max_items=2)
 
 
 def test_a_pack_has_by_default_the_tokens_of_a_batch() -> None:
@@ -126,7 +132,7 @@ def test_a_pack_has_by_default_the_tokens_of_a_batch() -> None:
 
     def budget(lengths: list[int], **fields: Any) -> Any:
         spec = TrainSpec.model_validate({"output_dir": "run", "stages": stages, **fields})
-        return packing_of(spec, lengths, [], num_rows=4)
+        return packing_plan(spec, lengths, [], num_rows=4)
 
     assert budget([10, 20, 30]) is None
     assert budget([10, 20, 30], packing=True).max_tokens == 80
@@ -178,7 +184,7 @@ class _InterruptAt(TrainerCallback):
         self.trainer, self.step, self.seen = trainer, step, seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        model = self.trainer._ours().language_model
+        model = self.trainer._multi_token_model().language_model
         self.seen.append(
             getattr(model, "get_base_model", lambda: model)().config._attn_implementation
         )
@@ -195,7 +201,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     packing: dict[str, Any] = {"stages": stages, "packing": True, "pack_tokens": 64}
     trained(mixed_fields(tmp_path / "whole", **packing, pack_items=3))
 
-    bar, seen = run_module.Bar, []
+    bar, seen = run_module.ProgressBarCallback, []
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(trainer, step, seen))
@@ -204,10 +210,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     fields = mixed_fields(tmp_path / "cut", **packing, pack_items=3)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "Bar", bar_and_signal)
+        patch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
         with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of 7"):
             trained(fields)
-    assert set(seen) == {SEGMENTS}
+    assert set(seen) == {SEGMENT_ATTENTION}
     checkpoint = last_checkpoint(tmp_path / "cut" / "stages" / "1-adapter")
     assert checkpoint is not None and checkpoint.name == f"checkpoint-{step + 1}"
     trained(fields)
@@ -248,8 +254,8 @@ def test_families_stay_together_and_count_what_they_share_once() -> None:
         }
     )
     lengths, num_items = [50, 40, 60, 70, 30, 80, 90], [1, 1, 1, 2, 1, 0, 1]
-    families = [Family((0, 2), 40, 1), Family((1, 3, 4, 6), 25, 1)]
-    rows = packing_of(spec, lengths, num_items, num_rows=4, families=families)
+    families = [SharedMediaGroup((0, 2), 40, 1), SharedMediaGroup((1, 3, 4, 6), 25, 1)]
+    rows = packing_plan(spec, lengths, num_items, num_rows=4, shared_media=families)
     assert rows is not None
     assert list(rows.units) == [(5,), (0, 2), (1, 3, 4), (6,)], "the second one fills two packs"
     assert list(rows.lengths) == [80, 70, 90, 90]
@@ -264,7 +270,7 @@ def test_rows_are_a_family_only_if_their_samples_begin_alike(model: Any, data: P
     def row(picture: str, *texts: str) -> Any:
         parts = (Text(texts[0]), Media("image", str(data / picture)), Text(texts[1]))
         said = Message("assistant", (Text("yes"),))
-        return model.reader(Conversation((Message("user", parts), said), id=picture))
+        return model.processor(Conversation((Message("user", parts), said), id=picture))
 
     samples = [
         row("red.png", "Look: ", " is it red?"),
@@ -280,12 +286,12 @@ def test_rows_are_a_family_only_if_their_samples_begin_alike(model: Any, data: P
         return samples[index]
 
     keys = ["red", "red", "blue", "blue", "green"]
-    (family,) = find_families(keys, read)
+    (family,) = find_shared_media_groups(keys, read)
     assert family.rows == (2, 3) and family.num_items == 1
-    place = samples[2].places[0]
+    place = samples[2].media_spans[0]
     assert family.num_tokens >= place.start + place.length
     assert asked == [0, 1, 2, 3], "a row on its own is not read"
-    assert find_families([None] * 5, read) == []
+    assert find_shared_media_groups([None] * 5, read) == []
 
 
 def test_shared_media_train_as_rows_on_their_own_do(

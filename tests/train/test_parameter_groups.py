@@ -16,8 +16,8 @@ from multi_token.checkpoint.load import compose, save
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model.loading import attach_adapter
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AdapterSpec, Learn
-from multi_token.train.parameter_groups import parameter_groups, select_parameters
+from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
@@ -33,14 +33,14 @@ def composed(fields: dict[str, Any], *, adapter: bool = False) -> Any:
     return model
 
 
-def learn(**fields: Any) -> Learn:
-    return Learn.model_validate(fields)
+def learn(**fields: Any) -> Trainable:
+    return Trainable.model_validate(fields)
 
 
-def in_optimizer(model: Any, what: Learn, folder: Path, **args: Any) -> dict[str, Any]:
+def in_optimizer(model: Any, what: Trainable, folder: Path, **args: Any) -> dict[str, Any]:
     """Parameter -> (group, learning rate, weight decay) as torch's optimizer has them."""
     arguments = training_arguments(
-        folder, {"use_cpu": True, **args}, seed=0, learning_rate=what.first_rate
+        folder, {"use_cpu": True, **args}, seed=0, learning_rate=what.logged_lr
     )
     trainer = MultiTokenTrainer(model, learn=what, lengths=[], args=arguments)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def test_lora_attaches_to_the_language_model_only(recipe_fields: Fields, tmp_pat
 
 def test_a_stage_that_would_learn_nothing_is_refused(model: Any) -> None:
     with pytest.raises(MultiTokenError, match="nothing to learn under 'adapter'"):
-        select_parameters(model, learn(adapter=1e-3))
+        freeze_and_unfreeze(model, learn(adapter=1e-3))
 
 
 def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it(
@@ -166,7 +166,7 @@ def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it
 ) -> None:
     model = composed(recipe_fields(tmp_path), adapter=True)
     with pytest.raises(MultiTokenError, match="the weights that the model's adapter was made for"):
-        select_parameters(model, learn(language_model=1e-5))
+        freeze_and_unfreeze(model, learn(language_model=1e-5))
     save(model, tmp_path / "a")
     stages = [{"name": "full", "learn": {"language_model": 1e-5}}]
     fields = recipe_fields(tmp_path / "b", start_from=str(tmp_path / "a"), stages=stages)
@@ -180,13 +180,13 @@ def test_integers_do_not_learn(recipe_fields: Fields, tmp_path: Path) -> None:
     fields["model"]["quantization"] = "4bit"
     model = composed(fields)
     with pytest.raises(MultiTokenError, match=r"quantized; learn an `adapter` on it \(QLoRA\)"):
-        select_parameters(model, learn(language_model=1e-5))
+        freeze_and_unfreeze(model, learn(language_model=1e-5))
 
 
 def test_groups_of_a_stage_are_named(model: Any) -> None:
     what = learn(projectors=1e-3, projector_biases=1e-2)
     groups = parameter_groups(model, what, weight_decay=0.1)
-    assert [(group.name, group.rate, group.weight_decay) for group in groups] == [
+    assert [(group.name, group.lr, group.weight_decay) for group in groups] == [
         ("projector_biases", 1e-2, 0.0),
         ("projectors", 1e-3, 0.1),
     ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.loading import adapter_parameters
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.progress import waits_of
+from multi_token.train.progress import data_wait_line
 from multi_token.train.run import train
 
 
@@ -67,12 +67,14 @@ def test_a_run_says_its_parts_what_learns_how_fast_and_how_much_is_supervised(
 
 
 def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
-    little, none = (waits_of(s, num_workers=0, streamed=False) for s in (0.049, None))
+    little, none = (data_wait_line(s, num_workers=0, streamed=False) for s in (0.049, None))
     assert little == "  4.9% of the time was waiting for data"
     assert none == "  no step was taken"
-    alone, beside = (waits_of(0.3, num_workers=num, streamed=False) for num in (0, 3))
-    assert "feature_cache: true" not in waits_of(0.3, num_workers=0, streamed=True)
-    assert "feature_cache" not in waits_of(0.3, num_workers=0, streamed=False, can_cache=False)
+    alone, beside = (data_wait_line(0.3, num_workers=num, streamed=False) for num in (0, 3))
+    assert "feature_cache: true" not in data_wait_line(0.3, num_workers=0, streamed=True)
+    assert "feature_cache" not in data_wait_line(
+        0.3, num_workers=0, streamed=False, can_cache=False
+    )
     assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
     assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
     assert "train.feature_cache: true" in alone

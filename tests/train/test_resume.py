@@ -19,7 +19,7 @@ from rich.console import Console
 
 from multi_token.errors import CheckpointError, Interrupted, MultiTokenError, RecipeError
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.resume import keep_newest, last_checkpoint
+from multi_token.train.resume import last_checkpoint, prune_checkpoints
 from multi_token.train.run import train
 from tests.train.bits import assert_same_bits, run_until
 
@@ -169,7 +169,7 @@ def test_the_newest_whole_checkpoints_and_the_best_are_kept(tmp_path: Path) -> N
     for step in (2, 4, 10, 9):
         _checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-12").mkdir()
-    keep_newest(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
+    prune_checkpoints(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-10", "checkpoint-2", "checkpoint-9"]
 

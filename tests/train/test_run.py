@@ -116,19 +116,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     trained(recipe_fields(tmp_path / "whole", stages=stages))
 
     fields = recipe_fields(tmp_path / "cut", stages=stages)
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
         return bar(trainer, console, title)
 
     for stage, num_steps in (("1-projector", 3), ("2-adapter", 3)):
-        monkeypatch.setattr(run_module, "Bar", bar_and_signal)
+        monkeypatch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
         with pytest.raises(Interrupted, match=f"stopped at step {num_steps} of"):
             trained(fields)
         checkpoint = last_checkpoint(tmp_path / "cut" / "stages" / stage)
         assert checkpoint is not None and checkpoint.name == f"checkpoint-{num_steps}"
-        monkeypatch.setattr(run_module, "Bar", bar)
+        monkeypatch.setattr(run_module, "ProgressBarCallback", bar)
         if stage == "1-projector":
             # finish this stage only, so that the next interruption falls into the second one
             one = recipe_fields(tmp_path / "cut", stages=stages)

@@ -323,10 +323,10 @@ def test_two_processes_learn_from_a_stream_what_one_does(
     folder, seen = two
     assert all("error" not in one for ones in seen.values() for one in ones), seen
     if way == "packed":
-        from multi_token.data.stream_loader import Streamed
+        from multi_token.data.stream_loader import StreamProgress
 
-        loader = Streamed.loader
-        monkeypatch.setattr(Streamed, "loader", lambda self, *a: OfBoth(loader(self, *a)))
+        loader = StreamProgress.loader
+        monkeypatch.setattr(StreamProgress, "loader", lambda self, *a: OfBoth(loader(self, *a)))
         args, more = {**TWO, "gradient_accumulation_steps": 2}, PACKED
     else:
         args, more = ONE, {}

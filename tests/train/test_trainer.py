@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.errors import RecipeError
-from multi_token.train.samplers import ByLength, EpochToSampler
+from multi_token.train.samplers import LengthGroupedSampler, SetEpochCallback
 from multi_token.train.training_args import training_arguments
 
 
@@ -51,7 +51,7 @@ def test_training_arguments_are_checked(fields: Any, sentence: str, tmp_path: Pa
 
 def test_rows_of_one_length_come_together_each_once_and_in_another_order_each_epoch() -> None:
     lengths = [10, 50] * 40 + [10]
-    sampler = ByLength(lengths, batch_size=8, seed=1)
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=1)
     first = list(sampler)
     assert sorted(first) == list(range(81))
     batches = [[lengths[i] for i in first[k : k + 8]] for k in range(0, 80, 8)]
@@ -93,12 +93,12 @@ def test_what_only_accelerate_was_told_is_refused(
 
 def test_a_run_that_resumes_within_an_epoch_tells_it_to_the_sampler_below_four_layers() -> None:
     """As accelerate nests them for one of several processes that skips the batches it has seen."""
-    sampler = ByLength([10, 50] * 8, batch_size=4, seed=1)
+    sampler = LengthGroupedSampler([10, 50] * 8, batch_size=4, seed=1)
     share = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), 2, 0)
     loader = DataLoader(range(16), batch_sampler=SkipBatchSampler(share, 1))  # type: ignore[arg-type]
     state, args = TrainerState(epoch=2.25), TrainingArguments("unused", use_cpu=True)
-    EpochToSampler().on_epoch_begin(args, state, TrainerControl(), train_dataloader=loader)
-    expected = ByLength([10, 50] * 8, batch_size=4, seed=1)
+    SetEpochCallback().on_epoch_begin(args, state, TrainerControl(), train_dataloader=loader)
+    expected = LengthGroupedSampler([10, 50] * 8, batch_size=4, seed=1)
     expected.set_epoch(2)
     wanted = list(expected)
     assert [batch.tolist() for batch in loader] == [wanted[i : i + 2] for i in (4, 8, 12)]

@@ -90,16 +90,16 @@ def expected(model: Any, questions: dict[str, Parts]) -> dict[str, list[int]]:
 
 
 def said(model: Any, ids: list[int]) -> str:
-    from multi_token.generate import decode, reader_of
+    from multi_token.generate import decode, require_processor
 
-    return decode(reader_of(model), torch.tensor([ids]))[0]
+    return decode(require_processor(model), torch.tensor([ids]))[0]
 
 
 def test_the_engine_continues_our_embeddings_as_generate_does(
     real: Engine, model: Any, questions: dict[str, Parts], expected: dict[str, list[int]]
 ) -> None:
     """Without the gateway: what is exported, and how it is embedded, is right by itself."""
-    from multi_token.generate import stop_ids
+    from multi_token.generate import eos_token_ids
 
     name = real.http.get("/v1/models").json()["data"][0]["id"]
     for key, parts in questions.items():
@@ -110,7 +110,7 @@ def test_the_engine_continues_our_embeddings_as_generate_does(
             "prompt_embeds": base64.b64encode(file.getvalue()).decode(),
             "max_tokens": NUM_NEW,
             "temperature": 0,
-            "stop_token_ids": stop_ids(model),
+            "stop_token_ids": eos_token_ids(model),
             "return_token_ids": True,
         }
         answer = real.http.post("/v1/completions", json=fields)

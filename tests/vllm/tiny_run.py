@@ -116,18 +116,18 @@ def _part(part: tuple[str, Any] | str) -> Part:
 @torch.no_grad()
 def embedded(model: Any, conversation: Conversation) -> torch.Tensor:
     """float [time, hidden], the prompt as the language model gets it."""
-    from multi_token.generate import collate_prompts, reader_of
+    from multi_token.generate import collate_prompts, require_processor
 
-    batch = collate_prompts(reader_of(model), [conversation])
+    batch = collate_prompts(require_processor(model), [conversation])
     return model.embed(batch["input_ids"], batch["media"])[0]
 
 
 def greedy(model: Any, conversations: Sequence[Conversation], num_new: int) -> list[list[int]]:
     """What `generate` says to each, alone, in ids; an end of turn is the last of them."""
-    from multi_token.generate import answer_ids, reader_of
+    from multi_token.generate import generate_ids, require_processor
 
-    reader = reader_of(model)
+    processor = require_processor(model)
     return [
-        answer_ids(model, [reader(one, prompt_only=True)], max_new_tokens=num_new)[0].tolist()
+        generate_ids(model, [processor(one, prompt_only=True)], max_new_tokens=num_new)[0].tolist()
         for one in conversations
     ]

@@ -14,9 +14,15 @@ from typing import Any, Literal
 
 import torch
 
-from multi_token.collate import BREAKS_KEY, FEATURES_KEY
-from multi_token.data.feature_cache.keys import KeyTable, digest, encoder_identity, source_text
-from multi_token.data.feature_cache.store import MIB, Shards, Stored, num_bytes, stored_dtype
+from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
+from multi_token.data.feature_cache.keys import KeyTable, digest, encoder_fingerprint, source_name
+from multi_token.data.feature_cache.store import (
+    MIB,
+    FeatureStore,
+    StoredFeatures,
+    stored_bytes,
+    stored_dtype,
+)
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
@@ -46,12 +52,12 @@ class FeatureCache:
         """
         self.path = path
         self.dtype = stored_dtype(dtype)
-        self._shards = None if path is None else Shards(path, max_bytes=max_shard_bytes)
-        self._recent: dict[str, Stored] = {}
+        self._shards = None if path is None else FeatureStore(path, max_bytes=max_shard_bytes)
+        self._recent: dict[str, StoredFeatures] = {}
         self._num_recent_bytes = 0
         self._written_at = time.monotonic()
         self._keys = KeyTable("S32")  # of sources that have a name
-        self._identities: dict[str, tuple[Modality, str]] = {}
+        self._fingerprints: dict[str, tuple[Modality, str]] = {}
         self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class FeatureCache:
         """What is wrong with files of the folder; their items are encoded again."""
         return [] if self._shards is None else self._shards.damaged
 
-    def identify(self, name: str, modality: Modality, encoder: Encoder) -> None:
+    def register_encoder(self, name: str, modality: Modality, encoder: Encoder) -> None:
         """Say whose features those of the instance `name` are, before any is looked for.
 
         Costs a look at every weight, once; `fill` does it too.
@@ -77,7 +83,7 @@ class FeatureCache:
         version = [modality, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
         known, before = self._versions.get(name, (None, None))
         if known is None or known() is not encoder or before != version:
-            self._identities[name] = (modality, encoder_identity(modality, encoder))
+            self._fingerprints[name] = (modality, encoder_fingerprint(modality, encoder))
             self._versions[name] = (weakref.ref(encoder), version)
 
     def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
@@ -95,7 +101,7 @@ class FeatureCache:
         values, breaks = stored
         inputs = {FEATURES_KEY: values.float()}
         if breaks is not None:
-            inputs[BREAKS_KEY] = breaks
+            inputs[NEWLINES_KEY] = breaks
         return Prepared(inputs, num_features=len(values))
 
     def fill(
@@ -115,7 +121,7 @@ class FeatureCache:
         batch would leave. With a folder, every full shard is kept whatever comes after it.
         """
         for name, modality in modalities.items():
-            self.identify(name, modality, encoders[name])
+            self.register_encoder(name, modality, encoders[name])
         if batch_size is None:
             on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
             batch_size = 4 if on_cpu else 32
@@ -166,9 +172,9 @@ class FeatureCache:
             real = slice(None) if features.mask is None else features.mask[i]
             # a clone: a view would keep the whole batch in memory, and shards refuse shared ones
             values = features.values[i][real].to(self.dtype).cpu().clone()
-            breaks = None if features.breaks is None else features.breaks[i][real].cpu().clone()
+            breaks = None if features.newlines is None else features.newlines[i][real].cpu().clone()
             self._recent[key] = (values.contiguous(), breaks)
-            self._num_recent_bytes += num_bytes(self._recent[key])
+            self._num_recent_bytes += stored_bytes(self._recent[key])
         if self._shards is not None and (
             self._num_recent_bytes >= self._shards.max_bytes
             or time.monotonic() - self._written_at > _MAX_WAIT_S
@@ -183,14 +189,14 @@ class FeatureCache:
         self._written_at = time.monotonic()
 
     def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:
-        known = self._identities.get(item.modality)
+        known = self._fingerprints.get(item.modality)
         if known is None or known[0] != modality:
             raise MultiTokenError(
                 f"the feature cache does not know whose features those of {item.modality!r} are"
                 + (" with these settings" if known else "")
                 + "; call `fill` or `identify` with the encoder first"
             )
-        text = source_text(item.source)
+        text = source_name(item.source)
         if text is None:
             return self._digest(known[1], modality.content(item.source, fetch))
         # by name, so that a file is not read again in every epoch

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from multi_token.data.dataset import row_name
+from multi_token.data.dataset import row_id_of
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.keys import source_text
+from multi_token.data.feature_cache.keys import source_name
 from multi_token.data.formats import to_conversation
 from multi_token.data.scan import Problem
 from multi_token.errors import MediaError, RowError
@@ -24,7 +24,7 @@ from multi_token.types import Media
 
 
 @dataclass(frozen=True)
-class Place:
+class RowSource:
     """Rows of one place, and where their media lie."""
 
     rows: Sequence[Any]
@@ -44,7 +44,7 @@ class EncodeReport:
     """Rows that are no conversation (in all shares), and items that cannot be read."""
 
     @property
-    def num_there(self) -> int:
+    def num_already_cached(self) -> int:
         """Items that needed no encoding: in the cache already, or the same as another."""
         num_unread = sum(problem.kind in _OF_ITEMS for problem in self.problems)
         return self.num_items - self.num_encoded - num_unread
@@ -54,7 +54,7 @@ _OF_ITEMS = ("missing_file", "undecodable")
 
 
 def encode_rows(
-    places: Sequence[Place],
+    sources: Sequence[RowSource],
     modalities: Mapping[str, Modality],
     encoders: Mapping[str, Encoder],
     cache: FeatureCache,
@@ -74,13 +74,13 @@ def encode_rows(
     def items() -> Iterator[tuple[Media, Fetch]]:
         nonlocal at
         num_seen = 0
-        for place in places:
+        for place in sources:
             for index in range(len(place.rows)):
                 report.num_rows += 1
-                at = (index, row_name(index, None, place.name))
+                at = (index, row_id_of(index, None, place.name))
                 try:
                     row = place.rows[index]
-                    at = (index, row_name(index, row, place.name))
+                    at = (index, row_id_of(index, row, place.name))
                     conversation = to_conversation(row, list(modalities), row_id=at[1])
                 except RowError as error:
                     report.problems.append(Problem(*at, error.kind, str(error)))
@@ -102,16 +102,16 @@ def encode_rows(
     return report
 
 
-def some_items(
-    places: Sequence[Place], modalities: Mapping[str, Modality], num: int = 8
+def sample_items(
+    sources: Sequence[RowSource], modalities: Mapping[str, Modality], num: int = 8
 ) -> list[tuple[Media, Fetch]]:
     """The first items of the rows."""
     found: list[tuple[Media, Fetch]] = []
-    for place in places:
+    for place in sources:
         for index in range(len(place.rows)):
             try:
                 row = place.rows[index]
-                row_id = row_name(index, row, place.name)
+                row_id = row_id_of(index, row, place.name)
                 conversation = to_conversation(row, list(modalities), row_id=row_id)
             except RowError:
                 continue
@@ -123,7 +123,7 @@ def some_items(
 
 def share_of(item: Media, number: int, num_shares: int) -> int:
     """Which share an item falls to: by its source if that has a name, else by its number."""
-    text = source_text(item.source)
+    text = source_name(item.source)
     if text is None:
         return number % num_shares
     return zlib.crc32(f"{item.modality}\0{text}".encode(errors="surrogatepass")) % num_shares

@@ -33,7 +33,7 @@ def digest(*parts: bytes) -> str:
     return whole.hexdigest()
 
 
-def encoder_identity(modality: Modality, encoder: Encoder) -> str:
+def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:
     """What features of a modality hang on besides the item: 32 hexadecimal digits.
 
     Every weight of the encoder as it is in memory (an encoder that a run has trained is another
@@ -49,7 +49,7 @@ def encoder_identity(modality: Modality, encoder: Encoder) -> str:
     return digest(text.encode(), weights_digest(encoder).encode())
 
 
-def settings_identity(modality: Modality) -> str:
+def settings_fingerprint(modality: Modality) -> str:
     """What the number of an item's tokens hangs on besides the item: 32 hexadecimal digits.
 
     All settings with the projector, and where the encoder comes from; no weights.
@@ -99,7 +99,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def source_text(source: Any) -> str | None:
+def source_name(source: Any) -> str | None:
     """A source that is named in words (a path, an address, a mapping of such) as text, or None.
 
     Equal texts are equal sources in every process.

@@ -21,23 +21,29 @@ from rich.progress import Progress
 from multi_token.checkpoint.load import compose
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import random_preprocessing, share_of
-from multi_token.data.sources import Source
-from multi_token.encoders import build_encoders, starts_from_random
+from multi_token.data.sources import TrainingSource
+from multi_token.encoders import build_encoders, is_randomly_initialized
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import FeatureCacheSpec
-from multi_token.train.distributed import from_all, from_first, num_processes, rank, wait
-from multi_token.train.init_from import take_over
-from multi_token.train.parameter_groups import learning_encoders
+from multi_token.train.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    num_processes,
+    rank,
+)
+from multi_token.train.init_from import init_from_run
+from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.types import Media
 
 _NUM_MEASURED = 8
 """Items that `auto` is decided on."""
 
-Item = tuple[Media, Fetch]
+MediaItem = tuple[Media, Fetch]
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -68,17 +74,17 @@ def frozen_encoders(recipe: Recipe) -> dict[str, Encoder]:
     """
     for stage in recipe.train.stages:
         for name in stage.learn.encoders:
-            raise RecipeError(_learns(name, stage.name, named=True))
+            raise RecipeError(_is_trained(name, stage.name, named=True))
     if recipe.train.start_from is not None:
         model = compose(recipe.model)
-        take_over(model, recipe.train)
+        init_from_run(model, recipe.train)
         encoders = {name: model.encoder(name) for name in model.modalities}
     else:
         encoders = build_encoders(recipe.model.modalities)
     for name, encoder in encoders.items():
         for stage in recipe.train.stages:
-            if starts_from_random(encoder) and stage.learn.projector(name) is not None:
-                raise RecipeError(_learns(name, stage.name, named=False))
+            if is_randomly_initialized(encoder) and stage.learn.projector(name) is not None:
+                raise RecipeError(_is_trained(name, stage.name, named=False))
         encoder.requires_grad_(False).eval().to(_device(recipe))
     return encoders
 
@@ -90,17 +96,17 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _learns(name: str, stage: str, *, named: bool) -> str:
+def _is_trained(name: str, stage: str, *, named: bool) -> str:
     return (
         f"`feature_cache` keeps the features of frozen encoders, but that of {name!r} "
         f"{'' if named else 'starts from random weights and '}learns in stage {stage!r}"
     )
 
 
-def choose_cache(
+def choose_feature_cache(
     model: MultiTokenForConditionalGeneration,
     recipe: Recipe,
-    sources: Sequence[Source],
+    sources: Sequence[TrainingSource],
     arguments: Sequence[Any],
     console: Console,
 ) -> FeatureCache | None:
@@ -114,26 +120,26 @@ def choose_cache(
     if spec is None:
         return None
     first, num_items = _first_items(sources)
-    reason = from_first(lambda: _why_not(model, recipe, first))
+    reason = broadcast_from_main(lambda: _reason_not_to_cache(model, recipe, first))
     if reason is not None and not spec.auto:
         raise RecipeError(f"{reason}; set train.feature_cache to false")
     if reason is not None:
-        _say(console, on=False, why=reason)
+        _print_decision(console, on=False, why=reason)
         return None
     cache = open_cache(cache_folder(recipe), spec, console)
     if not spec.auto:
         return cache
     # others would have measured other times
-    on, why = from_first(
+    on, why = broadcast_from_main(
         lambda: _decide(model, cache, first, num_items, _num_uses(sources, arguments))
     )
-    _say(console, on=on, why=why)
+    _print_decision(console, on=on, why=why)
     return cache if on else None
 
 
 def fill_cache(
     model: MultiTokenForConditionalGeneration,
-    sources: Sequence[Source],
+    sources: Sequence[TrainingSource],
     cache: FeatureCache,
     console: Console,
 ) -> None:
@@ -143,59 +149,59 @@ def fill_cache(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Encoding items", total=num_rows)
 
-        def items(share: int, num_shares: int) -> Iterator[Item]:
+        def items(share: int, num_shares: int) -> Iterator[MediaItem]:
             number = 0
             for source in sources:
-                for conversation, reader in source.conversations():
+                for conversation, processor in source.conversations():
                     for item in conversation.media:
                         number += 1
                         if share_of(item, number, num_shares) == share:
-                            yield item, reader.fetch
+                            yield item, processor.fetch
                     progress.advance(task)
 
         num_encoded = cache.fill(items(rank(), num_processes()), model.modalities, encoders)
         if num_processes() > 1:
-            wait()
+            barrier()
             cache.refresh()
             # nothing, unless the folder is not the same on all machines
             progress.reset(task)
             num_encoded += cache.fill(items(0, 1), model.modalities, encoders)
-    num_encoded = sum(from_all(num_encoded))
+    num_encoded = sum(all_gather(num_encoded))
     console.print(
         f"features: {num_encoded} items encoded, {len(cache)} in the cache", highlight=False
     )
 
 
-def _first_items(sources: Sequence[Source]) -> tuple[list[Item], int]:
+def _first_items(sources: Sequence[TrainingSource]) -> tuple[list[MediaItem], int]:
     """A few items, and by their number in the first rows a guess at how many there are in all."""
-    first: list[Item] = []
+    first: list[MediaItem] = []
     num_rows = sum(len(source.rows) for source in sources)
     pairs = (pair for source in sources for pair in source.conversations())
-    for num_seen, (conversation, reader) in enumerate(pairs, 1):
-        first += [(item, reader.fetch) for item in conversation.media]
+    for num_seen, (conversation, processor) in enumerate(pairs, 1):
+        first += [(item, processor.fetch) for item in conversation.media]
         if len(first) >= _NUM_MEASURED:
             return first[:_NUM_MEASURED], round(num_rows * len(first) / num_seen)
     return first, len(first)
 
 
-def _why_not(
-    model: MultiTokenForConditionalGeneration, recipe: Recipe, first: Sequence[Item]
+def _reason_not_to_cache(
+    model: MultiTokenForConditionalGeneration, recipe: Recipe, first: Sequence[MediaItem]
 ) -> str | None:
     """Why features cannot be kept, or None. What a recipe names alone it refuses by itself."""
     for stage in recipe.train.stages:
-        for name in learning_encoders(model, stage.learn):
-            return _learns(name, stage.name, named=name in stage.learn.encoders)
+        for name in trainable_encoders(model, stage.learn):
+            return _is_trained(name, stage.name, named=name in stage.learn.encoders)
     return random_preprocessing(first, model.modalities)
 
 
 def _decide(
     model: MultiTokenForConditionalGeneration,
     cache: FeatureCache,
-    first: Sequence[Item],
+    first: Sequence[MediaItem],
     num_items: int,
     num_uses: float,
 ) -> tuple[bool, str]:
-    measured = _measure(model, cache, first)
+    measured = _time_cache(model, cache, first)
     if measured is None:
         return False, "no item of the first rows can be read"
     if measured.all_there:
@@ -218,7 +224,7 @@ def _decide(
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _CacheTimings:
     num_items: int
     all_there: bool
     encode_ms: float = 0.0
@@ -227,22 +233,22 @@ class _Measured:
     """An item, in the cache."""
 
 
-def _measure(
-    model: MultiTokenForConditionalGeneration, cache: FeatureCache, first: Sequence[Item]
-) -> _Measured | None:
+def _time_cache(
+    model: MultiTokenForConditionalGeneration, cache: FeatureCache, first: Sequence[MediaItem]
+) -> _CacheTimings | None:
     """Means over the first items: what an item costs without the cache, and with it."""
-    identify(cache, model)
+    register_encoders(cache, model)
     encoders: Any = model.encoders
     readable = [pair for pair in first if _is_readable(pair, model)]
     if not readable:
         return None
     found = [cache.find(item, model.modalities[item.modality], fetch) for item, fetch in readable]
     if all(prepared is not None for prepared in found):
-        return _Measured(len(readable), all_there=True)
+        return _CacheTimings(len(readable), all_there=True)
     encoded = 0.0
     # twice, since the first call of a model is slow
     for _ in range(2):
-        anew = _identified(model, None)
+        anew = _registered(model, None)
         began = time.perf_counter()
         anew.fill(readable, model.modalities, encoders)
         encoded = time.perf_counter() - began
@@ -250,7 +256,7 @@ def _measure(
     with tempfile.TemporaryDirectory(dir=_existing(cache.path), prefix=".measure-") as folder:
         FeatureCache(Path(folder)).fill(readable, model.modalities, encoders)
         num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-        kept = _identified(model, Path(folder))
+        kept = _registered(model, Path(folder))
         began = time.perf_counter()
         for item, fetch in readable:
             prepared = kept.find(item, model.modalities[item.modality], fetch)
@@ -259,23 +265,23 @@ def _measure(
                     tensor.clone()  # a view of the mapped file is read when it is touched
         read = time.perf_counter() - began
     num = len(readable)
-    return _Measured(num, False, 1e3 * encoded / num, 1e3 * read / num, num_bytes / num)
+    return _CacheTimings(num, False, 1e3 * encoded / num, 1e3 * read / num, num_bytes / num)
 
 
-def identify(cache: FeatureCache, model: MultiTokenForConditionalGeneration) -> None:
+def register_encoders(cache: FeatureCache, model: MultiTokenForConditionalGeneration) -> None:
     """Let a cache know whose features it has, where it is used without being filled."""
     for name, modality in model.modalities.items():
-        cache.identify(name, modality, model.encoder(name))
+        cache.register_encoder(name, modality, model.encoder(name))
 
 
-def _identified(model: MultiTokenForConditionalGeneration, folder: Path | None) -> FeatureCache:
+def _registered(model: MultiTokenForConditionalGeneration, folder: Path | None) -> FeatureCache:
     """A cache to be timed: hashing the weights, which is done once a run, is over."""
     cache = FeatureCache(folder)
-    identify(cache, model)
+    register_encoders(cache, model)
     return cache
 
 
-def _is_readable(pair: Item, model: MultiTokenForConditionalGeneration) -> bool:
+def _is_readable(pair: MediaItem, model: MultiTokenForConditionalGeneration) -> bool:
     item, fetch = pair
     modality = model.modalities[item.modality]
     try:
@@ -285,7 +291,7 @@ def _is_readable(pair: Item, model: MultiTokenForConditionalGeneration) -> bool:
     return True
 
 
-def _num_uses(sources: Sequence[Source], arguments: Sequence[Any]) -> float:
+def _num_uses(sources: Sequence[TrainingSource], arguments: Sequence[Any]) -> float:
     """How often the stages come by each row, by their steps or their epochs."""
     num_rows = max(1, sum(len(source.rows) for source in sources))
     return sum(
@@ -300,7 +306,7 @@ def _num_uses(sources: Sequence[Source], arguments: Sequence[Any]) -> float:
     )
 
 
-def _say(console: Console, *, on: bool, why: str) -> None:
+def _print_decision(console: Console, *, on: bool, why: str) -> None:
     console.print(
         f"feature_cache auto is {'on' if on else 'off'}: {why}", highlight=False, soft_wrap=True
     )

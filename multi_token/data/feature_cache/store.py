@@ -33,11 +33,11 @@ _MAX_OPEN = 256
 """Shards that one process keeps mapped."""
 MIB = 2**20
 
-Stored = tuple[Tensor, Tensor | None]
+StoredFeatures = tuple[Tensor, Tensor | None]
 """Features [length, dim] of an item, and where its lines end: bool [length] or None."""
 
 
-class Shards:
+class FeatureStore:
     """The features of a folder, by key. Picklable: every process maps the files for itself.
 
     Each writer makes files of its own, complete before they get their names, so that processes and
@@ -81,7 +81,7 @@ class Shards:
                 continue
             self._add(name, keys, with_breaks)
 
-    def read(self, key: str) -> Stored | None:
+    def read(self, key: str) -> StoredFeatures | None:
         """The features of a key as views of the mapped file, or None. Raises MultiTokenError."""
         number = self._index.get(key)
         if number is None:
@@ -90,7 +90,7 @@ class Shards:
         # not asked of the shard, which would list all its names
         return shard.get_tensor(key), shard.get_tensor(key + _BREAKS) if number % 2 else None
 
-    def write(self, features: Mapping[str, Stored]) -> None:
+    def write(self, features: Mapping[str, StoredFeatures]) -> None:
         """One more shard, whole or not at all. Raises MultiTokenError (a full disk, no rights)."""
         name = f"features-{uuid.uuid4().hex[:12]}"
         shard = self.folder / f"{name}.safetensors"
@@ -100,14 +100,16 @@ class Shards:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
-            _whole(shard, lambda path: save_file(tensors, path))
+            _write_atomically(shard, lambda path: save_file(tensors, path))
             part = {
                 "num_bytes": shard.stat().st_size,
                 "keys": list(features),
                 "with_breaks": list(with_breaks),
             }
             # last: what an index names is there
-            _whole(shard.with_suffix(".json"), lambda path: path.write_text(json.dumps(part)))
+            _write_atomically(
+                shard.with_suffix(".json"), lambda path: path.write_text(json.dumps(part))
+            )
         except (OSError, SafetensorError) as error:
             raise MultiTokenError(
                 f"cannot write features to {self.folder}: {error}; what was written before is "
@@ -161,21 +163,23 @@ def _checked_keys(part: Path) -> tuple[list[str], set[str]]:
     shard = part.with_suffix(".safetensors")
     try:
         fields = json.loads(part.read_text())
-        num_bytes, keys = int(fields["num_bytes"]), [str(key) for key in fields["keys"]]
+        stored_bytes, keys = int(fields["num_bytes"]), [str(key) for key in fields["keys"]]
         with_breaks = {str(key) for key in fields["with_breaks"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _Damaged(f"{part.name} is no index of features ({error})") from None
     try:
         found = shard.stat().st_size
-        if found != num_bytes:
-            raise _Damaged(f"{shard.name} is cut off: {found:,} of {num_bytes:,} bytes are there")
+        if found != stored_bytes:
+            raise _Damaged(
+                f"{shard.name} is cut off: {found:,} of {stored_bytes:,} bytes are there"
+            )
         safe_open(shard, framework="pt")  # reads the header alone
     except (OSError, SafetensorError) as error:
         raise _Damaged(f"{shard.name} cannot be read ({error})") from None
     return keys, with_breaks
 
 
-def _whole(path: Path, write: Any) -> None:
+def _write_atomically(path: Path, write: Any) -> None:
     """Write under another name, then rename: nobody ever sees half of a file."""
     partial = path.with_name(path.name + _PARTIAL)
     try:
@@ -187,7 +191,7 @@ def _whole(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def num_bytes(stored: Stored) -> int:
+def stored_bytes(stored: StoredFeatures) -> int:
     """What an item takes on disk, without its name."""
     values, breaks = stored
     return values.nbytes + (0 if breaks is None else breaks.nbytes)

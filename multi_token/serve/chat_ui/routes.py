@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from multi_token.data.dataset import load_rows, rows_root
+from multi_token.data.dataset import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
-from multi_token.media.sniff import kind_of
+from multi_token.media.sniff import sniff_kind
 from multi_token.modalities.base import Modality
 from multi_token.modalities.joint import methods
 from multi_token.recipe.recipe import Recipe, load_recipe
@@ -37,7 +37,7 @@ from multi_token.types import Conversation, Media, Message, Text
 if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
-KEYLESS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"})
+PUBLIC_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"})
 """What a browser asks for before anybody has typed a key; the report has a ticket in its place."""
 LOG = logging.getLogger("multi_token.serve")
 
@@ -58,7 +58,7 @@ FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "series": ("series of numbers", _NUMBERS),
 }
 """Kind of thing -> what people call it, and how names of such files end."""
-KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
+FILE_KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
     "image": ("image",),
     "speech": ("audio",),
     "sound": ("audio",),
@@ -70,20 +70,20 @@ KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
 """Type of a sense -> what it takes; any file goes to a type that is not here (of a plug-in)."""
 
 MAX_EXAMPLES = 6
-_ROWS_LOOKED_AT = 32
+_MAX_ROWS_SCANNED = 32
 _MAX_ITEM_BYTES = 4 * MIB
 _MAX_ITEMS_BYTES = 32 * MIB
 _MAX_JSON_BYTES = 64 * MIB
 """A larger list of rows would have to be parsed whole for the sake of six."""
-_SAVED = ("dataset_dict.json", "state.json")
+_CHARS_PER_SAVED_BYTE = ("dataset_dict.json", "state.json")
 """What a folder has that `datasets` has saved."""
 _MAX_REPORT_BYTES = 64 * MIB
-_TICKET_S = 12 * 3600.0
+_TICKET_TTL_S = 12 * 3600.0
 _HTML = "text/html; charset=utf-8"
 
-_COMMON = {"referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin"}
+_COMMON_HEADERS = {"referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin"}
 _PAGE_HEADERS = {
-    **_COMMON,
+    **_COMMON_HEADERS,
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
         "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -92,7 +92,7 @@ _PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 _REPORT_HEADERS = {
-    **_COMMON,
+    **_COMMON_HEADERS,
     "content-security-policy": (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox"
@@ -100,7 +100,7 @@ _REPORT_HEADERS = {
     "cache-control": "no-store",
 }
 _ITEM_HEADERS = {
-    **_COMMON,
+    **_COMMON_HEADERS,
     "content-security-policy": "default-src 'none'; sandbox",
     "cache-control": "no-store",
 }
@@ -116,11 +116,11 @@ class Examples:
     @functools.cached_property
     def system(self) -> str | None:
         """The system message that all of them have, if they do."""
-        found = {row["system"] for row in self.rows}
-        return found.pop() if len(found) == 1 else None
+        load_examples = {row["system"] for row in self.rows}
+        return load_examples.pop() if len(load_examples) == 1 else None
 
 
-def add_page(app: FastAPI, service: Service) -> None:
+def add_chat_routes(app: FastAPI, service: Service) -> None:
     """The page's routes. They are not in the description of the API."""
     settings = service.settings
     folder = settings.run_folder
@@ -130,7 +130,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     def look() -> tuple[list[dict[str, Any]], Examples]:
         senses = [
-            {"name": name, "type": modality.type, "takes": takes(modality)}
+            {"name": name, "type": modality.type, "takes": accepted_kinds(modality)}
             for name, modality in service.modalities.items()
         ]
         if not settings.show_examples:
@@ -141,7 +141,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             LOG.error("no examples on the page", exc_info=error)
             return senses, Examples()
 
-    async def found() -> tuple[list[dict[str, Any]], Examples]:
+    async def load_examples() -> tuple[list[dict[str, Any]], Examples]:
         """Looked for once, when the first page asks; a client that leaves does not end it."""
         nonlocal looking
         if looking is None:
@@ -154,13 +154,13 @@ def add_page(app: FastAPI, service: Service) -> None:
 
         app.get(path, include_in_schema=False)(answered)
 
-    static("/", _file("index.html"), _HTML)
-    static("/page/page.css", style() + _file("page.css"), "text/css; charset=utf-8")
-    static("/page/page.js", _file("page.js"), "text/javascript; charset=utf-8")
+    static("/", _page_file("index.html"), _HTML)
+    static("/page/page.css", style() + _page_file("page.css"), "text/css; charset=utf-8")
+    static("/page/page.js", _page_file("page.js"), "text/javascript; charset=utf-8")
 
     @app.get("/page/facts", include_in_schema=False)
     async def facts() -> JSONResponse:
-        senses, examples = await found()
+        senses, examples = await load_examples()
         has_report = report is not None and report.is_file()
         described = {
             "name": settings.name,
@@ -176,7 +176,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/examples/{item:int}", include_in_schema=False)
     async def example(item: int) -> Response:
-        _, examples = await found()
+        _, examples = await load_examples()
         if item >= len(examples.items):
             raise ServeError("there is no such example", status=404, code="no_such_example")
         content = examples.items[item]
@@ -190,19 +190,19 @@ def add_page(app: FastAPI, service: Service) -> None:
                 status=401,
                 code="invalid_ticket",
             )
-        content = await asyncio.to_thread(_read, report)
+        content = await asyncio.to_thread(_read_report, report)
         if content is None:
             raise ServeError("this run has no report", status=404, code="no_report")
         return Response(content, media_type=_HTML, headers=_REPORT_HEADERS)
 
 
-def takes(modality: Modality) -> list[dict[str, Any]]:
+def accepted_kinds(modality: Modality) -> list[dict[str, Any]]:
     """The kinds of files that a sense takes; none stands for any file."""
     if modality.type == "joint":
         joint: Any = modality
         kinds = tuple(methods(joint.encoder, joint.revision))
     else:
-        kinds = KINDS_OF_TYPE.get(modality.type, ())
+        kinds = FILE_KINDS_OF_TYPE.get(modality.type, ())
     return [
         {
             "kind": "numbers" if kind in ("vector", "series") else kind,
@@ -228,13 +228,13 @@ def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Ex
     rows: list[dict[str, Any]] = []
     items: list[bytes] = []
     seen: set[str] = set()
-    for conversation, fetch, is_held_out in _candidates(recipe, modalities):
+    for conversation, fetch, is_held_out in _example_candidates(recipe, modalities):
         messages, answer = question_of(conversation)
         try:
-            row, own = _example(messages, answer, modalities, fetch, first=len(items))
+            row, own = _build_example(messages, answer, modalities, fetch, first=len(items))
         except (MultiTokenError, OSError):
             continue
-        if row is None or (look := _look(row)) in seen:
+        if row is None or (look := _appearance(row)) in seen:
             continue
         if sum(map(len, (*items, *own))) > _MAX_ITEMS_BYTES:
             continue
@@ -246,12 +246,12 @@ def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Ex
     return Examples(rows, items)
 
 
-def _candidates(
+def _example_candidates(
     recipe: Recipe, modalities: Mapping[str, Modality]
 ) -> Iterator[tuple[Conversation, Fetch, bool]]:
     """Rows of all sources in turn, and whether they were held out: one of each, then the next."""
     sources = [
-        (_rows(source.rows, source.split, modalities), is_held_out)
+        (_conversations_of(source.rows, source.split, modalities), is_held_out)
         for is_held_out, named in ((True, recipe.data.eval), (False, recipe.data.train))
         for source in named
     ]
@@ -265,19 +265,19 @@ def _candidates(
                 yield *row, is_held_out
 
 
-def _rows(
+def _conversations_of(
     source: str, split: str, modalities: Mapping[str, Modality]
 ) -> Iterator[tuple[Conversation, Fetch]]:
     """Up to 32 conversations of a source, spread over it."""
-    if not _is_near(Path(source).expanduser()):
+    if not _is_indexable(Path(source).expanduser()):
         return
     try:
         rows = load_rows(source, split=split)
-        fetch = Fetch(root=rows_root(source), max_bytes=_MAX_ITEM_BYTES, allow_urls=False)
+        fetch = Fetch(root=media_root(source), max_bytes=_MAX_ITEM_BYTES, allow_urls=False)
     except (MultiTokenError, OSError, ValueError) as error:
         LOG.warning("no examples of %s: %s", source, error)
         return
-    num = min(_ROWS_LOOKED_AT, len(rows))
+    num = min(_MAX_ROWS_SCANNED, len(rows))
     for i in range(num):
         try:
             index = i * len(rows) // num
@@ -286,16 +286,16 @@ def _rows(
             continue
 
 
-def _is_near(path: Path) -> bool:
+def _is_indexable(path: Path) -> bool:
     """Whether rows can be read by their number: they are here, and not in shards to be unpacked."""
     if path.is_dir():
-        return any((path / name).is_file() for name in _SAVED)
+        return any((path / name).is_file() for name in _CHARS_PER_SAVED_BYTE)
     if path.suffix.lower() == ".json":
         return path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES
     return path.is_file() and path.suffix.lower() in (".jsonl", ".parquet")
 
 
-def _example(
+def _build_example(
     messages: Sequence[Message],
     answer: str,
     modalities: Mapping[str, Modality],
@@ -318,26 +318,26 @@ def _example(
         is_text = getattr(modalities[part.modality], "strings", None) == "text"
         data = bytes_of(part.source, fetch, is_text=is_text)
         number = first + len(items)
-        parts.append({"modality": part.modality, "item": number, "shown": _shown(data)})
+        parts.append({"modality": part.modality, "item": number, "shown": _browser_kind(data)})
         items.append(data)
-    system = _text(systems[0]) if systems else None
+    system = _text_of(systems[0]) if systems else None
     return {"system": system, "parts": parts, "answer": answer[:200]}, items
 
 
-def _text(message: Message) -> str:
+def _text_of(message: Message) -> str:
     return "".join(part.text for part in message.parts if isinstance(part, Text))
 
 
-def _look(row: Mapping[str, Any]) -> str:
+def _appearance(row: Mapping[str, Any]) -> str:
     """What a person sees of a card: two that look the same say nothing new."""
     words = "".join(part.get("text", "<>") for part in row["parts"])
     return f"{words} -> {row['answer']}"
 
 
-def _shown(data: bytes) -> str:
+def _browser_kind(data: bytes) -> str:
     """How a browser shows an item: its kind, or `file`."""
     try:
-        kind = kind_of(data)
+        kind = sniff_kind(data)
     except MultiTokenError:
         return "file"
     return "file" if kind == "text" else kind
@@ -345,7 +345,7 @@ def _shown(data: bytes) -> str:
 
 def _ticket(secret: bytes) -> str:
     """Opens the report for twelve hours: a link cannot carry a key."""
-    until = str(int(time.time() + _TICKET_S))
+    until = str(int(time.time() + _TICKET_TTL_S))
     return f"{until}.{_signature(secret, until)}"
 
 
@@ -361,11 +361,11 @@ def _signature(secret: bytes, text: str) -> str:
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
-def _read(report: Path | None) -> bytes | None:
+def _read_report(report: Path | None) -> bytes | None:
     if report is None or not report.is_file() or report.stat().st_size > _MAX_REPORT_BYTES:
         return None
     return report.read_bytes()
 
 
-def _file(name: str) -> str:
+def _page_file(name: str) -> str:
     return Path(__file__).with_name("page").joinpath(name).read_text(encoding="utf-8")

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from multi_token.types import Place
+from multi_token.types import MediaSpan
 
 if TYPE_CHECKING:
-    from multi_token.serve.engines.prefix_hits import PrefixHits
+    from multi_token.serve.engines.prefix_hits import PrefixCacheStats
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Prompt:
 
     input_ids: Tensor
     """int64 [time], with filler ids in media spans."""
-    places: tuple[Place, ...]
+    media_spans: tuple[MediaSpan, ...]
     """Where each item's tokens stand, in reading order."""
-    tokens: tuple[Tensor, ...]
+    media_embeds: tuple[Tensor, ...]
     """For each place float [length, dim], what its projector made."""
-    keys: tuple[str, ...]
+    media_keys: tuple[str, ...]
     """For each place; equal only for equal content, encoder, projector and tenant."""
     tenant: str = ""
     """Who asks; what is kept of a prompt is not used for another one."""
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingParams:
     """How tokens are chosen, and when an answer ends."""
 
     max_new_tokens: int
@@ -50,12 +50,12 @@ class SamplingOptions:
     """Equal seeds give equal answers to equal prompts."""
     num_logprobs: int | None = None
     """None: no log-probabilities; 0: of the chosen token; n: also of the n likeliest."""
-    ignore_end: bool = False
+    ignore_eos: bool = False
     """Go on behind the model's end of turn until `max_new_tokens`."""
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenEvent:
     """One new token. `logprob`: of the model's own distribution, before temperature and top-p."""
 
     id: int
@@ -67,20 +67,20 @@ class Token:
 
 
 @dataclass(frozen=True)
-class End:
+class FinishEvent:
     """The answer is complete: the model ended it, it is as long as allowed, or was cancelled."""
 
     reason: Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Failure:
+class ErrorEvent:
     """The answer will not be completed."""
 
     error: Exception
 
 
-Event = Token | End | Failure
+EngineEvent = TokenEvent | FinishEvent | ErrorEvent
 
 
 class Engine(Protocol):
@@ -102,8 +102,8 @@ class Engine(Protocol):
         self,
         request_id: str,
         prompt: Prompt,
-        options: SamplingOptions,
-        emit: Callable[[Event], None],
+        options: SamplingParams,
+        emit: Callable[[EngineEvent], None],
     ) -> None:
         """Queue a prompt; returns at once.
 
@@ -134,10 +134,10 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class HasCache(Protocol):
+class SupportsPrefixStats(Protocol):
     """An engine whose prompts share one cache of keys and values, and that tells of it."""
 
-    prefix: PrefixHits
+    prefix_stats: PrefixCacheStats
     """How much of prompts was there already."""
 
     @property
@@ -147,13 +147,13 @@ class HasCache(Protocol):
 
 
 @runtime_checkable
-class HasEngines(Protocol):
+class SupportsReplicas(Protocol):
     """An engine that has prompts answered by others, and tells of them."""
 
     retries: Counter[str]
     """Prompts that were handed to another engine, by why."""
 
     @property
-    def num_engines(self) -> int:
+    def num_replicas(self) -> int:
         """Those that are used now."""
         ...

@@ -18,19 +18,25 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import LanguageModelError
-from multi_token.generate import reader_of, stop_ids
-from multi_token.language_model.forward import without_adapter
+from multi_token.generate import eos_token_ids, require_processor
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.loading import first_line
-from multi_token.serve.engines.base import Event, Prompt, SamplingOptions, Token
+from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
 from multi_token.serve.engines.fallback import (
-    answer_alone,
-    answer_one_by_one,
-    plain_prompt,
-    tokens_of,
+    collect_tokens,
+    generate_one,
+    retry_individually,
+    smoke_prompt,
 )
-from multi_token.serve.engines.prefix_hits import PrefixHits
-from multi_token.serve.engines.prompts import context_length, refuse, shortest
-from multi_token.serve.engines.scheduler import Requests, Running, choose, failed, forced
+from multi_token.serve.engines.prefix_hits import PrefixCacheStats
+from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
+from multi_token.serve.engines.scheduler import (
+    GenerationRequest,
+    Scheduler,
+    fail_request,
+    force_tokens,
+    sample_batch,
+)
 from multi_token.serve.engines.soft_tokens import (
     SoftEmbedding,
     SoftIds,
@@ -80,7 +86,7 @@ class ContinuousEngine:
         length = context_length(model)
         if num_cache_tokens is None:
             num_cache_tokens = max(min(length or 8192, 8192), max_batch * 1024)
-        self.max_tokens = shortest(max_tokens, length, num_cache_tokens)
+        self.max_tokens = min_limit(max_tokens, length, num_cache_tokens)
         self._paged_options = {
             "num_cache_tokens": num_cache_tokens,
             "page_size": page_size,
@@ -88,12 +94,12 @@ class ContinuousEngine:
             "max_batch": max_batch,
         }
         self._num_soft_tokens = num_soft_tokens or num_cache_tokens
-        self._filler_id = reader_of(model).chat.filler_id
-        self._end_ids = frozenset(stop_ids(model))
-        self._requests = Requests()
+        self._filler_id = require_processor(model).chat.filler_id
+        self._end_ids = frozenset(eos_token_ids(model))
+        self._requests = Scheduler()
         self._numbers = itertools.count()
-        self._by_number: dict[str, Running] = {}
-        self.prefix = PrefixHits()
+        self._by_number: dict[str, GenerationRequest] = {}
+        self.prefix_stats = PrefixCacheStats()
         self._thread: threading.Thread | None = None
         self._is_open = False  # for prompts of clients
         self._admits = False  # prompts that wait may go into the loop that runs
@@ -109,16 +115,16 @@ class ContinuousEngine:
             return
         if self._thread is not None:
             self._thread.join()
-        if self.model.capabilities.needs_ids:
+        if self.model.capabilities.needs_input_ids:
             raise LanguageModelError(
                 f"{self.model.capabilities.name} looks ids up in its layers, which soft ids do not "
                 "have; serve it with the static engine"
             )
-        language_model = without_adapter(self.model.language_model)
+        language_model = base_language_model(self.model.language_model)
         _paged().greedy_config(language_model)  # refuses what it would leave out
-        prompts = [plain_prompt(self.model, num_media_tokens=3), plain_prompt(self.model)]
-        options = SamplingOptions(_NUM_PROVED, num_logprobs=0, ignore_end=True)
-        expected = [answer_alone(self.model, prompt, options) for prompt in prompts]
+        prompts = [smoke_prompt(self.model, num_media_tokens=3), smoke_prompt(self.model)]
+        options = SamplingParams(_NUM_PROVED, num_logprobs=0, ignore_eos=True)
+        expected = [generate_one(self.model, prompt, options) for prompt in prompts]
         self._is_stopping = False
         self._fault = None
         self._stack = ExitStack()
@@ -131,7 +137,7 @@ class ContinuousEngine:
         except LanguageModelError:
             self._stack.close()
             raise
-        self.max_tokens = shortest(self.max_tokens, self._paged.max_tokens)
+        self.max_tokens = min_limit(self.max_tokens, self._paged.max_tokens)
         self._paged.start()
         self._admits = True
         self._thread = threading.Thread(target=self._watch, name="continuous engine", daemon=True)
@@ -144,7 +150,7 @@ class ContinuousEngine:
         self._is_open = True
 
     def _build(self) -> Paged:
-        language_model = without_adapter(self.model.language_model)
+        language_model = base_language_model(self.model.language_model)
         return _paged().Paged(
             language_model, choose=self._choose, on_read=self._on_read, **self._paged_options
         )
@@ -152,8 +158,8 @@ class ContinuousEngine:
     def _prove(
         self,
         prompts: Sequence[Prompt],
-        options: SamplingOptions,
-        expected: Sequence[Sequence[Token]],
+        options: SamplingParams,
+        expected: Sequence[Sequence[TokenEvent]],
     ) -> None:
         """Answer these at once. Raises LanguageModelError if the tokens or their probabilities are
         not as expected.
@@ -162,16 +168,16 @@ class ContinuousEngine:
         tolerance = 1e-3 if precision == torch.float32 else 0.2
         name = self.model.capabilities.name
         have_ended = [threading.Event() for _ in prompts]
-        said: list[list[Event]] = [[] for _ in prompts]
+        said: list[list[EngineEvent]] = [[] for _ in prompts]
 
-        def listen(index: int, event: Event) -> None:
+        def listen(index: int, event: EngineEvent) -> None:
             said[index].append(event)
-            if not isinstance(event, Token):
+            if not isinstance(event, TokenEvent):
                 have_ended[index].set()
 
         for index, prompt in enumerate(prompts):
             self._add(
-                Running(
+                GenerationRequest(
                     f"proof {index}",
                     prompt,
                     options,
@@ -185,7 +191,7 @@ class ContinuousEngine:
                 if self._thread is None or not self._thread.is_alive():
                     raise self._fault_of_proof(RuntimeError("its loop ends"))
             try:
-                tokens = tokens_of(said[index])
+                tokens = collect_tokens(said[index])
             except ServeError as error:
                 raise self._fault_of_proof(error) from error
             for token, other in zip(tokens, expected[index], strict=True):
@@ -207,10 +213,10 @@ class ContinuousEngine:
 
     def stop(self) -> None:
         """Cancel all, end the loop behind its step, and give the language model back as it was."""
-        with self._requests.changed:
+        with self._requests.condition:
             self._is_stopping = True
             self._is_open = self._admits = False
-        for row in self._requests.all():
+        for row in self._requests.unfinished():
             row.cancel()
         if self._thread is not None:
             if self._thread.is_alive():
@@ -221,13 +227,13 @@ class ContinuousEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        options: SamplingOptions,
-        emit: Callable[[Event], None],
+        options: SamplingParams,
+        emit: Callable[[EngineEvent], None],
     ) -> None:
         """Queue a prompt; see `Engine`."""
         if not self.is_alive:
             raise ServeError("the engine does not run", status=503)
-        refuse(self.model, prompt, options, self.max_tokens)
+        check_prompt(self.model, prompt, options, self.max_tokens)
         prompt = own_to_tenant(prompt, self._soft, self.model.capabilities.embedding_scale)
         num_soft = sum(dict(_items(prompt)).values())
         if num_soft > self._num_soft_tokens:
@@ -236,14 +242,14 @@ class ContinuousEngine:
                 f"{self._num_soft_tokens} that this server keeps; send fewer items",
                 param="messages",
             )
-        row = Running(request_id, prompt, options, emit, self._end_ids, self._on_end)
+        row = GenerationRequest(request_id, prompt, options, emit, self._end_ids, self._on_end)
         self._add(row)
 
     def cancel(self, request_id: str) -> None:
         """End an answer early; see `Engine`. Its pages are free before the next step."""
         row = self._requests.cancel(request_id)
-        if row is not None and row.number and self._admits:
-            self._paged.cancel(row.number)
+        if row is not None and row.engine_key and self._admits:
+            self._paged.cancel(row.engine_key)
 
     @property
     def is_alive(self) -> bool:
@@ -262,8 +268,8 @@ class ContinuousEngine:
     def num_waiting(self) -> int:
         return self._requests.num_waiting
 
-    def _add(self, row: Running) -> None:
-        with self._requests.changed:
+    def _add(self, row: GenerationRequest) -> None:
+        with self._requests.condition:
             if self._is_stopping:
                 raise ServeError("the engine does not run", status=503)
             self._requests.add(row)
@@ -283,14 +289,14 @@ class ContinuousEngine:
             waiting.popleft()
             ids = row.prompt.input_ids.tolist()
             firsts, new = pinned
-            for place, first in zip(row.prompt.places, firsts, strict=True):
+            for place, first in zip(row.prompt.media_spans, firsts, strict=True):
                 ids[place.start : place.start + place.length] = range(first, first + place.length)
             for index in new:
-                self._write(firsts[index], row.prompt.tokens[index])
-            row.number = str(next(self._numbers))
-            self._by_number[row.number] = row
+                self._write(firsts[index], row.prompt.media_embeds[index])
+            row.engine_key = str(next(self._numbers))
+            self._by_number[row.engine_key] = row
             self._paged.add(
-                row.number,
+                row.engine_key,
                 ids,
                 max_new_tokens=row.options.max_new_tokens,
                 end_ids=sorted(row.end_ids),
@@ -305,39 +311,39 @@ class ContinuousEngine:
         if pool.device.type != "cpu":  # the loop has a stream of its own
             torch.get_device_module(pool.device).synchronize()
 
-    def _on_end(self, row: Running) -> None:
+    def _on_end(self, row: GenerationRequest) -> None:
         # safe though the loop may still hold a cancelled prompt: what it computes of rows that
         # have been written over stands under ids that nobody will ever have again
-        with self._requests.changed:
-            self._requests.forget(row)
-            if self._by_number.pop(row.number, None) is not None:
+        with self._requests.condition:
+            self._requests.remove(row)
+            if self._by_number.pop(row.engine_key, None) is not None:
                 self._ids.unpin([key for key, _ in _items(row.prompt)])
             self._admit()
 
     def _choose(self, numbers: list[str], scores: Tensor) -> Tensor:
-        ids, bad, all_likeliest = choose([self._by_number.get(n) for n in numbers], scores)
+        ids, bad, all_likeliest = sample_batch([self._by_number.get(n) for n in numbers], scores)
         if bad:
             # in one long row a number that is none spreads to all, and into the cache
             raise LanguageModelError(f"no numbers come of {len(bad)} of {len(numbers)} prompts")
-        return scores if all_likeliest else forced(scores, ids)
+        return scores if all_likeliest else force_tokens(scores, ids)
 
     def _on_read(self, number: str, num_there: int) -> None:
-        with self._requests.changed:
+        with self._requests.condition:
             row = self._by_number.get(number)
             if row is not None:
-                self.prefix.add(row, num_there)
+                self.prefix_stats.record(row, num_there)
 
     def _give_up(self, number: str, why: str) -> None:
         row = self._by_number.get(number)
         if row is not None:
-            failed(row, LanguageModelError(why))
+            fail_request(row, LanguageModelError(why))
 
     def _watch(self) -> None:
         """Wait for the loop to end; then begin a new one, or tell everybody that it is over."""
         try:
             while not self._is_stopping:
                 error = self._paged.wait(self._give_up)
-                with self._requests.changed:
+                with self._requests.condition:
                     self._admits = False
                     interrupted = self._requests.running()
                 self._paged.close()
@@ -347,15 +353,15 @@ class ContinuousEngine:
                     _LOG.error("the loop with %d prompts ended", len(interrupted), exc_info=error)
                     if not self._is_open:  # the proof shows what the loop does, or nothing
                         raise error
-                    answer_one_by_one(self.model, interrupted, self._filler_id, error)
+                    retry_individually(self.model, interrupted, self._filler_id, error)
                 self._begin_anew()
         except Exception as error:  # noqa: BLE001 - every client must be told
             _LOG.error("the engine ends", exc_info=error)
             self._fault = error
-            with self._requests.changed:
+            with self._requests.condition:
                 self._is_stopping = True
                 self._is_open = False
-            for row in self._requests.all():
+            for row in self._requests.unfinished():
                 row.fail(ServeError("the engine has failed", status=503))
         finally:
             self._paged.close()
@@ -365,7 +371,7 @@ class ContinuousEngine:
         self._ids.reset()  # the new loop keeps nothing of the old ids
         self._paged = self._build()
         self._paged.start()
-        with self._requests.changed:
+        with self._requests.condition:
             self._admits = not self._is_stopping
             self._admit()
         if self._is_stopping:
@@ -376,7 +382,7 @@ def _items(prompt: Prompt) -> list[tuple[str, int]]:
     """Of each item a name that only equal rows have, and their number."""
     return [
         (f"{key} {place.length}", place.length)
-        for key, place in zip(prompt.keys, prompt.places, strict=True)
+        for key, place in zip(prompt.media_keys, prompt.media_spans, strict=True)
     ]
 
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from multi_token.serve.engines.base import Event, Prompt, SamplingOptions, Token
-from multi_token.serve.engines.fallback import answer_alone, plain_prompt, tokens_of
-from multi_token.serve.engines.local.decode_loop import Stepping, processors_of
-from multi_token.serve.engines.local.prefix_cache import Beginnings
-from multi_token.serve.engines.prefix_hits import PrefixHits
-from multi_token.serve.engines.scheduler import Running
+from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
+from multi_token.serve.engines.fallback import collect_tokens, generate_one, smoke_prompt
+from multi_token.serve.engines.local.decode_loop import DecodeBatch, logits_processors
+from multi_token.serve.engines.local.prefix_cache import PrefixCache
+from multi_token.serve.engines.prefix_hits import PrefixCacheStats
+from multi_token.serve.engines.scheduler import GenerationRequest
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
-Way = Literal["join", "leave", "stay"]
+BatchingMode = Literal["join", "leave", "stay"]
 """join: rows leave when they have ended and others join. leave: rows leave, and the next batch
 begins when all have left. stay: transformers' own `generate`, in which all stay until the last has
 ended."""
@@ -32,65 +32,69 @@ _NUM_TOP = 3
 
 
 @dataclass
-class _Trial:
+class ParityCase:
     """A prompt, and what `generate` answers alone."""
 
     prompt: Prompt
     num_new: int
-    said: list[Event] = field(default_factory=list)
-    expected: list[Token] = field(default_factory=list)
+    events: list[EngineEvent] = field(default_factory=list)
+    expected: list[TokenEvent] = field(default_factory=list)
 
     @property
-    def options(self) -> SamplingOptions:
-        return SamplingOptions(self.num_new, num_logprobs=_NUM_TOP, ignore_end=True)
+    def options(self) -> SamplingParams:
+        return SamplingParams(self.num_new, num_logprobs=_NUM_TOP, ignore_eos=True)
 
-    def running(self) -> Running:
-        self.said = []
-        return Running("trial", self.prompt, self.options, self.said.append, frozenset())
+    def new_request(self) -> GenerationRequest:
+        self.events = []
+        return GenerationRequest(
+            "trial", self.prompt, self.options, self.events.append, frozenset()
+        )
 
 
-def find_way(model: MultiTokenForConditionalGeneration, filler_id: int) -> Way:
+def find_batching_mode(model: MultiTokenForConditionalGeneration, filler_id: int) -> BatchingMode:
     """The best way in which short prompts get the tokens and log-probabilities of `generate`.
 
     Of several lengths where the model can be padded: each way runs as it will for clients, with a
     row that ends while others go on, one that joins and is longer, and one that is shorter.
     """
-    trials = _trials(model)
-    if not _holds(lambda: _expect(model, trials)):
+    cases = _parity_cases(model)
+    if not _passes(lambda: _generate_expected(model, cases)):
         return "stay"
 
-    def holds(answer: Callable[[Stepping, Sequence[_Trial]], bool], *, joins: bool) -> bool:
-        stepping = Stepping(model, filler_id, joins=joins)
-        return answer(stepping, trials) and _are_right(model, trials)
+    def holds(answer: Callable[[DecodeBatch, Sequence[ParityCase]], bool], *, joins: bool) -> bool:
+        decode_batch = DecodeBatch(model, filler_id, allow_add=joins)
+        return answer(decode_batch, cases) and _match_expected(model, cases)
 
-    if model.capabilities.pads_left and _holds(lambda: holds(_join, joins=True)):
+    if model.capabilities.supports_left_padding and _passes(
+        lambda: holds(_run_joining, joins=True)
+    ):
         return "join"
-    return "leave" if _holds(lambda: holds(_leave, joins=False)) else "stay"
+    return "leave" if _passes(lambda: holds(_run_leaving, joins=False)) else "stay"
 
 
-def may_begin_alike(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
+def supports_prefix_cache(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
     """Whether prompts get the tokens and log-probabilities of `generate` also where what they begin
     with has been read before: one that goes on behind another's end, beside a shorter one that
     shares nothing, and one that comes again. For a model whose rows may join.
     """
 
     def holds() -> bool:
-        short, whole = (_Trial(trial.prompt, 2) for trial in _trials(model)[:2])
+        short, whole = (ParityCase(case.prompt, 2) for case in _parity_cases(model)[:2])
         ids, prompt = whole.prompt.input_ids, whole.prompt
-        longer = _Trial(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 3)
-        _expect(model, [short, whole, longer])
-        hits = PrefixHits()
-        kept = Beginnings(4 * len(ids), hits)
-        for trials in ([whole], [short, longer], [longer]):
-            stepping = Stepping(model, filler_id, joins=True, beginnings=kept)
-            stepping.join([trial.running() for trial in trials])
-            _to_the_end(stepping)
-            if not _are_right(model, trials):
+        longer = ParityCase(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 3)
+        _generate_expected(model, [short, whole, longer])
+        hits = PrefixCacheStats()
+        kept = PrefixCache(4 * len(ids), hits)
+        for cases in ([whole], [short, longer], [longer]):
+            decode_batch = DecodeBatch(model, filler_id, allow_add=True, prefix_cache=kept)
+            decode_batch.add([case.new_request() for case in cases])
+            _run_to_end(decode_batch)
+            if not _match_expected(model, cases):
                 return False
         # of the longer one the second time all but the last
         return hits.num_hits >= len(longer.prompt.input_ids) - 1
 
-    return _holds(holds)
+    return _passes(holds)
 
 
 def may_read_beside(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
@@ -103,15 +107,15 @@ def may_read_beside(model: MultiTokenForConditionalGeneration, filler_id: int) -
         return False
 
     def holds() -> bool:
-        stepping = Stepping(model, filler_id, joins=True)
+        decode_batch = DecodeBatch(model, filler_id, allow_add=True)
         states = [_state_of(model.language_model)]  # after a step
-        stepping.join([trial.running() for trial in _trials(model)[:1]])
+        decode_batch.add([case.new_request() for case in _parity_cases(model)[:1]])
         states.append(_state_of(model.language_model))
-        stepping.step()
+        decode_batch.decode_step()
         states.append(_state_of(model.language_model))
         return all(map(_is_same_state, states, states[1:]))
 
-    return _holds(holds)
+    return _passes(holds)
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, tuple[Any, int]]:
@@ -133,65 +137,71 @@ def _is_same_state(a: dict[str, tuple[Any, int]], b: dict[str, tuple[Any, int]])
     )
 
 
-def _holds(trial: Callable[[], bool]) -> bool:
+def _passes(case: Callable[[], bool]) -> bool:
     """Whether a trial succeeds; a fault of the model's means that it does not."""
     try:
-        return trial()
+        return case()
     except Exception as error:  # noqa: BLE001 - whatever it is, `generate` is left
         _LOG.info("rows are not answered step by step: %r", error)
         return False
 
 
-def _expect(model: MultiTokenForConditionalGeneration, trials: Sequence[_Trial]) -> bool:
+def _generate_expected(
+    model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]
+) -> bool:
     """What `generate` answers. Without it when its own settings look at the ids of a prompt, which
     is embeddings here."""
-    for trial in trials:
-        trial.expected = answer_alone(model, trial.prompt, trial.options)
-    return model.capabilities.starts_from == "embeddings" or not processors_of(model.language_model)
+    for case in cases:
+        case.expected = generate_one(model, case.prompt, case.options)
+    return model.capabilities.prefill_mode == "embeddings" or not logits_processors(
+        model.language_model
+    )
 
 
-def _are_right(model: MultiTokenForConditionalGeneration, trials: Sequence[_Trial]) -> bool:
+def _match_expected(model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]) -> bool:
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     tolerance = 1e-3 if weight.dtype == torch.float32 else 0.2
-    return all(_are_same(tokens_of(t.said), t.expected, tolerance) for t in trials)
+    return all(_same_tokens(collect_tokens(t.events), t.expected, tolerance) for t in cases)
 
 
-def _trials(model: MultiTokenForConditionalGeneration) -> list[_Trial]:
+def _parity_cases(model: MultiTokenForConditionalGeneration) -> list[ParityCase]:
     """One of media and text, one of its end, one of a shorter end; or all of the same length."""
-    whole = plain_prompt(model, num_media_tokens=3)
+    whole = smoke_prompt(model, num_media_tokens=3)
     ids = whole.input_ids
-    if model.capabilities.pads_left:
+    if model.capabilities.supports_left_padding:
         parts = [ids[-max(1, len(ids) // 3) :], ids[-max(1, len(ids) // 2) :]]
     else:
         parts = [ids.roll(1), ids.roll(2)]
     short, middle = (Prompt(part, (), (), ()) for part in parts)
-    return [_Trial(short, 5), _Trial(whole, 2), _Trial(middle, 4)]
+    return [ParityCase(short, 5), ParityCase(whole, 2), ParityCase(middle, 4)]
 
 
-def _join(stepping: Stepping, trials: Sequence[_Trial]) -> bool:
+def _run_joining(decode_batch: DecodeBatch, cases: Sequence[ParityCase]) -> bool:
     """Each of them joins when the one before is under way."""
-    for trial in trials:
-        stepping.join([trial.running()])
-        if not stepping.can_be_padded:
+    for case in cases:
+        decode_batch.add([case.new_request()])
+        if not decode_batch.is_paddable:
             return False
-        stepping.step()
-    _to_the_end(stepping)
+        decode_batch.decode_step()
+    _run_to_end(decode_batch)
     return True
 
 
-def _leave(stepping: Stepping, trials: Sequence[_Trial]) -> bool:
+def _run_leaving(decode_batch: DecodeBatch, cases: Sequence[ParityCase]) -> bool:
     """All of them from the start."""
-    stepping.join([trial.running() for trial in trials])
-    _to_the_end(stepping)
+    decode_batch.add([case.new_request() for case in cases])
+    _run_to_end(decode_batch)
     return True
 
 
-def _to_the_end(stepping: Stepping) -> None:
-    while stepping.rows:
-        stepping.step()
+def _run_to_end(decode_batch: DecodeBatch) -> None:
+    while decode_batch.requests:
+        decode_batch.decode_step()
 
 
-def _are_same(tokens: Sequence[Token], expected: Sequence[Token], tolerance: float) -> bool:
+def _same_tokens(
+    tokens: Sequence[TokenEvent], expected: Sequence[TokenEvent], tolerance: float
+) -> bool:
     if len(tokens) != len(expected):
         return False
     for token, other in zip(tokens, expected, strict=True):

@@ -8,21 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from multi_token.serve.engines.scheduler import Running
+    from multi_token.serve.engines.scheduler import GenerationRequest
 
 
-class PrefixHits:
+class PrefixCacheStats:
     """Of all prompts so far. `num_queries`: their tokens; `num_hits`: those computed before."""
 
     def __init__(self) -> None:
         self.num_queries = 0
         self.num_hits = 0
 
-    def add(self, row: Running, num_there: int) -> None:
+    def record(self, request: GenerationRequest, num_there: int) -> None:
         """A prompt is read, of which so many tokens are there. The first time counts: later it may
         find what it left itself.
         """
-        if row.num_cached is None:
-            row.num_cached = num_there
-            self.num_queries += len(row.prompt.input_ids)
+        if request.num_cached is None:
+            request.num_cached = num_there
+            self.num_queries += len(request.prompt.input_ids)
             self.num_hits += num_there

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from multi_token.serve.engines.base import Prompt, SamplingOptions
+from multi_token.serve.engines.base import Prompt, SamplingParams
 from multi_token.serve.errors import ServeError
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ def context_length(model: MultiTokenForConditionalGeneration) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def shortest(*limits: int | None) -> int | None:
+def min_limit(*limits: int | None) -> int | None:
     """The smallest of those that are limits."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def refuse(
+def check_prompt(
     model: MultiTokenForConditionalGeneration,
     prompt: Prompt,
-    options: SamplingOptions,
+    options: SamplingParams,
     max_tokens: int | None,
 ) -> None:
     """Raise ServeError for a prompt that cannot be answered, whatever else is asked.
@@ -51,15 +51,16 @@ def refuse(
             param="messages",
             code="context_length_exceeded",
         )
-    if not len(prompt.places) == len(prompt.tokens) == len(prompt.keys):
+    if not len(prompt.media_spans) == len(prompt.media_embeds) == len(prompt.media_keys):
         raise ServeError(
-            f"{len(prompt.places)} places, {len(prompt.tokens)} items and {len(prompt.keys)} keys "
+            f"{len(prompt.media_spans)} places, {len(prompt.media_embeds)} items and "
+            f"{len(prompt.media_keys)} keys "
             "of media were given; there must be as many of each",
             status=500,
         )
     dim = model.get_input_embeddings().weight.shape[1]  # type: ignore[index,union-attr]
     end = 0
-    for place, tokens in zip(prompt.places, prompt.tokens, strict=True):
+    for place, tokens in zip(prompt.media_spans, prompt.media_embeds, strict=True):
         if tokens.shape != (place.length, dim) or place.start < end:
             raise ServeError(
                 f"an item of {place.modality!r} has tokens of shape {tuple(tokens.shape)}, "
@@ -75,7 +76,7 @@ def refuse(
             )
     if end > num_ids:
         raise ServeError("an item of media lies behind the end of the prompt", status=500)
-    if end == num_ids and model.capabilities.starts_from == "ids":
+    if end == num_ids and model.capabilities.prefill_mode == "ids":
         raise ServeError(
             "the prompt ends with an item of media, but this language model goes on by ids, so "
             "text must stand last; write a text behind it",

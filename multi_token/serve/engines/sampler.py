@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multi_token.serve.engines.base import SamplingOptions, Token
+from multi_token.serve.engines.base import SamplingParams, TokenEvent
 
-COLDEST = 1e-5
+MIN_TEMPERATURE = 1e-5
 """A temperature up to this is greedy: dividing by less leaves no numbers."""
-_NUM_FIRST = 1024
+_NUM_TOP_P_CANDIDATES = 1024
 """Ids that are looked at for top-p before the whole vocabulary is sorted."""
 
 
-def likeliest(scores: Tensor) -> tuple[list[int], list[bool]]:
+def greedy(scores: Tensor) -> tuple[list[int], list[bool]]:
     """scores [rows, vocabulary] -> the likeliest id of each row, and whether it is a number at all.
 
     One look at the scores and one transfer; ids are exact as float32 up to 2**24.
@@ -26,7 +26,7 @@ def likeliest(scores: Tensor) -> tuple[list[int], list[bool]]:
     return [int(i) for i in both[1]], [abs(value) < float("inf") for value in both[0]]
 
 
-def draw(scores: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
+def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
     """scores [vocabulary] -> an id, drawn with temperature, then top-k, then top-p.
 
     In the order and with the meaning of transformers' warpers. One uniform number of `generator`
@@ -40,7 +40,7 @@ def draw(scores: Tensor, options: SamplingOptions, generator: torch.Generator) -
         probabilities = probabilities / probabilities.sum()
     if options.top_p < 1.0:
         if ids is None:
-            first, ids = probabilities.topk(min(_NUM_FIRST, num_ids))
+            first, ids = probabilities.topk(min(_NUM_TOP_P_CANDIDATES, num_ids))
             if float(first.sum()) < options.top_p:
                 first, ids = probabilities.sort(descending=True)
             probabilities = first
@@ -55,11 +55,11 @@ def draw(scores: Tensor, options: SamplingOptions, generator: torch.Generator) -
     return index if ids is None else int(ids[index])
 
 
-def with_logprobs(scores: Tensor, token_id: int, num_top: int) -> Token:
+def token_event(scores: Tensor, token_id: int, num_top: int) -> TokenEvent:
     """scores [vocabulary] and the chosen id -> Token with log-probabilities (natural)."""
     logprobs = torch.log_softmax(scores.float(), -1)
     top: tuple[tuple[int, float], ...] = ()
     if num_top > 0:
         values, ids = logprobs.topk(min(num_top, len(logprobs)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token_id, float(logprobs[token_id]), top)
+    return TokenEvent(token_id, float(logprobs[token_id]), top)

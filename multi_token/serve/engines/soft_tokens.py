@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 from multi_token.serve.engines.base import Prompt
-from multi_token.types import Place
+from multi_token.types import MediaSpan
 
 MAX_ID = 2**31 - 1
 """transformers' continuous batching keeps ids as int32."""
@@ -84,15 +84,15 @@ def own_to_tenant(prompt: Prompt, soft: SoftEmbedding, embedding_scale: float) -
     transformers shares keys and values of equal ids, whoever asks: without this, a client could
     learn from how fast an answer comes, and from its `cached_tokens`, what another one has asked.
     """
-    if not prompt.tenant or any(place.start == 0 for place in prompt.places):
+    if not prompt.tenant or any(place.start == 0 for place in prompt.media_spans):
         return prompt
     first = prompt.input_ids[:1]
     row = soft.embedding(first.to(soft.weight.device)).float() * embedding_scale
     return replace(
         prompt,
-        places=(Place("text", 0, 1), *prompt.places),
-        tokens=(row, *prompt.tokens),
-        keys=(f"token {int(first)} of {prompt.tenant}", *prompt.keys),
+        media_spans=(MediaSpan("text", 0, 1), *prompt.media_spans),
+        media_embeds=(row, *prompt.media_embeds),
+        media_keys=(f"token {int(first)} of {prompt.tenant}", *prompt.media_keys),
     )
 
 

@@ -15,7 +15,7 @@ from multi_token.modalities.base import Modality
 MIB = 1024 * 1024
 
 
-class DecodeLimits(BaseModel):
+class MediaLimits(BaseModel):
     """The most of one media item, refused before or while it is decoded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ _FIELDS = {
 lowered as well."""
 
 
-def limited(modality: Modality, limits: DecodeLimits) -> Modality:
+def apply_limits(modality: Modality, limits: MediaLimits) -> Modality:
     """The modality with its own limits lowered to these; none is raised."""
     fields = type(modality).model_fields
     lowered: dict[str, Any] = {}
@@ -62,11 +62,11 @@ def limited(modality: Modality, limits: DecodeLimits) -> Modality:
         if name in fields and _is_number(own) and own > most:
             lowered[name] = most
     if "max_frames" in fields:
-        lowered |= _film(modality, limits)
+        lowered |= _video_limits(modality, limits)
     return modality.model_copy(update=lowered) if lowered else modality
 
 
-def _film(modality: Modality, limits: DecodeLimits) -> dict[str, Any]:
+def _video_limits(modality: Modality, limits: MediaLimits) -> dict[str, Any]:
     """The model's own number of frames is what it was trained with, and stays."""
     own: Any = modality
     num_frames = getattr(own, "num_frames", None) or 1

@@ -25,17 +25,23 @@ from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
-from multi_token.serve.media.limits import DecodeLimits, limited
-from multi_token.serve.media.protocol import frame, packed
-from multi_token.serve.media.samples import warm
-from multi_token.serve.media.totals import MediaTotals, Size
-from multi_token.serve.media.worker_process import Decoded, MediaProcess, Request, refused, stopped
+from multi_token.serve.media.limits import MediaLimits, apply_limits
+from multi_token.serve.media.protocol import encode_frame, serialize_source
+from multi_token.serve.media.samples import warm_up
+from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
+from multi_token.serve.media.worker_process import (
+    DecodeRequest,
+    DecodeResult,
+    WorkerProcess,
+    media_error,
+    stopped_error,
+)
 from multi_token.types import Media, Prepared
 
 GIB = 1024**3
-_ITEMS_WAITING = 16
+_MAX_WAITING_PER_WORKER = 16
 """Of the largest size."""
-_JSON_OF_A_NUMBER = 32
+_JSON_BYTES_PER_NUMBER = 32
 """Bytes, at most."""
 _MAX_READERS = 8
 """Addresses that are downloaded at once."""
@@ -48,9 +54,9 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Job:
-    item: Request
-    result: Future[Decoded] = field(default_factory=Future)
+class _DecodeJob:
+    item: DecodeRequest
+    result: Future[DecodeResult] = field(default_factory=Future)
 
 
 class MediaPool:
@@ -69,36 +75,36 @@ class MediaPool:
         num_workers: int = 2,
         timeout_s: float = 20.0,
         memory_bytes: int = 2 * GIB,
-        limits: DecodeLimits | None = None,
+        limits: MediaLimits | None = None,
         urls: UrlPolicy | None = None,
         fork: bool | None = None,
     ) -> None:
-        self.limits = limits or DecodeLimits()
-        self.modalities = {name: limited(m, self.limits) for name, m in modalities.items()}
+        self.limits = limits or MediaLimits()
+        self.modalities = {name: apply_limits(m, self.limits) for name, m in modalities.items()}
         self.timeout_s = timeout_s
         self._fetch = Fetch(
             max_bytes=self.limits.max_bytes, allow_paths=False, url_policy=urls or UrlPolicy()
         )
         self._setup = {
             "modalities": {n: m.model_dump(mode="json") for n, m in self.modalities.items()},
-            "classes": _classes(self.modalities.values()),
+            "classes": _unregistered_classes(self.modalities.values()),
             "path": [os.path.abspath(entry) for entry in sys.path],
-            "readable": _readable(self.modalities.values()),
+            "readable": _readable_folders(self.modalities.values()),
             "timeout_s": timeout_s,
             "memory_bytes": memory_bytes,
             "max_bytes": self.limits.max_bytes,
             "max_request_bytes": 2 * self.limits.max_bytes
-            + _JSON_OF_A_NUMBER * self.limits.max_numbers,
+            + _JSON_BYTES_PER_NUMBER * self.limits.max_numbers,
             "max_prepared_bytes": self.limits.max_prepared_bytes,
             "fork": media_worker.CAN_FORK if fork is None else fork,
         }
         self._lock = threading.Lock()
-        self._num_bytes = 0
-        self._most_bytes = _ITEMS_WAITING * self.limits.max_bytes
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._workers = [MediaProcess(self._setup) for _ in range(num_workers)]
+        self._num_queued_bytes = 0
+        self._max_queued_bytes = _MAX_WAITING_PER_WORKER * self.limits.max_bytes
+        self._jobs: queue.Queue[_DecodeJob | None] = queue.Queue()
+        self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._threads: list[threading.Thread] = []
-        self._readers: ThreadPoolExecutor | None = None
+        self._reader_pool: ThreadPoolExecutor | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -115,15 +121,17 @@ class MediaPool:
         for modality in self.modalities.values():
             encoder = getattr(modality, "encoder", None)
             if isinstance(encoder, str) and not os.path.isdir(encoder):
-                warm(modality)  # fetches what the hub has of its processor; workers ask nobody
+                warm_up(modality)  # fetches what the hub has of its processor; workers ask nobody
         try:
             self._workers[0].wait_ready()
         except MultiTokenError:
             self.stop()
             raise
-        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
+        self._reader_pool = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
         self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), name="media-worker", daemon=True)
+            threading.Thread(
+                target=self._worker_loop, args=(worker,), name="media-worker", daemon=True
+            )
             for worker in self._workers
         ]
         for thread in self._threads:
@@ -142,12 +150,12 @@ class MediaPool:
             while True:
                 job = self._jobs.get_nowait()
                 if job is not None and job.result.set_running_or_notify_cancel():
-                    job.result.set_exception(stopped())
-        if self._readers is not None:
-            self._readers.shutdown(wait=False, cancel_futures=True)
-            self._readers = None
+                    job.result.set_exception(stopped_error())
+        if self._reader_pool is not None:
+            self._reader_pool.shutdown(wait=False, cancel_futures=True)
+            self._reader_pool = None
 
-    async def prepare(self, item: Media, totals: MediaTotals | None = None) -> Prepared:
+    async def prepare(self, item: Media, totals: RequestMediaBudget | None = None) -> Prepared:
         """One item -> what its encoder takes. `totals`: of the request that it belongs to, which
         knows already how many bytes were sent with it.
 
@@ -156,57 +164,62 @@ class MediaPool:
         decoder, 429 where too much waits, 503 where the pool is stopped. Cancelled, it gives up its
         place in the queue; what a worker has begun is thrown away.
         """
-        if self._readers is None or not self._threads:
-            raise stopped()
+        if self._reader_pool is None or not self._threads:
+            raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no sense named {item.modality!r}", status=400)
         loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(self._readers, self._job, item)
+        job = await loop.run_in_executor(self._reader_pool, self._build_job, item)
         if totals is not None and not isinstance(item.source, bytes):  # it was downloaded
-            totals.add(Size(bytes=len(job.item.data)))
-        self._take_room(job)
+            totals.add(MediaSize(bytes=len(job.item.data)))
+        self._reserve(job)
         self._jobs.put(job)
         if not self._threads:  # stopped in between: nobody would take it
             job.result.cancel()
-            raise stopped()
+            raise stopped_error()
         decoded = await asyncio.wrap_future(job.result)
         if totals is not None:
             totals.add(decoded.size)
         return decoded.prepared
 
-    def _take_room(self, job: _Job) -> None:
+    def _reserve(self, job: _DecodeJob) -> None:
         """What waits is in memory, so there is a limit to it. Raises ServeError (429)."""
         num_bytes = len(job.item.data)
         with self._lock:
-            if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
+            if (
+                self._num_queued_bytes
+                and self._num_queued_bytes + num_bytes > self._max_queued_bytes
+            ):
                 raise ServeError(
                     "too much media waits to be decoded", status=429, code="busy", retry_after=1.0
                 )
-            self._num_bytes += num_bytes
+            self._num_queued_bytes += num_bytes
 
-        def give_back(_: Future[Decoded]) -> None:
+        def release(_: Future[DecodeResult]) -> None:
             with self._lock:
-                self._num_bytes -= num_bytes
+                self._num_queued_bytes -= num_bytes
 
-        job.result.add_done_callback(give_back)
+        job.result.add_done_callback(release)
 
-    def _job(self, item: Media) -> _Job:
+    def _build_job(self, item: Media) -> _DecodeJob:
         """The item with bytes in place of addresses."""
         try:
-            source = self._local(item.source, self.modalities[item.modality])
-            tree, blobs = packed(source, max_numbers=self.limits.max_numbers)
+            source = self._resolve_source(item.source, self.modalities[item.modality])
+            tree, blobs = serialize_source(source, max_numbers=self.limits.max_numbers)
             if sum(map(len, blobs)) > self.limits.max_bytes:
                 raise MediaError(
                     f"an item of {sum(map(len, blobs)):,} bytes was sent, and the limit is "
                     f"{self.limits.max_bytes:,}; send a smaller one",
                     kind="undecodable",
                 )
-            data = frame({"modality": item.modality, "source": tree}, blobs)
-            return _Job(Request(item.modality, data))
+            data = encode_frame({"modality": item.modality, "source": tree}, blobs)
+            return _DecodeJob(DecodeRequest(item.modality, data))
         except (MediaError, ValueError, RecursionError) as error:
-            raise refused(item.modality, str(error)) from None
+            raise media_error(item.modality, str(error)) from None
 
-    def _local(self, source: Any, modality: Modality, *, depth: int = 0, text: bool = False) -> Any:
+    def _resolve_source(
+        self, source: Any, modality: Modality, *, depth: int = 0, text: bool = False
+    ) -> Any:
         """A source without addresses: what they name is read here, and no file of this machine.
 
         `text`: whether a text in it is only that, and names nothing.
@@ -214,21 +227,23 @@ class MediaPool:
         if isinstance(source, str) and depth == 0:
             text = modality.named_file(source) is None  # a sense whose strings are texts
         if isinstance(source, (str, os.PathLike)):
-            return source if text and isinstance(source, str) else self._read(source)
+            return source if text and isinstance(source, str) else self._fetch_address(source)
         if depth > _MAX_DEPTH:
-            return source  # deeper than any source; `packed` refuses it
+            return source  # deeper than any source; `serialize_source` refuses it
         if isinstance(source, Mapping):
             return {
-                key: self._local(value, modality, depth=depth + 1, text=key not in _SOURCES)
+                key: self._resolve_source(
+                    value, modality, depth=depth + 1, text=key not in _SOURCES
+                )
                 for key, value in source.items()
             }
         if isinstance(source, (list, tuple)) and not all(
             isinstance(value, (int, float)) for value in source
         ):
-            return [self._local(value, modality, depth=depth + 1) for value in source]
+            return [self._resolve_source(value, modality, depth=depth + 1) for value in source]
         return source
 
-    def _read(self, address: Any) -> bytes:
+    def _fetch_address(self, address: Any) -> bytes:
         if not isinstance(address, str) or not _ADDRESS.match(address):
             raise MediaError(
                 "expected the bytes, or a data: address; files of this machine are never read",
@@ -236,9 +251,9 @@ class MediaPool:
             )
         return self._fetch.read(address)
 
-    def _serve(self, worker: MediaProcess) -> None:
+    def _worker_loop(self, worker: WorkerProcess) -> None:
         if not worker.is_ready:
-            worker.come_up()
+            worker.try_start()
         while (job := self._jobs.get()) is not None:
             if not job.result.set_running_or_notify_cancel():
                 continue  # its client has left
@@ -248,10 +263,10 @@ class MediaPool:
                 job.result.set_exception(error)
             except Exception as error:  # noqa: BLE001 - the thread lives on, the item hears of it
                 _log.exception("a media worker's answer could not be read")
-                job.result.set_exception(refused(job.item.modality, type(error).__name__))
+                job.result.set_exception(media_error(job.item.modality, type(error).__name__))
 
 
-def _classes(modalities: Any) -> list[tuple[str, str, str]]:
+def _unregistered_classes(modalities: Any) -> list[tuple[str, str, str]]:
     """Kind, name and place of the classes, for those that are registered in this process alone."""
     found: list[tuple[str, str, str]] = []
     for modality in modalities:
@@ -261,7 +276,7 @@ def _classes(modalities: Any) -> list[tuple[str, str, str]]:
     return found
 
 
-def _readable(modalities: Any) -> list[str]:
+def _readable_folders(modalities: Any) -> list[str]:
     """What a worker may open: Python's folders, those of packages here, and those of encoders.
 
     Not all of `sys.path`: the folder in which the server was started may be on it.

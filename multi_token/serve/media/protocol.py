@@ -18,7 +18,7 @@ _PIECE = 1024 * 1024
 _MAX_DEPTH = 16
 
 
-def frame(header: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
+def encode_frame(header: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
     """The length of all that follows, the length of the header, it in JSON, and the blobs."""
     text = json.dumps({**header, "sizes": [len(blob) for blob in blobs]}).encode("ascii")
     body = [_LENGTH.pack(len(text)), text, *blobs]
@@ -26,7 +26,7 @@ def frame(header: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
 
 
 def read_frame(read: Callable[[int], bytes], *, most: int) -> bytes | None:
-    """The next frame, as `frame` made it; None where the input ends.
+    """The next frame, as `encode_frame` made it; None where the input ends.
 
     `read`: at most so many bytes, none at the end. Raises EOFError for half a frame and ValueError
     for one longer than `most`.
@@ -34,14 +34,14 @@ def read_frame(read: Callable[[int], bytes], *, most: int) -> bytes | None:
     start = read(_LENGTH.size)
     if not start:
         return None
-    start += _exactly(read, _LENGTH.size - len(start))
+    start += _read_exactly(read, _LENGTH.size - len(start))
     (length,) = _LENGTH.unpack(start)
     if length > most:
         raise ValueError(f"a frame of {length} bytes")
-    return start + _exactly(read, length)
+    return start + _read_exactly(read, length)
 
 
-def opened(whole: bytes) -> tuple[dict[str, Any], list[bytes]]:
+def decode_frame(whole: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """The header and the blobs of a frame. Raises ValueError, LookupError or TypeError."""
     start = 2 * _LENGTH.size
     (length,) = _LENGTH.unpack(whole[_LENGTH.size : start])
@@ -56,7 +56,7 @@ def opened(whole: bytes) -> tuple[dict[str, Any], list[bytes]]:
     return header, blobs
 
 
-def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
+def _read_exactly(read: Callable[[int], bytes], size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         piece = read(min(size - len(data), _PIECE))
@@ -66,7 +66,7 @@ def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
     return bytes(data)
 
 
-def packed(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]]:
+def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]]:
     """A source as JSON, and the bytes in it, which the JSON names by their place.
 
     Lists, mappings with names as keys, texts, numbers and bytes may be nested. Raises MediaError
@@ -78,18 +78,18 @@ def packed(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]]:
     def pack(value: Any, depth: int) -> Any:
         nonlocal num_left
         if depth > _MAX_DEPTH:
-            raise _refused(f"expected at most {_MAX_DEPTH} lists inside each other, got more")
+            raise _frame_error(f"expected at most {_MAX_DEPTH} lists inside each other, got more")
         if isinstance(value, (bytes, bytearray, memoryview)):
             blobs.append(bytes(value))
             return {"bytes": len(blobs) - 1}
         if isinstance(value, Mapping):
             if not all(isinstance(key, str) for key in value):
-                raise _refused("expected names as keys of an object")
+                raise _frame_error("expected names as keys of an object")
             return {"object": {key: pack(inner, depth + 1) for key, inner in value.items()}}
         if isinstance(value, (list, tuple)):
             num_left -= len(value)
             if num_left < 0:
-                raise _refused(
+                raise _frame_error(
                     f"there are more than {max_numbers:,} numbers, which is the limit; give a part"
                 )
             if all(type(inner) in (int, float) for inner in value):
@@ -97,23 +97,23 @@ def packed(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]]:
             return [pack(inner, depth + 1) for inner in value]
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
-        raise _refused(
+        raise _frame_error(
             f"expected bytes, text, numbers, lists or objects of them, got {type(value).__name__}"
         )
 
     return pack(source, 0), blobs
 
 
-def unpacked(tree: Any, blobs: Sequence[bytes]) -> Any:
+def deserialize_source(tree: Any, blobs: Sequence[bytes]) -> Any:
     """The source again."""
     if isinstance(tree, list):
-        return [unpacked(inner, blobs) for inner in tree]
+        return [deserialize_source(inner, blobs) for inner in tree]
     if not isinstance(tree, dict):
         return tree
     if "bytes" in tree:
         return blobs[tree["bytes"]]
-    return {key: unpacked(inner, blobs) for key, inner in tree["object"].items()}
+    return {key: deserialize_source(inner, blobs) for key, inner in tree["object"].items()}
 
 
-def _refused(message: str) -> MediaError:
+def _frame_error(message: str) -> MediaError:
     return MediaError(message, kind="undecodable")

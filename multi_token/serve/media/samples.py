@@ -17,10 +17,10 @@ from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 
 
-def warm(modality: Any) -> None:
+def warm_up(modality: Any) -> None:
     """Let a modality read something small: its processor and the decoders are loaded by that."""
     own = modality.type in _SAMPLES
-    for make in _SAMPLES.get(modality.type, (*_BYTES, *_TEXTS)):
+    for make in _SAMPLES.get(modality.type, (*_SAMPLE_BYTES, *_SAMPLE_TEXTS)):
         try:
             modality.prepare(modality.load(make(modality), Fetch(allow_paths=False)))
         except MediaError:
@@ -33,20 +33,20 @@ def warm(modality: Any) -> None:
             return
 
 
-def _picture(_: Any = None) -> bytes:
+def _sample_image(_: Any = None) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "PNG")
     return file.getvalue()
 
 
-def _film(_: Any) -> bytes:
+def _sample_video(_: Any) -> bytes:
     pictures = [Image.effect_noise((64, 64), 50) for _ in range(4)]
     file = io.BytesIO()
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=250)
     return file.getvalue()
 
 
-def _sound(_: Any) -> bytes:
+def _sample_audio(_: Any) -> bytes:
     samples = (np.sin(np.arange(16_000) * 0.17) * 9_000).astype("<i2")
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
@@ -57,31 +57,31 @@ def _sound(_: Any) -> bytes:
     return file.getvalue()
 
 
-def _text(_: Any) -> Any:
+def _sample_text(_: Any) -> Any:
     return {"text": "A text of a few words."}
 
 
-def _page(_: Any) -> bytes:
+def _sample_document(_: Any) -> bytes:
     return b"<html><body><p>A text of a few words.</p></body></html>"
 
 
-def _vector(modality: Any) -> list[float]:
+def _sample_vector(modality: Any) -> list[float]:
     return [0.5] * modality.dim
 
 
-def _series(modality: Any) -> list[list[float]]:
+def _sample_series(modality: Any) -> list[list[float]]:
     return [[float(step)] * modality.channels for step in range(64)]
 
 
-_BYTES: Sequence[Any] = (_picture, _sound, _film)
-_TEXTS: Sequence[Any] = (_text, _page)
+_SAMPLE_BYTES: Sequence[Any] = (_sample_image, _sample_audio, _sample_video)
+_SAMPLE_TEXTS: Sequence[Any] = (_sample_text, _sample_document)
 _SAMPLES: Mapping[str, Sequence[Any]] = {
-    "image": (_picture,),
-    "speech": (_sound,),
-    "sound": (_sound,),
-    "video": (_film,),
-    "document": (_text, _page),
-    "joint": (_picture, _sound, _film, _text),
-    "vector": (_vector,),
-    "timeseries": (_series,),
+    "image": (_sample_image,),
+    "speech": (_sample_audio,),
+    "sound": (_sample_audio,),
+    "video": (_sample_video,),
+    "document": (_sample_text, _sample_document),
+    "joint": (_sample_image, _sample_audio, _sample_video, _sample_text),
+    "vector": (_sample_vector,),
+    "timeseries": (_sample_series,),
 }

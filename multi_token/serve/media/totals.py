@@ -15,7 +15,7 @@ from multi_token.serve.errors import ServeError
 MIB = 1024 * 1024
 
 
-class TotalLimits(BaseModel):
+class RequestMediaLimits(BaseModel):
     """The most of all media items of one request together.
 
     An item that comes alone has its own limits, and none of these.
@@ -40,8 +40,8 @@ class TotalLimits(BaseModel):
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is known of an item by now; each field has its limit in `TotalLimits`."""
+class MediaSize:
+    """What is known of an item by now; each field has its limit in `RequestMediaLimits`."""
 
     bytes: int = 0
     pixels: int = 0
@@ -52,7 +52,7 @@ class Size:
     tokens: int = 0
 
 
-_WORDS = {
+_LIMIT_TEXTS = {
     "bytes": "bytes",
     "pixels": "pixels",
     "frames": "frames",
@@ -63,15 +63,15 @@ _WORDS = {
 }
 
 
-class MediaTotals:
+class RequestMediaBudget:
     """The sum of one request's items so far. Lives on the event loop: no locks."""
 
-    def __init__(self, limits: TotalLimits, num_items: int) -> None:
+    def __init__(self, limits: RequestMediaLimits, num_items: int) -> None:
         self.limits = limits
         self.num_items = num_items
-        self._sums: dict[str, float] = {field.name: 0 for field in fields(Size)}
+        self._sums: dict[str, float] = {field.name: 0 for field in fields(MediaSize)}
 
-    def add(self, size: Size) -> None:
+    def add(self, size: MediaSize) -> None:
         """Count what became known of an item. Raises ServeError (413) if all are too much.
 
         The sum may be that of a few of them: the others are not decoded any more then.
@@ -82,7 +82,8 @@ class MediaTotals:
             if self._sums[name] > most and self.num_items > 1:
                 raise ServeError(
                     f"the {self.num_items} media items of this request have "
-                    f"{round(self._sums[name], 1):,.15g} {_WORDS[name]} as far as they were read, "
+                    f"{round(self._sums[name], 1):,.15g} {_LIMIT_TEXTS[name]} as far as they "
+                    f"were read, "
                     f"and the limit for all together is {most:,.15g}; send fewer or smaller ones, "
                     "or ask in several requests",
                     status=413,

@@ -20,15 +20,20 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from multi_token.serve.media.protocol import frame, opened, read_frame, unpacked
-from multi_token.serve.media.samples import warm
+from multi_token.serve.media.protocol import (
+    decode_frame,
+    deserialize_source,
+    encode_frame,
+    read_frame,
+)
+from multi_token.serve.media.samples import warm_up
 from multi_token.serve.media.sizes import size_of
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere a fork of a process with many libraries in it is not safe."""
-_ITEMS = 1_000
+_ITEMS_PER_FORK = 1_000
 """After which a fork is replaced, whatever may have gathered in it."""
-_PIECE = 1024 * 1024
+_PIPE_CHUNK_BYTES = 1024 * 1024
 _MAX_FILES = 64
 _INBOX, _OUTBOX = _MAX_FILES - 2, _MAX_FILES - 1
 """Descriptors of a fork, away from those that libraries print to."""
@@ -38,31 +43,31 @@ _SLACK_BYTES = 1024 * 1024
 
 def main() -> int:
     """Set up, say `ready`, then answer item after item until the input ends."""
-    inbox, outbox = _take_channels()
+    inbox, outbox = _claim_pipes()
     first = read_frame(inbox.read, most=_SLACK_BYTES)
     if first is None:
         return 0
-    setup = opened(first)[0]
+    setup = decode_frame(first)[0]
     try:
-        modalities = set_up(setup)
-        fork = Fork(modalities, setup) if setup["fork"] else None
-        if fork and opened(fork.answer(_NOTHING))[0].get("fault") == "died":
+        modalities = build_modalities(setup)
+        fork = ForkedWorker(modalities, setup) if setup["fork"] else None
+        if fork and decode_frame(fork.decode(_NO_REPLY))[0].get("fault") == "died":
             raise OSError("this system does not let a fork limit itself")
     except BaseException as error:  # noqa: BLE001 - whatever it is, the server has to say it
-        outbox.write(frame({"failed": f"{type(error).__name__}: {error}"[:2000]}))
+        outbox.write(encode_frame({"failed": f"{type(error).__name__}: {error}"[:2000]}))
         outbox.flush()
         return 1
-    outbox.write(frame({"ready": True}))
+    outbox.write(encode_frame({"ready": True}))
     outbox.flush()
     while (request := read_frame(inbox.read, most=setup["max_request_bytes"])) is not None:
-        outbox.write(fork.answer(request) if fork else answered(modalities, request, setup)[0])
+        outbox.write(fork.decode(request) if fork else decode_item(modalities, request, setup)[0])
         outbox.flush()
     if fork:
-        fork.end()
+        fork.kill()
     return 0
 
 
-def set_up(setup: Mapping[str, Any]) -> dict[str, Any]:
+def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
     """Build the modalities and load what they decode with, so that the first item is not slow."""
     import torch
 
@@ -76,7 +81,7 @@ def set_up(setup: Mapping[str, Any]) -> dict[str, Any]:
 
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     for kind, name, where in setup["classes"]:
-        if name not in registry.names(kind):  # registered in the server's process alone
+        if name not in registry.registered_names(kind):  # registered in the server's process alone
             module, _, attribute = where.partition(":")
             add = registry.register_modality if kind == "modality" else registry.register_projector
             add(name, getattr(import_module(module), attribute))
@@ -85,51 +90,53 @@ def set_up(setup: Mapping[str, Any]) -> dict[str, Any]:
         for name, fields in setup["modalities"].items()
     }
     for modality in modalities.values():
-        warm(modality)
+        warm_up(modality)
     if not setup["fork"]:
-        _confine(setup)
+        _sandbox(setup)
     return modalities
 
 
-class Fork:
+class ForkedWorker:
     """A copy of this process that decodes, and is replaced after an item that went badly."""
 
     def __init__(self, modalities: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
         self.modalities = modalities
         self.setup = setup
-        self.most = setup["max_prepared_bytes"] + _SLACK_BYTES
+        self.max_bytes = setup["max_prepared_bytes"] + _SLACK_BYTES
         gc.collect()
         gc.freeze()  # what is loaded stays, and what nobody visits is not copied
-        self._begin()
+        self._fork()
 
-    def answer(self, request: bytes) -> bytes:
+    def decode(self, request: bytes) -> bytes:
         """The frame that the copy answers with, or one that says how it ended."""
         deadline = time.monotonic() + self.setup["timeout_s"]
         if os.waitpid(self.child, os.WNOHANG) != (0, 0):  # ended while there was nothing to do
             self._close()
-            self._begin()
+            self._fork()
         whole, goes_on = None, False
         try:
             _write_all(self.writer, request)
-            whole = read_frame(lambda size: _read_by(deadline, self.reader, size), most=self.most)
+            whole = read_frame(
+                lambda size: _read_before(deadline, self.reader, size), most=self.max_bytes
+            )
             # a last byte says that it goes on; of one that has ended there is none
-            goes_on = whole is not None and self._goes_on()
+            goes_on = whole is not None and self._continues()
         except TimeoutError:
-            whole = frame({"fault": "time"})
+            whole = encode_frame({"fault": "time"})
         except (OSError, EOFError, ValueError):
             pass  # what has died says no more
         if not goes_on:
-            self.end()
-            self._begin()
-        return whole or frame({"fault": "died"})
+            self.kill()
+            self._fork()
+        return whole or encode_frame({"fault": "died"})
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         try:
-            return _read_by(time.monotonic() + 1.0, self.reader, 1) == _GOES_ON
+            return _read_before(time.monotonic() + 1.0, self.reader, 1) == _CONTINUES
         except TimeoutError:
             return False
 
-    def _begin(self) -> None:
+    def _fork(self) -> None:
         inbox, self.writer = os.pipe()
         self.reader, outbox = os.pipe()
         self.child = os.fork()
@@ -138,29 +145,29 @@ class Fork:
                 os.dup2(inbox, _INBOX)
                 os.dup2(outbox, _OUTBOX)
                 os.closerange(3, _INBOX)  # the way to the server is not its own
-                _confine(self.setup)
-                self._decode()
+                _sandbox(self.setup)
+                self._child_loop()
             finally:
                 os._exit(0)
         os.close(inbox)
         os.close(outbox)
 
-    def _decode(self) -> None:
+    def _child_loop(self) -> None:
         """In the copy: item after item, until one goes badly."""
         inbox = os.fdopen(_INBOX, "rb")
-        for num_left in reversed(range(_ITEMS)):
+        for num_left in reversed(range(_ITEMS_PER_FORK)):
             request = read_frame(inbox.read, most=self.setup["max_request_bytes"])
             if request is None:
                 return
             _limit_cpu(self.setup["timeout_s"])
-            answer, is_well = answered(self.modalities, request, self.setup)
+            answer, is_well = decode_item(self.modalities, request, self.setup)
             del request
             _write_all(_OUTBOX, answer)
             if not is_well or not num_left:
                 return
-            _write_all(_OUTBOX, _GOES_ON)
+            _write_all(_OUTBOX, _CONTINUES)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Nothing is left of the copy."""
         os.kill(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
@@ -171,11 +178,11 @@ class Fork:
         os.close(self.writer)
 
 
-_GOES_ON = b"+"
-_NOTHING = frame({"nothing": True})
+_CONTINUES = b"+"
+_NO_REPLY = encode_frame({"nothing": True})
 
 
-def answered(
+def decode_item(
     modalities: Mapping[str, Any], request: bytes, setup: Mapping[str, Any]
 ) -> tuple[bytes, bool]:
     """Decode one item here -> the frame of its answer, and whether all went as it should.
@@ -188,10 +195,10 @@ def answered(
     from multi_token.media.fetch import Fetch
 
     try:
-        header, blobs = opened(request)
+        header, blobs = decode_frame(request)
         modality = modalities[header["modality"]]
         fetch = Fetch(max_bytes=setup["max_bytes"], allow_paths=False, allow_urls=False)
-        raw = modality.load(unpacked(header["source"], blobs), fetch)
+        raw = modality.load(deserialize_source(header["source"], blobs), fetch)
         size = size_of(modality, raw)
         prepared = modality.prepare(raw)
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
@@ -204,20 +211,20 @@ def answered(
         # copies: safetensors refuses tensors that share memory
         tensors = {key: t.detach().contiguous().clone() for key, t in prepared.inputs.items()}
         told = {"num_features": int(prepared.num_features), "size": size}
-        return frame(told, [save(tensors)]), True
+        return encode_frame(told, [save(tensors)]), True
     except MediaError as error:
-        return frame({"fault": "media", "message": str(error)}), True
+        return encode_frame({"fault": "media", "message": str(error)}), True
     except MultiTokenError as error:
-        return frame({"fault": "setup", "message": str(error)}), True
+        return encode_frame({"fault": "setup", "message": str(error)}), True
     except MemoryError:
-        return frame({"fault": "memory"}), False
+        return encode_frame({"fault": "memory"}), False
     except BaseException as error:  # noqa: BLE001 - a decoder may raise anything, a panic of Rust's
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's
-            return frame({"fault": "memory"}), False
-        return frame({"fault": "error", "message": type(error).__name__}), False
+            return encode_frame({"fault": "memory"}), False
+        return encode_frame({"fault": "error", "message": type(error).__name__}), False
 
 
-def _take_channels() -> tuple[BinaryIO, BinaryIO]:
+def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Input and output for frames; what a library prints goes nowhere."""
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -226,22 +233,22 @@ def _take_channels() -> tuple[BinaryIO, BinaryIO]:
     return inbox, outbox
 
 
-def _read_by(deadline: float, descriptor: int, size: int) -> bytes:
+def _read_before(deadline: float, descriptor: int, size: int) -> bytes:
     """At most so many bytes of a pipe. Raises TimeoutError."""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         if not selector.select(max(0.0, deadline - time.monotonic())):
             raise TimeoutError
-    return os.read(descriptor, min(size, _PIECE))
+    return os.read(descriptor, min(size, _PIPE_CHUNK_BYTES))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view[:_PIECE]) :]
+        view = view[os.write(descriptor, view[:_PIPE_CHUNK_BYTES]) :]
 
 
-def _confine(setup: Mapping[str, Any]) -> None:
+def _sandbox(setup: Mapping[str, Any]) -> None:
     """Give this process its memory, its time, and no way to files, programs or networks.
 
     Python's audit events (PEP 578) do not see what a library does in C: there, the limits hold.
@@ -249,7 +256,7 @@ def _confine(setup: Mapping[str, Any]) -> None:
     _limit_resources(setup["memory_bytes"], fork=setup["fork"])
     roots = tuple(os.path.realpath(root) + os.sep for root in setup["readable"])
 
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("open", "os.listdir", "os.scandir"):
             path = "." if arguments[0] is None else arguments[0]
             if isinstance(path, int):
@@ -261,7 +268,7 @@ def _confine(setup: Mapping[str, Any]) -> None:
         elif event.startswith(_CLOSED):
             raise PermissionError("no program, network or file is reached from here")
 
-    sys.addaudithook(refuse)
+    sys.addaudithook(audit)
 
 
 _DEVICES = tuple(f"/dev/{name}{os.sep}" for name in ("null", "urandom", "random"))
@@ -301,18 +308,18 @@ def _limit_resources(memory_bytes: int, *, fork: bool) -> None:
         return
     import resource
 
-    def lower(kind: int, most: int) -> None:
+    def lower_limit(kind: int, most: int) -> None:
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
 
-    lower(resource.RLIMIT_CORE, 0)
-    lower(resource.RLIMIT_FSIZE, 0)
-    lower(resource.RLIMIT_NOFILE, _MAX_FILES)
+    lower_limit(resource.RLIMIT_CORE, 0)
+    lower_limit(resource.RLIMIT_FSIZE, 0)
+    lower_limit(resource.RLIMIT_NOFILE, _MAX_FILES)
     if sys.platform == "linux":  # other systems have no limit of address space that holds
         with open("/proc/self/statm", encoding="ascii") as file:
             num_pages = int(file.read().split()[0])
-        lower(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory_bytes)
+        lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory_bytes)
         if fork:
             # where the machine runs out of memory, this one goes first
             with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from multi_token.errors import MultiTokenError
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
-from multi_token.serve.media.protocol import frame, opened, read_frame
-from multi_token.serve.media.totals import Size
+from multi_token.serve.media.protocol import decode_frame, encode_frame, read_frame
+from multi_token.serve.media.totals import MediaSize
 from multi_token.types import Prepared
 
 _START_S = 300.0
@@ -33,8 +33,18 @@ _START_S = 300.0
 _GRACE_S = 5.0
 """After which a process is ended that should have ended an item itself."""
 _MAX_HEADER = 1024 * 1024
-_KEPT = ("PATH", "HOME", "USERPROFILE", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "TZ")
-_KEPT_STARTS = (
+_KEPT_ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "USERPROFILE",
+    "SYSTEMROOT",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "VIRTUAL_ENV",
+    "TZ",
+)
+_KEPT_ENVIRONMENT_PREFIXES = (
     "LANG",
     "LC_",
     "LD_",
@@ -48,7 +58,7 @@ _KEPT_STARTS = (
 )
 """Of the environment: what finds libraries and caches. A key or token is not for a decoder."""
 
-_NAMED = re.compile(r"\S*[/\\]\S+")
+_PATH_IN_MESSAGE = re.compile(r"\S*[/\\]\S+")
 """What may be a path, an address or bytes, in a sentence of a decoder."""
 _PACKAGE_PARENT = str(Path(media_worker.__file__).resolve().parents[2])
 
@@ -56,7 +66,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """What a worker is asked: the item's modality and its frame."""
 
     modality: str
@@ -64,14 +74,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodeResult:
     """What a worker made of an item, and what that was."""
 
     prepared: Prepared
-    size: Size
+    size: MediaSize
 
 
-class MediaProcess:
+class WorkerProcess:
     """One process, started again when it has ended."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
@@ -86,7 +96,7 @@ class MediaProcess:
         environment = {
             key: value
             for key, value in os.environ.items()
-            if key in _KEPT or key.startswith(_KEPT_STARTS)
+            if key in _KEPT_ENVIRONMENT or key.startswith(_KEPT_ENVIRONMENT_PREFIXES)
         }
         # one thread each; whatever the hub has, the server has fetched already
         environment |= {
@@ -113,14 +123,14 @@ class MediaProcess:
 
     def wait_ready(self) -> None:
         """Hand the process its modalities. Raises MultiTokenError if it does not come up."""
-        answer = self._exchange(frame(self._setup), _START_S)
+        answer = self._exchange(encode_frame(self._setup), _START_S)
         if answer is None or "ready" not in answer[0]:
             self.stop_process()
             reason = "it ended by itself" if answer is None else answer[0].get("failed", "")
             raise MultiTokenError(f"the process that decodes media does not start: {reason}")
         self.is_ready = True
 
-    def come_up(self) -> bool:
+    def try_start(self) -> bool:
         """Start the process and wait for it; whether it is there, and why not in the log."""
         try:
             self.launch()
@@ -130,34 +140,34 @@ class MediaProcess:
                 _log.error("%s", error)
         return self.is_ready
 
-    def prepare(self, item: Request) -> Decoded:
+    def prepare(self, item: DecodeRequest) -> DecodeResult:
         """What the process makes of an item. Raises ServeError."""
         if self._is_stopped:
-            raise stopped()
+            raise stopped_error()
         if not self.is_ready or (self._process is not None and self._process.poll() is not None):
             self.stop_process()  # it has ended since the last item, if it was there at all
-            if not self.come_up():
+            if not self.try_start():
                 raise ServeError("media cannot be decoded at the moment", status=503)
         seconds = self._setup["timeout_s"] + (_GRACE_S if self._setup["fork"] else 0.0)
         answer = self._exchange(item.data, seconds)
         if answer is None:
             self.stop_process()
             if self._is_stopped:
-                raise stopped()
-            raise self._fault(item, {"fault": "time" if self._was_late else "died"})
+                raise stopped_error()
+            raise self._error_of(item, {"fault": "time" if self._timed_out else "died"})
         header, blobs = answer
         if "fault" in header:
-            raise self._fault(item, header)
-        return _decoded(header, blobs)
+            raise self._error_of(item, header)
+        return _parse_result(header, blobs)
 
     def _exchange(self, data: bytes, seconds: float) -> tuple[dict[str, Any], list[bytes]] | None:
         """Write a frame and read one; None if the process ends, or has to be ended, before."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        self._was_late = False
+        self._timed_out = False
 
         def end() -> None:
-            self._was_late = True
+            self._timed_out = True
             _kill(process)
 
         timer = threading.Timer(seconds, end)
@@ -168,16 +178,16 @@ class MediaProcess:
             process.stdin.flush()
             most = self._setup["max_prepared_bytes"] + _MAX_HEADER
             whole = read_frame(process.stdout.read, most=most)
-            return None if whole is None else opened(whole)
+            return None if whole is None else decode_frame(whole)
         except (OSError, EOFError, ValueError, LookupError, TypeError):
             return None  # it died on the way, or said what no worker of ours says
         finally:
             timer.cancel()
 
-    def _fault(self, item: Request, header: Mapping[str, Any]) -> ServeError:
+    def _error_of(self, item: DecodeRequest, header: Mapping[str, Any]) -> ServeError:
         kind, message = header.get("fault"), str(header.get("message", ""))
         if kind == "media":
-            return refused(item.modality, message)
+            return media_error(item.modality, message)
         if kind == "time":
             return ServeError(
                 f"the item for {item.modality} took longer than {self._setup['timeout_s']:g} s to "
@@ -231,27 +241,29 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _decoded(header: Mapping[str, Any], blobs: list[bytes]) -> Decoded:
+def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodeResult:
     from safetensors.torch import load
 
     try:
         told = header["size"]
-        size = Size(
+        size = MediaSize(
             pixels=int(told.get("pixels", 0)),
             frames=int(told.get("frames", 0)),
             seconds=float(told.get("seconds", 0)),
             characters=int(told.get("characters", 0)),
             prepared_bytes=len(blobs[0]),
         )
-        return Decoded(Prepared(load(blobs[0]), num_features=int(header["num_features"])), size)
+        return DecodeResult(
+            Prepared(load(blobs[0]), num_features=int(header["num_features"])), size
+        )
     except (AttributeError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ServeError("the item cannot be decoded", status=422, code="invalid_media") from error
 
 
-def refused(modality: str, message: str) -> ServeError:
-    message = _NAMED.sub("(...)", message)
+def media_error(modality: str, message: str) -> ServeError:
+    message = _PATH_IN_MESSAGE.sub("(...)", message)
     return ServeError(f"{modality}: {message}", status=400, code="invalid_media")
 
 
-def stopped() -> ServeError:
+def stopped_error() -> ServeError:
     return ServeError("this server is being stopped", status=503, code="stopped", retry_after=1.0)

@@ -20,21 +20,21 @@ from starlette.exceptions import HTTPException
 from multi_token import __version__
 from multi_token.errors import MultiTokenError
 from multi_token.serve.admission import Deadline
-from multi_token.serve.chat_ui.routes import KEYLESS, add_page
-from multi_token.serve.engines.base import HasEngines
+from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, add_chat_routes
+from multi_token.serve.engines.base import SupportsReplicas
 from multi_token.serve.errors import ServeError
-from multi_token.serve.openai.docs import REFERENCE, describe, reference_page
-from multi_token.serve.openai.middleware import RECORD, ClientGone, Guard, Record
-from multi_token.serve.openai.options import AnswerOptions, options_of
-from multi_token.serve.openai.output import Answer
+from multi_token.serve.openai.docs import REFERENCE, openapi_document, reference_page
+from multi_token.serve.openai.middleware import RECORD, ClientGone, GuardMiddleware, RequestLog
+from multi_token.serve.openai.options import RequestParams, request_params
+from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import ChatRequest, parse_chat, parse_json
 from multi_token.serve.openai.responses import (
     SSE_DONE,
-    Head,
-    choice,
+    ResponseBuilder,
+    completion_choice,
     error_body,
     error_headers,
-    sse,
+    sse_event,
 )
 from multi_token.serve.service import Service
 from multi_token.types import Conversation
@@ -42,9 +42,9 @@ from multi_token.types import Conversation
 T = TypeVar("T")
 LOG = logging.getLogger("multi_token.serve")
 _SSE = "text/event-stream; charset=utf-8"
-_GENERATE_TOKENS = 128
+_GENERATE_MAX_TOKENS = 128
 """The longest answer of `/generate`, as the original had it."""
-_SMALL_BODY = 64 * 1024
+_SMALL_BODY_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop; it takes less than handing them to a thread."""
 
 
@@ -69,15 +69,17 @@ def build_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, settings=settings, on_end=service.count_request, keyless=KEYLESS)
-    app.add_exception_handler(ServeError, _failed)
-    app.add_exception_handler(MultiTokenError, _failed)
-    app.add_exception_handler(HTTPException, _failed)
-    _add_answers(app, service)
-    _add_states(app, service)
-    add_page(app, service)
+    app.add_middleware(
+        GuardMiddleware, settings=settings, on_end=service.count_request, public_paths=PUBLIC_PATHS
+    )
+    app.add_exception_handler(ServeError, _error_handler)
+    app.add_exception_handler(MultiTokenError, _error_handler)
+    app.add_exception_handler(HTTPException, _error_handler)
+    _add_generation_routes(app, service)
+    _add_status_routes(app, service)
+    add_chat_routes(app, service)
     if settings.is_local:
-        app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+        app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
 
         @app.get(REFERENCE, include_in_schema=False)
         async def reference() -> HTMLResponse:
@@ -86,64 +88,70 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, in OpenAI's form."""
-        service.refuse()  # before a long body is parsed
+        service.check_capacity()  # before a long body is parsed
         body = await _json_body(request)
-        chat, ignored = await _parsed(body, service)
+        chat, ignored = await _parse_chat_request(body, service)
         _check_model(chat.model, service)
-        record: Record = request.scope[RECORD]
-        conversation = await _in_thread(
-            len(body), lambda: service.parts.conversation(chat.messages, id=record.id)
+        record: RequestLog = request.scope[RECORD]
+        conversation = await _in_thread_if_large(
+            len(body), lambda: service.message_parser.parse_messages(chat.messages, id=record.id)
         )
-        options = options_of(chat, service.settings)
+        options = request_params(chat, service.settings)
         headers = {"x-multi-token-ignored": ", ".join(ignored)[:500]} if ignored else {}
-        answering = _answering(request, service, conversation, options)
-        head = Head(f"chatcmpl-{record.id}", int(time.time()), service.settings.name)
+        answering = _generation_context(request, service, conversation, options)
+        builder = ResponseBuilder(f"chatcmpl-{record.id}", int(time.time()), service.settings.name)
         if not chat.stream:
-            return await or_gone(request.receive, _whole(answering, head, record, headers))
+            return await cancel_on_disconnect(
+                request.receive, _complete_response(answering, builder, record, headers)
+            )
         stack = AsyncExitStack()
-        answer = await or_gone(request.receive, _begun(service, answering, stack))
+        answer = await cancel_on_disconnect(
+            request.receive, _first_token_or_error(service, answering, stack)
+        )
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = _events(answer, head, record, with_usage=with_usage)
-        return _Stream(events, stack, headers)
+        events = _sse_stream(answer, builder, record, with_usage=with_usage)
+        return _EventStream(events, stack, headers)
 
     @app.post("/generate", tags=["answers"])
     async def generate(request: Request) -> Response:
         """Answer a row, in the form of sshh12/multi_token: `{"output": ...}`."""
-        service.refuse()  # before a long body is parsed
+        service.check_capacity()  # before a long body is parsed
         body = await _json_body(request)
-        record: Record = request.scope[RECORD]
+        record: RequestLog = request.scope[RECORD]
         limit = service.settings.max_json_values
-        conversation = await _in_thread(
+        conversation = await _in_thread_if_large(
             len(body),
-            lambda: service.parts.row(parse_json(body, max_values=limit), id=record.id),
+            lambda: service.message_parser.parse_row(
+                parse_json(body, max_values=limit), id=record.id
+            ),
         )
-        options = AnswerOptions(max_tokens=_GENERATE_TOKENS)
-        answering = _answering(request, service, conversation, options)
+        options = RequestParams(max_tokens=_GENERATE_MAX_TOKENS)
+        answering = _generation_context(request, service, conversation, options)
 
-        async def answered() -> Response:
+        async def respond() -> Response:
             async with answering as answer:
-                (whole,) = await answer.whole()
-                record.fields |= answer.counts()
-            return JSONResponse({"output": whole.text.strip()})
+                (completion,) = await answer.completions()
+                record.fields |= answer.log_fields()
+            return JSONResponse({"output": completion.text.strip()})
 
-        return await or_gone(request.receive, answered())
+        return await cancel_on_disconnect(request.receive, respond())
 
 
-def _add_states(app: FastAPI, service: Service) -> None:
+def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["model"])
     async def models() -> JSONResponse:
         """The one model that is served, and its senses."""
-        return JSONResponse({"object": "list", "data": [service.describe()]})
+        return JSONResponse({"object": "list", "data": [service.model_card()]})
 
     @app.get("/v1/models/{name:path}", tags=["model"])
     async def model(name: str) -> JSONResponse:
         """The same by its name."""
         _check_model(name, service)
-        return JSONResponse(service.describe())
+        return JSONResponse(service.model_card())
 
     @app.get("/health", tags=["state"])
     async def health() -> Response:
@@ -162,7 +170,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         found = service.metrics
-        return Response(found.text(), headers={"content-type": found.content_type})
+        return Response(found.render(), headers={"content-type": found.content_type})
 
     @app.get("/version", tags=["state"])
     async def version() -> JSONResponse:
@@ -185,13 +193,15 @@ async def _json_body(request: Request) -> bytes:
     return await request.body()
 
 
-async def _parsed(body: bytes, service: Service) -> tuple[ChatRequest, tuple[str, ...]]:
+async def _parse_chat_request(body: bytes, service: Service) -> tuple[ChatRequest, tuple[str, ...]]:
     limit = service.settings.max_json_values
-    return await _in_thread(len(body), lambda: parse_chat(parse_json(body, max_values=limit)))
+    return await _in_thread_if_large(
+        len(body), lambda: parse_chat(parse_json(body, max_values=limit))
+    )
 
 
-async def _in_thread(num_bytes: int, work: Callable[[], T]) -> T:
-    return work() if num_bytes <= _SMALL_BODY else await asyncio.to_thread(work)
+async def _in_thread_if_large(num_bytes: int, work: Callable[[], T]) -> T:
+    return work() if num_bytes <= _SMALL_BODY_BYTES else await asyncio.to_thread(work)
 
 
 def _check_model(name: str | None, service: Service) -> None:
@@ -204,13 +214,13 @@ def _check_model(name: str | None, service: Service) -> None:
         )
 
 
-def _answering(
-    request: Request, service: Service, conversation: Conversation, options: AnswerOptions
-) -> AbstractAsyncContextManager[Answer]:
-    record: Record = request.scope[RECORD]
+def _generation_context(
+    request: Request, service: Service, conversation: Conversation, options: RequestParams
+) -> AbstractAsyncContextManager[RequestOutput]:
+    record: RequestLog = request.scope[RECORD]
     header = request.headers.get("x-request-timeout")
     deadline = Deadline.of(header, service.settings.deadline_s)
-    return service.answer(
+    return service.generate(
         conversation,
         options,
         request_id=record.id,
@@ -220,72 +230,75 @@ def _answering(
     )
 
 
-async def _begun(
-    service: Service, answering: AbstractAsyncContextManager[Answer], stack: AsyncExitStack
-) -> Answer:
+async def _first_token_or_error(
+    service: Service, answering: AbstractAsyncContextManager[RequestOutput], stack: AsyncExitStack
+) -> RequestOutput:
     """An answer of which a stream can be made. Where engines elsewhere may still refuse it, it
     waits for their first word: a stream that has begun has no status of its own any more.
     """
     answer = await stack.enter_async_context(answering)
-    if isinstance(service.engine, HasEngines):
+    if isinstance(service.engine, SupportsReplicas):
         try:
-            await answer.begun()
+            await answer.first_event()
         except BaseException:
             await stack.aclose()
             raise
     return answer
 
 
-async def _whole(
-    answering: AbstractAsyncContextManager[Answer],
-    head: Head,
-    record: Record,
+async def _complete_response(
+    answering: AbstractAsyncContextManager[RequestOutput],
+    builder: ResponseBuilder,
+    record: RequestLog,
     headers: dict[str, str],
 ) -> Response:
     async with answering as answer:
-        wholes = await answer.whole()
+        completions = await answer.completions()
         choices = [
-            choice(i, whole.text, whole.finish, whole.logprobs) for i, whole in enumerate(wholes)
+            completion_choice(i, completion.text, completion.finish, completion.logprobs)
+            for i, completion in enumerate(completions)
         ]
-        record.fields |= answer.counts()
-        return JSONResponse(head.completion(choices, answer.usage()), headers=headers)
+        record.fields |= answer.log_fields()
+        return JSONResponse(builder.completion(choices, answer.usage()), headers=headers)
 
 
-async def _events(
-    answer: Answer, head: Head, record: Record, *, with_usage: bool
+async def _sse_stream(
+    answer: RequestOutput, builder: ResponseBuilder, record: RequestLog, *, with_usage: bool
 ) -> AsyncIterator[bytes]:
     """OpenAI's order: each choice's role, its text, its end; the usage if asked for; [DONE]."""
     try:
         for index in range(answer.num_choices):
             delta = {"role": "assistant", "content": ""}
-            yield sse(head.chunk(index, delta, with_usage=with_usage))
-        async for piece in answer.pieces():
+            yield sse_event(builder.chunk(index, delta, with_usage=with_usage))
+        async for piece in answer.deltas():
             if piece.text or piece.logprobs is not None:
-                chunk = head.chunk(
+                chunk = builder.chunk(
                     piece.index,
                     {"content": piece.text},
                     logprobs=piece.logprobs,
                     with_usage=with_usage,
                 )
-                yield sse(chunk)
+                yield sse_event(chunk)
             if piece.finish is not None:
-                yield sse(head.chunk(piece.index, {}, finish=piece.finish, with_usage=with_usage))
+                yield sse_event(
+                    builder.chunk(piece.index, {}, finish=piece.finish, with_usage=with_usage)
+                )
         if with_usage:
-            yield sse(head.usage_chunk(answer.usage()))
+            yield sse_event(builder.usage_chunk(answer.usage()))
     except ServeError as error:
         # the status has been sent: clients learn of it by an event, never by a silent end
         record.fields["code"] = error.code or error.type
-        yield sse(error.as_json(record.id))
+        yield sse_event(error.as_json(record.id))
     except Exception as error:
         LOG.error("request %s failed", record.id, exc_info=error)
         record.fields["code"] = "internal_error"
-        yield sse(ServeError("the server has a fault", status=500).as_json(record.id))
+        yield sse_event(ServeError("the server has a fault", status=500).as_json(record.id))
     finally:
-        record.fields |= answer.counts()  # also of a client that leaves
+        record.fields |= answer.log_fields()  # also of a client that leaves
     yield SSE_DONE
 
 
-class _Stream(StreamingResponse):
+class _EventStream(StreamingResponse):
     """A stream of events that ends what stands behind it however it ends itself."""
 
     def __init__(
@@ -301,10 +314,12 @@ class _Stream(StreamingResponse):
             await self._stack.aclose()
 
 
-async def or_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(
+    receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]
+) -> T:
     """The result of `work`, which is cancelled if the client leaves. Raises ClientGone then."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -316,14 +331,14 @@ async def or_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, An
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def _error_handler(request: Request, error: Exception) -> Response:
     """Every error of ours, and those of routing, in OpenAI's form."""
-    record: Record = request.scope[RECORD]
+    record: RequestLog = request.scope[RECORD]
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})  # which methods a route has

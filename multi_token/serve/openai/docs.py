@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from multi_token.serve.openai.protocol import PARTS, ChatRequest
+from multi_token.serve.openai.protocol import CONTENT_PART_MODELS, ChatRequest
 
 REFERENCE = "/docs"
 _REF = "#/components/schemas/{model}"
@@ -65,16 +65,18 @@ _GENERATE_SCHEMA = {
 }
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
+def openapi_document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document: FastAPI's, with the bodies that we read ourselves."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for model in (ChatRequest, *PARTS.values()):
-        _add(schemas, model)
+    for model in (ChatRequest, *CONTENT_PART_MODELS.values()):
+        _add_schema(schemas, model)
     # an object stands for parts that only this run has: `<name>_url`
-    parts: list[dict[str, Any]] = [{"$ref": _REF.format(model=m.__name__)} for m in PARTS.values()]
+    parts: list[dict[str, Any]] = [
+        {"$ref": _REF.format(model=m.__name__)} for m in CONTENT_PART_MODELS.values()
+    ]
     content = schemas["ChatMessage"]["properties"]["content"]
     for branch in content["anyOf"]:
         if branch.get("type") == "array":
@@ -84,19 +86,19 @@ def describe(app: FastAPI) -> dict[str, Any]:
     bodies = {"/v1/chat/completions": "ChatRequest", "/generate": "GenerateRequest"}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _complete(operation, bodies.get(path), is_open=path == "/health")
+            _add_body(operation, bodies.get(path), is_open=path == "/health")
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = document
     return document
 
 
-def _add(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
     schema = model.model_json_schema(ref_template=_REF)
     schemas.update(schema.pop("$defs", {}))
     schemas[model.__name__] = schema
 
 
-def _complete(operation: dict[str, Any], body: str | None, *, is_open: bool) -> None:
+def _add_body(operation: dict[str, Any], body: str | None, *, is_open: bool) -> None:
     if body is not None:
         schema = {"$ref": _REF.format(model=body)}
         operation["requestBody"] = {
@@ -126,7 +128,7 @@ def reference_page(document: dict[str, Any]) -> str:
         for method, operation in operations.items()
     ]
     fields = [
-        f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(_type(schema))}</code></td></tr>"
+        f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(_type_text(schema))}</code></td></tr>"
         for name, schema in document["components"]["schemas"]["ChatRequest"]["properties"].items()
     ]
     return (
@@ -140,7 +142,7 @@ def reference_page(document: dict[str, Any]) -> str:
     )
 
 
-def _type(schema: dict[str, Any]) -> str:
+def _type_text(schema: dict[str, Any]) -> str:
     """A schema in a few words: its types and bounds."""
     branches = schema.get("anyOf", [schema])
     names = []

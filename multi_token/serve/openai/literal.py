@@ -22,10 +22,10 @@ LITERAL = ""
 """The modality of a part that stands for its own letters; no instance can be called so."""
 SLOT_LETTER = "\ue000"
 """Slots are spelled with it: where no text holds it, one spelling does for every conversation."""
-_MAX_SPELLED = 4096
+_MAX_ESCAPED = 4096
 
 
-class Literals:
+class SpecialTokenEscaper:
     """Of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -37,26 +37,26 @@ class Literals:
         self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
         self._encoder.encode_special_tokens = True
 
-    def cut(self, conversation: Conversation) -> Conversation:
+    def escape(self, conversation: Conversation) -> Conversation:
         """The conversation with its spelled special tokens as parts of their own."""
         num_found = 0
         messages = []
         for message in conversation.messages:
             parts: list[Part] = []
             for part in message.parts:
-                found = self._cut(part.text) if isinstance(part, Text) else [part]
+                found = self._escape_text(part.text) if isinstance(part, Text) else [part]
                 num_found += len(found) // 2
                 parts += found
             messages.append(Message(message.role, tuple(parts)))
-        if num_found > _MAX_SPELLED:
+        if num_found > _MAX_ESCAPED:
             raise ServeError(
-                f"the messages spell {num_found} special tokens, and the limit is {_MAX_SPELLED}",
+                f"the messages spell {num_found} special tokens, and the limit is {_MAX_ESCAPED}",
                 param="messages",
                 code="invalid_value",
             )
         return replace(conversation, messages=tuple(messages))
 
-    def _cut(self, text: str) -> list[Part]:
+    def _escape_text(self, text: str) -> list[Part]:
         parts: list[Part] = []
         end = 0
         for match in self._pattern.finditer(text):
@@ -64,21 +64,21 @@ class Literals:
             end = match.end()
         return [*parts, Text(text[end:])] if parts else [Text(text)]
 
-    def ids(self, spelling: str) -> list[int]:
+    def letter_ids(self, spelling: str) -> list[int]:
         """What the letters of a special token are, as any other letters."""
         return self._encoder.encode(spelling, add_special_tokens=False).ids
 
-    def fill(self, sample: Sample, items: Sequence[Media]) -> Sample:
+    def restore(self, sample: Sample, items: Sequence[Media]) -> Sample:
         """A tokenized sample -> the same with the letters' ids in, and places of true media only.
 
-        `items`: all slots of the conversation, in reading order, parallel to `sample.places`.
+        `items`: all slots of the conversation, in reading order, parallel to `sample.media_spans`.
         """
         input_ids = sample.input_ids.clone()
         places = []
-        for place, item in zip(sample.places, items, strict=True):
+        for place, item in zip(sample.media_spans, items, strict=True):
             if item.modality == LITERAL:
-                spelled = torch.tensor(self.ids(item.source), dtype=input_ids.dtype)
+                spelled = torch.tensor(self.letter_ids(item.source), dtype=input_ids.dtype)
                 input_ids[place.start : place.start + place.length] = spelled
             else:
                 places.append(place)
-        return replace(sample, input_ids=input_ids, places=places)
+        return replace(sample, input_ids=input_ids, media_spans=places)

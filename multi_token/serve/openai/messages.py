@@ -18,10 +18,10 @@ import numpy as np
 
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
-from multi_token.registry import nearest
+from multi_token.registry import did_you_mean
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.protocol import (
-    PARTS,
+    CONTENT_PART_MODELS,
     AudioUrlPart,
     ChatMessage,
     FilePart,
@@ -29,10 +29,10 @@ from multi_token.serve.openai.protocol import (
     InputAudioPart,
     MediaPart,
     TextPart,
-    Url,
+    UrlField,
     VideoUrlPart,
-    checked,
-    unknown_field,
+    unknown_field_error,
+    validate,
 )
 from multi_token.types import Conversation, Media, Message, Part, Role, Text
 
@@ -48,30 +48,30 @@ _KIND_OF_SUFFIX: Mapping[str, str] = {
     **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "aiff"), "audio"),
     **dict.fromkeys(("mp4", "webm", "mov", "mkv", "avi", "mpeg"), "video"),
 }
-_WEB = re.compile(r"https?://", re.IGNORECASE)
+_WEB_SCHEME = re.compile(r"https?://", re.IGNORECASE)
 MAX_PARTS = 1024
 MAX_CHARACTERS = 1_000_000
 """Of all texts of a request, where its server has no lower limit."""
 
 
 @dataclass(frozen=True)
-class PartReader:
+class MessageParser:
     """Reads messages for a run with these senses."""
 
-    types: Mapping[str, str]
+    type_names: Mapping[str, str]
     """Name of each modality instance -> its registered type."""
-    takes_urls: bool = False
+    allow_urls: bool = False
     """Whether any host is allowed to be fetched from."""
     max_media: int = 64
     max_messages: int = 1000
     max_characters: int = MAX_CHARACTERS
 
-    def conversation(self, messages: Sequence[ChatMessage], *, id: str = "") -> Conversation:
+    def parse_messages(self, messages: Sequence[ChatMessage], *, id: str = "") -> Conversation:
         """The conversation that is to be answered. Raises ServeError (400)."""
-        read = tuple(self._message(m, f"messages.{i}") for i, m in enumerate(messages))
-        return self._checked(Conversation(read, id=id))
+        read = tuple(self._parse_message(m, f"messages.{i}") for i, m in enumerate(messages))
+        return self._check_counts(Conversation(read, id=id))
 
-    def row(self, fields: Any, *, id: str = "") -> Conversation:
+    def parse_row(self, fields: Any, *, id: str = "") -> Conversation:
         """A row as the original's `/generate` takes it; its items are `data:` addresses or base64.
 
         `{"messages": [{"role": "user", "content": "What is <image>?"}], "images": [...]}`. Raises
@@ -83,17 +83,22 @@ class PartReader:
             )
         try:
             read = to_conversation(
-                {k: v for k, v in fields.items() if k != "id"}, list(self.types), row_id="request"
+                {k: v for k, v in fields.items() if k != "id"},
+                list(self.type_names),
+                row_id="request",
             )
         except RowError as error:
             raise ServeError(str(error).removeprefix("row request: "), param="messages") from None
         messages = tuple(
-            Message(m.role, tuple(self._legacy(p) if isinstance(p, Media) else p for p in m.parts))
+            Message(
+                m.role,
+                tuple(self._parse_legacy_item(p) if isinstance(p, Media) else p for p in m.parts),
+            )
             for m in read.messages
         )
-        return self._checked(Conversation(messages, id=id))
+        return self._check_counts(Conversation(messages, id=id))
 
-    def _checked(self, conversation: Conversation) -> Conversation:
+    def _check_counts(self, conversation: Conversation) -> Conversation:
         messages = conversation.messages
         num_characters = sum(
             len(part.text) for m in messages for part in m.parts if isinstance(part, Text)
@@ -128,7 +133,7 @@ class PartReader:
                 )
         return conversation
 
-    def _message(self, message: ChatMessage, where: str) -> Message:
+    def _parse_message(self, message: ChatMessage, where: str) -> Message:
         role: Role = "system" if message.role == "developer" else message.role
         content = message.content
         if content is None:
@@ -136,66 +141,84 @@ class PartReader:
                 raise ServeError(f"{where}.content is missing", param=f"{where}.content")
             content = ""
         if isinstance(content, str):
-            return Message(role, (Text(_encodable(content, f"{where}.content")),))
+            return Message(role, (Text(_check_unicode(content, f"{where}.content")),))
         if not content:
             raise ServeError(f"{where}.content has no parts", param=f"{where}.content")
-        parts = (self._part(p, f"{where}.content.{i}") for i, p in enumerate(content))
+        parts = (self._parse_part(p, f"{where}.content.{i}") for i, p in enumerate(content))
         return Message(role, tuple(parts))
 
-    def _part(self, fields: dict[str, Any], where: str) -> Part:
+    def _parse_part(self, fields: dict[str, Any], where: str) -> Part:
         kind = fields.get("type")
         if not isinstance(kind, str):
-            raise ServeError(f"{where}.type is missing; {self._known()}", param=f"{where}.type")
-        name = kind.removesuffix("_url")
-        if kind not in PARTS and not (kind != name and name in self.types):
             raise ServeError(
-                f"unknown content part {kind[:40]!r}; {self._known()}",
+                f"{where}.type is missing; {self._modality_names()}", param=f"{where}.type"
+            )
+        name = kind.removesuffix("_url")
+        if kind not in CONTENT_PART_MODELS and not (kind != name and name in self.type_names):
+            raise ServeError(
+                f"unknown content part {kind[:40]!r}; {self._modality_names()}",
                 param=f"{where}.type",
                 code="unknown_part",
             )
-        if name != kind and name in self.types:  # the name of an instance says which one it is
-            return self._item(name, self._url_of(fields, kind, where))
-        part = checked(PARTS[kind], fields, where=where)
+        if name != kind and name in self.type_names:  # the name of an instance says which one it is
+            return self._build_media(name, self._media_of_url(fields, kind, where))
+        part = validate(CONTENT_PART_MODELS[kind], fields, where=where)
         if isinstance(part, TextPart):
-            return Text(_encodable(part.text, f"{where}.text"))
+            return Text(_check_unicode(part.text, f"{where}.text"))
         if isinstance(part, ImageUrlPart):
-            return self._by_kind("image", _address(part.image_url), f"{where}.image_url")
+            return self._media_of_kind(
+                "image", _address_field(part.image_url), f"{where}.image_url"
+            )
         if isinstance(part, AudioUrlPart):
-            return self._by_kind("audio", _address(part.audio_url), f"{where}.audio_url")
+            return self._media_of_kind(
+                "audio", _address_field(part.audio_url), f"{where}.audio_url"
+            )
         if isinstance(part, VideoUrlPart):
-            return self._by_kind("video", _address(part.video_url), f"{where}.video_url")
+            return self._media_of_kind(
+                "video", _address_field(part.video_url), f"{where}.video_url"
+            )
         if isinstance(part, InputAudioPart):
             at = f"{where}.input_audio"
-            return self._by_kind("audio", part.input_audio.data, at, encoded=True)
+            return self._media_of_kind("audio", part.input_audio.data, at, encoded=True)
         if isinstance(part, FilePart):
             address = part.file.file_data
-            kind = _kind_of_file(address, part.file.filename)
-            return self._by_kind(kind, address, f"{where}.file", encoded=True)
+            kind = _file_kind(address, part.file.filename)
+            return self._media_of_kind(kind, address, f"{where}.file", encoded=True)
         assert isinstance(part, MediaPart)
-        return self._media(part, where)
+        return self._parse_media(part, where)
 
-    def _known(self) -> str:
-        own = [f"{name}_url" for name in self.types if f"{name}_url" not in PARTS]
-        return f"there are {', '.join([*PARTS, *own])}"
+    def _modality_names(self) -> str:
+        own = [
+            f"{name}_url" for name in self.type_names if f"{name}_url" not in CONTENT_PART_MODELS
+        ]
+        return f"there are {', '.join([*CONTENT_PART_MODELS, *own])}"
 
-    def _url_of(self, fields: dict[str, Any], kind: str, where: str) -> Any:
+    def _media_of_url(self, fields: dict[str, Any], kind: str, where: str) -> Any:
         extra = [key for key in fields if key not in ("type", kind)]
         if extra:
-            raise unknown_field(extra[0], ("type", kind), where=f"{where}.{extra[0]}")
+            raise unknown_field_error(extra[0], ("type", kind), where=f"{where}.{extra[0]}")
         value = fields.get(kind)
-        address = value if isinstance(value, str) else checked(Url, value, where=f"{where}.{kind}")
-        return self._source(_address(address), f"{where}.{kind}")
+        address = (
+            value if isinstance(value, str) else validate(UrlField, value, where=f"{where}.{kind}")
+        )
+        return self._resolve_source(_address_field(address), f"{where}.{kind}")
 
-    def _by_kind(self, kind: str, address: str, where: str, *, encoded: bool = False) -> Media:
-        return self._item(self._instance(kind, where), self._source(address, where, encoded))
+    def _media_of_kind(
+        self, kind: str, address: str, where: str, *, encoded: bool = False
+    ) -> Media:
+        return self._build_media(
+            self._modality_for(kind, where), self._resolve_source(address, where, encoded)
+        )
 
-    def _instance(self, kind: str, where: str) -> str:
+    def _modality_for(self, kind: str, where: str) -> str:
         """The one sense that reads such a thing. Raises ServeError if there is none, or several."""
-        fitting = [name for name, of_type in self.types.items() if of_type in KINDS[kind]]
+        fitting = [name for name, of_type in self.type_names.items() if of_type in KINDS[kind]]
         if len(fitting) == 1:
             return fitting[0]
-        names = ", ".join(f"{n} ({self.types[n]})" for n in fitting or self.types) or "none"
-        example = (fitting or [*self.types, "NAME"])[0]
+        names = (
+            ", ".join(f"{n} ({self.type_names[n]})" for n in fitting or self.type_names) or "none"
+        )
+        example = (fitting or [*self.type_names, "NAME"])[0]
         found = "several senses" if fitting else "no sense"
         raise ServeError(
             f"this model has {found} for a part of kind {kind}"
@@ -205,44 +228,46 @@ class PartReader:
             code="ambiguous_part" if fitting else "no_such_sense",
         )
 
-    def _media(self, part: MediaPart, where: str) -> Media:
-        if part.modality not in self.types:
-            near = nearest(part.modality, self.types)
+    def _parse_media(self, part: MediaPart, where: str) -> Media:
+        if part.modality not in self.type_names:
+            near = did_you_mean(part.modality, self.type_names)
             raise ServeError(
                 f"unknown modality {part.modality[:40]!r}{near}; this model has "
-                f"{', '.join(self.types) or 'none'}",
+                f"{', '.join(self.type_names) or 'none'}",
                 param=f"{where}.modality",
                 code="no_such_sense",
             )
         if (part.data is None) == (part.url is None):
             raise ServeError("a media part has either data or url", param=where)
         if part.url is not None:
-            return self._item(part.modality, self._source(part.url, f"{where}.url"))
+            return self._build_media(part.modality, self._resolve_source(part.url, f"{where}.url"))
         at = f"{where}.data"
         if isinstance(part.data, list):
-            return self._item(part.modality, _npy(part.data, at))
+            return self._build_media(part.modality, _to_npy(part.data, at))
         assert part.data is not None
         if part.format == "text":
-            return self._item(part.modality, _encodable(part.data, at).encode())
-        return self._item(part.modality, self._source(part.data, at, encoded=True))
+            return self._build_media(part.modality, _check_unicode(part.data, at).encode())
+        return self._build_media(part.modality, self._resolve_source(part.data, at, encoded=True))
 
-    def _legacy(self, item: Media) -> Media:
+    def _parse_legacy_item(self, item: Media) -> Media:
         where = f"{item.modality}s"
         source = item.source
         if isinstance(source, str):
-            return self._item(item.modality, self._source(source, where, encoded=True))
+            return self._build_media(
+                item.modality, self._resolve_source(source, where, encoded=True)
+            )
         if isinstance(source, list):
-            return self._item(item.modality, _npy(source, where))
+            return self._build_media(item.modality, _to_npy(source, where))
         raise ServeError(
             f"expected each of {where} to be a data: address, base64 or a list of numbers",
             param=where,
             code="invalid_value",
         )
 
-    def _item(self, name: str, source: bytes | str) -> Media:
+    def _build_media(self, name: str, source: bytes | str) -> Media:
         return Media(name, source)
 
-    def _source(self, address: str, where: str, encoded: bool = False) -> bytes | str:
+    def _resolve_source(self, address: str, where: str, encoded: bool = False) -> bytes | str:
         """The bytes of an address, or the address if it is of the web and such are allowed.
 
         `encoded`: plain base64 is taken as well. Raises ServeError for everything else, paths
@@ -251,10 +276,10 @@ class PartReader:
         if address[:5].lower() == "data:":
             header, comma, body = address.partition(",")
             if not comma or not header.lower().endswith(";base64"):
-                raise _bad_address(where)
-            return _decoded(body, where)
-        if _WEB.match(address):
-            if not self.takes_urls:
+                raise _address_error(where)
+            return _decode_base64(body, where)
+        if _WEB_SCHEME.match(address):
+            if not self.allow_urls:
                 raise ServeError(
                     f"{where}: this server reads nothing from the web; send a data: address",
                     param=where,
@@ -262,11 +287,11 @@ class PartReader:
                 )
             return address
         if not encoded or "://" in address[:16]:
-            raise _bad_address(where)
-        return _decoded(address, where)
+            raise _address_error(where)
+        return _decode_base64(address, where)
 
 
-def _bad_address(where: str) -> ServeError:
+def _address_error(where: str) -> ServeError:
     return ServeError(
         f"{where}: expected data:<type>;base64,<letters>; files of the server are never read",
         param=where,
@@ -274,11 +299,11 @@ def _bad_address(where: str) -> ServeError:
     )
 
 
-def _address(value: Url | str) -> str:
+def _address_field(value: UrlField | str) -> str:
     return value if isinstance(value, str) else value.url
 
 
-def _decoded(letters: str, where: str) -> bytes:
+def _decode_base64(letters: str, where: str) -> bytes:
     try:
         data = base64.b64decode("".join(letters.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -292,7 +317,7 @@ def _decoded(letters: str, where: str) -> bytes:
     return data
 
 
-def _npy(numbers: list[Any], where: str) -> bytes:
+def _to_npy(numbers: list[Any], where: str) -> bytes:
     """A list of numbers, or of equally long lists of them, as the bytes of a `.npy` file."""
     try:
         array = np.asarray(numbers)
@@ -310,7 +335,7 @@ def _npy(numbers: list[Any], where: str) -> bytes:
     return file.getvalue()
 
 
-def _kind_of_file(address: str, filename: str | None) -> str:
+def _file_kind(address: str, filename: str | None) -> str:
     """What a file is: by the type of its address, else by its name; a document by default."""
     if address[:5].lower() == "data:":
         kind = address[5:64].partition("/")[0].lower()
@@ -320,7 +345,7 @@ def _kind_of_file(address: str, filename: str | None) -> str:
     return _KIND_OF_SUFFIX.get(suffix, "document")
 
 
-def _encodable(text: str, where: str) -> str:
+def _check_unicode(text: str, where: str) -> str:
     """Text that is Unicode: half of a surrogate pair cannot be tokenized."""
     try:
         text.encode()

@@ -33,12 +33,12 @@ ABORT = "multi_token.abort"
 """Where `timed_protocol` puts what drops the connection, with all that was not sent yet."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPEN_PATHS = frozenset({"/health"})
-_NUM_BODIES_HELD = 8
+_MAX_BODIES_BUFFERED = 8
 _DRAIN_S = 1.0
 
 
 @dataclass
-class Record:
+class RequestLog:
     """What is written about a request: no content, unless a bug of ours puts it into an error."""
 
     id: str
@@ -54,7 +54,7 @@ class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-class Guard:
+class GuardMiddleware:
     """ASGI middleware around everything."""
 
     def __init__(
@@ -62,16 +62,16 @@ class Guard:
         app: Any,
         settings: ServeSettings,
         on_end: Callable[[int], None] | None = None,
-        keyless: Collection[str] = (),
+        public_paths: Collection[str] = (),
     ) -> None:
         """`on_end`: told the status of every request; 0 if its client left before. `keyless`: paths
         that need no key, as they hold nothing of anybody."""
         self.app = app
-        self._keyless = frozenset(keyless)
+        self._public_paths = frozenset(public_paths)
         self._on_end = on_end
         self.settings = settings
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self._num_bytes_held = 0
+        self._num_buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -82,33 +82,35 @@ class Guard:
             await self.app(scope, receive, send)
             return
         given = _header(scope, b"x-request-id")
-        record = Record(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
+        record = RequestLog(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
         scope[RECORD] = record
-        answer = _Answer(send, record, self.settings.send_timeout_s, scope.get(ABORT))
+        timed_send = _TimedSend(send, record, self.settings.send_timeout_s, scope.get(ABORT))
         try:
-            await self._guarded(scope, receive, answer)
+            await self._handle(scope, receive, timed_send)
         except ClientGone:
             record.fields["code"] = "client_gone"
         except ServeError as error:
             record.fields["code"] = error.code
-            await answer.refuse(error, receive)
+            await timed_send.send_error(error, receive)
         except Exception as error:  # a fault of ours ends one request, not the server
             record.fields["code"] = "internal_error"
             LOG.error("request %s failed", record.id, exc_info=error)
             if not record.status:
-                await answer.refuse(ServeError("the server has a fault", status=500), receive)
+                await timed_send.send_error(
+                    ServeError("the server has a fault", status=500), receive
+                )
         finally:
-            _write_line(scope, record)
+            _log_request(scope, record)
             if self._on_end is not None:
                 self._on_end(record.status)
 
-    async def _guarded(self, scope: Scope, receive: Messages, answer: _Answer) -> None:
-        record: Record = scope[RECORD]
+    async def _handle(self, scope: Scope, receive: Messages, timed_send: _TimedSend) -> None:
+        record: RequestLog = scope[RECORD]
         if scope["path"] not in _OPEN_PATHS:
             self._check_host(scope)
-            if scope["path"] not in self._keyless:
-                record.tenant = self._tenant(scope)
-        body = await self._body(scope, receive)
+            if scope["path"] not in self._public_paths:
+                record.tenant = self._authenticate(scope)
+        body = await self._read_body(scope, receive)
         replayed = False
 
         async def replay() -> MutableMapping[str, Any]:
@@ -119,7 +121,7 @@ class Guard:
             whole, body = body, b""  # not held for as long as the answer takes
             return {"type": "http.request", "body": whole, "more_body": False}
 
-        await self.app(scope, replay, answer.send)
+        await self.app(scope, replay, timed_send.send)
 
     def _check_host(self, scope: Scope) -> None:
         """Without a key, only requests that name this machine: a page of the web whose name was
@@ -137,7 +139,7 @@ class Guard:
                 code="wrong_host",
             )
 
-    def _tenant(self, scope: Scope) -> str:
+    def _authenticate(self, scope: Scope) -> str:
         """Raises ServeError (401) without a right key. Every key is compared, in equal time."""
         if not self._digests:
             return ""
@@ -150,7 +152,7 @@ class Guard:
             )
         return digest.hex()[:16]
 
-    async def _body(self, scope: Scope, receive: Messages) -> bytes:
+    async def _read_body(self, scope: Scope, receive: Messages) -> bytes:
         """All bytes of the body, counted as they come: what a header says of them is no proof."""
         limit = self.settings.max_body_bytes
         too_long = ServeError(
@@ -169,10 +171,10 @@ class Guard:
                     raise ClientGone
                 chunk = message.get("body", b"")
                 num_bytes += len(chunk)
-                self._num_bytes_held += len(chunk)
+                self._num_buffered_bytes += len(chunk)
                 if num_bytes > limit:
                     raise too_long
-                if self._num_bytes_held > _NUM_BODIES_HELD * limit:
+                if self._num_buffered_bytes > _MAX_BODIES_BUFFERED * limit:
                     raise ServeError(
                         "rate limit: too many long requests arrive at once; try again later",
                         status=429,
@@ -189,14 +191,14 @@ class Guard:
                 code="body_timeout",
             ) from None
         finally:
-            self._num_bytes_held -= num_bytes
+            self._num_buffered_bytes -= num_bytes
 
 
-class _Answer:
+class _TimedSend:
     """`send` with a time limit; it notes the status, and adds headers that all answers have."""
 
     def __init__(
-        self, send: Send, record: Record, timeout_s: float, abort: Callable[[], None] | None
+        self, send: Send, record: RequestLog, timeout_s: float, abort: Callable[[], None] | None
     ) -> None:
         self._send = send
         self._record = record
@@ -221,7 +223,7 @@ class _Answer:
         except OSError:
             raise ClientGone from None
 
-    async def refuse(self, error: ServeError, receive: Messages) -> None:
+    async def send_error(self, error: ServeError, receive: Messages) -> None:
         """Answer with an error, and read a little of what still comes: a connection that is closed
         while its client sends would take the answer with it."""
         body = error_body(error, self._record.id)
@@ -264,7 +266,7 @@ def _is_loopback(name: str) -> bool:
         return False
 
 
-def _write_line(scope: Scope, record: Record) -> None:
+def _log_request(scope: Scope, record: RequestLog) -> None:
     """One line of JSON a request."""
     line = {
         "id": record.id,
@@ -278,7 +280,9 @@ def _write_line(scope: Scope, record: Record) -> None:
     LOG.info("%s", json.dumps(line))
 
 
-def timed_protocol(header_timeout_s: float, send_timeout_s: float) -> type[asyncio.Protocol]:
+def http_protocol_with_timeouts(
+    header_timeout_s: float, send_timeout_s: float
+) -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1, but a connection is dropped whose headers take too long to arrive, or
     whose client takes nothing of what is left to send when it ends."""
     import h11

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from multi_token.serve.engines.base import SamplingOptions
+from multi_token.serve.engines.base import SamplingParams
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.protocol import MAX_INT, ChatRequest
 from multi_token.serve.settings import ServeSettings
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
+class RequestParams:
     """Of all choices of one request."""
 
     max_tokens: int | None = None
@@ -26,22 +26,22 @@ class AnswerOptions:
     stop: tuple[str, ...] = ()
     n: int = 1
     num_logprobs: int | None = None
-    ignore_end: bool = False
+    ignore_eos: bool = False
 
-    def sampling(self, index: int, max_new_tokens: int) -> SamplingOptions:
+    def sampling_params(self, index: int, max_new_tokens: int) -> SamplingParams:
         """Of one choice. Each has a seed of its own, or they would all say the same."""
-        return SamplingOptions(
+        return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             seed=None if self.seed is None else (self.seed + index) % (MAX_INT + 1),
             num_logprobs=self.num_logprobs,
-            ignore_end=self.ignore_end,
+            ignore_eos=self.ignore_eos,
         )
 
 
-def options_of(request: ChatRequest, settings: ServeSettings) -> AnswerOptions:
+def request_params(request: ChatRequest, settings: ServeSettings) -> RequestParams:
     """A checked request -> its options. Raises ServeError for more tokens than the server gives."""
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is not None and max_tokens > settings.max_tokens:
@@ -58,7 +58,7 @@ def options_of(request: ChatRequest, settings: ServeSettings) -> AnswerOptions:
     n = request.n or 1
     varied = top_p < 1 or top_k > 1 or n > 1
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    return AnswerOptions(
+    return RequestParams(
         max_tokens=max_tokens,
         temperature=(1.0 if varied else 0.0) if temperature is None else temperature,
         top_p=top_p,
@@ -67,5 +67,5 @@ def options_of(request: ChatRequest, settings: ServeSettings) -> AnswerOptions:
         stop=stop,
         n=n,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        ignore_end=bool(request.ignore_eos),
+        ignore_eos=bool(request.ignore_eos),
     )

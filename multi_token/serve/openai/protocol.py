@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from multi_token.registry import nearest
+from multi_token.registry import did_you_mean
 from multi_token.serve.errors import ServeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -20,20 +20,20 @@ Role = Literal["system", "developer", "user", "assistant"]
 MAX_INT = 2**63 - 1
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     """JSON as it stands: no "1" for 1, no unknown keys, no infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class TextPart(_Strict):
+class TextPart(_StrictModel):
     """Text, which stays text whatever it spells."""
 
     type: Literal["text"]
     text: str
 
 
-class Url(_Strict):
+class UrlField(_StrictModel):
     """A `data:` address, or one of the web where the server allows its host."""
 
     url: str = Field(min_length=1)
@@ -41,56 +41,56 @@ class Url(_Strict):
     """Has no effect."""
 
 
-class ImageUrlPart(_Strict):
+class ImageUrlPart(_StrictModel):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: Url | str
+    image_url: UrlField | str
 
 
-class AudioUrlPart(_Strict):
+class AudioUrlPart(_StrictModel):
     """A sound or a voice."""
 
     type: Literal["audio_url"]
-    audio_url: Url | str
+    audio_url: UrlField | str
 
 
-class VideoUrlPart(_Strict):
+class VideoUrlPart(_StrictModel):
     """A film."""
 
     type: Literal["video_url"]
-    video_url: Url | str
+    video_url: UrlField | str
 
 
-class InputAudio(_Strict):
+class InputAudioField(_StrictModel):
     """A sound as base64."""
 
     data: str
     format: str = Field(max_length=16)
 
 
-class InputAudioPart(_Strict):
+class InputAudioPart(_StrictModel):
     """A sound or a voice, as OpenAI has it."""
 
     type: Literal["input_audio"]
-    input_audio: InputAudio
+    input_audio: InputAudioField
 
 
-class File(_Strict):
+class FileField(_StrictModel):
     """A file as base64 or a `data:` address."""
 
     file_data: str
     filename: str | None = Field(None, max_length=256)
 
 
-class FilePart(_Strict):
+class FilePart(_StrictModel):
     """A document; or a picture, sound or film, if its `data:` address or name says so."""
 
     type: Literal["file"]
-    file: File
+    file: FileField
 
 
-class MediaPart(_Strict):
+class MediaPart(_StrictModel):
     """An item of any sense, by the name that the run has for it: exactly one of data and url."""
 
     type: Literal["media"]
@@ -101,7 +101,7 @@ class MediaPart(_Strict):
     format: str | None = Field(None, max_length=16)
 
 
-PARTS: Mapping[str, type[BaseModel]] = {
+CONTENT_PART_MODELS: Mapping[str, type[BaseModel]] = {
     "text": TextPart,
     "image_url": ImageUrlPart,
     "input_audio": InputAudioPart,
@@ -113,7 +113,7 @@ PARTS: Mapping[str, type[BaseModel]] = {
 """Type of a content part -> its fields. Beside them there is `<name>_url` for each sense."""
 
 
-class ChatMessage(_Strict):
+class ChatMessage(_StrictModel):
     """One turn. `content`: a text, or content parts."""
 
     role: Role
@@ -124,14 +124,14 @@ class ChatMessage(_Strict):
     ) = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_StrictModel):
     """What a stream tells beside the answer."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(_StrictModel):
     """Only text."""
 
     type: Literal["text"]
@@ -140,7 +140,7 @@ class ResponseFormat(_Strict):
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(_StrictModel):
     """The body of `POST /v1/chat/completions`."""
 
     model: str | None = Field(None, max_length=256)
@@ -165,7 +165,7 @@ class ChatRequest(_Strict):
     user: str | None = Field(None, max_length=512)
 
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
@@ -203,7 +203,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported -> values (beside null) that ask for nothing: those may be sent."""
 
-IGNORED = frozenset(
+IGNORED_FIELDS = frozenset(
     {
         "media_io_kwargs",
         "mm_processor_kwargs",
@@ -218,8 +218,8 @@ IGNORED = frozenset(
 )
 """Fields that clients send by habit: they have no effect, and a header of the answer says so."""
 
-_MESSAGE_IGNORED = frozenset({"name"})
-_MESSAGE_NULL = frozenset(
+_IGNORED_MESSAGE_FIELDS = frozenset({"name"})
+_NULL_MESSAGE_FIELDS = frozenset(
     {"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"}
 )
 """Fields of an answer that clients send back as they got it: accepted while they are empty."""
@@ -254,16 +254,16 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
     for name, value in fields.items():
         if name in ChatRequest.model_fields:
             kept[name] = value
-        elif name in IGNORED:
+        elif name in IGNORED_FIELDS:
             ignored.append(name)
-        elif name in NEUTRAL:
-            if value is not None and not any(_same(value, n) for n in NEUTRAL[name]):
-                raise _unsupported(name, NEUTRAL[name])
+        elif name in NEUTRAL_FIELDS:
+            if value is not None and not any(_is_neutral(value, n) for n in NEUTRAL_FIELDS[name]):
+                raise _unsupported_error(name, NEUTRAL_FIELDS[name])
         else:
-            raise unknown_field(name, ChatRequest.model_fields, where=name)
+            raise unknown_field_error(name, ChatRequest.model_fields, where=name)
     if isinstance(kept.get("messages"), list):
         kept["messages"] = [
-            _message(message, i, ignored) for i, message in enumerate(kept["messages"])
+            _strip_message(message, i, ignored) for i, message in enumerate(kept["messages"])
         ]
     if isinstance(kept.get("response_format"), dict):
         kind = kept["response_format"].get("type")
@@ -273,7 +273,7 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
                 param="response_format",
                 code="unsupported_parameter",
             )
-    request = checked(ChatRequest, kept)
+    request = validate(ChatRequest, kept)
     if request.stream_options is not None and not request.stream:
         raise ServeError(
             "stream_options is for stream: true", param="stream_options", code="invalid_value"
@@ -292,7 +292,7 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
     return request, tuple(dict.fromkeys(ignored))
 
 
-def checked(cls: type[Model], fields: Any, *, where: str = "") -> Model:
+def validate(cls: type[Model], fields: Any, *, where: str = "") -> Model:
     """`cls` from JSON. Raises ServeError (400) that names the field and what is wrong with it."""
     try:
         return cls.model_validate(fields)
@@ -300,10 +300,10 @@ def checked(cls: type[Model], fields: Any, *, where: str = "") -> Model:
         faults = error.errors(include_url=False, include_context=False)
     # of a union each branch complains: the one that the value was meant for says more
     fault = min(faults, key=lambda f: f["type"] in ("string_type", "list_type", "model_type"))
-    loc = [str(part) for part in fault["loc"] if not _is_branch(part)]
+    loc = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
     param = ".".join([*([where] if where else []), *loc])
     if fault["type"] == "extra_forbidden":
-        raise unknown_field(loc[-1], _model_at(cls, loc[:-1]).model_fields, where=param)
+        raise unknown_field_error(loc[-1], _model_at(cls, loc[:-1]).model_fields, where=param)
     if fault["type"] == "missing":
         message = f"{param} is missing"
     else:
@@ -311,13 +311,13 @@ def checked(cls: type[Model], fields: Any, *, where: str = "") -> Model:
     raise ServeError(message, param=param, code="invalid_value")
 
 
-def unknown_field(name: str, known: Iterable[str], *, where: str) -> ServeError:
+def unknown_field_error(name: str, known: Iterable[str], *, where: str) -> ServeError:
     """400 that names the nearest field that there is."""
-    near = nearest(name, known) or f"; there are {', '.join(known)}"
+    near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
     return ServeError(f"unknown field {where[:80]!r}{near}", param=where, code="unknown_field")
 
 
-def _unsupported(name: str, neutral: tuple[Any, ...]) -> ServeError:
+def _unsupported_error(name: str, neutral: tuple[Any, ...]) -> ServeError:
     values = [repr(value) for value in neutral if value is not None]
     return ServeError(
         f"{name} is not supported" + (f" (only {' or '.join(values)})" if values else ""),
@@ -326,13 +326,13 @@ def _unsupported(name: str, neutral: tuple[Any, ...]) -> ServeError:
     )
 
 
-def _same(value: Any, neutral: Any) -> bool:
+def _is_neutral(value: Any, neutral: Any) -> bool:
     if isinstance(value, bool) or isinstance(neutral, bool):
         return value is neutral
     return bool(value == neutral)
 
 
-def _message(message: Any, index: int, ignored: list[str]) -> Any:
+def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
     """A message without what has no effect in it."""
     if not isinstance(message, dict):
         return message
@@ -346,9 +346,9 @@ def _message(message: Any, index: int, ignored: list[str]) -> Any:
         )
     kept = {}
     for name, value in message.items():
-        if name in _MESSAGE_IGNORED:
+        if name in _IGNORED_MESSAGE_FIELDS:
             ignored.append(f"messages.{name}")
-        elif name in _MESSAGE_NULL:
+        elif name in _NULL_MESSAGE_FIELDS:
             if value not in (None, [], ""):
                 raise ServeError(
                     f"{where}.{name} is not supported",
@@ -360,14 +360,14 @@ def _message(message: Any, index: int, ignored: list[str]) -> Any:
     return kept
 
 
-def _is_branch(part: str | int) -> bool:
+def _is_union_branch(part: str | int) -> bool:
     """Whether a step of a pydantic location names the branch of a union, not a field."""
     return isinstance(part, str) and (
         part in ("str", "constrained-str") or "[" in part or part in _MODELS
     )
 
 
-_MODELS = {cls.__name__ for cls in _Strict.__subclasses__()}
+_MODELS = {cls.__name__ for cls in _StrictModel.__subclasses__()}
 
 
 def _model_at(cls: type[BaseModel], loc: list[str]) -> type[BaseModel]:
@@ -375,6 +375,8 @@ def _model_at(cls: type[BaseModel], loc: list[str]) -> type[BaseModel]:
     for part in loc:
         field = cls.model_fields.get(part)
         if field is not None:
-            inner = [m for m in _Strict.__subclasses__() if m.__name__ in str(field.annotation)]
+            inner = [
+                m for m in _StrictModel.__subclasses__() if m.__name__ in str(field.annotation)
+            ]
             cls = inner[0] if inner else cls
     return cls

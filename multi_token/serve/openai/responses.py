@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from multi_token.serve.engines.base import Token
+from multi_token.serve.engines.base import TokenEvent
 from multi_token.serve.errors import ServeError
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 SSE_DONE = b"data: [DONE]\n\n"
 _LOWEST_LOGPROB = -9999.0
 """OpenAI's value for what is next to impossible: JSON has no infinity."""
@@ -25,7 +25,7 @@ _LOWEST_LOGPROB = -9999.0
 class Usage:
     """Tokens of a request. `media`: of each sense, by its name in the run."""
 
-    num_prompt: int
+    num_prompt_tokens: int
     media: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Name of a sense -> `image` or `audio`, for those that OpenAI's fields can say."""
@@ -40,11 +40,11 @@ class Usage:
             for kind in ("image", "audio")
         }
         return {
-            "prompt_tokens": self.num_prompt,
+            "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_completion,
-            "total_tokens": self.num_prompt + num_completion,
+            "total_tokens": self.num_prompt_tokens + num_completion,
             "prompt_tokens_details": {
-                "text_tokens": self.num_prompt - sum(self.media.values()),
+                "text_tokens": self.num_prompt_tokens - sum(self.media.values()),
                 "image_tokens": of_kind["image"],
                 "audio_tokens": of_kind["audio"],
                 "cached_tokens": num_cached,
@@ -54,14 +54,14 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseBuilder:
     """What every object of one answer has."""
 
     id: str
     created: int
     model: str
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
@@ -74,29 +74,34 @@ class Head:
         self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]
     ) -> dict[str, Any]:
         """The whole answer."""
-        return {**self._object("chat.completion", list(choices)), "usage": usage}
+        return {**self._envelope("chat.completion", list(choices)), "usage": usage}
 
     def chunk(
         self,
         index: int,
         delta: dict[str, Any],
         *,
-        finish: Finish | None = None,
+        finish: FinishReason | None = None,
         logprobs: dict[str, Any] | None = None,
         with_usage: bool = False,
     ) -> dict[str, Any]:
         """A piece of one choice. `with_usage`: the stream ends with usage, so here it is null."""
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        fields = self._object("chat.completion.chunk", [choice])
+        completion_choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+        }
+        fields = self._envelope("chat.completion.chunk", [completion_choice])
         return {**fields, "usage": None} if with_usage else fields
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk, if usage was asked for."""
-        return {**self._object("chat.completion.chunk", []), "usage": usage}
+        return {**self._envelope("chat.completion.chunk", []), "usage": usage}
 
 
-def choice(
-    index: int, text: str, finish: Finish, logprobs: dict[str, Any] | None
+def completion_choice(
+    index: int, text: str, finish: FinishReason, logprobs: dict[str, Any] | None
 ) -> dict[str, Any]:
     """One whole choice."""
     return {
@@ -107,7 +112,7 @@ def choice(
     }
 
 
-def sse(fields: Mapping[str, Any]) -> bytes:
+def sse_event(fields: Mapping[str, Any]) -> bytes:
     """One event of a stream."""
     return b"data: " + json.dumps(fields, ensure_ascii=False).encode() + b"\n\n"
 
@@ -134,17 +139,17 @@ def error_headers(error: ServeError) -> list[tuple[str, str]]:
     return headers
 
 
-class Spelling:
+class TokenText:
     """The text and bytes of single ids, as log-probabilities are told."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", []))}
-        self._letters = _byte_letters() if "ByteLevel" in kinds else None
-        self._cached = functools.lru_cache(maxsize=65_536)(self._spell)
+        self._byte_of_letter = _byte_of_letter() if "ByteLevel" in kinds else None
+        self._cached_bytes = functools.lru_cache(maxsize=65_536)(self._token_bytes)
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
         """Some tokens' `logprobs`."""
         return {
             "content": [
@@ -158,7 +163,7 @@ class Spelling:
         }
 
     def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
-        data = self._cached(id)
+        data = self._cached_bytes(id)
         value = _LOWEST_LOGPROB if logprob is None else max(logprob, _LOWEST_LOGPROB)
         return {
             "token": data.decode("utf-8", "replace"),
@@ -166,19 +171,21 @@ class Spelling:
             "bytes": list(data),
         }
 
-    def _spell(self, id: int) -> bytes:
+    def _token_bytes(self, id: int) -> bytes:
         piece = self.tokenizer.convert_ids_to_tokens(id) or ""
         if id in self.tokenizer.added_tokens_decoder:
             return piece.encode("utf-8", "replace")
-        if self._letters is not None and all(letter in self._letters for letter in piece):
-            return bytes(self._letters[letter] for letter in piece)
+        if self._byte_of_letter is not None and all(
+            letter in self._byte_of_letter for letter in piece
+        ):
+            return bytes(self._byte_of_letter[letter] for letter in piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode("utf-8", "replace")
 
 
 @functools.cache
-def _byte_letters() -> dict[str, int]:
+def _byte_of_letter() -> dict[str, int]:
     """Byte-level BPE's letter for each byte, the other way round."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

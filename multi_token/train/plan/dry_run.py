@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.segment_attention import attending_by_segment
-from multi_token.train.dpo import Pairs
+from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.packing import PackSampler
 from multi_token.train.plan.oom import (
-    capacity_of,
+    bullet_list,
     is_out_of_memory,
-    listed,
-    ways_to_need_less,
+    memory_capacity,
+    memory_suggestions,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ NUM_TIMED = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRunResult:
     """What a few tried steps told, on this device."""
 
     seconds_per_token: float
@@ -47,11 +47,11 @@ class Trial:
     flops_per_token: float
     num_bytes: int
     """The most that a step with the largest batch takes beside weights and optimizer."""
-    fitted: float = 1.0
+    fitted_fraction: float = 1.0
     """How much of the largest batch was tried, since more of it did not fit, 0 to 1."""
 
 
-def try_out(trainer: MultiTokenTrainer) -> Trial:
+def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
     """A few real steps: forward, backward and optimizer, at a learning rate of zero.
 
     Weights, buffers, gradients and random numbers are afterwards as they were. Where a batch does
@@ -61,7 +61,7 @@ def try_out(trainer: MultiTokenTrainer) -> Trial:
     whole = size = trainer.args.per_device_train_batch_size
     largest = largest_batch(trainer)
     while True:
-        trial = _tried(trainer, size, largest, whole)
+        trial = _try_batch_size(trainer, size, largest, whole)
         if trial is not None:
             return trial
         gc.collect()  # what the failed step made may hang in cycles
@@ -72,29 +72,31 @@ def try_out(trainer: MultiTokenTrainer) -> Trial:
             what = "a pack" if is_pack else "a batch of one row"
             raise MultiTokenError(
                 f"{what} does not fit into the memory of {trainer.args.device}, with "
-                f"{capacity_of(trainer.args.device) / 2**30:,.1f} GiB. Change in the recipe:"
-                f"{listed(ways_to_need_less(trainer, 0.5 if is_pack else 0.0))}"
+                f"{memory_capacity(trainer.args.device) / 2**30:,.1f} GiB. Change in the recipe:"
+                f"{bullet_list(memory_suggestions(trainer, 0.5 if is_pack else 0.0))}"
             )
         size //= 2
 
 
-def _tried(trainer: MultiTokenTrainer, size: int, largest: int, whole: int) -> Trial | None:
+def _try_batch_size(
+    trainer: MultiTokenTrainer, size: int, largest: int, whole: int
+) -> DryRunResult | None:
     """With batches of so many rows, of which a `whole` one has up to `largest` positions; None if
     memory is not enough.
     """
     try:
-        with _batches_of(trainer, size):
-            return _steps(trainer, largest, size / whole)
+        with _batch_size_override(trainer, size):
+            return _timed_steps(trainer, largest, size / whole)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        trainer.meter.detach()
-        trainer.meter.reset()
+        trainer.step_metrics.detach()
+        trainer.step_metrics.reset()
         return None
 
 
 @contextmanager
-def _batches_of(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
+def _batch_size_override(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
     """Within, the trainer makes batches of so many rows."""
     before = trainer.args.per_device_train_batch_size, trainer._train_batch_size
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
@@ -104,26 +106,32 @@ def _batches_of(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
         trainer.args.per_device_train_batch_size, trainer._train_batch_size = before
 
 
-def _steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Trial:
-    model, device, meter = trainer._ours(), trainer.args.device, trainer.meter
+def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> DryRunResult:
+    model, device, step_metrics = (
+        trainer._multi_token_model(),
+        trainer.args.device,
+        trainer.step_metrics,
+    )
     learning: list[float] = []
     updating: list[float] = []
     flops = num_tokens = 0
-    with untouched(model), ExitStack() as stack:
-        by_segment = trainer.packing is not None and model.capabilities.attends_by_segment
+    with state_restored(model), ExitStack() as stack:
+        by_segment = trainer.packing is not None and model.capabilities.supports_segment_attention
         stack.enter_context(
-            attending_by_segment(model.language_model) if by_segment else nullcontext()
+            segment_attention_enabled(model.language_model) if by_segment else nullcontext()
         )
-        stack.enter_context(_layers_running_again(trainer))
-        optimizer = _still(trainer)
+        stack.enter_context(_activation_checkpointing(trainer))
+        optimizer = _zero_lr_optimizer(trainer)
 
         def update() -> None:
             if trainer.args.max_grad_norm:
                 trainer._clip_grad_norm(model)
             optimizer.step()
 
-        batches = _endless(trainer)
-        _learn(trainer, next(batches))  # makes the optimizer's state, and whatever is made once
+        batches = _cycle(trainer)
+        _forward_backward(
+            trainer, next(batches)
+        )  # makes the optimizer's state, and whatever is made once
         update()
         if trainer.args.gradient_accumulation_steps == 1:
             model.zero_grad(set_to_none=True)  # else gradients are there as a batch comes
@@ -131,24 +139,24 @@ def _steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Trial:
         inputs = _largest(trainer, next(batches))
         share = max(largest / inputs["input_ids"].numel(), 1.0)
         with peak_memory(device) as peak:
-            _learn(trainer, inputs)
+            _forward_backward(trainer, inputs)
             update()
         model.zero_grad(set_to_none=True)
         for _ in range(NUM_TIMED):
             start = _now(device)
-            _learn(trainer, next(batches))
+            _forward_backward(trainer, next(batches))
             learned = _now(device)
             update()
             model.zero_grad(set_to_none=True)
             updating.append(_now(device) - learned)
-            learning.append((learned - start) / max(meter.last_tokens, 1))
-            flops += meter.last_flops
-            num_tokens += meter.last_tokens
-        meter.detach()
-    meter.reset()
+            learning.append((learned - start) / max(step_metrics.last_tokens, 1))
+            flops += step_metrics.last_flops
+            num_tokens += step_metrics.last_tokens
+        step_metrics.detach()
+    step_metrics.reset()
     learned_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     beside = max(kept + peak[0] - learned_bytes, 0)
-    return Trial(
+    return DryRunResult(
         median(learning),  # what else the machine does may disturb one of them
         median(updating),
         flops / max(num_tokens, 1),
@@ -163,17 +171,19 @@ def largest_batch(trainer: MultiTokenTrainer) -> int:
         return trainer.packing.max_tokens
     size = min(trainer.args.per_device_train_batch_size, len(trainer.lengths))
     rows: Any = trainer.train_dataset
-    return size * (2 * rows.longest if isinstance(rows, Pairs) else max(trainer.lengths))
+    return size * (
+        2 * rows.longest if isinstance(rows, PreferenceDataset) else max(trainer.lengths)
+    )
 
 
-def _learn(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
+def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
     """Forward and backward of a batch."""
-    model = trainer._ours()
+    model = trainer._multi_token_model()
     model.train()
     trainer.training_step(model, inputs, (inputs["labels"] != -100).sum())
 
 
-def _endless(trainer: MultiTokenTrainer) -> Iterator[dict[str, Any]]:
+def _cycle(trainer: MultiTokenTrainer) -> Iterator[dict[str, Any]]:
     """Batches of a run, from the beginning again where they end."""
     while True:
         yield from trainer.get_train_dataloader()
@@ -193,7 +203,9 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
         inputs = collate([rows[i] for i in fullest])
     else:
         lengths = (
-            [max(pair) for pair in rows.lengths] if isinstance(rows, Pairs) else trainer.lengths
+            [max(pair) for pair in rows.lengths]
+            if isinstance(rows, PreferenceDataset)
+            else trainer.lengths
         )
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         longest = by_length[: trainer.args.per_device_train_batch_size]
@@ -201,7 +213,7 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
     return inputs
 
 
-def _still(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
+def _zero_lr_optimizer(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
     """An optimizer of the trainer's kind that moves nothing; the trainer's own is made later."""
     optimizer = trainer.create_optimizer()
     trainer.optimizer = None
@@ -211,9 +223,9 @@ def _still(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def _layers_running_again(trainer: MultiTokenTrainer) -> Iterator[None]:
+def _activation_checkpointing(trainer: MultiTokenTrainer) -> Iterator[None]:
     """Activation checkpointing, if the run will have it: transformers turns it on as it begins."""
-    args, model = trainer.args, trainer._ours()
+    args, model = trainer.args, trainer._multi_token_model()
     if not args.activation_checkpointing:
         yield
         return
@@ -237,12 +249,12 @@ def _now(device: torch.device) -> float:
 
 
 @contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
+def state_restored(model: torch.nn.Module) -> Iterator[None]:
     """Within, steps may be tried: buffers, mode and random numbers are put back at the end."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     training = model.training
     try:
-        with same_random_numbers():
+        with preserve_rng_state():
             yield
     finally:
         with torch.no_grad():
@@ -253,7 +265,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """What is drawn within leaves no trace in what is drawn afterwards."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers.training_args import OptimizerNames
 
-from multi_token.language_model.quantization import num_bytes
-from multi_token.train.flops import short
-from multi_token.train.plan.dry_run import NUM_TIMED, Trial, same_random_numbers, try_out
-from multi_token.train.plan.oom import capacity_of, listed, ways_to_need_less
+from multi_token.language_model.quantization import module_bytes
+from multi_token.train.flops import format_count
+from multi_token.train.plan.dry_run import NUM_TIMED, DryRunResult, dry_run, preserve_rng_state
+from multi_token.train.plan.oom import bullet_list, memory_capacity, memory_suggestions
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
@@ -28,7 +28,7 @@ _FULL = 0.9
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on one device. All but `activations` is counted, not estimated."""
 
     weights: dict[str, int]
@@ -61,8 +61,8 @@ class StagePlan:
     """Over all devices."""
     tokens_per_device: float
     """Of one step on one device."""
-    memory: Memory
-    trial: Trial | None = None
+    memory: MemoryEstimate
+    dry_run: DryRunResult | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -72,16 +72,16 @@ class StagePlan:
 
     @property
     def seconds_per_step(self) -> float | None:
-        if self.trial is None:
+        if self.dry_run is None:
             return None
-        of_tokens = self.trial.seconds_per_token * self.tokens_per_device
-        return of_tokens + self.trial.seconds_per_update
+        of_tokens = self.dry_run.seconds_per_token * self.tokens_per_device
+        return of_tokens + self.dry_run.seconds_per_update
 
 
-def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
+def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
     """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
     args, lengths = trainer.args, trainer.lengths
-    with same_random_numbers():
+    with preserve_rng_state():
         loader: Any = trainer.get_train_dataloader()
         num_batches = max(len(loader), 1)
     per_epoch = max(num_batches // args.gradient_accumulation_steps, 1)
@@ -95,11 +95,11 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
         num_rows = round(num_tokens * len(lengths) / sum(lengths))
     mean = num_tokens / num_batches / args.world_size  # of a batch on one device
     per_device = mean * args.gradient_accumulation_steps
-    trial = try_out(trainer) if try_steps else None
-    memory = memory_of(trainer)
+    trial = dry_run(trainer) if try_steps else None
+    memory = estimate_memory(trainer)
     if trial is not None:
         activations = max(trial.num_bytes - memory.gradients, 0)
-        memory = Memory(memory.weights, memory.gradients, memory.optimizer, activations)
+        memory = MemoryEstimate(memory.weights, memory.gradients, memory.optimizer, activations)
     return StagePlan(
         name,
         num_rows,
@@ -112,27 +112,29 @@ def plan_of(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StageP
     )
 
 
-def memory_of(trainer: MultiTokenTrainer) -> Memory:
+def estimate_memory(trainer: MultiTokenTrainer) -> MemoryEstimate:
     """Weights as they are stored, gradients, and what the optimizer will keep."""
-    model = trainer._ours()
-    weights = {"language model": num_bytes(model.language_model)}
-    weights |= {f"encoder of {name}": num_bytes(e) for name, e in model.encoders.items()}
-    weights |= {f"projector of {name}": num_bytes(p) for name, p in model.projectors.items()}
+    model = trainer._multi_token_model()
+    weights = {"language model": module_bytes(model.language_model)}
+    weights |= {f"encoder of {name}": module_bytes(e) for name, e in model.encoders.items()}
+    weights |= {f"projector of {name}": module_bytes(p) for name, p in model.projectors.items()}
     learned = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in learned)
-    return Memory(
+    return MemoryEstimate(
         weights, gradients, optimizer_bytes(OptimizerNames(trainer.args.optim).value, learned)
     )
 
 
-def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
+def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
     """What an optimizer of transformers' names keeps of these parameters."""
-    numel = sum(p.numel() for p in learned)
-    own = sum(p.numel() * p.element_size() for p in learned)
+    numel = sum(p.numel() for p in trainable)
+    own = sum(p.numel() * p.element_size() for p in trainable)
     if "8bit" in optim:
         return 2 * numel
     if optim == "adafactor":
-        return sum(4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1]) for p in learned if p.ndim)
+        return sum(
+            4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1]) for p in trainable if p.ndim
+        )
     if optim == "sgd":
         return 0
     if any(optim.startswith(kind) for kind in ("lion", "rmsprop", "adagrad")):
@@ -140,69 +142,75 @@ def optimizer_bytes(optim: str, learned: Sequence[Tensor]) -> int:
     return 2 * own  # Adam's two moments, in the precision of the parameters
 
 
-def short_lines(plan: StagePlan) -> list[str]:
+def summary_lines(plan: StagePlan) -> list[str]:
     """The plan in two lines, which stand at the start of every stage."""
     memory = plan.memory
     return [
         f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
         f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
-        f"  memory per device: {size(memory.fixed)} before any batch (weights "
-        f"{size(sum(memory.weights.values()))}, gradients {size(memory.gradients)}, optimizer "
-        f"{size(memory.optimizer)})",
+        f"  memory per device: {format_bytes(memory.fixed)} before any batch (weights "
+        f"{format_bytes(sum(memory.weights.values()))}, gradients "
+        f"{format_bytes(memory.gradients)}, optimizer "
+        f"{format_bytes(memory.optimizer)})",
     ]
 
 
-def say(trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool) -> StagePlan:
+def print_plan(
+    trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool
+) -> StagePlan:
     """Print the plan of a stage: two lines, or (`at_length`) with steps tried and warnings."""
-    plan = plan_of(trainer, name, try_steps=at_length)
-    warnings = warnings_of(plan, trainer, capacity=capacity_of(trainer.args.device))
-    lines = long_lines(plan) if at_length else short_lines(plan)
+    plan = plan_stage(trainer, name, try_steps=at_length)
+    warnings = plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
+    lines = detail_lines(plan) if at_length else summary_lines(plan)
     console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
     return plan
 
 
-def long_lines(plan: StagePlan) -> list[str]:
+def detail_lines(plan: StagePlan) -> list[str]:
     """The whole plan of a stage whose steps were tried."""
-    memory, trial = plan.memory, plan.trial
-    lines = short_lines(plan)
-    lines += [f"    {name}: {size(num)}" for name, num in memory.weights.items()]
+    memory, trial = plan.memory, plan.dry_run
+    lines = summary_lines(plan)
+    lines += [f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()]
     if trial is None or plan.seconds is None or plan.seconds_per_step is None:
         return lines
     flops = trial.flops_per_token * plan.tokens_per_step
     return [
         *lines,
-        f"    activations of the largest batch: about {size(memory.activations or 0)}, in all "
-        f"{size(memory.total)}",
-        f"  {short(flops)}FLOP a step, {short(flops * plan.num_steps)}FLOP in all",
+        f"    activations of the largest batch: about "
+        f"{format_bytes(memory.activations or 0)}, in all "
+        f"{format_bytes(memory.total)}",
+        f"  {format_count(flops)}FLOP a step, {format_count(flops * plan.num_steps)}FLOP in all",
         f"  about {plan.seconds_per_step:.3g} s a step ({NUM_TIMED} steps were tried), "
-        f"{duration(plan.seconds)} in all without evaluation and saving",
+        f"{format_duration(plan.seconds)} in all without evaluation and saving",
     ]
 
 
-def warnings_of(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
+def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
     """What will not fit into `capacity` bytes, and which lines of the recipe to change."""
-    memory, trial = plan.memory, plan.trial
-    fitted = 1.0 if trial is None else trial.fitted
+    memory, trial = plan.memory, plan.dry_run
+    fitted = 1.0 if trial is None else trial.fitted_fraction
     if memory.total <= _FULL * capacity and fitted == 1.0:
         return []
     part = None
     if memory.activations:
         part = min(max(_FULL * capacity - memory.fixed, 0) / memory.activations, fitted)
     verdict = (
-        f"needs about {size(memory.total)} a device, which has {size(capacity)}; it will not fit"
+        f"needs about {format_bytes(memory.total)} a device, which has "
+        f"{format_bytes(capacity)}; it will not fit"
     )
     if memory.total <= _FULL * capacity:
         verdict = (
-            f"needs about {size(memory.total)} a device, and of its {size(capacity)} there was not "
+            f"needs about {format_bytes(memory.total)} a device, and of its "
+            f"{format_bytes(capacity)} there was not "
             "enough left when it was tried"
         )
     return [
         f"warning: stage {plan.name} {verdict}. Change in the recipe:"
-        f"{listed(ways_to_need_less(trainer, part))}"
+        f"{bullet_list(memory_suggestions(trainer, part))}"
     ]
 
 
-def size(num: float) -> str:
+def format_bytes(num: float) -> str:
     """Bytes as people say them."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if num < 1024 or unit == "GiB":
@@ -211,7 +219,7 @@ def size(num: float) -> str:
     return ""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`2 h 5 min`, `41 s`."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def capacity_of(device: torch.device) -> int:
+def memory_capacity(device: torch.device) -> int:
     """Bytes of memory of a device; for a CPU of the machine, or of the container if it has less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -37,12 +37,12 @@ def capacity_of(device: torch.device) -> int:
     return min(machine, int(said)) if said.isdigit() else machine
 
 
-def ways_to_need_less(trainer: MultiTokenTrainer, part: float | None) -> list[str]:
+def memory_suggestions(trainer: MultiTokenTrainer, part: float | None) -> list[str]:
     """Lines of the recipe to change, a sentence each. `part`: of its largest batch, how much would
     fit, 0 (not even a small one) to 1; None if what a batch takes is not known.
     """
     ways: list[str] = []
-    model = trainer._ours()
+    model = trainer._multi_token_model()
     language_model = model.language_model
     frozen = not any(
         p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
@@ -76,13 +76,13 @@ def ways_to_need_less(trainer: MultiTokenTrainer, part: float | None) -> list[st
     return ways
 
 
-def listed(ways: list[str]) -> str:
+def bullet_list(ways: list[str]) -> str:
     """Below each other, behind a colon."""
     return "".join(f"\n    {way}" for way in ways)
 
 
 @contextmanager
-def within_memory(trainer: MultiTokenTrainer, stage: str) -> Iterator[None]:
+def explain_oom(trainer: MultiTokenTrainer, stage: str) -> Iterator[None]:
     """Within, memory that is not there is a MultiTokenError, which says what to change."""
     try:
         yield
@@ -94,8 +94,8 @@ def within_memory(trainer: MultiTokenTrainer, stage: str) -> Iterator[None]:
     device = trainer.args.device
     raise MultiTokenError(
         f"memory was not enough in step {trainer.state.global_step + 1} of stage {stage}, on "
-        f"{device} with {capacity_of(device) / 2**30:,.1f} GiB ({cause}). With only "
+        f"{device} with {memory_capacity(device) / 2**30:,.1f} GiB ({cause}). With only "
         "per_device_train_batch_size and gradient_accumulation_steps changed the same command goes "
         "on from the last whole checkpoint; with other lines, choose another train.output_dir:"
-        f"{listed(ways_to_need_less(trainer, 0.5))}"
+        f"{bullet_list(memory_suggestions(trainer, 0.5))}"
     )

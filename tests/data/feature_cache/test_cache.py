@@ -38,7 +38,7 @@ def fill(cache: FeatureCache, items: Any, **options: Any) -> int:
 
 def opened(path: Path, **options: Any) -> FeatureCache:
     cache = FeatureCache(path, **options)
-    cache.identify("vector", VECTOR, ENCODER)
+    cache.register_encoder("vector", VECTOR, ENCODER)
     return cache
 
 

@@ -18,10 +18,10 @@ from multi_token.data.dataset import load_rows
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import (
     EncodeReport,
-    Place,
+    RowSource,
     encode_rows,
     random_preprocessing,
-    some_items,
+    sample_items,
 )
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.vector import VectorModality
@@ -42,45 +42,52 @@ def row(*sources: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path) -> RowSource:
     """Sixteen rows with a file each, the last one with three."""
     for i in range(16):
         np.save(tmp_path / f"{i}.npy", np.full(5, i, dtype=np.float32))
     rows = [row(f"{i}.npy") for i in range(15)] + [row("15.npy", "0.npy", "1.npy")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return Place(load_rows(str(path)), Fetch(root=str(tmp_path)), str(path))
+    return RowSource(load_rows(str(path)), Fetch(root=str(tmp_path)), str(path))
 
 
-def encode(place: Place, folder: Path, **options: Any) -> EncodeReport:
+def encode(place: RowSource, folder: Path, **options: Any) -> EncodeReport:
     cache = FeatureCache(folder, max_shard_bytes=1)
     return encode_rows([place], MODALITIES, ENCODERS, cache, **options)
 
 
-def test_every_item_is_encoded_once_and_the_rest_is_counted(place: Place, tmp_path: Path) -> None:
+def test_every_item_is_encoded_once_and_the_rest_is_counted(
+    place: RowSource, tmp_path: Path
+) -> None:
     num_rows = []
     first = encode(place, tmp_path / "cache", on_row=lambda: num_rows.append(1))
-    assert (first.num_rows, first.num_items, first.num_encoded, first.num_there) == (16, 18, 16, 2)
+    assert (first.num_rows, first.num_items, first.num_encoded, first.num_already_cached) == (
+        16,
+        18,
+        16,
+        2,
+    )
     assert len(num_rows) == 16
     second = encode(place, tmp_path / "cache")
-    assert (second.num_encoded, second.num_there, second.problems) == (0, 18, [])
+    assert (second.num_encoded, second.num_already_cached, second.problems) == (0, 18, [])
 
 
 def test_what_cannot_be_read_is_named_with_its_row_and_the_rest_is_encoded(
-    place: Place, tmp_path: Path
+    place: RowSource, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
     rows = [row("0.npy"), row("gone.npy"), {"id": "x"}, row("1.npy", "bad.npy", "2.npy")]
-    report = encode(Place(rows, place.fetch, "rows"), tmp_path / "cache")
-    assert (report.num_items, report.num_encoded, report.num_there) == (5, 3, 0)
+    report = encode(RowSource(rows, place.fetch, "rows"), tmp_path / "cache")
+    assert (report.num_items, report.num_encoded, report.num_already_cached) == (5, 3, 0)
     found = [(problem.row_id, problem.kind) for problem in report.problems]
     assert found == [("rows[1]", "missing_file"), ("x", "format"), ("rows[3]", "undecodable")]
     assert "bad.npy" in report.problems[2].message
 
 
-def test_shares_are_all_items_and_none_twice(place: Place, tmp_path: Path) -> None:
+def test_shares_are_all_items_and_none_twice(place: RowSource, tmp_path: Path) -> None:
     rows = [*place.rows, *(row([float(i)] * 5) for i in range(100, 106))]  # 6 without a name
-    whole = Place(rows, place.fetch, "rows")
+    whole = RowSource(rows, place.fetch, "rows")
     reports = [encode(whole, tmp_path / "cache", share=i, num_shares=3) for i in range(3)]
     assert sum(report.num_items for report in reports) == 24
     assert sum(report.num_encoded for report in reports) == 22
@@ -88,7 +95,7 @@ def test_shares_are_all_items_and_none_twice(place: Place, tmp_path: Path) -> No
     assert encode(whole, tmp_path / "cache").num_encoded == 0
 
 
-def test_processes_that_write_at_once_make_one_folder(place: Place, tmp_path: Path) -> None:
+def test_processes_that_write_at_once_make_one_folder(place: RowSource, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     together = context.Barrier(3)
 
@@ -107,12 +114,14 @@ def test_processes_that_write_at_once_make_one_folder(place: Place, tmp_path: Pa
     assert encode(place, tmp_path / "cache").num_encoded == 0
 
 
-def test_a_killed_process_loses_one_unfinished_shard_at_most(place: Place, tmp_path: Path) -> None:
+def test_a_killed_process_loses_one_unfinished_shard_at_most(
+    place: RowSource, tmp_path: Path
+) -> None:
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from collections.abc import Sequence
-from multi_token.data.feature_cache.encode import Place
+from multi_token.data.feature_cache.encode import RowSource
 from multi_token.data.dataset import load_rows
 from multi_token.media.fetch import Fetch
 from test_encode import encode
@@ -128,14 +137,14 @@ class Killed(Sequence):
         return self.rows[index]
 
 root = {str(tmp_path)!r}
-encode(Place(Killed(), Fetch(root=root), "rows"), Path(root, "cache"))
+encode(RowSource(Killed(), Fetch(root=root), "rows"), Path(root, "cache"))
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     # of ten items that were read, two batches of four had been encoded and written
     assert len(FeatureCache(tmp_path / "cache")) == 8
     report = encode(place, tmp_path / "cache")
-    assert (report.num_encoded, report.num_there) == (8, 10)
+    assert (report.num_encoded, report.num_already_cached) == (8, 10)
     assert len(FeatureCache(tmp_path / "cache")) == 16
 
 
@@ -148,15 +157,15 @@ class Jittered(VectorModality):
         return super().load(source, fetch) + np.random.default_rng().normal(size=5)
 
 
-def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: Place) -> None:
-    items = some_items([place], MODALITIES)
+def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: RowSource) -> None:
+    items = sample_items([place], MODALITIES)
     assert len(items) == 8
     assert random_preprocessing(items, MODALITIES) is None
     reason = random_preprocessing(items, {"vector": Jittered(dim=5)})
     assert reason is not None and "preprocessing of 'vector' is random" in reason
 
 
-def test_first_items_are_those_of_rows_that_can_be_read(place: Place) -> None:
+def test_first_items_are_those_of_rows_that_can_be_read(place: RowSource) -> None:
     rows: Sequence[Any] = [{"id": "x"}, *place.rows]
-    found = some_items([Place(rows, place.fetch, "rows")], MODALITIES, num=2)
+    found = sample_items([RowSource(rows, place.fetch, "rows")], MODALITIES, num=2)
     assert [item.source for item, _ in found] == ["0.npy", "1.npy"]

@@ -69,7 +69,8 @@ def test_processes_that_train_together_share_the_encoding(
         out = Console(file=(tmp_path / f"said-{rank}").open("w"), width=200)
         fill_cache(model, [source], cache, out)
         assert all(
-            source.reader.prepare(item).inputs.keys() == {"features"} for item, _ in source.items()
+            source.processor.prepare(item).inputs.keys() == {"features"}
+            for item, _ in source.items()
         )
 
     context = multiprocessing.get_context("fork")

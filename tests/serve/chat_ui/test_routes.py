@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from multi_token.serve.chat_ui.routes import KEYLESS, read_examples, takes
+from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, accepted_kinds, read_examples
 from multi_token.serve.openai.app import build_app
 from multi_token.serve.service import Service
 from multi_token.serve.settings import ServeSettings
@@ -56,7 +56,7 @@ def keyed(served_model: Any, run_folder: Path) -> Asked:
 
 
 def test_only_the_pages_own_files_need_no_key(keyed: Asked) -> None:
-    own = sorted(KEYLESS - {"/page/report"})
+    own = sorted(PUBLIC_PATHS - {"/page/report"})
     for answer in keyed.get(*own):
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]
@@ -159,4 +159,4 @@ def test_the_page_knows_which_files_a_sense_takes(keyed: Asked, served_model: An
     assert image["name"] == "image" and ".png" in image["takes"][0]["suffixes"]
     assert vector["name"] == "vector" and ".npy" in vector["takes"][0]["suffixes"]
     plug_in = served_model.modalities["vector"].model_copy(update={"type": "odour"})
-    assert takes(plug_in) == []  # any file
+    assert accepted_kinds(plug_in) == []  # any file

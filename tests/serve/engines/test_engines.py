@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.generate import answer_ids
+from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
-    End,
     Engine,
-    Event,
-    Failure,
+    EngineEvent,
+    ErrorEvent,
+    FinishEvent,
     Prompt,
-    SamplingOptions,
-    Token,
+    SamplingParams,
+    TokenEvent,
 )
 from multi_token.serve.engines.continuous import ContinuousEngine
-from multi_token.serve.engines.local.engine import StaticEngine
+from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.types import Sample
 from tests.serve.engine_parts import (
@@ -42,7 +42,7 @@ from tests.serve.vllm_parts import VllmWithStandIn
 pytestmark = pytest.mark.slow
 
 FAMILIES = ["Llama", "Qwen2", "Gemma3", "Phi-3"]
-HERE: dict[str, Callable[..., Any]] = {"static": StaticEngine, "continuous": ContinuousEngine}
+HERE: dict[str, Callable[..., Any]] = {"static": LocalEngine, "continuous": ContinuousEngine}
 ENGINES = {**HERE, "vllm": VllmWithStandIn}
 """The last one has its model answered elsewhere: its faults are not the engine's."""
 NUM_NEW = 10
@@ -71,10 +71,10 @@ def engine(request: pytest.FixtureRequest, llama: Any) -> Iterator[Any]:
 
 
 def submitted(
-    engine: Engine, prompts: Sequence[Prompt], options: SamplingOptions | None = None
+    engine: Engine, prompts: Sequence[Prompt], options: SamplingParams | None = None
 ) -> list[Client]:
     clients = [Client() for _ in prompts]
-    together(engine, prompts, [options or SamplingOptions(NUM_NEW)] * len(prompts), clients)
+    together(engine, prompts, [options or SamplingParams(NUM_NEW)] * len(prompts), clients)
     return clients
 
 
@@ -94,7 +94,7 @@ def test_greedy_answers_equal_those_of_generate(
 ) -> None:
     samples = samples_of(any_family)
     alone = [
-        answer_ids(any_family, [sample], max_new_tokens=NUM_NEW)[0].tolist() for sample in samples
+        generate_ids(any_family, [sample], max_new_tokens=NUM_NEW)[0].tolist() for sample in samples
     ]
     assert alone[1] != alone[2], "the media must matter"
     engine = make(any_family)
@@ -108,20 +108,20 @@ def test_greedy_answers_equal_those_of_generate(
 def test_ends_say_why(llama: Any, make: Any) -> None:
     engine = make(llama)
     prompt = prompt_of(llama, sample_of(llama, "What is a fruit?"))
-    deaf, long = SamplingOptions(30, ignore_end=True), SamplingOptions(30)
+    deaf, long = SamplingParams(30, ignore_eos=True), SamplingParams(30)
     (client,) = submitted(engine, [prompt], deaf)
     ids = client.ids
-    assert len(ids) == 30 and client.wait() == End("length")
+    assert len(ids) == 30 and client.wait() == FinishEvent("length")
     engine._end_ids = frozenset([ids[4]])  # this random model says none of its own
     hears, is_deaf = Client(), Client()
     together(engine, [prompt, prompt], [long, deaf], [hears, is_deaf])
-    assert hears.ids == ids[: ids.index(ids[4]) + 1] and hears.wait() == End("stop")
-    assert is_deaf.ids == ids and is_deaf.wait() == End("length")
+    assert hears.ids == ids[: ids.index(ids[4]) + 1] and hears.wait() == FinishEvent("stop")
+    assert is_deaf.ids == ids and is_deaf.wait() == FinishEvent("length")
 
 
 def test_a_seed_says_the_same_in_any_company(llama: Any, engine: Any) -> None:
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
-    warm = SamplingOptions(NUM_NEW, temperature=1.5, seed=7, ignore_end=True)
+    warm = SamplingParams(NUM_NEW, temperature=1.5, seed=7, ignore_eos=True)
     alone = submitted(engine, [prompts[1]], warm)[0].ids
     kinds = [
         replace(warm, temperature=0.0),
@@ -134,7 +134,7 @@ def test_a_seed_says_the_same_in_any_company(llama: Any, engine: Any) -> None:
     together(engine, [prompts[1]] * len(kinds), kinds, clients)
     answers = [client.ids for client in clients]
     assert answers[1] == alone
-    greedy = answer_ids(llama, [samples_of(llama)[1]], max_new_tokens=NUM_NEW)[0].tolist()
+    greedy = generate_ids(llama, [samples_of(llama)[1]], max_new_tokens=NUM_NEW)[0].tolist()
     assert answers[0][: len(greedy)] == greedy
     assert len({tuple(answer) for answer in answers}) >= 4, answers
 
@@ -142,15 +142,15 @@ def test_a_seed_says_the_same_in_any_company(llama: Any, engine: Any) -> None:
 def test_logprobs_are_of_the_models_own_distribution(llama: Any, engine: Any) -> None:
     sample = sample_of(llama, "What is this?", VECTORS[0])
     prompt = prompt_of(llama, sample)
-    options = SamplingOptions(3, temperature=2.0, seed=1, num_logprobs=3, ignore_end=True)
+    options = SamplingParams(3, temperature=2.0, seed=1, num_logprobs=3, ignore_eos=True)
     (client,) = submitted(engine, [prompt], options)
     assert len(client.ids) == 3
     embeds = llama.get_input_embeddings()(torch.cat([prompt.input_ids, torch.tensor(client.ids)]))
-    place = prompt.places[0]
+    place = prompt.media_spans[0]
     with torch.no_grad():
-        embeds[place.start : place.start + place.length] = prompt.tokens[0]
+        embeds[place.start : place.start + place.length] = prompt.media_embeds[0]
         logits = llama.language_model(inputs_embeds=embeds[None]).logits[0]
-    for step, token in enumerate(e for e in client.events if isinstance(e, Token)):
+    for step, token in enumerate(e for e in client.events if isinstance(e, TokenEvent)):
         own = logits[len(prompt.input_ids) - 1 + step].log_softmax(-1)
         assert token.logprob == pytest.approx(float(own[token.id]), abs=1e-4)
         values, ids = own.topk(3)
@@ -160,18 +160,18 @@ def test_logprobs_are_of_the_models_own_distribution(llama: Any, engine: Any) ->
 
 def test_cancelling_ends_at_once_and_leaves_the_others(llama: Any, engine: Any) -> None:
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
-    long = SamplingOptions(100, ignore_end=True)
+    long = SamplingParams(100, ignore_eos=True)
     num_said: list[int] = []
 
-    def cancel_at_third(event: Event) -> None:
+    def cancel_at_third(event: EngineEvent) -> None:
         if len(leaver.events) == 3:
             engine.cancel("r1")
-        elif isinstance(event, End):
+        elif isinstance(event, FinishEvent):
             num_said.append(len(other.events))
 
     leaver, other = Client(cancel_at_third), Client()
     together(engine, prompts[:2], [long, long], [other, leaver])
-    assert leaver.wait() == End("cancelled")
+    assert leaver.wait() == FinishEvent("cancelled")
     assert len(leaver.events) == 4
     assert num_said[0] < 10, "the other one goes on"
     assert len(other.ids) == 100
@@ -187,16 +187,16 @@ def test_who_waits_can_be_cancelled(llama: Any, make: Any) -> None:
     prompt = prompt_of(llama, sample_of(llama, "yes"))
     waiting = Client()
 
-    def cancel_the_other(event: Event) -> None:
+    def cancel_the_other(event: EngineEvent) -> None:
         if len(first.events) == 2:
-            engine.submit("waiting", prompt, SamplingOptions(5), waiting)
+            engine.submit("waiting", prompt, SamplingParams(5), waiting)
             counts.append((engine.num_running, engine.num_waiting))
             engine.cancel("waiting")
 
     counts: list[tuple[int, int]] = []
     first = Client(cancel_the_other)
-    engine.submit("first", prompt, SamplingOptions(100, ignore_end=True), first)
-    assert waiting.wait() == End("cancelled")
+    engine.submit("first", prompt, SamplingParams(100, ignore_eos=True), first)
+    assert waiting.wait() == FinishEvent("cancelled")
     assert not first.has_ended.is_set()
     assert counts == [(1, 1)]
     assert len(first.ids) == 100
@@ -205,16 +205,16 @@ def test_who_waits_can_be_cancelled(llama: Any, make: Any) -> None:
 def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(llama: Any, make: Any) -> None:
     engine = make(llama, max_tokens=48)
     good = prompt_of(llama, sample_of(llama, "What is this?", VECTORS[0]))
-    nan = replace(good, tokens=(torch.full_like(good.tokens[0], torch.nan),))
-    narrow = replace(good, tokens=(good.tokens[0][:, :-1],))
-    ok = SamplingOptions(NUM_NEW)
-    long = SamplingOptions(engine.max_tokens)
+    nan = replace(good, media_embeds=(torch.full_like(good.media_embeds[0], torch.nan),))
+    narrow = replace(good, media_embeds=(good.media_embeds[0][:, :-1],))
+    ok = SamplingParams(NUM_NEW)
+    long = SamplingParams(engine.max_tokens)
     cases = [(nan, ok, "NaN"), (narrow, ok, "shape"), (good, long, "lower max_tokens")]
     for prompt, options, words in cases:
         with pytest.raises(ServeError, match=words):
             engine.submit("bad", prompt, options, Client())
     assert (engine.num_running, engine.num_waiting) == (0, 0)
-    just = SamplingOptions(engine.max_tokens - len(good.input_ids), ignore_end=True)
+    just = SamplingParams(engine.max_tokens - len(good.input_ids), ignore_eos=True)
     (client,) = submitted(engine, [good], just)
     assert len(client.ids) == just.max_new_tokens
 
@@ -225,8 +225,8 @@ def test_a_prompt_that_breaks_the_model_fails_alone(llama: Any, engine: Any, fau
     samples = samples_of(llama)[:4]
     # a tenant of whom nothing has been read: what is kept already breaks nothing
     prompts = [replace(prompt_of(llama, sample), tenant=fault) for sample in samples]
-    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
-    unlucky = prompts[2].tokens[0][0, 0]
+    alone = [generate_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+    unlucky = prompts[2].media_embeds[0][0, 0]
 
     def break_on_it(module: Any, inputs: tuple[Tensor, ...]) -> Any:
         (hidden,) = inputs
@@ -242,7 +242,7 @@ def test_a_prompt_that_breaks_the_model_fails_alone(llama: Any, engine: Any, fau
         assert [clients[i].ids for i in (0, 1, 3)] == [alone[i] for i in (0, 1, 3)]
     finally:
         hook.remove()
-    assert isinstance(end, Failure) and isinstance(end.error, ServeError)
+    assert isinstance(end, ErrorEvent) and isinstance(end.error, ServeError)
     assert "path" not in str(end.error)
     assert engine.is_alive
     (again,) = submitted(engine, [prompts[2]])
@@ -263,16 +263,16 @@ def test_a_broken_model_ends_the_thread_and_start_begins_anew(llama: Any, make: 
         hooks.append(llama.language_model.register_forward_pre_hook(broken))
 
     clients = [Client(), Client()]
-    together(engine, prompts, [SamplingOptions(NUM_NEW)] * 2, clients, meanwhile=break_it)
+    together(engine, prompts, [SamplingParams(NUM_NEW)] * 2, clients, meanwhile=break_it)
     try:
         ends = [client.wait() for client in clients]
     finally:
         hooks[0].remove()
-    assert all(isinstance(end, Failure) for end in ends)
+    assert all(isinstance(end, ErrorEvent) for end in ends)
     assert not engine.is_alive
     assert (engine.num_running, engine.num_waiting) == (0, 0)
     with pytest.raises(ServeError) as refused:
-        engine.submit("late", prompts[0], SamplingOptions(3), Client())
+        engine.submit("late", prompts[0], SamplingParams(3), Client())
     assert refused.value.status == 503
     engine.start()
     assert engine.is_alive
@@ -282,8 +282,8 @@ def test_a_broken_model_ends_the_thread_and_start_begins_anew(llama: Any, make: 
 def test_stopping_cancels_all(llama: Any, make: Any) -> None:
     engine = make(llama, max_batch=1)
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)[:2]]
-    clients = submitted(engine, prompts, SamplingOptions(200, ignore_end=True))
+    clients = submitted(engine, prompts, SamplingParams(200, ignore_eos=True))
     engine.stop()
-    assert [client.wait() for client in clients] == [End("cancelled")] * 2
+    assert [client.wait() for client in clients] == [FinishEvent("cancelled")] * 2
     assert not engine.is_alive
     assert all(len(client.events) < 200 for client in clients)

@@ -15,9 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.generate import answer_ids
-from multi_token.serve.engines.base import End, Event, Failure, Prompt, SamplingOptions
-from multi_token.serve.engines.local.engine import StaticEngine
+from multi_token.generate import generate_ids
+from multi_token.serve.engines.base import (
+    EngineEvent,
+    ErrorEvent,
+    FinishEvent,
+    Prompt,
+    SamplingParams,
+)
+from multi_token.serve.engines.local.engine import LocalEngine
 from tests.serve.engine_parts import (
     VECTORS,
     Client,
@@ -28,7 +34,7 @@ from tests.serve.engine_parts import (
     together,
 )
 
-LONG = SamplingOptions(60, ignore_end=True)
+LONG = SamplingParams(60, ignore_eos=True)
 TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and which is a fruit?"]
 
 
@@ -66,7 +72,7 @@ def prompts_of(model: Any) -> list[Prompt]:
     ]
 
 
-def alone(engine: Any, prompt: Prompt, options: SamplingOptions) -> list[int]:
+def alone(engine: Any, prompt: Prompt, options: SamplingParams) -> list[int]:
     client = Client()
     engine.submit("alone", prompt, options, client)
     return client.ids
@@ -77,13 +83,13 @@ def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
 ) -> None:
     engine = start_static(llama)
     prompts = prompts_of(llama)
-    short = SamplingOptions(5, ignore_end=True)
+    short = SamplingParams(5, ignore_eos=True)
     expected = [alone(engine, prompts[0], LONG), *(alone(engine, p, short) for p in prompts[1:])]
     num_said: list[int] = []
     newcomers = [Client(lambda event: counted(event)) for _ in prompts[1:]]
 
-    def counted(event: Event) -> None:
-        if isinstance(event, End):
+    def counted(event: EngineEvent) -> None:
+        if isinstance(event, FinishEvent):
             num_said.append(len(first.events))
 
     def come() -> None:
@@ -101,7 +107,7 @@ def test_an_ended_row_is_computed_no_more(llama: Any, start_static: Any) -> None
     prompts = prompts_of(llama)
     lengths = [4, 30, 11]
     clients = [Client() for _ in prompts]
-    options = [SamplingOptions(length, ignore_end=True) for length in lengths]
+    options = [SamplingParams(length, ignore_eos=True) for length in lengths]
     with watched(llama) as seen:
         together(engine, prompts, options, clients)
         assert [len(client.ids) for client in clients] == lengths
@@ -117,7 +123,7 @@ def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_static: A
     clients = [Client(), leaver]
     with watched(llama) as seen:
         together(engine, prompts[:2], [LONG] * 2, clients)
-        assert leaver.wait() == End("cancelled")
+        assert leaver.wait() == FinishEvent("cancelled")
         assert len(clients[0].ids) == 60
     steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
     assert steps == [2] * 4 + [1] * 55
@@ -134,7 +140,7 @@ def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any)
 
     hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        options = [LONG, SamplingOptions(3, ignore_end=True)]
+        options = [LONG, SamplingParams(3, ignore_eos=True)]
         clients = [Client(), Client()]
         together(engine, [prompts[0], prompts[-1]], options, clients)
         assert [len(client.ids) for client in clients] == [60, 3]
@@ -146,7 +152,7 @@ def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any)
 def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_static: Any) -> None:
     engine = start_static(llama)
     prompts = prompts_of(llama)
-    warm = SamplingOptions(12, temperature=1.5, seed=3, ignore_end=True)
+    warm = SamplingParams(12, temperature=1.5, seed=3, ignore_eos=True)
     expected = alone(engine, prompts[1], warm)
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], warm, newcomer))
@@ -161,8 +167,8 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
 ) -> None:
     engine = start_static(llama, num_cache_tokens=0)  # else they have been read already
     prompts = prompts_of(llama)
-    expected = [alone(engine, p, SamplingOptions(12, ignore_end=True)) for p in prompts]
-    unlucky = prompts[1].tokens[0][0, 0]
+    expected = [alone(engine, p, SamplingParams(12, ignore_eos=True)) for p in prompts]
+    unlucky = prompts[1].media_embeds[0][0, 0]
 
     def break_on_it(_: Any, inputs: tuple[Tensor, ...]) -> Any:
         is_it = inputs[0][..., :1] == unlucky
@@ -175,11 +181,11 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
 
     def come() -> None:
         for number, client in enumerate(newcomers):
-            options = SamplingOptions(12, ignore_end=True)
+            options = SamplingParams(12, ignore_eos=True)
             engine.submit(f"new {number}", prompts[1 + number], options, client)
 
-    def failed(event: Event) -> None:
-        assert isinstance(event, Failure)
+    def failed(event: EngineEvent) -> None:
+        assert isinstance(event, ErrorEvent)
         num_said.append(len(first.events))
 
     newcomers[0] = Client(failed)
@@ -188,7 +194,7 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
     try:
         with watched(llama) as seen:
             engine.submit("first", prompts[0], LONG, first)
-            assert isinstance(newcomers[0].wait(), Failure)
+            assert isinstance(newcomers[0].wait(), ErrorEvent)
             assert newcomers[1].ids == expected[2]
             assert first.ids[:12] == expected[0]
     finally:
@@ -206,14 +212,14 @@ def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_static: 
     small, big = prompts[0], prompts[-1]
     # room for two small ones, or for the big one alone
     engine = start_static(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
-    long = SamplingOptions(engine.max_tokens - len(big.input_ids), ignore_end=True)
+    long = SamplingParams(engine.max_tokens - len(big.input_ids), ignore_eos=True)
     ended: list[str] = []
 
     def client(name: str) -> Client:
-        return Client(lambda event: ended.append(name) if isinstance(event, End) else None)
+        return Client(lambda event: ended.append(name) if isinstance(event, FinishEvent) else None)
 
     waits, behind = client("big"), client("behind")
-    options = SamplingOptions(3, ignore_end=True)
+    options = SamplingParams(3, ignore_eos=True)
 
     def come() -> None:
         engine.submit("big", big, long, waits)
@@ -238,7 +244,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_static: 
 
     hook = llama.language_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        options = [SamplingOptions(10 + 4 * i, ignore_end=True) for i in range(len(prompts))]
+        options = [SamplingParams(10 + 4 * i, ignore_eos=True) for i in range(len(prompts))]
         clients = [Client() for _ in prompts]
         together(engine, prompts, options, clients)
         assert [len(client.ids) for client in clients] == [o.max_new_tokens for o in options]
@@ -253,15 +259,15 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
     samples = [sample_of(model, text) for text in TEXTS]
-    plain = [answer_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
+    plain = [generate_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
     model.language_model.generation_config.repetition_penalty = 3.0
-    expected = [answer_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
+    expected = [generate_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
     assert expected != plain, "the setting must matter"
     engine = start_static(model)
-    assert engine._way == "join"
+    assert engine._mode == "join"
     clients = [Client() for _ in samples]
     prompts = [prompt_of(model, sample) for sample in samples]
-    together(engine, prompts, [SamplingOptions(12)] * 3, clients)
+    together(engine, prompts, [SamplingParams(12)] * 3, clients)
     assert [client.ids for client in clients] == expected
 
 
@@ -272,12 +278,12 @@ def test_rows_leave_also_where_nobody_can_join(
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "LFM2")
     engine = start_static(model)
-    assert engine._way == "leave"
+    assert engine._mode == "leave"
     prompt = prompts_of(model)[1]
     expected = alone(engine, prompt, LONG)
     lengths = [4, 30, 11]
     clients = [Client() for _ in lengths]
-    options = [SamplingOptions(length, ignore_end=True) for length in lengths]
+    options = [SamplingParams(length, ignore_eos=True) for length in lengths]
     with watched(model) as seen:
         together(engine, [prompt] * 3, options, clients)
         assert [client.ids for client in clients] == [expected[:length] for length in lengths]
@@ -291,10 +297,10 @@ STAY = {"Mamba2", "RWKV", "xLSTM"}
 """No keys and values at all."""
 
 
-def staggered(engine: StaticEngine, prompts: Sequence[Prompt], num_new: int) -> list[list[int]]:
+def staggered(engine: LocalEngine, prompts: Sequence[Prompt], num_new: int) -> list[list[int]]:
     """The second comes at the third token of the first, the third at the third of the second."""
     third = Client()
-    options = SamplingOptions(num_new, ignore_end=True)
+    options = SamplingParams(num_new, ignore_eos=True)
     second = at_token(3, lambda: engine.submit("third", prompts[2], options, third))
     first = at_token(3, lambda: engine.submit("second", prompts[1], options, second))
     engine.submit("first", prompts[0], options, first)
@@ -315,12 +321,12 @@ def test_who_comes_late_is_answered_as_by_generate_in_every_family(
             sample_of(model, "Which one of all these things?", VECTORS[1], VECTORS[2]),
             sample_of(model, "What is this?", VECTORS[0]),
         ]
-        expected = [answer_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
+        expected = [generate_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
         engine = start_static(model)
         prompts = [prompt_of(model, sample) for sample in samples]
         for ids, own in zip(staggered(engine, prompts, 14), expected, strict=True):
             assert ids[: len(own)] == own, family  # `generate` ends where the model says so
-        assert engine._way is not None
-        ways[engine._way].add(family)
+        assert engine._mode is not None
+        ways[engine._mode].add(family)
         engine.stop()
     assert ways == {"join": served - LEAVE - STAY, "leave": LEAVE, "stay": STAY}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.generate import answer_ids, reader_of
-from multi_token.serve.engines.base import End, Failure, Prompt, SamplingOptions
-from multi_token.serve.engines.local.engine import StaticEngine
-from multi_token.serve.engines.local.prefix_cache import marks_of
+from multi_token.generate import generate_ids, require_processor
+from multi_token.serve.engines.base import ErrorEvent, FinishEvent, Prompt, SamplingParams
+from multi_token.serve.engines.local.engine import LocalEngine
+from multi_token.serve.engines.local.prefix_cache import prefix_key
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.engine_parts import (
     VECTORS,
@@ -30,7 +30,7 @@ from tests.serve.engine_parts import (
 )
 
 NUM_NEW = 6
-OPTIONS = SamplingOptions(NUM_NEW, ignore_end=True)
+OPTIONS = SamplingParams(NUM_NEW, ignore_eos=True)
 
 
 @contextmanager
@@ -49,14 +49,14 @@ def reading(model: Any) -> Iterator[list[int]]:
         hook.remove()
 
 
-def asked(engine: StaticEngine, prompt: Prompt, options: SamplingOptions = OPTIONS) -> list[int]:
+def asked(engine: LocalEngine, prompt: Prompt, options: SamplingParams = OPTIONS) -> list[int]:
     client = Client()
     engine.submit("one", prompt, options, client)
     return client.ids
 
 
 def by_generate(model: Any, sample: Any) -> list[int]:
-    return answer_ids(model, [sample], max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW)[0].tolist()
+    return generate_ids(model, [sample], max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW)[0].tolist()
 
 
 def of(model: Any, text: str, *vectors: Sequence[float]) -> Prompt:
@@ -70,7 +70,7 @@ def num_alike(marks: Tensor, others: Tensor) -> int:
 
 def about(model: Any, before: str, vector: Sequence[float], behind: str) -> Any:
     parts = (Text(before), Media("vector", list(vector)), Text(behind))
-    return reader_of(model)(Conversation((Message("user", parts),)), prompt_only=True)
+    return require_processor(model)(Conversation((Message("user", parts),)), prompt_only=True)
 
 
 def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_static: Any) -> None:
@@ -81,15 +81,18 @@ def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_static: Any) -> 
         about(llama, "Here it is: ", VECTORS[1], "What is a fruit?"),
     ]
     prompts = [prompt_of(llama, sample) for sample in samples]
-    marks = [marks_of(prompt) for prompt in prompts]
+    marks = [prefix_key(prompt) for prompt in prompts]
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    num_there = [0, num_alike(marks[0], marks[1]), prompts[2].places[0].start]
+    num_there = [0, num_alike(marks[0], marks[1]), prompts[2].media_spans[0].start]
     assert num_there[1] > num_there[2] + 3 and num_there[2] >= 4
     assert num_alike(marks[0], marks[2]) == num_there[2], "other media, so all behind it is new"
     with reading(llama) as seen:
         found = [asked(engine, prompt) for prompt in prompts]
     assert seen == [length - num for length, num in zip(lengths, num_there, strict=True)]
-    assert (engine.prefix.num_queries, engine.prefix.num_hits) == (sum(lengths), sum(num_there))
+    assert (engine.prefix_stats.num_queries, engine.prefix_stats.num_hits) == (
+        sum(lengths),
+        sum(num_there),
+    )
     assert found == [by_generate(llama, sample) for sample in samples]
 
 
@@ -97,17 +100,17 @@ def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
     llama: Any, start_static: Any
 ) -> None:
     engine = start_static(llama)
-    reader = reader_of(llama)
+    processor = require_processor(llama)
     first = Message("user", (Media("vector", list(VECTORS[0])), Text("What is a fruit?")))
-    begun = prompt_of(llama, reader(Conversation((first,)), prompt_only=True))
+    begun = prompt_of(llama, processor(Conversation((first,)), prompt_only=True))
     ids = asked(engine, begun)
-    said = Message("assistant", (Text(reader.tokenizer.decode(ids)),))
+    said = Message("assistant", (Text(processor.tokenizer.decode(ids)),))
     more = Message("user", (Text("And what is a square?"),))
-    sample = reader(Conversation((first, said, more)), prompt_only=True)
+    sample = processor(Conversation((first, said, more)), prompt_only=True)
     prompt = prompt_of(llama, sample)
-    kept = torch.cat([marks_of(begun), torch.tensor(ids[:-1])])
-    num_there = num_alike(kept, marks_of(prompt))
-    assert num_there > begun.places[0].start + begun.places[0].length + 4
+    kept = torch.cat([prefix_key(begun), torch.tensor(ids[:-1])])
+    num_there = num_alike(kept, prefix_key(prompt))
+    assert num_there > begun.media_spans[0].start + begun.media_spans[0].length + 4
     with reading(llama) as seen:
         found = asked(engine, prompt)
     assert seen == [len(prompt.input_ids) - num_there]
@@ -171,7 +174,7 @@ def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
         for prompt in (prompts[2], prompts[1], prompts[0]):
             asked(engine, prompt)
     engine.stop()
-    kept = engine._stepping.beginnings
+    kept = engine._batch.prefix_cache
     assert kept.num_tokens == 2 * length == kept.max_tokens
     assert seen == [1, 1, len(prompts[0].input_ids)]
 
@@ -182,7 +185,7 @@ def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_static: Any) 
     with reading(llama) as seen:
         assert asked(engine, prompt) == asked(engine, prompt)
     assert seen == [len(prompt.input_ids)] * 2
-    assert engine.prefix.num_hits == 0
+    assert engine.prefix_stats.num_hits == 0
 
 
 def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_static: Any) -> None:
@@ -199,7 +202,7 @@ def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_static: A
 def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_static: Any) -> None:
     engine = start_static(llama)
     prompt = of(llama, "What is a fruit?", VECTORS[0])
-    unlucky = prompt.tokens[0][0, 0]
+    unlucky = prompt.media_embeds[0][0, 0]
 
     def no_numbers(_: Any, inputs: tuple[Tensor, ...]) -> Any:
         return (inputs[0].masked_fill(inputs[0][..., :1] == unlucky, torch.nan),)
@@ -208,7 +211,7 @@ def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_static: Any) -> N
     client = Client()
     try:
         engine.submit("bad", prompt, OPTIONS, client)
-        assert isinstance(client.wait(), Failure)
+        assert isinstance(client.wait(), ErrorEvent)
     finally:
         hook.remove()
     with reading(llama) as seen:
@@ -232,7 +235,7 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
         changes = {"sliding_window": 256} if has_window else {}  # prompts stay within it
         model = composed(tmp_path_factory.mktemp("lm"), families, family, **changes)
         engine = start_static(model)
-        if not engine._begins_alike:
+        if not engine._use_prefix_cache:
             whole.add(family)
         samples = [
             sample_of(model, "What is a fruit?", VECTORS[0]),
@@ -243,10 +246,10 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
         for sample in samples:
             client = Client()
             engine.submit("one", prompt_of(model, sample), OPTIONS, client)
-            assert isinstance(client.wait(), End)
-            expected = answer_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
+            assert isinstance(client.wait(), FinishEvent)
+            expected = generate_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
             assert client.ids[: len(expected)] == expected, family
-        assert (engine.prefix.num_hits > 0) == engine._begins_alike, family
+        assert (engine.prefix_stats.num_hits > 0) == engine._use_prefix_cache, family
         engine.stop()
     assert whole == WHOLE
 
@@ -260,7 +263,7 @@ def test_what_a_window_has_let_go_is_not_kept(
     samples = [sample_of(model, "What is a fruit?" * num) for num in (1, 12)]
     short, long = (prompt_of(model, sample) for sample in samples)
     lengths = [len(prompt.input_ids) for prompt in (short, long)]
-    num_there = num_alike(marks_of(short), marks_of(long))
+    num_there = num_alike(prefix_key(short), prefix_key(long))
     assert lengths[0] + NUM_NEW < window < lengths[1] and num_there >= 4
     with reading(model) as seen:
         found = [asked(engine, prompt) for prompt in (long, short, long, short)]

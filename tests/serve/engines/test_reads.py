@@ -15,10 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.generate import answer_ids, reader_of
-from multi_token.serve.engines.base import End, Failure, Prompt, SamplingOptions, Token
-from multi_token.serve.engines.local.engine import StaticEngine
-from multi_token.serve.engines.parity import find_way, may_read_beside
+from multi_token.generate import generate_ids, require_processor
+from multi_token.serve.engines.base import (
+    ErrorEvent,
+    FinishEvent,
+    Prompt,
+    SamplingParams,
+    TokenEvent,
+)
+from multi_token.serve.engines.local.engine import LocalEngine
+from multi_token.serve.engines.parity import find_batching_mode, may_read_beside
 from tests.serve.engine_parts import (
     VECTORS,
     Client,
@@ -28,8 +34,8 @@ from tests.serve.engine_parts import (
     sample_of,
 )
 
-LONG = SamplingOptions(60, ignore_end=True)
-SHORT = SamplingOptions(5, ignore_end=True)
+LONG = SamplingParams(60, ignore_eos=True)
+SHORT = SamplingParams(5, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +70,7 @@ def reading(model: Any, act: Callable[[], object]) -> Iterator[None]:
         hook.remove()
 
 
-def alone(engine: StaticEngine, prompt: Prompt, options: SamplingOptions) -> list[int]:
+def alone(engine: LocalEngine, prompt: Prompt, options: SamplingParams) -> list[int]:
     client = Client()
     engine.submit("alone", prompt, options, client)
     return client.ids
@@ -107,7 +113,7 @@ def test_a_prompt_is_answered_though_all_others_end_while_it_is_read(
     newcomer = Client()
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
     with reading(llama, lambda: waited_for(first.has_ended)):
-        engine.submit("first", prompts[0], SamplingOptions(8, ignore_end=True), first)
+        engine.submit("first", prompts[0], SamplingParams(8, ignore_eos=True), first)
         assert newcomer.ids == expected
     assert alone(engine, prompts[0], SHORT) == first.ids[:5]
 
@@ -121,9 +127,9 @@ def test_who_leaves_while_his_prompt_is_read_is_not_answered(
     first = at_token(4, lambda: engine.submit("new", prompts[1], SHORT, newcomer))
     with reading(llama, lambda: engine.cancel("new")):
         engine.submit("first", prompts[0], LONG, first)
-        assert newcomer.wait() == End("cancelled")
+        assert newcomer.wait() == FinishEvent("cancelled")
         assert first.ids == expected
-    assert not [event for event in newcomer.events if isinstance(event, Token)]
+    assert not [event for event in newcomer.events if isinstance(event, TokenEvent)]
     assert engine.num_running == 0
 
 
@@ -132,7 +138,7 @@ def test_a_prompt_that_breaks_the_model_beside_others_fails_alone(
 ) -> None:
     engine = start_static(llama, num_cache_tokens=0)
     expected = [alone(engine, prompts[0], LONG), alone(engine, prompts[1], SHORT)]
-    unlucky = prompts[1].tokens[0][0, 0]
+    unlucky = prompts[1].media_embeds[0][0, 0]
 
     def break_on_it(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if bool((inputs[0][..., :1] == unlucky).any()):
@@ -143,7 +149,7 @@ def test_a_prompt_that_breaks_the_model_beside_others_fails_alone(
     hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
     try:
         engine.submit("first", prompts[0], LONG, first)
-        assert isinstance(newcomer.wait(), Failure)
+        assert isinstance(newcomer.wait(), ErrorEvent)
         assert first.ids == expected[0]
     finally:
         hook.remove()
@@ -166,7 +172,7 @@ def test_an_engine_stops_while_a_prompt_is_read(
         engine.submit("first", prompts[0], LONG, first)
         assert is_read.wait(30)
         engine.stop()
-    assert newcomer.wait() == End("cancelled")
+    assert newcomer.wait() == FinishEvent("cancelled")
     assert not engine.is_alive
 
 
@@ -174,8 +180,8 @@ def test_a_model_that_keeps_what_it_was_given_reads_in_turn(
     families: ModuleType, tmp_path_factory: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-    filler_id = reader_of(model).chat.filler_id
-    assert find_way(model, filler_id) == "join"
+    filler_id = require_processor(model).chat.filler_id
+    assert find_batching_mode(model, filler_id) == "join"
     assert may_read_beside(model, filler_id)
     norm = model.language_model.model.norm
 
@@ -183,23 +189,21 @@ def test_a_model_that_keeps_what_it_was_given_reads_in_turn(
         module.last_length = inputs[0].shape[1]
 
     hook = norm.register_forward_pre_hook(keep)
-    find_way(model, filler_id)
+    find_batching_mode(model, filler_id)
     assert not may_read_beside(model, filler_id)
     hook.remove()
     norm.register_buffer("total", torch.zeros(()))
     norm.register_forward_pre_hook(lambda module, inputs: module.total.add_(1) and None)
-    assert find_way(model, filler_id) == "join"
+    assert find_batching_mode(model, filler_id) == "join"
     assert not may_read_beside(model, filler_id)
 
 
 def test_with_one_thread_prompts_are_read_in_turn(llama: Any) -> None:
     torch.set_num_threads(1)
-    assert not may_read_beside(llama, reader_of(llama).chat.filler_id)
+    assert not may_read_beside(llama, require_processor(llama).chat.filler_id)
 
 
-def one_by_one(
-    engine: StaticEngine, prompts: list[Prompt], options: SamplingOptions
-) -> list[Client]:
+def one_by_one(engine: LocalEngine, prompts: list[Prompt], options: SamplingParams) -> list[Client]:
     """Each comes at the third token of the one before."""
     clients: list[Client] = []
 
@@ -226,16 +230,16 @@ def test_who_is_read_beside_others_is_answered_as_by_generate_in_every_family(
         samples = [
             sample_of(model, "yes or no " * (1 + i % 3), *VECTORS[: i % 4]) for i in range(12)
         ]
-        expected = [answer_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
+        expected = [generate_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
         engine = start_static(model)
-        if engine._way == "join":
+        if engine._mode == "join":
             joining.add(family)
         if not engine._reads_beside:
             engine.stop()
             continue
         beside.add(family)
         prompts = [prompt_of(model, sample) for sample in samples]
-        clients = one_by_one(engine, prompts, SamplingOptions(14, ignore_end=True))
+        clients = one_by_one(engine, prompts, SamplingParams(14, ignore_eos=True))
         for client, own in zip(clients, expected, strict=True):
             assert client.ids[: len(own)] == own, family
         engine.stop()

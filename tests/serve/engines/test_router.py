@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from multi_token.errors import LanguageModelError
-from multi_token.generate import answer_ids
-from multi_token.serve.engines.base import End, Failure, SamplingOptions
+from multi_token.generate import generate_ids
+from multi_token.serve.engines.base import ErrorEvent, FinishEvent, SamplingParams
 from multi_token.serve.engines.vllm.engine import VllmEngine
 from multi_token.serve.errors import ServeError
 from tests.serve.asking import asked, fault_of, post
@@ -26,7 +26,7 @@ from tests.serve.vllm_parts import LOOK_S, golden_of, started
 from tests.serve.vllm_stand_in import StandIn
 
 pytestmark = pytest.mark.slow
-LONG = SamplingOptions(150, ignore_end=True)
+LONG = SamplingParams(150, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +39,19 @@ def two(llama: Any) -> Iterator[tuple[VllmEngine, StandIn, StandIn]]:
     """A gateway before two engines."""
     first, second = StandIn(llama.language_model), StandIn(llama.language_model)
     with started(llama, first, second) as engine:
-        assert first.wait_until(lambda: engine.num_engines == 2)
+        assert first.wait_until(lambda: engine.num_replicas == 2)
         yield engine, first, second
 
 
 def submitted(engine: VllmEngine, prompt: Any, options: Any = None, id: str = "r") -> Client:
     client = Client()
-    engine.submit(id, prompt, options or SamplingOptions(8), client)
+    engine.submit(id, prompt, options or SamplingParams(8), client)
     return client
 
 
 def error_of(client: Client) -> ServeError:
     end = client.wait()
-    assert isinstance(end, Failure) and isinstance(end.error, ServeError), end
+    assert isinstance(end, ErrorEvent) and isinstance(end.error, ServeError), end
     return end.error
 
 
@@ -69,7 +69,9 @@ def test_an_engine_that_dies_before_the_first_token_loses_nothing(
 ) -> None:
     engine, first, second = two
     expected = [
-        answer_ids(llama, [sample_of(llama, "What is this?", vector)], max_new_tokens=8)[0].tolist()
+        generate_ids(llama, [sample_of(llama, "What is this?", vector)], max_new_tokens=8)[
+            0
+        ].tolist()
         for vector in VECTORS
     ]
     with first.held():
@@ -79,7 +81,7 @@ def test_an_engine_that_dies_before_the_first_token_loses_nothing(
         first.die()
     assert [client.ids for client in clients] == expected * 2
     assert engine.retries["lost"] == 3
-    assert first.wait_until(lambda: engine.num_engines == 1)
+    assert first.wait_until(lambda: engine.num_replicas == 1)
     assert submitted(engine, prompts[0]).ids == expected[0]
 
 
@@ -105,7 +107,7 @@ def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
     llama: Any, prompts: list[Any]
 ) -> None:
     breaking = StandIn(llama.language_model)
-    engine = VllmEngine(llama, golden_of(llama), [breaking.url], look_s=LOOK_S)
+    engine = VllmEngine(llama, golden_of(llama), [breaking.url], health_interval_s=LOOK_S)
     with (
         running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
@@ -137,13 +139,13 @@ def test_an_engine_that_comes_back_is_proved_and_used_again(
     first.start()
     came.join(30)
     assert not came.is_alive() and engine.is_alive
-    assert submitted(engine, prompts[0]).wait() == End("length")
-    assert engine.num_engines == 1 and second.num_asked == num_asked + 1
+    assert submitted(engine, prompts[0]).wait() == FinishEvent("length")
+    assert engine.num_replicas == 1 and second.num_asked == num_asked + 1
     second.die()
-    assert second.wait_until(lambda: engine._pool.engines[1].state == "out")
+    assert second.wait_until(lambda: engine._router.replicas[1].state == "out")
     second.language_model = llama.language_model
     second.start()
-    assert second.wait_until(lambda: engine.num_engines == 2)
+    assert second.wait_until(lambda: engine.num_replicas == 2)
 
 
 def test_an_engine_that_hangs_is_given_up_and_another_one_answers(
@@ -156,7 +158,7 @@ def test_an_engine_that_hangs_is_given_up_and_another_one_answers(
             assert first.wait_until(lambda: first.num_waiting == second.num_waiting == 1)
             first.is_healthy = False
             assert second.wait_until(lambda: second.num_waiting == 2)
-        assert [client.wait() for client in clients] == [End("length")] * 2
+        assert [client.wait() for client in clients] == [FinishEvent("length")] * 2
         assert first.wait_until(lambda: first.num_waiting == 0)
 
 
@@ -164,12 +166,12 @@ def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
     llama: Any, prompts: list[Any]
 ) -> None:
     one, other = (StandIn(llama.language_model, max_num_seqs=1, max_inside=1) for _ in range(2))
-    engine = VllmEngine(llama, golden_of(llama), [one.url, other.url], look_s=LOOK_S)
+    engine = VllmEngine(llama, golden_of(llama), [one.url, other.url], health_interval_s=LOOK_S)
     with (
         running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
-        assert one.wait_until(lambda: engine.num_engines == 2)
+        assert one.wait_until(lambda: engine.num_replicas == 2)
         with one.held(), other.held():
             clients = [submitted(engine, prompts[0], id=f"r{i}") for i in range(2)]
             assert one.wait_until(lambda: one.num_waiting == other.num_waiting == 1)
@@ -178,9 +180,9 @@ def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
             assert 1 <= int(answer.headers["retry-after"]) <= 60
             stream = post(http, asked("What is a cat?"), stream=True)
             assert (stream.status_code, "retry-after" in stream.headers) == (429, True)
-        assert [client.wait() for client in clients] == [End("length")] * 2
+        assert [client.wait() for client in clients] == [FinishEvent("length")] * 2
         # as soon as one place is free, it is found
-        assert one.wait_until(lambda: not any(e.num_asked for e in engine._pool.engines))
+        assert one.wait_until(lambda: not any(e.num_in_flight for e in engine._router.replicas))
         with one.held():
             waiting = submitted(engine, prompts[1], id="a")
             assert one.wait_until(lambda: one.num_waiting == 1)
@@ -198,10 +200,10 @@ def test_errors_of_an_engine_put_it_out_until_it_is_right_again(
     engine, first, _ = two
     first.fails_with = 500  # as while vLLM shuts down, when its /health still says 200
     clients = [submitted(engine, prompts[0], id=f"r{i}") for i in range(4)]
-    assert [client.wait() for client in clients] == [End("length")] * 4
-    assert first.wait_until(lambda: engine.num_engines == 1)
+    assert [client.wait() for client in clients] == [FinishEvent("length")] * 4
+    assert first.wait_until(lambda: engine.num_replicas == 1)
     first.fails_with = None
-    assert first.wait_until(lambda: engine.num_engines == 2)
+    assert first.wait_until(lambda: engine.num_replicas == 2)
 
 
 def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
@@ -209,7 +211,7 @@ def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
 ) -> None:
     engines = [StandIn(llama.language_model) for _ in range(3)]
     with started(llama, *engines) as engine:
-        assert engines[0].wait_until(lambda: engine.num_engines == 3)
+        assert engines[0].wait_until(lambda: engine.num_replicas == 3)
         for stand_in in engines:
             stand_in.breaks_at = 0
         assert error_of(submitted(engine, prompts[0])).status == 503
@@ -228,23 +230,27 @@ def test_a_prompt_that_the_engine_does_not_take_is_a_400(llama: Any, prompts: li
 def test_the_shortest_engine_says_how_long_prompts_may_be(llama: Any, prompts: list[Any]) -> None:
     long, short = StandIn(llama.language_model), StandIn(llama.language_model, max_model_len=48)
     with started(llama, long, short) as engine:
-        assert long.wait_until(lambda: engine.num_engines == 2)
+        assert long.wait_until(lambda: engine.num_replicas == 2)
         assert engine.max_tokens == 48
         with pytest.raises(ServeError, match="lower max_tokens"):
-            submitted(engine, prompts[0], SamplingOptions(48))
+            submitted(engine, prompts[0], SamplingParams(48))
 
 
 def test_the_start_waits_for_the_first_engine_if_it_is_told_to(llama: Any) -> None:
     late = StandIn(llama.language_model)
     late.die()
-    engine = VllmEngine(llama, golden_of(llama), [late.url], look_s=LOOK_S, wait_s=0.2)
+    engine = VllmEngine(
+        llama, golden_of(llama), [late.url], health_interval_s=LOOK_S, startup_timeout_s=0.2
+    )
     with pytest.raises(LanguageModelError, match="does not answer /health"):
         engine.start()
     assert not engine.is_alive
-    engine = VllmEngine(llama, golden_of(llama), [late.url], look_s=LOOK_S, wait_s=60)
+    engine = VllmEngine(
+        llama, golden_of(llama), [late.url], health_interval_s=LOOK_S, startup_timeout_s=60
+    )
     starting = threading.Thread(target=engine.start)
     starting.start()
-    assert late.wait_until(lambda: engine._pool is not None and engine._pool.are_all_seen)
+    assert late.wait_until(lambda: engine._router is not None and engine._router.all_checked)
     assert starting.is_alive() and not engine.is_alive
     late.start()
     starting.join(30)

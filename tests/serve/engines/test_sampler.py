@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from multi_token.serve.engines.base import SamplingOptions
-from multi_token.serve.engines.sampler import draw, likeliest, with_logprobs
+from multi_token.serve.engines.base import SamplingParams
+from multi_token.serve.engines.sampler import greedy, sample, token_event
 
 
 def scores(num_ids: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(num_ids, generator=torch.Generator().manual_seed(seed))
 
 
-def by_transformers(logits: Tensor, options: SamplingOptions) -> Tensor:
+def by_transformers(logits: Tensor, options: SamplingParams) -> Tensor:
     """The probabilities [vocabulary] that its warpers leave."""
     rows = TemperatureLogitsWarper(options.temperature)(None, logits[None])  # type: ignore[arg-type]
     if options.top_k:
@@ -35,12 +35,12 @@ def by_transformers(logits: Tensor, options: SamplingOptions) -> Tensor:
 def test_tokens_come_as_often_as_transformers_says(
     top_k: int, top_p: float, temperature: float
 ) -> None:
-    options = SamplingOptions(1, temperature, top_p, top_k)
+    options = SamplingParams(1, temperature, top_p, top_k)
     logits = scores(40)
     expected = by_transformers(logits, options)
     generator = torch.Generator().manual_seed(0)
     num_draws = 4000
-    drawn = torch.tensor([draw(logits, options, generator) for _ in range(num_draws)])
+    drawn = torch.tensor([sample(logits, options, generator) for _ in range(num_draws)])
     often = torch.bincount(drawn, minlength=40) / num_draws
     assert bool((often[expected == 0] == 0).all())
     assert float((often - expected).abs().max()) < 0.03
@@ -51,36 +51,36 @@ def test_a_flat_distribution_is_sorted_as_a_whole_for_top_p() -> None:
     logits = torch.zeros(5000)
     logits[:10] = -20.0
     generator = torch.Generator().manual_seed(0)
-    options = SamplingOptions(1, 1.0, top_p=0.99)
-    drawn = {draw(logits, options, generator) for _ in range(2000)}
+    options = SamplingParams(1, 1.0, top_p=0.99)
+    drawn = {sample(logits, options, generator) for _ in range(2000)}
     assert len(drawn) > 1500
     assert min(drawn) >= 10
 
 
 def test_a_seed_alone_says_what_is_drawn() -> None:
-    options = SamplingOptions(1, 1.0)
+    options = SamplingParams(1, 1.0)
     first, second = (
-        [draw(scores(300, i), options, generator) for i in range(20)]
+        [sample(scores(300, i), options, generator) for i in range(20)]
         for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5))
     )
     assert first == second
     other = torch.Generator().manual_seed(6)
-    assert [draw(scores(300, i), options, other) for i in range(20)] != first
+    assert [sample(scores(300, i), options, other) for i in range(20)] != first
 
 
 def test_the_likeliest_is_named_and_rows_without_numbers_are_known() -> None:
     rows = torch.stack([scores(50), scores(50, 1), scores(50, 2), torch.full((50,), -torch.inf)])
     rows[1, 7] = torch.nan
     rows[2, 3] = -torch.inf
-    ids, are_numbers = likeliest(rows)
+    ids, are_numbers = greedy(rows)
     assert are_numbers == [True, False, True, False]
     assert [ids[0], ids[2]] == [int(rows[0].argmax()), int(rows[2].argmax())]
 
 
 def test_logprobs_are_of_all_ids() -> None:
     logits = scores(50)
-    token = with_logprobs(logits, 9, 2)
+    token = token_event(logits, 9, 2)
     expected = logits.log_softmax(-1)
     assert token.logprob == pytest.approx(float(expected[9]))
     assert [i for i, _ in token.top] == logits.topk(2).indices.tolist()
-    assert with_logprobs(logits, 9, 0).top == ()
+    assert token_event(logits, 9, 0).top == ()

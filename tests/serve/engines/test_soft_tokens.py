@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from multi_token.errors import LanguageModelError
-from multi_token.generate import answer_ids
-from multi_token.serve.engines.base import Prompt, SamplingOptions
+from multi_token.generate import generate_ids
+from multi_token.serve.engines.base import Prompt, SamplingParams
 from multi_token.serve.engines.continuous import ContinuousEngine
 from multi_token.serve.engines.soft_tokens import SoftEmbedding, SoftIds, soft_embedding
 from multi_token.serve.errors import ServeError
@@ -47,7 +47,7 @@ def make(llama: Any) -> Iterator[Callable[..., ContinuousEngine]]:
 
 def asked(engine: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     clients = [Client() for _ in prompts]
-    together(engine, prompts, [SamplingOptions(NUM_NEW)] * len(prompts), clients)
+    together(engine, prompts, [SamplingParams(NUM_NEW)] * len(prompts), clients)
     return [client.ids for client in clients]
 
 
@@ -142,7 +142,7 @@ def test_the_embedding_is_the_models_own_again_afterwards(llama: Any) -> None:
 def test_no_answer_is_by_what_lay_there_before(llama: Any, make: Any) -> None:
     """The pool holds three rows, so the second content takes the place of the first."""
     samples = [sample_of(llama, "What is this?", vector) for vector in VECTORS[:2]]
-    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+    alone = [generate_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     assert alone[0] != alone[1]
     engine = make(num_soft_tokens=3, page_size=4)
     prompts = [prompt_of(llama, sample) for sample in samples]
@@ -155,27 +155,27 @@ def test_no_answer_is_by_what_lay_there_before(llama: Any, make: Any) -> None:
 def test_what_many_ask_at_once_fits_into_a_small_cache(llama: Any, make: Any) -> None:
     """Prompts are put back and read again while others are answered."""
     samples = [sample_of(llama, text, v) for v in VECTORS for text in ("yes or no", "What is it?")]
-    alone = [answer_ids(llama, [s], max_new_tokens=40)[0].tolist() for s in samples]
+    alone = [generate_ids(llama, [s], max_new_tokens=40)[0].tolist() for s in samples]
     prompts = [prompt_of(llama, sample) for sample in samples]
     engine = make(num_cache_tokens=96, page_size=8, max_step_tokens=16)
     assert engine.max_tokens <= 96
     clients = [Client() for _ in prompts]
-    together(engine, prompts, [SamplingOptions(40)] * len(prompts), clients)
+    together(engine, prompts, [SamplingParams(40)] * len(prompts), clients)
     assert [client.ids for client in clients] == alone
     with pytest.raises(ServeError, match="limit"):
-        engine.submit("long", prompts[0], SamplingOptions(96), Client())
+        engine.submit("long", prompts[0], SamplingParams(96), Client())
     assert engine.is_alive
 
 
 def test_a_tenant_finds_only_what_it_has_asked_itself(llama: Any, make: Any) -> None:
     engine = make(page_size=4)
     sample = sample_of(llama, "What is a fruit?")
-    alone = answer_ids(llama, [sample], max_new_tokens=NUM_NEW)[0].tolist()
+    alone = generate_ids(llama, [sample], max_new_tokens=NUM_NEW)[0].tolist()
     prompt = prompt_of(llama, sample)
     num_cached = []
     for tenant in ("a", "b", "a", "", "b", ""):
         client = Client()
-        engine.submit("one", replace(prompt, tenant=tenant), SamplingOptions(NUM_NEW), client)
+        engine.submit("one", replace(prompt, tenant=tenant), SamplingParams(NUM_NEW), client)
         assert client.ids == alone
         num_cached.append(client.events[0].num_cached)
     shared = (len(prompt.input_ids) - 1) // 4 * 4
@@ -184,7 +184,7 @@ def test_a_tenant_finds_only_what_it_has_asked_itself(llama: Any, make: Any) -> 
 
 def test_ids_that_are_used_up_begin_anew_with_an_empty_cache(llama: Any, make: Any) -> None:
     samples = [sample_of(llama, "What is this?", vector) for vector in VECTORS]
-    alone = [answer_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
+    alone = [generate_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     engine = make(num_soft_tokens=3, page_size=4)
     engine._ids.max_id = engine._soft.num_ids + 7
     prompts = [prompt_of(llama, sample) for sample in samples]
@@ -197,7 +197,7 @@ def test_more_media_than_are_kept_are_refused(llama: Any, make: Any) -> None:
     engine = make(num_soft_tokens=5)
     two = prompt_of(llama, sample_of(llama, "Which?", *VECTORS[:2]))
     with pytest.raises(ServeError, match="send fewer items"):
-        engine.submit("two", two, SamplingOptions(NUM_NEW), Client())
+        engine.submit("two", two, SamplingParams(NUM_NEW), Client())
 
 
 def test_the_language_model_is_as_it_was_when_the_engine_has_stopped(llama: Any, make: Any) -> None:

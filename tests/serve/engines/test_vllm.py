@@ -20,10 +20,10 @@ import torch
 from multi_token.checkpoint.load import compose
 from multi_token.convert.export import export
 from multi_token.errors import CheckpointError, LanguageModelError
-from multi_token.generate import answer_ids
+from multi_token.generate import generate_ids
 from multi_token.recipe.recipe import Recipe
-from multi_token.serve.engines.base import End, SamplingOptions
-from multi_token.serve.engines.vllm.embeddings import PromptEmbeddings
+from multi_token.serve.engines.base import FinishEvent, SamplingParams
+from multi_token.serve.engines.vllm.embeddings import PromptEmbedder
 from multi_token.serve.engines.vllm.golden import read_golden
 from multi_token.serve.settings import ServeSettings
 from tests.serve.asking import BLUE, PICTURE, QUESTION, VECTOR, asked, content_of, post
@@ -156,14 +156,14 @@ def test_a_client_that_leaves_frees_the_place_in_the_engine(model: Any) -> None:
     with started(model, stand_in) as engine:
         with stand_in.held():
             waiting = Client()
-            engine.submit("waits", prompt, SamplingOptions(5), waiting)
+            engine.submit("waits", prompt, SamplingParams(5), waiting)
             assert stand_in.wait_until(lambda: stand_in.num_waiting == 1)
             engine.cancel("waits")
-            assert waiting.wait() == End("cancelled")
+            assert waiting.wait() == FinishEvent("cancelled")
             assert stand_in.wait_until(lambda: stand_in.num_waiting == 0)
         leaver = Client(lambda _: engine.cancel("leaves") if len(leaver.events) == 3 else None)
-        engine.submit("leaves", prompt, SamplingOptions(200, ignore_end=True), leaver)
-        assert leaver.wait() == End("cancelled") and len(leaver.events) == 4
+        engine.submit("leaves", prompt, SamplingParams(200, ignore_eos=True), leaver)
+        assert leaver.wait() == FinishEvent("cancelled") and len(leaver.events) == 4
         assert stand_in.wait_until(lambda: stand_in.num_running == 0)
         assert (engine.num_running, engine.num_waiting) == (0, 0)
 
@@ -175,15 +175,15 @@ def test_families_that_multiply_embeddings_are_answered_wherever_the_engine_does
     """Inside its look-up, so that it must come multiplied, or behind it, so that it must not."""
     for family in ("Gemma3", "Gemma2", "Granite", "Falcon-H1"):
         model = composed(tmp_path / family, families, family)
-        scale = PromptEmbeddings.of(model).scale
+        scale = PromptEmbedder.of(model).scale
         sample = sample_of(model, "What is this?", VECTORS[0])
-        alone = answer_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
+        alone = generate_ids(model, [sample], max_new_tokens=NUM_NEW)[0].tolist()
         for multiplies in {1.0, scale}:
             outside = model.capabilities.embedding_scale
             stand_in = StandIn(model.language_model, multiplies=multiplies, multiplies_ids=outside)
             with started(model, stand_in) as engine:
                 client = Client()
-                engine.submit("r", prompt_of(model, sample), SamplingOptions(NUM_NEW), client)
+                engine.submit("r", prompt_of(model, sample), SamplingParams(NUM_NEW), client)
                 assert client.ids == alone, (family, multiplies)
 
 
@@ -215,19 +215,19 @@ def test_an_engine_that_is_wrong_is_refused_with_the_reason(
 
 
 def test_log_probabilities_tell_a_model_that_only_begins_alike() -> None:
-    from multi_token.serve.engines.base import Token
-    from multi_token.serve.engines.vllm.golden import Golden
+    from multi_token.serve.engines.base import TokenEvent
+    from multi_token.serve.engines.vllm.golden import GoldenRequest
 
-    golden = Golden((1, 2), (5, 6, 7), (-1.0, -2.0, -0.5))
-    same = [Token(5, -1.01), Token(6, -2.0), Token(7, -0.5)]
-    assert golden.disagreement(same, 0.02) is None
-    assert "log-probability" in str(golden.disagreement([*same[:2], Token(7, -0.9)], 0.02))
+    golden = GoldenRequest((1, 2), (5, 6, 7), (-1.0, -2.0, -0.5))
+    same = [TokenEvent(5, -1.01), TokenEvent(6, -2.0), TokenEvent(7, -0.5)]
+    assert golden.mismatch(same, 0.02) is None
+    assert "log-probability" in str(golden.mismatch([*same[:2], TokenEvent(7, -0.9)], 0.02))
     # equally likely within rounding: the other one was chosen, and what follows says nothing
-    tied = [same[0], Token(8, -1.99, ((8, -1.99), (6, -2.0))), Token(9, -4.0)]
-    assert golden.disagreement(tied, 0.02) is None
+    tied = [same[0], TokenEvent(8, -1.99, ((8, -1.99), (6, -2.0))), TokenEvent(9, -4.0)]
+    assert golden.mismatch(tied, 0.02) is None
     parted = [same[0], replace(tied[1], top=((8, -1.99), (6, -2.5))), tied[2]]
-    assert "expected [5, 6, 7]" in str(golden.disagreement(parted, 0.02))
-    assert "2 tokens came" in str(golden.disagreement(same[:2], 0.02))
+    assert "expected [5, 6, 7]" in str(golden.mismatch(parted, 0.02))
+    assert "2 tokens came" in str(golden.mismatch(same[:2], 0.02))
 
 
 def test_a_folder_that_is_no_export_is_refused_with_the_command(
@@ -280,7 +280,7 @@ def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_ri
     families: ModuleType, tmp_path: Path
 ) -> None:
     from multi_token.language_model.loading import (
-        _without_layers,
+        _load_without_layers,
         load_embeddings,
         load_language_model,
     )
@@ -297,5 +297,5 @@ def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_ri
         assert found.config.to_dict() == expected.config.to_dict(), family
         assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
         assert sum(p.numel() for p in found.parameters()) < 0.9 * expected.num_parameters()
-        whole |= {family} if _without_layers(name, None, "auto") is None else set()
+        whole |= {family} if _load_without_layers(name, None, "auto") is None else set()
     assert whole == {"Mamba2", "Falcon-H1", "Gemma3n", "Gemma4", "xLSTM"}

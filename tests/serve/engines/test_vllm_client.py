@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.serve.engines.base import SamplingOptions, Token
-from multi_token.serve.engines.vllm.client import EngineFault, completion_body, read_event
+from multi_token.serve.engines.base import SamplingParams, TokenEvent
+from multi_token.serve.engines.vllm.client import EngineError, completion_body, read_event
 
 
 def event(**choice: Any) -> dict[str, Any]:
@@ -31,12 +31,12 @@ def test_events_become_tokens_with_the_likeliest_ids() -> None:
     fields = event(text="S", token_ids=[60], logprobs=logprobs, finish_reason=None)
     delta = read_event(fields, num_top=2)
     assert delta is not None and delta.finish is None
-    assert delta.tokens == (Token(60, -3.5, ((361, -1.25), (7, -2.0))),)
+    assert delta.tokens == (TokenEvent(60, -3.5, ((361, -1.25), (7, -2.0))),)
     none = read_event(fields)
-    assert none is not None and none.tokens == (Token(60, -3.5),)
+    assert none is not None and none.tokens == (TokenEvent(60, -3.5),)
     several = read_event(event(token_ids=[5, 6], finish_reason="stop", stop_reason=6))
     assert several is not None
-    assert several.tokens == (Token(5), Token(6))
+    assert several.tokens == (TokenEvent(5), TokenEvent(6))
     assert (several.finish, several.stop_id) == ("stop", 6)
     assert read_event({"choices": [], "usage": {"prompt_tokens": 18}}) is None
 
@@ -56,26 +56,26 @@ def test_events_become_tokens_with_the_likeliest_ids() -> None:
     ],
 )
 def test_what_is_no_event_of_an_answer_is_a_fault(fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(EngineFault) as fault:
+    with pytest.raises(EngineError) as fault:
         read_event(fields)
     assert fault.value.reason == reason
 
 
 def test_a_body_names_every_field_that_vllm_would_fill_from_a_generation_config() -> None:
-    options = SamplingOptions(5, seed=2**63 + 1, num_logprobs=0)
+    options = SamplingParams(5, seed=2**63 + 1, num_logprobs=0)
     body = json.loads(completion_body([1, 2], options, model="m", end_ids={9, 4}, salt="s"))
     assert body["prompt"] == [1, 2] and "prompt_embeds" not in body
     assert body["stop_token_ids"] == [4, 9] and not body["ignore_eos"]
     assert (body["seed"], body["logprobs"], body["cache_salt"]) == (1, 0, "s")
     filled = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     assert {name: body[name] for name in filled} == filled
-    on = SamplingOptions(5, ignore_end=True)
+    on = SamplingParams(5, ignore_eos=True)
     assert json.loads(completion_body([1], on, model="m", end_ids={4}))["stop_token_ids"] == []
 
 
 def test_embeddings_are_written_in_their_own_precision_and_nothing_beside_them() -> None:
     rows = torch.randn(1000, 64, dtype=torch.bfloat16)
-    body = json.loads(completion_body(rows[:2], SamplingOptions(1), model="m", end_ids=()))
+    body = json.loads(completion_body(rows[:2], SamplingParams(1), model="m", end_ids=()))
     data = base64.b64decode(body["prompt_embeds"])
     assert len(data) < 4096, "a part of a tensor must not bring the whole of it"
     found = torch.load(io.BytesIO(data), weights_only=True)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import DecodeLimits
+from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
 from multi_token.testing.audio import tone
 from multi_token.testing.text import write_pdf
@@ -41,7 +41,7 @@ def pool(all_senses: dict[str, Any]) -> Iterator[MediaPool]:
         num_workers=1,
         timeout_s=5.0,
         memory_bytes=512 * MIB,
-        limits=DecodeLimits(max_bytes=8 * MIB, max_prepared_bytes=64 * MIB),
+        limits=MediaLimits(max_bytes=8 * MIB, max_prepared_bytes=64 * MIB),
     )
     made.start()
     yield made

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from multi_token.serve.media.limits import DecodeLimits, limited
-from multi_token.serve.media.protocol import frame, opened, packed
-from multi_token.serve.media.worker import answered
+from multi_token.serve.media.limits import MediaLimits, apply_limits
+from multi_token.serve.media.protocol import decode_frame, encode_frame, serialize_source
+from multi_token.serve.media.worker import decode_item
 from multi_token.serve.media_embeddings import content_key
 from multi_token.testing.text import write_pdf
 from multi_token.types import Prepared
@@ -30,18 +30,18 @@ SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
 
 
 def test_limits_lower_what_a_sense_allows_and_raise_nothing(all_senses: dict[str, Any]) -> None:
-    low, high = DecodeLimits(max_pixels=100, max_seconds=1.0), DecodeLimits(max_pixels=10**12)
+    low, high = MediaLimits(max_pixels=100, max_seconds=1.0), MediaLimits(max_pixels=10**12)
     image, speech = all_senses["image"], all_senses["speech"]
-    assert limited(image, low).max_pixels == 100  # type: ignore[reportAttributeAccessIssue]
-    assert limited(speech, low).max_seconds == 1.0  # type: ignore[reportAttributeAccessIssue]
-    assert limited(image, high) == image
+    assert apply_limits(image, low).max_pixels == 100  # type: ignore[reportAttributeAccessIssue]
+    assert apply_limits(speech, low).max_seconds == 1.0  # type: ignore[reportAttributeAccessIssue]
+    assert apply_limits(image, high) == image
     vector = all_senses["vector"]
-    assert limited(vector, low) == vector
+    assert apply_limits(vector, low) == vector
 
 
 def test_every_limit_of_a_built_in_sense_has_one_above_it(all_senses: dict[str, Any]) -> None:
     """A new field `max_...` must be added to limits.py, or be named here with the reason."""
-    lowest = DecodeLimits(**dict.fromkeys(DecodeLimits.model_fields, 1))
+    lowest = MediaLimits(**dict.fromkeys(MediaLimits.model_fields, 1))
     bounded_by_others = {"max_chunks"}  # of max_characters
     for modality in all_senses.values():
         fields = type(modality).model_fields
@@ -49,14 +49,14 @@ def test_every_limit_of_a_built_in_sense_has_one_above_it(all_senses: dict[str, 
             modality = modality.model_copy(update={"num_frames": 1})
         for name in fields:
             if name.startswith("max_") and name not in bounded_by_others:
-                assert getattr(limited(modality, lowest), name) == 1, (modality.type, name)
+                assert getattr(apply_limits(modality, lowest), name) == 1, (modality.type, name)
 
 
 def test_a_film_keeps_the_number_of_frames_that_its_encoder_takes(
     all_senses: dict[str, Any],
 ) -> None:
     film = all_senses["video"].model_copy(update={"fps": None, "num_frames": 8, "max_frames": 128})
-    low = limited(film, DecodeLimits(max_frames=4, max_film_pixels=8_000))
+    low = apply_limits(film, MediaLimits(max_frames=4, max_film_pixels=8_000))
     assert (low.num_frames, low.max_frames) == (8, 8)  # type: ignore[reportAttributeAccessIssue]
     assert low.max_pixels == 1_000  # type: ignore[reportAttributeAccessIssue]
     assert type(low).model_validate(low.model_dump()) == low
@@ -99,8 +99,10 @@ def test_a_worker_that_were_handed_a_path_would_not_read_it(
         for source in secret_sources(path):
             if name == "text" and isinstance(source, str):
                 continue
-            request = frame({"modality": name, "source": packed(source, max_numbers=100)[0]})
-            header, _ = opened(answered(all_senses, request, SETUP)[0])
+            request = encode_frame(
+                {"modality": name, "source": serialize_source(source, max_numbers=100)[0]}
+            )
+            header, _ = decode_frame(decode_item(all_senses, request, SETUP)[0])
             assert header.get("fault") in ("media", "error"), (name, source, header)
 
 
@@ -112,8 +114,10 @@ def test_a_text_that_looks_like_a_path_is_a_text(
     Path(path).write_text("word " * 100)
     for name, source in (("document", {"text": path}), ("text", path), ("joint", {"text": path})):
         ids = [key for key in prepare(all_senses[name], source).inputs if "input_ids" in key]
-        request = frame({"modality": name, "source": packed(source, max_numbers=9)[0]})
-        _, (blob,) = opened(answered(all_senses, request, SETUP)[0])
+        request = encode_frame(
+            {"modality": name, "source": serialize_source(source, max_numbers=9)[0]}
+        )
+        _, (blob,) = decode_frame(decode_item(all_senses, request, SETUP)[0])
         from safetensors.torch import load
 
         told = load(blob)[ids[0]]

@@ -26,7 +26,7 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import DecodeLimits
+from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
 from multi_token.types import Media, Prepared
 from tests.serve.strangers import children, is_gone
@@ -83,7 +83,7 @@ def senses(trial: Any, parts: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pool(senses: dict[str, Any]) -> Iterator[MediaPool]:
-    limits = DecodeLimits(max_bytes=4 * MIB, max_numbers=1000, max_prepared_bytes=MIB)
+    limits = MediaLimits(max_bytes=4 * MIB, max_numbers=1000, max_prepared_bytes=MIB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTI_TOKEN_API_KEY", SECRET)
         patch.setenv("HF_TOKEN", SECRET)
@@ -328,7 +328,7 @@ def test_what_waits_takes_so_much_memory_at_most(pool: MediaPool) -> None:
     refused = [result for result in results if getattr(result, "status", 0) == 429]
     assert 4 <= len(refused) <= 6
     assert all(error.retry_after for error in refused)
-    assert pool._num_bytes == 0
+    assert pool._num_queued_bytes == 0
 
 
 def test_a_stopped_pool_says_503(senses: dict[str, Any]) -> None:
@@ -337,7 +337,7 @@ def test_a_stopped_pool_says_503(senses: dict[str, Any]) -> None:
 
 
 def test_limits_are_put_onto_the_senses_of_a_pool(pool: MediaPool) -> None:
-    assert pool.modalities["image"].max_pixels == DecodeLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
+    assert pool.modalities["image"].max_pixels == MediaLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
 
 
 def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None:

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multi_token.errors import MediaError
-from multi_token.serve.media.protocol import frame, opened, packed, read_frame, unpacked
+from multi_token.serve.media.protocol import (
+    decode_frame,
+    deserialize_source,
+    encode_frame,
+    read_frame,
+    serialize_source,
+)
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 # "bytes" and "object" are words of the wire as well
@@ -24,30 +30,30 @@ SOURCES = st.recursive(
 
 @given(SOURCES)
 def test_a_source_comes_out_as_it_went_in(source: Any) -> None:
-    tree, blobs = packed(source, max_numbers=1_000)
-    whole = frame({"source": tree}, blobs)
+    tree, blobs = serialize_source(source, max_numbers=1_000)
+    whole = encode_frame({"source": tree}, blobs)
     read = read_frame(io.BytesIO(whole).read, most=len(whole))
     assert read == whole
-    header, again = opened(whole)
-    assert unpacked(header["source"], again) == source
+    header, again = decode_frame(whole)
+    assert deserialize_source(header["source"], again) == source
 
 
 @given(
     st.lists(st.binary(max_size=40), min_size=1, max_size=3), st.integers(min_value=1, max_value=7)
 )
 def test_frames_are_read_one_by_one_however_they_arrive(blobs: list[bytes], piece: int) -> None:
-    stream = io.BytesIO(frame({"a": 1}, blobs) + frame({"b": 2}))
+    stream = io.BytesIO(encode_frame({"a": 1}, blobs) + encode_frame({"b": 2}))
 
     def read(size: int) -> bytes:
         return stream.read(min(size, piece))
 
-    assert opened(read_frame(read, most=1_000) or b"") == ({"a": 1}, blobs)
-    assert opened(read_frame(read, most=1_000) or b"") == ({"b": 2}, [])
+    assert decode_frame(read_frame(read, most=1_000) or b"") == ({"a": 1}, blobs)
+    assert decode_frame(read_frame(read, most=1_000) or b"") == ({"b": 2}, [])
     assert read_frame(read, most=1_000) is None
 
 
 def test_half_a_frame_and_one_that_is_too_long_are_refused() -> None:
-    whole = frame({"a": 1}, [b"xyz"])
+    whole = encode_frame({"a": 1}, [b"xyz"])
     for size in range(1, len(whole)):
         with pytest.raises(EOFError):
             read_frame(io.BytesIO(whole[:size]).read, most=1_000)
@@ -56,12 +62,12 @@ def test_half_a_frame_and_one_that_is_too_long_are_refused() -> None:
 
 
 def test_blobs_that_are_not_there_are_not_made_up() -> None:
-    whole = frame({"a": 1}, [b"xyz"])
+    whole = encode_frame({"a": 1}, [b"xyz"])
     with pytest.raises(ValueError, match="another length"):
-        opened(whole.replace(b"[3]", b"[9]"))
+        decode_frame(whole.replace(b"[3]", b"[9]"))
 
 
 @pytest.mark.parametrize("source", [object(), {1: 2}, {"a": {3, 4}}, [1.0] * 11, [[0] * 6] * 2])
 def test_what_is_no_source_is_refused(source: Any) -> None:
     with pytest.raises(MediaError):
-        packed(source, max_numbers=10)
+        serialize_source(source, max_numbers=10)

@@ -17,14 +17,14 @@ import pytest
 from multi_token.modalities.joint import JointModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.sizes import size_of
-from multi_token.serve.media.totals import MediaTotals, Size, TotalLimits
+from multi_token.serve.media.totals import MediaSize, RequestMediaBudget, RequestMediaLimits
 from multi_token.testing.audio import tone
 from multi_token.testing.video import noise_frames, write_video
 from tests.serve.asking import QUESTION, VECTOR, asked, content_of, fault_of
 from tests.serve.running_server import RunningServer, data_url, png, running
 from tests.serve.strangers import STRANGER
 
-LIMITS = TotalLimits(
+LIMITS = RequestMediaLimits(
     max_bytes=20_000,
     max_pixels=2_000,
     max_frames=10,
@@ -38,17 +38,19 @@ LIMITS = TotalLimits(
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (Size(bytes=15_000), "30,000 bytes as far"),
-        (Size(pixels=1_500), "3,000 pixels"),
-        (Size(frames=6), "12 frames"),
-        (Size(seconds=1.34), "2.7 seconds of sound"),
-        (Size(characters=60), "120 characters"),
-        (Size(prepared_bytes=600_000), "1,200,000 bytes for their encoders"),
-        (Size(tokens=21), "42 tokens"),
+        (MediaSize(bytes=15_000), "30,000 bytes as far"),
+        (MediaSize(pixels=1_500), "3,000 pixels"),
+        (MediaSize(frames=6), "12 frames"),
+        (MediaSize(seconds=1.34), "2.7 seconds of sound"),
+        (MediaSize(characters=60), "120 characters"),
+        (MediaSize(prepared_bytes=600_000), "1,200,000 bytes for their encoders"),
+        (MediaSize(tokens=21), "42 tokens"),
     ],
 )
-def test_a_sum_over_its_limit_is_told_with_the_limit_and_what_helps(size: Size, words: str) -> None:
-    totals = MediaTotals(LIMITS, 3)
+def test_a_sum_over_its_limit_is_told_with_the_limit_and_what_helps(
+    size: MediaSize, words: str
+) -> None:
+    totals = RequestMediaBudget(LIMITS, 3)
     totals.add(size)
     with pytest.raises(ServeError) as refused:
         totals.add(size)
@@ -61,11 +63,11 @@ def test_a_sum_over_its_limit_is_told_with_the_limit_and_what_helps(size: Size, 
 
 
 def test_every_size_has_a_limit_and_every_limit_a_size() -> None:
-    assert {f"max_{name}" for name in vars(Size())} == set(TotalLimits.model_fields)
+    assert {f"max_{name}" for name in vars(MediaSize())} == set(RequestMediaLimits.model_fields)
 
 
 def test_an_item_that_comes_alone_has_its_own_limits_only() -> None:
-    MediaTotals(LIMITS, 1).add(Size(pixels=10**9, seconds=600.0, tokens=10**6))
+    RequestMediaBudget(LIMITS, 1).add(MediaSize(pixels=10**9, seconds=600.0, tokens=10**6))
 
 
 @pytest.mark.slow
@@ -160,5 +162,5 @@ def test_what_stands_behind_a_sum_that_is_too_much_is_not_decoded(small: Running
     before = num_decoded(small)
     assert ask(small, *pictures(30)).status_code == 413
     assert num_decoded(small) - before < 10
-    assert small.wait_until(lambda: small.service.pool.num_waiting == 0)
-    assert small.service.admission.num_inside == 0
+    assert small.wait_until(lambda: small.service.media_pool.num_waiting == 0)
+    assert small.service.admission.num_admitted == 0

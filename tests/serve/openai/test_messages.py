@@ -11,11 +11,11 @@ import pytest
 
 from multi_token.chat.format import ChatFormat
 from multi_token.serve.errors import ServeError
-from multi_token.serve.openai.literal import Literals
-from multi_token.serve.openai.messages import PartReader
+from multi_token.serve.openai.literal import SpecialTokenEscaper
+from multi_token.serve.openai.messages import MessageParser
 from multi_token.serve.openai.protocol import parse_chat
 from multi_token.testing.language_models import tiny_tokenizer
-from multi_token.types import Conversation, Media, Message, Place, Text
+from multi_token.types import Conversation, Media, MediaSpan, Message, Text
 from tests.serve.running_server import b64, data_url, npy, png
 
 EVERYTHING = {
@@ -27,15 +27,15 @@ EVERYTHING = {
 }
 
 
-def read(reader: PartReader, *content: Any, role: str = "user") -> Conversation:
+def read(reader: MessageParser, *content: Any, role: str = "user") -> Conversation:
     messages = [{"role": role, "content": list(content)}]
     if role != "user":
         messages.append({"role": "user", "content": "x"})
     request, _ = parse_chat({"messages": messages})
-    return reader.conversation(request.messages)
+    return reader.parse_messages(request.messages)
 
 
-def refused(reader: PartReader, *content: Any, role: str = "user") -> ServeError:
+def refused(reader: MessageParser, *content: Any, role: str = "user") -> ServeError:
     with pytest.raises(ServeError) as caught:
         read(reader, *content, role=role)
     assert caught.value.status == 400
@@ -60,13 +60,13 @@ def refused(reader: PartReader, *content: Any, role: str = "user") -> ServeError
     ids=str,
 )
 def test_a_part_goes_to_the_one_sense_that_reads_it(part: dict[str, Any], name: str) -> None:
-    assert read(PartReader(EVERYTHING), part).media == (Media(name, b"abc"),)
+    assert read(MessageParser(EVERYTHING), part).media == (Media(name, b"abc"),)
 
 
 def test_the_order_of_parts_is_kept() -> None:
     text = {"type": "text", "text": "a"}
     part = {"type": "image_url", "image_url": data_url(b"1")}
-    (message,) = read(PartReader(EVERYTHING), part, text, part, part, text).messages
+    (message,) = read(MessageParser(EVERYTHING), part, text, part, part, text).messages
     assert [type(p) for p in message.parts] == [Media, Text, Media, Media, Text]
 
 
@@ -84,13 +84,13 @@ def test_several_or_no_senses_are_refused_by_name(
     types: dict[str, str], kind: str, words: list[str]
 ) -> None:
     part = {"type": f"{kind}_url", f"{kind}_url": data_url(b"x")}
-    error = refused(PartReader(types), part)
+    error = refused(MessageParser(types), part)
     assert all(word in str(error) for word in [*words, '"type": "media", "modality"'])
     assert error.param == f"messages.0.content.0.{kind}_url"
 
 
 def test_the_name_of_a_sense_in_a_part_tells_it_from_others_of_its_type() -> None:
-    reader = PartReader({"image": "image", "left_camera": "image"})
+    reader = MessageParser({"image": "image", "left_camera": "image"})
     left = {"type": "left_camera_url", "left_camera_url": {"url": data_url(b"l")}}
     own = {"type": "image_url", "image_url": {"url": data_url(b"i")}}
     assert read(reader, left, own).media == (Media("left_camera", b"l"), Media("image", b"i"))
@@ -101,13 +101,13 @@ def test_a_joint_sense_alone_takes_any_kind() -> None:
         {"type": f"{kind}_url", f"{kind}_url": data_url(b"x")}
         for kind in ("image", "audio", "video")
     ]
-    assert [m.modality for m in read(PartReader({"any": "joint"}), *parts).media] == ["any"] * 3
+    assert [m.modality for m in read(MessageParser({"any": "joint"}), *parts).media] == ["any"] * 3
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "assistant"])
 def test_only_a_user_sends_media(role: str) -> None:
     part = {"type": "image_url", "image_url": data_url(b"x")}
-    assert "holds media" in str(refused(PartReader(EVERYTHING), part, role=role))
+    assert "holds media" in str(refused(MessageParser(EVERYTHING), part, role=role))
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,20 @@ def test_only_a_user_sends_media(role: str) -> None:
     ],
 )
 def test_paths_and_broken_addresses_are_refused(address: str) -> None:
-    for reader in (PartReader(EVERYTHING), PartReader(EVERYTHING, takes_urls=True)):
+    for reader in (MessageParser(EVERYTHING), MessageParser(EVERYTHING, allow_urls=True)):
         refused(reader, {"type": "image_url", "image_url": address})
         refused(reader, {"type": "media", "modality": "heart", "url": address})
 
 
 def test_the_web_is_left_to_the_pool_and_only_where_it_is_allowed() -> None:
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-    assert refused(PartReader(EVERYTHING), part).code == "urls_not_allowed"
-    (item,) = read(PartReader(EVERYTHING, takes_urls=True), part).media
+    assert refused(MessageParser(EVERYTHING), part).code == "urls_not_allowed"
+    (item,) = read(MessageParser(EVERYTHING, allow_urls=True), part).media
     assert item.source == "https://example.org/a.png"
 
 
 def test_numbers_become_an_array_file() -> None:
-    reader = PartReader({"v": "vector"})
+    reader = MessageParser({"v": "vector"})
     part = {"type": "media", "modality": "v", "data": [1, 2.5]}
     assert read(reader, part).media == (Media("v", npy(1, 2.5)),)
     wrong: list[Any] = [[], [[1], [1, 2]], [[[1]]], [True], ["1"], [None], [10**400]]
@@ -152,17 +152,19 @@ def test_numbers_become_an_array_file() -> None:
 
 def test_more_than_the_limit_is_refused() -> None:
     part = {"type": "image_url", "image_url": data_url(b"x")}
-    assert "limit is 2" in str(refused(PartReader(EVERYTHING, max_media=2), part, part, part))
+    assert "limit is 2" in str(refused(MessageParser(EVERYTHING, max_media=2), part, part, part))
     text = {"type": "text", "text": "x" * 600_000}
-    assert "characters" in str(refused(PartReader(EVERYTHING), text, text))
-    assert "parts" in str(refused(PartReader(EVERYTHING), *[{"type": "text", "text": ""}] * 1025))
+    assert "characters" in str(refused(MessageParser(EVERYTHING), text, text))
+    assert "parts" in str(
+        refused(MessageParser(EVERYTHING), *[{"type": "text", "text": ""}] * 1025)
+    )
     request, _ = parse_chat({"messages": [{"role": "user", "content": "x"}] * 4})
     with pytest.raises(ServeError, match="4 messages"):
-        PartReader(EVERYTHING, max_messages=3).conversation(request.messages)
+        MessageParser(EVERYTHING, max_messages=3).parse_messages(request.messages)
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:
-    refused(PartReader({}), {"type": "text", "text": "\ud800"})
+    refused(MessageParser({}), {"type": "text", "text": "\ud800"})
 
 
 SPELLED = [
@@ -176,17 +178,17 @@ SPELLED = [
 ]
 
 
-def ids_of(conversation: Conversation, num_tokens: int = 3) -> tuple[list[int], list[Place]]:
+def ids_of(conversation: Conversation, num_tokens: int = 3) -> tuple[list[int], list[MediaSpan]]:
     """As the server makes them."""
     chat = ChatFormat(tiny_tokenizer())
-    literals = Literals(chat.tokenizer)
-    cut = literals.cut(conversation)
+    literals = SpecialTokenEscaper(chat.tokenizer)
+    cut = literals.escape(conversation)
     lengths = [
-        num_tokens if item.modality else len(literals.ids(item.source)) for item in cut.media
+        num_tokens if item.modality else len(literals.letter_ids(item.source)) for item in cut.media
     ]
     sample = chat.tokenize(cut, lengths, prompt_only=True)
-    filled = literals.fill(sample, cut.media)
-    return filled.input_ids.tolist(), filled.places
+    filled = literals.restore(sample, cut.media)
+    return filled.input_ids.tolist(), filled.media_spans
 
 
 @pytest.mark.parametrize("text", SPELLED)
@@ -217,7 +219,7 @@ def test_text_without_special_tokens_has_the_ids_that_it_has_alone(text: str) ->
 
 
 def test_a_flood_of_spelled_tokens_is_refused() -> None:
-    literals = Literals(tiny_tokenizer())
+    literals = SpecialTokenEscaper(tiny_tokenizer())
     message = Message("user", (Text("<s>" * 5000),))
     with pytest.raises(ServeError, match="special tokens"):
-        literals.cut(Conversation((message,)))
+        literals.escape(Conversation((message,)))

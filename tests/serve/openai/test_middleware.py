@@ -18,7 +18,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from multi_token.serve.openai.middleware import Guard, timed_protocol
+from multi_token.serve.openai.middleware import GuardMiddleware, http_protocol_with_timeouts
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import KEY, RunningServer
 
@@ -48,11 +48,11 @@ class Door:
 
         self.statuses: list[int] = []
         found = ServeSettings(**settings)
-        self.guard = Guard(echo, found, on_end=self.statuses.append)
+        self.guard = GuardMiddleware(echo, found, on_end=self.statuses.append)
         config = uvicorn.Config(
             self.guard,
             port=0,
-            http=timed_protocol(found.header_timeout_s, found.send_timeout_s),
+            http=http_protocol_with_timeouts(found.header_timeout_s, found.send_timeout_s),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -197,7 +197,7 @@ def test_without_keys_a_name_of_the_web_is_refused(host: str, status: int) -> No
             "path": "/v1/models",
             "headers": [(b"host", host.encode())],
         }
-        await Guard(echo, ServeSettings())(scope, receive, send)
+        await GuardMiddleware(echo, ServeSettings())(scope, receive, send)
         return sent[0]["status"]
 
     assert asyncio.run(answered()) == status
@@ -234,7 +234,7 @@ def test_bytes_are_counted_as_they_come() -> None:
         exact = httpx.post(f"{opened.url}/x", content=b"x" * 100_000)
         assert exact.json()["length"] == 100_000
         assert httpx.post(f"{opened.url}/x", content=b"x" * 100_001).status_code == 413
-        assert opened.guard._num_bytes_held == 0
+        assert opened.guard._num_buffered_bytes == 0
 
 
 @pytest.mark.parametrize("length", ["1" * 30, "100001", "99999999999999999999"])

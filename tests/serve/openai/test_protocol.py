@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from multi_token.serve.errors import ServeError, cleaned
-from multi_token.serve.openai.options import options_of
-from multi_token.serve.openai.protocol import NEUTRAL, ChatRequest, parse_chat, parse_json
+from multi_token.serve.errors import ServeError, sanitize
+from multi_token.serve.openai.options import request_params
+from multi_token.serve.openai.protocol import NEUTRAL_FIELDS, ChatRequest, parse_chat, parse_json
 from multi_token.serve.settings import ServeSettings
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -85,11 +85,11 @@ def test_a_field_out_of_bounds_is_named(fields: dict[str, Any], param: str) -> N
     assert refused({"messages": MESSAGES, **fields}).param == param
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(NEUTRAL_FIELDS))
 def test_what_is_not_supported_is_refused_unless_it_asks_for_nothing(field: str) -> None:
     error = refused({"messages": MESSAGES, field: {"some": "thing"}})
     assert error.code == "unsupported_parameter" and error.param == field
-    for nothing in (None, *NEUTRAL[field]):
+    for nothing in (None, *NEUTRAL_FIELDS[field]):
         parsed(**{field: nothing})
 
 
@@ -160,18 +160,18 @@ def test_what_is_no_json_or_too_deep_or_too_much_is_refused(body: bytes, code: s
 def test_answers_are_greedy_unless_more_is_asked_for(
     fields: dict[str, Any], temperature: float
 ) -> None:
-    assert options_of(parsed(**fields), ServeSettings()).temperature == temperature
+    assert request_params(parsed(**fields), ServeSettings()).temperature == temperature
 
 
 def test_options_are_the_requests() -> None:
     request = parsed(max_completion_tokens=7, top_k=-1, stop="x", seed=2**63 - 1, logprobs=True)
-    options = options_of(request, ServeSettings())
+    options = request_params(request, ServeSettings())
     assert (options.max_tokens, options.top_k, options.stop) == (7, 0, ("x",))
     assert options.num_logprobs == 0
-    assert options.sampling(0, 7).seed == 2**63 - 1
-    assert options.sampling(1, 7).seed == 0  # each choice has its own, within 63 bits
+    assert options.sampling_params(0, 7).seed == 2**63 - 1
+    assert options.sampling_params(1, 7).seed == 0  # each choice has its own, within 63 bits
     with pytest.raises(ServeError, match="limit is 5"):
-        options_of(request, ServeSettings(max_tokens=5))
+        request_params(request, ServeSettings(max_tokens=5))
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_options_are_the_requests() -> None:
     ],
 )
 def test_error_texts_hold_no_paths_addresses_or_odd_letters(text: str, expected: str) -> None:
-    assert cleaned(text) == expected
+    assert sanitize(text) == expected

@@ -98,10 +98,10 @@ def test_a_client_that_leaves_a_stream_frees_its_place(
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = answer.iter_lines()  # dropped, it would close the connection
         assert next(lines).startswith("data: ")
-        assert admission.num_inside == 1
+        assert admission.num_admitted == 1
         assert running_server.wait_until(lambda: engine.num_running == 1)
     assert running_server.wait_until(
-        lambda: admission.num_inside == 0 and engine.num_running == 0, seconds=1.0
+        lambda: admission.num_admitted == 0 and engine.num_running == 0, seconds=1.0
     )
 
 
@@ -122,10 +122,10 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(
 
     client = threading.Thread(target=impatient)
     client.start()
-    assert running_server.wait_until(lambda: admission.num_inside == 1)
+    assert running_server.wait_until(lambda: admission.num_admitted == 1)
     client.join()
     assert running_server.wait_until(
-        lambda: admission.num_inside == 0 and engine.num_running == 0, seconds=1.0
+        lambda: admission.num_admitted == 0 and engine.num_running == 0, seconds=1.0
     )
 
 

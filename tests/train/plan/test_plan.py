@@ -23,15 +23,15 @@ from multi_token.data.dataset import ConversationDataset, load_rows
 from multi_token.language_model.loading import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AdapterSpec, Learn
-from multi_token.train.plan.dry_run import largest_batch, try_out
+from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.plan.dry_run import dry_run, largest_batch
 from multi_token.train.plan.estimate import (
-    duration,
-    memory_of,
+    estimate_memory,
+    format_bytes,
+    format_duration,
     optimizer_bytes,
-    plan_of,
-    size,
-    warnings_of,
+    plan_stage,
+    plan_warnings,
 )
 from multi_token.train.run import plan, train
 from multi_token.train.trainer import MultiTokenTrainer
@@ -45,22 +45,22 @@ def of_numpy() -> list[int]:
     return state[1].tolist()
 
 
-def learning(**rates: float) -> Learn:
-    return Learn.model_validate(rates)
+def learning(**rates: float) -> Trainable:
+    return Trainable.model_validate(rates)
 
 
 @pytest.fixture
 def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..., Any]:
     """A trainer that is ready to go; keyword arguments are TrainingArguments."""
 
-    def build(learn: Learn, **fields: Any) -> MultiTokenTrainer:
+    def build(learn: Trainable, **fields: Any) -> MultiTokenTrainer:
         model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
         if learn.adapter is not None:
             model.language_model = attach_adapter(model.language_model, AdapterSpec(r=4))
-        assert model.reader is not None
-        reader = replace(model.reader, fetch=Fetch(root=str(data)))
+        assert model.processor is not None
+        processor = replace(model.processor, fetch=Fetch(root=str(data)))
         dataset = ConversationDataset(
-            load_rows(str(data / "rows.jsonl")), reader, modalities=["image"]
+            load_rows(str(data / "rows.jsonl")), processor, modalities=["image"]
         )
         args = {"use_cpu": True, "max_steps": 6, "per_device_train_batch_size": 2, **fields}
         return MultiTokenTrainer(
@@ -82,10 +82,10 @@ def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..
     ids=["adapter", "language model"],
 )
 def test_memory_is_that_of_the_tensors_after_a_step(
-    trainer_of: Callable[..., Any], learn: Learn, optim: str
+    trainer_of: Callable[..., Any], learn: Trainable, optim: str
 ) -> None:
     trainer = trainer_of(learn, optim=optim, max_steps=1)
-    memory = memory_of(trainer)
+    memory = estimate_memory(trainer)
     learned = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
     states = trainer.optimizer.state_dict()["state"]
@@ -101,14 +101,14 @@ def test_trying_steps_leaves_no_trace(trainer_of: Callable[..., Any]) -> None:
     trainer = trainer_of(learning(projectors=1e-3, adapter=1e-3), weight_decay=0.1)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     numbers = torch.get_rng_state(), random.getstate(), of_numpy()
-    trial = try_out(trainer)
+    trial = dry_run(trainer)
     assert trial.seconds_per_token > 0 and trial.num_bytes > 0 and trial.seconds_per_update > 0
     after = trainer.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert torch.equal(torch.get_rng_state(), numbers[0])
     assert (random.getstate(), of_numpy()) == numbers[1:]
     assert all(p.grad is None for p in trainer.model.parameters())
-    assert trainer.optimizer is None and trainer.meter.total("tokens") == 0
+    assert trainer.optimizer is None and trainer.step_metrics.total("tokens") == 0
 
 
 def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
@@ -117,21 +117,21 @@ def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
     trainer = trainer_of(
         learning(projectors=1e-3), max_steps=-1, num_train_epochs=3, logging_steps=1
     )
-    planned = plan_of(trainer, "projector", try_steps=True)
-    assert planned.trial is not None
+    planned = plan_stage(trainer, "projector", try_steps=True)
+    assert planned.dry_run is not None
     trainer.train()
     assert planned.num_steps == trainer.state.max_steps == 6
-    tokens = trainer.meter.total("tokens") / 6
+    tokens = trainer.step_metrics.total("tokens") / 6
     assert planned.tokens_per_step == pytest.approx(tokens, rel=0.01)
-    flops = planned.trial.flops_per_token * planned.tokens_per_step * planned.num_steps
-    assert flops == pytest.approx(trainer.meter.total("flops"), rel=0.1)
+    flops = planned.dry_run.flops_per_token * planned.tokens_per_step * planned.num_steps
+    assert flops == pytest.approx(trainer.step_metrics.total("flops"), rel=0.1)
     assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.lengths)
     assert largest_batch(trainer) == 2 * max(trainer.lengths)
 
 
 def test_what_a_batch_keeps_grows_with_what_learns(trainer_of: Callable[..., Any]) -> None:
-    some = try_out(trainer_of(learning(projectors=1e-3)))
-    every = try_out(trainer_of(learning(projectors=1e-3, language_model=1e-3)))
+    some = dry_run(trainer_of(learning(projectors=1e-3)))
+    every = dry_run(trainer_of(learning(projectors=1e-3, language_model=1e-3)))
     assert every.num_bytes > some.num_bytes > 0
 
 
@@ -139,10 +139,10 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(
     trainer_of: Callable[..., Any],
 ) -> None:
     trainer = trainer_of(learning(projectors=1e-3))
-    planned = plan_of(trainer, "projector", try_steps=True)
+    planned = plan_stage(trainer, "projector", try_steps=True)
     memory = planned.memory
-    assert warnings_of(planned, trainer, capacity=2 * memory.total) == []
-    (tight,) = warnings_of(planned, trainer, capacity=memory.total)
+    assert plan_warnings(planned, trainer, capacity=2 * memory.total) == []
+    (tight,) = plan_warnings(planned, trainer, capacity=memory.total)
     for key in (
         "model.dtype: bfloat16",
         "model.modalities.image.dtype: bfloat16",
@@ -151,10 +151,10 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(
     ):
         assert key in tight
     just_one = memory.fixed + 0.6 * (memory.activations or 0)
-    (batch,) = warnings_of(planned, trainer, capacity=round(just_one / 0.9))
+    (batch,) = plan_warnings(planned, trainer, capacity=round(just_one / 0.9))
     assert "train.args.per_device_train_batch_size: 1 (it is 2" in batch
-    (full,) = warnings_of(
-        plan_of(trainer_of(whole := learning(language_model=1e-3)), "all", try_steps=False),
+    (full,) = plan_warnings(
+        plan_stage(trainer_of(whole := learning(language_model=1e-3)), "all", try_steps=False),
         trainer_of(whole),
         capacity=1000,
     )
@@ -222,14 +222,14 @@ def test_the_command_plans(recipe_fields: Fields, tmp_path: Path) -> None:
 
 
 def test_numbers_are_said_as_people_say_them() -> None:
-    assert [size(n) for n in (12, 2048, 3 * 2**20, 5.5 * 2**30, 2**41)] == [
+    assert [format_bytes(n) for n in (12, 2048, 3 * 2**20, 5.5 * 2**30, 2**41)] == [
         "12 bytes",
         "2.0 KiB",
         "3.0 MiB",
         "5.5 GiB",
         "2,048.0 GiB",
     ]
-    assert [duration(s) for s in (5, 150, 7500)] == ["5 s", "2 min", "2 h 5 min"]
+    assert [format_duration(s) for s in (5, 150, 7500)] == ["5 s", "2 min", "2 h 5 min"]
     ones = [torch.ones(4, 3), torch.ones(5)]
     assert optimizer_bytes("adamw_8bit", ones) == 34
     assert optimizer_bytes("lion_32bit", ones) == 68

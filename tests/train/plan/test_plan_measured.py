@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.train import run as run_module
-from multi_token.train.dpo import Pairs
+from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.plan.dry_run import peak_memory
-from multi_token.train.plan.estimate import StagePlan, plan_of
+from multi_token.train.plan.estimate import StagePlan, plan_stage
 from multi_token.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -43,9 +43,9 @@ class Ran(TrainerCallback):
     def __init__(self, trainer: Any, *, memory: bool) -> None:
         self.trainer = trainer
         self.memory = memory
-        self.planned: StagePlan = plan_of(trainer, "s", try_steps=True)
+        self.planned: StagePlan = plan_stage(trainer, "s", try_steps=True)
         rows = trainer.train_dataset
-        self.planned_lengths = list(rows.lengths) if isinstance(rows, Pairs) else []
+        self.planned_lengths = list(rows.lengths) if isinstance(rows, PreferenceDataset) else []
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
         self.weights = sum(t.nbytes for t in {id(t): t for t in tensors}.values())
         self.num_steps = 0
@@ -71,7 +71,7 @@ class Ran(TrainerCallback):
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """Plans the stage of a recipe and runs it right after, in this process."""
-    bar = run_module.Bar
+    bar = run_module.ProgressBarCallback
     torch.set_num_threads(1)
 
     def run(fields: dict[str, Any], *, memory: bool = False) -> Ran:
@@ -82,7 +82,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
             trainer.add_callback(found[0])
             return bar(trainer, *more)
 
-        monkeypatch.setattr(run_module, "Bar", planned)
+        monkeypatch.setattr(run_module, "ProgressBarCallback", planned)
         train(Recipe.model_validate(fields), console=Console(quiet=True))
         return found[0]
 
@@ -187,11 +187,11 @@ def test_planned_tokens_and_flops_a_step_are_those_that_the_run_counts(
     fields_of: Fields, ran: Callable[..., Ran], tmp_path: Path, more: Any
 ) -> None:
     one = ran(fields_of(tmp_path / "run", **more))
-    trial, meter = one.planned.trial, one.trainer.meter
+    trial, step_metrics = one.planned.dry_run, one.trainer.step_metrics
     assert trial is not None and one.planned.num_steps == one.num_steps == 6
-    assert one.planned.tokens_per_step == meter.total("tokens") / 6
+    assert one.planned.tokens_per_step == step_metrics.total("tokens") / 6
     flops = trial.flops_per_token * one.planned.tokens_per_step
-    assert flops == pytest.approx(meter.total("flops") / 6, rel=1e-6)
+    assert flops == pytest.approx(step_metrics.total("flops") / 6, rel=1e-6)
 
 
 def test_lengths_of_pairs_are_known_before_their_media_are_opened(

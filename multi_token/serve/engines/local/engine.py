@@ -11,27 +11,32 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from multi_token.generate import reader_of, stop_ids
-from multi_token.serve.engines.base import Event, Prompt, SamplingOptions
-from multi_token.serve.engines.fallback import answer_one_by_one, answer_together, refuse_broken
-from multi_token.serve.engines.local.decode_loop import Stepping
-from multi_token.serve.engines.local.prefix_cache import Beginnings
+from multi_token.generate import eos_token_ids, require_processor
+from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams
+from multi_token.serve.engines.fallback import check_model_alive, generate_batch, retry_individually
+from multi_token.serve.engines.local.decode_loop import DecodeBatch
+from multi_token.serve.engines.local.prefix_cache import PrefixCache
 from multi_token.serve.engines.local.reads import Reads
-from multi_token.serve.engines.parity import Way, find_way, may_begin_alike, may_read_beside
-from multi_token.serve.engines.prefix_hits import PrefixHits
-from multi_token.serve.engines.prompts import context_length, refuse, shortest
-from multi_token.serve.engines.scheduler import Requests, Running, failed
+from multi_token.serve.engines.parity import (
+    BatchingMode,
+    find_batching_mode,
+    may_read_beside,
+    supports_prefix_cache,
+)
+from multi_token.serve.engines.prefix_hits import PrefixCacheStats
+from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
+from multi_token.serve.engines.scheduler import GenerationRequest, Scheduler, fail_request
 from multi_token.serve.errors import ServeError
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 _LOG = logging.getLogger(__name__)
-_MAX_READ = 512
+_MAX_PREFILL_TOKENS = 512
 """Tokens of prompts that join at once, so that those who are being answered do not wait long."""
 
 
-class StaticEngine:
+class LocalEngine:
     """Answers prompts in one padded batch: a row leaves when it has ended, and who comes joins.
 
     So at the start of each step, if a trial at the start finds that it is exact (way.py). Else rows
@@ -64,17 +69,17 @@ class StaticEngine:
         self.model = model
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
-        self.max_tokens = shortest(max_tokens, context_length(model), max_batch_tokens)
-        self._filler_id = reader_of(model).chat.filler_id
-        self._end_ids = frozenset(stop_ids(model))
+        self.max_tokens = min_limit(max_tokens, context_length(model), max_batch_tokens)
+        self._filler_id = require_processor(model).chat.filler_id
+        self._end_ids = frozenset(eos_token_ids(model))
         self.num_cache_tokens = num_cache_tokens
-        self.prefix = PrefixHits()
-        self._requests = Requests()
-        self._way: Way | None = None
-        self._begins_alike = False
+        self.prefix_stats = PrefixCacheStats()
+        self._scheduler = Scheduler()
+        self._mode: BatchingMode | None = None
+        self._use_prefix_cache = False
         self._reads_beside = False
         self._reads: Reads | None = None
-        self._stepping: Stepping | None = None
+        self._batch: DecodeBatch | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
 
@@ -84,23 +89,23 @@ class StaticEngine:
             return
         if self._thread is not None:
             self._thread.join()
-        if self._way is None:  # tried here, not in the first client's time
-            self._way = find_way(self.model, self._filler_id)
-            if self._way == "join":
+        if self._mode is None:  # tried here, not in the first client's time
+            self._mode = find_batching_mode(self.model, self._filler_id)
+            if self._mode == "join":
                 self._reads_beside = may_read_beside(self.model, self._filler_id)
                 if self.num_cache_tokens:
-                    self._begins_alike = may_begin_alike(self.model, self._filler_id)
+                    self._use_prefix_cache = supports_prefix_cache(self.model, self._filler_id)
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="static engine", daemon=True)
+        self._thread = threading.Thread(target=self._engine_loop, name="static engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Cancel all and end the thread, which finishes the step that it is in."""
-        with self._requests.changed:
+        with self._scheduler.condition:
             self._is_stopping = True
-            self._requests.changed.notify_all()
-        for row in self._requests.all():
-            row.cancel()
+            self._scheduler.condition.notify_all()
+        for request in self._scheduler.unfinished():
+            request.cancel()
         if self._thread is not None:
             self._thread.join()
 
@@ -108,20 +113,22 @@ class StaticEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        options: SamplingOptions,
-        emit: Callable[[Event], None],
+        options: SamplingParams,
+        emit: Callable[[EngineEvent], None],
     ) -> None:
         """Queue a prompt; see `Engine`."""
-        refuse(self.model, prompt, options, self.max_tokens)
-        row = Running(request_id, prompt, options, emit, self._end_ids, self._requests.forget)
-        with self._requests.changed:
+        check_prompt(self.model, prompt, options, self.max_tokens)
+        request = GenerationRequest(
+            request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
+        )
+        with self._scheduler.condition:
             if not self.is_alive:
                 raise ServeError("the engine does not run", status=503)
-            self._requests.add(row)
+            self._scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
         """End an answer early; see `Engine`."""
-        self._requests.cancel(request_id)
+        self._scheduler.cancel(request_id)
 
     @property
     def is_alive(self) -> bool:
@@ -130,138 +137,151 @@ class StaticEngine:
     @property
     def cache_usage(self) -> float:
         """The part of `max_batch_tokens` that answers hold, padding included, 0 to 1."""
-        stepping = self._stepping
-        if stepping is None or not self.is_alive:
+        decode_batch = self._batch
+        if decode_batch is None or not self.is_alive:
             return 0.0
-        return len(stepping.rows) * stepping.width / self.max_batch_tokens
+        return len(decode_batch.requests) * decode_batch.width / self.max_batch_tokens
 
     @property
     def num_running(self) -> int:
-        return self._requests.num_running
+        return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        return self._requests.num_waiting
+        return self._scheduler.num_waiting
 
-    def _run(self) -> None:
+    def _engine_loop(self) -> None:
         try:
-            if self._way == "stay":
-                while batch := self._take(None):
-                    self._answer(batch)
+            if self._mode == "stay":
+                while batch := self._next_requests(None):
+                    self._generate_batch(batch)
             else:
-                self._stepping = self._new_stepping()
+                self._batch = self._new_batch()
                 with Reads() as reads:
                     self._reads = reads if self._reads_beside else None
-                    self._answer_step_by_step(self._stepping)
+                    self._decode_loop(self._batch)
         except Exception as error:  # noqa: BLE001 - every client must be told
             _LOG.error("the engine's thread ends", exc_info=error)
-            with self._requests.changed:
+            with self._scheduler.condition:
                 self._is_stopping = True  # or one could be queued behind the last that fails
-            for row in self._requests.all():
-                row.fail(ServeError("the engine has failed", status=503))
+            for request in self._scheduler.unfinished():
+                request.fail(ServeError("the engine has failed", status=503))
 
-    def _new_stepping(self) -> Stepping:
+    def _new_batch(self) -> DecodeBatch:
         """Of the model as it is now: nothing that was kept before is used."""
-        kept = Beginnings(self.num_cache_tokens, self.prefix) if self._begins_alike else None
-        return Stepping(self.model, self._filler_id, joins=self._way == "join", beginnings=kept)
+        kept = (
+            PrefixCache(self.num_cache_tokens, self.prefix_stats)
+            if self._use_prefix_cache
+            else None
+        )
+        return DecodeBatch(
+            self.model, self._filler_id, allow_add=self._mode == "join", prefix_cache=kept
+        )
 
-    def _answer(self, batch: list[Running]) -> None:
+    def _generate_batch(self, batch: list[GenerationRequest]) -> None:
         """A batch to its end, in one call."""
         try:
-            answer_together(self.model, batch, self._filler_id)
+            generate_batch(self.model, batch, self._filler_id)
         except Exception as error:  # noqa: BLE001 - one prompt must not end the others
             _LOG.error("a batch of %d failed", len(batch), exc_info=error)
-            answer_one_by_one(self.model, batch, self._filler_id, error)
+            retry_individually(self.model, batch, self._filler_id, error)
 
-    def _answer_step_by_step(self, stepping: Stepping) -> None:
+    def _decode_loop(self, decode_batch: DecodeBatch) -> None:
         """Whoever comes, a token of each at a step, until the engine is stopped."""
         reads = self._reads
         while not self._is_stopping:
-            if reads is not None and reads.is_ready(wait=not stepping.rows):
-                self._take_in(stepping, reads)
+            if reads is not None and reads.is_ready(wait=not decode_batch.requests):
+                self._merge_prefilled(decode_batch, reads)
             if reads is None or not reads.is_busy:
-                self._begin(stepping)
+                self._start_prefill(decode_batch)
             try:
-                stepping.step(is_beside=reads is not None and reads.is_busy)
+                decode_batch.decode_step(is_beside=reads is not None and reads.is_busy)
             except Exception as error:  # noqa: BLE001 - one prompt must not end the others
-                rows = stepping.rows
-                stepping.clear()
+                rows = decode_batch.requests
+                decode_batch.clear()
                 _LOG.error("a step of %d failed", len(rows), exc_info=error)
-                answer_one_by_one(self.model, rows, self._filler_id, error)
+                retry_individually(self.model, rows, self._filler_id, error)
 
-    def _begin(self, stepping: Stepping) -> None:
+    def _start_prefill(self, decode_batch: DecodeBatch) -> None:
         """Read the prompts of who is next: beside the steps of others, if there are any."""
-        if stepping.rows and not stepping.joins:
+        if decode_batch.requests and not decode_batch.allow_add:
             return
-        rows = self._take(stepping)
-        if rows and stepping.rows and self._reads is not None:
-            self._reads.begin(stepping, rows)
+        rows = self._next_requests(decode_batch)
+        if rows and decode_batch.requests and self._reads is not None:
+            self._reads.begin(decode_batch, rows)
         else:
-            self._join(stepping, rows)
+            self._prefill_into(decode_batch, rows)
 
-    def _take_in(self, stepping: Stepping, reads: Reads) -> None:
+    def _merge_prefilled(self, decode_batch: DecodeBatch, reads: Reads) -> None:
         """Answer those who have been read beside the others."""
         rows, others = reads.end()
         try:
-            stepping.take_in(others.result())
+            decode_batch.merge(others.result())
         except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
-            self._join_each(stepping, rows, cause)
+            self._add_individually(decode_batch, rows, cause)
 
-    def _join(self, stepping: Stepping, rows: list[Running]) -> None:
+    def _prefill_into(self, decode_batch: DecodeBatch, rows: list[GenerationRequest]) -> None:
         """Begin to answer these. If that fails, it is not the fault of those that are answered."""
         try:
-            stepping.join(rows)
+            decode_batch.add(rows)
         except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
-            if stepping.joins:
-                self._join_each(stepping, rows, cause)
+            if decode_batch.allow_add:
+                self._add_individually(decode_batch, rows, cause)
             else:
                 _LOG.error("%d prompts failed", len(rows), exc_info=cause)
-                answer_one_by_one(self.model, rows, self._filler_id, cause)
+                retry_individually(self.model, rows, self._filler_id, cause)
 
-    def _join_each(self, stepping: Stepping, rows: list[Running], cause: Exception) -> None:
+    def _add_individually(
+        self, decode_batch: DecodeBatch, rows: list[GenerationRequest], cause: Exception
+    ) -> None:
         """One after the other, since together they failed."""
         _LOG.error("%d prompts failed", len(rows), exc_info=cause)
-        refuse_broken(self.model, cause)
-        for row in rows:
-            row.begin()
+        check_model_alive(self.model, cause)
+        for request in rows:
+            request.restart()
             try:
-                stepping.join([row])
+                decode_batch.add([request])
             except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                refuse_broken(self.model, error)
-                failed(row, error)
+                check_model_alive(self.model, error)
+                fail_request(request, error)
 
-    def _take(self, stepping: Stepping | None) -> list[Running]:
+    def _next_requests(self, decode_batch: DecodeBatch | None) -> list[GenerationRequest]:
         """Who is answered next: at once if there are rows that are being answered, else as soon as
         somebody is there; nobody if the engine is stopped.
         """
-        running = [] if stepping is None else stepping.rows
-        requests = self._requests
-        with requests.changed:
+        running = [] if decode_batch is None else decode_batch.requests
+        scheduler = self._scheduler
+        with scheduler.condition:
             if not running:
-                requests.changed.wait_for(lambda: requests.waiting or self._is_stopping)
-            batch: list[Running] = []
-            for row in [] if self._is_stopping else list(requests.waiting):
+                scheduler.condition.wait_for(lambda: scheduler.waiting or self._is_stopping)
+            batch: list[GenerationRequest] = []
+            for request in [] if self._is_stopping else list(scheduler.waiting):
                 if len(running) + len(batch) == self.max_batch:
                     break
-                if self._fits(stepping, running, [*batch, row]):
-                    batch.append(row)
-                    requests.waiting.remove(row)
-                elif self._way == "join":
+                if self._fits(decode_batch, running, [*batch, request]):
+                    batch.append(request)
+                    scheduler.waiting.remove(request)
+                elif self._mode == "join":
                     break  # those behind it must not overtake it again and again
             return batch
 
-    def _fits(self, stepping: Stepping | None, running: list[Running], rows: list[Running]) -> bool:
+    def _fits(
+        self,
+        decode_batch: DecodeBatch | None,
+        running: list[GenerationRequest],
+        rows: list[GenerationRequest],
+    ) -> bool:
         """Whether these may be answered together, as each alone and within memory."""
         if not running and len(rows) == 1:
             return True
-        lengths = [len(row.prompt.input_ids) for row in rows]
-        if self._way == "join" and len(rows) > 1 and sum(lengths) > _MAX_READ:
+        lengths = [len(request.prompt.input_ids) for request in rows]
+        if self._mode == "join" and len(rows) > 1 and sum(lengths) > _MAX_PREFILL_TOKENS:
             return False
-        if stepping is None:
-            longest = max(lengths) + max(row.options.max_new_tokens for row in rows)
+        if decode_batch is None:
+            longest = max(lengths) + max(request.options.max_new_tokens for request in rows)
         else:
-            longest = stepping.width_with(rows)
+            longest = decode_batch.width_after_adding(rows)
         if longest * (len(running) + len(rows)) > self.max_batch_tokens:
             return False
         is_equal = not running and len(set(lengths)) == 1
-        return is_equal or self.model.capabilities.answers_together(longest)
+        return is_equal or self.model.capabilities.can_batch_lengths(longest)

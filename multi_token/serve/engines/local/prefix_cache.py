@@ -17,70 +17,70 @@ from torch import Tensor
 
 from multi_token.data.feature_cache.keys import digest
 from multi_token.serve.engines.base import Prompt
-from multi_token.serve.engines.local.kv_cache import set_count
-from multi_token.serve.engines.prefix_hits import PrefixHits
+from multi_token.serve.engines.local.kv_cache import set_seen_tokens
+from multi_token.serve.engines.prefix_hits import PrefixCacheStats
 
-_LEAST = 4
+_MIN_PREFIX_TOKENS = 4
 """Fewer tokens than these are not worth a copy."""
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
+class CachedPrefix:
     """The first tokens of one prompt, and of what was answered."""
 
     tenant: str
-    marks: Tensor
+    key: Tensor
     """int64 [time]: see `marks_of`."""
     layers: tuple[tuple[Tensor, Tensor] | None, ...]
     """Of each layer keys and values [heads, time, dim]; None for one that uses another's."""
 
 
-class Beginnings:
+class PrefixCache:
     """Those used last, up to `max_tokens` in all. Each tenant finds only its own.
 
     Every method may be called from any thread.
     """
 
-    def __init__(self, max_tokens: int, hits: PrefixHits) -> None:
+    def __init__(self, max_tokens: int, stats: PrefixCacheStats) -> None:
         self.max_tokens = max_tokens
-        self.hits = hits
-        self._kept: list[Beginning] = []
+        self.stats = stats
+        self._entries: list[CachedPrefix] = []
         """The one used last is the last."""
         self._lock = threading.Lock()
-        self._like: Any = None
+        self._layer_template: Any = None
         """A cache whose layers hold nothing that matters."""
 
     @property
     def num_tokens(self) -> int:
         """Of all that are kept."""
-        return sum(len(one.marks) for one in self._kept)
+        return sum(len(one.key) for one in self._entries)
 
-    def find(self, prompt: Prompt) -> tuple[Beginning | None, int]:
+    def find(self, prompt: Prompt) -> tuple[CachedPrefix | None, int]:
         """What shares most with a prompt, and how many tokens; never the last one of the prompt,
         which has to be read for what follows it.
         """
-        marks = marks_of(prompt)[:-1]
-        best: Beginning | None = None
+        marks = prefix_key(prompt)[:-1]
+        best: CachedPrefix | None = None
         most = 0
         with self._lock:
-            for one in reversed(self._kept):
-                num = num_equal(one.marks, marks) if one.tenant == prompt.tenant else 0
+            for one in reversed(self._entries):
+                num = common_prefix_length(one.key, marks) if one.tenant == prompt.tenant else 0
                 if num > most:
                     best, most = one, num
-            if best is None or most < _LEAST:
+            if best is None or most < _MIN_PREFIX_TOKENS:
                 return None, 0
-            self._kept = [one for one in self._kept if one is not best] + [best]
+            self._entries = [one for one in self._entries if one is not best] + [best]
             return best, most
 
     def add(
-        self, prompt: Prompt, answer: Sequence[int], cache: Any, row: int, num_tokens: int
+        self, prompt: Prompt, output_ids: Sequence[int], cache: Any, row: int, num_tokens: int
     ) -> None:
         """Keep a row of a cache: a prompt and the first tokens of its answer, padded on the left,
         `num_tokens` in all.
 
         Not if a layer has let its first tokens go (a window): they cannot be had again.
         """
-        marks = torch.cat([marks_of(prompt), torch.tensor(answer, dtype=torch.long)])
+        marks = torch.cat([prefix_key(prompt), torch.tensor(output_ids, dtype=torch.long)])
         held = [layer.keys.shape[2] for layer in cache.layers if layer.keys is not None]
         first = max(held) - num_tokens
         if len(marks) != num_tokens or first < 0 or min(held) < max(held):
@@ -88,8 +88,8 @@ class Beginnings:
         marks = marks[: self.max_tokens]
         last = first + len(marks)
         with self._lock:
-            mine = [one for one in self._kept if one.tenant == prompt.tenant]
-            if any(num_equal(one.marks, marks) == len(marks) for one in mine):
+            mine = [one for one in self._entries if one.tenant == prompt.tenant]
+            if any(common_prefix_length(one.key, marks) == len(marks) for one in mine):
                 return
             layers = tuple(
                 None
@@ -97,17 +97,19 @@ class Beginnings:
                 else tuple(x[row, :, first:last].clone() for x in (layer.keys, layer.values))
                 for layer in cache.layers
             )
-            if self._like is None:
-                self._like = _without_rows(cache)
-            shorter = [one for one in mine if num_equal(one.marks, marks) == len(one.marks)]
-            self._kept = [one for one in self._kept if one not in shorter]
-            self._kept.append(Beginning(prompt.tenant, marks, layers))
+            if self._layer_template is None:
+                self._layer_template = _empty_copy(cache)
+            shorter = [one for one in mine if common_prefix_length(one.key, marks) == len(one.key)]
+            self._entries = [one for one in self._entries if one not in shorter]
+            self._entries.append(CachedPrefix(prompt.tenant, marks, layers))
             while self.num_tokens > self.max_tokens:
-                self._kept.pop(0)
+                self._entries.pop(0)
 
-    def cache_of(self, rows: Sequence[tuple[Beginning | None, int]], num_tokens: int) -> Any:
+    def build_kv_cache(
+        self, rows: Sequence[tuple[CachedPrefix | None, int]], num_tokens: int
+    ) -> Any:
         """A cache in which each row holds so many first tokens, padded on the left to all."""
-        cache = _without_rows(self._like)
+        cache = _empty_copy(self._layer_template)
         given = next(one for one, num in rows if one is not None and num)
         for number, layer in enumerate(cache.layers):
             held = given.layers[number]
@@ -123,28 +125,28 @@ class Beginnings:
                 if mine is not None:
                     layer.keys[row, :, num_tokens - num :] = mine[0][:, :num]
                     layer.values[row, :, num_tokens - num :] = mine[1][:, :num]
-            set_count(layer, num_tokens)
+            set_seen_tokens(layer, num_tokens)
         return cache
 
 
-def marks_of(prompt: Prompt) -> Tensor:
+def prefix_key(prompt: Prompt) -> Tensor:
     """int64 [time]: ids of text, and in media spans numbers below zero that only the same token of
     the same content has."""
     marks = prompt.input_ids.cpu().clone()
-    for place, key in zip(prompt.places, prompt.keys, strict=True):
+    for place, key in zip(prompt.media_spans, prompt.media_keys, strict=True):
         base = int(digest(key.encode())[:14], 16)  # 56 bits, so that no sum leaves 63
         marks[place.start : place.start + place.length] = -1 - base - torch.arange(place.length)
     return marks
 
 
-def num_equal(marks: Tensor, others: Tensor) -> int:
+def common_prefix_length(key: Tensor, other: Tensor) -> int:
     """How many numbers are equal from the first one on."""
-    num = min(len(marks), len(others))
-    differ = (marks[:num] != others[:num]).nonzero()
+    num = min(len(key), len(other))
+    differ = (key[:num] != other[:num]).nonzero()
     return int(differ[0]) if len(differ) else num
 
 
-def _without_rows(cache: Any) -> Any:
+def _empty_copy(cache: Any) -> Any:
     """A copy whose layers are copies, and hold no tensors of the other's."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]

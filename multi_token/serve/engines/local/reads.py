@@ -8,8 +8,8 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from multi_token.serve.engines.local.decode_loop import Stepping
-from multi_token.serve.engines.scheduler import Running
+from multi_token.serve.engines.local.decode_loop import DecodeBatch
+from multi_token.serve.engines.scheduler import GenerationRequest
 
 
 class Reads:
@@ -17,8 +17,8 @@ class Reads:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="static engine reads")
-        self._rows: list[Running] = []
-        self._others: Future[Stepping] | None = None
+        self._rows: list[GenerationRequest] = []
+        self._others: Future[DecodeBatch] | None = None
 
     def __enter__(self) -> Reads:
         return self
@@ -36,10 +36,10 @@ class Reads:
         """Whether prompts are being read, or have been and nobody has asked for them yet."""
         return self._others is not None
 
-    def begin(self, stepping: Stepping, rows: list[Running]) -> None:
+    def begin(self, stepping: DecodeBatch, rows: list[GenerationRequest]) -> None:
         """Read prompts that are to be answered beside the rows of `stepping`."""
         self._rows = rows
-        self._others = self._pool.submit(stepping.read, rows, is_beside=True)
+        self._others = self._pool.submit(stepping.prefill, rows, is_beside=True)
 
     def is_ready(self, *, wait: bool) -> bool:
         """Whether `end` would not have to wait. `wait`: for what is being read."""
@@ -49,7 +49,7 @@ class Reads:
             self._others.exception()
         return self._others.done()
 
-    def end(self) -> tuple[list[Running], Future[Stepping]]:
+    def end(self) -> tuple[list[GenerationRequest], Future[DecodeBatch]]:
         """Who was read, and what came of it."""
         rows, others = self._rows, self._others
         assert others is not None

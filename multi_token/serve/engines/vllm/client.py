@@ -18,30 +18,30 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import MultiTokenError
-from multi_token.serve.engines.base import SamplingOptions, Token
+from multi_token.serve.engines.base import SamplingParams, TokenEvent
 
-Reason = Literal["unreachable", "full", "failed", "lost", "rejected"]
+FaultReason = Literal["unreachable", "full", "failed", "lost", "rejected"]
 _CONNECT_S = 5.0
 _HEALTH_S = 5.0
 _MAX_EVENT_BYTES = 4 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
 _TOKEN_ID = "token_id:"
-_STATUS_OF_PROMPTS = (400, 413, 422)
+_STATUSES_OF_BAD_PROMPTS = (400, 413, 422)
 
 
-class EngineFault(MultiTokenError):
+class EngineError(MultiTokenError):
     """An engine did not answer. `reason`: no connection (`unreachable`), no place (`full`), an
     answer that is an error (`failed`), one that broke off (`lost`), a prompt that it does not take
     (`rejected`).
     """
 
-    def __init__(self, message: str, reason: Reason) -> None:
+    def __init__(self, message: str, reason: FaultReason) -> None:
         super().__init__(message)
-        self.reason: Reason = reason
+        self.reason: FaultReason = reason
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What an engine says that it serves."""
 
     name: str
@@ -51,10 +51,10 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Delta:
+class StreamDelta:
     """What one event of a stream brings."""
 
-    tokens: tuple[Token, ...]
+    tokens: tuple[TokenEvent, ...]
     finish: str | None = None
     """Why the answer ends here: `stop` or `length`."""
     stop_id: int | None = None
@@ -63,7 +63,7 @@ class Delta:
 
 def completion_body(
     prompt: Sequence[int] | Tensor,
-    options: SamplingOptions,
+    options: SamplingParams,
     *,
     model: str,
     end_ids: Iterable[int],
@@ -84,9 +84,9 @@ def completion_body(
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "ignore_eos": options.ignore_end,
+        "ignore_eos": options.ignore_eos,
         # vLLM heeds these even where it ignores the model's own
-        "stop_token_ids": [] if options.ignore_end else sorted(end_ids),
+        "stop_token_ids": [] if options.ignore_eos else sorted(end_ids),
         "stream": True,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -136,24 +136,24 @@ class VllmClient:
         except httpx.HTTPError:
             return False
 
-    async def served(self) -> Served:
+    async def served_model(self) -> ServedModel:
         """The first of `/v1/models`. Raises EngineFault."""
         try:
             response = await self._http.get("/v1/models", timeout=_HEALTH_S)
         except httpx.HTTPError as error:
-            raise EngineFault(f"GET /v1/models: {_named(error)}", "unreachable") from None
+            raise EngineError(f"GET /v1/models: {_error_message(error)}", "unreachable") from None
         if response.status_code != 200:
-            raise _fault(response.status_code, response.content)
+            raise _engine_error(response.status_code, response.content)
         try:
             first = response.json()["data"][0]
             name, length = first["id"], first.get("max_model_len")
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise EngineFault(
+            raise EngineError(
                 "GET /v1/models brings no list of models; is it vLLM?", "failed"
             ) from None
-        return Served(str(name), length if isinstance(length, int) else None)
+        return ServedModel(str(name), length if isinstance(length, int) else None)
 
-    async def complete(self, body: bytes, num_top: int = 0) -> AsyncIterator[Delta]:
+    async def complete(self, body: bytes, num_top: int = 0) -> AsyncIterator[StreamDelta]:
         """The answer to a request as it comes. Raises EngineFault.
 
         `num_top`: of the likeliest ids with each token.
@@ -167,9 +167,9 @@ class VllmClient:
                 "POST", "/v1/completions", content=body, headers=headers
             ) as response:
                 if response.status_code != 200:
-                    raise _fault(response.status_code, await _start(response))
+                    raise _engine_error(response.status_code, await _first_bytes(response))
                 has_begun = True
-                async for fields in _events(response):
+                async for fields in _sse_events(response):
                     delta = read_event(fields, num_top)
                     if delta is not None:
                         yield delta
@@ -177,16 +177,18 @@ class VllmClient:
             is_connected = has_begun or not isinstance(
                 error, (httpx.ConnectError, httpx.ConnectTimeout)
             )
-            raise EngineFault(_named(error), "lost" if is_connected else "unreachable") from None
+            raise EngineError(
+                _error_message(error), "lost" if is_connected else "unreachable"
+            ) from None
 
 
-def read_event(fields: Mapping[str, Any], num_top: int = 0) -> Delta | None:
+def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
     """One event of a stream, parsed; None for one without a choice. Raises EngineFault."""
     try:
         if "error" in fields:
             error = fields["error"]
             told = error if isinstance(error, dict) else {"message": error}
-            raise EngineFault(str(told.get("message")), _reason(told.get("code")))
+            raise EngineError(str(told.get("message")), _reason(told.get("code")))
         if not fields["choices"]:
             return None
         choice = fields["choices"][0]
@@ -194,17 +196,19 @@ def read_event(fields: Mapping[str, Any], num_top: int = 0) -> Delta | None:
         tokens = tuple(_tokens(ids, choice.get("logprobs"), num_top))
         finish, stop = choice.get("finish_reason"), choice.get("stop_reason")
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise EngineFault("an event of another form than vLLM's", "failed") from None
+        raise EngineError("an event of another form than vLLM's", "failed") from None
     if finish not in (None, "stop", "length"):
-        raise EngineFault(f"the engine ended the answer ({finish})", "failed")
-    return Delta(tokens, finish, stop if isinstance(stop, int) else None)
+        raise EngineError(f"the engine ended the answer ({finish})", "failed")
+    return StreamDelta(tokens, finish, stop if isinstance(stop, int) else None)
 
 
-def _tokens(ids: Sequence[Any], logprobs: Mapping[str, Any] | None, num_top: int) -> list[Token]:
+def _tokens(
+    ids: Sequence[Any], logprobs: Mapping[str, Any] | None, num_top: int
+) -> list[TokenEvent]:
     if not all(type(id) is int and id >= 0 for id in ids):
         raise ValueError("ids are whole numbers")
     if logprobs is None:
-        return [Token(id) for id in ids]
+        return [TokenEvent(id) for id in ids]
     tokens = []
     for id, own, entry in zip(
         ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
@@ -213,7 +217,7 @@ def _tokens(ids: Sequence[Any], logprobs: Mapping[str, Any] | None, num_top: int
         likeliest.sort(key=lambda pair: -pair[1])
         # the chosen one is there even if it is none of the likeliest
         top = tuple(likeliest[:num_top])
-        tokens.append(Token(id, None if own is None else float(own), top))
+        tokens.append(TokenEvent(id, None if own is None else float(own), top))
     return tokens
 
 
@@ -223,13 +227,13 @@ def _id(key: str) -> int:
     return int(key.removeprefix(_TOKEN_ID))
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
+async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
     """The objects of a stream of events, until its [DONE]. Raises EngineFault if there is none."""
     rest, is_done = b"", False
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
         if len(rest) > _MAX_EVENT_BYTES:
-            raise EngineFault(f"an event of over {_MAX_EVENT_BYTES} bytes", "failed")
+            raise EngineError(f"an event of over {_MAX_EVENT_BYTES} bytes", "failed")
         for line in lines:
             text = line.strip().removeprefix(b"data:").strip()
             if text == b"[DONE]":
@@ -239,15 +243,15 @@ async def _events(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
             try:
                 fields = json.loads(text)
             except ValueError:
-                raise EngineFault("an event that is no JSON", "failed") from None
+                raise EngineError("an event that is no JSON", "failed") from None
             if not isinstance(fields, dict):
-                raise EngineFault("an event that is no object", "failed")
+                raise EngineError("an event that is no object", "failed")
             yield fields
     if not is_done:
-        raise EngineFault("the answer broke off", "lost")
+        raise EngineError("the answer broke off", "lost")
 
 
-async def _start(response: httpx.Response) -> bytes:
+async def _first_bytes(response: httpx.Response) -> bytes:
     """The first bytes of a body."""
     found = b""
     async for data in response.aiter_bytes():
@@ -257,7 +261,7 @@ async def _start(response: httpx.Response) -> bytes:
     return found
 
 
-def _fault(status: int, body: bytes) -> EngineFault:
+def _engine_error(status: int, body: bytes) -> EngineError:
     message = body[:500].decode("utf-8", "replace")
     try:
         fields = json.loads(body)
@@ -266,15 +270,15 @@ def _fault(status: int, body: bytes) -> EngineFault:
     except (ValueError, AttributeError):
         pass  # then it is told as it is
     reason = _reason(status)
-    return EngineFault(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
+    return EngineError(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
 
 
-def _reason(status: Any) -> Reason:
+def _reason(status: Any) -> FaultReason:
     """What a status means; a stream that has begun with 200 says it in an event."""
     if status in (429, 503):
         return "full"
-    return "rejected" if status in _STATUS_OF_PROMPTS else "failed"
+    return "rejected" if status in _STATUSES_OF_BAD_PROMPTS else "failed"
 
 
-def _named(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from multi_token.serve.engines.base import Prompt
-from multi_token.splice import Piece, splice
+from multi_token.splice import MediaEmbeds, splice
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
-Form = Literal["inputs", "weights"]
+EmbedsForm = Literal["inputs", "weights"]
 """`inputs`: what transformers takes as `inputs_embeds`. `weights`: rows of the embedding matrix."""
 _NUM_ROWS = 64
 
 
 @dataclass(frozen=True)
-class PromptEmbeddings:
+class PromptEmbedder:
     """Makes embeddings of prompts, in the language model's own precision.
 
     Some families multiply embeddings behind the look-up, inside their embedding module or right
@@ -38,7 +38,7 @@ class PromptEmbeddings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: MultiTokenForConditionalGeneration) -> PromptEmbeddings:
+    def of(cls, model: MultiTokenForConditionalGeneration) -> PromptEmbedder:
         """Measures the scale on some rows; 1 where what is looked up is no multiple of them."""
         embedding: Any = model.get_input_embeddings()
         weight = embedding.weight
@@ -49,12 +49,12 @@ class PromptEmbeddings:
         return cls(model, scale if close else 1.0)
 
     @property
-    def forms(self) -> tuple[Form, ...]:
+    def forms(self) -> tuple[EmbedsForm, ...]:
         """Those that differ, the likelier one first."""
         return ("inputs",) if abs(self.scale - 1.0) < 1e-4 else ("inputs", "weights")
 
     @torch.no_grad()
-    def __call__(self, prompt: Prompt, form: Form) -> Tensor:
+    def __call__(self, prompt: Prompt, form: EmbedsForm) -> Tensor:
         """[time, hidden] on the CPU."""
         embedding: Any = self.model.get_input_embeddings()
         weight: Tensor = embedding.weight
@@ -64,13 +64,13 @@ class PromptEmbeddings:
         else:
             text, divisor = weight[ids], self.scale
         pieces = [
-            Piece(
+            MediaEmbeds(
                 place.modality,
                 tokens.to(weight.device, weight.dtype)
                 if divisor == 1.0
                 else (tokens.float() / divisor).to(weight.device, weight.dtype),
                 torch.arange(place.start, place.start + place.length, device=weight.device),
             )
-            for place, tokens in zip(prompt.places, prompt.tokens, strict=True)
+            for place, tokens in zip(prompt.media_spans, prompt.media_embeds, strict=True)
         ]
         return splice(text.to(weight.dtype)[None], pieces)[0].cpu()

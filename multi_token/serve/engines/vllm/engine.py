@@ -18,16 +18,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from multi_token.errors import LanguageModelError, MultiTokenError
-from multi_token.generate import stop_ids
+from multi_token.generate import eos_token_ids
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.loading import EmbeddingsOnly
-from multi_token.serve.engines.base import Event, Prompt, SamplingOptions, Token
-from multi_token.serve.engines.prompts import context_length, refuse, shortest
-from multi_token.serve.engines.scheduler import Requests, Running, failed
-from multi_token.serve.engines.vllm.client import EngineFault, Served, VllmClient, completion_body
-from multi_token.serve.engines.vllm.embeddings import Form, PromptEmbeddings
-from multi_token.serve.engines.vllm.golden import Golden, read_golden, tolerance_of
-from multi_token.serve.engines.vllm.router import EnginePool, EngineRefused, PooledEngine
+from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
+from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
+from multi_token.serve.engines.scheduler import GenerationRequest, Scheduler, fail_request
+from multi_token.serve.engines.vllm.client import (
+    EngineError,
+    ServedModel,
+    VllmClient,
+    completion_body,
+)
+from multi_token.serve.engines.vllm.embeddings import EmbedsForm, PromptEmbedder
+from multi_token.serve.engines.vllm.golden import GoldenRequest, logprob_tolerance, read_golden
+from multi_token.serve.engines.vllm.router import EngineMismatch, Replica, Router
 from multi_token.serve.errors import ServeError
 
 if TYPE_CHECKING:
@@ -35,16 +40,16 @@ if TYPE_CHECKING:
     from multi_token.serve.settings import ServeSettings
 
 _LOG = logging.getLogger(__name__)
-_NUM_WRITERS = 2
+_NUM_SERIALIZERS = 2
 """Threads that write bodies: looking up and base64 of a long prompt take tens of milliseconds."""
 
 
 @dataclass(frozen=True)
-class Proof:
+class VerifiedServer:
     """What was found out about an engine that is right."""
 
-    served: Served
-    form: Form
+    served: ServedModel
+    form: EmbedsForm
     """Of the embeddings that it takes."""
 
 
@@ -61,13 +66,13 @@ class VllmEngine:
     def __init__(
         self,
         model: MultiTokenForConditionalGeneration,
-        golden: Golden,
+        golden: GoldenRequest,
         urls: Sequence[str],
         *,
         key: str | None = None,
         max_tokens: int | None = None,
-        wait_s: float = 0.0,
-        look_s: float = 1.0,
+        startup_timeout_s: float = 0.0,
+        health_interval_s: float = 1.0,
     ) -> None:
         """`urls`: of the engines, without `/v1`. `key`: of all of them. `max_tokens`: see `Engine`;
         by default what the language model's config says, and never more than an engine takes.
@@ -79,17 +84,17 @@ class VllmEngine:
         self.retries: Counter[str] = Counter()
         """Prompts that were handed to another engine, by why."""
         self._key = key
-        self._own_length = shortest(max_tokens, context_length(model))
-        self._lengths: dict[str, int | None] = {}
-        self.max_tokens = self._own_length
-        self._wait_s = wait_s
-        self._look_s = look_s
-        self._end_ids = frozenset(stop_ids(model))
-        self._requests = Requests()
-        self._futures: dict[Running, Future[None]] = {}
+        self._model_max_tokens = min_limit(max_tokens, context_length(model))
+        self._server_max_tokens: dict[str, int | None] = {}
+        self.max_tokens = self._model_max_tokens
+        self._startup_timeout_s = startup_timeout_s
+        self._health_interval_s = health_interval_s
+        self._end_ids = frozenset(eos_token_ids(model))
+        self._scheduler = Scheduler()
+        self._futures: dict[GenerationRequest, Future[None]] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pool: EnginePool | None = None
+        self._router: Router | None = None
         self._is_stopping = False
 
     def start(self) -> None:
@@ -98,36 +103,36 @@ class VllmEngine:
         Raises LanguageModelError if none can be used.
         """
         if self._thread is not None and self._thread.is_alive():
-            self._waited(self._first_alive())
+            self._run_on_loop(self._any_alive())
             return
-        if self.model.capabilities.needs_ids:
+        if self.model.capabilities.needs_input_ids:
             raise LanguageModelError(
                 f"{self.model.capabilities.name} looks ids up in its layers, which prompts of "
                 "embeddings do not have; serve it with --backend static"
             )
-        self._embeddings = PromptEmbeddings.of(self.model)
+        self._embeddings = PromptEmbedder.of(self.model)
         self._is_stopping = False
         has_begun = threading.Event()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._run(has_begun)), name="vllm engine", daemon=True
+            target=lambda: asyncio.run(self._loop_main(has_begun)), name="vllm engine", daemon=True
         )
         self._thread.start()
         has_begun.wait()
-        assert self._pool is not None
-        self._waited(self._settled(self._pool))
-        if not self._pool.num_alive and not self._is_stopping:
-            why = self._pool.report()
+        assert self._router is not None
+        self._run_on_loop(self._first_check_done(self._router))
+        if not self._router.num_alive and not self._is_stopping:
+            why = self._router.report()
             self.stop()
             raise LanguageModelError(f"no engine can be used: {why}")
 
-    def _waited(self, work: Any) -> None:
+    def _run_on_loop(self, work: Any) -> None:
         """Do something on the loop; ends early when the engine is stopped."""
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(self._or_stopped(work), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._until_stopped(work), self._loop)
         with suppress(CancelledError):  # the loop ends
             future.result()
 
-    async def _or_stopped(self, work: Any) -> None:
+    async def _until_stopped(self, work: Any) -> None:
         tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._stopped.wait())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -135,31 +140,33 @@ class VllmEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _settled(self, pool: EnginePool) -> None:
+    async def _first_check_done(self, pool: Router) -> None:
         """Until each engine was looked at, and one is there or the time to wait is over."""
-        await pool.wait_until(lambda: pool.are_all_seen)
-        if pool.num_alive or pool.are_all_refused or not self._wait_s:
+        await pool.wait_until(lambda: pool.all_checked)
+        if pool.num_alive or pool.all_mismatched or not self._startup_timeout_s:
             return
-        _LOG.warning("waiting up to %g s for an engine: %s", self._wait_s, pool.report())
-        waiting = pool.wait_until(lambda: pool.num_alive > 0 or pool.are_all_refused)
+        _LOG.warning("waiting up to %g s for an engine: %s", self._startup_timeout_s, pool.report())
+        waiting = pool.wait_until(lambda: pool.num_alive > 0 or pool.all_mismatched)
         try:
-            await asyncio.wait_for(waiting, self._wait_s)
+            await asyncio.wait_for(waiting, self._startup_timeout_s)
         except asyncio.TimeoutError:
-            _LOG.error("no engine came within %g s", self._wait_s)
+            _LOG.error("no engine came within %g s", self._startup_timeout_s)
 
-    async def _first_alive(self) -> None:
-        pool = self._pool
+    async def _any_alive(self) -> None:
+        pool = self._router
         assert pool is not None
         await pool.wait_until(lambda: pool.num_alive > 0)
 
-    async def _run(self, has_begun: threading.Event) -> None:
+    async def _loop_main(self, has_begun: threading.Event) -> None:
         """The thread: looks after the engines until it is stopped."""
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         clients = [VllmClient(url, self._key) for url in self.urls]
-        pool = EnginePool(clients, self._prove, look_s=self._look_s, retries=self.retries)
-        self._pool = pool
-        self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="vllm bodies")
+        pool = Router(
+            clients, self._verify, health_interval_s=self._health_interval_s, retries=self.retries
+        )
+        self._router = pool
+        self._serializers = ThreadPoolExecutor(_NUM_SERIALIZERS, thread_name_prefix="vllm bodies")
         pool.start()
         has_begun.set()
         try:
@@ -170,16 +177,16 @@ class VllmEngine:
                 task.cancel()
             await asyncio.gather(*answering, return_exceptions=True)
             await pool.close()
-            self._writers.shutdown(wait=False, cancel_futures=True)
-            for row in self._requests.all():
-                row.fail(ServeError("the engine has failed", status=503))
+            self._serializers.shutdown(wait=False, cancel_futures=True)
+            for request in self._scheduler.unfinished():
+                request.fail(ServeError("the engine has failed", status=503))
 
     def stop(self) -> None:
         """Cancel all, which frees the engines' places, and end the thread."""
-        with self._requests.changed:
+        with self._scheduler.condition:
             self._is_stopping = True
-        for row in self._requests.all():
-            row.cancel()
+        for request in self._scheduler.unfinished():
+            request.cancel()
         if self._thread is not None and self._thread.is_alive():
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._stopped.set)
@@ -189,26 +196,30 @@ class VllmEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        options: SamplingOptions,
-        emit: Callable[[Event], None],
+        options: SamplingParams,
+        emit: Callable[[EngineEvent], None],
     ) -> None:
         """Hand a prompt on; see `Engine`."""
         if not self.is_alive:
             raise ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
-        refuse(self.model, prompt, options, self.max_tokens)
-        row = Running(request_id, prompt, options, emit, self._end_ids, self._requests.forget)
-        with self._requests.changed:
+        check_prompt(self.model, prompt, options, self.max_tokens)
+        request = GenerationRequest(
+            request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
+        )
+        with self._scheduler.condition:
             if self._is_stopping or self._loop is None:
                 raise ServeError("the engine does not run", status=503)
-            self._requests.add(row)
-            self._futures[row] = asyncio.run_coroutine_threadsafe(self._answered(row), self._loop)
+            self._scheduler.add(request)
+            self._futures[request] = asyncio.run_coroutine_threadsafe(
+                self._run_request(request), self._loop
+            )
 
     def cancel(self, request_id: str) -> None:
         """End an answer early; see `Engine`. Its connection is closed, which frees its place."""
-        row = self._requests.cancel(request_id)
-        if row is not None:
-            with self._requests.changed:
-                future = self._futures.pop(row, None)
+        request = self._scheduler.cancel(request_id)
+        if request is not None:
+            with self._scheduler.condition:
+                future = self._futures.pop(request, None)
             if future is not None:
                 future.cancel()
 
@@ -216,126 +227,134 @@ class VllmEngine:
     def is_alive(self) -> bool:
         """Whether an engine is there."""
         is_running = self._thread is not None and self._thread.is_alive()
-        return is_running and not self._is_stopping and self.num_engines > 0
+        return is_running and not self._is_stopping and self.num_replicas > 0
 
     @property
-    def num_engines(self) -> int:
+    def num_replicas(self) -> int:
         """Engines that are used."""
-        return 0 if self._pool is None or self._is_stopping else self._pool.num_alive
+        return 0 if self._router is None or self._is_stopping else self._router.num_alive
 
     @property
     def num_running(self) -> int:
         """Answers that have begun."""
-        return self._requests.num_running
+        return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
         """Prompts of which no token has come."""
-        return self._requests.num_waiting
+        return self._scheduler.num_waiting
 
-    async def _answered(self, row: Running) -> None:
+    async def _run_request(self, request: GenerationRequest) -> None:
         """A prompt, until it has ended in one way or another."""
         task = asyncio.current_task()
-        assert task is not None and self._pool is not None
+        assert task is not None and self._router is not None
         task.set_name(self.name)
         try:
-            await self._pool.run(
-                lambda engine: self._attempt(engine, row), lambda: self._has_begun(row)
+            await self._router.dispatch(
+                lambda engine: self._stream_from(engine, request), lambda: self._is_started(request)
             )
         except MultiTokenError as error:
-            row.fail(error)
+            request.fail(error)
         except asyncio.CancelledError:
-            row.cancel()
+            request.cancel()
             raise
         except Exception as error:  # noqa: BLE001 - whoever asked must be told
-            failed(row, error)
+            fail_request(request, error)
         finally:
-            with self._requests.changed:  # not before it has been put there
-                self._futures.pop(row, None)
+            with self._scheduler.condition:  # not before it has been put there
+                self._futures.pop(request, None)
 
-    def _has_begun(self, row: Running) -> bool:
-        with self._requests.changed:
-            return row.is_done or row not in self._requests.waiting
+    def _is_started(self, request: GenerationRequest) -> bool:
+        with self._scheduler.condition:
+            return request.is_finished or request not in self._scheduler.waiting
 
-    async def _attempt(self, engine: PooledEngine, row: Running) -> None:
+    async def _stream_from(self, engine: Replica, request: GenerationRequest) -> None:
         """Ask one engine. Raises EngineFault where it does not answer to the end."""
         assert self._loop is not None
-        body = await self._loop.run_in_executor(self._writers, self._body, engine.proof, row)
+        body = await self._loop.run_in_executor(
+            self._serializers, self._request_body, engine.verified, request
+        )
         last: int | None = None
-        deltas = engine.client.complete(body, row.options.num_logprobs or 0)
+        deltas = engine.client.complete(body, request.options.num_logprobs or 0)
         try:
             async for delta in deltas:
-                if row.is_done and delta.finish is None:
+                if request.is_finished and delta.finish is None:
                     return  # it goes on behind what we take for the end
                 for token in delta.tokens:
-                    self._begin(row)
-                    row.say(token)
+                    self._mark_running(request)
+                    request.emit_token(token)
                     last = token.id
-                if delta.finish is None or row.is_done:
+                if delta.finish is None or request.is_finished:
                     continue
                 if delta.stop_id is not None and delta.stop_id != last:
-                    row.say(Token(delta.stop_id))  # a release that leaves it out of the ids
-                row.end("stop" if delta.finish == "stop" else "length")
+                    request.emit_token(
+                        TokenEvent(delta.stop_id)
+                    )  # a release that leaves it out of the ids
+                request.finish("stop" if delta.finish == "stop" else "length")
         finally:
             await deltas.aclose()  # type: ignore[attr-defined]
-        if not row.is_done:
-            raise EngineFault("the answer ended without a reason", "failed")
+        if not request.is_finished:
+            raise EngineError("the answer ended without a reason", "failed")
 
-    def _begin(self, row: Running) -> None:
-        with self._requests.changed:
-            if row in self._requests.waiting:
-                self._requests.waiting.remove(row)
+    def _mark_running(self, request: GenerationRequest) -> None:
+        with self._scheduler.condition:
+            if request in self._scheduler.waiting:
+                self._scheduler.waiting.remove(request)
 
-    def _body(self, proof: Proof, row: Running) -> bytes:
-        prompt, tenant = row.prompt, row.prompt.tenant
+    def _request_body(self, proof: VerifiedServer, request: GenerationRequest) -> bytes:
+        prompt, tenant = request.prompt, request.prompt.tenant
         return completion_body(
-            self._embeddings(prompt, proof.form) if prompt.places else prompt.input_ids.tolist(),
-            row.options,
+            self._embeddings(prompt, proof.form)
+            if prompt.media_spans
+            else prompt.input_ids.tolist(),
+            request.options,
             model=proof.served.name,
-            end_ids=row.end_ids,
+            end_ids=request.end_ids,
             salt=hashlib.sha256(tenant.encode()).hexdigest() if tenant else None,
         )
 
-    async def _prove(self, client: VllmClient) -> Proof:
+    async def _verify(self, client: VllmClient) -> VerifiedServer:
         """The golden request by ids, and by embeddings in each form until one is right.
 
         Raises EngineRefused, or EngineFault if it does not answer now.
         """
-        served = await client.served()
+        served = await client.served_model()
         golden, start = self.golden, f"`vllm serve {self.golden.folder} --enable-prompt-embeds`"
-        wrong = await self._disagreement(client, served, list(golden.input_ids))
+        wrong = await self._mismatch(client, served, list(golden.input_ids))
         if wrong is not None:
-            raise EngineRefused(
+            raise EngineMismatch(
                 f"asked the golden request by ids, {served.name!r} gives another answer ({wrong}): "
                 f"it has other weights, or in another precision; start it with {start}"
             )
         faults = []
         for form in self._embeddings.forms:
             embeds = self._embeddings(golden.prompt, form)
-            wrong = await self._disagreement(client, served, embeds)
+            wrong = await self._mismatch(client, served, embeds)
             if wrong is None:
-                self._lengths[client.url] = served.max_tokens
-                self.max_tokens = shortest(self._own_length, *self._lengths.values())
-                return Proof(served, form)
+                self._server_max_tokens[client.url] = served.max_tokens
+                self.max_tokens = min_limit(
+                    self._model_max_tokens, *self._server_max_tokens.values()
+                )
+                return VerifiedServer(served, form)
             faults.append(wrong)
-        raise EngineRefused(
+        raise EngineMismatch(
             f"asked the golden request by embeddings, {served.name!r} gives another answer "
             f"({'; '.join(faults)}), though the right one by ids; start it with {start}, or serve "
             "with --backend static if this language model takes no embeddings there"
         )
 
-    async def _disagreement(self, client: VllmClient, served: Served, prompt: Any) -> str | None:
-        body = completion_body(prompt, self.golden.options, model=served.name, end_ids=())
-        tokens: list[Token] = []
+    async def _mismatch(self, client: VllmClient, served: ServedModel, prompt: Any) -> str | None:
+        body = completion_body(prompt, self.golden.sampling_params, model=served.name, end_ids=())
+        tokens: list[TokenEvent] = []
         try:
-            async for delta in client.complete(body, self.golden.options.num_logprobs or 0):
+            async for delta in client.complete(body, self.golden.sampling_params.num_logprobs or 0):
                 tokens += delta.tokens
-        except EngineFault as fault:
+        except EngineError as fault:
             if fault.reason == "rejected":
                 return str(fault)
             raise
         weight: Any = self.model.get_input_embeddings().weight
-        return self.golden.disagreement(tokens, tolerance_of(weight.dtype))
+        return self.golden.mismatch(tokens, logprob_tolerance(weight.dtype))
 
 
 def build_vllm_engine(
@@ -353,17 +372,17 @@ def build_vllm_engine(
         model.capabilities = Capabilities(
             name=type(language_model).__name__,
             embedding_scale=golden.embedding_scale,
-            needs_ids=golden.needs_ids,
-            starts_from="embeddings",
-            pads_left=True,
-            selects_logits=True,
-            num_exact_tokens=None,
-            trials={},
+            needs_input_ids=golden.needs_ids,
+            prefill_mode="embeddings",
+            supports_left_padding=True,
+            supports_logits_to_keep=True,
+            max_batched_length=None,
+            probes={},
         )
     return VllmEngine(
         model,
         golden,
         [url.rstrip("/") for url in settings.engine_urls],
         key=settings.engine_key,
-        wait_s=settings.engine_wait_s,
+        startup_timeout_s=settings.engine_wait_s,
     )

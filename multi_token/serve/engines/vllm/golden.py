@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from multi_token.errors import CheckpointError
-from multi_token.serve.engines.base import Prompt, SamplingOptions, Token
+from multi_token.serve.engines.base import Prompt, SamplingParams, TokenEvent
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
-_NUM_LIKELIEST = 5
+_NUM_LOGPROBS = 5
 
 
 @dataclass(frozen=True)
-class Golden:
+class GoldenRequest:
     """A prompt, and how the exported language model goes on with it."""
 
     input_ids: tuple[int, ...]
@@ -38,16 +38,16 @@ class Golden:
     """What an engine is to be started with."""
 
     @property
-    def options(self) -> SamplingOptions:
+    def sampling_params(self) -> SamplingParams:
         """How it is asked: greedily, no further than is known, and behind ends of turn."""
-        return SamplingOptions(len(self.greedy_ids), num_logprobs=_NUM_LIKELIEST, ignore_end=True)
+        return SamplingParams(len(self.greedy_ids), num_logprobs=_NUM_LOGPROBS, ignore_eos=True)
 
     @property
     def prompt(self) -> Prompt:
         """The prompt, of which nothing is media."""
         return Prompt(torch.tensor(self.input_ids), (), (), ())
 
-    def disagreement(self, tokens: Sequence[Token], tolerance: float) -> str | None:
+    def mismatch(self, tokens: Sequence[TokenEvent], tolerance: float) -> str | None:
         """What is wrong with an answer, or None.
 
         `tolerance`: of log-probabilities, by which other kernels and another device may round
@@ -76,12 +76,12 @@ class Golden:
         return None
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
+def logprob_tolerance(dtype: torch.dtype) -> float:
     """What log-probabilities may differ by between two machines that are right."""
     return 0.02 if dtype in (torch.float32, torch.float64) else 0.5
 
 
-def read_golden(run: Path) -> Golden:
+def read_golden(run: Path) -> GoldenRequest:
     """The golden request of an exported folder. Raises CheckpointError."""
     command = f"`multi-token export RUN --to language-model --out {run.name or 'OUT'}`"
     path = run / MANIFEST
@@ -95,7 +95,7 @@ def read_golden(run: Path) -> Golden:
         if fields["schema"] != _SCHEMA:
             raise ValueError(f"schema {fields['schema']!r} instead of {_SCHEMA}")
         golden, described = fields["golden"], fields["language_model"]
-        found = Golden(
+        found = GoldenRequest(
             tuple(int(id) for id in golden["input_ids"]),
             tuple(int(id) for id in golden["greedy_ids"]),
             tuple(float(value) for value in golden["greedy_logprobs"]),

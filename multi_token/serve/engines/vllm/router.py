@@ -16,45 +16,45 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from multi_token.errors import LanguageModelError
-from multi_token.serve.engines.vllm.client import EngineFault, Reason, VllmClient
+from multi_token.serve.engines.vllm.client import EngineError, FaultReason, VllmClient
 from multi_token.serve.errors import ServeError
 
 LOG = logging.getLogger("multi_token.serve")
-_NUM_MISSES = 2
+_MAX_FAILED_CHECKS = 2
 """Looks in a row without an answer after which what an engine was asked is given up."""
-_MAX_TRIES = 2
+_MAX_ATTEMPTS = 2
 """Engines that may fail at one prompt: it could be the prompt that kills them."""
-_PROOF_S = 120.0
+_VERIFY_TIMEOUT_S = 120.0
 """The longest that an engine may take for the proof; the first prompts may be slow."""
 _MAX_RETRY_AFTER_S = 60
-_NEW_WEIGHT = 0.2
+_EMA_WEIGHT = 0.2
 
-State = Literal["out", "in", "refused"]
+ReplicaState = Literal["out", "in", "refused"]
 
 
-class EngineRefused(LanguageModelError):
+class EngineMismatch(LanguageModelError):
     """An engine that answers, but not as it should."""
 
 
 @dataclass(eq=False)
-class PooledEngine:
+class Replica:
     """One engine, and what is known of it."""
 
     client: VllmClient
-    state: State = "out"
+    state: ReplicaState = "out"
     """`out`: does not answer, or has not been asked yet; `refused`: answers what is wrong."""
-    why: str = "was not asked yet"
-    proof: Any = None
+    reason_down: str = "was not asked yet"
+    verified: Any = None
     """What the proof found out about it."""
-    num_asked: int = 0
+    num_in_flight: int = 0
     """Prompts that it is at."""
-    has_been_seen: bool = False
+    checked_once: bool = False
     """Whether it has been looked at once."""
-    num_misses: int = 0
+    failed_checks: int = 0
     attempts: set[asyncio.Task[None]] = field(default_factory=set)
 
 
-class EnginePool:
+class Router:
     """Looks after engines, and hands each prompt to the one with the fewest.
 
     An engine is used once `prove` has found nothing wrong with it, until it fails; then it is
@@ -64,63 +64,67 @@ class EnginePool:
     def __init__(
         self,
         clients: Sequence[VllmClient],
-        prove: Callable[[VllmClient], Awaitable[Any]],
+        verify: Callable[[VllmClient], Awaitable[Any]],
         *,
-        look_s: float = 1.0,
+        health_interval_s: float = 1.0,
         retries: Counter[str] | None = None,
     ) -> None:
         """`prove`: raises EngineRefused, or EngineFault; its result is kept as `proof`. `look_s`:
         between two looks at an engine. `retries`: where second tries are counted by reason.
         """
-        self.engines = [PooledEngine(client) for client in clients]
+        self.replicas = [Replica(client) for client in clients]
         self.retries: Counter[str] = Counter() if retries is None else retries
-        self._prove = prove
-        self._look_s = look_s
-        self._mean_s = 2.0
+        self._verify = verify
+        self._health_interval_s = health_interval_s
+        self._mean_service_s = 2.0
         self._changed = asyncio.Condition()
-        self._watching: list[asyncio.Task[None]] = []
+        self._health_tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to look after them."""
-        self._watching = [asyncio.create_task(self._watch(engine)) for engine in self.engines]
+        self._health_tasks = [
+            asyncio.create_task(self._health_loop(engine)) for engine in self.replicas
+        ]
 
     async def close(self) -> None:
         """Look no more, and close all connections."""
-        for task in self._watching:
+        for task in self._health_tasks:
             task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
-        for engine in self.engines:
+        await asyncio.gather(*self._health_tasks, return_exceptions=True)
+        for engine in self.replicas:
             await engine.client.close()
 
     @property
     def num_alive(self) -> int:
         """Engines that are used."""
-        return sum(engine.state == "in" for engine in self.engines)
+        return sum(engine.state == "in" for engine in self.replicas)
 
     @property
-    def are_all_refused(self) -> bool:
+    def all_mismatched(self) -> bool:
         """Whether each of them answers, and what is wrong."""
-        return all(engine.state == "refused" for engine in self.engines)
+        return all(engine.state == "refused" for engine in self.replicas)
 
     def report(self) -> str:
         """What is wrong with those that are not used."""
         return "; ".join(
-            f"{engine.client.url} {engine.why}" for engine in self.engines if engine.state != "in"
+            f"{engine.client.url} {engine.reason_down}"
+            for engine in self.replicas
+            if engine.state != "in"
         )
 
-    async def wait_until(self, holds: Callable[[], bool]) -> None:
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Until something of the pool holds."""
         async with self._changed:
-            await self._changed.wait_for(holds)
+            await self._changed.wait_for(condition)
 
     @property
-    def are_all_seen(self) -> bool:
+    def all_checked(self) -> bool:
         """Whether each of them has been looked at."""
-        return all(engine.has_been_seen for engine in self.engines)
+        return all(engine.checked_once for engine in self.replicas)
 
-    async def run(
+    async def dispatch(
         self,
-        attempt: Callable[[PooledEngine], Coroutine[Any, Any, None]],
+        attempt: Callable[[Replica], Coroutine[Any, Any, None]],
         has_begun: Callable[[], bool],
     ) -> None:
         """Have one engine do `attempt`; another one, where it fails before anything has begun.
@@ -128,22 +132,24 @@ class EnginePool:
         Raises ServeError: 429 if all are full, 503 if none is there or the answer broke off, 400
         for a prompt that an engine does not take.
         """
-        tried: set[PooledEngine] = set()
+        tried: set[Replica] = set()
         num_failures, is_full = 0, False
-        why: Reason | None = None
+        why: FaultReason | None = None
         while True:
-            engine = self._choose(tried)
-            if engine is None or num_failures >= _MAX_TRIES:
-                raise self._no_engine(is_full)
+            engine = self._least_loaded(tried)
+            if engine is None or num_failures >= _MAX_ATTEMPTS:
+                raise self._unavailable_error(is_full)
             tried.add(engine)
             if why is not None:
                 self.retries[why] += 1
             began = time.monotonic()
             try:
-                await self._attempted(engine, attempt)
-                self._mean_s += _NEW_WEIGHT * (time.monotonic() - began - self._mean_s)
+                await self._attempt_on(engine, attempt)
+                self._mean_service_s += _EMA_WEIGHT * (
+                    time.monotonic() - began - self._mean_service_s
+                )
                 return
-            except EngineFault as fault:
+            except EngineError as fault:
                 LOG.warning("engine %s: %s: %s", engine.client.url, fault.reason, fault)
                 if fault.reason == "rejected":
                     raise ServeError(
@@ -152,7 +158,7 @@ class EnginePool:
                 if fault.reason == "full":
                     is_full = True
                 else:
-                    await self._put_out(engine, f"failed: {fault}")
+                    await self._mark_down(engine, f"failed: {fault}")
                     num_failures += fault.reason != "unreachable"
                 if has_begun():
                     raise ServeError(
@@ -163,15 +169,17 @@ class EnginePool:
                     ) from fault
                 why = fault.reason
 
-    def _choose(self, tried: set[PooledEngine]) -> PooledEngine | None:
-        free = [e for e in self.engines if e.state == "in" and e not in tried]
-        return min(free, key=lambda engine: engine.num_asked, default=None)
+    def _least_loaded(self, tried: set[Replica]) -> Replica | None:
+        free = [e for e in self.replicas if e.state == "in" and e not in tried]
+        return min(free, key=lambda engine: engine.num_in_flight, default=None)
 
-    def _no_engine(self, is_full: bool) -> ServeError:
+    def _unavailable_error(self, is_full: bool) -> ServeError:
         if not is_full:
             return ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
         # one of those that are being answered must end first
-        seconds = self._mean_s / max(1, sum(engine.num_asked for engine in self.engines))
+        seconds = self._mean_service_s / max(
+            1, sum(engine.num_in_flight for engine in self.replicas)
+        )
         return ServeError(
             "rate limit: all engines are full; try again later",
             status=429,
@@ -179,64 +187,66 @@ class EnginePool:
             retry_after=max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds))),
         )
 
-    async def _attempted(
-        self, engine: PooledEngine, attempt: Callable[[PooledEngine], Coroutine[Any, Any, None]]
+    async def _attempt_on(
+        self, engine: Replica, attempt: Callable[[Replica], Coroutine[Any, Any, None]]
     ) -> None:
         """One attempt, which ends with an EngineFault when its engine is given up."""
         task = asyncio.create_task(attempt(engine))
         engine.attempts.add(task)
-        engine.num_asked += 1
+        engine.num_in_flight += 1
         try:
             await asyncio.wait((task,))
         finally:
-            engine.num_asked -= 1
+            engine.num_in_flight -= 1
             engine.attempts.discard(task)
             if not task.done():  # whoever asked has left
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if task.cancelled():
-            raise EngineFault("it does not answer any more", "lost")
+            raise EngineError("it does not answer any more", "lost")
         task.result()
 
-    async def _watch(self, engine: PooledEngine) -> None:
+    async def _health_loop(self, engine: Replica) -> None:
         while True:
             try:
-                await self._look(engine)
+                await self._health_check(engine)
             except Exception as error:
                 LOG.error("looking at engine %s failed", engine.client.url, exc_info=error)
-                await self._put_out(engine, f"cannot be looked at: {type(error).__name__}")
+                await self._mark_down(engine, f"cannot be looked at: {type(error).__name__}")
             async with self._changed:
-                engine.has_been_seen = True
+                engine.checked_once = True
                 self._changed.notify_all()
-            await asyncio.sleep(self._look_s)
+            await asyncio.sleep(self._health_interval_s)
 
-    async def _look(self, engine: PooledEngine) -> None:
+    async def _health_check(self, engine: Replica) -> None:
         if not await engine.client.is_healthy():
-            engine.num_misses += 1
-            await self._put_out(engine, "does not answer /health")
-            if engine.num_misses >= _NUM_MISSES:
+            engine.failed_checks += 1
+            await self._mark_down(engine, "does not answer /health")
+            if engine.failed_checks >= _MAX_FAILED_CHECKS:
                 for task in engine.attempts:
                     task.cancel()
             return
-        engine.num_misses = 0
+        engine.failed_checks = 0
         if engine.state != "out":
             return
         try:
-            engine.proof = await asyncio.wait_for(self._prove(engine.client), _PROOF_S)
-        except EngineRefused as error:
+            engine.verified = await asyncio.wait_for(self._verify(engine.client), _VERIFY_TIMEOUT_S)
+        except EngineMismatch as error:
             LOG.error("engine %s is refused: %s", engine.client.url, error)
-            engine.state, engine.why = "refused", f"is refused: {error}"
-        except EngineFault as fault:
-            engine.why = f"does not answer the golden request ({fault})"
+            engine.state, engine.reason_down = "refused", f"is refused: {error}"
+        except EngineError as fault:
+            engine.reason_down = f"does not answer the golden request ({fault})"
         except asyncio.TimeoutError:
-            engine.why = f"does not answer the golden request within {_PROOF_S:g} s"
+            engine.reason_down = (
+                f"does not answer the golden request within {_VERIFY_TIMEOUT_S:g} s"
+            )
         else:
             LOG.info("engine %s is used", engine.client.url)
-            engine.state, engine.why = "in", ""
+            engine.state, engine.reason_down = "in", ""
 
-    async def _put_out(self, engine: PooledEngine, why: str) -> None:
+    async def _mark_down(self, engine: Replica, why: str) -> None:
         if engine.state == "in":
             LOG.warning("engine %s is put out: it %s", engine.client.url, why)
         async with self._changed:
-            engine.state, engine.why = "out", why
+            engine.state, engine.reason_down = "out", why
             self._changed.notify_all()
