@@ -238,7 +238,7 @@ def test_a_path_never_gets_to_a_decoder(pool: MediaPool, secret_file: Path) -> N
             for name in ("trial", "image", "vector"):
                 error = refusal(pool, source, name)
                 assert error.status == 400
-                assert "files of this machine are never read" in str(error)
+                assert "the server never reads its own files" in str(error)
 
 
 def test_texts_that_are_no_sources_pass(pool: MediaPool) -> None:
@@ -274,8 +274,8 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
         ("data:," + "x" * (4 * MIB + 1), "the limit is 4,194,304"),
         ([0.5] * 1001, "more than 1,000 numbers"),
         ([[0.5] * 200] * 6, "more than 1,000 numbers"),
-        (deep, "lists inside each other"),
-        ({1: 2}, "names as keys"),
+        (deep, "levels deep"),
+        ({1: 2}, "strings as keys"),
         (object(), "got object"),
         (Image.new("RGB", (4, 4)), "got Image"),
         ("http://127.0.0.1/a.png", "web addresses are not read here"),
@@ -286,7 +286,7 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
 
 
 def test_an_unknown_sense_is_a_400(pool: MediaPool) -> None:
-    assert "no sense named 'smell'" in str(refusal(pool, b"", "smell"))
+    assert "no modality named 'smell'" in str(refusal(pool, b"", "smell"))
 
 
 def test_numbers_of_any_kind_are_refused_or_finite(pool: MediaPool) -> None:
@@ -385,7 +385,7 @@ def test_a_sense_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) ->
 
     registry.register_modality("local", Local)
     try:
-        with pytest.raises(MultiTokenError, match="does not start: AttributeError"):
+        with pytest.raises(MultiTokenError, match="did not start: AttributeError"):
             MediaPool({"local": Local()}, num_workers=1).start()
     finally:
         registry._registered["modality"].pop("local")
