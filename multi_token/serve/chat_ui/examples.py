@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multi_token.data.dataset import load_rows, media_root
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB, Fetch

@@ -1,7 +1,7 @@
-"""The chat page: its files, what it must know of the run, examples, and the training's report.
+"""Routes of the chat page: its files, facts about the run, examples and the training report.
 
-Border: routes under `/` and `/page`; an answer is asked for as any client does. Nothing that a
-request says names a file: examples go by their number.
+The page sends chat requests as any other client does. No request names a file: examples are
+addressed by their number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
 PUBLIC_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"})
-"""What a browser asks for before anybody has typed a key; the report has a ticket in its place."""
+"""Paths that need no API key: the browser loads them before a key was typed. The report is opened
+with a ticket instead."""
 LOG = logging.getLogger("multi_token.serve")
 
 _NUMBERS = (".npy", ".json", ".csv", ".txt")
@@ -91,7 +92,7 @@ _ITEM_HEADERS = {
 
 
 def add_chat_routes(app: FastAPI, service: Service) -> None:
-    """The page's routes. They are not in the description of the API."""
+    """Add the page's routes, which the OpenAPI document leaves out."""
     settings = service.settings
     folder = settings.run_folder
     report = None if folder is None else folder / "report.html"
