@@ -1,7 +1,7 @@
 """Claims about serve/media/pool.py: an item is decoded in a process of its own kind, under limits,
 and takes nothing with it.
 
-The sense `trial` is a plug-in whose items say what is to be done to the process that decodes them.
+The modality `trial` is a plug-in whose items are orders to the process that decodes them.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def refusal(pool: MediaPool, source: Any, modality: str = "trial") -> ServeError
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The plug-in, registered in this process alone, as in a notebook."""
     folder = tmp_path_factory.mktemp("plug_in")
-    shutil.copy(Path(__file__).parent / "trial_sense.py", folder / "a_trial_sense.py")
+    shutil.copy(Path(__file__).parent / "sample_modality.py", folder / "a_sample_modality.py")
     sys.path.insert(0, str(folder))
-    import a_trial_sense  # type: ignore[reportMissingImports]
+    import a_sample_modality  # type: ignore[reportMissingImports]
 
-    cls = a_trial_sense.TrialModality
+    cls = a_sample_modality.TrialModality
     registry.register_modality("trial", cls)
     yield cls
     sys.path.remove(str(folder))
@@ -183,7 +183,7 @@ def test_a_decoder_opens_no_file_even_if_it_tries(pool: MediaPool, secret_file: 
     link = secret_file.parent / "link"
     link.symlink_to(secret_file)
     inside = Path(sys.prefix) / "lib" / ".." / ".." / ".." / ".." / ".." / "etc" / "passwd"
-    beside = Path(sys.modules["a_trial_sense"].__file__ or "").parent / "beside.txt"
+    beside = Path(sys.modules["a_sample_modality"].__file__ or "").parent / "beside.txt"
     beside.write_text(SECRET)
     others = ("/etc/passwd", "/proc/self/environ", "/dev/zero", "README.md", "pyproject.toml")
     for path in (secret_file, link, inside, beside, *others):
