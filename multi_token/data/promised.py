@@ -1,7 +1,7 @@
 """Rows whose lengths were told by headers, compared with what they turn out to be.
 
 Border: after lengths.py and inspect.py, which plan with a promise; whether one is kept is seen
-here, and what follows from a broken one is train/distributed.py's.
+here, and what follows from a broken one is distributed.py's.
 """
 
 from __future__ import annotations
