@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from multi_token.data.dataset import load_rows, media_root, row_id_of, row_to_sample
+from multi_token.data.dataset import row_to_sample
 from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
+from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem, ScanReport, merge_reports, scan
 from multi_token.distributed import all_gather, check_same_values, num_processes, rank
 from multi_token.errors import RecipeError, RowError
@@ -35,7 +37,7 @@ class TrainingSource:
     rows: Sequence[Any]
     processor: MultiTokenProcessor
     name: str
-    good: Sequence[int] | None = None
+    good_indices: Sequence[int] | None = None
     """Indices of rows that can be learned from, once they have been read."""
     lengths: Sequence[int] = ()
     """Tokens of each good row."""
@@ -49,7 +51,7 @@ class TrainingSource:
 
     def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """The good rows, or before they are known those that are conversations at all."""
-        for index in range(len(self.rows)) if self.good is None else self.good:
+        for index in range(len(self.rows)) if self.good_indices is None else self.good_indices:
             try:
                 row = self.rows[index]
                 row_id = row_id_of(index, row, self.name)
@@ -122,7 +124,7 @@ def good_rows(
         num_supervised += report.num_supervised
         problems += report.problems
         lengths = [length.num_tokens for length in report.lengths]
-        good.append(replace(source, good=report.good, lengths=lengths))
+        good.append(replace(source, good_indices=report.good_indices, lengths=lengths))
     if problems and recipe.data.on_bad_row == "raise":
         first = problems[0]
         raise RowError(
@@ -195,7 +197,11 @@ def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
 
 def row_counts(report: ScanReport) -> str:
     """How the lengths of good rows were found, in words."""
-    num_good, num_decoded, num_known = len(report.good), report.num_decoded, report.num_known_before
+    num_good, num_decoded, num_known = (
+        len(report.good_indices),
+        report.num_decoded,
+        report.num_known_before,
+    )
     lengths_only = num_good - num_decoded - num_known
     known = f", {num_known:,} remembered" if num_known else ""
     return (
@@ -231,7 +237,7 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
     look = partial(scan, source.rows, read, source=source.name, known=known)
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED))))
-        found = [some.good, [(n.num_tokens, n.num_media) for n in some.lengths]]
+        found = [some.good_indices, [(n.num_tokens, n.num_media) for n in some.lengths]]
         # else a machine that lacks some files would only find the rows of its share bad
         check_same_values(
             f"data (media of {source.name})", found, "give all machines the same files"

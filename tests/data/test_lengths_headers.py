@@ -24,7 +24,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multi_token.data import sources as sources_module
-from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.dataset import row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.data.lengths import LengthStore, processor_fingerprint
 from multi_token.data.scan import scan
 from multi_token.errors import RecipeError, RowError

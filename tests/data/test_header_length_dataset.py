@@ -1,4 +1,4 @@
-"""data/promised.py: a row that breaks its promise is no exception, and goes through a step."""
+"""HeaderLengthDataset: a row of another length than predicted raises nothing in the worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from multi_token.collate import Collator
-from multi_token.data.dataset import load_rows, row_to_sample
-from multi_token.data.promised import HeaderLengthDataset, placeholder_sample
+from multi_token.data.dataset import HeaderLengthDataset, placeholder_sample, row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.errors import RowError
 from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
