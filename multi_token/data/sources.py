@@ -20,19 +20,13 @@ from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem, ScanReport, merge_reports, scan
+from multi_token.distributed import all_gather, check_same_values, num_processes, rank
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DataSource
-from multi_token.train.distributed import (
-    all_gather,
-    check_same_rows,
-    check_same_values,
-    num_processes,
-    rank,
-)
 from multi_token.types import Conversation, Media
 
 
@@ -116,7 +110,7 @@ def good_rows(
     Processes that train together share the reading, and so do data workers where the recipe has
     some. Lengths of good rows stay in `RUN/lengths`, so that the next start reads no media.
     """
-    check_same_rows(sources)
+    _check_same_rows(sources)
     good: list[TrainingSource] = []
     problems: list[Problem] = []
     num_rows = num_tokens = num_supervised = 0
@@ -157,6 +151,31 @@ def good_rows(
     if told.num_rows:
         console.print(row_counts(told), highlight=False)
     return good
+
+
+_NUM_COMPARED_ROWS = 1000
+"""Rows of each source that are compared in full between processes."""
+
+
+def _check_same_rows(sources: Sequence[TrainingSource]) -> None:
+    """Raise RecipeError in all processes if their rows differ, by number or by content."""
+    if num_processes() == 1:
+        return
+    for source in sources:
+        step = max(1, -(-len(source.rows) // _NUM_COMPARED_ROWS))
+        some = [_row_or_problem(source.rows, i) for i in range(0, len(source.rows), step)]
+        check_same_values(
+            f"data (rows of {source.name})",
+            [len(source.rows), *some],
+            "give all machines the same files",
+        )
+
+
+def _row_or_problem(rows: Sequence[Any], index: int) -> Any:
+    try:
+        return rows[index]
+    except RowError as error:
+        return [error.row_id, error.kind]
 
 
 def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
