@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from multi_token import registry
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
-from multi_token.projectors.base import Mlp, ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.kinds import Mlp
 from multi_token.types import Features, Prepared
 
 AnyProjector = Annotated[

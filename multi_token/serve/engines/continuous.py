@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multi_token.errors import LanguageModelError
+from multi_token.errors import LanguageModelError, first_line
 from multi_token.generate import eos_token_ids, require_processor
 from multi_token.language_model.forward import base_language_model
-from multi_token.language_model.loading import first_line
 from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
 from multi_token.serve.engines.fallback import (
     collect_tokens,

@@ -23,8 +23,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.logits_process import LogitsProcessorList
 
-from multi_token.errors import LanguageModelError
-from multi_token.language_model.loading import first_line
+from multi_token.errors import LanguageModelError, first_line
 
 Choose = Callable[[list[str], Tensor], Tensor]
 """Numbers of the prompts and logits [rows, vocabulary] of a step -> scores whose maximum is the

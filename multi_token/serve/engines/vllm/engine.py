@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from multi_token.errors import LanguageModelError, MultiTokenError
 from multi_token.generate import eos_token_ids
 from multi_token.language_model.capabilities import Capabilities
-from multi_token.language_model.loading import EmbeddingsOnly
+from multi_token.language_model.embeddings_only import EmbeddingsOnly
 from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
 from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
 from multi_token.serve.engines.scheduler import GenerationRequest, Scheduler, fail_request
