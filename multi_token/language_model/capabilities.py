@@ -26,14 +26,9 @@ _LIMITATIONS = {
         "{name} cannot take packed rows: what stands in one row changes what comes of the next; "
         "leave them padded"
     ),
-    "supports_shared_media": (
-        "{name} cannot go on from one start several times in a packed row: it does not run on "
-        "`sdpa`, or not all of its layers see everything before them; set train.share_media to "
-        "false"
-    ),
-    "repeats_cache": (
-        "{name} keeps no key-value cache that could be repeated for each row, so a shared start "
-        "cannot be computed once; set train.share_prefix to false"
+    "supports_shared_prefix": (
+        "{name} cannot share a prefix among packed rows: it does not run on `sdpa`, or not all of "
+        "its layers attend to everything before them; set train.packing to true, without `share`"
     ),
 }
 
@@ -77,21 +72,14 @@ class Capabilities:
         return self.probes["supports_segment_attention"]()
 
     @cached_property
-    def supports_shared_media(self) -> bool:
-        """Packed rows may share a start, computed once, that each of them goes on from.
+    def supports_shared_prefix(self) -> bool:
+        """Packed rows may share a prefix that is computed once.
 
         Tried when first asked for.
         """
-        return self.probes["supports_shared_media"]()
+        return self.probes["supports_shared_prefix"]()
 
-    @cached_property
-    def repeats_cache(self) -> bool:
-        """A start that all rows share can be computed once. Tried when first asked for."""
-        return self.probes["repeats_cache"]()
-
-    def require(
-        self, what: Literal["supports_packing", "supports_shared_media", "repeats_cache"]
-    ) -> None:
+    def require(self, what: Literal["supports_packing", "supports_shared_prefix"]) -> None:
         """Raise LanguageModelError, with the reason, if the model cannot do it."""
         if not getattr(self, what):
             raise LanguageModelError(_LIMITATIONS[what].format(name=self.name))

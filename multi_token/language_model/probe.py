@@ -22,7 +22,6 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
 from multi_token.language_model.loading import first_line
@@ -74,10 +73,9 @@ def probe(language_model: Any) -> Capabilities:
                 "supports_segment_attention": lambda: _run_probe(
                     language_model, _Probe.supports_segment_attention
                 ),
-                "supports_shared_media": lambda: _run_probe(
-                    language_model, _Probe.supports_shared_media
+                "supports_shared_prefix": lambda: _run_probe(
+                    language_model, _Probe.supports_shared_prefix
                 ),
-                "repeats_cache": lambda: _run_probe(language_model, _Probe.repeats_cache),
             },
         )
 
@@ -362,7 +360,7 @@ class _Probe:
 
         return _succeeds(trial)
 
-    def supports_shared_media(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Two rows that share three tokens: what the second comes to, as it does alone."""
 
         def trial() -> bool:
@@ -387,20 +385,6 @@ class _Probe:
                 return self.is_close(
                     torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS]
                 )
-
-        return _succeeds(trial)
-
-    def repeats_cache(self) -> bool:
-        def trial() -> bool:
-            self.supports_logits_to_keep()  # measures rounding
-            past = prefix_cache(self.model, self.ids[:, :2], num_rows=2)
-            found = self.logits_from_embeds(
-                self.embeds[:, 2:].repeat(2, 1, 1),
-                self.ids[:, 2:].repeat(2, 1),
-                past_key_values=past,
-                attention_mask=torch.ones_like(self.ids).repeat(2, 1),
-            )
-            return self.is_close(found, self.reference[2:_NUM_TOKENS].expand_as(found))
 
         return _succeeds(trial)
 
