@@ -31,8 +31,8 @@ from multi_token.data.streaming import (
     StreamDataset,
     return_group,
 )
+from multi_token.distributed import all_gather
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.train.distributed import all_gather
 from multi_token.types import Sample
 
 _PACKS = 1 << 32

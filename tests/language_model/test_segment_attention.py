@@ -2,7 +2,7 @@
 itself.
 
 Border: the model's own `sdpa` with one row at a time is the measure; plans of packs are tested with
-train/packing.py.
+data/packing.py.
 """
 
 from __future__ import annotations
