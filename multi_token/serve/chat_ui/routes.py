@@ -7,6 +7,7 @@ request says names a file: examples go by their number.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import hashlib
 import hmac
@@ -27,7 +28,6 @@ from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.sniff import sniff_kind
 from multi_token.modalities.base import Modality
-from multi_token.modalities.joint import methods
 from multi_token.recipe.recipe import Recipe, load_recipe
 from multi_token.report import style
 from multi_token.serve.errors import ServeError
@@ -40,34 +40,6 @@ if TYPE_CHECKING:
 PUBLIC_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"})
 """What a browser asks for before anybody has typed a key; the report has a ticket in its place."""
 LOG = logging.getLogger("multi_token.serve")
-
-_NUMBERS = (".npy", ".json", ".csv", ".txt")
-FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "image": (
-        "pictures",
-        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    ),
-    "audio": (
-        "sounds",
-        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm"),
-    ),
-    "video": ("films", (".mp4", ".webm", ".mov", ".mkv", ".avi", ".mpeg", ".mpg")),
-    "document": ("documents", (".pdf", ".txt", ".md", ".html", ".htm")),
-    "text": ("texts", (".txt", ".md")),
-    "vector": ("lists of numbers", _NUMBERS),
-    "series": ("series of numbers", _NUMBERS),
-}
-"""Kind of thing -> what people call it, and how names of such files end."""
-FILE_KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
-    "image": ("image",),
-    "speech": ("audio",),
-    "sound": ("audio",),
-    "video": ("video",),
-    "document": ("document",),
-    "vector": ("vector",),
-    "timeseries": ("series",),
-}
-"""Type of a sense -> what it takes; any file goes to a type that is not here (of a plug-in)."""
 
 MAX_EXAMPLES = 6
 _MAX_ROWS_SCANNED = 32
@@ -130,7 +102,11 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     def look() -> tuple[list[dict[str, Any]], Examples]:
         senses = [
-            {"name": name, "type": modality.type, "takes": accepted_kinds(modality)}
+            {
+                "name": name,
+                "type": modality.type,
+                "takes": [dataclasses.asdict(kind) for kind in modality.file_kinds()],
+            }
             for name, modality in service.modalities.items()
         ]
         if not settings.show_examples:
@@ -194,23 +170,6 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
         if content is None:
             raise ServeError("this run has no report", status=404, code="no_report")
         return Response(content, media_type=_HTML, headers=_REPORT_HEADERS)
-
-
-def accepted_kinds(modality: Modality) -> list[dict[str, Any]]:
-    """The kinds of files that a sense takes; none stands for any file."""
-    if modality.type == "joint":
-        joint: Any = modality
-        kinds = tuple(methods(joint.encoder, joint.revision))
-    else:
-        kinds = FILE_KINDS_OF_TYPE.get(modality.type, ())
-    return [
-        {
-            "kind": "numbers" if kind in ("vector", "series") else kind,
-            "noun": FILES[kind][0],
-            "suffixes": list(FILES[kind][1]),
-        }
-        for kind in kinds
-    ]
 
 
 def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Examples:
@@ -315,7 +274,7 @@ def _build_example(
             parts.append({"text": part.text})
             continue
         assert isinstance(part, Media)
-        is_text = getattr(modalities[part.modality], "strings", None) == "text"
+        is_text = modalities[part.modality].named_file(part.source) is None
         data = bytes_of(part.source, fetch, is_text=is_text)
         number = first + len(items)
         parts.append({"modality": part.modality, "item": number, "shown": _browser_kind(data)})

@@ -25,9 +25,8 @@ from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
-from multi_token.serve.media.limits import MediaLimits, apply_limits
+from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.protocol import encode_frame, serialize_source
-from multi_token.serve.media.samples import warm_up
 from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media.worker_process import (
     DecodeRequest,
@@ -80,7 +79,8 @@ class MediaPool:
         fork: bool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
-        self.modalities = {name: apply_limits(m, self.limits) for name, m in modalities.items()}
+        limits_by_name = self.limits.model_dump()
+        self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
         self.timeout_s = timeout_s
         self._fetch = Fetch(
             max_bytes=self.limits.max_bytes, allow_paths=False, url_policy=urls or UrlPolicy()
@@ -121,7 +121,9 @@ class MediaPool:
         for modality in self.modalities.values():
             encoder = getattr(modality, "encoder", None)
             if isinstance(encoder, str) and not os.path.isdir(encoder):
-                warm_up(modality)  # fetches what the hub has of its processor; workers ask nobody
+                media_worker.warm_up(
+                    modality
+                )  # fetches what the hub has of its processor; workers ask nobody
         try:
             self._workers[0].wait_ready()
         except MultiTokenError:

@@ -26,8 +26,6 @@ from multi_token.serve.media.protocol import (
     encode_frame,
     read_frame,
 )
-from multi_token.serve.media.samples import warm_up
-from multi_token.serve.media.sizes import size_of
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere a fork of a process with many libraries in it is not safe."""
@@ -94,6 +92,14 @@ def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
     if not setup["fork"]:
         _sandbox(setup)
     return modalities
+
+
+def warm_up(modality: Any) -> None:
+    """Decode the modality's examples, which loads its processor and the decoders."""
+    from multi_token.media.fetch import Fetch
+
+    for source in modality.example_sources():
+        modality.prepare(modality.load(source, Fetch(allow_paths=False)))
 
 
 class ForkedWorker:
@@ -199,7 +205,7 @@ def decode_item(
         modality = modalities[header["modality"]]
         fetch = Fetch(max_bytes=setup["max_bytes"], allow_paths=False, allow_urls=False)
         raw = modality.load(deserialize_source(header["source"], blobs), fetch)
-        size = size_of(modality, raw)
+        size = modality.size_of(raw)
         prepared = modality.prepare(raw)
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
         if num_bytes > setup["max_prepared_bytes"]:
