@@ -45,11 +45,11 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, learn_turns: TrainOnTurns = "all"
+        self, tokenizer: Any, chat_template: str | None = None, train_on_turns: TrainOnTurns = "all"
     ) -> None:
         """`chat_template`: Jinja text, or the path of a file with it; else the tokenizer's own.
 
-        `learn_turns`: which assistant turns of a conversation are learned. Raises
+        `train_on_turns`: which assistant turns of a conversation are learned. Raises
         ChatTemplateError for a tokenizer or a template that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
@@ -58,7 +58,7 @@ class ChatFormat:
                 "(tokenizer.json) is needed to find the assistant's tokens exactly"
             )
         self.tokenizer = tokenizer
-        self.learn_turns: TrainOnTurns = learn_turns
+        self.train_on_turns: TrainOnTurns = train_on_turns
         self.template: str = _template_source(tokenizer, chat_template)
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
@@ -80,12 +80,12 @@ class ChatFormat:
         num_tokens: Sequence[int],
         *,
         prompt_only: bool = False,
-        learn_turns: TrainOnTurns | None = None,
+        train_on_turns: TrainOnTurns | None = None,
     ) -> Sample:
         """One conversation -> ids, labels and places. The Sample's `media` is left empty.
 
         `num_tokens`: positions that each media item takes, in reading order. `prompt_only`: end
-        where the assistant begins to answer, nothing learned. `learn_turns`: instead of the
+        where the assistant begins to answer, nothing learned. `train_on_turns`: instead of the
         format's own.
 
         Raises ChatTemplateError.
@@ -98,7 +98,7 @@ class ChatFormat:
             spans = [CharSpan(end, len(text))]
         else:
             text, spans = self._chat_template.render_with_spans(
-                messages, last_only=(learn_turns or self.learn_turns) == "last"
+                messages, last_only=(train_on_turns or self.train_on_turns) == "last"
             )
         if text.count(slot) != len(num_tokens):
             raise ChatTemplateError(

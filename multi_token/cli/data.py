@@ -213,9 +213,9 @@ def encode(
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.media.fetch import Fetch
 
-    align = loaded.train.align
+    closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
-    sources += (align.rows or []) if align is not None else []
+    sources += (closed_form.rows or []) if closed_form is not None else []
     places = [
         RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources

@@ -314,6 +314,7 @@ def test_a_row_of_no_shape_names_its_fields_and_the_three_shapes() -> None:
         ),
         ({"image": "a", "images": ["b"], "messages": turns("<image>")}, "both `image` and"),
         ({"images": [None], "messages": turns("<image>")}, "item 0 of `images` is empty"),
+        ({"surrogates": {}, "messages": turns("x")}, "`surrogates` is now called `media_texts`"),
         (
             {"image": {"bytes": None, "path": None}, "messages": turns("<image>")},
             "item 0 of `image` is empty",
