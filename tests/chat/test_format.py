@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from multi_token.chat.format import DEFAULT_TEMPLATE, ChatFormat
 from multi_token.errors import ChatTemplateError
@@ -211,6 +212,17 @@ def test_without_a_template_the_documented_default_is_used() -> None:
     )
 
 
+def test_the_default_template_begins_as_the_tokenizer_begins_a_plain_text() -> None:
+    tokenizer = tiny_tokenizer("llama3")
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    sample = ChatFormat(tokenizer).tokenize(conversation(1), [1, 1])
+    assert sample.input_ids[0] == tokenizer.bos_token_id
+    assert (sample.input_ids == tokenizer.bos_token_id).sum() == 1
+
+
 def test_the_filler_is_the_pad_token_or_else_the_eos_token() -> None:
     tokenizer = tiny_tokenizer()
     assert ChatFormat(tokenizer).filler_id == tokenizer.pad_token_id
@@ -256,3 +268,37 @@ def test_a_chat_format_can_be_sent_to_a_data_worker() -> None:
 def test_the_end_of_turn_is_found_for_stopping(template: str) -> None:
     chat = ChatFormat(tiny_tokenizer(template))
     assert chat.tokenizer.decode(chat.end_of_turn_ids) == end_of_turn(template)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "said", "said_while_it_grows"),
+    [
+        ("a red square<|im_end|>\n", "a red square\n", "a red square\n"),
+        ("<think>\n\n</think>\n\nred<|im_end|>", "\n\nred", "\n\nred"),
+        ("\n<think>\n\n</think> <think>", " <think>", " <think>"),
+        ("<think>\n\n</thi", "<think>\n\n</thi", ""),
+        ("<think>\n\nred", "<think>\n\nred", "<think>\n\nred"),
+        ("<think>\n\n</think>", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_what_the_template_writes_before_an_answer_is_not_said(
+    written: str, said: str, said_while_it_grows: str
+) -> None:
+    chat = ChatFormat(tiny_tokenizer(), THINKING)
+    ids = chat.tokenizer(written, add_special_tokens=False).input_ids
+    assert chat.decode(ids) == said
+    assert chat.decode(ids, partial=True) == said_while_it_grows
+
+
+def test_special_tokens_are_not_said() -> None:
+    chat = ChatFormat(tiny_tokenizer())
+    ids = chat.tokenizer("yes<|im_end|>", add_special_tokens=False).input_ids
+    assert chat.decode(ids) == chat.decode(ids, partial=True) == "yes"

@@ -204,6 +204,7 @@ def test_a_slot_of_no_modality_of_the_recipe_is_text() -> None:
     )
     row = {"images": ["a"], "messages": turns("<image>")}
     assert read(row, ()).messages[0].parts == (Text("<image>"),)
+    assert read({"messages": turns("a <> b")}, ()).messages[0].parts == (Text("a <> b"),)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,49 @@ def test_a_sequence_of_vectors_is_one_item_inside_a_list() -> None:
     assert "needs a list of its own" in message
     row = {"vector": [sequence], "messages": turns("<vector>")}
     assert read(row).media == (Media("vector", sequence),)
+
+
+# --- texts that say the same as the media ---
+
+
+def test_each_item_gets_the_text_that_says_the_same_in_reading_order() -> None:
+    row = {
+        "images": ["a", "b"],
+        "left_camera": "c",
+        "media_texts": {"vector": None, "image": ["first", None], "left_camera": "front"},
+        "messages": turns("<image><left_camera><image>"),
+    }
+    assert read(row).media == (
+        Media("image", "a", "first"),
+        Media("left_camera", "c", "front"),
+        Media("image", "b"),
+    )
+
+
+def test_a_row_without_such_texts_or_with_a_null_column_of_them_has_none() -> None:
+    row = {"images": ["a"], "media_texts": None, "messages": turns("<image>")}
+    assert read(row).media == (Media("image", "a"),)
+
+
+@pytest.mark.parametrize("texts", [[], ["a"], ["a", "b", "c"], "a"])
+def test_as_many_texts_as_items_are_asked_for(texts: Any) -> None:
+    row = {"images": ["1", "2"], "media_texts": {"image": texts}, "messages": turns("<image>" * 2)}
+    message = refusal(row, "item_count")
+    assert f"{len(texts)} texts under 'image', but the row has 2 items" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["a"], "`media_texts` is a list, expected an object"),
+        ({"image": 3}, "a number under 'image', expected a list of texts"),
+        ({"image": [3]}, "a list under 'image', expected a list of texts"),
+        ({"audio": ["a"]}, "under one of image, image_left, left_camera, vector"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(given: Any, sentence: str) -> None:
+    row = {"images": ["1"], "media_texts": given, "messages": turns("<image>")}
+    assert sentence in refusal(row)
 
 
 # --- roles, names, and rows that are none ---
@@ -302,7 +346,14 @@ def test_a_row_of_no_shape_names_its_fields_and_the_three_shapes() -> None:
         ({"conversations": [{"role": "user", "content": "a"}]}, "has no `from`"),
         ({"messages": turns("a"), "conversations": turns("a")}, "both `messages` and"),
         ({"messages": turns(None)}, "`content` of turn 0 is empty (null)"),
-        ({"messages": turns(3)}, "`content` of turn 0 is a number"),
+        (
+            {"messages": turns(3)},
+            "`content` of turn 0 is a number, expected a text or a list of parts",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": 3}]},
+            "`value` of turn 0 is a number, expected a text",
+        ),
         ({"messages": turns({"type": "text"})}, "is an object with the fields type"),
         ({"conversations": [{"from": "human", "value": []}]}, "is a list, expected a text"),
         ({"messages": turns(["hi"])}, "part 0 of turn 0 is a text"),

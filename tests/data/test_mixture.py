@@ -58,3 +58,19 @@ def test_another_seed_is_another_mixture_and_another_order() -> None:
 def test_the_order_is_the_same_on_every_machine_and_version() -> None:
     # of raw words of Philox, whose stream numpy does not change
     assert permutation(8, 5, 1, 2) == [2, 7, 3, 0, 4, 1, 5, 6]
+    assert permutation(8, 2**64 + 5, 1, 2) == permutation(8, 5, 1, 2)
+    assert permutation(8, -1, 1, 2) == permutation(8, 2**64 - 1, 1, 2) == [1, 2, 7, 3, 5, 4, 0, 6]
+
+
+def test_the_mixture_is_the_same_on_every_machine_and_version() -> None:
+    places = first(Mixture([1, 3, 6], seed=5, window=8), 16)
+    sources = [2, 1, 2, 2, 2, 2, 1, 2, 2, 0, 1, 2, 2, 2, 2, 2]
+    numbers = [5, 1, 3, 1, 4, 0, 0, 2, 11, 0, 2, 9, 7, 10, 6, 8]
+    assert [place.source for place in places] == sources
+    assert [place.number for place in places] == numbers
+    assert len(set(places)) == 16, "no row comes twice"
+
+
+def test_a_source_may_weigh_next_to_nothing() -> None:
+    places = first(Mixture([1.0, 1e-30], seed=5, window=4), 8)
+    assert {place.source for place in places} == {0}

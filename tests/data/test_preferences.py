@@ -132,6 +132,10 @@ def test_columns_of_a_table_that_are_null_leave_an_ordinary_row() -> None:
             "has the same answer under `chosen` and `rejected`",
         ),
         (
+            {"messages": [SYSTEM, USER], "chosen": "red", "rejected": "red"},
+            "has the same answer under `chosen` and `rejected`",
+        ),
+        (
             {"messages": [USER], "chosen": "red", "rejected": "blue", "images": []},
             "1 slot <image> but 0 in `images`",
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from multi_token.errors import MultiTokenError
 from multi_token.projectors.base import (
@@ -31,6 +32,29 @@ SPECS: list[ProjectorSpec] = [
     PixelShuffle(factor=3),
 ]
 SEQUENCES = [s for s in SPECS if s.type != "pixel_shuffle" and not getattr(s, "grid", False)]
+
+
+def test_what_a_recipe_leaves_out_means_the_same_as_ever() -> None:
+    given = [Linear(), Mlp(), Expand(), Stack(), Pool(), PixelShuffle()]
+    assert all(spec.standardize and not spec.line_break for spec in given)
+    numbers = [(getattr(s, "factor", None), getattr(s, "num_layers", None)) for s in given]
+    assert numbers == [(None, None), (None, 2), (4, 2), (8, 2), (2, 2), (2, 2)]
+    assert not Pool().grid
+
+
+def test_a_kind_takes_its_own_fields_alone_and_keeps_them() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Linear.model_validate({"factor": 2})
+    with pytest.raises(ValidationError, match="frozen"):
+        Mlp().num_layers = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", [Mlp, Expand, Stack, Pool, PixelShuffle])
+def test_a_projector_has_at_least_one_layer_and_joins_or_makes_at_least_one(kind: Any) -> None:
+    for field in {"factor", "num_layers"} & kind.model_fields.keys():
+        assert getattr(kind(**{field: 1}), field) == 1
+        with pytest.raises(ValidationError, match="greater than or equal to 1"):
+            kind(**{field: 0})
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)

@@ -1,7 +1,7 @@
 """Too many, too long, too late: what a server under load says, and what it does when it ends.
 
-Border: admission alone, and a real server without senses (no media workers to wait for). SIGTERM
-in a real process: tests/cli/test_serve.py.
+Border: a real server without senses (no media workers to wait for). Counts and clocks alone:
+test_admission_counts.py; SIGTERM in a real process: tests/cli/test_serve.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Any
 import httpx
 import pytest
 
-from multi_token.serve.admission import Admission, Deadline
-from multi_token.serve.errors import ServeError
 from tests.serve.running_server import RunningServer, running
 
 pytestmark = pytest.mark.slow
@@ -29,77 +27,6 @@ LONG = {
     "ignore_eos": True,
 }
 SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-
-
-def code_of(admission: Admission, num_answers: int = 1) -> str | None:
-    with pytest.raises(ServeError) as caught, admission.admit(num_answers):
-        raise AssertionError("it was let in")
-    return caught.value.code
-
-
-def test_so_many_are_inside_and_no_more() -> None:
-    async def enter() -> None:
-        admission = Admission(2, 1)
-        with admission.admit(2):
-            assert code_of(admission, 2) == "queue_full"
-            with admission.admit():
-                assert admission.num_admitted == 3
-                assert code_of(admission) == "queue_full"
-            with admission.admit():
-                pass
-        assert admission.num_admitted == 0
-        assert code_of(admission, 4) == "invalid_value"  # there will never be four places
-
-    asyncio.run(enter())
-
-
-def test_a_place_is_given_back_by_a_request_that_fails() -> None:
-    async def enter() -> None:
-        admission = Admission(1, 0)
-        for _ in range(3):
-            with pytest.raises(RuntimeError), admission.admit():
-                raise RuntimeError
-        assert admission.num_admitted == 0
-
-    asyncio.run(enter())
-
-
-def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
-    async def drain() -> None:
-        admission = Admission(2, 0)
-        entered = admission.admit()
-        with entered:
-            admission.drain()
-            assert code_of(admission) == "shutting_down"
-            assert not await admission.wait_until_empty(0.01)
-            waiting = asyncio.ensure_future(admission.wait_until_empty(10))
-            await asyncio.sleep(0)
-        assert await waiting
-
-    asyncio.run(drain())
-
-
-def test_the_wait_that_is_told_grows_with_the_queue() -> None:
-    async def enter() -> None:
-        admission = Admission(2, 100)
-        with admission.admit(2):
-            first = admission.estimated_wait_s()
-            with admission.admit(20):
-                assert 60 >= admission.estimated_wait_s() > first >= 1
-
-    asyncio.run(enter())
-
-
-@pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "", "1e999"])
-def test_a_deadline_is_a_number_of_seconds(header: str) -> None:
-    with pytest.raises(ServeError, match="X-Request-Timeout"):
-        Deadline.of(header, 300)
-
-
-def test_a_client_can_only_lower_the_deadline() -> None:
-    assert Deadline.of(None, 300).seconds == 300
-    assert Deadline.of("1.5", 300).seconds == 1.5
-    assert Deadline.of("1e9", 300).seconds == 300
 
 
 def without_senses(model: Any) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from multi_token.chat.format import ChatFormat
 from multi_token.serve.detokenizer import IncrementalDetokenizer
@@ -50,6 +52,19 @@ def test_the_end_hands_out_what_never_became_a_character(chat: ChatFormat) -> No
     stream = IncrementalDetokenizer(chat)
     assert "".join(stream.add(i) for i in ids) == "a "
     assert stream.flush() == chat.decode(ids)[2:] != ""
+
+
+def test_blanks_that_a_decoder_drops_at_the_beginning_stay_between_pieces() -> None:
+    known = {"<pad>": 0, "</s>": 1, "▁yes": 2, "▁and": 3, "▁no": 4}
+    words = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    chat = ChatFormat(tokenizer)
+    ids = [2, 3, 4, 3, 2, 3, 4, 3, 2]
+    pieces = pieces_of(IncrementalDetokenizer(chat), ids)
+    assert pieces[:3] == ["yes", " and", " no"]
+    assert "".join(pieces) == chat.decode(ids) == "yes and no and yes and no and yes"
 
 
 def test_special_tokens_are_no_text(chat: ChatFormat) -> None:
@@ -97,6 +112,15 @@ def test_an_answer_ends_before_its_stop_string(
     assert stream.is_stopped == (expected != text)
     if stream.is_stopped:
         assert stream.add(ids_of(chat, " more")[0]) == stream.flush() == ""
+
+
+def test_of_two_stop_strings_in_one_piece_the_first_ends_the_answer(chat: ChatFormat) -> None:
+    texts = {i: chat.tokenizer.decode([i]) for i in range(len(chat.tokenizer))}
+    twice = next(i for i, text in texts.items() if len(text) > len(set(text)) and "<" not in text)
+    letter = next(c for c in texts[twice] if texts[twice].count(c) > 1)
+    stream = IncrementalDetokenizer(chat, [letter])
+    assert stream.add(twice) == texts[twice].partition(letter)[0]
+    assert stream.is_stopped
 
 
 def test_only_a_beginning_of_a_stop_string_is_held_back(chat: ChatFormat) -> None:

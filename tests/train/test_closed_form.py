@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from multi_token.checkpoint.load import compose
 from multi_token.language_model.loading import embedding_rms
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
-from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
+from multi_token.train.closed_form import CaptionedItem, calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 KINDS: list[dict[str, Any]] = [
@@ -139,3 +140,52 @@ def test_only_conversations_with_one_item_and_one_answer_are_captions(model: Any
     longer = replace(one, messages=one.messages * 2)
     found = list(captioned_items((c, model.processor) for c in (one, two, longer)))
     assert [c.caption for c in found] == ["cat"]
+
+
+@pytest.mark.parametrize("lengths", [[3] * 20, [1, 5, 2, 3] * 5], ids=["equal", "mixed"])
+def test_statistics_are_those_of_all_real_features_however_they_are_batched(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, lengths: list[int]
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "linear"})
+    numbers = np.random.default_rng(0)
+    values = [numbers.normal(loc=3.0, scale=7.0, size=(length, 5)) for length in lengths]
+    items = [(Media("vector", value), model.processor) for value in values]
+    assert calibrate(model, "vector", items, batch_size=7) == sum(lengths)
+    projector, every = model.projector("vector"), torch.tensor(np.concatenate(values)).float()
+    torch.testing.assert_close(projector.feature_mean, every.mean(0))
+    torch.testing.assert_close(projector.feature_scale, 1 / every.std(0, correction=0))
+
+
+def test_nothing_is_fitted_to_nothing(model: Any) -> None:
+    before = {k: v.clone() for k, v in model.projector("vector").state_dict().items()}
+    assert calibrate(model, "vector", []) == 0
+    assert fit_closed_form(model, "vector", [], spec=ClosedFormSpec()) == 0
+    after = model.projector("vector").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_one_item_is_brought_to_its_caption_without_special_tokens(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "expand", "factor": 2})
+    tokenizer = model.processor.tokenizer
+    expected = tokenizer(" cat", add_special_tokens=False).input_ids
+    first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = first
+    assert tokenizer(" cat").input_ids == [tokenizer.bos_token_id, *expected]
+    item = Media("vector", [1.0, 2.0, 3.0, 4.0, 5.0])
+    captions = [CaptionedItem(item, "cat", model.processor)]
+    assert fit_closed_form(model, "vector", captions, spec=ClosedFormSpec()) == 1
+    tokens = model.projector("vector")(Features(torch.tensor([[item.source]])))
+    space = tokenizer(" ", add_special_tokens=False).input_ids[-1:]
+    aimed = model.get_input_embeddings()(torch.tensor((expected + space)[:2]))
+    torch.testing.assert_close(tokens, aimed)
+
+
+def test_a_caption_is_the_words_of_the_answer_and_not_its_blanks(model: Any) -> None:
+    def said(*texts: str) -> Conversation:
+        answer = Message("assistant", tuple(Text(text) for text in texts))
+        return Conversation((Message("user", (Media("image", "x"),)), answer))
+
+    found = captioned_items((c, model.processor) for c in (said(" a ", "cat\n"), said(" "), said()))
+    assert [c.caption for c in found] == ["a cat"]

@@ -1,0 +1,236 @@
+"""forward.py: what is asked of a language model comes out the same by any way that it can be asked.
+
+Border: tiny real models of transformers with random weights; whole runs of the families stand in
+test_language_models.py.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multi_token.errors import LanguageModelError
+from multi_token.language_model.forward import (
+    ScaledEmbedding,
+    accepts_position_ids,
+    base_language_model,
+    filter_flash_attention_kwargs,
+    generate_from_embeds,
+    max_batched_length,
+    per_layer_inputs,
+    prefix_cache,
+    supervised_loss,
+)
+
+
+@pytest.fixture(scope="module")
+def llama(families: ModuleType) -> Any:
+    return families.tiny_model("Llama", vocab_size=40)
+
+
+def test_a_scaled_embedding_is_the_same_weights_multiplied() -> None:
+    embedding = nn.Embedding(5, 3)
+    scaled = ScaledEmbedding(embedding, 4.0)
+    assert torch.equal(scaled(torch.tensor([[1, 2]])), embedding.weight[None, 1:3] * 4)
+    assert scaled.weight is embedding.weight
+    assert list(scaled.parameters()) == []
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        (PLAIN, None),
+        (DYNAMIC, 256),
+        ({**DYNAMIC, "original_max_position_embeddings": 64}, 64),
+        ({**DYNAMIC, "original_max_position_embeddings": 512}, 512),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, None),
+    ],
+)
+def test_the_length_up_to_which_positions_are_exact_is_the_one_before_scaling(
+    llama: Any, rope: dict[str, Any], length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama.config, "rope_parameters", rope)
+    assert max_batched_length(llama) == length
+
+
+def test_of_several_kinds_of_layers_the_shortest_length_counts(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {
+        "sliding_attention": PLAIN,
+        "full_attention": {**DYNAMIC, "original_max_position_embeddings": 128},
+        "other": {**DYNAMIC, "rope_type": "longrope", "original_max_position_embeddings": 64},
+    }
+    monkeypatch.setattr(llama.config, "rope_parameters", kinds)
+    assert max_batched_length(llama) == 64
+
+
+def test_a_model_without_rotary_positions_is_exact_at_any_length(families: ModuleType) -> None:
+    assert max_batched_length(families.tiny_model("GPT-2")) is None
+
+
+def test_only_models_that_look_up_by_id_get_something_for_their_layers(
+    families: ModuleType, llama: Any
+) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    assert per_layer_inputs(llama, ids) == {}
+    looks_up = families.tiny_model("Gemma3n", vocab_size=40)
+    (found,) = per_layer_inputs(looks_up, ids).values()
+    with torch.no_grad():
+        given = looks_up(
+            inputs_embeds=looks_up.get_input_embeddings()(ids), per_layer_inputs=found
+        ).logits
+        torch.testing.assert_close(given, looks_up(input_ids=ids).logits)
+
+
+def test_positions_and_segments_are_told_to_those_that_take_them(
+    families: ModuleType, llama: Any
+) -> None:
+    class Alone(nn.Module):
+        def forward(self, input_ids: Tensor, cu_seq_lens: Tensor | None = None) -> None: ...
+
+    packed = {"input_ids": 1, "cu_seq_lens_q": 2, "max_length_k": 3}
+    assert filter_flash_attention_kwargs(llama, packed) == packed
+    assert filter_flash_attention_kwargs(Alone(), packed) == {"input_ids": 1}
+    assert accepts_position_ids(llama) and not accepts_position_ids(Alone())
+
+
+def test_an_adapter_is_looked_through(llama: Any) -> None:
+    from copy import deepcopy
+
+    from peft import LoraConfig, get_peft_model
+
+    inner = deepcopy(llama)
+    adapted = get_peft_model(inner, LoraConfig(target_modules=["q_proj"]))
+    assert base_language_model(adapted) is inner
+    assert base_language_model(inner) is inner
+    assert accepts_position_ids(adapted)
+
+
+LABELS = torch.tensor([[-100, 7, -100, 3, 9], [-100, -100, 5, -100, -100]])
+
+
+def loss_of(model: Any, **options: Any) -> Any:
+    torch.manual_seed(1)
+    embeds = torch.randn(2, 5, model.config.hidden_size)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    return supervised_loss(
+        model, inputs_embeds=embeds, attention_mask=mask, shift_labels=LABELS, **options
+    )
+
+
+@pytest.mark.parametrize("num_items", [None, 10, torch.tensor(10)])
+def test_the_loss_of_all_logits_is_that_of_the_selected_ones(llama: Any, num_items: Any) -> None:
+    one, other = (
+        loss_of(llama, supports_logits_to_keep=selects, num_items_in_batch=num_items)
+        for selects in (True, False)
+    )
+    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(one.logits, other.logits)
+    assert one.logits.shape == (4, 40)
+    if num_items is not None:
+        torch.testing.assert_close(
+            other.loss * 10, loss_of(llama, supports_logits_to_keep=False).loss * 4
+        )
+    assert one.past_key_values is other.past_key_values is None
+
+
+def test_a_model_that_ignores_which_logits_are_asked_for_is_refused(llama: Any) -> None:
+    class AllLogits(nn.Module):
+        config = llama.config
+
+        def forward(self, logits_to_keep: Any, **inputs: Any) -> Any:
+            return llama(inputs_embeds=inputs["inputs_embeds"])
+
+    with pytest.raises(LanguageModelError, match=r"\(2, 5, 40\) for 4 supervised positions"):
+        loss_of(AllLogits())
+
+
+def test_a_start_computed_once_is_that_of_every_row(llama: Any) -> None:
+    start, rest = torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7], [8, 9]])
+    with torch.no_grad():
+        past = prefix_cache(llama, start, num_rows=2)
+        assert past.get_seq_length() == 3
+        behind = llama(input_ids=rest, past_key_values=past).logits
+        whole = llama(input_ids=torch.cat([start.expand(2, -1), rest], 1)).logits
+    torch.testing.assert_close(behind, whole[:, 3:])
+
+
+def test_a_shared_start_needs_no_logits_but_the_last(llama: Any) -> None:
+    shapes: list[Any] = []
+    hook = llama.lm_head.register_forward_hook(lambda _, __, out: shapes.append(out.shape[1]))
+    prefix_cache(llama, torch.tensor([[3, 4, 5]]), num_rows=2)
+    hook.remove()
+    assert shapes == [1]
+
+
+def test_a_model_without_a_cache_to_repeat_is_refused() -> None:
+    with pytest.raises(LanguageModelError, match="keeps no key-value cache"):
+        prefix_cache(nn.Linear(1, 1), torch.tensor([[3]]), num_rows=2)
+
+
+IDS = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+
+
+def continued(
+    model: Any, start: Any, ids: Tensor = IDS, mask: Tensor = MASK, **options: Any
+) -> Any:
+    return generate_from_embeds(
+        model,
+        inputs_embeds=model.get_input_embeddings()(ids),
+        input_ids=ids,
+        attention_mask=mask,
+        prefill_mode=start,
+        **{"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options},
+    )
+
+
+@pytest.mark.parametrize("length", [4, 1])
+def test_going_on_from_ids_gives_what_going_on_from_embeddings_gives(
+    llama: Any, length: int
+) -> None:
+    ids, mask = IDS[:, -length:], MASK[:, -length:]
+    expected = continued(llama, "embeddings", ids, mask)
+    assert expected.shape == (2, 6)
+    assert torch.equal(continued(llama, "ids", ids, mask), expected)
+    whole = continued(llama, "ids", ids, mask, return_dict_in_generate=True)
+    assert torch.equal(whole.sequences, expected)
+
+
+def test_a_cache_of_the_prompt_is_not_shared_by_several_answers(llama: Any) -> None:
+    for option in ("num_beams", "num_return_sequences"):
+        with pytest.raises(LanguageModelError, match="must be 1"):
+            continued(llama, "ids", **{option: 2})
+    one = continued(llama, "ids", num_beams=1, num_return_sequences=1)
+    assert torch.equal(one, continued(llama, "ids"))
+
+
+class Heard:
+    """A streamer that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.is_over = False
+
+    def put(self, ids: Tensor) -> None:
+        self.pieces.append(ids.flatten().tolist())
+
+    def end(self) -> None:
+        self.is_over = True
+
+
+@pytest.mark.parametrize("start", ["embeddings", "ids"])
+def test_a_streamer_hears_the_new_ids_and_no_prompt(llama: Any, start: Any) -> None:
+    heard = Heard()
+    answer = continued(llama, start, IDS[1:], MASK[1:], streamer=heard)
+    assert heard.pieces == [[], *([i] for i in answer[0].tolist())]
+    assert heard.is_over

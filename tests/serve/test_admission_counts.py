@@ -1,0 +1,169 @@
+"""Who comes in, who is sent away and until when: counts and clocks alone, without a server.
+
+Border: the clock stands still but where a test moves it. A server under load: test_admission.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from multi_token.serve.admission import Admission, Deadline
+from multi_token.serve.errors import ServeError
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stops the clock; returns what moves it on by some seconds."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    return move
+
+
+def refused(admission: Admission, num_answers: int = 1) -> ServeError:
+    with pytest.raises(ServeError) as caught, admission.admit(num_answers):
+        raise AssertionError("it was let in")
+    return caught.value
+
+
+def answer(admission: Admission, pass_time: Callable[[float], None], seconds: float) -> None:
+    with admission.admit():
+        pass_time(seconds)
+
+
+def test_so_many_are_inside_and_no_more() -> None:
+    admission = Admission(2, 1)
+    with admission.admit(2):
+        assert refused(admission, 2).code == "queue_full"
+        with admission.admit():
+            assert admission.num_admitted == 3
+            assert refused(admission).code == "queue_full"
+        with admission.admit():
+            pass
+    assert admission.num_admitted == 0
+
+
+def test_one_place_is_asked_for_unless_more_are_named() -> None:
+    admission = Admission(1, 0)
+    admission.check_capacity()
+    with admission.admit():
+        assert admission.num_admitted == 1
+        with pytest.raises(ServeError):
+            admission.check_capacity()
+
+
+def test_as_many_answers_as_there_are_places_may_come_at_once_and_one_more_never() -> None:
+    admission = Admission(2, 1)
+    with admission.admit(3):
+        assert admission.num_admitted == 3
+    error = refused(admission, 4)
+    assert (error.status, error.code, error.param) == (400, "invalid_value", "n")
+
+
+def test_a_place_is_given_back_by_a_request_that_fails() -> None:
+    admission = Admission(1, 0)
+    for _ in range(3):
+        with pytest.raises(RuntimeError), admission.admit():
+            raise RuntimeError
+    assert admission.num_admitted == 0
+
+
+def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
+    async def drain() -> None:
+        admission = Admission(2, 0)
+        assert await admission.wait_until_empty(10)  # nobody has come yet
+        first, second = admission.admit(), admission.admit()
+        with first:
+            with second:
+                admission.drain()
+                error = refused(admission)
+                assert (error.status, error.code, error.retry) == (503, "shutting_down", True)
+            assert not await admission.wait_until_empty(0.01)
+            waiting = asyncio.ensure_future(admission.wait_until_empty(10))
+            await asyncio.sleep(0)
+        assert await waiting
+
+    asyncio.run(drain())
+
+
+def test_the_wait_that_is_told_follows_how_long_answers_take(
+    pass_time: Callable[[float], None],
+) -> None:
+    admission = Admission(2, 10)
+    assert admission.estimated_wait_s() == 2  # a guess, before there was an answer
+    answer(admission, pass_time, 12)
+    assert admission.estimated_wait_s() == 4  # a fifth of the way from 2 to 12
+    answer(admission, pass_time, 14)
+    assert admission.estimated_wait_s() == 6
+
+
+def test_an_answer_that_failed_says_nothing_of_how_long_answers_take(
+    pass_time: Callable[[float], None],
+) -> None:
+    admission = Admission(2, 10)
+    with pytest.raises(RuntimeError), admission.admit():
+        pass_time(1000)
+        raise RuntimeError
+    assert admission.estimated_wait_s() == 2
+
+
+def test_the_wait_that_is_told_is_a_round_of_answers_more_for_each_batch_that_waits() -> None:
+    admission = Admission(2, 100)
+    told = []
+    with ExitStack() as inside:
+        for num_more in (1, 1, 1, 1, 2, 6):
+            inside.enter_context(admission.admit(num_more))
+            told.append(admission.estimated_wait_s())
+    assert told == [2, 2, 3, 4, 6, 12]
+
+
+def test_a_refused_client_is_told_to_wait_from_one_second_to_a_minute(
+    pass_time: Callable[[float], None],
+) -> None:
+    quick, slow = Admission(1, 0), Admission(1, 0)
+    for _ in range(20):
+        answer(quick, pass_time, 0)
+        answer(slow, pass_time, 1000)
+    for admission, seconds in ((Admission(1, 0), 2), (quick, 1), (slow, 60)):
+        with admission.admit():
+            error = refused(admission)
+        assert (error.status, error.code, error.retry_after) == (429, "queue_full", seconds)
+
+
+@pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "", "1e999"])
+def test_a_deadline_is_a_number_of_seconds(header: str) -> None:
+    with pytest.raises(ServeError, match="X-Request-Timeout") as caught:
+        Deadline.of(header, 300)
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "invalid_value", "X-Request-Timeout")
+
+
+def test_a_client_can_only_lower_the_deadline() -> None:
+    assert Deadline.of(None, 300).seconds == 300
+    assert Deadline.of("1.5", 300).seconds == 1.5
+    assert Deadline.of("0.5", 300).seconds == 0.5
+    assert Deadline.of("1e9", 300).seconds == 300
+
+
+def test_what_is_left_of_a_deadline_goes_down_to_nothing_and_stays_there(
+    pass_time: Callable[[float], None],
+) -> None:
+    deadline = Deadline(3)
+    assert deadline.remaining_s == 3
+    pass_time(2.5)
+    assert deadline.remaining_s == 0.5
+    pass_time(10)
+    assert deadline.remaining_s == 0
+
+
+def test_a_request_that_took_too_long_should_not_be_repeated() -> None:
+    error = Deadline(1.5).error()
+    assert (error.status, error.code, error.retry) == (504, "deadline_exceeded", False)
+    assert "longer than 1.5 s" in str(error)
