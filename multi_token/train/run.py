@@ -28,6 +28,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.packing import packing_plan, shared_prefix_groups
 from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import (
@@ -56,9 +57,7 @@ from multi_token.train.dpo_reference import (
     preference_dataset,
 )
 from multi_token.train.evaluation import EvaluationCallback, build_dataset, evaluation_defaults
-from multi_token.train.families import shared_media_groups
 from multi_token.train.init_from import init_from_run
-from multi_token.train.packing import packing_plan
 from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
 from multi_token.train.plan.estimate import print_plan
 from multi_token.train.plan.oom import explain_oom
@@ -144,12 +143,10 @@ def train(
     console.print(*describe_parts(model), sep="\n", highlight=False)
     if recipe.train.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which cuts nothing; start several")
-    if recipe.train.share_prefix:
-        model.capabilities.require("repeats_cache")
-    if recipe.train.share_media:
-        model.capabilities.require("supports_shared_media")
-    if recipe.train.packing:
+    if recipe.train.packing is not None:
         model.capabilities.require("supports_packing")
+        if recipe.train.packing.share:
+            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
@@ -321,19 +318,17 @@ def _run_stage(
     num_items: list[int] = []
     if spec.pack_items is not None:
         num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
+    share = spec.packing is not None and spec.packing.share
+    # the rows of a stream are not known before; those of a pack share what they happen to share
+    look_for_groups = share and not isinstance(dataset, StreamDataset)
     packing = packing_plan(
         spec,
         lengths,
         num_items,
         num_rows=args.per_device_train_batch_size,
-        shared_media=shared_media_groups(sources, dataset) if spec.share_media else (),
+        groups=shared_prefix_groups(sources, dataset) if look_for_groups else (),
     )
-    collator = Collator(
-        model.modalities,
-        model.processor.chat.filler_id,
-        share_prefix=spec.share_prefix,
-        share_media=spec.share_media,
-    )
+    collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
