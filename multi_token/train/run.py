@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint/load.py)
     RUN/cache/*.safetensors, *.json                                  features of frozen encoders
-    RUN/stages/0-align, 1-<name>, ...                                each stage's own state
+    RUN/stages/0-closed-form, 1-<name>, ...                                each stage's own state
 
 Border: the order of the stages. Each step is somebody else's: data/, align.py, trainer.py.
 """
@@ -131,14 +131,14 @@ def train(
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move_to_device(model, arguments[0].device)
     apply_kernels(model.language_model, recipe.train, arguments[0].device)
-    start, taken = out / "stages" / "0-align", ()
+    start, taken = out / "stages" / "0-closed-form", ()
     begun = broadcast_from_main((start / _DONE).is_file)
     if begun:
         load_trained(model, start)
-    elif recipe.train.start_from is not None:
+    elif recipe.train.init_from is not None:
         taken = init_from_run(model, recipe.train)
         console.print(
-            f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
+            f"{', '.join(taken)}: taken over from {recipe.train.init_from}", highlight=False
         )
     console.print(*describe_parts(model), sep="\n", highlight=False)
     if recipe.train.fsdp is not None and num_processes() == 1:
@@ -259,7 +259,7 @@ def _closed_form_stage(
     Those that were `taken` over are left as they are.
     """
     pairs = [pair for source in sources for pair in source.conversations()]
-    spec = recipe.train.align
+    spec = recipe.train.closed_form
     if spec is not None and spec.rows is not None:
         aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
         if cache is not None:
@@ -340,7 +340,7 @@ def _run_stage(
         train_dataset=dataset if pairs is None else pairs,
         eval_dataset=held_out,
         peak_tflops=spec.peak_tflops,
-        teacher=stage.teacher,
+        teacher=stage.distillation,
         dpo=stage.dpo,
         print_fn=partial(console.print, highlight=False, markup=False),
         data_collator=_build_collator(collator, stage, packed=packing is not None),
@@ -396,7 +396,7 @@ def _run_stage(
 
 
 def _build_collator(collator: Collator, stage: Stage, *, packed: bool) -> Any:
-    if stage.teacher is not None:
+    if stage.distillation is not None:
         return DistillationCollator(collator, packed=packed)
     if stage.dpo is not None:
         return PreferenceCollator(collator)
