@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from parts.command import run_command, stage_losses
+from parts.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
+from parts.page import ReportSection, Tile, loss_figures, table, video_figure, write_page
 from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from multi_token.demo.example import run_command, stage_losses
-from multi_token.demo.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
-from multi_token.demo.page import ReportSection, Tile, loss_figures, table, video_figure, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe

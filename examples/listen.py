@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts.command import run_command, stage_losses
+from parts.page import ReportSection, Tile, loss_figure, table, write_page
+from parts.voices import Voice, record
 from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.demo.cards import Card, sheet_of
-from multi_token.demo.example import run_command, stage_losses
-from multi_token.demo.page import ReportSection, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import language_model_folder, speech_encoder_folder
-from multi_token.demo.scores import word_errors, words
-from multi_token.demo.voices import Voice, record
+from multi_token.demo.report import Card, sheet_of
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
@@ -396,6 +396,24 @@ def _page(
             "Machine": report["machine"],
         },
     )
+
+
+def words(text: str) -> list[str]:
+    """Lower case, without punctuation."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def word_errors(found: Sequence[str], truth: Sequence[str]) -> int:
+    """Words to insert, leave out or exchange (Levenshtein's distance)."""
+    costs = list(range(len(truth) + 1))
+    for i, word in enumerate(found, 1):
+        diagonal, costs[0] = costs[0], i
+        for j, other in enumerate(truth, 1):
+            diagonal, costs[j] = (
+                costs[j],
+                min(costs[j] + 1, costs[j - 1] + 1, diagonal + (word != other)),
+            )
+    return costs[-1]
 
 
 if __name__ == "__main__":

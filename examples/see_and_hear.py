@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parts.command import run_command, stage_losses
+from parts.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
+from parts.page import ReportSection, Tile, loss_figure, table, write_page
+from parts.voices import Voice
 from rich.console import Console
 
-from multi_token.demo.cards import Card, sheet_of
-from multi_token.demo.example import run_command, stage_losses
-from multi_token.demo.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
-from multi_token.demo.page import ReportSection, Tile, loss_figure, table, write_page
 from multi_token.demo.parts import encoder_folder, language_model_folder, speech_encoder_folder
-from multi_token.demo.scores import is_exact_name
+from multi_token.demo.report import Card, sheet_of
+from multi_token.demo.run import is_exact_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
-from multi_token.demo.voices import Voice
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.report.machine import machine_facts

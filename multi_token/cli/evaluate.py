@@ -40,13 +40,13 @@ def blind_command(
     ),
     device: str = typer.Option(None, help="cpu, cuda, mps; default: the best there is."),
 ) -> None:
-    """Does it use its senses? Loss and exact answers with media as is, shuffled and blanked."""
+    """Does it use its media? Loss and exact match with original, shuffled and ablated media."""
     from rich.console import Console
 
     from multi_token.cli.ask import _load
     from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
-    from multi_token.evaluate.rows import evenly_spaced, with_processor
+    from multi_token.evaluate.scores import evenly_spaced, with_processor
 
     every = load_rows(rows, split=split)
     model = _load(run, language_model, device)

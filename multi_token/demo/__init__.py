@@ -1,4 +1,4 @@
-"""The demo's own parts: models and pictures from packages, rows, scores and the report.
+"""`multi-token demo`: models and images from packages, rows, training, scores and the report.
 
-Border: nothing here is imported by the library; the demo uses the library, never the reverse.
+Imported by `cli/demo.py`, the examples and benchmarks only; the library never imports it.
 """

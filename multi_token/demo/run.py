@@ -7,7 +7,10 @@ the library's own doors: a recipe, `train`, `generate`.
 from __future__ import annotations
 
 import json
+import random
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +25,6 @@ from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.demo.report import Example, draw_sheet, write_report
 from multi_token.demo.rows import DemoData, DemoQuestion, build_rows, read_questions
-from multi_token.demo.scores import contains_name, is_exact_name, shuffled_pictures
 from multi_token.language_model.loading import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -292,3 +294,34 @@ def _sheet_examples(examples: Sequence[Example]) -> list[Example]:
     """Fifteen spread over all, wrong ones among them in their true proportion."""
     step = max(1, len(examples) // 15)
     return list(examples[::step][:15])
+
+
+def is_exact_name(answer: str, name: str) -> bool:
+    """Whether the answer is the name and nothing else, but for case, spaces around, a final dot."""
+    return answer.strip().removesuffix(".").rstrip().casefold() == name.casefold()
+
+
+def contains_name(answer: str, name: str) -> bool:
+    """Whether the name stands in the answer as whole words: "cat", but not in "caterpillar"."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
+    """For each question the index of another question's picture, never one of the same name.
+
+    `names`: what each question's own picture shows. Every picture is used exactly once, so an
+    answerer that ignores pictures scores as before and one that looks falls to chance.
+    """
+    most = max(Counter(names).values(), default=0)
+    if 2 * most > len(names):
+        raise ValueError(f"{most} of {len(names)} pictures show the same: they cannot be shuffled")
+    random_numbers = random.Random(seed)
+    pictures = list(range(len(names)))
+    random_numbers.shuffle(pictures)
+    for i, name in enumerate(names):
+        # as no name has more than half, there is always a j whose exchange mends i and keeps j
+        while names[pictures[i]] == name:
+            j = random_numbers.randrange(len(names))
+            if names[j] != name and names[pictures[j]] != name:
+                pictures[i], pictures[j] = pictures[j], pictures[i]
+    return pictures

@@ -1,10 +1,8 @@
-"""Does a model use its senses? The same rows with their media as they are, shuffled and blanked.
+"""Blind test: does a model use its media? The same rows with original, shuffled, ablated media.
 
-Border: rows and a model in, a report out; terminals are cli/evaluate.py's.
-
-A model that learned from the words of the questions alone answers as well without looking (Goyal et
-al., arXiv:1612.00837). Shuffled items are real items of other rows, so that nothing but their
-content is wrong; blanked ones carry no content at all.
+A model that was trained on the words of the questions alone scores as well without looking (Goyal
+et al., arXiv:1612.00837). Shuffled media are real items of other rows, so that only their content
+is wrong; ablated media are mean features, without any content.
 """
 
 from __future__ import annotations
@@ -26,42 +24,42 @@ from multi_token.projectors.base import Projector, mask_without_newlines
 from multi_token.types import Conversation, Features, Media, Sample
 
 EvaluationRow = tuple[Conversation, MultiTokenProcessor]
-"""A conversation, and what opens its media."""
+"""A conversation, and the processor that opens its media."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How the rows went in one of the ways in which their media were shown."""
+    """Scores of the rows under one condition of their media."""
 
     media: str
-    """`as they are`, `shuffled`, `blanked`, or `image shuffled` for one sense of several."""
+    """`original`, `shuffled`, `ablated`, or `image shuffled` for one modality of several."""
     loss: float
-    """Mean over the rows of the mean cross entropy of their learned tokens."""
+    """Mean over the rows of the mean cross entropy of their supervised tokens."""
     accuracy: float
-    """Share of answers that are exactly right."""
+    """Share of answers that match exactly."""
     loss_increase: float = 0.0
-    """Loss here minus loss as they are, mean over the rows."""
+    """Loss minus the loss with original media, mean over the rows."""
     standard_error: float = 0.0
-    """Of that mean, over the rows."""
+    """Standard error of `loss_increase` over the rows."""
 
     @property
     def differs(self) -> bool:
-        """Whether the loss is higher than with the media as they are, by over 2 standard errors."""
+        """True if the loss is higher than with original media, by over 2 standard errors."""
         return self.loss_increase > 2 * self.standard_error
 
 
 @dataclass(frozen=True)
 class BlindReport:
-    """What `blind` found."""
+    """Result of `blind`."""
 
     num_rows: int
     num_left_out: int
-    """Rows without media, or for whose items no row has others."""
+    """Rows without media, or with items for which no other row has different ones."""
     conditions: list[Condition]
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the report as plain values."""
         return asdict(self)
 
     def __getitem__(self, media: str) -> Condition:
@@ -75,20 +73,29 @@ def blind(
     batch_size: int = 8,
     seed: int = 0,
 ) -> BlindReport:
-    """Loss and exact answers with media as they are, shuffled and blanked, on the same rows.
+    """Compare loss and exact match of the same rows with original, shuffled and ablated media.
 
-    Shuffled: each row shows another row's items of the same sense and count, never equal ones.
-    Blanked: encoder features are replaced by their mean, as the projector was calibrated to it.
-    With several senses each is also shuffled alone. A warning says where shuffling does not raise
-    the loss by more than two standard errors (of the paired differences over the rows).
+    Shuffled: each row gets another row's items of the same modality and number, never equal ones.
+    Ablated: features are replaced by the mean that the projector was calibrated to. Of several
+    modalities, each is also shuffled alone.
 
-    Raises MultiTokenError if fewer than two rows can be shuffled, RowError for a bad row.
+    Args:
+        model: A model with its processor.
+        rows: Conversations with answers, each with the processor of its source.
+        batch_size: Rows per forward pass.
+        seed: Seed of the shuffle.
+
+    Returns:
+        A report with a warning for each condition whose loss is not higher by more than two
+        standard errors (of the paired differences over the rows).
+
+    Raises:
+        MultiTokenError: If fewer than two rows can be shuffled.
+        RowError: For a bad row.
     """
     modality_names = _modality_names(rows)
-    exchanged = MediaShuffle(rows, seed=seed)
-    chosen = [
-        i for i in range(len(rows)) if rows[i][0].media and exchanged.donors(i, modality_names)
-    ]
+    shuffle = MediaShuffle(rows, seed=seed)
+    chosen = [i for i in range(len(rows)) if rows[i][0].media and shuffle.donors(i, modality_names)]
     if len(chosen) < 2:
         raise MultiTokenError(
             f"expected at least 2 rows whose media can be exchanged for others, got {len(chosen)} "
@@ -98,22 +105,22 @@ def blind(
     def score(samples: list[Sample]) -> RowScores:
         return score_rows(model, samples, batch_size=batch_size)
 
-    as_is = [rows[i][1](rows[i][0]) for i in chosen]
-    base = score(as_is)
-    conditions = [Condition("as they are", _mean(base.loss), _mean(base.accuracy))]
-    shuffled = score([exchanged.sample(i, modality_names) for i in chosen])
+    original = [rows[i][1](rows[i][0]) for i in chosen]
+    base = score(original)
+    conditions = [Condition("original", _mean(base.loss), _mean(base.accuracy))]
+    shuffled = score([shuffle.sample(i, modality_names) for i in chosen])
     conditions.append(_compare("shuffled", shuffled, base))
     with ablated(model, modality_names):
-        conditions.append(_compare("blanked", score(as_is), base))
+        conditions.append(_compare("ablated", score(original), base))
     warnings = _warnings(conditions[1], "its media")
-    for sense in modality_names if len(modality_names) > 1 else ():
-        some = [k for k, i in enumerate(chosen) if exchanged.donors(i, [sense])]
+    for name in modality_names if len(modality_names) > 1 else ():
+        some = [k for k, i in enumerate(chosen) if shuffle.donors(i, [name])]
         if len(some) < 2:
             continue
-        of_sense = score([exchanged.sample(chosen[k], [sense]) for k in some])
+        alone = score([shuffle.sample(chosen[k], [name]) for k in some])
         same_rows = RowScores(base.loss[some], base.accuracy[some])
-        conditions.append(_compare(f"{sense} shuffled", of_sense, same_rows))
-        warnings += _warnings(conditions[-1], repr(sense))
+        conditions.append(_compare(f"{name} shuffled", alone, same_rows))
+        warnings += _warnings(conditions[-1], repr(name))
     return BlindReport(len(chosen), len(rows) - len(chosen), conditions, warnings)
 
 
@@ -126,6 +133,7 @@ def _mean(values: torch.Tensor) -> float:
 
 
 def _compare(media: str, scores: RowScores, base: RowScores) -> Condition:
+    # Paired differences: rows differ in loss far more than conditions do.
     differences = (scores.loss - base.loss).double()
     return Condition(
         media,
@@ -140,28 +148,28 @@ def _warnings(condition: Condition, what: str) -> list[str]:
     if condition.differs:
         return []
     return [
-        f"the model answers as well without {what}: shuffled, the loss changes by "
+        f"the model scores as well without {what}: shuffled, the loss changes by "
         f"{condition.loss_increase:+.3f} ± {2 * condition.standard_error:.3f} (two standard "
         "errors), so nothing shows that it is used; train longer, look at the rows with "
-        "`multi-token data show`, or ask what cannot be answered without it"
+        "`multi-token data show`, or use questions that cannot be answered without it"
     ]
 
 
 class MediaShuffle:
-    """Other rows' items in each row, found by content."""
+    """Replaces the media of each row by other rows' items; equal content never counts as other."""
 
     def __init__(self, rows: Sequence[EvaluationRow], *, seed: int) -> None:
         self.rows = rows
         generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(len(rows), generator=generator).tolist()
-        self.place = {index: place for place, index in enumerate(self.order)}
+        self.position = {index: position for position, index in enumerate(self.order)}
         self._digests: dict[int, list[bytes]] = {}
         self._donors: dict[tuple[int, tuple[str, ...]], dict[int, tuple[int, int]]] = {}
 
     def donors(self, index: int, modality_names: Collection[str]) -> dict[int, tuple[int, int]]:
-        """Item of the row -> (row, item) that takes its place; {} if there is none.
+        """Return (row, item) for each item of the row to replace; {} if one has no replacement.
 
-        A row with as many items of these senses is taken whole; where there is none, items come
+        All items come from one row with as many items of these modalities, if there is one; else
         from different rows.
         """
         key = (index, tuple(sorted(modality_names)))
@@ -184,23 +192,24 @@ class MediaShuffle:
                 )
                 if all(self._differ(index, a, other, b) for a, b in pairs.items()):
                     return {a: (other, b) for a, b in pairs.items()}
-            for name, place in mine:
-                if place in singles:
+            for name, item_index in mine:
+                if item_index in singles:
                     continue
-                for their_name, their_place in theirs:
-                    if name == their_name and self._differ(index, place, other, their_place):
-                        singles[place] = (other, their_place)
+                for their_name, their_index in theirs:
+                    if name == their_name and self._differ(index, item_index, other, their_index):
+                        singles[item_index] = (other, their_index)
                         break
         return singles if len(singles) == len(mine) else {}
 
     def sample(self, index: int, modality_names: Collection[str]) -> Sample:
-        """The row with its items of these senses exchanged, read anew: they may be longer."""
+        """Return the row with its items of these modalities replaced."""
         conversation, processor = self.rows[index]
         taken = self.donors(index, modality_names)
         media = [
-            self._prepare(*taken[place]) if place in taken else processor.prepare(item)
-            for place, item in enumerate(conversation.media)
+            self._prepare(*taken[item_index]) if item_index in taken else processor.prepare(item)
+            for item_index, item in enumerate(conversation.media)
         ]
+        # Tokenized again: another row's item may have another number of embeddings.
         num_tokens = [
             processor.modalities[item.modality].num_tokens(prepared.num_features)
             for item, prepared in zip(conversation.media, media, strict=True)
@@ -209,23 +218,25 @@ class MediaShuffle:
         sample.media = media
         return sample
 
-    def _prepare(self, index: int, place: int) -> Any:
+    def _prepare(self, index: int, item_index: int) -> Any:
         conversation, processor = self.rows[index]
-        return processor.prepare(conversation.media[place], row_id=conversation.id)
+        return processor.prepare(conversation.media[item_index], row_id=conversation.id)
 
     def _shuffled_rows(self, index: int) -> Iterator[int]:
-        start = self.place[index]
+        start = self.position[index]
         for step in range(1, len(self.order)):
             yield self.order[(start + step) % len(self.order)]
 
     def _items(self, index: int, modality_names: Collection[str]) -> list[tuple[str, int]]:
         media = self.rows[index][0].media
         return [
-            (m.modality, place) for place, m in enumerate(media) if m.modality in modality_names
+            (m.modality, item_index)
+            for item_index, m in enumerate(media)
+            if m.modality in modality_names
         ]
 
-    def _differ(self, index: int, place: int, other: int, other_place: int) -> bool:
-        return self._digest_of(index)[place] != self._digest_of(other)[other_place]
+    def _differ(self, index: int, item_index: int, other: int, other_index: int) -> bool:
+        return self._digest_of(index)[item_index] != self._digest_of(other)[other_index]
 
     def _digest_of(self, index: int) -> list[bytes]:
         if index not in self._digests:
@@ -235,8 +246,8 @@ class MediaShuffle:
 
 
 def _positions_by_modality(items: Sequence[tuple[str, int]]) -> list[int]:
-    """Places of items, those of a sense together: the same order for equal counts."""
-    return [place for _, place in sorted(items)]
+    """Return indices of items, sorted by modality: the same order for equal numbers."""
+    return [item_index for _, item_index in sorted(items)]
 
 
 def _digest(item: Media, processor: MultiTokenProcessor) -> bytes:
@@ -248,10 +259,10 @@ def _digest(item: Media, processor: MultiTokenProcessor) -> bytes:
 def ablated(
     model: MultiTokenForConditionalGeneration, modality_names: Collection[str]
 ) -> Iterator[None]:
-    """Within: the projectors of these senses are given features that say nothing.
+    """Within, the projectors of these modalities get mean features instead of an item's own.
 
-    Each is the mean that the projector was calibrated to, which is zero once standardized. Where a
-    projector keeps none (`standardize: false`), the mean of the batch takes its place.
+    The mean is the one that the projector was calibrated to, which standardizes to zero. A
+    projector without it (`standardize: false`) gets the mean of the batch.
     """
 
     def replace(projector: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

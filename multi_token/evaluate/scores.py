@@ -1,60 +1,86 @@
-"""Loss and exact answers of rows, from one pass over what is known of them.
-
-Border: samples in, a number a row out; what they are compared with is blind.py's.
-"""
+"""Scores of rows: loss and exact match from one forward pass, and the choice of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
+from multi_token.data.files.open import media_root
+from multi_token.data.formats import to_conversation
+from multi_token.data.rows import row_id_of
 from multi_token.errors import MultiTokenError
-from multi_token.generate import require_processor, to_device
+from multi_token.generate import require_processor
+from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.types import IGNORE_INDEX, Sample
+from multi_token.processor import MultiTokenProcessor
+from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Of each row, in order, on the CPU."""
+    """Scores of rows, in order, on the CPU."""
 
     loss: Tensor
-    """float32 [rows]: mean cross entropy of its learned tokens."""
+    """float32 [rows]: mean cross entropy of the supervised tokens."""
     accuracy: Tensor
-    """float32 [rows]: the share of its answers whose every token is the most likely one."""
+    """float32 [rows]: share of a row's answers in which every token is the most likely one."""
+
+
+def evenly_spaced(num_rows: int, most: int) -> list[int]:
+    """Return up to `most` indices, evenly over `num_rows` rows."""
+    num = min(num_rows, most)
+    return [i * num_rows // num for i in range(num)]
+
+
+def with_processor(
+    rows: Sequence[Mapping[str, Any]],
+    model: MultiTokenForConditionalGeneration,
+    *,
+    source: str,
+    indices: Sequence[int],
+) -> list[tuple[Conversation, MultiTokenProcessor]]:
+    """Return rows of a file, folder or hub name, with the model's processor. Raises RowError."""
+    processor = replace(require_processor(model), fetch=Fetch(root=media_root(source)))
+    names = list(model.modalities)
+    return [
+        (to_conversation(rows[i], names, row_id=row_id_of(i, rows[i], source)), processor)
+        for i in indices
+    ]
 
 
 @torch.no_grad()
 def score_rows(
     model: MultiTokenForConditionalGeneration, samples: Sequence[Sample], *, batch_size: int = 8
 ) -> RowScores:
-    """Loss and exact answers of samples with labels.
+    """Return loss and exact match of samples with labels.
 
-    An answer is a run of learned tokens: what the assistant says in one turn, with the token that
-    ends it. It counts as right if each of its tokens is the most likely one behind the true tokens
-    before it. That is exactly when greedy decoding, given the turns before as they are, would
-    write this answer and stop, so nothing has to be generated. Raises MultiTokenError for a sample
-    with nothing learned.
+    An answer is a run of supervised tokens: one assistant turn with its end-of-turn token. It is
+    exact if each token is the most likely one after the true tokens before it. Greedy decoding
+    writes an answer in exactly that case, so nothing has to be generated.
+
+    Raises MultiTokenError for a sample without supervised tokens.
     """
     collate = Collator(model.modalities, require_processor(model).chat.filler_id)
-    training = model.training
+    was_training = model.training
     model.eval()
     losses: list[Tensor] = []
     accuracies: list[Tensor] = []
     try:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            batch = to_device(dict(collate(chunk)), model.device)
+            batch: Any = send_to_device(dict(collate(chunk)), model.device)
             logits = model(**batch).logits.float()
             loss, accuracy = _by_row(logits, batch["shift_labels"], [s.id for s in chunk])
             losses.append(loss)
             accuracies.append(accuracy)
     finally:
-        model.train(training)
+        model.train(was_training)
     return RowScores(torch.cat(losses), torch.cat(accuracies))
 
 
@@ -63,19 +89,19 @@ def _by_row(logits: Tensor, shift_labels: Tensor, ids: Sequence[str]) -> tuple[T
     keep = shift_labels != IGNORE_INDEX
     rows, times = keep.nonzero(as_tuple=True)
     labels = shift_labels[keep]
-    num_learned = keep.sum(1)
-    if bool((num_learned == 0).any()):
-        empty = ids[int((num_learned == 0).nonzero()[0])]
+    num_supervised = keep.sum(1)
+    if bool((num_supervised == 0).any()):
+        empty = ids[int((num_supervised == 0).nonzero()[0])]
         raise MultiTokenError(f"row {empty}: expected an answer to compare with, it has none")
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    loss = torch.zeros(len(ids), device=logits.device).index_add_(0, rows, losses) / num_learned
-    # a new answer begins where learned tokens do not follow each other
+    loss = torch.zeros(len(ids), device=logits.device).index_add_(0, rows, losses) / num_supervised
+    # A gap between supervised tokens separates two answers: the prompt of the second lies there.
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[1:] = (rows[1:] != rows[:-1]) | (times[1:] != times[:-1] + 1)
     answer = begins.cumsum(0) - 1
     num_wrong = torch.zeros(int(begins.sum()), device=logits.device)
     num_wrong.index_add_(0, answer, (logits.argmax(-1) != labels).float())
-    of_row = rows[begins]
-    num_answers = torch.zeros_like(loss).index_add_(0, of_row, torch.ones_like(num_wrong))
-    num_right = torch.zeros_like(loss).index_add_(0, of_row, (num_wrong == 0).float())
-    return loss.cpu(), (num_right / num_answers).cpu()
+    row_of_answer = rows[begins]
+    num_answers = torch.zeros_like(loss).index_add_(0, row_of_answer, torch.ones_like(num_wrong))
+    num_exact = torch.zeros_like(loss).index_add_(0, row_of_answer, (num_wrong == 0).float())
+    return loss.cpu(), (num_exact / num_answers).cpu()

@@ -266,8 +266,8 @@ class TrainSpec(StrictModel):
     num_samples: int = Field(default=4, ge=0)
     """Rows of `data.eval` whose answers are shown at each evaluation."""
     blind: bool = True
-    """Test at each evaluation and at the end whether the model uses its senses: rows of `data.eval`
-    with their media as they are, shuffled and blanked."""
+    """Test at each evaluation and at the end whether the model uses its media: rows of `data.eval`
+    with original, shuffled and ablated media."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """What one device can do at most, in TFLOP/s of the precision used, for `mfu` in the log."""
     args: dict[str, Any] = Field(default_factory=dict)

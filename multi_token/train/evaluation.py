@@ -18,7 +18,7 @@ from multi_token.data.sources import TrainingSource
 from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
-from multi_token.evaluate.rows import evenly_spaced
+from multi_token.evaluate.scores import evenly_spaced
 from multi_token.generate import decode, generate_ids, require_processor
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
@@ -133,9 +133,9 @@ class EvaluationCallback(TrainerCallback):
         if found is not None:
             self.trainer.log(
                 {
-                    "eval_exact_answers": found["as they are"].accuracy,
+                    "eval_exact_answers": found["original"].accuracy,
                     "eval_shuffled_loss_increase": found["shuffled"].loss_increase,
-                    "eval_blanked_loss_increase": found["blanked"].loss_increase,
+                    "eval_ablated_loss_increase": found["ablated"].loss_increase,
                 }
             )
 

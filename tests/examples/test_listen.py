@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from multi_token.demo.scores import word_errors
-
 PROMISED = {
     "held_out_accuracy",
     "held_out_word_error_rate",
@@ -41,9 +39,9 @@ def listen(load_example: Callable[[str], Any]) -> Any:
     ],
 )
 def test_words_in_error_are_those_to_insert_leave_out_or_exchange(
-    found: str, truth: str, errors: int
+    load_example: Callable[[str], Any], found: str, truth: str, errors: int
 ) -> None:
-    assert word_errors(found.split(), truth.split()) == errors
+    assert load_example("listen").word_errors(found.split(), truth.split()) == errors
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parts.facts import NAMES, THINGS, write_document
 from rich.console import Console
-
-from multi_token.demo.facts import NAMES, THINGS, write_document
 
 
 @pytest.fixture(scope="module")

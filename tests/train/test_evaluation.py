@@ -98,7 +98,7 @@ def test_the_page_is_whole_and_loads_nothing(watched: tuple[Path, str]) -> None:
     assert tags.loads == [] and "@import" not in page and "url(" not in page
     # at least loss, held-out loss, exact answers, use, speed, rate, wait, encoder; three norms
     assert tags.num["svg"] >= 11
-    for words in ("Loss on held-out rows", "Gradient norm of adapter", "Does it use its senses?"):
+    for words in ("Loss on held-out rows", "Gradient norm of adapter", "Does it use its media?"):
         assert words in page
     assert page.count("Answers at step") == 3
 
@@ -150,4 +150,4 @@ def test_a_blind_model_is_warned_of_at_the_end(
     fields["train"]["stages"][0]["args"]["max_steps"] = 20
     console = Console(record=True, width=300, file=io.StringIO())
     train(Recipe.model_validate(fields), console=console)
-    assert "warning: the model answers as well without its media" in console.export_text()
+    assert "warning: the model scores as well without its media" in console.export_text()

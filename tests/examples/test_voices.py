@@ -1,18 +1,21 @@
-"""demo/voices.py: speech that is heard, differs by voice, and is the same in every process."""
+"""examples/parts/voices.py: audible speech, different by voice, equal in every process."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from parts.voices import SAMPLE_RATE, Voice, speak
 
-from multi_token.demo.voices import SAMPLE_RATE, Voice, speak
 from multi_token.errors import MultiTokenError
 
 pytest.importorskip("espeakng_loader")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_a_voice_speaks_for_about_as_long_as_a_person_would() -> None:
@@ -40,13 +43,15 @@ def test_a_faster_voice_takes_less_time_and_a_higher_one_has_a_higher_pitch() ->
 def test_the_same_calls_give_the_same_speech_in_another_process() -> None:
     code = (
         "import hashlib\n"
-        "from multi_token.demo.voices import Voice, speak\n"
+        "from parts.voices import Voice, speak\n"
         "names = ('en-us+f2', 'en-gb-scotland+whisper', 'en-us+m3')\n"
         "said = b''.join(speak('open the door', Voice(name)).tobytes() for name in names)\n"
         "print(hashlib.sha256(said).hexdigest())"
     )
     runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXAMPLES
+        )
         for _ in range(2)
     ]
     assert runs[0].stdout == runs[1].stdout

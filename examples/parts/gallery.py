@@ -11,7 +11,7 @@ from typing import Literal
 
 from multi_token.demo.pictures import render
 from multi_token.demo.things import Thing
-from multi_token.demo.voices import Voice, record
+from parts.voices import Voice, record
 
 Kind = Literal["name", "kind", "colour"]
 
