@@ -17,6 +17,10 @@ from multi_token.errors import LanguageModelError
 
 PrefillMode = Literal["embeddings", "ids"]
 """From what a prompt is continued: see `continue_text`."""
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1} | (
+    dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
+)
+"""Options of `generate` for greedy decoding, whatever the model's own generation config says."""
 FLASH_ATTENTION_KWARGS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )

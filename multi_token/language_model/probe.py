@@ -15,6 +15,7 @@ from torch import Tensor
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.forward import (
+    GREEDY,
     PrefillMode,
     accepts_position_ids,
     base_language_model,
@@ -35,8 +36,8 @@ from multi_token.language_model.segment_attention import (
 _NUM_TOKENS = 6
 _ROUNDING = 0.05
 """What other kernels for the same numbers may change, in units of the logits' spread."""
-# What other libraries raise where they cannot do something; anything else is a defect of ours.
-_FAULTS = (
+# Errors by which other libraries refuse an operation; any other error is a defect of ours.
+MODEL_FAULTS = (
     AssertionError,
     AttributeError,
     IndexError,
@@ -109,7 +110,7 @@ def check_trainable(language_model: Any) -> None:
             trial.distance(trial.logits_from_embeds(embeds, trial.ids).detach(), before) > _ROUNDING
         ):
             fault = "its frozen weights do not stay what they are"
-    except _FAULTS as error:
+    except MODEL_FAULTS as error:
         fault = first_line(error)
     finally:
         language_model.train(was_training)
@@ -174,7 +175,7 @@ class _Probe:
         ids = torch.cat([self.ids, self.others], 1)
         try:
             by_ids = self.logits(input_ids=ids)
-        except _FAULTS as error:
+        except MODEL_FAULTS as error:
             raise LanguageModelError(
                 f"{self.name} does not run on a few ids: {first_line(error)}"
             ) from None
@@ -226,7 +227,7 @@ class _Probe:
         self.embeds = media[:, :_NUM_TOKENS]
         try:
             return self.logits_from_embeds(torch.cat([text, media]), ids.repeat(2, 1))
-        except _FAULTS as error:
+        except MODEL_FAULTS as error:
             fault = first_line(error)
         if _succeeds(lambda: self.logits_from_embeds(text, ids) is not None):
             raise LanguageModelError(
@@ -263,7 +264,7 @@ class _Probe:
             distance = self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
             selected = distance <= 0.25 and bool((found.loss - loss).abs() <= 0.05 * loss)
-        except _FAULTS:
+        except MODEL_FAULTS:
             selected = False
         if not selected:
             distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
@@ -288,7 +289,7 @@ class _Probe:
             for is_padded in (True, False):
                 try:
                     distance = self._generation_distance(start, padded=is_padded)
-                except _FAULTS as error:
+                except MODEL_FAULTS as error:
                     fault = fault or first_line(error)
                     continue
                 padded, alone = (distance, alone) if is_padded else (padded, distance)
@@ -319,9 +320,7 @@ class _Probe:
             attention_mask=mask,
             prefill_mode=start,
             max_new_tokens=2,
-            do_sample=False,
-            num_beams=1,
-            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            **GREEDY,
             pad_token_id=0,
             logits_processor=[self._force_first_of_others],
             return_dict_in_generate=True,
@@ -409,5 +408,5 @@ def _succeeds(trial: Callable[[], bool]) -> bool:
     """Whether a trial succeeds; a fault of the model's means that it does not."""
     try:
         return trial()
-    except _FAULTS:
+    except MODEL_FAULTS:
         return False
