@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from multi_token import __version__
-from multi_token.data.dataset import load_rows, media_root
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch

@@ -28,7 +28,8 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.dataset import row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.data.scan import ScanReport, scan
 from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe

@@ -40,7 +40,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from multi_token.checkpoint.load import compose, load
-from multi_token.data.dataset import load_rows, media_root
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch

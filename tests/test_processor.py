@@ -125,9 +125,13 @@ def test_a_reader_is_built_of_what_the_recipe_says(
     fields["data"]["max_tokens"] = 77
     recipe = Recipe.model_validate(fields)
     processor = build_processor(recipe, root=str(data))
-    assert (processor.max_tokens, processor.chat.learn_turns, processor.pairs) == (77, "last", None)
+    assert (processor.max_tokens, processor.chat.learn_turns, processor.preference) == (
+        77,
+        "last",
+        None,
+    )
     assert processor.chat.template == TEMPLATES["llama3"]
     assert list(processor.modalities) == ["image"] and processor.fetch.root == str(data)
     assert processor.prepare(Media("image", "red.png")).inputs
     fields["train"]["stages"][0]["dpo"] = {}
-    assert build_processor(Recipe.model_validate(fields)).pairs == "required"
+    assert build_processor(Recipe.model_validate(fields)).preference == "required"

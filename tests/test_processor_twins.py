@@ -34,16 +34,16 @@ def paired(rejected: str, **fields: Any) -> Conversation:
 
 
 def reader(model: Any, **changes: Any) -> Any:
-    return replace(model.reader, **changes)
+    return replace(model.processor, **changes)
 
 
 def learned(model: Any, sample: Sample) -> str:
     ids = sample.labels[sample.labels != IGNORE_INDEX]
-    return model.reader.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def text(model: Any, sample: Sample) -> str:
-    return model.reader.tokenizer.decode(sample.input_ids)
+    return model.processor.tokenizer.decode(sample.input_ids)
 
 
 def refusal(reader: Any, conversation: Conversation) -> RowError:
@@ -58,7 +58,7 @@ def refusal(reader: Any, conversation: Conversation) -> RowError:
 
 @pytest.mark.parametrize("pairs", ["required", "optional"])
 def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: Any) -> None:
-    sample = reader(model, pairs=pairs)(paired("blue", answers=("one", "red")))
+    sample = reader(model, preference=pairs)(paired("blue", answers=("one", "red")))
     assert learned(model, sample) == "red", "the last answer alone, in either"
     assert learned(model, sample.rejected) == "blue"
     assert sample.rejected.media is sample.media and len(sample.media) == 1
@@ -66,45 +66,45 @@ def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: 
 
 
 def test_a_pair_is_its_chosen_answer_where_no_pairs_are_asked_for(model: Any) -> None:
-    sample = model.reader(paired("blue", answers=("one", "red")))
+    sample = model.processor(paired("blue", answers=("one", "red")))
     assert sample.rejected is None
     assert "one" in learned(model, sample) and "red" in learned(model, sample)
 
 
 def test_a_row_without_a_pair_is_refused_only_where_one_is_required(model: Any) -> None:
     single = asked(Text("What?"))
-    assert reader(model, pairs="optional")(single).rejected is None
-    error = refusal(reader(model, pairs="required"), single)
+    assert reader(model, preference="optional")(single).rejected is None
+    error = refusal(reader(model, preference="required"), single)
     assert error.kind == "format" and "no `chosen` and `rejected` answers" in str(error)
     question = Conversation(single.messages[:1], id="r7")
-    assert reader(model, pairs="required")(question, prompt_only=True).rejected is None
+    assert reader(model, preference="required")(question, prompt_only=True).rejected is None
 
 
 def test_nothing_is_read_of_a_pair_that_is_only_asked(model: Any) -> None:
     pair = paired("blue")
     question = replace(pair, messages=pair.messages[:-1])
-    assert reader(model, pairs="optional")(question, prompt_only=True).rejected is None
+    assert reader(model, preference="optional")(question, prompt_only=True).rejected is None
 
 
 def test_an_empty_answer_on_either_side_of_a_pair_is_refused(model: Any) -> None:
-    both = reader(model, pairs="optional")
+    both = reader(model, preference="optional")
     error = refusal(both, paired(" "))
     assert error.kind == "no_target" and "an empty `rejected` answer" in str(error)
     error = refusal(both, paired(" ", answers=("one", "red")))
     assert error.kind == "no_target" and "an empty `rejected` answer" in str(error)
     error = refusal(both, paired("blue", answers=("one", " ")))
     assert error.kind == "no_target" and "its assistant turns are empty" in str(error)
-    assert refusal(model.reader, asked(Text("x"), answers=("", " "))).kind == "no_target"
-    assert learned(model, model.reader(asked(Text("x"), answers=("one", "")))) == "one"
+    assert refusal(model.processor, asked(Text("x"), answers=("", " "))).kind == "no_target"
+    assert learned(model, model.processor(asked(Text("x"), answers=("one", "")))) == "one"
 
 
 def test_the_longer_answer_of_a_pair_has_to_fit(model: Any) -> None:
     pair = paired("blue and a long way further")
-    sample = reader(model, pairs="optional")(pair)
+    sample = reader(model, preference="optional")(pair)
     length = len(sample.rejected.input_ids)
     assert length > len(sample.input_ids)
-    assert reader(model, pairs="optional", max_tokens=length)(pair).rejected is not None
-    error = refusal(reader(model, pairs="optional", max_tokens=length - 1), pair)
+    assert reader(model, preference="optional", max_tokens=length)(pair).rejected is not None
+    error = refusal(reader(model, preference="optional", max_tokens=length - 1), pair)
     assert error.kind == "too_long" and f"is {length} tokens long (2 of them media)" in str(error)
 
 
@@ -116,7 +116,7 @@ UNSAID = asked(Text("Look: "), Media("vector", VECTOR))
 
 @pytest.mark.parametrize("teacher", ["required", "optional"])
 def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any) -> None:
-    sample = reader(model, teacher=teacher)(SAID)
+    sample = reader(model, distillation=teacher)(SAID)
     assert "Look: a wave!" in text(model, sample.teacher)
     assert sample.teacher.media_spans == [] and sample.teacher.media == []
     assert learned(model, sample.teacher) == learned(model, sample)
@@ -124,21 +124,21 @@ def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any
 
 
 def test_a_teacher_is_not_read_where_none_is_asked_for_or_nothing_is_learned(model: Any) -> None:
-    assert model.reader(SAID).teacher is None
+    assert model.processor(SAID).teacher is None
     question = Conversation(SAID.messages[:1], id="r7")
-    assert reader(model, teacher="required")(question, prompt_only=True).teacher is None
+    assert reader(model, distillation="required")(question, prompt_only=True).teacher is None
 
 
 def test_a_row_without_a_text_is_refused_only_where_one_is_required(model: Any) -> None:
-    assert reader(model, teacher="optional")(UNSAID).teacher is None
-    error = refusal(reader(model, teacher="required"), UNSAID)
+    assert reader(model, distillation="optional")(UNSAID).teacher is None
+    error = refusal(reader(model, distillation="required"), UNSAID)
     assert error.kind == "format" and "in place of its vector; give one" in str(error)
 
 
 def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> None:
     refuses = "{% if 'smell' in m['content'] %}{{ raise_exception('no smells') }}{% endif %}"
     template = TEMPLATES["chatml"].replace("%}", "%}" + refuses, 1)
-    strict = reader(model, chat=ChatFormat(tiny_tokenizer(), template), teacher="required")
+    strict = reader(model, chat=ChatFormat(tiny_tokenizer(), template), distillation="required")
     assert strict(SAID).teacher is not None
     error = refusal(strict, asked(Text("Look: "), Media("vector", VECTOR, "a smell")))
     assert error.kind == "chat_template" and "no smells" in str(error)
@@ -148,16 +148,16 @@ def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> N
 
 def test_an_empty_text_is_a_text(model: Any) -> None:
     said = asked(Text("Look: "), Media("vector", VECTOR, ""), Text("!"))
-    assert "Look: !" in text(model, reader(model, teacher="required")(said).teacher)
+    assert "Look: !" in text(model, reader(model, distillation="required")(said).teacher)
 
 
 def test_a_row_without_media_is_its_own_teachers(model: Any) -> None:
-    sample = reader(model, teacher="required")(asked(Text("What?")))
+    sample = reader(model, distillation="required")(asked(Text("What?")))
     assert torch.equal(sample.teacher.input_ids, sample.input_ids)
 
 
 def test_only_the_last_answer_of_a_pair_is_learned_from_a_teacher(model: Any) -> None:
-    both = reader(model, teacher="optional", pairs="optional")
+    both = reader(model, distillation="optional", preference="optional")
     pair = replace(SAID, rejected=replace(SAID, messages=(*SAID.messages[:-1], SAID.messages[1])))
     assert learned(model, both(pair).teacher) == learned(model, both(pair)) == "red"
 
@@ -189,7 +189,7 @@ def test_a_header_that_tells_the_length_is_all_that_is_read(
     monkeypatch.chdir(data)
     picture = Media("image", "red.png")
     told = reader(model, lengths_only=True).prepare(picture)
-    whole = model.reader.prepare(picture)
+    whole = model.processor.prepare(picture)
     assert told.num_features == whole.num_features
     assert told.inputs == {} and whole.inputs != {}
 

@@ -209,7 +209,8 @@ def predict(
     from rich.console import Console
     from rich.progress import Progress
 
-    from multi_token.data.dataset import load_rows, media_root, row_id_of
+    from multi_token.data.files.open import load_rows, media_root
+    from multi_token.data.rows import row_id_of
 
     source, root = load_rows(rows, split=split), media_root(rows)
     ids = [row_id_of(i, source[i], rows) for i in range(len(source))]

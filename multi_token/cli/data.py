@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from multi_token.data.dataset import Row
     from multi_token.data.feature_cache.encode import EncodeReport
+    from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
     from multi_token.processor import MultiTokenProcessor
     from multi_token.types import Conversation
@@ -80,7 +80,8 @@ def check(
     """
     from rich.console import Console
 
-    from multi_token.data.dataset import load_rows, row_to_sample
+    from multi_token.data.dataset import row_to_sample
+    from multi_token.data.files.open import load_rows
     from multi_token.data.lengths import LengthStore
     from multi_token.data.scan import scan
     from multi_token.data.sources import lengths_folder
@@ -120,8 +121,8 @@ def check(
         report = look()  # what is left to read are the bad rows
     _print_report(console, report, examples)
     if clean is not None:
-        _write_clean_rows(rows, report.good, clean, data=data, processor=processor)
-        console.print(f"{len(report.good):,} good rows written to {clean}", markup=False)
+        _write_clean_rows(rows, report.good_indices, clean, data=data, processor=processor)
+        console.print(f"{len(report.good_indices):,} good rows written to {clean}", markup=False)
     if report.problems or not report.num_rows:
         raise typer.Exit(1)
 
@@ -137,8 +138,9 @@ def show(
     """One row, token by token, as the model will get it: prompt, learned, media."""
     from rich.console import Console
 
-    from multi_token.data.dataset import load_rows, row_id_of
+    from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
+    from multi_token.data.rows import row_id_of
     from multi_token.data.scan import render_sample, sample_length
 
     processor = _processor(data, recipe, override)
@@ -203,7 +205,6 @@ def encode(
     spec = loaded.train.feature_cache or FeatureCacheSpec()
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from multi_token.data.dataset import load_rows, media_root
     from multi_token.data.feature_cache.encode import (
         RowSource,
         encode_rows,
@@ -211,6 +212,7 @@ def encode(
         sample_items,
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
+    from multi_token.data.files.open import load_rows, media_root
     from multi_token.media.fetch import Fetch
 
     align = loaded.train.align
@@ -284,7 +286,7 @@ def _print_encode_report(console: Console, report: EncodeReport, examples: int) 
 
 
 def _processor(data: str, recipe: str, override: list[str] | None) -> MultiTokenProcessor:
-    from multi_token.data.dataset import media_root
+    from multi_token.data.files.open import media_root
     from multi_token.processor import build_processor
     from multi_token.recipe.recipe import load_recipe
 
@@ -330,7 +332,7 @@ def _write_clean_rows(
     data: str,
     processor: MultiTokenProcessor,
 ) -> None:
-    from multi_token.data.dataset import media_root
+    from multi_token.data.files.open import media_root
     from multi_token.data.scan import first_relative_path, write_clean
     from multi_token.errors import MultiTokenError
 
@@ -354,7 +356,8 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
         console.print(_length_table(histogram([n.num_tokens for n in report.lengths])))
     share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
     console.print(
-        f"{report.num_rows:,} rows: {len(report.good):,} good, {len(report.problems):,} bad\n"
+        f"{report.num_rows:,} rows: {len(report.good_indices):,} good, "
+        f"{len(report.problems):,} bad\n"
         f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} learned "
         f"({share:.1%}), {report.num_media:,} media"
     )

@@ -44,7 +44,7 @@ def blind_command(
     from rich.console import Console
 
     from multi_token.cli.ask import _load
-    from multi_token.data.dataset import load_rows
+    from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.rows import evenly_spaced, with_processor
 

@@ -13,22 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.data import ConcatDataset
-
-from multi_token.data.dataset import (
-    Row,
+from multi_token.data.files.hub import stream_hub
+from multi_token.data.files.open import (
+    check_no_split,
     load_rows,
     media_root,
+    open_file,
     resolve_files,
-    row_id_of,
-    rows_while_loading,
 )
-from multi_token.data.files.parquet import ParquetRows
-from multi_token.data.files.webdataset import TarRows
 from multi_token.data.mixture import permutation
+from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import MultiTokenError
 
-_OPENED: dict[str, Callable[[Path], Sequence[Row]]] = {".parquet": ParquetRows, ".tar": TarRows}
 _NUM_OPEN = 4
 """Files whose index stays in memory."""
 _SHARDS = 2
@@ -72,34 +68,12 @@ def open_stream(
     """
     files = resolve_files(source)
     if files is not None:
-        _check_no_split(source, split)
+        check_no_split(source, split)
         return ShardedRows(source, files, root=media_root(source), seed=seed, number=number)
     path = Path(source).expanduser()
     if path.is_dir():
         return ShardedRows(source, [path], open_rows=partial(_saved, split=split))
-    return SequentialRows(source, partial(rows_while_loading, source, split=split), keep=keep)
-
-
-def all_rows(source: str, *, split: str = "train") -> Sequence[Row]:
-    """The rows of all files that a name stands for, by index (what `load_rows` gives for many)."""
-    _check_no_split(source, split)
-    files: Any = [open_file(path) for path in resolve_files(source) or ()]
-    rows: Any = ConcatDataset([rows for rows in files if len(rows)]) if any(map(len, files)) else []
-    return rows
-
-
-def open_file(path: Path) -> Sequence[Row]:
-    """The rows of one file by index, of which only the index is in memory."""
-    opened = _OPENED.get(path.suffix.lower())
-    return load_rows(str(path)) if opened is None else opened(path)
-
-
-def _check_no_split(source: str, split: str) -> None:
-    if split != "train":
-        raise MultiTokenError(
-            f"{source} names files, which have no split {split!r}; leave the split out, or name "
-            "the files that hold it"
-        )
+    return SequentialRows(source, partial(stream_hub, source, split=split), keep=keep)
 
 
 def _saved(path: Path, split: str) -> Sequence[Row]:

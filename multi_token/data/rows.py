@@ -1,19 +1,27 @@
-"""What JSON, Arrow and pandas call a list, a number or the same, and how messages call a value.
-
-Border: single values; what a row means is formats.py's.
-"""
+"""Rows as JSON, Arrow and pandas give them: their name in messages, and tests on single values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+Row = Mapping[str, Any]
+"""One row of a data set: field -> value, as its file has it."""
+
+
+def row_id_of(index: int, row: Row | None, source: str) -> str:
+    """Return the row's own `id`, or else `file[index]`; messages name rows by it."""
+    if isinstance(row, Mapping) and row.get("id") is not None:
+        return str(row["id"])
+    return f"{Path(source).name}[{index}]"
+
 
 def as_list(value: Any) -> list[Any] | None:
-    """A list for what JSON, Arrow or pandas calls one; None for a text, bytes or single thing."""
+    """Return a list for a list, tuple or array; None for a text, bytes or single value."""
     if isinstance(value, np.ndarray):
         return list(value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
@@ -22,12 +30,13 @@ def as_list(value: Any) -> list[Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number; a truth value is none."""
+    """Return whether `value` is a number; bool does not count."""
+    # bool is a subclass of int, and `[true, false]` in a row is no vector
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
 def type_name(value: Any) -> str:
-    """What messages call a value that was not expected."""
+    """Describe an unexpected value for a message."""
     if value is None:
         return "empty (null)"
     names = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
@@ -39,17 +48,16 @@ def type_name(value: Any) -> str:
 
 
 def values_equal(a: Any, b: Any) -> bool:
-    """Whether two values say the same, arrays and whatever holds them included.
-
-    A null field is an absent one: a table has a column in every row.
-    """
+    """Compare two values deeply, arrays and tensors included; a null field equals an absent one."""
     if a is b:
         return True
     if isinstance(a, Mapping) and isinstance(b, Mapping):
+        # Arrow writes every column into every row, so absent fields come back as null
         ours, theirs = ({k: v for k, v in x.items() if v is not None} for x in (a, b))
         return ours.keys() == theirs.keys() and all(values_equal(ours[k], theirs[k]) for k in ours)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
+    # an object array may hold arrays, whose == is an array; it is compared as a list below
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype != object:
         return a.dtype == b.dtype and np.array_equal(a, b)
     ours, theirs = as_list(a), as_list(b)

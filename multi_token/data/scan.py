@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multi_token.data.dataset import Row, row_id_of
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import Length, LengthStore
+from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -53,10 +53,10 @@ class Problem:
 
 @dataclass
 class ScanReport:
-    """What `scan` found. `good` and `lengths` run in parallel, in the order of the rows."""
+    """What `scan` found. `good_indices` and `lengths` run in parallel, in the order of the rows."""
 
     num_rows: int
-    good: list[int] = field(default_factory=list)
+    good_indices: list[int] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     num_decoded: int = field(default=0, compare=False)
@@ -134,7 +134,7 @@ def scan(
                 continue
             report.num_decoded += how == "decoded"
             report.num_known_before += how == "remembered"
-            report.good.append(index)
+            report.good_indices.append(index)
             report.lengths.append(result)
             if known is not None and key is not None:
                 known.add(key, result)
@@ -146,11 +146,11 @@ def scan(
 
 def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     """One report of shares of the same rows, as if one process had read them all."""
-    pairs = [pair for r in reports for pair in zip(r.good, r.lengths, strict=True)]
+    pairs = [pair for r in reports for pair in zip(r.good_indices, r.lengths, strict=True)]
     good = sorted(pairs, key=lambda pair: pair[0])
     return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
-        good=[index for index, _ in good],
+        good_indices=[index for index, _ in good],
         lengths=[length for _, length in good],
         problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
         num_decoded=sum(report.num_decoded for report in reports),

@@ -13,24 +13,20 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from multi_token.data.dataset import load_rows, media_root, row_id_of, row_to_sample
+from multi_token.data.dataset import row_to_sample
 from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
+from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem, ScanReport, merge_reports, scan
+from multi_token.distributed import all_gather, check_same_values, num_processes, rank
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DataSource
-from multi_token.train.distributed import (
-    all_gather,
-    check_same_rows,
-    check_same_values,
-    num_processes,
-    rank,
-)
 from multi_token.types import Conversation, Media
 
 
@@ -41,7 +37,7 @@ class TrainingSource:
     rows: Sequence[Any]
     processor: MultiTokenProcessor
     name: str
-    good: Sequence[int] | None = None
+    good_indices: Sequence[int] | None = None
     """Indices of rows that can be learned from, once they have been read."""
     lengths: Sequence[int] = ()
     """Tokens of each good row."""
@@ -55,7 +51,7 @@ class TrainingSource:
 
     def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """The good rows, or before they are known those that are conversations at all."""
-        for index in range(len(self.rows)) if self.good is None else self.good:
+        for index in range(len(self.rows)) if self.good_indices is None else self.good_indices:
             try:
                 row = self.rows[index]
                 row_id = row_id_of(index, row, self.name)
@@ -114,7 +110,7 @@ def good_rows(
     Processes that train together share the reading, and so do data workers where the recipe has
     some. Lengths of good rows stay in `RUN/lengths`, so that the next start reads no media.
     """
-    check_same_rows(sources)
+    _check_same_rows(sources)
     good: list[TrainingSource] = []
     problems: list[Problem] = []
     num_rows = num_tokens = num_supervised = 0
@@ -128,7 +124,7 @@ def good_rows(
         num_supervised += report.num_supervised
         problems += report.problems
         lengths = [length.num_tokens for length in report.lengths]
-        good.append(replace(source, good=report.good, lengths=lengths))
+        good.append(replace(source, good_indices=report.good_indices, lengths=lengths))
     if problems and recipe.data.on_bad_row == "raise":
         first = problems[0]
         raise RowError(
@@ -157,6 +153,31 @@ def good_rows(
     return good
 
 
+_NUM_COMPARED_ROWS = 1000
+"""Rows of each source that are compared in full between processes."""
+
+
+def _check_same_rows(sources: Sequence[TrainingSource]) -> None:
+    """Raise RecipeError in all processes if their rows differ, by number or by content."""
+    if num_processes() == 1:
+        return
+    for source in sources:
+        step = max(1, -(-len(source.rows) // _NUM_COMPARED_ROWS))
+        some = [_row_or_problem(source.rows, i) for i in range(0, len(source.rows), step)]
+        check_same_values(
+            f"data (rows of {source.name})",
+            [len(source.rows), *some],
+            "give all machines the same files",
+        )
+
+
+def _row_or_problem(rows: Sequence[Any], index: int) -> Any:
+    try:
+        return rows[index]
+    except RowError as error:
+        return [error.row_id, error.kind]
+
+
 def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
     """Raises RecipeError if rows have no item of any sense, and only senses are to learn.
 
@@ -176,7 +197,11 @@ def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
 
 def row_counts(report: ScanReport) -> str:
     """How the lengths of good rows were found, in words."""
-    num_good, num_decoded, num_known = len(report.good), report.num_decoded, report.num_known_before
+    num_good, num_decoded, num_known = (
+        len(report.good_indices),
+        report.num_decoded,
+        report.num_known_before,
+    )
     lengths_only = num_good - num_decoded - num_known
     known = f", {num_known:,} remembered" if num_known else ""
     return (
@@ -212,7 +237,7 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
     look = partial(scan, source.rows, read, source=source.name, known=known)
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED))))
-        found = [some.good, [(n.num_tokens, n.num_media) for n in some.lengths]]
+        found = [some.good_indices, [(n.num_tokens, n.num_media) for n in some.lengths]]
         # else a machine that lacks some files would only find the rows of its share bad
         check_same_values(
             f"data (media of {source.name})", found, "give all machines the same files"

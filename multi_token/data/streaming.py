@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from multi_token.data.dataset import Row, row_to_sample
+from multi_token.data.dataset import row_to_sample
 from multi_token.data.mixture import Mixture
 from multi_token.data.row_stream import RowStream, open_stream
+from multi_token.data.rows import Row
 from multi_token.data.scan import Problem
 from multi_token.data.sources import TrainingSource
 from multi_token.errors import MultiTokenError, RowError

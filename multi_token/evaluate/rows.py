@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from multi_token.data.dataset import media_root, row_id_of
+from multi_token.data.files.open import media_root
 from multi_token.data.formats import to_conversation
+from multi_token.data.rows import row_id_of
 from multi_token.generate import require_processor
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration

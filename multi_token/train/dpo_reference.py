@@ -25,18 +25,18 @@ from torch.utils.data import DataLoader, Subset
 
 from multi_token.data.feature_cache.keys import digest
 from multi_token.data.sources import TrainingSource
-from multi_token.errors import RecipeError
-from multi_token.processor import MultiTokenProcessor
-from multi_token.recipe.train import Stage
-from multi_token.train.distributed import (
+from multi_token.distributed import (
     all_gather,
     barrier,
     broadcast_from_main,
-    check_no_bad_rows,
     is_main_process,
     num_processes,
     rank,
 )
+from multi_token.errors import RecipeError
+from multi_token.processor import MultiTokenProcessor
+from multi_token.recipe.train import Stage
+from multi_token.train.consistency import check_no_bad_rows
 from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
 from multi_token.train.evaluation import build_dataset
 from multi_token.train.metrics import ROW_IDS
@@ -93,7 +93,7 @@ def _preference_rows(
 ) -> tuple[list[TrainingSource], PreferenceDataset] | None:
     found, lengths = [], []
     for source in sources:
-        good = range(len(source.rows)) if source.good is None else source.good
+        good = range(len(source.rows)) if source.good_indices is None else source.good_indices
         facts = zip(good, source.lengths, source.conversations(), strict=True)
         kept = {
             index: (length, length + _num_extra_rejected(conversation, processor))
@@ -101,7 +101,9 @@ def _preference_rows(
             if conversation.rejected is not None
         }
         lengths += kept.values()
-        found.append(replace(source, good=list(kept), lengths=[c for c, _ in kept.values()]))
+        found.append(
+            replace(source, good_indices=list(kept), lengths=[c for c, _ in kept.values()])
+        )
     if not lengths:
         return None
     reading = [source.with_distillation(None).with_preference("required") for source in found]
@@ -161,7 +163,7 @@ def _load_or_compute(
 
 def _rows_fingerprint(pairs: PreferenceDataset) -> str:
     """What the reference belongs to: which rows of which sources, by name."""
-    parts = [[d.source, *map(str, d.good)] for d in pairs.samples.datasets]
+    parts = [[d.source, *map(str, d.good_indices)] for d in pairs.samples.datasets]
     return digest(repr(parts).encode("utf-8", "surrogatepass"))
 
 

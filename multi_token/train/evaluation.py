@@ -13,16 +13,15 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multi_token.data.dataset import ConversationDataset
-from multi_token.data.promised import HeaderLengthDataset
+from multi_token.data.dataset import ConversationDataset, HeaderLengthDataset
 from multi_token.data.sources import TrainingSource
+from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
 from multi_token.evaluate.rows import evenly_spaced
 from multi_token.generate import decode, generate_ids, require_processor
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
-from multi_token.train.distributed import is_main_process, num_processes
 from multi_token.train.run_report import RunReport
 from multi_token.types import Conversation, Text
 
@@ -47,16 +46,16 @@ def build_dataset(
 
 
 def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:
-    processor, good, name = source.processor, source.good, source.name
+    processor, good, name = source.processor, source.good_indices, source.name
     if not source.lengths_only:
         return ConversationDataset(
-            source.rows, processor, modalities=modalities, good=good, source=name
+            source.rows, processor, modalities=modalities, good_indices=good, source=name
         )
     return HeaderLengthDataset(
         source.rows,
         processor,
         modalities=modalities,
-        good=good,
+        good_indices=good,
         source=name,
         lengths=source.lengths,
     )

@@ -30,6 +30,14 @@ from multi_token.data.feature_cache.policy import (
 )
 from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
 from multi_token.data.streaming import StreamDataset, open_streams
+from multi_token.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+    peer_errors,
+)
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model.loading import attach_adapter
@@ -39,16 +47,8 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.train.closed_form import calibrate, captioned_items, encode_items, fit_closed_form
 from multi_token.train.compile import apply_kernels
+from multi_token.train.consistency import check_same_recipe
 from multi_token.train.distillation import DistillationCollator
-from multi_token.train.distributed import (
-    all_gather,
-    barrier,
-    broadcast_from_main,
-    check_same_recipe,
-    is_main_process,
-    num_processes,
-    peer_errors,
-)
 from multi_token.train.dpo import PreferenceCollator, PreferenceDataset
 from multi_token.train.dpo_reference import (
     held_out_preference_dataset,
@@ -381,7 +381,7 @@ def _run_stage(
     if resume is not None:
         console.print(f"going on from {resume}")
     try:
-        with explain_oom(trainer, stage.name):
+        with explain_oom(trainer.oom_facts, stage.name):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()

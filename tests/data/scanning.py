@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from multi_token.data.dataset import load_rows
+from multi_token.data.files.open import load_rows
 from multi_token.data.sources import TrainingSource, good_rows
+from multi_token.distributed import all_gather, destroy_process_group, is_main_process, rank
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.processor import build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.distributed import all_gather, destroy_process_group, is_main_process, rank
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main(job: dict[str, Any]) -> None:
         sources = [TrainingSource(load_rows("rows.jsonl"), processor, "rows.jsonl")]
         try:
             (found,) = good_rows(sources, recipe, Console(quiet=True))
-            seen[start] = {"good": list(found.good or ()), "lengths": list(found.lengths)}
+            seen[start] = {"good": list(found.good_indices or ()), "lengths": list(found.lengths)}
         except MultiTokenError as error:
             seen[start] = {"error": f"{type(error).__name__}: {error}"}
         seen[start]["opened"] = fetch.opened

@@ -1,4 +1,4 @@
-"""Claims about data/dataset.py: where rows come from, and how they are named."""
+"""data/dataset.py and data/files/: sources of rows, names of rows, rows as samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from multi_token.data.dataset import ConversationDataset, load_rows, media_root, row_id_of
+from multi_token.data.dataset import ConversationDataset
+from multi_token.data.files.open import load_rows, media_root
+from multi_token.data.rows import row_id_of
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.types import Conversation, Sample
 
@@ -241,7 +243,7 @@ def test_a_row_is_named_by_its_id_or_by_file_and_index() -> None:
 def test_the_dataset_gives_good_rows_only_and_names_them(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", [{**row, "id": None} for row in ROWS])
     dataset = ConversationDataset(
-        load_rows(source), num_letters, modalities=["image"], good=[4, 1], source=source
+        load_rows(source), num_letters, modalities=["image"], good_indices=[4, 1], source=source
     )
     assert len(dataset) == 2
     assert [dataset[i].id for i in range(2)] == ["rows.jsonl[4]", "rows.jsonl[1]"]

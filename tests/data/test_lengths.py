@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.dataset import row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.data.lengths import Length, LengthStore, processor_fingerprint
 from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.errors import MultiTokenError
@@ -80,7 +81,7 @@ def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     plain, _ = look(folder, processor, known=False)
-    assert plain.good == [0, 1, 3, 6] and [p.index for p in plain.problems] == [2, 4, 5]
+    assert plain.good_indices == [0, 1, 3, 6] and [p.index for p in plain.problems] == [2, 4, 5]
     first, opened = look(folder, processor)
     assert first == plain and len(opened) == 6
     second, opened = look(folder, processor)

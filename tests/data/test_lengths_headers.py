@@ -24,7 +24,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multi_token.data import sources as sources_module
-from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.dataset import row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.data.lengths import LengthStore, processor_fingerprint
 from multi_token.data.scan import scan
 from multi_token.errors import RecipeError, RowError
@@ -222,7 +223,7 @@ def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes
     with pytest.raises(
         RowError,
         match=r"(?s)^row row 6: image: 6\.jpg \(JPEG, 40 x 38 pixels\) is truncated or damaged "
-        r".*\(met at step \d.*`data\.lengths: headers`",
+        r".*\(found at step \d.*`data\.lengths: headers`",
     ) as caught:
         train(recipe, console=quiet)
     assert "\n" not in str(caught.value) and caught.value.row_id == "row 6"
@@ -266,7 +267,7 @@ from rich.console import Console
 from multi_token.errors import MultiTokenError
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
-from multi_token.train.distributed import destroy_process_group, rank
+from multi_token.distributed import destroy_process_group, rank
 from multi_token.train.run import train
 from tests.data.test_lengths_headers import Watched
 
@@ -358,7 +359,7 @@ def test_a_damaged_file_is_named_where_the_reference_of_preferences_is_computed(
         pairs.append(json.dumps({**row, "chosen": answer, "rejected": "green"}) + "\n")
     rows.write_text("".join(pairs))
     fields["train"]["stages"][0]["dpo"] = {}
-    with pytest.raises(RowError, match=r"row 6: image: 6\.jpg .*met at the reference of both"):
+    with pytest.raises(RowError, match=r"row 6: image: 6\.jpg .*found at the reference of both"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 

@@ -1,4 +1,4 @@
-"""row_stream.py, tables.py, tars.py: rows by number without end, of tables and of WebDataset."""
+"""row_stream.py and files/: rows by number without end, of tables and of WebDataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from multi_token.data.dataset import load_rows, media_root
+from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.webdataset import TarRows
 from multi_token.data.formats import to_conversation

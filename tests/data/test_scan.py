@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from multi_token.data.dataset import load_rows, row_to_sample
+from multi_token.data.dataset import row_to_sample
+from multi_token.data.files.open import load_rows
 from multi_token.data.formats import to_conversation
 from multi_token.data.scan import (
     MEDIA_STYLE,
@@ -101,7 +102,7 @@ def test_a_scan_never_stops_and_names_every_problem_by_kind(tmp_path: Path, pict
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(lines))
     report = scan(load_rows(str(file)), read, source=str(file), progress=False)
-    assert (report.num_rows, report.good) == (9, [0, 8])
+    assert (report.num_rows, report.good_indices) == (9, [0, 8])
     found = {kind: [p.row_id for p in problems] for kind, problems in report.by_kind.items()}
     assert found == {
         "format": ["rows.jsonl[4]", "rows.jsonl[5]"],
@@ -125,7 +126,7 @@ def test_a_scan_with_workers_finds_the_same() -> None:
     rows = [row("a" * i) if i % 3 else {"id": i} for i in range(9)]
     alone, shared = (scan(rows, read, num_workers=n, progress=False) for n in (0, 2))
     assert alone == shared
-    assert alone.good == [1, 2, 4, 5, 7, 8]
+    assert alone.good_indices == [1, 2, 4, 5, 7, 8]
 
 
 def test_a_bug_in_the_reader_is_raised_and_not_counted_as_a_bad_row() -> None:
@@ -153,7 +154,7 @@ def test_a_scan_prints_nothing_where_there_is_no_terminal(
 
 def test_a_scan_of_no_rows_is_an_empty_report() -> None:
     report = scan([], read, progress=False)
-    assert (report.num_rows, report.good, report.by_kind) == (0, [], {})
+    assert (report.num_rows, report.good_indices, report.by_kind) == (0, [], {})
 
 
 # --- histogram ---
@@ -192,7 +193,7 @@ def test_the_clean_file_holds_the_good_rows_and_reads_like_them(
     written = load_rows(str(out))
     assert [r.get("id") for r in written] == ["ä", None, None]
     assert written[2]["weights"] == [1.5, 2.0]
-    assert scan(written, read, progress=False).good == [0, 1, 2]
+    assert scan(written, read, progress=False).good_indices == [0, 1, 2]
     source = to_conversation(written[0], ["image"], row_id="").media[0].source
     assert FETCH.read(source) == content
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from multi_token.data.dataset import load_rows
+from multi_token.data.files.open import load_rows
 from multi_token.data.sources import TrainingSource, good_rows
 from multi_token.errors import RowError
 from multi_token.processor import build_processor
@@ -61,16 +61,16 @@ def test_a_second_start_opens_no_media(
     fields["train"]["args"]["dataloader_num_workers"] = num_workers
     recipe, quiet = Recipe.model_validate(fields), Console(quiet=True)
     (first,) = good_rows([source_of(tmp_path / "rows", recipe)], recipe, quiet)
-    assert list(first.good or ()) == [i for i in range(NUM) if i != 11]
+    assert list(first.good_indices or ()) == [i for i in range(NUM) if i != 11]
     for path in (tmp_path / "rows").glob("*.png"):
         before = path.stat()
         path.write_bytes(b"x" * before.st_size)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     (second,) = good_rows([source_of(tmp_path / "rows", recipe)], recipe, quiet)
-    assert (second.good, second.lengths) == (first.good, first.lengths)
+    assert (second.good_indices, second.lengths) == (first.good_indices, first.lengths)
     os.utime(tmp_path / "rows" / "3.png")
     (third,) = good_rows([source_of(tmp_path / "rows", recipe)], recipe, quiet)
-    assert list(third.good or ()) == [i for i in range(NUM) if i not in (3, 11)]
+    assert list(third.good_indices or ()) == [i for i in range(NUM) if i not in (3, 11)]
 
 
 def test_a_run_that_goes_on_remembers_its_rows_and_a_bad_one_is_still_refused(
@@ -127,7 +127,7 @@ def test_two_processes_share_the_reading_and_notice_a_machine_without_the_media(
     (expected,) = good_rows([source_of(tmp_path / "rows", alone)], alone, Console(quiet=True))
     for process in (zero, one):
         for start in ("first", "second"):
-            assert process[start]["good"] == list(expected.good or ())
+            assert process[start]["good"] == list(expected.good_indices or ())
             assert process[start]["lengths"] == list(expected.lengths)
     compared = set(map(str, range(0, NUM, 3)))
     assert set(zero["first"]["opened"]) - compared == {str(i) for i in range(0, NUM, 2)} - compared

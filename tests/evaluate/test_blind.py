@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from multi_token.checkpoint.load import compose, save
 from multi_token.cli import app
-from multi_token.data.dataset import load_rows
+from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
 from multi_token.evaluate.rows import evenly_spaced, with_processor

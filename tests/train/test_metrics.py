@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
-from multi_token.data.dataset import ConversationDataset, load_rows
+from multi_token.data.dataset import ConversationDataset
+from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.loading import attach_adapter
 from multi_token.media.fetch import Fetch

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from multi_token.data.dataset import row_id_of
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.keys import source_name
 from multi_token.data.formats import to_conversation
+from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem
 from multi_token.errors import MediaError, RowError
 from multi_token.media.fetch import Fetch

@@ -22,6 +22,7 @@ from multi_token.checkpoint.load import compose
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import random_preprocessing, share_of
 from multi_token.data.sources import TrainingSource
+from multi_token.distributed import all_gather, barrier, broadcast_from_main, num_processes, rank
 from multi_token.encoders import build_encoders, is_randomly_initialized
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
@@ -29,13 +30,6 @@ from multi_token.modalities.base import Encoder
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import FeatureCacheSpec
-from multi_token.train.distributed import (
-    all_gather,
-    barrier,
-    broadcast_from_main,
-    num_processes,
-    rank,
-)
 from multi_token.train.init_from import init_from_run
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.types import Media

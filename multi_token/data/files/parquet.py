@@ -1,7 +1,4 @@
-"""The rows of a .parquet file by index, a row group in memory at a time.
-
-Border: tables as pyarrow gives them; sources and their names are dataset.py's and stream.py's.
-"""
+"""Rows of one .parquet shard by index, with two row groups in memory."""
 
 from __future__ import annotations
 
@@ -11,21 +8,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, overload
 
-from multi_token.data.dataset import Row
+from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     import pyarrow
 
 _NUM_GROUPS = 2
-"""Row groups whose columns stay in memory: neighbours of a window may lie in two."""
+"""Row groups that stay in memory: the rows of a shuffle window may lie in two."""
 
 
 class ParquetRows(Sequence[Row]):
-    """A .parquet file whose footer is read when it is opened, and its row groups when asked for.
+    """Rows of a .parquet file; opening reads the footer, access reads one row group.
 
-    Unlike `datasets`, it neither reads the whole file nor writes a copy. The file is opened for
-    each row group, so that no handle is shared with forked workers.
+    `datasets` would convert the complete file into its cache first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +39,7 @@ class ParquetRows(Sequence[Row]):
         self._groups: dict[int, pyarrow.Table] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ParquetRows, (self.path,)  # row groups stay where they are
+        return ParquetRows, (self.path,)  # without row groups: a worker reads its own
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -70,12 +66,13 @@ class ParquetRows(Sequence[Row]):
             if len(self._groups) == _NUM_GROUPS:
                 del self._groups[next(iter(self._groups))]
             try:
+                # opened for each row group: forked workers would share one handle's position
                 with parquet.ParquetFile(self.path) as file:
-                    # without threads: they do not outlive a fork
+                    # Arrow's threads do not survive a fork: a forked worker would wait for ever
                     self._groups[number] = file.read_row_group(number, use_threads=False)
             except (OSError, pyarrow.ArrowException) as error:
                 raise MultiTokenError(
                     f"row group {number} of {self.path} cannot be read: {error}; write the file "
-                    "anew"
+                    "again"
                 ) from error
         return self._groups[number]

@@ -1,7 +1,4 @@
-"""The samples of a WebDataset .tar as rows by index: its members are the media.
-
-Border: reads members, and names them as a row does; what is in them is the reader's.
-"""
+"""Samples of a WebDataset .tar as rows by index, with media members inlined as bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from multi_token.data.dataset import Row
+from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
 
 _ROW = "json"
@@ -21,36 +18,36 @@ _TURNS = ("messages", "conversations", "chosen", "rejected")
 
 
 class TarRows(Sequence[Row]):
-    """A sample is the files of one key: `0001.json` is the row, `0001.jpg` a medium of it.
+    """Rows of a .tar: `0001.json` is the row of sample `0001`, `0001.jpg` one of its media.
 
-    As WebDataset has it, the key is the path up to the first dot of the name, and what follows is
-    the extension. Members come into the row in two ways, as `{"bytes": ..., "path": name}`:
+    Key and extension split at the first dot of the member's name, as in WebDataset
+    (https://github.com/webdataset/webdataset). A member enters the row as `{"bytes", "path"}`:
 
     - By name: `"image": "0001.jpg"`, or `".jpg"` for short, wherever a row may name a file: in the
       field of a modality, alone or in a list, or in a content part.
-    - As a field: `0001.image.jpg` is the field `image`, `0001.jpg` without such a name is `jpg`;
-      the row may not have that field as well.
+    - As a field: `0001.image.jpg` is the field `image`, `0001.jpg` without a name is `jpg`; the
+      row must not have that field as well.
 
-    Opening a file reads its headers, and then each row by its offset, so that a row in the middle
-    costs no more than the first. Raises MultiTokenError for a file that is no plain .tar, RowError
-    for a sample without a row.
+    Opening reads all headers; each row is then read by offset, so access is random. Raises
+    MultiTokenError for a compressed or damaged file, RowError for a sample without a row.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         samples: dict[str, dict[str, tuple[str, int, int]]] = {}
         try:
+            # "r:" refuses compression: offsets into a compressed file are no places to seek to
             with tarfile.open(self.path, "r:") as file:
                 for member in file:
                     folder, name = posixpath.split(member.name)
                     key, dot, extension = name.partition(".")
                     if member.isfile() and key and dot:
-                        place = (name, member.offset_data, member.size)
-                        samples.setdefault(posixpath.join(folder, key), {})[extension] = place
+                        entry = (name, member.offset_data, member.size)
+                        samples.setdefault(posixpath.join(folder, key), {})[extension] = entry
         except (OSError, tarfile.TarError) as error:
             raise MultiTokenError(
                 f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "
-                "compressed, or write it anew"
+                "compressed, or write it again"
             ) from error
         self.keys = list(samples)
         self.samples = list(samples.values())
@@ -65,17 +62,17 @@ class TarRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        key, places = self.keys[index], self.samples[index]
+        key, members = self.keys[index], self.samples[index]
         row_id = f"{self.path.name}/{key}"
         with self.path.open("rb") as file:
             contents = {}
-            for extension, (name, start, size) in places.items():
+            for extension, (name, start, size) in members.items():
                 file.seek(start)
                 contents[extension] = {"bytes": file.read(size), "path": name}
         given = contents.pop(_ROW, None)
         if given is None:
             raise RowError(
-                f"has the files {', '.join(name for name, _, _ in places.values())} and no "
+                f"has the files {', '.join(name for name, _, _ in members.values())} and no "
                 f"{posixpath.basename(key)}.{_ROW}, which must be the row",
                 kind="format",
                 row_id=row_id,
@@ -92,13 +89,14 @@ class TarRows(Sequence[Row]):
                 kind="format",
                 row_id=row_id,
             )
+        # first, so that an `id` of the row's own wins
         return {"id": row_id, **_with_members(row, contents, row_id)}
 
 
 def _with_members(
     row: Mapping[str, Any], members: Mapping[str, Mapping[str, Any]], row_id: str
 ) -> dict[str, Any]:
-    """The row with what its sample's files hold, where it names them and as fields."""
+    """Fill the sample's files into the row: first those it names, then the rest as fields."""
     by_name = {f".{extension}": member for extension, member in members.items()}
     by_name |= {str(member["path"]): member for member in members.values()}
     named: set[str] = set()
@@ -124,6 +122,7 @@ def _with_members(
     def filled_part(part: Any) -> Any:
         if not isinstance(part, Mapping):
             return part
+        # a text that happens to spell a member's name stays text
         return {k: v if k in ("type", "text") else filled(v) for k, v in part.items()}
 
     full: dict[str, Any] = {}

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from multi_token.data.dataset import load_rows
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import (
     EncodeReport,
@@ -23,6 +22,7 @@ from multi_token.data.feature_cache.encode import (
     random_preprocessing,
     sample_items,
 )
+from multi_token.data.files.open import load_rows
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.vector import VectorModality
 
@@ -122,7 +122,7 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from collections.abc import Sequence
 from multi_token.data.feature_cache.encode import RowSource
-from multi_token.data.dataset import load_rows
+from multi_token.data.files.open import load_rows
 from multi_token.media.fetch import Fetch
 from test_encode import encode
 from pathlib import Path

@@ -1,0 +1,114 @@
+"""Tables that `datasets` reads: data sets on the hub, saved folders and single .parquet files.
+
+Media columns stay undecoded (`{"bytes", "path"}`): our decoders then name the row of a damaged
+item, which `datasets` cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from multi_token.data.rows import Row
+from multi_token.errors import MultiTokenError
+
+if TYPE_CHECKING:
+    import datasets
+
+HUB_PREFIX = "hf://"
+
+
+def load_hub(source: str, split: str) -> Sequence[Row]:
+    """Download a data set `owner/name` or `hf://owner/name/config`; rows by index.
+
+    Raises MultiTokenError if the hub does not have it, or cannot be reached.
+    """
+    return _without_decoding(_open_hub(source, split))
+
+
+def stream_hub(source: str, *, split: str = "train") -> Iterable[Row]:
+    """Yield the rows of a data set on the hub in order, each once it is downloaded.
+
+    Raises MultiTokenError if the hub does not have it, or cannot be reached.
+    """
+    return _open_hub(source, split, streaming=True).decode(False)
+
+
+def is_saved_folder(path: Path) -> bool:
+    """Return whether `save_to_disk` of datasets wrote this folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_saved_folder(path: Path, split: str) -> Sequence[Row]:
+    """Map a folder of `save_to_disk`, with splits or without. Raises MultiTokenError."""
+    import datasets
+
+    content = datasets.load_from_disk(str(path))
+    if isinstance(content, datasets.DatasetDict):
+        if split not in content:
+            raise MultiTokenError(
+                f"{path} has no split {split!r}; its splits are {', '.join(map(str, content))}"
+            )
+        return _without_decoding(content[split])
+    return _without_decoding(content)
+
+
+def load_parquet(path: Path) -> Sequence[Row]:
+    """Read one .parquet file through the memory-mapped cache of datasets.
+
+    Raises MultiTokenError if the file is not parquet.
+    """
+    import datasets
+    import pyarrow
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (DatasetGenerationError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error
+        raise MultiTokenError(f"{path} cannot be read as parquet: {cause}") from error
+    return _without_decoding(cast("datasets.Dataset", table))
+
+
+def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
+    names = source.removeprefix(HUB_PREFIX).removeprefix("datasets/").split("/")
+    if not all(names) or len(names) > 3:
+        raise MultiTokenError(f"expected hf://owner/name or hf://owner/name/config, got {source}")
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(
+            "/".join(names[:2]),
+            names[2] if len(names) == 3 else None,
+            split=split,
+            streaming=streaming,
+        )
+    # datasets raises ValueError for an unknown config or split, OSError without a network
+    except (OSError, ValueError, DatasetsError) as error:
+        raise MultiTokenError(
+            f"cannot load {source} (split {split!r}) from the hub: {error}; "
+            f"if a file was meant, there is nothing at {Path(source).resolve()}"
+        ) from error
+
+
+def _without_decoding(table: datasets.Dataset) -> Sequence[Row]:
+    """Turn decoding off in every media column, however nested."""
+    import datasets
+
+    def turn_off(feature: Any) -> None:
+        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+            feature.decode = False
+        elif isinstance(feature, Mapping):
+            for child in feature.values():
+                turn_off(child)
+        elif isinstance(feature, (list, tuple)):
+            for child in feature:
+                turn_off(child)
+        elif hasattr(feature, "feature"):  # list types, whose class names differ between versions
+            turn_off(feature.feature)
+
+    # in place: `cast_column` handles whole columns only, and `cast` rewrites the table
+    turn_off(table.info.features)
+    return cast("Sequence[Row]", table)

@@ -1,0 +1,193 @@
+"""Name of a source -> its rows by index: picks the format by suffix, folder or hub name."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset
+
+from multi_token.data.files.hub import (
+    HUB_PREFIX,
+    is_saved_folder,
+    load_hub,
+    load_parquet,
+    load_saved_folder,
+)
+from multi_token.data.files.jsonl import JsonLines, load_json
+from multi_token.data.files.parquet import ParquetRows
+from multi_token.data.files.webdataset import TarRows
+from multi_token.data.rows import Row
+from multi_token.errors import MultiTokenError
+
+_SINGLE_FILES: dict[str, Callable[[Path], Sequence[Row]]] = {
+    ".json": load_json,
+    ".jsonl": JsonLines,
+    ".parquet": load_parquet,
+}
+_SHARD_SUFFIXES = (*_SINGLE_FILES, ".tar")
+_GLOB_SIGNS = "*?["
+_ACCEPTED = (
+    "a .json, .jsonl, .parquet or .tar file, a pattern (shards/*.parquet) or folder of such files, "
+    "a folder written by datasets' save_to_disk, or a name on the Hugging Face hub "
+    "(hf://owner/name)"
+)
+
+
+def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
+    """Open the rows of `source`, by index.
+
+    | `source`                   | meaning                                                        |
+    |----------------------------|----------------------------------------------------------------|
+    | `rows.json`                | a list of rows, or an object with it under `data` or `rows`    |
+    | `rows.jsonl`               | a row on each line, parsed on access                           |
+    | `rows.parquet`             | a table                                                        |
+    | `shards.tar`               | samples of a WebDataset (webdataset.py)                        |
+    | `*.parquet`, a folder      | all such files of one kind, sorted by name                     |
+    | a folder                   | written by `save_to_disk`, with splits or without              |
+    | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
+
+    Args:
+        source: A name as in the table.
+        split: The split of a hub data set or saved folder; files only have `train`.
+
+    Returns:
+        The rows. All formats but .json stay on disk. Media in tables stay undecoded.
+
+    Raises:
+        MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
+        RowError: a .json file is not JSON.
+    """
+    kind = _source_kind(source)
+    if kind == "hub":
+        return load_hub(source, split)
+    path = Path(source).expanduser()
+    if kind == "folder":
+        if not is_saved_folder(path):
+            raise MultiTokenError(
+                f"{path.resolve()} is a folder, but not one that datasets' save_to_disk wrote, and "
+                f"there are no files of rows in it; expected {_ACCEPTED}"
+            )
+        return load_saved_folder(path, split)
+    if kind == "many":
+        return all_rows(source, split=split)
+    if split != "train":
+        raise MultiTokenError(
+            f"{path} is one file, which has no split {split!r}; "
+            "leave the split out, or name the file that holds it"
+        )
+    return _SINGLE_FILES[kind](path)
+
+
+def all_rows(source: str, *, split: str = "train") -> Sequence[Row]:
+    """Concatenate the rows of all files of a pattern or folder. Raises MultiTokenError."""
+    check_no_split(source, split)
+    files: Any = [open_file(path) for path in resolve_files(source) or ()]
+    # ConcatDataset refuses an empty list, and would search in vain through an empty file
+    rows: Any = ConcatDataset([rows for rows in files if len(rows)]) if any(map(len, files)) else []
+    return rows
+
+
+def open_file(path: Path) -> Sequence[Row]:
+    """Open one file of many; memory holds its index and, for .json, its rows."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":  # by row group: datasets would copy every shard into its cache
+        return ParquetRows(path)
+    return TarRows(path) if suffix == ".tar" else load_rows(str(path))
+
+
+def check_no_split(source: str, split: str) -> None:
+    """Raise MultiTokenError for any split but `train`: files have no splits."""
+    if split != "train":
+        raise MultiTokenError(
+            f"{source} names files, which have no split {split!r}; leave the split out, or name "
+            "the files that hold it"
+        )
+
+
+def media_root(source: str) -> str | None:
+    """Return the folder from which relative media paths of `source` start.
+
+    For files that is their folder. For saved folders and hub names, whose media are inside, it is
+    None: the current folder. Raises MultiTokenError for files in several folders.
+    """
+    files = resolve_files(source)
+    if files is None:
+        return None
+    folders = sorted({str(file.resolve().parent) for file in files})
+    if len(folders) > 1:
+        raise MultiTokenError(
+            f"the files of {source} lie in {len(folders)} folders ({folders[0]}, {folders[1]}"
+            f"{', ...' if len(folders) > 2 else ''}), and media paths start at the folder of their "
+            "rows; make each folder a source of its own"
+        )
+    return folders[0]
+
+
+def resolve_files(source: str) -> list[Path] | None:
+    """List the files of a source, sorted by name; None for a saved folder or a hub name.
+
+    Raises MultiTokenError if there are none, or if their kinds differ.
+    """
+    kind = _source_kind(source)
+    path = Path(source).expanduser()
+    if kind in _SINGLE_FILES or path.is_file():
+        return [path]
+    if kind != "many":
+        return None
+    given = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    found = sorted(p for p in given if p.is_file() and (not path.is_dir() or _is_shard(p)))
+    kinds = sorted({p.suffix.lower() for p in found})
+    if not found or not set(kinds) <= set(_SHARD_SUFFIXES):
+        raise MultiTokenError(
+            f"{source} (seen from {Path.cwd()}) names no files of rows"
+            + (f", but files that end in {', '.join(kinds)}" if found else "")
+            + f"; expected files that end in {', '.join(_SHARD_SUFFIXES)}"
+        )
+    if len(kinds) > 1:
+        raise MultiTokenError(
+            f"{source} has files of several kinds ({', '.join(kinds)}), expected one; name those "
+            f"that hold the rows, such as {path if path.is_dir() else path.parent}/*{kinds[0]}"
+        )
+    return found
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() in _SHARD_SUFFIXES
+
+
+def _source_kind(source: str) -> str:
+    """Return a suffix of a single file, "many" (files or .tar), "folder" (saved) or "hub"."""
+    if source.startswith(HUB_PREFIX):
+        return "hub"
+    path = Path(source).expanduser()
+    where = path.resolve()
+    if path.is_dir():
+        shards = not is_saved_folder(path) and any(map(_is_shard, path.iterdir()))
+        return "many" if shards else "folder"
+    suffix = path.suffix.lower()
+    if (suffix == ".tar" and path.is_file()) or (
+        any(sign in source for sign in _GLOB_SIGNS) and not path.exists()
+    ):
+        return "many"
+    if suffix in _SINGLE_FILES:
+        if not path.is_file():
+            raise MultiTokenError(f"no file at {where}; check the name, or the folder you are in")
+        return suffix
+    if path.exists():
+        raise MultiTokenError(f"{where} has the suffix {suffix!r}; expected {_ACCEPTED}")
+    # `owner/name` is a hub name only if nothing here suggests that a path was meant: asking the
+    # hub for a mistyped path ends in a message about the network
+    names = source.split("/")
+    looks_like_path = (
+        len(names) > 2
+        or not all(names)
+        or "\\" in source
+        or names[0] in (".", "..", "~")
+        or (len(names) == 2 and Path(names[0]).is_dir())
+    )
+    if looks_like_path:
+        raise MultiTokenError(f"nothing at {where}; expected {_ACCEPTED}")
+    return "hub"
