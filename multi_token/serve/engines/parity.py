@@ -176,8 +176,9 @@ def _passes(what: str, check: Callable[[], str | None]) -> bool:
     except (*MODEL_FAULTS, ServeError):
         _LOG.warning("startup check of %s raised", what, exc_info=True)
         return False
+    # a property of the language model, not a fault: a recurrent state, say
     if reason is not None:
-        _LOG.warning("startup check of %s: %s", what, reason)
+        _LOG.info("startup check of %s: %s", what, reason)
     return reason is None
 
 
