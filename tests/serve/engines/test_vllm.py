@@ -277,11 +277,8 @@ def test_addresses_of_engines_are_checked(fields: dict[str, Any], words: str) ->
 def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_right(
     families: ModuleType, tmp_path: Path
 ) -> None:
-    from multi_token.language_model.loading import (
-        _load_without_layers,
-        load_embeddings,
-        load_language_model,
-    )
+    from multi_token.language_model.embeddings_only import _load_without_layers, load_embeddings
+    from multi_token.language_model.loading import load_language_model
 
     whole = set()
     for family in families.FAMILIES:

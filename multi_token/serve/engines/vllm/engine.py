@@ -27,7 +27,7 @@ from torch import Tensor
 from multi_token.errors import LanguageModelError, MultiTokenError
 from multi_token.generate import eos_token_ids
 from multi_token.language_model.capabilities import Capabilities
-from multi_token.language_model.loading import EmbeddingsOnly
+from multi_token.language_model.embeddings_only import EmbeddingsOnly
 from multi_token.serve.engines.base import (
     EngineEvent,
     Prompt,
