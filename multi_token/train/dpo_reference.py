@@ -134,7 +134,7 @@ def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console:
         if isinstance(rows, PreferenceDataset):
             _load_or_compute(trainer, rows, folder / name, console)
     if isinstance(trainer.train_dataset, PreferenceDataset):
-        trainer.lengths = trainer.train_dataset.num_tokens
+        trainer.batches.lengths = trainer.train_dataset.num_tokens
 
 
 def _load_or_compute(

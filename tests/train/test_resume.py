@@ -107,7 +107,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
     trained(fields_of(recipe_fields, out), Console(width=1000))
     shown = capsys.readouterr().out
     assert "checkpoint-4 is not whole (optimizer.pt has " in shown
-    assert f"going on from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
+    assert f"resuming from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
     assert_same_bits(six_steps, out)
 
 

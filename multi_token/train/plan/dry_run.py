@@ -10,7 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,7 @@ import numpy as np
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.train.dpo import PreferenceDataset
-from multi_token.train.packing import PackSampler
 from multi_token.train.plan.oom import (
     bullet_list,
     is_out_of_memory,
@@ -67,8 +65,8 @@ def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
         gc.collect()  # what the failed step made may hang in cycles
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
-        if trainer.packing is not None or size == 1:
-            is_pack = trainer.packing is not None
+        is_pack = trainer.batches.pack_tokens is not None
+        if is_pack or size == 1:
             what = "a pack" if is_pack else "a batch of one row"
             raise MultiTokenError(
                 f"{what} does not fit into the memory of {trainer.args.device}, with "
@@ -108,7 +106,7 @@ def _batch_size_override(trainer: MultiTokenTrainer, size: int) -> Iterator[None
 
 def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> DryRunResult:
     model, device, step_metrics = (
-        trainer._multi_token_model(),
+        trainer.multi_token_model,
         trainer.args.device,
         trainer.step_metrics,
     )
@@ -116,10 +114,7 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
     updating: list[float] = []
     flops = num_tokens = 0
     with state_restored(model), ExitStack() as stack:
-        by_segment = trainer.packing is not None and model.capabilities.supports_segment_attention
-        stack.enter_context(
-            segment_attention_enabled(model.language_model) if by_segment else nullcontext()
-        )
+        stack.enter_context(trainer.attention_mode())
         stack.enter_context(_activation_checkpointing(trainer))
         optimizer = _zero_lr_optimizer(trainer)
 
@@ -167,18 +162,18 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
 
 def largest_batch(trainer: MultiTokenTrainer) -> int:
     """Positions of the largest batch that may come: padded, its longest row sets the length."""
-    if trainer.packing is not None:
-        return trainer.packing.max_tokens
-    size = min(trainer.args.per_device_train_batch_size, len(trainer.lengths))
-    rows: Any = trainer.train_dataset
+    batches, rows = trainer.batches, trainer.train_dataset
+    if batches.pack_tokens is not None:
+        return batches.pack_tokens
+    size = min(trainer.args.per_device_train_batch_size, len(batches.lengths))
     return size * (
-        2 * rows.longest if isinstance(rows, PreferenceDataset) else max(trainer.lengths)
+        2 * rows.longest if isinstance(rows, PreferenceDataset) else max(batches.lengths)
     )
 
 
 def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
     """Forward and backward of a batch."""
-    model = trainer._multi_token_model()
+    model = trainer.multi_token_model
     model.train()
     trainer.training_step(model, inputs, (inputs["labels"] != -100).sum())
 
@@ -195,22 +190,15 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
     """
     rows: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
-    if trainer.streamed is not None:
-        inputs = other
-    elif trainer.packing is not None:
-        packs = list(PackSampler(trainer.packing, seed=trainer.args.seed))
-        fullest = max(packs, key=lambda pack: sum(trainer.lengths[i] for i in pack))
-        inputs = collate([rows[i] for i in fullest])
-    else:
-        lengths = (
-            [max(pair) for pair in rows.lengths]
-            if isinstance(rows, PreferenceDataset)
-            else trainer.lengths
-        )
+    if trainer.batches.streamed:
+        return other
+    chosen = trainer.batches.fullest_pack(trainer.args.seed)
+    if chosen is None:
+        pairs = isinstance(rows, PreferenceDataset)
+        lengths = [max(pair) for pair in rows.lengths] if pairs else trainer.batches.lengths
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        longest = by_length[: trainer.args.per_device_train_batch_size]
-        inputs = collate([rows[i] for i in longest])
-    return inputs
+        chosen = by_length[: trainer.args.per_device_train_batch_size]
+    return collate([rows[i] for i in chosen])
 
 
 def _zero_lr_optimizer(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
@@ -225,7 +213,7 @@ def _zero_lr_optimizer(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
 @contextmanager
 def _activation_checkpointing(trainer: MultiTokenTrainer) -> Iterator[None]:
     """Activation checkpointing, if the run will have it: transformers turns it on as it begins."""
-    args, model = trainer.args, trainer._multi_token_model()
+    args, model = trainer.args, trainer.multi_token_model
     if not args.activation_checkpointing:
         yield
         return

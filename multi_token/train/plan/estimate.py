@@ -80,7 +80,7 @@ class StagePlan:
 
 def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
     """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
-    args, lengths = trainer.args, trainer.lengths
+    args, lengths = trainer.args, trainer.batches.lengths
     with preserve_rng_state():
         loader: Any = trainer.get_train_dataloader()
         num_batches = max(len(loader), 1)
@@ -89,7 +89,7 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
         args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     )
     num_rows, num_tokens = len(lengths), sum(lengths)
-    if trainer.streamed is not None:  # lengths are those of its first rows
+    if trainer.batches.streamed:  # lengths are those of its first rows
         num_batches_of_all = num_batches * args.world_size
         num_tokens = round(num_batches_of_all * loader.tokens_per_batch(lengths))
         num_rows = round(num_tokens * len(lengths) / sum(lengths))
@@ -114,7 +114,7 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
 
 def estimate_memory(trainer: MultiTokenTrainer) -> MemoryEstimate:
     """Weights as they are stored, gradients, and what the optimizer will keep."""
-    model = trainer._multi_token_model()
+    model = trainer.multi_token_model
     weights = {"language model": module_bytes(model.language_model)}
     weights |= {f"encoder of {name}": module_bytes(e) for name, e in model.encoders.items()}
     weights |= {f"projector of {name}": module_bytes(p) for name, p in model.projectors.items()}
@@ -155,15 +155,21 @@ def summary_lines(plan: StagePlan) -> list[str]:
     ]
 
 
-def print_plan(
-    trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool
-) -> StagePlan:
-    """Print the plan of a stage: two lines, or (`at_length`) with steps tried and warnings."""
-    plan = plan_stage(trainer, name, try_steps=at_length)
+def print_summary(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
+    """Print the two lines with which every stage starts, and warnings."""
+    _print_lines(summary_lines(plan), plan, trainer, console)
+
+
+def print_details(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
+    """Print the whole plan of a stage whose steps were tried, and warnings."""
+    _print_lines(detail_lines(plan), plan, trainer, console)
+
+
+def _print_lines(
+    lines: Sequence[str], plan: StagePlan, trainer: MultiTokenTrainer, console: Console
+) -> None:
     warnings = plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
-    lines = detail_lines(plan) if at_length else summary_lines(plan)
     console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    return plan
 
 
 def detail_lines(plan: StagePlan) -> list[str]:
