@@ -76,7 +76,7 @@ def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
         0.3, num_workers=0, streamed=False, can_cache=False
     )
     assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
-    assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
+    assert "by 3 data workers; set train.args.dataloader_num_workers: 6" in beside
     assert "train.feature_cache: true" in alone
 
 

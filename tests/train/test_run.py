@@ -248,7 +248,7 @@ def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
 ) -> None:
     fields = recipe_fields(tmp_path / "run", args={"max_step": 3})
     fields["model"]["language_model"] = str(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match="'max_step' is no field .*did you mean 'max_steps'"):
+    with pytest.raises(RecipeError, match="'max_step' is not a field .*did you mean 'max_steps'"):
         trained(fields)
 
 
