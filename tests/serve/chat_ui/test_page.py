@@ -179,7 +179,7 @@ def test_several_senses_go_in_one_message_without_what_was_removed(
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("letter.docx", b"PK", "This model does not take “letter.docx”. It has image: pictures"),
+        ("letter.docx", b"PK", "This model does not take “letter.docx”. It has image: images"),
         ("empty.png", b"", "“empty.png” is empty."),
         ("v.csv", b"a,b\nc,d\n", "“v.csv” should hold numbers"),
         ("v.json", b'[1, "2"]', "“v.json” should hold numbers"),
