@@ -160,8 +160,8 @@ def _check_deepspeed(given: Any) -> None:
             )
     if dict(config.get("zero_optimization") or {}).get("stage") == 3:
         raise RecipeError(
-            f"{where} asks for ZeRO stage 3, which shards weights that a run saves and loads as one; "
-            "use stage 1 or 2, or `train.fsdp: true`, which shards and gathers them"
+            f"{where} asks for ZeRO stage 3, which shards weights that a run saves and loads as "
+            "one; use stage 1 or 2, or `train.fsdp: true`, which shards and gathers them"
         )
     if find_spec("deepspeed") is None:
         raise RecipeError(
