@@ -147,7 +147,7 @@ def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Re
             "seed": seed,
             "align": {"rows": single},
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projectors",

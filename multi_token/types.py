@@ -137,7 +137,6 @@ class Batch(TypedDict):
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
     `shift_labels[:, t]` is the id to be predicted at t, so that packing never crosses a border.
-    `num_shared`: leading positions that are the same text in every row, with nothing learned.
     """
 
     input_ids: Tensor
@@ -145,7 +144,6 @@ class Batch(TypedDict):
     labels: Tensor
     shift_labels: Tensor
     media: dict[str, MediaBatch]
-    num_shared: NotRequired[int]
 
 
 class PackedBatch(TypedDict):

@@ -88,7 +88,7 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
                 "caption_format": " {caption}\n{caption}",
             },
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projector",
@@ -98,7 +98,6 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
             ],
             "args": {
                 "per_device_train_batch_size": size.batch_size,
-                "train_sampling_strategy": "group_by_length",
                 "logging_steps": 2,
                 "use_cpu": True,
             },

@@ -167,11 +167,6 @@ class Recipe(StrictModel):
                 "read before; fill a folder with `multi-token data encode` and name it as `path`, "
                 "or set it to false"
             )
-        if train.share_media:
-            raise RecipeError(
-                "`train.share_media` looks for rows about the same media among all rows, which "
-                "`data.stream` does not read before; leave one of them out"
-            )
         if train.packing and (train.pack_tokens or 0) < self.data.max_tokens:
             raise RecipeError(
                 f"train.pack_tokens is {train.pack_tokens}, but a stream may bring a row of "

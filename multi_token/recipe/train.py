@@ -5,6 +5,7 @@ Border: names, numbers and defaults only; the whole recipe, and reading it, stan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,6 +222,14 @@ class FsdpSpec(StrictModel):
     """Groups of processes with all pieces each (HSDP), for several machines: the number of them."""
 
 
+class PackingSpec(StrictModel):
+    """How rows of a batch share one row of tokens."""
+
+    share: bool = False
+    """Compute a prefix that rows of a pack share (a system message, an image, or both) once. Rows
+    that begin with the same media come into one pack. The loss stays the same."""
+
+
 class TrainSpec(StrictModel):
     """How it is learned."""
 
@@ -234,21 +243,15 @@ class TrainSpec(StrictModel):
     feature_cache: FeatureCacheSpec | None = None
     """Run frozen encoders once and keep every item's features on disk: `true`, `false`, `auto`, or
     a section with more. See docs/feature-cache.md."""
-    share_prefix: bool = False
-    """Compute the text that all rows of a batch begin with (a system message, say) once and without
-    gradients. The loss stays the same; for stages in which the language model is frozen."""
-    packing: bool = False
-    """Rows of a batch stand one after the other in one row of tokens, without padding; each sees
-    itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size` rows.
-    The loss stays the same."""
+    packing: PackingSpec | None = None
+    """Rows of a batch stand one after the other in one row of tokens, without padding; each attends
+    to itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size`
+    rows. The loss stays the same. `true`, `false`, or `{share: true}`."""
     pack_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a pack; default: `per_device_train_batch_size` times the mean length of a row, and
     at least the longest row."""
     pack_items: int | None = Field(default=None, ge=1)
     """The most media items in a pack, where encoders need the memory; default: no limit."""
-    share_media: bool = False
-    """With `packing`: rows that begin with the same media (several questions about one picture)
-    come into one pack, in which what they share is computed once. The loss stays the same."""
     fsdp: FsdpSpec | None = None
     """Each process holds a piece of the language model's weights, gradients and optimizer state
     (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
@@ -276,12 +279,10 @@ class TrainSpec(StrictModel):
             for key in ("fsdp", "deepspeed"):
                 if {**self.args, **stage.args}.get(key):
                     raise ValueError(f"`fsdp` and `{key}` of `args` exclude each other; keep one")
-        if self.share_prefix:
-            raise ValueError("`fsdp` and `share_prefix` exclude each other; keep one")
 
-    @field_validator("fsdp", mode="before")
+    @field_validator("fsdp", "packing", mode="before")
     @classmethod
-    def _fsdp_from_bool(cls, value: Any) -> Any:
+    def _section_from_bool(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("feature_cache", mode="before")
@@ -296,6 +297,14 @@ class TrainSpec(StrictModel):
                 )
             return words[value]
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_removed_keys(cls, fields: Any) -> Any:
+        for key in ("share_media", "share_prefix"):
+            if isinstance(fields, Mapping) and key in fields:
+                raise ValueError(f"`{key}` is now `packing: {{share: true}}`")
+        return fields
 
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
@@ -318,17 +327,6 @@ class TrainSpec(StrictModel):
             raise ValueError(f"stages need different names, got {stage_names}")
         with_adapter = [stage.name for stage in self.stages if stage.learn.adapter is not None]
         in_full = [stage.name for stage in self.stages if stage.learn.language_model is not None]
-        if self.share_prefix and (with_adapter or in_full):
-            raise ValueError(
-                f"`share_prefix` needs a frozen language model, but stage "
-                f"{(with_adapter or in_full)[0]!r} learns "
-                + ("an adapter" if with_adapter else "all of it")
-            )
-        if self.packing and self.share_prefix:
-            raise ValueError(
-                "`packing` and `share_prefix` exclude each other: packed rows have no common "
-                "start; keep one"
-            )
         if self.fsdp is not None:
             self._check_fsdp()
         for stage in self.stages if self.fsdp is not None else ():
@@ -338,14 +336,14 @@ class TrainSpec(StrictModel):
                     "processes would wait for each other; set `teacher.missing` to raise"
                 )
         preferring = [stage.name for stage in self.stages if stage.dpo is not None]
-        for key in ("packing", "fsdp", "share_prefix"):
+        for key in ("packing", "fsdp"):
             if preferring and getattr(self, key):
                 raise ValueError(
                     f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
                     "one, or give that stage a recipe of its own with `start_from`"
                 )
-        for key in ("pack_tokens", "pack_items", "share_media"):
-            if getattr(self, key) not in (None, False) and not self.packing:
+        for key in ("pack_tokens", "pack_items"):
+            if getattr(self, key) is not None and self.packing is None:
                 raise ValueError(f"`{key}` needs `packing: true`")
         if with_adapter and in_full:
             last_full = stage_names.index(in_full[-1])

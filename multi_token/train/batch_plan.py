@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from multi_token.data.packing import PackingPlan
 from multi_token.data.stream_loader import StreamProgress, StreamState, save_states
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import all_gather, is_main_process
 from multi_token.errors import RecipeError
-from multi_token.train.packing import PackingPlan, PackSampler
-from multi_token.train.samplers import LengthGroupedSampler
+from multi_token.train.samplers import LengthGroupedSampler, PackSampler
 
 
 class BatchPlan:

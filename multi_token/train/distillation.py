@@ -40,11 +40,13 @@ class DistillationCollator:
         There `taught` bool [num_supervised] marks the supervised tokens, in the order of the batch,
         that belong to samples with a text.
         """
+        if self.packed:
+            samples = self.collator.pack_order(samples)
         batch: dict[str, Any] = {**self._batch(self.collator, samples)}
         texts = [s.teacher for s in samples if s.teacher is not None]
         if texts:
-            # the teacher's logits are matched by position, so its rows share no prefix
-            plain = replace(self.collator, share_prefix=False, share_media=False)
+            # the teacher's logits are matched by position, so its rows keep the order of `samples`
+            plain = replace(self.collator, share=False)
             inputs: dict[str, Any] = {**self._batch(plain, texts)}
             del inputs["media"], inputs["labels"]
             each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]

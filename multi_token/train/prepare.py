@@ -181,12 +181,10 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
 
 
 def _check_capabilities(model: MultiTokenForConditionalGeneration, recipe: Recipe) -> None:
-    if recipe.train.share_prefix:
-        model.capabilities.require("repeats_cache")
-    if recipe.train.share_media:
-        model.capabilities.require("supports_shared_media")
-    if recipe.train.packing:
+    if recipe.train.packing is not None:
         model.capabilities.require("supports_packing")
+        if recipe.train.packing.share:
+            model.capabilities.require("supports_shared_prefix")
 
 
 def _held_out(

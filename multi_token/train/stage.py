@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PrinterCallback, set_seed
 
 from multi_token.collate import Collator
+from multi_token.data.packing import packing_plan, shared_prefix_groups
 from multi_token.data.sources import TrainingSource
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import barrier, broadcast_from_main, is_main_process
@@ -25,9 +26,7 @@ from multi_token.train.dpo_reference import (
     load_or_compute_reference,
     preference_dataset,
 )
-from multi_token.train.families import shared_media_groups
 from multi_token.train.objective import CrossEntropy, Objective
-from multi_token.train.packing import packing_plan
 from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
 from multi_token.train.plan.estimate import plan_stage, print_summary
 from multi_token.train.plan.oom import explain_oom
@@ -66,12 +65,8 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
             rows = run.evaluation.held_out
             held_out = held_out_preference_dataset(rows, model, run.console) or held_out
     objective, batches = _objective(stage.spec), _batch_plan(run, stage, sources, dataset)
-    collator = Collator(
-        model.modalities,
-        model.processor.chat.filler_id,
-        share_prefix=spec.share_prefix,
-        share_media=spec.share_media,
-    )
+    share = spec.packing is not None and spec.packing.share
+    collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     trainer = MultiTokenTrainer(
         model,
         learn=learn,
@@ -112,12 +107,15 @@ def _batch_plan(
     num_items: list[int] = []
     if spec.pack_items is not None:
         num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
+    share = spec.packing is not None and spec.packing.share
+    # rows of a stream are not known before; those of a pack share what they happen to share
+    find_groups = share and not isinstance(dataset, StreamDataset)
     packing = packing_plan(
         spec,
         lengths,
         num_items,
         num_rows=stage.args.per_device_train_batch_size,
-        shared_media=shared_media_groups(sources, dataset) if spec.share_media else (),
+        groups=shared_prefix_groups(sources, dataset) if find_groups else (),
     )
     if isinstance(dataset, StreamDataset):
         print_fn = partial(run.console.print, highlight=False, markup=False)

@@ -78,7 +78,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed": (PROJECTORS, {"packing": True}),
     "packed_shared_media": (
         ADAPTER,
-        {"rows": "one_picture", "packing": True, "share_media": True},
+        {"rows": "one_picture", "packing": {"share": True}},
     ),
     "adapter": (
         ADAPTER,

@@ -160,11 +160,6 @@ def test_a_missing_key_and_a_missing_file_are_named(text: str, tmp_path: Path) -
         parse_recipe("model: [")
 
 
-def test_a_shared_prefix_is_refused_where_the_language_model_learns(text: str) -> None:
-    with pytest.raises(RecipeError, match="`share_prefix` needs a frozen language model"):
-        parse_recipe(text, ["train.share_prefix=true", "train.stages.0.learn={adapter: 1e-3}"])
-
-
 def test_a_language_model_in_pieces_is_a_line_of_the_recipe(text: str) -> None:
     assert parse_recipe(text).train.fsdp is None
     assert parse_recipe(text, ["train.fsdp=false"]).train.fsdp is None
@@ -172,7 +167,6 @@ def test_a_language_model_in_pieces_is_a_line_of_the_recipe(text: str) -> None:
         fsdp = parse_recipe(text, [f"train.fsdp={value}"]).train.fsdp
         assert fsdp is not None and fsdp.replicas == num
     for override, sentence in (
-        ("train.share_prefix=true", "`fsdp` and `share_prefix` exclude each other"),
         ("train.args={deepspeed: zero.json}", "`fsdp` and `deepspeed` of `args` exclude"),
         ("train.stages.0.args={fsdp: true}", "`fsdp` and `fsdp` of `args` exclude"),
         ("model.quantization=4bit", "train.fsdp cuts floating-point weights"),
@@ -182,14 +176,22 @@ def test_a_language_model_in_pieces_is_a_line_of_the_recipe(text: str) -> None:
             parse_recipe(text, ["train.fsdp=true", override])
 
 
-def test_packing_excludes_a_shared_prefix_and_its_keys_need_it(text: str) -> None:
+def test_packing_is_a_word_or_a_section_and_its_budgets_need_it(text: str) -> None:
     packed = parse_recipe(text, ["train.packing=true", "train.pack_items=4"]).train
-    assert packed.packing and packed.pack_items == 4 and packed.pack_tokens is None
-    with pytest.raises(RecipeError, match="`packing` and `share_prefix` exclude each other"):
-        parse_recipe(text, ["train.packing=true", "train.share_prefix=true"])
-    for key, value in (("pack_tokens", 64), ("pack_items", 4), ("share_media", "true")):
+    assert packed.packing is not None and not packed.packing.share
+    assert packed.pack_items == 4 and packed.pack_tokens is None
+    shared = parse_recipe(text, ["train.packing={share: true}"]).train.packing
+    assert shared is not None and shared.share
+    assert parse_recipe(text, ["train.packing=false"]).train.packing is None
+    for key, value in (("pack_tokens", 64), ("pack_items", 4)):
         with pytest.raises(RecipeError, match=f"`{key}` needs `packing: true`"):
             parse_recipe(text, [f"train.{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["share_media", "share_prefix"])
+def test_keys_that_packing_replaced_are_answered_with_the_new_form(text: str, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"`{key}` is now `packing: {{share: true}}`"):
+        parse_recipe(text, [f"train.{key}=true"])
 
 
 def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
@@ -216,8 +218,6 @@ def test_the_whole_language_model_does_not_learn_in_integers_or_behind_an_adapte
     parse_recipe(text, [full])
     with pytest.raises(RecipeError, match="'projector' learns `language_model`, whose .*4bit"):
         parse_recipe(text, [full, "model.quantization=4bit"])
-    with pytest.raises(RecipeError, match="'projector' learns all of it"):
-        parse_recipe(text, [full, "train.share_prefix=true"])
     stages = [
         {"name": "a", "learn": {"language_model": 1e-5}},
         {"name": "b", "learn": {"adapter": 1e-4}},

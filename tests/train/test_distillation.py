@@ -179,8 +179,8 @@ def test_a_batch_is_its_rows_one_by_one_and_rows_without_a_text_learn_by_cross_e
     torch.testing.assert_close(parts[0], (1 - weight) * entropy + weight * pure)
 
 
-@pytest.mark.parametrize("share_media", [False, True])
-def test_a_pack_is_its_rows_padded(model: Any, data: Path, share_media: bool) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_a_pack_is_its_rows_padded(model: Any, data: Path, share: bool) -> None:
     rows = [
         row("red"),
         row("red", None, "It is red, quite so"),
@@ -196,14 +196,14 @@ def test_a_pack_is_its_rows_padded(model: Any, data: Path, share_media: bool) ->
     for parameter in adapter_parameters(model.language_model):
         torch.nn.init.normal_(parameter, std=0.1)
     spec = DistillationSpec(weight=0.75, missing="cross_entropy")
-    collator = Collator(model.modalities, model.processor.chat.filler_id, share_media=share_media)
+    collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     learned = [p for p in model.parameters() if p.requires_grad]
     found = []
     for packed in (False, True):
         teacher = DistillationLoss(spec)
         with segment_attention_enabled(model.language_model) as by_segment:
             batch = DistillationCollator(collator, packed=packed)(samples)
-            assert by_segment and ("segments" in batch) == (packed and share_media)
+            assert by_segment and ("segments" in batch) == (packed and share)
             assert ("cu_seq_lens_q" in batch["teacher"]) == packed
             inputs = teacher.before_forward(model, batch)
             assert [int(n) for n in teacher.teacher_mask.long().bincount()] == [

@@ -346,12 +346,6 @@ def test_a_recipe_that_contradicts_its_preferences_is_refused(
         parse_recipe(text, [override])
 
 
-def test_a_shared_prefix_is_refused(pair_fields: Fields, tmp_path: Path) -> None:
-    text = yaml.safe_dump(pair_fields(tmp_path / "run", stage={"learn": {"projectors": 1e-2}}))
-    with pytest.raises(RecipeError, match="`share_prefix` and the `dpo` of stage 'prefer' exclude"):
-        parse_recipe(text, ["train.share_prefix=true"])
-
-
 def test_check_and_show_read_both_answers(pair_fields: Fields, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     fields = pair_fields(tmp_path / "run")
