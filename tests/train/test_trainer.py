@@ -82,8 +82,8 @@ def test_deepspeed_that_is_not_installed_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "sentence"),
     [
-        ("ACCELERATE_USE_FSDP", "told to use FSDP .* set `train.fsdp: true`"),
-        ("ACCELERATE_USE_DEEPSPEED", "told to use DeepSpeed .* `train.args.deepspeed`"),
+        ("ACCELERATE_USE_FSDP", "makes accelerate use FSDP.* set `train.fsdp: true`"),
+        ("ACCELERATE_USE_DEEPSPEED", "makes accelerate use DeepSpeed.* `train.args.deepspeed`"),
     ],
 )
 def test_what_only_accelerate_was_told_is_refused(
