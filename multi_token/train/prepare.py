@@ -4,7 +4,7 @@
 
     RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result
     RUN/cache/*.safetensors, *.json                                  features of frozen encoders
-    RUN/stages/0-align, 1-<name>, ...                                state of each stage
+    RUN/stages/0-closed-form, 1-<name>, ...                                state of each stage
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Run:
     evaluation: EvaluationCallback
     cache: FeatureCache | None
     initialized: Sequence[str]
-    """Modalities that come from another run (`train.start_from`)."""
+    """Modalities that come from another run (`train.init_from`)."""
     console: Console
 
     @property
@@ -86,7 +86,7 @@ class Run:
 
 def closed_form_folder(recipe: Recipe) -> Path:
     """Folder of the closed-form stage, which comes before the recipe's own."""
-    return Path(recipe.train.output_dir) / "stages" / "0-align"
+    return Path(recipe.train.output_dir) / "stages" / "0-closed-form"
 
 
 def open_stages(recipe: Recipe) -> list[StageRun]:
@@ -137,10 +137,10 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     start = closed_form_folder(recipe)
     if broadcast_from_main(lambda: has_mark(start)):
         load_trained(model, start)
-    elif spec.start_from is not None:
+    elif spec.init_from is not None:
         initialized = init_from_run(model, spec)
         console.print(
-            f"{', '.join(initialized)}: initialized from {spec.start_from}", highlight=False
+            f"{', '.join(initialized)}: initialized from {spec.init_from}", highlight=False
         )
     parts = describe_parts(model)
     console.print(*parts, sep="\n", highlight=False)

@@ -112,7 +112,7 @@ def closed_form_stage(run: Run) -> None:
 
     Modalities that come from another run keep their projectors.
     """
-    model, spec, console = run.model, run.recipe.train.align, run.console
+    model, spec, console = run.model, run.recipe.train.closed_form, run.console
     pairs = [pair for source in run.sources for pair in source.conversations()]
     captions = _captions(run)
     for name in model.modalities:
@@ -151,7 +151,7 @@ def closed_form_stage(run: Run) -> None:
 
 def _captions(run: Run) -> list[CaptionedItem]:
     """Return items with captions: of `rows` of the closed form, or of the training rows."""
-    spec, sources = run.recipe.train.align, run.sources
+    spec, sources = run.recipe.train.closed_form, run.sources
     if spec is not None and spec.rows is not None:
         sources = [open_source(source, run.model, run.recipe, run.cache) for source in spec.rows]
         if run.cache is not None:

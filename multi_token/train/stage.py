@@ -94,8 +94,8 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
 
 
 def _objective(stage: Stage) -> Objective:
-    if stage.teacher is not None:
-        return DistillationLoss(stage.teacher)
+    if stage.distillation is not None:
+        return DistillationLoss(stage.distillation)
     return CrossEntropy() if stage.dpo is None else DpoLoss(stage.dpo)
 
 

@@ -100,7 +100,7 @@ def estimate_encodings(
     `sources`: the training rows, whose good ones are known. `initialized`: modalities from another
     run, which are neither calibrated nor fitted. A cache is counted as if it were empty.
     """
-    spec, cached = recipe.train.align, recipe.train.feature_cache is not None
+    spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
     aligned = [open_source(s, model, recipe, None) for s in (spec.rows or [])] if spec else []
     found = []
     for name in model.modalities:
