@@ -21,7 +21,7 @@ from multi_token.train.training_args import training_arguments
     [
         ({"max_step": 3}, "did you mean 'max_steps'"),
         ({"learning_rate": 1e-3}, "learning rates are under `learn`"),
-        ({"remove_unused_columns": True}, "needed as it is"),
+        ({"remove_unused_columns": True}, "are fixed"),
         ({"save_strategy": "sometimes"}, "train args"),
         (
             {"per_device_train_batch_size": "abc"},
