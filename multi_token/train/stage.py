@@ -14,7 +14,7 @@ from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import barrier, broadcast_from_main, is_main_process
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.recipe.train import Stage
 from multi_token.train.batch_plan import BatchPlan, PackedBatches, PaddedBatches, StreamedBatches
