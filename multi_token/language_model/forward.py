@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 
-PrefillMode = Literal["embeddings", "ids"]
-"""From what a prompt is continued: see `continue_text`."""
+PrefillMode = Literal["embeds", "ids"]
+"""How `generate` starts from a prompt: see `generate_from_embeds`."""
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1} | (
+    dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
+)
+"""Options of `generate` for greedy decoding, whatever the model's own generation config says."""
 FLASH_ATTENTION_KWARGS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
@@ -172,17 +176,17 @@ def generate_from_embeds(
     inputs_embeds: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
-    prefill_mode: PrefillMode = "embeddings",
+    prefill_mode: PrefillMode = "embeds",
     **options: Any,
 ) -> Any:
     """The child's own `generate` behind a prompt [batch, time, dim] -> new ids [batch, new].
 
-    `start` "embeddings": it is given the prompt's embeddings. "ids": the prompt but its last
+    `prefill_mode` "embeds": it is given the prompt's embeddings. "ids": the prompt but its last
     position is run first, and `generate` goes on from that cache by ids, for models that take no
     embeddings there or need ids in their layers; the last position must then be text, and
     input_ids int64 [batch, time] says which. With `return_dict_in_generate` its whole output.
     """
-    if prefill_mode == "embeddings":
+    if prefill_mode == "embeds":
         return language_model.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
         )

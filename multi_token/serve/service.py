@@ -28,7 +28,7 @@ from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.openai.literal import LITERAL, SpecialTokenEscaper
-from multi_token.serve.openai.messages import KINDS, MAX_CHARACTERS, MessageParser
+from multi_token.serve.openai.messages import MAX_CHARACTERS, MessageParser
 from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams
 from multi_token.serve.openai.responses import TokenText, Usage
@@ -61,7 +61,7 @@ class Service:
         self.modalities = model.modalities
         self.engine = engine or build_engine(model, settings)
         self.message_parser = MessageParser(
-            {name: modality.type for name, modality in model.modalities.items()},
+            model.modalities,
             allow_urls=bool(settings.allowed_url_hosts),
             max_media=settings.max_media,
             max_messages=settings.max_messages,
@@ -80,11 +80,11 @@ class Service:
         self._escaper = SpecialTokenEscaper(self.processor.tokenizer)
         self._token_text = TokenText(self.processor.tokenizer)
         self._end_ids = frozenset(eos_token_ids(model))
+        # a modality of several kinds belongs to none of OpenAI's two counts
         self._openai_kinds = {
-            name: kind
-            for name, of_type in self.message_parser.type_names.items()
-            for kind in ("image", "audio")
-            if of_type in KINDS[kind] and of_type != "joint"
+            name: modality.openai_kinds[0]
+            for name, modality in model.modalities.items()
+            if modality.openai_kinds in (("image",), ("audio",))
         }
         self._created = int(time.time())
         # one thread: a tokenizer is not made for several at once

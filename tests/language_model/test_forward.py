@@ -199,7 +199,7 @@ def test_going_on_from_ids_gives_what_going_on_from_embeddings_gives(
     llama: Any, length: int
 ) -> None:
     ids, mask = IDS[:, -length:], MASK[:, -length:]
-    expected = continued(llama, "embeddings", ids, mask)
+    expected = continued(llama, "embeds", ids, mask)
     assert expected.shape == (2, 6)
     assert torch.equal(continued(llama, "ids", ids, mask), expected)
     whole = continued(llama, "ids", ids, mask, return_dict_in_generate=True)
@@ -228,7 +228,7 @@ class Heard:
         self.is_over = True
 
 
-@pytest.mark.parametrize("start", ["embeddings", "ids"])
+@pytest.mark.parametrize("start", ["embeds", "ids"])
 def test_a_streamer_hears_the_new_ids_and_no_prompt(llama: Any, start: Any) -> None:
     heard = Heard()
     answer = continued(llama, start, IDS[1:], MASK[1:], streamer=heard)

@@ -181,7 +181,7 @@ def greedy(subject: Subject) -> str:
             assert int(logits.argmax()) == int(token)
             ids = torch.cat([ids, token.view(1, 1)], 1)
             embeds = torch.cat([embeds, model.get_input_embeddings()(token.view(1, 1))], 1)
-    return YES if model.capabilities.prefill_mode == "embeddings" else f"{YES}, by ids"
+    return YES if model.capabilities.prefill_mode == "embeds" else f"{YES}, by ids"
 
 
 def stop_ids_of(model: Any) -> list[int]:

@@ -82,7 +82,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     those of media lowered to small limits."""
     from multi_token.modalities.base import Modality
     from multi_token.registry import build
-    from multi_token.serve.media.limits import MediaLimits, apply_limits
+    from multi_token.serve.media.limits import MediaLimits
     from multi_token.testing.audio import tiny_clap, tiny_whisper
     from multi_token.testing.joint import tiny_joint_clip
     from multi_token.testing.text import tiny_sentence_encoder
@@ -113,7 +113,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         max_numbers=10_000,
     )
     return {
-        name: apply_limits(build("modality", {"type": name, **own}, Modality), limits)
+        name: build("modality", {"type": name, **own}, Modality).with_limits(limits.model_dump())
         for name, own in fields.items()
     }
 

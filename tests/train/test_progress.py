@@ -90,6 +90,6 @@ def test_what_is_unusual_is_said_and_what_cannot_be_is_refused_before_a_row_is_r
     console = Console(record=True, width=300, file=io.StringIO())
     with pytest.raises(LanguageModelError, match="set train.share_prefix to false"):
         train(Recipe.model_validate(fields), console=console)
-    assert "RwkvForCausalLM answers otherwise when its rows are padded on the left" in (
+    assert "RwkvForCausalLM gives other answers when its rows are padded on the left" in (
         console.export_text()
     )

@@ -7,12 +7,12 @@ addressed by their number.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 import logging
 import secrets
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,6 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from multi_token.media.fetch import MIB
-from multi_token.modalities.base import Modality
-from multi_token.modalities.joint import methods
 from multi_token.report import style
 from multi_token.serve.chat_ui.examples import Examples, read_examples
 from multi_token.serve.errors import ServeError
@@ -33,34 +31,6 @@ PUBLIC_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"
 """Paths that need no API key: the browser loads them before a key was typed. The report is opened
 with a ticket instead."""
 LOG = logging.getLogger("multi_token.serve")
-
-_NUMBERS = (".npy", ".json", ".csv", ".txt")
-FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "image": (
-        "pictures",
-        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    ),
-    "audio": (
-        "sounds",
-        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm"),
-    ),
-    "video": ("films", (".mp4", ".webm", ".mov", ".mkv", ".avi", ".mpeg", ".mpg")),
-    "document": ("documents", (".pdf", ".txt", ".md", ".html", ".htm")),
-    "text": ("texts", (".txt", ".md")),
-    "vector": ("lists of numbers", _NUMBERS),
-    "series": ("series of numbers", _NUMBERS),
-}
-"""Kind of thing -> what people call it, and how names of such files end."""
-FILE_KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
-    "image": ("image",),
-    "speech": ("audio",),
-    "sound": ("audio",),
-    "video": ("video",),
-    "document": ("document",),
-    "vector": ("vector",),
-    "timeseries": ("series",),
-}
-"""Type of a sense -> what it takes; any file goes to a type that is not here (of a plug-in)."""
 
 _MAX_REPORT_BYTES = 64 * MIB
 _TICKET_TTL_S = 12 * 3600.0
@@ -101,7 +71,11 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     def look() -> tuple[list[dict[str, Any]], Examples]:
         senses = [
-            {"name": name, "type": modality.type, "takes": accepted_kinds(modality)}
+            {
+                "name": name,
+                "type": modality.type,
+                "takes": [dataclasses.asdict(kind) for kind in modality.file_kinds()],
+            }
             for name, modality in service.modalities.items()
         ]
         if not settings.show_examples:
@@ -165,23 +139,6 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
         if content is None:
             raise ServeError("this run has no report", status=404, code="no_report")
         return Response(content, media_type=_HTML, headers=_REPORT_HEADERS)
-
-
-def accepted_kinds(modality: Modality) -> list[dict[str, Any]]:
-    """The kinds of files that a sense takes; none stands for any file."""
-    if modality.type == "joint":
-        joint: Any = modality
-        kinds = tuple(methods(joint.encoder, joint.revision))
-    else:
-        kinds = FILE_KINDS_OF_TYPE.get(modality.type, ())
-    return [
-        {
-            "kind": "numbers" if kind in ("vector", "series") else kind,
-            "noun": FILES[kind][0],
-            "suffixes": list(FILES[kind][1]),
-        }
-        for kind in kinds
-    ]
 
 
 def _ticket(secret: bytes) -> str:

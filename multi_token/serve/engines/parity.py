@@ -153,7 +153,7 @@ def _generate_expected(
     is embeddings here."""
     for case in cases:
         case.expected = generate_one(model, case.prompt, case.options)
-    return model.capabilities.prefill_mode == "embeddings" or not logits_processors(
+    return model.capabilities.prefill_mode == "embeds" or not logits_processors(
         model.language_model
     )
 

@@ -1,7 +1,7 @@
 """What the media items of one request are together, beside what each of them may be.
 
 Border: adds up and refuses. limits.py bounds each item, and the process that decodes an item says
-what it was (media_sizes.py).
+what it was (`Modality.size_of`).
 """
 
 from __future__ import annotations

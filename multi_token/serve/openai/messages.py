@@ -12,12 +12,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
+from multi_token.media.sniff import FILE_KINDS
+from multi_token.modalities.base import Modality, OpenAIKind
 from multi_token.registry import did_you_mean
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.protocol import (
@@ -36,17 +39,11 @@ from multi_token.serve.openai.protocol import (
 )
 from multi_token.types import Conversation, Media, Message, Part, Role, Text
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    "image": ("image", "joint"),
-    "audio": ("speech", "sound", "joint"),
-    "video": ("video", "joint"),
-    "document": ("document", "joint"),
-}
-"""What a part is -> types of modalities that may read it."""
-_KIND_OF_SUFFIX: Mapping[str, str] = {
-    **dict.fromkeys(("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"), "image"),
-    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac", "aiff"), "audio"),
-    **dict.fromkeys(("mp4", "webm", "mov", "mkv", "avi", "mpeg"), "video"),
+_KIND_OF_SUFFIX: Mapping[str, OpenAIKind] = {
+    # the last one wins: `.webm` is listed for audio too, and usually holds a video
+    suffix: kind
+    for kind in ("image", "audio", "video")
+    for suffix in FILE_KINDS[kind].suffixes
 }
 _WEB_SCHEME = re.compile(r"https?://", re.IGNORECASE)
 MAX_PARTS = 1024
@@ -58,13 +55,18 @@ MAX_CHARACTERS = 1_000_000
 class MessageParser:
     """Reads messages for a run with these senses."""
 
-    type_names: Mapping[str, str]
-    """Name of each modality instance -> its registered type."""
+    modalities: Mapping[str, Modality]
+    """The run's modalities by name; their `openai_kinds` decide which part reaches which."""
     allow_urls: bool = False
     """Whether any host is allowed to be fetched from."""
     max_media: int = 64
     max_messages: int = 1000
     max_characters: int = MAX_CHARACTERS
+
+    @property
+    def type_names(self) -> dict[str, str]:
+        """Name of each modality -> its registered type."""
+        return {name: modality.type for name, modality in self.modalities.items()}
 
     def parse_messages(self, messages: Sequence[ChatMessage], *, id: str = "") -> Conversation:
         """The conversation that is to be answered. Raises ServeError (400)."""
@@ -84,7 +86,7 @@ class MessageParser:
         try:
             read = to_conversation(
                 {k: v for k, v in fields.items() if k != "id"},
-                list(self.type_names),
+                list(self.modalities),
                 row_id="request",
             )
         except RowError as error:
@@ -212,7 +214,7 @@ class MessageParser:
 
     def _modality_for(self, kind: str, where: str) -> str:
         """The one sense that reads such a thing. Raises ServeError if there is none, or several."""
-        fitting = [name for name, of_type in self.type_names.items() if of_type in KINDS[kind]]
+        fitting = [name for name, m in self.modalities.items() if kind in m.openai_kinds]
         if len(fitting) == 1:
             return fitting[0]
         names = (
@@ -339,10 +341,9 @@ def _file_kind(address: str, filename: str | None) -> str:
     """What a file is: by the type of its address, else by its name; a document by default."""
     if address[:5].lower() == "data:":
         kind = address[5:64].partition("/")[0].lower()
-        if kind in KINDS:
+        if kind in get_args(OpenAIKind):
             return kind
-    suffix = (filename or "").rpartition(".")[2].lower()
-    return _KIND_OF_SUFFIX.get(suffix, "document")
+    return _KIND_OF_SUFFIX.get(Path(filename or "").suffix.lower(), "document")
 
 
 def _check_unicode(text: str, where: str) -> str:

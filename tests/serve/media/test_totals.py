@@ -1,4 +1,4 @@
-"""Claims about serve/media/totals.py and media_sizes.py: what all items of a request may be
+"""Claims about serve/media/totals.py and `Modality.size_of`: what all items of a request may be
 together, refused in a sentence that says the sum and the limit.
 
 Border: a real server on a tiny model. What each item may be: test_limits.py, test_bombs.py.
@@ -16,7 +16,6 @@ import pytest
 
 from multi_token.modalities.joint import JointModality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.sizes import size_of
 from multi_token.serve.media.totals import MediaSize, RequestMediaBudget, RequestMediaLimits
 from multi_token.testing.audio import tone
 from multi_token.testing.video import noise_frames, write_video
@@ -75,7 +74,7 @@ def test_an_item_is_known_by_what_it_is_when_decoded(
     all_senses: dict[str, Any], tmp_path: Path
 ) -> None:
     def size(name: str, source: Any) -> dict[str, float]:
-        return size_of(all_senses[name], all_senses[name].load(source, STRANGER))
+        return all_senses[name].size_of(all_senses[name].load(source, STRANGER))
 
     sound = {"array": tone(1.5, 8_000), "sampling_rate": 8_000}
     film = Path(write_video(tmp_path / "a.mp4", noise_frames(20))).read_bytes()
@@ -87,7 +86,7 @@ def test_an_item_is_known_by_what_it_is_when_decoded(
         assert size(name, sound) == {"seconds": pytest.approx(1.5, abs=0.01)}
     short = {"array": tone(0.5, 8_000), "sampling_rate": 8_000}
     hears = JointModality(encoder=all_senses["sound"].encoder)
-    heard = size_of(hears, hears.load({"audio": short}, STRANGER))
+    heard = hears.size_of(hears.load({"audio": short}, STRANGER))
     assert heard == {"seconds": pytest.approx(0.5, abs=0.01)}
     assert size("video", film) == {"pixels": pixels, "frames": len(frames)}
     assert size("document", {"text": "a few words"}) == {"characters": 11}

@@ -373,11 +373,10 @@ def build_vllm_engine(
             name=type(language_model).__name__,
             embedding_scale=golden.embedding_scale,
             needs_input_ids=golden.needs_ids,
-            prefill_mode="embeddings",
+            prefill_mode="embeds",
             supports_left_padding=True,
             supports_logits_to_keep=True,
             max_batched_length=None,
-            probes={},
         )
     return VllmEngine(
         model,
