@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
         (
             asked({"type": "image_url", "image_url": "data:image/png;base64,####"}, QUESTION),
             400,
-            ["not base64"],
+            ["not valid base64"],
         ),
         (
             asked({"type": "image_url", "image_url": data_url(b"no picture")}, QUESTION),
