@@ -62,7 +62,7 @@ pytestmark = pytest.mark.slow
         (
             asked({"type": "image_url", "image_url": "http://127.0.0.1/a.png"}, QUESTION),
             400,
-            ["web"],
+            ["fetches no URLs"],
         ),
         (asked({"type": "media", "modality": "vector", "data": [1, 2]}, QUESTION), 400, ["5"]),
         (
