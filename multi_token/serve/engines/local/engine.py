@@ -105,7 +105,7 @@ class LocalEngine:
             return
         if self._thread is not None:
             self._thread.join()
-        # before the thread starts, so that no client's request waits for the checks
+        # before the thread starts, so no request waits for the checks
         if self._mode is None:
             self._mode = find_batching_mode(self.model, self._filler_id)
             if self._mode == "continuous" and self.prefix_cache_tokens:
