@@ -20,7 +20,8 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, set_seed
 
-from multi_token.checkpoint.load import CONFIG, compose, load, load_trained, move_to_device, save
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import CONFIG, save
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
@@ -43,7 +44,7 @@ from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model.loading import attach_adapter
 from multi_token.language_model.probe import check_trainable
-from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.train.closed_form import calibrate, captioned_items, encode_items, fit_closed_form
@@ -125,10 +126,12 @@ def train(
         lambda: (out / CONFIG).is_file() and all((f / _DONE).is_file() for f in stage_folders)
     ):
         console.print(f"{out} is trained already")
-        return load(out)
+        return MultiTokenForConditionalGeneration.from_pretrained(out)
 
     set_seed(recipe.train.seed)
-    model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        recipe.model, max_tokens=recipe.data.max_tokens
+    )
     move_to_device(model, arguments[0].device)
     apply_kernels(model.language_model, recipe.train, arguments[0].device)
     start, taken = out / "stages" / "0-closed-form", ()
@@ -217,7 +220,9 @@ def train(
         )
         if recipe.train.fsdp is not None and num_processes() > 1:
             # what was cut into pieces stays so: the next stage needs it whole
-            model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+            model = MultiTokenForConditionalGeneration.from_spec(
+                recipe.model, max_tokens=recipe.data.max_tokens
+            )
             move_to_device(model, args.device)
             apply_kernels(model.language_model, recipe.train, args.device)
             load_trained(model, folder / "result")

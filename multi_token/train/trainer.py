@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from multi_token.checkpoint.load import load_trained, save
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import save
 from multi_token.data.packing import PackingPlan
 from multi_token.data.stream_loader import StreamProgress, save_states
 from multi_token.data.streaming import StreamDataset

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import LanguageModelError
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.loading import first_line
 from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
@@ -94,7 +94,7 @@ class ContinuousEngine:
             "max_batch": max_batch,
         }
         self._num_soft_tokens = num_soft_tokens or num_cache_tokens
-        self._filler_id = require_processor(model).chat.filler_id
+        self._filler_id = model.require_processor().chat.filler_id
         self._end_ids = frozenset(eos_token_ids(model))
         self._requests = Scheduler()
         self._numbers = itertools.count()

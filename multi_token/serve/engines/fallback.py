@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.language_model.forward import generate_from_embeds
 from multi_token.serve.engines.base import (
     EngineEvent,
@@ -124,7 +124,7 @@ def generate_one(
     """The tokens of one answer. Raises what went wrong."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
-    generate_batch(model, [request], require_processor(model).chat.filler_id)
+    generate_batch(model, [request], model.require_processor().chat.filler_id)
     return collect_tokens(events)
 
 
@@ -139,7 +139,7 @@ def collect_tokens(events: Sequence[EngineEvent]) -> list[TokenEvent]:
 
 def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens: int = 0) -> Prompt:
     """A short question, and on request a media span that is no text: means of text embeddings."""
-    chat = require_processor(model).chat
+    chat = model.require_processor().chat
     conversation = Conversation((Message("user", (Text("Hello! Who are you?"),)),))
     ids = chat.tokenize(conversation, [], prompt_only=True).input_ids
     if not num_media_tokens:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.generate import generate_ids, require_processor
+from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
     ErrorEvent,
     FinishEvent,
@@ -180,7 +180,7 @@ def test_a_model_that_keeps_what_it_was_given_reads_in_turn(
     families: ModuleType, tmp_path_factory: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
-    filler_id = require_processor(model).chat.filler_id
+    filler_id = model.require_processor().chat.filler_id
     assert find_batching_mode(model, filler_id) == "join"
     assert may_read_beside(model, filler_id)
     norm = model.language_model.model.norm
@@ -200,7 +200,7 @@ def test_a_model_that_keeps_what_it_was_given_reads_in_turn(
 
 def test_with_one_thread_prompts_are_read_in_turn(llama: Any) -> None:
     torch.set_num_threads(1)
-    assert not may_read_beside(llama, require_processor(llama).chat.filler_id)
+    assert not may_read_beside(llama, llama.require_processor().chat.filler_id)
 
 
 def one_by_one(engine: LocalEngine, prompts: list[Prompt], options: SamplingParams) -> list[Client]:
