@@ -38,7 +38,8 @@ from multi_token.language_model.forward import (
     per_layer_inputs,
     supervised_loss,
 )
-from multi_token.language_model.loading import load_embeddings, load_language_model, load_tokenizer
+from multi_token.language_model.embeddings_only import load_embeddings
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import segments_to_mask
 from multi_token.media.fetch import Fetch

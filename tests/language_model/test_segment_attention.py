@@ -54,7 +54,7 @@ MIXED = [
 @pytest.fixture
 def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
     """A model whose projectors and LoRA learn, with pictures and vectors."""
-    from multi_token.language_model.loading import adapter_parameters, attach_adapter
+    from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from multi_token.checkpoint.save import save
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
