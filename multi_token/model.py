@@ -32,13 +32,13 @@ from multi_token.encoders import (
 from multi_token.errors import MultiTokenError
 from multi_token.generate import generate
 from multi_token.language_model.capabilities import Capabilities
+from multi_token.language_model.embeddings_only import load_embeddings
 from multi_token.language_model.forward import (
     ScaledEmbedding,
     filter_flash_attention_kwargs,
     per_layer_inputs,
     supervised_loss,
 )
-from multi_token.language_model.embeddings_only import load_embeddings
 from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import segments_to_mask
