@@ -22,13 +22,16 @@ from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.serve.engines.base import Engine, Prompt
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits
+from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
 from multi_token.serve.media.pool import MediaPool
-from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.serve.metrics import Metrics
-from multi_token.serve.openai.literal import LITERAL, SpecialTokenEscaper
-from multi_token.serve.openai.messages import MAX_CHARACTERS, MessageParser
+from multi_token.serve.openai.messages import (
+    LITERAL,
+    MAX_CHARACTERS,
+    MessageParser,
+    SpecialTokenEscaper,
+)
 from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams
 from multi_token.serve.openai.responses import TokenText, Usage

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from multi_token.serve.media.totals import RequestMediaLimits
+from multi_token.serve.media.limits import RequestMediaLimits
 
 MIB = 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")

@@ -108,7 +108,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         max_bytes=8 * 1024 * 1024,
         max_pixels=1_000_000,
         max_frames=16,
-        max_film_pixels=160_000,
+        max_video_pixels=160_000,
         max_seconds=3.0,
         max_pages=5,
         max_characters=5_000,
