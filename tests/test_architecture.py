@@ -190,7 +190,6 @@ def test_packages_import_only_layers_below_them() -> None:
     refuse(faults)
 
 
-@pytest.mark.xfail(reason="five cycles are being cut")
 def test_no_two_files_import_each_other() -> None:
     """Imports inside functions and under TYPE_CHECKING count."""
     try:
