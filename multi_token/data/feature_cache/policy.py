@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from multi_token.checkpoint.load import compose
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import random_preprocessing, share_of
 from multi_token.data.sources import TrainingSource
@@ -70,7 +69,7 @@ def frozen_encoders(recipe: Recipe) -> dict[str, Encoder]:
         for name in stage.learn.encoders:
             raise RecipeError(_is_trained(name, stage.name, named=True))
     if recipe.train.init_from is not None:
-        model = compose(recipe.model)
+        model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
         init_from_run(model, recipe.train)
         encoders = {name: model.encoder(name) for name in model.modalities}
     else:
