@@ -209,6 +209,8 @@ class DpoLoss(Objective):
         margins = rewards[:, 0] - rewards[:, 1]
         facts = torch.stack([losses, *rewards.T, margins, (margins > 0).float(), *logps.T], -1)
         facts = torch.cat([facts, facts.new_ones(len(facts), 1)], -1)
+        # before summing: accelerate repeats rows to fill the last batch of an evaluation, and only
+        # its gather drops them again
         if self._gather is not None:
             facts = self._gather(facts)
         sums = facts.sum(0)

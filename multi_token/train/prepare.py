@@ -113,6 +113,7 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a stage as done; from now on the run takes its result instead of training it."""
     partial = folder / f".{_DONE}"
+    # by rename: a stage that is killed here must not count as done
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     partial.replace(folder / _DONE)
 
@@ -139,6 +140,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     skips them.
     """
     spec, args = recipe.train, stages[0].args
+    # before the model: projectors and encoders without weights draw theirs here
     set_seed(spec.seed)
     model = compose_model(recipe, args)
     initialized: Sequence[str] = ()
@@ -169,6 +171,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             fill_cache(model, sources, cache, console)
         else:
             register_encoders(cache, model)
+    # Rows are scanned with all that any stage reads of them, so that a row without a text or a
+    # rejected answer is found now and not in the middle of a later stage.
     sources = [source.with_distillation(spec.distillation_mode) for source in sources]
     sources = [source.with_preference(spec.preference_mode) for source in sources]
     sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]

@@ -97,6 +97,7 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
 
 def _prepare_output_dir(out: Path, recipe: Recipe) -> None:
     """Claim the run's folder once for all processes."""
+    # compared before anything is written: a process with another recipe must not claim the folder
     check_same_recipe(recipe)
     if is_main_process():
         claim_run_folder(out, recipe)
@@ -120,6 +121,7 @@ def closed_form_stage(run: Run) -> None:
         if name in run.initialized:
             continue
         items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
+        # evenly spaced, since rows of one kind often come one after the other
         step = max(1, -(-len(items) // run.recipe.train.calibration_items))
         if calibrate(model, name, items[::step]) == 0:
             console.print(f"{name}: no item in the training rows; its projector starts as it is")

@@ -143,7 +143,8 @@ def _seconds_per_item(
     items: Sequence[tuple[Media, MultiTokenProcessor]],
 ) -> float:
     seconds = 0.0
-    for _ in range(2):  # the first call of a model is slow
+    # twice, and the second counts: the first call of a model allocates and compiles kernels
+    for _ in range(2):
         start = time.perf_counter()
         for features in encode_items(model, name, items, batch_size=len(items)):
             features.values.sum().item()  # waits for the GPU
