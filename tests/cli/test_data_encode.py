@@ -56,7 +56,7 @@ def test_shares_fill_one_folder_and_training_then_encodes_nothing(
 
     again = encode(recipe, "--out", features, RANK="1", WORLD_SIZE="2")
     assert again.exit_code == 0
-    assert "(share 1 of 2): 0 encoded" in again.output and f"4 in {features}" in again.output
+    assert "(shard 1 of 2): 0 encoded" in again.output and f"4 in {features}" in again.output
 
     capsys.readouterr()
     for auto in (False, True):
@@ -104,7 +104,7 @@ def test_captioned_and_held_out_rows_are_encoded_too_and_unreadable_items_are_na
         (("--shard", "2", "--num-shards", "2"), "expected --shard from 0 to 1"),
         (
             ("--set", "train.stages.0.learn.encoders={image: 1e-5}"),
-            "that of 'image' learns in stage 'projector'",
+            "that of 'image' is trained in stage 'projector'",
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_auto_is_off_with_a_reason_where_an_encoder_learns(
         said(fields, capsys)
     )
     shown = said(mixed_fields(tmp_path / "random", feature_cache="auto"), capsys)
-    assert "that of 'pulse' starts from random weights and learns in stage 'projector'" in shown
+    assert "that of 'pulse' starts from random weights and is trained in stage 'projector'" in shown
 
 
 class Shaken(VectorModality):
