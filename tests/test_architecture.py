@@ -41,7 +41,7 @@ LAYERS = [
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 # Arrows that still point upwards, to be turned round. The list only shrinks.
-UPWARDS = {("checkpoint", "model"), ("data", "model"), ("data", "train"), ("generate", "model")}
+UPWARDS = {("checkpoint", "model"), ("data", "train"), ("generate", "model")}
 
 # Formats of others: reads ours, and only these packages may ask for it.
 CONVERT_USERS = {"convert", "demo", "cli"}

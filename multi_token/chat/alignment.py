@@ -1,6 +1,7 @@
-"""Marks stand for the texts of a conversation, so that these are found again in its rendering.
+"""Markers in place of a conversation's texts: they find the texts again in a template's rendering.
 
-Border: spells, finds and replaces marks; it does not know what renders, nor what is learned.
+A marker is a short run of private-use characters that no text of the conversation contains. Only
+`chat/template.py` uses markers; this file neither renders nor knows which text is supervised.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class CharSpan:
 
 @dataclass(frozen=True)
 class Marker:
-    """A mark in a rendering: it stands for the text of a message, or for the reasoning in it."""
+    """A marker in a rendering: characters [start, end) replace a message's text or reasoning."""
 
     message: int
     is_reasoning: bool
@@ -34,7 +35,7 @@ class Marker:
 
 
 def unused_marker_id(messages: Sequence[ChatMessage]) -> str:
-    """What makes marks (private-use characters) different from every text."""
+    """Return an id whose markers occur in none of the texts."""
     text = "".join(message["content"] for message in messages)
     number = 0
     while f"\ue100{number}." in text:
@@ -43,12 +44,12 @@ def unused_marker_id(messages: Sequence[ChatMessage]) -> str:
 
 
 def marker_text(salt: str, message: int, *, is_reasoning: bool = False) -> str:
-    """How the mark of a message is written."""
+    """Return the characters of a message's marker; `salt` is an `unused_marker_id`."""
     return f"\ue100{salt}.{message}{'r' if is_reasoning else ''}\ue101"
 
 
 def find_markers(text: str, salt: str) -> list[Marker]:
-    """All marks of a rendering, in order."""
+    """Return all markers of a rendering, in order."""
     return [
         Marker(int(found[1]), bool(found[2]), found.start(), found.end())
         for found in re.finditer(f"\ue100{salt}\\.(\\d+)(r?)\ue101", text)
@@ -58,15 +59,15 @@ def find_markers(text: str, salt: str) -> list[Marker]:
 def replace_with_markers(
     messages: Sequence[ChatMessage], salt: str, roles: Sequence[str] | None = None
 ) -> list[ChatMessage]:
-    """The messages (of these roles) with marks instead of their texts."""
+    """Return the messages with markers for texts; `roles` leaves messages of other roles alone."""
     out = []
     for i, message in enumerate(messages):
         content = message["content"]
         if roles is None or message["role"] in roles:
-            # from the back, so that earlier positions stay right
-            for is_reasoning, piece in reversed(_message_texts(content).items()):
-                mark = marker_text(salt, i, is_reasoning=is_reasoning)
-                content = content[: piece.start] + mark + content[piece.end :]
+            # From the back: a replacement would move the positions after it.
+            for is_reasoning, span in reversed(_message_texts(content).items()):
+                marker = marker_text(salt, i, is_reasoning=is_reasoning)
+                content = content[: span.start] + marker + content[span.end :]
         out.append({**message, "content": content})
     return out
 
@@ -74,64 +75,57 @@ def replace_with_markers(
 def match_markers(
     rendering: str, text: str, messages: Sequence[ChatMessage], salt: str
 ) -> dict[int, list[CharSpan]] | None:
-    """Where the marked messages' texts stand in `text`, if it is `rendering` with them put back."""
-    places: dict[int, list[CharSpan]] = {}
-    built, at = "", 0
-    for mark in find_markers(rendering, salt):
-        built += rendering[at : mark.start]
-        content = messages[mark.message]["content"]
-        piece = _message_texts(content)[mark.is_reasoning]
-        places.setdefault(mark.message, []).append(
-            CharSpan(len(built), len(built) + piece.end - piece.start)
-        )
-        built += content[piece.start : piece.end]
-        at = mark.end
-    return places if built + rendering[at:] == text else None
+    """Return the span in `text` of every marker of `rendering`, by message.
 
-
-def text_before(rendering: str, marks: Sequence[Marker], message: int) -> str:
-    """What stands between the first mark of a message and the mark before it, or the start."""
-    at = next(k for k, mark in enumerate(marks) if mark.message == message)
-    return rendering[marks[at - 1].end if at else 0 : marks[at].start]
-
-
-def text_after(rendering: str, marks: Sequence[Marker], message: int) -> str:
-    """What stands between the last mark of a message and the next mark, or the end.
-
-    Empty for a message without a mark.
+    None if `rendering` with the texts put back is not `text`, character by character.
     """
-    at = max((k for k, mark in enumerate(marks) if mark.message == message), default=len(marks))
-    if at == len(marks):
+    spans: dict[int, list[CharSpan]] = {}
+    rebuilt, at = "", 0
+    for marker in find_markers(rendering, salt):
+        rebuilt += rendering[at : marker.start]
+        content = messages[marker.message]["content"]
+        source = _message_texts(content)[marker.is_reasoning]
+        spans.setdefault(marker.message, []).append(
+            CharSpan(len(rebuilt), len(rebuilt) + source.end - source.start)
+        )
+        rebuilt += content[source.start : source.end]
+        at = marker.end
+    return spans if rebuilt + rendering[at:] == text else None
+
+
+def text_before(rendering: str, markers: Sequence[Marker], message: int) -> str:
+    """Return the characters from the previous marker (or the start) to the message's first one."""
+    at = next(k for k, marker in enumerate(markers) if marker.message == message)
+    return rendering[markers[at - 1].end if at else 0 : markers[at].start]
+
+
+def text_after(rendering: str, markers: Sequence[Marker], message: int) -> str:
+    """Return the characters from the message's last marker to the next one (or the end).
+
+    Empty for a message without a marker.
+    """
+    at = max((k for k, marker in enumerate(markers) if marker.message == message), default=None)
+    if at is None:
         return ""
-    return rendering[marks[at].end : marks[at + 1].start if at + 1 < len(marks) else None]
-
-
-def common_prefix_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many first items (characters of strings) two sequences share."""
-    num = 0
-    while num < min(len(one), len(other)) and one[num] == other[num]:
-        num += 1
-    return num
+    return rendering[markers[at].end : markers[at + 1].start if at + 1 < len(markers) else None]
 
 
 def has_reasoning(content: str) -> bool:
-    """Whether a mark of its own stands for the reasoning in this text."""
+    """Return True if the text has a reasoning part, which gets a marker of its own."""
     return True in _message_texts(content)
 
 
 def _message_texts(content: str) -> dict[bool, CharSpan]:
-    """What marks stand for, by whether it is reasoning; the blanks around it stay where they are.
-
-    A text with one `</think>` has two pieces, because templates take it apart there. An empty
-    `<think>` block stays as it is: a template may treat it in another way than a full one.
-    """
-    whole = _stripped(content, 0, len(content))
+    """Return the spans to replace, by `is_reasoning`; blanks around a text stay in place."""
+    stripped = _stripped(content, 0, len(content))
+    # Templates split a text at its one `</think>` and move the two parts, so each needs a marker.
     if content.count(_CLOSE) != 1:
-        return {False: whole}
+        return {False: stripped}
     close = content.index(_CLOSE)
-    opened = len(_OPEN) if content.startswith(_OPEN, whole.start) else 0
-    reasoning = _stripped(content, whole.start + opened, close)
+    opened = len(_OPEN) if content.startswith(_OPEN, stripped.start) else 0
+    reasoning = _stripped(content, stripped.start + opened, close)
     answer = _stripped(content, close + len(_CLOSE), len(content))
+    # An empty `<think>` block gets no marker: a template may treat it unlike a filled one.
     return {True: reasoning, False: answer} if reasoning.end > reasoning.start else {False: answer}
 
 

@@ -1,7 +1,12 @@
-"""A tokenizer and its chat template: conversation in; ids, labels and places out, built together.
+"""Chat format: a conversation becomes ids, labels and media spans, built together.
 
-Border: the only place that turns text into ids. It knows how many tokens each item takes, but not
-why; where the assistant's turns stand in a text is chat/template.py's to say.
+The only file that turns text into ids. Steps of `ChatFormat.tokenize`:
+
+    1. each media item becomes a slot, one character sequence that no text contains
+    2. `chat/template.py` renders the text and finds the assistant's spans, in characters
+    3. a private copy of the tokenizer, with the slot as a token, gives ids and character offsets
+    4. each slot id is replaced by as many filler ids as the item has media embeddings
+    5. ids inside an assistant's span become labels; decoded, they must be the span's text
 """
 
 from __future__ import annotations
@@ -33,24 +38,29 @@ DEFAULT_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For a tokenizer that has no template, where the recipe names none (docs/chat-templates.md)."""
+"""Template for a tokenizer without one, if the recipe names none (docs/chat-templates.md)."""
 
 
 class ChatFormat:
-    """Renders a conversation once, tokenizes it once, expands each media slot at id level.
+    """Tokenizer and chat template of a language model.
 
-    A slot is a token that exists only in a private copy of the tokenizer, with a spelling that is
-    checked not to occur in the conversation: no text can forge it, and the language model's
-    vocabulary stays as it is. In the ids handed on, a media span holds an ordinary filler id.
+    No text can forge a media span: the slot token exists only in a private copy of the tokenizer,
+    with a spelling that the conversation does not contain. The language model's vocabulary stays
+    unchanged; in the ids of a sample, a media span holds an ordinary filler id.
     """
 
     def __init__(
         self, tokenizer: Any, chat_template: str | None = None, learn_turns: TrainOnTurns = "all"
     ) -> None:
-        """`chat_template`: Jinja text, or the path of a file with it; else the tokenizer's own.
+        """Check tokenizer and template.
 
-        `learn_turns`: which assistant turns of a conversation are learned. Raises
-        ChatTemplateError for a tokenizer or a template that cannot be used.
+        Args:
+            tokenizer: A fast tokenizer of transformers, with a pad or an EOS token.
+            chat_template: Jinja text, or the path of a file with it; else the tokenizer's own.
+            learn_turns: Assistant turns of a conversation that are supervised.
+
+        Raises:
+            ChatTemplateError: For a tokenizer or a template that cannot be used.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ChatTemplateError(
@@ -72,7 +82,8 @@ class ChatFormat:
         self._slot_tokenizers: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slotted": {}}  # copies are made again where they are needed
+        # A data worker makes its own copies; a pickled tokenizer is megabytes.
+        return {**self.__dict__, "_slot_tokenizers": {}}
 
     def tokenize(
         self,
@@ -82,13 +93,20 @@ class ChatFormat:
         prompt_only: bool = False,
         learn_turns: TrainOnTurns | None = None,
     ) -> Sample:
-        """One conversation -> ids, labels and places. The Sample's `media` is left empty.
+        """Tokenize one conversation.
 
-        `num_tokens`: positions that each media item takes, in reading order. `prompt_only`: end
-        where the assistant begins to answer, nothing learned. `learn_turns`: instead of the
-        format's own.
+        Args:
+            conversation: Messages with their media items.
+            num_tokens: Positions of each media item, in reading order.
+            prompt_only: End where the assistant's answer begins, with nothing supervised.
+            learn_turns: Replaces the format's own.
 
-        Raises ChatTemplateError.
+        Returns:
+            A sample with ids and labels int64 [time] and media spans; its `media` is empty.
+
+        Raises:
+            ChatTemplateError: If the template cannot render the conversation, or the assistant's
+                tokens cannot be told exactly.
         """
         slot = _unused_slot(conversation)
         messages = _to_chat_messages(conversation, slot)
@@ -111,13 +129,13 @@ class ChatFormat:
 
         input_ids: list[int] = []
         labels: list[int] = []
-        places: list[MediaSpan] = []
-        learned: list[list[int]] = [[] for _ in spans]
+        media_spans: list[MediaSpan] = []
+        supervised: list[list[int]] = [[] for _ in spans]
         media = iter(zip(conversation.media, num_tokens, strict=True))
         for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
             if token_id == slot_id:
                 item, length = next(media)
-                places.append(MediaSpan(item.modality, len(input_ids), length))
+                media_spans.append(MediaSpan(item.modality, len(input_ids), length))
                 input_ids += [self.filler_id] * length
                 labels += [IGNORE_INDEX] * length
                 continue
@@ -127,39 +145,40 @@ class ChatFormat:
             input_ids.append(token_id)
             labels.append(IGNORE_INDEX if span is None else token_id)
             if span is not None:
-                learned[span].append(token_id)
+                supervised[span].append(token_id)
         if not prompt_only:
             self._check_supervised_text(
-                learned, [text[s.start : s.end].replace(slot, "") for s in spans]
+                supervised, [text[s.start : s.end].replace(slot, "") for s in spans]
             )
         return Sample(
             input_ids=torch.tensor(input_ids, dtype=torch.long),
             labels=torch.tensor(labels, dtype=torch.long),
-            media_spans=places,
+            media_spans=media_spans,
             id=conversation.id,
         )
 
     @functools.cached_property
     def end_of_turn_ids(self) -> list[int]:
-        """The ids that close an assistant turn; some templates have another one for the last."""
+        """Ids that close an assistant turn; some templates close the last one by another id."""
         tokens = self._chat_template.end_of_turn_tokens
         return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
 
     def decode(self, ids: Sequence[int], *, partial: bool = False) -> str:
-        """What the assistant says in ids that it has generated (or, `growing`, is generating).
+        """Return the answer in generated ids, without special tokens.
 
-        Without special tokens, and without what the template has it write before an answer (an
-        empty `<think>` block, the name of a channel).
+        Text that the template has the model write before an answer (an empty `<think>` block, the
+        name of a channel) is removed. `partial`: the ids are a prefix of an answer.
         """
         answer_prefix = self._chat_template.answer_prefix.strip()
         if answer_prefix:
-            whole = self.tokenizer.decode(ids, skip_special_tokens=False).lstrip()
-            if partial and answer_prefix.startswith(whole):
+            # The prefix may hold special tokens, so it is removed before those are.
+            text = self.tokenizer.decode(ids, skip_special_tokens=False).lstrip()
+            if partial and answer_prefix.startswith(text):
                 return ""
-            if whole.startswith(answer_prefix):
+            if text.startswith(answer_prefix):
                 added = self.tokenizer.added_tokens_decoder.values()
                 special = [re.escape(str(token)) for token in added if token.special]
-                return re.sub("|".join(special), "", whole[len(answer_prefix) :])
+                return re.sub("|".join(special), "", text[len(answer_prefix) :])
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _slot_tokenizer(self, slot: str) -> tuple[Any, int]:
@@ -171,20 +190,22 @@ class ChatFormat:
         return slotted, slotted.convert_tokens_to_ids(slot)
 
     def _check_supervised_text(self, supervised: list[list[int]], expected: list[str]) -> None:
-        """The loud one: the learned ids, decoded, are the spans' text and nothing else."""
+        """Raise ChatTemplateError unless each span's ids decode to the span's text."""
+        # A wrong loss mask trains without any error, so every row pays for one decode.
         for ids, text in zip(supervised, expected, strict=True):
             decoded = self.tokenizer.decode(
                 ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
             if self._normalize(decoded) != self._normalize(text):
                 raise ChatTemplateError(
-                    f"expected to learn {text[:80]!r}, but the learned tokens read "
+                    f"expected to train on {text[:80]!r}, but the supervised tokens decode to "
                     f"{decoded[:80]!r}: the tokenizer cannot spell this text; write it in other "
-                    "words, or leave the row out"
+                    "words, or remove the row"
                 )
 
     def _normalize(self, text: str) -> str:
-        """Text as the tokenizer normalizes it, without blanks (decoders drop and add some)."""
+        """Return text as the tokenizer normalizes it, without blanks."""
+        # Decoders add and drop blanks around words; U+2581 is SentencePiece's blank.
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         if normalizer is not None:
             text = normalizer.normalize_str(text)
@@ -192,7 +213,7 @@ class ChatFormat:
 
 
 def _template_source(tokenizer: Any, chat_template: str | None) -> str:
-    """The Jinja text that is to be used: the recipe's, the tokenizer's own, or the default."""
+    """Return the Jinja text: the recipe's, the tokenizer's own, or the default."""
     if chat_template is not None and "{" not in chat_template:
         path = Path(chat_template)
         if not path.is_file():
@@ -205,29 +226,29 @@ def _template_source(tokenizer: Any, chat_template: str | None) -> str:
         if "default" not in source:
             raise ChatTemplateError(
                 f"the tokenizer has several chat templates ({', '.join(source)}) and none is the "
-                "default; set `chat_template` in the recipe to the one that is meant"
+                "default; set `chat_template` in the recipe to the text of one of them"
             )
         source = source["default"]
     return source or _default_template(tokenizer)
 
 
 def _default_template(tokenizer: Any) -> str:
-    """`DEFAULT_TEMPLATE`, behind the BOS where the tokenizer itself begins a plain text with it.
+    """Return `DEFAULT_TEMPLATE`, after BOS if the tokenizer begins a plain text with BOS.
 
     Raises ChatTemplateError if the tokenizer has no EOS, which is the default's end of turn.
     """
     if tokenizer.eos_token is None:
         raise ChatTemplateError(
-            "the language model's tokenizer has no chat template, and no EOS token that the "
-            "default one could end a turn with; set `chat_template` in the recipe to Jinja text "
-            "or to a file with it"
+            "the language model's tokenizer has no chat template, and no EOS token to end a turn "
+            "of the default template; set `chat_template` in the recipe to Jinja text or to a file "
+            "with it"
         )
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
 
 
 def _unused_slot(conversation: Conversation) -> str:
-    """A slot's spelling (private-use characters) that the conversation's text does not hold."""
+    """Return a slot of private-use characters that the conversation's text does not contain."""
     text = "".join(
         part.text for m in conversation.messages for part in m.parts if not isinstance(part, Media)
     )
@@ -250,19 +271,20 @@ def _to_chat_messages(conversation: Conversation, slot: str) -> list[ChatMessage
 
 
 def _find_span(spans: list[CharSpan], start: int, end: int, text: str) -> int | None:
-    """The learned span of a token. Raises ChatTemplateError if it lies across a border.
+    """Return the index of the supervised span that holds a token, or None.
 
-    Blanks do not count: tokenizers glue one to the word behind it, and some special tokens swallow
-    those around them.
+    Raises ChatTemplateError for a token that is partly inside of a span.
     """
+    # Blanks do not count: tokenizers join a blank to the word after it, and some special tokens
+    # (`lstrip`, `rstrip`) include the blanks around them.
     for i, span in enumerate(spans):
         inside = text[max(start, span.start) : min(end, span.end)]
         if inside and not (text[start : span.start] + text[span.end : end]).strip():
             return i
         if inside.strip():
             raise ChatTemplateError(
-                f"the token {text[start:end]!r} lies across the border of an assistant turn, so it "
-                "can be neither learned nor left out; set `chat_template` in the recipe to a "
+                f"the token {text[start:end]!r} is partly inside of an assistant turn, so it can "
+                "be neither supervised nor masked; set `chat_template` in the recipe to a "
                 "template that begins and ends the assistant's text at a special token or a line "
                 "break"
             )

@@ -1,6 +1,19 @@
-"""A chat template: what it renders, and where the assistant's turns stand in that text.
+"""Chat template: renders a conversation and finds the assistant's turns in the rendered text.
 
-Border: text in, text and character spans out. It knows tokens by their spelling, never by ids.
+Text in, text and character spans out; `chat/format.py` turns both into ids.
+
+Worked example, with a ChatML template and the messages user "Hi", assistant "Hello":
+
+    1. text       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    2. markers    <|im_start|>user\\n[0]<|im_end|>\\n<|im_start|>assistant\\n[1]<|im_end|>\\n
+    3. put back   [0] -> "Hi", [1] -> "Hello" gives text 1 again, so text[52:57] is the answer
+    4. turn end   after [1]: "<|im_end|>\\n"; its special tokens belong to the turn -> 67
+    5. turn start before [1]: "<|im_end|>\\n<|im_start|>assistant\\n"; the generation prompt ends
+                  with all of it, so the model has to write nothing before the answer -> 52
+    6. supervised text[52:67] == "Hello<|im_end|>"
+
+Step 5 differs for a template that writes `<think>\\n\\n</think>\\n\\n` before an answer but not in
+its generation prompt: the model has to write that block, so the supervised span includes it.
 """
 
 from __future__ import annotations
@@ -8,7 +21,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,7 +30,6 @@ from multi_token.chat.alignment import (
     CharSpan,
     ChatMessage,
     Marker,
-    common_prefix_length,
     find_markers,
     has_reasoning,
     marker_text,
@@ -33,16 +45,17 @@ _GENERATION_TAG_HINT = (
     "set `chat_template` in the recipe to a template with {% generation %} ... {% endgeneration %} "
     "around each answer and its end of turn, and around nothing else"
 )
-_MAX_LAYOUTS = 256  # a server sees conversations of any length
+_MAX_LAYOUTS = 256
+"""Layouts kept: a server sees conversations of any length, so their number needs a bound."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class _TurnPrefix:
-    """What a template writes between the text before an assistant's turn and the answer itself.
+    """Text between the previous message and an answer.
 
-    `in_prompt`: what the model is given when it is asked; `answer_prefix`: what it has to write
-    after that.
+    `in_prompt`: the part that the generation prompt has too; `answer_prefix`: the part that the
+    model has to write before the answer.
     """
 
     in_prompt: str
@@ -51,32 +64,44 @@ class _TurnPrefix:
 
 @dataclass(frozen=True)
 class _RoleLayout:
-    """What a template makes of a sequence of roles, whatever the texts are.
+    """Rendering of a sequence of roles, with a marker for each text.
 
-    `marker_messages`: the messages, all marks; `text`: their rendering; `turn_prefixes`: of the
-    assistant's turns,
-    by their index, as far as they have been asked for.
+    `turn_prefixes`: filled on demand, by index of the assistant's message.
     """
 
     marker_messages: list[ChatMessage]
     text: str
-    marks: list[Marker]
+    markers: list[Marker]
     turn_prefixes: dict[int, _TurnPrefix]
 
 
-class ChatTemplate:
-    """Renders conversations and finds the assistant's turns in them.
+@dataclass(frozen=True)
+class RenderedTurns:
+    """A rendered conversation and the positions of its texts (steps 1 to 3 of the example).
 
-    Turns are found with marks: the conversation is rendered once more with each text replaced by a
-    mark that occurs nowhere else; with the texts put back it must be the first rendering again,
-    character by character. So an answer is never searched for by its own words. What is learned
-    goes from where the generation prompt ends, over the answer, to the end of its end-of-turn
-    tokens. `{% generation %}` tags, in a template that has them, say instead what is learned, and
-    are held against that.
+    `text`: the template's own rendering. `rendering`: the same with `markers` for the texts.
+    `turns`: indices of the assistant's messages. `text_spans`: by message, the spans in `text` of
+    its reasoning (if any) and its text.
+    """
+
+    text: str
+    rendering: str
+    markers: list[Marker]
+    turns: list[int]
+    text_spans: dict[int, list[CharSpan]]
+
+
+class ChatTemplate:
+    """Renders conversations and finds the assistant's turns in the text.
+
+    Answers are located by markers, never by a search for their words, so an answer that repeats
+    the question is found too. A supervised span goes from the end of the generation prompt, over
+    the answer, to the end of its end-of-turn tokens. In a template with `{% generation %}` tags
+    the tags decide, and are checked against these spans.
     """
 
     def __init__(self, source: str, tokenizer: Any) -> None:
-        """`source`: Jinja text. `tokenizer`: lends its special tokens and its renderer."""
+        """`source`: Jinja text. `tokenizer`: provides the special tokens and the renderer."""
         self.source = source
         self.tokenizer = tokenizer
         self.is_tagged = _GENERATION_TAG.search(source) is not None
@@ -85,19 +110,19 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation. Raises ChatTemplateError with the template's own words."""
+        """Return the text of a conversation. Raises ChatTemplateError with the template's error."""
         return self._render(messages, add_generation_prompt, as_parts=self.takes_content_parts)
 
     @functools.cached_property
     def takes_content_parts(self) -> bool:
-        """Whether contents have to be lists of parts. Found by trying; plain text comes first."""
+        """True if contents must be lists of parts; found by rendering, plain text first."""
         probe = replace_with_markers([_message("user"), _message("assistant")], "0")
         for as_parts in (False, True):
             try:
                 text = self._render(probe, False, as_parts=as_parts)
             except ChatTemplateError:
                 continue
-            # quotes around a text: the template has printed the list itself
+            # Quotes around a text mean that the template has printed the list of parts itself.
             if all(re.search(f"(?<!['\"]){re.escape(m['content'])}", text) for m in probe):
                 return as_parts
         return False
@@ -105,87 +130,113 @@ class ChatTemplate:
     def render_with_spans(
         self, messages: Sequence[ChatMessage], *, last_only: bool = False
     ) -> tuple[str, list[CharSpan]]:
-        """The text to train on, and its learned spans: one for each assistant turn, or the last.
+        """Return the text to train on, and a supervised span for each assistant turn.
 
-        The text is the template's own. A template that closes a turn by the opening of the next
-        one leaves a last answer open; that token is then added behind it.
+        `last_only`: a span for the last assistant turn alone. Where a template closes a turn only
+        by opening the next one, the end-of-turn token is appended to the text.
 
-        Raises ChatTemplateError if a turn cannot be found exactly.
+        Raises ChatTemplateError if a turn cannot be located exactly.
+        """
+        rendered = self.locate_answers(messages)
+        if not rendered.turns:
+            return rendered.text, []
+        rendered, ends = self.find_turn_ends(messages, rendered)
+        if self.is_tagged:
+            spans = self._spans_from_generation_tags(messages, rendered, ends)
+        else:
+            starts = self.find_turn_starts(messages, rendered)
+            spans = {i: CharSpan(starts[i], ends[i]) for i in rendered.turns}
+        chosen = rendered.turns[-1:] if last_only else rendered.turns
+        return rendered.text, [spans[i] for i in chosen]
+
+    def locate_answers(self, messages: Sequence[ChatMessage]) -> RenderedTurns:
+        """Render with and without markers, and match the two (steps 1 to 3 of the example).
+
+        Raises ChatTemplateError for a template that changes, drops or repeats an answer.
         """
         text = self.render(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            return text, []
+            return RenderedTurns(text, text, [], [], {})
         salt = unused_marker_id(messages)
         rendering = self.render(replace_with_markers(messages, salt))
-        places = match_markers(rendering, text, messages, salt)
-        if places is None:  # the template looks into the texts of others: leave them as they are
+        spans = match_markers(rendering, text, messages, salt)
+        if spans is None:
+            # Some templates branch on the texts of other roles (a system message, a tool result);
+            # with those left as they are, the answers can still be located.
             answers = replace_with_markers(messages, salt, roles=("assistant",))
-            places = match_markers(self.render(answers), text, messages, salt)
-        marks = find_markers(rendering, salt)
-        shown = [m.message for m in marks if m.message in turns and not m.is_reasoning]
-        if places is None or shown != turns:
+            spans = match_markers(self.render(answers), text, messages, salt)
+        markers = find_markers(rendering, salt)
+        shown = [m.message for m in markers if m.message in turns and not m.is_reasoning]
+        if spans is None or shown != turns:
             raise ChatTemplateError(
                 f"expected the text of each of the {len(turns)} assistant turns once and unchanged "
                 "in the rendered conversation, but the template changes, drops or repeats one; set "
                 "`chat_template` in the recipe to a template that writes {{ message['content'] }} "
                 "of an answer as it is"
             )
-        if has_reasoning(messages[turns[-1]]["content"]) and len(places[turns[-1]]) == 1:
+        if has_reasoning(messages[turns[-1]]["content"]) and len(spans[turns[-1]]) == 1:
             raise ChatTemplateError(
                 "the chat template drops the reasoning (the text before </think>) of the last "
-                "answer, so it would not be learned; leave it out of the row, or set "
+                "answer, so it would not be trained on; remove it from the row, or set "
                 "`chat_template` in the recipe to a template that keeps it"
             )
+        return RenderedTurns(text, rendering, markers, turns, spans)
+
+    def find_turn_ends(
+        self, messages: Sequence[ChatMessage], rendered: RenderedTurns
+    ) -> tuple[RenderedTurns, dict[int, int]]:
+        """Return where each turn's end-of-turn tokens end, by message (step 4 of the example).
+
+        The rendering comes back too, since a last turn without an end gets one appended. Raises
+        ChatTemplateError for a turn that no special token ends.
+        """
         ends: dict[int, int] = {}
-        for i in turns:
-            behind = text_after(rendering, marks, i)
-            end = self._find_end_of_turn(behind, places[i][-1].end)
-            if (
-                end is None
-                and i == len(messages) - 1
-                and not behind.strip()
-                and self.end_of_turn_token
-            ):
-                text += self.end_of_turn_token
-                end = len(text)
+        for i in rendered.turns:
+            after = text_after(rendered.rendering, rendered.markers, i)
+            end = self._find_end_of_turn(after, rendered.text_spans[i][-1].end)
+            is_open = end is None and i == len(messages) - 1 and not after.strip()
+            if is_open and self.end_of_turn_token:
+                # GLM's templates end a turn by the next role's token, so a last turn has no end.
+                rendered = replace(rendered, text=rendered.text + self.end_of_turn_token)
+                end = len(rendered.text)
             if end is None:
                 raise ChatTemplateError(
-                    f"found {len(ends)} of {len(turns)} assistant turns with an end: behind the "
-                    f"answer stands {behind[:20]!r}, not a special token, so the model would not "
-                    "learn to stop; set `chat_template` in the recipe to a template that writes "
-                    "{{ eos_token }} behind each answer"
+                    f"found {len(ends)} of {len(rendered.turns)} assistant turns with an end: the "
+                    f"answer is followed by {after[:20]!r}, not by a special token, so the model "
+                    "would not learn to stop; set `chat_template` in the recipe to a template that "
+                    "writes {{ eos_token }} after each answer"
                 )
             ends[i] = end
-        if self.is_tagged:
-            spans = self._spans_from_generation_tags(messages, text, places, ends)
-        else:
-            spans = {}
-            for i in turns:
-                before = text_before(rendering, marks, i)
-                border = self._turn_prefix(messages, i)
-                between = border.in_prompt + border.answer_prefix
-                # blanks at a question's end have no mark, and stand before the border's text
-                blank = len(before) - len(between) if before.endswith(between) else 0
-                given = blank + common_prefix_length(before[blank:], border.in_prompt)
-                start = _answer_start(text, places[i][0].start, before[given:])
-                spans[i] = CharSpan(start, ends[i])
-        return text, [spans[i] for i in (turns[-1:] if last_only else turns)]
+        return rendered, ends
+
+    def find_turn_starts(
+        self, messages: Sequence[ChatMessage], rendered: RenderedTurns
+    ) -> dict[int, int]:
+        """Return where the generation prompt ends, by message (step 5 of the example)."""
+        starts: dict[int, int] = {}
+        for i in rendered.turns:
+            before = text_before(rendered.rendering, rendered.markers, i)
+            prefix = self._turn_prefix(messages, i)
+            expected = prefix.in_prompt + prefix.answer_prefix
+            # Markers exclude the blanks at a question's end, so these come before the prefix.
+            blank = len(before) - len(expected) if before.endswith(expected) else 0
+            given = blank + _num_common(before[blank:], prefix.in_prompt)
+            starts[i] = _answer_start(
+                rendered.text, rendered.text_spans[i][0].start, before[given:]
+            )
+        return starts
 
     def prompt(self, messages: Sequence[ChatMessage]) -> str:
-        """The text that ends where the assistant is to speak. Raises ChatTemplateError."""
+        """Return the text up to where the assistant answers. Raises ChatTemplateError."""
         text, end = self.render_prompt(messages)
         return text[:end]
 
     def render_prompt(self, messages: Sequence[ChatMessage]) -> tuple[str, int]:
-        """A text that begins with the prompt, and where the prompt ends in it.
+        """Return a text that begins with the prompt, and the prompt's length in it.
 
-        What follows is an answer that has just begun: a tokenizer may cut the blanks at the end of
-        a text in another way than before a word, and training saw a word there. The prompt is what
-        `render_with_spans` has up to the turn: the template's own generation prompt, unless its
-        renderings
-        of answers go on in another way (`<think>` opened in the one and not in the other); then
-        only as far as both agree.
+        The prompt equals what `render_with_spans` has before the turn: the template's generation
+        prompt, cut where the template renders answers differently (`<think>` in only one of them).
 
         Raises ChatTemplateError.
         """
@@ -195,10 +246,13 @@ class ChatTemplate:
         except ChatTemplateError:
             text = ""
         answer = text.find(open_answer["content"])
-        if answer < 0:  # no answer may follow here, so that no training can have seen one
+        if answer < 0:
+            # No answer may follow these messages, so training cannot have seen one here either.
             text = self.render(messages, add_generation_prompt=True)
             return text, len(text)
         answer_prefix = self._turn_prefix([*messages, open_answer], len(messages)).answer_prefix
+        # A tokenizer may split blanks at the end of a text unlike blanks before a word. Training
+        # saw a word there, so the text goes on with a letter that the caller cuts off as ids.
         return f"{text[:answer]}a", _answer_start(text, answer, answer_prefix)
 
     def check_all_messages_rendered(
@@ -211,37 +265,37 @@ class ChatTemplate:
             )
         except ChatTemplateError:
             layout = self._role_layout(messages)
-        shown = {mark.message for mark in layout.marks}
+        shown = {marker.message for marker in layout.markers}
         for i, message in enumerate(messages):
             if i not in shown and message["content"].strip():
                 raise ChatTemplateError(
                     f"the chat template drops message {i + 1} of {len(messages)} (role "
-                    f"{message['role']}) of this conversation; leave it out, write its text into "
+                    f"{message['role']}) of this conversation; remove it, write its text into "
                     "another turn, or set `chat_template` in the recipe to a template that shows it"
                 )
 
     @functools.cached_property
     def end_of_turn_token(self) -> str | None:
-        """The token that closes a last answer (its last one, if several), or None."""
+        """The token that closes a last answer (the last of several), or None."""
         last, between = self._end_of_turn_runs
         return last[-1] if last else between[0] if between else None
 
     @functools.cached_property
     def end_of_turn_tokens(self) -> list[str]:
         """Every token that closes an answer, in the middle of a conversation or at its end."""
-        num_tokens = common_prefix_length(*self._end_of_turn_runs) or 1
+        num_tokens = _num_common(*self._end_of_turn_runs) or 1
         return sorted({run[:num_tokens][-1] for run in self._end_of_turn_runs if run})
 
     @functools.cached_property
     def answer_prefix(self) -> str:
-        """What the model has to write between its prompt and an answer; mostly nothing.
+        """Text that the model writes between its prompt and an answer; mostly empty.
 
         Raises ChatTemplateError if the template shows no answer to a question.
         """
         roles = [_message("user"), _message("assistant")]
-        if all(mark.message != 1 for mark in self._role_layout(roles).marks):
+        if all(marker.message != 1 for marker in self._role_layout(roles).markers):
             raise ChatTemplateError(
-                "the chat template does not show what the assistant says; set `chat_template` in "
+                "the chat template does not show the assistant's messages; set `chat_template` in "
                 "the recipe to one that does"
             )
         return self._turn_prefix(roles, 1).answer_prefix
@@ -263,16 +317,13 @@ class ChatTemplate:
             ) from None
 
     def _spans_from_generation_tags(
-        self,
-        messages: Sequence[ChatMessage],
-        text: str,
-        places: dict[int, list[CharSpan]],
-        ends: dict[int, int],
+        self, messages: Sequence[ChatMessage], rendered: RenderedTurns, ends: dict[int, int]
     ) -> dict[int, CharSpan]:
-        """From the template's own generation tags, held against the turns that were found."""
+        """Return the spans of the template's generation tags, checked against the located turns."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(
+        text, text_spans = rendered.text, rendered.text_spans
+        output: Any = render_jinja_template(
             conversations=[
                 _as_content_parts(messages) if self.takes_content_parts else list(messages)
             ],  # type: ignore[arg-type]
@@ -280,16 +331,17 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        _, (indices,) = rendered
+        _, (indices,) = output
         tagged: list[CharSpan] = []
         for start, end in indices:
-            if tagged and tagged[-1].end == start:  # an answer and its end, tagged one by one
+            # An answer and its end of turn may carry one tag each; join adjacent tags.
+            if tagged and tagged[-1].end == start:
                 tagged[-1] = CharSpan(tagged[-1].start, end)
             else:
                 tagged.append(CharSpan(start, end))
         spans: dict[int, CharSpan] = {}
         for i, end in ends.items():
-            start = places[i][-1].start
+            start = text_spans[i][-1].start
             around = [s for s in tagged if s.start <= start and end <= s.end]
             if not around:
                 raise ChatTemplateError(
@@ -297,25 +349,38 @@ class ChatTemplate:
                     f"{text[start:end][:80]!r}, an answer and its end of turn; "
                     f"{_GENERATION_TAG_HINT}"
                 )
-            # two turns may share a tag
-            begins = max([around[0].start, *(e for e in ends.values() if e <= start)])
+            # Two assistant turns in a row may share a tag: the second starts where the first ends,
+            # and only the last one takes what the tag holds after its end of turn.
+            first = max([around[0].start, *(e for e in ends.values() if e <= start)])
             later = [
-                places[j][0].start for j in ends if j > i and places[j][0].end <= around[0].end
+                text_spans[j][0].start
+                for j in ends
+                if j > i and text_spans[j][0].end <= around[0].end
             ]
-            spans[i] = CharSpan(begins, end if later else around[0].end)
-        for j, message in enumerate(messages):
-            for place in places.get(j, []) if message["role"] != "assistant" else []:
-                if any(
-                    span.start < place.end and place.start < span.end for span in spans.values()
-                ):
-                    raise ChatTemplateError(
-                        "the template's {% generation %} tags hold more than the assistant's "
-                        f"turns: {text[place.start : place.end][:80]!r}; {_GENERATION_TAG_HINT}"
-                    )
+            spans[i] = CharSpan(first, end if later else around[0].end)
+        self._check_tags_hold_answers_only(messages, rendered, spans)
         return spans
 
+    def _check_tags_hold_answers_only(
+        self,
+        messages: Sequence[ChatMessage],
+        rendered: RenderedTurns,
+        spans: dict[int, CharSpan],
+    ) -> None:
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                continue
+            for other in rendered.text_spans.get(i, []):
+                if any(s.start < other.end and other.start < s.end for s in spans.values()):
+                    raise ChatTemplateError(
+                        "the template's {% generation %} tags hold more than the assistant's "
+                        f"turns: {rendered.text[other.start : other.end][:80]!r}; "
+                        f"{_GENERATION_TAG_HINT}"
+                    )
+
     def _role_layout(self, messages: Sequence[ChatMessage]) -> _RoleLayout:
-        """Rendered once for each sequence of roles."""
+        # A template's text around messages depends on the roles alone, so that a layout is
+        # rendered once per sequence of roles; Jinja is a large part of the cost of a short row.
         roles = tuple(message["role"] for message in messages)
         if roles not in self._role_layouts:
             if len(self._role_layouts) >= _MAX_LAYOUTS:
@@ -326,25 +391,26 @@ class ChatTemplate:
         return self._role_layouts[roles]
 
     def _turn_prefix(self, messages: Sequence[ChatMessage], i: int) -> _TurnPrefix:
-        """The border of an assistant turn that is shown; only the roles decide over it."""
+        """Return the text before answer `i`, split at the end of the generation prompt."""
         layout = self._role_layout(messages)
         if i not in layout.turn_prefixes:
-            before = text_before(layout.text, layout.marks, i)
+            before = text_before(layout.text, layout.markers, i)
             given = self._generation_prompt_length(layout.marker_messages[:i], before)
             layout.turn_prefixes[i] = _TurnPrefix(before[:given], before[given:])
         return layout.turn_prefixes[i]
 
     def _generation_prompt_length(self, messages: list[ChatMessage], before: str) -> int:
-        """How many characters of `before` the generation prompt has as well."""
+        """Return how many characters of `before` the generation prompt has as well."""
         given = len(before)
         if messages and "add_generation_prompt" in self.source:
-            asked = self.render(messages, add_generation_prompt=True)
-            marks = find_markers(asked, "0")
-            given = common_prefix_length(before, asked[marks[-1].end if marks else 0 :])
+            prompt = self.render(messages, add_generation_prompt=True)
+            markers = find_markers(prompt, "0")
+            given = _num_common(before, prompt[markers[-1].end if markers else 0 :])
+            # The two may differ inside a special token (`<|a|>`, `<|b|>`), which is one id.
             for token in self._special_token_pattern.finditer(before):
                 if token.start() < given < token.end():
                     given = token.start()
-        # a tokenizer glues blanks to what follows them, so they go where that goes
+        # Tokenizers join blanks to the word after them, so such blanks belong to that word's side.
         while given and (
             before[given - 1] == " "
             or (before[given - 1].isspace() and before[given : given + 1].isspace())
@@ -352,22 +418,22 @@ class ChatTemplate:
             given -= 1
         return given
 
-    def _find_end_of_turn(self, behind: str, start: int) -> int | None:
-        """Where the end-of-turn tokens end in a text that goes on with `behind` at `start`.
+    def _find_end_of_turn(self, after: str, start: int) -> int | None:
+        """Return where the end-of-turn tokens end in a text that has `after` at `start`.
 
-        Those that follow an answer in the middle of a conversation and at its end alike; where the
-        two have nothing in common, the first.
+        These are the tokens that follow an answer both in the middle of a conversation and at its
+        end; where the two share none, the first token.
         """
-        run = self._special_token_run(behind)
+        run = self._special_token_run(after)
         if not run:
             return None
-        num_tokens = common_prefix_length(run, self._end_of_turn_runs[0]) or 1
-        blanks = len(behind) - len(behind.lstrip())
+        num_tokens = _num_common(run, self._end_of_turn_runs[0]) or 1
+        blanks = len(after) - len(after.lstrip())
         return start + blanks + len("".join(run[:num_tokens]))
 
     @functools.cached_property
     def _end_of_turn_runs(self) -> tuple[list[str], list[str]]:
-        """Tokens right behind an answer: when it is the last message, and before a user's turn."""
+        """Special tokens after an answer: as the last message, and before a user's turn."""
         runs: list[list[str]] = []
         for roles in (("user", "assistant"), ("user", "assistant", "user")):
             try:
@@ -378,7 +444,7 @@ class ChatTemplate:
         return runs[0], runs[1]
 
     def _special_token_run(self, text: str) -> list[str]:
-        """Tokens that `text` begins with, after blanks."""
+        """Return the special tokens that `text` begins with, after blanks."""
         run, at = [], len(text) - len(text.lstrip())
         while token := self._special_token_pattern.match(text, at):
             run.append(token[0])
@@ -387,11 +453,18 @@ class ChatTemplate:
 
     @functools.cached_property
     def _special_token_pattern(self) -> re.Pattern[str]:
-        """Any spelling that the tokenizer keeps whole: special and other added tokens."""
+        """Pattern of every spelling that the tokenizer keeps as one id."""
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
         tokens = {t for t in [*self.tokenizer.all_special_tokens, *added] if t.strip()}
+        # Regular expressions take the first alternative, and one token may begin with another.
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the length of the common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _message(role: str) -> ChatMessage:
@@ -403,11 +476,11 @@ def _as_content_parts(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _answer_start(text: str, answer: int, answer_prefix: str) -> int:
-    """Where a turn begins whose answer begins at `answer`, behind its `answer_prefix`."""
+    """Return where `answer_prefix` begins, which must end at `answer` in the text."""
     if not text.endswith(answer_prefix, 0, answer):
         raise ChatTemplateError(
             f"expected {answer_prefix!r} before an answer, but the template renders "
-            f"{text[:answer][-40:]!r} there, so where the turn begins is not certain; "
+            f"{text[:answer][-40:]!r} there, so the start of the turn is not certain; "
             f"{_GENERATION_TAG_HINT}"
         )
     return answer - len(answer_prefix)

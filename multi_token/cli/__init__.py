@@ -89,5 +89,5 @@ def main() -> None:
         sys.exit(130)
     finally:
         # not imported for a command that had no use for it
-        if met := sys.modules.get("multi_token.train.distributed"):
+        if met := sys.modules.get("multi_token.distributed"):
             met.destroy_process_group(after_fault=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from multi_token.types import Conversation
 
 data_app = typer.Typer(
-    no_args_is_help=True, help="Check rows, look at them, and encode their media before training."
+    no_args_is_help=True, help="Check rows, show them, and encode their media before training."
 )
 
 Data = Annotated[
@@ -61,12 +61,8 @@ def check(
         str | None, typer.Option(help="Write the good rows to this .jsonl file.", metavar="OUT")
     ] = None,
     split: Split = "train",
-    examples: Annotated[
-        int, typer.Option(help="Rows to print for each kind of problem.", min=0)
-    ] = 5,
-    num_workers: Annotated[
-        int, typer.Option(help="Processes that read rows on this machine.", min=0)
-    ] = 0,
+    examples: Annotated[int, typer.Option(help="Rows to print per kind of problem.", min=0)] = 5,
+    num_workers: Annotated[int, typer.Option(help="Data workers that read rows.", min=0)] = 0,
     keep: Annotated[
         str | None,
         typer.Option(

@@ -29,8 +29,8 @@ def train(
     if plan:
         plan_run(loaded, console=console)
         return
+    from multi_token.distributed import destroy_process_group, is_main_process
     from multi_token.errors import Interrupted
-    from multi_token.train.distributed import destroy_process_group, is_main_process
 
     try:
         run(loaded, console=console)

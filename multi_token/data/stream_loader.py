@@ -30,8 +30,8 @@ from multi_token.data.streaming import (
     StreamDataset,
     return_group,
 )
+from multi_token.distributed import all_gather
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.train.distributed import all_gather
 from multi_token.train.packing import PackingPlan, best_fit
 from multi_token.types import Sample
 

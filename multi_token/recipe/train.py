@@ -106,7 +106,7 @@ class Trainable(StrictModel):
     projector_biases: LearningRate | None = None
     """Their last biases, the part of a token that all items share (a soft prompt), which are
     decayed only if a `weight_decay` is given here; default: they learn as `projectors`. After a
-    closed-form start ten times the rate pays: see benchmarks/align.py."""
+    closed-form start ten times the rate pays: see benchmarks/closed_form.py."""
     encoders: dict[str, TrainableEncoder] = Field(default_factory=dict)
     """Encoders that learn, by instance: a rate, or a section with more."""
     adapter: LearningRate | None = None

@@ -25,18 +25,18 @@ from torch.utils.data import DataLoader, Subset
 
 from multi_token.data.feature_cache.keys import digest
 from multi_token.data.sources import TrainingSource
-from multi_token.errors import RecipeError
-from multi_token.processor import MultiTokenProcessor
-from multi_token.recipe.train import Stage
-from multi_token.train.distributed import (
+from multi_token.distributed import (
     all_gather,
     barrier,
     broadcast_from_main,
-    check_no_bad_rows,
     is_main_process,
     num_processes,
     rank,
 )
+from multi_token.errors import RecipeError
+from multi_token.processor import MultiTokenProcessor
+from multi_token.recipe.train import Stage
+from multi_token.train.consistency import check_no_bad_rows
 from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
 from multi_token.train.evaluation import build_dataset
 from multi_token.train.metrics import ROW_IDS

@@ -15,13 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from multi_token.data.dataset import ConversationDataset, HeaderLengthDataset
 from multi_token.data.sources import TrainingSource
+from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
 from multi_token.evaluate.rows import evenly_spaced
 from multi_token.generate import decode, generate_ids, require_processor
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
-from multi_token.train.distributed import is_main_process, num_processes
 from multi_token.train.run_report import RunReport
 from multi_token.types import Conversation, Text
 

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import LanguageModelError, RecipeError
 from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.distributed import is_main_process, num_processes
 
 
 class FsdpShards:

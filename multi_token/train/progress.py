@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from multi_token.distributed import any_rank
 from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.train.distributed import any_rank
 from multi_token.train.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:

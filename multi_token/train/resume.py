@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from multi_token.checkpoint.load import CONFIG
+from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe.recipe import Recipe, differences, load_recipe
-from multi_token.train.distributed import all_gather, barrier, is_main_process
 from multi_token.train.plan.oom import is_out_of_memory
 
 RECIPE = "recipe.yaml"

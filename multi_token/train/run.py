@@ -30,6 +30,14 @@ from multi_token.data.feature_cache.policy import (
 )
 from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
 from multi_token.data.streaming import StreamDataset, open_streams
+from multi_token.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+    peer_errors,
+)
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
 from multi_token.language_model.loading import attach_adapter
@@ -39,16 +47,8 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.train.closed_form import calibrate, captioned_items, encode_items, fit_closed_form
 from multi_token.train.compile import apply_kernels
+from multi_token.train.consistency import check_same_recipe
 from multi_token.train.distillation import DistillationCollator
-from multi_token.train.distributed import (
-    all_gather,
-    barrier,
-    broadcast_from_main,
-    check_same_recipe,
-    is_main_process,
-    num_processes,
-    peer_errors,
-)
 from multi_token.train.dpo import PreferenceCollator, PreferenceDataset
 from multi_token.train.dpo_reference import (
     held_out_preference_dataset,
@@ -152,27 +152,40 @@ def train(
         model.capabilities.require("supports_packing")
     streams = None
     if recipe.data.stream is None:
-        sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
+        sources = [
+            open_source(source, model.processor, recipe, None) for source in recipe.data.train
+        ]
     else:
-        streams = open_streams(model, recipe, seed=arguments[0].data_seed or recipe.train.seed)
+        streams = open_streams(
+            model.processor, recipe, seed=arguments[0].data_seed or recipe.train.seed
+        )
         sources = streams.first_rows(max(recipe.data.stream.window, recipe.train.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
-    cache = choose_feature_cache(model, recipe, sources, arguments, console)
+    encoders = {name: model.encoder(name) for name in model.modalities}
+    cache = choose_feature_cache(
+        recipe,
+        model.modalities,
+        encoders,
+        sources,
+        trained=[trainable_encoders(model, stage.learn) for stage in recipe.train.stages],
+        arguments=arguments,
+        console=console,
+    )
     if cache is not None:
         sources = [source.with_feature_cache(cache) for source in sources]
         if streams is None:
-            fill_cache(model, sources, cache, console)
+            fill_cache(model.modalities, encoders, sources, cache, console)
         else:
-            register_encoders(cache, model)
+            register_encoders(cache, model.modalities, encoders)
     sources = [source.with_distillation(recipe.train.distillation_mode) for source in sources]
     sources = [source.with_preference(recipe.train.preference_mode) for source in sources]
     sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     dataset = build_dataset(sources, model) if streams is None else streams.with_sources(sources)
-    held_out = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
+    held_out = [open_source(source, model.processor, recipe, cache) for source in recipe.data.eval]
     if held_out:
         if cache is not None:
-            fill_cache(model, held_out, cache, console)
+            fill_cache(model.modalities, encoders, held_out, cache, console)
         held_out = [
             source.with_preference(recipe.train.preference_mode and "optional")
             for source in held_out
@@ -264,9 +277,10 @@ def _closed_form_stage(
     pairs = [pair for source in sources for pair in source.conversations()]
     spec = recipe.train.align
     if spec is not None and spec.rows is not None:
-        aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
+        aligned = [open_source(source, model.processor, recipe, cache) for source in spec.rows]
         if cache is not None:
-            fill_cache(model, aligned, cache, console)
+            encoders = {name: model.encoder(name) for name in model.modalities}
+            fill_cache(model.modalities, encoders, aligned, cache, console)
         aligned = good_rows(aligned, recipe, console)
         captions = [c for source in aligned for c in captioned_items(source.conversations())]
     else:
@@ -381,7 +395,7 @@ def _run_stage(
     if resume is not None:
         console.print(f"going on from {resume}")
     try:
-        with explain_oom(trainer, stage.name):
+        with explain_oom(trainer.oom_facts, stage.name):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()

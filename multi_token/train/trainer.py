@@ -21,19 +21,15 @@ from transformers.trainer_utils import seed_worker
 from multi_token.checkpoint.load import load_trained, save
 from multi_token.data.stream_loader import StreamProgress, save_states
 from multi_token.data.streaming import StreamDataset
+from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import RecipeError
 from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.modalities.base import PretrainedModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import DistillationSpec, DpoSpec, FsdpSpec, Trainable
 from multi_token.train.compile import compile_enabled, compiled_layers
+from multi_token.train.consistency import check_losses_finite, check_weights_finite
 from multi_token.train.distillation import DistillationLoss
-from multi_token.train.distributed import (
-    all_gather,
-    barrier,
-    check_losses_finite,
-    check_weights_finite,
-    is_main_process,
-)
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.fsdp import FsdpShards, full_optimizer_state, load_full_optimizer_state
 from multi_token.train.metrics import ROW_IDS, StepMetrics, WithRowIds, group_lrs
@@ -43,6 +39,7 @@ from multi_token.train.parameter_groups import (
     optimizer_groups,
     parameter_groups,
 )
+from multi_token.train.plan.oom import OomFacts
 from multi_token.train.resume import (
     atomic_checkpoint,
     check_same_batching,
@@ -377,6 +374,32 @@ class MultiTokenTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
         finally:
             self.optimizer = optimizer
+
+    def oom_facts(self) -> OomFacts:
+        """State of the stage that decides which changes to the recipe save memory."""
+        model = self._multi_token_model()
+        language_model = model.language_model
+        return OomFacts(
+            device=self.args.device,
+            step=self.state.global_step + 1,
+            frozen_language_model=not any(
+                p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
+            ),
+            frozen_dtypes=frozenset(
+                p.dtype for p in language_model.parameters() if not p.requires_grad
+            ),
+            float32_encoders=tuple(
+                name
+                for name, modality in model.modalities.items()
+                if isinstance(modality, PretrainedModality)
+                and modality.dtype == "float32"
+                and not any(p.requires_grad for p in model.encoder(name).parameters())
+            ),
+            batch_size=self.args.per_device_train_batch_size,
+            longest_row=max(self.lengths, default=0),
+            pack_tokens=None if self.packing is None else self.packing.max_tokens,
+            activation_checkpointing=bool(self.args.activation_checkpointing),
+        )
 
     @property
     def batching_facts(self) -> dict[str, int]:

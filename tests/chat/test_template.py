@@ -232,7 +232,9 @@ def test_text_that_a_tokenizer_cannot_spell_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
     chat = ChatFormat(tokenizer, CHATML)
     assert chat.tokenize(talk(("user", "yes"), ("assistant", "yes")), []).labels.max() == 5
-    with pytest.raises(ChatTemplateError, match="expected to learn 'no<.im_end.>'.*cannot spell"):
+    with pytest.raises(
+        ChatTemplateError, match="expected to train on 'no<.im_end.>'.*cannot spell"
+    ):
         chat.tokenize(talk(("user", "yes"), ("assistant", "no")), [])
 
 

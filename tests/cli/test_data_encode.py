@@ -49,7 +49,7 @@ def test_shares_fill_one_folder_and_training_then_encodes_nothing(
             )
             cache = load_recipe(other, [option[1]]).train.feature_cache
             assert cache is not None and cache.path == str(features)
-        counts = re.search(rf"\(share {i} of 2\): (\d) encoded", done.output)
+        counts = re.search(rf"\(shard {i} of 2\): (\d) encoded", done.output)
         assert counts is not None
         num_encoded += int(counts[1])
     assert num_encoded == len(FeatureCache(features)) == 4

@@ -19,11 +19,11 @@ from rich.console import Console
 
 from multi_token.data.files.open import load_rows
 from multi_token.data.sources import TrainingSource, good_rows
+from multi_token.distributed import all_gather, destroy_process_group, is_main_process, rank
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.processor import build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.distributed import all_gather, destroy_process_group, is_main_process, rank
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes
     with pytest.raises(
         RowError,
         match=r"(?s)^row row 6: image: 6\.jpg \(JPEG, 40 x 38 pixels\) is truncated or damaged "
-        r".*\(met at step \d.*`data\.lengths: headers`",
+        r".*\(found at step \d.*`data\.lengths: headers`",
     ) as caught:
         train(recipe, console=quiet)
     assert "\n" not in str(caught.value) and caught.value.row_id == "row 6"
@@ -267,7 +267,7 @@ from rich.console import Console
 from multi_token.errors import MultiTokenError
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
-from multi_token.train.distributed import destroy_process_group, rank
+from multi_token.distributed import destroy_process_group, rank
 from multi_token.train.run import train
 from tests.data.test_lengths_headers import Watched
 
@@ -331,7 +331,7 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_fields(
 def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
     fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "_MANY", 7)
+    monkeypatch.setattr(sources_module, "_MANY_ROWS", 7)
     for lengths, told in (("decode", True), ("headers", False)):
         recipe = Recipe.model_validate(fields_of(lengths, lengths))
         processor = build_processor(recipe, root=str(tmp_path / "rows"))
@@ -359,7 +359,7 @@ def test_a_damaged_file_is_named_where_the_reference_of_preferences_is_computed(
         pairs.append(json.dumps({**row, "chosen": answer, "rejected": "green"}) + "\n")
     rows.write_text("".join(pairs))
     fields["train"]["stages"][0]["dpo"] = {}
-    with pytest.raises(RowError, match=r"row 6: image: 6\.jpg .*met at the reference of both"):
+    with pytest.raises(RowError, match=r"row 6: image: 6\.jpg .*found at the reference of both"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 

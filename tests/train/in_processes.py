@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from multi_token.errors import MultiTokenError
-from multi_token.modalities.base import Encoder
-from multi_token.modalities.vector import VectorModality
-from multi_token.recipe.recipe import Recipe
-from multi_token.registry import register_modality
-from multi_token.train import run as run_module
-from multi_token.train.distributed import (
+from multi_token.distributed import (
     all_gather,
     destroy_process_group,
     is_main_process,
     num_processes,
     rank,
 )
+from multi_token.errors import MultiTokenError
+from multi_token.modalities.base import Encoder
+from multi_token.modalities.vector import VectorModality
+from multi_token.recipe.recipe import Recipe
+from multi_token.registry import register_modality
+from multi_token.train import run as run_module
 from multi_token.types import Features
 
 QUIET = Console(quiet=True)

@@ -1,4 +1,4 @@
-"""train/distributed.py and sharding.py: several processes learn what one would."""
+"""distributed.py and sharding.py: several processes learn what one would."""
 
 from __future__ import annotations
 
@@ -330,10 +330,13 @@ def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> Non
     _, seen = two
     for one in seen["other recipe"]:
         assert one["error"].startswith(
-            "RecipeError: the recipe of process 1 is not that of process 0"
+            "RecipeError: the recipe of process 1 differs from that of process 0"
         )
     for one in seen["other rows"]:
-        assert "the data (rows of rows.jsonl) of process 1 is not that of process 0" in one["error"]
+        assert (
+            "the data (rows of rows.jsonl) of process 1 differs from that of process 0"
+            in one["error"]
+        )
 
 
 def test_four_processes_learn_what_one_does_and_finish_what_two_began(

@@ -68,7 +68,7 @@ def test_processes_with_other_recipes_end_with_a_sentence_and_an_exit_code(
 ) -> None:
     start = f"{sys.executable} -m multi_token train {text_recipe} train.seed=$RANK"
     shown = launched(2, ["--no-python", "bash", "-c", start], fails=True)
-    assert "error: the recipe of process 1 is not that of process 0: it differs in " in shown
+    assert "error: the recipe of process 1 differs from that of process 0 in " in shown
     assert "multi_token/train" not in shown, "a traceback"
     assert set(re.findall(r"exitcode *: (-?\d+)", shown)) <= {"1", "-15"}
     assert not (text_recipe.parent / "run").exists()
@@ -83,6 +83,6 @@ def test_a_failed_command_leaves_no_process_group_behind(text_recipe: Path) -> N
     )
     start = f'{sys.executable} -c "{code}" train {text_recipe} train.seed=$RANK'
     shown = launched(2, ["--no-python", "bash", "-c", start], fails=True)
-    assert "error: the recipe of process 1 is not that of process 0" in shown
+    assert "error: the recipe of process 1 differs from that of process 0" in shown
     assert "left behind: False" in shown
     assert "left behind: True" not in shown

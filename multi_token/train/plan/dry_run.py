@@ -73,7 +73,7 @@ def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
             raise MultiTokenError(
                 f"{what} does not fit into the memory of {trainer.args.device}, with "
                 f"{memory_capacity(trainer.args.device) / 2**30:,.1f} GiB. Change in the recipe:"
-                f"{bullet_list(memory_suggestions(trainer, 0.5 if is_pack else 0.0))}"
+                f"{bullet_list(memory_suggestions(trainer.oom_facts(), 0.5 if is_pack else 0.0))}"
             )
         size //= 2
 

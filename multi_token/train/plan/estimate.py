@@ -206,7 +206,7 @@ def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int)
         )
     return [
         f"warning: stage {plan.name} {verdict}. Change in the recipe:"
-        f"{bullet_list(memory_suggestions(trainer, part))}"
+        f"{bullet_list(memory_suggestions(trainer.oom_facts(), part))}"
     ]
 
 

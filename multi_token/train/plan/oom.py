@@ -1,29 +1,48 @@
-"""Where a device's memory is not enough: that it was not, in words, and which lines to change.
+"""Out of memory: how to recognize it, and the lines of the recipe that need less.
 
-Border: what a stage needs is plan.py's; here is what to do about it.
+Works on `OomFacts`, numbers that the trainer fills in, so that this module imports no trainer.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.modalities.base import PretrainedModality
 
-if TYPE_CHECKING:
-    from multi_token.train.trainer import MultiTokenTrainer
+
+@dataclass(frozen=True)
+class OomFacts:
+    """State of a stage that decides which changes to the recipe save memory."""
+
+    device: torch.device
+    step: int
+    """The step in which memory ran out, from 1."""
+    frozen_language_model: bool
+    """True if no weight of the language model but an adapter's is trainable."""
+    frozen_dtypes: frozenset[torch.dtype]
+    """Of the frozen weights of the language model."""
+    float32_encoders: tuple[str, ...]
+    """Names of modalities with a frozen encoder that the recipe keeps in float32."""
+    batch_size: int
+    """Rows per device."""
+    longest_row: int
+    """Tokens of the longest row."""
+    pack_tokens: int | None
+    """Budget of a pack, None if rows are padded."""
+    activation_checkpointing: bool
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python found no memory, on a GPU or a CPU."""
+    """True for the errors by which torch or Python report missing memory, on a GPU or a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
+    # torch's CPU allocator raises a plain RuntimeError, which only its text tells from others
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
@@ -33,69 +52,67 @@ def memory_capacity(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # control groups, version 2
-    said = limit.read_text().strip() if limit.is_file() else ""
-    return min(machine, int(said)) if said.isdigit() else machine
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(machine, int(text)) if text.isdigit() else machine
 
 
-def memory_suggestions(trainer: MultiTokenTrainer, part: float | None) -> list[str]:
-    """Lines of the recipe to change, a sentence each. `part`: of its largest batch, how much would
-    fit, 0 (not even a small one) to 1; None if what a batch takes is not known.
+def memory_suggestions(facts: OomFacts, fraction: float | None) -> list[str]:
+    """Lines of the recipe to change, a sentence each, the cheapest change first.
+
+    `fraction`: part of the largest batch that would fit, 0 (not even one row) to 1; None if the
+    activations of a batch are not known.
     """
-    ways: list[str] = []
-    model = trainer._multi_token_model()
-    language_model = model.language_model
-    frozen = not any(
-        p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n
-    )
-    dtypes = {p.dtype for p in language_model.parameters() if not p.requires_grad}
-    if frozen and torch.float32 in dtypes:
-        ways.append("model.dtype: bfloat16 (halves the frozen language model)")
-    for name, modality in model.modalities.items():
-        learns = any(p.requires_grad for p in model.encoder(name).parameters())
-        if isinstance(modality, PretrainedModality) and modality.dtype == "float32" and not learns:
-            ways.append(f"model.modalities.{name}.dtype: bfloat16 (halves its frozen encoder)")
-    if frozen and torch.uint8 not in dtypes and torch.int8 not in dtypes:
-        ways.append("model.quantization: 4bit (a quarter of bfloat16, or less)")
-    size = trainer.args.per_device_train_batch_size
-    if part and trainer.packing is not None:
-        tokens = max(int(trainer.packing.max_tokens * part), max(trainer.lengths))
-        if tokens < trainer.packing.max_tokens:
-            ways.append(f"train.pack_tokens: {tokens} (it is {trainer.packing.max_tokens})")
-    elif part and (fits := max(1, int(size * part))) < size:
-        ways.append(
-            f"train.args.per_device_train_batch_size: {fits} (it is {size}; raise "
+    found: list[str] = []
+    if facts.frozen_language_model and torch.float32 in facts.frozen_dtypes:
+        found.append("model.dtype: bfloat16 (halves the frozen language model)")
+    for name in facts.float32_encoders:
+        found.append(f"model.modalities.{name}.dtype: bfloat16 (halves its frozen encoder)")
+    if facts.frozen_language_model and not facts.frozen_dtypes & {torch.uint8, torch.int8}:
+        found.append("model.quantization: 4bit (a quarter of bfloat16, or less)")
+    if fraction and facts.pack_tokens is not None:
+        # no pack may be smaller than the longest row, which is never cut
+        tokens = max(int(facts.pack_tokens * fraction), facts.longest_row)
+        if tokens < facts.pack_tokens:
+            found.append(f"train.pack_tokens: {tokens} (it is {facts.pack_tokens})")
+    elif fraction and (fits := max(1, int(facts.batch_size * fraction))) < facts.batch_size:
+        found.append(
+            f"train.args.per_device_train_batch_size: {fits} (it is {facts.batch_size}; raise "
             "gradient_accumulation_steps by as much)"
         )
-    if part is not None and not trainer.args.activation_checkpointing:
-        ways.append("train.args.activation_checkpointing: true (a third slower, far less to keep)")
-    if not frozen:
-        ways.append(
+    if fraction is not None and not facts.activation_checkpointing:
+        found.append("train.args.activation_checkpointing: true (a third slower, far less to keep)")
+    if not facts.frozen_language_model:
+        found.append(
             "an `adapter` instead of `language_model` under `learn` (no gradients and optimizer "
             "states of all weights)"
         )
-    return ways
+    return found
 
 
-def bullet_list(ways: list[str]) -> str:
-    """Below each other, behind a colon."""
-    return "".join(f"\n    {way}" for way in ways)
+def bullet_list(lines: Sequence[str]) -> str:
+    """One indented line for each, to follow a colon."""
+    return "".join(f"\n    {line}" for line in lines)
 
 
 @contextmanager
-def explain_oom(trainer: MultiTokenTrainer, stage: str) -> Iterator[None]:
-    """Within, memory that is not there is a MultiTokenError, which says what to change."""
+def explain_oom(facts: Callable[[], OomFacts], stage: str) -> Iterator[None]:
+    """Turn an out-of-memory error into a MultiTokenError that lists what to change in the recipe.
+
+    `facts` is called only after the error.
+    """
     try:
         yield
         return
-    except Exception as error:
+    except Exception as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
         if not is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())[:200]
-    device = trainer.args.device
+    # Raised outside of `except`: the traceback of the first error keeps the step's tensors alive.
+    known = facts()
     raise MultiTokenError(
-        f"memory was not enough in step {trainer.state.global_step + 1} of stage {stage}, on "
-        f"{device} with {memory_capacity(device) / 2**30:,.1f} GiB ({cause}). With only "
-        "per_device_train_batch_size and gradient_accumulation_steps changed the same command goes "
-        "on from the last whole checkpoint; with other lines, choose another train.output_dir:"
-        f"{bullet_list(memory_suggestions(trainer, 0.5))}"
+        f"memory was not enough in step {known.step} of stage {stage}, on {known.device} with "
+        f"{memory_capacity(known.device) / 2**30:,.1f} GiB ({cause}). With only "
+        "per_device_train_batch_size and gradient_accumulation_steps changed, the same command "
+        "continues from the last complete checkpoint; with other changes, choose another "
+        f"train.output_dir:{bullet_list(memory_suggestions(known, 0.5))}"
     )

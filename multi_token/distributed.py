@@ -1,0 +1,129 @@
+"""Collectives over torch.distributed: rank, barrier, broadcast, gather, and agreement of processes.
+
+With one process every function is a no-op or returns its own value, so callers need no branches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from multi_token.errors import MultiTokenError, RecipeError
+
+T = TypeVar("T")
+
+
+def num_processes() -> int:
+    """World size; 1 before the process group exists."""
+    return distributed.get_world_size() if _is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among all, from 0."""
+    return distributed.get_rank() if _is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """True in the one process that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Block until all processes have arrived."""
+    if num_processes() > 1:
+        distributed.barrier()
+
+
+def destroy_process_group(*, after_fault: bool = False) -> None:
+    """Leave the process group, if there is one."""
+    # After a fault too: otherwise a gloo thread now and then ends the process with an abort, which
+    # hides its exit code. NCCL is left alone then, since it would wait for processes elsewhere.
+    if _is_initialized() and not (after_fault and distributed.get_backend() == "nccl"):
+        distributed.destroy_process_group()
+
+
+def broadcast_from_main(decide: Callable[[], T]) -> T:
+    """Value of `decide()` in the main process, for all processes.
+
+    Other processes might see a shared folder later or differently, so only one may look.
+    """
+    found: list[Any] = [decide() if is_main_process() else None]
+    if num_processes() > 1:
+        distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def all_gather(value: T) -> list[T]:
+    """Value of every process, by rank."""
+    if num_processes() == 1:
+        return [value]
+    found: list[Any] = [None] * num_processes()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def any_rank(flag: bool | Tensor, device: torch.device) -> bool:
+    """True if `flag` is true in any process. Signals reach processes at different steps.
+
+    `flag` may be a bool tensor []; it is read only after the reduction, one host sync in all.
+    """
+    if num_processes() == 1:
+        return bool(flag)
+    reduced = torch.as_tensor(flag, device=device).int()
+    distributed.all_reduce(reduced, op=distributed.ReduceOp.MAX)
+    return bool(reduced)
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Turn a lost connection to another process into a MultiTokenError with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo and NCCL notice in the next collective: at once if the peer has ended, after
+        # `ddp_timeout` if it hangs. gloo raises plain RuntimeError, so its text must be matched.
+        text = str(error)
+        broken = isinstance(error, distributed.DistError) or "gloo" in text or "by peer" in text
+        if num_processes() == 1 or not broken:
+            raise
+        raise MultiTokenError(
+            f"process {rank()} lost another process of this run, which ended or cannot be reached "
+            "any more; its own output says why. Start the same command again: it continues from "
+            f"the last complete checkpoint. ({(text.splitlines() or [type(error).__name__])[0]})"
+        ) from error
+
+
+def check_same_values(name: str, values: Sequence[Any], remedy: str) -> None:
+    """Raise RecipeError in all processes if their `values` differ; compares SHA-256 digests."""
+    digests = all_gather(_digest(values))
+    others = [str(i) for i, other in enumerate(digests) if other != digests[0]]
+    if others:
+        raise RecipeError(
+            f"the {name} of process {', '.join(others)} differs from that of process 0; {remedy}"
+        )
+
+
+def _digest(values: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        text = json.dumps(value, sort_keys=True, default=_jsonable, ensure_ascii=False)
+        # surrogatepass: JSON of a row may hold a lone surrogate, which UTF-8 refuses
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _jsonable(value: Any) -> str:
+    """Bytes by their hash, other objects (an opened image) by their type."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(value).hexdigest()
+    return type(value).__name__
+
+
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
