@@ -1,7 +1,6 @@
-"""The error of the server: what went wrong, as an HTTP status and OpenAI's `error` object.
+"""ServeError: an HTTP status and OpenAI's error object.
 
-Border: it names kinds and cleans texts; who finds a fault writes its message. Nothing that a client
-reads holds a path or an address of memory.
+Messages are cleaned before a client sees them: no paths, no memory addresses, one line of ASCII.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ ErrorType = Literal[
 
 MAX_MESSAGE_CHARS = 300
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
-# a name with two slashes in it, one that begins with a slash, or one with a drive letter
+# A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word is left
+# alone: and/or, image/png, org/model.
 _PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?/[\w.\-~+]+(?:/[\w.\-~+]*)*|\b[A-Za-z]:\\\S+")
 
 
 class ServeError(MultiTokenError):
-    """A request that is refused or fails. `message` is cleaned; the original stands in the log.
+    """A request is refused or fails. `message` is cleaned.
 
-    `status`: of HTTP. `type`, `param`, `code`: as in OpenAI's error object. `retry_after`: seconds
-    after which the same request may succeed, where that is known. `retry`: whether a client should
-    try again by itself (`x-should-retry`); None leaves it to the client.
+    `status`: HTTP status. `type`, `param`, `code`: fields of OpenAI's error object. `retry_after`:
+    seconds until the same request may succeed, if known. `retry`: whether clients should repeat the
+    request (`x-should-retry`); None leaves that to the client.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ServeError(MultiTokenError):
         self.retry = retry
 
     def as_json(self, error_id: str | None = None) -> dict[str, Any]:
-        """OpenAI's object, with the id under which the log has the whole story."""
+        """OpenAI's error object. `error_id`: id of the request in the access log."""
         fields: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
@@ -80,8 +80,9 @@ def _type_of(status: int) -> ErrorType:
 
 
 def sanitize(text: str) -> str:
-    """Printable ASCII of one line, at most 300 characters, without paths and addresses."""
+    """Reduce a text to one line of printable ASCII, at most 300 characters, without paths."""
     text = _ADDRESS.sub("(address)", text)
     text = _PATH.sub("(path)", text)
+    # ASCII only: control characters and bidirectional marks would forge lines in a log or terminal.
     text = "".join(c if " " <= c <= "~" else ("?" if c.isprintable() else " ") for c in text)
     return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 3] + "..."

@@ -1,6 +1,8 @@
-"""uvicorn with our signals: the first lets answers end and leaves with 0, the second aborts.
+"""HTTP server: uvicorn with graceful drain and read timeouts.
 
-Border: processes and signals; what draining means to requests is the service's.
+The first SIGTERM or SIGINT drains: running requests finish, new ones get 503, the exit code is 0.
+The second aborts with exit code 1. A client that sends its headers or reads its response too slowly
+loses its connection.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ import uvicorn
 
 from multi_token.errors import MultiTokenError
 from multi_token.serve.openai.app import build_app
-from multi_token.serve.openai.middleware import http_protocol_with_timeouts
+from multi_token.serve.openai.middleware import ABORT
 
 if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
 _EXIT_ABORTED = 1
-"""The exit code after a second signal."""
+"""Exit code after a second signal."""
 _FLUSH_TIMEOUT_S = 2.0
-"""What remains, behind the shutdown timeout, to write the last events of streams."""
+"""Time after the shutdown timeout to send the last events of streams."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Listens until nothing is being answered any more, so that /ready can still say no."""
+    """uvicorn that keeps listening while it drains, so that /ready can report 503."""
 
     def __init__(self, service: Service, on_started: Callable[[], None] | None = None) -> None:
-        """`on_started`: called once, when it listens."""
+        """`on_started`: called once, when the server listens."""
         settings = service.settings
         self.service = service
         self._on_started = on_started
@@ -59,7 +61,7 @@ class DrainingServer(uvicorn.Server):
 
     @property
     def url(self) -> str:
-        """Where it listens; the port is known once it does."""
+        """Address of the server; a port of 0 is resolved once it listens."""
         sockets = [s for server in self.servers for s in server.sockets]
         port = sockets[0].getsockname()[1] if sockets else self.config.port
         host = self.config.host
@@ -67,7 +69,9 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal is not raised again behind a clean end: that leaves with 0."""
+        """Install our handlers for SIGINT and SIGTERM."""
+        # uvicorn raises the signal again after its shutdown, so a drained server would exit with
+        # 128 + 15. Supervisors take that for a crash. Here a drained server returns: exit code 0.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -81,21 +85,22 @@ class DrainingServer(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT."""
+        """Drain at the first signal, abort at the second."""
+        # os._exit: no exit handler runs, since threads of an engine may hang in native code.
         if self._loop is None or self.service.admission.is_draining:
-            os._exit(_EXIT_ABORTED)  # whatever hangs, this does not wait for it
+            os._exit(_EXIT_ABORTED)
         self.service.admission.drain()
         self._loop.call_soon_threadsafe(self._start_drain)
 
     async def startup(self, sockets: Any = None) -> None:
-        """Load, then listen. Why the service does not start is its `start_error`, not logged."""
+        """Start the service, then listen. `service.start_error` keeps the error of a failure."""
         self._loop = asyncio.get_running_loop()
         log = logging.getLogger("uvicorn.error")
         log.addFilter(self._is_worth_logging)
         try:
             await super().startup(sockets)
         except SystemExit:
-            # uvicorn's own end of a start that failed, at which nobody could say why any more
+            # uvicorn exits when the lifespan fails; the command reports `start_error` instead.
             self.should_exit = True
         finally:
             log.removeFilter(self._is_worth_logging)
@@ -103,7 +108,7 @@ class DrainingServer(uvicorn.Server):
             self._on_started()
 
     def _is_worth_logging(self, record: logging.LogRecord) -> bool:
-        """Whether a line of uvicorn's says what its caller is not told anyway."""
+        """Drop uvicorn's traceback of an error that the command prints as one sentence."""
         return not isinstance(self.service.start_error, MultiTokenError)
 
     def _start_drain(self) -> None:
@@ -111,6 +116,72 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain_and_exit(self) -> None:
         await self.service.drain(self.service.settings.shutdown_timeout_s)
-        # answers that were cut off have been told so; their last events are still to be written
+        # Requests cut off by the timeout have their error queued; it still has to be sent.
         await self.service.admission.wait_until_empty(_FLUSH_TIMEOUT_S)
         self.should_exit = True
+
+
+def http_protocol_with_timeouts(
+    header_timeout_s: float, send_timeout_s: float
+) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1 protocol, closing connections that are slow to send headers or to read.
+
+    uvicorn (0.54) limits neither the time for headers nor the time for a response's last bytes.
+    """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            app: Any = self.app
+
+            # The middleware cannot reach the transport; this is its way to abort a connection.
+            async def with_abort(scope: Any, receive: Any, send: Any) -> None:
+                scope[ABORT] = transport.abort
+                await app(scope, receive, send)
+
+            self.app = with_abort
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._drop_if_stuck()
+
+        def _drop_if_stuck(self, num_left_before: int | None = None) -> None:
+            """Abort once the unsent bytes have not shrunk for `send_timeout_s`."""
+            num_left = self.transport.get_write_buffer_size()
+            if num_left and num_left == num_left_before:
+                self.transport.abort()
+            elif num_left:
+                self.loop.call_later(send_timeout_s, self._drop_if_stuck, num_left)
+
+        def _watch(self) -> None:
+            """Run one timer from a request's first byte until its headers are complete."""
+            # More bytes do not restart the timer, or a client could send a byte a second for ever.
+            if self.conn.their_state is not h11.IDLE:
+                self._unwatch()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(header_timeout_s, self._late)
+
+        def _unwatch(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _late(self) -> None:
+            self._timer = None
+            if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
+                self.transport.close()
+
+    return TimedProtocol

@@ -29,8 +29,8 @@ from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.openai.literal import LITERAL, SpecialTokenEscaper
 from multi_token.serve.openai.messages import KINDS, MAX_CHARACTERS, MessageParser
-from multi_token.serve.openai.options import RequestParams
 from multi_token.serve.openai.output import RequestOutput
+from multi_token.serve.openai.protocol import RequestParams
 from multi_token.serve.openai.responses import TokenText, Usage
 from multi_token.serve.settings import ServeSettings
 from multi_token.types import Conversation, Media, Prepared, Sample
@@ -164,41 +164,41 @@ class Service:
         }
 
     @asynccontextmanager
-    async def generate(
+    async def submit(
         self,
         conversation: Conversation,
-        options: RequestParams,
+        params: RequestParams,
         *,
         request_id: str,
         tenant: str = "",
         deadline: Deadline,
         arrived: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The answer to a conversation, begun; left early, it is cancelled.
+        """Start generating for a conversation; leaving the context cancels what still runs.
 
-        `tenant`: whose cached media may be used. `arrived`: when the request did, by
-        `time.monotonic`. Raises ServeError for whatever keeps it from beginning.
+        `tenant`: separates cached media and prefixes. `arrived`: `time.monotonic` at the request's
+        arrival. Raises ServeError if the request cannot start.
         """
         arrived = time.monotonic() if arrived is None else arrived
-        self.check_capacity(options.n)
-        with self.admission.admit(options.n):
+        self.check_capacity(params.n)
+        with self.admission.admit(params.n):
             prompt = await self._with_deadline(self._build_prompt(conversation, tenant), deadline)
-            max_new_tokens = self._max_new_tokens(len(prompt.input_ids), options.max_tokens)
-            # clients may choose the ids of their requests, so two could choose one
-            ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(options.n)]
+            max_new_tokens = self._max_new_tokens(len(prompt.input_ids), params.max_tokens)
+            # A client chooses X-Request-Id, so two requests may have the same.
+            ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(params.n)]
             output = RequestOutput(
-                [IncrementalDetokenizer(self.processor.chat, options.stop) for _ in ids],
+                [IncrementalDetokenizer(self.processor.chat, params.stop) for _ in ids],
                 self._usage(prompt),
                 deadline,
-                end_ids=frozenset() if options.ignore_eos else self._end_ids,
+                end_ids=frozenset() if params.ignore_eos else self._end_ids,
                 cancel=lambda index: self.engine.cancel(ids[index]),
-                token_text=None if options.num_logprobs is None else self._token_text,
+                token_text=None if params.num_logprobs is None else self._token_text,
             )
             self._outputs.add(output)
             submitted = time.monotonic()
             try:
                 for index, id in enumerate(ids):
-                    sampling = options.sampling_params(index, max_new_tokens)
+                    sampling = params.sampling_params(index, max_new_tokens)
                     self.engine.submit(id, prompt, sampling, output.emit(index))
                 yield output
             finally:

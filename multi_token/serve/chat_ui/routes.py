@@ -1,44 +1,37 @@
-"""The chat page: its files, what it must know of the run, examples, and the training's report.
+"""Routes of the chat page: its files, facts about the run, examples and the training report.
 
-Border: routes under `/` and `/page`; an answer is asked for as any client does. Nothing that a
-request says names a file: examples go by their number.
+The page sends chat requests as any other client does. No request names a file: examples are
+addressed by their number.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import hmac
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from multi_token.data.files.open import load_rows, media_root
-from multi_token.data.formats import to_conversation
-from multi_token.errors import MultiTokenError
-from multi_token.media.fetch import MIB, Fetch
-from multi_token.media.sniff import sniff_kind
+from multi_token.media.fetch import MIB
 from multi_token.modalities.base import Modality
 from multi_token.modalities.joint import methods
-from multi_token.recipe.recipe import Recipe, load_recipe
 from multi_token.report import style
+from multi_token.serve.chat_ui.examples import Examples, read_examples
 from multi_token.serve.errors import ServeError
-from multi_token.serve.row_parts import bytes_of, question_of
-from multi_token.types import Conversation, Media, Message, Text
 
 if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
 PUBLIC_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/page/report"})
-"""What a browser asks for before anybody has typed a key; the report has a ticket in its place."""
+"""Paths that need no API key: the browser loads them before a key was typed. The report is opened
+with a ticket instead."""
 LOG = logging.getLogger("multi_token.serve")
 
 _NUMBERS = (".npy", ".json", ".csv", ".txt")
@@ -69,14 +62,6 @@ FILE_KINDS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
 }
 """Type of a sense -> what it takes; any file goes to a type that is not here (of a plug-in)."""
 
-MAX_EXAMPLES = 6
-_MAX_ROWS_SCANNED = 32
-_MAX_ITEM_BYTES = 4 * MIB
-_MAX_ITEMS_BYTES = 32 * MIB
-_MAX_JSON_BYTES = 64 * MIB
-"""A larger list of rows would have to be parsed whole for the sake of six."""
-_CHARS_PER_SAVED_BYTE = ("dataset_dict.json", "state.json")
-"""What a folder has that `datasets` has saved."""
 _MAX_REPORT_BYTES = 64 * MIB
 _TICKET_TTL_S = 12 * 3600.0
 _HTML = "text/html; charset=utf-8"
@@ -106,22 +91,8 @@ _ITEM_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Rows of a run's data that are still there, as the page shows them, and their items' bytes."""
-
-    rows: Sequence[dict[str, Any]] = ()
-    items: Sequence[bytes] = field(default=(), repr=False)
-
-    @functools.cached_property
-    def system(self) -> str | None:
-        """The system message that all of them have, if they do."""
-        load_examples = {row["system"] for row in self.rows}
-        return load_examples.pop() if len(load_examples) == 1 else None
-
-
 def add_chat_routes(app: FastAPI, service: Service) -> None:
-    """The page's routes. They are not in the description of the API."""
+    """Add the page's routes, which the OpenAPI document leaves out."""
     settings = service.settings
     folder = settings.run_folder
     report = None if folder is None else folder / "report.html"
@@ -211,136 +182,6 @@ def accepted_kinds(modality: Modality) -> list[dict[str, Any]]:
         }
         for kind in kinds
     ]
-
-
-def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Examples:
-    """At most six rows of the run's own data, held-out ones first, whose items can be read.
-
-    Only files of this machine: a name on the hub is not asked for. What cannot be read is left out.
-    """
-    if folder is None or not (folder / "recipe.yaml").is_file():
-        return Examples()
-    try:
-        recipe = load_recipe(folder / "recipe.yaml")
-    except MultiTokenError as error:
-        LOG.warning("no examples on the page: %s", error)
-        return Examples()
-    rows: list[dict[str, Any]] = []
-    items: list[bytes] = []
-    seen: set[str] = set()
-    for conversation, fetch, is_held_out in _example_candidates(recipe, modalities):
-        messages, answer = question_of(conversation)
-        try:
-            row, own = _build_example(messages, answer, modalities, fetch, first=len(items))
-        except (MultiTokenError, OSError):
-            continue
-        if row is None or (look := _appearance(row)) in seen:
-            continue
-        if sum(map(len, (*items, *own))) > _MAX_ITEMS_BYTES:
-            continue
-        seen.add(look)
-        rows.append({**row, "held_out": is_held_out})
-        items += own
-        if len(rows) == MAX_EXAMPLES:
-            break
-    return Examples(rows, items)
-
-
-def _example_candidates(
-    recipe: Recipe, modalities: Mapping[str, Modality]
-) -> Iterator[tuple[Conversation, Fetch, bool]]:
-    """Rows of all sources in turn, and whether they were held out: one of each, then the next."""
-    sources = [
-        (_conversations_of(source.rows, source.split, modalities), is_held_out)
-        for is_held_out, named in ((True, recipe.data.eval), (False, recipe.data.train))
-        for source in named
-    ]
-    while sources:
-        for source in list(sources):
-            rows, is_held_out = source
-            row = next(rows, None)
-            if row is None:
-                sources.remove(source)
-            else:
-                yield *row, is_held_out
-
-
-def _conversations_of(
-    source: str, split: str, modalities: Mapping[str, Modality]
-) -> Iterator[tuple[Conversation, Fetch]]:
-    """Up to 32 conversations of a source, spread over it."""
-    if not _is_indexable(Path(source).expanduser()):
-        return
-    try:
-        rows = load_rows(source, split=split)
-        fetch = Fetch(root=media_root(source), max_bytes=_MAX_ITEM_BYTES, allow_urls=False)
-    except (MultiTokenError, OSError, ValueError) as error:
-        LOG.warning("no examples of %s: %s", source, error)
-        return
-    num = min(_MAX_ROWS_SCANNED, len(rows))
-    for i in range(num):
-        try:
-            index = i * len(rows) // num
-            yield to_conversation(rows[index], list(modalities), row_id=str(index)), fetch
-        except MultiTokenError:
-            continue
-
-
-def _is_indexable(path: Path) -> bool:
-    """Whether rows can be read by their number: they are here, and not in shards to be unpacked."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in _CHARS_PER_SAVED_BYTE)
-    if path.suffix.lower() == ".json":
-        return path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES
-    return path.is_file() and path.suffix.lower() in (".jsonl", ".parquet")
-
-
-def _build_example(
-    messages: Sequence[Message],
-    answer: str,
-    modalities: Mapping[str, Modality],
-    fetch: Fetch,
-    *,
-    first: int,
-) -> tuple[dict[str, Any] | None, list[bytes]]:
-    """A row with one question, and its items, numbered from `first`; None for other rows."""
-    systems = [m for m in messages if m.role == "system"]
-    users = [m for m in messages if m.role == "user"]
-    if len(users) != 1 or len(systems) > 1 or len(messages) != len(systems) + 1:
-        return None, []
-    parts: list[dict[str, Any]] = []
-    items: list[bytes] = []
-    for part in users[0].parts:
-        if isinstance(part, Text):
-            parts.append({"text": part.text})
-            continue
-        assert isinstance(part, Media)
-        is_text = getattr(modalities[part.modality], "strings", None) == "text"
-        data = bytes_of(part.source, fetch, is_text=is_text)
-        number = first + len(items)
-        parts.append({"modality": part.modality, "item": number, "shown": _browser_kind(data)})
-        items.append(data)
-    system = _text_of(systems[0]) if systems else None
-    return {"system": system, "parts": parts, "answer": answer[:200]}, items
-
-
-def _text_of(message: Message) -> str:
-    return "".join(part.text for part in message.parts if isinstance(part, Text))
-
-
-def _appearance(row: Mapping[str, Any]) -> str:
-    """What a person sees of a card: two that look the same say nothing new."""
-    words = "".join(part.get("text", "<>") for part in row["parts"])
-    return f"{words} -> {row['answer']}"
-
-
-def _browser_kind(data: bytes) -> str:
-    """How a browser shows an item: its kind, or `file`."""
-    try:
-        kind = sniff_kind(data)
-    except MultiTokenError:
-        return "file"
-    return "file" if kind == "text" else kind
 
 
 def _ticket(secret: bytes) -> str:

@@ -1,7 +1,8 @@
-"""Media items of requests -> what their encoders take, decoded by worker processes under limits.
+"""Pool of media workers: media items of requests -> encoder input, decoded under limits.
 
-Border: it reads addresses, hands bytes to processes and names their faults. What bytes mean is the
-modalities'; one item never takes another down.
+    item -> reader threads (download, data: URLs) -> queue -> one thread per worker process
+
+Workers never get a path or a URL, only bytes. An item that kills its worker fails alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from multi_token.media.fetch import Fetch
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media import worker as media_worker
 from multi_token.serve.media.limits import MediaLimits, apply_limits
 from multi_token.serve.media.protocol import encode_frame, serialize_source
 from multi_token.serve.media.samples import warm_up
+from multi_token.serve.media.sandbox import CAN_FORK
 from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media.worker_process import (
     DecodeRequest,
@@ -40,13 +41,13 @@ from multi_token.types import Media, Prepared
 
 GIB = 1024**3
 _MAX_WAITING_PER_WORKER = 16
-"""Of the largest size."""
+"""Items of the largest size that may wait for each worker."""
 _JSON_BYTES_PER_NUMBER = 32
-"""Bytes, at most."""
+"""Upper bound of a number's length in JSON."""
 _MAX_READERS = 8
-"""Addresses that are downloaded at once."""
+"""Concurrent downloads."""
 _SOURCES = frozenset(("path", "bytes", "array", "image", "audio", "video"))
-"""Keys of an object whose values are sources; a text under another key is a text."""
+"""Keys of an object whose values are sources; a string under another key is plain text."""
 _MAX_DEPTH = 16
 _ADDRESS = re.compile("data:|https?://", re.IGNORECASE)
 
@@ -60,12 +61,11 @@ class _DecodeJob:
 
 
 class MediaPool:
-    """Worker processes that load and prepare items, each with its own memory and time.
+    """Worker processes that load and prepare items, each with its own memory and time limit.
 
-    `timeout_s`: the longest that one item may take in a worker. `memory_bytes`: what it may take
-    there beyond what the libraries take (Linux; elsewhere memory is not limited). `urls`: which
-    addresses are read. `fork`: whether each worker decodes in a fork of itself, which is replaced
-    at once where an item has harmed it; None: where the system can. A pool is started once.
+    `timeout_s`: time limit of one item in a worker. `memory_bytes`: memory limit of one item,
+    libraries not counted (Linux; not enforced elsewhere). `urls`: hosts that may be fetched from.
+    `fork`: decode in a fork of each worker; None: where the system supports it. Starts once.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class MediaPool:
             "max_request_bytes": 2 * self.limits.max_bytes
             + _JSON_BYTES_PER_NUMBER * self.limits.max_numbers,
             "max_prepared_bytes": self.limits.max_prepared_bytes,
-            "fork": media_worker.CAN_FORK if fork is None else fork,
+            "fork": CAN_FORK if fork is None else fork,
         }
         self._lock = threading.Lock()
         self._num_queued_bytes = 0
@@ -108,20 +108,21 @@ class MediaPool:
 
     @property
     def num_waiting(self) -> int:
-        """Items that no worker has taken yet."""
+        """Items waiting for a worker."""
         return self._jobs.qsize()
 
     def start(self) -> None:
-        """Start the workers, and wait until the first has loaded its libraries: the others do so
-        when it has, so that they take no cores from what else starts. Raises MultiTokenError.
-        """
-        if not media_worker.CAN_FORK:
-            _log.warning("the memory of media workers is not limited on %s", sys.platform)
+        """Start the workers and wait until the first is ready. Raises MultiTokenError."""
+        if not CAN_FORK:
+            _log.warning("memory of media workers is not limited on %s", sys.platform)
+        # The others start in their threads once the first is ready: loading libraries in all of
+        # them at once would take the cores from the engine, which starts at the same time.
         self._workers[0].launch()
         for modality in self.modalities.values():
             encoder = getattr(modality, "encoder", None)
             if isinstance(encoder, str) and not os.path.isdir(encoder):
-                warm_up(modality)  # fetches what the hub has of its processor; workers ask nobody
+                # Downloads the processor of a hub name here: workers run offline.
+                warm_up(modality)
         try:
             self._workers[0].wait_ready()
         except MultiTokenError:
@@ -138,7 +139,7 @@ class MediaPool:
             thread.start()
 
     def stop(self) -> None:
-        """End the workers; items that wait or are being decoded fail with a 503."""
+        """End the workers; waiting and running items fail with 503."""
         for _ in self._threads:
             self._jobs.put(None)
         for worker in self._workers:
@@ -156,25 +157,26 @@ class MediaPool:
             self._reader_pool = None
 
     async def prepare(self, item: Media, totals: RequestMediaBudget | None = None) -> Prepared:
-        """One item -> what its encoder takes. `totals`: of the request that it belongs to, which
-        knows already how many bytes were sent with it.
+        """One item -> encoder input. `totals`: budget of its request, sent bytes counted already.
 
-        Raises ServeError: 400 for media that cannot be read or decoded, 413 where all items of the
-        request are too much, 422 for an item that takes too much time or memory or ends its
-        decoder, 429 where too much waits, 503 where the pool is stopped. Cancelled, it gives up its
-        place in the queue; what a worker has begun is thrown away.
+        Raises ServeError: 400 for media that cannot be read or decoded, 413 if the request's items
+        exceed their budget, 422 for an item that exceeds time or memory or crashes its decoder, 429
+        if the queue is full, 503 if the pool is stopped. Cancelling takes a waiting item out of the
+        queue; the result of a running one is dropped.
         """
         if self._reader_pool is None or not self._threads:
             raise stopped_error()
         if item.modality not in self.modalities:
-            raise ServeError(f"this model has no sense named {item.modality!r}", status=400)
+            raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(self._reader_pool, self._build_job, item)
-        if totals is not None and not isinstance(item.source, bytes):  # it was downloaded
+        # Bytes that came in the body were counted before; a download is known only now.
+        if totals is not None and not isinstance(item.source, bytes):
             totals.add(MediaSize(bytes=len(job.item.data)))
         self._reserve(job)
         self._jobs.put(job)
-        if not self._threads:  # stopped in between: nobody would take it
+        # stop() empties the queue once: a job put after it would wait for ever.
+        if not self._threads:
             job.result.cancel()
             raise stopped_error()
         decoded = await asyncio.wrap_future(job.result)
@@ -183,15 +185,19 @@ class MediaPool:
         return decoded.prepared
 
     def _reserve(self, job: _DecodeJob) -> None:
-        """What waits is in memory, so there is a limit to it. Raises ServeError (429)."""
+        """Count the job's bytes until it ends. Raises ServeError (429) when too many wait."""
         num_bytes = len(job.item.data)
         with self._lock:
+            # An empty queue takes any item: one item may be larger than the queue's share.
             if (
                 self._num_queued_bytes
                 and self._num_queued_bytes + num_bytes > self._max_queued_bytes
             ):
                 raise ServeError(
-                    "too much media waits to be decoded", status=429, code="busy", retry_after=1.0
+                    "too many media items wait for decoding; try again later",
+                    status=429,
+                    code="busy",
+                    retry_after=1.0,
                 )
             self._num_queued_bytes += num_bytes
 
@@ -202,13 +208,13 @@ class MediaPool:
         job.result.add_done_callback(release)
 
     def _build_job(self, item: Media) -> _DecodeJob:
-        """The item with bytes in place of addresses."""
+        """Resolve the item's URLs to bytes and build its frame. Raises ServeError (400)."""
         try:
             source = self._resolve_source(item.source, self.modalities[item.modality])
             tree, blobs = serialize_source(source, max_numbers=self.limits.max_numbers)
             if sum(map(len, blobs)) > self.limits.max_bytes:
                 raise MediaError(
-                    f"an item of {sum(map(len, blobs)):,} bytes was sent, and the limit is "
+                    f"the item has {sum(map(len, blobs)):,} bytes, and the limit is "
                     f"{self.limits.max_bytes:,}; send a smaller one",
                     kind="undecodable",
                 )
@@ -220,16 +226,17 @@ class MediaPool:
     def _resolve_source(
         self, source: Any, modality: Modality, *, depth: int = 0, text: bool = False
     ) -> Any:
-        """A source without addresses: what they name is read here, and no file of this machine.
+        """Replace every URL in a source by its bytes; files of this machine are refused.
 
-        `text`: whether a text in it is only that, and names nothing.
+        `text`: strings at this level are plain text, not addresses.
         """
+        # Some modalities (documents) take a bare string as text, not as the name of a file.
         if isinstance(source, str) and depth == 0:
-            text = modality.named_file(source) is None  # a sense whose strings are texts
+            text = modality.named_file(source) is None
         if isinstance(source, (str, os.PathLike)):
             return source if text and isinstance(source, str) else self._fetch_address(source)
         if depth > _MAX_DEPTH:
-            return source  # deeper than any source; `serialize_source` refuses it
+            return source  # `serialize_source` refuses it with an error
         if isinstance(source, Mapping):
             return {
                 key: self._resolve_source(
@@ -246,7 +253,7 @@ class MediaPool:
     def _fetch_address(self, address: Any) -> bytes:
         if not isinstance(address, str) or not _ADDRESS.match(address):
             raise MediaError(
-                "expected the bytes, or a data: address; files of this machine are never read",
+                "expected bytes or a data: URL; the server never reads its own files",
                 kind="missing_file",
             )
         return self._fetch.read(address)
@@ -256,18 +263,19 @@ class MediaPool:
             worker.try_start()
         while (job := self._jobs.get()) is not None:
             if not job.result.set_running_or_notify_cancel():
-                continue  # its client has left
+                continue  # cancelled: the client has disconnected
             try:
                 job.result.set_result(worker.prepare(job.item))
             except ServeError as error:
                 job.result.set_exception(error)
-            except Exception as error:  # noqa: BLE001 - the thread lives on, the item hears of it
-                _log.exception("a media worker's answer could not be read")
+            # An error here must not end the thread: its worker would never be used again.
+            except Exception as error:  # noqa: BLE001
+                _log.exception("the reply of a media worker could not be parsed")
                 job.result.set_exception(media_error(job.item.modality, type(error).__name__))
 
 
 def _unregistered_classes(modalities: Any) -> list[tuple[str, str, str]]:
-    """Kind, name and place of the classes, for those that are registered in this process alone."""
+    """(kind, name, module:class) of each class, for those registered by a call in this process."""
     found: list[tuple[str, str, str]] = []
     for modality in modalities:
         for kind, thing in (("modality", modality), ("projector", modality.projector)):
@@ -277,12 +285,10 @@ def _unregistered_classes(modalities: Any) -> list[tuple[str, str, str]]:
 
 
 def _readable_folders(modalities: Any) -> list[str]:
-    """What a worker may open: Python's folders, those of packages here, and those of encoders.
-
-    Not all of `sys.path`: the folder in which the server was started may be on it.
-    """
+    """Folders a worker may read: Python, imported packages, the hub's cache, local encoders."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    # Not sys.path: it may contain the folder in which the server was started, with a user's files.
     found = [sys.prefix, sys.base_prefix, HF_HUB_CACHE]
     for name in {name.partition(".")[0] for name in sys.modules}:
         module = sys.modules.get(name)

@@ -1,7 +1,8 @@
-"""What travels between the server and its media workers: frames, and sources without their bytes.
+"""Frames between the server and its media workers: a JSON header and raw bytes, no pickles.
 
-Border: JSON and raw bytes, nothing that could run. Who sends what is media_pool.py's and
-media_worker.py's.
+    frame length (8 bytes) | header length (8 bytes) | header (JSON, with "sizes") | blobs
+
+Both sides parse frames with bounds, since a decoder that was taken over may write any bytes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Any
 from multi_token.errors import MediaError
 
 _LENGTH = struct.Struct(">Q")
-_PIECE = 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024
 _MAX_DEPTH = 16
 
 
 def encode_frame(header: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    """The length of all that follows, the length of the header, it in JSON, and the blobs."""
+    """Encode a header and its blobs as one frame."""
     text = json.dumps({**header, "sizes": [len(blob) for blob in blobs]}).encode("ascii")
     body = [_LENGTH.pack(len(text)), text, *blobs]
     return b"".join([_LENGTH.pack(sum(map(len, body))), *body])
 
 
 def read_frame(read: Callable[[int], bytes], *, most: int) -> bytes | None:
-    """The next frame, as `encode_frame` made it; None where the input ends.
+    """Read the next frame; None at the end of the input.
 
-    `read`: at most so many bytes, none at the end. Raises EOFError for half a frame and ValueError
-    for one longer than `most`.
+    `read(n)` returns up to n bytes, and none at the end. Raises EOFError for an incomplete frame
+    and ValueError for one longer than `most` bytes.
     """
     start = read(_LENGTH.size)
     if not start:
@@ -37,40 +38,41 @@ def read_frame(read: Callable[[int], bytes], *, most: int) -> bytes | None:
     start += _read_exactly(read, _LENGTH.size - len(start))
     (length,) = _LENGTH.unpack(start)
     if length > most:
-        raise ValueError(f"a frame of {length} bytes")
+        raise ValueError(f"a frame of {length} bytes, more than {most}")
     return start + _read_exactly(read, length)
 
 
-def decode_frame(whole: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """The header and the blobs of a frame. Raises ValueError, LookupError or TypeError."""
+def decode_frame(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Split a frame into header and blobs. Raises ValueError, LookupError or TypeError."""
     start = 2 * _LENGTH.size
-    (length,) = _LENGTH.unpack(whole[_LENGTH.size : start])
-    header = json.loads(whole[start : start + length])
+    (length,) = _LENGTH.unpack(frame[_LENGTH.size : start])
+    header = json.loads(frame[start : start + length])
     at = start + length
     blobs: list[bytes] = []
     for size in header.pop("sizes"):
-        blobs.append(whole[at : at + size])
+        blobs.append(frame[at : at + size])
         at += size
-    if at != len(whole):
-        raise ValueError("a frame of another length than its header says")
+    if at != len(frame):
+        raise ValueError("the frame's length differs from the sum of its header's sizes")
     return header, blobs
 
 
 def _read_exactly(read: Callable[[int], bytes], size: int) -> bytes:
+    # In chunks: a header that claims a huge size must not allocate it before the bytes arrive.
     data = bytearray()
     while len(data) < size:
-        piece = read(min(size - len(data), _PIECE))
-        if not piece:
-            raise EOFError("half a frame")
-        data += piece
+        chunk = read(min(size - len(data), _CHUNK_BYTES))
+        if not chunk:
+            raise EOFError("an incomplete frame")
+        data += chunk
     return bytes(data)
 
 
 def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]]:
-    """A source as JSON, and the bytes in it, which the JSON names by their place.
+    """Split a source into a JSON tree and its bytes; the tree holds the index of each blob.
 
-    Lists, mappings with names as keys, texts, numbers and bytes may be nested. Raises MediaError
-    for anything else, and for more than `max_numbers` numbers.
+    A source is bytes, text, a number, or nested lists and mappings of them. Raises MediaError for
+    anything else, and for more than `max_numbers` list items.
     """
     blobs: list[bytes] = []
     num_left = max_numbers
@@ -78,20 +80,21 @@ def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]
     def pack(value: Any, depth: int) -> Any:
         nonlocal num_left
         if depth > _MAX_DEPTH:
-            raise _frame_error(f"expected at most {_MAX_DEPTH} lists inside each other, got more")
+            raise _frame_error(f"lists are nested more than {_MAX_DEPTH} levels deep")
         if isinstance(value, (bytes, bytearray, memoryview)):
             blobs.append(bytes(value))
             return {"bytes": len(blobs) - 1}
         if isinstance(value, Mapping):
             if not all(isinstance(key, str) for key in value):
-                raise _frame_error("expected names as keys of an object")
+                raise _frame_error("expected strings as keys of an object")
             return {"object": {key: pack(inner, depth + 1) for key, inner in value.items()}}
         if isinstance(value, (list, tuple)):
             num_left -= len(value)
             if num_left < 0:
                 raise _frame_error(
-                    f"there are more than {max_numbers:,} numbers, which is the limit; give a part"
+                    f"the item has more than {max_numbers:,} numbers, the limit; send a part of it"
                 )
+            # Long series: one check instead of a call of `pack` for each number.
             if all(type(inner) in (int, float) for inner in value):
                 return list(value)
             return [pack(inner, depth + 1) for inner in value]
@@ -105,7 +108,7 @@ def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]
 
 
 def deserialize_source(tree: Any, blobs: Sequence[bytes]) -> Any:
-    """The source again."""
+    """Rebuild the source from its tree and blobs."""
     if isinstance(tree, list):
         return [deserialize_source(inner, blobs) for inner in tree]
     if not isinstance(tree, dict):

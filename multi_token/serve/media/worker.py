@@ -1,10 +1,12 @@
-"""A process that decodes what strangers send: `python -m multi_token.serve.media.worker`.
+"""Child side of a media worker: `python -m multi_token.serve.media.worker`.
 
-Border: bytes in, inputs of encoders out, over its standard input and output (wire.py). It opens no
-file or address that a request names. media_process.py starts it, and ends it.
+Frames (`protocol.py`) come in on standard input and go out on standard output. On Linux the process
+loads the modalities once and decodes in a fork of itself:
 
-Where the system can (Linux), a fork of the warm process decodes, and a new one takes its place in
-milliseconds as soon as an item has harmed it.
+    server  <-frames->  worker (libraries loaded)  <-frames->  fork (sandboxed, decodes)
+
+An item that harms the fork (memory, time, crash) costs a new fork, which takes milliseconds.
+Elsewhere the worker itself enters the sandbox and decodes.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ from multi_token.serve.media.protocol import (
     read_frame,
 )
 from multi_token.serve.media.samples import warm_up
+from multi_token.serve.media.sandbox import MAX_FILES, enter_sandbox, limit_cpu
 from multi_token.serve.media.sizes import size_of
 
-CAN_FORK = sys.platform == "linux"
-"""Elsewhere a fork of a process with many libraries in it is not safe."""
 _ITEMS_PER_FORK = 1_000
-"""After which a fork is replaced, whatever may have gathered in it."""
+"""Items after which a fork is replaced, so that leaks of decoders do not add up."""
 _PIPE_CHUNK_BYTES = 1024 * 1024
-_MAX_FILES = 64
-_INBOX, _OUTBOX = _MAX_FILES - 2, _MAX_FILES - 1
-"""Descriptors of a fork, away from those that libraries print to."""
+_INBOX, _OUTBOX = MAX_FILES - 2, MAX_FILES - 1
+"""Pipe descriptors of a fork, far from 0 to 2, which libraries print to."""
 _SLACK_BYTES = 1024 * 1024
-"""By which an answer may be longer than what it holds."""
+"""Bytes a reply may have beyond its tensors: header, safetensors metadata."""
+_CONTINUES = b"+"
+_NO_REPLY = encode_frame({"nothing": True})
 
 
 def main() -> int:
-    """Set up, say `ready`, then answer item after item until the input ends."""
+    """Load the modalities, report `ready`, then decode item after item until the input ends."""
     inbox, outbox = _claim_pipes()
     first = read_frame(inbox.read, most=_SLACK_BYTES)
     if first is None:
@@ -51,9 +53,12 @@ def main() -> int:
     try:
         modalities = build_modalities(setup)
         fork = ForkedWorker(modalities, setup) if setup["fork"] else None
+        # Containers may forbid setrlimit: the fork dies then, and should at startup, not later.
         if fork and decode_frame(fork.decode(_NO_REPLY))[0].get("fault") == "died":
-            raise OSError("this system does not let a fork limit itself")
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the server has to say it
+            raise OSError("this system does not let a fork limit its own resources")
+    # Any error at all, even SystemExit of a plug-in: the parent logs the frame and refuses to
+    # start. stderr goes to /dev/null, so a traceback would be lost.
+    except BaseException as error:  # noqa: BLE001
         outbox.write(encode_frame({"failed": f"{type(error).__name__}: {error}"[:2000]}))
         outbox.flush()
         return 1
@@ -68,7 +73,7 @@ def main() -> int:
 
 
 def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the modalities and load what they decode with, so that the first item is not slow."""
+    """Build the modalities and load their processors and decoders before the first item."""
     import torch
 
     from multi_token import registry
@@ -76,12 +81,14 @@ def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
 
     sys.path[:] = setup["path"]
     torch.set_num_threads(1)
-    with suppress(ImportError):  # it would take a thread for each core, and memory for each thread
+    # Pillow's AVIF decoder starts a thread for each core, and each thread takes address space.
+    with suppress(ImportError):
         from PIL import AvifImagePlugin
 
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     for kind, name, where in setup["classes"]:
-        if name not in registry.registered_names(kind):  # registered in the server's process alone
+        # A class that the server's process registered by a call has no entry point to find here.
+        if name not in registry.registered_names(kind):
             module, _, attribute = where.partition(":")
             add = registry.register_modality if kind == "modality" else registry.register_projector
             add(name, getattr(import_module(module), attribute))
@@ -92,43 +99,45 @@ def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
     for modality in modalities.values():
         warm_up(modality)
     if not setup["fork"]:
-        _sandbox(setup)
+        enter_sandbox(setup)
     return modalities
 
 
 class ForkedWorker:
-    """A copy of this process that decodes, and is replaced after an item that went badly."""
+    """A sandboxed fork of this process that decodes; replaced after an item that harmed it."""
 
     def __init__(self, modalities: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
         self.modalities = modalities
         self.setup = setup
         self.max_bytes = setup["max_prepared_bytes"] + _SLACK_BYTES
+        # Frozen objects are left alone by the garbage collector, so forks share their pages.
         gc.collect()
-        gc.freeze()  # what is loaded stays, and what nobody visits is not copied
+        gc.freeze()
         self._fork()
 
     def decode(self, request: bytes) -> bytes:
-        """The frame that the copy answers with, or one that says how it ended."""
+        """Return the fork's reply frame, or a frame that names how the fork failed."""
         deadline = time.monotonic() + self.setup["timeout_s"]
-        if os.waitpid(self.child, os.WNOHANG) != (0, 0):  # ended while there was nothing to do
+        # The fork may have been killed while idle, for instance by the kernel's OOM killer.
+        if os.waitpid(self.child, os.WNOHANG) != (0, 0):
             self._close()
             self._fork()
-        whole, goes_on = None, False
+        reply, continues = None, False
         try:
             _write_all(self.writer, request)
-            whole = read_frame(
+            reply = read_frame(
                 lambda size: _read_before(deadline, self.reader, size), most=self.max_bytes
             )
-            # a last byte says that it goes on; of one that has ended there is none
-            goes_on = whole is not None and self._continues()
+            # The fork sends one more byte if it goes on; a complete reply alone does not say so.
+            continues = reply is not None and self._continues()
         except TimeoutError:
-            whole = encode_frame({"fault": "time"})
+            reply = encode_frame({"fault": "time"})
         except (OSError, EOFError, ValueError):
-            pass  # what has died says no more
-        if not goes_on:
+            pass  # the fork died and left half a frame or none: there is no reply
+        if not continues:
             self.kill()
             self._fork()
-        return whole or encode_frame({"fault": "died"})
+        return reply or encode_frame({"fault": "died"})
 
     def _continues(self) -> bool:
         try:
@@ -144,31 +153,34 @@ class ForkedWorker:
             try:
                 os.dup2(inbox, _INBOX)
                 os.dup2(outbox, _OUTBOX)
-                os.closerange(3, _INBOX)  # the way to the server is not its own
-                _sandbox(self.setup)
+                # Everything else is closed, above all the worker's own pipes to the server.
+                os.closerange(3, _INBOX)
+                enter_sandbox(self.setup)
                 self._child_loop()
             finally:
+                # _exit: the worker's exit handlers and buffers must not run twice.
                 os._exit(0)
         os.close(inbox)
         os.close(outbox)
 
     def _child_loop(self) -> None:
-        """In the copy: item after item, until one goes badly."""
+        """Inside the fork: decode item after item until one goes wrong."""
         inbox = os.fdopen(_INBOX, "rb")
         for num_left in reversed(range(_ITEMS_PER_FORK)):
             request = read_frame(inbox.read, most=self.setup["max_request_bytes"])
             if request is None:
                 return
-            _limit_cpu(self.setup["timeout_s"])
-            answer, is_well = decode_item(self.modalities, request, self.setup)
+            limit_cpu(self.setup["timeout_s"])
+            reply, is_well = decode_item(self.modalities, request, self.setup)
+            # Two items at once would not fit the memory limit: this one goes before the next.
             del request
-            _write_all(_OUTBOX, answer)
+            _write_all(_OUTBOX, reply)
             if not is_well or not num_left:
                 return
             _write_all(_OUTBOX, _CONTINUES)
 
     def kill(self) -> None:
-        """Nothing is left of the copy."""
+        """End the fork, reap it and close its pipes."""
         os.kill(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
         self._close()
@@ -178,16 +190,12 @@ class ForkedWorker:
         os.close(self.writer)
 
 
-_CONTINUES = b"+"
-_NO_REPLY = encode_frame({"nothing": True})
-
-
 def decode_item(
     modalities: Mapping[str, Any], request: bytes, setup: Mapping[str, Any]
 ) -> tuple[bytes, bool]:
-    """Decode one item here -> the frame of its answer, and whether all went as it should.
+    """Decode one item -> its reply frame, and whether this process may take another item.
 
-    A refusal is as it should be. Faults become frames, whatever they are.
+    A refused item is a normal reply. Every error becomes a frame, so nothing is raised.
     """
     from safetensors.torch import save
 
@@ -204,28 +212,31 @@ def decode_item(
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
         if num_bytes > setup["max_prepared_bytes"]:
             raise MediaError(
-                f"the item would become {num_bytes:,} bytes for its encoder, and the limit is "
+                f"the item becomes {num_bytes:,} bytes of encoder input, and the limit is "
                 f"{setup['max_prepared_bytes']:,}; send a smaller one",
                 kind="undecodable",
             )
-        # copies: safetensors refuses tensors that share memory
+        # clone: safetensors refuses tensors that share memory
         tensors = {key: t.detach().contiguous().clone() for key, t in prepared.inputs.items()}
-        told = {"num_features": int(prepared.num_features), "size": size}
-        return encode_frame(told, [save(tensors)]), True
+        fields = {"num_features": int(prepared.num_features), "size": size}
+        return encode_frame(fields, [save(tensors)]), True
     except MediaError as error:
         return encode_frame({"fault": "media", "message": str(error)}), True
     except MultiTokenError as error:
         return encode_frame({"fault": "setup", "message": str(error)}), True
     except MemoryError:
         return encode_frame({"fault": "memory"}), False
-    except BaseException as error:  # noqa: BLE001 - a decoder may raise anything, a panic of Rust's
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's
+    # A decoder may raise anything: a Rust panic is a BaseException. The parent logs the frame, and
+    # this process takes no further item.
+    except BaseException as error:  # noqa: BLE001
+        # torch raises RuntimeError, not MemoryError, when its allocator fails.
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             return encode_frame({"fault": "memory"}), False
         return encode_frame({"fault": "error", "message": type(error).__name__}), False
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Input and output for frames; what a library prints goes nowhere."""
+    """Take standard input and output for frames; what a library prints goes to /dev/null."""
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -234,7 +245,7 @@ def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _read_before(deadline: float, descriptor: int, size: int) -> bytes:
-    """At most so many bytes of a pipe. Raises TimeoutError."""
+    """Read up to `size` bytes of a pipe. Raises TimeoutError after `deadline` (monotonic)."""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         if not selector.select(max(0.0, deadline - time.monotonic())):
@@ -243,87 +254,10 @@ def _read_before(deadline: float, descriptor: int, size: int) -> bytes:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
+    # memoryview: os.write may write a part, and slices of bytes would copy the rest each time
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view[:_PIPE_CHUNK_BYTES]) :]
-
-
-def _sandbox(setup: Mapping[str, Any]) -> None:
-    """Give this process its memory, its time, and no way to files, programs or networks.
-
-    Python's audit events (PEP 578) do not see what a library does in C: there, the limits hold.
-    """
-    _limit_resources(setup["memory_bytes"], fork=setup["fork"])
-    roots = tuple(os.path.realpath(root) + os.sep for root in setup["readable"])
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.listdir", "os.scandir"):
-            path = "." if arguments[0] is None else arguments[0]
-            if isinstance(path, int):
-                return  # a descriptor that is open already
-            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            real = os.path.realpath(os.fsdecode(path)) + os.sep
-            if real not in _DEVICES and (writes or not real.startswith(roots)):
-                raise PermissionError("no file is opened here")
-        elif event.startswith(_CLOSED):
-            raise PermissionError("no program, network or file is reached from here")
-
-    sys.addaudithook(audit)
-
-
-_DEVICES = tuple(f"/dev/{name}{os.sep}" for name in ("null", "urandom", "random"))
-_CLOSED = (
-    "socket.",
-    "subprocess.",
-    "os.chmod",
-    "os.chown",
-    "os.exec",
-    "os.fork",
-    "os.kill",
-    "os.link",
-    "os.mkdir",
-    "os.posix_spawn",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.spawn",
-    "os.symlink",
-    "os.system",
-    "os.truncate",
-)
-
-
-def _limit_cpu(timeout_s: float) -> None:
-    """So that an item ends even where nobody is left who would end it."""
-    import resource
-
-    most = int(time.process_time() + timeout_s) + 3
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or most <= hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
-
-
-def _limit_resources(memory_bytes: int, *, fork: bool) -> None:
-    if sys.platform == "win32":
-        return
-    import resource
-
-    def lower_limit(kind: int, most: int) -> None:
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
-
-    lower_limit(resource.RLIMIT_CORE, 0)
-    lower_limit(resource.RLIMIT_FSIZE, 0)
-    lower_limit(resource.RLIMIT_NOFILE, _MAX_FILES)
-    if sys.platform == "linux":  # other systems have no limit of address space that holds
-        with open("/proc/self/statm", encoding="ascii") as file:
-            num_pages = int(file.read().split()[0])
-        lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory_bytes)
-        if fork:
-            # where the machine runs out of memory, this one goes first
-            with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-                file.write("1000")
 
 
 if __name__ == "__main__":

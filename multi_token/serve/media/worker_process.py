@@ -1,7 +1,7 @@
-"""One process that decodes media: started, spoken to, ended where it takes too long.
+"""Parent side of one media worker: starts the process, exchanges frames, ends it when it hangs.
 
-Border: frames and faults. What the process does inside is media_worker.py's; which item it gets,
-media_pool.py's.
+Every failure of the process (timeout, memory, crash, refusal) becomes a ServeError of its item. The
+next item starts a new process.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from multi_token.serve.media.totals import MediaSize
 from multi_token.types import Prepared
 
 _START_S = 300.0
-"""The longest that libraries and processors may take to load."""
+"""Time limit for loading libraries and processors."""
 _GRACE_S = 5.0
-"""After which a process is ended that should have ended an item itself."""
+"""Added to the item's time limit where the worker enforces that limit on its fork itself."""
 _MAX_HEADER = 1024 * 1024
 _KEPT_ENVIRONMENT = (
     "PATH",
@@ -56,10 +56,10 @@ _KEPT_ENVIRONMENT_PREFIXES = (
     "TRANSFORMERS_",
     "TORCH_",
 )
-"""Of the environment: what finds libraries and caches. A key or token is not for a decoder."""
+"""Environment a worker inherits: what finds libraries and caches, and no key or token."""
 
 _PATH_IN_MESSAGE = re.compile(r"\S*[/\\]\S+")
-"""What may be a path, an address or bytes, in a sentence of a decoder."""
+"""Words of a decoder's message that may be a path or an address."""
 _PACKAGE_PARENT = str(Path(media_worker.__file__).resolve().parents[2])
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What a worker is asked: the item's modality and its frame."""
+    """One item: the name of its modality, and its frame."""
 
     modality: str
     data: bytes
@@ -75,30 +75,31 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """What a worker made of an item, and what that was."""
+    """Encoder input of one item, and the measured size of the item."""
 
     prepared: Prepared
     size: MediaSize
 
 
 class WorkerProcess:
-    """One process, started again when it has ended."""
+    """One worker process; started again after it has ended. Used by one thread at a time."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
-        """Whether it has loaded what it needs."""
+        """Whether the process has loaded its modalities."""
         self._is_stopped = False
 
     def launch(self) -> None:
-        """Start the process; it loads by itself."""
+        """Start the process without waiting until it has loaded."""
         environment = {
             key: value
             for key, value in os.environ.items()
             if key in _KEPT_ENVIRONMENT or key.startswith(_KEPT_ENVIRONMENT_PREFIXES)
         }
-        # one thread each; whatever the hub has, the server has fetched already
+        # One thread per worker: workers decode in parallel as it is. Offline: the server has
+        # fetched the processors already, and a decoder must not need the network.
         environment |= {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
@@ -116,22 +117,24 @@ class WorkerProcess:
             stderr=subprocess.DEVNULL,
             env=environment,
             cwd=_PACKAGE_PARENT,
-            start_new_session=True,  # Ctrl-C is the server's, which first answers what it has
+            # Ctrl-C would reach the whole process group; the server drains running requests first.
+            start_new_session=True,
         )
-        if self._is_stopped:  # in another thread, while this one was at it
+        # stop() of another thread may have run just before Popen, and would miss this process.
+        if self._is_stopped:
             self.stop_process()
 
     def wait_ready(self) -> None:
-        """Hand the process its modalities. Raises MultiTokenError if it does not come up."""
+        """Send the setup and wait for `ready`. Raises MultiTokenError if loading fails."""
         answer = self._exchange(encode_frame(self._setup), _START_S)
         if answer is None or "ready" not in answer[0]:
             self.stop_process()
-            reason = "it ended by itself" if answer is None else answer[0].get("failed", "")
-            raise MultiTokenError(f"the process that decodes media does not start: {reason}")
+            reason = "it exited" if answer is None else answer[0].get("failed", "")
+            raise MultiTokenError(f"the process that decodes media did not start: {reason}")
         self.is_ready = True
 
     def try_start(self) -> bool:
-        """Start the process and wait for it; whether it is there, and why not in the log."""
+        """Start the process and wait until it is ready. Returns False and logs why it is not."""
         try:
             self.launch()
             self.wait_ready()
@@ -141,13 +144,13 @@ class WorkerProcess:
         return self.is_ready
 
     def prepare(self, item: DecodeRequest) -> DecodeResult:
-        """What the process makes of an item. Raises ServeError."""
+        """Decode one item in the process. Raises ServeError."""
         if self._is_stopped:
             raise stopped_error()
         if not self.is_ready or (self._process is not None and self._process.poll() is not None):
-            self.stop_process()  # it has ended since the last item, if it was there at all
+            self.stop_process()  # closes the pipes of a process that ended since the last item
             if not self.try_start():
-                raise ServeError("media cannot be decoded at the moment", status=503)
+                raise ServeError("the media decoder does not start; try again later", status=503)
         seconds = self._setup["timeout_s"] + (_GRACE_S if self._setup["fork"] else 0.0)
         answer = self._exchange(item.data, seconds)
         if answer is None:
@@ -161,7 +164,7 @@ class WorkerProcess:
         return _parse_result(header, blobs)
 
     def _exchange(self, data: bytes, seconds: float) -> tuple[dict[str, Any], list[bytes]] | None:
-        """Write a frame and read one; None if the process ends, or has to be ended, before."""
+        """Write a frame and read the reply; None if the process ended or was killed for time."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         self._timed_out = False
@@ -170,6 +173,7 @@ class WorkerProcess:
             self._timed_out = True
             _kill(process)
 
+        # A timer thread kills the process: a blocking read of a pipe has no timeout on Windows.
         timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
@@ -177,10 +181,11 @@ class WorkerProcess:
             process.stdin.write(data)
             process.stdin.flush()
             most = self._setup["max_prepared_bytes"] + _MAX_HEADER
-            whole = read_frame(process.stdout.read, most=most)
-            return None if whole is None else decode_frame(whole)
+            reply = read_frame(process.stdout.read, most=most)
+            return None if reply is None else decode_frame(reply)
+        # LookupError, TypeError: a decoder that was taken over may send any bytes as its frame.
         except (OSError, EOFError, ValueError, LookupError, TypeError):
-            return None  # it died on the way, or said what no worker of ours says
+            return None
         finally:
             timer.cancel()
 
@@ -197,7 +202,7 @@ class WorkerProcess:
             )
         if kind == "memory":
             return ServeError(
-                f"the item for {item.modality} needs more memory than one item may take; send a "
+                f"the item for {item.modality} needs more memory than one item may use; send a "
                 "smaller one",
                 status=422,
                 code="media_too_large",
@@ -205,22 +210,25 @@ class WorkerProcess:
         if kind == "setup":
             _log.error("%s cannot prepare items: %s", item.modality, message)
             return ServeError(
-                f"the sense {item.modality} of this server is not set up rightly", status=500
+                f"this server cannot prepare input for the modality {item.modality}; its log "
+                "says why",
+                status=500,
             )
-        _log.warning("an item for %s ended its decoder: %s", item.modality, message or kind)
+        _log.warning("decoding an item for %s failed: %s", item.modality, message or kind)
         return ServeError(
-            f"the item for {item.modality} cannot be decoded; it is damaged, or of a kind that "
-            "this sense does not read",
+            f"the item for {item.modality} cannot be decoded; it is damaged, or of a type that "
+            "this modality does not support",
             status=400 if kind == "error" else 422,
             code="invalid_media",
         )
 
     def stop(self) -> None:
-        """End the process, and start none again."""
+        """End the process and never start it again."""
         self._is_stopped = True
         self.stop_process()
 
     def stop_process(self) -> None:
+        """Kill the process, reap it and close its pipes; `prepare` may start it again."""
         process, self.is_ready = self._process, False
         if process is None:
             return
@@ -228,12 +236,12 @@ class WorkerProcess:
         process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None and not stream.closed:
-                with suppress(OSError):  # what was not written has nobody to read it
+                with suppress(OSError):  # flushing what was not written fails: the reader is gone
                     stream.close()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its forks."""
+    """Kill the process and its fork: both are in the process group of the new session."""
     if sys.platform == "win32":
         process.kill()
     else:
@@ -245,12 +253,12 @@ def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodeResult
     from safetensors.torch import load
 
     try:
-        told = header["size"]
+        size_fields = header["size"]
         size = MediaSize(
-            pixels=int(told.get("pixels", 0)),
-            frames=int(told.get("frames", 0)),
-            seconds=float(told.get("seconds", 0)),
-            characters=int(told.get("characters", 0)),
+            pixels=int(size_fields.get("pixels", 0)),
+            frames=int(size_fields.get("frames", 0)),
+            seconds=float(size_fields.get("seconds", 0)),
+            characters=int(size_fields.get("characters", 0)),
             prepared_bytes=len(blobs[0]),
         )
         return DecodeResult(
@@ -261,9 +269,11 @@ def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodeResult
 
 
 def media_error(modality: str, message: str) -> ServeError:
+    """400 for an item that is refused; words that may be a path or an address are cut out."""
     message = _PATH_IN_MESSAGE.sub("(...)", message)
     return ServeError(f"{modality}: {message}", status=400, code="invalid_media")
 
 
 def stopped_error() -> ServeError:
-    return ServeError("this server is being stopped", status=503, code="stopped", retry_after=1.0)
+    """503 for items that a stopping pool does not decode."""
+    return ServeError("this server is shutting down", status=503, code="stopped", retry_after=1.0)

@@ -1,7 +1,8 @@
-"""The routes: HTTP in, the service's answers out as JSON or as a stream of events.
+"""Routes of the OpenAI-compatible API: HTTP in, JSON or server-sent events (SSE) out.
 
-Border: what a request means is schema.py's and parts.py's, what an answer looks like answers.py's;
-here they meet the service, and clients that leave.
+    body -> `parse_chat` -> `MessageParser` -> `Service.submit` -> `RequestOutput` -> JSON | SSE
+
+A client that disconnects cancels its request in the engine.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from multi_token.serve.engines.base import SupportsReplicas
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.docs import REFERENCE, openapi_document, reference_page
 from multi_token.serve.openai.middleware import RECORD, ClientGone, GuardMiddleware, RequestLog
-from multi_token.serve.openai.options import RequestParams, request_params
 from multi_token.serve.openai.output import RequestOutput
-from multi_token.serve.openai.protocol import ChatRequest, parse_chat, parse_json
+from multi_token.serve.openai.protocol import (
+    ChatRequest,
+    RequestParams,
+    parse_chat,
+    parse_json,
+    request_params,
+)
 from multi_token.serve.openai.responses import (
     SSE_DONE,
     ResponseBuilder,
@@ -43,13 +49,13 @@ T = TypeVar("T")
 LOG = logging.getLogger("multi_token.serve")
 _SSE = "text/event-stream; charset=utf-8"
 _GENERATE_MAX_TOKENS = 128
-"""The longest answer of `/generate`, as the original had it."""
+"""`max_tokens` of `/generate`, as in sshh12/multi_token."""
 _SMALL_BODY_BYTES = 64 * 1024
-"""Bodies up to this are parsed on the event loop; it takes less than handing them to a thread."""
+"""Bodies up to this size are parsed on the event loop: cheaper than the switch to a thread."""
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application; its lifespan starts and stops the service."""
+    """Build the ASGI application; its lifespan starts and stops the service."""
     settings = service.settings
 
     @asynccontextmanager
@@ -65,6 +71,7 @@ def build_app(service: Service) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        # A server that other machines can reach does not describe its routes.
         openapi_url="/openapi.json" if settings.is_local else None,
         docs_url=None,
         redoc_url=None,
@@ -91,8 +98,8 @@ def build_app(service: Service) -> FastAPI:
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, in OpenAI's form."""
-        service.check_capacity()  # before a long body is parsed
+        """Chat completion in OpenAI's format, as JSON or as a stream of events."""
+        service.check_capacity()  # a full server refuses before it parses a large body
         body = await _json_body(request)
         chat, ignored = await _parse_chat_request(body, service)
         _check_model(chat.model, service)
@@ -100,26 +107,26 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         conversation = await _in_thread_if_large(
             len(body), lambda: service.message_parser.parse_messages(chat.messages, id=record.id)
         )
-        options = request_params(chat, service.settings)
+        params = request_params(chat, service.settings)
         headers = {"x-multi-token-ignored": ", ".join(ignored)[:500]} if ignored else {}
-        answering = _generation_context(request, service, conversation, options)
+        running = _submit(request, service, conversation, params)
         builder = ResponseBuilder(f"chatcmpl-{record.id}", int(time.time()), service.settings.name)
         if not chat.stream:
             return await cancel_on_disconnect(
-                request.receive, _complete_response(answering, builder, record, headers)
+                request.receive, _complete_response(running, builder, record, headers)
             )
         stack = AsyncExitStack()
-        answer = await cancel_on_disconnect(
-            request.receive, _first_token_or_error(service, answering, stack)
+        output = await cancel_on_disconnect(
+            request.receive, _first_token_or_error(service, running, stack)
         )
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = _sse_stream(answer, builder, record, with_usage=with_usage)
+        events = _sse_stream(output, builder, record, with_usage=with_usage)
         return _EventStream(events, stack, headers)
 
     @app.post("/generate", tags=["answers"])
     async def generate(request: Request) -> Response:
-        """Answer a row, in the form of sshh12/multi_token: `{"output": ...}`."""
-        service.check_capacity()  # before a long body is parsed
+        """Completion in the format of sshh12/multi_token: `{"output": ...}`."""
+        service.check_capacity()
         body = await _json_body(request)
         record: RequestLog = request.scope[RECORD]
         limit = service.settings.max_json_values
@@ -129,13 +136,13 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
                 parse_json(body, max_values=limit), id=record.id
             ),
         )
-        options = RequestParams(max_tokens=_GENERATE_MAX_TOKENS)
-        answering = _generation_context(request, service, conversation, options)
+        params = RequestParams(max_tokens=_GENERATE_MAX_TOKENS)
+        running = _submit(request, service, conversation, params)
 
         async def respond() -> Response:
-            async with answering as answer:
-                (completion,) = await answer.completions()
-                record.fields |= answer.log_fields()
+            async with running as output:
+                (completion,) = await output.completions()
+                record.fields |= output.log_fields()
             return JSONResponse({"output": completion.text.strip()})
 
         return await cancel_on_disconnect(request.receive, respond())
@@ -144,33 +151,33 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["model"])
     async def models() -> JSONResponse:
-        """The one model that is served, and its senses."""
+        """The served model and its modalities."""
         return JSONResponse({"object": "list", "data": [service.model_card()]})
 
     @app.get("/v1/models/{name:path}", tags=["model"])
     async def model(name: str) -> JSONResponse:
-        """The same by its name."""
+        """The served model by its name."""
         _check_model(name, service)
         return JSONResponse(service.model_card())
 
     @app.get("/health", tags=["state"])
     async def health() -> Response:
-        """200 while the engine runs, else 503; needs no key."""
+        """200 while the engine runs, else 503. Needs no API key."""
         is_well = service.is_healthy
         return JSONResponse({"status": "ok" if is_well else "failed"}, 200 if is_well else 503)
 
     @app.get("/ready", tags=["state"])
     async def ready() -> Response:
-        """200 while new requests are taken, else 503."""
+        """200 while the server accepts requests, else 503."""
         is_ready = service.is_ready
         status = "ready" if is_ready else "draining" if service.admission.is_draining else "failed"
         return JSONResponse({"status": status}, 200 if is_ready else 503)
 
     @app.get("/metrics", tags=["state"])
     async def metrics() -> Response:
-        """Counts and times, for Prometheus."""
-        found = service.metrics
-        return Response(found.render(), headers={"content-type": found.content_type})
+        """Metrics in Prometheus' text format."""
+        content = service.metrics.render()
+        return Response(content, headers={"content-type": service.metrics.content_type})
 
     @app.get("/version", tags=["state"])
     async def version() -> JSONResponse:
@@ -179,14 +186,13 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _json_body(request: Request) -> bytes:
-    """The body of a request that says that it is JSON.
-
-    A page of the web cannot send that type to another host without asking first, and it is told no.
-    """
+    """Return the body of a request with `Content-Type: application/json`. Raises ServeError."""
+    # A website's script may send text/plain to any host. For application/json the browser asks
+    # first (CORS preflight), and this server does not allow it.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ServeError(
-            "expected the header Content-Type: application/json",
+            "the request needs the header Content-Type: application/json",
             status=415,
             code="unsupported_content_type",
         )
@@ -207,22 +213,22 @@ async def _in_thread_if_large(num_bytes: int, work: Callable[[], T]) -> T:
 def _check_model(name: str | None, service: Service) -> None:
     if name is not None and name != service.settings.name:
         raise ServeError(
-            f"there is no model {name[:60]!r}; this server has {service.settings.name!r}",
+            f"unknown model {name[:60]!r}; this server has {service.settings.name!r}",
             status=404,
             param="model",
             code="model_not_found",
         )
 
 
-def _generation_context(
-    request: Request, service: Service, conversation: Conversation, options: RequestParams
+def _submit(
+    request: Request, service: Service, conversation: Conversation, params: RequestParams
 ) -> AbstractAsyncContextManager[RequestOutput]:
     record: RequestLog = request.scope[RECORD]
     header = request.headers.get("x-request-timeout")
     deadline = Deadline.of(header, service.settings.deadline_s)
-    return service.generate(
+    return service.submit(
         conversation,
-        options,
+        params,
         request_id=record.id,
         tenant=record.tenant,
         deadline=deadline,
@@ -231,75 +237,77 @@ def _generation_context(
 
 
 async def _first_token_or_error(
-    service: Service, answering: AbstractAsyncContextManager[RequestOutput], stack: AsyncExitStack
+    service: Service, running: AbstractAsyncContextManager[RequestOutput], stack: AsyncExitStack
 ) -> RequestOutput:
-    """An answer of which a stream can be made. Where engines elsewhere may still refuse it, it
-    waits for their first word: a stream that has begun has no status of its own any more.
-    """
-    answer = await stack.enter_async_context(answering)
+    """Start a request whose output is streamed, and enter it into `stack`. Raises ServeError."""
+    output = await stack.enter_async_context(running)
+    # Remote engines may refuse a prompt after it was submitted. Once a stream has begun, its status
+    # is sent, so wait for the first token: an error before it still becomes a status.
     if isinstance(service.engine, SupportsReplicas):
         try:
-            await answer.first_event()
+            await output.first_event()
         except BaseException:
             await stack.aclose()
             raise
-    return answer
+    return output
 
 
 async def _complete_response(
-    answering: AbstractAsyncContextManager[RequestOutput],
+    running: AbstractAsyncContextManager[RequestOutput],
     builder: ResponseBuilder,
     record: RequestLog,
     headers: dict[str, str],
 ) -> Response:
-    async with answering as answer:
-        completions = await answer.completions()
+    async with running as output:
+        completions = await output.completions()
         choices = [
             completion_choice(i, completion.text, completion.finish, completion.logprobs)
             for i, completion in enumerate(completions)
         ]
-        record.fields |= answer.log_fields()
-        return JSONResponse(builder.completion(choices, answer.usage()), headers=headers)
+        record.fields |= output.log_fields()
+        return JSONResponse(builder.completion(choices, output.usage()), headers=headers)
 
 
 async def _sse_stream(
-    answer: RequestOutput, builder: ResponseBuilder, record: RequestLog, *, with_usage: bool
+    output: RequestOutput, builder: ResponseBuilder, record: RequestLog, *, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """OpenAI's order: each choice's role, its text, its end; the usage if asked for; [DONE]."""
+    """Events in OpenAI's order: role, text and finish of each choice, usage, [DONE]."""
     try:
-        for index in range(answer.num_choices):
-            delta = {"role": "assistant", "content": ""}
-            yield sse_event(builder.chunk(index, delta, with_usage=with_usage))
-        async for piece in answer.deltas():
-            if piece.text or piece.logprobs is not None:
+        for index in range(output.num_choices):
+            role_delta = {"role": "assistant", "content": ""}
+            yield sse_event(builder.chunk(index, role_delta, with_usage=with_usage))
+        async for delta in output.deltas():
+            if delta.text or delta.logprobs is not None:
                 chunk = builder.chunk(
-                    piece.index,
-                    {"content": piece.text},
-                    logprobs=piece.logprobs,
+                    delta.index,
+                    {"content": delta.text},
+                    logprobs=delta.logprobs,
                     with_usage=with_usage,
                 )
                 yield sse_event(chunk)
-            if piece.finish is not None:
+            if delta.finish is not None:
                 yield sse_event(
-                    builder.chunk(piece.index, {}, finish=piece.finish, with_usage=with_usage)
+                    builder.chunk(delta.index, {}, finish=delta.finish, with_usage=with_usage)
                 )
         if with_usage:
-            yield sse_event(builder.usage_chunk(answer.usage()))
+            yield sse_event(builder.usage_chunk(output.usage()))
+    # Status 200 has been sent, so an error becomes an event: the stream must not just end.
     except ServeError as error:
-        # the status has been sent: clients learn of it by an event, never by a silent end
         record.fields["code"] = error.code or error.type
         yield sse_event(error.as_json(record.id))
+    # A bug of ours: the log has the traceback, the client an error without details.
     except Exception as error:
         LOG.error("request %s failed", record.id, exc_info=error)
         record.fields["code"] = "internal_error"
-        yield sse_event(ServeError("the server has a fault", status=500).as_json(record.id))
+        yield sse_event(ServeError("internal server error", status=500).as_json(record.id))
     finally:
-        record.fields |= answer.log_fields()  # also of a client that leaves
+        # In `finally`: a client that disconnects closes this generator at a `yield`.
+        record.fields |= output.log_fields()
     yield SSE_DONE
 
 
 class _EventStream(StreamingResponse):
-    """A stream of events that ends what stands behind it however it ends itself."""
+    """Stream of events that closes its request however the stream ends."""
 
     def __init__(
         self, events: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]
@@ -308,6 +316,8 @@ class _EventStream(StreamingResponse):
         self._stack = stack
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Starlette does not close its iterator when the client disconnects; the request inside
+        # `stack` would go on generating.
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -317,7 +327,7 @@ class _EventStream(StreamingResponse):
 async def cancel_on_disconnect(
     receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]
 ) -> T:
-    """The result of `work`, which is cancelled if the client leaves. Raises ClientGone then."""
+    """Return the result of `work`. If the client disconnects: cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
@@ -337,20 +347,21 @@ async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def _error_handler(request: Request, error: Exception) -> Response:
-    """Every error of ours, and those of routing, in OpenAI's form."""
+    """Turn errors of this package and of routing into OpenAI's error object."""
     record: RequestLog = request.scope[RECORD]
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})  # which methods a route has
+        headers = dict(error.headers or {})  # Allow: the methods of the route
         is_missing = error.status_code == 404
         error = ServeError(
-            # never of request.url, which is put together with what the Host header says
-            "there is no such route" if is_missing else f"{error.detail}: {request.method}",
+            # Not request.url: it contains the Host header, which the client writes.
+            "unknown route" if is_missing else f"{error.detail}: {request.method}",
             status=error.status_code,
-            code="no_such_route" if is_missing else None,
+            code="unknown_route" if is_missing else None,
         )
     elif not isinstance(error, ServeError):
-        # a fault of the request that another room found: its text may hold paths, so it is cleaned
+        # Modalities and chat templates raise MultiTokenError, whose text may contain paths:
+        # ServeError removes them.
         LOG.warning("request %s refused: %s", record.id, type(error).__name__)
         error = ServeError(str(error), param="messages")
     record.fields["code"] = error.code or error.type

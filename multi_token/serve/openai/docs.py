@@ -1,6 +1,6 @@
-"""The description of the routes for machines (OpenAPI), and the same as a page for people.
+"""OpenAPI document of the routes, and the same as one HTML page without scripts.
 
-Border: made of the schemas and routes that there are; the page loads nothing from anywhere.
+Both are generated from the routes and request schemas; FastAPI's own pages load scripts from a CDN.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from multi_token.serve.openai.protocol import CONTENT_PART_MODELS, ChatRequest
 REFERENCE = "/docs"
 _REF = "#/components/schemas/{model}"
 _ERRORS = {
-    "400": "The request is wrong; `param` says where.",
-    "401": "No key, or a wrong one.",
-    "404": "There is no such route or model.",
-    "408": "The body took too long to arrive.",
-    "413": "The body is too long.",
-    "415": "The body is not said to be JSON.",
+    "400": "The request is invalid; `param` names the field.",
+    "401": "Missing or invalid API key.",
+    "404": "Unknown route or model.",
+    "408": "The body did not arrive in time.",
+    "413": "The body or its media are too large.",
+    "415": "Content-Type is not application/json.",
     "421": "The Host header names another machine.",
-    "422": "An item of media takes too much time or memory.",
-    "429": "No place is free; see Retry-After.",
-    "500": "A fault of the server.",
-    "503": "The server shuts down, or its engine has failed.",
-    "504": "The request took too long.",
+    "422": "A media item takes too much time or memory to decode.",
+    "429": "The queue is full; see Retry-After.",
+    "500": "Internal server error.",
+    "503": "The server is shutting down, or its engine has failed.",
+    "504": "The request exceeded its deadline.",
 }
 _ERROR_SCHEMA = {
     "type": "object",
@@ -66,14 +66,15 @@ _GENERATE_SCHEMA = {
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: FastAPI's, with the bodies that we read ourselves."""
+    """FastAPI's OpenAPI document plus the request bodies, which the routes parse themselves."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for model in (ChatRequest, *CONTENT_PART_MODELS.values()):
         _add_schema(schemas, model)
-    # an object stands for parts that only this run has: `<name>_url`
+    # The schema of ChatMessage takes any object as a part, since a run adds `<name>_url` parts. The
+    # document lists the parts that every run has.
     parts: list[dict[str, Any]] = [
         {"$ref": _REF.format(model=m.__name__)} for m in CONTENT_PART_MODELS.values()
     ]
@@ -113,14 +114,14 @@ def _add_body(operation: dict[str, Any], body: str | None, *, is_open: bool) -> 
             responses[status] = {"description": meaning}
         else:
             responses[status] = {"description": meaning, "content": error}
-    if body == "ChatRequest":  # or, with `stream`, events
+    if body == "ChatRequest":  # `stream: true` answers with events
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     if "metrics" in operation["operationId"]:
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 
 def reference_page(document: dict[str, Any]) -> str:
-    """Routes and fields as one page of HTML, without scripts."""
+    """Render routes and fields as one HTML page."""
     rows = [
         f"<tr><td><code>{method.upper()} {escape(path)}</code></td>"
         f"<td>{escape(operation.get('description', ''))}</td></tr>"
@@ -138,12 +139,12 @@ def reference_page(document: dict[str, Any]) -> str:
         f"<h1>multi_token {escape(document['info']['version'])}</h1>"
         f"<h2>Routes</h2><table>{''.join(rows)}</table>"
         f"<h2>Fields of a chat request</h2><table>{''.join(fields)}</table>"
-        '<p>For machines: <a href="openapi.json">openapi.json</a></p>'
+        '<p>OpenAPI: <a href="openapi.json">openapi.json</a></p>'
     )
 
 
 def _type_text(schema: dict[str, Any]) -> str:
-    """A schema in a few words: its types and bounds."""
+    """Describe a schema by its types and bounds."""
     branches = schema.get("anyOf", [schema])
     names = []
     for branch in branches:

@@ -1,6 +1,7 @@
-"""The door: key, host, received bytes and time, before anything of a request is looked at.
+"""ASGI middleware before the routes: API key, Host header, body size, time limits, access log.
 
-Border: ASGI and HTTP only; it parses no JSON and knows no route but `/health`, which needs no key.
+Every request passes here first, and its body is read here under limits. So the routes get complete
+bodies, and what they read of a request is bounded.
 """
 
 from __future__ import annotations
@@ -28,34 +29,36 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOG = logging.getLogger("multi_token.serve")
 RECORD = "multi_token.record"
-"""Where a request's `Record` is in its ASGI scope."""
+"""Key of a request's `RequestLog` in its ASGI scope."""
 ABORT = "multi_token.abort"
-"""Where `timed_protocol` puts what drops the connection, with all that was not sent yet."""
+"""Key in the ASGI scope of a function that drops the connection and its unsent bytes."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPEN_PATHS = frozenset({"/health"})
 _MAX_BODIES_BUFFERED = 8
+"""Bodies of the largest size that are held in memory at once."""
 _DRAIN_S = 1.0
+"""Time to read the rest of a refused body before its connection is closed."""
 
 
 @dataclass
 class RequestLog:
-    """What is written about a request: no content, unless a bug of ours puts it into an error."""
+    """Log entry of one request. It holds no content: names, counts and codes only."""
 
     id: str
     tenant: str = ""
-    """Of the key, not the key; separates what is kept for one from another."""
+    """Digest of the API key; separates the caches of different keys."""
     started: float = field(default_factory=time.monotonic)
     status: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
-    """Counts and names: tokens, senses, the code of an error."""
+    """Token counts, modalities, the code of an error."""
 
 
 class ClientGone(Exception):
-    """Nobody reads the answer any more."""
+    """The client has disconnected."""
 
 
 class GuardMiddleware:
-    """ASGI middleware around everything."""
+    """Check, read and log every request."""
 
     def __init__(
         self,
@@ -64,8 +67,8 @@ class GuardMiddleware:
         on_end: Callable[[int], None] | None = None,
         public_paths: Collection[str] = (),
     ) -> None:
-        """`on_end`: told the status of every request; 0 if its client left before. `keyless`: paths
-        that need no key, as they hold nothing of anybody."""
+        """`on_end`: called with the status of every request, 0 if its client disconnected first.
+        `public_paths`: paths that need no key."""
         self.app = app
         self._public_paths = frozenset(public_paths)
         self._on_end = on_end
@@ -74,6 +77,7 @@ class GuardMiddleware:
         self._num_buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
+        # uvicorn runs without websockets; another ASGI server may hand one in.
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
@@ -92,12 +96,13 @@ class GuardMiddleware:
         except ServeError as error:
             record.fields["code"] = error.code
             await timed_send.send_error(error, receive)
-        except Exception as error:  # a fault of ours ends one request, not the server
+        # Outermost frame: a bug of ours ends one request with 500; the log has the traceback.
+        except Exception as error:
             record.fields["code"] = "internal_error"
             LOG.error("request %s failed", record.id, exc_info=error)
             if not record.status:
                 await timed_send.send_error(
-                    ServeError("the server has a fault", status=500), receive
+                    ServeError("internal server error", status=500), receive
                 )
         finally:
             _log_request(scope, record)
@@ -118,14 +123,19 @@ class GuardMiddleware:
             if replayed:
                 return await receive()
             replayed = True
-            whole, body = body, b""  # not held for as long as the answer takes
-            return {"type": "http.request", "body": whole, "more_body": False}
+            # Released here: generating may take minutes, and a body may have 32 MiB.
+            sent, body = body, b""
+            return {"type": "http.request", "body": sent, "more_body": False}
 
         await self.app(scope, replay, timed_send.send)
 
     def _check_host(self, scope: Scope) -> None:
-        """Without a key, only requests that name this machine: a page of the web whose name was
-        made to lead here (DNS rebinding) could otherwise read answers."""
+        """Without API keys, accept only Host headers that name this machine.
+
+        Raises ServeError (421).
+        """
+        # DNS rebinding: a website whose name resolves to 127.0.0.1 could read answers through the
+        # user's browser. Its requests carry the website's name in Host. A key stops it as well.
         if self._digests:
             return
         host = _header(scope, b"host")
@@ -133,36 +143,43 @@ class GuardMiddleware:
         name = name.strip("[]").lower()
         if name not in ("localhost", self.settings.host) and not _is_loopback(name):
             raise ServeError(
-                "the Host header should name this machine; to be reached by another name, start "
-                "the server with a key",
+                "the Host header does not name this machine; to serve under another name, start "
+                "the server with an API key",
                 status=421,
                 code="wrong_host",
             )
 
     def _authenticate(self, scope: Scope) -> str:
-        """Raises ServeError (401) without a right key. Every key is compared, in equal time."""
+        """Return the tenant of the request's API key. Raises ServeError (401)."""
         if not self._digests:
             return ""
         scheme, _, key = _header(scope, b"authorization").partition(" ")
+        # Digests of equal length, and no early exit: the time must not tell how much of a key is
+        # right, nor which key.
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise ServeError(
-                "a key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
+                "missing or invalid API key; send the header Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
             )
         return digest.hex()[:16]
 
     async def _read_body(self, scope: Scope, receive: Messages) -> bytes:
-        """All bytes of the body, counted as they come: what a header says of them is no proof."""
+        """Read the complete body. Raises ServeError (408, 413, 429) and ClientGone."""
         limit = self.settings.max_body_bytes
         too_long = ServeError(
-            f"the body is longer than {limit} bytes, the limit", status=413, code="body_too_large"
+            f"the body is longer than the limit of {limit} bytes", status=413, code="body_too_large"
         )
+        # Content-Length can only refuse early. The bytes are counted below all the same: a chunked
+        # body has no such header. 18 digits: int() of a very long string takes quadratic time.
         announced = _header(scope, b"content-length")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
             raise too_long
         chunks: list[bytes] = []
         num_bytes = 0
+        # One deadline for the whole body: a limit per chunk would let a body drip in for ever.
         until = time.monotonic() + self.settings.body_timeout_s
         try:
             while True:
@@ -176,7 +193,7 @@ class GuardMiddleware:
                     raise too_long
                 if self._num_buffered_bytes > _MAX_BODIES_BUFFERED * limit:
                     raise ServeError(
-                        "rate limit: too many long requests arrive at once; try again later",
+                        "rate limit: too many large requests arrive at once; try again later",
                         status=429,
                         code="bodies_too_large",
                         retry_after=1,
@@ -186,7 +203,7 @@ class GuardMiddleware:
                     return b"".join(chunks)
         except asyncio.TimeoutError:
             raise ServeError(
-                f"the body took longer than {self.settings.body_timeout_s:g} s to arrive",
+                f"the body did not arrive within {self.settings.body_timeout_s:g} s",
                 status=408,
                 code="body_timeout",
             ) from None
@@ -195,7 +212,7 @@ class GuardMiddleware:
 
 
 class _TimedSend:
-    """`send` with a time limit; it notes the status, and adds headers that all answers have."""
+    """ASGI `send` with a time limit; records the status and adds headers to every response."""
 
     def __init__(
         self, send: Send, record: RequestLog, timeout_s: float, abort: Callable[[], None] | None
@@ -216,16 +233,16 @@ class _TimedSend:
         try:
             await asyncio.wait_for(self._send(message), self._timeout_s)
         except asyncio.TimeoutError:
+            # Abort, not close: closing flushes the buffer first, which this client does not read.
             if self._abort is not None:
-                self._abort()  # closed, it would wait for the client to take what is left
+                self._abort()
                 await asyncio.sleep(0)
             raise ClientGone from None
         except OSError:
             raise ClientGone from None
 
     async def send_error(self, error: ServeError, receive: Messages) -> None:
-        """Answer with an error, and read a little of what still comes: a connection that is closed
-        while its client sends would take the answer with it."""
+        """Send an error response; the client's disconnect is recorded, not raised."""
         body = error_body(error, self._record.id)
         headers = [*error_headers(error), ("content-length", str(len(body)))]
         if error.status in (408, 413, 429):
@@ -236,6 +253,7 @@ class _TimedSend:
                 {"type": "http.response.start", "status": error.status, "headers": pairs}
             )
             await self.send({"type": "http.response.body", "body": body, "more_body": True})
+            # A socket closed with unread input sends RST, and the client may lose the response.
             if error.status == 413:
                 await _drain(receive)
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -244,6 +262,7 @@ class _TimedSend:
 
 
 async def _drain(receive: Messages) -> None:
+    """Read and drop what a client still sends, for up to `_DRAIN_S`."""
     until = time.monotonic() + _DRAIN_S
     while (left := until - time.monotonic()) > 0:
         try:
@@ -255,7 +274,7 @@ async def _drain(receive: Messages) -> None:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    """The first header of this name, or nothing."""
+    """Return the first header of this name, or ""."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
@@ -267,10 +286,11 @@ def _is_loopback(name: str) -> bool:
 
 
 def _log_request(scope: Scope, record: RequestLog) -> None:
-    """One line of JSON a request."""
+    """Log one line of JSON per request."""
     line = {
         "id": record.id,
         "method": scope["method"],
+        # The route's template, never the path: a path holds what the client wrote.
         "route": getattr(scope.get("route"), "path", "other"),
         "status": record.status,
         "seconds": round(time.monotonic() - record.started, 4),
@@ -278,64 +298,3 @@ def _log_request(scope: Scope, record: RequestLog) -> None:
         **{name: value for name, value in record.fields.items() if value is not None},
     }
     LOG.info("%s", json.dumps(line))
-
-
-def http_protocol_with_timeouts(
-    header_timeout_s: float, send_timeout_s: float
-) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP/1.1, but a connection is dropped whose headers take too long to arrive, or
-    whose client takes nothing of what is left to send when it ends."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class TimedProtocol(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            app: Any = self.app
-
-            async def with_abort(scope: Any, receive: Any, send: Any) -> None:
-                scope[ABORT] = transport.abort
-                await app(scope, receive, send)
-
-            self.app = with_abort
-            self._watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._unwatch()
-            super().connection_lost(exc)
-
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            self._drop_if_stuck()
-
-        def _drop_if_stuck(self, num_left_before: int | None = None) -> None:
-            num_left = self.transport.get_write_buffer_size()
-            if num_left and num_left == num_left_before:
-                self.transport.abort()
-            elif num_left:
-                self.loop.call_later(send_timeout_s, self._drop_if_stuck, num_left)
-
-        def _watch(self) -> None:
-            """One timer from a request's first byte to its last header; more bytes move it not."""
-            if self.conn.their_state is not h11.IDLE:
-                self._unwatch()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(header_timeout_s, self._late)
-
-        def _unwatch(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _late(self) -> None:
-            self._timer = None
-            if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
-                self.transport.close()
-
-    return TimedProtocol

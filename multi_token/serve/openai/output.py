@@ -1,6 +1,7 @@
-"""The answer of one request while it grows: events of the engine become pieces of text.
+"""Output of one request: engine events of its choices -> text deltas and completions.
 
-Border: it gets tokens and makes text of them; it does not know HTTP, nor how prompts are made.
+The engine's thread puts events into a queue; the event loop turns token ids into text, applies stop
+strings and the deadline, and hands out deltas as they come or completions at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from multi_token.serve.openai.responses import FinishReason, TokenText, Usage
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one choice has more than before."""
+    """New text of one choice."""
 
     index: int
     text: str
@@ -30,7 +31,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Completion:
-    """One choice, complete."""
+    """One complete choice."""
 
     text: str
     finish: FinishReason
@@ -39,19 +40,19 @@ class Completion:
 
 @dataclass
 class _ChoiceState:
-    text: IncrementalDetokenizer
+    detokenizer: IncrementalDetokenizer
     num_tokens: int = 0
     pending_tokens: list[TokenEvent] = field(default_factory=list)
-    """Tokens whose text is held back."""
+    """Tokens whose text the detokenizer still holds back."""
     finish: FinishReason | None = None
 
 
 class RequestOutput:
-    """All choices of one request. Filled from the engine's thread, read on the event loop."""
+    """All choices of one request; the engine's thread fills it, the event loop reads it."""
 
     def __init__(
         self,
-        texts: Sequence[IncrementalDetokenizer],
+        detokenizers: Sequence[IncrementalDetokenizer],
         usage: Usage,
         deadline: Deadline,
         *,
@@ -59,62 +60,66 @@ class RequestOutput:
         cancel: Callable[[int], None],
         token_text: TokenText | None,
     ) -> None:
-        """`end_ids`: ids that end an answer and are no text of it. `cancel`: ends a choice early.
+        """`detokenizers`: one per choice. `end_ids`: ids that end a choice and are not text.
 
-        `spelling`: how tokens are told, if log-probabilities were asked for.
+        `cancel`: ends a choice in the engine. `token_text`: set if log-probabilities were asked
+        for.
         """
-        self.num_choices = len(texts)
+        self.num_choices = len(detokenizers)
         self.first_token_time: float | None = None
+        """`time.monotonic` at the first token of any choice."""
         self.failure: str | None = None
-        """The code of the error that ended it."""
-        self._choices = [_ChoiceState(text) for text in texts]
+        """Code of the error that ended the request."""
+        self._choices = [_ChoiceState(detokenizer) for detokenizer in detokenizers]
         self._usage = usage
-        self._num_cached = 0  # of the choice that began first: the others may find what it left
-        self._deadline = deadline
+        # Of the first choice to start: the other choices of the request find its prefix cached.
+        self._num_cached = 0
         self._end_ids = end_ids
         self._cancel = cancel
         self._token_text = token_text
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, EngineEvent]] = asyncio.Queue()
         self._peeked: tuple[int, EngineEvent] | None = None
+        # The deadline is an event in the same queue, so a reader waits in one place only.
         late = ErrorEvent(deadline.error())
         self._timer = self._loop.call_later(
             deadline.remaining_s, self._events.put_nowait, (0, late)
         )
 
     def emit(self, index: int) -> Callable[[EngineEvent], None]:
-        """Where the engine tells of one choice; a queue of at most `max_new_tokens` events."""
+        """Return the callback by which the engine emits events of one choice."""
 
         def put(event: EngineEvent) -> None:
+            # The engine outlives the loop while the server stops.
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         return put
 
     def fail(self, error: ServeError) -> None:
-        """End it with an error, on the event loop."""
+        """End the request with an error. Call it on the event loop."""
         self._events.put_nowait((0, ErrorEvent(error)))
 
     def close(self) -> None:
-        """Nobody waits for it any more."""
+        """Stop the deadline's timer; no reader waits any more."""
         self._timer.cancel()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all choices so far."""
+        """Generated tokens of all choices."""
         return sum(choice.num_tokens for choice in self._choices)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every choice has ended by itself."""
+        """Whether every choice has finished without an error."""
         return all(choice.finish is not None for choice in self._choices)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's `usage`."""
+        """OpenAI's `usage` object."""
         return self._usage.as_json(self.num_tokens, self._num_cached)
 
     def log_fields(self) -> dict[str, Any]:
-        """What the log says of it."""
+        """Fields for the access log."""
         return {
             "prompt_tokens": self._usage.num_prompt_tokens,
             "completion_tokens": self.num_tokens,
@@ -122,35 +127,35 @@ class RequestOutput:
         }
 
     async def first_event(self) -> None:
-        """Until something has come of it. Raises ServeError if that is an error."""
+        """Wait for the first event and keep it for `deltas`. Raises ServeError for an error."""
         index, event = await self._events.get()
         if isinstance(event, ErrorEvent):
             self._delta_of(index, event)
         self._peeked = (index, event)
 
     async def deltas(self) -> AsyncIterator[TextDelta]:
-        """Pieces as they come, until every choice has ended. Raises ServeError."""
+        """Yield deltas as they come, until every choice has finished. Raises ServeError."""
         while not self.is_complete:
             index, event = self._peeked or await self._events.get()
             self._peeked = None
-            piece = self._delta_of(index, event)
-            if piece is not None:
-                yield piece
+            delta = self._delta_of(index, event)
+            if delta is not None:
+                yield delta
 
     async def completions(self) -> list[Completion]:
-        """All choices, complete. Raises ServeError."""
+        """Wait for all choices. Raises ServeError."""
         texts: list[list[str]] = [[] for _ in self._choices]
-        told: list[list[dict[str, Any]]] = [[] for _ in self._choices]
-        async for piece in self.deltas():
-            texts[piece.index].append(piece.text)
-            if piece.logprobs is not None:
-                told[piece.index] += piece.logprobs["content"]
-        wholes = []
-        for choice, text, content in zip(self._choices, texts, told, strict=True):
-            assert choice.finish is not None, "pieces() ends with every choice"
-            logprobs = None if self._token_text is None else {"content": content, "refusal": None}
-            wholes.append(Completion("".join(text), choice.finish, logprobs))
-        return wholes
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in self._choices]
+        async for delta in self.deltas():
+            texts[delta.index].append(delta.text)
+            if delta.logprobs is not None:
+                logprobs[delta.index] += delta.logprobs["content"]
+        completions = []
+        for choice, text, content in zip(self._choices, texts, logprobs, strict=True):
+            assert choice.finish is not None, "deltas() ends after every choice has finished"
+            given = None if self._token_text is None else {"content": content, "refusal": None}
+            completions.append(Completion("".join(text), choice.finish, given))
+        return completions
 
     def _delta_of(self, index: int, event: EngineEvent) -> TextDelta | None:
         choice = self._choices[index]
@@ -158,21 +163,22 @@ class RequestOutput:
             error = _as_serve_error(event.error)
             self.failure = error.code or error.type
             raise error
+        # After a stop string the engine may emit tokens until it sees the cancellation.
         if choice.finish is not None:
-            return None  # it ended at a stop string, and the engine did not know yet
+            return None
         if isinstance(event, FinishEvent):
             if event.reason == "cancelled":
-                raise ServeError("the answer was cancelled", status=503, code="cancelled")
+                raise ServeError("the request was cancelled", status=503, code="cancelled")
             choice.finish = event.reason
-            return self._delta(index, choice.text.flush(), choice.finish)
+            return self._delta(index, choice.detokenizer.flush(), choice.finish)
         if self.first_token_time is None:
             self.first_token_time = time.monotonic()
             self._num_cached = event.num_cached
         choice.num_tokens += 1
         if event.id not in self._end_ids:
             choice.pending_tokens.append(event)
-        text = choice.text.add(event.id)
-        if choice.text.is_stopped:
+        text = choice.detokenizer.add(event.id)
+        if choice.detokenizer.is_stopped:
             choice.finish = "stop"
             self._cancel(index)
         if not text and choice.finish is None:
@@ -180,14 +186,16 @@ class RequestOutput:
         return self._delta(index, text, choice.finish)
 
     def _delta(self, index: int, text: str, finish: FinishReason | None) -> TextDelta:
-        held, self._choices[index].pending_tokens = self._choices[index].pending_tokens, []
+        # Several tokens may make one character: their log-probabilities go out with its text.
+        tokens, self._choices[index].pending_tokens = self._choices[index].pending_tokens, []
         logprobs = None
-        if self._token_text is not None and held:
-            logprobs = self._token_text.logprobs(held)
+        if self._token_text is not None and tokens:
+            logprobs = self._token_text.logprobs(tokens)
         return TextDelta(index, text, logprobs, finish)
 
 
 def _as_serve_error(error: Exception) -> ServeError:
     if isinstance(error, ServeError):
         return error
-    return ServeError("the answer could not be completed", status=500, code="engine_failed")
+    # The engine has logged the error; its text may hold paths or prompts.
+    return ServeError("generation failed in the engine", status=500, code="engine_failed")

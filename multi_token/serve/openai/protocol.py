@@ -1,40 +1,46 @@
-"""The request: OpenAI's fields with bounds on every number; what is not supported is refused.
+"""Request schema of OpenAI's chat completions, with bounds on every number, and its parameters.
 
-Border: shapes and bounds of JSON; what a content part stands for is parts.py's to say.
+    bytes -> `parse_json` (bounded) -> `parse_chat` (checked) -> `request_params` -> SamplingParams
+
+A field that would change the output and is not supported is refused, never ignored. Fields without
+an effect are accepted and reported in a response header.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from multi_token.registry import did_you_mean
+from multi_token.serve.engines.base import SamplingParams
 from multi_token.serve.errors import ServeError
+from multi_token.serve.settings import ServeSettings
 
 Model = TypeVar("Model", bound=BaseModel)
 Role = Literal["system", "developer", "user", "assistant"]
-"""Who may speak in a request; `developer` is OpenAI's newer word for `system`."""
+"""Roles of a message; `developer` is OpenAI's newer name of `system`."""
 MAX_INT = 2**63 - 1
 
 
 class _StrictModel(BaseModel):
-    """JSON as it stands: no "1" for 1, no unknown keys, no infinities."""
+    """Strict JSON: no "1" for 1, no unknown keys, no infinities."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TextPart(_StrictModel):
-    """Text, which stays text whatever it spells."""
+    """Text. Special tokens in it are treated as plain letters."""
 
     type: Literal["text"]
     text: str
 
 
 class UrlField(_StrictModel):
-    """A `data:` address, or one of the web where the server allows its host."""
+    """A `data:` URL, or an http(s) URL of a host that the server allows."""
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
@@ -42,61 +48,61 @@ class UrlField(_StrictModel):
 
 
 class ImageUrlPart(_StrictModel):
-    """A picture."""
+    """An image."""
 
     type: Literal["image_url"]
     image_url: UrlField | str
 
 
 class AudioUrlPart(_StrictModel):
-    """A sound or a voice."""
+    """Audio or speech."""
 
     type: Literal["audio_url"]
     audio_url: UrlField | str
 
 
 class VideoUrlPart(_StrictModel):
-    """A film."""
+    """A video."""
 
     type: Literal["video_url"]
     video_url: UrlField | str
 
 
 class InputAudioField(_StrictModel):
-    """A sound as base64."""
+    """Audio as base64."""
 
     data: str
     format: str = Field(max_length=16)
 
 
 class InputAudioPart(_StrictModel):
-    """A sound or a voice, as OpenAI has it."""
+    """Audio or speech in OpenAI's format."""
 
     type: Literal["input_audio"]
     input_audio: InputAudioField
 
 
 class FileField(_StrictModel):
-    """A file as base64 or a `data:` address."""
+    """A file as base64 or as a `data:` URL."""
 
     file_data: str
     filename: str | None = Field(None, max_length=256)
 
 
 class FilePart(_StrictModel):
-    """A document; or a picture, sound or film, if its `data:` address or name says so."""
+    """A document, or an image, audio or video file if its `data:` URL or file name says so."""
 
     type: Literal["file"]
     file: FileField
 
 
 class MediaPart(_StrictModel):
-    """An item of any sense, by the name that the run has for it: exactly one of data and url."""
+    """An item for the modality of this name in the run; give either data or url."""
 
     type: Literal["media"]
     modality: str
     data: str | list[Any] | None = None
-    """base64, or a list of numbers; with `format: text` the text itself."""
+    """base64, or a list of numbers, or with `format: text` the text itself."""
     url: str | None = None
     format: str | None = Field(None, max_length=16)
 
@@ -110,11 +116,11 @@ CONTENT_PART_MODELS: Mapping[str, type[BaseModel]] = {
     "file": FilePart,
     "media": MediaPart,
 }
-"""Type of a content part -> its fields. Beside them there is `<name>_url` for each sense."""
+"""Type of a content part -> its fields. Each modality adds a part type `<name>_url`."""
 
 
 class ChatMessage(_StrictModel):
-    """One turn. `content`: a text, or content parts."""
+    """One message. `content`: a text, or a list of content parts."""
 
     role: Role
     content: (
@@ -125,14 +131,14 @@ class ChatMessage(_StrictModel):
 
 
 class StreamOptions(_StrictModel):
-    """What a stream tells beside the answer."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
 class ResponseFormat(_StrictModel):
-    """Only text."""
+    """Format of the response; only text is supported."""
 
     type: Literal["text"]
 
@@ -148,11 +154,11 @@ class ChatRequest(_StrictModel):
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
-    """Default: 0, the likeliest answer; 1 if `top_p`, `top_k` or `n` ask for more than one."""
+    """Default: 0 (greedy); 1 if `top_p`, `top_k` or `n` ask for sampling."""
     top_p: float | None = Field(None, ge=0, le=1)
-    """0: the likeliest token alone, as OpenAI has it; many tasks of lmms-eval send that."""
+    """0: greedy, as in OpenAI's API; many tasks of lmms-eval send it."""
     top_k: int | None = Field(None, ge=-1, le=2**31)
-    """0 and -1: all."""
+    """0 or -1: no limit."""
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=0, le=MAX_INT)
     n: int | None = Field(None, ge=1, le=8)
@@ -201,7 +207,7 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "documents": (),
     "continuous_usage_stats": (False,),
 }
-"""Fields that are not supported -> values (beside null) that ask for nothing: those may be sent."""
+"""Unsupported field -> values (besides null) without an effect, which are accepted."""
 
 IGNORED_FIELDS = frozenset(
     {
@@ -216,21 +222,19 @@ IGNORED_FIELDS = frozenset(
         "prompt_cache_retention",
     }
 )
-"""Fields that clients send by habit: they have no effect, and a header of the answer says so."""
+"""Fields that clients send by default: ignored, and listed in a response header."""
 
 _IGNORED_MESSAGE_FIELDS = frozenset({"name"})
 _NULL_MESSAGE_FIELDS = frozenset(
     {"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"}
 )
-"""Fields of an answer that clients send back as they got it: accepted while they are empty."""
+"""Fields of a response message that clients send back in the history: accepted if empty."""
 
 
 def parse_json(body: bytes, *, max_values: int) -> Any:
-    """Bytes -> JSON, with bounds on its values and its depth (200, the parser's own).
-
-    Raises ServeError. Brackets and commas are counted first: `[],[],[]` takes 25 times its bytes in
-    memory. base64 has neither.
-    """
+    """Parse JSON with a limit on its values and its depth. Raises ServeError (400, 413)."""
+    # Counted before parsing: `[],[],[]` takes 25 times its bytes as Python objects. base64 contains
+    # neither brackets nor commas, so media do not count. The parser limits the depth to 200.
     num_values = body.count(b",") + body.count(b"[") + body.count(b"{")
     if num_values > max_values:
         raise ServeError(
@@ -246,7 +250,7 @@ def parse_json(body: bytes, *, max_values: int) -> Any:
 
 
 def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
-    """JSON -> the request, and which of its fields have no effect. Raises ServeError (400)."""
+    """JSON -> the request, and the names of ignored fields. Raises ServeError (400)."""
     if not isinstance(fields, dict):
         raise ServeError("the body should be a JSON object with `messages`", code="invalid_type")
     ignored = []
@@ -269,14 +273,14 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
         kind = kept["response_format"].get("type")
         if isinstance(kind, str) and kind != "text":
             raise ServeError(
-                f"response_format {kind} is not supported; answers are text",
+                f"response_format {kind} is not supported; the output is text",
                 param="response_format",
                 code="unsupported_parameter",
             )
     request = validate(ChatRequest, kept)
     if request.stream_options is not None and not request.stream:
         raise ServeError(
-            "stream_options is for stream: true", param="stream_options", code="invalid_value"
+            "stream_options needs stream: true", param="stream_options", code="invalid_value"
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise ServeError(
@@ -285,7 +289,7 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise ServeError(
-            "max_tokens and max_completion_tokens say the same: give one of them",
+            "max_tokens and max_completion_tokens differ; give one of them",
             param="max_tokens",
             code="invalid_value",
         )
@@ -293,12 +297,13 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
 
 
 def validate(cls: type[Model], fields: Any, *, where: str = "") -> Model:
-    """`cls` from JSON. Raises ServeError (400) that names the field and what is wrong with it."""
+    """Build `cls` from JSON. Raises ServeError (400) that names the field and its error."""
     try:
         return cls.model_validate(fields)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-    # of a union each branch complains: the one that the value was meant for says more
+    # Each branch of a union reports an error. "Expected a string" says less than the error inside
+    # of the object that the client sent.
     fault = min(faults, key=lambda f: f["type"] in ("string_type", "list_type", "model_type"))
     loc = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
     param = ".".join([*([where] if where else []), *loc])
@@ -312,8 +317,8 @@ def validate(cls: type[Model], fields: Any, *, where: str = "") -> Model:
 
 
 def unknown_field_error(name: str, known: Iterable[str], *, where: str) -> ServeError:
-    """400 that names the nearest field that there is."""
-    near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+    """Build a 400 that suggests the nearest known field."""
+    near = did_you_mean(name, known) or f"; known fields: {', '.join(known)}"
     return ServeError(f"unknown field {where[:80]!r}{near}", param=where, code="unknown_field")
 
 
@@ -327,20 +332,21 @@ def _unsupported_error(name: str, neutral: tuple[Any, ...]) -> ServeError:
 
 
 def _is_neutral(value: Any, neutral: Any) -> bool:
+    # Python holds True == 1 and False == 0: `echo: 0` would pass as false.
     if isinstance(value, bool) or isinstance(neutral, bool):
         return value is neutral
     return bool(value == neutral)
 
 
 def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
-    """A message without what has no effect in it."""
+    """Drop ignored and empty fields of a message. Raises ServeError for unsupported ones."""
     if not isinstance(message, dict):
         return message
     where = f"messages.{index}"
     role = message.get("role")
     if role in ("tool", "function"):
         raise ServeError(
-            f"{where}.role: tools are not supported, so nobody speaks as {role}",
+            f"{where}.role: tools are not supported, so the role {role} is not either",
             param=f"{where}.role",
             code="unsupported_value",
         )
@@ -361,7 +367,7 @@ def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    """Whether a step of a pydantic location names the branch of a union, not a field."""
+    """Return True for a step of a pydantic error location that names a union branch."""
     return isinstance(part, str) and (
         part in ("str", "constrained-str") or "[" in part or part in _MODELS
     )
@@ -371,7 +377,7 @@ _MODELS = {cls.__name__ for cls in _StrictModel.__subclasses__()}
 
 
 def _model_at(cls: type[BaseModel], loc: list[str]) -> type[BaseModel]:
-    """The model that a location leads to, through lists and unions."""
+    """Find the model at an error location, through lists and unions."""
     for part in loc:
         field = cls.model_fields.get(part)
         if field is not None:
@@ -380,3 +386,63 @@ def _model_at(cls: type[BaseModel], loc: list[str]) -> type[BaseModel]:
             ]
             cls = inner[0] if inner else cls
     return cls
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """Sampling parameters of a request, shared by all of its choices."""
+
+    max_tokens: int | None = None
+    """None: the server's default, or the room that the prompt leaves."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    num_logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def sampling_params(self, index: int, max_new_tokens: int) -> SamplingParams:
+        """Build the engine's parameters of one choice."""
+        # Each choice has its own seed, or all choices would be equal.
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=None if self.seed is None else (self.seed + index) % (MAX_INT + 1),
+            num_logprobs=self.num_logprobs,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+def request_params(request: ChatRequest, settings: ServeSettings) -> RequestParams:
+    """Checked request -> sampling parameters. Raises ServeError for too high `max_tokens`."""
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    if max_tokens is not None and max_tokens > settings.max_tokens:
+        raise ServeError(
+            f"max_tokens is {max_tokens}, and the limit is {settings.max_tokens}",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    top_p = 1.0 if request.top_p is None else request.top_p
+    temperature = request.temperature
+    # OpenAI takes top_p 0 for greedy; vLLM refuses it.
+    if top_p == 0:
+        top_p, temperature = 1.0, 0.0
+    top_k = max(0, request.top_k or 0)
+    n = request.n or 1
+    is_sampled = top_p < 1 or top_k > 1 or n > 1
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return RequestParams(
+        max_tokens=max_tokens,
+        temperature=(1.0 if is_sampled else 0.0) if temperature is None else temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=request.seed,
+        stop=stop,
+        n=n,
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        ignore_eos=bool(request.ignore_eos),
+    )

@@ -1,7 +1,4 @@
-"""The answer in OpenAI's form: objects, chunks of a stream, log-probabilities, errors.
-
-Border: plain dicts and bytes; nothing is waited for here, and nothing generated.
-"""
+"""Response objects of OpenAI's API: completions, chunks, usage, log-probabilities, errors."""
 
 from __future__ import annotations
 
@@ -18,22 +15,22 @@ from multi_token.serve.errors import ServeError
 FinishReason = Literal["stop", "length"]
 SSE_DONE = b"data: [DONE]\n\n"
 _LOWEST_LOGPROB = -9999.0
-"""OpenAI's value for what is next to impossible: JSON has no infinity."""
+"""OpenAI's value in place of -inf, which JSON cannot hold."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request. `media`: of each sense, by its name in the run."""
+    """Token counts of a request. `media`: media tokens of each modality by its name."""
 
     num_prompt_tokens: int
     media: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
-    """Name of a sense -> `image` or `audio`, for those that OpenAI's fields can say."""
+    """Name of a modality -> `image` or `audio`, where OpenAI's usage has a field for it."""
 
     def as_json(self, num_completion: int, num_cached: int = 0) -> dict[str, Any]:
-        """OpenAI's `usage`, with `media_tokens` beside its own details.
+        """OpenAI's `usage` object, with `media_tokens` added to the prompt's details.
 
-        `num_cached`: tokens of the prompt that the engine had computed before, if it says.
+        `num_cached`: prompt tokens served from the prefix cache.
         """
         of_kind = {
             kind: sum(n for name, n in self.media.items() if self.kinds.get(name) == kind)
@@ -55,7 +52,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """What every object of one answer has."""
+    """Builds the objects of one response, which share id, time and model."""
 
     id: str
     created: int
@@ -73,7 +70,7 @@ class ResponseBuilder:
     def completion(
         self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """The whole answer."""
+        """Build a complete response."""
         return {**self._envelope("chat.completion", list(choices)), "usage": usage}
 
     def chunk(
@@ -85,7 +82,7 @@ class ResponseBuilder:
         logprobs: dict[str, Any] | None = None,
         with_usage: bool = False,
     ) -> dict[str, Any]:
-        """A piece of one choice. `with_usage`: the stream ends with usage, so here it is null."""
+        """Build a stream chunk of one choice. `with_usage`: the stream ends with a usage chunk."""
         completion_choice = {
             "index": index,
             "delta": delta,
@@ -93,17 +90,18 @@ class ResponseBuilder:
             "finish_reason": finish,
         }
         fields = self._envelope("chat.completion.chunk", [completion_choice])
+        # With include_usage, OpenAI sends "usage": null in every chunk before the last.
         return {**fields, "usage": None} if with_usage else fields
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk, if usage was asked for."""
+        """Build the last chunk of a stream with usage: no choices."""
         return {**self._envelope("chat.completion.chunk", []), "usage": usage}
 
 
 def completion_choice(
     index: int, text: str, finish: FinishReason, logprobs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """One whole choice."""
+    """Build one complete choice."""
     return {
         "index": index,
         "message": {"role": "assistant", "content": text, "refusal": None},
@@ -113,17 +111,17 @@ def completion_choice(
 
 
 def sse_event(fields: Mapping[str, Any]) -> bytes:
-    """One event of a stream."""
+    """Encode a server-sent event."""
     return b"data: " + json.dumps(fields, ensure_ascii=False).encode() + b"\n\n"
 
 
 def error_body(error: ServeError, error_id: str) -> bytes:
-    """The body of a failed request."""
+    """Encode the body of an error response."""
     return json.dumps(error.as_json(error_id)).encode()
 
 
 def error_headers(error: ServeError) -> list[tuple[str, str]]:
-    """Its headers: whether and when to try again is said to clients that listen to it."""
+    """Build the headers of an error response, with `retry-after` and `x-should-retry`."""
     headers = [("content-type", "application/json")]
     if error.status == 401:
         headers.append(("www-authenticate", "Bearer"))
@@ -131,16 +129,18 @@ def error_headers(error: ServeError) -> list[tuple[str, str]]:
         headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
     if error.code == "shutting_down":
         headers.append(("connection", "close"))
+    # OpenAI's client repeats 5xx by itself unless x-should-retry says no. After 500 and 504 the
+    # same request would take as long and fail again.
     retry = error.retry
     if retry is None and error.status in (500, 504):
-        retry = False  # the same again would cost the same again
+        retry = False
     if retry is not None:
         headers.append(("x-should-retry", "true" if retry else "false"))
     return headers
 
 
 class TokenText:
-    """The text and bytes of single ids, as log-probabilities are told."""
+    """Text and bytes of single token ids, for `logprobs`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -150,7 +150,7 @@ class TokenText:
         self._cached_bytes = functools.lru_cache(maxsize=65_536)(self._token_bytes)
 
     def logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
-        """Some tokens' `logprobs`."""
+        """Build OpenAI's `logprobs` object of these tokens."""
         return {
             "content": [
                 {
@@ -172,6 +172,8 @@ class TokenText:
         }
 
     def _token_bytes(self, id: int) -> bytes:
+        """Return the bytes of one token."""
+        # Not `decode`: a token may be a part of a character, and would decode to U+FFFD.
         piece = self.tokenizer.convert_ids_to_tokens(id) or ""
         if id in self.tokenizer.added_tokens_decoder:
             return piece.encode("utf-8", "replace")
@@ -179,6 +181,7 @@ class TokenText:
             letter in self._byte_of_letter for letter in piece
         ):
             return bytes(self._byte_of_letter[letter] for letter in piece)
+        # SentencePiece: <0xE2> is a byte that no piece covers, and U+2581 marks a space.
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode("utf-8", "replace")
@@ -186,7 +189,7 @@ class TokenText:
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """Byte-level BPE's letter for each byte, the other way round."""
+    """Inverse of byte-level BPE's map: printable letter -> byte."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}

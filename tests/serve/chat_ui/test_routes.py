@@ -15,7 +15,8 @@ import httpx
 import pytest
 import yaml
 
-from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, accepted_kinds, read_examples
+from multi_token.serve.chat_ui.examples import read_examples
+from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, accepted_kinds
 from multi_token.serve.openai.app import build_app
 from multi_token.serve.service import Service
 from multi_token.serve.settings import ServeSettings

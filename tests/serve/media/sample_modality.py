@@ -1,6 +1,6 @@
-"""A plug-in whose items say what is to be done to the process that decodes them.
+"""A plug-in whose items are orders to the process that decodes them.
 
-Border: test_media_pool.py copies it to another folder, so that it is found as a user's would be.
+`test_pool.py` copies this file to another folder, so it is found as a plug-in of a user would be.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Claims about serve/media/pool.py: an item is decoded in a process of its own kind, under limits,
 and takes nothing with it.
 
-The sense `trial` is a plug-in whose items say what is to be done to the process that decodes them.
+The modality `trial` is a plug-in whose items are orders to the process that decodes them.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def refusal(pool: MediaPool, source: Any, modality: str = "trial") -> ServeError
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The plug-in, registered in this process alone, as in a notebook."""
     folder = tmp_path_factory.mktemp("plug_in")
-    shutil.copy(Path(__file__).parent / "trial_sense.py", folder / "a_trial_sense.py")
+    shutil.copy(Path(__file__).parent / "sample_modality.py", folder / "a_sample_modality.py")
     sys.path.insert(0, str(folder))
-    import a_trial_sense  # type: ignore[reportMissingImports]
+    import a_sample_modality  # type: ignore[reportMissingImports]
 
-    cls = a_trial_sense.TrialModality
+    cls = a_sample_modality.TrialModality
     registry.register_modality("trial", cls)
     yield cls
     sys.path.remove(str(folder))
@@ -183,7 +183,7 @@ def test_a_decoder_opens_no_file_even_if_it_tries(pool: MediaPool, secret_file: 
     link = secret_file.parent / "link"
     link.symlink_to(secret_file)
     inside = Path(sys.prefix) / "lib" / ".." / ".." / ".." / ".." / ".." / "etc" / "passwd"
-    beside = Path(sys.modules["a_trial_sense"].__file__ or "").parent / "beside.txt"
+    beside = Path(sys.modules["a_sample_modality"].__file__ or "").parent / "beside.txt"
     beside.write_text(SECRET)
     others = ("/etc/passwd", "/proc/self/environ", "/dev/zero", "README.md", "pyproject.toml")
     for path in (secret_file, link, inside, beside, *others):
@@ -238,7 +238,7 @@ def test_a_path_never_gets_to_a_decoder(pool: MediaPool, secret_file: Path) -> N
             for name in ("trial", "image", "vector"):
                 error = refusal(pool, source, name)
                 assert error.status == 400
-                assert "files of this machine are never read" in str(error)
+                assert "the server never reads its own files" in str(error)
 
 
 def test_texts_that_are_no_sources_pass(pool: MediaPool) -> None:
@@ -274,8 +274,8 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
         ("data:," + "x" * (4 * MIB + 1), "the limit is 4,194,304"),
         ([0.5] * 1001, "more than 1,000 numbers"),
         ([[0.5] * 200] * 6, "more than 1,000 numbers"),
-        (deep, "lists inside each other"),
-        ({1: 2}, "names as keys"),
+        (deep, "levels deep"),
+        ({1: 2}, "strings as keys"),
         (object(), "got object"),
         (Image.new("RGB", (4, 4)), "got Image"),
         ("http://127.0.0.1/a.png", "web addresses are not read here"),
@@ -286,7 +286,7 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
 
 
 def test_an_unknown_sense_is_a_400(pool: MediaPool) -> None:
-    assert "no sense named 'smell'" in str(refusal(pool, b"", "smell"))
+    assert "no modality named 'smell'" in str(refusal(pool, b"", "smell"))
 
 
 def test_numbers_of_any_kind_are_refused_or_finite(pool: MediaPool) -> None:
@@ -385,7 +385,7 @@ def test_a_sense_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) ->
 
     registry.register_modality("local", Local)
     try:
-        with pytest.raises(MultiTokenError, match="does not start: AttributeError"):
+        with pytest.raises(MultiTokenError, match="did not start: AttributeError"):
             MediaPool({"local": Local()}, num_workers=1).start()
     finally:
         registry._registered["modality"].pop("local")

@@ -18,7 +18,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from multi_token.serve.openai.middleware import GuardMiddleware, http_protocol_with_timeouts
+from multi_token.serve.openai.middleware import GuardMiddleware
+from multi_token.serve.server import http_protocol_with_timeouts
 from multi_token.serve.settings import ServeSettings
 from tests.serve.running_server import KEY, RunningServer
 
@@ -309,7 +310,7 @@ def test_a_fault_of_ours_is_told_without_its_text(
     answer = httpx.post(f"{keyed.url}/fault", headers=bearer(KEY) | {"X-Request-Id": "mine-7"})
     assert answer.status_code == 500
     error = answer.json()["error"]
-    assert error["message"] == "the server has a fault" and error["error_id"] == "mine-7"
+    assert error["message"] == "internal server error" and error["error_id"] == "mine-7"
     assert answer.headers["x-should-retry"] == "false"
     assert any("mine-7" in record.getMessage() and record.exc_info for record in caplog.records)
 

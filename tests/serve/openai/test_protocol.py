@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 
 from multi_token.serve.errors import ServeError, sanitize
-from multi_token.serve.openai.options import request_params
-from multi_token.serve.openai.protocol import NEUTRAL_FIELDS, ChatRequest, parse_chat, parse_json
+from multi_token.serve.openai.protocol import (
+    NEUTRAL_FIELDS,
+    ChatRequest,
+    parse_chat,
+    parse_json,
+    request_params,
+)
 from multi_token.serve.settings import ServeSettings
 
 MESSAGES = [{"role": "user", "content": "hi"}]
