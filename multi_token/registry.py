@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _GROUPS: dict[Kind, str] = {
     "modality": "multi_token.modalities",
-    "projector": "multi_token.projectors.base",
+    "projector": "multi_token.projectors",
 }
 _BUILT_INS: dict[Kind, dict[str, str]] = {
     "modality": {
@@ -37,22 +37,15 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "vector": "multi_token.modalities.vector:VectorModality",
     },
     "projector": {
-        "linear": "multi_token.projectors.base:Linear",
-        "mlp": "multi_token.projectors.base:Mlp",
-        "expand": "multi_token.projectors.base:Expand",
-        "pool": "multi_token.projectors.base:Pool",
-        "stack": "multi_token.projectors.base:Stack",
-        "pixel_shuffle": "multi_token.projectors.base:PixelShuffle",
+        "linear": "multi_token.projectors.kinds:Linear",
+        "mlp": "multi_token.projectors.kinds:Mlp",
+        "expand": "multi_token.projectors.kinds:Expand",
+        "pool": "multi_token.projectors.kinds:Pool",
+        "stack": "multi_token.projectors.kinds:Stack",
+        "pixel_shuffle": "multi_token.projectors.kinds:PixelShuffle",
         "resample": "multi_token.projectors.resampler:Resample",
     },
 }
-_EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "speech": ("audio", ("soundfile", "soxr")),
-    "sound": ("audio", ("soundfile", "soxr")),
-    "video": ("video", ("av",)),
-    "document": ("document", ("pypdf", "bs4")),
-}
-"""Built-in modality -> the extra that brings what it reads files with, and those packages."""
 _registered: dict[Kind, dict[str, type]] = {"modality": {}, "projector": {}}
 
 
@@ -150,10 +143,11 @@ def entry(kind: Kind, name: str, base: type) -> Entry:
         fault = f"{type(error).__name__}: {error}".partition("\n")[0]
         return Entry(name, owner, "broken", fault=fault)
     summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    extra, packages = _EXTRAS.get(name, ("", ())) if kind == "modality" else ("", ())
+    # modalities alone have these two; the registry knows neither base class
+    packages, extra = getattr(cls, "requires", ()), getattr(cls, "install_extra", "")
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        fault = f'{", ".join(missing)} not installed: pip install "multi_token[{extra}]"'
+        fault = f'{", ".join(missing)} not installed: pip install "{extra}"'
         return Entry(name, owner, "missing extra", summary, fault)
     return Entry(name, owner, "ready", summary)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
 from multi_token.modalities.image import ImageModality
 from multi_token.recipe.recipe import Recipe
-from multi_token.registry import build, resolve
+from multi_token.registry import _BUILT_INS, build, resolve
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
 from multi_token.testing.claims import ClaimFailed, Subject, works_in_bfloat16
-from multi_token.testing.kit import _EXAMPLES
 from multi_token.testing.video import tiny_video_encoder
 from multi_token.testing.vision import tiny_image_encoder
 from multi_token.train.run import train
@@ -90,12 +88,13 @@ NOT_LOADED = {"timeseries", "vector"}
 
 
 def example(sense: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    module, _, attribute = _EXAMPLES[sense].partition(":")
     folder.mkdir()
-    return getattr(import_module(module), attribute)(folder)
+    found = resolve("modality", sense).example(folder)  # type: ignore[reportAttributeAccessIssue]
+    assert found is not None
+    return found
 
 
-@pytest.mark.parametrize("kind", [*sorted(_EXAMPLES.keys() - NOT_LOADED), *OTHERS])
+@pytest.mark.parametrize("kind", [*sorted(_BUILT_INS["modality"].keys() - NOT_LOADED), *OTHERS])
 def test_each_encoder_gives_nearly_the_same_features_in_bfloat16(kind: str, tmp_path: Path) -> None:
     sense, fields_of = OTHERS.get(kind, (kind, lambda _: {}))
     fields, sources = example(sense, tmp_path / "example")
@@ -108,7 +107,9 @@ def test_each_encoder_gives_nearly_the_same_features_in_bfloat16(kind: str, tmp_
 
 def test_only_senses_of_pretrained_models_have_a_precision() -> None:
     without = {
-        name for name in _EXAMPLES if not issubclass(resolve("modality", name), PretrainedModality)
+        name
+        for name in _BUILT_INS["modality"]
+        if not issubclass(resolve("modality", name), PretrainedModality)
     }
     assert without == NOT_LOADED
 
@@ -200,8 +201,8 @@ def test_features_of_another_precision_are_not_taken_for_these(
     ("learn", "dtypes"),
     [
         (1e-5, {torch.float32}),
-        ({"rate": 1e-5, "last": 1}, {torch.float32}),
-        ({"rate": 1e-4, "lora": {"r": 2}}, {torch.float32, torch.bfloat16}),
+        ({"lr": 1e-5, "last_layers": 1}, {torch.float32}),
+        ({"lr": 1e-4, "lora": {"r": 2}}, {torch.float32, torch.bfloat16}),
     ],
 )
 def test_what_learns_of_an_encoder_is_float32_whatever_it_was(

@@ -19,8 +19,8 @@ from multi_token import registry
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.recipe.recipe import parse_recipe
 
-SENSES = Path(__file__).resolve().parent.parent / "docs" / "modalities"
-PAGES = sorted(page for page in SENSES.glob("*.md") if page.name != "README.md")
+PAGES_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "modalities"
+PAGES = sorted(page for page in PAGES_FOLDER.glob("*.md") if page.name != "README.md")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRY, RECIPE = "## Try it here", "## A recipe"
 
@@ -43,13 +43,13 @@ def run(folder: Path, *words: str) -> None:
 def test_every_built_in_sense_has_its_page_and_its_line_in_the_index() -> None:
     names = {page.stem for page in PAGES}
     assert names >= set(registry._BUILT_INS["modality"])
-    index = (SENSES / "README.md").read_text(encoding="utf-8")
+    index = (PAGES_FOLDER / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(([a-z-]+)\.md\)", index)) == names
 
 
 @pytest.mark.parametrize("name", sorted(registry._BUILT_INS["modality"]))
 def test_a_page_has_a_recipe_for_real_models_and_one_to_try(name: str) -> None:
-    text = (SENSES / f"{name}.md").read_text(encoding="utf-8")
+    text = (PAGES_FOLDER / f"{name}.md").read_text(encoding="utf-8")
     before, found, trial = text.partition(TRY)
     assert found and RECIPE in before, f"{name}.md has no {TRY!r} or no {RECIPE!r}"
     for part in (before, trial):
@@ -60,8 +60,8 @@ def test_a_page_has_a_recipe_for_real_models_and_one_to_try(name: str) -> None:
     assert parse_recipe(recipe).train.output_dir == f"runs/{name}"
 
 
-def test_the_numbers_of_tokens_of_pictures_are_those_of_the_projectors() -> None:
-    table = (SENSES / "image.md").read_text("utf-8").partition("## How many tokens")[2]
+def test_the_numbers_of_tokens_of_images_are_those_of_the_projectors() -> None:
+    table = (PAGES_FOLDER / "image.md").read_text("utf-8").partition("## How many tokens")[2]
     rows = re.findall(r"^\| (`\{type.*?) \| (\d+) \|", table, re.MULTILINE)
     assert len(rows) == 6
     for kinds, num_tokens in rows:

@@ -218,9 +218,9 @@ def encode(
     share, num_shares = _shard_of(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
     spec = loaded.train.feature_cache or FeatureCacheSpec()
-    align = loaded.train.align
+    closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
-    sources += (align.rows or []) if align is not None else []
+    sources += (closed_form.rows or []) if closed_form is not None else []
     row_sources = [
         RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources
@@ -266,7 +266,7 @@ def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
     """Load the encoders as training starts with them."""
     from multi_token.encoders import build_encoders
 
-    if recipe.train.start_from is None:
+    if recipe.train.init_from is None:
         return build_encoders(recipe.model.modalities)
     # a run that trained encoders holds them in its checkpoint, which loads as one model
     from multi_token.checkpoint.load import compose

@@ -1,125 +1,118 @@
-"""What a language model was found to be able to do, and a sentence for each thing that it cannot.
+"""Capabilities of a language model, and a sentence for each one that is missing.
 
-Border: the findings only. probe.py makes them; training, packing, asking and serving ask for them.
+`probe.py` finds them; training, packing, generation and serving ask for them here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import PrefillMode
 
+LazyCapability = Literal["supports_packing", "supports_segment_attention", "supports_shared_prefix"]
+"""Capabilities that only some runs need; each is probed when it is first asked for."""
+
 _LIMITATIONS = {
     "supports_left_padding": (
-        "{name} answers otherwise when its rows are padded on the left, so only prompts of one "
-        "length are answered together"
+        "{name} gives other answers when its rows are padded on the left, so only prompts of one "
+        "length are batched"
     ),
     "supports_logits_to_keep": (
         "{name} does not select logits by a mask, so all logits are computed and the supervised "
         "ones taken, which needs more memory"
     ),
     "supports_packing": (
-        "{name} cannot take packed rows: what stands in one row changes what comes of the next; "
-        "leave them padded"
+        "{name} cannot take packed rows: the content of one row changes the logits of the next; "
+        "set train.packing to false"
     ),
-    "supports_shared_media": (
-        "{name} cannot go on from one start several times in a packed row: it does not run on "
-        "`sdpa`, or not all of its layers see everything before them; set train.share_media to "
-        "false"
-    ),
-    "repeats_cache": (
-        "{name} keeps no key-value cache that could be repeated for each row, so a shared start "
-        "cannot be computed once; set train.share_prefix to false"
+    "supports_shared_prefix": (
+        "{name} cannot share a prefix among packed rows: it does not run on `sdpa`, or not all of "
+        "its layers attend to everything before them; set train.packing to true, without `share`"
     ),
 }
 
 
-@dataclass(frozen=True)
+class Probe(Protocol):
+    """Runs a few tokens through a language model to find one capability."""
+
+    def has(self, capability: LazyCapability) -> bool:
+        """Return True if the language model has the capability."""
+        ...
+
+
+@dataclass
 class Capabilities:
-    """What was found. A model that cannot be driven at all has none: `probe.probe` raises."""
+    """Findings about one language model. `probe.probe` raises for a model that cannot be used."""
 
     name: str
-    """The model's class."""
+    """Class of the model."""
     embedding_scale: float
-    """What embeddings must be multiplied with to be what the model makes of ids."""
+    """Factor that turns embeddings into what the model makes of ids."""
     needs_input_ids: bool
-    """Layers look ids up: they are passed beside the embeddings."""
+    """Layers look ids up, so ids are passed beside the embeddings."""
     prefill_mode: PrefillMode
-    """How a prompt is continued: see `drive.continue_text`."""
+    """How `generate` starts: see `forward.generate_from_embeds`."""
     supports_left_padding: bool
-    """Rows padded on the left answer as they do alone. Padding on the right is exact for all."""
+    """Rows padded on the left give the answers that they give alone. Right padding always does."""
     supports_logits_to_keep: bool
     """The head computes logits at supervised positions only."""
     max_batched_length: int | None
-    """Rows change each other in a batch with one longer than this: see `drive.num_exact_tokens`."""
-    probes: Mapping[str, Callable[[], bool]] = field(repr=False, compare=False)
-    """Of what is tried when it is first asked for."""
+    """Rows of a batch with a longer row change: see `forward.max_batched_length`."""
+    probe: Probe | None = field(default=None, repr=False, compare=False)
+    """Finds the lazy capabilities; None for a model without layers, which has none of them."""
+    _found: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
     def supports_packing(self) -> bool:
-        """Rows packed into one, with positions that begin anew, do not see each other.
+        """Rows packed into one, with positions that restart at zero, do not see each other."""
+        return self._has("supports_packing")
 
-        Tried when first asked for, as only packing needs it.
-        """
-        return self.probes["supports_packing"]()
-
-    @cached_property
+    @property
     def supports_segment_attention(self) -> bool:
-        """Packed rows are right with segment_attention.py, which is faster than a mask over all
-        of them.
+        """Packed rows are exact with segment_attention.py, which is faster than a full mask."""
+        return self._has("supports_segment_attention")
 
-        Tried when first asked for.
-        """
-        return self.probes["supports_segment_attention"]()
+    @property
+    def supports_shared_prefix(self) -> bool:
+        """Packed rows may share a prefix that is computed once."""
+        return self._has("supports_shared_prefix")
 
-    @cached_property
-    def supports_shared_media(self) -> bool:
-        """Packed rows may share a start, computed once, that each of them goes on from.
+    def _has(self, capability: LazyCapability) -> bool:
+        if capability not in self._found:
+            self._found[capability] = self.probe is not None and self.probe.has(capability)
+        return self._found[capability]
 
-        Tried when first asked for.
-        """
-        return self.probes["supports_shared_media"]()
-
-    @cached_property
-    def repeats_cache(self) -> bool:
-        """A start that all rows share can be computed once. Tried when first asked for."""
-        return self.probes["repeats_cache"]()
-
-    def require(
-        self, what: Literal["supports_packing", "supports_shared_media", "repeats_cache"]
-    ) -> None:
-        """Raise LanguageModelError, with the reason, if the model cannot do it."""
-        if not getattr(self, what):
-            raise LanguageModelError(_LIMITATIONS[what].format(name=self.name))
+    def require(self, capability: Literal["supports_packing", "supports_shared_prefix"]) -> None:
+        """Raise LanguageModelError, with the reason and the setting to change, if it is missing."""
+        if not self._has(capability):
+            raise LanguageModelError(_LIMITATIONS[capability].format(name=self.name))
 
     def notes(self) -> list[str]:
-        """What differs from the plain case, in words; nothing if all is plain."""
-        said = []
+        """Return a sentence for each finding that differs from a plain model."""
+        notes = []
         if self.embedding_scale != 1.0:
-            said.append(f"embeddings are multiplied by {self.embedding_scale:g}, as ids' are")
+            notes.append(f"embeddings are multiplied by {self.embedding_scale:g}, as ids' are")
         if self.needs_input_ids:
-            said.append("its layers get the ids too; a media span shows them the filler id")
+            notes.append("its layers get the ids too; a media span shows them the filler id")
         if self.prefill_mode == "ids":
-            said.append("answers go on from a cache of the prompt, by ids")
-        for what in ("supports_left_padding", "supports_logits_to_keep"):
-            if not getattr(self, what):
-                said.append(_LIMITATIONS[what].format(name=self.name))
+            notes.append("generation continues from a KV cache of the prompt, by ids")
+        for capability in ("supports_left_padding", "supports_logits_to_keep"):
+            if not getattr(self, capability):
+                notes.append(_LIMITATIONS[capability].format(name=self.name))
         if self.max_batched_length is not None:
-            said.append(
-                f"in a batch with a row of more than {self.max_batched_length} tokens it "
-                f"scales the "
-                "positions of all rows by the longest (see rope_type in its config.json): keep "
+            notes.append(
+                f"in a batch with a row of more than {self.max_batched_length} tokens it scales "
+                "the positions of all rows by the longest (see rope_type in its config.json): keep "
                 "data.max_tokens below, or train longer rows one at a time"
             )
-        return said
+        return notes
 
     def can_batch_lengths(self, longest: int) -> bool:
-        """Whether prompts of several lengths, the longest with its answer so long, may be padded
-        to one batch and are answered as each alone.
+        """Return True if prompts of several lengths may be padded to one batch.
+
+        `longest`: tokens of the longest prompt with its answer.
         """
         return self.supports_left_padding and (
             self.max_batched_length is None or longest <= self.max_batched_length

@@ -1,4 +1,4 @@
-"""Drives a language model by embeddings: inputs of its layers, loss, shared starts, going on.
+"""Drives a language model by embeddings: inputs of its layers, loss, going on.
 
 Border: one function for each thing that is asked of it, for any family; which way a model needs is
 found by language_model/probe.py and handed in.
@@ -10,13 +10,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 
-PrefillMode = Literal["embeddings", "ids"]
-"""From what a prompt is continued: see `continue_text`."""
+PrefillMode = Literal["embeds", "ids"]
+"""How `generate` starts from a prompt: see `generate_from_embeds`."""
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1} | (
+    dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
+)
+"""Options of `generate` for greedy decoding, whatever the model's own generation config says."""
 FLASH_ATTENTION_KWARGS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
@@ -93,27 +96,6 @@ def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]
     return {name: value for name, value in inputs.items() if name not in FLASH_ATTENTION_KWARGS}
 
 
-@torch.no_grad()
-def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> Any:
-    """The keys and values of a text that `num_rows` rows begin with.
-
-    input_ids int64 [1, num_shared]. Exact as long as the language model is frozen: what stands
-    before any media does not depend on anything that learns.
-    """
-    try:
-        output = language_model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        past.batch_repeat_interleave(num_rows)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise LanguageModelError(
-            f"{type(base_language_model(language_model)).__name__} keeps no key-value "
-            f"cache that could "
-            "be repeated for each row, so a shared start cannot be computed once; set "
-            "train.share_prefix to false"
-        ) from error
-    return past
-
-
 def supervised_loss(
     language_model: Any,
     *,
@@ -121,7 +103,6 @@ def supervised_loss(
     attention_mask: Tensor | None,
     shift_labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
-    past_key_values: Any = None,
     supports_logits_to_keep: bool = True,
     **inputs: Any,
 ) -> Any:
@@ -135,8 +116,6 @@ def supervised_loss(
     isolation of packed rows.
     """
     keep = shift_labels != -100
-    if past_key_values is not None:
-        inputs["past_key_values"] = past_key_values
     inputs |= {
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
@@ -172,17 +151,17 @@ def generate_from_embeds(
     inputs_embeds: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
-    prefill_mode: PrefillMode = "embeddings",
+    prefill_mode: PrefillMode = "embeds",
     **options: Any,
 ) -> Any:
     """The child's own `generate` behind a prompt [batch, time, dim] -> new ids [batch, new].
 
-    `start` "embeddings": it is given the prompt's embeddings. "ids": the prompt but its last
+    `prefill_mode` "embeds": it is given the prompt's embeddings. "ids": the prompt but its last
     position is run first, and `generate` goes on from that cache by ids, for models that take no
     embeddings there or need ids in their layers; the last position must then be text, and
     input_ids int64 [batch, time] says which. With `return_dict_in_generate` its whole output.
     """
-    if prefill_mode == "embeddings":
+    if prefill_mode == "embeds":
         return language_model.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options
         )

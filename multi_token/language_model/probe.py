@@ -1,20 +1,32 @@
-"""What a language model can do, found by trying: a few tokens, some forwards, no list of names.
+"""Startup probe: finds a language model's capabilities by running a few tokens through it.
 
-Border: it tries the very functions of forward.py that training and asking use, and says what
-came of it. What follows is decided by those who ask: model.py, generate.py, train/.
+No list of model names: each probe calls the functions of `forward.py` that training and
+generation use, on six or twelve ids, and compares logits. The order matters:
+
+    1. logits of ids              -> the reference, its spread, the precision
+    2. logits of embeddings       -> equal to 1, also with an embedding that is no token's
+    3. the loss of a shorter text -> causal? selects logits? rounding of this model
+    4. `generate` from a prompt   -> logits of 2, alone and beside a longer row
+    later, when asked for: packed rows, segment attention, shared prefixes
+
+All distances are in units of the logits' standard deviation, so one tolerance serves models whose
+logits differ by orders of magnitude.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from multi_token.errors import LanguageModelError
-from multi_token.language_model.capabilities import Capabilities
+from multi_token.errors import LanguageModelError, first_line
+from multi_token.language_model.capabilities import Capabilities, LazyCapability
 from multi_token.language_model.forward import (
+    GREEDY,
     PrefillMode,
     accepts_position_ids,
     base_language_model,
@@ -22,10 +34,8 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
-from multi_token.language_model.loading import first_line
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.language_model.segment_attention import (
     recording_mask_reach,
@@ -33,10 +43,14 @@ from multi_token.language_model.segment_attention import (
 )
 
 _NUM_TOKENS = 6
+_MAX_DISTANCE = 1e-2
+"""Largest distance between ids and embeddings of one text that counts as equal."""
+_OTHER_TEXT = 0.25
+"""Smallest distance that no rounding explains: the model has seen another input."""
 _ROUNDING = 0.05
-"""What other kernels for the same numbers may change, in units of the logits' spread."""
-# What other libraries raise where they cannot do something; anything else is a defect of ours.
-_FAULTS = (
+"""Largest distance between two kernels that compute the same numbers."""
+# Errors by which other libraries refuse an operation; any other error is a defect of ours.
+MODEL_FAULTS = (
     AssertionError,
     AttributeError,
     IndexError,
@@ -50,16 +64,23 @@ _FAULTS = (
 
 
 def probe(language_model: Any) -> Capabilities:
-    """Try what a language model can do, where it is and in its precision: five forwards if all
-    is plain.
+    """Find the capabilities of a language model, on its device and in its precision.
 
-    Raises LanguageModelError for one that cannot take embeddings that are no token's, gives other
-    logits for embeddings than for the ids they belong to, lets a position see those behind it, or
-    cannot go on from a prompt.
+    Five forwards of up to twelve tokens if the model is a plain one.
+
+    Args:
+        language_model: A causal language model of transformers, with or without an adapter.
+
+    Returns:
+        Its capabilities; those that only packing needs are probed when first asked for.
+
+    Raises:
+        LanguageModelError: If the model takes no embeddings other than its tokens', gives other
+            logits for embeddings than for their ids, lets a position attend to later ones, or
+            cannot generate from a prompt of embeddings.
     """
-
-    def everything(trial: _Probe) -> Capabilities:
-        supports_logits_to_keep = trial.supports_logits_to_keep()
+    with _started(language_model) as trial:
+        trial.measure_rounding()
         prefill_mode, supports_left_padding = trial.find_prefill_mode()
         return Capabilities(
             name=trial.name,
@@ -67,75 +88,79 @@ def probe(language_model: Any) -> Capabilities:
             needs_input_ids=bool(per_layer_inputs(language_model, trial.ids)),
             prefill_mode=prefill_mode,
             supports_left_padding=supports_left_padding,
-            supports_logits_to_keep=supports_logits_to_keep,
+            supports_logits_to_keep=trial.supports_logits_to_keep,
             max_batched_length=max_batched_length(language_model),
-            probes={
-                "supports_packing": lambda: _run_probe(language_model, _Probe.supports_packing),
-                "supports_segment_attention": lambda: _run_probe(
-                    language_model, _Probe.supports_segment_attention
-                ),
-                "supports_shared_media": lambda: _run_probe(
-                    language_model, _Probe.supports_shared_media
-                ),
-                "repeats_cache": lambda: _run_probe(language_model, _Probe.repeats_cache),
-            },
+            probe=_LazyProbe(language_model),
         )
-
-    return _run_probe(language_model, everything)
 
 
 def check_trainable(language_model: Any) -> None:
-    """One step without an update, in training mode: a gradient must reach the embeddings, and the
-    frozen weights must stay what they are.
+    """Check that a gradient reaches the embeddings and that frozen weights stay unchanged.
 
-    Raises LanguageModelError otherwise. Apart from `probe`, since asking needs no gradient.
+    One forward and backward in train mode, without an update. Apart from `probe`, since a model
+    that only generates needs no gradient. Raises LanguageModelError.
     """
     was_training = language_model.training
     fault = ""
-    trial = _Probe(language_model)
+    trial = _Trial(language_model)
     try:
         embeds = trial.embed(trial.ids).detach().requires_grad_(True)
         language_model.eval()
         before = trial.logits_from_embeds(embeds, trial.ids).detach()
+        # Dropout draws random numbers; a run's own sequence must not depend on this check.
         with torch.enable_grad(), torch.random.fork_rng():
             language_model.train()
             logits = trial.logits_from_embeds(embeds, trial.ids).float()
             (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
+        # 4-bit kernels may repack weights in a forward pass, so the logits are computed again.
         language_model.eval()
+        after = trial.logits_from_embeds(embeds, trial.ids).detach()
         trial.spread = float(before.std())
-        if not gradient.abs().max() > 0:
-            fault = "the gradient is zero or no number"
-        elif (
-            trial.distance(trial.logits_from_embeds(embeds, trial.ids).detach(), before) > _ROUNDING
-        ):
-            fault = "its frozen weights do not stay what they are"
-    except _FAULTS as error:
+        if not gradient.abs().max() > 0:  # also true for NaN
+            fault = "the gradient is zero or NaN"
+        elif trial.distance(after, before) > _ROUNDING:
+            fault = "its frozen weights change"
+    except MODEL_FAULTS as error:
         fault = first_line(error)
     finally:
         language_model.train(was_training)
     if fault:
-        mend = "; set model.quantization to null" if quantized_parameters(language_model) else ""
-        raise LanguageModelError(f"{trial.name} cannot be trained through: {fault}{mend}")
+        fix = "; set model.quantization to null" if quantized_parameters(language_model) else ""
+        raise LanguageModelError(f"{trial.name} cannot be trained through: {fault}{fix}")
 
 
-_Result = TypeVar("_Result")
+class _LazyProbe:
+    """Probes one capability at a time, of the model as it is when it is asked for."""
+
+    def __init__(self, language_model: Any) -> None:
+        self.language_model = language_model
+
+    def has(self, capability: LazyCapability) -> bool:
+        # Started again each time: by now the model may be on another device or have an adapter.
+        with _started(self.language_model) as trial:
+            return _succeeds(getattr(trial, capability))
 
 
-@torch.no_grad()
-def _run_probe(language_model: Any, trial: Callable[[_Probe], _Result]) -> _Result:
-    """What a trial finds in eval mode, after the model was driven by ids and by embeddings."""
+@contextmanager
+def _started(language_model: Any) -> Iterator[_Trial]:
+    """Yield a trial that has checked embeddings; the model is in eval mode until the end."""
     was_training = language_model.training
     language_model.eval()
     try:
-        started = _Probe(language_model)
-        started.check_embeddings()
-        return trial(started)
+        with torch.no_grad():
+            trial = _Trial(language_model)
+            trial.check_embeddings()
+            yield trial
     finally:
         language_model.train(was_training)
 
 
-class _Probe:
-    """The trials, each on a few tokens. `check_embeddings` comes first."""
+class _Trial:
+    """Six ids, six others after them, and what the model makes of them.
+
+    `check_embeddings` sets `embeds` [1, 6, dim], the embeddings of `ids` with one that is no
+    token's, and `reference` [12, vocabulary], the logits of `embeds` followed by `others`.
+    """
 
     def __init__(self, language_model: Any) -> None:
         self.model = language_model
@@ -143,7 +168,7 @@ class _Probe:
         self.embedding = language_model.get_input_embeddings()
         self.scale = self.spread = 1.0
         num_ids = int(self.embedding.weight.shape[0])
-        # none of the first or last: these are special tokens, some of them without an embedding
+        # Not the first or last eighth: special tokens are there, some without an embedding.
         ids = torch.linspace(num_ids // 8, num_ids - 1 - num_ids // 8, 2 * _NUM_TOKENS).long()
         ids = ids.to(self.embedding.weight.device)[None]
         self.ids, self.others = ids[:, ::2], ids[:, 1::2]
@@ -152,13 +177,14 @@ class _Probe:
         return self.embedding(ids) * self.scale
 
     def logits(self, **inputs: Any) -> Tensor:
+        # Without a cache: a cache turns off the isolation of packed rows in transformers.
         return self.model(use_cache=False, **inputs).logits
 
     def logits_from_embeds(self, embeds: Tensor, ids: Tensor, **inputs: Any) -> Tensor:
         return self.logits(inputs_embeds=embeds, **per_layer_inputs(self.model, ids), **inputs)
 
     def distance(self, a: Tensor, b: Tensor) -> float:
-        """The largest difference, in units of the logits' spread; no number counts as far."""
+        """Return the largest difference, in units of the logits' spread; inf if one is NaN."""
         largest = float((a.float() - b.float()).abs().max())
         return largest / max(self.spread, 1e-12) if largest == largest else float("inf")
 
@@ -166,38 +192,34 @@ class _Probe:
         return self.distance(a, b) <= self.tolerance
 
     def check_embeddings(self) -> None:
-        """By ids, then by embeddings: of the same tokens, and of media among them.
-
-        Afterwards there is a prompt of `ids` whose embeddings `embeds` are not all some token's,
-        and its logits, followed by those of `others`, in `reference`.
-        """
+        """Raise LanguageModelError unless embeddings give the logits of their ids."""
         ids = torch.cat([self.ids, self.others], 1)
         try:
             by_ids = self.logits(input_ids=ids)
-        except _FAULTS as error:
+        except MODEL_FAULTS as error:
             raise LanguageModelError(
                 f"{self.name} does not run on a few ids: {first_line(error)}"
             ) from None
         if not bool(by_ids.isfinite().all()):
             raise LanguageModelError(
-                f"{self.name} answers a few ids with numbers that are not "
-                f"finite{self._broken_weights()}"
+                f"{self.name} computes NaN or inf for a few ids{self._broken_weights()}"
             )
         self.spread = float(by_ids.std())
-        # of rounding; `supports_logits_to_keep` measures what it amounts to in this model
+        # A lower bound: `measure_rounding` raises it to what this depth and precision amount to.
         self.tolerance = 16 * max(torch.finfo(dtype).eps for dtype in self._precisions(by_ids))
-        own = float(
-            getattr(base_language_model(self.model).config, "embedding_multiplier", 1.0) or 1.0
-        )
+        # Granite multiplies embeddings of ids by a factor, but takes `inputs_embeds` as they are.
+        multiplier = getattr(base_language_model(self.model).config, "embedding_multiplier", None)
         distances = []
-        # the second, where the model multiplies the embeddings of ids only
-        for self.scale in dict.fromkeys((1.0, own)):
-            text, media = self._logits_of_embeddings(ids)
+        for scale in dict.fromkeys((1.0, float(multiplier or 1.0))):
+            self.scale = scale
+            text, media = self._logits_of_text_and_media(ids)
             distance = self.distance(text, by_ids[0])
-            if 1e-2 < distance <= 0.25:  # beside another row 8-bit products round otherwise
+            if _MAX_DISTANCE < distance <= _OTHER_TEXT:
+                # 8-bit products scale by the largest value of a batch, so that a second row
+                # changes the rounding of the first: compare again with one row.
                 distance = self.distance(self.logits_from_embeds(self.embed(ids), ids), by_ids)
             distances.append(distance)
-            if distance <= 1e-2:
+            if distance <= _MAX_DISTANCE:
                 self.reference = media
                 return
         raise LanguageModelError(
@@ -207,7 +229,7 @@ class _Probe:
         )
 
     def _broken_weights(self) -> str:
-        """Which weights are to blame, in words."""
+        """Return the end of an error: which weights are NaN or inf, and what to do."""
         broken = [
             name
             for name, p in self.model.named_parameters()
@@ -216,18 +238,19 @@ class _Probe:
         if not broken:
             return "; try another `model.dtype`"
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        return f": its weight {broken[0]}{more} holds nan or inf; get its files anew"
+        return f": its weight {broken[0]}{more} holds NaN or inf; download its files again"
 
-    def _logits_of_embeddings(self, ids: Tensor) -> Tensor:
-        """Logits [2, time, vocabulary] of the ids' embeddings, and with one that is no token's."""
+    def _logits_of_text_and_media(self, ids: Tensor) -> Tensor:
+        """Return logits [2, time, vocabulary]: of the ids' embeddings, and of those in `embeds`."""
         text = self.embed(ids)
         media = text.clone()
-        media[:, 2] = (text[:, 1] + text[:, 3]) / 2
+        media[:, 2] = (text[:, 1] + text[:, 3]) / 2  # plausible in size, but no token's
         self.embeds = media[:, :_NUM_TOKENS]
         try:
             return self.logits_from_embeds(torch.cat([text, media]), ids.repeat(2, 1))
-        except _FAULTS as error:
+        except MODEL_FAULTS as error:
             fault = first_line(error)
+        # Some classes search the embedding table for the ids of `inputs_embeds`.
         if _succeeds(lambda: self.logits_from_embeds(text, ids) is not None):
             raise LanguageModelError(
                 f"{self.name} takes no embedding that is not a token's, so media cannot be written "
@@ -236,74 +259,90 @@ class _Probe:
         raise LanguageModelError(f"{self.name} cannot be driven by embeddings: {fault}")
 
     def _precisions(self, logits: Tensor) -> set[torch.dtype]:
-        """Those of weights and logits; what is stored in integers is multiplied in few bits."""
         dtypes = {logits.dtype, *(p.dtype for p in self.model.parameters())}
         if quantized_parameters(self.model):
+            # Stored as integers, but multiplied with few bits: as coarse as bfloat16.
             dtypes.add(torch.bfloat16)
         return {dtype for dtype in dtypes if dtype.is_floating_point}
 
-    def supports_logits_to_keep(self) -> bool:
-        """Whether training's loss comes of selected logits: those of a longer text, as nothing
-        that stands behind a position may change it. Raises LanguageModelError if it does.
+    @cached_property
+    def _short_text(self) -> tuple[bool, float]:
+        """Whether the loss selects logits, and the distance of a prefix's logits from the text's.
+
+        In a causal model the logits of a prefix are those of the longer text, up to rounding.
+        Raises LanguageModelError for a model that is not causal.
         """
         labels = torch.full_like(self.ids, -100)
         labels[:, 1:4] = self.others[:, 1:4]
         keep = labels[0] != -100
         expected = self.reference[:_NUM_TOKENS]
-        distance = float("inf")
         try:
             found = supervised_loss(
                 self.model,
                 inputs_embeds=self.embeds,
                 attention_mask=torch.ones_like(self.ids),
                 shift_labels=labels,
+                # Twice the labels: a loss that ignores the number is twice too large.
                 num_items_in_batch=6,
                 **per_layer_inputs(self.model, self.ids),
             )
             distance = self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
-            selected = distance <= 0.25 and bool((found.loss - loss).abs() <= 0.05 * loss)
-        except _FAULTS:
-            selected = False
-        if not selected:
-            distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
-            if distance > 0.25:
-                raise LanguageModelError(
-                    f"{self.name} lets a position see what stands behind it, so it cannot write "
-                    "text; a decoder-only model is expected"
-                )
+            if distance <= _OTHER_TEXT and bool((found.loss - loss).abs() <= 0.05 * loss):
+                return True, distance
+        except MODEL_FAULTS:
+            pass
+        distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
+        if distance > _OTHER_TEXT:
+            raise LanguageModelError(
+                f"{self.name} lets a position attend to later ones, so it cannot write text; a "
+                "decoder-only model is expected"
+            )
+        return False, distance
+
+    @property
+    def supports_logits_to_keep(self) -> bool:
+        """The loss selects logits by a mask and divides by `num_items_in_batch`."""
+        return self._short_text[0]
+
+    def measure_rounding(self) -> None:
+        """Raise `tolerance` to this model's rounding between texts of two lengths."""
+        _, distance = self._short_text
         self.tolerance = max(self.tolerance, 8 * distance)
-        return selected
 
     def find_prefill_mode(self) -> tuple[PrefillMode, bool]:
-        """How a prompt is continued with the logits of repeated forwards, and padded as alone.
+        """Return how `generate` starts from a prompt, and whether left padding is exact.
 
-        A recurrent model may go on by other kernels than it reads a prompt with, so what it rounds
-        alone is allowed when padded too.
+        Raises LanguageModelError if neither mode gives the logits of repeated forwards.
         """
-        starts: tuple[PrefillMode, PrefillMode] = ("embeddings", "ids")
+        modes: tuple[PrefillMode, PrefillMode] = ("embeds", "ids")
         fault = ""
-        for start in starts:
+        for mode in modes:
             padded = alone = float("inf")
+            # Padded first: where it is exact, nothing else has to run.
             for is_padded in (True, False):
                 try:
-                    distance = self._generation_distance(start, padded=is_padded)
-                except _FAULTS as error:
+                    distance = self._generation_distance(mode, padded=is_padded)
+                except MODEL_FAULTS as error:
                     fault = fault or first_line(error)
                     continue
                 padded, alone = (distance, alone) if is_padded else (padded, distance)
                 if padded <= self.tolerance:
-                    return start, True
+                    return mode, True
+            # Recurrent models decode by other kernels than they prefill with, so that even an
+            # unpadded prompt is off by more than the tolerance; padding may double that.
             if alone <= max(self.tolerance, _ROUNDING):
-                return start, padded <= 2 * alone
+                return mode, padded <= 2 * alone
         raise LanguageModelError(
-            f"{self.name} cannot go on from a prompt of embeddings: its `generate` does not give "
-            f"the logits of repeated forwards{f' ({fault})' if fault else ''}, so it could be "
-            "trained, but not asked"
+            f"{self.name} cannot generate from a prompt of embeddings: its `generate` does not "
+            f"give the logits of repeated forwards{f' ({fault})' if fault else ''}, so it could be "
+            "trained, but not used"
         )
 
-    def _generation_distance(self, start: PrefillMode, *, padded: bool) -> float:
-        """From the reference, over two new tokens; `padded`: beside a longer row."""
+    def _generation_distance(self, mode: PrefillMode, *, padded: bool) -> float:
+        """Return the distance from the reference over two new tokens; `padded`: beside a longer
+        row.
+        """
         ids, embeds = self.ids, self.embeds
         mask = torch.ones_like(ids)
         if padded:
@@ -317,12 +356,11 @@ class _Probe:
             inputs_embeds=embeds,
             input_ids=ids,
             attention_mask=mask,
-            prefill_mode=start,
+            prefill_mode=mode,
             max_new_tokens=2,
-            do_sample=False,
-            num_beams=1,
-            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            **GREEDY,
             pad_token_id=0,
+            # Random weights choose any token; the reference continues with the first of `others`.
             logits_processor=[self._force_first_of_others],
             return_dict_in_generate=True,
             output_logits=True,
@@ -336,78 +374,54 @@ class _Probe:
         return torch.full_like(scores, -torch.inf).index_fill(1, self.others[0, :1], 0.0)
 
     def supports_packing(self) -> bool:
+        """Pack `others` before `embeds`: the logits of `embeds` must be those it has alone."""
         if not accepts_position_ids(self.model):
             return False
-        self.supports_logits_to_keep()  # measures rounding
+        self.measure_rounding()
         positions = torch.arange(_NUM_TOKENS, device=self.ids.device).repeat(1, 2)
-        borders = torch.arange(3, device=self.ids.device, dtype=torch.int32) * _NUM_TOKENS
+        offsets = torch.arange(3, device=self.ids.device, dtype=torch.int32) * _NUM_TOKENS
         lengths = {"max_length_q": _NUM_TOKENS, "max_length_k": _NUM_TOKENS}
-        segments = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, **lengths}
-        return _succeeds(
-            lambda: self.is_close(
-                self.logits_from_embeds(
-                    torch.cat([self.embed(self.others), self.embeds], 1),
-                    torch.cat([self.others, self.ids], 1),
-                    position_ids=positions,
-                    **filter_flash_attention_kwargs(self.model, segments),
-                )[0, _NUM_TOKENS:],
-                self.reference[:_NUM_TOKENS],
-            )
+        segments = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, **lengths}
+        found = self.logits_from_embeds(
+            torch.cat([self.embed(self.others), self.embeds], 1),
+            torch.cat([self.others, self.ids], 1),
+            position_ids=positions,
+            **filter_flash_attention_kwargs(self.model, segments),
         )
+        return self.is_close(found[0, _NUM_TOKENS:], self.reference[:_NUM_TOKENS])
 
     def supports_segment_attention(self) -> bool:
-        def trial() -> bool:
-            with segment_attention_enabled(self.model) as switched:
-                return switched and self.supports_packing()
+        """Pack as above, with our attention function in place of `sdpa`."""
+        with segment_attention_enabled(self.model) as enabled:
+            return enabled and self.supports_packing()
 
-        return _succeeds(trial)
-
-    def supports_shared_media(self) -> bool:
-        """Two rows that share three tokens: what the second comes to, as it does alone."""
-
-        def trial() -> bool:
-            with recording_mask_reach() as far, segment_attention_enabled(self.model) as switched:
-                if not switched or not accepts_position_ids(self.model):
-                    return False
-                self.supports_logits_to_keep()  # measures rounding
-                self.logits_from_embeds(self.embeds, self.ids)
-                if not (far and all(far)):
-                    return False
-                start, rest = slice(0, 3), slice(3, None)
-                ids, embeds = (
-                    torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
-                    for a, b in ((self.ids, self.others), (self.embeds, self.embed(self.others)))
-                )
-                found = self.logits_from_embeds(
-                    embeds,
-                    ids,
-                    position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
-                    attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
-                )[0]
-                return self.is_close(
-                    torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS]
-                )
-
-        return _succeeds(trial)
-
-    def repeats_cache(self) -> bool:
-        def trial() -> bool:
-            self.supports_logits_to_keep()  # measures rounding
-            past = prefix_cache(self.model, self.ids[:, :2], num_rows=2)
-            found = self.logits_from_embeds(
-                self.embeds[:, 2:].repeat(2, 1, 1),
-                self.ids[:, 2:].repeat(2, 1),
-                past_key_values=past,
-                attention_mask=torch.ones_like(self.ids).repeat(2, 1),
+    def supports_shared_prefix(self) -> bool:
+        """Pack two rows that share three tokens: each must have the logits it has alone."""
+        with recording_mask_reach() as reach, segment_attention_enabled(self.model) as enabled:
+            if not enabled or not accepts_position_ids(self.model):
+                return False
+            self.measure_rounding()
+            self.logits_from_embeds(self.embeds, self.ids)
+            # A sliding window is longer than this text, so the masks are asked about far positions.
+            if not (reach and all(reach)):
+                return False
+            start, rest = slice(0, 3), slice(3, None)
+            ids, embeds = (
+                torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
+                for a, b in ((self.ids, self.others), (self.embeds, self.embed(self.others)))
             )
-            return self.is_close(found, self.reference[2:_NUM_TOKENS].expand_as(found))
-
-        return _succeeds(trial)
+            found = self.logits_from_embeds(
+                embeds,
+                ids,
+                position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
+                attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
+            )[0]
+            return self.is_close(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
 
 
 def _succeeds(trial: Callable[[], bool]) -> bool:
-    """Whether a trial succeeds; a fault of the model's means that it does not."""
+    """Return the trial's result, or False where the model refuses it."""
     try:
         return trial()
-    except _FAULTS:
+    except MODEL_FAULTS:
         return False

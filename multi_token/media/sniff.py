@@ -6,11 +6,47 @@ Border: looks at the first bytes only, never at a name; decodes nothing.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from multi_token.errors import MediaError
 
 MediaKind = Literal["image", "audio", "video", "text"]
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """Files of one kind, as a chat page offers them.
+
+    `kind`: how a browser treats such a file; `numbers` are parsed there, `file` is sent unseen.
+    `noun`: the plural that the page shows. `suffixes`: endings of names, each with its dot.
+    """
+
+    kind: Literal["image", "audio", "video", "document", "text", "numbers", "file"]
+    noun: str
+    suffixes: tuple[str, ...]
+
+
+FILE_KINDS: Mapping[str, FileKind] = {
+    "image": FileKind(
+        "image",
+        "images",
+        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
+    ),
+    "audio": FileKind(
+        "audio",
+        "audio files",
+        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm"),
+    ),
+    "video": FileKind(
+        "video", "videos", (".mp4", ".webm", ".mov", ".mkv", ".avi", ".mpeg", ".mpg")
+    ),
+    "document": FileKind("document", "documents", (".pdf", ".txt", ".md", ".html", ".htm")),
+    "text": FileKind("text", "texts", (".txt", ".md")),
+    "vector": FileKind("numbers", "lists of numbers", (".npy", ".json", ".csv", ".txt")),
+    "series": FileKind("numbers", "series of numbers", (".npy", ".json", ".csv", ".txt")),
+}
 
 _IMAGE: tuple[bytes, ...] = (
     b"\x89PNG\r\n\x1a\n",

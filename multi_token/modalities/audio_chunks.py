@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from multi_token.media.audio import load_audio
 from multi_token.media.audio_header import count_samples
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import PretrainedModality, stack_padded
+from multi_token.modalities.base import OpenAIKind, PretrainedModality, stack_padded
 from multi_token.types import Features, Prepared
 
 NOTHING = -1
@@ -28,6 +28,10 @@ NOTHING = -1
 
 class AudioModality(PretrainedModality):
     """What the senses of audio share: where it comes from, how long it may be, and its chunks."""
+
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("audio",)
+    requires: ClassVar[tuple[str, ...]] = ("soundfile", "soxr")
+    install_extra: ClassVar[str] = "multi_token[audio]"
 
     max_seconds: float = Field(600.0, gt=0)
     """Longer audio is refused: from its header if that tells, else where decoding gets there."""
@@ -55,6 +59,11 @@ class AudioModality(PretrainedModality):
         """
         rate = feature_extractor(self.encoder, self.revision).sampling_rate
         return count_samples(source, fetch, rate=rate, max_seconds=self.max_seconds)
+
+    def size_of(self, raw: np.ndarray) -> dict[str, float]:
+        """Return the seconds of a waveform [samples] at the encoder's rate."""
+        rate = feature_extractor(self.encoder, self.revision).sampling_rate
+        return {"seconds": raw.shape[-1] / rate}
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """All chunks of all items in one batch, and which feature is which.

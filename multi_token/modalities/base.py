@@ -9,18 +9,33 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from multi_token import registry
+from multi_token.media.examples import (
+    EXAMPLE_TEXT,
+    example_audio,
+    example_image,
+    example_video,
+)
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
-from multi_token.projectors.base import Mlp, ProjectorSpec
+from multi_token.media.sniff import FILE_KINDS, FileKind
+from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.kinds import Mlp
 from multi_token.types import Features, Prepared
+
+OpenAIKind = Literal["image", "audio", "video", "document"]
+"""Kind of an OpenAI content part: `image` is sent as `image_url`, `audio` as `input_audio` or
+`audio_url`, `video` as `video_url`, `document` as `file`."""
 
 AnyProjector = Annotated[
     SerializeAsAny[ProjectorSpec],
@@ -63,6 +78,18 @@ class Modality(BaseModel, ABC):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
+    """OpenAI content parts that may carry an item. A request can always use `<name>_url` and
+    `media`, which name the modality; a part of these kinds reaches it without a name."""
+    limit_fields: ClassVar[Mapping[str, str]] = {"max_steps": "max_numbers"}
+    """Field -> the server's limit that bounds it, where the two names differ (`with_limits`)."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Packages to import that `load` needs and a plain installation lacks."""
+    install_extra: ClassVar[str] = ""
+    """Requirement for `pip install` that brings `requires`, such as `multi_token[audio]`."""
+    kit_example: ClassVar[str] = ""
+    """`module:function` that builds `example`, for classes whose example is in another module."""
 
     type: str
     """The registered name of the class."""
@@ -109,14 +136,75 @@ class Modality(BaseModel, ABC):
         """How many positions of the language model an item with so many features takes."""
         return self.projector.num_tokens(num_features)
 
+    def example_sources(self) -> Sequence[Any]:
+        """Return small items as a request gives them: bytes, texts, numbers; never paths.
+
+        A server decodes them before its first request, which loads the encoder's processor and
+        the decoders once and not in each of its processes. Default: one item of each of
+        `openai_kinds`.
+        """
+        examples = {
+            "image": example_image,
+            "audio": example_audio,
+            "video": example_video,
+            "document": EXAMPLE_TEXT.encode,
+        }
+        return [examples[kind]() for kind in self.openai_kinds]
+
+    def file_kinds(self) -> Sequence[FileKind]:
+        """Return the files that a chat page offers for this modality; none means any file.
+
+        Default: files of `openai_kinds`.
+        """
+        return [FILE_KINDS[kind] for kind in self.openai_kinds]
+
+    def size_of(self, raw: Any) -> dict[str, float]:
+        """Return the size of a loaded item, which a server adds up over a request.
+
+        Args:
+            raw: Result of `load`.
+
+        Returns:
+            Any of `pixels` (of all frames), `frames`, `seconds` and `characters`. Default: sizes
+            of PIL images, lists of them and texts; empty for everything else.
+        """
+        if isinstance(raw, Image.Image):
+            return {"pixels": raw.width * raw.height}
+        if isinstance(raw, str):
+            return {"characters": len(raw)}
+        if isinstance(raw, (list, tuple)) and all(isinstance(one, Image.Image) for one in raw):
+            return {"pixels": sum(one.width * one.height for one in raw), "frames": len(raw)}
+        return {}
+
+    def with_limits(self, limits: Mapping[str, float]) -> Self:
+        """Return a copy whose own limits are at most those of a server; no limit is raised.
+
+        Args:
+            limits: Name of a limit (`max_pixels`, `max_seconds`, ...) -> its value. A numeric
+                field of the same name is lowered to it; `limit_fields` names the others.
+        """
+        lowered: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            own, most = getattr(self, name), limits.get(self.limit_fields.get(name, name))
+            if most is not None and is_number(own) and own > most:
+                lowered[name] = most
+        return self.model_copy(update=lowered) if lowered else self
+
     @classmethod
     def example(cls, folder: Path) -> tuple[dict[str, Any], list[Any]] | None:
-        """Fields of a small instance, and a few sources for it: what the conformance kit tries.
+        """Return a small instance and sources for it, on which the conformance kit runs.
 
-        A plug-in returns them so that `multi-token modalities check NAME` can run on it; `folder`
-        is an empty one for whatever files they need (a tiny encoder, say).
+        Args:
+            folder: Empty folder for the files that the example needs, such as a tiny encoder.
+
+        Returns:
+            Fields of the instance and at least two sources of different sizes; None if the class
+            has no example, so that `multi-token modalities check` cannot run.
         """
-        return None
+        if not cls.kit_example:
+            return None
+        module, _, function = cls.kit_example.partition(":")
+        return getattr(import_module(module), function)(folder)
 
 
 def header_length(modality: Modality, source: Any, fetch: Fetch) -> int | None:
@@ -163,6 +251,11 @@ AnyModality = Annotated[
         lambda fields: registry.build("modality", fields, cast(type[Modality], Modality))
     ),
 ]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a field holds a number; a bool is none, though Python counts it as an int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def layers_up_to(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -23,14 +23,16 @@ from multi_token.media.document import (
     read_document,
     split_document,
 )
+from multi_token.media.examples import EXAMPLE_HTML, EXAMPLE_TEXT
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.modalities.base import (
     AnyProjector,
     Encoder,
+    OpenAIKind,
     PretrainedModality,
     run_in_micro_batches,
 )
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 Pooling = Literal["mean", "cls"]
@@ -79,6 +81,11 @@ class DocumentEncoder(Encoder):
 class DocumentModality(PretrainedModality):
     """A text of any length: a plain text, Markdown, a web page, a PDF, or the row's own text."""
 
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("document",)
+    requires: ClassVar[tuple[str, ...]] = ("pypdf", "bs4")
+    install_extra: ClassVar[str] = "multi_token[document]"
+    kit_example: ClassVar[str] = "multi_token.testing.text:document_example"
+
     type: Literal["document"] = "document"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
     """Hub name or folder of a sentence encoder (MiniLM, GTE, E5, BGE, ...)."""
@@ -118,6 +125,10 @@ class DocumentModality(PretrainedModality):
             max_pages=self.max_pages,
             max_characters=self.max_characters,
         )
+
+    def example_sources(self) -> Sequence[Any]:
+        """Return a text and a web page."""
+        return [{"text": EXAMPLE_TEXT}, EXAMPLE_HTML]
 
     def named_file(self, source: Any) -> str | os.PathLike[str] | None:
         """None for a text (see `strings`)."""

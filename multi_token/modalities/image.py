@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from multi_token.modalities.anyres import (
 )
 from multi_token.modalities.base import (
     Encoder,
+    OpenAIKind,
     PretrainedModality,
     layers_up_to,
     run_in_micro_batches,
@@ -151,6 +152,9 @@ class ImageEncoder(Encoder):
 
 class ImageModality(PretrainedModality):
     """A picture: PNG, JPEG, WebP, GIF (first frame) and whatever else Pillow decodes."""
+
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("image",)
+    kit_example: ClassVar[str] = "multi_token.testing.vision:image_example"
 
     type: Literal["image"] = "image"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from PIL import Image
@@ -17,12 +17,19 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
+from multi_token.media.examples import (
+    EXAMPLE_TEXT,
+    example_audio,
+    example_image,
+    example_video,
+)
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.image import as_rgb, decode_image, read_size
-from multi_token.media.sniff import NUM_SNIFF_BYTES, MediaKind, sniff_kind
+from multi_token.media.sniff import FILE_KINDS, NUM_SNIFF_BYTES, FileKind, MediaKind, sniff_kind
 from multi_token.modalities.audio_chunks import feature_extractor
 from multi_token.modalities.base import (
     Encoder,
+    OpenAIKind,
     PretrainedModality,
     run_in_micro_batches,
     stack_padded,
@@ -90,6 +97,10 @@ class JointEncoder(Encoder):
 
 class JointModality(PretrainedModality):
     """A picture, sound, film or text, whichever the encoder has a tower for: one vector an item."""
+
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("image", "audio", "video", "document")
+    limit_fields: ClassVar[Mapping[str, str]] = {"max_letters": "max_characters"}
+    kit_example: ClassVar[str] = "multi_token.testing.joint:joint_example"
 
     type: Literal["joint"] = "joint"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
@@ -206,6 +217,28 @@ class JointModality(PretrainedModality):
         if declared is None:
             raise RecipeError(f"{self.encoder} does not say how many frames a film of it has")
         return declared
+
+    def example_sources(self) -> Sequence[Any]:
+        """Return one item of each kind that the encoder has a tower for."""
+        examples: dict[MediaKind, Callable[[], Any]] = {
+            "text": lambda: EXAMPLE_TEXT,
+            "image": example_image,
+            "audio": example_audio,
+            "video": example_video,
+        }
+        return [{kind: examples[kind]()} for kind in methods(self.encoder, self.revision)]
+
+    def file_kinds(self) -> Sequence[FileKind]:
+        """Return files of each kind that the encoder has a tower for."""
+        return [FILE_KINDS[kind] for kind in methods(self.encoder, self.revision)]
+
+    def size_of(self, raw: RawItem) -> dict[str, float]:
+        """Return the size of the item inside, whatever its kind."""
+        kind, thing = raw
+        if kind != "audio":
+            return super().size_of(thing)
+        rate = feature_extractor(self.encoder, self.revision).sampling_rate
+        return {"seconds": thing.shape[-1] / rate}
 
     def prepare(self, raw: RawItem) -> Prepared:
         """A kind and a decoded thing -> `<kind>.<input>` for each input of that tower.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from multi_token.modalities.audio_chunks import (
     split_evenly,
 )
 from multi_token.modalities.base import AnyProjector, Encoder, run_in_micro_batches
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 SoundFeatures = Literal["pooled", "frames"]
@@ -76,6 +76,8 @@ class SoundEncoder(Encoder):
 
 class SoundModality(AudioModality):
     """A sound: WAV, FLAC, Ogg, MP3 and more, of any rate, channels and length."""
+
+    kit_example: ClassVar[str] = "multi_token.testing.audio:sound_example"
 
     type: Literal["sound"] = "sound"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from multi_token.modalities.audio_chunks import (
 )
 from multi_token.modalities.base import AnyProjector, Encoder, layers_up_to, run_in_micro_batches
 from multi_token.modalities.hidden_states import HiddenStates
-from multi_token.projectors.base import Stack
+from multi_token.projectors.kinds import Stack
 from multi_token.types import Features, Prepared
 
 SpeechFeatures = Literal["frames", "mean", "start"]
@@ -105,6 +105,8 @@ class SpeechEncoder(Encoder):
 
 class SpeechModality(AudioModality):
     """Somebody speaking: WAV, FLAC, Ogg, MP3 and more, of any rate, channels and length."""
+
+    kit_example: ClassVar[str] = "multi_token.testing.audio:speech_example"
 
     type: Literal["speech"] = "speech"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import count_steps, read_series
+from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import Encoder, Modality, run_in_micro_batches
 from multi_token.types import Features, Prepared
 
@@ -132,6 +133,8 @@ class WindowEncoder(Encoder):
 
 class TimeseriesModality(Modality):
     """Numbers over time, `[time]` or `[time, channels]`, as one item: a feature for each patch."""
+
+    kit_example: ClassVar[str] = "multi_token.testing.series:timeseries_example"
 
     type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
     channels: PositiveInt
@@ -248,6 +251,14 @@ class TimeseriesModality(Modality):
                 f"`channels: {self.channels}`; an encoder of one channel reads any number of them"
             )
         return shape
+
+    def example_sources(self) -> Sequence[list[list[float]]]:
+        """Return one series of 64 steps."""
+        return [[[float(step)] * self.channels for step in range(64)]]
+
+    def file_kinds(self) -> Sequence[FileKind]:
+        """Return files of numbers."""
+        return [FILE_KINDS["series"]]
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Items -> one batch; with `encoder`, all windows of all items stand in one."""

@@ -6,8 +6,8 @@ fitted on the training rows and saved beside its weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.series import header_shape, read_npy
+from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 
@@ -36,6 +37,8 @@ class VectorEncoder(Encoder):
 
 class VectorModality(Modality):
     """A vector [dim], or a sequence of them [length, dim], as one item."""
+
+    kit_example: ClassVar[str] = "multi_token.testing.vector:vector_example"
 
     type: Literal["vector"] = "vector"  # type: ignore[reportIncompatibleVariableOverride]
     dim: int = Field(gt=0)
@@ -101,6 +104,14 @@ class VectorModality(Modality):
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},
             num_features=len(values),
         )
+
+    def example_sources(self) -> Sequence[list[float]]:
+        """Return one vector."""
+        return [[0.5] * self.dim]
+
+    def file_kinds(self) -> Sequence[FileKind]:
+        """Return files of numbers."""
+        return [FILE_KINDS["vector"]]
 
     def build_encoder(self) -> VectorEncoder:
         return VectorEncoder(self.dim)

@@ -11,20 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.frame_sampling import pick_frames
 from multi_token.media.video import count_frames, decode_video
 from multi_token.modalities.anyres import arrange, collate_tiles
-from multi_token.modalities.base import Encoder, PretrainedModality
+from multi_token.modalities.base import Encoder, OpenAIKind, PretrainedModality
 from multi_token.modalities.image import FeatureKind, ImageEncoder, ImageModality, Layers
 from multi_token.modalities.video_clips import (
     ClipEncoder,
@@ -67,6 +68,11 @@ class VideoEncoder(Encoder):
 
 class VideoModality(PretrainedModality):
     """A video: MP4, WebM, GIF and others, an array of frames, or a list of pictures."""
+
+    openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("video",)
+    requires: ClassVar[tuple[str, ...]] = ("av",)
+    install_extra: ClassVar[str] = "multi_token[video]"
+    kit_example: ClassVar[str] = "multi_token.testing.video:video_example"
 
     type: Literal["video"] = "video"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
@@ -258,6 +264,19 @@ class VideoModality(PretrainedModality):
         if isinstance(source, Mapping) and isinstance(source.get("array"), (list, tuple)):
             source = {**source, "array": self.content(source["array"], fetch)}
         return super().content(source, fetch)
+
+    def with_limits(self, limits: Mapping[str, float]) -> Self:
+        """Return a copy within a server's limits.
+
+        `max_frames` is never below `num_frames`, which the encoder was trained with.
+        `max_video_pixels` bounds all frames of an item together, so it lowers `max_pixels`.
+        """
+        lowered = super().with_limits(limits)
+        max_frames = max(lowered.max_frames, self.num_frames)
+        most = max_frames if self.fps else self.num_frames
+        of_a_frame = max(1, int(limits.get("max_video_pixels", math.inf) // most))
+        max_pixels = min(lowered.max_pixels, of_a_frame)
+        return lowered.model_copy(update={"max_frames": max_frames, "max_pixels": max_pixels})
 
     def _image(self) -> ImageModality:
         """The reader of one frame."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,6 @@ from multi_token.testing.claims import (
     works_in_micro_batches,
     works_with_projector,
 )
-
-_EXAMPLES = {
-    "image": "multi_token.testing.vision:image_example",
-    "speech": "multi_token.testing.audio:speech_example",
-    "sound": "multi_token.testing.audio:sound_example",
-    "video": "multi_token.testing.video:video_example",
-    "document": "multi_token.testing.text:document_example",
-    "joint": "multi_token.testing.joint:joint_example",
-    "timeseries": "multi_token.testing.series:timeseries_example",
-    "vector": "multi_token.testing.vector:vector_example",
-}
 
 
 @dataclass(frozen=True)
@@ -83,9 +71,6 @@ def check_named(name: str, folder: Path) -> list[Result]:
     if not (isinstance(cls, type) and issubclass(cls, Modality)):
         raise MultiTokenError(f"modality {name!r} is {cls!r}, not a Modality")
     example = cls.example(folder)
-    if example is None and name in _EXAMPLES:
-        module, _, attribute = _EXAMPLES[name].partition(":")
-        example = getattr(import_module(module), attribute)(folder)
     if example is None:
         raise MultiTokenError(
             f"there is nothing to try {name!r} on: let {cls.__name__}.example(folder) return the "

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,7 +168,8 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._EXTRAS, "vector", ("audio", ("soundfile", "no_such_package")))
+    monkeypatch.setattr(VectorModality, "requires", ("soundfile", "no_such_package"))
+    monkeypatch.setattr(VectorModality, "install_extra", "multi_token[audio]")
     entry = registry.entry("modality", "vector", Modality)
     assert entry.state == "missing extra"
     assert entry.fault == 'no_such_package not installed: pip install "multi_token[audio]"'
@@ -176,10 +178,18 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_every_extra_that_a_sense_names_has_its_packages_in_the_project() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     names = {"bs4": "beautifulsoup4"}  # imported under another name than installed
-    for extra, packages in registry._EXTRAS.values():
+    extras = set()
+    for name in registry._BUILT_INS["modality"]:
+        cls: Any = registry.resolve("modality", name)
+        assert bool(cls.requires) == bool(cls.install_extra), name
+        if not cls.requires:
+            continue
+        extra = cls.install_extra.removeprefix("multi_token[").removesuffix("]")
+        extras.add(extra)
         (line,) = [line for line in project.splitlines() if line.startswith(f"{extra} = [")]
-        for package in packages:
+        for package in cls.requires:
             assert f'"{names.get(package, package)}>=' in line
+    assert extras == {"audio", "video", "document"}
 
 
 def test_a_registered_name_is_owned_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:

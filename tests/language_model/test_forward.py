@@ -22,7 +22,6 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
 
@@ -154,29 +153,6 @@ def test_a_model_that_ignores_which_logits_are_asked_for_is_refused(llama: Any) 
         loss_of(AllLogits())
 
 
-def test_a_start_computed_once_is_that_of_every_row(llama: Any) -> None:
-    start, rest = torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7], [8, 9]])
-    with torch.no_grad():
-        past = prefix_cache(llama, start, num_rows=2)
-        assert past.get_seq_length() == 3
-        behind = llama(input_ids=rest, past_key_values=past).logits
-        whole = llama(input_ids=torch.cat([start.expand(2, -1), rest], 1)).logits
-    torch.testing.assert_close(behind, whole[:, 3:])
-
-
-def test_a_shared_start_needs_no_logits_but_the_last(llama: Any) -> None:
-    shapes: list[Any] = []
-    hook = llama.lm_head.register_forward_hook(lambda _, __, out: shapes.append(out.shape[1]))
-    prefix_cache(llama, torch.tensor([[3, 4, 5]]), num_rows=2)
-    hook.remove()
-    assert shapes == [1]
-
-
-def test_a_model_without_a_cache_to_repeat_is_refused() -> None:
-    with pytest.raises(LanguageModelError, match="keeps no key-value cache"):
-        prefix_cache(nn.Linear(1, 1), torch.tensor([[3]]), num_rows=2)
-
-
 IDS = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 
@@ -199,7 +175,7 @@ def test_going_on_from_ids_gives_what_going_on_from_embeddings_gives(
     llama: Any, length: int
 ) -> None:
     ids, mask = IDS[:, -length:], MASK[:, -length:]
-    expected = continued(llama, "embeddings", ids, mask)
+    expected = continued(llama, "embeds", ids, mask)
     assert expected.shape == (2, 6)
     assert torch.equal(continued(llama, "ids", ids, mask), expected)
     whole = continued(llama, "ids", ids, mask, return_dict_in_generate=True)
@@ -228,7 +204,7 @@ class Heard:
         self.is_over = True
 
 
-@pytest.mark.parametrize("start", ["embeddings", "ids"])
+@pytest.mark.parametrize("start", ["embeds", "ids"])
 def test_a_streamer_hears_the_new_ids_and_no_prompt(llama: Any, start: Any) -> None:
     heard = Heard()
     answer = continued(llama, start, IDS[1:], MASK[1:], streamer=heard)

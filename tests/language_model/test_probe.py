@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tex
 
 from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable, probe
 from multi_token.recipe.train import AdapterSpec
 from multi_token.types import MediaSpan, Sample
@@ -91,7 +91,7 @@ def llama(kind: Any = LlamaForCausalLM) -> Any:
 def test_a_plain_model_has_nothing_unusual() -> None:
     found = probe(llama())
     assert found.notes() == []
-    assert found.supports_packing and found.repeats_cache
+    assert found.supports_packing
     found.require("supports_packing")
 
 
@@ -145,12 +145,12 @@ def test_a_model_that_cannot_take_media_is_refused(kind: Any, message: str) -> N
         probe(llama(kind))
 
 
-def test_weights_that_are_no_numbers_are_named() -> None:
+def test_weights_that_are_nan_or_inf_are_named() -> None:
     model = llama(LlamaForCausalLM)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
         model.model.norm.weight[0] = torch.inf
-    message = r"not finite: its weight model\.layers\.1\.mlp\.up_proj\.weight and 1 more holds nan"
+    message = r"NaN or inf for .* model\.layers\.1\.mlp\.up_proj\.weight and 1 more holds NaN"
     with pytest.raises(LanguageModelError, match=message):
         probe(model)
 
@@ -158,8 +158,8 @@ def test_weights_that_are_no_numbers_are_named() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("bert", "BertLMHeadModel lets a position see what stands behind it"),
-        ("openai-gpt", "could be trained, but not asked"),
+        ("bert", "BertLMHeadModel lets a position attend to later ones"),
+        ("openai-gpt", "could be trained, but not used"),
     ],
 )
 def test_a_model_that_cannot_answer_is_refused(model_type: str, message: str) -> None:
@@ -172,7 +172,7 @@ def test_a_model_that_cannot_answer_is_refused(model_type: str, message: str) ->
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(Untrainable, "does not require grad"), (Drifting, "do not stay what they are")],
+    [(Untrainable, "does not require grad"), (Drifting, "frozen weights change")],
 )
 def test_a_model_that_cannot_be_trained_through_is_refused(kind: Any, message: str) -> None:
     with pytest.raises(LanguageModelError, match=f"cannot be trained through.*{message}"):
@@ -183,10 +183,10 @@ def test_what_a_model_lacks_is_a_sentence_where_it_is_asked_for() -> None:
     found = probe(families.tiny_model("Mamba2"))
     with pytest.raises(LanguageModelError, match="Mamba2ForCausalLM cannot take packed rows"):
         found.require("supports_packing")
-    with pytest.raises(LanguageModelError, match="set train.share_prefix to false"):
-        found.require("repeats_cache")
+    with pytest.raises(LanguageModelError, match="set train.packing to true, without `share`"):
+        found.require("supports_shared_prefix")
     (said,) = probe(families.tiny_model("RWKV")).notes()
-    assert "only prompts of one length are answered together" in said
+    assert "only prompts of one length are batched" in said
 
 
 def test_layers_that_take_no_lora_are_refused_with_those_that_do_and_nothing_is_left() -> None:

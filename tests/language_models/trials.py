@@ -20,7 +20,7 @@ from multi_token.collate import Collator
 from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.language_model.forward import per_layer_inputs
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import AdapterSpec, Trainable
@@ -181,7 +181,7 @@ def greedy(subject: Subject) -> str:
             assert int(logits.argmax()) == int(token)
             ids = torch.cat([ids, token.view(1, 1)], 1)
             embeds = torch.cat([embeds, model.get_input_embeddings()(token.view(1, 1))], 1)
-    return YES if model.capabilities.prefill_mode == "embeddings" else f"{YES}, by ids"
+    return YES if model.capabilities.prefill_mode == "embeds" else f"{YES}, by ids"
 
 
 def stop_ids_of(model: Any) -> list[int]:

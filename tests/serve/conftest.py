@@ -82,7 +82,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     those of media lowered to small limits."""
     from multi_token.modalities.base import Modality
     from multi_token.registry import build
-    from multi_token.serve.media.limits import MediaLimits, apply_limits
+    from multi_token.serve.media.limits import MediaLimits
     from multi_token.testing.audio import tiny_clap, tiny_whisper
     from multi_token.testing.joint import tiny_joint_clip
     from multi_token.testing.text import tiny_sentence_encoder
@@ -106,14 +106,14 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         max_bytes=8 * 1024 * 1024,
         max_pixels=1_000_000,
         max_frames=16,
-        max_film_pixels=160_000,
+        max_video_pixels=160_000,
         max_seconds=3.0,
         max_pages=5,
         max_characters=5_000,
         max_numbers=10_000,
     )
     return {
-        name: apply_limits(build("modality", {"type": name, **own}, Modality), limits)
+        name: build("modality", {"type": name, **own}, Modality).with_limits(limits.model_dump())
         for name, own in fields.items()
     }
 
@@ -127,7 +127,7 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 
 @pytest.fixture
-def start_static() -> Iterator[Callable[..., Any]]:
+def start_local() -> Iterator[Callable[..., Any]]:
     """Builds and starts static engines, all of which are stopped at the end."""
     from multi_token.serve.engines.local.engine import LocalEngine
     from tests.serve.engine_parts import engines

@@ -150,7 +150,7 @@ def _build_example(
             parts.append({"text": part.text})
             continue
         assert isinstance(part, Media)
-        is_text = getattr(modalities[part.modality], "strings", None) == "text"
+        is_text = modalities[part.modality].named_file(part.source) is None
         data = bytes_of(part.source, fetch, is_text=is_text)
         number = first + len(items)
         parts.append({"modality": part.modality, "item": number, "shown": _browser_kind(data)})

@@ -25,11 +25,10 @@ from multi_token.media.fetch import Fetch
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits, apply_limits
+from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
 from multi_token.serve.media.protocol import encode_frame, serialize_source
-from multi_token.serve.media.samples import warm_up
 from multi_token.serve.media.sandbox import CAN_FORK
-from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
+from multi_token.serve.media.worker import warm_up
 from multi_token.serve.media.worker_process import (
     DecodeRequest,
     DecodeResult,
@@ -80,7 +79,8 @@ class MediaPool:
         fork: bool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
-        self.modalities = {name: apply_limits(m, self.limits) for name, m in modalities.items()}
+        limits_by_name = self.limits.model_dump()
+        self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
         self.timeout_s = timeout_s
         self._fetch = Fetch(
             max_bytes=self.limits.max_bytes, allow_paths=False, url_policy=urls or UrlPolicy()

@@ -28,9 +28,7 @@ from multi_token.serve.media.protocol import (
     encode_frame,
     read_frame,
 )
-from multi_token.serve.media.samples import warm_up
 from multi_token.serve.media.sandbox import MAX_FILES, enter_sandbox, limit_cpu
-from multi_token.serve.media.sizes import size_of
 
 _ITEMS_PER_FORK = 1_000
 """Items after which a fork is replaced, so that leaks of decoders do not add up."""
@@ -101,6 +99,14 @@ def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
     if not setup["fork"]:
         enter_sandbox(setup)
     return modalities
+
+
+def warm_up(modality: Any) -> None:
+    """Decode the modality's examples, which loads its processor and the decoders."""
+    from multi_token.media.fetch import Fetch
+
+    for source in modality.example_sources():
+        modality.prepare(modality.load(source, Fetch(allow_paths=False)))
 
 
 class ForkedWorker:
@@ -207,7 +213,7 @@ def decode_item(
         modality = modalities[header["modality"]]
         fetch = Fetch(max_bytes=setup["max_bytes"], allow_paths=False, allow_urls=False)
         raw = modality.load(deserialize_source(header["source"], blobs), fetch)
-        size = size_of(modality, raw)
+        size = modality.size_of(raw)
         prepared = modality.prepare(raw)
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
         if num_bytes > setup["max_prepared_bytes"]:

@@ -1,0 +1,39 @@
+"""Small items of each kind, in memory: a server decodes them once before its first request."""
+
+from __future__ import annotations
+
+import io
+import wave
+
+import numpy as np
+from PIL import Image
+
+EXAMPLE_TEXT = "A text of a few words."
+EXAMPLE_HTML = f"<html><body><p>{EXAMPLE_TEXT}</p></body></html>".encode()
+
+
+def example_image() -> bytes:
+    """Return a grey PNG of 64 x 64 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(file, "PNG")
+    return file.getvalue()
+
+
+def example_video() -> bytes:
+    """Return an animated GIF of one second: four frames of noise, which no encoder merges."""
+    frames = [Image.effect_noise((64, 64), 50) for _ in range(4)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250)
+    return file.getvalue()
+
+
+def example_audio() -> bytes:
+    """Return a tone of one second as WAV: 16 bits, mono, 16 kHz."""
+    samples = (np.sin(np.arange(16_000) * 0.17) * 9_000).astype("<i2")
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16_000)
+        out.writeframes(samples.tobytes())
+    return file.getvalue()
