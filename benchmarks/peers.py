@@ -43,6 +43,7 @@ from multi_token.convert.llava import import_llava
 from multi_token.data.packing import PackingPlan
 from multi_token.recipe.train import Trainable
 from multi_token.report.machine import machine_facts
+from multi_token.train.batch_plan import PackedBatches
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample
@@ -153,11 +154,11 @@ def with_ours(
     rates = {"projectors": 1e-12, **({"language_model": 1e-12} if learn == "all" else {})}
     lengths = [len(sample.input_ids) for sample in samples]
     mean = sum(lengths) / len(lengths)
+    packing = PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean)))
     return MultiTokenTrainer(
         model,
         learn=Trainable.model_validate(rates),
-        lengths=lengths,
-        packing=PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean))),
+        batches=PackedBatches(packing, lengths),
         args=training_arguments(folder / "trained", options, seed=0, learning_rate=1e-12),
         train_dataset=samples,
         data_collator=Collator(model.modalities, 0).pack,

@@ -46,7 +46,7 @@ from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import ModelSpec, load_recipe
 from multi_token.report.machine import machine_facts
-from multi_token.serve.row_parts import bytes_of, question_of
+from multi_token.serve.chat_ui.examples import bytes_of, question_of
 from multi_token.types import Conversation, Media, Message, Text
 
 _DIM = 64

@@ -40,7 +40,7 @@ from multi_token.train.consistency import check_no_bad_rows
 from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
 from multi_token.train.evaluation import build_dataset
 from multi_token.train.metrics import ROW_IDS
-from multi_token.train.plan.dry_run import preserve_rng_state
+from multi_token.train.random_state import preserve_rng_state
 from multi_token.train.resume import raise_on_write_error
 from multi_token.types import Conversation
 
@@ -134,7 +134,7 @@ def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console:
         if isinstance(rows, PreferenceDataset):
             _load_or_compute(trainer, rows, folder / name, console)
     if isinstance(trainer.train_dataset, PreferenceDataset):
-        trainer.lengths = trainer.train_dataset.num_tokens
+        trainer.batches.lengths = trainer.train_dataset.num_tokens
 
 
 def _load_or_compute(

@@ -87,7 +87,7 @@ class EvaluationCallback(TrainerCallback):
 
     def attach(self, trainer: MultiTokenTrainer, stage: str, trainable: Sequence[str]) -> None:
         """Begin with the trainer of a stage; `learns`: what learns in it, in words."""
-        self.trainer, self.model = trainer, trainer._multi_token_model()
+        self.trainer, self.model = trainer, trainer.multi_token_model
         self.report.start_stage(stage, trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (

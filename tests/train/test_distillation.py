@@ -63,7 +63,7 @@ def loss_of(
 ) -> torch.Tensor:
     collate = DistillationCollator(Collator(model.modalities, model.processor.chat.filler_id))
     teacher = DistillationLoss(spec)
-    inputs = teacher.read(model, collate(samples))
+    inputs = teacher.before_forward(model, collate(samples))
     return teacher.loss(model(**inputs), **options)
 
 
@@ -205,7 +205,7 @@ def test_a_pack_is_its_rows_padded(model: Any, data: Path, share: bool) -> None:
             batch = DistillationCollator(collator, packed=packed)(samples)
             assert by_segment and ("segments" in batch) == (packed and share)
             assert ("cu_seq_lens_q" in batch["teacher"]) == packed
-            inputs = teacher.read(model, batch)
+            inputs = teacher.before_forward(model, batch)
             assert [int(n) for n in teacher.teacher_mask.long().bincount()] == [
                 sum(int((s.labels[1:] != -100).sum()) for s in samples if (s.teacher is None) == no)
                 for no in (True, False)

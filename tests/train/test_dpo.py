@@ -19,6 +19,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DpoSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.dpo import (
     DpoLoss,
     PreferenceCollator,
@@ -57,7 +58,7 @@ def loss_of(
     pairs = [PreferencePair(s, r) for s, r in zip(samples, reference, strict=True)]
     collate = PreferenceCollator(Collator(model.modalities, model.processor.chat.filler_id))
     preference = DpoLoss(spec)
-    inputs = preference.read(collate(pairs))
+    inputs = preference.before_forward(model, collate(pairs))
     return preference.loss(model(**inputs), **options)
 
 
@@ -225,7 +226,7 @@ def test_loss_and_gradients_are_those_of_trl(
     logged = theirs._metrics["train"]
     preference = DpoLoss(spec)
     pairs = [PreferencePair(s, r) for s, r in zip(beside.samples, beside.reference, strict=True)]
-    preference.loss(model(**preference.read(beside.collate(pairs))))
+    preference.loss(model(**preference.before_forward(model, beside.collate(pairs))))
     for name, value in preference.metrics().items():
         assert value == pytest.approx(logged[name][0], rel=1e-4, abs=1e-4), name
 
@@ -244,8 +245,8 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     trainer = MultiTokenTrainer(
         beside.model,
         learn=Trainable.model_validate({"language_model": 1e-3}),
-        lengths=pairs.num_tokens,
-        dpo=DpoSpec(beta=0.3, loss=loss),  # type: ignore[arg-type]
+        batches=PaddedBatches(pairs.num_tokens),
+        objective=DpoLoss(DpoSpec(beta=0.3, loss=loss)),  # type: ignore[arg-type]
         args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
         train_dataset=pairs,
         eval_dataset=pairs,
@@ -255,8 +256,7 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     of_pairs = ("loss", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")))
     for name in (*of_pairs, "logps/chosen", "logps/rejected"):
         assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
-    assert trainer.dpo_loss is not None
-    assert trainer.dpo_loss.metrics() == {}, "nothing of it counts as training"
+    assert trainer.objective.metrics() == {}, "nothing of it counts as training"
 
 
 def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:

@@ -28,8 +28,8 @@ from multi_token.data.formats import to_conversation
 from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.train import dpo_reference as reference_module
-from multi_token.train import run as run_module
-from multi_token.train.run import plan, train
+from multi_token.train import plan_run, train
+from multi_token.train import stage as stage_module
 
 pytestmark = pytest.mark.slow
 
@@ -195,14 +195,14 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_by_the_same_reference
     args = {"max_steps": 5, "save_steps": 1, "per_device_train_batch_size": 2}
     trained(pair_fields(tmp_path / "whole", args=args))
     fields = pair_fields(tmp_path / "cut", args=args)
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def stopping(trainer: Any, *more: Any) -> Any:
         trainer.add_callback(StopAt(3))
         return bar(trainer, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "ProgressBarCallback", stopping)
+        patch.setattr(stage_module, "ProgressBarCallback", stopping)
         with pytest.raises((Interrupted, KeyboardInterrupt)):
             trained(fields)
 
@@ -316,7 +316,7 @@ def test_what_of_held_out_rows_has_one_answer_is_left_out_with_a_word(
 
 def test_a_plan_is_made_without_a_reference(pair_fields: Fields, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    plan(Recipe.model_validate(pair_fields(tmp_path / "run")), console=console)
+    plan_run(Recipe.model_validate(pair_fields(tmp_path / "run")), console=console)
     said = console.export_text()
     assert "3 steps of about" in said and "from 6 rows" in said
     assert not (tmp_path / "run").exists()

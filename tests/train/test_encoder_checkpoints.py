@@ -23,7 +23,7 @@ from multi_token.errors import CheckpointError, Interrupted
 from multi_token.generate import collate_prompts, drop_last_answer
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Trainable
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 
@@ -187,7 +187,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     ]
     train(Recipe.model_validate(mixed_fields(tmp_path / "whole", stages=stages)), console=QUIET)
     cut = Recipe.model_validate(mixed_fields(tmp_path / "cut", stages=stages))
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
@@ -196,7 +196,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     # the second command goes on with stage a, and is stopped in stage b
     for num_steps, stage in ((3, "a"), (3, "b")):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
+            patch.setattr(stage_module, "ProgressBarCallback", bar_and_signal)
             with pytest.raises(
                 Interrupted, match=f"stopped at step {num_steps} of 5 of stage {stage}"
             ):

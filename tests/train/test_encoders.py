@@ -21,6 +21,7 @@ from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import LoraSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
@@ -143,7 +144,7 @@ def test_every_encoder_is_a_group_of_the_optimizer_with_its_own_rate(
     args = training_arguments(
         tmp_path, {"use_cpu": True, "weight_decay": 0.1}, seed=0, learning_rate=1e-3
     )
-    trainer = MultiTokenTrainer(model, learn=stage, lengths=[], args=args)
+    trainer = MultiTokenTrainer(model, learn=stage, batches=PaddedBatches([]), args=args)
     groups = trainer.create_optimizer().param_groups
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == {"projectors": 1e-3, "encoder image": 2e-6, "encoder pulse": 1e-3}

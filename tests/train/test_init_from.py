@@ -59,7 +59,7 @@ def test_a_new_sense_learns_and_the_old_ones_stay_as_they_were_to_the_bit(
     recipe = Recipe.model_validate(mixed_fields(out, init_from=str(run), stages=NEW))
     model = train(recipe, console=console)
     said = console.export_text()
-    assert f"image: taken over from {run}" in said
+    assert f"image: initialized from {run}" in said
     assert "image: closed-form start" not in said and "pulse: no closed-form start" in said
     start = out / "stages" / "0-closed-form"
     assert same(tensors(run, "image"), tensors(start, "image"))

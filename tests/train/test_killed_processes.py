@@ -108,7 +108,7 @@ def test_killed_together_and_then_one_alone_they_go_on_to_the_same_bits(
     assert [code for code, _ in ended] == [-signal.SIGKILL] * 2
 
     ended = two_processes(cut, line=f"adapter {one_at}/{NUM_STEPS}", killed=[one])
-    assert "going on from" in ended[0][1]
+    assert "resuming from" in ended[0][1]
     assert ended[one][0] == -signal.SIGKILL
     code, said = ended[1 - one]
     assert code == 1, said[-2000:]

@@ -24,6 +24,7 @@ from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.flops import format_count
 from multi_token.train.metrics import (
     StepMetrics,
@@ -191,7 +192,7 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
     trainer = MultiTokenTrainer(
         model,
         learn=learning(projectors=1e-3),
-        lengths=[1] * 4,
+        batches=PaddedBatches([1] * 4),
         args=args,
         train_dataset=ConversationDataset(rows, processor, modalities=["image"]),
         data_collator=Collator(model.modalities, 0),

@@ -17,6 +17,7 @@ from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model.lora import attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
@@ -42,7 +43,7 @@ def in_optimizer(model: Any, what: Trainable, folder: Path, **args: Any) -> dict
     arguments = training_arguments(
         folder, {"use_cpu": True, **args}, seed=0, learning_rate=what.logged_lr
     )
-    trainer = MultiTokenTrainer(model, learn=what, lengths=[], args=arguments)
+    trainer = MultiTokenTrainer(model, learn=what, batches=PaddedBatches([]), args=arguments)
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Any] = {}
     for group in trainer.create_optimizer().param_groups:

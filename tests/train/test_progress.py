@@ -14,8 +14,8 @@ from rich.console import Console
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.lora import adapter_parameters
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.progress import data_wait_line
 from multi_token.train.run import train
+from multi_token.train.summary import data_wait_line
 
 
 def save_tiny_model(family: str, folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
         0.3, num_workers=0, streamed=False, can_cache=False
     )
     assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
-    assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
+    assert "by 3 data workers; set train.args.dataloader_num_workers: 6" in beside
     assert "train.feature_cache: true" in alone
 
 

@@ -106,8 +106,8 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
     at(4, go_on)
     trained(fields_of(recipe_fields, out), Console(width=1000))
     shown = capsys.readouterr().out
-    assert "checkpoint-4 is not whole (optimizer.pt has " in shown
-    assert f"going on from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
+    assert "checkpoint-4 is incomplete (optimizer.pt has " in shown
+    assert f"resuming from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
     assert_same_bits(six_steps, out)
 
 
@@ -143,7 +143,7 @@ def test_weights_that_the_last_step_broke_are_not_written(
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (lambda folder: (folder / "whole.json").unlink(), "cut off while it was written"),
+        (lambda folder: (folder / "whole.json").unlink(), "writing it was cut off"),
         (lambda folder: (folder / "whole.json").write_text("{"), "whole.json is damaged"),
         (lambda folder: (folder / "weights").unlink(), "weights is missing"),
         (lambda folder: (folder / "weights").write_text("w"), "has 1 bytes instead of 7"),
@@ -194,7 +194,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_good_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value).startswith(f"{out / STAGE / 'checkpoint-3'} could not be written: ")
-    assert "goes on from checkpoint-2, which is whole" in str(caught.value)
+    assert "continues from checkpoint-2, which is complete" in str(caught.value)
     assert not (out / STAGE / "checkpoint-3").exists()
     at(3, go_on)
     trained(fields_of(recipe_fields, out))

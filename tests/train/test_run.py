@@ -24,7 +24,7 @@ from multi_token.errors import (
     RowError,
 )
 from multi_token.recipe.recipe import Recipe
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
 
@@ -81,7 +81,7 @@ def test_one_process_says_that_it_cuts_nothing(
     stages = [{**LONG, "args": {"max_steps": 1}}]
     fields = recipe_fields(tmp_path / "run", stages=stages, fsdp=True)
     train(Recipe.model_validate(fields), console=Console())
-    assert "train.fsdp: one process trains, which cuts nothing" in capsys.readouterr().out
+    assert "train.fsdp: one process trains, which shards nothing" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(
@@ -116,24 +116,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     trained(recipe_fields(tmp_path / "whole", stages=stages))
 
     fields = recipe_fields(tmp_path / "cut", stages=stages)
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
         return bar(trainer, console, title)
 
     for stage, num_steps in (("1-projector", 3), ("2-adapter", 3)):
-        monkeypatch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", bar_and_signal)
         with pytest.raises(Interrupted, match=f"stopped at step {num_steps} of"):
             trained(fields)
         checkpoint = last_checkpoint(tmp_path / "cut" / "stages" / stage)
         assert checkpoint is not None and checkpoint.name == f"checkpoint-{num_steps}"
-        monkeypatch.setattr(run_module, "ProgressBarCallback", bar)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", bar)
         if stage == "1-projector":
             # finish this stage only, so that the next interruption falls into the second one
             one = recipe_fields(tmp_path / "cut", stages=stages)
             with monkeypatch.context() as patch:
-                patch.setattr(run_module, "attach_adapter", _stop_here)
+                patch.setattr(stage_module, "attach_adapter", _stop_here)
                 with pytest.raises(MultiTokenError, match="the first stage is done"):
                     trained(one)
     trained(fields)
@@ -248,7 +248,7 @@ def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
 ) -> None:
     fields = recipe_fields(tmp_path / "run", args={"max_step": 3})
     fields["model"]["language_model"] = str(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match="'max_step' is no field .*did you mean 'max_steps'"):
+    with pytest.raises(RecipeError, match="'max_step' is not a field .*did you mean 'max_steps'"):
         trained(fields)
 
 

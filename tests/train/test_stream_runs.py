@@ -28,7 +28,7 @@ from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.run import plan, train
+from multi_token.train import plan_run, train
 from multi_token.types import Media
 from tests.data.streams import BAD, WORDS, row_of
 from tests.train.bits import assert_same_bits, run_until, weights
@@ -189,7 +189,7 @@ def test_bad_rows_are_in_the_log_and_in_words_and_survive_a_stop(
 def test_a_plan_of_a_stream_counts_from_its_first_rows(
     fields_of: Fields, tmp_path: Path, capsys: Any
 ) -> None:
-    plan(Recipe.model_validate(fields_of(tmp_path / "run")), console=Console(width=1000))
+    plan_run(Recipe.model_validate(fields_of(tmp_path / "run")), console=Console(width=1000))
     shown = capsys.readouterr().out
     assert "data.stream: its first rows are read for statistics and the plan" in shown
     assert "from 12 rows of" in shown

@@ -25,6 +25,8 @@ from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train import plan_run, train
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.plan.dry_run import dry_run, largest_batch
 from multi_token.train.plan.estimate import (
     estimate_memory,
@@ -34,7 +36,6 @@ from multi_token.train.plan.estimate import (
     plan_stage,
     plan_warnings,
 )
-from multi_token.train.run import plan, train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 
@@ -67,7 +68,7 @@ def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..
         return MultiTokenTrainer(
             model,
             learn=learn,
-            lengths=[len(dataset[i].input_ids) for i in range(len(dataset))],
+            batches=PaddedBatches([len(dataset[i].input_ids) for i in range(len(dataset))]),
             args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
             train_dataset=dataset,
             data_collator=Collator(model.modalities, 0),
@@ -126,8 +127,8 @@ def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
     assert planned.tokens_per_step == pytest.approx(tokens, rel=0.01)
     flops = planned.dry_run.flops_per_token * planned.tokens_per_step * planned.num_steps
     assert flops == pytest.approx(trainer.step_metrics.total("flops"), rel=0.1)
-    assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.lengths)
-    assert largest_batch(trainer) == 2 * max(trainer.lengths)
+    assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.batches.lengths)
+    assert largest_batch(trainer) == 2 * max(trainer.batches.lengths)
 
 
 def test_what_a_batch_keeps_grows_with_what_learns(trainer_of: Callable[..., Any]) -> None:
@@ -169,7 +170,7 @@ def test_the_plan_is_said_and_nothing_is_written(
     adapter = {"name": "adapter", "learn": {"adapter": 1e-3}, "args": {"num_train_epochs": 2}}
     fields["train"]["stages"].append(adapter)
     console = Console(record=True, width=300, file=io.StringIO())
-    plan(Recipe.model_validate(fields), console=console)
+    plan_run(Recipe.model_validate(fields), console=console)
     said = console.export_text()
     assert "4 steps of about" in said and "FLOP a step" in said and "s a step" in said
     assert "encoder of image: " in said and "activations of the largest batch: about" in said
@@ -191,7 +192,7 @@ def test_the_plan_counts_what_is_encoded_before_the_first_step(
         fields = recipe_fields(tmp_path / "run", **train)
         fields["data"]["train"] = [{"rows": str(many)}, {"rows": str(data / "rows.jsonl")}]
         console = Console(record=True, width=300, file=io.StringIO())
-        plan(Recipe.model_validate(fields), console=console)
+        plan_run(Recipe.model_validate(fields), console=console)
         return console.export_text()
 
     assert "image: 32 encodings before the first step (for the closed form), about " in said()
