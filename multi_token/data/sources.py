@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from torch.utils.data import ConcatDataset
 
-from multi_token.data.dataset import row_to_sample
+from multi_token.data.dataset import ConversationDataset, HeaderLengthDataset, row_to_sample
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
@@ -244,3 +245,26 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         num_workers=max(int(args.get("dataloader_num_workers", 0)) for args in all_args),
     )
     return merge_reports(all_gather(mine))
+
+
+def build_dataset(
+    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration
+) -> ConcatDataset[Any]:
+    """Return the good rows of all sources, in their order, as a dataset of samples."""
+    return ConcatDataset([_source_dataset(source, list(model.modalities)) for source in sources])
+
+
+def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:
+    processor, good, name = source.processor, source.good_indices, source.name
+    if not source.lengths_only:
+        return ConversationDataset(
+            source.rows, processor, modalities=modalities, good_indices=good, source=name
+        )
+    return HeaderLengthDataset(
+        source.rows,
+        processor,
+        modalities=modalities,
+        good_indices=good,
+        source=name,
+        lengths=source.lengths,
+    )

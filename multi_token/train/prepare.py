@@ -26,14 +26,20 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
-from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
+from multi_token.data.sources import (
+    TrainingSource,
+    build_dataset,
+    check_has_items,
+    good_rows,
+    open_source,
+)
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage
 from multi_token.train.compile import apply_kernels
-from multi_token.train.evaluation import EvaluationCallback, build_dataset, evaluation_defaults
+from multi_token.train.evaluation import EvaluationCallback, evaluation_defaults
 from multi_token.train.init_from import init_from_run
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.run_report import RunReport
