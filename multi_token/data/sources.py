@@ -5,7 +5,7 @@ DataSource -> open_source -> TrainingSource -> good_rows -> indices and lengths 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -248,10 +248,10 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
 
 
 def build_dataset(
-    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration
+    sources: Sequence[TrainingSource], modalities: Collection[str]
 ) -> ConcatDataset[Any]:
     """Return the good rows of all sources, in their order, as a dataset of samples."""
-    return ConcatDataset([_source_dataset(source, list(model.modalities)) for source in sources])
+    return ConcatDataset([_source_dataset(source, list(modalities)) for source in sources])
 
 
 def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:

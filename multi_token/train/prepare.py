@@ -190,7 +190,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         stages,
         model,
         sources,
-        build_dataset(sources, model) if streams is None else streams.with_sources(sources),
+        build_dataset(sources, model.modalities) if streams is None else streams.with_sources(sources),
         EvaluationCallback(model, held_out, spec, report, console),
         cache,
         initialized,
