@@ -269,10 +269,10 @@ def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
     if recipe.train.init_from is None:
         return build_encoders(recipe.model.modalities)
     # a run that trained encoders holds them in its checkpoint, which loads as one model
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.train.init_from import init_from_run
 
-    model = compose(recipe.model)
+    model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
     init_from_run(model, recipe.train)
     return {name: model.encoder(name) for name in model.modalities}
 

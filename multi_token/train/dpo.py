@@ -160,7 +160,7 @@ class DpoLoss(Objective):
     def __init__(self, spec: DpoSpec) -> None:
         self.spec = spec
         self.reference: Tensor | None = None
-        """Reference of the batch of `before_forward`, [pairs, 2]; None for a batch without pairs."""
+        """Reference of the current batch, [pairs, 2]; None for a batch without pairs."""
         self.shift_labels = torch.zeros(0, 0, dtype=torch.long)
         self._sums: Tensor | None = None
         self._gather: Reduce | None = None

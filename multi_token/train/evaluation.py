@@ -14,7 +14,7 @@ from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
 from multi_token.evaluate.rows import evenly_spaced
-from multi_token.generate import decode, generate_ids, require_processor
+from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
 from multi_token.train.run_report import RunReport
@@ -177,7 +177,7 @@ def sample_answers(
             for c, processor in rows
         ]
         truths = [_text(c, "assistant") for c, _ in rows]
-        processor = require_processor(model)
+        processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
         new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
         answers = [text for ids in new_ids for text in decode(processor, ids[None])]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from multi_token.checkpoint.hub import local_folder
-from multi_token.checkpoint.load import CONFIG, load_trained, read_config
+from multi_token.checkpoint.load import load_trained, read_config
 from multi_token.checkpoint.references import absolutize, resolve
+from multi_token.checkpoint.save import CONFIG
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec

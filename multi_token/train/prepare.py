@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
-from multi_token.checkpoint.load import compose, load_trained, move_to_device
+from multi_token.checkpoint.load import load_trained
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
     choose_feature_cache,
@@ -35,7 +35,7 @@ from multi_token.data.sources import (
 )
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
-from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage
 from multi_token.train.compile import apply_kernels
@@ -125,7 +125,9 @@ def has_mark(folder: Path) -> bool:
 
 def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
     """Compose the recipe's model on the device of this process, with the kernels it asks for."""
-    model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        recipe.model, max_tokens=recipe.data.max_tokens
+    )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
     return model
@@ -190,7 +192,9 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         stages,
         model,
         sources,
-        build_dataset(sources, model.modalities) if streams is None else streams.with_sources(sources),
+        build_dataset(sources, model.modalities)
+        if streams is None
+        else streams.with_sources(sources),
         EvaluationCallback(model, held_out, spec, report, console),
         cache,
         initialized,

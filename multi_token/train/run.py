@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from multi_token.checkpoint.load import CONFIG, load, load_trained, save
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import CONFIG, save
 from multi_token.data.feature_cache.policy import fill_cache
 from multi_token.data.sources import good_rows, open_source
 from multi_token.distributed import (
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         lambda: (out / CONFIG).is_file() and all(has_mark(stage.folder) for stage in stages)
     ):
         console.print(f"{out} is trained already")
-        return load(out)
+        return MultiTokenForConditionalGeneration.from_pretrained(out)
     return run_stages(prepare(recipe, stages, console))
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RecipeError, RowError
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.recipe.train import AdapterSpec, DistillationSpec
 from multi_token.train.distillation import DistillationCollator, DistillationLoss, kl_divergence
@@ -48,7 +48,9 @@ def row(
 @pytest.fixture
 def model(recipe_fields: Fields, tmp_path: Path) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    return MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
 
 
 def read(model: Any, data: Path, rows: list[dict[str, Any]], teacher: Any = "required") -> Any:

@@ -274,11 +274,11 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_one_sentence(
 
 
 def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(two: Any) -> None:
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
     folder, _ = two
     (file,) = (folder / "full" / "language_model").glob("*.safetensors")
-    model = load(folder / "full")
+    model = MultiTokenForConditionalGeneration.from_pretrained(folder / "full")
     expected = load_file(file)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.language_model.model.layers[0].mlp.up_proj.weight, expected)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from multi_token.chat.format import DEFAULT_TEMPLATE
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DpoSpec, Trainable
 from multi_token.train.batch_plan import PaddedBatches
@@ -38,7 +38,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def model(pair_fields: Fields, tmp_path: Path) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(pair_fields(tmp_path / "model")).model)
+    return MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(pair_fields(tmp_path / "model")).model
+    )
 
 
 def read(model: Any, rows: list[dict[str, Any]], pairs: Any = "required") -> list[Sample]:
@@ -150,7 +152,9 @@ class BesideTrl:
 
         fields["model"]["chat_template"] = DEFAULT_TEMPLATE
         torch.manual_seed(0)
-        self.model: Any = compose(Recipe.model_validate(fields).model)
+        self.model: Any = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(fields).model
+        )
         pairs = [
             {
                 "prompt": [{"role": "user", "content": question}],

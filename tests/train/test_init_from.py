@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint.load import load
 from multi_token.errors import CheckpointError, RecipeError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.testing import tiny_language_model
 from multi_token.train.run import train
@@ -149,7 +149,7 @@ def test_a_run_that_was_started_from_another_goes_on_and_stands_alone(
     train(recipe, console=QUIET)
     learned = tensors(out, "pulse")
     shutil.rmtree(old)
-    load(out)
+    MultiTokenForConditionalGeneration.from_pretrained(out)
     (out / "config.json").unlink()
     shutil.rmtree(out / "stages" / "1-new")  # as if it had been stopped behind stage zero
     train(recipe, console=QUIET)

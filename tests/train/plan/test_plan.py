@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multi_token.checkpoint.load import compose
 from multi_token.cli import app
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
 from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train import plan_run, train
@@ -56,7 +56,9 @@ def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..
     """A trainer that is ready to go; keyword arguments are TrainingArguments."""
 
     def build(learn: Trainable, **fields: Any) -> MultiTokenTrainer:
-        model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+        model = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(recipe_fields(tmp_path)).model
+        )
         if learn.adapter is not None:
             model.language_model = attach_adapter(model.language_model, AdapterSpec(r=4))
         assert model.processor is not None
