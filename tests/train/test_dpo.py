@@ -1,4 +1,4 @@
-"""train/dpo.py: the DPO losses are their formulas, and TRL's, whatever a row shows."""
+"""The DPO losses equal their formulas and TRL's, whatever the media (train/dpo.py)."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_each_item_is_encoded_once_for_both_answers(
     assert num_items == {"image": 3, "pulse": 3}
 
 
-def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> None:
+def test_only_the_last_answers_count_whatever_train_on_turns_is(model: Any) -> None:
     assert model.processor.chat.train_on_turns == "all"
     turns = [
         {"role": "user", "content": "One?"},
@@ -263,7 +263,7 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     assert trainer.objective.metrics() == {}, "nothing of it counts as training"
 
 
-def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:
+def test_a_smoothed_loss_is_least_at_the_margin_of_its_label_smoothing() -> None:
     spec = DpoSpec(beta=1.0, label_smoothing=0.1)
     margins = torch.linspace(-6, 6, 1201)
     ratios = torch.stack([margins, torch.zeros_like(margins)], -1)

@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_behind_its_last_step_does_no_more(
 
 
 @pytest.mark.parametrize("way", [{}, PACKED], ids=["padded", "packed"])
-def test_killed_at_any_step_it_goes_on_to_the_same_bits(
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(
     fields_of: Fields, tmp_path: Path, way: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
