@@ -104,7 +104,7 @@ def _preference_rows(
     if not lengths:
         return None
     reading = [source.with_distillation(None).with_preference("required") for source in found]
-    return found, PreferenceDataset(build_dataset(reading, model), lengths)
+    return found, PreferenceDataset(build_dataset(reading, model.modalities), lengths)
 
 
 def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcessor) -> int:

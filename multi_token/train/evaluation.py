@@ -52,7 +52,7 @@ class EvaluationCallback(TrainerCallback):
         self.report = report
         self.console = console
         self.held_out = held_out
-        self.dataset = build_dataset(held_out, model) if held_out else None
+        self.dataset = build_dataset(held_out, model.modalities) if held_out else None
         self.rows: list[EvaluationRow] = [
             pair for source in held_out for pair in source.conversations()
         ]

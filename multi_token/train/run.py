@@ -156,8 +156,11 @@ def _captions(run: Run) -> list[CaptionedItem]:
     """Return items with captions: of `rows` of the closed form, or of the training rows."""
     spec, sources = run.recipe.train.closed_form, run.sources
     if spec is not None and spec.rows is not None:
-        sources = [open_source(source, run.model, run.recipe, run.cache) for source in spec.rows]
+        sources = [
+            open_source(source, run.model.processor, run.recipe, run.cache) for source in spec.rows
+        ]
         if run.cache is not None:
-            fill_cache(run.model, sources, run.cache, run.console)
+            encoders = {name: run.model.encoder(name) for name in run.model.modalities}
+            fill_cache(run.model.modalities, encoders, sources, run.cache, run.console)
         sources = good_rows(sources, run.recipe, run.console)
     return [item for source in sources for item in captioned_items(source.conversations())]

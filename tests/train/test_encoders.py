@@ -306,7 +306,7 @@ def test_cached_features_and_an_encoder_that_learns_by_itself_exclude_each_other
     mixed_fields: Fields, tmp_path: Path
 ) -> None:
     fields = mixed_fields(tmp_path / "run", feature_cache=True)
-    with pytest.raises(RecipeError, match="'pulse' starts from random weights and learns in stage"):
+    with pytest.raises(RecipeError, match="random weights and is trained in stage"):
         train(Recipe.model_validate(fields), console=QUIET)
     fields = mixed_fields(
         tmp_path / "frozen",
