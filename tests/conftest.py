@@ -92,7 +92,7 @@ def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -
     """The recipe's model, untrained, with pooled pictures and plain vectors; do not change it."""
     import torch
 
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path_factory.mktemp("model"))
@@ -102,7 +102,7 @@ def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -
         "projector": {"type": "expand", "factor": 2},
     }
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 @pytest.fixture(scope="session")

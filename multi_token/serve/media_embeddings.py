@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from multi_token.data.feature_cache.keys import digest
 from multi_token.errors import MultiTokenError
-from multi_token.generate import to_device
 from multi_token.serve.engines.base import Prompt
 from multi_token.serve.errors import ServeError
 from multi_token.types import Prepared, Sample
@@ -194,7 +194,7 @@ class MediaEmbedder:
         name = jobs[0].modality
         modality = self.model.modalities[name]
         lengths = [modality.num_tokens(job.prepared.num_features) for job in jobs]
-        inputs = to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
+        inputs = send_to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
         weight: Any = self.model.get_input_embeddings().weight
         tokens = self.model.projector(name)(self.model.encode(name, inputs))
         tokens = tokens.to(weight.device, weight.dtype)

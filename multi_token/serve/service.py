@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from multi_token.errors import ChatTemplateError
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
@@ -60,7 +60,7 @@ class Service:
     ) -> None:
         """`engine`: instead of the one that the settings name."""
         self.settings = settings
-        self.processor = require_processor(model)
+        self.processor = model.require_processor()
         self.modalities = model.modalities
         self.engine = engine or build_engine(model, settings)
         self.message_parser = MessageParser(

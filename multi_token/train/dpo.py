@@ -160,7 +160,7 @@ class DpoLoss(Objective):
     def __init__(self, spec: DpoSpec) -> None:
         self.spec = spec
         self.reference: Tensor | None = None
-        """Of the batch of `before_forward`, [pairs, 2]; None for a batch without pairs."""
+        """Reference of the current batch, [pairs, 2]; None for a batch without pairs."""
         self.shift_labels = torch.zeros(0, 0, dtype=torch.long)
         self._sums: Tensor | None = None
         self._gather: Reduce | None = None
@@ -209,6 +209,8 @@ class DpoLoss(Objective):
         margins = rewards[:, 0] - rewards[:, 1]
         facts = torch.stack([losses, *rewards.T, margins, (margins > 0).float(), *logps.T], -1)
         facts = torch.cat([facts, facts.new_ones(len(facts), 1)], -1)
+        # before summing: accelerate repeats rows to fill the last batch of an evaluation, and only
+        # its gather drops them again
         if self._gather is not None:
             facts = self._gather(facts)
         sums = facts.sum(0)

@@ -19,22 +19,29 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
-from multi_token.checkpoint.load import compose, load_trained, move_to_device
+from multi_token.checkpoint.load import load_trained
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
     choose_feature_cache,
     fill_cache,
     register_encoders,
 )
-from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
+from multi_token.data.sources import (
+    TrainingSource,
+    build_dataset,
+    check_has_items,
+    good_rows,
+    open_source,
+)
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
-from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage
 from multi_token.train.compile import apply_kernels
-from multi_token.train.evaluation import EvaluationCallback, build_dataset, evaluation_defaults
+from multi_token.train.evaluation import EvaluationCallback, evaluation_defaults
 from multi_token.train.init_from import init_from_run
+from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.run_report import RunReport
 from multi_token.train.summary import describe_parts
 from multi_token.train.training_args import training_arguments
@@ -107,6 +114,7 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a stage as done; from now on the run takes its result instead of training it."""
     partial = folder / f".{_DONE}"
+    # by rename: a stage that is killed here must not count as done
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     partial.replace(folder / _DONE)
 
@@ -118,7 +126,9 @@ def has_mark(folder: Path) -> bool:
 
 def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
     """Compose the recipe's model on the device of this process, with the kernels it asks for."""
-    model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        recipe.model, max_tokens=recipe.data.max_tokens
+    )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
     return model
@@ -131,6 +141,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     skips them.
     """
     spec, args = recipe.train, stages[0].args
+    # before the model: projectors and encoders without weights draw theirs here
     set_seed(spec.seed)
     model = compose_model(recipe, args)
     initialized: Sequence[str] = ()
@@ -149,18 +160,31 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     _check_capabilities(model, recipe)
     streams = None
     if recipe.data.stream is None:
-        sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
+        sources = [
+            open_source(source, model.processor, recipe, None) for source in recipe.data.train
+        ]
     else:
-        streams = open_streams(model, recipe, seed=args.data_seed or spec.seed)
+        streams = open_streams(model.processor, recipe, seed=args.data_seed or spec.seed)
         sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
-    cache = choose_feature_cache(model, recipe, sources, [s.args for s in stages], console)
+    encoders = {name: model.encoder(name) for name in model.modalities}
+    cache = choose_feature_cache(
+        recipe,
+        model.modalities,
+        encoders,
+        sources,
+        trained=[trainable_encoders(model, stage.learn) for stage in spec.stages],
+        arguments=[s.args for s in stages],
+        console=console,
+    )
     if cache is not None:
         sources = [source.with_feature_cache(cache) for source in sources]
         if streams is None:
-            fill_cache(model, sources, cache, console)
+            fill_cache(model.modalities, encoders, sources, cache, console)
         else:
-            register_encoders(cache, model)
+            register_encoders(cache, model.modalities, encoders)
+    # Rows are scanned with all that any stage reads of them, so that a row without a text or a
+    # rejected answer is found now and not in the middle of a later stage.
     sources = [source.with_distillation(spec.distillation_mode) for source in sources]
     sources = [source.with_preference(spec.preference_mode) for source in sources]
     sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]
@@ -172,7 +196,9 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         stages,
         model,
         sources,
-        build_dataset(sources, model) if streams is None else streams.with_sources(sources),
+        build_dataset(sources, model.modalities)
+        if streams is None
+        else streams.with_sources(sources),
         EvaluationCallback(model, held_out, spec, report, console),
         cache,
         initialized,
@@ -194,11 +220,12 @@ def _held_out(
     console: Console,
 ) -> list[TrainingSource]:
     """Return the good rows of `data.eval`."""
-    sources = [open_source(source, model, recipe, cache) for source in recipe.data.eval]
+    sources = [open_source(source, model.processor, recipe, cache) for source in recipe.data.eval]
     if not sources:
         return []
     if cache is not None:
-        fill_cache(model, sources, cache, console)
+        encoders = {name: model.encoder(name) for name in model.modalities}
+        fill_cache(model.modalities, encoders, sources, cache, console)
     # a held-out row without a rejected answer is no fault: it is evaluated by cross entropy
     mode = recipe.train.preference_mode and "optional"
     sources = [source.with_preference(mode) for source in sources]

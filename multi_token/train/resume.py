@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed
 
-from multi_token.checkpoint.load import CONFIG
+from multi_token.checkpoint.save import CONFIG
 from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe.recipe import Recipe, differences, load_recipe

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from multi_token.checkpoint.load import CONFIG, load, load_trained, save
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import CONFIG, save
 from multi_token.data.feature_cache.policy import fill_cache
 from multi_token.data.sources import good_rows, open_source
 from multi_token.distributed import (
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         lambda: (out / CONFIG).is_file() and all(has_mark(stage.folder) for stage in stages)
     ):
         console.print(f"{out} is trained already")
-        return load(out)
+        return MultiTokenForConditionalGeneration.from_pretrained(out)
     return run_stages(prepare(recipe, stages, console))
 
 
@@ -96,6 +97,7 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
 
 def _prepare_output_dir(out: Path, recipe: Recipe) -> None:
     """Claim the run's folder once for all processes."""
+    # compared before anything is written: a process with another recipe must not claim the folder
     check_same_recipe(recipe)
     if is_main_process():
         claim_run_folder(out, recipe)
@@ -119,6 +121,7 @@ def closed_form_stage(run: Run) -> None:
         if name in run.initialized:
             continue
         items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
+        # evenly spaced, since rows of one kind often come one after the other
         step = max(1, -(-len(items) // run.recipe.train.calibration_items))
         if calibrate(model, name, items[::step]) == 0:
             console.print(f"{name}: no item in the training rows; its projector starts as it is")
@@ -153,8 +156,11 @@ def _captions(run: Run) -> list[CaptionedItem]:
     """Return items with captions: of `rows` of the closed form, or of the training rows."""
     spec, sources = run.recipe.train.closed_form, run.sources
     if spec is not None and spec.rows is not None:
-        sources = [open_source(source, run.model, run.recipe, run.cache) for source in spec.rows]
+        sources = [
+            open_source(source, run.model.processor, run.recipe, run.cache) for source in spec.rows
+        ]
         if run.cache is not None:
-            fill_cache(run.model, sources, run.cache, run.console)
+            encoders = {name: run.model.encoder(name) for name in run.model.modalities}
+            fill_cache(run.model.modalities, encoders, sources, run.cache, run.console)
         sources = good_rows(sources, run.recipe, run.console)
     return [item for source in sources for item in captioned_items(source.conversations())]

@@ -131,6 +131,7 @@ def _check_encoders(run: Run, stage: StageRun, sources: list[TrainingSource]) ->
     for name, trainable in trainable_encoders(run.model, stage.spec.learn).items():
         one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
         if one is not None:
+            # one item is enough: a part that a modality never calls gets no gradient from any
             (features,) = encode_items(run.model, name, [one], batch_size=1)
             check_gradients_reach(name, run.model.encoder(name), trainable, features)
 
@@ -150,6 +151,7 @@ def fit(run: Run, stage: StageRun) -> None:
     print_summary(plan_stage(trainer, name, try_steps=False), trainer, console)
     run.evaluation.attach(trainer, name, _trainable_groups(run, stage))
     check_trainable(run.model.language_model)
+    # transformers adds it where tqdm is off; it would print every log a second time
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
     trainer.add_callback(ProgressBarCallback(trainer, console, name))
@@ -172,6 +174,7 @@ def fit(run: Run, stage: StageRun) -> None:
         )
     line = describe_data_wait(trainer, run.recipe.train)
     console.print(line, highlight=False, soft_wrap=True)
+    # the mark comes last: a stage counts as done only with its result on the disk
     with raise_on_write_error(folder):
         trainer.save_result(folder / "result")
         if is_main_process():

@@ -39,6 +39,7 @@ def describe_parts(model: MultiTokenForConditionalGeneration) -> list[str]:
 
 def _precision(part: nn.Module) -> str:
     """`float32`, or `bfloat16 and quantized` where weights differ."""
+    # by identity: the storage dtype of a quantized weight (uint8) says nothing to a user
     quantized = {id(p) for p in quantized_parameters(part)}
     dtypes = {
         "quantized" if id(p) in quantized else str(p.dtype).removeprefix("torch.")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from multi_token.checkpoint.load import load_trained, save
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import save
 from multi_token.distributed import barrier, is_main_process
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.modalities.base import PretrainedModality

@@ -1,4 +1,4 @@
-"""train/dpo.py: the DPO losses are their formulas, and TRL's, whatever a row shows."""
+"""The DPO losses equal their formulas and TRL's, whatever the media (train/dpo.py)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from multi_token.chat.format import DEFAULT_TEMPLATE
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DpoSpec, Trainable
 from multi_token.train.batch_plan import PaddedBatches
@@ -38,7 +38,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def model(pair_fields: Fields, tmp_path: Path) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(pair_fields(tmp_path / "model")).model)
+    return MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(pair_fields(tmp_path / "model")).model
+    )
 
 
 def read(model: Any, rows: list[dict[str, Any]], pairs: Any = "required") -> list[Sample]:
@@ -123,7 +125,7 @@ def test_each_item_is_encoded_once_for_both_answers(
     assert num_items == {"image": 3, "pulse": 3}
 
 
-def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> None:
+def test_only_the_last_answers_count_whatever_train_on_turns_is(model: Any) -> None:
     assert model.processor.chat.train_on_turns == "all"
     turns = [
         {"role": "user", "content": "One?"},
@@ -150,7 +152,9 @@ class BesideTrl:
 
         fields["model"]["chat_template"] = DEFAULT_TEMPLATE
         torch.manual_seed(0)
-        self.model: Any = compose(Recipe.model_validate(fields).model)
+        self.model: Any = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(fields).model
+        )
         pairs = [
             {
                 "prompt": [{"role": "user", "content": question}],
@@ -259,7 +263,7 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     assert trainer.objective.metrics() == {}, "nothing of it counts as training"
 
 
-def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:
+def test_a_smoothed_loss_is_least_at_the_margin_of_its_label_smoothing() -> None:
     spec = DpoSpec(beta=1.0, label_smoothing=0.1)
     margins = torch.linspace(-6, 6, 1201)
     ratios = torch.stack([margins, torch.zeros_like(margins)], -1)

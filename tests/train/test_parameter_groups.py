@@ -12,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from multi_token.checkpoint.load import compose, save
+from multi_token.checkpoint.save import save
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model.lora import attach_adapter
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.batch_plan import PaddedBatches
@@ -28,7 +29,7 @@ Fields = Callable[..., dict[str, Any]]
 
 def composed(fields: dict[str, Any], *, adapter: bool = False) -> Any:
     torch.manual_seed(0)
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     if adapter:
         model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     return model

@@ -1,4 +1,4 @@
-"""train/run.py: a recipe becomes a model; the same command again goes on."""
+"""A recipe becomes a model; the same command again resumes (train/run.py)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_thirty_steps_overfit_four_rows(
     assert losses(tmp_path / "run", "2-adapter")[-1] < 0.3 * losses(tmp_path / "run")[0]
 
 
-def test_one_process_says_that_it_cuts_nothing(
+def test_one_process_reports_that_it_shards_nothing(
     recipe_fields: Fields, tmp_path: Path, capsys: Any
 ) -> None:
     stages = [{**LONG, "args": {"max_steps": 1}}]
@@ -191,7 +191,7 @@ def test_gradient_accumulation_does_not_change_the_curve(
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_bad_rows_stop_the_run_or_are_left_out_and_counted(
+def test_bad_rows_stop_the_run_or_are_skipped_and_counted(
     recipe_fields: Fields, tmp_path: Path, data: Path, rows: Any, capsys: Any
 ) -> None:
     for row in rows:
@@ -229,7 +229,7 @@ def test_a_folder_of_a_run_that_never_began_is_free_for_another_recipe(
         trained(mistyped)
 
 
-def test_rows_without_an_item_of_any_sense_are_refused_where_only_senses_learn(
+def test_rows_without_media_are_refused_where_only_modalities_train(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     rows = tmp_path / "text.jsonl"
@@ -274,9 +274,7 @@ def test_the_log_counts_real_tokens_and_the_supervised_share(
     assert all(e["tokens_per_second"] > 0 for e in history if "loss" in e)
 
 
-def test_vectors_of_your_own_are_learned_from_raw_values(
-    recipe_fields: Fields, tmp_path: Path
-) -> None:
+def test_vectors_train_from_raw_values(recipe_fields: Fields, tmp_path: Path) -> None:
     rows = [
         {
             "id": name,

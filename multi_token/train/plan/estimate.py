@@ -78,6 +78,7 @@ class StagePlan:
 def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
     """Plan a stage; `try_steps`: measure time and activations by a dry run, too."""
     args, lengths = trainer.args, trainer.batches.lengths
+    # making a sampler draws its seed, and a planned run has to draw the same numbers as another
     with preserve_rng_state():
         loader: Any = trainer.get_train_dataloader()
         num_batches = max(len(loader), 1)

@@ -101,7 +101,9 @@ def estimate_encodings(
     run, which are neither calibrated nor fitted. A cache is counted as if it were empty.
     """
     spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
-    aligned = [open_source(s, model, recipe, None) for s in (spec.rows or [])] if spec else []
+    aligned = (
+        [open_source(s, model.processor, recipe, None) for s in (spec.rows or [])] if spec else []
+    )
     found = []
     for name in model.modalities:
         items = [pair for source in sources for pair in source.items() if pair[0].modality == name]
@@ -143,7 +145,8 @@ def _seconds_per_item(
     items: Sequence[tuple[Media, MultiTokenProcessor]],
 ) -> float:
     seconds = 0.0
-    for _ in range(2):  # the first call of a model is slow
+    # twice, and the second counts: the first call of a model allocates and compiles kernels
+    for _ in range(2):
         start = time.perf_counter()
         for features in encode_items(model, name, items, batch_size=len(items)):
             features.values.sum().item()  # waits for the GPU

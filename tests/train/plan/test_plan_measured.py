@@ -1,6 +1,6 @@
-"""train/plan/estimate.py and trial.py against the run right after: tokens, FLOPs and memory.
+"""The plan of a stage against the run right after: tokens, FLOPs and memory (train/plan/).
 
-Border: the time of a step is measured by benchmarks/plan.py.
+The time of a step is measured by benchmarks/plan.py.
 """
 
 from __future__ import annotations
