@@ -172,7 +172,7 @@ def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it
     save(model, tmp_path / "a")
     stages = [{"name": "full", "learn": {"language_model": 1e-5}}]
     fields = recipe_fields(tmp_path / "b", init_from=str(tmp_path / "a"), stages=stages)
-    with pytest.raises(RecipeError, match="stage 'full' learns `language_model`, but .* has an ad"):
+    with pytest.raises(RecipeError, match="stage 'full' trains `language_model`, but .* has an ad"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 
