@@ -367,4 +367,4 @@ def test_check_and_show_read_both_answers(pair_fields: Fields, tmp_path: Path) -
     recipe.write_text(yaml.safe_dump(fields))
     shown = run("show", rows, "one")
     assert "⟦one, quite clearly" in shown and "⟦two" not in shown
-    assert "rejected answer" in shown and "dpo" in shown
+    assert "only stages with `dpo` read the rejected one" in shown
