@@ -15,7 +15,6 @@ from multi_token.data.files.open import media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import row_id_of
 from multi_token.errors import MultiTokenError
-from multi_token.generate import require_processor
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
@@ -46,7 +45,7 @@ def with_processor(
     indices: Sequence[int],
 ) -> list[tuple[Conversation, MultiTokenProcessor]]:
     """Return rows of a file, folder or hub name, with the model's processor. Raises RowError."""
-    processor = replace(require_processor(model), fetch=Fetch(root=media_root(source)))
+    processor = replace(model.require_processor(), fetch=Fetch(root=media_root(source)))
     names = list(model.modalities)
     return [
         (to_conversation(rows[i], names, row_id=row_id_of(i, rows[i], source)), processor)
@@ -66,7 +65,7 @@ def score_rows(
 
     Raises MultiTokenError for a sample without supervised tokens.
     """
-    collate = Collator(model.modalities, require_processor(model).chat.filler_id)
+    collate = Collator(model.modalities, model.require_processor().chat.filler_id)
     was_training = model.training
     model.eval()
     losses: list[Tensor] = []

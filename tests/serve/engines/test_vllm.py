@@ -17,13 +17,13 @@ import httpx
 import pytest
 import torch
 
-from multi_token.checkpoint.load import compose
 from multi_token.convert.export import export
 from multi_token.errors import CheckpointError, LanguageModelError
 from multi_token.generate import generate_ids
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.serve.engines.base import FinishEvent, SamplingParams
-from multi_token.serve.engines.vllm.embeddings import PromptEmbedder
+from multi_token.serve.engines.vllm.engine import PromptEmbedder
 from multi_token.serve.engines.vllm.golden import read_golden
 from multi_token.serve.settings import ServeSettings
 from tests.serve.asking import BLUE, PICTURE, QUESTION, VECTOR, asked, content_of, post
@@ -51,7 +51,9 @@ def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "sensor": {"type": "timeseries", "channels": 2},
     }
     torch.manual_seed(0)
-    compose(Recipe.model_validate(fields).model).save_pretrained(folder / "run")
+    MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(fields).model
+    ).save_pretrained(folder / "run")
     export(folder / "run", folder / "out", to="language-model")
     return folder / "out"
 
@@ -59,19 +61,19 @@ def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def whole(exported: Path) -> Any:
     """The exported run with all of its language model."""
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(exported)
+    return MultiTokenForConditionalGeneration.from_pretrained(exported)
 
 
 def only_embeddings(exported: Path) -> Any:
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(exported, with_layers=False)
+    return MultiTokenForConditionalGeneration.from_pretrained(exported, embeddings_only=True)
 
 
 def settings_of(exported: Path, *urls: str, **fields: Any) -> dict[str, Any]:
-    return {"backend": "vllm", "engine_urls": urls, "run_folder": exported, **fields}
+    return {"engine_urls": urls, "run_folder": exported, **fields}
 
 
 SENSOR = {"type": "media", "modality": "sensor", "data": [[float(i % 7), 1.0] for i in range(64)]}
@@ -248,7 +250,7 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
     model = composed(tmp_path, families, "Gemma3n")
     nobody = StandIn(model.language_model, start=False)
     with (
-        pytest.raises(LanguageModelError, match="looks ids up in its layers.*--backend static"),
+        pytest.raises(LanguageModelError, match="looks ids up in its layers.*without --engine-url"),
         started(model, nobody),
     ):
         pass
@@ -257,8 +259,6 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "needs at least one"),
-        ({"engine_urls": ("http://a:1",), "backend": "static"}, "engine_urls are of the vllm"),
         ({"engine_urls": ("ftp://a:1",)}, "should be http://HOST:PORT"),
         ({"engine_urls": ("a:8000",)}, "should be http://HOST:PORT"),
         ({"engine_urls": ("http://a:1/v1",)}, "without a path"),
@@ -269,9 +269,9 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
 )
 def test_addresses_of_engines_are_checked(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
-        ServeSettings(**{"backend": "vllm", **fields})
+        ServeSettings(**fields)
     assert "secret" not in str(refused.value).partition("[type=")[0]
-    good = ServeSettings(backend="vllm", engine_urls=("http://a:1",), engine_key="sk-hidden")
+    good = ServeSettings(engine_urls=("http://a:1",), engine_key="sk-hidden")
     assert "sk-hidden" not in repr(good)
 
 
