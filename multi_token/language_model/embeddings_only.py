@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 class EmbeddingsOnly(nn.Module):
-    """Of a language model what looks ids up, and nothing that answers.
-
-    For a gateway whose language model runs elsewhere: prompts are made of this, and the layers
-    need no memory.
-    """
+    """A language model without layers: its embeddings make prompts, vLLM generates from them."""
 
     embeddings_only = True
     name_or_path = ""
@@ -36,7 +32,7 @@ class EmbeddingsOnly(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise LanguageModelError(
-            "only the embeddings of this language model were loaded, so it cannot answer here"
+            "only the embeddings of this language model were loaded, so it cannot generate here"
         )
 
 
@@ -48,40 +44,41 @@ def load_embeddings(
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
 ) -> EmbeddingsOnly:
-    """What `load_language_model` loads, without its layers. Raises LanguageModelError.
+    """Load the input embeddings of a language model; arguments as in `load_language_model`.
 
-    transformers is asked for a model of no layers, so that of the files only embeddings and head
-    are read. Where a family cannot be made so, or its embeddings do not come, all of it is loaded
-    and the rest given up again.
+    Raises LanguageModelError.
     """
+    # A model of zero layers reads only embeddings and head from the files. Where a class cannot be
+    # built so, or misses its embeddings, the complete model is loaded and the rest freed.
     less = _load_without_layers(name, revision, dtype) if quantization is None else None
     if less is None:
-        whole: Any = load_language_model(
+        complete: Any = load_language_model(
             name,
             revision=revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             quantization=quantization,
         )
-        less = (whole, whole.config)
+        less = (complete, complete.config)
     model, config = less
     found = EmbeddingsOnly(model.get_input_embeddings(), config, model.generation_config)
     return found.requires_grad_(False).eval()
 
 
 def _load_without_layers(name: str, revision: str | None, dtype: str) -> tuple[Any, Any] | None:
-    """A model of no layers and the config of the whole one, or None if there is no such thing."""
+    """Return a model of zero layers and the config of the complete one, or None."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     if gguf_arguments(name)[1]:
         return None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # of every layer it would say that it is left over
+    logging.set_verbosity(logging.CRITICAL)  # else every layer is reported as an unused weight
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         fewer = copy.deepcopy(config)
         text = fewer.get_text_config()
+        # One entry per layer, checked against num_hidden_layers by transformers.
         for field in ("layer_types", "mlp_layer_types"):
             if getattr(text, field, None) is not None:
                 setattr(text, field, [])

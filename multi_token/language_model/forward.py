@@ -1,7 +1,6 @@
-"""Drives a language model by embeddings: inputs of its layers, loss, going on.
+"""Runs a language model from embeddings: loss in training, prefill and `generate` in inference.
 
-Border: one function for each thing that is asked of it, for any family; which way a model needs is
-found by language_model/probe.py and handed in.
+The functions work for any model; `probe.py` finds which of their modes a model needs.
 """
 
 from __future__ import annotations
@@ -23,26 +22,27 @@ GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequen
 FLASH_ATTENTION_KWARGS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
-"""What transformers' flash attention is told of a packed row."""
+"""Arguments by which transformers' flash attention learns the segments of a packed row."""
 
 
 def base_language_model(language_model: Any) -> Any:
-    """transformers' own module, below PEFT's if an adapter is attached."""
+    """Return transformers' module, without PEFT's wrapper if an adapter is attached."""
     inner = getattr(language_model, "get_base_model", None)
     return inner() if callable(inner) else language_model
 
 
 class ScaledEmbedding(nn.Module):
-    """A view of an embedding whose output the model multiplies before its first layer."""
+    """Embedding module that multiplies its output, where the model does so for ids only."""
 
     def __init__(self, embedding: nn.Module, scale: float) -> None:
         super().__init__()
-        self.wrapped = (embedding,)  # in a tuple, so that its weights are not listed a second time
+        # In a tuple, so that `parameters()` does not list the weights a second time.
+        self.wrapped = (embedding,)
         self.scale = scale
 
     @property
     def weight(self) -> Tensor:
-        """The weights [num_ids, dim], not scaled."""
+        """Weights [num_ids, dim], without the scale."""
         return self.wrapped[0].weight  # type: ignore[return-value]
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -51,11 +51,12 @@ class ScaledEmbedding(nn.Module):
 
 
 def per_layer_inputs(language_model: Any, input_ids: Tensor) -> dict[str, Any]:
-    """What some families look up by id for every layer, as arguments of forward; {} for others.
+    """Return the embeddings that each layer looks up by id, as arguments of forward; mostly {}.
 
-    input_ids int64 [batch, time]. A media span holds the filler id, which is what the multimodal
-    classes of those families put there as well (Gemma3n, Gemma4 in transformers).
+    input_ids int64 [batch, time].
     """
+    # Gemma3n and Gemma4 have such layers. A media span shows them the filler id, as transformers'
+    # multimodal classes of these models do.
     model = base_language_model(language_model)
     if not getattr(model.config, "hidden_size_per_layer_input", 0):
         return {}
@@ -64,11 +65,9 @@ def per_layer_inputs(language_model: Any, input_ids: Tensor) -> dict[str, Any]:
 
 
 def max_batched_length(language_model: Any) -> int | None:
-    """The length beyond which a row's positions are scaled by the longest row of its batch, if any.
-
-    So do transformers' `dynamic` and `longrope` scalings (modeling_rope_utils.py). Read from the
-    configuration: trying it would take a text of that length.
-    """
+    """Return the length above which the longest row of a batch changes the others, or None."""
+    # transformers' `dynamic` and `longrope` scale the positions of all rows by the longest one
+    # (modeling_rope_utils.py). Read from the configuration: a probe would need a text that long.
     config = base_language_model(language_model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     lengths = [
@@ -80,16 +79,14 @@ def max_batched_length(language_model: Any) -> int | None:
 
 
 def accepts_position_ids(language_model: Any) -> bool:
-    """Whether forward has an argument `position_ids` of its own."""
+    """Return True if forward has an argument `position_ids`."""
     return (
         "position_ids" in inspect.signature(base_language_model(language_model).forward).parameters
     )
 
 
 def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of forward's arguments those that this model takes: where segments begin (`cu_seq_lens_q`
-    and so on) is told only to one that passes on what it does not know.
-    """
+    """Drop `cu_seq_lens_*` and `max_length_*` for models whose forward has no **kwargs."""
     parameters = inspect.signature(base_language_model(language_model).forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return dict(inputs)
@@ -106,22 +103,22 @@ def supervised_loss(
     supports_logits_to_keep: bool = True,
     **inputs: Any,
 ) -> Any:
-    """The model's own output with loss and with logits at supervised positions only.
+    """Return the model's output with the loss, and with logits at supervised positions only.
 
     inputs_embeds [batch, time, dim], shift_labels int64 [batch, time] -> loss [], logits
-    [num_supervised, vocabulary], through the model's own head and loss, so that soft caps and
-    logit scales are the model's. A model that does not select logits by itself computes all of
-    them; the loss is then taken of those that are supervised. `use_cache=False` is explicit
-    because the configuration's own value is not ours to change, and a cache turns off the
-    isolation of packed rows.
+    [num_supervised, vocabulary]. Head and loss are the model's own, so that soft caps and logit
+    scales apply. Without `supports_logits_to_keep` all logits are computed, then selected.
     """
     keep = shift_labels != -100
     inputs |= {
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
+        # Explicit, whatever the configuration says: with a cache, transformers does not look for
+        # restarting positions, and packed rows would attend to each other.
         "use_cache": False,
     }
     if not supports_logits_to_keep:
+        # Some classes have no `logits_to_keep`, or take a number there but no mask.
         output = language_model(**inputs)
         output.logits = output.logits[keep]
         total = nn.functional.cross_entropy(
@@ -129,6 +126,8 @@ def supervised_loss(
         )
         output.loss = total / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
         return output
+    # Already shifted labels skip the model's own shift, which a selection of positions would
+    # break; `labels` only switch the loss on.
     output = language_model(
         labels=shift_labels,
         shift_labels=shift_labels[keep],
@@ -139,8 +138,8 @@ def supervised_loss(
     if output.logits.shape[0] != int(keep.sum()):
         raise LanguageModelError(
             f"{type(base_language_model(language_model)).__name__} ignores a boolean "
-            f"logits_to_keep "
-            f"(got logits {tuple(output.logits.shape)} for {int(keep.sum())} supervised positions)"
+            f"logits_to_keep (got logits {tuple(output.logits.shape)} for {int(keep.sum())} "
+            "supervised positions)"
         )
     return output
 
@@ -154,12 +153,23 @@ def generate_from_embeds(
     prefill_mode: PrefillMode = "embeds",
     **options: Any,
 ) -> Any:
-    """The child's own `generate` behind a prompt [batch, time, dim] -> new ids [batch, new].
+    """Run the model's own `generate` after a prompt [batch, time, dim] -> new ids [batch, new].
 
-    `prefill_mode` "embeds": it is given the prompt's embeddings. "ids": the prompt but its last
-    position is run first, and `generate` goes on from that cache by ids, for models that take no
-    embeddings there or need ids in their layers; the last position must then be text, and
-    input_ids int64 [batch, time] says which. With `return_dict_in_generate` its whole output.
+    Args:
+        inputs_embeds: Prompts [batch, time, dim], padded on the left.
+        input_ids: int64 [batch, time]; the filler id at media spans.
+        attention_mask: int64 [batch, time].
+        prefill_mode: "embeds" hands the embeddings to `generate`. "ids" prefills all positions
+            but the last into a KV cache and continues by ids, for models whose `generate` takes no
+            embeddings or whose layers need ids; the last position must then be text.
+        **options: Options of `generate`.
+
+    Returns:
+        New ids, or with `return_dict_in_generate` the output of `generate`, its `sequences`
+        without the prompt.
+
+    Raises:
+        LanguageModelError: For several beams or answers per prompt in the mode "ids".
     """
     if prefill_mode == "embeds":
         return language_model.generate(
@@ -167,15 +177,16 @@ def generate_from_embeds(
         )
     if max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
         raise LanguageModelError(
-            f"{type(base_language_model(language_model)).__name__} goes on from a cache "
-            f"of the prompt, "
-            "which cannot be shared by several answers: num_beams and num_return_sequences must "
-            "be 1"
+            f"{type(base_language_model(language_model)).__name__} generates from a KV cache of "
+            "the prompt, which several answers cannot share: num_beams and num_return_sequences "
+            "must be 1"
         )
     before = slice(None, -1)
+    # `generate` needs one id to go on from, so the last position stays out of the cache.
     if input_ids.shape[1] > 1:
         prompt = per_layer_inputs(language_model, input_ids[:, before])
         if accepts_position_ids(language_model):
+            # `generate` numbers positions from the mask; the prefill must number them likewise.
             prompt["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, before]
         options["past_key_values"] = language_model(
             inputs_embeds=inputs_embeds[:, before],
@@ -194,7 +205,7 @@ def generate_from_embeds(
 
 
 class _SkipPromptStreamer:
-    """Hands a streamer an empty prompt, as `generate` does where it is given embeddings."""
+    """Streamer that gets an empty prompt, as `generate` gives it with embeddings."""
 
     def __init__(self, streamer: Any) -> None:
         self.streamer = streamer

@@ -1,10 +1,4 @@
-"""The language model as it comes: loading it, whatever its form, and LoRA on it.
-
-Border: the only home of language-model quirks. The model stays an untouched child; nothing here
-subclasses or patches it. How it is driven by embeddings stands in forward.py, what it can do is
-found
-by language_model/probe.py.
-"""
+"""Loading of tokenizer and language model from a hub name, a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -29,7 +23,7 @@ if TYPE_CHECKING:
 
     from multi_token.recipe.recipe import Quantization
 
-# what a file that is cut off, foreign or needs another package is answered with
+# Errors for a file that is truncated, of another format, or needs a missing package.
 LOAD_FAULTS = (
     ImportError,
     KeyError,
@@ -44,7 +38,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
+    """Load the tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
     source, options = gguf_arguments(name)
@@ -65,10 +59,21 @@ def load_language_model(
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """A decoder-only model of transformers, frozen and in eval mode. Raises LanguageModelError.
+    """Load a decoder-only model of transformers, frozen and in eval mode.
 
-    `name`: a hub name, a folder, a GGUF file, or a folder that holds one GGUF file and no other
-    weights. Whether the model can be driven by embeddings is found where it runs: see probe.py.
+    Args:
+        name: A hub name, a folder, a GGUF file, or a folder with one GGUF file and no other
+            weights.
+        revision: Branch, tag or commit of a hub name.
+        dtype: `auto` for the precision of the files, or a name of torch's.
+        attn_implementation: transformers' choice by default.
+        quantization: Weights in 4 or 8 bits; None keeps them as they are.
+
+    Returns:
+        The model. `probe.py` checks later, on its device, that it can run from embeddings.
+
+    Raises:
+        LanguageModelError: If no model can be loaded, or not be quantized.
     """
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +108,7 @@ def load_language_model(
 
 
 def gguf_arguments(name: str) -> tuple[str, dict[str, Any]]:
-    """What transformers is asked for: the name, or a GGUF file's folder and the file's name."""
+    """Return name and options for `from_pretrained`: a GGUF file is a folder and `gguf_file`."""
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -128,7 +133,8 @@ def gguf_arguments(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _clear_gguf_quantizer(model: Any) -> None:
-    """Its weights are plain numbers by now, but it would be refused as quantized where it goes."""
+    """Remove the mark of a quantized model: GGUF weights are dequantized while they load."""
+    # With the mark, training and saving would refuse the model as a quantized one.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -147,7 +153,7 @@ def _check_not_quantized(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError):
-        return  # loading says it better
+        return  # the loading that follows reports the error
     own = getattr(config, "quantization_config", None)
     if own is not None:
         fields = own if isinstance(own, dict) else own.to_dict()
@@ -159,11 +165,11 @@ def _check_not_quantized(
 
 @torch.no_grad()
 def embedding_rms(model: Any) -> float:
-    """Root mean square of the input embeddings, as the embedding module returns them.
+    """Return the root mean square of the input embeddings, of up to about 4096 ids.
 
-    Through the module rather than its weight: some families scale inside it. `model`: a language
-    model, or ours with one inside.
+    `model`: a language model, or a MultiTokenForConditionalGeneration.
     """
+    # Through the module, not its weight: Gemma's scales inside its forward.
     embed = model.get_input_embeddings()
     num_ids = int(embed.weight.shape[0])
     ids = torch.arange(0, num_ids, max(1, num_ids // 4096), device=embed.weight.device)

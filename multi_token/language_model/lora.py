@@ -15,9 +15,17 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
-    """LoRA on this model alone (PEFT). Its weights are float32 whatever the base's precision.
+    """Attach LoRA to a language model; its weights are float32 in any base precision.
 
-    Raises LanguageModelError for layers that do not take it.
+    Args:
+        language_model: A causal language model, which PEFT modifies in place.
+        spec: Rank, scale, dropout and target layers; DoRA and rsLoRA are options.
+
+    Returns:
+        PEFT's wrapper of the model.
+
+    Raises:
+        LanguageModelError: For target layers that take no LoRA; the message lists those that do.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -33,6 +41,7 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
     try:
         return get_peft_model(language_model, config, autocast_adapter_dtype=True)
     except ValueError as error:
+        # PEFT wraps layers one by one and stops at the first unfit one.
         _remove_partial_adapter(language_model)
         raise LanguageModelError(
             f"LoRA cannot be attached to {spec.target_modules}: "
@@ -42,7 +51,7 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
 
 
 def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
-    """Names of linear layers, each tried alone, without the head."""
+    """Return the names of linear layers that take LoRA, without the head."""
     from peft import LoraConfig, get_peft_model
 
     head = language_model.get_output_embeddings()
@@ -53,6 +62,7 @@ def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
     }
     fitting = []
     for name in sorted(names):
+        # Tried one by one: which layers PEFT takes depends on its release and the quantization.
         try:
             get_peft_model(language_model, LoraConfig(r=1, target_modules=[name]))
         except ValueError:
@@ -64,7 +74,7 @@ def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
 
 
 def _remove_partial_adapter(language_model: nn.Module) -> None:
-    """Put layers back that PEFT has wrapped, as it does before it refuses the next one."""
+    """Put the layers back that PEFT has wrapped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(language_model.named_modules()):
@@ -75,5 +85,5 @@ def _remove_partial_adapter(language_model: nn.Module) -> None:
 
 
 def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
-    """The LoRA parameters, or nothing if none is attached."""
+    """Return the LoRA parameters; empty if no adapter is attached."""
     return [p for name, p in language_model.named_parameters() if "lora_" in name]

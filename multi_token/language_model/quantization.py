@@ -1,6 +1,6 @@
-"""Weights of the frozen language model in 8 or 4 bits: the recipe's section -> transformers' own.
+"""Quantization of the frozen language model to 8 or 4 bits, and the bytes that weights take.
 
-Border: says what is asked of bitsandbytes and torchao, and counts bytes; loading.py loads.
+The recipe's section becomes a config of transformers, for bitsandbytes or torchao.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao"}
 
 
 def quantization_config(spec: Quantization, *, dtype: str) -> Any:
-    """What `from_pretrained` takes as `quantization_config`. `dtype`: the recipe's `model.dtype`.
+    """Return the `quantization_config` of `from_pretrained`; `dtype` is `model.dtype`.
 
     4bit is QLoRA's nf4 with double quantization (Dettmers et al., arXiv:2305.14314), 8bit LLM.int8
     (Dettmers et al., arXiv:2208.07339), int8 weight-only with one scale a row (torchao). Input
@@ -51,19 +51,16 @@ def quantization_config(spec: Quantization, *, dtype: str) -> Any:
 
 
 def _compute_dtype(asked: str | None, dtype: str) -> torch.dtype:
-    """What 4-bit weights are multiplied in: as asked, else the recipe's, else what is fast here."""
+    """Return the dtype of products with 4-bit weights: asked for, the recipe's, or a fast one."""
     if asked is not None or dtype != "auto":
         return getattr(torch, asked or dtype)
     return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
 
 
 def keep_backward_layout(model: nn.Module) -> None:
-    """Have 4-bit layers keep the form of weights that has a backward pass.
-
-    On a CPU with AVX512-BF16, bitsandbytes packs them anew in the first forward pass without
-    gradients, for good, and gradients through the packed ones are wrong, with no more than a
-    warning of torch's.
-    """
+    """Keep 4-bit layers in the layout that has a backward pass."""
+    # On a CPU with AVX512-BF16, bitsandbytes repacks weights for good in the first forward without
+    # gradients. Gradients through repacked weights are wrong, with only a warning of torch.
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -71,7 +68,7 @@ def keep_backward_layout(model: nn.Module) -> None:
 
 
 def quantized_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those that are stored in integers, or hold such tensors inside."""
+    """Return parameters stored as integers, or as a tensor that wraps integers (torchao)."""
     return [
         p
         for p in module.parameters()
@@ -80,8 +77,9 @@ def quantized_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all weights as they are stored, with the scales of quantized ones."""
+    """Return the bytes of all stored weights, with the scales of quantized ones."""
     tensors = [*module.parameters(), *module.buffers()]
+    # By id: tied weights are listed twice and stored once.
     return sum(_bytes_of(tensor) for tensor in {id(t): t for t in tensors}.values())
 
 
