@@ -1,7 +1,6 @@
-"""Encoders as a recipe wants them: in which precision, and what learns (by default nothing).
+"""Encoders: precision, freezing, partial training and LoRA, as a recipe asks for.
 
-Border: one encoder and what a recipe says of it. Learning rates are the trainer's, files are
-checkpoint/load.py's.
+Frozen by default. Learning rates are in `train/`, files in `checkpoint/`.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from multi_token.types import Features
 
 
 class TrainedEncoderState(StrictModel):
-    """What of an encoder was ever trained; a checkpoint holds exactly these tensors."""
+    """Tensors of an encoder that were ever trained; a checkpoint holds exactly these."""
 
     tensors: Literal["all"] | tuple[str, ...]
-    """Their names, or `all` that the encoder has (its buffers too)."""
+    """Their names, or `all` of the encoder's, buffers included."""
     lora: LoraSpec | None = None
-    """The LoRA that some of these names belong to."""
+    """LoRA that some of the names belong to."""
 
 
 def build_encoders(modalities: Mapping[str, Modality]) -> dict[str, Encoder]:
-    """Instance name -> its encoder, in the precision that the recipe gives."""
+    """Return encoders by instance name, in the recipe's precision."""
     encoders = {name: modality.build_encoder() for name, modality in modalities.items()}
     for name, modality in modalities.items():
         if isinstance(modality, PretrainedModality) and modality.dtype != "float32":
@@ -40,15 +39,16 @@ def build_encoders(modalities: Mapping[str, Modality]) -> dict[str, Encoder]:
 
 
 def cast_encoder(encoder: Encoder, dtype: torch.dtype) -> None:
-    """Keep an encoder's weights in fewer bits, as `from_pretrained(dtype=...)` does.
+    """Cast an encoder's weights, as `from_pretrained(dtype=...)` does; features stay float32.
 
-    It then takes the same inputs and gives float32 features, also if it becomes float32 later.
-    Buffers that no file holds (frequencies of rotary positions) stay as they are.
+    Hooks cast inputs to the dtype that the weights have by then.
     """
     for module in encoder.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+        # Non-persistent buffers (frequencies of rotary positions) are computed, not loaded;
+        # transformers keeps them in float32, since half precision changes long positions.
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
@@ -59,7 +59,7 @@ def cast_encoder(encoder: Encoder, dtype: torch.dtype) -> None:
 def _cast_inputs(
     encoder: nn.Module, args: tuple[Any, ...], inputs: dict[str, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    # LoRA is float32 whatever it stands beside
+    # LoRA is float32 in any encoder, so its dtype says nothing about the layers.
     own = (p.dtype for name, p in encoder.named_parameters() if "lora_" not in name)
     dtype = next(own, torch.float32)
     floats = {key: value.to(dtype) for key, value in inputs.items() if value.is_floating_point()}
@@ -71,14 +71,14 @@ def _upcast_features(_: nn.Module, args: tuple[Any, ...], features: Features) ->
 
 
 def is_randomly_initialized(encoder: Encoder) -> bool:
-    """Whether its weights are nowhere but in the run."""
+    """Return True if the weights exist only in the run, not in a pretrained encoder."""
     return not encoder.pretrained and bool(encoder.state_dict())
 
 
 def trainable_parameters(name: str, encoder: Encoder, spec: TrainableEncoder) -> list[nn.Parameter]:
-    """The parameters that `spec` names. Raises RecipeError for layers that are not there.
+    """Return the parameters that `spec` trains; LoRA must be attached before.
 
-    LoRA has to be attached before (`attach_lora`). `name`: the instance, for what is said of it.
+    `name`: the instance, for errors. Raises RecipeError for more layers than the encoder has.
     """
     if spec.lora is not None:
         return [p for key, p in encoder.named_parameters() if "lora_" in key]
@@ -95,7 +95,7 @@ def _last_layers(name: str, encoder: Encoder, num_layers: int) -> list[nn.Module
         raise RecipeError(
             f"learn.encoders.{name}: expected `last_layers` to be at most {len(layers)}, the "
             f"number of layers that its encoder has, got {num_layers}"
-            + ("" if layers else "; learn all of it (a rate alone), or use `lora`")
+            + ("" if layers else "; train all of it (`lr` alone), or use `lora`")
         )
     return layers[len(layers) - num_layers :]
 
@@ -103,16 +103,14 @@ def _last_layers(name: str, encoder: Encoder, num_layers: int) -> list[nn.Module
 def unfreeze(
     name: str, encoder: Encoder, spec: TrainableEncoder, before: TrainedEncoderState | None
 ) -> TrainedEncoderState:
-    """Let what `spec` names learn, and say what has then ever been trained.
-
-    What learns is float32; around whole layers that learn, so is the rest of the encoder, or they
-    could not be fed.
-    """
+    """Make trainable what `spec` names; return all tensors that were ever trained, with these."""
     _check_same_lora(name, encoder, spec, before)
     chosen = {id(p) for p in trainable_parameters(name, encoder, spec)}
     for parameter in encoder.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     if spec.lora is None:
+        # Updates are smaller than half precision resolves, and float32 layers need float32 inputs,
+        # so the complete encoder is cast.
         encoder.float()
     if (before is not None and before.tensors == "all") or (spec.lora, spec.last_layers) == (
         None,
@@ -128,22 +126,23 @@ def unfreeze(
 def _check_same_lora(
     name: str, encoder: Encoder, spec: TrainableEncoder, before: TrainedEncoderState | None
 ) -> None:
-    """LoRA's names are not the layers' own, so one encoder is trained one way or the other."""
+    """Raise RecipeError for an encoder that was trained the other way, with or without LoRA."""
+    # PEFT renames the layers that it wraps, so tensors of the two ways do not fit together.
     if spec.lora is not None and not encoder.pretrained:
         raise RecipeError(
-            f"learn.encoders.{name}: LoRA is for an encoder with trained weights, and this one "
-            "starts from random ones; leave `lora` out"
+            f"learn.encoders.{name}: LoRA is for pretrained encoders, and this one starts from "
+            "random weights; remove `lora`"
         )
     if before is not None and before.lora != spec.lora:
         was = "without LoRA" if before.lora is None else f"with LoRA ({before.lora})"
         raise RecipeError(
-            f"learn.encoders.{name}: its encoder was trained {was} before; go on the same way, or "
-            "leave it frozen"
+            f"learn.encoders.{name}: its encoder was trained {was} before; train it the same way, "
+            "or leave it frozen"
         )
 
 
 def attach_lora(name: str, encoder: Encoder, spec: LoraSpec) -> None:
-    """Put LoRA on every linear layer of an encoder, in float32; its own layers stay as they are.
+    """Attach LoRA to every linear layer of an encoder, in float32; its own layers stay unchanged.
 
     Raises RecipeError for an encoder without linear layers.
     """
@@ -155,14 +154,14 @@ def attach_lora(name: str, encoder: Encoder, spec: LoraSpec) -> None:
     if not names:
         raise RecipeError(
             f"learn.encoders.{name}: its encoder ({type(encoder).__name__}) has no linear layer "
-            "that LoRA can be put on; learn all of it (a rate alone), or its `last_layers`"
+            "that LoRA can be put on; train all of it (`lr` alone), or its `last_layers`"
         )
     device = next(encoder.parameters()).device
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
-        # a pattern of whole names: a list would also match what only ends like one of them
+        # One pattern of complete names: PEFT matches the entries of a list as suffixes too.
         target_modules="|".join(re.escape(key) for key in names),
     )
     inject_adapter_in_model(config, encoder)
@@ -173,12 +172,14 @@ def attach_lora(name: str, encoder: Encoder, spec: LoraSpec) -> None:
 
 
 def has_lora(encoder: Encoder) -> bool:
-    """Whether `attach_lora` has been here."""
+    """Return True if LoRA is attached."""
     return hasattr(encoder, "peft_config")
 
 
 def _linear_layers(encoder: Encoder) -> list[str]:
-    """Their names, without those that torch's fused attention reads past their forward."""
+    """Return the names of linear layers whose forward runs."""
+    # torch's fused attention reads the weights of its children directly; LoRA on such a child
+    # would train without any effect.
     fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     return [
         f"{name}.{child_name}" if name else child_name
@@ -190,7 +191,7 @@ def _linear_layers(encoder: Encoder) -> list[str]:
 
 
 def merge_lora(encoder: Encoder) -> None:
-    """Fold LoRA into the layers that it stands beside."""
+    """Add LoRA to the weights of its layers, and remove it."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(encoder.named_modules()):
@@ -201,7 +202,7 @@ def merge_lora(encoder: Encoder) -> None:
 
 
 def trained_tensors(encoder: Encoder, trained: TrainedEncoderState) -> dict[str, Tensor]:
-    """The tensors themselves, by name; of tied ones the first."""
+    """Return the trained tensors by name; of tied ones the first."""
     state = encoder.state_dict(keep_vars=True)
     if trained.tensors != "all":
         return {key: state[key] for key in trained.tensors if key in state}
@@ -212,12 +213,7 @@ def trained_tensors(encoder: Encoder, trained: TrainedEncoderState) -> dict[str,
 
 
 def set_train_mode(encoder: Encoder, mode: bool) -> None:
-    """Train mode for what learns as a whole, eval for all else: dropout is for learners only.
-
-    Layers with running statistics (BatchNorm) stay in eval even where they learn. Their statistics
-    belong to the pretraining: the small batches here would spoil them, and an item's features would
-    hang on the other items of its batch.
-    """
+    """Set train mode in trainable modules, eval mode in all others: frozen ones get no dropout."""
     encoder.eval()
     if not mode or not any(p.requires_grad for p in encoder.parameters()):
         return
@@ -228,6 +224,8 @@ def set_train_mode(encoder: Encoder, mode: bool) -> None:
         dropout = getattr(module, "lora_dropout", None)
         if isinstance(dropout, nn.Module) and any(p.requires_grad for p in parameters):
             dropout.train()
+    # BatchNorm stays in eval even if it is trained: small batches would spoil the statistics of the
+    # pretraining, and an item's features would depend on the other items of its batch.
     for module in encoder.modules():
         if getattr(module, "running_mean", None) is not None:
             module.eval()
@@ -236,12 +234,12 @@ def set_train_mode(encoder: Encoder, mode: bool) -> None:
 def check_gradients_reach(
     name: str, encoder: Encoder, spec: TrainableEncoder, features: Features
 ) -> None:
-    """Raise RecipeError for what would never learn: these features give it no gradient."""
+    """Raise RecipeError for trainable layers that get no gradient from these features."""
     values = features.values
     if spec.last_layers is None and not values.requires_grad:
         raise RecipeError(
             f"learn.encoders.{name}: its encoder ({type(encoder).__name__}) runs without "
-            "gradients, so nothing of it can learn; leave it frozen"
+            "gradients, so it cannot be trained; leave it frozen"
         )
     for number, layer in enumerate(_last_layers(name, encoder, spec.last_layers or 0), 1):
         parameters = list(layer.parameters())
@@ -255,5 +253,5 @@ def check_gradients_reach(
             raise RecipeError(
                 f"learn.encoders.{name}: no gradient reaches layer {number} of its `last_layers` "
                 f"{spec.last_layers}, because the features are taken before it or the encoder runs "
-                "without gradients; learn all of it (a rate alone), or use `lora`"
+                "without gradients; train all of it (`lr` alone), or use `lora`"
             )

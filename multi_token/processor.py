@@ -1,6 +1,8 @@
-"""Reader: load, prepare, render, tokenize. One conversation becomes one Sample.
+"""Processor: one conversation becomes one Sample, in training, generation and serving alike.
 
-Border: the one list of steps above `Batch`, the same for training and asking. It loads no weights.
+    conversation -> load media -> prepare -> number of embeddings -> render, tokenize -> Sample
+
+No weights: a processor runs in data workers.
 """
 
 from __future__ import annotations
@@ -29,32 +31,37 @@ if TYPE_CHECKING:
 
 
 class FeatureLookup(Protocol):
-    """What may stand in for decoding and encoding an item (data/feature_cache/cache.py)."""
+    """Cached features in place of decoding and encoding (data/feature_cache/cache.py)."""
 
     def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
-        """The item with its features instead of encoder inputs, if they are there."""
+        """Return the item with its features instead of encoder inputs, or None."""
         ...
 
 
 @dataclass(frozen=True)
 class MultiTokenProcessor:
-    """Callable and picklable; goes into data workers and servers alike."""
+    """Turns conversations into samples. Callable, picklable and without weights."""
 
     chat: ChatFormat
+    """Tokenizer and chat template of the language model."""
     modalities: Mapping[str, Modality]
+    """Instance name -> modality."""
     fetch: Fetch
+    """Reads the bytes of media."""
     max_tokens: int | None = None
+    """Longest sample; a longer row is refused, never cut."""
     cache: FeatureLookup | None = None
+    """Features of frozen encoders, if they are kept."""
     distillation: Literal["required", "optional"] | None = None
-    """Also read each conversation with texts in place of its media; `required`: a row without them
-    is refused."""
+    """Tokenize each conversation also with texts in place of its media, for the teacher.
+    `required`: a row without such texts is refused."""
     preference: Literal["required", "optional"] | None = None
-    """Also read the rejected answer of rows that have two, and learn the last answers alone;
-    `required`: a row without one is refused. Else such a row is that of its chosen answer."""
+    """Tokenize also the rejected answer of a row, with only the last answers supervised.
+    `required`: a row without one is refused. None: a row is that of its chosen answer."""
     lengths_only: bool = False
-    """For lengths alone: an item whose header tells its length stays undecoded, without inputs."""
+    """Only lengths are needed: an item whose header has its length is not decoded."""
     row_id: str = ""
-    """What errors about single items call their row, where nobody says it."""
+    """Row named by errors about single items, if the call names none."""
 
     @property
     def tokenizer(self) -> Any:
@@ -62,7 +69,18 @@ class MultiTokenProcessor:
         return self.chat.tokenizer
 
     def prepare(self, item: Media, *, row_id: str = "") -> Prepared:
-        """One media item -> what its encoder takes, or its cached features. Raises RowError."""
+        """Prepare one media item.
+
+        Args:
+            item: The item, with the name of its modality.
+            row_id: Row named by errors.
+
+        Returns:
+            Inputs of its encoder, or its cached features.
+
+        Raises:
+            RowError: For an unknown modality, or media that cannot be read.
+        """
         row_id = row_id or self.row_id
         modality = self.modalities.get(item.modality)
         if modality is None:
@@ -86,15 +104,25 @@ class MultiTokenProcessor:
             raise RowError(f"{item.modality}: {error}", kind=error.kind, row_id=row_id) from error
 
     def __call__(self, conversation: Conversation, *, prompt_only: bool = False) -> Sample:
-        """One conversation -> one Sample, or a RowError that says what is wrong with it.
+        """Turn one conversation into one sample.
 
-        `prompt_only`: for asking; the sample ends where the assistant begins, nothing is learned.
+        Args:
+            conversation: Messages with their media items.
+            prompt_only: For generation: end where the assistant's answer begins, with nothing
+                supervised.
+
+        Returns:
+            A sample with ids, labels, media spans and prepared media; with its rejected or its
+            teacher's sample, if this processor makes these.
+
+        Raises:
+            RowError: With the row, the kind of the fault and what to change.
         """
         row_id = conversation.id
         rejected = None if self.preference is None or prompt_only else conversation.rejected
         if self.preference == "required" and not prompt_only and rejected is None:
             raise RowError(
-                "has no `chosen` and `rejected` answers, from which a stage with `dpo` learns; "
+                "has no `chosen` and `rejected` answers, which a stage with `dpo` trains on; "
                 "give both, or set `dpo.missing` to skip",
                 kind="format",
                 row_id=row_id,
@@ -105,18 +133,18 @@ class MultiTokenProcessor:
             answers = answers[-1:]
         if rejected is not None and not _has_text(rejected.messages[-1]):
             raise RowError(
-                "has an empty `rejected` answer, expected a text; write one, or leave the row out",
+                "has an empty `rejected` answer, expected a text; write one, or remove the row",
                 kind="no_target",
                 row_id=row_id,
             )
         if not prompt_only and not any(_has_text(message) for message in answers):
             raise RowError(
                 (
-                    "has nothing to learn: its assistant turns are empty"
+                    "has nothing to train on: its assistant turns are empty"
                     if answers
-                    else "has no assistant turn, so there is nothing to learn from it"
+                    else "has no assistant turn, so there is nothing to train on"
                 )
-                + "; write the answer, or leave the row out of the training data",
+                + "; write the answer, or remove the row from the training data",
                 kind="no_target",
                 row_id=row_id,
             )
@@ -151,16 +179,16 @@ class MultiTokenProcessor:
     def _teacher_sample(
         self, conversation: Conversation, sample: Sample, *, train_on_turns: TrainOnTurns | None
     ) -> Sample | None:
-        """The conversation with texts in place of its media, or None where some are missing.
+        """Return the conversation with texts in place of its media, or None if some are missing.
 
-        Raises RowError if they are required, or if the answers read otherwise behind them.
+        Raises RowError if they are required, or if the answers are tokenized differently.
         """
         missing = sorted({m.modality for m in conversation.media if m.media_text is None})
         if missing and self.distillation == "optional":
             return None
         if missing:
             raise RowError(
-                f"has no text for a teacher to read in place of its {', '.join(missing)}; give one "
+                f"has no text for a teacher in place of its {', '.join(missing)}; give one "
                 f'for each item ("media_texts": {{"{missing[0]}": ["..."]}}), or set '
                 "`distillation.missing` to cross_entropy",
                 kind="format",
@@ -181,10 +209,12 @@ class MultiTokenProcessor:
             teacher = self.chat.tokenize(as_text, [], train_on_turns=train_on_turns)
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=conversation.id) from error
+        # Logits are compared token by token, and a tokenizer may merge an answer's first word with
+        # the end of a text, but never with a media span.
         if _supervised_ids(teacher) != _supervised_ids(sample):
             raise RowError(
-                "has answers whose tokens are others behind its `media_texts` than behind its "
-                "media, so the teacher's cannot be compared; leave the media_texts out",
+                "its answer is tokenized differently after `media_texts` than after its media, so "
+                "teacher logits cannot be aligned; remove `media_texts` from this row",
                 kind="chat_template",
                 row_id=conversation.id,
             )
@@ -192,7 +222,7 @@ class MultiTokenProcessor:
 
 
 def _supervised_ids(sample: Sample) -> list[int]:
-    """The ids that are predicted and learned; the first of all is predicted by nothing."""
+    # The first position is predicted by nothing, so its label never counts.
     labels = sample.labels[1:]
     return labels[labels != IGNORE_INDEX].tolist()
 
@@ -202,9 +232,11 @@ def _has_text(message: Message) -> bool:
 
 
 def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenProcessor:
-    """The reader of a recipe; `root` is the folder that relative media paths start from.
+    """Return the processor of a recipe; loads the tokenizer, no weights.
 
-    Loads the tokenizer, no weights.
+    Args:
+        recipe: Model, data and stages of a run.
+        root: Folder that relative media paths start from.
     """
     from multi_token.language_model.loading import load_tokenizer
 

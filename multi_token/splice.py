@@ -1,7 +1,4 @@
-"""Writes projected tokens over their places in the text embeddings, or refuses.
-
-Border: tensors and counts only.
-"""
+"""Splice: media embeddings are written at their positions in the text embeddings."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from multi_token.errors import SpliceError
 
 @dataclass(frozen=True)
 class MediaEmbeds:
-    """All tokens of one modality in a batch.
+    """All media embeddings of one modality in a batch.
 
-    `embeds` [num_tokens, dim]; `positions` int64 [num_tokens], in the flat [batch * time] view.
+    `embeds` [num_embeds, dim]; `positions` int64 [num_embeds], in the flat [batch * time] view.
     """
 
     name: str
@@ -26,21 +23,24 @@ class MediaEmbeds:
 
 
 def splice(text: Tensor, media_embeds: Sequence[MediaEmbeds]) -> Tensor:
-    """text [batch, time, dim] -> the same with each piece's tokens at its positions.
+    """Return text [batch, time, dim] with the media embeddings at their positions.
 
-    One `index_copy` a modality: no search, no sync with the device. Raises SpliceError where
-    counts or widths disagree, since writing anyway would train on noise.
+    Raises SpliceError if counts or widths disagree: anything else would train on noise.
     """
     batch, time, dim = text.shape
     flat = text.reshape(batch * time, dim)
-    for piece in media_embeds:
-        num_tokens, num_places = piece.embeds.shape[0], piece.positions.shape[0]
-        if num_tokens != num_places:
-            raise SpliceError(f"{piece.name}: {num_tokens} tokens for {num_places} places")
-        if piece.embeds.ndim != 2 or piece.embeds.shape[1] != dim:
+    for media in media_embeds:
+        num_embeds, num_positions = media.embeds.shape[0], media.positions.shape[0]
+        if num_embeds != num_positions:
             raise SpliceError(
-                f"{piece.name}: tokens are {tuple(piece.embeds.shape)}, the language model's "
-                f"embeddings are {dim} wide"
+                f"{media.name}: {num_embeds} media embeddings for {num_positions} positions"
             )
-        flat = flat.index_copy(0, piece.positions, piece.embeds.to(flat.dtype))
+        if media.embeds.ndim != 2 or media.embeds.shape[1] != dim:
+            raise SpliceError(
+                f"{media.name}: media embeddings are {tuple(media.embeds.shape)}, the language "
+                f"model's embeddings are {dim} wide"
+            )
+        # Positions come from the collator, so nothing is searched for on the device and no host
+        # sync happens, as a comparison with a placeholder id would need.
+        flat = flat.index_copy(0, media.positions, media.embeds.to(flat.dtype))
     return flat.view(batch, time, dim)

@@ -42,7 +42,7 @@ BAD = [
         "no_target",
         "no assistant turn",
     ),
-    (row("x", answer=""), "no_target", "nothing to learn"),
+    (row("x", answer=""), "no_target", "nothing to train on"),
     (row("word " * 400), "too_long", "over max_tokens = 200"),
 ]
 

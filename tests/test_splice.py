@@ -27,7 +27,7 @@ def test_the_text_that_came_in_is_not_changed() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_splice_refuses_a_missing_or_surplus_token_with_both_counts(num_tokens: int) -> None:
     piece = MediaEmbeds("left_camera", torch.ones(num_tokens, 4), torch.tensor([0, 1]))
-    with pytest.raises(SpliceError, match=f"left_camera: {num_tokens} tokens for 2 places"):
+    with pytest.raises(SpliceError, match=f"left_camera: {num_tokens} media embeddings for 2"):
         splice(torch.zeros(1, 3, 4), [piece])
 
 

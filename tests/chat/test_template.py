@@ -302,5 +302,5 @@ def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_l
     row = talk(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", ""))
     assert build_processor(Recipe.model_validate(fields))(row).labels.max() > 0
     fields["model"]["train_on_turns"] = "last"
-    with pytest.raises(RowError, match="nothing to learn"):
+    with pytest.raises(RowError, match="nothing to train on"):
         build_processor(Recipe.model_validate(fields))(row)

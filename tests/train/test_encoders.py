@@ -196,7 +196,7 @@ def test_an_encoder_without_what_was_asked_for_is_refused(
         freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"vector": 1e-3}}))
     with pytest.raises(RecipeError, match="VectorEncoder.* has no linear layer"):
         attach_lora("vector", model.encoder("vector"), LoraSpec())
-    with pytest.raises(RecipeError, match="LoRA is for an encoder with trained weights"):
+    with pytest.raises(RecipeError, match="LoRA is for pretrained encoders"):
         freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"pulse": LORA}}))
     opened(model, learn(1e-5))
     with pytest.raises(RecipeError, match="was trained without LoRA before"):
