@@ -1,6 +1,9 @@
-"""Features -> tokens of the language model's width. Each kind knows how many tokens it makes.
+"""Contract of projectors, and the steps that all kinds share.
 
-Border: a projector sees features and their mask; it knows nothing of modalities, ids or places.
+features [items, length, in_dim]
+  -> standardize -> group [items, groups, group_dim]
+  -> network (+ closed form) [items, groups, embeds per group x out_dim]
+  -> media embeddings of real groups [num_embeds, out_dim], item by item
 """
 
 from __future__ import annotations
@@ -18,68 +21,72 @@ from multi_token.types import Features
 
 
 class ProjectorSpec(BaseModel, ABC):
-    """A kind of projector: its fields are its config.
+    """Kind of projector: its fields are its config.
 
-    A plug-in overrides the three small methods below, or `num_tokens` and `build` as a whole.
+    A plug-in overrides `num_tokens`, `group` and `build_network`, or `num_tokens` and `build`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cross_attends: ClassVar[bool] = False
-    """True for a network that looks at all features of an item at once instead of at its groups,
-    which then are for the closed-form part alone."""
+    """True for a network that attends to all features of an item instead of working on groups;
+    groups are then for the closed-form part alone."""
     type: str
     """The registered name of the class."""
     standardize: bool = True
-    """Bring features to zero mean and unit variance, with statistics of the training rows."""
+    """Scale features to zero mean and unit variance, with statistics of the training rows."""
     line_break: bool = False
-    """Learn a token that ends each line of a picture read in tiles (LLaVA-NeXT's newline)."""
+    """Train an embedding that ends each line of an image in tiles (LLaVA-NeXT's newline)."""
 
     @model_validator(mode="after")
     def _check_line_break(self) -> ProjectorSpec:
         grouped = type(self).group is not ProjectorSpec.group or self.tokens_per_group != 1
         if self.line_break and grouped:
             raise ValueError(
-                "`line_break` needs a projector that makes one token of each feature (linear, mlp)"
+                "`line_break` needs a projector with one embedding per feature (linear, mlp)"
             )
         return self
 
     @abstractmethod
     def num_tokens(self, num_features: int) -> int:
-        """Tokens made of an item with so many features."""
+        """Return the number of media embeddings of an item with `num_features` features."""
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Arrange features before the network, without parameters.
 
-        values [items, length, dim] and mask [items, length] -> the same with groups, group_dim
+        Args:
+            values: Standardized features [items, length, dim], zero where masked.
+            mask: bool [items, length], True for real features.
+
+        Returns:
+            Groups [items, groups, group_dim] and their mask [items, groups].
         """
         return values, mask
 
     def group_dim(self, in_dim: int) -> int:
-        """Width of what `group` returns."""
+        """Return the width of a group."""
         return in_dim
 
     @property
     def tokens_per_group(self) -> int:
-        """Tokens that the network makes of one group."""
+        """Media embeddings that the network makes of one group."""
         return 1
 
     @abstractmethod
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
-        """[..., group_dim] -> [..., tokens_per_group * out_dim].
+        """Return the network: [..., group_dim] -> [..., tokens_per_group * out_dim].
 
-        If it `cross_attends`: values [items, length, in_dim] and mask [items, length] -> [items,
-        groups,
-        tokens_per_group * out_dim].
+        A network that `cross_attends` takes values [items, length, in_dim] and mask [items, length]
+        instead, and returns [items, groups, tokens_per_group * out_dim].
         """
 
     def build(self, in_dim: int, out_dim: int) -> Projector:
-        """The module that is trained."""
+        """Return the module to train."""
         return Projector(self, in_dim, out_dim)
 
 
 class ParallelHeads(nn.Module):
-    """The same input through several networks, outputs side by side."""
+    """Several networks with the same input, outputs side by side."""
 
     def __init__(self, branches: list[nn.Module]) -> None:
         super().__init__()
@@ -91,10 +98,10 @@ class ParallelHeads(nn.Module):
 
 
 class Projector(nn.Module):
-    """standardize -> group -> network (+ closed form) -> tokens [num_tokens, out_dim], in order.
+    """Projector: standardize, group, network and closed form.
 
-    The closed-form part (see train/closed_form.py) is fitted, then frozen; the network learns the
-    difference beside it.
+    The closed-form part (train/closed_form.py) is fitted by ridge regression, then frozen; the
+    network trains the difference to it.
     """
 
     def __init__(self, spec: ProjectorSpec, in_dim: int, out_dim: int) -> None:
@@ -115,22 +122,22 @@ class Projector(nn.Module):
     feature_scale: Tensor
 
     def standardize_features(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Features -> values [items, length, in_dim], mask [items, length]; zero where masked."""
+        """Return values [items, length, in_dim], zero where masked, and mask [items, length]."""
         values = (features.values.float() - self.feature_mean) * self.feature_scale
         mask = features.mask
         if mask is None:
             mask = values.new_ones(values.shape[:2], dtype=torch.bool)
         else:
-            # padding must be zero after standardizing too, or `stack` and `pool` would see it
+            # Standardizing turns zero padding into -mean / std; `stack` and `pool` would see it.
             values = values * mask[..., None]
         return values, mask
 
     def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Features -> groups [items, groups, group_dim], mask [items, groups]."""
+        """Return groups [items, groups, group_dim] and mask [items, groups]."""
         return self.spec.group(*self.standardize_features(features))
 
     def forward(self, features: Features) -> Tensor:
-        """Features of all items -> tokens [num_tokens, out_dim] of the real (unmasked) groups.
+        """Return the media embeddings [num_embeds, out_dim] of the real (unmasked) groups.
 
         Raises MultiTokenError for features with line ends if the spec has no `line_break`.
         """
@@ -140,18 +147,18 @@ class Projector(nn.Module):
         if self.closed_form is not None:
             tokens = tokens + self.closed_form(groups)
         if self.line_break is not None:
-            # also where no line ends, so that no rank's gradient lacks it
+            # Also without any line end: DDP waits for a gradient of every parameter on each rank.
             breaks = torch.zeros_like(mask) if features.newlines is None else features.newlines
             tokens = torch.where(breaks[..., None], self.line_break, tokens)
         elif features.newlines is not None:
             raise MultiTokenError(
-                "the encoder marks where lines end, but the projector has no token for it; set "
+                "the encoder marks line ends, but the projector has no embedding for them; set "
                 "`line_break: true` in the projector"
             )
         return tokens[mask].reshape(-1, self.out_dim)
 
     def add_closed_form(self) -> nn.Linear:
-        """A frozen linear map beside the network, whose own output is set to zero."""
+        """Add a frozen linear map beside the network, whose output is set to zero."""
         like = next(self.network.parameters())
         self.closed_form = nn.Linear(
             self.group_dim, self.tokens_per_group * self.out_dim, device=like.device
@@ -162,7 +169,7 @@ class Projector(nn.Module):
         return self.closed_form
 
     def final_layers(self) -> list[nn.Linear]:
-        """The linear layers whose outputs are the tokens."""
+        """Return the linear layers whose outputs are the media embeddings."""
         branches = (
             list(self.network.branches)
             if isinstance(self.network, ParallelHeads)
@@ -174,10 +181,11 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def scale_output(self, features: Features, rms: float) -> None:
-        """Scale the last layers so that the tokens of these features have this root mean square.
+        """Scale the last layers so that embeddings of these features have this root mean square.
 
-        A token that ends lines gets it by itself, so that its size does not hang on their number.
+        Embeddings far larger or smaller than the text's stall the first steps of training.
         """
+        # The line-break embedding is scaled by itself: its size must not depend on their number.
         if self.line_break is not None:
             self.line_break.mul_(rms / self.line_break.square().mean().sqrt())
         tokens = self(Features(features.values, mask_without_newlines(features)))
@@ -188,7 +196,7 @@ class Projector(nn.Module):
 
 
 def mask_without_newlines(features: Features) -> Tensor | None:
-    """The mask [items, length] of what the encoder saw: no padding and no line ends."""
+    """Return the mask [items, length] of encoded features: no padding and no line ends."""
     if features.newlines is None:
         return features.mask
     return ~features.newlines if features.mask is None else features.mask & ~features.newlines

@@ -1,4 +1,4 @@
-"""Kinds of projectors that work on groups of features."""
+"""Kinds of projectors: linear, mlp, expand, stack, pool, pixel_shuffle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multi_token.projectors.base import ParallelHeads, ProjectorSpec
 
 
 class Linear(ProjectorSpec):
-    """One linear map, each feature a token."""
+    """One linear map; one media embedding per feature."""
 
     type: Literal["linear"] = "linear"  # type: ignore[reportIncompatibleVariableOverride]
 
@@ -25,7 +25,7 @@ class Linear(ProjectorSpec):
 
 
 class Mlp(ProjectorSpec):
-    """A multi-layer perceptron with GELU, each feature a token (LLaVA-1.5, arXiv:2310.03744)."""
+    """Perceptron with GELU, one media embedding per feature (LLaVA-1.5, arXiv:2310.03744)."""
 
     type: Literal["mlp"] = "mlp"  # type: ignore[reportIncompatibleVariableOverride]
     num_layers: int = Field(default=2, ge=1)
@@ -39,11 +39,11 @@ class Mlp(ProjectorSpec):
 
 
 class Expand(ProjectorSpec):
-    """Each feature becomes `factor` tokens, one perceptron each (sshh12/multi_token)."""
+    """`factor` media embeddings per feature, one perceptron each (sshh12/multi_token)."""
 
     type: Literal["expand"] = "expand"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=4, ge=1)
-    """Tokens made of one feature."""
+    """Media embeddings per feature."""
     num_layers: int = Field(default=2, ge=1)
     """Linear layers of each perceptron."""
 
@@ -59,13 +59,13 @@ class Expand(ProjectorSpec):
 
 
 class Stack(ProjectorSpec):
-    """`factor` neighbouring features joined into one token (Ultravox); the last is zero-filled."""
+    """`factor` neighbouring features joined into one media embedding (Ultravox); zeros fill up."""
 
     type: Literal["stack"] = "stack"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=8, ge=1)
-    """Neighbouring features joined into one token."""
+    """Neighbouring features joined into one media embedding."""
     num_layers: int = Field(default=2, ge=1)
-    """Linear layers behind the joining."""
+    """Linear layers after the joining."""
 
     def num_tokens(self, num_features: int) -> int:
         return math.ceil(num_features / self.factor)
@@ -82,7 +82,7 @@ class Stack(ProjectorSpec):
 
 
 class Pool(ProjectorSpec):
-    """`factor` neighbours averaged into one token; with `grid`, squares of factor x factor."""
+    """`factor` neighbours averaged into one media embedding; with `grid`, squares of factor²."""
 
     type: Literal["pool"] = "pool"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=2, ge=1)
@@ -90,7 +90,7 @@ class Pool(ProjectorSpec):
     grid: bool = False
     """Features are a square grid in reading order, as a vision encoder's patches are."""
     num_layers: int = Field(default=2, ge=1)
-    """Linear layers behind the averaging."""
+    """Linear layers after the averaging."""
 
     def num_tokens(self, num_features: int) -> int:
         if not self.grid:
@@ -104,6 +104,7 @@ class Pool(ProjectorSpec):
             values = pooled.flatten(2).transpose(1, 2)
             return values, mask.new_ones(values.shape[:2])
         values, mask = _group(values, mask, self.factor)
+        # A group of padding alone has no real feature; it is masked, but must not divide by zero.
         num_real = mask.sum(-1, keepdim=True).clamp(min=1)
         return values.sum(2) / num_real, mask.any(-1)
 
@@ -112,16 +113,16 @@ class Pool(ProjectorSpec):
 
 
 class PixelShuffle(ProjectorSpec):
-    """Squares of `factor` x `factor` patches joined into one token (InternVL, arXiv:2404.16821).
+    """Squares of `factor` x `factor` patches joined into one (InternVL, arXiv:2404.16821).
 
-    The patches of a square stand in the joined width in reading order, as in Idefics3 and SmolVLM.
+    The patches of a square are joined in reading order, as in Idefics3 and SmolVLM.
     """
 
     type: Literal["pixel_shuffle"] = "pixel_shuffle"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=2, ge=1)
     """Patches joined along each side of the grid, which it must divide."""
     num_layers: int = Field(default=2, ge=1)
-    """Linear layers behind the joining; InternVL has 2, Idefics3 and SmolVLM 1."""
+    """Linear layers after the joining; InternVL has 2, Idefics3 and SmolVLM 1."""
 
     def num_tokens(self, num_features: int) -> int:
         side = _side(num_features, self.type)
@@ -147,7 +148,7 @@ class PixelShuffle(ProjectorSpec):
 
 
 def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
-    """Linear layers with GELU between them; every hidden layer is `out_dim` wide."""
+    """Return linear layers with GELU between them; every hidden layer is `out_dim` wide."""
     layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
     for _ in range(num_layers - 1):
         layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]

@@ -1,7 +1,4 @@
-"""The projector kind `resample`: learned queries look at all features of an item.
-
-Border: one kind of projector with its network; what holds for every kind stands in base.py.
-"""
+"""The projector kind `resample`: trained queries attend to all features of an item."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from multi_token.projectors.base import ProjectorSpec
 
 
 class Resample(ProjectorSpec):
-    """Any item becomes `num_queries` tokens (Flamingo's perceiver resampler, arXiv:2204.14198).
+    """`num_queries` media embeddings per item (Flamingo's perceiver resampler, arXiv:2204.14198).
 
-    The queries see a set: where a feature stands it must say itself, as most encoders' do.
-    The closed-form part is fitted to the mean of an item's features.
+    Queries see a set: features must carry their position themselves, as most encoders' do. The
+    closed-form part is fitted to the mean of an item's features.
     """
 
     cross_attends: ClassVar[bool] = True
 
     type: Literal["resample"] = "resample"  # type: ignore[reportIncompatibleVariableOverride]
     num_queries: int = Field(default=64, ge=1)
-    """Tokens made of an item, however long it is."""
+    """Media embeddings per item, of any length."""
     depth: int = Field(default=2, ge=1)
     """Layers of cross-attention and perceptron; Flamingo has 6."""
     num_heads: int = Field(default=8, ge=1)
@@ -71,7 +68,7 @@ class Resample(ProjectorSpec):
 
 
 class Perceiver(nn.Module):
-    """Learned queries, layers in which they look at the features, and a map to tokens."""
+    """Trained queries, layers of cross-attention to the features, and a map to embeddings."""
 
     def __init__(
         self,
@@ -100,7 +97,7 @@ class Perceiver(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Cross-attention, in which the queries see each other too, and a perceptron."""
+    """Cross-attention to features and to the other queries, then a perceptron."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""One curve as inline SVG, coloured by the page's own style.
-
-Border: points in, markup out; knows nothing of what is drawn.
-"""
+"""One curve as inline SVG, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 506, 8, 216
 
 
 def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: bool = True) -> str:
-    """(step, value) pairs as an SVG.
+    """Return (step, value) pairs as an SVG.
 
-    With `log` also a smoothed line; else a plain one, marked where there are few, from 0 to 1, or
-    without `share` from 0 to the largest value.
+    `log`: a logarithmic axis and a smoothed line. `share`: values are shares, on an axis from 0 to
+    1; else the axis ends at the largest value.
     """
-    # a loss of NaN must not take the report with it
+    # A loss of NaN must not break the report, and a logarithm needs positive values.
     points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
     if not points:
         return "<p>There is nothing to draw.</p>"
@@ -78,18 +75,19 @@ def _value_ticks(low: float, high: float, *, log: bool) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     inside = [tick for tick in ticks if low <= tick <= high]
-    # over many decades, only the powers of ten
+    # Over many decades, only powers of ten: more labels would overlap.
     return inside if len(inside) <= 7 else [tick for tick in inside if str(tick).strip("0.") == "1"]
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10, ... times a power of ten."""
+    """Return the next of 1, 2, 2.5, 5 or 10 times a power of ten."""
+    # With a margin: the caller's divisions leave 0.30000000000000004 for 0.3.
     power = 10.0 ** math.floor(math.log10(value))
     return next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= value * (1 - 1e-9))
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
-    """Four to eight round numbers."""
+    """Return four to eight round numbers."""
     rough = (last - first) / 8
     power = 10 ** math.floor(math.log10(rough)) if rough >= 1 else 1
     width = next(int(power * n) for n in (1, 2, 5, 10) if power * n >= rough)
@@ -109,7 +107,7 @@ def _step_tick(step: int, x: float) -> str:
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean of the logarithm over each point's neighbours, a tenth of the curve in all."""
+    """Return running means over a tenth of the curve, of logarithms, as the axis shows them."""
     logs = [math.log(value) for _, value in points]
     reach = len(points) // 20
     smoothed: list[tuple[int, float]] = []

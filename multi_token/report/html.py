@@ -1,7 +1,4 @@
-"""The skeleton of every page, and the pieces that all of them have: tiles and small tables.
-
-Border: words and pieces of HTML in, one self-contained page out; it counts and decides nothing.
-"""
+"""Self-contained HTML pages: skeleton, style, tiles and small tables."""
 
 from __future__ import annotations
 
@@ -11,26 +8,29 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from multi_token.report import style
+
+def style() -> str:
+    """Return the style sheet of every page."""
+    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number and what it means."""
+    """Key number with its meaning."""
 
     label: str
     value: str
     note: str = ""
     part: float | None = None
-    """Of a whole, 0 to 1: drawn as a bar."""
+    """Share from 0 to 1, drawn as a bar."""
 
 
 def page(
     kind: str, *, title: str, claim: str, body: Sequence[str], footer: str, own_style: str = ""
 ) -> str:
-    """A page that needs no other file. `claim` and the pieces of `body` are HTML.
+    """Return a page that needs no other file. `claim` and the items of `body` are HTML.
 
-    `kind`: what of multi_token it is of, above the title. `own_style`: CSS behind everybody's.
+    `kind`: type of the page, shown above the title. `own_style`: CSS after the common style.
     """
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -44,27 +44,25 @@ def page(
 
 
 def tile_list(tiles: Sequence[Tile]) -> str:
-    """Tiles side by side."""
+    """Return tiles side by side."""
     drawn = "\n".join(map(_tile, tiles))
     return f'<ul class="tiles">\n{drawn}\n</ul>'
 
 
 def _tile(tile: Tile) -> str:
-    step_metrics = ""
+    meter = ""
     if tile.part is not None:
         width = 100 * min(1.0, max(0.0, tile.part))
-        step_metrics = (
-            f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
-        )
+        meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
     return (
         f'<li class="tile"><span class="label">{escape(tile.label)}</span>'
-        f'<span class="value">{escape(tile.value)}</span>{step_metrics}'
+        f'<span class="value">{escape(tile.value)}</span>{meter}'
         f'<span class="note">{escape(tile.note)}</span></li>'
     )
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> str:
-    """Names and values under a heading."""
+    """Return a table of names and values under a heading."""
     rows = "".join(
         f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
         for name, value in facts.items()
@@ -73,6 +71,6 @@ def facts_table(title: str, facts: Mapping[str, object]) -> str:
 
 
 def columns(tables: Sequence[str]) -> str:
-    """Small tables beside each other, at the end of a page."""
+    """Return small tables side by side."""
     joined = "\n".join(tables)
     return f'<div class="columns">\n{joined}\n</div>'

@@ -1,7 +1,4 @@
-"""What a report's numbers were measured on.
-
-Border: asks the system; nothing leaves the machine.
-"""
+"""Facts of the machine and packages that a report was measured with."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pathlib import Path
 
 
 def machine_facts() -> dict[str, str]:
-    """What the numbers were measured on."""
+    """Return processor, cores, system, package versions and date; nothing leaves the machine."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -32,7 +29,8 @@ def machine_facts() -> dict[str, str]:
 
 
 def _num_cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Return the cores that this process may use."""
+    # In a container or under taskset, os.cpu_count() counts all cores of the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from multi_token.demo.report import Example, draw_sheet, write_report
-from multi_token.report import style as page_style
 from multi_token.report.chart import chart
+from multi_token.report.html import style as page_style
 from multi_token.report.machine import machine_facts
 
 NUMBERS: dict[str, Any] = {

@@ -107,7 +107,7 @@ def test_a_batch_of_different_grids_equals_one_by_one(parts: Path) -> None:
         ({"tile_grids": None}, "`line_break` in the projector is for `tile_grids`"),
         ({"tile_grids": [[0, 1]]}, "greater than 0"),
         ({"tile_grids": []}, "at least 1 item"),
-        ({"projector": {"type": "pool", "line_break": True}}, "makes one token of each feature"),
+        ({"projector": {"type": "pool", "line_break": True}}, "one embedding per feature"),
     ],
 )
 def test_a_recipe_whose_tiles_cannot_be_says_why(

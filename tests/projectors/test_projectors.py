@@ -192,7 +192,7 @@ def test_line_ends_without_a_token_for_them_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", [Expand, Stack, Pool, PixelShuffle])
 def test_a_projector_that_joins_or_splits_features_has_no_line_break(kind: Any) -> None:
-    with pytest.raises(ValueError, match="makes one token of each feature"):
+    with pytest.raises(ValueError, match="one embedding per feature"):
         kind(line_break=True)
 
 

@@ -125,7 +125,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 
 def test_it_has_no_line_break() -> None:
-    with pytest.raises(ValueError, match="makes one token of each feature"):
+    with pytest.raises(ValueError, match="one embedding per feature"):
         Resample(line_break=True)
 
 

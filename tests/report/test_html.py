@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from multi_token.report import style
-from multi_token.report.html import Tile, columns, facts_table, page, tile_list
+from multi_token.report.html import Tile, columns, facts_table, page, style, tile_list
 
 
 def test_a_page_has_its_pieces_in_order_and_names_are_escaped() -> None:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from multi_token.media.fetch import MIB
-from multi_token.report import style
+from multi_token.report.html import style
 from multi_token.serve.chat_ui.examples import Examples, read_examples
 from multi_token.serve.errors import ServeError
 
