@@ -4,12 +4,9 @@
 
 LunarLander's own heuristic pilot flies, and each of its decisions becomes a row: the game state (8
 numbers), a screenshot, or both, answered with what the pilot did, one word of four. For each of the
-three views a model learns from them, with the language model frozen, and flies 50 games it has not
-seen; so do the pilot, a random player, and a perceptron that learned from the same rows. Writes
-`report.json`, `report.html` and a film of a landing.
-
-Border: everything it does with models goes through the library's own doors: rows in a file, a
-recipe, `train` and `generate`. The pilot is only asked while rows are made.
+three views a model is trained on them, with the language model frozen, and flies 50 unseen games;
+so do the pilot, a random player, and a perceptron trained on the same rows. Writes
+`report.json`, `report.html` and a video of a landing.
 """
 
 from __future__ import annotations
@@ -41,9 +38,9 @@ VIEWS = {
     "screenshot": "<screenshot>",
     "both": "<screenshot><game-state>",
 }
-"""What the model is shown -> the user's message."""
+"""View of the game -> the user's message."""
 NOISE = 0.3
-"""How often a random action is flown while rows are made."""
+"""Share of random actions while rows are recorded."""
 RECORDED_SEEDS = (1_000_000, 2_000_000)
 """Games that rows are made of; those that are flown for the report have lower seeds."""
 TEMPLATE = (
@@ -56,7 +53,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is recorded, learned and flown."""
+    """Numbers of games, rows and steps."""
 
     num_decisions: int = 2500
     num_steps: int = 300
@@ -73,7 +70,7 @@ def screenshot(flight: Flight) -> Image.Image:
 
 
 def row(view: str, *, state: Any = None, screenshot: Any = None) -> dict[str, Any]:
-    """What the model is asked; a row for training has the answer behind it."""
+    """Return the prompt; a row for training has the answer after it."""
     given = {"game-state": state, "screenshot": screenshot}
     shown = {name: item for name, item in given.items() if f"<{name}>" in VIEWS[view]}
     return {**shown, "messages": [{"role": "user", "content": VIEWS[view]}]}
@@ -276,7 +273,7 @@ LABELS = {
 def _train_once(
     plan: Recipe, *, console: Console
 ) -> tuple[MultiTokenForConditionalGeneration, float]:
-    """The model and how long it learned, also if an earlier run of the same command trained it."""
+    """Return the model and its training time, also from an earlier run of the same command."""
     started = time.perf_counter()
     model = train(plan, console=console)
     kept = Path(plan.train.output_dir) / "train_seconds.json"
@@ -294,7 +291,7 @@ def _mean_return(flights: Sequence[Flight]) -> float:
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
-    """The page, from the numbers of `report.json` and the film beside it."""
+    """Write the page, from the numbers of `report.json` and the video beside it."""
     means, landed, filmed = report["mean_return"], report["landed"], report["film"]
     num_flights = report["size"]["num_flights"]
     minutes, seconds = divmod(round(sum(report["train_seconds"].values())), 60)

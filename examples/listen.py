@@ -1,15 +1,12 @@
-"""Spoken commands: a language model writes down what voices say that it has never heard.
+"""Spoken commands: a language model transcribes speakers that it was not trained on.
 
     python examples/listen.py [--quick] [--out runs/listen] [--seed 0]
 
 Many synthetic voices say commands such as "turn on the kitchen light". Whisper tiny.en's encoder
-and SmolLM2-135M-Instruct stay frozen; a projector between them learns. Held out are whole speakers,
-and whole sentences all of whose words are heard in others. The baseline knows the same encoder and
+and SmolLM2-135M-Instruct stay frozen; a projector between them is trained. Speakers are held out,
+and sentences whose words occur in others. The baseline knows the same encoder and
 the same utterances: it answers with the sentence of the nearest one. Writes `report.json` and
 `report.html`.
-
-Border: everything it does with models goes through the library's own doors: rows in a file, a
-recipe, `train` and `generate`.
 """
 
 from __future__ import annotations
@@ -54,7 +51,7 @@ _MAX_NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Size:
-    """How much is spoken, learned and asked."""
+    """Numbers of utterances, steps and questions."""
 
     num_sentences: int = 400
     """Different sentences in training; the others of the grammar are held out."""
@@ -72,7 +69,7 @@ QUICK = Size(num_sentences=24, num_utterances=24, num_steps=8, batch_size=8, num
 
 @dataclass(frozen=True)
 class Utterance:
-    """A sentence that a voice said, in a file."""
+    """Sentence spoken by one voice, in a file."""
 
     sentence: str
     voice: Voice
@@ -91,7 +88,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one listener made of the held-out utterances."""
+    """Transcripts of the held-out utterances by one system."""
 
     listener: str
     texts: Sequence[str]
@@ -119,7 +116,7 @@ def split_sentences(num_training: int, numbers: random.Random) -> tuple[list[str
 
 
 class Booth:
-    """Where voices speak into files, always in the same order, so that they sound the same."""
+    """Folder of utterances, made in a fixed order, so that they are the same in every run."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -241,7 +238,7 @@ def nearest_sentences(
 
 
 def whispered(data: Path, asked: Sequence[Utterance], model: Any) -> Answers:
-    """What Whisper's own decoder writes, which learned from 680,000 hours: a reference."""
+    """Transcribe with Whisper's own decoder, trained on 680,000 hours, as a reference."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     folder = speech_encoder_folder()

@@ -7,11 +7,8 @@ of its own. all-MiniLM-L6-v2 makes one embedding of each chunk, a projector a fe
 embedding, and SmolLM2-135M-Instruct with LoRA finds the one that is asked for. Training sees
 documents of 8 to 48 chunks; held out are documents of 1 to 256, and in them the pairs of a name and
 a thing that are asked for. Beside it: the chunk whose embedding is nearest to the question's (a
-search, after which somebody must still read it), and chance. `--compare` trains with 2, 4 and 1
+search, without an answer), and chance. `--compare` trains with 2, 4 and 1
 tokens a chunk, 60 steps each. Writes `report.json` and `report.html`.
-
-Border: everything it does with models goes through the library's own doors: rows in a file, a
-recipe, `train` and `generate`.
 """
 
 from __future__ import annotations
@@ -54,14 +51,14 @@ _ALIGN: dict[int, dict[str, str]] = {
     2: {"caption_format": " {caption}", "targets": "by_position"},
     4: {"caption_format": " {caption} {caption}", "targets": "by_position"},
 }
-"""What so many tokens aim at: a name and its thing, one token each."""
+"""Targets of the closed form by number of tokens: a name and its thing, one token each."""
 _MAX_NEW_TOKENS = 4
 _BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is made, learned and asked."""
+    """Numbers of documents, steps and questions."""
 
     tokens_per_chunk: tuple[int, ...] = (2,)
     """Each is a training of its own; the first is the one that the report is about."""
@@ -110,16 +107,16 @@ def row(questions: Sequence[Question], *, answered: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Length:
-    """What came out for documents of one length."""
+    """Results for documents of one length."""
 
     num_chunks: int
     num_asked: int
     accuracy: float
     nearest_accuracy: float
     num_tokens: int
-    """Of the language model, for the document."""
+    """Media embeddings of the document."""
     num_text_tokens: int
-    """What the text itself would take."""
+    """Tokens of the document as text."""
     encode_seconds: float
     """From the text to its features, a document."""
     answer_seconds: float

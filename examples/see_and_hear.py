@@ -1,7 +1,4 @@
-"""A picture and a spoken question about it: a language model answers what it hears of what it sees.
-
-Border: rows, recipe, questions and the page of this example; models, training and answers go
-through the library's own doors.
+"""An image and a spoken question about it: a language model answers from both.
 
     python examples/see_and_hear.py --out runs/see_and_hear
 
@@ -41,7 +38,7 @@ SPEAKERS = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5", "m6")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is made, learned and asked."""
+    """Numbers of rows, steps and questions."""
 
     num_things: int = 40
     num_renderings: int = 8
@@ -94,7 +91,7 @@ class World:
         self.held_out_voices = self._voices(speakers[: size.num_held_out_speakers])
         self.voices = self._voices(speakers[size.num_held_out_speakers :][: size.num_speakers])
         # of every thing one question that training never asks of it: not its name, or nothing of
-        # the picture would be known
+        # the image would be known
         self.never_asked: dict[str, Kind] = {
             thing.name: self.numbers.choice(("kind", "colour")) for thing in self.things
         }
@@ -140,7 +137,7 @@ class World:
         return rows
 
     def caption_rows(self) -> list[dict[str, Any]]:
-        """One item and what it is: the closed-form start of each sense."""
+        """One item and what it is: the closed-form start of each modality."""
         rows = []
         for thing in self.things:
             for index in range(self.size.num_renderings):
@@ -239,7 +236,7 @@ def ask(
 
 
 def exchanged(questions: Sequence[Asked], field: str) -> list[Asked]:
-    """Each question with the picture of another answer, or a voice that asks for something else.
+    """Each question with the image of another answer, or a voice that asks for something else.
 
     Its own answer stays the right one.
     """
@@ -254,7 +251,7 @@ def exchanged(questions: Sequence[Asked], field: str) -> list[Asked]:
 
 
 def share(asked: Sequence[Asked]) -> float:
-    """Of right answers."""
+    """Shares of right answers."""
     return round(sum(a.right for a in asked) / max(len(asked), 1), 4)
 
 
@@ -304,7 +301,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
 
 
 def _most_frequent(questions: Sequence[Asked]) -> float:
-    """What somebody would reach who hears the question and sees nothing."""
+    """Return the best share of right answers from the question alone."""
     right = 0
     for kind in QUESTIONS:
         truths = [q.truth for q in questions if q.kind == kind]

@@ -1,8 +1,4 @@
-"""Real chat templates: what is learned, what is asked, and TRL's hand-made marks as an oracle.
-
-Border: the families stand in templates/families.py, their tokenizers are made by
-templates/trials.py; the table that docs/chat_templates.py makes of them is compared with its page.
-"""
+"""Real chat templates: supervised text and prompts, with TRL's hand-made marks as an oracle."""
 
 from __future__ import annotations
 
@@ -62,7 +58,7 @@ def text_talks(family: Any) -> list[Conversation]:
 
 
 def in_turns(family: Any, num_turns: int, first: str, last: str) -> list[str]:
-    """What holds for every turn, and for the last one if that is another."""
+    """Return `first` for every turn, with `last` (unless empty) for the last one."""
     return [last if last and i == num_turns - 1 else first for i in range(num_turns)]
 
 
@@ -97,7 +93,7 @@ def test_more_than_forty_families_have_an_oracle_or_a_published_format() -> None
 
 
 @of_each
-def test_learned_text_is_the_answers_and_their_ends_wherever_media_stand(family: Any) -> None:
+def test_supervised_text_is_the_answers_and_their_ends_wherever_media_stand(family: Any) -> None:
     chat = trials.chat_of(family)
     for talk in talks_with_media(family):
         texts = trials.learned_texts(chat, talk)
@@ -117,7 +113,7 @@ def test_asking_gives_the_ids_that_training_saw_before_the_last_answer(family: A
 
 
 @of_each
-def test_asking_stops_where_any_learned_turn_ends(family: Any) -> None:
+def test_asking_stops_where_any_supervised_turn_ends(family: Any) -> None:
     chat = trials.chat_of(family)
     for end in {family.end, family.last_end or family.end}:
         closing = chat.tokenizer(end.rstrip(), add_special_tokens=False).input_ids[-1]
@@ -143,8 +139,8 @@ def test_ids_of_text_are_the_tokenizers_own_with_no_second_bos(family: Any) -> N
 
 
 @of_each_twin
-def test_what_is_learned_is_what_trls_twin_marks_but_for_what_is_named(family: Any) -> None:
-    """Named: a part of the prompt before a turn, and what stands behind its end."""
+def test_what_is_supervised_is_what_trls_twin_marks_but_for_what_is_named(family: Any) -> None:
+    """Name a part of the prompt before a turn, and the text after its end."""
     shape = trials.shape_of(family)
     for talk in text_talks(family):
         messages, answers = trials.plain(talk), answers_of(talk)
@@ -200,7 +196,7 @@ def test_a_system_message_is_shown_or_refused_with_the_templates_own_words(famil
 
 
 @of_each
-def test_a_tool_message_is_shown_and_not_learned_or_refused(family: Any) -> None:
+def test_a_tool_message_is_shown_and_not_supervised_or_refused(family: Any) -> None:
     chat = trials.chat_of(family)
     talk = trials.conversation(1, roles=("user", "assistant", "tool", "assistant"))
     reason = trials.refusal(chat, talk)
@@ -219,7 +215,7 @@ def test_a_tool_message_is_shown_and_not_learned_or_refused(family: Any) -> None
 
 @of_each
 def test_an_answer_in_the_templates_own_words_is_not_taken_for_them(family: Any) -> None:
-    """Such an answer stands in the header or the head as well, and must not be found there."""
+    """Answers that also occur in the header must not be located there."""
     chat = trials.chat_of(family)
     for answer in ("assistant", "final", "think", "Assistant"):
         talk = trials.conversation(3, answer=answer)
@@ -229,7 +225,7 @@ def test_an_answer_in_the_templates_own_words_is_not_taken_for_them(family: Any)
 
 
 @of_each
-def test_only_the_last_turn_is_learned_where_that_is_asked_for(family: Any) -> None:
+def test_only_the_last_turn_is_supervised_where_that_is_asked_for(family: Any) -> None:
     every = trials.chat_of(family)
     last = ChatFormat(every.tokenizer, every.template, train_on_turns="last")
     talk = trials.conversation(3, media_at=1)
@@ -244,7 +240,7 @@ KEEP_LAST = ["qwen3", "qwen3_5_think", "qwen3_6", "glm4moe", "lfm2_2_5", "lfm2_2
 
 @needs_trl
 @pytest.mark.parametrize("name", KEEP_LAST)
-def test_reasoning_is_learned_where_the_template_shows_it_the_last_turn(name: str) -> None:
+def test_reasoning_is_supervised_where_the_template_shows_it_the_last_turn(name: str) -> None:
     texts = trials.learned_texts(
         trials.chat_of(FAMILIES[name]), trials.conversation(3, answer=REASONED)
     )

@@ -1,4 +1,4 @@
-"""Frozen encoders in fewer bits (`dtype` of a modality): what they give, and what still learns."""
+"""Frozen encoders in half precision (`dtype` of a modality): their features and training."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ OTHERS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
         for kind in ("videomae", "vjepa2", "timesformer", "vivit")
     },
 }
-"""Kind of encoder -> its sense, and the fields of an instance; beside the examples of the kit."""
+"""Kind of encoder -> its modality and the fields of an instance, beyond the kit's examples."""
 
 
 class Cancelling(Encoder):
-    """What is left when a large number is added and taken away: little of it in 8 bits."""
+    """Add and subtract a large number: half precision keeps little of the value."""
 
     dim = 3
 

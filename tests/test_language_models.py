@@ -1,8 +1,4 @@
-"""Many families of language models, each a tiny model of its own: what the table in the docs says.
-
-Border: the columns stand in language_models/trials.py, the families in language_models/families.py;
-docs/language_models.py makes the table of them.
-"""
+"""Many families of language models, as tiny models: the claims of the table in the docs."""
 
 from __future__ import annotations
 

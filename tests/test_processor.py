@@ -58,7 +58,7 @@ def test_a_bad_row_is_a_sentence_with_its_kind_and_id(
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_picture_and_a_bomb_are_reported_with_the_row(
+def test_a_truncated_image_and_a_bomb_are_reported_with_the_row(
     model: Any, data: Path, tmp_path: Path
 ) -> None:
     whole = (data / "red.png").read_bytes()
@@ -107,7 +107,7 @@ def test_errors_keep_kind_and_id_on_their_way_out_of_a_data_worker() -> None:
     assert (str(media), media.kind) == ("gone", "missing_file")
 
 
-def test_a_question_ends_where_the_answer_begins_and_nothing_is_learned(model: Any) -> None:
+def test_a_question_ends_where_the_answer_begins_and_nothing_is_supervised(model: Any) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     conversation = to_conversation({"messages": talk[:1]}, [], row_id="r7")
     asked = model.processor(conversation, prompt_only=True)

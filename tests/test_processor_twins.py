@@ -1,7 +1,4 @@
-"""processor.py: what is read beside a row: its text alone for a teacher, its answer that is worse.
-
-Border: samples; what is made of them in training is tested in tests/train/.
-"""
+"""processor.py: twins of a row: its text for the teacher, and its rejected answer."""
 
 from __future__ import annotations
 
@@ -123,7 +120,7 @@ def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any
     assert len(sample.media_spans) == 1 and "a wave" not in text(model, sample)
 
 
-def test_a_teacher_is_not_read_where_none_is_asked_for_or_nothing_is_learned(model: Any) -> None:
+def test_a_teacher_is_not_read_where_none_is_asked_for_or_nothing_is_supervised(model: Any) -> None:
     assert model.processor(SAID).teacher is None
     question = Conversation(SAID.messages[:1], id="r7")
     assert reader(model, distillation="required")(question, prompt_only=True).teacher is None
@@ -156,13 +153,13 @@ def test_a_row_without_media_is_its_own_teachers(model: Any) -> None:
     assert torch.equal(sample.teacher.input_ids, sample.input_ids)
 
 
-def test_only_the_last_answer_of_a_pair_is_learned_from_a_teacher(model: Any) -> None:
+def test_only_the_last_answer_of_a_pair_is_supervised_from_a_teacher(model: Any) -> None:
     both = reader(model, distillation="optional", preference="optional")
     pair = replace(SAID, rejected=replace(SAID, messages=(*SAID.messages[:-1], SAID.messages[1])))
     assert learned(model, both(pair).teacher) == learned(model, both(pair)) == "red"
 
 
-# --- what stands in for decoding ---
+# --- cached features and header lengths ---
 
 
 class Kept:

@@ -1,8 +1,4 @@
-"""What the examples share: their command line, and losses of a finished run.
-
-Border: options in, a call of the example's own `run`, its numbers on the console. What an example
-does stands in its own file.
-"""
+"""Command line of the examples, and losses of a finished run."""
 
 from __future__ import annotations
 
@@ -52,7 +48,7 @@ def run_command(
 
 
 def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) of all stages of a finished run, one behind the other."""
+    """Return (step, loss) of all stages of a finished run, one after the other."""
     losses: list[tuple[int, float]] = []
     stages = run_folder / "stages"
     for stage in sorted(stages.iterdir(), key=lambda path: int(path.name.partition("-")[0])):

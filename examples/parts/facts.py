@@ -1,14 +1,11 @@
-"""Documents made of facts, and questions about them: who has what.
-
-Border: names, things and chance in, texts and questions out; files and models are the example's.
-"""
+"""Documents made of facts, and questions about them: who has what."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-# names and things are one token of the language model's each, behind a space
+# Names and things are one token each, after a space.
 _NAMES = """
 Aaron Abigail Abraham Adam Adrian Agnes Alan Albert Alex Alexander Alfred Alice Alison Allen Alma
 Amanda Amy Andrea Andrew Angela Anna Anne Anthony Antonio April Arnold Arthur Ashley Austin Barbara
@@ -45,7 +42,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a document, and where the answer stands in it."""
+    """Question about a document, with the chunk that holds the answer."""
 
     document: str
     name: str
@@ -58,17 +55,17 @@ class Question:
 
     @property
     def follow_up(self) -> str:
-        """The same, asked behind a question about another name."""
+        """Follow-up to a question about another name."""
         return f"And {self.name}?"
 
     @property
     def answer(self) -> str:
-        # the name again: what is looked up then stands right behind what it is looked up by
+        # The name again: the thing then follows the key by which it is looked up.
         return f"{self.name} {self.thing}"
 
 
 def is_held_out(name: str, thing: str) -> bool:
-    """Whether training never shows this pair: every fifth, so that each word is seen."""
+    """Return True for pairs that training excludes: every fifth, so that each word occurs."""
     return (NAMES.index(name) + 2 * THINGS.index(thing)) % 5 == 0
 
 

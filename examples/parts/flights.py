@@ -1,7 +1,4 @@
-"""Games of gymnasium's LunarLander, flown side by side by whoever decides; and a film of one.
-
-Border: seeds and decisions in, returns and pictures out; knows nothing of rows or models.
-"""
+"""Games of gymnasium's LunarLander, many at once, and a video of one."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class Flight:
 
     seed: int
     state: np.ndarray = field(init=False)
-    """float32 [8]: position, speed, angle, turning, and which leg stands."""
+    """float32 [8]: position, speed, angle, turning, and contact of each leg."""
     actions: list[int] = field(default_factory=list)
     total: float = 0.0
     """The return: the sum of all rewards. 200 counts as solved."""
@@ -58,7 +55,7 @@ class Flight:
                 return
 
     def frame(self) -> Image.Image:
-        """What a player sees, 600 x 400."""
+        """Return the screen, 600 x 400."""
         return Image.fromarray(self.env.render())
 
 
@@ -67,7 +64,7 @@ Pilot = Callable[[Sequence[Flight]], Sequence[int]]
 
 
 def fly(pilot: Pilot, seeds: Sequence[int]) -> list[Flight]:
-    """All games side by side, so that a pilot decides for many at once."""
+    """Fly all games step by step together, so that a pilot decides for many at once."""
     flights = [Flight(seed) for seed in seeds]
     while under_way := [flight for flight in flights if not flight.done]:
         for flight, action in zip(under_way, pilot(under_way), strict=True):
@@ -112,6 +109,6 @@ def _environment() -> Any:
             raise MultiTokenError(f"the games need the package {package}: {INSTALL_EXAMPLES}")
     import gymnasium
 
-    # pictures are drawn without a screen
+    # Frames are drawn without a display.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     return gymnasium.make("LunarLander-v3", render_mode="rgb_array")

@@ -1,7 +1,4 @@
-"""Things on coloured grounds and spoken questions about them, as files made when first asked for.
-
-Border: draws and speaks; who is asked what, and what is held out, is the example's.
-"""
+"""Things on coloured grounds and spoken questions about them, in files made on first use."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
 
 
 class Gallery:
-    """A folder of pictures and of questions; all paths are relative to it."""
+    """Folder of images and spoken questions; all paths are relative to it."""
 
     def __init__(self, folder: Path, numbers: random.Random) -> None:
         self.folder = folder

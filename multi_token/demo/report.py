@@ -1,8 +1,4 @@
-"""The demo's report: `report.json`, one self-contained `report.html`, and the sheet as a picture.
-
-Border: numbers and examples in, files out. It counts and decides nothing; what the page looks like
-is in page/.
-"""
+"""The demo's report: `report.json`, one self-contained `report.html`, and the sheet as an image."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ _FOOTER = (
 
 @dataclass(frozen=True)
 class Example:
-    """One question that was asked, and how it went."""
+    """One question with the model's answer."""
 
     question: str
     answer: str
@@ -84,7 +80,7 @@ def _claim_html(report: Mapping[str, Any]) -> str:
 
 
 def _tiles(report: Mapping[str, Any]) -> list[Tile]:
-    """The key numbers, each with what it means; those that were not measured are left out."""
+    """Return the measured key numbers, each with its meaning."""
     chance = _percent(1 / report["num_names"]) if report.get("num_names") else "near zero"
     rates = {
         "held_out_accuracy": ("Held out", "of new renderings named exactly"),
@@ -151,7 +147,7 @@ def _sheets(folder: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def _question_text(question: str) -> str:
-    """Without the slot where the picture stands; slots inside a sentence are numbered."""
+    """Return the question without its image slot; slots inside a sentence are numbered."""
     text = question.removeprefix("<image>").strip()
     if text.count("<image>") == 1:
         return text.replace("<image>", "this")
@@ -196,7 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Short enough for a tile."""
+    """Format a duration for a tile."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d} min" if minutes else _duration(seconds)
 
@@ -206,7 +202,7 @@ def draw_sheet(
 ) -> None:
     """Draw the first `columns` x `rows` examples as one PNG, for a README.
 
-    `folder`: what the pictures of the examples are relative to.
+    `folder`: what the images of the examples are relative to.
     """
     width, height, gap = 232, 324, 16
     shown = list(examples[: columns * rows])
@@ -269,7 +265,7 @@ _CROSS = '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M3 3l10 10M13 3L3
 
 @dataclass(frozen=True)
 class Card:
-    """One question that was asked, and how it went."""
+    """One question with the model's answer."""
 
     question: str
     answer: str
@@ -281,7 +277,7 @@ class Card:
 
 
 def sheet_of(cards: Iterable[Card]) -> str:
-    """All of them, with pictures and sounds inside the page."""
+    """Return the cards as HTML, with images and audio inside the page."""
     return '<ul class="sheet">\n' + "\n".join(map(_card, cards)) + "\n</ul>"
 
 

@@ -1,7 +1,6 @@
-"""The demo's rows: pictures and questions about them, as any user of the library would write them.
+"""Rows of the demo: images and questions, in the form of any user's rows.
 
-Border: writes PNG and JSONL files, and reads its own back. Knows nothing of models; the split into
-seen and held out is made here and nowhere else.
+Only this file splits them into trained and held-out ones.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from multi_token.demo.things import CATEGORY_PHRASES, Category, Thing, is_outsid
 
 Kind = Literal["naming", "yes_no", "category", "two_pictures", "known_beside_unknown"]
 """naming: What is this? · yes_no: Is this a dog? · category: Is this an animal?
-two_pictures: Which of these is a fruit? · known_beside_unknown: the same, where the picture that
+two_pictures: Which of these is a fruit? · known_beside_unknown: the same, where the image that
 fits was trained and the other was never seen."""
 
 WHAT_IS_THIS = "What is <image>?"
 _OTHER_PHRASING = "<image>\nWhat is this?"
 
 _VERSION = 3
-"""Raised when the same arguments give other files, so that old folders are built again."""
+"""Raised with each change of the files, so that old folders are built again."""
 
 
 @dataclass(frozen=True)
 class DemoQuestion:
-    """One question with its pictures and the only answer that counts."""
+    """One question with its images and the only answer that counts."""
 
     id: str
     kind: Kind
     text: str
-    """As the row has it: one `<image>` for each picture."""
+    """Text of the row, with one `<image>` for each image."""
     pictures: tuple[str, ...]
     """Relative to the folder of the data."""
     names: tuple[str, ...]
-    """What the pictures show, in the same order."""
+    """Names of the things in the images, in the same order."""
     answer: str
 
 
@@ -54,16 +53,16 @@ class DemoData:
     names: tuple[str, ...]
     """The things that are trained."""
     held_out_names: tuple[str, ...]
-    """The things of which training sees no picture."""
+    """The things of which training sees no image."""
 
     @property
     def naming(self) -> Path:
-        """Training: one picture, its name."""
+        """Training: one image, its name."""
         return self.folder / "naming.jsonl"
 
     @property
     def questions(self) -> Path:
-        """Training: yes/no, category and two-picture questions."""
+        """Training: yes/no, category and two-image questions."""
         return self.folder / "questions.jsonl"
 
     @property
@@ -83,7 +82,7 @@ class DemoData:
 
     @property
     def held_out_two_pictures(self) -> Path:
-        """Two-picture questions about held-out renderings."""
+        """Two-image questions about held-out renderings."""
         return self.folder / "held_out_two_pictures.jsonl"
 
     @property
@@ -107,11 +106,11 @@ def build_rows(
     num_held_out_things: int = 20,
     system: str | None = None,
 ) -> DemoData:
-    """Write pictures and rows to `out`; the same arguments give the same files.
+    """Write images and rows to `out`; the same arguments give the same files.
 
     Naming has one row for each rendering; the three numbers of questions are rows for training,
     `num_held_out_questions` is the number of held-out rows of each kind. Validation renderings are
-    in neither: whoever tries settings scores them there and leaves the held-out ones untouched.
+    in neither: settings are chosen on them, so that the held-out ones stay untouched.
     A folder that is already finished with the same arguments is left alone.
     """
     arguments = {k: v for k, v in locals().items() if k != "out"} | {"version": _VERSION}
@@ -123,7 +122,7 @@ def build_rows(
     _clear(out)
 
     seen = _Pictures(trained, "seen", range(num_renderings), seed)
-    # numbers that training never draws, whatever num_renderings is
+    # Numbers that training never draws, for any num_renderings.
     held_out_numbers = range(1_000_000, 1_000_000 + num_held_out_renderings)
     unseen = _Pictures(trained, "held_out", held_out_numbers, seed)
     validation_numbers = range(2_000_000, 2_000_000 + num_validation_renderings)
@@ -137,7 +136,7 @@ def build_rows(
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def numbers(kind: str) -> random.Random:
-        # a generator for each kind: more rows of one kind leave the others as they are
+        # One generator per kind: more rows of one kind leave the others unchanged.
         return random.Random(f"{seed}/{kind}")
 
     for pictures in (seen, validation, unseen, unknown):
@@ -206,13 +205,13 @@ class _Pictures:
                 picture = rendering(thing, number, self.seed)
                 picture.save(out / self.path(thing, place), compress_level=1)
 
-        # threads suffice: Pillow lets go of the interpreter while it turns, scales and packs
+        # Threads suffice: Pillow releases the GIL while it turns, scales and compresses.
         with ThreadPoolExecutor() as pool:
             list(pool.map(write_thing, self.things))
 
 
 def _naming(pictures: _Pictures, random_numbers: random.Random | None) -> Iterator[DemoQuestion]:
-    """Every picture once; without random numbers always in the same words."""
+    """Every image once; without random numbers always in the same words."""
     for place in range(len(pictures.numbers)):
         for thing in pictures.things:
             text = WHAT_IS_THIS
@@ -273,7 +272,7 @@ def _two_pictures(
     num_rows: int,
     random_numbers: random.Random,
 ) -> Iterator[DemoQuestion]:
-    """Which of these is a fruit? The answer is its name, so it must be found and recognized."""
+    """Ask "Which of these is a fruit?"; the answer is its name, so it must be recognized."""
     kind: Kind = "two_pictures" if fitting is other else "known_beside_unknown"
     sides = _split_by_category(fitting, other, asked)
     for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
@@ -297,7 +296,7 @@ def _two_pictures(
 def _split_by_category(
     fitting: _Pictures, other: _Pictures, asked: Sequence[Category]
 ) -> list[tuple[Category, list[Thing], list[Thing]]]:
-    """For each category that has both: the things that fit, and those that clearly do not."""
+    """Return the things that fit each category and those that do not, if it has both."""
     sides: list[tuple[Category, list[Thing], list[Thing]]] = []
     for category in asked:
         inside = [t for t in fitting.things if t.category == category]
@@ -330,14 +329,14 @@ def _parse_question(row: dict[str, Any]) -> DemoQuestion:
 
 
 def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
-    """Whether `out` was written to its end with these arguments."""
+    """Return True if `out` was completed with these arguments."""
     manifest = out / "manifest.json"
-    # written last, so that its presence means a whole folder
+    # The manifest is written last, so that its presence means a complete folder.
     return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == arguments
 
 
 def _clear(out: Path) -> None:
-    """Make room, but remove only what an earlier, finished build has left."""
+    """Remove the images of an earlier build, and nothing else of the user's."""
     manifest = out / "manifest.json"
     if manifest.is_file():
         manifest.unlink()

@@ -1,7 +1,6 @@
-"""The main job from nothing to a report: rows, closed-form start, training, questions, proofs.
+"""The demo: rows, closed-form start, training, questions, controls and the report.
 
-Border: the order of the demo's steps and its numbers. Everything it does with models goes through
-the library's own doors: a recipe, `train`, `generate`.
+Everything goes through the library's public methods: a recipe, `train`, `generate`.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _BATCH_SIZE = 50
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much is made, learned and asked."""
+    """Numbers of rows, steps and questions."""
 
     num_names: int = 100
     num_renderings: int = 12
@@ -110,7 +109,7 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
 
 
 def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, Any]:
-    """Everything, with the report written to `out`; returns the report's numbers."""
+    """Run the demo, write the report to `out` and return its numbers."""
     began = time.perf_counter()
     console.rule("1 rows")
     data = build_rows(
@@ -246,7 +245,7 @@ class BatchGenerator:
 
 
 def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
-    """Whether a text-only prompt gives a freshly loaded language model's logits, to the bit."""
+    """Return True if a text-only prompt gives the untrained language model's logits, to the bit."""
     spec = model.config.model
     bare: Any = load_language_model(spec["language_model"], dtype=spec["dtype"])
     bare.to(model.device)
@@ -275,7 +274,7 @@ def _row(question: DemoQuestion) -> dict[str, Any]:
 
 
 def _shuffle_pictures(questions: Sequence[DemoQuestion], seed: int) -> list[DemoQuestion]:
-    """Each question with the picture of another name; the right answer stays its own."""
+    """Give each question the image of another name; its answer stays."""
     order = shuffled_pictures([question.names[0] for question in questions], seed)
     return [
         replace(question, pictures=questions[j].pictures, names=questions[j].names)
@@ -298,20 +297,20 @@ def _sheet_examples(examples: Sequence[Example]) -> list[Example]:
 
 
 def is_exact_name(answer: str, name: str) -> bool:
-    """Whether the answer is the name and nothing else, but for case, spaces around, a final dot."""
+    """Return True if the answer is the name, up to case, outer blanks and a final dot."""
     return answer.strip().removesuffix(".").rstrip().casefold() == name.casefold()
 
 
 def contains_name(answer: str, name: str) -> bool:
-    """Whether the name stands in the answer as whole words: "cat", but not in "caterpillar"."""
+    """Return True if the answer contains the name as words: "cat", but not in "caterpillar"."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE) is not None
 
 
 def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
-    """For each question the index of another question's picture, never one of the same name.
+    """Return for each question the index of another question's image, of another name.
 
-    `names`: what each question's own picture shows. Every picture is used exactly once, so an
-    answerer that ignores pictures scores as before and one that looks falls to chance.
+    `names`: name of the thing in each question's image. Every image is used exactly once, so that
+    a model which ignores images keeps its score, and one which uses them falls to chance.
     """
     most = max(Counter(names).values(), default=0)
     if 2 * most > len(names):
@@ -320,7 +319,7 @@ def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
     pictures = list(range(len(names)))
     random_numbers.shuffle(pictures)
     for i, name in enumerate(names):
-        # as no name has more than half, there is always a j whose exchange mends i and keeps j
+        # No name has more than half, so some j can be exchanged with i and stay valid itself.
         while names[pictures[i]] == name:
             j = random_numbers.randrange(len(names))
             if names[j] != name and names[pictures[j]] != name:

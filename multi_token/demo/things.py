@@ -1,7 +1,4 @@
-"""A table of common things: name, emoji, category. The first hundred are the clearest to see.
-
-Border: literal data and how English speaks of it; drawing is in pictures.py, questions in rows.py.
-"""
+"""Table of common things: name, emoji, category; the first hundred are the clearest images."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ _WITHOUT_ARTICLE = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """Something with a picture and a one-word name."""
+    """Something with an image and a one-word name."""
 
     name: str
     character: str
@@ -44,7 +41,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """The name as a question says it: "a dog", "an owl", "corn"."""
+        """Name with its article: "a dog", "an owl", "corn"."""
         if self.name in _WITHOUT_ARTICLE:
             return self.name
         vowel = self.name[0] in "aeio" or self.name in ("hourglass", "umbrella")  # "a unicorn"
@@ -60,7 +57,7 @@ CATEGORY_PHRASES: dict[Category, str] = {
     "vegetable": "a vegetable",
     "vehicle": "a vehicle",
 }
-"""The categories that questions are asked about; the others only serve as the wrong picture."""
+"""The categories that questions are asked about; the others only serve as the wrong image."""
 
 _UNDECIDED: dict[Category, frozenset[Category]] = {
     "animal": frozenset(("body", "figure")),
@@ -74,7 +71,7 @@ _UNDECIDED: dict[Category, frozenset[Category]] = {
 
 
 def is_outside(thing: Thing, category: Category) -> bool:
-    """Whether everybody would agree that it is none: a tomato is not outside the fruits."""
+    """Return True if the thing is clearly not of the category: a tomato may be a fruit."""
     return thing.category != category and thing.category not in _UNDECIDED[category]
 
 

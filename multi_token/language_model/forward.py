@@ -18,11 +18,11 @@ PrefillMode = Literal["embeds", "ids"]
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1} | (
     dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
 )
-"""Options of `generate` for greedy decoding, whatever the model's own generation config says."""
+"""Options of `generate` for greedy decoding, for any generation config of the model."""
 FLASH_ATTENTION_KWARGS = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
-"""Arguments by which transformers' flash attention learns the segments of a packed row."""
+"""Arguments by which transformers' flash attention gets the segments of a packed row."""
 
 
 def base_language_model(language_model: Any) -> Any:
@@ -113,7 +113,7 @@ def supervised_loss(
     inputs |= {
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        # Explicit, whatever the configuration says: with a cache, transformers does not look for
+        # Explicit, for any configuration: with a cache, transformers does not look for
         # restarting positions, and packed rows would attend to each other.
         "use_cache": False,
     }

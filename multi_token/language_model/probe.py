@@ -267,7 +267,7 @@ class _Trial:
 
     @cached_property
     def _short_text(self) -> tuple[bool, float]:
-        """Whether the loss selects logits, and the distance of a prefix's logits from the text's.
+        """Selection of logits by the loss, and distance of a prefix's logits from the text's.
 
         In a causal model the logits of a prefix are those of the longer text, up to rounding.
         Raises LanguageModelError for a model that is not causal.

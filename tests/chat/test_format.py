@@ -1,4 +1,4 @@
-"""format.py: what is learned is exactly the assistant's turns, and no text can forge a slot."""
+"""format.py: exactly the assistant's turns are supervised, and no text can forge a slot."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("template", "num_turns", "system", "media_at"), CASES)
-def test_learned_tokens_are_exactly_the_assistants_turns_and_their_end(
+def test_supervised_tokens_are_exactly_the_assistants_turns_and_their_end(
     template: str, num_turns: int, system: bool, media_at: str
 ) -> None:
     chat = ChatFormat(tiny_tokenizer(template))
@@ -106,7 +106,7 @@ def test_ids_of_a_text_conversation_are_the_tokenizers_own(template: str) -> Non
 
 @pytest.mark.parametrize("end", ["\n", "  ", " \n\n"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_blanks_at_the_end_of_a_question_are_not_learned(template: str, end: str) -> None:
+def test_blanks_at_the_end_of_a_question_are_not_supervised(template: str, end: str) -> None:
     chat = ChatFormat(tiny_tokenizer(), TEMPLATES[template])
     question = Message("user", (Text("What is this?\n"), Media("image", "x"), Text(end)))
     again = Message("user", (Media("image", "x"), Text("And now?" + end)))
@@ -243,7 +243,7 @@ def test_one_of_several_templates_has_to_be_the_default() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_only_the_last_answer_is_learned_where_that_is_asked_for(template: str) -> None:
+def test_only_the_last_answer_is_supervised_where_that_is_asked_for(template: str) -> None:
     talk = conversation(3)
     every = ChatFormat(tiny_tokenizer(template)).tokenize(talk, [3, 2])
     last = ChatFormat(tiny_tokenizer(template), train_on_turns="last").tokenize(talk, [3, 2])

@@ -1,7 +1,4 @@
-"""chat/template.py: odd templates are read exactly, or refused with what to write instead.
-
-Border: small templates made for one claim each; real families are in test_chat_templates.py.
-"""
+"""chat/template.py: odd templates are located exactly, or refused with a remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ TWO = talk(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant",
 
 
 def learned(chat: ChatFormat, conversation: Conversation) -> str:
-    """The learned text of all turns."""
+    """Return the supervised text of all turns."""
     labels = chat.tokenize(conversation, [1] * len(conversation.media)).labels
     return chat.tokenizer.decode(labels[labels != IGNORE_INDEX])
 
@@ -42,7 +39,7 @@ def asked(chat: ChatFormat, conversation: Conversation) -> str:
 
 
 def refuse_mismatch(chat: ChatFormat, conversation: Conversation) -> None:
-    """What is asked is what was trained on, up to the last learned turn."""
+    """Assert that the prompt equals the training text up to the last supervised turn."""
     trained = chat.tokenize(conversation, [])
     last = Conversation(conversation.messages[:-1])
     ids = chat.tokenize(last, [], prompt_only=True).input_ids
@@ -94,7 +91,7 @@ def test_two_turns_inside_one_tag_are_told_apart() -> None:
     assert learned(last, row) == f"{HEADER}2<|im_end|>"
 
 
-def test_a_header_is_not_learned_where_the_template_has_no_generation_prompt() -> None:
+def test_a_header_is_not_supervised_where_the_template_has_no_generation_prompt() -> None:
     template = CHATML[: CHATML.index("{% if add_generation_prompt %}")]
     chat = ChatFormat(tiny_tokenizer(), template)
     assert learned(chat, TWO) == "1<|im_end|>2<|im_end|>"
@@ -123,8 +120,8 @@ def test_line_breaks_before_an_answer_are_asked_as_they_were_trained() -> None:
     refuse_mismatch(ChatFormat(tiny_tokenizer("llama3")), TWO)
 
 
-def test_a_question_is_never_learned_where_an_answer_has_no_end() -> None:
-    """Only the last answer is closed here; the next end of a turn stands behind the question."""
+def test_a_question_is_never_supervised_where_an_answer_has_no_end() -> None:
+    """Only the last answer is closed here; the next end of turn follows the question."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
         "{{ '<|im_end|>' if loop.last else '' }}{% endfor %}"
@@ -171,7 +168,7 @@ def test_answers_that_are_changed_repeated_cut_or_dropped_are_refused(content: s
 
 
 def test_a_template_may_look_into_a_system_message() -> None:
-    """As templates do that turn reasoning on and off by a word in it."""
+    """Some templates turn reasoning on and off by a word in the conversation."""
     template = (
         "{% set off = '/no_think' in messages[0]['content'] %}{% for m in messages %}"
         "<|im_start|>{{ m['role'] }}\n{{ '<s></s>\n' if off and m['role'] == 'assistant' }}"
@@ -189,14 +186,14 @@ def test_a_template_may_look_into_a_system_message() -> None:
     "answer",
     ["\ue1000.1\ue101", "\ue1000.1r\ue101 \ue1001.0\ue101", "One?", "<|im_end|>", "</think>", ""],
 )
-def test_texts_that_look_like_marks_or_markup_are_learned_as_they_are(answer: str) -> None:
+def test_texts_that_look_like_marks_or_markup_are_supervised_as_they_are(answer: str) -> None:
     chat = ChatFormat(tiny_tokenizer())
     row = talk(("user", answer), ("assistant", answer), ("user", "One?"), ("assistant", answer))
     assert learned(chat, row) == f"{answer}<|im_end|>" * 2
 
 
 @pytest.mark.parametrize("answer", ["  def f():\n      return 1\n\n", "a\n\n\nb", " \t x"])
-def test_blanks_of_an_answer_are_learned_where_the_template_keeps_them(answer: str) -> None:
+def test_blanks_of_an_answer_are_supervised_where_the_template_keeps_them(answer: str) -> None:
     row = talk(("user", "What?"), ("assistant", answer))
     assert learned(ChatFormat(tiny_tokenizer()), row) == f"{answer}<|im_end|>"
 
@@ -206,13 +203,13 @@ def test_a_conversation_may_begin_with_the_assistant() -> None:
     assert learned(ChatFormat(tiny_tokenizer()), row) == "Hello.<|im_end|>a cat<|im_end|>"
 
 
-def test_media_inside_an_answer_are_not_learned_but_the_words_around_are() -> None:
+def test_media_inside_an_answer_are_not_supervised_but_the_words_around_are() -> None:
     answer = Message("assistant", (Text("This one: "), Media("image", 0), Text(" it is.")))
     row = Conversation((Message("user", (Text("Which?"),)), answer))
     assert learned(ChatFormat(tiny_tokenizer()), row) == "This one:  it is.<|im_end|>"
 
 
-def test_text_that_a_tokenizer_normalizes_is_learned() -> None:
+def test_text_that_a_tokenizer_normalizes_is_supervised() -> None:
     from tokenizers import normalizers
 
     tokenizer = tiny_tokenizer()
@@ -291,7 +288,7 @@ def test_the_recipe_says_which_turns_training_learns(
     assert texts == {"all": "1<|im_end|>2<|im_end|>", "last": "2<|im_end|>"}
 
 
-def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_learned(
+def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_supervised(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from multi_token.errors import RowError

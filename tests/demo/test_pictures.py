@@ -1,4 +1,4 @@
-"""The table of things and its pictures: all drawn, all different, the same every time."""
+"""The table of things and its images: all drawn, all different, the same every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as right, and that shuffled pictures really belong to other names."""
+"""demo/run.py: exact names count as right; shuffled images show other names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate/: a model that looks is told from one that does not; items are exchanged for others."""
+"""evaluate/: the blind test separates models that use media from those that do not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def seeing(recipe_fields: Fields, tmp_path_factory: pytest.TempPathFactory) -> t
     return train(Recipe.model_validate(fields), console=Console(quiet=True)), out
 
 
-def test_a_model_that_looks_is_worse_with_the_pictures_of_others_and_with_none(
+def test_a_model_that_looks_is_worse_with_the_images_of_others_and_with_none(
     seeing: tuple[Any, Path], data: Path
 ) -> None:
     model, _ = seeing

@@ -19,7 +19,7 @@ def read(load_example: Callable[[str], Any]) -> Any:
 
 
 def facts_in(document: str) -> set[tuple[str, str]]:
-    """The (name, thing) pairs that a document tells."""
+    """Return the (name, thing) pairs of a document."""
     words = document.replace(".", " ").split()
     names = [word for word in words if word in NAMES]
     return set(zip(names, [word for word in words if word in THINGS], strict=True))

@@ -1,8 +1,4 @@
-"""forward.py: what is asked of a language model comes out the same by any way that it can be asked.
-
-Border: tiny real models of transformers with random weights; whole runs of the families stand in
-test_language_models.py.
-"""
+"""forward.py: every mode of prefill, loss and padding gives the same numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A GGUF file is a language model like any other, by its path or that of a folder with it alone.
-
-Border: writes a real file with the package `gguf`, in llama.cpp's layout; reading is transformers'.
-"""
+"""A GGUF file is a language model like any other, by its path or that of a folder with it alone."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ LAYER_NAMES = {
 
 
 def interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of a head in llama.cpp's order: pairs to be rotated stand side by side."""
+    """Rows of a head in llama.cpp's order: pairs to be rotated are adjacent."""
     halves = weight.view(num_heads, 2, weight.shape[0] // num_heads // 2, -1)
     return halves.transpose(1, 2).reshape(weight.shape)
 

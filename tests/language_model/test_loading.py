@@ -1,7 +1,4 @@
-"""language_model/loading.py: what is named is loaded as it is, or refused in a sentence.
-
-Border: GGUF files are in test_gguf.py, fewer bits in test_quantization.py.
-"""
+"""language_model/loading.py: a named model is loaded unchanged, or refused in a sentence."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ def test_a_language_model_that_is_cut_off_is_refused(parts: Path, tmp_path: Path
         load_language_model(str(folder))
 
 
-def test_the_size_of_embeddings_is_taken_behind_the_module(parts: Path) -> None:
+def test_the_size_of_embeddings_is_taken_after_the_module(parts: Path) -> None:
     model = load_language_model(str(parts / "language_model"))
     weight: Any = model.get_input_embeddings().weight
     assert embedding_rms(model) == pytest.approx(float(weight.square().mean().sqrt()), rel=1e-5)

@@ -1,7 +1,4 @@
-"""probe.py: what a language model can do is found by trying, and what it cannot has a sentence.
-
-Border: that the findings are right for each family is shown in test_language_models.py.
-"""
+"""probe.py: capabilities are found by running tokens; each missing one has a sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ trials, families = TABLE.part("trials"), TABLE.part("families")
 
 
 class IdsInItsLayers(LlamaForCausalLM):
-    """Looks ids up behind its first layer; embeddings alone would silently answer otherwise."""
+    """Looks ids up after its first layer; embeddings alone would silently give other logits."""
 
     def forward(self, input_ids: Any = None, **inputs: Any) -> Any:
         output = super().forward(input_ids=input_ids, **inputs)

@@ -1,4 +1,4 @@
-"""quantization.py: fewer bits for what is frozen, float32 for what learns, and the same again."""
+"""quantization.py: frozen weights in few bits, trained ones in float32, equal after a reload."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""segment_attention.py: packed rows are what they are alone, whatever mask a model makes for
-itself.
-
-Border: the model's own `sdpa` with one row at a time is the measure; plans of packs are tested with
-data/packing.py.
-"""
+"""segment_attention.py: packed rows have the logits that they have alone, under any mask."""
 
 from __future__ import annotations
 
@@ -53,7 +48,7 @@ MIXED = [
 
 @pytest.fixture
 def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
-    """A model whose projectors and LoRA learn, with pictures and vectors."""
+    """Yield a model with trainable projectors and LoRA, for images and vectors."""
     from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
@@ -252,7 +247,7 @@ SHARED = [
 def test_rows_that_share_prefixes_are_a_tree_with_the_loss_and_gradients_of_rows_one_by_one(
     learning: Any, system: str | None
 ) -> None:
-    """With a system message, all rows share it, and some share an image after it as well."""
+    """All rows share a system message; some share an image after it as well."""
     model = learning
     first = () if system is None else (Message("system", (Text(system),)),)
     samples = [model.processor(replace(c, messages=(*first, *c.messages))) for c in SHARED]

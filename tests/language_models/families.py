@@ -1,7 +1,4 @@
-"""Tiny configurations of many families of language models, as transformers defines them.
-
-Border: numbers only; what is done with them stands in trials.py.
-"""
+"""Tiny configurations of many families of language models, as transformers defines them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The columns of the table in docs/language-models.md: one trial each, through our own classes.
-
-Border: each trial takes a language model's folder as any user would name it, asserts what its
-column claims and says how it was reached; which families are tried stands in families.py.
-"""
+"""The columns of the table in docs/language-models.md: one trial each, through our own classes."""
 
 from __future__ import annotations
 
@@ -94,7 +90,7 @@ def same(a: Tensor, b: Tensor, *, within: float = 1e-4) -> bool:
 
 @torch.no_grad()
 def text_only(subject: Subject) -> str:
-    """Without media the logits are those of transformers' own model, to the bit."""
+    """Text alone has the logits of transformers' own model, to the bit."""
     from transformers import AutoModelForCausalLM
 
     bare = AutoModelForCausalLM.from_pretrained(subject.folder).eval()
@@ -106,7 +102,7 @@ def text_only(subject: Subject) -> str:
 
 @torch.no_grad()
 def embeddings(subject: Subject) -> str:
-    """Text as embeddings gives the logits of its ids; media change what stands behind them."""
+    """Text as embeddings gives the logits of its ids; media change the logits after them."""
     model = subject.model
     batch = batch_of(model, ROWS[:1])
     ids = batch["input_ids"]
@@ -138,7 +134,7 @@ def batch_equals_single(subject: Subject) -> str:
 
 
 def loss_and_gradients(subject: Subject) -> str:
-    """Of a padded batch: those of the full logits, and those of its rows one by one."""
+    """Loss of a padded batch equals that of full logits, and of its rows one by one."""
     model = subject.model
     weight = model.projectors["vector"].network.branches[0][0].weight.requires_grad_(True)
     batch = batch_of(model, ROWS)
@@ -169,7 +165,7 @@ def loss_and_gradients(subject: Subject) -> str:
 
 @torch.no_grad()
 def greedy(subject: Subject) -> str:
-    """What is generated is the argmax of repeated forwards over the whole text."""
+    """Generated tokens are the argmax of repeated forwards over the complete text."""
     model = subject.model
     for sample in prompts(model)[1:]:
         (answer,) = generate_ids(model, [sample], max_new_tokens=4, min_new_tokens=4)
@@ -192,7 +188,7 @@ def stop_ids_of(model: Any) -> list[int]:
 
 @torch.no_grad()
 def packed(subject: Subject) -> str:
-    """Two rows in one, with positions that begin anew, give what each gives alone."""
+    """Two rows in one, with restarting positions, give the logits of each alone."""
     model = subject.model
     batch = batch_of(model, [row("What is this?", FIRST), row("What is this?", SECOND)])
     num_rows, time = batch["input_ids"].shape
@@ -234,7 +230,7 @@ def size_of_tokens(subject: Subject) -> str:
 
 
 def adapter(subject: Subject) -> str:
-    """LoRA stands on the language model alone, learns beside the projector, and nothing else."""
+    """LoRA is on the language model alone; it and the projector are trained, nothing else."""
     model = subject.model
     cell = attached(subject, "LoRA", model)
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
@@ -297,7 +293,7 @@ def saved(subject: Subject) -> str:
 
 
 def four_bits(subject: Subject) -> str:
-    """With nf4 weights it loads, trains LoRA and projector, and answers."""
+    """An nf4 model loads, trains LoRA and projector, and generates."""
     model = composed(subject.folder, quantization="4bit")
     stored = [p for p in model.language_model.parameters() if p.dtype == torch.uint8]
     assert stored, "no weight is stored in 4 bits"

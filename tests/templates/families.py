@@ -1,7 +1,4 @@
-"""The families of chat templates that are tried: their special tokens, and what is to be learned.
-
-Border: facts only, from the published descriptions; what is done with them stands in trials.py.
-"""
+"""Families of chat templates: their special tokens and the text to supervise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tries chat templates: tokenizers made in process, conversations, and TRL's twins as an oracle.
-
-Border: reads templates as text; it asks ChatFormat and reports, it does not judge.
-"""
+"""Tries chat templates: tokenizers made in process, conversations, and TRL's twins as an oracle."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ _CORPUS = [
 
 
 def trl_folder() -> Path | None:
-    """Where TRL keeps its templates; found without importing it."""
+    """Return the folder of TRL's templates, without importing TRL."""
     spec = importlib.util.find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -114,7 +111,7 @@ def _core(kind: str) -> str:
             *([decoders.Strip(" ", 1, 0)] if first else []),
         ]
     )
-    # words are split while it learns, as SentencePiece does, so that no piece holds a blank inside
+    # Words are split in training, as SentencePiece does, so that no piece holds a blank inside.
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # type: ignore[assignment]
     core.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     core.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])  # type: ignore[assignment]
@@ -211,14 +208,14 @@ def num_tokens(talk: Conversation) -> list[int]:
 
 
 def runs_of(sample: Sample) -> list[tuple[int, int]]:
-    """Where learned tokens begin and end, one for each run of them."""
+    """Return start and end of each run of supervised tokens."""
     learned = [False, *(sample.labels != IGNORE_INDEX).tolist(), False]
     edges = [i for i in range(len(learned) - 1) if learned[i] != learned[i + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def learned_texts(chat: ChatFormat, talk: Conversation) -> list[str]:
-    """The learned text, one for each run of learned tokens."""
+    """Return the text of each run of supervised tokens."""
     sample = chat.tokenize(talk, num_tokens(talk))
     return [
         chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
@@ -228,7 +225,7 @@ def learned_texts(chat: ChatFormat, talk: Conversation) -> list[str]:
 
 @dataclass(frozen=True)
 class Marked:
-    """What a twin renders, and what it marks in that; marks that touch each other are one."""
+    """Return a twin's rendering and its marked spans; adjacent marks are joined."""
 
     text: str
     marks: list[str]
@@ -254,7 +251,7 @@ def marked_by_twin(family: Any, messages: list[dict[str, str]]) -> Marked:
 
 
 def refusal(chat: ChatFormat, talk: Conversation) -> str | None:
-    """Why a conversation cannot be learned from, or None if it can."""
+    """Return the error for a conversation, or None."""
     try:
         chat.tokenize(talk, num_tokens(talk))
     except ChatTemplateError as error:
@@ -263,13 +260,13 @@ def refusal(chat: ChatFormat, talk: Conversation) -> str | None:
 
 
 def is_from_trl(name: str) -> bool:
-    """Whether the family's template is one that TRL ships."""
+    """Return True if TRL ships the family's template."""
     folder = trl_folder()
     return folder is not None and (folder / f"{name}.jinja").is_file()
 
 
 def is_here(name: str) -> bool:
-    """Whether the family's template can be read."""
+    """Return True if the family's template can be found."""
     ours = (
         name in ("chatml", "smollm2")
         or (HERE / f"{name}.jinja").is_file()
