@@ -161,9 +161,7 @@ def test_the_output_can_be_scaled_to_any_root_mean_square(spec: ProjectorSpec) -
 
 @pytest.mark.parametrize("spec", [Linear(line_break=True), Mlp(line_break=True)], ids=repr)
 @pytest.mark.parametrize("closed_form", [False, True])
-def test_each_line_end_has_one_trained_embedding(
-    spec: ProjectorSpec, closed_form: bool
-) -> None:
+def test_each_line_end_has_one_trained_embedding(spec: ProjectorSpec, closed_form: bool) -> None:
     projector = spec.build(6, 8)
     if closed_form:
         projector.add_closed_form()
