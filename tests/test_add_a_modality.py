@@ -85,7 +85,6 @@ def test_the_claims_in_the_walk_are_those_of_the_kit() -> None:
     table = WALK.partition("## What is checked")[2]
     listed = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     more = [
-        "the length told by the header is the prepared length",
         "small micro-batches give the same features",
         "bfloat16 gives nearly the same features",
         "projector ... keeps its promise",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
+from multi_token.media.series import npy_bytes
 from multi_token.types import Conversation, Media, Message, Text
 
 
@@ -46,7 +47,7 @@ def bytes_of(source: Any, fetch: Fetch, *, is_text: bool = False) -> bytes:
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, (list, tuple, np.ndarray)):
-        return _npy(source)
+        return npy_bytes(source)
     if is_text and isinstance(source, str):
         return source.encode("utf-8", "replace")
     return fetch.read(source)
@@ -86,16 +87,3 @@ def _of_mapping(source: Mapping[str, Any], fetch: Fetch) -> bytes:
         f"{', '.join(map(str, given)) or 'none'}, which no single file says; leave its row out",
         kind="undecodable",
     )
-
-
-def _npy(numbers: Any) -> bytes:
-    try:
-        array = np.asarray(numbers, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise MediaError(
-            f"expected a list of numbers, or of equally long ones, got {str(numbers)[:80]!r}",
-            kind="undecodable",
-        ) from None
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-MIB = 1024 * 1024
+from multi_token.media.fetch import MIB
 
 
 class MediaLimits(BaseModel):
