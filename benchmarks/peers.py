@@ -40,9 +40,9 @@ from transformers import (
 from multi_token.checkpoint.load import load
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
+from multi_token.data.packing import PackingPlan
 from multi_token.recipe.train import Trainable
 from multi_token.report.machine import machine_facts
-from multi_token.train.packing import PackingPlan
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample

@@ -220,7 +220,7 @@ SHARED = [
     Variant(f"five questions a picture: {name}", "projector", True, True, tree=tree)
     for name, tree in (("packed + supervised logits", False), ("as a tree", True))
 ]
-"""The same rows with and without `share_media`; their picture is 196 tokens."""
+"""The same rows with and without `share`; their picture is 196 tokens."""
 
 
 def composed(fields: dict[str, Any]) -> MultiTokenForConditionalGeneration:
@@ -261,7 +261,7 @@ class Levers:
             self.models["all", True] = composed(halves)
         assert model.processor is not None
         collator = Collator(model.modalities, model.processor.chat.filler_id)
-        tree = replace(collator, share_media=True)
+        tree = replace(collator, share=True)
         plain, cached = (read(model, folder, given, cache) for cache in (None, FeatureCache()))
         self.optimizers: dict[tuple[str, bool], torch.optim.Optimizer] = {}
         self.lengths = [len(sample.input_ids) for sample in plain]

@@ -145,9 +145,9 @@ def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Re
         "train": {
             "output_dir": str(out / view),
             "seed": seed,
-            "align": {"rows": single},
+            "closed_form": {"rows": single},
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projectors",

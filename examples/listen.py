@@ -180,9 +180,9 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {"targets": "in_order"},
+            "closed_form": {"targets": "by_position"},
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projector",
@@ -192,7 +192,6 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
             ],
             "args": {
                 "per_device_train_batch_size": size.batch_size,
-                "train_sampling_strategy": "group_by_length",
                 "logging_steps": 2,
                 "use_cpu": True,
             },

@@ -200,12 +200,12 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {
+            "closed_form": {
                 "rows": [{"rows": str(data / "captions.jsonl")}],
-                "targets": "in_order",  # what is said goes through its text from first to last
+                "targets": "by_position",  # what is said goes through its text from first to last
             },
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projector",
@@ -215,7 +215,6 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
             ],
             "args": {
                 "per_device_train_batch_size": size.batch_size,
-                "train_sampling_strategy": "group_by_length",
                 "logging_steps": 2,
             },
         },

@@ -1,11 +1,20 @@
-"""Samples -> one Batch: padded or packed, with each media token's place in the flattened batch.
+"""Samples -> one Batch: padded or packed, with the position of each media token in the flat batch.
 
-Border: the last room on the CPU with samples; it asks modalities to batch their own inputs.
+The last step on the CPU that sees samples; modalities batch their own inputs.
+
+A pack that shares prefixes is a tree. What rows begin with alike stands once, and each row's rest
+is a segment that attends to the segments before it (rows A, B and C share `system`, A and B also
+an image):
+
+    system | image | rest of A | rest of B | rest of C
+       ^-------'^--------'         |           |
+       |        ^------------------'           |
+       ^---------------------------------------'
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,22 +34,23 @@ from multi_token.types import (
 )
 
 FEATURES_KEY = "features"
-"""The input under which an item carries features from the cache instead of encoder inputs."""
+"""Input of an item that carries features from the cache instead of encoder inputs."""
 NEWLINES_KEY = "breaks"
-"""Beside it, for items that are read line by line: bool [length], where a line ends."""
+"""Input beside it, for items that have lines: bool [length], true where a line ends."""
+_MIN_SHARED_TOKENS = 8
+"""Shortest text prefix that is shared. Every segment costs each layer one more attention call."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads samples to one length: right for training, left for generation."""
+    """Batches samples: padded to one length by `__call__`, packed into one row by `pack`."""
 
     modalities: Mapping[str, Modality]
     pad_id: int
     padding_side: Literal["left", "right"] = "right"
-    share_prefix: bool = False
-    """Tell the model how many leading positions all rows share (see `train.share_prefix`)."""
-    share_media: bool = False
-    """Lay what samples of a pack show first only once (see `train.share_media`)."""
+    """Right for training, left for generation."""
+    share: bool = False
+    """Lay prefixes that samples of a pack share only once (`train.packing: {share: true}`)."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Samples -> Batch of [batch, longest]. All items of a modality are batched together."""
@@ -60,68 +70,69 @@ class Collator:
             attention_mask[row, span] = 1
         shift_labels = torch.full_like(labels, IGNORE_INDEX)
         shift_labels[:, :-1] = labels[:, 1:]
-        batch = Batch(
+        return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
             shift_labels=shift_labels,
             media=self._media(
-                (place, item, begin)
+                (span, item, begin)
                 for sample, begin in zip(samples, begins, strict=True)
-                for place, item in zip(sample.media_spans, sample.media, strict=True)
+                for span, item in zip(sample.media_spans, sample.media, strict=True)
             ),
         )
-        if self.share_prefix:
-            batch["num_shared"] = _num_shared(batch, min(lengths), samples)
-        return batch
 
     def pack(self, samples: Sequence[Sample]) -> PackedBatch:
-        """Samples -> PackedBatch of [1, sum of their lengths], in the order in which they come.
+        """Lay samples one after the other -> PackedBatch of [1, sum of their lengths].
 
-        With `share_media`, samples beside each other that begin with the same media become a tree:
-        what they share once, and then the rest of each.
+        With `share`, samples with a common prefix become a tree, and the row is shorter. Samples
+        then come in the order of `pack_order`.
         """
-        families = (
-            _group_shared_media(samples) if self.share_media else [[sample] for sample in samples]
-        )
-        pieces: list[_PackSegment] = []
-        for family in families:
-            pieces += _pack_segments(family, num_before=len(pieces))
-        lengths = [piece.stop - piece.start for piece in pieces]
+        segments = self._segments(samples)
+        lengths = [segment.stop - segment.start for segment in segments]
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        labels = [piece.sample.labels[piece.start : piece.stop].clone() for piece in pieces]
-        for of_piece in labels:
-            of_piece[:1] = IGNORE_INDEX  # or what stands before it would predict it
+        labels = [s.sample.labels[s.start : s.stop].clone() for s in segments]
+        for of_segment in labels:
+            # or the last token of the segment before, of another sample, would predict it
+            of_segment[:1] = IGNORE_INDEX
         joined = torch.cat(labels)[None]
         begins = borders[:-1].tolist()
         batch = PackedBatch(
-            input_ids=torch.cat([p.sample.input_ids[p.start : p.stop] for p in pieces])[None],
+            input_ids=torch.cat([s.sample.input_ids[s.start : s.stop] for s in segments])[None],
             labels=joined,
             shift_labels=torch.nn.functional.pad(joined[:, 1:], (0, 1), value=IGNORE_INDEX),
-            position_ids=torch.cat([torch.arange(p.start, p.stop) for p in pieces])[None],
+            position_ids=torch.cat([torch.arange(s.start, s.stop) for s in segments])[None],
             cu_seq_lens_q=borders,
             cu_seq_lens_k=borders,
             max_length_q=max(lengths),
             max_length_k=max(lengths),
             media=self._media(
-                (place, item, begin - piece.start)
-                for piece, begin in zip(pieces, begins, strict=True)
-                for place, item in zip(piece.sample.media_spans, piece.sample.media, strict=True)
-                if piece.start <= place.start < piece.stop
+                (span, item, begin - segment.start)
+                for segment, begin in zip(segments, begins, strict=True)
+                for span, item in zip(segment.sample.media_spans, segment.sample.media, strict=True)
+                if segment.start <= span.start < segment.stop
             ),
         )
-        if any(piece.prefix_segment is not None for piece in pieces):
+        if any(segment.parent is not None for segment in segments):
+            bounds = [
+                (begin, begin + length) for begin, length in zip(begins, lengths, strict=True)
+            ]
             batch["segments"] = torch.tensor(
                 [
-                    (
-                        begin,
-                        begin + length,
-                        *(_segment_bounds(piece.prefix_segment, begins, lengths)),
-                    )
-                    for piece, begin, length in zip(pieces, begins, lengths, strict=True)
+                    (*own, *((0, 0) if segment.parent is None else bounds[segment.parent]))
+                    for own, segment in zip(bounds, segments, strict=True)
                 ]
             )
         return batch
+
+    def pack_order(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return samples in the order in which `pack` lays them."""
+        return [s.sample for s in self._segments(samples) if s.stop == len(s.sample.input_ids)]
+
+    def _segments(self, samples: Sequence[Sample]) -> list[_PackSegment]:
+        if self.share:
+            return _tree(samples)
+        return [_PackSegment(sample, 0, len(sample.input_ids)) for sample in samples]
 
     def _media(self, placed: Iterable[tuple[MediaSpan, Prepared, int]]) -> dict[str, MediaBatch]:
         """Items with their places and where their samples begin in the flattened batch, by
@@ -165,85 +176,119 @@ class Collator:
         return batch
 
 
-def _num_shared(batch: Batch, shortest: int, samples: Sequence[Sample]) -> int:
-    """Leading positions with the same ids in all rows, before any media and any learned label."""
-    ids, learned = batch["input_ids"], batch["shift_labels"] != IGNORE_INDEX
-    stops = ((ids != ids[:1]) | learned).any(0).nonzero().flatten()
-    first_media = [place.start for sample in samples for place in sample.media_spans]
-    # at least one position must be left to compute
-    return min([shortest - 1, *first_media, *stops[:1].tolist()])
-
-
 @dataclass(frozen=True)
 class _PackSegment:
-    """`sample[start:stop]` in a pack, behind what stands in piece number `prefix_segment`, if
-    any."""
+    """`sample[start:stop]` of a pack, which attends to segment number `parent` and its parents."""
 
     sample: Sample
     start: int
     stop: int
-    prefix_segment: int | None = None
+    parent: int | None = None
 
 
-def shared_media_prefix_length(samples: Sequence[Sample]) -> int:
-    """How many leading tokens all of these samples share, up to and including shared media.
+@dataclass(frozen=True)
+class _Prefix:
+    """The part of a sample that another one may share, in units that are shared whole or not.
 
-    Ids and encoder inputs are compared, not names. It ends before anything that is learned, since
-    each sample learns its own, inside of no item, and before the end of the shortest sample; it is
-    0 where no item lies within.
+    `units`: a token id, or (modality, item number, length) of a media span. `ends`: tokens up to
+    the end of each unit.
     """
-    first = samples[0]
-    stop = min(len(sample.input_ids) for sample in samples) - 1
-    for sample in samples:
-        learned = (sample.labels[1 : stop + 1] != IGNORE_INDEX).nonzero()[:1]
-        other = (sample.input_ids[:stop] != first.input_ids[:stop]).nonzero()[:1]
-        stop = min([stop, *learned.flatten().tolist(), *other.flatten().tolist()])
-    num_same = 0
-    for i, place in enumerate(first.media_spans):
-        same = all(
-            len(sample.media_spans) > i
-            and sample.media_spans[i] == place
-            and _same_item(sample.media[i], first.media[i])
-            for sample in samples
-        )
-        if not same or place.start + place.length > stop:
-            stop = min([stop, *(s.media_spans[i].start for s in samples if len(s.media_spans) > i)])
+
+    sample: Sample
+    units: Sequence[Hashable]
+    ends: Sequence[int]
+
+
+class _ItemNumbers:
+    """Numbers for media items: items with equal encoder inputs have the same number."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[tuple[int, Prepared]]] = {}
+        self._num_known = 0
+
+    def number(self, modality: str, item: Prepared) -> int:
+        """Return the number of an item, a new one for content not seen before."""
+        # a few values decide between most items; only what agrees in these is compared in full
+        inputs = sorted(item.inputs.items())
+        few = [
+            (n, v.dtype, v.shape, *v.flatten()[:: 1 + v.numel() // 16].tolist()) for n, v in inputs
+        ]
+        alike = self._known.setdefault((modality, *few), [])
+        for number, other in alike:
+            if all(torch.equal(value, other.inputs[name]) for name, value in inputs):
+                return number
+        alike.append((self._num_known, item))
+        self._num_known += 1
+        return alike[-1][0]
+
+
+def _prefix(sample: Sample, numbers: _ItemNumbers) -> _Prefix:
+    """The tokens before a sample's last one and before any that predicts a supervised token."""
+    supervised = (sample.labels[1:] != IGNORE_INDEX).nonzero()[:1].flatten().tolist()
+    stop = min([len(sample.input_ids) - 1, *supervised])
+    ids = sample.input_ids[:stop].tolist()
+    units: list[Hashable] = []
+    ends: list[int] = []
+    at = 0
+    for span, item in zip(sample.media_spans, sample.media, strict=True):
+        if span.start + span.length > stop:
+            stop = min(stop, span.start)  # a media span is never cut
             break
-        num_same += 1
-    else:
-        behind = [s.media_spans[num_same].start for s in samples if len(s.media_spans) > num_same]
-        stop = min([stop, *behind])
-    return stop if num_same else 0
+        units += ids[at : span.start]
+        ends += range(at + 1, span.start + 1)
+        at = span.start + span.length
+        units.append((span.modality, numbers.number(span.modality, item), span.length))
+        ends.append(at)
+    return _Prefix(sample, [*units, *ids[at:stop]], [*ends, *range(at + 1, stop + 1)])
 
 
-def _same_item(a: Prepared, b: Prepared) -> bool:
-    return a is b or (
-        a.inputs.keys() == b.inputs.keys()
-        and all(torch.equal(a.inputs[key], b.inputs[key]) for key in a.inputs)
-    )
+def _num_common(prefixes: Sequence[_Prefix], begin: int = 0) -> int:
+    """Number of leading units that all prefixes have in common; the first `begin` are known."""
+    first = prefixes[0].units
+    for i in range(begin, min(len(prefix.units) for prefix in prefixes)):
+        if any(prefix.units[i] != first[i] for prefix in prefixes):
+            return i
+    return min(len(prefix.units) for prefix in prefixes)
 
 
-def _group_shared_media(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Neighbours that share a start with media."""
-    families: list[list[Sample]] = []
-    for sample in samples:
-        if families and shared_media_prefix_length([families[-1][0], sample]):
-            families[-1].append(sample)
-        else:
-            families.append([sample])
-    return families
+def shared_prefix(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Return (tokens, media items) of the prefix that all samples have in common.
+
+    Ids and encoder inputs are compared, not names. The prefix ends before the first supervised
+    token, since each sample trains on its own, inside of no item, and before the end of the
+    shortest sample.
+    """
+    numbers = _ItemNumbers()
+    prefixes = [_prefix(sample, numbers) for sample in samples]
+    num_units = _num_common(prefixes)
+    num_tokens = prefixes[0].ends[num_units - 1] if num_units else 0
+    return num_tokens, sum(span.start < num_tokens for span in samples[0].media_spans)
 
 
-def _pack_segments(family: Sequence[Sample], *, num_before: int) -> list[_PackSegment]:
-    """One sample whole; of several, what they share and then the rest of each."""
-    shared = shared_media_prefix_length(family) if len(family) > 1 else 0
-    if not shared:
-        return [_PackSegment(sample, 0, len(sample.input_ids)) for sample in family]
-    rest = [_PackSegment(s, shared, len(s.input_ids), prefix_segment=num_before) for s in family]
-    return [_PackSegment(family[0], 0, shared), *rest]
-
-
-def _segment_bounds(
-    piece: int | None, begins: Sequence[int], lengths: Sequence[int]
-) -> tuple[int, int]:
-    return (0, 0) if piece is None else (begins[piece], begins[piece] + lengths[piece])
+def _tree(samples: Sequence[Sample]) -> list[_PackSegment]:
+    """Segments of a pack whose common prefixes stand once, each parent before its children."""
+    numbers = _ItemNumbers()
+    segments: list[_PackSegment] = []
+    # (rows with the first `depth` units in common, depth, tokens that are laid already, parent);
+    # a stack of our own, since rows may be nested deeper than Python recurses
+    stack: list[tuple[list[_Prefix], int, int, int | None]]
+    stack = [([_prefix(sample, numbers) for sample in samples], 0, 0, None)]
+    while stack:
+        rows, depth, start, parent = stack.pop()
+        sample = rows[0].sample
+        if len(rows) == 1:
+            segments.append(_PackSegment(sample, start, len(sample.input_ids), parent))
+            continue
+        depth = _num_common(rows, depth)
+        stop = rows[0].ends[depth - 1] if depth else 0
+        with_media = any(start <= span.start < stop for span in sample.media_spans)
+        if with_media or stop - start >= _MIN_SHARED_TOKENS:
+            segments.append(_PackSegment(sample, start, stop, parent))
+            start, parent = stop, len(segments) - 1
+        children: dict[Hashable, list[_Prefix]] = {}
+        for i, row in enumerate(rows):
+            # a row whose prefix ends here has no more to share: a branch of its own
+            branch = row.units[depth] if depth < len(row.units) else ("end", i)
+            children.setdefault(branch, []).append(row)
+        stack += [(child, depth, start, parent) for child in reversed(children.values())]
+    return segments

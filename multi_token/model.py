@@ -20,7 +20,6 @@ from multi_token.language_model.forward import (
     ScaledEmbedding,
     filter_flash_attention_kwargs,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
 from multi_token.language_model.probe import probe
@@ -164,7 +163,6 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         shift_labels: Tensor | None = None,
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        num_shared: int = 0,
         segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -172,10 +170,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
         input_ids, attention_mask, labels, shift_labels: int64 [batch, time]. `shift_labels` is
         made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
-        accumulation steps, by which the summed loss is divided. `num_shared`: leading positions
-        that are the same in all rows; with labels they are computed once and without gradients.
-        `segments`: as in `PackedBatch`. Everything else goes to the language model, as what a
-        `PackedBatch` says of positions and borders.
+        accumulation steps, by which the summed loss is divided. `segments`: as in `PackedBatch`.
+        All other arguments go to the language model, such as a `PackedBatch`'s positions and
+        borders.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if segments is not None:
@@ -191,21 +188,14 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         assert shift_labels is not None
-        past = None
-        if num_shared:
-            self.capabilities.require("repeats_cache")
-            past = prefix_cache(
-                self.language_model, input_ids[:1, :num_shared], num_rows=len(input_ids)
-            )
         return supervised_loss(
             self.language_model,
-            inputs_embeds=embeds[:, num_shared:],
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
-            shift_labels=shift_labels[:, num_shared:],
+            shift_labels=shift_labels,
             num_items_in_batch=num_items_in_batch,
-            past_key_values=past,
             supports_logits_to_keep=self.capabilities.supports_logits_to_keep,
-            **per_layer_inputs(self.language_model, input_ids[:, num_shared:]),
+            **per_layer_inputs(self.language_model, input_ids),
             **kwargs,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.collate import FEATURES_KEY, NEWLINES_KEY, Collator, shared_media_prefix_length
+from multi_token.collate import FEATURES_KEY, NEWLINES_KEY, Collator, shared_prefix
 from multi_token.errors import MultiTokenError
 from multi_token.types import IGNORE_INDEX, MediaSpan, Prepared, Sample
 
@@ -111,51 +111,60 @@ FIRST = shown([1, 0, 0, 2, 3, 4, 5], 2, (1, 7.0))
 
 
 @pytest.mark.parametrize(
-    ("others", "num_shared"),
+    ("others", "tokens", "items"),
     [
-        # up to where ids differ, or something is learned, or the shorter one has its last token
-        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0))], 4),
-        ([shown([1, 0, 0, 2, 3, 4, 9], 2, (1, 7.0))], 4),
-        ([shown([1, 0, 0, 2, 3, 4, 5], 3, (1, 7.0))], 3),
-        ([shown([1, 0, 0, 2], 0, (1, 7.0))], 3),
-        ([shown([1, 0, 0], 0, (1, 7.0))], 0),
-        # not without the media, nor with others, nor where they stand elsewhere
-        ([shown([1, 0, 0, 2, 3, 4, 5], 2, (1, 8.0))], 0),
-        ([shown([1, 0, 0, 2, 3, 4, 5], 2)], 0),
-        ([shown([0, 0, 0, 2, 3, 4, 5], 2, (1, 7.0))], 0),
+        # up to where ids differ, or a token is supervised, or the shorter one has its last token
+        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0))], 4, 1),
+        ([shown([1, 0, 0, 2, 3, 4, 9], 2, (1, 7.0))], 4, 1),
+        ([shown([1, 0, 0, 2, 3, 4, 5], 3, (1, 7.0))], 3, 1),
+        ([shown([1, 0, 0, 2], 0, (1, 7.0))], 3, 1),
+        # before media that are cut by the end, are others, are not there or stand elsewhere
+        ([shown([1, 0, 0], 0, (1, 7.0))], 1, 0),
+        ([shown([1, 0, 0, 2, 3, 4, 5], 2, (1, 8.0))], 1, 0),
+        ([shown([1, 0, 0, 2, 3, 4, 5], 2)], 1, 0),
+        ([shown([0, 0, 0, 2, 3, 4, 5], 2, (1, 7.0))], 0, 0),
+        ([shown([1, 0, 0, 0, 3, 4, 5], 2, (2, 7.0))], 1, 0),
         # of all, not of the first two alone
-        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0)), shown([1, 0, 0, 9, 9], 1, (1, 7.0))], 3),
+        ([shown([1, 0, 0, 2, 9, 4, 5], 2, (1, 7.0)), shown([1, 0, 0, 9, 9], 1, (1, 7.0))], 3, 1),
     ],
 )
-def test_a_shared_start_ends_before_anything_that_is_not_shared(
-    others: list[Sample], num_shared: int
+def test_a_shared_prefix_ends_before_anything_that_is_not_shared(
+    others: list[Sample], tokens: int, items: int
 ) -> None:
-    assert shared_media_prefix_length([FIRST, *others]) == num_shared
-    assert shared_media_prefix_length([*others, FIRST]) == num_shared
+    assert shared_prefix([FIRST, *others]) == (tokens, items)
+    assert shared_prefix([*others, FIRST]) == (tokens, items)
 
 
-def test_a_shared_start_ends_before_an_item_that_is_not_shared() -> None:
+def test_a_shared_prefix_ends_before_an_item_that_is_not_shared() -> None:
     ids = [1, 0, 0, 2, 0, 0, 3, 4]
     two = shown(ids, 1, (1, 7.0), (4, 8.0))
-    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0), (4, 8.0))]) == 6
-    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0), (4, 9.0))]) == 4
-    assert shared_media_prefix_length([two, shown(ids, 1, (1, 7.0))]) == 4
-    assert shared_media_prefix_length([shown(ids, 1, (1, 7.0)), two]) == 4
-    # one that the start would cut in two is not shared either
-    assert (
-        shared_media_prefix_length([two, shown([1, 0, 0, 2, 0, 9, 3, 4], 1, (1, 7.0), (4, 8.0))])
-        == 4
-    )
+    assert shared_prefix([two, shown(ids, 1, (1, 7.0), (4, 8.0))]) == (6, 2)
+    assert shared_prefix([two, shown(ids, 1, (1, 7.0), (4, 9.0))]) == (4, 1)
+    assert shared_prefix([two, shown(ids, 1, (1, 7.0))]) == (4, 1)
+    assert shared_prefix([shown(ids, 1, (1, 7.0)), two]) == (4, 1)
 
 
-def test_neighbours_with_the_same_start_become_a_tree_in_a_pack(model: Any) -> None:
+def test_items_are_compared_by_all_of_their_values() -> None:
+    """Of 100 values the one that differs is none of the few that are looked at first."""
+    one, other = torch.zeros(1, 100), torch.zeros(1, 100)
+    other[0, 99] = 1.0
+    samples = [shown([1, 0, 0, 2, 3, 4], 1, (1, 0.0)) for _ in range(3)]
+    for sample_, values in zip(samples, (one, other, one.clone()), strict=True):
+        sample_.media[0] = Prepared({"values": values}, 1)
+    assert shared_prefix(samples[:2]) == (1, 0)
+    assert shared_prefix(samples[::2]) == (4, 1)
+
+
+def test_samples_with_the_same_prefix_become_a_tree_in_a_pack(model: Any) -> None:
     other = shown([1, 0, 0, 2, 9, 6], 1, (1, 7.0))
     alone = shown([8, 9], 1)
-    batch = Collator(model.modalities, 0, share_media=True).pack([alone, FIRST, other])
+    batch = Collator(model.modalities, 0, share=True).pack([alone, FIRST, other])
     assert batch["input_ids"].tolist() == [[8, 9, 1, 0, 0, 2, 3, 4, 5, 9, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 6, 4, 5]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 6, 9, 11]
-    assert batch["segments"].tolist() == [
+    segments = batch.get("segments")
+    assert segments is not None
+    assert segments.tolist() == [
         [0, 2, 0, 0],
         [2, 6, 0, 0],
         [6, 9, 2, 6],
@@ -169,25 +178,31 @@ def test_neighbours_with_the_same_start_become_a_tree_in_a_pack(model: Any) -> N
 def test_media_behind_a_shared_start_are_placed_where_they_stand_in_the_pack(model: Any) -> None:
     ids = [1, 0, 0, 2, 0, 0, 3, 4]
     samples = [shown(ids, 1, (1, 7.0), (4, 8.0)), shown(ids, 1, (1, 7.0), (4, 9.0))]
-    batch = Collator(model.modalities, 0, share_media=True).pack(samples)
+    batch = Collator(model.modalities, 0, share=True).pack(samples)
     assert batch["input_ids"].tolist() == [[1, 0, 0, 2, 0, 0, 3, 4, 0, 0, 3, 4]]
     assert batch["media"]["vector"]["positions"].tolist() == [1, 2, 4, 5, 8, 9]
     values = batch["media"]["vector"]["inputs"]["values"]
     assert values.flatten()[::5].tolist() == [7.0, 8.0, 9.0]
 
 
-@pytest.mark.parametrize(
-    ("other", "num_shared"),
-    [
-        (shown([1, 2, 3, 4], 0), 3),
-        (shown([1, 2, 3, 4], 2), 1),
-        (shown([1, 9, 3, 4], 0), 1),
-        (shown([1, 2, 3, 4], 0, (2, 7.0)), 2),
-    ],
-)
-def test_rows_that_begin_alike_are_told_to_the_model_where_that_is_asked_for(
-    model: Any, other: Sample, num_shared: int
-) -> None:
-    rows = [shown([1, 2, 3, 4], 0), other]
-    assert Collator(model.modalities, 0, share_prefix=True)(rows).get("num_shared") == num_shared
-    assert "num_shared" not in Collator(model.modalities, 0)(rows)
+def test_text_is_shared_from_eight_tokens_on_and_media_after_it_once_more(model: Any) -> None:
+    system = list(range(10, 18))
+    one, other = (shown([*system, 0, 0, 2, n], 1, (8, 7.0)) for n in (3, 4))
+    text, short = shown([*system, 5, 6], 1), shown([*system[:7], 5, 6], 1)
+    collate = Collator(model.modalities, 0, share=True)
+    batch = collate.pack([one, text, other])
+    assert batch["input_ids"].tolist() == [[*system, 0, 0, 2, 3, 2, 4, 5, 6]]
+    assert batch["position_ids"].tolist() == [[*range(12), 10, 11, 8, 9]]
+    segments = batch.get("segments")
+    assert segments is not None
+    assert segments.tolist() == [
+        [0, 8, 0, 0],
+        [8, 10, 0, 8],
+        [10, 12, 8, 10],
+        [12, 14, 8, 10],
+        [14, 16, 0, 8],
+    ]
+    assert batch["media"]["vector"]["positions"].tolist() == [8, 9]
+    assert "segments" not in collate.pack([short, text]), "seven tokens are too few"
+    order = collate.pack_order([one, text, other, short])
+    assert [id(sample) for sample in order] == [id(s) for s in (one, other, text, short)]

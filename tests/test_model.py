@@ -92,35 +92,6 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(model: Any, side: str) -> No
             )
 
 
-def test_a_start_that_all_rows_share_is_computed_once_with_the_same_loss_and_gradients(
-    model: Any,
-) -> None:
-    weight = model.projectors["image"].network.branches[0][0].weight.requires_grad_(True)
-    system = Message("system", (Text("You are a helpful assistant of few words."),))
-    rows = [replace(c, messages=(system, *c.messages)) for c in MIXED]
-    samples = [model.processor(c) for c in rows]
-    collate = Collator(model.modalities, model.processor.chat.filler_id)
-    plain, shared = collate(samples), replace(collate, share_prefix=True)(samples)
-    assert shared["num_shared"] >= 10
-    prefix = plain["input_ids"][:, : shared["num_shared"]]
-    assert (prefix == prefix[:1]).all()
-
-    losses = [model(**batch).loss for batch in (plain, shared)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad(loss, weight)[0] for loss in losses]
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
-
-
-def test_a_shared_start_ends_before_media_and_before_anything_learned(model: Any) -> None:
-    rows = [question(picture("red"), "?"), question(picture("blue"), "?")]
-    samples = [model.processor(c) for c in rows]
-    collate = Collator(model.modalities, model.processor.chat.filler_id, share_prefix=True)
-    assert collate(samples)["num_shared"] == samples[0].media_spans[0].start
-    texts = [model.processor(question("What is this?")) for _ in range(2)]
-    first_learned = int((texts[0].labels != IGNORE_INDEX).nonzero()[0])
-    assert collate(texts)["num_shared"] == first_learned - 1
-
-
 def test_the_summed_loss_is_divided_by_the_items_of_the_whole_step(model: Any) -> None:
     with torch.no_grad():
         whole = batch_of(model, MIXED)
@@ -220,7 +191,7 @@ def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pas
     from multi_token.train.parameter_groups import freeze_and_unfreeze
 
     freeze_and_unfreeze(
-        model, Trainable.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}})
+        model, Trainable.model_validate({"encoders": {"image": {"lr": 1, "last_layers": 1}}})
     )
     model.train()(**batch_of(model, [MIXED[2]])).loss.backward()
     gradients = {n: p.grad for n, p in model.encoders.named_parameters() if p.requires_grad}

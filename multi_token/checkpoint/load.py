@@ -48,6 +48,7 @@ from multi_token.language_model.quantization import quantized_parameters
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
+from multi_token.recipe.conflicts import check_renamed
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.registry import validate_fields
 
@@ -79,7 +80,9 @@ def compose(
     }
     processor = MultiTokenProcessor(
         chat=ChatFormat(
-            load_tokenizer(spec.language_model, spec.revision), spec.chat_template, spec.learn_turns
+            load_tokenizer(spec.language_model, spec.revision),
+            spec.chat_template,
+            spec.train_on_turns,
         ),
         modalities=spec.modalities,
         fetch=Fetch(),
@@ -230,6 +233,10 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
             f"{path} has checkpoint schema {fields.get('schema')!r}, this version reads {SCHEMA} "
             f"({__version__}); it was written by multi_token {fields.get('multi_token_version')}"
         )
+    try:
+        check_renamed(fields["model"], "model")
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
     return fields
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from multi_token.data.mixture import permutation
+from multi_token.data.packing import PackingPlan, pack_buffer
 from multi_token.data.scan import Problem
 from multi_token.data.streaming import (
     CollateGroup,
@@ -32,7 +33,6 @@ from multi_token.data.streaming import (
 )
 from multi_token.distributed import all_gather
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.train.packing import PackingPlan, best_fit
 from multi_token.types import Sample
 
 _PACKS = 1 << 32
@@ -208,13 +208,10 @@ class StreamLoader:
             [len(sample.media) for sample in chosen] if packing.max_items is not None else (),
             packing.max_items,
         )
-        longest_first = sorted(range(len(chosen)), key=lambda i: -rows.lengths[i])
-        packs = sorted(best_fit(rows, longest_first), key=rows.tokens_of)
-        carried = [positions[i] for i in packs[0]] if packs else []
-        others = [[positions[i] for i in pack] for pack in packs[1:]]
+        packs, emptiest = pack_buffer(rows, range(len(chosen)))
         seed, process = self.streams.mixture.seed, self.args.process_index
-        order = permutation(len(others), seed, _PACKS + process, self.state.window)
-        return [others[i] for i in order], carried
+        order = permutation(len(packs), seed, _PACKS + process, self.state.window)
+        return [[positions[i] for i in packs[at]] for at in order], [positions[i] for i in emptiest]
 
     def _rows(self, reading: ShardReader) -> Iterator[tuple[int, SampleOrProblem]]:
         """Rows one by one; those of workers become this process' own, since many are kept, and

@@ -83,12 +83,12 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {
+            "closed_form": {
                 "rows": [{"rows": str(data.naming)}],
                 "caption_format": " {caption}\n{caption}",
             },
             "feature_cache": True,
-            "share_prefix": True,
+            "packing": {"share": True},
             "stages": [
                 {
                     "name": "projector",
@@ -98,7 +98,6 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
             ],
             "args": {
                 "per_device_train_batch_size": size.batch_size,
-                "train_sampling_strategy": "group_by_length",
                 "logging_steps": 2,
                 "use_cpu": True,
             },
@@ -257,7 +256,7 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
 def closed_form_model(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
     """The model as it was after the closed-form start, before any gradient step."""
     model = compose(plan.model)
-    load_trained(model, out / "stages" / "0-align")
+    load_trained(model, out / "stages" / "0-closed-form")
     return model.eval()
 
 

@@ -11,9 +11,7 @@ from typing import Literal, Protocol
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import PrefillMode
 
-LazyCapability = Literal[
-    "supports_packing", "supports_segment_attention", "supports_shared_media", "repeats_cache"
-]
+LazyCapability = Literal["supports_packing", "supports_segment_attention", "supports_shared_prefix"]
 """Capabilities that only some runs need; each is probed when it is first asked for."""
 
 _LIMITATIONS = {
@@ -29,14 +27,9 @@ _LIMITATIONS = {
         "{name} cannot take packed rows: the content of one row changes the logits of the next; "
         "set train.packing to false"
     ),
-    "supports_shared_media": (
-        "{name} cannot go on from one start several times in a packed row: it does not run on "
-        "`sdpa`, or not all of its layers see everything before them; set train.share_media to "
-        "false"
-    ),
-    "repeats_cache": (
-        "{name} keeps no key-value cache that could be repeated for each row, so a shared start "
-        "cannot be computed once; set train.share_prefix to false"
+    "supports_shared_prefix": (
+        "{name} cannot share a prefix among packed rows: it does not run on `sdpa`, or not all of "
+        "its layers attend to everything before them; set train.packing to true, without `share`"
     ),
 }
 
@@ -82,23 +75,16 @@ class Capabilities:
         return self._has("supports_segment_attention")
 
     @property
-    def supports_shared_media(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Packed rows may share a prefix that is computed once."""
-        return self._has("supports_shared_media")
-
-    @property
-    def repeats_cache(self) -> bool:
-        """A prefix that all rows share can be computed once."""
-        return self._has("repeats_cache")
+        return self._has("supports_shared_prefix")
 
     def _has(self, capability: LazyCapability) -> bool:
         if capability not in self._found:
             self._found[capability] = self.probe is not None and self.probe.has(capability)
         return self._found[capability]
 
-    def require(
-        self, capability: Literal["supports_packing", "supports_shared_media", "repeats_cache"]
-    ) -> None:
+    def require(self, capability: Literal["supports_packing", "supports_shared_prefix"]) -> None:
         """Raise LanguageModelError, with the reason and the setting to change, if it is missing."""
         if not self._has(capability):
             raise LanguageModelError(_LIMITATIONS[capability].format(name=self.name))

@@ -1,4 +1,4 @@
-"""Drives a language model by embeddings: inputs of its layers, loss, shared starts, going on.
+"""Drives a language model by embeddings: inputs of its layers, loss, going on.
 
 Border: one function for each thing that is asked of it, for any family; which way a model needs is
 found by language_model/probe.py and handed in.
@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
@@ -97,27 +96,6 @@ def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]
     return {name: value for name, value in inputs.items() if name not in FLASH_ATTENTION_KWARGS}
 
 
-@torch.no_grad()
-def prefix_cache(language_model: Any, input_ids: Tensor, *, num_rows: int) -> Any:
-    """The keys and values of a text that `num_rows` rows begin with.
-
-    input_ids int64 [1, num_shared]. Exact as long as the language model is frozen: what stands
-    before any media does not depend on anything that learns.
-    """
-    try:
-        output = language_model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-        past = output.past_key_values
-        past.batch_repeat_interleave(num_rows)
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise LanguageModelError(
-            f"{type(base_language_model(language_model)).__name__} keeps no key-value "
-            f"cache that could "
-            "be repeated for each row, so a shared start cannot be computed once; set "
-            "train.share_prefix to false"
-        ) from error
-    return past
-
-
 def supervised_loss(
     language_model: Any,
     *,
@@ -125,7 +103,6 @@ def supervised_loss(
     attention_mask: Tensor | None,
     shift_labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
-    past_key_values: Any = None,
     supports_logits_to_keep: bool = True,
     **inputs: Any,
 ) -> Any:
@@ -139,8 +116,6 @@ def supervised_loss(
     isolation of packed rows.
     """
     keep = shift_labels != -100
-    if past_key_values is not None:
-        inputs["past_key_values"] = past_key_values
     inputs |= {
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,

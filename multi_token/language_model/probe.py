@@ -34,7 +34,6 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
 from multi_token.language_model.loading import first_line
@@ -397,7 +396,7 @@ class _Trial:
         with segment_attention_enabled(self.model) as enabled:
             return enabled and self.supports_packing()
 
-    def supports_shared_media(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Pack two rows that share three tokens: each must have the logits it has alone."""
         with recording_mask_reach() as reach, segment_attention_enabled(self.model) as enabled:
             if not enabled or not accepts_position_ids(self.model):
@@ -419,18 +418,6 @@ class _Trial:
                 attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
             )[0]
             return self.is_close(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
-
-    def repeats_cache(self) -> bool:
-        """Two rows over one repeated KV cache of two tokens."""
-        self.measure_rounding()
-        past = prefix_cache(self.model, self.ids[:, :2], num_rows=2)
-        found = self.logits_from_embeds(
-            self.embeds[:, 2:].repeat(2, 1, 1),
-            self.ids[:, 2:].repeat(2, 1),
-            past_key_values=past,
-            attention_mask=torch.ones_like(self.ids).repeat(2, 1),
-        )
-        return self.is_close(found, self.reference[2:_NUM_TOKENS].expand_as(found))
 
 
 def _succeeds(trial: Callable[[], bool]) -> bool:

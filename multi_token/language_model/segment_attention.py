@@ -57,13 +57,16 @@ def segment_attention(
     queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
     pieces = []
     for i, (start, stop, first, past) in enumerate(rows):
+        path = [i]  # from the root of the tree to this segment
+        while past > first:
+            path.insert(0, number[first, past])
+            _, _, first, past = rows[path[0]]
         seen, told, mask = keys[i], values[i], None
-        if past > first:
-            behind = number[first, past]
-            seen = torch.cat([keys[behind], seen], 2)
-            told = torch.cat([values[behind], told], 2)
+        if len(path) > 1:
+            seen = torch.cat([keys[j] for j in path], 2)
+            told = torch.cat([values[j] for j in path], 2)
             sees_all = torch.ones(stop - start, seen.shape[2], dtype=torch.bool, device=key.device)
-            mask = sees_all.tril(past - first)[None, None]
+            mask = sees_all.tril(seen.shape[2] - (stop - start))[None, None]
         pieces.append(
             sdpa_attention_forward(
                 module, queries[i], seen, told, mask, dropout, scaling, **options
@@ -179,7 +182,7 @@ def segments_to_mask(language_model: Any, segments: Tensor) -> Tensor:
     if base_language_model(language_model).config._attn_implementation != SEGMENT_ATTENTION:
         raise LanguageModelError(
             "a pack whose rows share a start was given to a language model that does not attend by "
-            "segment; run it inside of `segment_attention_enabled`, or pack without share_media"
+            "segment; run it inside of `segment_attention_enabled`, or pack without `share`"
         )
     return segments[None, None].cpu()
 

@@ -5,6 +5,7 @@ Border: names, numbers and defaults only; the whole recipe, and reading it, stan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 """A learning rate."""
 
 
-class AlignSpec(StrictModel):
+class ClosedFormSpec(StrictModel):
     """The closed-form start: ridge regression from features to caption embeddings."""
 
     penalty: float = Field(default=100.0, gt=0)
@@ -24,10 +25,10 @@ class AlignSpec(StrictModel):
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
     """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
     a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
-    targets: Literal["mean", "in_order"] = "mean"
+    targets: Literal["mean", "by_position"] = "mean"
     """What each of an item's many tokens aims at: the `mean` of its caption's embeddings, or, for
     speech and whatever else goes through its caption from first word to last, the caption's token
-    at the same part of the way (`in_order`)."""
+    at the same part of the way (`by_position`)."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 
@@ -54,9 +55,9 @@ class AdapterSpec(LoraSpec):
 
 
 class LearningRate(StrictModel):
-    """How fast something learns; `2.0e-6` stands for `{rate: 2.0e-6}`."""
+    """How fast something learns; `2.0e-6` stands for `{lr: 2.0e-6}`."""
 
-    rate: PositiveFloat
+    lr: PositiveFloat
     """Learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Of its matrices; default: `weight_decay` of `args`, which is transformers' (0)."""
@@ -64,12 +65,12 @@ class LearningRate(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, fields: Any) -> Any:
-        return {"rate": fields} if isinstance(fields, (int, float, str)) else fields
+        return {"lr": fields} if isinstance(fields, (int, float, str)) else fields
 
 
 def _lr_kind(fields: Any) -> str:
     """Whether a value is one pace for all instances, or a mapping from instances to theirs."""
-    by_instance = isinstance(fields, dict) and "rate" not in fields
+    by_instance = isinstance(fields, dict) and "lr" not in fields
     return "each" if by_instance else "all"
 
 
@@ -82,22 +83,22 @@ LearningRates = Annotated[
 class TrainableEncoder(LearningRate):
     """What of an encoder learns: all of it, its last layers, or LoRA on its linear layers."""
 
-    last: int | None = Field(default=None, ge=1)
+    last_layers: int | None = Field(default=None, ge=1)
     """So many of its last layers, and nothing before or behind them (a final norm stays)."""
     lora: LoraSpec | None = None
     """LoRA on all of its linear layers, which stay as they are."""
 
     @model_validator(mode="after")
     def _check_exclusive(self) -> TrainableEncoder:
-        if self.last is not None and self.lora is not None:
-            raise ValueError("`last` and `lora` exclude each other; keep one")
+        if self.last_layers is not None and self.lora is not None:
+            raise ValueError("`last_layers` and `lora` exclude each other; keep one")
         return self
 
 
 class Trainable(StrictModel):
     """What learns in a stage, and how fast; the rest is frozen.
 
-    Each value is a learning rate, or `{rate, weight_decay}`.
+    Each value is a learning rate, or `{lr, weight_decay}`.
     """
 
     projectors: LearningRates | None = None
@@ -142,7 +143,7 @@ class Trainable(StrictModel):
             self.projectors.values() if isinstance(self.projectors, dict) else [self.projectors]
         )
         paces = (*of_projectors, self.adapter, self.language_model, *self.encoders.values())
-        return next(pace.rate for pace in paces if pace is not None)
+        return next(pace.lr for pace in paces if pace is not None)
 
 
 class DistillationSpec(StrictModel):
@@ -180,8 +181,8 @@ class Stage(StrictModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     learn: Trainable
-    teacher: DistillationSpec | None = None
-    """Aim at what the language model answers to the rows' `surrogates`; `{}` for the defaults."""
+    distillation: DistillationSpec | None = None
+    """Aim at what the language model answers to the rows' `media_texts`; `{}` for the defaults."""
     dpo: DpoSpec | None = None
     """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -189,14 +190,14 @@ class Stage(StrictModel):
 
     @model_validator(mode="after")
     def _check_teacher_frozen(self) -> Stage:
-        if self.teacher is not None and self.learn.language_model is not None:
+        if self.distillation is not None and self.learn.language_model is not None:
             raise ValueError(
-                f"stage {self.name!r} has the language model as its `teacher`, so it cannot learn "
-                "it as a whole; learn an `adapter`, or leave `teacher` out"
+                f"stage {self.name!r} has `distillation` from the language model, so it cannot "
+                "train all of it; train an `adapter`, or leave `distillation` out"
             )
-        if self.teacher is not None and self.dpo is not None:
+        if self.distillation is not None and self.dpo is not None:
             raise ValueError(
-                f"`teacher` and `dpo` of stage {self.name!r} exclude each other; keep one"
+                f"`distillation` and `dpo` of stage {self.name!r} exclude each other; keep one"
             )
         return self
 
@@ -221,34 +222,36 @@ class FsdpSpec(StrictModel):
     """Groups of processes with all pieces each (HSDP), for several machines: the number of them."""
 
 
+class PackingSpec(StrictModel):
+    """How rows of a batch share one row of tokens."""
+
+    share: bool = False
+    """Compute a prefix that rows of a pack share (a system message, an image, or both) once. Rows
+    that begin with the same media come into one pack. The loss stays the same."""
+
+
 class TrainSpec(StrictModel):
     """How it is learned."""
 
     output_dir: str
-    start_from: str | None = None
+    init_from: str | None = None
     """A trained run (folder or hub name) whose projectors, trained encoders, adapter and trained
     language model are taken over as they are; instances that it does not have start anew."""
     seed: int = 0
-    align: AlignSpec | None = Field(default_factory=AlignSpec)
+    closed_form: ClosedFormSpec | None = Field(default_factory=ClosedFormSpec)
     """Stage zero; `null` turns it off."""
     feature_cache: FeatureCacheSpec | None = None
     """Run frozen encoders once and keep every item's features on disk: `true`, `false`, `auto`, or
     a section with more. See docs/feature-cache.md."""
-    share_prefix: bool = False
-    """Compute the text that all rows of a batch begin with (a system message, say) once and without
-    gradients. The loss stays the same; for stages in which the language model is frozen."""
-    packing: bool = False
-    """Rows of a batch stand one after the other in one row of tokens, without padding; each sees
-    itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size` rows.
-    The loss stays the same."""
+    packing: PackingSpec | None = None
+    """Rows of a batch stand one after the other in one row of tokens, without padding; each attends
+    to itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size`
+    rows. The loss stays the same. `true`, `false`, or `{share: true}`."""
     pack_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a pack; default: `per_device_train_batch_size` times the mean length of a row, and
     at least the longest row."""
     pack_items: int | None = Field(default=None, ge=1)
     """The most media items in a pack, where encoders need the memory; default: no limit."""
-    share_media: bool = False
-    """With `packing`: rows that begin with the same media (several questions about one picture)
-    come into one pack, in which what they share is computed once. The loss stays the same."""
     fsdp: FsdpSpec | None = None
     """Each process holds a piece of the language model's weights, gradients and optimizer state
     (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
@@ -276,12 +279,10 @@ class TrainSpec(StrictModel):
             for key in ("fsdp", "deepspeed"):
                 if {**self.args, **stage.args}.get(key):
                     raise ValueError(f"`fsdp` and `{key}` of `args` exclude each other; keep one")
-        if self.share_prefix:
-            raise ValueError("`fsdp` and `share_prefix` exclude each other; keep one")
 
-    @field_validator("fsdp", mode="before")
+    @field_validator("fsdp", "packing", mode="before")
     @classmethod
-    def _fsdp_from_bool(cls, value: Any) -> Any:
+    def _section_from_bool(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("feature_cache", mode="before")
@@ -297,10 +298,18 @@ class TrainSpec(StrictModel):
             return words[value]
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_removed_keys(cls, fields: Any) -> Any:
+        for key in ("share_media", "share_prefix"):
+            if isinstance(fields, Mapping) and key in fields:
+                raise ValueError(f"`{key}` is now `packing: {{share: true}}`")
+        return fields
+
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
         """Whether rows are read with texts in place of their media, for the stages' teachers."""
-        teachers = [stage.teacher for stage in self.stages if stage.teacher is not None]
+        teachers = [stage.distillation for stage in self.stages if stage.distillation is not None]
         if not teachers:
             return None
         return "required" if any(t.missing == "raise" for t in teachers) else "optional"
@@ -318,34 +327,23 @@ class TrainSpec(StrictModel):
             raise ValueError(f"stages need different names, got {stage_names}")
         with_adapter = [stage.name for stage in self.stages if stage.learn.adapter is not None]
         in_full = [stage.name for stage in self.stages if stage.learn.language_model is not None]
-        if self.share_prefix and (with_adapter or in_full):
-            raise ValueError(
-                f"`share_prefix` needs a frozen language model, but stage "
-                f"{(with_adapter or in_full)[0]!r} learns "
-                + ("an adapter" if with_adapter else "all of it")
-            )
-        if self.packing and self.share_prefix:
-            raise ValueError(
-                "`packing` and `share_prefix` exclude each other: packed rows have no common "
-                "start; keep one"
-            )
         if self.fsdp is not None:
             self._check_fsdp()
         for stage in self.stages if self.fsdp is not None else ():
-            if stage.teacher is not None and stage.teacher.missing != "raise":
+            if stage.distillation is not None and stage.distillation.missing != "raise":
                 raise ValueError(
                     f"with `fsdp` the teacher of stage {stage.name!r} must read every row, or "
-                    "processes would wait for each other; set `teacher.missing` to raise"
+                    "processes would wait for each other; set `distillation.missing` to raise"
                 )
         preferring = [stage.name for stage in self.stages if stage.dpo is not None]
-        for key in ("packing", "fsdp", "share_prefix"):
+        for key in ("packing", "fsdp"):
             if preferring and getattr(self, key):
                 raise ValueError(
                     f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
-                    "one, or give that stage a recipe of its own with `start_from`"
+                    "one, or give that stage a recipe of its own with `init_from`"
                 )
-        for key in ("pack_tokens", "pack_items", "share_media"):
-            if getattr(self, key) not in (None, False) and not self.packing:
+        for key in ("pack_tokens", "pack_items"):
+            if getattr(self, key) is not None and self.packing is None:
                 raise ValueError(f"`{key}` needs `packing: true`")
         if with_adapter and in_full:
             last_full = stage_names.index(in_full[-1])
@@ -356,10 +354,10 @@ class TrainSpec(StrictModel):
                     "before; learn the language model first, or merge the adapter (`multi-token "
                     "export RUN --to merged`) and train that"
                 )
-        if self.start_from is not None and (
-            Path(self.start_from).absolute() == Path(self.output_dir).absolute()
+        if self.init_from is not None and (
+            Path(self.init_from).absolute() == Path(self.output_dir).absolute()
         ):
-            raise ValueError("`start_from` is the run's own `output_dir`; choose another for one")
+            raise ValueError("`init_from` is the run's own `output_dir`; choose another for one")
         of_encoders = [
             (stage.name, *pair) for stage in self.stages for pair in stage.learn.encoders.items()
         ]

@@ -21,7 +21,7 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import mask_without_newlines
-from multi_token.recipe.train import AlignSpec
+from multi_token.recipe.train import ClosedFormSpec
 from multi_token.types import Conversation, Features, Media, Text
 
 
@@ -91,15 +91,15 @@ def fit_closed_form(
     name: str,
     items: Sequence[CaptionedItem],
     *,
-    spec: AlignSpec,
+    spec: ClosedFormSpec,
     batch_size: int = 32,
 ) -> int:
     """Fit the closed-form part of a projector; returns the number of items it was fitted on.
 
     Where one feature makes all of an item's tokens, token j is fitted to the embedding of the j-th
     token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
-    each is fitted to the mean of the caption's embeddings, or (`targets: in_order`) to the token at
-    the same part of the way.
+    each is fitted to the mean of the caption's embeddings, or (`targets: by_position`) to the
+    token at the same part of the way.
 
     Streaming: only Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
     """
@@ -148,7 +148,7 @@ class _Targets:
         model: MultiTokenForConditionalGeneration,
         processor: MultiTokenProcessor,
         num_tokens: int,
-        spec: AlignSpec,
+        spec: ClosedFormSpec,
     ) -> None:
         self.spec = spec
         self.tokenizer = processor.tokenizer
@@ -171,7 +171,7 @@ class _Targets:
             if num_groups == 1:
                 filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
                 target = filled[: self.num_tokens]
-            elif self.spec.targets == "in_order":
+            elif self.spec.targets == "by_position":
                 middles = 2 * torch.arange(num_all) + 1  # of each token's part of the way
                 target = embeddings[middles * len(embeddings) // (2 * num_all)]
             else:

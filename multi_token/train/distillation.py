@@ -38,11 +38,13 @@ class DistillationCollator:
         the
         batch, belongs to samples that have a text.
         """
+        if self.packed:
+            samples = self.collator.pack_order(samples)
         batch: dict[str, Any] = {**self._batch(self.collator, samples)}
         texts = [s.teacher for s in samples if s.teacher is not None]
         if texts:
-            # nothing is shared among texts: the teacher is not what share_prefix is exact for
-            plain = replace(self.collator, share_prefix=False, share_media=False)
+            # the teacher's logits are matched by position, so its rows keep the order of `samples`
+            plain = replace(self.collator, share=False)
             read: dict[str, Any] = {**self._batch(plain, texts)}
             del read["media"], read["labels"]
             each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]

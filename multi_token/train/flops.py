@@ -30,13 +30,11 @@ class TokenCounts:
     """What one batch asks of the language model, on one device."""
 
     num_tokens: int
-    """Real tokens that are computed with gradients."""
+    """Real tokens; those of a shared prefix count once."""
     num_pairs: int
     """(query, key) pairs of one head and layer: the squared lengths of the rows, summed."""
     num_logits: int
     """Positions whose logits are computed."""
-    num_shared: int = 0
-    """Tokens of a shared start that are computed once, forward only."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,18 @@ class LanguageModelCost:
 
     def forward(self, work: TokenCounts) -> int:
         """FLOPs of the forward pass."""
-        shared = 2 * self.num_body * work.num_shared + 4 * self.attention_width * (
-            work.num_shared**2
-        )
-        return shared + self._with_gradients(work)
+        linear = 2 * (self.num_body * work.num_tokens + self.num_head * work.num_logits)
+        return linear + 4 * self.attention_width * work.num_pairs
 
     def backward(self, work: TokenCounts) -> int:
         """FLOPs of the backward pass: through activations, and for the weights that learn."""
         if not self.differentiated:
             return 0
-        activations = self._with_gradients(work) + 4 * self.attention_width * work.num_pairs
+        activations = self.forward(work) + 4 * self.attention_width * work.num_pairs
         weights = 2 * (
             self.num_body_trainable * work.num_tokens + self.num_head_trainable * work.num_logits
         )
         return activations + weights
-
-    def _with_gradients(self, work: TokenCounts) -> int:
-        linear = 2 * (self.num_body * work.num_tokens + self.num_head * work.num_logits)
-        return linear + 4 * self.attention_width * work.num_pairs
 
 
 def _weights(

@@ -128,8 +128,10 @@ class StepMetrics(TrainerCallback):
         work = count_tokens(
             lengths,
             num_supervised,
-            num_shared=int(inputs.get("num_shared") or 0),
-            behind=() if segments is None else (segments[:, 3] - segments[:, 2]).tolist(),
+            # a segment's first position is the number of tokens in the prefix that it shares
+            num_before=()
+            if segments is None
+            else inputs["position_ids"][0, segments[:, 0]].tolist(),
             supports_logits_to_keep=self.model.capabilities.supports_logits_to_keep,
         )
         read = inputs.get("teacher")  # texts that the language model reads first, forward only
@@ -311,22 +313,18 @@ def count_tokens(
     lengths: Sequence[int],
     num_supervised: int,
     *,
-    num_shared: int = 0,
-    behind: Sequence[int] = (),
+    num_before: Sequence[int] = (),
     supports_logits_to_keep: bool = True,
 ) -> TokenCounts:
-    """What rows of these lengths ask of the language model.
+    """Counts of a batch with rows, or segments of a pack, of these lengths.
 
-    `num_shared`: leading tokens that are computed once for all rows. `behind`: for segments of a
-    pack, how many tokens of another one each of them attends to as well.
+    `num_before`: tokens of the shared prefix that each segment attends to as well.
     """
-    own = [length - num_shared for length in lengths]
     return TokenCounts(
-        num_tokens=sum(own),
-        num_pairs=sum(a * b for a, b in zip(own, lengths, strict=True))
-        + sum(a * b for a, b in zip(own, behind, strict=bool(behind))),
-        num_logits=num_supervised if supports_logits_to_keep else sum(own),
-        num_shared=num_shared,
+        num_tokens=sum(lengths),
+        num_pairs=sum(length**2 for length in lengths)
+        + sum(a * b for a, b in zip(lengths, num_before, strict=bool(num_before))),
+        num_logits=num_supervised if supports_logits_to_keep else sum(lengths),
     )
 
 

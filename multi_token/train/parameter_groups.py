@@ -39,7 +39,7 @@ def parameter_groups(
 
     def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
         decay = weight_decay if pace.weight_decay is None else pace.weight_decay
-        groups.append(ParameterGroup(name, pace.rate, decay, parameters))
+        groups.append(ParameterGroup(name, pace.lr, decay, parameters))
 
     biases: list[nn.Parameter] = []
     # one group where all learn alike, one for each instance where the recipe tells them apart
@@ -65,7 +65,7 @@ def parameter_groups(
         groups.append(
             # vectors all of them: what is said of them here is meant for them
             ParameterGroup(
-                "projector_biases", pace.rate, pace.weight_decay or 0.0, biases, decays_vectors=True
+                "projector_biases", pace.lr, pace.weight_decay or 0.0, biases, decays_vectors=True
             )
         )
     for group, (pace, parameters) in rest.items():
@@ -110,7 +110,7 @@ def trainable_encoders(
         elif (
             pace is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
         ):
-            found[name] = TrainableEncoder(rate=pace.rate, weight_decay=pace.weight_decay)
+            found[name] = TrainableEncoder(lr=pace.lr, weight_decay=pace.weight_decay)
     return found
 
 

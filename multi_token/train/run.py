@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint/load.py)
     RUN/cache/*.safetensors, *.json                                  features of frozen encoders
-    RUN/stages/0-align, 1-<name>, ...                                each stage's own state
+    RUN/stages/0-closed-form, 1-<name>, ...                                each stage's own state
 
 Border: the order of the stages. Each step is somebody else's: data/, align.py, trainer.py.
 """
@@ -28,6 +28,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.packing import packing_plan, shared_prefix_groups
 from multi_token.data.sources import TrainingSource, check_has_items, good_rows, open_source
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import (
@@ -56,9 +57,7 @@ from multi_token.train.dpo_reference import (
     preference_dataset,
 )
 from multi_token.train.evaluation import EvaluationCallback, build_dataset, evaluation_defaults
-from multi_token.train.families import shared_media_groups
 from multi_token.train.init_from import init_from_run
-from multi_token.train.packing import packing_plan
 from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
 from multi_token.train.plan.estimate import print_plan
 from multi_token.train.plan.oom import explain_oom
@@ -132,24 +131,22 @@ def train(
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move_to_device(model, arguments[0].device)
     apply_kernels(model.language_model, recipe.train, arguments[0].device)
-    start, taken = out / "stages" / "0-align", ()
+    start, taken = out / "stages" / "0-closed-form", ()
     begun = broadcast_from_main((start / _DONE).is_file)
     if begun:
         load_trained(model, start)
-    elif recipe.train.start_from is not None:
+    elif recipe.train.init_from is not None:
         taken = init_from_run(model, recipe.train)
         console.print(
-            f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
+            f"{', '.join(taken)}: taken over from {recipe.train.init_from}", highlight=False
         )
     console.print(*describe_parts(model), sep="\n", highlight=False)
     if recipe.train.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which cuts nothing; start several")
-    if recipe.train.share_prefix:
-        model.capabilities.require("repeats_cache")
-    if recipe.train.share_media:
-        model.capabilities.require("supports_shared_media")
-    if recipe.train.packing:
+    if recipe.train.packing is not None:
         model.capabilities.require("supports_packing")
+        if recipe.train.packing.share:
+            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
@@ -262,7 +259,7 @@ def _closed_form_stage(
     Those that were `taken` over are left as they are.
     """
     pairs = [pair for source in sources for pair in source.conversations()]
-    spec = recipe.train.align
+    spec = recipe.train.closed_form
     if spec is not None and spec.rows is not None:
         aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
         if cache is not None:
@@ -321,19 +318,17 @@ def _run_stage(
     num_items: list[int] = []
     if spec.pack_items is not None:
         num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
+    share = spec.packing is not None and spec.packing.share
+    # the rows of a stream are not known before; those of a pack share what they happen to share
+    look_for_groups = share and not isinstance(dataset, StreamDataset)
     packing = packing_plan(
         spec,
         lengths,
         num_items,
         num_rows=args.per_device_train_batch_size,
-        shared_media=shared_media_groups(sources, dataset) if spec.share_media else (),
+        groups=shared_prefix_groups(sources, dataset) if look_for_groups else (),
     )
-    collator = Collator(
-        model.modalities,
-        model.processor.chat.filler_id,
-        share_prefix=spec.share_prefix,
-        share_media=spec.share_media,
-    )
+    collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     trainer = MultiTokenTrainer(
         model,
         learn=stage.learn,
@@ -345,7 +340,7 @@ def _run_stage(
         train_dataset=dataset if pairs is None else pairs,
         eval_dataset=held_out,
         peak_tflops=spec.peak_tflops,
-        teacher=stage.teacher,
+        teacher=stage.distillation,
         dpo=stage.dpo,
         print_fn=partial(console.print, highlight=False, markup=False),
         data_collator=_build_collator(collator, stage, packed=packing is not None),
@@ -401,7 +396,7 @@ def _run_stage(
 
 
 def _build_collator(collator: Collator, stage: Stage, *, packed: bool) -> Any:
-    if stage.teacher is not None:
+    if stage.distillation is not None:
         return DistillationCollator(collator, packed=packed)
     if stage.dpo is not None:
         return PreferenceCollator(collator)

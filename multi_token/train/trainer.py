@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from multi_token.checkpoint.load import load_trained, save
+from multi_token.data.packing import PackingPlan
 from multi_token.data.stream_loader import StreamProgress, save_states
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import all_gather, barrier, is_main_process
@@ -33,7 +34,6 @@ from multi_token.train.distillation import DistillationLoss
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.fsdp import FsdpShards, full_optimizer_state, load_full_optimizer_state
 from multi_token.train.metrics import ROW_IDS, StepMetrics, WithRowIds, group_lrs
-from multi_token.train.packing import PackingPlan, PackSampler
 from multi_token.train.parameter_groups import (
     freeze_and_unfreeze,
     optimizer_groups,
@@ -46,7 +46,7 @@ from multi_token.train.resume import (
     prune_checkpoints,
     raise_on_read_error,
 )
-from multi_token.train.samplers import LengthGroupedSampler, SetEpochCallback
+from multi_token.train.samplers import LengthGroupedSampler, PackSampler, SetEpochCallback
 
 
 class MultiTokenTrainer(Trainer):

@@ -119,7 +119,7 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     assert model.generate([question], max_new_tokens=8) == [answer.strip()]
 
 
-@pytest.mark.parametrize("learned", [{"rate": 1e-5}, {"rate": 1e-4, "lora": {"r": 2}}], ids=str)
+@pytest.mark.parametrize("learned", [{"lr": 1e-5}, {"lr": 1e-4, "lora": {"r": 2}}], ids=str)
 @torch.no_grad()
 def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
     parts: Path, tmp_path: Path, learned: dict[str, Any]
@@ -185,7 +185,7 @@ def test_a_closed_form_part_and_a_second_sense_are_refused(
 ) -> None:
     fitted = composed(parts)
     fitted.projector("photo").add_closed_form()
-    with pytest.raises(ConvertError, match="closed-form part .*align: null"):
+    with pytest.raises(ConvertError, match="closed-form part .*closed_form: null"):
         export_llava(fitted, tmp_path / "out")
     with pytest.raises(ConvertError, match=r"has image \(image\), vector \(vector\)"):
         export_llava(model, tmp_path / "out")

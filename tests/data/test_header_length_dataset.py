@@ -58,9 +58,7 @@ def test_what_stands_in_for_a_bad_row_goes_through_every_collator(
     pair = replace(good, teacher=replace(good, media_spans=[], media=[]), rejected=good)
     error = RowError("is bad", kind="undecodable", row_id="blue")
     for share in (False, True):
-        collator = Collator(
-            processor.modalities, processor.chat.filler_id, share_prefix=share, share_media=share
-        )
+        collator = Collator(processor.modalities, processor.chat.filler_id, share=share)
         for collate in (collator, collator.pack, DistillationCollator(collator, packed=False)):
             for samples in ([pair, placeholder_sample(error)], [placeholder_sample(error)]):
                 names = WithRowIds(collate)(samples)[ROW_IDS]

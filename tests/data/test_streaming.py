@@ -10,13 +10,13 @@ import pytest
 
 from multi_token.collate import Collator
 from multi_token.data.mixture import Mixture
+from multi_token.data.packing import PackingPlan
 from multi_token.data.row_stream import open_stream
 from multi_token.data.scan import Problem
 from multi_token.data.stream_loader import StreamLoader, StreamState, load_state, save_states
 from multi_token.data.streaming import PaddedShard, StreamDataset
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.train.packing import PackingPlan
 from multi_token.train.training_args import training_arguments
 from tests.data.streams import BAD, row_of
 

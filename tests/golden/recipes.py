@@ -78,7 +78,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed": (PROJECTORS, {"packing": True}),
     "packed_shared_media": (
         ADAPTER,
-        {"rows": "one_picture", "packing": True, "share_media": True},
+        {"rows": "one_picture", "packing": {"share": True}},
     ),
     "adapter": (
         ADAPTER,
@@ -86,7 +86,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "full": (FULL, {}),
     "dpo": (ADAPTER, {"rows": "pairs", "stage": {"dpo": {}}}),
-    "teacher": (PROJECTORS, {"rows": "surrogates", "stage": {"teacher": {"weight": 0.5}}}),
+    "distillation": (
+        PROJECTORS,
+        {"rows": "media_texts", "stage": {"distillation": {"weight": 0.5}}},
+    ),
     "stream": (
         ADAPTER,
         {"data": {"stream": {"window": 4}, "max_tokens": 120}, "calibration_items": 8},

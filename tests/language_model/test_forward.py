@@ -22,7 +22,6 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    prefix_cache,
     supervised_loss,
 )
 
@@ -152,29 +151,6 @@ def test_a_model_that_ignores_which_logits_are_asked_for_is_refused(llama: Any) 
 
     with pytest.raises(LanguageModelError, match=r"\(2, 5, 40\) for 4 supervised positions"):
         loss_of(AllLogits())
-
-
-def test_a_start_computed_once_is_that_of_every_row(llama: Any) -> None:
-    start, rest = torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7], [8, 9]])
-    with torch.no_grad():
-        past = prefix_cache(llama, start, num_rows=2)
-        assert past.get_seq_length() == 3
-        behind = llama(input_ids=rest, past_key_values=past).logits
-        whole = llama(input_ids=torch.cat([start.expand(2, -1), rest], 1)).logits
-    torch.testing.assert_close(behind, whole[:, 3:])
-
-
-def test_a_shared_start_needs_no_logits_but_the_last(llama: Any) -> None:
-    shapes: list[Any] = []
-    hook = llama.lm_head.register_forward_hook(lambda _, __, out: shapes.append(out.shape[1]))
-    prefix_cache(llama, torch.tensor([[3, 4, 5]]), num_rows=2)
-    hook.remove()
-    assert shapes == [1]
-
-
-def test_a_model_without_a_cache_to_repeat_is_refused() -> None:
-    with pytest.raises(LanguageModelError, match="keeps no key-value cache"):
-        prefix_cache(nn.Linear(1, 1), torch.tensor([[3]]), num_rows=2)
 
 
 IDS = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])

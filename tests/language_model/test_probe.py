@@ -91,7 +91,7 @@ def llama(kind: Any = LlamaForCausalLM) -> Any:
 def test_a_plain_model_has_nothing_unusual() -> None:
     found = probe(llama())
     assert found.notes() == []
-    assert found.supports_packing and found.repeats_cache
+    assert found.supports_packing
     found.require("supports_packing")
 
 
@@ -183,8 +183,8 @@ def test_what_a_model_lacks_is_a_sentence_where_it_is_asked_for() -> None:
     found = probe(families.tiny_model("Mamba2"))
     with pytest.raises(LanguageModelError, match="Mamba2ForCausalLM cannot take packed rows"):
         found.require("supports_packing")
-    with pytest.raises(LanguageModelError, match="set train.share_prefix to false"):
-        found.require("repeats_cache")
+    with pytest.raises(LanguageModelError, match="set train.packing to true, without `share`"):
+        found.require("supports_shared_prefix")
     (said,) = probe(families.tiny_model("RWKV")).notes()
     assert "only prompts of one length are batched" in said
 

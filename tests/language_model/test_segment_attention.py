@@ -2,7 +2,7 @@
 itself.
 
 Border: the model's own `sdpa` with one row at a time is the measure; plans of packs are tested with
-train/packing.py.
+data/packing.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from multi_token.collate import Collator, shared_media_prefix_length
+from multi_token.collate import Collator, shared_prefix
 from multi_token.errors import LanguageModelError
 from multi_token.language_model import segment_attention as attention
 from multi_token.language_model.probe import probe
@@ -248,35 +248,42 @@ SHARED = [
 ]
 
 
-def test_rows_that_share_media_are_a_tree_with_the_loss_and_gradients_of_rows_one_by_one(
-    learning: Any,
+@pytest.mark.parametrize("system", [None, "You are a helpful assistant of few words."])
+def test_rows_that_share_prefixes_are_a_tree_with_the_loss_and_gradients_of_rows_one_by_one(
+    learning: Any, system: str | None
 ) -> None:
+    """With a system message, all rows share it, and some share an image after it as well."""
     model = learning
-    samples = [model.processor(c) for c in SHARED]
+    first = () if system is None else (Message("system", (Text(system),)),)
+    samples = [model.processor(replace(c, messages=(*first, *c.messages))) for c in SHARED]
     alone = loss_and_gradients(model, [collator_of(model)([s]) for s in samples])
-    tree = replace(collator_of(model), share_media=True).pack(samples)
-    three, two = shared_media_prefix_length(samples[:3]), shared_media_prefix_length(samples[5:])
-    assert three > samples[0].media_spans[0].start + samples[0].media_spans[0].length
+    tree = replace(collator_of(model), share=True).pack(samples)
+    (all_, none), (three, one) = shared_prefix(samples), shared_prefix(samples[:3])
+    two = shared_prefix(samples[5:])[0]
+    assert none == 0 and one == 1
     assert two == samples[5].media_spans[1].start == 2 + samples[5].media_spans[0].start
     num_saved = sum(len(s.input_ids) for s in samples) - tree["input_ids"].shape[1]
-    assert num_saved == 2 * three + two > 30
-    assert len(tree["media"]["image"]["positions"]) == 5 * 3, "of seven pictures"
+    if system is None:  # what all share is too short
+        assert all_ < 8 and num_saved == 2 * three + two > 30
+    else:
+        assert all_ >= 20 and num_saved == 6 * all_ + 2 * (three - all_) + (two - all_)
+    assert len(tree["media"]["image"]["positions"]) == 5 * 3, "of seven images"
     with segment_attention_enabled(model.language_model):
         loss, gradients = loss_and_gradients(model, [tree])
     torch.testing.assert_close(loss, alone[0], rtol=1e-5, atol=1e-6)
     assert apart(gradients, alone[1]) < 1e-5
 
 
-def test_a_shared_start_ends_before_what_is_learned_and_holds_media_or_is_none(model: Any) -> None:
+def test_a_shared_prefix_ends_before_the_first_supervised_token(model: Any) -> None:
     seen = Message("user", (picture("red"), Text("?")))
     said = Message("assistant", (Text("a red square"),))
     asked = [Message("user", (Text(t),)) for t in ("one", "a picture")]
     rows = [Conversation((seen, said, again, said), id="row") for again in asked]
     samples = [model.processor(row) for row in rows]
     first_learned = int((samples[0].labels != IGNORE_INDEX).nonzero()[0])
-    assert shared_media_prefix_length(samples) == first_learned - 1
+    assert shared_prefix(samples) == (first_learned - 1, 1)
     texts = [model.processor(Conversation((again, said), id="row")) for again in asked]
-    assert shared_media_prefix_length(texts) == 0
+    assert shared_prefix(texts)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -292,13 +299,13 @@ def test_models_that_go_on_from_a_start_several_times_are_found(
     """A window of any length is in the way: here one that no trial could reach."""
     window = {"sliding_window": 10_000} if family in ("Mistral", "Gemma3") else {}
     found = probe(families.tiny_model(family, **window))
-    assert found.supports_shared_media == branches
+    assert found.supports_shared_prefix == branches
     if not branches:
-        with pytest.raises(LanguageModelError, match="set train.share_media to false"):
-            found.require("supports_shared_media")
+        with pytest.raises(LanguageModelError, match="without `share`"):
+            found.require("supports_shared_prefix")
 
 
 def test_a_tree_outside_of_attending_by_segment_is_refused(model: Any) -> None:
-    tree = replace(collator_of(model), share_media=True).pack([model.processor(c) for c in SHARED])
+    tree = replace(collator_of(model), share=True).pack([model.processor(c) for c in SHARED])
     with pytest.raises(LanguageModelError, match="run it inside of `segment_attention_enabled`"):
         model(**tree)

@@ -327,7 +327,10 @@ def test_a_plan_is_made_without_a_reference(pair_fields: Fields, tmp_path: Path)
     [
         ("train.packing=true", "`packing` and the `dpo` of stage 'prefer' exclude each other"),
         ("train.fsdp=true", "`fsdp` and the `dpo` of stage 'prefer' exclude each other"),
-        ("train.stages.0.teacher={}", "`teacher` and `dpo` of stage 'prefer' exclude each other"),
+        (
+            "train.stages.0.distillation={}",
+            "`distillation` and `dpo` of stage 'prefer' exclude each other",
+        ),
         (
             "train.stages.0.dpo={loss: ipo, label_smoothing: 0.1}",
             "`label_smoothing` is for the loss sigmoid, not for ipo",
@@ -344,12 +347,6 @@ def test_a_recipe_that_contradicts_its_preferences_is_refused(
     parse_recipe(text)
     with pytest.raises(RecipeError, match=sentence):
         parse_recipe(text, [override])
-
-
-def test_a_shared_prefix_is_refused(pair_fields: Fields, tmp_path: Path) -> None:
-    text = yaml.safe_dump(pair_fields(tmp_path / "run", stage={"learn": {"projectors": 1e-2}}))
-    with pytest.raises(RecipeError, match="`share_prefix` and the `dpo` of stage 'prefer' exclude"):
-        parse_recipe(text, ["train.share_prefix=true"])
 
 
 def test_check_and_show_read_both_answers(pair_fields: Fields, tmp_path: Path) -> None:

@@ -150,11 +150,11 @@ def test_a_packed_batch_has_the_lengths_of_its_samples() -> None:
     assert row_lengths({"input_ids": torch.zeros(1, 5), "cu_seq_lens_q": borders}) == [3, 2]
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert row_lengths({"input_ids": torch.zeros(2, 3), "attention_mask": mask}) == [2, 3]
-    assert count_tokens([4, 2, 3], 2, behind=[0, 4, 4]).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (
+    assert count_tokens([4, 2, 3], 2, num_before=[0, 4, 4]).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (
         3 + 4
     )
-    work = count_tokens([3, 5], 2, num_shared=1)
-    assert (work.num_tokens, work.num_pairs, work.num_shared) == (6, 2 * 3 + 4 * 5, 1)
+    work = count_tokens([3, 5], 2)
+    assert (work.num_tokens, work.num_pairs, work.num_logits) == (8, 3 * 3 + 5 * 5, 2)
 
 
 class _Poison(TrainerCallback):

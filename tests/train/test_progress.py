@@ -84,11 +84,11 @@ def test_what_is_unusual_is_said_and_what_cannot_be_is_refused_before_a_row_is_r
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     save_tiny_model("RWKV", tmp_path / "language_model")
-    fields = recipe_fields(tmp_path / "run", share_prefix=True)
+    fields = recipe_fields(tmp_path / "run", packing={"share": True})
     fields["model"]["language_model"] = str(tmp_path / "language_model")
     fields["data"]["train"] = [{"rows": str(tmp_path / "rows that are not there.jsonl")}]
     console = Console(record=True, width=300, file=io.StringIO())
-    with pytest.raises(LanguageModelError, match="set train.share_prefix to false"):
+    with pytest.raises(LanguageModelError, match="cannot take packed rows"):
         train(Recipe.model_validate(fields), console=console)
     assert "RwkvForCausalLM gives other answers when its rows are padded on the left" in (
         console.export_text()

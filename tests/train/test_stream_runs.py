@@ -223,7 +223,6 @@ def test_features_that_were_kept_before_stand_in_for_media(
         (lambda f: f["train"].update(feature_cache=True), "would be filled from all rows"),
         (lambda f: f["train"].update(feature_cache="auto"), "would be filled from all rows"),
         (lambda f: f["train"].update(packing=True), r"pack_tokens is None.*data.max_tokens \(120"),
-        (lambda f: f["train"].update(**PACKED, share_media=True), "`train.share_media` looks for"),
         (lambda f: f["train"]["stages"][0].update(dpo={}), "`data.stream` and the `dpo` of stage"),
         (lambda f: f["data"].update(stream=False), "`weight` of .* is the part of a source"),
         (

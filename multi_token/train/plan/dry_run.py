@@ -21,13 +21,13 @@ import torch
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.train.dpo import PreferenceDataset
-from multi_token.train.packing import PackSampler
 from multi_token.train.plan.oom import (
     bullet_list,
     is_out_of_memory,
     memory_capacity,
     memory_suggestions,
 )
+from multi_token.train.samplers import PackSampler
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer

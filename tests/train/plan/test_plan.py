@@ -195,9 +195,9 @@ def test_the_plan_counts_what_is_encoded_before_the_first_step(
         return console.export_text()
 
     assert "image: 32 encodings before the first step (for the closed form), about " in said()
-    assert "image: 18 encodings" in said(align=others)
-    assert "image: 16 encodings" in said(align=None)
-    assert "image: 4 encodings" in said(align=None, calibration_items=4)
+    assert "image: 18 encodings" in said(closed_form=others)
+    assert "image: 16 encodings" in said(closed_form=None)
+    assert "image: 4 encodings" in said(closed_form=None, calibration_items=4)
     cached = said(feature_cache=True)
     assert "image: 5 encodings before the first step (for the feature cache, each once)" in cached
     assert "(8 were tried)" in cached

@@ -1,0 +1,167 @@
+"""data/packing.py: full packs within both budgets, and rows that stay together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multi_token.data.packing import (
+    PackingPlan,
+    SharedPrefixGroup,
+    balance,
+    best_fit,
+    find_shared_prefix_groups,
+    group_into_steps,
+    pack_buffer,
+    packing_plan,
+)
+from multi_token.errors import RecipeError
+from multi_token.recipe.train import TrainSpec
+from multi_token.types import Conversation, Media, Message, Text
+
+
+def test_a_pack_holds_what_both_budgets_allow_and_no_more() -> None:
+    rows = PackingPlan([1], max_tokens=10, num_items=[1], max_items=3)
+    assert rows.fits(10, 3)
+    assert not rows.fits(11, 3)
+    assert not rows.fits(10, 4)
+    assert not rows.fits(11, 0)
+
+
+def test_items_without_a_budget_do_not_matter() -> None:
+    rows = PackingPlan([1, 2], max_tokens=10, num_items=[100, 200])
+    assert rows.fits(10, 1000)
+    assert rows.items_of([0, 1]) == 0
+    assert rows.tokens_of([0, 1]) == 3
+
+
+def test_a_row_as_large_as_a_budget_is_taken() -> None:
+    rows = PackingPlan([10, 1], max_tokens=10, num_items=[0, 3], max_items=3)
+    assert sorted(best_fit(rows, [0, 1])) == [(0,), (1,)]
+    with pytest.raises(RecipeError, match=r"pack_tokens is 9, but a row has 10 tokens"):
+        PackingPlan([10, 1], max_tokens=9)
+    with pytest.raises(RecipeError, match=r"pack_items is 2, but a row has 3 items"):
+        PackingPlan([10, 1], max_tokens=10, num_items=[0, 3], max_items=2)
+
+
+def test_packs_are_filled_to_the_last_token_and_item() -> None:
+    rows = PackingPlan([6, 4, 5, 5], max_tokens=10)
+    assert sorted(best_fit(rows, [0, 2, 3, 1])) == [(0, 1), (2, 3)]
+    rows = PackingPlan([1] * 4, max_tokens=10, num_items=[2, 1, 1, 2], max_items=3)
+    packs = best_fit(rows, [0, 3, 1, 2])
+    assert [rows.items_of(pack) for pack in packs] == [3, 3]
+
+
+def test_rows_are_dealt_into_packs_of_equal_length_though_items_are_the_same() -> None:
+    rows = PackingPlan([100, 60, 100, 60], max_tokens=200, num_items=[1] * 4, max_items=4)
+    dealt = balance(rows, range(4), 2)
+    assert dealt is not None
+    assert [rows.tokens_of(pack) for pack in dealt] == [160, 160]
+
+
+def test_rows_are_dealt_into_packs_of_equally_many_items_though_lengths_are_the_same() -> None:
+    rows = PackingPlan([60] * 4, max_tokens=200, num_items=[5, 1, 5, 1], max_items=10)
+    dealt = balance(rows, range(4), 2)
+    assert dealt is not None
+    assert [rows.items_of(pack) for pack in dealt] == [6, 6]
+
+
+def test_what_does_not_fit_or_leaves_a_pack_empty_is_not_dealt() -> None:
+    rows = PackingPlan([6, 6, 6], max_tokens=10)
+    assert balance(rows, range(3), 2) is None
+    assert balance(rows, range(3), 3) is not None
+    assert balance(rows, range(3), 4) is None
+
+
+def test_a_row_goes_into_the_fullest_pack_that_has_room() -> None:
+    rows = PackingPlan([6, 5, 4, 3, 2], max_tokens=10)
+    assert best_fit(rows, range(5)) == [(0, 2), (1, 3, 4)]
+
+
+def test_the_emptiest_pack_of_a_buffer_waits_for_the_next_one() -> None:
+    rows = PackingPlan([6, 5, 4, 3], max_tokens=10)
+    assert pack_buffer(rows, range(4)) == ([(0, 2)], (1, 3))
+    assert pack_buffer(rows, range(4), sizes=[1, 2, 3, 4]) == ([(0,), (3, 2)], (1,))
+    assert pack_buffer(rows, []) == ([], ())
+
+
+def test_a_buffer_full_of_items_is_dealt_evenly() -> None:
+    rows = PackingPlan([4, 1, 1, 1, 1], 10, [2, 2, 2, 2, 0], max_items=4)
+    packs, emptiest = pack_buffer(rows, range(5))
+    assert sorted(map(rows.tokens_of, [*packs, emptiest])) == [3, 5]
+
+
+def test_few_rows_are_dealt_to_all_packs_of_a_step_or_refused() -> None:
+    rows = PackingPlan([10, 20, 30, 40], max_tokens=100)
+    (step,) = group_into_steps(rows, best_fit(rows, range(4)), 4)
+    assert sorted(step) == [(0,), (1,), (2,), (3,)]
+    with pytest.raises(RecipeError, match="4 rows cannot be 5 packs"):
+        group_into_steps(rows, best_fit(rows, range(4)), 5)
+
+
+def test_a_pack_has_by_default_the_tokens_of_a_batch() -> None:
+    stages = [{"name": "one", "learn": {"projectors": 1e-3}}]
+
+    def budget(lengths: list[int], **fields: Any) -> Any:
+        spec = TrainSpec.model_validate({"output_dir": "run", "stages": stages, **fields})
+        return packing_plan(spec, lengths, [], num_rows=4)
+
+    assert budget([10, 20, 30]) is None
+    assert budget([10, 20, 30], packing=True).max_tokens == 80
+    assert budget([10, 20, 300], packing=True).max_tokens == 440
+    assert budget([1, 1, 1, 1, 1, 100], packing=True).max_tokens == 100
+    assert budget([10, 20, 30], packing=True, pack_tokens=64).max_tokens == 64
+
+
+def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
+    spec = TrainSpec.model_validate(
+        {
+            "output_dir": "run",
+            "stages": [{"name": "one", "learn": {"projectors": 1e-3}}],
+            "packing": {"share": True},
+            "pack_tokens": 100,
+            "pack_items": 4,
+        }
+    )
+    lengths, num_items = [50, 40, 60, 70, 30, 80, 90], [1, 1, 1, 2, 1, 0, 1]
+    groups = [SharedPrefixGroup((0, 2), 40, 1), SharedPrefixGroup((1, 3, 4, 6), 25, 1)]
+    rows = packing_plan(spec, lengths, num_items, num_rows=4, groups=groups)
+    assert rows is not None
+    assert list(rows.units) == [(5,), (0, 2), (1, 3, 4), (6,)], "the second one fills two packs"
+    assert list(rows.lengths) == [80, 70, 90, 90]
+    assert list(rows.num_items) == [0, 1, 2, 1]
+    packs = [rows.dataset_rows(pack) for pack in best_fit(rows, range(4))]
+    assert sorted(row for pack in packs for row in pack) == list(range(7))
+    assert [0, 2] in packs and [1, 3, 4] in packs
+
+
+def test_rows_are_a_group_only_if_their_samples_begin_with_the_same_media(
+    model: Any, data: Path
+) -> None:
+    def row(picture: str, *texts: str) -> Any:
+        parts = (Text(texts[0]), Media("image", str(data / picture)), Text(texts[1]))
+        said = Message("assistant", (Text("yes"),))
+        return model.processor(Conversation((Message("user", parts), said), id=picture))
+
+    samples = [
+        row("red.png", "Look: ", " is it red?"),
+        row("red.png", "Tell me, ", " is it blue?"),
+        row("blue.png", "Look: ", " what is it?"),
+        row("blue.png", "Look: ", " is it one?"),
+        row("green.png", "Look: ", " what is it?"),
+    ]
+    asked: list[int] = []
+
+    def read(index: int) -> Any:
+        asked.append(index)
+        return samples[index]
+
+    keys = ["red", "red", "blue", "blue", "green"]
+    (group,) = find_shared_prefix_groups(keys, read)
+    assert group.rows == (2, 3) and group.num_items == 1
+    place = samples[2].media_spans[0]
+    assert group.num_tokens >= place.start + place.length
+    assert asked == [0, 1, 2, 3], "a row on its own is not read"
+    assert find_shared_prefix_groups([None] * 5, read) == []
