@@ -74,7 +74,7 @@ def check_named(name: str, folder: Path) -> list[Result]:
             "fields of a small instance and a list of sources for it"
         )
     fields, sources = example
-    return check_modality(registry.build("modality", {"type": name, **fields}, Modality), sources)
+    return check_modality(registry.build("modality", {**fields, "type": name}, Modality), sources)
 
 
 def assert_conforms(

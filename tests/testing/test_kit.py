@@ -392,6 +392,18 @@ def test_one_source_and_a_sense_without_an_example_are_refused(
 ) -> None:
     with pytest.raises(MultiTokenError, match="at least two different sources"):
         check_modality(VectorModality(dim=3), SOURCES[:1])
-    monkeypatch.setitem(registry._registered["modality"], "fault", Fault)
-    with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Fault\.example"):
+
+    class Bare(Fault):
+        kit_example: ClassVar[str] = ""
+
+    monkeypatch.setitem(registry._registered["modality"], "fault", Bare)
+    with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Bare\.example"):
         check_named("fault", tmp_path)
+
+
+def test_a_class_that_inherits_an_example_is_the_one_that_is_tried_on_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(registry._registered["modality"], "fault", Fault)
+    results = {result.claim: result for result in check_named("fault", tmp_path)}
+    assert results[FOUND].passed and results[FOUND].detail == "type: fault"
