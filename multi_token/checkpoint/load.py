@@ -43,7 +43,8 @@ from multi_token.checkpoint.references import (
 )
 from multi_token.encoders import TrainedEncoderState, attach_lora, build_encoders, trained_tensors
 from multi_token.errors import CheckpointError
-from multi_token.language_model.loading import load_embeddings, load_language_model, load_tokenizer
+from multi_token.language_model.embeddings_only import load_embeddings
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration

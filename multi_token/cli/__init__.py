@@ -18,7 +18,6 @@ from typer.core import TyperGroup
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat, predict
-from multi_token.cli.bench import bench_app
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
@@ -83,7 +82,6 @@ app.command()(serve)
 app.command("import")(import_run)
 app.command()(export)
 app.command()(push)
-app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(modalities_app, name="modalities")

@@ -79,7 +79,7 @@ def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
 def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
     from multi_token.modalities.image import ImageModality
-    from multi_token.projectors.base import Mlp
+    from multi_token.projectors.kinds import Mlp
 
     name, *others = model.modalities
     modality = model.modalities[name]

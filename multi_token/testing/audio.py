@@ -73,7 +73,7 @@ def tiny_wav2vec2(
         "num_feat_extract_layers": 3,
         "num_conv_pos_embeddings": 16,
         # 16 channels per group: with 8, oneDNN computes bfloat16 wrongly on CPUs with AMX
-        # (torch 2.13)
+        # (torch 2.13).
         "num_conv_pos_embedding_groups": 2,
         "feat_extract_norm": "group",
         "initializer_range": 0.3,

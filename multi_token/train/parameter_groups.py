@@ -13,7 +13,7 @@ from torch import nn
 
 from multi_token.encoders import trainable_parameters, unfreeze
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.loading import adapter_parameters
+from multi_token.language_model.lora import adapter_parameters
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors.base import Projector

@@ -41,7 +41,7 @@ from multi_token.distributed import (
 )
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe

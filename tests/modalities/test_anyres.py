@@ -18,7 +18,7 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.anyres import best_grid, reading_order
 from multi_token.modalities.image import ImageModality
-from multi_token.projectors.base import Linear
+from multi_token.projectors.kinds import Linear
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.registry import validate_fields

@@ -13,7 +13,7 @@ from multi_token import registry
 from multi_token.errors import RecipeError, RegistryError
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
-from multi_token.projectors.base import Expand, Mlp
+from multi_token.projectors.kinds import Expand, Mlp
 from multi_token.recipe.recipe import Recipe, load_recipe, parse_recipe
 from multi_token.recipe.train import FeatureCacheSpec, LearningRate, LoraSpec, TrainableEncoder
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multi_token.errors import RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec
 from multi_token.train import trainer as trainer_module

@@ -18,7 +18,7 @@ from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RecipeError, RowError
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.recipe.train import AdapterSpec, DistillationSpec

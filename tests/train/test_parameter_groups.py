@@ -14,7 +14,7 @@ from rich.console import Console
 
 from multi_token.checkpoint.load import compose, save
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
