@@ -18,13 +18,13 @@ HEADER = (
     "family",
     "from",
     "contents",
-    "turns found by",
-    "the model writes before an answer",
+    "turns located by",
+    "written by the model before an answer",
     "end of turn",
     "system",
     "tool",
-    "TRL's twin marks besides",
-    "asked with",
+    "TRL's twin also marks",
+    "prompt at inference",
 )
 
 
@@ -41,14 +41,14 @@ def part(name: str) -> ModuleType:
 
 
 def render() -> str:
-    """The table, one row a family."""
+    """The table, one row per family."""
     rows = [_row(family) for family in part("families").FAMILIES.values()]
     lines = [HEADER, ["---"] * len(HEADER), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rendered(page: str) -> str:
-    """The page with its table made anew."""
+    """The page with its table rendered again."""
     before, _, after = page.split(MARK)
     return f"{before}{MARK}\n{render()}\n{MARK}{after}"
 
@@ -59,7 +59,7 @@ def _row(family: Any) -> list[str]:
     talk = trials.conversation(2)
     origin = "TRL" if trials.is_from_trl(family.name) else "ours"
     contents = "parts" if shape.takes_content_parts else "text"
-    found = "generation tags" if shape.is_tagged else "marks"
+    found = "generation tags" if shape.is_tagged else "markers"
     row = [family.name, origin, contents, found]
     if trials.refusal(chat, talk) is not None:
         return [*row, "", "none: refused", "", "", "", ""]
@@ -97,10 +97,10 @@ def _besides(family: Any, messages: list[dict[str, str]]) -> str:
         mark.partition(text[span.start : span.end])
         for mark, span in zip(marked.marks, spans, strict=True)
     ]
-    befores, behinds = [b for b, _, _ in around], [b for _, _, b in around]
+    befores, afters = [b for b, _, _ in around], [b for _, _, b in around]
     says = [
         f"{_by_turn(texts)} {where}"
-        for texts, where in ((befores, "before"), (behinds, "behind"))
+        for texts, where in ((befores, "before"), (afters, "after"))
         if any(texts)
     ]
     if marked.text != text:
@@ -109,7 +109,7 @@ def _besides(family: Any, messages: list[dict[str, str]]) -> str:
 
 
 def _asked_with(family: Any, messages: list[dict[str, str]]) -> str:
-    """Whether it is the template's own generation prompt."""
+    """Describe the prompt at inference: the template's own generation prompt, or a part of it."""
     trials = part("trials")
     shape = trials.shape_of(family)
     own = shape.render(messages, add_generation_prompt=True)
