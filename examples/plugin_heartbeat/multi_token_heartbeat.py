@@ -1,4 +1,4 @@
-"""The sense `heartbeat`: series of numbers, such as the seconds between heartbeats."""
+"""The modality `heartbeat`: series of numbers, such as the seconds between heartbeats."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any, Literal
 
 import torch
 
-from multi_token import Encoder, Features, Modality, Prepared
-from multi_token.errors import MediaError
-from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import AnyProjector
-from multi_token.projectors.kinds import Pool
+from multi_token import (
+    AnyProjector,
+    Encoder,
+    Features,
+    Fetch,
+    MediaError,
+    Modality,
+    Pool,
+    Prepared,
+)
 
 
 class HeartbeatEncoder(Encoder):

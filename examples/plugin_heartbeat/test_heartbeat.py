@@ -1,12 +1,11 @@
-"""The conformance kit of multi_token on the sense `heartbeat`, and what is its own."""
+"""The conformance kit of multi_token on the modality `heartbeat`, and what is its own."""
 
 from pathlib import Path
 
 import pytest
 from multi_token_heartbeat import HeartbeatModality
 
-from multi_token import MultiTokenError
-from multi_token.media.fetch import Fetch
+from multi_token import Fetch, MultiTokenError
 from multi_token.testing import assert_conforms
 
 
