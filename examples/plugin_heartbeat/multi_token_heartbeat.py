@@ -8,16 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from multi_token import (
-    AnyProjector,
-    Encoder,
-    Features,
-    Fetch,
-    MediaError,
-    Modality,
-    Pool,
-    Prepared,
-)
+from multi_token import AnyProjector, Encoder, Features, Fetch, MediaError, Modality, Pool, Prepared
 
 
 class HeartbeatEncoder(Encoder):
