@@ -274,12 +274,12 @@ class VideoModality(PretrainedModality):
         """Return a copy within a server's limits.
 
         `max_frames` is never below `num_frames`, which the encoder was trained with.
-        `max_film_pixels` bounds all frames of an item together, so it lowers `max_pixels`.
+        `max_video_pixels` bounds all frames of an item together, so it lowers `max_pixels`.
         """
         lowered = super().with_limits(limits)
         max_frames = max(lowered.max_frames, self.num_frames)
         most = max_frames if self.fps else self.num_frames
-        of_a_frame = max(1, int(limits.get("max_film_pixels", math.inf) // most))
+        of_a_frame = max(1, int(limits.get("max_video_pixels", math.inf) // most))
         max_pixels = min(lowered.max_pixels, of_a_frame)
         return lowered.model_copy(update={"max_frames": max_frames, "max_pixels": max_pixels})
 

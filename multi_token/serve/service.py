@@ -15,20 +15,23 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from multi_token.errors import ChatTemplateError
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.serve.engines.base import Engine, Prompt
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits
+from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
 from multi_token.serve.media.pool import MediaPool
-from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.serve.metrics import Metrics
-from multi_token.serve.openai.literal import LITERAL, SpecialTokenEscaper
-from multi_token.serve.openai.messages import MAX_CHARACTERS, MessageParser
+from multi_token.serve.openai.messages import (
+    LITERAL,
+    MAX_CHARACTERS,
+    MessageParser,
+    SpecialTokenEscaper,
+)
 from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams
 from multi_token.serve.openai.responses import TokenText, Usage
@@ -57,7 +60,7 @@ class Service:
     ) -> None:
         """`engine`: instead of the one that the settings name."""
         self.settings = settings
-        self.processor = require_processor(model)
+        self.processor = model.require_processor()
         self.modalities = model.modalities
         self.engine = engine or build_engine(model, settings)
         self.message_parser = MessageParser(

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from multi_token.media.fetch import MIB
-from multi_token.serve.media.totals import RequestMediaLimits
+from multi_token.serve.media.limits import RequestMediaLimits
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _NAME = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)

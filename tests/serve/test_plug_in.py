@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from multi_token import registry
-from multi_token.checkpoint.load import compose
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
-from multi_token.serve.media.totals import RequestMediaLimits
+from multi_token.serve.media.limits import RequestMediaLimits
 from multi_token.serve.media.worker import warm_up
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve import plug_in
@@ -46,7 +46,7 @@ def smells(
     registry.register_modality("odour", plug_in.OdourModality)
     try:
         torch.manual_seed(0)
-        model = compose(Recipe.model_validate(fields).model)
+        model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
         limits = RequestMediaLimits(max_seconds=8)
         with running(model, media_totals=limits, run_folder=folder) as server:
             yield server
@@ -105,7 +105,7 @@ def test_a_part_of_another_kind_is_refused_with_the_name_of_the_plug_in(
 def test_the_page_shows_a_plug_in_with_its_files_and_its_example(smells: RunningServer) -> None:
     facts = httpx.get(f"{smells.url}/page/facts").json()
     takes = [{"kind": "file", "noun": "odours", "suffixes": [".odour"]}]
-    assert facts["senses"] == [{"name": "nose", "type": "odour", "takes": takes}]
+    assert facts["modalities"] == [{"name": "nose", "type": "odour", "takes": takes}]
     (example,) = facts["examples"]
     assert example["answer"] == "coffee"
     (part,) = example["parts"]

@@ -37,6 +37,7 @@ _TICKET_TTL_S = 12 * 3600.0
 _HTML = "text/html; charset=utf-8"
 
 _COMMON_HEADERS = {"referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin"}
+# The page inserts what clients and models write; should any of it become HTML, no script runs.
 _PAGE_HEADERS = {
     **_COMMON_HEADERS,
     "content-security-policy": (
@@ -46,6 +47,8 @@ _PAGE_HEADERS = {
     "permissions-policy": "microphone=(self), camera=(), geolocation=()",
     "cache-control": "no-cache",
 }
+# The report contains rows of the data set. `sandbox` gives it an origin of its own, so it could not
+# read the page's key.
 _REPORT_HEADERS = {
     **_COMMON_HEADERS,
     "content-security-policy": (
@@ -54,6 +57,7 @@ _REPORT_HEADERS = {
     ),
     "cache-control": "no-store",
 }
+# Items are files of the data set, served as bytes: a browser must not open one as a page.
 _ITEM_HEADERS = {
     **_COMMON_HEADERS,
     "content-security-policy": "default-src 'none'; sandbox",
@@ -67,10 +71,10 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
     folder = settings.run_folder
     report = None if folder is None else folder / "report.html"
     secret = secrets.token_bytes(32)
-    looking: asyncio.Task[tuple[list[dict[str, Any]], Examples]] | None = None
+    loading: asyncio.Task[tuple[list[dict[str, Any]], Examples]] | None = None
 
-    def look() -> tuple[list[dict[str, Any]], Examples]:
-        senses = [
+    def load() -> tuple[list[dict[str, Any]], Examples]:
+        modalities = [
             {
                 "name": name,
                 "type": modality.type,
@@ -79,25 +83,27 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
             for name, modality in service.modalities.items()
         ]
         if not settings.show_examples:
-            return senses, Examples()
+            return modalities, Examples()
         try:
-            return senses, read_examples(folder, service.modalities)
-        except Exception as error:  # somebody's old rows do not keep the page from being used
-            LOG.error("no examples on the page", exc_info=error)
-            return senses, Examples()
+            return modalities, read_examples(folder, service.modalities)
+        # Data moves and changes after a run; whatever it raises, the page works without examples.
+        except Exception as error:
+            LOG.error("the chat page has no examples", exc_info=error)
+            return modalities, Examples()
 
-    async def load_examples() -> tuple[list[dict[str, Any]], Examples]:
-        """Looked for once, when the first page asks; a client that leaves does not end it."""
-        nonlocal looking
-        if looking is None:
-            looking = asyncio.create_task(asyncio.to_thread(look))
-        return await asyncio.shield(looking)
+    async def page_data() -> tuple[list[dict[str, Any]], Examples]:
+        """Load modalities and examples once, at the page's first request."""
+        nonlocal loading
+        if loading is None:
+            loading = asyncio.create_task(asyncio.to_thread(load))
+        # shield: the task is shared, and the first client may disconnect.
+        return await asyncio.shield(loading)
 
     def static(path: str, content: str, kind: str) -> None:
-        async def answered() -> Response:
+        async def respond() -> Response:
             return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
-        app.get(path, include_in_schema=False)(answered)
+        app.get(path, include_in_schema=False)(respond)
 
     static("/", _page_file("index.html"), _HTML)
     static("/page/page.css", style() + _page_file("page.css"), "text/css; charset=utf-8")
@@ -105,11 +111,11 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/facts", include_in_schema=False)
     async def facts() -> JSONResponse:
-        senses, examples = await load_examples()
+        modalities, examples = await page_data()
         has_report = report is not None and report.is_file()
         described = {
             "name": settings.name,
-            "senses": senses,
+            "modalities": modalities,
             "examples": list(examples.rows),
             "system": examples.system,
             "report": f"page/report?ticket={_ticket(secret)}" if has_report else None,
@@ -121,9 +127,9 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/examples/{item:int}", include_in_schema=False)
     async def example(item: int) -> Response:
-        _, examples = await load_examples()
+        _, examples = await page_data()
         if item >= len(examples.items):
-            raise ServeError("there is no such example", status=404, code="no_such_example")
+            raise ServeError("unknown example", status=404, code="unknown_example")
         content = examples.items[item]
         return Response(content, media_type="application/octet-stream", headers=_ITEM_HEADERS)
 
@@ -131,7 +137,7 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
     async def training_report(ticket: str = "") -> Response:
         if not _is_valid(ticket, secret):
             raise ServeError(
-                "the report is opened by its link on the chat page; load that page anew",
+                "the link to the report has expired; reload the chat page and open it from there",
                 status=401,
                 code="invalid_ticket",
             )
@@ -142,12 +148,14 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
 
 def _ticket(secret: bytes) -> str:
-    """Opens the report for twelve hours: a link cannot carry a key."""
+    """Return a signed ticket that opens the report for twelve hours."""
+    # A link cannot send the Authorization header, and a key in a URL would end up in histories.
     until = str(int(time.time() + _TICKET_TTL_S))
     return f"{until}.{_signature(secret, until)}"
 
 
 def _is_valid(ticket: str, secret: bytes) -> bool:
+    # The length is bounded before int(), which takes quadratic time for long strings.
     until, _, signature = ticket.partition(".")
     if not (until.isascii() and until.isdigit() and len(until) < 12):
         return False

@@ -1,36 +1,111 @@
-"""Limits of one uploaded media item; `Modality.with_limits` takes them over.
+"""Limits of uploaded media: of one item, and of all items of a request together.
 
-Border: numbers. They are enforced where things are decoded (media/*), and by media_worker.py for
-memory and time.
+`Modality.with_limits` applies the limits of one item, and decoders refuse an item while decoding.
+The worker measures each decoded item, and `RequestMediaBudget` adds up the sizes of a request.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from multi_token.media.fetch import MIB
+from multi_token.serve.errors import ServeError
 
 
 class MediaLimits(BaseModel):
-    """The most of one media item, refused before or while it is decoded."""
+    """Limits of one media item."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_bytes: PositiveInt = 32 * MIB
-    """As it was sent: base64 undone, or downloaded."""
+    """Encoded bytes, after base64 decoding or download."""
     max_pixels: PositiveInt = 25_000_000
-    """Of a picture, or of a frame; read from the header."""
+    """Pixels of an image or a video frame, read from the header."""
     max_frames: PositiveInt = 64
-    """Frames taken of a film, where their number grows with its length."""
-    max_film_pixels: PositiveInt = 256_000_000
-    """Of all frames taken of a film, together."""
+    """Frames sampled from a video, where their number grows with its length."""
+    max_video_pixels: PositiveInt = 256_000_000
+    """Pixels of all frames sampled from a video."""
     max_seconds: PositiveFloat = 600.0
-    """Of a sound or film; counted while it is decoded, whatever the header says."""
+    """Duration of audio or video, counted while decoding: headers may lie."""
     max_pages: PositiveInt = 200
-    """Of a PDF."""
+    """Pages of a PDF."""
     max_characters: PositiveInt = 400_000
-    """Of a document or text."""
+    """Characters of a document or text."""
     max_numbers: PositiveInt = 4_000_000
-    """In lists and arrays."""
+    """Numbers in lists and arrays."""
     max_prepared_bytes: PositiveInt = 256 * MIB
-    """Of what an encoder is given for one item."""
+    """Bytes of the item's encoder input."""
+
+
+class RequestMediaLimits(BaseModel):
+    """Limits of all media items of one request together; a single item has its own limits only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_bytes: PositiveInt = 128 * MIB
+    """Encoded bytes, after base64 decoding or download."""
+    max_pixels: PositiveInt = 256_000_000
+    """Pixels of images and sampled video frames."""
+    max_frames: PositiveInt = 256
+    """Frames sampled from videos."""
+    max_seconds: PositiveFloat = 1800.0
+    """Duration of audio."""
+    max_characters: PositiveInt = 1_000_000
+    """Characters of documents and texts."""
+    max_prepared_bytes: PositiveInt = 512 * MIB
+    """Bytes of encoder input."""
+    max_tokens: PositiveInt = 65_536
+    """Media embeddings in the prompt; the language model's context is often shorter."""
+
+
+@dataclass(frozen=True)
+class MediaSize:
+    """Measured size of an item; each field has its limit in `RequestMediaLimits`."""
+
+    bytes: int = 0
+    pixels: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    characters: int = 0
+    prepared_bytes: int = 0
+    tokens: int = 0
+
+
+_UNITS = {
+    "bytes": "bytes",
+    "pixels": "pixels",
+    "frames": "frames",
+    "seconds": "seconds of audio",
+    "characters": "characters of documents",
+    "prepared_bytes": "bytes of encoder input",
+    "tokens": "tokens",
+}
+
+
+class RequestMediaBudget:
+    """Sum of the sizes of one request's items. Used on the event loop only: no locks."""
+
+    def __init__(self, limits: RequestMediaLimits, num_items: int) -> None:
+        self.limits = limits
+        self.num_items = num_items
+        self._sums: dict[str, float] = {field.name: 0 for field in fields(MediaSize)}
+
+    def add(self, size: MediaSize) -> None:
+        """Add a measured size. Raises ServeError (413) when a sum exceeds its limit."""
+        # Called as soon as each size is known, so the sum of a few items already refuses the
+        # request, and the other items are not decoded.
+        for name in self._sums:
+            self._sums[name] += getattr(size, name)
+            most = getattr(self.limits, f"max_{name}")
+            if self._sums[name] > most and self.num_items > 1:
+                raise ServeError(
+                    f"the {self.num_items} media items of this request have at least "
+                    f"{round(self._sums[name], 1):,.15g} {_UNITS[name]} together, and the limit is "
+                    f"{most:,.15g}; send fewer or smaller items, or split them into several "
+                    "requests",
+                    status=413,
+                    param="messages",
+                    code="media_too_large_together",
+                )

@@ -25,10 +25,9 @@ from multi_token.media.fetch import Fetch
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits
+from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
 from multi_token.serve.media.protocol import encode_frame, serialize_source
 from multi_token.serve.media.sandbox import CAN_FORK
-from multi_token.serve.media.totals import MediaSize, RequestMediaBudget
 from multi_token.serve.media.worker import warm_up
 from multi_token.serve.media.worker_process import (
     DecodeRequest,

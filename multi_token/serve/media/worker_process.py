@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from multi_token.errors import MultiTokenError
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
+from multi_token.serve.media.limits import MediaSize
 from multi_token.serve.media.protocol import decode_frame, encode_frame, read_frame
-from multi_token.serve.media.totals import MediaSize
 from multi_token.types import Prepared
 
 _START_S = 300.0

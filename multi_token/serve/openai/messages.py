@@ -1,20 +1,24 @@
-"""Messages of a request -> a Conversation: which sense a content part is for, and its bytes.
+"""Messages of a request -> Conversation: content parts become Text or Media.
 
-Border: decodes base64 and numbers, fetches nothing and opens no media. Text becomes `Text` whatever
-it spells; only a content part makes a `Media`.
+The part type decides the modality, base64 and numbers are decoded, and nothing is fetched here.
+Special tokens in a client's text stay text: `<|im_end|>` in a question ends no turn. The escaper
+sends each of them through the chat template as a placeholder, like media, and fills in the ids of
+its letters.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
@@ -24,40 +28,54 @@ from multi_token.registry import did_you_mean
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.protocol import (
     CONTENT_PART_MODELS,
-    AudioUrlPart,
     ChatMessage,
-    FilePart,
-    ImageUrlPart,
-    InputAudioPart,
+    FileField,
     MediaPart,
     TextPart,
     UrlField,
-    VideoUrlPart,
     unknown_field_error,
     validate,
 )
-from multi_token.types import Conversation, Media, Message, Part, Role, Text
+from multi_token.types import Conversation, Media, Message, Part, Role, Sample, Text
 
 _KIND_OF_SUFFIX: Mapping[str, OpenAIKind] = {
-    # the last one wins: `.webm` is listed for audio too, and usually holds a video
+    # The last kind wins: `.webm` is listed for audio too, and is usually a video.
     suffix: kind
     for kind in ("image", "audio", "video")
     for suffix in FILE_KINDS[kind].suffixes
 }
 _WEB_SCHEME = re.compile(r"https?://", re.IGNORECASE)
+_ADDRESSES: Mapping[str, Callable[[Any], tuple[str, OpenAIKind]]] = {
+    "image_url": lambda part: (_url_of(part.image_url), "image"),
+    "audio_url": lambda part: (_url_of(part.audio_url), "audio"),
+    "video_url": lambda part: (_url_of(part.video_url), "video"),
+    "input_audio": lambda part: (part.input_audio.data, "audio"),
+    "file": lambda part: (part.file.file_data, _file_kind(part.file)),
+}
+"""Part type, which is also the name of its field -> address and OpenAI kind of a part."""
+_MAY_BE_BASE64 = frozenset({"input_audio", "file"})
+"""Part types whose address may be plain base64."""
 MAX_PARTS = 1024
+"""Content parts of a request."""
 MAX_CHARACTERS = 1_000_000
-"""Of all texts of a request, where its server has no lower limit."""
+"""Characters of a request's texts, if the model's context does not set a lower limit."""
+LITERAL = ""
+"""Modality of the placeholder of an escaped special token; no instance can have this name."""
+SLOT_LETTER = "\ue000"
+"""Letter of the chat template's placeholders. It is escaped too: without it in any text, the same
+placeholders fit every conversation."""
+_MAX_ESCAPED = 4096
+"""Special tokens in a request's texts."""
 
 
 @dataclass(frozen=True)
 class MessageParser:
-    """Reads messages for a run with these senses."""
+    """Parses the messages of requests to a run."""
 
     modalities: Mapping[str, Modality]
-    """The run's modalities by name; their `openai_kinds` decide which part reaches which."""
+    """The run's modalities by name; a part goes to the one that has its kind in `openai_kinds`."""
     allow_urls: bool = False
-    """Whether any host is allowed to be fetched from."""
+    """Whether http(s) URLs are accepted; the pool checks their hosts."""
     max_media: int = 64
     max_messages: int = 1000
     max_characters: int = MAX_CHARACTERS
@@ -68,22 +86,23 @@ class MessageParser:
         return {name: modality.type for name, modality in self.modalities.items()}
 
     def parse_messages(self, messages: Sequence[ChatMessage], *, id: str = "") -> Conversation:
-        """The conversation that is to be answered. Raises ServeError (400)."""
-        read = tuple(self._parse_message(m, f"messages.{i}") for i, m in enumerate(messages))
-        return self._check_counts(Conversation(read, id=id))
+        """Parse the messages of a chat request. Raises ServeError (400)."""
+        parsed = tuple(self._parse_message(m, f"messages.{i}") for i, m in enumerate(messages))
+        return self._check_counts(Conversation(parsed, id=id))
 
     def parse_row(self, fields: Any, *, id: str = "") -> Conversation:
-        """A row as the original's `/generate` takes it; its items are `data:` addresses or base64.
+        """Parse the body of `/generate`: a row of sshh12/multi_token. Raises ServeError (400).
 
-        `{"messages": [{"role": "user", "content": "What is <image>?"}], "images": [...]}`. Raises
-        ServeError (400).
+        `{"messages": [{"role": "user", "content": "What is <image>?"}], "images": [...]}` with
+        items as `data:` URLs, base64 or lists of numbers.
         """
         if not isinstance(fields, dict):
             raise ServeError(
                 'the body should be a JSON object: {"messages": [...], "images": [...]}'
             )
         try:
-            read = to_conversation(
+            # `id` would name a row in error messages; a client's text must not.
+            row = to_conversation(
                 {k: v for k, v in fields.items() if k != "id"},
                 list(self.modalities),
                 row_id="request",
@@ -95,7 +114,7 @@ class MessageParser:
                 m.role,
                 tuple(self._parse_legacy_item(p) if isinstance(p, Media) else p for p in m.parts),
             )
-            for m in read.messages
+            for m in row.messages
         )
         return self._check_counts(Conversation(messages, id=id))
 
@@ -119,16 +138,15 @@ class MessageParser:
                 )
         if messages[-1].role != "user":
             raise ServeError(
-                f"the last message is of the {messages[-1].role}; it should be the user's, which "
-                "is answered",
+                f"the last message has the role {messages[-1].role}; it must have the role user",
                 param="messages",
                 code="invalid_value",
             )
         for index, message in enumerate(messages):
             if message.role != "user" and any(isinstance(p, Media) for p in message.parts):
                 raise ServeError(
-                    f"messages.{index} is of the {message.role} and holds media, which only a "
-                    "user's message may",
+                    f"messages.{index} has the role {message.role} and contains media; only user "
+                    "messages may contain media",
                     param=f"messages.{index}.content",
                     code="invalid_value",
                 )
@@ -149,52 +167,38 @@ class MessageParser:
         return Message(role, tuple(parts))
 
     def _parse_part(self, fields: dict[str, Any], where: str) -> Part:
-        kind = fields.get("type")
-        if not isinstance(kind, str):
+        type = fields.get("type")
+        if not isinstance(type, str):
             raise ServeError(
-                f"{where}.type is missing; {self._modality_names()}", param=f"{where}.type"
+                f"{where}.type is missing; {self._part_types()}", param=f"{where}.type"
             )
-        name = kind.removesuffix("_url")
-        if kind not in CONTENT_PART_MODELS and not (kind != name and name in self.type_names):
+        # `<name>_url` names the modality. It comes first: a run may call an instance `image`.
+        name = type.removesuffix("_url")
+        if name != type and name in self.modalities:
+            return Media(name, self._source_of_url(fields, type, where))
+        if type not in CONTENT_PART_MODELS:
             raise ServeError(
-                f"unknown content part {kind[:40]!r}; {self._modality_names()}",
+                f"unknown content part {type[:40]!r}; {self._part_types()}",
                 param=f"{where}.type",
                 code="unknown_part",
             )
-        if name != kind and name in self.type_names:  # the name of an instance says which one it is
-            return self._build_media(name, self._media_of_url(fields, kind, where))
-        part = validate(CONTENT_PART_MODELS[kind], fields, where=where)
+        part = validate(CONTENT_PART_MODELS[type], fields, where=where)
         if isinstance(part, TextPart):
             return Text(_check_unicode(part.text, f"{where}.text"))
-        if isinstance(part, ImageUrlPart):
-            return self._media_of_kind(
-                "image", _address_field(part.image_url), f"{where}.image_url"
-            )
-        if isinstance(part, AudioUrlPart):
-            return self._media_of_kind(
-                "audio", _address_field(part.audio_url), f"{where}.audio_url"
-            )
-        if isinstance(part, VideoUrlPart):
-            return self._media_of_kind(
-                "video", _address_field(part.video_url), f"{where}.video_url"
-            )
-        if isinstance(part, InputAudioPart):
-            at = f"{where}.input_audio"
-            return self._media_of_kind("audio", part.input_audio.data, at, encoded=True)
-        if isinstance(part, FilePart):
-            address = part.file.file_data
-            kind = _file_kind(address, part.file.filename)
-            return self._media_of_kind(kind, address, f"{where}.file", encoded=True)
-        assert isinstance(part, MediaPart)
-        return self._parse_media(part, where)
+        if isinstance(part, MediaPart):
+            return self._parse_media(part, where)
+        address, kind = _ADDRESSES[type](part)
+        at = f"{where}.{type}"
+        modality = self._modality_for(kind, at)
+        return Media(modality, self._resolve_source(address, at, type in _MAY_BE_BASE64))
 
-    def _modality_names(self) -> str:
+    def _part_types(self) -> str:
         own = [
-            f"{name}_url" for name in self.type_names if f"{name}_url" not in CONTENT_PART_MODELS
+            f"{name}_url" for name in self.modalities if f"{name}_url" not in CONTENT_PART_MODELS
         ]
-        return f"there are {', '.join([*CONTENT_PART_MODELS, *own])}"
+        return f"known types: {', '.join([*CONTENT_PART_MODELS, *own])}"
 
-    def _media_of_url(self, fields: dict[str, Any], kind: str, where: str) -> Any:
+    def _source_of_url(self, fields: dict[str, Any], kind: str, where: str) -> Any:
         extra = [key for key in fields if key not in ("type", kind)]
         if extra:
             raise unknown_field_error(extra[0], ("type", kind), where=f"{where}.{extra[0]}")
@@ -202,77 +206,62 @@ class MessageParser:
         address = (
             value if isinstance(value, str) else validate(UrlField, value, where=f"{where}.{kind}")
         )
-        return self._resolve_source(_address_field(address), f"{where}.{kind}")
+        return self._resolve_source(_url_of(address), f"{where}.{kind}")
 
-    def _media_of_kind(
-        self, kind: str, address: str, where: str, *, encoded: bool = False
-    ) -> Media:
-        return self._build_media(
-            self._modality_for(kind, where), self._resolve_source(address, where, encoded)
-        )
-
-    def _modality_for(self, kind: str, where: str) -> str:
-        """The one sense that reads such a thing. Raises ServeError if there is none, or several."""
+    def _modality_for(self, kind: OpenAIKind, where: str) -> str:
+        """Name of the only modality that takes this kind. Raises ServeError for none or several."""
         fitting = [name for name, m in self.modalities.items() if kind in m.openai_kinds]
         if len(fitting) == 1:
             return fitting[0]
-        names = (
-            ", ".join(f"{n} ({self.type_names[n]})" for n in fitting or self.type_names) or "none"
-        )
-        example = (fitting or [*self.type_names, "NAME"])[0]
-        found = "several senses" if fitting else "no sense"
+        types = self.type_names
+        names = ", ".join(f"{name} ({types[name]})" for name in fitting or types) or "none"
+        example = (fitting or [*types, "NAME"])[0]
+        found = f"several modalities for {kind}: " if fitting else f"no modality for {kind}, only: "
         raise ServeError(
-            f"this model has {found} for a part of kind {kind}"
-            f"{': ' if fitting else '; its senses are '}{names}. Name one: "
+            f"this model has {found}{names}. Name one: "
             f'{{"type": "media", "modality": "{example}", "data": "<base64>"}}',
             param=where,
-            code="ambiguous_part" if fitting else "no_such_sense",
+            code="ambiguous_part" if fitting else "unknown_modality",
         )
 
     def _parse_media(self, part: MediaPart, where: str) -> Media:
-        if part.modality not in self.type_names:
-            near = did_you_mean(part.modality, self.type_names)
+        if part.modality not in self.modalities:
+            near = did_you_mean(part.modality, self.modalities)
             raise ServeError(
                 f"unknown modality {part.modality[:40]!r}{near}; this model has "
-                f"{', '.join(self.type_names) or 'none'}",
+                f"{', '.join(self.modalities) or 'none'}",
                 param=f"{where}.modality",
-                code="no_such_sense",
+                code="unknown_modality",
             )
         if (part.data is None) == (part.url is None):
-            raise ServeError("a media part has either data or url", param=where)
+            raise ServeError("a media part needs either data or url", param=where)
         if part.url is not None:
-            return self._build_media(part.modality, self._resolve_source(part.url, f"{where}.url"))
+            return Media(part.modality, self._resolve_source(part.url, f"{where}.url"))
         at = f"{where}.data"
         if isinstance(part.data, list):
-            return self._build_media(part.modality, _check_numbers(part.data, at))
+            return Media(part.modality, _check_numbers(part.data, at))
         assert part.data is not None
         if part.format == "text":
-            return self._build_media(part.modality, _check_unicode(part.data, at).encode())
-        return self._build_media(part.modality, self._resolve_source(part.data, at, encoded=True))
+            return Media(part.modality, _check_unicode(part.data, at).encode())
+        return Media(part.modality, self._resolve_source(part.data, at, may_be_base64=True))
 
     def _parse_legacy_item(self, item: Media) -> Media:
         where = f"{item.modality}s"
         source = item.source
         if isinstance(source, str):
-            return self._build_media(
-                item.modality, self._resolve_source(source, where, encoded=True)
-            )
+            return Media(item.modality, self._resolve_source(source, where, may_be_base64=True))
         if isinstance(source, list):
-            return self._build_media(item.modality, _check_numbers(source, where))
+            return Media(item.modality, _check_numbers(source, where))
         raise ServeError(
-            f"expected each of {where} to be a data: address, base64 or a list of numbers",
+            f"each item of {where} must be a data: URL, base64 or a list of numbers",
             param=where,
             code="invalid_value",
         )
 
-    def _build_media(self, name: str, source: bytes | str | list[Any]) -> Media:
-        return Media(name, source)
+    def _resolve_source(self, address: str, where: str, may_be_base64: bool = False) -> bytes | str:
+        """Decode a `data:` URL or base64 to bytes; return an http(s) URL if URLs are allowed.
 
-    def _resolve_source(self, address: str, where: str, encoded: bool = False) -> bytes | str:
-        """The bytes of an address, or the address if it is of the web and such are allowed.
-
-        `encoded`: plain base64 is taken as well. Raises ServeError for everything else, paths
-        among them.
+        Raises ServeError for everything else, such as paths.
         """
         if address[:5].lower() == "data:":
             header, comma, body = address.partition(",")
@@ -282,25 +271,25 @@ class MessageParser:
         if _WEB_SCHEME.match(address):
             if not self.allow_urls:
                 raise ServeError(
-                    f"{where}: this server reads nothing from the web; send a data: address",
+                    f"{where}: this server fetches no URLs; send a data: URL",
                     param=where,
                     code="urls_not_allowed",
                 )
             return address
-        if not encoded or "://" in address[:16]:
+        if not may_be_base64 or "://" in address[:16]:
             raise _address_error(where)
         return _decode_base64(address, where)
 
 
 def _address_error(where: str) -> ServeError:
     return ServeError(
-        f"{where}: expected data:<type>;base64,<letters>; files of the server are never read",
+        f"{where}: expected data:<type>;base64,<data>; the server never reads its own files",
         param=where,
         code="invalid_address",
     )
 
 
-def _address_field(value: UrlField | str) -> str:
+def _url_of(value: UrlField | str) -> str:
     return value if isinstance(value, str) else value.url
 
 
@@ -309,7 +298,7 @@ def _decode_base64(letters: str, where: str) -> bytes:
         data = base64.b64decode("".join(letters.split()), validate=True)
     except (binascii.Error, ValueError):
         raise ServeError(
-            f"{where} is not base64; check that nothing was cut off",
+            f"{where} is not valid base64; it may be cut off",
             param=where,
             code="invalid_base64",
         ) from None
@@ -336,19 +325,83 @@ def _check_numbers(numbers: list[Any], where: str) -> list[Any]:
     return numbers
 
 
-def _file_kind(address: str, filename: str | None) -> str:
-    """What a file is: by the type of its address, else by its name; a document by default."""
-    if address[:5].lower() == "data:":
-        kind = address[5:64].partition("/")[0].lower()
-        if kind in get_args(OpenAIKind):
-            return kind
-    return _KIND_OF_SUFFIX.get(Path(filename or "").suffix.lower(), "document")
+def _file_kind(file: FileField) -> OpenAIKind:
+    """Kind of a file: by the type of its `data:` URL, else by its name, else a document."""
+    if file.file_data[:5].lower() == "data:":
+        kind = file.file_data[5:64].partition("/")[0].lower()
+        for known in get_args(OpenAIKind):
+            if kind == known:
+                return known
+    return _KIND_OF_SUFFIX.get(Path(file.filename or "").suffix.lower(), "document")
 
 
 def _check_unicode(text: str, where: str) -> str:
-    """Text that is Unicode: half of a surrogate pair cannot be tokenized."""
+    """Return the text. Raises ServeError for half a surrogate pair, which JSON can contain."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ServeError(f"{where} holds half of a surrogate pair", param=where) from None
+        raise ServeError(
+            f"{where} contains half a surrogate pair, which is not valid Unicode", param=where
+        ) from None
     return text
+
+
+class SpecialTokenEscaper:
+    """Keeps the special tokens of one tokenizer from being recognized in a client's text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = tokenizer.added_tokens_decoder.values()
+        spellings = {str(token) for token in added if token.special} | {SLOT_LETTER}
+        # Longest first, since a pattern takes the first alternative: `<s>` would hide `<s>x`.
+        ordered = sorted(filter(None, spellings), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, ordered)))
+        # A copy with `encode_special_tokens`, which splits `<|im_end|>` into ordinary tokens.
+        self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._encoder.encode_special_tokens = True
+
+    def escape(self, conversation: Conversation) -> Conversation:
+        """Replace special tokens in texts by placeholders. Raises ServeError for too many."""
+        num_found = 0
+        messages = []
+        for message in conversation.messages:
+            parts: list[Part] = []
+            for part in message.parts:
+                found = self._escape_text(part.text) if isinstance(part, Text) else [part]
+                num_found += len(found) // 2
+                parts += found
+            messages.append(Message(message.role, tuple(parts)))
+        if num_found > _MAX_ESCAPED:
+            raise ServeError(
+                f"the messages contain {num_found} special tokens, and the limit is {_MAX_ESCAPED}",
+                param="messages",
+                code="invalid_value",
+            )
+        return replace(conversation, messages=tuple(messages))
+
+    def _escape_text(self, text: str) -> list[Part]:
+        parts: list[Part] = []
+        end = 0
+        for match in self._pattern.finditer(text):
+            parts += [Text(text[end : match.start()]), Media(LITERAL, match[0])]
+            end = match.end()
+        return [*parts, Text(text[end:])] if parts else [Text(text)]
+
+    def letter_ids(self, spelling: str) -> list[int]:
+        """Ids of a special token's letters, encoded as ordinary text."""
+        return self._encoder.encode(spelling, add_special_tokens=False).ids
+
+    def restore(self, sample: Sample, items: Sequence[Media]) -> Sample:
+        """Fill the letters' ids into a tokenized sample and keep the spans of media only.
+
+        `items`: media and placeholders of the escaped conversation, parallel to
+        `sample.media_spans`.
+        """
+        input_ids = sample.input_ids.clone()
+        media_spans = []
+        for span, item in zip(sample.media_spans, items, strict=True):
+            if item.modality == LITERAL:
+                letter_ids = torch.tensor(self.letter_ids(item.source), dtype=input_ids.dtype)
+                input_ids[span.start : span.start + span.length] = letter_ids
+            else:
+                media_spans.append(span)
+        return replace(sample, input_ids=input_ids, media_spans=media_spans)

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from multi_token.checkpoint.load import load
 from multi_token.media.audio import decode_audio
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.page_run import HOSTILE, page_run
 from tests.serve.running_server import KEY, RunningServer, npy, png, running
@@ -94,7 +94,7 @@ def page(browser: Any, page_server: RunningServer, asked: list[str]) -> Iterator
 def opened(page: Any) -> Any:
     """The page behind its key, with short answers."""
     give_key(page, KEY)
-    page.wait_for_selector("#senses li")
+    page.wait_for_selector("#modalities li")
     page.evaluate(f"document.getElementById('max-tokens').value = {NUM_TOKENS}")
     return page
 
@@ -137,7 +137,7 @@ def generated(model: Any, *messages: Message) -> str:
     return answer
 
 
-def test_a_dropped_picture_is_asked_about(opened: Any, served_model: Any, asked: list[str]) -> None:
+def test_a_dropped_image_is_asked_about(opened: Any, served_model: Any, asked: list[str]) -> None:
     drop(opened, ("red.png", "image/png", RED))
     opened.wait_for_selector("#waiting img[alt='red.png']")
     answer = ask(opened, "What is this?")
@@ -153,7 +153,7 @@ def test_a_dropped_picture_is_asked_about(opened: Any, served_model: Any, asked:
     assert sum("/v1/chat/completions" in url for url in asked) == 2
 
 
-def test_several_senses_go_in_one_message_without_what_was_removed(
+def test_several_modalities_go_in_one_message_without_what_was_removed(
     opened: Any, served_model: Any
 ) -> None:
     drop(
@@ -179,7 +179,7 @@ def test_several_senses_go_in_one_message_without_what_was_removed(
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("letter.docx", b"PK", "This model does not take “letter.docx”. It has image: images"),
+        ("letter.docx", b"PK", "This model does not take “letter.docx”. It takes image: images"),
         ("empty.png", b"", "“empty.png” is empty."),
         ("v.csv", b"a,b\nc,d\n", "“v.csv” should hold numbers"),
         ("v.json", b'[1, "2"]', "“v.json” should hold numbers"),
@@ -241,12 +241,12 @@ def test_names_and_answers_stay_text(opened: Any) -> None:
 def test_a_wrong_key_is_asked_for_again(page: Any) -> None:
     give_key(page, "sk-wrong-key")
     page.wait_for_selector("#key-note.refused")
-    assert page.locator("#senses li").count() == 0
+    assert page.locator("#modalities li").count() == 0
     give_key(page, KEY)
-    page.wait_for_selector("#senses li")
+    page.wait_for_selector("#modalities li")
     assert not page.locator("dialog[open]").count()
     page.reload()  # the tab keeps it
-    page.wait_for_selector("#senses li")
+    page.wait_for_selector("#modalities li")
     assert page.evaluate("localStorage.length") == 0
     assert KEY not in page.content()
 
@@ -283,12 +283,12 @@ def test_the_report_opens_by_its_link_and_runs_no_script(opened: Any, asked: lis
     assert popup.value.title() == "Report"
 
 
-def test_a_sound_is_recorded_as_wav(opened: Any, page_server: RunningServer) -> None:
+def test_audio_is_recorded_as_wav(opened: Any, page_server: RunningServer) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     facts = httpx.get(f"{page_server.url}/page/facts", headers=headers).json()
     assert not opened.is_visible("#record")
-    sound = {"kind": "audio", "noun": "sounds", "suffixes": [".wav"]}
-    facts["senses"].append({"name": "speech", "type": "speech", "takes": [sound]})
+    sound = {"kind": "audio", "noun": "audio files", "suffixes": [".wav"]}
+    facts["modalities"].append({"name": "speech", "type": "speech", "takes": [sound]})
     opened.context.grant_permissions(["microphone"])
     opened.route("**/page/facts", lambda route: route.fulfill(json=facts))
     opened.reload()
@@ -320,15 +320,17 @@ def test_every_control_has_a_name(opened: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_demos_own_pictures_are_named(browser: Any) -> None:
+def test_the_demos_own_images_are_named(browser: Any) -> None:
     run = Path(__file__).parents[3] / "runs" / "demo"
     if not (run / "config.json").is_file():
         pytest.skip("`multi-token demo` has not been run here")
     names = ("dog", "banana", "cactus")
-    with running(load(run), run_folder=run, name="demo") as server:
+    with running(
+        MultiTokenForConditionalGeneration.from_pretrained(run), run_folder=run, name="demo"
+    ) as server:
         page = browser.new_page()
         page.goto(server.url)
-        page.wait_for_selector("#senses li")
+        page.wait_for_selector("#modalities li")
         answers = []
         for name in names:
             picture = (run / "data" / "pictures" / name / "held_out_000.png").read_bytes()

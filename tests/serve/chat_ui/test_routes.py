@@ -156,6 +156,6 @@ def test_examples_can_be_left_out(served_model: Any, run_folder: Path) -> None:
 
 
 def test_the_page_knows_which_files_a_modality_takes(keyed: Asked) -> None:
-    image, vector = keyed.get("/page/facts", **HEADERS)[0].json()["senses"]
+    image, vector = keyed.get("/page/facts", **HEADERS)[0].json()["modalities"]
     assert image["name"] == "image" and ".png" in image["takes"][0]["suffixes"]
     assert vector["name"] == "vector" and ".npy" in vector["takes"][0]["suffixes"]

@@ -58,7 +58,7 @@ def test_a_film_keeps_the_number_of_frames_that_its_encoder_takes(
     all_senses: dict[str, Any],
 ) -> None:
     film = all_senses["video"].model_copy(update={"fps": None, "num_frames": 8, "max_frames": 128})
-    low = film.with_limits(MediaLimits(max_frames=4, max_film_pixels=8_000).model_dump())
+    low = film.with_limits(MediaLimits(max_frames=4, max_video_pixels=8_000).model_dump())
     assert (low.num_frames, low.max_frames) == (8, 8)
     assert low.max_pixels == 1_000
     assert type(low).model_validate(low.model_dump()) == low

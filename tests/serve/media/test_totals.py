@@ -1,8 +1,4 @@
-"""Claims about serve/media/totals.py and `Modality.size_of`: what all items of a request may be
-together, refused in a sentence that says the sum and the limit.
-
-Border: a real server on a tiny model. What each item may be: test_limits.py, test_bombs.py.
-"""
+"""Claims about `RequestMediaBudget` and `Modality.size_of`: limits of all items of a request."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import pytest
 
 from multi_token.modalities.joint import JointModality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.totals import MediaSize, RequestMediaBudget, RequestMediaLimits
+from multi_token.serve.media.limits import MediaSize, RequestMediaBudget, RequestMediaLimits
 from multi_token.testing.audio import tone
 from multi_token.testing.video import noise_frames, write_video
 from tests.serve.asking import QUESTION, VECTOR, asked, content_of, fault_of
@@ -37,12 +33,12 @@ LIMITS = RequestMediaLimits(
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (MediaSize(bytes=15_000), "30,000 bytes as far"),
+        (MediaSize(bytes=15_000), "30,000 bytes together"),
         (MediaSize(pixels=1_500), "3,000 pixels"),
         (MediaSize(frames=6), "12 frames"),
-        (MediaSize(seconds=1.34), "2.7 seconds of sound"),
+        (MediaSize(seconds=1.34), "2.7 seconds of audio"),
         (MediaSize(characters=60), "120 characters"),
-        (MediaSize(prepared_bytes=600_000), "1,200,000 bytes for their encoders"),
+        (MediaSize(prepared_bytes=600_000), "1,200,000 bytes of encoder input"),
         (MediaSize(tokens=21), "42 tokens"),
     ],
 )
@@ -57,7 +53,7 @@ def test_a_sum_over_its_limit_is_told_with_the_limit_and_what_helps(
     assert refused.value.status == 413 and refused.value.code == "media_too_large_together"
     assert words in message and "the 3 media items" in message and "send fewer" in message
     (name,) = [name for name, value in vars(size).items() if value]
-    assert f"together is {getattr(LIMITS, f'max_{name}'):,}" in message
+    assert f"the limit is {getattr(LIMITS, f'max_{name}'):,}" in message
     assert len(message) < 300, "longer ones are cut off"
 
 

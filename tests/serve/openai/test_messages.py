@@ -13,8 +13,7 @@ from multi_token.chat.format import ChatFormat
 from multi_token.modalities.base import Modality
 from multi_token.registry import build
 from multi_token.serve.errors import ServeError
-from multi_token.serve.openai.literal import SpecialTokenEscaper
-from multi_token.serve.openai.messages import MessageParser
+from multi_token.serve.openai.messages import MessageParser, SpecialTokenEscaper
 from multi_token.serve.openai.protocol import parse_chat
 from multi_token.testing.language_models import tiny_tokenizer
 from multi_token.types import Conversation, Media, MediaSpan, Message, Text
@@ -84,8 +83,8 @@ def test_the_order_of_parts_is_kept() -> None:
         ({"left": "image", "right": "image"}, "image", ["left (image)", "right (image)"]),
         ({"ear": "speech", "noise": "sound"}, "audio", ["ear (speech)", "noise (sound)"]),
         ({"eye": "image", "all": "joint"}, "image", ["eye (image)", "all (joint)"]),
-        ({"heart": "timeseries"}, "video", ["no sense", "heart (timeseries)"]),
-        ({}, "image", ["no sense", "none"]),
+        ({"heart": "timeseries"}, "video", ["no modality", "heart (timeseries)"]),
+        ({}, "image", ["no modality", "none"]),
     ],
 )
 def test_several_or_no_senses_are_refused_by_name(
@@ -117,7 +116,7 @@ def test_a_joint_sense_alone_takes_any_kind() -> None:
 @pytest.mark.parametrize("role", ["system", "developer", "assistant"])
 def test_only_a_user_sends_media(role: str) -> None:
     part = {"type": "image_url", "image_url": data_url(b"x")}
-    assert "holds media" in str(refused(MessageParser(EVERYTHING), part, role=role))
+    assert "contains media" in str(refused(MessageParser(EVERYTHING), part, role=role))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
         (
             asked({"type": "image_url", "image_url": "data:image/png;base64,####"}, QUESTION),
             400,
-            ["not base64"],
+            ["not valid base64"],
         ),
         (
             asked({"type": "image_url", "image_url": data_url(b"no picture")}, QUESTION),
@@ -62,7 +62,7 @@ pytestmark = pytest.mark.slow
         (
             asked({"type": "image_url", "image_url": "http://127.0.0.1/a.png"}, QUESTION),
             400,
-            ["web"],
+            ["fetches no URLs"],
         ),
         (asked({"type": "media", "modality": "vector", "data": [1, 2]}, QUESTION), 400, ["5"]),
         (

@@ -1,24 +1,24 @@
-// The chat page: what a person drops, records and types becomes requests of /v1/chat/completions.
+// The chat page: files, recordings and text become requests to /v1/chat/completions.
 //
-// Border: no framework, and no network but this server. Whatever anybody wrote is put into the page
-// as text, never as HTML.
+// No framework, and no network but this server. Names, messages and answers enter the page as text
+// nodes, never as HTML, so nothing in them can run.
 "use strict";
 
 const STORED_KEY = "multi_token.key";
 const $ = (id) => document.getElementById(id);
 
-let facts = null; // what /page/facts says
-let turns = []; // {role, parts}: the conversation, answered turns only
-let waiting = []; // media parts that go with the next message
-let running = null; // AbortController of the answer that is being written
-let recording = null;
-let reading = 0; // files that are being read
-let asking = null; // for the key, while a dialog does
+let facts = null; // JSON of /page/facts
+let turns = []; // {role, parts}: the conversation, without turns that failed
+let waiting = []; // media parts of the next message
+let running = null; // AbortController of the running request
+let recording = null; // MediaRecorder
+let reading = 0; // number of files that are being read
+let asking = null; // promise of the open key dialog
 let key = sessionStorage.getItem(STORED_KEY);
 
 class Refused extends Error {}
 
-/** An element; strings among its children become text nodes. */
+/** Create an element; strings among its children become text nodes. */
 function el(tag, fields = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(fields)) {
@@ -31,7 +31,7 @@ function el(tag, fields = {}, ...children) {
 
 // ---- the server
 
-/** fetch with the key, which is asked for as often as the server refuses it. */
+/** fetch with the API key; asks for the key again after each 401. */
 async function call(path, options = {}) {
   for (;;) {
     const headers = { ...options.headers };
@@ -42,12 +42,13 @@ async function call(path, options = {}) {
       response = await fetch(path, { ...options, headers });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Refused("The server does not answer. Is it still running?");
+      throw new Refused("The server cannot be reached. Is it still running?");
     }
     if (response.status !== 401) return response;
     if (used === key) {
+      // Several requests may get 401 at once; all of them wait for one dialog.
       asking ||= askForKey(Boolean(used)).finally(() => (asking = null));
-      await asking; // one dialog, however many requests were refused
+      await asking;
     }
     options.signal?.throwIfAborted();
   }
@@ -56,8 +57,8 @@ async function call(path, options = {}) {
 async function askForKey(wasRefused) {
   const dialog = $("key-dialog");
   $("key-note").textContent = wasRefused
-    ? "That key was refused. Try another one."
-    : "It is kept until this tab is closed.";
+    ? "This API key is invalid. Try another one."
+    : "The key is kept until this tab is closed.";
   $("key-note").classList.toggle("refused", wasRefused);
   $("key").value = "";
   dialog.showModal();
@@ -66,7 +67,7 @@ async function askForKey(wasRefused) {
     dialog.oncancel = (event) => event.preventDefault();
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
-      // headers hold no other letters, and a key has none
+      // fetch throws for other characters in a header; pasted keys often end with a line break.
       const given = $("key").value.replace(/[^\x21-\x7e]/g, "");
       if (given) resolve(given);
     };
@@ -75,30 +76,31 @@ async function askForKey(wasRefused) {
   dialog.close();
 }
 
-/** What the server says went wrong, in its own sentence. */
+/** The error message of a response, as a sentence. */
 async function sentenceOf(response) {
   let message = null;
   try {
     message = (await response.json()).error.message;
   } catch {
-    message = null; // something between here and the server answered
+    message = null; // not our JSON: a proxy answered
   }
-  return sentence(message || `The server answered with the status ${response.status}.`);
+  return sentence(message || `The server responded with status ${response.status}.`);
 }
 
 function sentence(text) {
-  const whole = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
+  const capitalized = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(capitalized) ? capitalized : `${capitalized}.`;
 }
 
-/** The objects of a stream of server-sent events, up to [DONE]. */
+/** Yield the objects of a stream of server-sent events, up to [DONE]. */
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      if (done) throw new Refused("The connection ended before the answer did.");
+      // Without [DONE] the stream was cut off, even if it ended without an error.
+      if (done) throw new Refused("The connection ended before the answer was complete.");
       const pieces = (rest + value).split("\n\n");
       rest = pieces.pop();
       for (const piece of pieces) {
@@ -109,7 +111,8 @@ async function* eventsOf(body) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading frees the connection
+    // Frees the connection when the caller stops early; a browser opens only six per server.
+    reader.cancel().catch(() => {});
   }
 }
 
@@ -123,30 +126,30 @@ function kindOfType(type) {
   return ["image", "audio", "video"].includes(family) ? family : null;
 }
 
-/** The senses that take a file, those that its type names first; a film may be a sound as well. */
-function sensesFor(file) {
+/** Modalities that take a file, best match of its type first; .webm may be video or audio. */
+function modalitiesFor(file) {
   const suffix = suffixOf(file.name);
   const kind = kindOfType(file.type);
-  const fits = (sense) =>
-    sense.takes.length === 0 ||
-    sense.takes.some((t) => t.suffixes.includes(suffix) || (suffix === "" && t.kind === kind));
-  const score = (sense) => Number(sense.takes.some((t) => t.kind === kind));
-  return facts.senses.filter(fits).sort((a, b) => score(b) - score(a));
+  const fits = (modality) =>
+    modality.takes.length === 0 ||
+    modality.takes.some((t) => t.suffixes.includes(suffix) || (suffix === "" && t.kind === kind));
+  const score = (modality) => Number(modality.takes.some((t) => t.kind === kind));
+  return facts.modalities.filter(fits).sort((a, b) => score(b) - score(a));
 }
 
-function whatItTakes() {
-  const described = facts.senses.map((sense) => {
-    const files = sense.takes.map((t) => `${t.noun} (${t.suffixes.join(" ")})`);
-    return `${sense.name}: ${files.join(", ") || "any file"}`;
+function supportedFiles() {
+  const described = facts.modalities.map((modality) => {
+    const files = modality.takes.map((t) => `${t.noun} (${t.suffixes.join(" ")})`);
+    return `${modality.name}: ${files.join(", ") || "any file"}`;
   });
-  return described.length ? `It has ${described.join("; ")}.` : "It has no senses, only text.";
+  return described.length ? `It takes ${described.join("; ")}.` : "It takes text only.";
 }
 
 async function addFiles(files, only = null) {
   note("");
   for (const file of files) {
-    const senses = only ? sensesFor(file).filter((s) => s.name === only) : sensesFor(file);
-    const problem = refusal(file, senses, only);
+    const modalities = modalitiesFor(file).filter((m) => only === null || m.name === only);
+    const problem = refusal(file, modalities, only);
     if (problem) {
       note(problem);
       continue;
@@ -154,7 +157,7 @@ async function addFiles(files, only = null) {
     reading += 1;
     refresh();
     try {
-      waiting.push(await partOf(file, senses));
+      waiting.push(await partOf(file, modalities));
     } catch (error) {
       note(error instanceof Refused ? error.message : `“${file.name}” cannot be read.`);
     } finally {
@@ -165,10 +168,10 @@ async function addFiles(files, only = null) {
   $("text").focus();
 }
 
-function refusal(file, senses, only) {
-  if (!senses.length) {
-    const who = only ? `The sense ${only}` : "This model";
-    return `${who} does not take “${file.name}”. ${whatItTakes()}`;
+function refusal(file, modalities, only) {
+  if (!modalities.length) {
+    const subject = only ? `The modality ${only}` : "This model";
+    return `${subject} does not take “${file.name}”. ${supportedFiles()}`;
   }
   if (file.size === 0) return `“${file.name}” is empty.`;
   if (file.size > mostBytes()) {
@@ -180,21 +183,21 @@ function refusal(file, senses, only) {
   return "";
 }
 
-/** base64 makes four letters of three bytes, and the rest of a request needs a little. */
+/** Largest file of a request: base64 takes 4/3 of its bytes, and the rest is for the text. */
 const mostBytes = () => Math.floor(facts.max_body_bytes * 0.74);
 
-async function partOf(file, senses) {
-  const shown = await shownAs(file, senses);
+async function partOf(file, modalities) {
+  const shown = await shownAs(file, modalities);
   const part = {
     kind: "media",
     name: file.name,
-    modality: senses[0].name,
-    senses: senses.map((sense) => sense.name),
+    modality: modalities[0].name,
+    modalities: modalities.map((modality) => modality.name),
     shown,
     size: size(file.size),
     url: shown === "file" ? null : URL.createObjectURL(file),
   };
-  const takesNumbers = senses[0].takes.some((t) => t.kind === "numbers");
+  const takesNumbers = modalities[0].takes.some((t) => t.kind === "numbers");
   if (takesNumbers && [".json", ".csv", ".txt"].includes(suffixOf(file.name))) {
     part.data = numbersOf(await file.text(), file.name);
     part.size = `${part.data.flat().length} numbers`;
@@ -204,15 +207,15 @@ async function partOf(file, senses) {
   return part;
 }
 
-async function shownAs(file, senses) {
-  const kinds = senses[0].takes.filter((t) => t.suffixes.includes(suffixOf(file.name)));
+async function shownAs(file, modalities) {
+  const kinds = modalities[0].takes.filter((t) => t.suffixes.includes(suffixOf(file.name)));
   const kind = kindOfType(file.type) || kinds[0]?.kind;
-  if (kind === "image") return (await isPicture(file)) ? "image" : "file";
+  if (kind === "image") return (await isShowableImage(file)) ? "image" : "file";
   return ["audio", "video"].includes(kind) ? kind : "file";
 }
 
-/** Whether this browser can show it; the server may read more kinds. */
-async function isPicture(file) {
+/** Whether this browser can decode the image; the server may decode more formats. */
+async function isShowableImage(file) {
   try {
     (await createImageBitmap(file)).close();
     return true;
@@ -230,10 +233,10 @@ function base64(blob) {
   });
 }
 
-/** A list of numbers, or one such list a line, out of JSON or of a table. */
+/** Parse numbers from JSON or from a table: one list, or a list of rows. */
 function numbersOf(text, name) {
   const wrong = new Refused(
-    `“${name}” should hold numbers: a JSON list, or lines of numbers with commas between them.`,
+    `“${name}” should hold numbers: a JSON list, or lines of numbers separated by commas.`,
   );
   let rows;
   if (/^\s*\[/.test(text)) {
@@ -246,7 +249,7 @@ function numbersOf(text, name) {
   } else {
     const lines = text.split(/\r?\n/).filter((line) => line.trim());
     rows = lines.map((line) => line.trim().split(/[\s,;]+/).map(Number));
-    if (rows.length > 1 && rows[0].every(Number.isNaN)) rows.shift(); // names of columns
+    if (rows.length > 1 && rows[0].every(Number.isNaN)) rows.shift(); // column names
   }
   const width = rows[0]?.length;
   const isTable = rows.every(
@@ -274,7 +277,7 @@ async function record() {
   try {
     stream = await navigator.mediaDevices.getUserMedia({ audio: true });
   } catch {
-    note("The microphone cannot be used. Does this browser allow this page to?");
+    note("The microphone cannot be used. Allow this page to use it in the browser.");
     return;
   }
   const chunks = [];
@@ -293,19 +296,21 @@ async function record() {
     refresh();
     try {
       const wav = await asWav(new Blob(chunks, { type: mimeType }));
-      const senses = facts.senses.filter((sense) => sense.takes.some((t) => t.kind === "audio"));
+      const takesAudio = (modality) => modality.takes.some((t) => t.kind === "audio");
+      const modalities = facts.modalities.filter(takesAudio);
       const file = new File([wav], "recording.wav", { type: "audio/wav" });
-      await addFiles([file], senses.length === 1 ? senses[0].name : null);
+      await addFiles([file], modalities.length === 1 ? modalities[0].name : null);
     } catch {
-      note("Nothing was recorded; try again, a little longer.");
+      note("The recording is empty; try again, a little longer.");
     }
   };
   recording.start();
   refresh();
 }
 
-/** Recorders write what only few programs read; WAV is read by all. One channel, 16 bits. */
+/** Convert a recording to WAV (mono, 16 bit). */
 async function asWav(blob) {
+  // Browsers record WebM or MP4, which libsndfile, the server's audio decoder, cannot read.
   const context = new AudioContext();
   const sound = await context.decodeAudioData(await blob.arrayBuffer());
   await context.close();
@@ -333,7 +338,7 @@ async function asWav(blob) {
 
 // ---- the conversation
 
-/** What a turn's parts are in a request. */
+/** Content of a turn in a request. */
 function contentOf(turn) {
   if (turn.parts.every((part) => part.kind === "text")) {
     return turn.parts.map((part) => part.text).join("");
@@ -353,14 +358,14 @@ function requestOf(turn) {
   return {
     model: facts.name,
     messages,
-    ...(longest ? { max_tokens: longest } : {}), // else what the prompt leaves room for
+    ...(longest ? { max_tokens: longest } : {}), // without it: the server's default
     temperature: Number($("temperature").value) || 0,
     stream: true,
     stream_options: { include_usage: true },
   };
 }
 
-/** Send a message, and write its answer as it comes. */
+/** Send a message and show its answer while it streams. */
 async function send(parts) {
   if (running) return;
   note("");
@@ -385,8 +390,8 @@ async function send(parts) {
     const body = JSON.stringify(requestOf(turn));
     if (body.length > facts.max_body_bytes) {
       throw new Refused(
-        `This conversation has ${size(body.length)} of media; this server takes ` +
-          `${size(facts.max_body_bytes)}. Begin a new one.`,
+        `This conversation has ${size(body.length)} with its media; the server's limit is ` +
+          `${size(facts.max_body_bytes)}. Start a new one.`,
       );
     }
     const headers = { "Content-Type": "application/json" };
@@ -408,9 +413,10 @@ async function send(parts) {
   } catch (error) {
     if (signal.aborted) finish = "stopped";
     else if (error instanceof Refused) problem = error.message;
-    else problem = "The connection broke off before the answer was complete.";
+    else problem = "The connection ended before the answer was complete.";
   }
-  if (!answer.isConnected) return; // a new conversation has begun
+  // A new conversation was started meanwhile: this answer must not become part of it.
+  if (!answer.isConnected) return;
   running = null;
   answer.classList.remove("waiting");
   if (problem) {
@@ -433,25 +439,25 @@ async function send(parts) {
   if (matchMedia("(hover: hover)").matches) $("text").focus();
 }
 
-/** A line under an answer: how it ended, what it took. */
+/** The line below an answer: how it ended, token counts, times. */
 function remark(text, finish, usage, times, began) {
-  const said = [];
-  if (finish === "stopped") said.push("Stopped");
-  else if (!text) said.push("An empty answer");
-  else if (finish === "length") said.push("Cut off at the longest answer");
+  const notes = [];
+  if (finish === "stopped") notes.push("Stopped");
+  else if (!text) notes.push("An empty answer");
+  else if (finish === "length") notes.push("Cut off at the token limit");
   if (usage) {
     const media = Object.entries(usage.prompt_tokens_details?.media_tokens || {});
-    said.push(...media.map(([name, number]) => `${name} ${number} tokens`));
+    notes.push(...media.map(([name, number]) => `${name} ${number} tokens`));
     const seconds = (times.last - times.first) / 1000;
     const number = usage.completion_tokens;
     const speed = seconds > 0.05 && number > 2 ? `, ${((number - 1) / seconds).toFixed(0)} a second` : "";
-    said.push(`answer ${number} token${number === 1 ? "" : "s"}${speed}`);
+    notes.push(`answer ${number} token${number === 1 ? "" : "s"}${speed}`);
   }
-  if (times.first) said.push(`first after ${((times.first - began) / 1000).toFixed(2)} s`);
-  return said.join(" · ");
+  if (times.first) notes.push(`first after ${((times.first - began) / 1000).toFixed(2)} s`);
+  return notes.join(" · ");
 }
 
-/** A turn's media and text, as the conversation shows them. */
+/** Add a turn's media and text to the conversation. */
 function show(turn) {
   const node = el("li", { className: `turn ${turn.role}` });
   const media = turn.parts.filter((part) => part.kind === "media");
@@ -462,7 +468,7 @@ function show(turn) {
   return node;
 }
 
-/** Text as it reads; media stand above it, and are named only where they stand inside of it. */
+/** Text of a turn. Media are shown above it; a slot marks those in the middle of the text. */
 function wordsOf(parts) {
   const isBlank = (part) => part.kind === "media" || !part.text.trim();
   const first = parts.findIndex((part) => !isBlank(part));
@@ -488,7 +494,7 @@ function player(part) {
   return el("span", { className: "file" }, part.name, el("small", {}, part.size || ""));
 }
 
-function startAnew() {
+function startNew() {
   running?.abort();
   running = null;
   turns = [];
@@ -502,7 +508,7 @@ function startAnew() {
   $("text").focus();
 }
 
-/** The message as it will be sent: each item on a line of its own, then the text. */
+/** Parts of the next message: each item on its own line, then the text. */
 function composed() {
   const text = $("text").value.trim();
   const lines = waiting.flatMap((part) => [part, { kind: "text", text: "\n" }]);
@@ -510,7 +516,7 @@ function composed() {
   return text ? [...lines, { kind: "text", text }] : lines;
 }
 
-// ---- what is seen
+// ---- rendering
 
 function note(text) {
   $("note").textContent = text;
@@ -525,19 +531,19 @@ function refresh() {
   $("stop").hidden = !running;
   $("new").hidden = !$("turns").childElementCount;
   $("record").setAttribute("aria-pressed", String(Boolean(recording)));
-  $("record").setAttribute("aria-label", recording ? "End the recording" : "Record sound");
+  $("record").setAttribute("aria-label", recording ? "Stop recording" : "Record audio");
   $("waiting").hidden = !waiting.length;
   $("waiting").replaceChildren(...waiting.map(itemOf));
   $("text").style.height = "auto";
   $("text").style.height = `${$("text").scrollHeight}px`;
-  if ($("welcome").hidden) scrollDown(); // the message's own field may have grown over the answer
+  if ($("welcome").hidden) scrollDown(); // a growing text field would cover the answer
 }
 
 function itemOf(part) {
   const label = el("span", { className: "label" }, el("span", { title: part.name }, part.name));
-  if (part.senses.length > 1) {
-    const select = el("select", { "aria-label": `Sense for ${part.name}` });
-    select.append(...part.senses.map((name) => el("option", { value: name }, name)));
+  if (part.modalities.length > 1) {
+    const select = el("select", { "aria-label": `Modality for ${part.name}` });
+    select.append(...part.modalities.map((name) => el("option", { value: name }, name)));
     select.value = part.modality;
     select.onchange = () => (part.modality = select.value);
     label.append(select);
@@ -556,7 +562,7 @@ function itemOf(part) {
     $("text").focus();
   };
   const shown = part.shown === "file" ? [] : [player(part)];
-  if (part.shown === "video") shown[0].controls = false; // there is no room for them
+  if (part.shown === "video") shown[0].controls = false; // the thumbnail is too small
   return el("li", { className: "item" }, ...shown, label, remove);
 }
 
@@ -572,7 +578,7 @@ function cross() {
   return svg;
 }
 
-/** Follow the answer, unless its reader has scrolled away from it. */
+/** Scroll to the end of the answer, unless the user has scrolled up. */
 function scrollDown(always = false) {
   const { scrollHeight, scrollTop, clientHeight } = document.documentElement;
   if (always || scrollHeight - scrollTop - clientHeight < 160) {
@@ -583,36 +589,36 @@ function scrollDown(always = false) {
 function showFacts() {
   document.title = `${facts.name} · multi_token`;
   $("name").textContent = facts.name;
-  const nouns = [...new Set(facts.senses.flatMap((s) => s.takes.map((t) => t.noun)))];
+  const nouns = [...new Set(facts.modalities.flatMap((s) => s.takes.map((t) => t.noun)))];
   const named = new Intl.ListFormat("en", { type: "conjunction" }).format(nouns);
   $("claim").textContent = nouns.length
-    ? `A language model that also takes ${named}. Drop them anywhere on this page, and ask.`
-    : "Ask it something.";
-  $("senses").replaceChildren(
-    ...facts.senses.map((sense) => {
-      const what = sense.takes.map((t) => t.noun).join(", ") || "files";
-      const button = el("button", { type: "button", title: `Attach ${what}` }, sense.name);
-      button.setAttribute("aria-label", `${sense.name}: attach ${what}`);
-      button.onclick = () => pick(sense);
+    ? `A language model that also takes ${named}. Drop files anywhere on this page, and ask.`
+    : "Ask something.";
+  $("modalities").replaceChildren(
+    ...facts.modalities.map((modality) => {
+      const what = modality.takes.map((t) => t.noun).join(", ") || "files";
+      const button = el("button", { type: "button", title: `Attach ${what}` }, modality.name);
+      button.setAttribute("aria-label", `${modality.name}: attach ${what}`);
+      button.onclick = () => pick(modality);
       return el("li", {}, button);
     }),
   );
-  $("attach").hidden = !facts.senses.length;
-  const hears = facts.senses.some((s) => s.takes.some((t) => t.kind === "audio"));
-  $("record").hidden = !hears || !navigator.mediaDevices || !window.MediaRecorder;
+  $("attach").hidden = !facts.modalities.length;
+  const takesAudio = facts.modalities.some((s) => s.takes.some((t) => t.kind === "audio"));
+  $("record").hidden = !takesAudio || !navigator.mediaDevices || !window.MediaRecorder;
   $("system").value = facts.system || "";
   $("max-tokens").placeholder = facts.default_max_tokens;
   $("report").hidden = !facts.report;
   if (facts.report) $("report").href = facts.report;
 }
 
-function pick(sense) {
-  const senses = sense ? [sense] : facts.senses;
-  const anything = senses.some((s) => !s.takes.length);
-  const suffixes = senses.flatMap((s) => s.takes.flatMap((t) => t.suffixes));
+function pick(modality) {
+  const modalities = modality ? [modality] : facts.modalities;
+  const anything = modalities.some((s) => !s.takes.length);
+  const suffixes = modalities.flatMap((s) => s.takes.flatMap((t) => t.suffixes));
   $("files").accept = anything ? "" : [...new Set(suffixes)].join(",");
   $("files").onchange = () => {
-    addFiles([...$("files").files], sense?.name);
+    addFiles([...$("files").files], modality?.name);
     $("files").value = "";
   };
   $("files").click();
@@ -625,7 +631,7 @@ async function showExamples() {
       $("examples").append(el("li", {}, card));
       $("examples").hidden = $("examples-title").hidden = false;
     } catch (error) {
-      if (!(error instanceof Refused)) throw error; // one that cannot be had is left out
+      if (!(error instanceof Refused)) throw error; // an example that fails to load is left out
     }
   }
 }
@@ -659,14 +665,14 @@ async function cardOf(example) {
   }
   card.onclick = () => {
     if (running) return;
-    startAnew();
+    startNew();
     $("system").value = example.system || "";
     send(parts);
   };
   return card;
 }
 
-// ---- what people do
+// ---- events
 
 $("composer").onsubmit = (event) => {
   event.preventDefault();
@@ -674,7 +680,7 @@ $("composer").onsubmit = (event) => {
   if (!parts.length || running || !facts || reading) return;
   const number = [...turns, { parts }].flatMap((t) => t.parts).filter((p) => p.kind === "media");
   if (number.length > facts.max_media) {
-    note(`This server takes ${facts.max_media} items in a conversation. Begin a new one.`);
+    note(`This server takes ${facts.max_media} items in a conversation. Start a new one.`);
     return;
   }
   waiting = [];
@@ -694,7 +700,7 @@ $("text").onpaste = (event) => {
   addFiles(files);
 };
 $("stop").onclick = () => running?.abort();
-$("new").onclick = startAnew;
+$("new").onclick = startNew;
 $("attach").onclick = () => pick(null);
 $("record").onclick = record;
 $("settings-button").onclick = () => {
@@ -706,7 +712,9 @@ $("settings-button").onclick = () => {
   $("system").focus();
 };
 
-let inside = 0; // entered elements minus left ones, while files are dragged over the page
+// dragenter and dragleave fire for every child element: only their balance tells whether the
+// pointer is still over the page.
+let inside = 0;
 const hasFiles = (event) => facts && [...event.dataTransfer.types].includes("Files");
 document.addEventListener("dragenter", (event) => {
   if (!hasFiles(event)) return;
@@ -737,7 +745,7 @@ document.addEventListener("drop", (event) => {
     $("text").focus();
     await showExamples();
   } catch (error) {
-    note(error instanceof Refused ? error.message : "This page could not be loaded whole.");
+    note(error instanceof Refused ? error.message : "This page could not be loaded completely.");
     throw error;
   }
 })();
