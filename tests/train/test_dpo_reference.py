@@ -362,7 +362,7 @@ def test_check_and_show_read_both_answers(pair_fields: Fields, tmp_path: Path) -
     assert "6 rows: 6 good, 0 bad" in run("check", rows)
     shown = run("show", rows, "one")
     assert "⟦one, quite clearly" in shown and "⟦two" in shown
-    assert "with the rejected one" in shown
+    assert "Below: the rejected answer" in shown
     fields["train"]["stages"][0]["dpo"] = None
     recipe.write_text(yaml.safe_dump(fields))
     shown = run("show", rows, "one")
