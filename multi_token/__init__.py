@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from multi_token.generate import single_question
     from multi_token.media.fetch import Fetch
+    from multi_token.media.sniff import FileKind
     from multi_token.modalities.base import AnyProjector, Encoder, Modality, PretrainedModality
     from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
     from multi_token.processor import MultiTokenProcessor
@@ -53,6 +54,7 @@ _HOMES = {
     "Expand": "multi_token.projectors.kinds:Expand",
     "Features": "multi_token.types:Features",
     "Fetch": "multi_token.media.fetch:Fetch",
+    "FileKind": "multi_token.media.sniff:FileKind",
     "Interrupted": "multi_token.errors:Interrupted",
     "LanguageModelError": "multi_token.errors:LanguageModelError",
     "Linear": "multi_token.projectors.kinds:Linear",
@@ -99,6 +101,7 @@ __all__ = [
     "Expand",
     "Features",
     "Fetch",
+    "FileKind",
     "Interrupted",
     "LanguageModelError",
     "Linear",

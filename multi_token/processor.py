@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from multi_token.chat.format import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Modality, header_length
+from multi_token.modalities.base import Modality
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
@@ -96,7 +96,7 @@ class MultiTokenProcessor:
                 if cached is not None:
                     return cached
             elif self.lengths_only:
-                num_features = header_length(modality, item.source, self.fetch)
+                num_features = modality.num_features_from_header(item.source, self.fetch)
                 if num_features is not None:
                     return Prepared({}, num_features)
             return modality.prepare(modality.load(item.source, self.fetch))

@@ -5,6 +5,7 @@ Border: packages are installed beside the environment, never into it: pip's own 
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import multi_token
 from multi_token.cli.modalities import write_package
 from multi_token.testing.claims import CLAIMS
 
@@ -76,16 +78,29 @@ def test_the_example_is_what_the_command_writes(tmp_path: Path) -> None:
     assert files(tmp_path / "new") == files(EXAMPLE)
 
 
-def test_the_sense_stands_in_one_file_of_at_most_sixty_lines() -> None:
+def test_the_modality_is_one_file_of_at_most_sixty_lines() -> None:
     lines = (EXAMPLE / "multi_token_heartbeat.py").read_text("utf-8").splitlines()
     assert len(lines) <= 60
+
+
+def test_the_example_imports_only_public_names() -> None:
+    """So a plug-in outlives every move of files inside the package."""
+    for name, text in files(EXAMPLE).items():
+        if not name.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("multi_token."):
+                assert node.module == "multi_token.testing", f"{name} imports {node.module}"
+            if isinstance(node, ast.ImportFrom) and node.module == "multi_token":
+                assert {alias.name for alias in node.names} <= set(multi_token.__all__)
+    for name in set(multi_token.__all__):
+        assert getattr(multi_token, name) is not None
 
 
 def test_the_claims_in_the_walk_are_those_of_the_kit() -> None:
     table = WALK.partition("## The checks")[2]
     listed = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     more = [
-        "the length told by the header is the prepared length",
         "small micro-batches give the same features",
         "bfloat16 gives nearly the same features",
         "projector ... keeps its promise",

@@ -1,4 +1,4 @@
-"""The sense `heartbeat`: series of numbers, such as the seconds between heartbeats."""
+"""The modality `heartbeat`: series of numbers, such as the seconds between heartbeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conformance kit of multi_token on the sense `heartbeat`, and what is its own."""
+"""The conformance kit of multi_token on the modality `heartbeat`, and what is its own."""
 
 from pathlib import Path
 

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
 from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.waveform import (
+    RATES,
     UNKNOWN_LENGTH,
     SecondsRange,
-    audio_error,
     check_rate,
     join_blocks,
     require_package,
+    resampled_length,
     sample_range,
     to_float32,
 )
@@ -71,6 +74,14 @@ _OTHER_CONTAINERS: tuple[tuple[bytes, str], ...] = (
     (b"{", "JSON text"),
 )
 
+_EXACT_COUNT_FORMATS = frozenset(("WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF", "AU", "CAF"))
+"""Formats whose header knows the number of samples; that of an MP3 or Ogg is an estimate, or none.
+"""
+_PCM_FORMATS = frozenset(
+    ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+)
+"""Codings in which each sample has its own bytes, or (FLAC) is counted by the encoder."""
+
 
 def load_audio(
     source: Any, fetch: Fetch, *, rate: int, max_seconds: float = 600.0, allow_silence: bool = False
@@ -91,13 +102,13 @@ def load_audio(
     limits = {"rate": rate, "name": name, "max_seconds": max_seconds, "span": span}
     if given.get("array") is not None:
         if given.get("sampling_rate") is None:
-            raise audio_error(
+            raise undecodable(
                 f"an array of samples comes without its rate; give {_MAPPING_HINT} with the rate "
                 "at which it was recorded"
             )
         audio = as_audio(given["array"], sampling_rate=given["sampling_rate"], **limits)
     elif isinstance(path, (list, tuple, np.ndarray, Tensor)):
-        raise audio_error(
+        raise undecodable(
             "samples alone do not tell their rate; instead of a bare list or array give "
             f"{_MAPPING_HINT} with the rate at which they were recorded"
         )
@@ -105,7 +116,7 @@ def load_audio(
         data = given.get("bytes")
         audio = decode_audio(fetch.read(path if data is None else data), **limits)
     if not allow_silence and audio.min() == audio.max():
-        raise audio_error(
+        raise undecodable(
             f"{name or 'the audio'} is silence ({len(audio) / rate:.2f} s, all samples equal); "
             "mend the row, or set `allow_silence: true` if silence means something"
         )
@@ -120,12 +131,73 @@ def unpack_source(source: Any) -> tuple[dict[str, Any], str, SecondsRange]:
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
     unknown = sorted(str(key) for key in given if key not in _KEYS)
     if unknown:
-        raise audio_error(
+        raise undecodable(
             f"an audio has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}"
         )
     path = given.get("path")
     name = shorten(path) if isinstance(path, str) and path[:5].lower() != "data:" else ""
     return given, name, _span(given.get("start"), given.get("end"), name or "the audio")
+
+
+def count_samples(source: Any, fetch: Fetch, *, rate: int, max_seconds: float) -> int | None:
+    """The samples that `load_audio` gives at `rate`; None where only decoding tells.
+
+    Told by headers of WAV, FLAC, AIFF, AU, CAF, W64 and RF64, and by arrays. Raises MediaError for
+    what is not there, and for a part outside of the audio or over `max_seconds`.
+    """
+    given, name, span = unpack_source(source)
+    label = name or "the audio"
+    if given.get("array") is not None:
+        told = _count_array(given["array"], given.get("sampling_rate"), label)
+    elif isinstance(given.get("path"), (list, tuple, np.ndarray, Tensor)):
+        return None
+    else:
+        data = given.get("bytes")
+        with fetch.open(given.get("path") if data is None else data) as file:
+            told = _count_file(file)
+    if told is None or not RATES[0] <= told[0] <= RATES[1]:
+        return None
+    own_rate, num_frames = told
+    begin, end = sample_range(span, own_rate, num_frames, label, max_seconds)
+    return resampled_length(end - begin, own_rate, rate) or None
+
+
+def _count_array(samples: Any, sampling_rate: Any, label: str) -> tuple[int, int] | None:
+    """Samples in a second, and how many there are. Raises MediaError for a rate that cannot be."""
+    is_number = isinstance(samples, (np.ndarray, Tensor)) and samples.ndim == 0
+    if sampling_rate is None or is_number or not hasattr(samples, "__len__"):
+        return None
+    return check_rate(sampling_rate, label), len(samples)
+
+
+def _count_file(file: BinaryIO) -> tuple[int, int] | None:
+    start = file.read(16)
+    size = file.seek(0, os.SEEK_END)
+    if any(start.startswith(magic, at) for at, magic, _ in CONTAINERS) or _is_truncated(
+        start, size
+    ):
+        return None
+    soundfile = require_package("soundfile", "audio")
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            exact = (
+                sound.format in _EXACT_COUNT_FORMATS.intersection(FORMATS)
+                and sound.subtype in _PCM_FORMATS
+            )
+            if exact and 0 < sound.frames < UNKNOWN_LENGTH:
+                return sound.samplerate, sound.frames
+    except soundfile.LibsndfileError:
+        return None  # decoding says what it is
+    return None
+
+
+def _is_truncated(start: bytes, size: int) -> bool:
+    """Whether bytes are missing that the file says it has."""
+    if not start.startswith((b"RIFF", b"FORM")):
+        return False
+    said = 8 + int.from_bytes(start[4:8], "little" if start.startswith(b"RIFF") else "big")
+    return size < said < STREAMED
 
 
 def decode_audio(
@@ -145,7 +217,7 @@ def decode_audio(
     """
     label = name or "the audio"
     if not data:
-        raise audio_error(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     demuxer = next((reader for at, magic, reader in CONTAINERS if data.startswith(magic, at)), "")
     decode = _decode_container if demuxer else _decode_file
     given, blocks = decode(data, demuxer, label, span, max_seconds)
@@ -170,7 +242,7 @@ def as_audio(
     try:
         array = np.asarray(array)
     except ValueError:
-        raise audio_error(f"{label} has rows of different lengths; give [samples]") from None
+        raise undecodable(f"{label} has rows of different lengths; give [samples]") from None
     given = check_rate(sampling_rate, label)
     array = _mix_to_mono(to_float32(array, label), label)
     begin, end = sample_range(span, given, len(array), label, max_seconds)
@@ -182,11 +254,11 @@ def _mix_to_mono(array: np.ndarray, label: str) -> np.ndarray:
     if array.ndim == 1:
         return array
     if array.ndim != 2 or array.shape[1] == 0:
-        raise audio_error(
+        raise undecodable(
             f"{label} has the shape {list(array.shape)}, expected [samples] or [samples, channels]"
         )
     if array.shape[1] > min(MAX_CHANNELS, array.shape[0]):
-        raise audio_error(
+        raise undecodable(
             f"{label} has the shape {list(array.shape)}, which would be {array.shape[1]:,} "
             "channels; expected [samples, channels], so transpose it"
         )
@@ -253,14 +325,14 @@ def _decode_container(
         raise _damaged_error(label, error) from error
     if not container.streams.audio:
         container.close()
-        raise audio_error(f"{label} has no audio track; it is a film without sound")
+        raise undecodable(f"{label} has no audio track; it is a film without sound")
     track = container.streams.audio[0]
     if track.codec_context is None:
         raise _damaged_error(label, "its audio track has no known codec")
     given = check_rate(track.rate, label)
     codec = track.codec_context.codec.name
     if codec not in CODECS:
-        raise audio_error(f"{label} is coded as {codec}; convert it to FLAC, MP3 or AAC")
+        raise undecodable(f"{label} is coded as {codec}; convert it to FLAC, MP3 or AAC")
     _check_channels(track.codec_context.channels, label)
     known = UNKNOWN_LENGTH
     if container.duration and demuxer != "aac":  # of raw AAC it is a guess by the bit rate
@@ -291,7 +363,7 @@ def _decode_container(
 
 def _check_channels(num_channels: int, label: str) -> None:
     if num_channels > MAX_FILE_CHANNELS:
-        raise audio_error(
+        raise undecodable(
             f"{label} has {num_channels:,} channels, and the limit is {MAX_FILE_CHANNELS}; mix it "
             "down"
         )
@@ -309,9 +381,9 @@ def _span(start: Any, end: Any, label: str) -> SecondsRange:
     for key, value in (("start", start), ("end", end)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and math.isfinite(value) and value >= 0):
-            raise audio_error(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
+            raise undecodable(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
     if end is not None and end <= (start or 0.0):
-        raise audio_error(f"{label} is to end at {end:g} s, but to start at {start or 0.0:g} s")
+        raise undecodable(f"{label} is to end at {end:g} s, but to start at {start or 0.0:g} s")
     return float(start or 0.0), end
 
 
@@ -330,13 +402,13 @@ def _num_missing_bytes(data: bytes) -> int:
 
 
 def _damaged_error(label: str, reason: object) -> MediaError:
-    return audio_error(f"{label} is truncated or damaged ({reason}); copy or download it again")
+    return undecodable(f"{label} is truncated or damaged ({reason}); copy or download it again")
 
 
 def _not_audio_error(data: bytes, label: str) -> MediaError:
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     what = next((what for magic, what in _OTHER_CONTAINERS if start.startswith(magic)), None)
     found = f"it begins like {what}" if what else f"its first bytes are {data[:12]!r}"
-    return audio_error(
+    return undecodable(
         f"{label} is not audio: {found}; expected one of {', '.join(FORMATS)}, MP4, WebM, AAC"
     )

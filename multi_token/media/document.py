@@ -15,7 +15,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from multi_token.errors import MediaError, MultiTokenError
+from multi_token.errors import MultiTokenError
+from multi_token.media.errors import undecodable
 
 MAX_PAGES = 1_000
 MAX_CHARACTERS = 2_000_000
@@ -103,7 +104,7 @@ def read_document(
     """
     label = name or "the document"
     if not data:
-        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     if data[:1024].lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"%PDF-"):
         return _text_of_pdf(data, label, max_pages, max_characters)
     if _WEB_PAGE.match(data.removeprefix(codecs.BOM_UTF8)):
@@ -118,11 +119,11 @@ def as_document(text: str, *, name: str = "", max_characters: int = MAX_CHARACTE
     label = name or "the document"
     _check_length(len(text), label, max_characters)
     if not text.strip():
-        raise _decode_error(f"{label} has no text, only blanks; leave it out of the rows")
+        raise undecodable(f"{label} has no text, only blanks; leave it out of the rows")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell it, and no tokenizer takes it
-        raise _decode_error(
+        raise undecodable(
             f"{label} has half a character (a lone surrogate) at position {error.start:,}; "
             "write the whole one, or leave it out"
         ) from None
@@ -192,16 +193,14 @@ def _decode_text(data: bytes, label: str, max_characters: int) -> str:
     except UnicodeDecodeError as error:
         _check_kind(_MAGIC, data, label)
         if b"\0" not in data:
-            raise _decode_error(
+            raise undecodable(
                 f"{label} is not {encoding.upper()} text (byte 0x{data[error.start]:02X} at "
                 f"position {error.start:,}); save it as UTF-8"
             ) from None
         text = "\0"
     if "\0" in text:
         _check_kind(_MAGIC, data, label)
-        raise _decode_error(
-            f"{label} is not a text: its first bytes are {data[:12]!r}; {_EXPECTED}"
-        )
+        raise undecodable(f"{label} is not a text: its first bytes are {data[:12]!r}; {_EXPECTED}")
     return text
 
 
@@ -209,7 +208,7 @@ def _check_kind(kinds: Sequence[tuple[bytes, str]], data: bytes, label: str) -> 
     start = data[:64].lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
     for magic, what in kinds:
         if start.startswith(magic):
-            raise _decode_error(f"{label} begins like {what}; {_EXPECTED}")
+            raise undecodable(f"{label} begins like {what}; {_EXPECTED}")
 
 
 def _text_of_web_page(data: bytes, label: str, max_characters: int) -> str:
@@ -263,7 +262,7 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
             raise FileNotDecryptedError
         num_pages = len(reader.pages)
         if num_pages > max_pages:
-            raise _decode_error(
+            raise undecodable(
                 f"{label} has {num_pages:,} pages, and the limit is {max_pages:,}; give a part of "
                 "it, or raise max_pages"
             )
@@ -272,17 +271,17 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
             _check_length(num_characters, label, max_characters)
             pages.append(text)
     except (DependencyError, FileNotDecryptedError):
-        raise _decode_error(
+        raise undecodable(
             f"{label} is an encrypted PDF; save it without a password "
             "(qpdf --decrypt WITH_PASSWORD.pdf WITHOUT.pdf)"
         ) from None
     except (PyPdfError, *_DAMAGE) as error:
-        raise _decode_error(
+        raise undecodable(
             f"{label} is a PDF that is truncated or damaged ({error or type(error).__name__}); "
             "copy or download it again"
         ) from error
     if not any(pages):
-        raise _decode_error(
+        raise undecodable(
             f"{label} is a PDF of {num_pages:,} page{'' if num_pages == 1 else 's'} without text, "
             "pictures of pages most likely; run text recognition (OCR) on it first "
             "(ocrmypdf IN.pdf OUT.pdf)"
@@ -299,11 +298,7 @@ def _texts(reader: Any) -> Iterator[str]:
 
 def _check_length(num_characters: int, label: str, max_characters: int) -> None:
     if num_characters > max_characters:
-        raise _decode_error(
+        raise undecodable(
             f"{label} has {num_characters:,} characters or more, and the limit is "
             f"{max_characters:,}; give a part of it, or raise max_characters"
         )
-
-
-def _decode_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

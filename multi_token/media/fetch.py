@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from multi_token.errors import MediaError
+from multi_token.media.errors import missing_file
 
 if TYPE_CHECKING:
     import httpx
@@ -116,21 +117,21 @@ class Fetch:
     def _open_file(self, source: Any) -> tuple[BinaryIO, Path]:
         path = self.local_path(source)
         if path is None:
-            raise _missing_file_error(_unreadable_source_error(source))
+            raise missing_file(_unreadable_source_error(source))
         if not self.allow_paths:
-            raise _missing_file_error(
+            raise missing_file(
                 f"files of this machine are not read here, and {shorten(source)} is one; "
                 "send the bytes as a data: address"
             )
         try:
             if not path.exists():
-                raise _missing_file_error(self._not_found(source, path))
+                raise missing_file(self._not_found(source, path))
             if path.is_dir():
-                raise _missing_file_error(
+                raise missing_file(
                     f"expected a file at {path}, but found a folder; name a file in it"
                 )
             if not path.is_file():
-                raise _missing_file_error(
+                raise missing_file(
                     f"expected a regular file at {path}, but it is a device, pipe or socket"
                 )
             file = path.open("rb")
@@ -156,7 +157,7 @@ class Fetch:
     def _read_data_uri(self, source: str) -> bytes:
         header, comma, body = source.partition(",")
         if not comma:
-            raise _missing_file_error(
+            raise missing_file(
                 f"expected data:<type>;base64,<letters>, but {shorten(source)} has no comma"
             )
         self._check_size(len(body) * 3 // 4 - 2, "the data: address")
@@ -165,7 +166,7 @@ class Fetch:
         try:
             data = base64.b64decode("".join(body.split()), validate=True)
         except (binascii.Error, ValueError) as error:
-            raise _missing_file_error(
+            raise missing_file(
                 f"{shorten(source)} is not base64 ({error}); "
                 "encode the bytes with base64.b64encode and check that nothing was cut off"
             ) from error
@@ -174,7 +175,7 @@ class Fetch:
 
     def _read_url(self, source: str) -> bytes:
         if not self.allow_urls:
-            raise _missing_file_error(
+            raise missing_file(
                 f"web addresses are not read here, and {shorten(source)} is one; "
                 "download it and give the path or the bytes"
             )
@@ -198,14 +199,14 @@ class Fetch:
                 return self._download(answer, source, deadline)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             reason = str(error) or type(error).__name__
-            raise _missing_file_error(
+            raise missing_file(
                 f"cannot download {shorten(source)}: {reason}; check the address and the network, "
                 "or download it once and give the path"
             ) from error
 
     def _download(self, answer: httpx.Response, source: str, deadline: float) -> bytes:
         if answer.status_code != 200:
-            raise _missing_file_error(
+            raise missing_file(
                 f"{shorten(source)} answered {answer.status_code} {answer.reason_phrase} "
                 "instead of 200; check that the address is right and open to everyone"
             )
@@ -218,7 +219,7 @@ class Fetch:
             data += chunk
             self._check_size(len(data), shorten(source))
             if time.monotonic() > deadline:
-                raise _missing_file_error(
+                raise missing_file(
                     f"{shorten(source)} sent {len(data):,} bytes in {self.timeout_s:g} s and was "
                     "not done; raise timeout_s, or download it once and give the path"
                 )
@@ -226,7 +227,7 @@ class Fetch:
 
     def _check_size(self, num_bytes: int, what: str) -> None:
         if num_bytes > self.max_bytes:
-            raise _missing_file_error(
+            raise missing_file(
                 f"{what} has {num_bytes:,} bytes or more, and the limit is {self.max_bytes:,}; "
                 "make it smaller, or raise max_bytes"
             )
@@ -248,7 +249,7 @@ def _scheme(source: str) -> str | None:
 def _file_url_path(source: str) -> str:
     parts = urlsplit(source)
     if parts.netloc not in ("", "localhost"):
-        raise _missing_file_error(
+        raise missing_file(
             f"{shorten(source)} names the machine {parts.netloc!r}; "
             "a file:// address of this machine has three slashes: file:///folder/name"
         )
@@ -256,7 +257,7 @@ def _file_url_path(source: str) -> str:
 
 
 def _unreadable_file_error(path: Path, error: OSError) -> MediaError:
-    return _missing_file_error(
+    return missing_file(
         f"cannot read {shorten(path)}: {error.strerror or error}; check the name and the "
         "permissions"
     )
@@ -269,7 +270,3 @@ def _unreadable_source_error(source: Any) -> str:
         reason = "a NUL character in it" if source else "nothing in it"
         return f"expected {_ACCEPTED}, but the source is a text with {reason}"
     return f"expected {_ACCEPTED}, but the source is of type {type(source).__name__}"
-
-
-def _missing_file_error(message: str) -> MediaError:
-    return MediaError(message, kind="missing_file")

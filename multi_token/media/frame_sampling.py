@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 
 TIME_SLACK_S = Fraction(1)
 """Seconds by which an `end` may lie behind the last frame: annotations round up."""
@@ -49,14 +50,14 @@ def pick_frames(
 ) -> list[Frame]:
     """The same choice from frames that are there already, `rate` of them a second.
 
-    Raises `MediaError(kind="video_error")`; without a rate for whatever counts in seconds.
+    Raises `MediaError(kind="undecodable")`; without a rate for whatever counts in seconds.
     """
     label = "the list of frames"
     if not len(frames):
-        raise video_error(f"{label} is empty; give at least one frame")
+        raise undecodable(f"{label} is empty; give at least one frame")
     if rate is None:
         if fps is not None or start is not None or end is not None:
-            raise video_error(
+            raise undecodable(
                 f"{label} has no times, which `fps`, `start` and `end` need; give it as "
                 '{"array": frames, "fps": its frames a second}'
             )
@@ -75,22 +76,22 @@ def clip_bounds(
 ) -> tuple[Fraction, Fraction]:
     """Where to begin and to stop, in seconds.
 
-    Raises `MediaError(kind="video_error")` for a part that is not there, or over `max_seconds`.
+    Raises `MediaError(kind="undecodable")` for a part that is not there, or over `max_seconds`.
     """
     # by its decimal digits: 2.4 means 12/5, not the binary number next to it
     first, last = Fraction(str(start or 0)), duration if end is None else Fraction(str(end))
     if first < 0 or (end is not None and first >= last):
-        raise video_error(
+        raise undecodable(
             f"{label} is asked for from {float(first):g} s to {float(last):g} s; `start` must be 0 "
             "or more, and `end` behind it"
         )
     if first > 0 and first >= duration:
-        raise video_error(
+        raise undecodable(
             f"{label} is {float(duration):.2f} s long, and the row starts at {float(first):g} s; "
             "mend `start`"
         )
     if last > duration + TIME_SLACK_S:
-        raise video_error(
+        raise undecodable(
             f"{label} is {float(duration):.2f} s long, and the row ends at {float(last):g} s; "
             "mend `end`"
         )
@@ -102,11 +103,7 @@ def clip_bounds(
 
 def too_long_error(label: str, seconds: str, max_seconds: float) -> MediaError:
     """More to read than the limit."""
-    return video_error(
+    return undecodable(
         f"{label} has {seconds} to read, and the limit is {max_seconds:g} s; give `start` and "
         "`end` in the row, or raise max_seconds"
     )
-
-
-def video_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 
 # A list of our own, because PIL's whole registry holds formats that start other programs (EPS runs
 # Ghostscript) and formats nobody fuzzes. All of these are read from memory, inside the process.
@@ -95,7 +95,7 @@ def as_rgb(
         picture.load()
         return _apply_orientation(_to_rgb(picture, label), picture)
     except _DAMAGE as error:
-        raise _decode_error(
+        raise undecodable(
             f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
             f"or damaged ({error}); copy or download it again"
         ) from error
@@ -140,12 +140,12 @@ def _ends_with_pixels(file: BinaryIO) -> bool:
 def _check_size(picture: Image.Image, label: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
-        raise _decode_error(
+        raise undecodable(
             f"{label} is {width} x {height} = {width * height:,} pixels, and the limit is "
             f"{max_pixels:,}; make it smaller, or raise max_pixels"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _decode_error(
+        raise undecodable(
             f"{label} is {width} x {height} pixels, a line rather than a picture: one side may be "
             f"{MAX_ASPECT} times as long as the other; cut it"
         )
@@ -159,7 +159,7 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
     """
     start = file.read(64)
     if not start:
-        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     Image.init()
     prefix = start[:16]
     damage: Exception | None = None
@@ -176,11 +176,11 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
         except _DAMAGE as error:
             damage = error
     if damage is not None and not isinstance(damage, UnidentifiedImageError):
-        raise _decode_error(
+        raise undecodable(
             f"{label} begins like a picture, but its header is truncated or damaged ({damage}); "
             "copy or download it again"
         ) from damage
-    raise _decode_error(
+    raise undecodable(
         f"{label} is not a picture: {_describe(start)}; expected one of {', '.join(FORMATS)}"
     )
 
@@ -197,7 +197,7 @@ def _to_rgb(picture: Image.Image, label: str) -> Image.Image:
     if picture.mode.startswith("I"):
         return _integers_to_uint8(picture, label)
     if picture.mode == "F":
-        raise _decode_error(
+        raise undecodable(
             f"{label} holds floating-point numbers, whose black and white are unknown; "
             "save it with 8 or 16 bits"
         )
@@ -214,7 +214,7 @@ def _integers_to_uint8(picture: Image.Image, label: str) -> Image.Image:
 
     values = np.asarray(picture)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise _decode_error(
+        raise undecodable(
             f"{label} holds 32-bit integers from {values.min()} to {values.max()}, whose black and "
             "white are unknown; save it with 8 or 16 bits"
         )
@@ -235,7 +235,3 @@ def _orientation(read_exif: Callable[[Any], Image.Exif], picture: Image.Image) -
     except _DAMAGE:
         # viewers show a picture whose EXIF block is broken as it lies, and so do we
         return 1
-
-
-def _decode_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, shorten
 
 _SOURCES = ("array", "path", "bytes")
@@ -109,7 +110,7 @@ def _open_source(source: Mapping[str, Any]) -> tuple[Any, float | None]:
     inner = next((source[key] for key in _SOURCES if source.get(key) is not None), None)
     unknown = [key for key in source if key not in (*_SOURCES, "sampling_rate")]
     if inner is None or unknown:
-        raise _decode_error(
+        raise undecodable(
             'expected {"array": ..., "sampling_rate": 500} for a series (or `path` or `bytes` of a '
             f".npy file instead of `array`), got the keys {', '.join(map(str, source)) or 'none'}"
         )
@@ -118,7 +119,7 @@ def _open_source(source: Mapping[str, Any]) -> tuple[Any, float | None]:
         return inner, None
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or not 0 < rate < float("inf"):
-        raise _decode_error(f"expected a `sampling_rate` above 0 in steps a second, got {rate!r}")
+        raise undecodable(f"expected a `sampling_rate` above 0 in steps a second, got {rate!r}")
     return inner, float(rate)
 
 
@@ -134,6 +135,22 @@ def read_npy(data: bytes, name: str) -> np.ndarray:
         raise _not_npy_error(name, error) from None
 
 
+def npy_bytes(numbers: Any) -> bytes:
+    """Return numbers as the bytes of a float32 `.npy` file.
+
+    Raises MediaError for lists of different lengths and for what is no number.
+    """
+    file = io.BytesIO()
+    try:
+        with np.errstate(over="ignore"):  # a modality refuses the infinity with its position
+            np.save(file, np.asarray(numbers, dtype=np.float32), allow_pickle=False)
+    except (TypeError, ValueError, OverflowError):
+        raise undecodable(
+            f"expected a list of numbers, or of equally long ones, got {str(numbers)[:80]!r}"
+        ) from None
+    return file.getvalue()
+
+
 def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of the numbers in a `.npy` file, at whose beginning `file` stands.
 
@@ -141,7 +158,7 @@ def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtyp
     """
     try:
         if file.read(2) == b"PK":
-            raise _decode_error(f"{name} holds several arrays (.npz); write one with numpy.save")
+            raise undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
         file.seek(0)
         read_header = _HEADERS[np.lib.format.read_magic(file)]
         shape, _, dtype = read_header(file)
@@ -158,9 +175,7 @@ def read_npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtyp
 
 
 def _not_npy_error(name: str, error: Exception) -> MediaError:
-    return _decode_error(
-        f"{name} is not a .npy file of numbers ({error}); write it with numpy.save"
-    )
+    return undecodable(f"{name} is not a .npy file of numbers ({error}); write it with numpy.save")
 
 
 def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndarray:
@@ -170,7 +185,7 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
     except ValueError:  # rows of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf" and array.size:
-        raise _decode_error(
+        raise undecodable(
             f"expected numbers in {name}, as [time] or [time, channels] with rows of one length, "
             f"got {str(raw)[:80]!r}"
         )
@@ -182,7 +197,7 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
             mend = "a series has at least one step"
         elif array.ndim == 2 and array.shape[0] == channels:
             mend = "time comes first, so transpose it"
-        raise _decode_error(
+        raise undecodable(
             f"expected a series of shape [time, {channels}] in {name}, got {list(array.shape)}; "
             + mend
         )
@@ -192,7 +207,7 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
     finite = np.isfinite(series)
     if not finite.all():
         step, channel = (int(i) for i in np.argwhere(~finite)[0])
-        raise _decode_error(
+        raise undecodable(
             f"{name} holds {series[step, channel]} at step {step} of channel {channel} "
             f"({int((~finite).sum())} such values in all); remove or fill them"
         )
@@ -201,11 +216,7 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
 
 def _check_length(num_steps: int, max_steps: int, name: str) -> None:
     if num_steps > max_steps:
-        raise _decode_error(
+        raise undecodable(
             f"{name} has {num_steps:,} steps, and the limit is {max_steps:,}; cut it, lower "
             "`rate`, or raise `max_steps`"
         )
-
-
-def _decode_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

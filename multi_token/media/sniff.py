@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 
 MediaKind = Literal["image", "audio", "video", "text"]
 
@@ -86,7 +86,7 @@ def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
     """
     label = name or "the item"
     if not data:
-        raise _decode_error(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     kind = _known_signature(data)
     if kind is not None:
         return kind
@@ -95,7 +95,7 @@ def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
     )
     if refused is None and _is_text(data):
         return "text"
-    raise _decode_error(
+    raise undecodable(
         f"{label} is not a picture, sound, film or UTF-8 text: "
         + (f"it begins like {refused}" if refused else f"its first bytes are {data[:12]!r}")
     )
@@ -149,7 +149,3 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return not any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in start)
-
-
-def _decode_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from multi_token.errors import MediaError, MultiTokenError
+from multi_token.media.errors import undecodable
 from multi_token.media.frame_sampling import (
     TIME_SLACK_S,
     clip_bounds,
     sample_times,
     too_long_error,
-    video_error,
 )
 from multi_token.media.image import as_rgb
 
@@ -94,11 +94,11 @@ def decode_video(
 
     Where there are fewer frames than times, a frame is given again. Only packets that a wanted
     frame is made of are decoded, and only wanted frames are kept. Upright, RGB, over white where
-    transparent. `name` opens the error message. Raises `MediaError(kind="video_error")`.
+    transparent. `name` opens the error message. Raises `MediaError(kind="undecodable")`.
     """
     label = name or "the video"
     if not data:
-        raise video_error(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     asked = _FrameRequest(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
     index, times = _plan_frames(io.BytesIO(data), asked, label)
     with _open_video(io.BytesIO(data), label, max_pixels) as (container, stream):
@@ -161,7 +161,7 @@ def _plan_frames(
         limit = math.inf if asked.end is not None else asked.max_seconds + (asked.start or 0)
         index = _scan(container, stream, label, limit=limit, max_seconds=asked.max_seconds)
     if promised is not None and promised > index.duration + TIME_SLACK_S:
-        raise video_error(
+        raise undecodable(
             f"{label} is cut off: its header promises {float(promised):.1f} s, and it ends after "
             f"{float(index.duration):.1f} s; copy or download it again"
         )
@@ -195,25 +195,25 @@ def _open_video(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[A
     except av.FFmpegError as error:
         if isinstance(error, EOFError):
             raise _empty_error(label) from error
-        raise video_error(f"{label} is not a video: {_describe(file, error)}") from error
+        raise undecodable(f"{label} is not a video: {_describe(file, error)}") from error
     with container:
         # a sound file may hold its cover as a video stream
         covers = Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & covers]
         if not streams:
             others = sorted({s.type for s in container.streams})
-            raise video_error(
+            raise undecodable(
                 f"{label} holds no moving pictures, only {' and '.join(others) or 'a header'}; "
                 "give a video, or use the item for another sense"
             )
         stream = streams[0]
         if stream.codec_context is None:
-            raise video_error(
+            raise undecodable(
                 f"{label} is of a kind that the installed FFmpeg cannot decode; convert it to MP4"
             )
         codec = stream.codec_context.codec.name
         if codec not in CODECS:
-            raise video_error(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
+            raise undecodable(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
         _check_pixels(stream.width, stream.height, label, max_pixels)
         # A frame may be larger than the header says: the decoder then makes no room for it. It
         # counts whole blocks, and those of neighbours; what comes out is measured exactly.
@@ -356,7 +356,7 @@ def _to_image(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.
 
 def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise video_error(
+        raise undecodable(
             f"a frame of {label} is {width} x {height} = {width * height:,} pixels, and the limit "
             f"is {max_pixels:,}; make it smaller, or raise max_pixels"
         )
@@ -373,11 +373,11 @@ def _describe(file: BinaryIO, error: Any) -> str:
 
 
 def _empty_error(label: str) -> MediaError:
-    return video_error(f"{label} has a header but no frames; copy or download it again")
+    return undecodable(f"{label} has a header but no frames; copy or download it again")
 
 
 def _damaged_error(label: str, time: Fraction, error: str | None) -> MediaError:
-    return video_error(
+    return undecodable(
         f"{label} is damaged {float(time):.2f} s after its start ({error}); copy or download it "
         "again, or leave that part out with `start` and `end`"
     )

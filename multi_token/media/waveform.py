@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from multi_token.errors import MediaError, MultiTokenError
+from multi_token.media.errors import undecodable
 
 RATES = (1_000, 768_000)
 """Samples in a second that are believed. Outside of them a number is another one: kHz, say."""
@@ -42,7 +43,7 @@ def join_blocks(
         finite = np.isfinite(block)
         if not finite.all():
             at = num_samples + int(np.argmin(finite))
-            raise audio_error(
+            raise undecodable(
                 f"{label} holds {block[np.argmin(finite)]} at sample {at:,} ({at / given:.2f} s); "
                 "remove or fill such values"
             )
@@ -54,7 +55,7 @@ def join_blocks(
         pieces.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     audio = np.concatenate([np.zeros(0, np.float32), *pieces])
     if not len(audio):
-        raise audio_error(f"{label} has a length of zero; leave the row out, or record it again")
+        raise undecodable(f"{label} has a length of zero; leave the row out, or record it again")
     return audio
 
 
@@ -75,7 +76,7 @@ def sample_range(
     length = num_frames / given
     if (start and start >= length) or (end or 0.0) > length + _END_SLACK_S:
         asked = f"{start:g} to {end:g} s" if end is not None else f"{start:g} s on"
-        raise audio_error(f"{label} is {length:.2f} s long, but the row asks for {asked}")
+        raise undecodable(f"{label} is {length:.2f} s long, but the row asks for {asked}")
     stop = num_frames if end is None else min(round(end * given), num_frames)
     begin = round(start * given)
     if stop < UNKNOWN_LENGTH and stop - begin > max_seconds * given:
@@ -87,7 +88,7 @@ def check_rate(rate: Any, label: str) -> int:
     """Samples in a second, as a whole number that can be. Raises MediaError."""
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or rate != round(float(rate)) or not RATES[0] <= rate <= RATES[1]:
-        raise audio_error(
+        raise undecodable(
             f"{label} has the sampling rate {rate!r}, expected a whole number of samples in a "
             f"second, {RATES[0]:,} to {RATES[1]:,}"
         )
@@ -99,7 +100,7 @@ def to_float32(array: np.ndarray, label: str) -> np.ndarray:
     if array.dtype.kind == "f":
         loudest = float(np.abs(array).max(initial=0.0))
         if loudest > MAX_AMPLITUDE:  # NaN is not: it is named with its position later
-            raise audio_error(
+            raise undecodable(
                 f"{label} holds floats up to {loudest:g}, expected -1 to 1; divide 16-bit samples "
                 "by 32768"
             )
@@ -108,7 +109,7 @@ def to_float32(array: np.ndarray, label: str) -> np.ndarray:
         return (array.astype(np.float32) - 128) / 128
     if array.dtype.kind == "i" and array.dtype.itemsize < 8:
         return array.astype(np.float32) / 2.0 ** (8 * array.dtype.itemsize - 1)
-    raise audio_error(
+    raise undecodable(
         f"{label} holds values of type {array.dtype}, whose full scale is unknown; give floats "
         "from -1 to 1 or integers of 16 bits"
     )
@@ -126,12 +127,7 @@ def require_package(name: str, extra: str) -> Any:
 
 
 def _too_long_error(label: str, length: str, max_seconds: float) -> MediaError:
-    return audio_error(
+    return undecodable(
         f"{label} is {length} long, and the limit is {max_seconds:g} s; cut it, name a part with "
         "`start` and `end`, or raise `max_seconds`"
     )
-
-
-def audio_error(message: str) -> MediaError:
-    """The error of audio that is there and of no use."""
-    return MediaError(message, kind="undecodable")

@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from multi_token.media.audio import load_audio
-from multi_token.media.audio_header import count_samples
+from multi_token.media.audio import count_samples, load_audio
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import OpenAIKind, PretrainedModality, stack_padded
 from multi_token.types import Features, Prepared
@@ -52,10 +51,11 @@ class AudioModality(PretrainedModality):
             allow_silence=self.allow_silence,
         )
 
-    def count_samples(self, source: Any, fetch: Fetch) -> int | None:
-        """Samples that `load` gives, told by the header or the array; None if decoding must tell.
+    def size_from_header(self, source: Any, fetch: Fetch) -> int | None:
+        """Return the samples of the waveform at the encoder's rate.
 
-        Raises MediaError.
+        From the header of WAV, FLAC and other plain formats, or from the array; None for MP3, Ogg
+        and others whose header is an estimate. Raises MediaError.
         """
         rate = feature_extractor(self.encoder, self.revision).sampling_rate
         return count_samples(source, fetch, rate=rate, max_seconds=self.max_seconds)

@@ -108,15 +108,48 @@ class Modality(BaseModel, ABC):
     def build_encoder(self) -> Encoder:
         """The encoder, with its weights."""
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """The number of features of an item, told without decoding it: by its header, or the row.
+    def size_from_header(self, source: Any, fetch: Fetch) -> Any:
+        """Return the size of an item without decoding it: from its file's header, or the row.
 
-        None where only decoding tells; else exactly `prepare(load(source, fetch)).num_features`,
-        for an item that can be decoded. Raises MediaError for what a header shows to be none. It
-        belongs to the `load` and `prepare` beside it: a class that changes one of them and not
-        this is decoded (`header_length`).
+        Args:
+            source: Item as the row gives it.
+            fetch: Reader of paths and addresses; `fetch.open` gives the start of a file.
+
+        Returns:
+            Any value that `count_features` takes, such as a number of samples. None if only
+            decoding tells (the default).
+
+        Raises:
+            MediaError: The header shows that the item cannot be decoded.
         """
         return None
+
+    def count_features(self, size: Any) -> int | None:
+        """Return the number of features of an item of this size.
+
+        The one owner of that number: `prepare` counts with the same arithmetic, so that an item
+        is as long as its header promised. A class that changes what `prepare` counts overrides
+        this method too; the conformance kit and training compare the two.
+
+        Args:
+            size: Result of `size_from_header`.
+
+        Returns:
+            `prepare(load(source, fetch)).num_features`, or None if only decoding tells.
+        """
+        return None
+
+    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
+        """Return the number of features of an item without decoding it (`data.lengths: headers`).
+
+        Returns:
+            The number, or None if only decoding tells.
+
+        Raises:
+            MediaError: The header shows that the item cannot be decoded.
+        """
+        size = self.size_from_header(source, fetch)
+        return None if size is None else self.count_features(size)
 
     def named_file(self, source: Any) -> str | os.PathLike[str] | None:
         """The path or address that a source names, if it names one."""
@@ -205,29 +238,6 @@ class Modality(BaseModel, ABC):
             return None
         module, _, function = cls.kit_example.partition(":")
         return getattr(import_module(module), function)(folder)
-
-
-def header_length(modality: Modality, source: Any, fetch: Fetch) -> int | None:
-    """What `num_features_from_header` says of an item, if it was written for the `load` and
-    `prepare` in use."""
-    return (
-        modality.num_features_from_header(source, fetch) if tells_lengths(type(modality)) else None
-    )
-
-
-def tells_lengths(cls: type[Modality]) -> bool:
-    """Whether a class measures items without decoding them.
-
-    Not one that inherits `num_features_from_header` and changes what it counts.
-    """
-    depth = {
-        name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
-        for name in ("num_features_from_header", "load", "prepare")
-    }
-    return (
-        depth["num_features_from_header"] <= min(depth.values())
-        and cls.num_features_from_header is not Modality.num_features_from_header
-    )
 
 
 class PretrainedModality(Modality):

@@ -20,6 +20,7 @@ from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import as_rgb, decode_image, read_size
 from multi_token.modalities.anyres import (
+    Grid,
     arrange,
     best_grid,
     collate_tiles,
@@ -38,6 +39,8 @@ from multi_token.types import Features, Prepared
 
 FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]
 Layers = int | tuple[int, ...] | None
+ANY_SIZE = (0, 0)
+"""Size of an image whose header does not tell width and height as they will be decoded."""
 PreprocessKey = tuple[str, str | None, Layers, FeatureKind, bool]
 """How a picture is read whole: encoder, revision, layer, features, and whether it is padded."""
 
@@ -201,41 +204,38 @@ class ImageModality(PretrainedModality):
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         return decode_image(fetch.read(source), name=name, max_pixels=self.max_pixels)
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """From width and height in the header, turned as decoding would turn the picture.
+    def size_from_header(self, source: Any, fetch: Fetch) -> tuple[int, int] | None:
+        """Return width and height in pixels after the turn that EXIF asks for.
 
-        None for a PIL picture, which is there already. Raises what `load` and `prepare` raise.
-        """
-        if isinstance(source, Image.Image):
-            return None
-        return self.count_features(self.check_header(source, fetch))
-
-    def check_header(self, source: Any, fetch: Fetch) -> tuple[int, int] | None:
-        """Width and height of the picture that `load` gives, if its header tells them.
-
-        Raises MediaError for what its header shows to be no picture, or over the limit.
+        `ANY_SIZE` for an image whose header leaves the turn open; None for a PIL image, whose
+        decoding costs nothing. Raises MediaError for a header of no image, or over `max_pixels`.
         """
         if isinstance(source, Image.Image):
             return None
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
         with fetch.open(source) as file:
-            return read_size(file, name=name, max_pixels=self.max_pixels)
+            return read_size(file, name=name, max_pixels=self.max_pixels) or ANY_SIZE
 
-    def count_features(self, size: tuple[int, int] | None) -> int | None:
-        """Features of a picture of this width and height; of any size, if all have as many."""
+    def count_features(self, size: tuple[int, int]) -> int | None:
+        """Return the features of an image of this width and height.
+
+        Of `ANY_SIZE`: their number if images of all sizes have as many, else None.
+        """
         if self.features not in ("patches", "all"):
             return 1
         if self.tile_grids is not None:
-            if size is None:
-                return None
-            side, patches = tile_shape(self.encoder, self.revision, self.layer)
-            width, height = size
-            grid = best_grid(height, width, self.tile_grids, side)
-            return len(reading_order(height, width, grid, patches)[0])
-        way = (self.encoder, self.revision, self.layer, self.features, self.pad_to_square)
-        if (number := _num_of_all_sizes(way)) is not None or size is None:
+            return None if size == ANY_SIZE else len(self._tile_order(*size)[1])
+        key = (self.encoder, self.revision, self.layer, self.features, self.pad_to_square)
+        if (number := _num_of_all_sizes(key)) is not None or size == ANY_SIZE:
             return number
-        return _num_of_blank(way, size)
+        return _num_of_blank(key, size)
+
+    def _tile_order(self, width: int, height: int) -> tuple[Grid, Tensor, Tensor]:
+        """The grid for an image of this size, and tile and patch of each feature, in order."""
+        assert self.tile_grids is not None
+        side, patches = tile_shape(self.encoder, self.revision, self.layer)
+        grid = best_grid(height, width, self.tile_grids, side)
+        return (grid, *reading_order(height, width, grid, patches))
 
     def prepare(self, raw: Any) -> Prepared:
         """An RGB picture -> what the encoder's own image processor makes of it.
@@ -252,10 +252,9 @@ class ImageModality(PretrainedModality):
         return Prepared(inputs=inputs, num_features=self._num_features(inputs))
 
     def _prepare_tiles(self, raw: Image.Image) -> Prepared:
-        side, patches = tile_shape(self.encoder, self.revision, self.layer)
+        side, _ = tile_shape(self.encoder, self.revision, self.layer)
         processor = image_processor(self.encoder, self.revision)
-        assert self.tile_grids is not None
-        grid = best_grid(raw.height, raw.width, self.tile_grids, side)
+        grid, tile, patch = self._tile_order(raw.width, raw.height)
         resample = getattr(processor, "resample", None)
         tiles = crop_tiles(
             raw,
@@ -264,7 +263,6 @@ class ImageModality(PretrainedModality):
             Image.Resampling(resample) if isinstance(resample, int) else Image.Resampling.BICUBIC,
         )
         pixels = processor(images=tiles, return_tensors="pt")["pixel_values"]
-        tile, patch = reading_order(raw.height, raw.width, grid, patches)
         inputs = {"pixel_values": pixels, "tile": tile, "patch": patch}
         return Prepared(inputs, num_features=len(tile))
 

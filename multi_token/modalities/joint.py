@@ -16,7 +16,8 @@ from PIL import Image
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from multi_token.errors import MediaError, RecipeError
+from multi_token.errors import RecipeError
+from multi_token.media.errors import undecodable
 from multi_token.media.examples import (
     EXAMPLE_TEXT,
     example_audio,
@@ -151,13 +152,17 @@ class JointModality(PretrainedModality):
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise _undecodable(f"{name or 'the text'} is not UTF-8 ({error}); convert it") from None
+            raise undecodable(f"{name or 'the text'} is not UTF-8 ({error}); convert it") from None
         return kind, self._checked_text(text, name or "the text")
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """One feature an item, of whatever kind; its first bytes tell that it is one.
+    def count_features(self, size: MediaKind) -> int:
+        """Return 1: one vector an item, whatever its kind."""
+        return 1
 
-        None for what is there already (a PIL picture, an array) and for texts.
+    def size_from_header(self, source: Any, fetch: Fetch) -> MediaKind | None:
+        """Return the kind of an item, from its first bytes.
+
+        None for texts, and for what is in memory already (a PIL image, an array).
         """
         kind, inner = _named_kind(source)
         if kind == "text" or isinstance(inner, (Image.Image, Mapping)):
@@ -169,21 +174,21 @@ class JointModality(PretrainedModality):
             if kind == "image":
                 file.seek(0)
                 read_size(file, name=name, max_pixels=self.max_pixels)
-        return None if kind == "text" else 1
+        return None if kind == "text" else kind
 
     def _check_kind(self, kind: MediaKind, name: str) -> None:
         known = list(methods(self.encoder, self.revision))
         if kind not in known:
-            raise _undecodable(
+            raise undecodable(
                 f"{name} is of the kind {kind}, but {self.encoder} reads {' and '.join(known)} "
                 "only; leave it out, or choose an encoder that has it"
             )
 
     def _checked_text(self, text: str, name: str) -> str:
         if not text.strip():
-            raise _undecodable(f"{name} has no letters; give at least a word")
+            raise undecodable(f"{name} has no letters; give at least a word")
         if len(text) > self.max_letters:
-            raise _undecodable(
+            raise undecodable(
                 f"{name} has {len(text):,} letters, and the limit is {self.max_letters:,}; shorten "
                 "it, or read it with a modality of type `document`"
             )
@@ -267,7 +272,7 @@ class JointModality(PretrainedModality):
             for key, value in processed.items()
             if isinstance(value, Tensor)
         }
-        return Prepared(inputs, num_features=1)
+        return Prepared(inputs, num_features=self.count_features(kind))
 
     def _tokenize(self, text: str) -> Mapping[str, Any]:
         tokenizer = joint_tokenizer(self.encoder, self.revision)
@@ -275,7 +280,7 @@ class JointModality(PretrainedModality):
         inputs = tokenizer(text, padding=False, **options)
         length, limit = inputs["input_ids"].shape[1], text_limit(self.encoder, self.revision)
         if length > limit:
-            raise _undecodable(
+            raise undecodable(
                 f"a text of {length} tokens was given, and {self.encoder} reads {limit}; shorten "
                 "it, or read it with a modality of type `document`"
             )
@@ -393,12 +398,8 @@ def _named_kind(source: Any) -> tuple[MediaKind | None, Any]:
         return "audio", given
     if given and given.keys() <= {"path", "bytes"}:
         return None, given.get("bytes", given.get("path"))
-    raise _undecodable(
+    raise undecodable(
         'expected a path, address, bytes, {"text": "..."} (or image, audio, video and a source), '
         'or audio as {"array": ..., "sampling_rate": ...}, got '
         + (f"the keys {', '.join(map(str, given))}" if given else "an object without a key")
     )
-
-
-def _undecodable(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

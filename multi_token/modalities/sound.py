@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
-from multi_token.media.fetch import Fetch
 from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
@@ -91,14 +90,11 @@ class SoundModality(AudioModality):
     thirds, for encoders trained with it (fused). Shorter audio is repeated to fill a window."""
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """From the number of samples in the header of WAV, FLAC and other plain formats."""
-        num_samples = self.count_samples(source, fetch)
-        if num_samples is None:
-            return None
+    def count_features(self, size: int) -> int:
+        """Return the features of a waveform of `size` samples at the encoder's rate."""
         window = self._window()
-        is_fused = self.long_audio == "fusion" and num_samples > window
-        return self._num_frames() * (1 if is_fused else len(even_lengths(num_samples, window)))
+        is_fused = self.long_audio == "fusion" and size > window
+        return self._num_frames() * (1 if is_fused else len(even_lengths(size, window)))
 
     def prepare(self, raw: np.ndarray) -> Prepared:
         """float32 [samples] -> CLAP's spectrograms of each window.
@@ -119,9 +115,8 @@ class SoundModality(AudioModality):
             # and so every audio that comes alone
             "is_longer": torch.full((num_windows, 1), fusion),
         }
-        num_frames = self._num_frames()
-        inputs |= enumerate_frames([num_frames] * num_windows)
-        return Prepared(inputs, num_features=num_windows * num_frames)
+        inputs |= enumerate_frames([self._num_frames()] * num_windows)
+        return Prepared(inputs, num_features=self.count_features(len(raw)))
 
     def _window(self) -> int:
         """Samples of CLAP's window. Raises RecipeError for what is no CLAP, or not of that kind."""

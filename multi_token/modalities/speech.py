@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import MediaError, RecipeError
-from multi_token.media.fetch import Fetch
 from multi_token.modalities.audio_chunks import (
     AudioModality,
     arrange_frames,
@@ -128,11 +127,21 @@ class SpeechModality(AudioModality):
             raise ValueError("`layer` is one of the encoder's, and `features: start` the decoder's")
         return self
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """From the number of samples in the header of WAV, FLAC and other plain formats."""
-        num_samples = self.count_samples(source, fetch)
-        if num_samples is None:
+    def count_features(self, size: int) -> int | None:
+        """Return the features of a waveform of `size` samples at the encoder's rate.
+
+        None for less than one frame, which `prepare` refuses.
+        """
+        num_frames = self._frames_of_chunks(size)
+        if min(num_frames) < 1:
             return None
+        return 1 if self.features == "mean" else sum(num_frames)
+
+    def _frames_of_chunks(self, num_samples: int) -> list[int]:
+        """Features of each chunk: all frames that are not padding, or one for `start`.
+
+        A chunk of less than a frame has none.
+        """
         extractor = feature_extractor(self.encoder, self.revision)
         if extractor.model_input_names[0] == "input_values":
             lengths = even_lengths(num_samples, self._longest(extractor))
@@ -141,10 +150,7 @@ class SpeechModality(AudioModality):
             starts = range(0, num_samples, window)
             lengths = [-(-min(window, num_samples - start) // hop) for start in starts]
         num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]
-        if min(num_frames) < 1:
-            return None
-        counts = {"mean": 1, "start": len(num_frames), "frames": sum(num_frames)}
-        return counts[self.features]
+        return [min(n, 1) for n in num_frames] if self.features == "start" else num_frames
 
     def prepare(self, raw: np.ndarray) -> Prepared:
         """float32 [samples] -> what the encoder's feature extractor makes of each chunk.
@@ -154,22 +160,19 @@ class SpeechModality(AudioModality):
         and RecipeError for an encoder that is of neither kind.
         """
         extractor = feature_extractor(self.encoder, self.revision)
-        if extractor.model_input_names[0] == "input_values":
-            inputs = self._waveforms(raw, extractor)
-            lengths = inputs["num_samples"].tolist()
-        else:
-            inputs, lengths = self._mel_windows(raw, extractor)
-        num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]
-        if min(num_frames) < 1:
+        num_features = self.count_features(len(raw))
+        if num_features is None:
             raise MediaError(
                 f"the audio is {len(raw)} samples long ({len(raw) / extractor.sampling_rate:.4f} s)"
                 f", less than one frame of {self.encoder}; leave the row out, or record more",
                 kind="undecodable",
             )
-        if self.features == "start":
-            num_frames = [1] * len(num_frames)
-        inputs |= enumerate_frames(num_frames)
-        return Prepared(inputs, num_features=1 if self.features == "mean" else sum(num_frames))
+        if extractor.model_input_names[0] == "input_values":
+            inputs = self._waveforms(raw, extractor)
+        else:
+            inputs = self._mel_windows(raw, extractor)
+        inputs |= enumerate_frames(self._frames_of_chunks(len(raw)))
+        return Prepared(inputs, num_features=num_features)
 
     def _longest(self, extractor: Any) -> int:
         """Samples that an encoder of raw waveforms hears at once."""
@@ -202,15 +205,11 @@ class SpeechModality(AudioModality):
             )
         return window, hop
 
-    def _mel_windows(self, raw: np.ndarray, extractor: Any) -> tuple[dict[str, Tensor], list[int]]:
-        """Inputs of all windows, and how many steps of each are not padding."""
-        window, hop = self._window(extractor)
+    def _mel_windows(self, raw: np.ndarray, extractor: Any) -> dict[str, Tensor]:
+        window, _ = self._window(extractor)
         pieces = [raw[at : at + window] for at in range(0, len(raw), window)]
         processed = extractor(pieces, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return (
-            {"input_features": processed["input_features"]},
-            [-(-len(piece) // hop) for piece in pieces],
-        )
+        return {"input_features": processed["input_features"]}
 
     def build_encoder(self) -> SpeechEncoder:
         """The encoder; of an encoder-decoder model the decoder is kept for `start` only."""

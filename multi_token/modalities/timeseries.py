@@ -184,17 +184,21 @@ class TimeseriesModality(Modality):
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
         )
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """From the header of a `.npy` file; numbers in the row are read, since they are there."""
-        num_steps = count_steps(
+    def size_from_header(self, source: Any, fetch: Fetch) -> int | None:
+        """Return the number of steps at `rate`; numbers in the row are read."""
+        return count_steps(
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
         )
-        if num_steps is None:
-            return None
+
+    def count_features(self, size: int) -> int:
+        """Return the number of patches of a series of `size` steps.
+
+        With `encoder`, the last window overlaps the one before; only its new patches count.
+        """
         if self.encoder is None:
-            return math.ceil(num_steps / self.patch_length)
+            return math.ceil(size / self.patch_length)
         shape = self._window_shape()
-        num_full, rest = divmod(num_steps, shape.context)
+        num_full, rest = divmod(size, shape.context)
         return num_full * shape.num_patches + shape.num_new_patches(rest)
 
     def prepare(self, raw: Any) -> Prepared:
@@ -207,7 +211,7 @@ class TimeseriesModality(Modality):
         if self.encoder is not None:
             return self._prepare_windows(raw)
         values, level = normalized(raw)
-        num_patches = math.ceil(len(values) / self.patch_length)
+        num_patches = self.count_features(len(values))
         padded = np.pad(values, ((0, num_patches * self.patch_length - len(values)), (0, 0)))
         inputs = {
             "patches": torch.from_numpy(padded.reshape(num_patches, -1)),
@@ -232,7 +236,7 @@ class TimeseriesModality(Modality):
             fill = np.broadcast_to(last.mean(0), (missing, self.channels))
             windows.append(np.concatenate([fill, last]))
             observed.append(np.arange(shape.context)[:, None].repeat(self.channels, 1) >= missing)
-            num_new = shape.num_new_patches(rest)
+            num_new = self.count_features(len(raw)) - num_features
             end = num_features + shape.num_patches
             feature += range(end - num_new, end)
         inputs = {

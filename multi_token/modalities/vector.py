@@ -67,10 +67,10 @@ class VectorModality(Modality):
                 f"expected numbers in {name}, got {str(raw)[:80]!r}", kind="undecodable"
             ) from None
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """From the header of a `.npy` file; numbers in the row are read, since they are there."""
+    def size_from_header(self, source: Any, fetch: Fetch) -> int | None:
+        """Return the number of vectors; numbers in the row are read, since they are in memory."""
         if isinstance(source, (list, tuple, np.ndarray, Tensor)):
-            return self.prepare(self.load(source, fetch)).num_features
+            return len(self.prepare(self.load(source, fetch)).inputs["values"])
         if isinstance(source, Mapping):
             return None
         name = shorten(source) if isinstance(source, str) else "the bytes given"
@@ -78,6 +78,10 @@ class VectorModality(Modality):
         if len(shape) not in (1, 2) or shape[-1] != self.dim or shape[0] == 0:
             return None
         return 1 if len(shape) == 1 else shape[0]
+
+    def count_features(self, size: int) -> int:
+        """Return one feature for each vector."""
+        return size
 
     def prepare(self, raw: Any) -> Prepared:
         """[dim] or [length, dim] -> values [length, dim]. Raises MediaError: wrong shape, NaN."""
@@ -102,7 +106,7 @@ class VectorModality(Modality):
         values = torch.from_numpy(array.copy())
         return Prepared(
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},
-            num_features=len(values),
+            num_features=self.count_features(len(values)),
         )
 
     def example_sources(self) -> Sequence[list[float]]:

@@ -26,7 +26,7 @@ from multi_token.media.frame_sampling import pick_frames
 from multi_token.media.video import count_frames, decode_video
 from multi_token.modalities.anyres import arrange, collate_tiles
 from multi_token.modalities.base import Encoder, OpenAIKind, PretrainedModality
-from multi_token.modalities.image import FeatureKind, ImageEncoder, ImageModality, Layers
+from multi_token.modalities.image import ANY_SIZE, FeatureKind, ImageEncoder, ImageModality, Layers
 from multi_token.modalities.video_clips import (
     ClipEncoder,
     build_clip_encoder,
@@ -162,19 +162,24 @@ class VideoModality(PretrainedModality):
         }
         return source, rate, options
 
-    def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """`num_frames` of each item; with `fps`, its packets tell how long it is, undecoded.
+    def count_features(self, size: int) -> int | None:
+        """Return the features of an item of `size` frames.
 
-        None where a frame has more features the larger it is, or in another shape.
+        None if a frame has more features the larger it is, or in another shape.
         """
-        num_each, num_frames = self._num_each(), self._count_frames(source, fetch)
-        if num_each is None or num_frames is None:
-            return None
-        in_one = self.num_frames if self.read_as == "clip" else 1
-        return math.ceil(num_frames / in_one) * num_each
+        num_each = self._num_each()
+        return None if num_each is None else self._num_parts(size) * num_each
 
-    def _count_frames(self, source: Any, fetch: Fetch) -> int | None:
-        """Frames that `load` gives. Raises MediaError."""
+    def _num_parts(self, num_frames: int) -> int:
+        """Frames, or clips with the last one filled up."""
+        return math.ceil(num_frames / (self.num_frames if self.read_as == "clip" else 1))
+
+    def size_from_header(self, source: Any, fetch: Fetch) -> int | None:
+        """Return the number of frames that `load` takes.
+
+        `num_frames`, or with `fps` as many as the item's packets tell, undecoded. Raises
+        MediaError.
+        """
         source, rate, options = self._asked(source)
         if isinstance(source, np.ndarray):
             _check_array(source, self.max_pixels)
@@ -184,7 +189,7 @@ class VideoModality(PretrainedModality):
             image = ImageModality(encoder=self.encoder, max_pixels=self.max_pixels)
             places = pick_frames(range(len(source)), rate=rate, **options)
             for place in sorted(set(places)):
-                image.check_header(source[place], fetch)
+                image.size_from_header(source[place], fetch)
             return len(places)
         if rate is not None:
             return None
@@ -198,7 +203,7 @@ class VideoModality(PretrainedModality):
         if self.features not in ("patches", "all"):
             return 1
         if self.read_as == "frames":
-            return self._image().count_features(None)
+            return self._image().count_features(ANY_SIZE)
         shape = clip_shape(self.encoder, self.revision, self.num_frames)
         if shape is None:
             return None
@@ -223,7 +228,7 @@ class VideoModality(PretrainedModality):
 
     def _clips(self, frames: Sequence[Image.Image]) -> tuple[dict[str, Tensor], int]:
         """pixel_values [clips, frames, channels, height, width], and the features of each."""
-        num_clips = math.ceil(len(frames) / self.num_frames)
+        num_clips = self._num_parts(len(frames))
         missing = num_clips * self.num_frames - len(frames)
         pixels = prepare_clip(frames, self.encoder, self.revision)
         pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])

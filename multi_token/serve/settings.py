@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from multi_token.media.fetch import MIB
 from multi_token.serve.media.limits import RequestMediaLimits
 
-MIB = 1024 * 1024
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _NAME = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
 _ENGINE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?/?")

@@ -21,10 +21,11 @@ from multi_token import registry
 from multi_token.encoders import cast_encoder
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Encoder, Modality, header_length
+from multi_token.modalities.base import Encoder, Modality
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.types import Features, Prepared
 
+_SIZES = frozenset(("pixels", "frames", "seconds", "characters"))
 _WIDTH = 16  # of the language model that is not there
 _TOLERANCE = 1e-3  # of the features' size: rounding stays far below it, and a fault far above
 _ROUNDING = 0.1  # of the features' length: what weights of 8 bits of mantissa may cost
@@ -295,16 +296,30 @@ def _raises_on_bad_input(trial: Subject) -> str:
     raise ClaimFailed("an object that is no source was read without a word")
 
 
-def header_length_is_exact(trial: Subject) -> str:
-    told = [header_length(trial.modality, source, trial.fetch) for source in trial.sources]
+def _header_length_is_exact(trial: Subject) -> str:
+    told = [trial.modality.num_features_from_header(s, trial.fetch) for s in trial.sources]
     for index, (number, item) in enumerate(zip(told, trial.items, strict=True)):
         if number is not None and number != item.num_features:
             raise ClaimFailed(
-                f"source {index}: `measure` tells {number} features, `prepare` promises "
-                f"{item.num_features}"
+                f"source {index}: its header promises {number} features, `prepare` "
+                f"{item.num_features}; let `count_features` count as `prepare` does"
             )
     num_told = sum(number is not None for number in told)
-    return f"{num_told} of {len(told)} sources are told, the others are decoded"
+    return f"{num_told} of {len(told)} lengths are known from headers"
+
+
+def _examples_are_read(trial: Subject) -> str:
+    sources = trial.modality.example_sources()
+    for index, source in enumerate(sources):
+        raw = trial.modality.load(source, Fetch(allow_paths=False))
+        trial.modality.prepare(raw)
+        unknown = trial.modality.size_of(raw).keys() - _SIZES
+        if unknown:
+            raise ClaimFailed(
+                f"`size_of` of example {index} names {sorted(unknown)[0]!r}; a server adds up "
+                f"{', '.join(sorted(_SIZES))}"
+            )
+    return f"{len(sources)} examples"
 
 
 CLAIMS: dict[str, Callable[[Subject], str]] = {
@@ -320,6 +335,8 @@ CLAIMS: dict[str, Callable[[Subject], str]] = {
     "the same input gives the same features": _is_deterministic,
     "a frozen encoder stays as it is": _encoder_stays_frozen,
     "an encoder can be built again": _can_be_built_again,
+    "its example sources can be decoded": _examples_are_read,
+    "the length told by the header is the prepared length": _header_length_is_exact,
 }
 
 

@@ -15,13 +15,12 @@ from typing import Any
 from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Modality, PretrainedModality, tells_lengths
+from multi_token.modalities.base import Modality, PretrainedModality
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.testing.claims import (
     CLAIMS,
     ClaimFailed,
     Subject,
-    header_length_is_exact,
     works_in_bfloat16,
     works_in_micro_batches,
     works_with_projector,
@@ -54,8 +53,6 @@ def check_modality(
     if isinstance(modality, PretrainedModality):
         claims["small micro-batches give the same features"] = works_in_micro_batches
         claims["bfloat16 gives nearly the same features"] = works_in_bfloat16
-    if tells_lengths(type(modality)):
-        claims["the length told by the header is the prepared length"] = header_length_is_exact
     for kind in registry.registered_names("projector"):
         if registry.entry("projector", kind, ProjectorSpec).state == "ready":
             claims[f"projector {kind} keeps its promise"] = partial(works_with_projector, kind=kind)
@@ -77,7 +74,7 @@ def check_named(name: str, folder: Path) -> list[Result]:
             "fields of a small instance and a list of sources for it"
         )
     fields, sources = example
-    return check_modality(registry.build("modality", {"type": name, **fields}, Modality), sources)
+    return check_modality(registry.build("modality", {**fields, "type": name}, Modality), sources)
 
 
 def assert_conforms(

@@ -17,8 +17,9 @@ from PIL import Image, PngImagePlugin
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
+from multi_token.media.series import npy_bytes
 from multi_token.media.waveform import join_blocks, resampled_length
-from multi_token.modalities.base import Modality, header_length
+from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.joint import JointModality
@@ -30,6 +31,7 @@ from multi_token.modalities.video import VideoModality
 from multi_token.registry import build
 from multi_token.testing import tiny_image_encoder
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2, tiny_whisper, tone, write_tone
+from multi_token.testing.claims import ClaimFailed, Subject, _header_length_is_exact
 from multi_token.testing.joint import tiny_joint_clip
 from multi_token.testing.series import tiny_patchtst
 from multi_token.testing.video import noise_frames, write_video
@@ -354,15 +356,23 @@ def test_an_item_of_a_joint_space_is_one_feature_if_its_first_bytes_fit(tmp_path
         modality.num_features_from_header(write_tone(tmp_path / "a.wav", 0.1), FETCH)
 
 
-def test_a_class_that_changes_what_is_counted_is_not_asked_for_the_count() -> None:
+def test_a_class_that_changes_what_is_prepared_and_not_its_count_is_named() -> None:
     class Doubled(VectorModality):
         def prepare(self, raw: Any) -> Any:
             return super().prepare(np.repeat(np.atleast_2d(raw), 2, axis=0))
 
-    class Renamed(VectorModality):
-        """Changes nothing that is counted."""
+    class Silent(Doubled):
+        def size_from_header(self, source: Any, fetch: Fetch) -> None:
+            return None
 
-    assert header_length(VectorModality(dim=2), [1.0, 2.0], FETCH) == 1
-    assert header_length(Renamed(dim=2), [1.0, 2.0], FETCH) == 1
-    assert header_length(Doubled(dim=2), [1.0, 2.0], FETCH) is None
-    assert header_length(DocumentModality(encoder="none"), "a.txt", FETCH) is None
+    sources = (npy_bytes([1.0, 2.0]), npy_bytes([[1.0, 2.0]] * 3))
+
+    def claim(modality: Modality) -> str:
+        return _header_length_is_exact(Subject(modality, sources, FETCH))
+
+    assert claim(VectorModality(dim=2)) == "2 of 2 lengths are known from headers"
+    with pytest.raises(ClaimFailed, match="promises 1 features, `prepare` 2; let `count_features`"):
+        claim(Doubled(dim=2))
+    assert claim(Silent(dim=2)) == "0 of 2 lengths are known from headers"
+    document = DocumentModality(encoder="none")
+    assert document.num_features_from_header("a.txt", FETCH) is None

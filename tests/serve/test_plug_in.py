@@ -62,9 +62,12 @@ def ask(server: RunningServer, *parts: Any) -> httpx.Response:
 OWN = {"type": "nose_url", "nose_url": {"url": data_url(ODOUR, "application/octet-stream")}}
 OPENAI = {"type": "image_url", "image_url": {"url": data_url(ODOUR, "application/octet-stream")}}
 NAMED = {"type": "media", "modality": "nose", "data": b64(ODOUR)}
+NUMBERS = {"type": "media", "modality": "nose", "data": [0.5, 0.25, 1.5]}
 
 
-@pytest.mark.parametrize("part", [OWN, OPENAI, NAMED], ids=["own", "openai", "media"])
+@pytest.mark.parametrize(
+    "part", [OWN, OPENAI, NAMED, NUMBERS], ids=["own", "openai", "media", "numbers"]
+)
 def test_a_plug_in_is_answered_by_its_own_part_and_by_the_part_it_declares(
     smells: RunningServer, part: dict[str, Any]
 ) -> None:

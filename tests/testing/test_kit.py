@@ -39,6 +39,7 @@ CONFIG = "its config round-trips"
 REFUSES = "a source that cannot be read is refused in one sentence"
 APART = "different items are told apart"
 FOUND = "its name leads to its class"
+EXAMPLES = "its example sources can be decoded"
 TOLD = "the length told by the header is the prepared length"
 
 
@@ -137,14 +138,25 @@ def test_a_length_that_its_header_tells_otherwise_is_named(broken: Any) -> None:
         def num_features_from_header(self, source: Any, fetch: Fetch) -> int:
             return 1
 
-    class Silent(Fault):
-        def load(self, source: Any, fetch: Fetch) -> Any:
-            return super().load(source, fetch)
+    assert broken(Lying)[TOLD] == (
+        "source 1: its header promises 1 features, `prepare` 2; let `count_features` count as "
+        "`prepare` does"
+    )
 
-    assert broken(Lying)[TOLD] == "source 1: `measure` tells 1 features, `prepare` promises 2"
-    claims = {result.claim for result in check_modality(Silent(), SOURCES)}
-    assert TOLD not in claims, "what it inherits does not belong to its own `load`"
-    assert TOLD in {result.claim for result in check_modality(Fault(), SOURCES)}
+
+def test_an_example_that_cannot_be_decoded_and_a_size_that_no_server_knows_are_named(
+    broken: Any,
+) -> None:
+    class Unreadable(Fault):
+        def example_sources(self) -> list[Any]:
+            return [[0.5]]
+
+    class Weighed(Fault):
+        def size_of(self, raw: Any) -> dict[str, float]:
+            return {"grams": 1.0}
+
+    assert "expected a vector of 3 numbers" in broken(Unreadable)[EXAMPLES]
+    assert broken(Weighed)[EXAMPLES].startswith("`size_of` of example 0 names 'grams'")
 
 
 def test_a_wrong_width_and_numbers_that_are_none_are_named(broken: Any) -> None:
@@ -380,7 +392,18 @@ def test_one_source_and_a_sense_without_an_example_are_refused(
 ) -> None:
     with pytest.raises(MultiTokenError, match="at least two different sources"):
         check_modality(VectorModality(dim=3), SOURCES[:1])
-    monkeypatch.setitem(registry._registered["modality"], "fault", Fault)
-    monkeypatch.setattr(Fault, "kit_example", "")  # VectorModality's, which a subclass inherits
-    with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Fault\.example"):
+
+    class Bare(Fault):
+        kit_example: ClassVar[str] = ""
+
+    monkeypatch.setitem(registry._registered["modality"], "fault", Bare)
+    with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Bare\.example"):
         check_named("fault", tmp_path)
+
+
+def test_a_class_that_inherits_an_example_is_the_one_that_is_tried_on_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(registry._registered["modality"], "fault", Fault)
+    results = {result.claim: result for result in check_named("fault", tmp_path)}
+    assert results[FOUND].passed and results[FOUND].detail == "type: fault"

@@ -1,1 +1,1 @@
-"""What `multi-token modalities new` writes: a package of one sense, to be filled in."""
+"""Templates of `multi-token modalities new`: a package with one modality, to be filled in."""

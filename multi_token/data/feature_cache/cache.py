@@ -17,14 +17,13 @@ import torch
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
 from multi_token.data.feature_cache.keys import KeyTable, digest, encoder_fingerprint, source_name
 from multi_token.data.feature_cache.store import (
-    MIB,
     FeatureStore,
     StoredFeatures,
     stored_bytes,
     stored_dtype,
 )
 from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import MIB, Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from multi_token.data.feature_cache.keys import KeyTable
 from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import MIB
 
 _BREAKS = ".breaks"
 _PARTIAL = ".partial"
@@ -31,7 +32,6 @@ _STALE_SECONDS = 3600
 """No shard takes that long to write: an older unfinished file was left by a writer that died."""
 _MAX_OPEN = 256
 """Shards that one process keeps mapped."""
-MIB = 2**20
 
 StoredFeatures = tuple[Tensor, Tensor | None]
 """Features [length, dim] of an item, and where its lines end: bool [length] or None."""

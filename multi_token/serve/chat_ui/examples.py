@@ -22,6 +22,7 @@ from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
+from multi_token.media.series import npy_bytes
 from multi_token.media.sniff import sniff_kind
 from multi_token.modalities.base import Modality
 from multi_token.recipe.recipe import Recipe, load_recipe
@@ -208,7 +209,7 @@ def bytes_of(source: Any, fetch: Fetch, *, is_text: bool = False) -> bytes:
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, (list, tuple, np.ndarray)):
-        return _npy(source)
+        return npy_bytes(source)
     if is_text and isinstance(source, str):
         return source.encode("utf-8", "replace")
     return fetch.read(source)
@@ -227,16 +228,3 @@ def _of_mapping(source: Mapping[str, Any], fetch: Fetch) -> bytes:
         f"{', '.join(map(str, given)) or 'none'}, which no single file holds; leave its row out",
         kind="undecodable",
     )
-
-
-def _npy(numbers: Any) -> bytes:
-    try:
-        array = np.asarray(numbers, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise MediaError(
-            f"expected a list of numbers, or of equally long ones, got {str(numbers)[:80]!r}",
-            kind="undecodable",
-        ) from None
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()

@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
+from multi_token.media.fetch import MIB
 from multi_token.serve.errors import ServeError
-
-MIB = 1024 * 1024
 
 
 class MediaLimits(BaseModel):

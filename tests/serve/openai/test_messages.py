@@ -17,7 +17,7 @@ from multi_token.serve.openai.messages import MessageParser, SpecialTokenEscaper
 from multi_token.serve.openai.protocol import parse_chat
 from multi_token.testing.language_models import tiny_tokenizer
 from multi_token.types import Conversation, Media, MediaSpan, Message, Text
-from tests.serve.running_server import b64, data_url, npy, png
+from tests.serve.running_server import b64, data_url, png
 
 
 def senses(**types: str) -> dict[str, Modality]:
@@ -150,10 +150,10 @@ def test_the_web_is_left_to_the_pool_and_only_where_it_is_allowed() -> None:
     assert item.source == "https://example.org/a.png"
 
 
-def test_numbers_become_an_array_file() -> None:
+def test_numbers_reach_a_modality_as_the_lists_of_its_rows() -> None:
     reader = MessageParser(senses(v="vector"))
     part = {"type": "media", "modality": "v", "data": [1, 2.5]}
-    assert read(reader, part).media == (Media("v", npy(1, 2.5)),)
+    assert read(reader, part).media == (Media("v", [1, 2.5]),)
     wrong: list[Any] = [[], [[1], [1, 2]], [[[1]]], [True], ["1"], [None], [10**400]]
     for data in wrong:
         refused(reader, {**part, "data": data})
