@@ -92,8 +92,8 @@ def test_a_second_signal_aborts(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "needs a key"),
-        (["--api-key", "short"], "a key has"),
+        (["--host", "0.0.0.0"], "API key is needed"),
+        (["--api-key", "short"], "an API key must have"),
         (["--max-batch", "0"], "max_batch"),
         (["--engine-url", "ftp://a:1"], "should be http://HOST:PORT"),
         (["--api-key-file", "nothing-here"], "expected a file with one API key per line"),

@@ -20,7 +20,7 @@ from tests.serve.running_server import KEY, RunningServer, running
 def served_run(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a run with the modalities `image` (3 tokens) and `vector` (2 for each vector)."""
+    """The folder of a run with the modalities `image` (3 tokens) and `vector` (2 per vector)."""
     import torch
 
     from multi_token.checkpoint.load import compose
