@@ -33,7 +33,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.report.machine import machine_facts
-from multi_token.serve.row_parts import bytes_of, question_of
+from multi_token.serve.chat_ui.examples import bytes_of, question_of
 from multi_token.types import Media, Message, Text
 
 KEY_VARIABLE = "MULTI_TOKEN_API_KEY"

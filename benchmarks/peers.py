@@ -37,12 +37,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from multi_token.checkpoint.load import load
 from multi_token.collate import Collator
 from multi_token.convert.llava import import_llava
 from multi_token.data.packing import PackingPlan
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import Trainable
 from multi_token.report.machine import machine_facts
+from multi_token.train.batch_plan import PackedBatches
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample
@@ -153,11 +154,11 @@ def with_ours(
     rates = {"projectors": 1e-12, **({"language_model": 1e-12} if learn == "all" else {})}
     lengths = [len(sample.input_ids) for sample in samples]
     mean = sum(lengths) / len(lengths)
+    packing = PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean)))
     return MultiTokenTrainer(
         model,
         learn=Trainable.model_validate(rates),
-        lengths=lengths,
-        packing=PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean))),
+        batches=PackedBatches(packing, lengths),
         args=training_arguments(folder / "trained", options, seed=0, learning_rate=1e-12),
         train_dataset=samples,
         data_collator=Collator(model.modalities, 0).pack,
@@ -168,7 +169,7 @@ def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
     """All three in turns, a few steps each; 4 x 8 rows in memory, no cache."""
     if not (folder / "ours").is_dir():
         import_llava(folder / "llava", folder / "ours")
-    ours = load(folder / "ours")
+    ours = MultiTokenForConditionalGeneration.from_pretrained(folder / "ours")
     samples = read(ours, folder, rows(4 * NUM_ROWS, random.Random(1)))
     llava = of_llava(folder, learn)
     given = llava_rows(samples, llava.config.image_token_id)

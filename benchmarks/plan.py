@@ -29,7 +29,7 @@ from training import NUM_ROWS, build_parts, rows
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.machine import machine_facts
-from multi_token.train.run import plan, train
+from multi_token.train import plan_run, train
 
 NUM_STEPS = 12
 STAGE = "tried"
@@ -77,7 +77,7 @@ def recipe_of(folder: Path, out: Path, learn: dict[str, Any], more: dict[str, An
 def planned(recipe: Recipe) -> tuple[float, int]:
     """Seconds and tokens of a step, as `--plan` prints them."""
     said = io.StringIO()
-    plan(recipe, console=Console(file=said, width=1000))
+    plan_run(recipe, console=Console(file=said, width=1000))
     found = re.search(r"about (\S+) s a step", said.getvalue())
     tokens = re.search(r"steps of about ([\d,]+) tokens", said.getvalue())
     assert found is not None and tokens is not None, said.getvalue()

@@ -39,14 +39,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec, load_recipe
 from multi_token.report.machine import machine_facts
-from multi_token.serve.row_parts import bytes_of, question_of
+from multi_token.serve.chat_ui.examples import bytes_of, question_of
 from multi_token.types import Conversation, Media, Message, Text
 
 _DIM = 64
@@ -90,7 +90,9 @@ def composed(folder: Path, *, with_pictures: bool = False) -> None:
         }
     fields = {"language_model": str(language_model_folder()), "modalities": senses}
     torch.manual_seed(0)
-    compose(ModelSpec.model_validate(fields)).save_pretrained(folder)
+    MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields)).save_pretrained(
+        folder
+    )
 
 
 def made_up(number: int) -> list[Conversation]:
@@ -299,7 +301,7 @@ def main() -> None:
         run = args.run or Path(scratch, "composed")
         if args.run is None:
             composed(run)
-        model = load(run)
+        model = MultiTokenForConditionalGeneration.from_pretrained(run)
         if args.run is None and args.rows is None:
             conversations = made_up(args.requests)
         else:

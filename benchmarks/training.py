@@ -43,7 +43,6 @@ from transformers import (
     LlavaProcessor,
 )
 
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
@@ -226,7 +225,7 @@ SHARED = [
 def composed(fields: dict[str, Any]) -> MultiTokenForConditionalGeneration:
     """A model with the same new projector each time, tried before any step is counted."""
     torch.manual_seed(0)
-    model = compose(ModelSpec.model_validate(fields)).train()
+    model = MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields)).train()
     assert model.capabilities
     return model
 

@@ -1,6 +1,11 @@
-"""multi_token gives any language model new senses. The public names, and a map of the house.
+"""multi_token gives any language model new modalities. The public names.
 
-row -> data/formats -> reader (modalities, chat) -> collate -> model (encode, project, splice)
+    from multi_token import load_recipe, train
+
+    model = train(load_recipe("recipe.yaml"))
+    print(model.generate([{"images": ["cat.png"], "messages": [...]}]))
+
+Users, notebooks and plug-ins import from here alone; every other module may move.
 """
 
 from __future__ import annotations
@@ -11,57 +16,134 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from multi_token.errors import MultiTokenError
-    from multi_token.modalities.base import Encoder, Modality
-    from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.projectors.base import ProjectorSpec
-    from multi_token.recipe.recipe import Recipe, load_recipe
+    from multi_token.errors import (
+        ChatTemplateError,
+        CheckpointError,
+        ConvertError,
+        Interrupted,
+        LanguageModelError,
+        MediaError,
+        MultiTokenError,
+        RecipeError,
+        RegistryError,
+        RowError,
+        SpliceError,
+    )
+    from multi_token.generate import single_question
+    from multi_token.media.fetch import Fetch
+    from multi_token.modalities.base import AnyProjector, Encoder, Modality, PretrainedModality
+    from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
+    from multi_token.processor import MultiTokenProcessor
+    from multi_token.projectors.base import Projector, ProjectorSpec
+    from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
+    from multi_token.projectors.resampler import Resample
+    from multi_token.recipe.recipe import ModelSpec, Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
+    from multi_token.train.plan.run_plan import plan_run as plan
+    from multi_token.train.run import train
     from multi_token.types import Conversation, Features, Media, Message, Prepared, Text
 
 _HOMES = {
-    "Conversation": "multi_token.types",
-    "Encoder": "multi_token.modalities.base",
-    "Features": "multi_token.types",
-    "Media": "multi_token.types",
-    "Message": "multi_token.types",
-    "Modality": "multi_token.modalities.base",
-    "MultiTokenError": "multi_token.errors",
-    "MultiTokenForConditionalGeneration": "multi_token.model",
-    "Prepared": "multi_token.types",
-    "ProjectorSpec": "multi_token.projectors.base",
-    "Recipe": "multi_token.recipe.recipe",
-    "Text": "multi_token.types",
-    "load_recipe": "multi_token.recipe.recipe",
-    "register_modality": "multi_token.registry",
-    "register_projector": "multi_token.registry",
+    "AnyProjector": "multi_token.modalities.base:AnyProjector",
+    "ChatTemplateError": "multi_token.errors:ChatTemplateError",
+    "CheckpointError": "multi_token.errors:CheckpointError",
+    "Conversation": "multi_token.types:Conversation",
+    "ConvertError": "multi_token.errors:ConvertError",
+    "Encoder": "multi_token.modalities.base:Encoder",
+    "Expand": "multi_token.projectors.kinds:Expand",
+    "Features": "multi_token.types:Features",
+    "Fetch": "multi_token.media.fetch:Fetch",
+    "Interrupted": "multi_token.errors:Interrupted",
+    "LanguageModelError": "multi_token.errors:LanguageModelError",
+    "Linear": "multi_token.projectors.kinds:Linear",
+    "Media": "multi_token.types:Media",
+    "MediaError": "multi_token.errors:MediaError",
+    "Message": "multi_token.types:Message",
+    "Mlp": "multi_token.projectors.kinds:Mlp",
+    "Modality": "multi_token.modalities.base:Modality",
+    "ModelSpec": "multi_token.recipe.recipe:ModelSpec",
+    "MultiTokenConfig": "multi_token.model:MultiTokenConfig",
+    "MultiTokenError": "multi_token.errors:MultiTokenError",
+    "MultiTokenForConditionalGeneration": "multi_token.model:MultiTokenForConditionalGeneration",
+    "MultiTokenProcessor": "multi_token.processor:MultiTokenProcessor",
+    "PixelShuffle": "multi_token.projectors.kinds:PixelShuffle",
+    "Pool": "multi_token.projectors.kinds:Pool",
+    "Prepared": "multi_token.types:Prepared",
+    "PretrainedModality": "multi_token.modalities.base:PretrainedModality",
+    "Projector": "multi_token.projectors.base:Projector",
+    "ProjectorSpec": "multi_token.projectors.base:ProjectorSpec",
+    "Recipe": "multi_token.recipe.recipe:Recipe",
+    "RecipeError": "multi_token.errors:RecipeError",
+    "RegistryError": "multi_token.errors:RegistryError",
+    "Resample": "multi_token.projectors.resampler:Resample",
+    "RowError": "multi_token.errors:RowError",
+    "SpliceError": "multi_token.errors:SpliceError",
+    "Stack": "multi_token.projectors.kinds:Stack",
+    "Text": "multi_token.types:Text",
+    "load_recipe": "multi_token.recipe.recipe:load_recipe",
+    "plan": "multi_token.train.plan.run_plan:plan_run",
+    "register_modality": "multi_token.registry:register_modality",
+    "register_projector": "multi_token.registry:register_projector",
+    "single_question": "multi_token.generate:single_question",
 }
+"""Public name -> `module:name`. `train` is missing: it is the package of that name, which can be
+called (see train/__init__.py)."""
 
 __all__ = [
+    "AnyProjector",
+    "ChatTemplateError",
+    "CheckpointError",
     "Conversation",
+    "ConvertError",
     "Encoder",
+    "Expand",
     "Features",
+    "Fetch",
+    "Interrupted",
+    "LanguageModelError",
+    "Linear",
     "Media",
+    "MediaError",
     "Message",
+    "Mlp",
     "Modality",
+    "ModelSpec",
+    "MultiTokenConfig",
     "MultiTokenError",
     "MultiTokenForConditionalGeneration",
+    "MultiTokenProcessor",
+    "PixelShuffle",
+    "Pool",
     "Prepared",
+    "PretrainedModality",
+    "Projector",
     "ProjectorSpec",
     "Recipe",
+    "RecipeError",
+    "RegistryError",
+    "Resample",
+    "RowError",
+    "SpliceError",
+    "Stack",
     "Text",
     "__version__",
     "load_recipe",
+    "plan",
     "register_modality",
     "register_projector",
+    "single_question",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when asked for: `multi-token --help` need not load torch."""
+    """Import a public name when it is first asked for: `multi-token --help` loads no torch."""
+    if name == "train":
+        return import_module("multi_token.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'multi_token' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -9,25 +9,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
-from multi_token.errors import LanguageModelError, MultiTokenError
+from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import generate_from_embeds
 from multi_token.media.fetch import Fetch
 from multi_token.processor import MultiTokenProcessor
-from multi_token.types import Batch, Conversation, Media, Message, Part, Sample, Text
-
-if TYPE_CHECKING:
-    from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.types import Batch, ComposedModel, Conversation, Media, Message, Part, Sample, Text
 
 
 def generate(
-    model: MultiTokenForConditionalGeneration,
+    model: ComposedModel,
     conversations: Sequence[Conversation | Mapping[str, Any]],
     *,
     max_new_tokens: int = 128,
@@ -48,7 +46,7 @@ def generate(
 
     Raises RowError for a row that cannot be read, before anything is generated for its batch.
     """
-    processor = replace(require_processor(model), fetch=Fetch(root=root))
+    processor = replace(model.require_processor(), fetch=Fetch(root=root))
     prompts = [
         drop_last_answer(conversation, model, i) for i, conversation in enumerate(conversations)
     ]
@@ -68,16 +66,9 @@ def generate(
     return answers
 
 
-def require_processor(model: MultiTokenForConditionalGeneration) -> MultiTokenProcessor:
-    """The model's reader, without a length limit: a prompt is what somebody asked."""
-    if model.processor is None:
-        raise MultiTokenError("this model has no reader; load it with from_pretrained(RUN)")
-    return replace(model.processor, max_tokens=None)
-
-
 def drop_last_answer(
     conversation: Conversation | Mapping[str, Any],
-    model: MultiTokenForConditionalGeneration,
+    model: ComposedModel,
     index: int = 0,
 ) -> Conversation:
     """A conversation that ends where the assistant is to speak."""
@@ -114,7 +105,7 @@ def decode(processor: MultiTokenProcessor, ids: Tensor) -> list[str]:
 
 
 def generate_ids(
-    model: MultiTokenForConditionalGeneration,
+    model: ComposedModel,
     samples: Sequence[Sample],
     *,
     max_new_tokens: int,
@@ -122,7 +113,7 @@ def generate_ids(
     **options: Any,
 ) -> list[Tensor]:
     """Prompts, read -> the new ids of each [new], in their order, as if each were asked alone."""
-    processor = require_processor(model)
+    processor = model.require_processor()
     groups = [list(range(len(samples)))]
     longest = max(len(sample.input_ids) for sample in samples) + max_new_tokens
     if not model.capabilities.can_batch_lengths(longest):
@@ -148,7 +139,7 @@ def generate_ids(
 
 @torch.no_grad()
 def _generate_batch(
-    model: MultiTokenForConditionalGeneration,
+    model: ComposedModel,
     batch: Batch,
     *,
     max_new_tokens: int,
@@ -157,29 +148,29 @@ def _generate_batch(
 ) -> Tensor:
     """New ids [batch, time]. The prompt is embedded once; the child generates by itself."""
     device = model.device
-    batch = to_device(batch, device)
-    embeds = model.embed(batch["input_ids"], batch["media"])
+    moved: Any = send_to_device(batch, device)
+    embeds = model.embed(moved["input_ids"], moved["media"])
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.get("do_sample") or options.get("temperature"):
         sampling = {"do_sample": True}
     start = model.capabilities.prefill_mode
     if start == "ids":
-        _check_text_is_last(model, batch)
+        _check_text_is_last(model, moved)
     return generate_from_embeds(
         model.language_model,
         inputs_embeds=embeds,
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        input_ids=moved["input_ids"],
+        attention_mask=moved["attention_mask"],
         prefill_mode=start,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_token_ids(model),
-        pad_token_id=require_processor(model).chat.filler_id,
+        pad_token_id=model.require_processor().chat.filler_id,
         streamer=streamer,
         **{**sampling, **options},
     )
 
 
-def _check_text_is_last(model: MultiTokenForConditionalGeneration, batch: Batch) -> None:
+def _check_text_is_last(model: ComposedModel, batch: Batch) -> None:
     time = batch["input_ids"].shape[1]
     for name, media in batch["media"].items():
         if bool((media["positions"] % time == time - 1).any()):
@@ -189,17 +180,8 @@ def _check_text_is_last(model: MultiTokenForConditionalGeneration, batch: Batch)
             )
 
 
-def eos_token_ids(model: MultiTokenForConditionalGeneration) -> list[int]:
+def eos_token_ids(model: ComposedModel) -> list[int]:
     """The ids that end an answer: the language model's own, and the template's ends of turn."""
     own = model.language_model.generation_config.eos_token_id
     ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return sorted({*ids, *require_processor(model).chat.end_of_turn_ids})
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A nested batch on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(inner, device) for key, inner in value.items()}
-    return value
+    return sorted({*ids, *model.require_processor().chat.end_of_turn_ids})

@@ -1,42 +1,60 @@
 """The model: encoders and projectors beside an untouched language model.
 
-Border: tensors only below `Batch`; no paths, strings or templates except in the doors
-`from_pretrained`, `save_pretrained` and `generate`, which lead to load.py and generate.py.
+Below `Batch` there are tensors only. Paths, texts and templates occur in the methods `from_spec`,
+`from_pretrained`, `save_pretrained` and `generate` alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from multi_token import __version__
+from multi_token.chat.format import ChatFormat
+from multi_token.checkpoint.fingerprint import fingerprint
+from multi_token.checkpoint.hub import local_folder
+from multi_token.checkpoint.load import load_trained, read_config, read_spec
+from multi_token.checkpoint.references import absolutize
+from multi_token.checkpoint.save import MODEL_TYPE, SCHEMA, save
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
-from multi_token.encoders import TrainedEncoderState, is_randomly_initialized, set_train_mode
+from multi_token.encoders import (
+    TrainedEncoderState,
+    build_encoders,
+    is_randomly_initialized,
+    set_train_mode,
+)
+from multi_token.errors import MultiTokenError
+from multi_token.generate import generate
 from multi_token.language_model.capabilities import Capabilities
+from multi_token.language_model.embeddings_only import load_embeddings
 from multi_token.language_model.forward import (
     ScaledEmbedding,
     filter_flash_attention_kwargs,
     per_layer_inputs,
     supervised_loss,
 )
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import segments_to_mask
+from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
+from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector
+from multi_token.recipe.recipe import ModelSpec
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import Features, MediaBatch
 
-if TYPE_CHECKING:
-    from multi_token.processor import MultiTokenProcessor
-
 
 class MultiTokenConfig(PreTrainedConfig):
-    """What a checkpoint says about itself (see checkpoint/load.py for the fields)."""
+    """The fields of a checkpoint's config.json (see checkpoint/save.py)."""
 
-    model_type = "multi_token"
+    model_type = MODEL_TYPE
     identity: dict[str, Any] | None = None
     base_identity: dict[str, Any] | None = None
     base_model: str | None = None
@@ -201,9 +219,17 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
         """Answers to a batch of conversations or rows; see `multi_token.generate.generate`."""
-        from multi_token.generate import generate
-
         return generate(self, conversations, **options)
+
+    def require_processor(self) -> MultiTokenProcessor:
+        """The processor, without a limit on the length of a prompt.
+
+        Raises:
+            MultiTokenError: If the model has none, since it was made by its constructor.
+        """
+        if self.processor is None:
+            raise MultiTokenError("this model has no processor; load it with from_pretrained(RUN)")
+        return replace(self.processor, max_tokens=None)
 
     def encoder(self, name: str) -> Encoder:
         """The encoder of a modality, typed."""
@@ -218,21 +244,105 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return module
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
-        """What was trained, and references to the rest; see checkpoint/load.py."""
-        from multi_token.checkpoint.load import save
-
+        """Write the trained tensors, and references to all other parts; see checkpoint/save.py."""
         save(self, save_directory)
+
+    @classmethod
+    def from_spec(
+        cls, spec: ModelSpec, *, max_tokens: int | None = None, embeddings_only: bool = False
+    ) -> MultiTokenForConditionalGeneration:
+        """The model of a recipe before any training: frozen parts loaded, projectors new.
+
+        Args:
+            spec: The `model` section of a recipe.
+            max_tokens: Limit of a conversation's length for the processor; None: no limit.
+            embeddings_only: Load the input embeddings of the language model and none of its layers,
+                for a gateway whose prompts are answered elsewhere.
+
+        Returns:
+            The model with its processor, on the CPU, in eval mode.
+
+        Raises:
+            LanguageModelError: If the language model cannot be loaded.
+        """
+        load_child = load_embeddings if embeddings_only else load_language_model
+        child: Any = load_child(
+            spec.language_model,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
+            quantization=spec.quantization,
+        )
+        width = int(child.get_input_embeddings().weight.shape[1])
+        encoders = build_encoders(spec.modalities)
+        projectors = {
+            name: modality.projector.build(encoders[name].dim, width)
+            for name, modality in spec.modalities.items()
+        }
+        tokenizer = load_tokenizer(spec.language_model, spec.revision)
+        processor = MultiTokenProcessor(
+            chat=ChatFormat(tokenizer, spec.chat_template, spec.train_on_turns),
+            modalities=spec.modalities,
+            fetch=Fetch(),
+            max_tokens=max_tokens,
+        )
+        commit = getattr(child.config, "_commit_hash", None)
+        fields: dict[str, Any] = {
+            "schema": SCHEMA,
+            "multi_token_version": __version__,
+            "model": {
+                **absolutize(spec.model_dump(mode="json")),
+                # the commit itself, since a branch or a tag may move
+                "revision": commit or spec.revision,
+                # the template itself, since a file elsewhere may change
+                "chat_template": processor.chat.template if spec.chat_template else None,
+            },
+            "identity": fingerprint(child),
+            "base_identity": None,
+            "base_model": None,
+        }
+        config = MultiTokenConfig(**fields)
+        return cls(config, child, spec.modalities, encoders, projectors, processor)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        folder: Any,
+        folder: str | os.PathLike[str],
         *,
         revision: str | None = None,
         language_model: str | None = None,
         device: str | None = None,
+        embeddings_only: bool = False,
     ) -> MultiTokenForConditionalGeneration:
-        """A run's folder or hub name -> the model with its reader; see checkpoint/load.py."""
-        from multi_token.checkpoint.load import load
+        """A trained run with its processor, in eval mode.
 
-        return load(folder, revision=revision, language_model=language_model, device=device)
+        Args:
+            folder: The run's folder or hub name (`user/run@revision` names a revision too).
+            revision: Branch, tag or commit of a hub name.
+            language_model: Path or hub name of the frozen language model, if it has moved.
+            device: Device of the model; default: the CPU.
+            embeddings_only: As for `from_spec`.
+
+        Raises:
+            CheckpointError: If the folder is not a checkpoint of multi_token, is incomplete, or
+                belongs to another language model.
+        """
+        fields = read_config(folder, revision=revision)
+        path = local_folder(folder, revision=revision)
+        spec = read_spec(path, fields, language_model=language_model)
+        model = cls.from_spec(spec, embeddings_only=embeddings_only)
+        model.config.base_model = fields.get("base_model")
+        load_trained(model, path, fields)
+        if fields.get("base_identity"):
+            model.trained_language_model = True
+            model.config.base_identity = fields["base_identity"]
+        return move_to_device(model, device).eval() if device else model.eval()
+
+
+def move_to_device(
+    model: MultiTokenForConditionalGeneration, device: Any
+) -> MultiTokenForConditionalGeneration:
+    """The model on a device."""
+    # not model.to(): transformers' decorator hides its arguments from type checkers
+    nn.Module.to(model, device)  # in place
+    return model

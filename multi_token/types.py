@@ -7,7 +7,7 @@ picklable and lives on the CPU; below it there are tensors only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 from torch import Tensor
 from typing_extensions import NotRequired
@@ -183,3 +183,27 @@ class Features:
     values: Tensor
     mask: Tensor | None = None
     newlines: Tensor | None = None
+
+
+class ComposedModel(Protocol):
+    """The parts of the model that `checkpoint/` and `generate.py` work on.
+
+    Both are imported by model.py, so they take an object with these parts and import no model.
+    """
+
+    config: Any
+    language_model: Any
+    modalities: Any
+    projectors: Any
+    trained_encoders: Any
+    trained_language_model: bool
+    processor: Any
+
+    @property
+    def capabilities(self) -> Any: ...
+    @property
+    def device(self) -> Any: ...
+    def encoder(self, name: str) -> Any: ...
+    def projector(self, name: str) -> Any: ...
+    def embed(self, input_ids: Tensor, media: Any = None) -> Tensor: ...
+    def require_processor(self) -> Any: ...

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from multi_token.modalities.base import Encoder
 from multi_token.modalities.vector import VectorModality
 from multi_token.registry import register_modality
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.types import Features
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 180, 60), "white": (250,) * 3}
@@ -92,7 +92,7 @@ def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -
     """The recipe's model, untrained, with pooled pictures and plain vectors; do not change it."""
     import torch
 
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path_factory.mktemp("model"))
@@ -102,7 +102,7 @@ def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -
         "projector": {"type": "expand", "factor": 2},
     }
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 @pytest.fixture(scope="session")
@@ -284,13 +284,13 @@ class At(TrainerCallback):
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
     """Have something done at a step of the next run."""
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def at(step: int, act: Callable[[], Any]) -> None:
         def bar_and_more(trainer: Any, *args: Any) -> Any:
             trainer.add_callback(At(step, act))
             return bar(trainer, *args)
 
-        monkeypatch.setattr(run_module, "ProgressBarCallback", bar_and_more)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", bar_and_more)
 
     return at

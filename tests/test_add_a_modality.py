@@ -82,7 +82,7 @@ def test_the_sense_stands_in_one_file_of_at_most_sixty_lines() -> None:
 
 
 def test_the_claims_in_the_walk_are_those_of_the_kit() -> None:
-    table = WALK.partition("## What is checked")[2]
+    table = WALK.partition("## The checks")[2]
     listed = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)
     more = [
         "the length told by the header is the prepared length",

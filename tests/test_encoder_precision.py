@@ -14,7 +14,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
@@ -22,6 +21,7 @@ from multi_token.encoders import cast_encoder
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
 from multi_token.modalities.image import ImageModality
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import _BUILT_INS, build, resolve
 from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
@@ -121,7 +121,7 @@ def lowered(fields: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
 
 def composed(fields: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 def trained(fields: dict[str, Any]) -> str:
@@ -174,8 +174,8 @@ def test_a_run_keeps_the_precision_of_its_encoders(
 ) -> None:
     shown = trained(lowered(recipe_fields(tmp_path / "run")))
     assert "encoder of image: bfloat16, " in shown
-    model = load(tmp_path / "run")
-    again = load(tmp_path / "run")
+    model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert {p.dtype for p in model.encoder("image").parameters()} == {torch.bfloat16}
     inputs = batch_of(model, data)["media"]["image"]["inputs"]
     assert torch.equal(model.encode("image", inputs).values, again.encode("image", inputs).values)
@@ -214,7 +214,7 @@ def test_what_learns_of_an_encoder_is_float32_whatever_it_was(
         "args": {"max_steps": 3},
     }
     trained(lowered(recipe_fields(tmp_path / "run", stages=[stage])))
-    model = load(tmp_path / "run")
+    model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert {p.dtype for p in model.encoder("image").parameters()} == dtypes
     untouched = composed(lowered(recipe_fields(tmp_path / "run")))
     inputs = batch_of(model, data)["media"]["image"]["inputs"]

@@ -53,7 +53,7 @@ def test_what_is_left_out_is_empty_and_each_samples_own() -> None:
     assert one.media_spans is not other.media_spans and one.media is not other.media
     features = Features(torch.ones(1, 2, 3))
     assert features.mask is features.newlines is None
-    assert Media("image", "a").surrogate is None
+    assert Media("image", "a").media_text is None
     assert Conversation(()).id == "" and Conversation(()).rejected is None
 
 

@@ -8,11 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from multi_token import Encoder, Features, Modality, Prepared
-from multi_token.errors import MediaError
-from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import AnyProjector
-from multi_token.projectors.kinds import Pool
+from multi_token import AnyProjector, Encoder, Features, Fetch, MediaError, Modality, Pool, Prepared
 
 
 class HeartbeatEncoder(Encoder):

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from multi_token_heartbeat import HeartbeatModality
 
-from multi_token import MultiTokenError
-from multi_token.media.fetch import Fetch
+from multi_token import Fetch, MultiTokenError
 from multi_token.testing import assert_conforms
 
 

@@ -1,20 +1,16 @@
-"""The complete folder of a language model inside a run, which was trained whole, or merged.
-
-Border: writes and reads that folder as transformers does; the rest of a run is load.py's.
-"""
+"""Folder of a fully trained or merged language model inside a run, as transformers writes it."""
 
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from multi_token.checkpoint.references import base_model_tensors, check_fingerprint, fingerprint
+from multi_token.checkpoint.atomic import atomic_folder
+from multi_token.checkpoint.fingerprint import base_model_tensors, check_fingerprint, fingerprint
 from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.loading import load_language_model
 
@@ -40,26 +36,19 @@ def write_language_model(
 
     The folder changes whole: the one that was there may be what the weights were read from.
     """
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with atomic_folder(folder) as partial:
         tensors = base_model_tensors(language_model.state_dict().items())
         base_language_model(language_model).save_pretrained(partial, state_dict=tensors)
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's folders are their maker's alone
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_language_model(folder: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
     """Its tensors in float32, by their names in memory: files of some families have others.
 
     Raises LanguageModelError for a folder that cannot be read, CheckpointError for one that is not
-    of the identity `expected` (checkpoint/references.py).
+    of the identity `expected` (checkpoint/fingerprint.py).
     """
     found = load_language_model(str(folder), dtype="float32")
     check_fingerprint(expected, fingerprint(found), folder=folder.parent, name=str(folder))

@@ -37,7 +37,7 @@ RENAMED_OPTIONS = {
 """(Command, option) of an earlier version -> the sentence that names the option to use now."""
 
 REMOVED_COMMANDS = {
-    "bench": "`bench serve` is now a script in `benchmarks/` of the repository",
+    "bench": "`bench serve` is now `python benchmarks/client_load.py` in the repository",
 }
 """Command of an earlier version -> the sentence that says what to run now."""
 

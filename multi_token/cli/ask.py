@@ -26,11 +26,12 @@ _SYSTEM = typer.Option(None, help="A system message.")
 
 
 def _load(
-    run: Path, language_model: str | None, device: str | None, *, with_layers: bool = True
+    run: Path, language_model: str | None, device: str | None, *, embeddings_only: bool = False
 ) -> MultiTokenForConditionalGeneration:
     import torch
 
-    from multi_token.checkpoint.load import load, read_config
+    from multi_token.checkpoint.load import read_config
+    from multi_token.model import MultiTokenForConditionalGeneration
 
     read_config(run)  # a folder that is not ours is refused before anything heavy is loaded
     if device is None:
@@ -38,7 +39,9 @@ def _load(
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         )
         device = str(found) if found is not None else "cpu"
-    return load(run, language_model=language_model, device=device, with_layers=with_layers)
+    return MultiTokenForConditionalGeneration.from_pretrained(
+        run, language_model=language_model, device=device, embeddings_only=embeddings_only
+    )
 
 
 def _sampling(temperature: float) -> dict[str, Any]:
@@ -96,7 +99,6 @@ def chat(
     from rich.console import Console
 
     from multi_token.errors import MultiTokenError
-    from multi_token.generate import require_processor
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
@@ -124,7 +126,7 @@ def chat(
             answers = model.generate(
                 [Conversation((*messages, turn), id="chat")],
                 max_new_tokens=max_new_tokens,
-                streamer=_TerminalStreamer(require_processor(model).chat),
+                streamer=_TerminalStreamer(model.require_processor().chat),
                 **_sampling(temperature),
             )
         except MultiTokenError as error:
@@ -178,7 +180,6 @@ def _checked_item(
     model: MultiTokenForConditionalGeneration, name: str, source: str, names: list[str]
 ) -> Media:
     from multi_token.errors import MultiTokenError
-    from multi_token.generate import require_processor
     from multi_token.registry import did_you_mean
     from multi_token.types import Media
 
@@ -188,7 +189,7 @@ def _checked_item(
             f"{', '.join(names)}"
         )
     item = Media(name, source)
-    require_processor(model).prepare(
+    model.require_processor().prepare(
         item, row_id="chat"
     )  # a bad path is told now, not with the question
     return item

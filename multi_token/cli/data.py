@@ -1,7 +1,4 @@
-"""`multi-token data check`, `data show` and `data encode`: rows before a GPU is rented.
-
-Border: tables and exit codes. What is in the rows is found by data/scan.py.
-"""
+"""`multi-token data check`, `data show`, `data encode`: tables and exit codes for data/."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
@@ -21,33 +18,38 @@ if TYPE_CHECKING:
     from multi_token.data.feature_cache.encode import EncodeReport
     from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
+    from multi_token.modalities.base import Encoder
     from multi_token.processor import MultiTokenProcessor
+    from multi_token.recipe.recipe import Recipe
     from multi_token.types import Conversation
 
-data_app = typer.Typer(no_args_is_help=True, help="Check and look at rows before training.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Check rows, show them, and encode their media before training."
+)
 
 Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A .json, .jsonl or .parquet file, a folder of save_to_disk, or a hub name.",
+        help="A .json, .jsonl, .parquet or .tar file, a pattern or folder of such files, a folder "
+        "of save_to_disk, or a hub name.",
         show_default=False,
     ),
 ]
 RecipePath = Annotated[
-    str, typer.Option("--recipe", "-r", help="The recipe that will train on it.")
+    str, typer.Option("--recipe", "-r", help="Recipe that will train on these rows.")
 ]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
 ]
-Split = Annotated[str, typer.Option(help="Which split, where there are several.")]
+Split = Annotated[str, typer.Option(help="Split to read, if there are several.")]
 NumShards = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes that share the work; default: torchrun's, or 1."),
+    typer.Option(min=1, help="Number of processes that share the rows; default: torchrun's, or 1."),
 ]
 Shard = Annotated[
-    int | None, typer.Option(min=0, help="Which of them this is, from 0; default: torchrun's.")
+    int | None, typer.Option(min=0, help="Number of this process, from 0; default: torchrun's.")
 ]
 
 
@@ -59,24 +61,24 @@ def check(
         str | None, typer.Option(help="Write the good rows to this .jsonl file.", metavar="OUT")
     ] = None,
     split: Split = "train",
-    examples: Annotated[int, typer.Option(help="Rows shown of each kind of problem.", min=0)] = 5,
-    num_workers: Annotated[int, typer.Option(help="Processes that read rows.", min=0)] = 0,
+    examples: Annotated[int, typer.Option(help="Rows to print per kind of problem.", min=0)] = 5,
+    num_workers: Annotated[int, typer.Option(help="Data workers that read rows.", min=0)] = 0,
     keep: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Remember lengths of good rows there; with shards by default in the run's "
-            "`lengths`, where training looks for them.",
+            help="Store lengths of good rows in this folder, so that training reads no media for "
+            "them; default with several shards: the run's `lengths`.",
         ),
     ] = None,
     num_shards: NumShards = None,
     shard: Shard = None,
     override: Override = None,
 ) -> None:
-    """Read every row the way training will; count what is wrong, and how long the rows are.
+    """Read every row as training does; report problems, and a histogram of lengths.
 
-    Several processes and machines may share the rows; the last of them reports on all. Exit code
-    0: every row is good. 1: at least one is not.
+    Several processes and machines may share the rows; the last one to finish reports on all rows.
+    Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
     from rich.console import Console
 
@@ -110,15 +112,16 @@ def check(
     console = Console(highlight=False)
     if known is not None and num_shares > 1:
         console.print(
-            f"share {share} of {num_shares}: {report.num_rows:,} of {len(rows):,} rows, "
+            f"shard {share} of {num_shares}: {report.num_rows:,} of {len(rows):,} rows, "
             f"{len(report.problems):,} bad"
         )
         of = f"{Path(data).name} {split} {len(rows)}"
         if not known.finish(share, num_shares, of=of):
-            console.print("the last share to be done reports on all of them")
+            console.print("the last shard to finish reports on all rows")
             return
         known.refresh()
-        report = look()  # what is left to read are the bad rows
+        # lengths of good rows of all shards are stored now, so this reads the bad ones only
+        report = look()
     _print_report(console, report, examples)
     if clean is not None:
         _write_clean_rows(rows, report.good_indices, clean, data=data, processor=processor)
@@ -130,18 +133,19 @@ def check(
 @data_app.command()
 def show(
     data: Data,
-    row: Annotated[str, typer.Argument(metavar="ROW", help="The index of the row, or its id.")],
+    row: Annotated[str, typer.Argument(metavar="ROW", help="Index of the row, from 0, or its id.")],
     recipe: RecipePath,
     split: Split = "train",
     override: Override = None,
 ) -> None:
-    """One row, token by token, as the model will get it: prompt, learned, media."""
+    """Print one row as the model gets it: prompt, supervised text, media with their tokens."""
     from rich.console import Console
 
     from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
-    from multi_token.data.scan import render_sample, sample_length
+    from multi_token.data.scan import sample_length
+    from multi_token.data.show import render_sample
 
     processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
@@ -155,7 +159,7 @@ def show(
     console = Console(highlight=False)
     console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
     console.print(
-        f"{length.num_tokens:,} tokens, {length.num_supervised:,} learned, "
+        f"{length.num_tokens:,} tokens, {length.num_supervised:,} supervised, "
         f"{length.num_media:,} media\n"
     )
     render = partial(render_sample, tokenizer=processor.tokenizer, marks=not console.is_terminal)
@@ -163,13 +167,13 @@ def show(
     if sample.rejected is not None:
         num_tokens = sample_length(sample.rejected).num_tokens
         console.print(
-            f"\nThat was the chosen answer; with the rejected one, {num_tokens:,} tokens:\n"
+            f"\nAbove: the chosen answer. Below: the rejected answer, {num_tokens:,} tokens.\n"
         )
         console.print(render(sample.rejected))
     elif conversation.rejected is not None:
         console.print("\nThis is the chosen answer; only stages with `dpo` read the rejected one.")
     if sample.media_spans:
-        console.print(_media_table(conversation, [place.length for place in sample.media_spans]))
+        console.print(_media_table(conversation, [span.length for span in sample.media_spans]))
 
 
 @data_app.command()
@@ -181,28 +185,21 @@ def encode(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where features go; default: `train.feature_cache.path`, or the run's `cache`.",
+            help="Folder for the features; default: `train.feature_cache.path`, or the run's "
+            "`cache`.",
         ),
     ] = None,
     num_shards: NumShards = None,
     shard: Shard = None,
-    examples: Annotated[int, typer.Option(help="Unreadable items shown.", min=0)] = 5,
+    examples: Annotated[int, typer.Option(help="Unreadable items to print.", min=0)] = 5,
     override: Override = None,
 ) -> None:
-    """Encode every item of a recipe's rows, for `train.feature_cache`. Goes on where it stopped.
+    """Encode every media item of a recipe's rows into its feature cache; resumes where it stopped.
 
     Several processes and machines may write into one folder. Exit code 1: an item or a row could
     not be read.
     """
     from rich.console import Console
-
-    from multi_token.errors import RecipeError
-    from multi_token.recipe.recipe import load_recipe
-    from multi_token.recipe.train import FeatureCacheSpec
-
-    share, num_shares = _shard_of(shard, num_shards)
-    loaded = load_recipe(recipe, override or ())
-    spec = loaded.train.feature_cache or FeatureCacheSpec()
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from multi_token.data.feature_cache.encode import (
@@ -213,28 +210,34 @@ def encode(
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.data.files.open import load_rows, media_root
+    from multi_token.errors import RecipeError
     from multi_token.media.fetch import Fetch
+    from multi_token.recipe.recipe import load_recipe
+    from multi_token.recipe.train import FeatureCacheSpec
 
+    share, num_shares = _shard_of(shard, num_shards)
+    loaded = load_recipe(recipe, override or ())
+    spec = loaded.train.feature_cache or FeatureCacheSpec()
     closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
     sources += (closed_form.rows or []) if closed_form is not None else []
-    places = [
+    row_sources = [
         RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources
     ]
     modalities = loaded.model.modalities
-    reason = random_preprocessing(sample_items(places, modalities), modalities)
+    reason = random_preprocessing(sample_items(row_sources, modalities), modalities)
     if reason is not None:
         raise RecipeError(reason)
-    encoders = frozen_encoders(loaded)
+    encoders = frozen_encoders(loaded, partial(_initial_encoders, loaded))
     console = Console(stderr=True, highlight=False)
     folder = Path(out).expanduser() if out is not None else cache_folder(loaded)
     cache = open_cache(folder, spec, console)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Reading rows", total=sum(len(p.rows) for p in places))
+        task = progress.add_task("Reading rows", total=sum(len(p.rows) for p in row_sources))
         report = encode_rows(
-            places,
+            row_sources,
             modalities,
             encoders,
             cache,
@@ -244,12 +247,11 @@ def encode(
         )
     _print_encode_report(console, report, examples)
     cache.refresh()
-    of = "" if num_shares == 1 else f" (share {share} of {num_shares})"
+    of = "" if num_shares == 1 else f" (shard {share} of {num_shares})"
     console.print(
         f"{report.num_items:,} items in {report.num_rows:,} rows{of}: {report.num_encoded:,} "
         f"encoded, {report.num_already_cached:,} there already or repeated, "
-        f"{len(report.problems):,} "
-        f"skipped; {len(cache):,} in {folder}",
+        f"{len(report.problems):,} skipped; {len(cache):,} in {folder}",
         markup=False,
         soft_wrap=True,
     )
@@ -260,8 +262,23 @@ def encode(
         raise typer.Exit(1)
 
 
+def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
+    """Load the encoders as training starts with them."""
+    from multi_token.encoders import build_encoders
+
+    if recipe.train.init_from is None:
+        return build_encoders(recipe.model.modalities)
+    # a run that trained encoders holds them in its checkpoint, which loads as one model
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.train.init_from import init_from_run
+
+    model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
+    init_from_run(model, recipe.train)
+    return {name: model.encoder(name) for name in model.modalities}
+
+
 def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
-    """From the options, or else from what torchrun tells its processes."""
+    """Return shard and number of shards, from the options or torchrun's environment."""
     import os
 
     from multi_token.errors import MultiTokenError
@@ -269,6 +286,7 @@ def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     if (shard is None) != (num_shards is None):
         raise MultiTokenError("--shard and --num-shards belong together; give both or neither")
     if shard is None or num_shards is None:
+        # the variables of torchrun, so that `torchrun -m multi_token data check` needs no options
         shard, num_shards = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if shard >= num_shards:
         raise MultiTokenError(
@@ -290,7 +308,7 @@ def _processor(data: str, recipe: str, override: list[str] | None) -> MultiToken
     from multi_token.processor import build_processor
     from multi_token.recipe.recipe import load_recipe
 
-    # the data first: a wrong name should not wait for the tokenizer
+    # the data first, so that a wrong name is reported without loading a tokenizer
     root = media_root(data)
     return build_processor(load_recipe(recipe, override or ()), root=root)
 
@@ -298,13 +316,13 @@ def _processor(data: str, recipe: str, override: list[str] | None) -> MultiToken
 def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
     from multi_token.errors import MultiTokenError, RowError
 
-    # 0012 is an id: an index has no leading zeros
+    # 0012 is an id, since an index has no leading zeros
     if wanted.isdecimal() and str(int(wanted)) == wanted and int(wanted) < len(rows):
         return int(wanted)
     for index in range(len(rows)):
         try:
             found = rows[index].get("id")
-        except RowError:  # a line that is not JSON has no id; `check` names it
+        except RowError:  # a line that is not JSON has no id; `data check` reports it
             continue
         if found is not None and str(found) == wanted:
             return index
@@ -314,7 +332,7 @@ def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
 
 
 def _check_target(clean: str) -> None:
-    """Before the scan: an hour of reading should not end in a wrong file name."""
+    """Raise MultiTokenError for a target that cannot be written, before an hour of reading."""
     from multi_token.errors import MultiTokenError
 
     target = Path(clean)
@@ -326,25 +344,26 @@ def _check_target(clean: str) -> None:
 
 def _write_clean_rows(
     rows: Sequence[Row],
-    good: Sequence[int],
+    good_indices: Sequence[int],
     clean: str,
     *,
     data: str,
     processor: MultiTokenProcessor,
 ) -> None:
+    from multi_token.data.files.jsonl import write_jsonl
     from multi_token.data.files.open import media_root
-    from multi_token.data.scan import first_relative_path, write_clean
+    from multi_token.data.scan import first_relative_path
     from multi_token.errors import MultiTokenError
 
     start = Path(media_root(data) or "").resolve()
     if Path(clean).resolve().parent != start:
-        lost = first_relative_path(rows, good, modalities=processor.modalities)
+        lost = first_relative_path(rows, good_indices, modalities=processor.modalities)
         if lost is not None:
             raise MultiTokenError(
-                f"relative media paths ({lost}) start at {start} and would be lost in {clean}; "
-                f"write it there: --clean {start / Path(clean).name}"
+                f"relative media paths ({lost}) start at {start} and would break in {clean}; "
+                f"write the file there: --clean {start / Path(clean).name}"
             )
-    write_clean(rows, good, clean)
+    write_jsonl(rows, good_indices, clean)
 
 
 def _print_report(console: Console, report: ScanReport, examples: int) -> None:
@@ -358,11 +377,11 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
     console.print(
         f"{report.num_rows:,} rows: {len(report.good_indices):,} good, "
         f"{len(report.problems):,} bad\n"
-        f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} learned "
+        f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} supervised "
         f"({share:.1%}), {report.num_media:,} media"
     )
     if not report.num_rows:
-        console.print("There are no rows at all.")
+        console.print("There are no rows.")
 
 
 def _problem_table(report: ScanReport, examples: int) -> Table:
@@ -376,7 +395,7 @@ def _problem_table(report: ScanReport, examples: int) -> Table:
             table.add_row(
                 kind if i == 0 else "",
                 f"{len(problems):,}" if i == 0 else "",
-                # Text: ids and messages hold brackets that are not markup
+                # Text, since ids and messages hold brackets that rich would take for markup
                 Text(problem.row_id, overflow="fold") if problem else "",
                 Text(problem.message, overflow="fold") if problem else "",
             )
@@ -391,7 +410,7 @@ def _length_table(bins: Sequence[Bin]) -> Table:
     table = Table("tokens", "rows", "", title="Length of good rows")
     highest = max(b.count for b in bins)
     for b in bins:
-        # a bin with a single row still shows a mark
+        # at least one block, so that a bin with a single row is visible
         bar = "█" * max(round(30 * b.count / highest), 1 if b.count else 0)
         table.add_row(f"{b.low:,} - {b.high:,}", f"{b.count:,}", bar)
     return table

@@ -163,7 +163,7 @@ def _run(
         from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # refuses a folder that was not exported, before loading any weights
-    model = _load(run, language_model, device, with_layers=not uses_vllm)
+    model = _load(run, language_model, device, embeddings_only=uses_vllm)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()

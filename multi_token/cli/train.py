@@ -22,18 +22,18 @@ def train(
     from multi_token.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from multi_token.train.run import plan as plan_run
-    from multi_token.train.run import train as run
-
     console = Console(stderr=True)
     if plan:
+        from multi_token.train import plan_run
+
         plan_run(loaded, console=console)
         return
     from multi_token.distributed import destroy_process_group, is_main_process
     from multi_token.errors import Interrupted
+    from multi_token.train import train as train_recipe
 
     try:
-        run(loaded, console=console)
+        train_recipe(loaded, console=console)
     except Interrupted:
         if is_main_process():
             raise

@@ -25,7 +25,7 @@ from multi_token.checkpoint.language_model_folder import (
     with_saved_language_model,
     write_language_model,
 )
-from multi_token.checkpoint.load import CONFIG, PROJECTORS, load, save
+from multi_token.checkpoint.save import CONFIG, PROJECTORS, save
 from multi_token.convert.merge import merge
 from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.errors import ConvertError
@@ -52,7 +52,9 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConvertError(f"{out} is there already and not empty; choose another --out")
-    model = load(run, revision=revision, language_model=language_model)
+    model = MultiTokenForConditionalGeneration.from_pretrained(
+        run, revision=revision, language_model=language_model
+    )
     if to == "llava":
         from multi_token.convert.export_llava import export_llava
 
@@ -117,9 +119,8 @@ def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, A
 
     The likeliest ids of the model itself, whatever its generation config asks for besides.
     """
-    from multi_token.generate import require_processor
 
-    tokenizer = require_processor(model).tokenizer
+    tokenizer = model.require_processor().tokenizer
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     num_prompt, logprobs = ids.shape[1], []
     for _ in range(_NUM_GOLDEN_TOKENS):

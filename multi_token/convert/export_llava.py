@@ -267,8 +267,10 @@ def _check_parity(
     processor: Any,
 ) -> None:
     """Compare ids, pixels and logits with the run's, on a picture and a question."""
+    from accelerate.utils import send_to_device
+
     from multi_token.chat.format import ChatFormat
-    from multi_token.generate import collate_prompts, single_question, to_device
+    from multi_token.generate import collate_prompts, single_question
     from multi_token.types import Conversation, Media, Message, Text
 
     assert model.processor is not None
@@ -299,8 +301,8 @@ def _check_parity(
             "it resizes or cuts in another way"
         )
     inputs |= {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
-    theirs = built(**to_device(inputs, model.device)).logits.float()
-    batch = to_device(batch, model.device)
+    theirs = built(**send_to_device(inputs, model.device)).logits.float()
+    batch = send_to_device(batch, model.device)
     ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits.float()
     difference = float((ours - theirs[..., : ours.shape[-1]]).abs().max())
     if difference > 1e-3 * float(theirs.std()):

@@ -78,7 +78,8 @@ def _is_transformers(fields: Mapping[str, Any]) -> bool:
 
 
 def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> None:
-    from multi_token.checkpoint.load import compose, save
+    from multi_token.checkpoint.save import save
+    from multi_token.model import MultiTokenForConditionalGeneration
 
     model, processor = _load(source, is_next=fields["model_type"] == "llava_next")
     tokenizer = processor.tokenizer
@@ -89,7 +90,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     language_model = _text_model(model)
     language_model.save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")
-    # compose() reads the copies, and two of a language model need not be in memory at once
+    # from_spec reads the copies: two language models need not be in memory at once
     del language_model
     model.model.language_model = model.lm_head = nn.Identity()
     tower = model.model.vision_tower
@@ -97,7 +98,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     _without_tiles(processor.image_processor).save_pretrained(out / "encoders" / IMAGE)
     spec = _spec(model.config, processor.image_processor, out)
     try:
-        run = compose(spec)
+        run = MultiTokenForConditionalGeneration.from_spec(spec)
     except MultiTokenError as error:
         raise ConvertError(f"{source} cannot become a run: {error}") from error
     projector = run.projector(IMAGE)

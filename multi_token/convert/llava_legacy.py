@@ -42,8 +42,9 @@ def import_legacy(
     encoder: str | None,
 ) -> None:
     """Write a run that names `language_model` and `encoder` (default: what the folder names)."""
-    from multi_token.checkpoint.load import compose, save
+    from multi_token.checkpoint.save import save
     from multi_token.language_model.loading import load_tokenizer
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import ModelSpec
     from multi_token.registry import validate_fields
 
@@ -74,7 +75,9 @@ def import_legacy(
     try:
         template = None if load_tokenizer(base).chat_template else VICUNA
         spec = {"language_model": base, "chat_template": template, "modalities": {IMAGE: modality}}
-        run = compose(validate_fields(ModelSpec, spec, where="the imported recipe"))
+        run = MultiTokenForConditionalGeneration.from_spec(
+            validate_fields(ModelSpec, spec, where="the imported recipe")
+        )
     except (MultiTokenError, OSError, ValueError) as error:
         raise ConvertError(
             f"{source} cannot become a run: {str(error).splitlines()[0]}. Where its parts are is "

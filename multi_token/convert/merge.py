@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from multi_token.checkpoint.references import fingerprint
+from multi_token.checkpoint.fingerprint import fingerprint
 from multi_token.errors import ConvertError
 from multi_token.model import MultiTokenForConditionalGeneration
 

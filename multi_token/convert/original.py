@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multi_token.checkpoint.atomic import staged_folder
-from multi_token.checkpoint.load import ADAPTER, check_state_dict, compose, load_adapter, save
+from multi_token.checkpoint.load import check_state_dict, load_adapter
+from multi_token.checkpoint.save import ADAPTER, save
 from multi_token.convert.original_builders import BUILDERS, OriginalBuilder
 from multi_token.convert.tensors import model_files, read_tensors
 from multi_token.convert.tokenizers import check_maskable, check_tokenizer_packages
 from multi_token.errors import ConvertError, MultiTokenError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.registry import did_you_mean, validate_fields
 
@@ -89,7 +91,9 @@ def import_original(
             "chat_template": chat_template,
             "modalities": {builder.name: modality},
         }
-        model = compose(validate_fields(ModelSpec, spec, where="the imported recipe"))
+        model = MultiTokenForConditionalGeneration.from_spec(
+            validate_fields(ModelSpec, spec, where="the imported recipe")
+        )
         assert model.processor is not None
         check_maskable(model.processor.chat)
         network = model.projector(builder.name).network

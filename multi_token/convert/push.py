@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
-from multi_token.checkpoint.load import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS, read_config
+from multi_token.checkpoint.load import read_config
+from multi_token.checkpoint.save import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS
 from multi_token.convert.export import ENCODERS, MANIFEST
 from multi_token.convert.model_card import GENERATED_MARK, read_recipe, render_card
 from multi_token.errors import ConvertError

@@ -1,13 +1,17 @@
-"""Files of rows in, conversations and samples out; and the look at them before a GPU is rented.
+"""Rows of files and hubs -> conversations -> samples, and checks of both before training.
 
-Border: rows and their shapes. Media are opened by the reader, weights by nobody here.
+    files/ -> rows -> formats.py -> Conversation -> processor -> Sample -> dataset.py | streaming.py
+
+No file here loads a language model or an encoder; media are opened by the processor alone.
 """
 
 from multi_token.data.dataset import ConversationDataset, row_to_sample
+from multi_token.data.files.jsonl import write_jsonl
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import row_id_of
-from multi_token.data.scan import ScanReport, histogram, render_sample, scan, write_clean
+from multi_token.data.scan import ScanReport, histogram, scan
+from multi_token.data.show import render_sample
 
 __all__ = [
     "ConversationDataset",
@@ -20,5 +24,5 @@ __all__ = [
     "row_to_sample",
     "scan",
     "to_conversation",
-    "write_clean",
+    "write_jsonl",
 ]

@@ -1,23 +1,17 @@
-"""What is in a data set, before a GPU is rented: every problem, every length, one row in colour.
+"""Scan of a data set: reads every row as training does, and reports problems and lengths.
 
-Border: reads rows the way training does; prints nothing but a progress bar, tables are the cli's.
+A bad row never ends a scan. Bugs do: only errors about rows are caught.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from multi_token.data.formats import to_conversation
@@ -27,18 +21,9 @@ from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from multi_token.modalities.base import Modality
 
-
 T = TypeVar("T")
-
-
-class Decoder(Protocol):
-    """The one thing of a tokenizer that `render_sample` needs."""
-
-    def decode(self, token_ids: list[int], /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -53,20 +38,20 @@ class Problem:
 
 @dataclass
 class ScanReport:
-    """What `scan` found. `good_indices` and `lengths` run in parallel, in the order of the rows."""
+    """Result of `scan`; `good_indices` and `lengths` run in parallel, in the order of the rows."""
 
     num_rows: int
     good_indices: list[int] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     num_decoded: int = field(default=0, compare=False)
-    """Good rows of which an item was decoded, or came from a feature cache."""
+    """Good rows with an item that was decoded, or came from a feature cache."""
     num_known_before: int = field(default=0, compare=False)
-    """Good rows that were not looked at, since their lengths were known."""
+    """Good rows that were not opened, since their lengths were stored."""
 
     @property
     def by_kind(self) -> dict[RowKind, list[Problem]]:
-        """The problems by kind, kinds without any left out."""
+        """The problems by kind, in the order of `RowKind`; kinds without a problem are absent."""
         found: dict[RowKind, list[Problem]] = {kind: [] for kind in get_args(RowKind)}
         for problem in self.problems:
             found[problem.kind].append(problem)
@@ -74,27 +59,18 @@ class ScanReport:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all good rows."""
+        """Total tokens of the good rows."""
         return sum(length.num_tokens for length in self.lengths)
 
     @property
     def num_supervised(self) -> int:
-        """Learned tokens of all good rows."""
+        """Total supervised tokens of the good rows."""
         return sum(length.num_supervised for length in self.lengths)
 
     @property
     def num_media(self) -> int:
-        """Media tokens of all good rows."""
+        """Total media tokens of the good rows."""
         return sum(length.num_media for length in self.lengths)
-
-
-@dataclass(frozen=True)
-class Bin:
-    """`count` rows have from `low` to `high` tokens, both included."""
-
-    low: int
-    high: int
-    count: int
 
 
 def scan(
@@ -107,22 +83,32 @@ def scan(
     indices: Sequence[int] | None = None,
     known: LengthStore | None = None,
 ) -> ScanReport:
-    """Read every row the way training will, and report; a bad row never ends the scan.
+    """Read every row as training does, and report problems and lengths.
 
-    `read` takes a row and its name: `functools.partial(read_row, reader=..., modalities=...)`. It
-    must be picklable where `num_workers` is not 0. `indices`: only these rows, in rising order
-    (shares of several processes, which `merge` joins). `known`: rows whose length it has are not
-    read, and it learns the others. Errors that are not about rows (`TypeError`, a full disk) are
-    bugs or breakdowns, and are raised.
+    Args:
+        rows: The rows, by index.
+        read: Row and row id -> sample: `partial(row_to_sample, processor=..., modalities=...)`.
+            Must be picklable if `num_workers` is not 0.
+        source: Name of the rows, for messages.
+        num_workers: Processes that read rows; 0 reads in this one.
+        progress: Show a bar on a terminal.
+        indices: Rows to scan, ascending; None for all. `merge_reports` joins several shares.
+        known: Stored lengths. Rows in it are not opened; the others are added to it.
+
+    Returns:
+        The report on these rows.
+
+    Raises:
+        MultiTokenError: an error that is not about one row, such as a full disk.
     """
     indices = range(len(rows)) if indices is None else indices
-    # each worker takes a row at a time: rows differ in cost by their media
+    # one row at a time to each worker: rows differ too much in cost for equal batches of them
     results: Iterable[_Result] = DataLoader(
         _ScanDataset(rows, read, source, indices, known),
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
-        # its own, because a loader draws a seed: a scan must not change the training that follows
+        # a loader draws a seed from torch's global generator, and a scan must not change training
         generator=torch.Generator(),
     )
     report = ScanReport(num_rows=len(indices))
@@ -145,7 +131,7 @@ def scan(
 
 
 def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
-    """One report of shares of the same rows, as if one process had read them all."""
+    """Join the reports on shares of the same rows, as if one process had scanned them all."""
     pairs = [pair for r in reports for pair in zip(r.good_indices, r.lengths, strict=True)]
     good = sorted(pairs, key=lambda pair: pair[0])
     return ScanReport(
@@ -159,7 +145,7 @@ def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
 
 
 class _Result(NamedTuple):
-    """A row's key, if it can be known again; its length, or what is wrong with it; and how."""
+    """Key of a row in the length store, if it has one; its length or problem; and the origin."""
 
     key: str | None
     found: Length | Problem
@@ -187,7 +173,6 @@ class _ScanDataset(Dataset[_Result]):
     def __getitem__(self, number: int) -> _Result:
         index = self.indices[number]
         row_id = row_id_of(index, None, self.source)
-        kind: RowKind
         try:
             row = self.rows[index]
             row_id = row_id_of(index, row, self.source)
@@ -200,21 +185,20 @@ class _ScanDataset(Dataset[_Result]):
             decoded = any(item.inputs for item in sample.media)
             return _Result(key, sample_length(sample), "decoded" if decoded else "read")
         except RowError as error:
-            # a line that is not JSON has no id of its own: then the error's name is the better one
+            # a line that is not JSON has no id of its own, and only the error knows its file
             return _Result(None, Problem(index, error.row_id, error.kind, error.sentence))
         except MediaError as error:
-            kind = error.kind
-            return _Result(None, Problem(index, row_id, kind, str(error)))
+            return _Result(None, Problem(index, row_id, error.kind, str(error)))
         except ChatTemplateError as error:
             return _Result(None, Problem(index, row_id, "chat_template", str(error)))
 
 
 def sample_length(sample: Sample) -> Length:
-    """The three lengths of a sample."""
+    """Count all, supervised and media tokens of a sample."""
     return Length(
         num_tokens=int(sample.input_ids.numel()),
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-        num_media=sum(place.length for place in sample.media_spans),
+        num_media=sum(span.length for span in sample.media_spans),
     )
 
 
@@ -237,8 +221,17 @@ def _with_progress(results: Iterable[T], total: int, progress: bool) -> Iterable
     )
 
 
+@dataclass(frozen=True)
+class Bin:
+    """Number of rows with `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
 def histogram(lengths: Sequence[int], *, num_bins: int = 10) -> list[Bin]:
-    """At most `num_bins` bins of one width, from the shortest to the longest."""
+    """Count lengths in up to `num_bins` bins of equal width, from the shortest to the longest."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -252,31 +245,11 @@ def histogram(lengths: Sequence[int], *, num_bins: int = 10) -> list[Bin]:
     ]
 
 
-def write_clean(rows: Sequence[Row], good: Sequence[int], path: str | os.PathLike[str]) -> None:
-    """Write the good rows as .jsonl; bytes and pictures become data URIs, arrays become lists.
-
-    The file appears whole or not at all, so that it may replace the one that `rows` come from.
-    Relative media paths stay as they are: see `first_relative_path`.
-    """
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for index in good:
-                row = rows[index]
-                plain = partial(_plain, row_id=row_id_of(index, row, "rows"))
-                json.dump(row, file, ensure_ascii=False, default=plain)
-                file.write("\n")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def first_relative_path(
-    rows: Sequence[Row], good: Sequence[int], *, modalities: Mapping[str, Modality]
+    rows: Sequence[Row], good_indices: Sequence[int], *, modalities: Mapping[str, Modality]
 ) -> str | None:
-    """The first relative media path of the good rows: it would be lost in another folder."""
-    for index in good:
+    """Return the first relative media path of the good rows; it breaks in another folder."""
+    for index in good_indices:
         for media in to_conversation(rows[index], modalities, row_id="").media:
             name = modalities[media.modality].named_file(media.source)
             text = "" if name is None else os.fspath(name)
@@ -285,75 +258,3 @@ def first_relative_path(
             if not os.path.isabs(os.path.expanduser(text)):
                 return text
     return None
-
-
-def _plain(value: Any, *, row_id: str) -> Any:
-    """What JSON has no word for, as `to_conversation` and `Fetch` will read it again."""
-    from PIL import Image
-
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return "data:application/octet-stream;base64," + base64.b64encode(value).decode("ascii")
-    if isinstance(value, Image.Image):
-        return _png_uri(value)
-    if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if hasattr(value, "isoformat"):  # dates and times, which tables have
-        return value.isoformat()
-    raise RowError(
-        f"holds a {type(value).__name__}, which a .jsonl file cannot; "
-        "leave that field out before cleaning",
-        kind="format",
-        row_id=row_id,
-    )
-
-
-def _png_uri(picture: Any) -> str:
-    import io
-
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
-
-
-def render_sample(sample: Sample, tokenizer: Decoder, *, marks: bool = False) -> Text:
-    """A sample as the model gets it: the prompt dim, what is learned green, media as `[image x 4]`.
-
-    With `marks`, what is learned also stands between `⟦` and `⟧`, for terminals without colour.
-    """
-    from rich.text import Text
-
-    ids: list[int] = sample.input_ids.tolist()
-    learned: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
-    starts = {place.start: place for place in sample.media_spans}
-    opening, closing = ("⟦", "⟧") if marks else ("", "")
-    text = Text.assemble(
-        ("prompt", PROMPT_STYLE),
-        "  ",
-        (f"{opening}learned{closing}", SUPERVISED_STYLE),
-        "  ",
-        ("[media x tokens]", MEDIA_STYLE),
-        "\n\n",
-    )
-    position = 0
-    while position < len(ids):
-        if place := starts.get(position):
-            text.append(f"[{place.modality} x {place.length}]", style=MEDIA_STYLE)
-            position += max(place.length, 1)
-            continue
-        end = position + 1
-        while end < len(ids) and end not in starts and learned[end] == learned[position]:
-            end += 1
-        piece = str(tokenizer.decode(ids[position:end]))
-        if learned[position]:
-            text.append(f"{opening}{piece}{closing}", style=SUPERVISED_STYLE)
-        else:
-            text.append(piece, style=PROMPT_STYLE)
-        position = end
-    return text

@@ -24,7 +24,6 @@ from multi_token.data.scan import Problem
 from multi_token.data.sources import TrainingSource
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
-from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.types import Sample
@@ -139,17 +138,17 @@ class StreamDataset(IterableDataset[Sample]):
 
 
 def open_streams(
-    model: MultiTokenForConditionalGeneration, recipe: Recipe, *, seed: int
+    processor: MultiTokenProcessor | None, recipe: Recipe, *, seed: int
 ) -> StreamDataset:
     """The training rows of a recipe with `data.stream`. No row is read yet."""
-    assert model.processor is not None and recipe.data.stream is not None
+    assert processor is not None and recipe.data.stream is not None
     window, sources = recipe.data.stream.window, recipe.data.train
     streams = [
         open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
         for i, source in enumerate(sources)
     ]
     processors = [
-        dataclasses.replace(model.processor, fetch=Fetch(root=stream.root)) for stream in streams
+        dataclasses.replace(processor, fetch=Fetch(root=stream.root)) for stream in streams
     ]
     weights = [source.weight or 1.0 for source in sources]
     mixture = Mixture(weights, seed=seed, window=window)

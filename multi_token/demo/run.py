@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from multi_token.checkpoint.load import CONFIG, compose, load_trained
+from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.demo.report import Example, draw_sheet, write_report
@@ -255,7 +256,7 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
 
 def closed_form_model(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
     """The model as it was after the closed-form start, before any gradient step."""
-    model = compose(plan.model)
+    model = MultiTokenForConditionalGeneration.from_spec(plan.model)
     load_trained(model, out / "stages" / "0-closed-form")
     return model.eval()
 

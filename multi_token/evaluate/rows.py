@@ -12,7 +12,6 @@ from typing import Any
 from multi_token.data.files.open import media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import row_id_of
-from multi_token.generate import require_processor
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
@@ -33,7 +32,7 @@ def with_processor(
     indices: Sequence[int],
 ) -> list[tuple[Conversation, MultiTokenProcessor]]:
     """Some rows of a file, folder or hub name, with the model's reader. Raises RowError."""
-    processor = replace(require_processor(model), fetch=Fetch(root=media_root(source)))
+    processor = replace(model.require_processor(), fetch=Fetch(root=media_root(source)))
     names = list(model.modalities)
     return [
         (to_conversation(rows[i], names, row_id=row_id_of(i, rows[i], source)), processor)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
 from multi_token.errors import MultiTokenError
-from multi_token.generate import require_processor, to_device
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -40,7 +40,7 @@ def score_rows(
     write this answer and stop, so nothing has to be generated. Raises MultiTokenError for a sample
     with nothing learned.
     """
-    collate = Collator(model.modalities, require_processor(model).chat.filler_id)
+    collate = Collator(model.modalities, model.require_processor().chat.filler_id)
     training = model.training
     model.eval()
     losses: list[Tensor] = []
@@ -48,7 +48,7 @@ def score_rows(
     try:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            batch = to_device(dict(collate(chunk)), model.device)
+            batch = send_to_device(dict(collate(chunk)), model.device)
             logits = model(**batch).logits.float()
             loss, accuracy = _by_row(logits, batch["shift_labels"], [s.id for s in chunk])
             losses.append(loss)

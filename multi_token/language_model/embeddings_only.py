@@ -22,7 +22,7 @@ class EmbeddingsOnly(nn.Module):
     need no memory.
     """
 
-    has_layers = False
+    embeddings_only = True
     name_or_path = ""
 
     def __init__(self, embedding: nn.Module, config: Any, generation_config: Any) -> None:

@@ -112,7 +112,7 @@ class Recipe(StrictModel):
         for stage in self.train.stages:
             if quantized and stage.learn.language_model is not None:
                 raise RecipeError(
-                    f"stage {stage.name!r} learns `language_model`, whose weights "
+                    f"stage {stage.name!r} trains `language_model`, whose weights "
                     f"`model.quantization` ({quantized}) stores in integers; learn an `adapter` on "
                     "it (QLoRA), or set model.quantization to null"
                 )

@@ -349,7 +349,7 @@ class TrainSpec(StrictModel):
             last_full = stage_names.index(in_full[-1])
             if stage_names.index(with_adapter[0]) < last_full:
                 raise ValueError(
-                    f"stage {in_full[-1]!r} learns `language_model` behind stage "
+                    f"stage {in_full[-1]!r} trains `language_model` after stage "
                     f"{with_adapter[0]!r}, which learns an adapter for the weights as they were "
                     "before; learn the language model first, or merge the adapter (`multi-token "
                     "export RUN --to merged`) and train that"

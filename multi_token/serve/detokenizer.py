@@ -1,6 +1,7 @@
-"""Ids, as they come one by one -> text, as far as it is certain.
+"""Detokenizer: token ids, one by one -> text as soon as it is certain.
 
-Border: one answer's ids and stop strings; who sends the text on, and how, is not known here.
+Text is held back while it may still change: an incomplete UTF-8 character, or the beginning of a
+stop string.
 """
 
 from __future__ import annotations
@@ -10,50 +11,51 @@ from collections.abc import Sequence
 from multi_token.chat.format import ChatFormat
 
 _REPLACEMENT = "\ufffd"
-"""What a tokenizer makes of bytes that are no whole character yet."""
+"""Decoded form of bytes that are no complete character yet."""
 _NUM_CONTEXT_IDS = 4
-"""Ids that are decoded again with each new one: decoders drop or add a blank at the beginning."""
+"""Ids decoded again with each new one: decoders drop or add a space at the start of a text."""
 
 
 class IncrementalDetokenizer:
-    """The text of one answer while it grows.
+    """Incremental text of one choice.
 
-    What it hands out never changes: no half character, nothing behind a stop string, and nothing
-    that may still become one. All pieces together are `ChatFormat.decode` of all ids, up to the
-    stop string.
+    Invariant: emitted text never changes. It contains no incomplete character, nothing after a stop
+    string, and nothing that may still become one. All deltas together are `ChatFormat.decode` of
+    all ids, up to the stop string.
     """
 
     def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
-        """`stop`: strings at which the answer ends; they are no part of it."""
+        """`stop`: strings that end the text; they are not part of it."""
         self.is_stopped = False
-        """A stop string was met: what comes now is not listened to."""
+        """A stop string has been found: further ids are ignored."""
         self._chat = chat
         self._stop = tuple(s for s in stop if s)
         self._ids: list[int] = []
-        self._start: int | None = None  # from where ids are decoded; None: no text yet
-        self._end = 0  # of the ids whose text is known
+        self._start: int | None = None  # first id to decode; None: no text yet
+        self._end = 0  # number of ids whose text has been emitted or held back
         self._pending_text = ""
 
     def add(self, token_id: int) -> str:
-        """One more id -> the text that is certain now and was not before, often none."""
+        """Add one id; return the text that has become certain, often none."""
         if self.is_stopped:
             return ""
         self._ids.append(token_id)
         return self._until_stop(self._new_text(is_last=False), is_last=False)
 
     def flush(self) -> str:
-        """No more ids come -> what was held back."""
+        """Return the text held back, after the last id."""
         if self.is_stopped:
             return ""
         return self._until_stop(self._new_text(is_last=True), is_last=True)
 
     def _new_text(self, *, is_last: bool) -> str:
-        """The text of the ids that no text was handed out of yet, if its characters are whole.
+        """Return the text of the new ids, if its last character is complete.
 
-        Only the last ids are decoded, so that a long answer does not become slow (the method of
+        Decodes only the last ids, so the cost per token does not grow with the text (the method of
         vLLM's `detokenize_incrementally`).
         """
-        if self._start is None:  # what the template has an answer begin with is not text
+        # the chat template's answer prefix is no text of the answer, and only `ChatFormat` knows it
+        if self._start is None:
             text = self._chat.decode(self._ids, partial=not is_last)
         else:
             decode = self._chat.tokenizer.decode
@@ -66,7 +68,7 @@ class IncrementalDetokenizer:
         return text
 
     def _until_stop(self, text: str, *, is_last: bool) -> str:
-        """Text behind what is held back -> what may be handed out."""
+        """Append to the text held back; return the part that can be emitted."""
         if not self._stop:
             return text
         text = self._pending_text + text
@@ -80,7 +82,7 @@ class IncrementalDetokenizer:
 
 
 def _num_chars_of_stop(text: str, stop: str) -> int:
-    """How many characters at the end of a text are a beginning of a stop string."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

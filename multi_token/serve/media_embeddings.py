@@ -1,7 +1,10 @@
-"""Media of many requests through their encoders and projectors, together and each content once.
+"""Media embeddings: encode and project items of many requests, batched, each content once.
 
-Border: prepared items in, rows of the language model's width out. It decodes nothing, and where
-the rows go in a prompt is known already.
+    embed(item) --cached---> result at once
+                --in flight> the same future as the first request for it
+                --new------> queue -> one thread takes all items of a modality as a batch
+
+Nothing is decoded here, and spans in the prompt are fixed already.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from multi_token.data.feature_cache.keys import digest
 from multi_token.errors import MultiTokenError
-from multi_token.generate import to_device
 from multi_token.serve.engines.base import Prompt
 from multi_token.serve.errors import ServeError
 from multi_token.types import Prepared, Sample
@@ -40,10 +43,9 @@ class _EmbedJob:
 
 
 class MediaEmbedder:
-    """One thread that takes all items of a modality that wait as one batch, and keeps the rows.
+    """Batches items by modality in one thread, and caches their embeddings (LRU by bytes).
 
-    Rows are on the language model's device, in its precision. Any method may be called from any
-    thread.
+    Embeddings are on the language model's device, in its precision. Every method is thread-safe.
     """
 
     def __init__(
@@ -53,18 +55,22 @@ class MediaEmbedder:
         cache_bytes: int,
         max_items: int = 16,
     ) -> None:
-        """`cache_bytes`: of rows that are kept, those asked for last; 0 keeps none. `max_items`:
-        in one batch. What is kept lives no longer than this, so the weights must stay as they are.
+        """Start without a thread; the first item starts it.
+
+        Args:
+            model: its weights must not change, since the cache does not know them.
+            cache_bytes: limit of the cached embeddings; 0 disables the cache.
+            max_items: largest batch.
         """
         self.model = model
         self.cache_bytes = cache_bytes
         self.max_items = max_items
         self.num_queries = 0
-        """Items that were asked for."""
+        """Items requested."""
         self.num_hits = 0
-        """Those among them that were here, or on their way."""
+        """Items of these that were cached or in flight."""
         self.num_bytes = 0
-        """Of the rows that are kept."""
+        """Size of the cached embeddings."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._in_flight: dict[str, Future[Tensor]] = {}
         self._waiting: deque[_EmbedJob] = deque()
@@ -73,10 +79,9 @@ class MediaEmbedder:
         self._is_stopping = False
 
     async def build_prompt(self, sample: Sample, *, tenant: str = "") -> Prompt:
-        """A sample with its media prepared -> the prompt with what the projectors make of them.
+        """Sample with prepared media -> prompt with their embeddings.
 
-        `tenant`: whoever asks under another name shares nothing with this one. Raises ServeError
-        for an item of which no rows come.
+        Tenants share no cached embeddings. Raises ServeError for an item that cannot be embedded.
         """
         keys = await asyncio.to_thread(self.content_keys, sample, tenant) if sample.media else ()
         asked = [
@@ -88,14 +93,14 @@ class MediaEmbedder:
         return Prompt(sample.input_ids, places, tuple(tokens), tuple(keys), tenant)
 
     def content_keys(self, sample: Sample, tenant: str = "") -> tuple[str, ...]:
-        """Of each item 32 hexadecimal digits; see `content_key`."""
+        """Return the `content_key` of each item."""
         return tuple(
             content_key(place.modality, item, tenant)
             for place, item in zip(sample.media_spans, sample.media, strict=True)
         )
 
     def embed(self, modality: str, prepared: Prepared, key: str) -> Future[Tensor]:
-        """An item -> its rows [num_tokens, dim], at once if they are here."""
+        """Item -> future of its embeddings [num_tokens, dim]."""
         with self._changed:
             self.num_queries += 1
             kept = self._cache.get(key)
@@ -112,7 +117,9 @@ class MediaEmbedder:
             if self._is_stopping:
                 raise ServeError("the server is shutting down", status=503)
             result: Future[Tensor] = Future()
-            result.set_running_or_notify_cancel()  # others may wait for it: nobody can cancel it
+            # a running future cannot be cancelled: a client that leaves must not take the result
+            # from other requests that wait for the same item
+            result.set_running_or_notify_cancel()
             self._in_flight[key] = result
             self._waiting.append(_EmbedJob(modality, prepared, key, result))
             if self._thread is None:
@@ -122,7 +129,7 @@ class MediaEmbedder:
             return result
 
     def stop(self) -> None:
-        """Refuse what waits and end the thread, behind the batch that it is at."""
+        """Refuse queued items and end the thread after its current batch."""
         with self._changed:
             self._is_stopping = True
             refused = list(self._waiting)
@@ -145,14 +152,15 @@ class MediaEmbedder:
                 self._waiting = deque(job for job in self._waiting if job.key not in taken)
             try:
                 self._embed_jobs(batch)
-            except Exception as error:  # noqa: BLE001 - those who wait must be told
+            # whatever it is, every waiting request must receive its end
+            except Exception as error:  # noqa: BLE001
                 _LOG.error("%d items of %s failed", len(batch), name, exc_info=error)
                 for job in batch:
                     if not job.result.done():
                         self._resolve(job, _public_error(error, name))
 
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
-        """All at once; if that fails, or for those of which no numbers come, each alone."""
+        """Embed a batch; if it raises, or for items with NaN or inf, each item alone."""
         again: list[_EmbedJob] = []
         try:
             for job, rows in zip(jobs, self._embed_batch(jobs), strict=True):
@@ -160,7 +168,8 @@ class MediaEmbedder:
                     again.append(job)
                 else:
                     self._resolve(job, rows)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+        # one item must not fail the others, whatever it makes an encoder raise
+        except Exception as error:  # noqa: BLE001
             again = [job for job in jobs if not job.result.done()]
             if len(jobs) == 1:
                 _LOG.error("an item of %s failed", jobs[0].modality, exc_info=error)
@@ -170,8 +179,8 @@ class MediaEmbedder:
             self._resolve(
                 jobs[0],
                 ServeError(
-                    f"an item of {jobs[0].modality!r} gives tokens that are no numbers (NaN or "
-                    "infinite); send another item",
+                    f"an item of {jobs[0].modality!r} gives media embeddings with NaN or inf; send "
+                    "another item",
                     param="messages",
                 ),
             )
@@ -181,24 +190,25 @@ class MediaEmbedder:
 
     @torch.no_grad()
     def _embed_batch(self, jobs: Sequence[_EmbedJob]) -> list[Tensor | None]:
-        """Rows [num_tokens, dim] of each item; None where they are no numbers."""
+        """Return embeddings [num_tokens, dim] of each item; None where they contain NaN or inf."""
         name = jobs[0].modality
         modality = self.model.modalities[name]
         lengths = [modality.num_tokens(job.prepared.num_features) for job in jobs]
-        inputs = to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
+        inputs = send_to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
         weight: Any = self.model.get_input_embeddings().weight
         tokens = self.model.projector(name)(self.model.encode(name, inputs))
         tokens = tokens.to(weight.device, weight.dtype)
         if tokens.shape != (sum(lengths), weight.shape[1]):
             raise MultiTokenError(
-                f"{len(jobs)} items of {name!r} became tokens of shape {tuple(tokens.shape)}, "
+                f"{len(jobs)} items of {name!r} gave embeddings of shape {tuple(tokens.shape)}, "
                 f"expected {(sum(lengths), weight.shape[1])}"
             )
-        are_numbers = tokens.isfinite().all(-1).cpu()
+        # one transfer for the batch: each read of a value waits for the device
+        finite = tokens.isfinite().all(-1).cpu()
         return [
-            # a clone: a part of the batch would keep all of it in memory
+            # a clone: a view would keep the complete batch in memory
             rows.clone() if bool(good.all()) else None
-            for rows, good in zip(tokens.split(lengths), are_numbers.split(lengths), strict=True)
+            for rows, good in zip(tokens.split(lengths), finite.split(lengths), strict=True)
         ]
 
     def _resolve(self, job: _EmbedJob, result: Tensor | ServeError) -> None:
@@ -222,11 +232,11 @@ class MediaEmbedder:
 
 
 def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
-    """32 hexadecimal digits that are equal only for equal rows of one tenant, in one server.
+    """Return 32 hexadecimal digits: a digest of the encoder's inputs, the modality and the tenant.
 
-    Of what the encoder is given (names, precisions, shapes and every byte), so that neither a file
-    is read again nor a client's name trusted. Which encoder and projector that is, the name of the
-    sense says: they are the same for as long as anything is kept.
+    Names, dtypes, shapes and all bytes of the inputs enter, so no file is read again and no name
+    from a client is trusted. The modality's name stands for encoder and projector: both are fixed
+    for the life of the cache.
     """
     parts = [modality.encode(), tenant.encode(), str(prepared.num_features).encode()]
     for name, tensor in sorted(prepared.inputs.items()):
@@ -237,7 +247,7 @@ def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
 
 
 def _public_error(error: Exception, modality: str) -> ServeError:
-    """What a client is told: of errors of ours the text, of others that there was one."""
+    """Return the error for clients: our own errors with their text, others without."""
     if isinstance(error, ServeError):
         return error
     if isinstance(error, MultiTokenError):

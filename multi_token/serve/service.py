@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from multi_token.errors import ChatTemplateError
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
@@ -56,7 +56,7 @@ class PromptBuilder:
     def __init__(
         self, model: MultiTokenForConditionalGeneration, settings: ServeSettings, metrics: Metrics
     ) -> None:
-        self.processor = require_processor(model)
+        self.processor = model.require_processor()
         self.modalities = model.modalities
         self.media_pool = MediaPool(
             model.modalities,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from multi_token.collate import Collator
-from multi_token.generate import to_device
 from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
@@ -193,5 +193,5 @@ def encode_items(
         prepared = [
             processor.prepare(item) for item, processor in items[start : start + batch_size]
         ]
-        inputs = to_device(collator.inputs(name, prepared), model.device)
+        inputs = send_to_device(collator.inputs(name, prepared), model.device)
         yield model.encode(name, inputs)

@@ -1,7 +1,7 @@
-"""Learns to prefer: batches of chosen and rejected answers, the DPO losses, what they did.
+"""Preference optimization: the DPO losses, and datasets and batches of chosen and rejected answers.
 
-Border: tensors and batches; how the reference comes about is reference.py's, the step is the
-trainer's. TRL has the same losses inside of its own trainer only: docs/decisions/0024.
+TRL has the same losses, but only inside of its own trainer: docs/decisions/0024. The log-
+probabilities of the reference are computed before the stage begins: `train.dpo_reference`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,32 @@ from torch.utils.data import Dataset
 
 from multi_token.collate import Collator
 from multi_token.recipe.train import DpoSpec
+from multi_token.train.objective import Objective, Reduce
 from multi_token.types import IGNORE_INDEX, Batch, Sample
 
+if TYPE_CHECKING:
+    from multi_token.model import MultiTokenForConditionalGeneration
+
 REFERENCE = "reference"
-"""The key of a batch under which the reference's log-probabilities stand: float32 [pairs, 2]."""
+"""Key of a batch that holds the log-probabilities of the reference: float32 [pairs, 2]."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A row with two answers. `reference`: float32 [2], their log-probabilities at the stage's
-    beginning, the chosen one's first.
-    """
+    """Row with two answers. `reference`: float32 [2], log-probability of the chosen and of the
+    rejected answer when the stage began."""
 
     sample: Sample
     reference: Tensor
 
     @property
     def id(self) -> str:
-        """The row's name."""
+        """Id of the row."""
         return self.sample.id
 
 
 class PreferenceDataset(Dataset[PreferencePair]):
-    """Samples with rejected answers, beside what the reference says of them once that is known."""
+    """Samples with rejected answers; `reference` is zero until `train.dpo_reference` fills it."""
 
     def __init__(self, samples: Any, lengths: Sequence[tuple[int, int]]) -> None:
         """`samples`: a dataset of Samples that have `rejected`.
@@ -58,7 +61,7 @@ class PreferenceDataset(Dataset[PreferencePair]):
 
     @property
     def num_tokens(self) -> list[int]:
-        """Of each pair, both answers with their prompts."""
+        """Tokens of each pair: both answers with their prompts."""
         return [chosen + rejected for chosen, rejected in self.lengths]
 
     @property
@@ -69,16 +72,15 @@ class PreferenceDataset(Dataset[PreferencePair]):
 
 @dataclass(frozen=True)
 class PreferenceCollator:
-    """Batches of pairs: all chosen answers, then all rejected ones."""
+    """Batches of pairs: all chosen answers, then all rejected ones, padded to the right."""
 
     collator: Collator
-    """Pads to the right."""
 
     def __call__(self, samples: Sequence[PreferencePair | Sample]) -> Batch | dict[str, Any]:
         """n pairs -> their Batch of [2n, longest], with `reference` float32 [n, 2].
 
-        Media are encoded once for both answers. Samples without a reference, which evaluation has,
-        become an ordinary Batch.
+        Media are encoded once for both answers. Samples without a reference become an ordinary
+        Batch: evaluation has them where no held-out row has two answers.
         """
         pairs = [pair for pair in samples if isinstance(pair, PreferencePair)]
         if len(pairs) < len(samples):
@@ -87,6 +89,8 @@ class PreferenceCollator:
         rejected = [sample.rejected for sample in chosen if sample.rejected is not None]
         batch = self.collator([*chosen, *(replace(r, media_spans=[], media=[]) for r in rejected)])
         time = batch["input_ids"].shape[1]
+        # The rejected rows were collated without media; here their spans get the positions at which
+        # the model writes the same embeddings a second time (`copies`).
         again: dict[str, list[Tensor]] = {name: [] for name in batch["media"]}
         for row, sample in enumerate(rejected, start=len(chosen)):
             for place in sample.media_spans:
@@ -99,14 +103,14 @@ class PreferenceCollator:
 
 
 def sequence_logps(logits: Tensor, shift_labels: Tensor) -> Tensor:
-    """Log-probability of each row's learned tokens: [rows], in float32.
+    """Log-probability of each row's supervised tokens: [rows], in float32.
 
     logits [num_supervised, vocabulary], of the positions of shift_labels int64 [rows, time] that
     are not `IGNORE_INDEX`, row by row.
     """
     keep = shift_labels != IGNORE_INDEX
     of_tokens = -nn.functional.cross_entropy(logits.float(), shift_labels[keep], reduction="none")
-    # by position and then summed, not added by row: sums of a GPU would differ from run to run
+    # by position and then summed, not added by row: `index_add` on a GPU differs from run to run
     return of_tokens.new_zeros(keep.shape).masked_scatter(keep, of_tokens).sum(-1)
 
 
@@ -121,7 +125,7 @@ def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
       arXiv:2305.18290, equation 7; smoothed as in Mitchell, A note on DPO with noisy preferences
       (2023).
     - `ipo`: (r_c / n_c - r_r / n_r - 1 / (2 b))^2. Azar et al., arXiv:2310.12036, equation 17, of
-      means over tokens as its authors compute it (and TRL), so that `beta` does not hang on length.
+      means over tokens as its authors and TRL compute it, so that `beta` suits every length.
     - `hinge`: max(0, 1 - b d). Zhao et al., SLiC-HF, arXiv:2305.10425, on DPO's rewards.
     """
     if spec.loss == "ipo":
@@ -135,12 +139,12 @@ def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
     return (1 - spec.label_smoothing) * kept + spec.label_smoothing * swapped
 
 
-class DpoLoss:
-    """Takes the reference out of one batch at a time, and then is its loss. It counts what it saw.
+class DpoLoss(Objective):
+    """DPO, IPO or hinge loss of one batch at a time, with metrics under TRL's names.
 
-    Logged are the means over pairs since the last log, under TRL's names: `rewards/chosen` and
-    `rewards/rejected` (`beta` times the log-ratios), `rewards/margins` between them,
-    `rewards/accuracies` (how often the chosen one's is larger), `logps/chosen`, `logps/rejected`.
+    Logged are means over pairs since the last log: `rewards/chosen` and `rewards/rejected` (`beta`
+    times the log-ratios), `rewards/margins` between them, `rewards/accuracies` (share of pairs with
+    a positive margin), `logps/chosen`, `logps/rejected`.
     """
 
     _NAMES = (
@@ -156,23 +160,31 @@ class DpoLoss:
     def __init__(self, spec: DpoSpec) -> None:
         self.spec = spec
         self.reference: Tensor | None = None
-        """Of the batch that was read last, [pairs, 2]; None for a batch without pairs."""
+        """Reference of the current batch, [pairs, 2]; None for a batch without pairs."""
         self.shift_labels = torch.zeros(0, 0, dtype=torch.long)
         self._sums: Tensor | None = None
-        self._gather: Callable[[Tensor], Tensor] | None = None
+        self._gather: Reduce | None = None
 
-    def read(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch as the model takes it, without the reference."""
+    def collator(self, collator: Collator, *, packed: bool) -> PreferenceCollator:
+        return PreferenceCollator(collator)
+
+    def before_forward(
+        self, model: MultiTokenForConditionalGeneration, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return a batch without the reference, which is kept for `loss`."""
         self.reference, self.shift_labels = inputs.get(REFERENCE), inputs["shift_labels"]
         return {key: value for key, value in inputs.items() if key != REFERENCE}
+
+    def loss_function(self) -> Callable[..., Tensor]:
+        return self.loss
 
     def loss(
         self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Of the batch that was read last, from the model's logits [num_supervised, vocabulary].
+        """Loss [] of the batch of `before_forward`, from logits [num_supervised, vocabulary].
 
-        Summed over pairs and divided by `num_items_in_batch`, the number of pairs of a step over
-        all devices. A batch without pairs has the model's own loss.
+        Summed over pairs and divided by `num_items_in_batch`, the number of pairs of a step on all
+        devices. A batch without pairs has the model's own loss.
         """
         if self.reference is None:
             return outputs.loss
@@ -183,11 +195,8 @@ class DpoLoss:
         self._count(losses.detach(), logps.detach(), self.spec.beta * logratios.detach())
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
-    def as_pair_counts(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Batches by which transformers counts the pairs of a step as if they were labels.
-
-        Those without pairs are what they are.
-        """
+    def countable(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return batches with one label for each pair; those without pairs as they are."""
         found: list[Mapping[str, Any]] = []
         for batch in batches:
             if REFERENCE in batch:
@@ -200,33 +209,29 @@ class DpoLoss:
         margins = rewards[:, 0] - rewards[:, 1]
         facts = torch.stack([losses, *rewards.T, margins, (margins > 0).float(), *logps.T], -1)
         facts = torch.cat([facts, facts.new_ones(len(facts), 1)], -1)
+        # before summing: accelerate repeats rows to fill the last batch of an evaluation, and only
+        # its gather drops them again
         if self._gather is not None:
             facts = self._gather(facts)
         sums = facts.sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
 
     @contextmanager
-    def evaluation_mode(self, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within, pairs are counted apart from those that were learned from.
-
-        `gather`: facts of pairs [pairs, facts] on this device -> on all devices, each pair once.
-        """
+    def evaluation_mode(self, gather: Reduce) -> Iterator[None]:
+        """Count pairs apart from those of training; `gather` gets facts of pairs [pairs, facts]."""
         before, self._sums, self._gather = self._sums, None, gather
         try:
             yield
         finally:
             self._sums, self._gather = before, None
 
-    def metrics(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Means over pairs since the last call; `reduce` sums a tensor over all devices.
-
-        With `loss` while it is evaluated; in training, that is logged by the trainer.
-        """
+    def metrics(self, reduce: Reduce | None = None) -> dict[str, float]:
+        """Means over pairs since the last call; `reduce` sums a tensor over all devices."""
         if self._sums is None:
             return {}
         *sums, num_pairs = (self._sums if reduce is None else reduce(self._sums)).tolist()
         self._sums = None
         found = {name: total / num_pairs for name, total in zip(self._NAMES, sums, strict=True)}
         if self._gather is None:
-            del found["loss"]
+            del found["loss"]  # in training the trainer logs it
         return found

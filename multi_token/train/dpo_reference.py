@@ -1,10 +1,10 @@
-"""The reference of a stage with `dpo`: what the model said of each answer as the stage began.
+"""Reference of a stage with `dpo`: log-probability of each answer when the stage began.
 
     RUN/stages/<stage>/reference.safetensors   logps float32 [pairs, 2], lengths int64 [pairs, 2]
     RUN/stages/<stage>/held_out_reference.safetensors   the same of pairs in `data.eval`
 
-Border: one pass over the rows before the stage learns anything. It is right whatever learns then
-(adapter, projectors, encoders, all), and a run that goes on reads it instead of computing it.
+One pass over the rows before the first step, so it holds for any trainable part. A second model in
+memory is not needed, and a resumed run reads the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from multi_token.data.feature_cache.keys import digest
-from multi_token.data.sources import TrainingSource
+from multi_token.data.sources import TrainingSource, build_dataset
 from multi_token.distributed import (
     all_gather,
     barrier,
@@ -38,9 +38,8 @@ from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.train import Stage
 from multi_token.train.consistency import check_no_bad_rows
 from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
-from multi_token.train.evaluation import build_dataset
 from multi_token.train.metrics import ROW_IDS
-from multi_token.train.plan.dry_run import preserve_rng_state
+from multi_token.train.random_state import preserve_rng_state
 from multi_token.train.resume import raise_on_write_error
 from multi_token.types import Conversation
 
@@ -54,7 +53,7 @@ REFERENCE_FILE, HELD_OUT_FILE = "reference.safetensors", "held_out_reference.saf
 def preference_dataset(
     sources: Sequence[TrainingSource], stage: Stage, model: MultiTokenForConditionalGeneration
 ) -> tuple[list[TrainingSource], PreferenceDataset]:
-    """The rows of all sources that have two answers, in their order, and as a dataset.
+    """Return the rows of all sources that have two answers: as sources, and as a dataset.
 
     Raises RecipeError if there are none.
     """
@@ -71,9 +70,7 @@ def preference_dataset(
 def held_out_preference_dataset(
     sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration, console: Console
 ) -> PreferenceDataset | None:
-    """Those of the held-out rows that have two answers; None if no row has. It says what is left
-    out.
-    """
+    """Return the held-out rows that have two answers, or None if no row has; print the others."""
     found = _preference_rows(sources, model)
     num_rows = sum(len(source.lengths) for source in sources)
     if found is None:
@@ -107,12 +104,13 @@ def _preference_rows(
     if not lengths:
         return None
     reading = [source.with_distillation(None).with_preference("required") for source in found]
-    return found, PreferenceDataset(build_dataset(reading, model), lengths)
+    return found, PreferenceDataset(build_dataset(reading, model.modalities), lengths)
 
 
 def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcessor) -> int:
-    """Tokens by which the rejected answer is longer. No media are opened: both have the same."""
+    """Return the tokens by which the rejected answer is longer."""
     assert conversation.rejected is not None
+    # both have the same media, whose numbers of tokens cancel out, so none are opened
     anything = [1] * len(conversation.media)
     chosen, rejected = (
         len(processor.chat.tokenize(one, anything, train_on_turns="last").input_ids)
@@ -122,9 +120,9 @@ def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcess
 
 
 def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:
-    """Give the trainer's pairs their reference, from the stage's folder or from the model as it is.
+    """Fill the reference of the trainer's pairs, from the stage's folder or from its model.
 
-    All processes take part: each computes its share. Raises RecipeError if the folder holds the
+    Collective: each process computes its share. Raises RecipeError if the folder holds the
     reference of other rows.
     """
     for rows, name in (
@@ -134,7 +132,7 @@ def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console:
         if isinstance(rows, PreferenceDataset):
             _load_or_compute(trainer, rows, folder / name, console)
     if isinstance(trainer.train_dataset, PreferenceDataset):
-        trainer.lengths = trainer.train_dataset.num_tokens
+        trainer.batches.lengths = trainer.train_dataset.num_tokens
 
 
 def _load_or_compute(
@@ -154,15 +152,15 @@ def _load_or_compute(
         known = (stored.metadata() or {}).get("rows")
         if known != _rows_fingerprint(pairs):
             raise RecipeError(
-                f"{file} is the reference of other rows than the recipe has now; put the rows back "
-                f"as they were when the stage began, or remove {folder} to begin it anew"
+                f"{file} is the reference of other rows than the recipe has now; restore the rows "
+                f"of when the stage began, or remove {folder} to begin it again"
             )
         pairs.reference = stored.get_tensor("logps")
         pairs.lengths = [(c, r) for c, r in stored.get_tensor("lengths").tolist()]
 
 
 def _rows_fingerprint(pairs: PreferenceDataset) -> str:
-    """What the reference belongs to: which rows of which sources, by name."""
+    """Digest of the rows, by their sources and numbers, to which a reference belongs."""
     parts = [[d.source, *map(str, d.good_indices)] for d in pairs.samples.datasets]
     return digest(repr(parts).encode("utf-8", "surrogatepass"))
 
@@ -171,7 +169,7 @@ def _rows_fingerprint(pairs: PreferenceDataset) -> str:
 def _compute_reference(
     trainer: MultiTokenTrainer, pairs: PreferenceDataset, console: Console
 ) -> tuple[Tensor, Tensor]:
-    """float32 [pairs, 2] log-probabilities and int64 [pairs, 2] lengths, of the model in eval."""
+    """Return float32 [pairs, 2] log-probabilities and int64 [pairs, 2] lengths, in eval mode."""
     args, model = trainer.args, trainer.model
     assert model is not None
     mine = range(rank(), len(pairs), num_processes())
@@ -186,6 +184,7 @@ def _compute_reference(
     model.eval()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     try:
+        # a run that reads the file instead has to draw the same random numbers afterwards
         with (
             preserve_rng_state(),
             Progress(

@@ -1,7 +1,4 @@
-"""While a run learns: answers to held-out rows, the blind test, and the report that grows with it.
-
-Border: a callback of the trainer. What is measured is evaluate/'s, how a page looks page.py's.
-"""
+"""Evaluation during training: sample answers to held-out rows, the blind test, and the report."""
 
 from __future__ import annotations
 
@@ -10,16 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multi_token.data.dataset import ConversationDataset, HeaderLengthDataset
-from multi_token.data.sources import TrainingSource
+from multi_token.data.sources import TrainingSource, build_dataset
 from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import BlindReport, EvaluationRow, blind
 from multi_token.evaluate.rows import evenly_spaced
-from multi_token.generate import decode, generate_ids, require_processor
+from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
 from multi_token.train.run_report import RunReport
@@ -29,40 +24,20 @@ if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
 _BLIND_DURING, _BLIND_AFTER = 64, 256
-"""At most so many rows in the blind test of an evaluation, and of the end."""
+"""Up to N rows in the blind test of an evaluation, and of the end."""
 _LONGEST_ANSWER = 128
 
 
 def evaluation_defaults(spec_has_rows: bool) -> dict[str, Any]:
-    """Training arguments where there are rows to evaluate on; the recipe's go over them."""
+    """Return training arguments for a recipe with held-out rows; the recipe's own come first."""
     return {"eval_strategy": "steps", "eval_steps": 200} if spec_has_rows else {}
 
 
-def build_dataset(
-    sources: Sequence[TrainingSource], model: MultiTokenForConditionalGeneration
-) -> ConcatDataset[Any]:
-    """The good rows of all sources as samples."""
-    return ConcatDataset([_source_dataset(source, list(model.modalities)) for source in sources])
-
-
-def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:
-    processor, good, name = source.processor, source.good_indices, source.name
-    if not source.lengths_only:
-        return ConversationDataset(
-            source.rows, processor, modalities=modalities, good_indices=good, source=name
-        )
-    return HeaderLengthDataset(
-        source.rows,
-        processor,
-        modalities=modalities,
-        good_indices=good,
-        source=name,
-        lengths=source.lengths,
-    )
-
-
 class EvaluationCallback(TrainerCallback):
-    """One for a run; each stage attaches its trainer. Without held-out rows it only reports."""
+    """Callback of a run, to which each stage attaches its trainer.
+
+    Without held-out rows it only writes the report.
+    """
 
     def __init__(
         self,
@@ -77,7 +52,7 @@ class EvaluationCallback(TrainerCallback):
         self.report = report
         self.console = console
         self.held_out = held_out
-        self.dataset = build_dataset(held_out, model) if held_out else None
+        self.dataset = build_dataset(held_out, model.modalities) if held_out else None
         self.rows: list[EvaluationRow] = [
             pair for source in held_out for pair in source.conversations()
         ]
@@ -86,8 +61,8 @@ class EvaluationCallback(TrainerCallback):
         self.runs_generation = False
 
     def attach(self, trainer: MultiTokenTrainer, stage: str, trainable: Sequence[str]) -> None:
-        """Begin with the trainer of a stage; `learns`: what learns in it, in words."""
-        self.trainer, self.model = trainer, trainer._multi_token_model()
+        """Add the callback to a stage's trainer; `trainable`: lines that name its groups."""
+        self.trainer, self.model = trainer, trainer.multi_token_model
         self.report.start_stage(stage, trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (
@@ -95,15 +70,17 @@ class EvaluationCallback(TrainerCallback):
         )
         if self.rows and sharded and (self.blind or self.spec.num_samples):
             self.console.print(
-                "the language model is sharded: answers to held-out rows and the blind test are "
-                "left out while it trains (`multi-token evaluate blind` does it afterwards)"
+                "the language model is sharded, so answers to held-out rows and the blind test "
+                "are left out during training (run `multi-token evaluate blind` afterwards)"
             )
+        # Answers come from the main process alone. With a sharded language model every forward is a
+        # collective, in which the other processes would be missing.
         self.runs_generation = not sharded and is_main_process()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The last step is evaluated, whatever `eval_steps` says."""
+        """Evaluate after the last step, whatever `eval_steps` is."""
         if self.dataset is not None and args.eval_strategy != "no":
             control.should_evaluate |= state.global_step >= state.max_steps
 
@@ -146,7 +123,7 @@ class EvaluationCallback(TrainerCallback):
             self.report.write(at_once=True)
 
     def finish(self, model: MultiTokenForConditionalGeneration) -> None:
-        """After the last stage: the blind test on more rows, in words and in the report."""
+        """Run the blind test on more rows after the last stage, and print and report it."""
         if self.trainer is None or not is_main_process():
             return
         self.model = model
@@ -163,18 +140,19 @@ class EvaluationCallback(TrainerCallback):
             rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
             return blind(self.model, rows, batch_size=self.batch_size)
         except MultiTokenError as error:
+            # rows that the test cannot use (all media alike, say) must not end a training run
             self.blind = False
             self.console.print(f"no blind test: {error}", highlight=False, markup=False)
             return None
 
     @property
     def batch_size(self) -> int:
-        """Rows that the trainer evaluates together."""
+        """Rows of an evaluation batch."""
         return self.trainer.args.per_device_eval_batch_size if self.trainer is not None else 8
 
 
 def blind_lines(found: BlindReport) -> list[str]:
-    """The blind test in words, a line for each way in which media were shown."""
+    """Return the blind test as text, one line per condition of the media."""
     lines = [f"blind test, {found.num_rows} held-out rows:"]
     for condition in found.conditions:
         change = ""
@@ -190,7 +168,7 @@ def blind_lines(found: BlindReport) -> list[str]:
 def sample_answers(
     model: MultiTokenForConditionalGeneration, rows: Sequence[EvaluationRow]
 ) -> list[dict[str, str]]:
-    """The last question of each row, what the model answers (greedily), and what is true."""
+    """Return the last question of each row, the model's greedy answer, and the true answer."""
     training = model.training
     model.eval()
     try:
@@ -199,7 +177,7 @@ def sample_answers(
             for c, processor in rows
         ]
         truths = [_text(c, "assistant") for c, _ in rows]
-        processor = require_processor(model)
+        processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
         new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
         answers = [text for ids in new_ids for text in decode(processor, ids[None])]
@@ -217,7 +195,7 @@ def _prompt_messages(conversation: Conversation) -> tuple[Any, ...]:
 
 
 def _text(conversation: Conversation, role: str) -> str:
-    """What the role says last, with `<name>` where an item stands."""
+    """Return the last message of a role, with `<name>` in place of each media item."""
     message = [m for m in conversation.messages if m.role == role][-1:]
     parts = [
         part.text if isinstance(part, Text) else f"<{part.modality}>"

@@ -125,8 +125,10 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
-def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer a state of whole tensors, each cut as its parameter is."""
+def shard_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Shard a state of whole tensors as the parameters are; a pre-hook of `load_state_dict`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         parameter = parameters[int(number)]
@@ -137,7 +139,7 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str,
                 entries[key] = distribute_tensor(
                     value.to(parameter.device), parameter.device_mesh, parameter.placements
                 )
-    optimizer.load_state_dict(state)
+    return state
 
 
 def _mesh(device: str, replicas: int) -> DeviceMesh:

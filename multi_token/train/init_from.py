@@ -1,15 +1,13 @@
-"""A trained model gets more senses: what a run has learned goes over into a recipe's new model.
-
-Border: compares a run with a model and takes its trained parts; it trains nothing.
-"""
+"""Initialization from a trained run (`train.init_from`), to add modalities or to train further."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from multi_token.checkpoint.hub import local_folder
-from multi_token.checkpoint.load import CONFIG, load_trained, read_config
+from multi_token.checkpoint.load import load_trained, read_config
 from multi_token.checkpoint.references import absolutize, resolve
+from multi_token.checkpoint.save import CONFIG
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
@@ -18,11 +16,10 @@ from multi_token.registry import validate_fields
 
 
 def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
-    """All that `spec.init_from` has learned, as it is: projectors, encoders, the adapter, the
-    language model.
+    """Load the trained parts of a run: projectors, encoders, adapter, language model.
 
-    Returns the instances that were taken over. Raises RecipeError for a run with instances that the
-    recipe lacks or describes otherwise, CheckpointError for one of another language model.
+    Returns the names of the run's modalities. Raises RecipeError for a run with modalities that the
+    recipe lacks or whose settings differ, CheckpointError for another language model.
     """
     run = spec.init_from
     assert run is not None
@@ -35,8 +32,8 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
     lacking = [name for name in names if name not in model.modalities]
     if lacking:
         raise RecipeError(
-            f"train.init_from: {run} has {', '.join(lacking)}, which the recipe lacks; add what "
-            "it has to `model.modalities`, under the same name"
+            f"train.init_from: {run} has {', '.join(lacking)}, which the recipe lacks; add "
+            "them to `model.modalities` under the same names"
         )
     described = absolutize(theirs.model_dump(mode="json"))["modalities"]
     for name in names:
@@ -44,15 +41,15 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
         if key is not None:
             raise RecipeError(
                 f"train.init_from: {name}.{key} is {_at(described[name], key)!r} in {run} and "
-                f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; a modality "
-                "that is taken over has the same settings"
+                f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; the "
+                "settings of its modalities have to stay the same"
             )
     in_full = [stage.name for stage in spec.stages if stage.learn.language_model is not None]
     if fields["adapter"] and in_full:
         raise RecipeError(
-            f"stage {in_full[0]!r} learns `language_model`, but {run} has an adapter for the "
-            f"weights as they are; merge it (`multi-token export {run} --to merged`) and start "
-            "from that"
+            f"stage {in_full[0]!r} trains `language_model`, but {run} has an adapter, which fits "
+            f"only the weights it was trained with; merge it (`multi-token export {run} --to "
+            "merged`) and name that folder"
         )
     load_trained(model, folder, fields)
     _check_same_adapter(model, spec)
@@ -60,10 +57,10 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
 
 
 def _difference(theirs: Any, ours: Any, at: str = "") -> str | None:
-    """The dotted name of the first field that differs, if any."""
+    """Return the dotted name of the first field that differs, if any."""
     if not isinstance(theirs, dict) or not isinstance(ours, dict):
         return at if theirs != ours else None
-    # of another kind (`type`) than ours it would differ in names of fields as well
+    # `type` first: modalities of different types differ in nearly every other field too
     for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (key != "type", key)):
         inner = f"{at}.{key}" if at else key
         found = _difference(theirs.get(key), ours.get(key), inner)
@@ -79,7 +76,7 @@ def _at(fields: Any, key: str) -> Any:
 
 
 def _check_same_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> None:
-    """An adapter that goes on learning keeps its rank and scale: say so if the recipe's differ."""
+    """Raise RecipeError if the recipe gives the run's adapter another rank, scale or dropout."""
     adapters = getattr(model.language_model, "peft_config", None)
     if not adapters or all(stage.learn.adapter is None for stage in spec.stages):
         return
@@ -88,5 +85,5 @@ def _check_same_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSp
         if getattr(theirs, key) != getattr(spec.adapter, key):
             raise RecipeError(
                 f"train.adapter.{key} is {getattr(spec.adapter, key)}, but the adapter of "
-                f"{spec.init_from} has {getattr(theirs, key)} and goes on learning as it is"
+                f"{spec.init_from} has {getattr(theirs, key)}, which cannot change; set it to that"
             )

@@ -1,10 +1,11 @@
-"""A run's folder as something to go on from: whose it is, and checkpoints that are whole or not.
+"""Resuming a run: its folder belongs to one recipe, and only complete checkpoints count.
 
     RUN/recipe.yaml                       the recipe that the folder belongs to
-    RUN/stages/<stage>/checkpoint-<step>  one of the trainer's, whole if `whole.json` is in it and
-                                          all files have the sizes that it names
+    RUN/stages/<stage>/checkpoint-<step>  complete if `whole.json` is in it and all files have the
+                                          sizes that it lists
 
-Border: what is in a checkpoint is written by the trainer; here stands when it counts.
+A checkpoint is written in this order: all files, fsync of each, then `whole.json` by rename. A
+process that is killed, or a full disk, therefore leaves a folder without `whole.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed
 
-from multi_token.checkpoint.load import CONFIG
+from multi_token.checkpoint.save import CONFIG
 from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import CheckpointError, RecipeError
 from multi_token.recipe.recipe import Recipe, differences, load_recipe
@@ -29,11 +30,11 @@ from multi_token.train.plan.oom import is_out_of_memory
 RECIPE = "recipe.yaml"
 COMPLETE = "whole.json"
 _PREFIX = "checkpoint-"
-# what writing to a full or vanished disk ends in, by Python, torch and safetensors
+# errors of Python, torch and safetensors when a disk is full or gone
 _FAULTS = (OSError, RuntimeError, SafetensorError)
 
-# transformers' arguments by which a run goes on elsewhere or reports otherwise, with one result;
-# that the rows of a step stay as many is checked against the checkpoint
+# Arguments of transformers that may change on a resume, since the result does not: device, workers,
+# logging. The number of rows per step is compared with the checkpoint (`check_same_batching`).
 _MAY_CHANGE = frozenset(
     {
         "per_device_train_batch_size",
@@ -57,10 +58,10 @@ _MAY_CHANGE = frozenset(
 
 
 def claim_run_folder(out: Path, recipe: Recipe) -> None:
-    """Write the recipe into its folder. Raises RecipeError if it is a run of another one, of which
-    something is there: one that was refused before it began leaves nothing to lose.
+    """Write the recipe into its folder.
 
-    Fields that say where and with how many processes it runs may change (see docs/scale-out.md).
+    Raises RecipeError if the folder holds stages or results of another recipe. Settings of device,
+    processes and logging may differ (docs/scale-out.md).
     """
     path = out / RECIPE
     if path.is_file() and any((out / name).exists() for name in ("stages", CONFIG)):
@@ -69,8 +70,8 @@ def claim_run_folder(out: Path, recipe: Recipe) -> None:
         if changed:
             raise RecipeError(
                 f"{out} holds a run of another recipe ({path}), which differs in "
-                f"{'; '.join(changed)}; go on with that one, choose another `train.output_dir`, or "
-                "remove that folder to start anew"
+                f"{'; '.join(changed)}; continue with that one, choose another `train.output_dir`, "
+                "or remove that folder to start again"
             )
     with raise_on_write_error(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def claim_run_folder(out: Path, recipe: Recipe) -> None:
 
 
 def _changes(before: Any, now: Any) -> list[str]:
-    """`train.seed: 0 there, 1 here` for each value that differs and matters."""
+    """`train.seed: 0 there, 1 here` for each value that differs and changes the result."""
     return [
         f"{at}: {_short(a)} there, {_short(b)} here"
         for at, a, b in differences(before, now)
@@ -89,7 +90,7 @@ def _changes(before: Any, now: Any) -> list[str]:
 
 
 def _matters(at: str) -> bool:
-    """Not who holds which piece (`train.fsdp`), who told the lengths, and where it runs."""
+    """Ignore settings that cannot change the result: FSDP, source of lengths, device, logging."""
     section, _, key = at.rpartition(".")
     if section.endswith("args") and key in _MAY_CHANGE:
         return False
@@ -103,43 +104,43 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def raise_on_write_error(folder: Path) -> Iterator[None]:
-    """Around writing a result: a full disk is a CheckpointError that names the folder."""
+    """Turn errors of writing (a full disk) into a CheckpointError that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {_error_reason(error)}; make room or choose another "
-            "`train.output_dir`, and start the same command again: it goes on from what is whole"
+            "`train.output_dir`, and start the same command again: it continues from what is there"
         ) from error
 
 
 @contextmanager
 def raise_on_read_error(checkpoint: str | None) -> Iterator[None]:
-    """Around reading an optimizer's state: a file whose bytes are wrong is a CheckpointError.
+    """Turn errors of reading an optimizer's state into a CheckpointError.
 
-    Its size was looked at before (`last_checkpoint`), its content was not.
+    `last_checkpoint` has compared the sizes of files, not their bytes.
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch raises many types for a damaged file; all are reported
         if is_out_of_memory(error) or isinstance(error, distributed.DistError):
             raise
         raise CheckpointError(
             f"{checkpoint} is damaged ({(str(error).splitlines() or [''])[0][:200]}); remove that "
-            "folder, and the same command goes on from the checkpoint before it, or begins the "
-            "stage anew if there is none"
+            "folder, and the same command continues from the checkpoint before it, or begins the "
+            "stage again if there is none"
         ) from error
 
 
 @contextmanager
 def atomic_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
-    """Around writing a checkpoint, in all processes at once: afterwards it is whole, or gone.
+    """Write a checkpoint within, in all processes together: it is then complete, or removed.
 
-    `facts`: what a later run must share to go on from it. Raises CheckpointError in all processes
-    if any of them could not write, with the name of the last checkpoint that is whole.
+    `facts`: numbers that a resumed run must share. Raises CheckpointError in all processes if any
+    of them could not write, with the name of the last complete checkpoint.
     """
     if is_main_process():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while writing it
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
     barrier()
     fault = None
     try:
@@ -168,28 +169,28 @@ def _check_no_fault(folder: Path, fault: Exception | None) -> None:
     raise CheckpointError(
         f"{folder} could not be written: {reasons[0]}; make room on that disk and start the same "
         + (
-            f"command again: it goes on from {last.name}, which is whole"
+            f"command again: it continues from {last.name}, which is complete"
             if last is not None
-            else "command again; there is no checkpoint yet, so this stage begins anew"
+            else "command again; there is no checkpoint yet, so this stage begins again"
         )
     ) from fault
 
 
 def _error_reason(error: Exception) -> str:
-    """The first line of what went wrong: torch adds where in its own source."""
+    """First line of the message; torch adds positions in its own source after it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    if "inline_container" in str(error):  # torch's writer, which tells positions instead
+    if "inline_container" in str(error):  # torch's zip writer reports positions, not the reason
         return "a file could not be written to its end, as on a full disk"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Everything onto the disk, then the mark, so that a power cut leaves none alone."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # fsync before the manifest exists: after a power cut it must not describe files that are empty
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -203,40 +204,38 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path, print_fn: Callable[[str], object] | None = None) -> Path | None:
-    """The newest whole checkpoint of a stage; `say` hears of newer ones that are not."""
+    """Newest complete checkpoint of a stage; newer incomplete ones are reported to `print_fn`."""
     for path in reversed(_checkpoints(folder)):
         fault = _incomplete_reason(path)
         if fault is None:
             return path
         if print_fn is not None:
-            print_fn(f"{path} is not whole ({fault}), so it is passed over")
+            print_fn(f"{path} is incomplete ({fault}), so it is skipped")
     return None
 
 
 def prune_checkpoints(folder: Path, num: int | None, *, best: str | None = None) -> None:
-    """Remove all but the newest `num` whole checkpoints (None: keep all), and the `best` one.
-
-    Those that are not whole go as well.
-    """
-    at_hand = [path for path in _checkpoints(folder) if _incomplete_reason(path) is None]
-    kept = {path.name for path in (at_hand[-num:] if num else at_hand)}
+    """Keep the newest `num` complete checkpoints (None: all) and the `best` one, remove others."""
+    complete = [path for path in _checkpoints(folder) if _incomplete_reason(path) is None]
+    kept = {path.name for path in (complete[-num:] if num else complete)}
     if best is not None:
         kept.add(Path(best).name)
     for path in _checkpoints(folder):
         if path.name not in kept:
-            (path / COMPLETE).unlink(missing_ok=True)  # first, or half of it might count as all
+            # the manifest first: a removal that is cut off must not leave a complete-looking folder
+            (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def check_same_batching(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Raises RecipeError if a step would take other rows than those before this checkpoint."""
+    """Raise RecipeError if the steps after this checkpoint would skip or repeat rows."""
     before = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     for key, value in facts.items():
         if before.get(key) != value:
             raise RecipeError(
                 f"{checkpoint} was made with {before.get(key)} {key.replace('_', ' ')}, and now "
-                f"there would be {value}: the run would not see the rest of its rows; start it "
-                "with as many (rows per step = processes x per_device_train_batch_size x "
+                f"there would be {value}, so rows would be skipped or repeated; keep the number "
+                "(rows per step = processes x per_device_train_batch_size x "
                 "gradient_accumulation_steps; packs per step = processes x "
                 "gradient_accumulation_steps)"
             )
@@ -248,11 +247,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _incomplete_reason(path: Path) -> str | None:
-    """Why a checkpoint does not count, if it does not."""
+    """Reason why a checkpoint is incomplete, or None."""
     try:
         sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
     except OSError:
-        return f"it was cut off while it was written: no {COMPLETE}"
+        return f"writing it was cut off: no {COMPLETE}"
     except (ValueError, KeyError, TypeError):
         return f"{COMPLETE} is damaged"
     for name, size in sizes.items():

@@ -1,7 +1,4 @@
-"""transformers' TrainingArguments of a stage: our defaults, and the recipe's fields over them.
-
-Border: what must stay as it is, and what is said of a field that is wrong.
-"""
+"""TrainingArguments of a stage: our defaults, the recipe's fields over them, and fixed fields."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ from multi_token.errors import RecipeError
 from multi_token.registry import did_you_mean
 from multi_token.train.metrics import default_report_to
 
-# what a run needs to be right, whatever the recipe says
+# a run is wrong without these, so a recipe cannot set them
 _FIXED: dict[str, Any] = {
-    "remove_unused_columns": False,  # media are no columns of forward's signature
+    "remove_unused_columns": False,  # media are not in forward's signature
     "label_names": ["labels"],
     "logging_nan_inf_filter": False,  # it would hide a diverging loss
     "prediction_loss_only": True,  # logits at supervised positions have no common length
@@ -43,9 +40,9 @@ _AT_LEAST_ONE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
 )
-# what transformers does to a whole model -> the recipe's line that does it to the right part
+# transformers applies these to the whole model -> the recipe key that applies it to the right part
 _ELSEWHERE: dict[str, str] = {
-    "fsdp": "set `train.fsdp: true`, which cuts the language model into pieces",
+    "fsdp": "set `train.fsdp: true`, which shards the language model",
     "torch_compile": "set `train.compile_layers: true`, which compiles the language model's layers",
     "torch_compile_backend": "set `train.compile_layers: true`, whose backend is inductor",
     "torch_compile_mode": "set `train.compile_layers: true`, whose mode is torch's default",
@@ -57,10 +54,10 @@ _ELSEWHERE: dict[str, str] = {
 def training_arguments(
     output_dir: Path, fields: Mapping[str, Any], *, seed: int, learning_rate: float
 ) -> TrainingArguments:
-    """TrainingArguments of a stage: our defaults, the recipe's fields over them.
+    """TrainingArguments of a stage.
 
-    Raises RecipeError for a field that transformers does not have, that must stay as it is or is
-    set elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
+    Raises RecipeError for a field that transformers does not have, that is fixed or is set
+    elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
     """
     _check_reserved_fields(fields)
     _check_deepspeed(fields.get("deepspeed"))
@@ -68,38 +65,38 @@ def training_arguments(
     for key in fields:
         if key not in known:
             raise RecipeError(
-                f"train args: {key!r} is no field of transformers.TrainingArguments"
+                f"train args: {key!r} is not a field of transformers.TrainingArguments"
                 + did_you_mean(key, known)
             )
         if key in _FIXED or key in ("output_dir", "learning_rate", "seed"):
             raise RecipeError(
                 f"train args: {key!r} is not set here; learning rates are under `learn`, "
-                "`output_dir` and `seed` under `train`, and the rest of "
-                f"{sorted(_FIXED)} is needed as it is"
+                "`output_dir` and `seed` under `train`, and "
+                f"{sorted(_FIXED)} are fixed"
             )
     _check_field_types(fields)
     on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
     ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": default_report_to()}
     values = {**ours, **fields, **_FIXED}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        values.pop("ddp_backend", None)  # transformers would wait for others
+        values.pop("ddp_backend", None)  # transformers would wait for other processes
     elif on_cpu:
         values.setdefault("ddp_backend", "gloo")
-    # rows are read where they are needed: rank 0 must not read for all and cut batches of media
+    # each rank reads its own rows: dispatching, rank 0 would read all and slice batches of media
     accelerator = {"dispatch_batches": False, **dict(fields.get("accelerator_config") or {})}
     values["accelerator_config"] = accelerator
     try:
         args = TrainingArguments(
             output_dir=str(output_dir), seed=seed, learning_rate=learning_rate, **values
         )
-        get_reporting_integration_callbacks(args.report_to)  # refuses what it does not know
+        get_reporting_integration_callbacks(args.report_to)  # raises for an unknown logger
         return args
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train args: {error}") from None
 
 
 def _check_field_types(fields: Mapping[str, Any]) -> None:
-    """TrainingArguments takes any value for a number, and fails far from it."""
+    # TrainingArguments accepts any value for a number, and fails much later
     hints = get_type_hints(TrainingArguments)
     for key, value in fields.items():
         kinds = {hints[key], *get_args(hints[key])}
@@ -124,23 +121,22 @@ def _check_field_types(fields: Mapping[str, Any]) -> None:
 
 
 def _check_reserved_fields(fields: Mapping[str, Any]) -> None:
-    """What transformers would do to the whole model, of which it knows too little."""
-    for key, mend in _ELSEWHERE.items():
+    for key, remedy in _ELSEWHERE.items():
         if fields.get(key) not in (None, False, "", []):
-            raise RecipeError(f"train args: {key!r} is not set here; {mend}")
-    for variable, what, mend in (
+            raise RecipeError(f"train args: {key!r} is not set here; {remedy}")
+    for variable, what, remedy in (
         ("ACCELERATE_USE_FSDP", "FSDP", _ELSEWHERE["fsdp"]),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "name its file as `train.args.deepspeed`"),
     ):
         if os.environ.get(variable, "").lower() in ("1", "true") and not fields.get("deepspeed"):
             raise RecipeError(
-                f"accelerate was told to use {what} ({variable}), which this recipe knows nothing "
-                f"of; start it with plain processes, and {mend}"
+                f"{variable} makes accelerate use {what}, which this recipe does not configure; "
+                f"start plain processes (torchrun), and {remedy}"
             )
 
 
 def _check_deepspeed(given: Any) -> None:
-    """What transformers would take, but a run of ours cannot be right with."""
+    """Raise RecipeError for a DeepSpeed configuration that a run cannot use."""
     if not given:
         return
     where = "train.args.deepspeed"
@@ -152,20 +148,20 @@ def _check_deepspeed(given: Any) -> None:
         except OSError as error:
             raise RecipeError(f"{where} could not be read: {error.strerror}") from None
         except ValueError as error:
-            raise RecipeError(f"{where} is no JSON: {error}") from None
+            raise RecipeError(f"{where} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{where} should hold a mapping, got {type(config).__name__}")
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise RecipeError(
-                f"{where} has a section {key!r}, which would give all that learns one rate; remove "
-                "it: rates are those of `learn`, the rest is `optim` and `lr_scheduler_type` of "
-                "`args`"
+                f"{where} has a section {key!r}, which would give all trainable parameters one "
+                "learning rate; remove it: learning rates are set under `learn`, the rest by "
+                "`optim` and `lr_scheduler_type` of `args`"
             )
     if dict(config.get("zero_optimization") or {}).get("stage") == 3:
         raise RecipeError(
-            f"{where} asks for ZeRO stage 3, which cuts weights that a run writes and reads whole; "
-            "use stage 1 or 2, or `train.fsdp: true`, which cuts them and puts them together"
+            f"{where} asks for ZeRO stage 3, which shards weights that a run saves and loads as "
+            "one; use stage 1 or 2, or `train.fsdp: true`, which shards and gathers them"
         )
     if find_spec("deepspeed") is None:
         raise RecipeError(

@@ -274,7 +274,7 @@ def test_many_sequences_of_roles_do_not_fill_the_memory() -> None:
 def test_the_recipe_says_which_turns_training_learns(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.processor import build_processor
     from multi_token.recipe.recipe import Recipe
 
@@ -283,7 +283,7 @@ def test_the_recipe_says_which_turns_training_learns(
     for train_on_turns in ("all", "last"):
         fields["model"]["train_on_turns"] = train_on_turns
         recipe = Recipe.model_validate(fields)
-        model = compose(recipe.model)
+        model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
         assert model.processor is not None
         texts[train_on_turns] = learned(model.processor.chat, TWO)
         assert learned(build_processor(recipe).chat, TWO) == texts[train_on_turns]

@@ -13,7 +13,8 @@ import torch
 
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint.hub import local_folder
-from multi_token.checkpoint.load import compose, load, read_config, save
+from multi_token.checkpoint.load import read_config
+from multi_token.checkpoint.save import save
 from multi_token.errors import CheckpointError
 from multi_token.recipe.recipe import Recipe
 
@@ -32,7 +33,9 @@ def cache(
     (repository / "refs").mkdir(parents=True)
     for seed, (branch, commit) in enumerate((("main", "0" * 40), ("v1", "1" * 40))):
         torch.manual_seed(seed)
-        model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+        model = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(recipe_fields(tmp_path)).model
+        )
         save(model, repository / "snapshots" / commit)
         (repository / "refs" / branch).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -47,8 +50,15 @@ def weight(model: Any) -> torch.Tensor:
 def test_a_hub_name_loads_as_a_folder_does_at_its_revision(cache: Path) -> None:
     main = MultiTokenForConditionalGeneration.from_pretrained("ada/seer")
     v1 = MultiTokenForConditionalGeneration.from_pretrained("ada/seer", revision="v1")
-    assert torch.equal(weight(main), weight(load(cache / "snapshots" / ("0" * 40))))
-    assert torch.equal(weight(v1), weight(load(Path("ada/seer@v1"))))
+    assert torch.equal(
+        weight(main),
+        weight(
+            MultiTokenForConditionalGeneration.from_pretrained(cache / "snapshots" / ("0" * 40))
+        ),
+    )
+    assert torch.equal(
+        weight(v1), weight(MultiTokenForConditionalGeneration.from_pretrained(Path("ada/seer@v1")))
+    )
     assert not torch.equal(weight(main), weight(v1))
 
 
@@ -65,7 +75,7 @@ def test_a_folder_that_is_there_wins_over_a_repository(cache: Path, tmp_path: Pa
 def test_what_is_neither_here_nor_in_reach_is_one_sentence(name: str, tmp_path: Path) -> None:
     repository = name.partition("@")[0]
     with pytest.raises(CheckpointError, match=f"no folder {repository} here, and the hub's"):
-        load(name)
+        MultiTokenForConditionalGeneration.from_pretrained(name)
 
 
 @pytest.mark.parametrize("name", ["runs", "/no/where", "a/b/c", "user/run@", "./user/run", "-a/b"])

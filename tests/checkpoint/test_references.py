@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.checkpoint.references import (
-    absolutize,
-    check_fingerprint,
-    fingerprint,
-    relativize,
-    resolve,
-)
+from multi_token.checkpoint.fingerprint import check_fingerprint, fingerprint
+from multi_token.checkpoint.references import absolutize, relativize, resolve
 from multi_token.errors import CheckpointError
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.lora import adapter_parameters, attach_adapter

@@ -213,9 +213,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(recipe_file: Path, tmp_path: 
                 break
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130
-    assert "saved; the same command goes on from there" in " ".join(rest.split())
+    assert "saved; the same command continues from there" in " ".join(rest.split())
     again = command(*words[3:-1], "train.stages.0.args.max_steps=100")
-    assert again.returncode == 0 and "going on from" in again.stderr
+    assert again.returncode == 0 and "resuming from" in again.stderr
 
 
 @pytest.mark.parametrize(("name", "option"), sorted(RENAMED_OPTIONS))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from multi_token.checkpoint.load import load, read_config
+from multi_token.checkpoint.load import read_config
 from multi_token.cli import app
 from multi_token.errors import MultiTokenError
+from multi_token.model import MultiTokenForConditionalGeneration
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 PARTS = ("--language-model", REFERENCE / "base_model", "--encoder", REFERENCE / "clip")
@@ -37,7 +38,7 @@ def test_from_the_original_s_folder_to_a_repository(tmp_path: Path) -> None:
     done = typed("export", run, "--to", "merged", "--out", merged)
     assert done.exit_code == 0, done.output
     assert "merged, 1." in done.output and "MB" in done.output
-    assert load(merged).config.base_model is None
+    assert MultiTokenForConditionalGeneration.from_pretrained(merged).config.base_model is None
 
     done = typed("push", merged, "ada/seer", "--dry-run")
     assert done.exit_code == 0, done.output

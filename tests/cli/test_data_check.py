@@ -67,10 +67,10 @@ def test_the_last_share_reports_what_one_process_would(
         for share in (2, 0, 1):
             shares = ("--num-shards", "3", "--shard", str(share), "--keep", kept)
             done = check(rows, "--recipe", recipe, *shares)
-            assert f"share {share} of 3: 4 of 12 rows, " in done.output
+            assert f"shard {share} of 3: 4 of 12 rows, " in done.output
             if share != 1:
                 assert done.exit_code == 0, "torchrun would end the others"
-                assert "the last share to be done reports" in done.output
+                assert "the last shard to finish reports" in done.output
         first, _, rest = done.output.partition("\n")
         assert (done.exit_code, rest) == (alone.exit_code, alone.output), attempt
         assert first.endswith("2 bad")

@@ -49,14 +49,14 @@ def test_shares_fill_one_folder_and_training_then_encodes_nothing(
             )
             cache = load_recipe(other, [option[1]]).train.feature_cache
             assert cache is not None and cache.path == str(features)
-        counts = re.search(rf"\(share {i} of 2\): (\d) encoded", done.output)
+        counts = re.search(rf"\(shard {i} of 2\): (\d) encoded", done.output)
         assert counts is not None
         num_encoded += int(counts[1])
     assert num_encoded == len(FeatureCache(features)) == 4
 
     again = encode(recipe, "--out", features, RANK="1", WORLD_SIZE="2")
     assert again.exit_code == 0
-    assert "(share 1 of 2): 0 encoded" in again.output and f"4 in {features}" in again.output
+    assert "(shard 1 of 2): 0 encoded" in again.output and f"4 in {features}" in again.output
 
     capsys.readouterr()
     for auto in (False, True):
@@ -106,7 +106,7 @@ def test_captioned_and_held_out_rows_are_encoded_too_and_unreadable_items_are_na
         (("--shard", "2", "--num-shards", "2"), "expected --shard from 0 to 1"),
         (
             ("--set", "train.stages.0.learn.encoders={image: 1e-5}"),
-            "that of 'image' learns in stage 'projector'",
+            "that of 'image' is trained in stage 'projector'",
         ),
     ],
 )

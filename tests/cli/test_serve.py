@@ -36,13 +36,15 @@ def run(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run that reads vectors."""
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     fields = recipe_fields(folder)
     fields["model"]["modalities"] = {"vector": {"type": "vector", "dim": 2}}
-    compose(Recipe.model_validate(fields).model).save_pretrained(folder)
+    MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(fields).model
+    ).save_pretrained(folder)
     return folder
 
 

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.convert.export import export
 from multi_token.convert.merge import merge
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec
 
 
 def with_adapter(fields: dict[str, Any]) -> Any:
     torch.manual_seed(1)
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     with torch.no_grad():
         for parameter in [*model.projectors.parameters(), *adapter_parameters(model)]:
@@ -70,13 +71,18 @@ def test_a_merged_run_is_whole_wherever_it_lies_and_gives_the_same_logits(
     assert fields["model"]["language_model"] == "./language_model"
     assert fields["model"]["modalities"]["image"]["encoder"] == "./encoders/image"
     assert str(run.parent) not in (moved / "config.json").read_text()
-    model = load(moved)
-    close(logits(model, data), logits(load(run), data))
+    model = MultiTokenForConditionalGeneration.from_pretrained(moved)
+    close(
+        logits(model, data), logits(MultiTokenForConditionalGeneration.from_pretrained(run), data)
+    )
     # it names its parts where they are when it is saved elsewhere, and copies none of them
     save(model, tmp_path / "elsewhere")
     again = json.loads((tmp_path / "elsewhere" / "config.json").read_text())
     assert again["model"]["language_model"] == str(moved / "language_model")
-    assert torch.equal(logits(load(tmp_path / "elsewhere"), data), logits(model, data))
+    assert torch.equal(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "elsewhere"), data),
+        logits(model, data),
+    )
     save(model, moved)
     assert json.loads((moved / "config.json").read_text()) == fields
 
@@ -91,7 +97,11 @@ def test_the_language_model_s_folder_stands_alone_and_says_how_it_is_served(
     manifest = json.loads((for_engines / "manifest.json").read_text())
     with torch.no_grad():
         ids = torch.tensor([manifest["golden"]["input_ids"]])
-        expected = load(run).language_model(input_ids=ids).logits
+        expected = (
+            MultiTokenForConditionalGeneration.from_pretrained(run)
+            .language_model(input_ids=ids)
+            .logits
+        )
         close(alone(input_ids=ids).logits, expected)
         new = alone.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert new.tolist() == manifest["golden"]["greedy_ids"]
@@ -102,7 +112,10 @@ def test_the_language_model_s_folder_stands_alone_and_says_how_it_is_served(
     text = tokenizer.apply_chat_template(parts, tokenize=False)
     assert "<image> hi" in text
     # and the folder around it is a run of ours, which makes the tokens for the engine
-    close(logits(load(for_engines), data), logits(load(run), data))
+    close(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(for_engines), data),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(run), data),
+    )
 
 
 def test_nothing_but_weights_lies_where_an_engine_looks_for_them(for_engines: Path) -> None:
@@ -184,4 +197,7 @@ def test_a_run_on_a_quantized_base_is_exported_as_a_plain_one(
     export(tmp_path / "run", tmp_path / "out", to="merged")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["model"]["quantization"] is None
-    close(logits(load(tmp_path / "out"), data), logits(load(tmp_path / "run"), data))
+    close(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "out"), data),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run"), data),
+    )

@@ -16,12 +16,11 @@ from PIL import Image
 from torch import nn
 
 from multi_token import MultiTokenForConditionalGeneration
-from multi_token.checkpoint.load import compose
 from multi_token.convert.export_llava import export_llava
 from multi_token.convert.llava import import_llava
 from multi_token.encoders import attach_lora, trainable_parameters
 from multi_token.errors import ConvertError
-from multi_token.generate import collate_prompts, eos_token_ids, require_processor, single_question
+from multi_token.generate import collate_prompts, eos_token_ids, single_question
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import AdapterSpec, TrainableEncoder
@@ -51,7 +50,9 @@ def composed(parts: Path, **image: Any) -> MultiTokenForConditionalGeneration:
     }
     spec = {"language_model": str(parts / "language_model"), "modalities": {"photo": fields}}
     torch.manual_seed(0)
-    model = compose(validate_fields(ModelSpec, spec, where="the recipe"))
+    model = MultiTokenForConditionalGeneration.from_spec(
+        validate_fields(ModelSpec, spec, where="the recipe")
+    )
     model.projector("photo").feature_mean.normal_()
     model.projector("photo").feature_scale.uniform_(0.5, 2.0)
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
@@ -129,7 +130,7 @@ def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
     if spec.lora is not None:
         attach_lora("photo", model.encoder("photo"), spec.lora)
     batch = collate_prompts(
-        require_processor(model), [single_question("?", [Media("photo", pictures()[0])])]
+        model.require_processor(), [single_question("?", [Media("photo", pictures()[0])])]
     )
     before = model(input_ids=batch["input_ids"], media=batch["media"]).logits
     for parameter in trainable_parameters("photo", model.encoder("photo"), spec):

@@ -226,7 +226,7 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
     taught = replace(
         question, messages=(*question.messages, Message("assistant", (Text("A cat."),)))
     )
-    with pytest.raises(RowError, match="writes {{ eos_token }} behind each answer"):
+    with pytest.raises(RowError, match="writes {{ eos_token }} after each answer"):
         model.processor(taught)
 
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from multi_token.checkpoint.load import load
 from multi_token.convert.original import import_original
 from multi_token.convert.original_builders import BUILDERS
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 GOLDEN = json.loads((REFERENCE / "golden.json").read_text(encoding="utf-8"))
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> Any:
-    return load(run)
+    return MultiTokenForConditionalGeneration.from_pretrained(run)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_the_pooling_builder_becomes_ten_tokens_in_the_original_s_order(
     }
     torch.save(tensors, folder / "non_lora_trainables.bin")
     import_original(folder, tmp_path / "run", language_model=BASE, encoder=CLIP)
-    model = load(tmp_path / "run")
+    model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     ids = torch.full((1, 10), -1)
     inputs = media(model, {"images": ["images/0.png"]}, ids)["image"]["inputs"]
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_a_projector_that_was_trained_alone_needs_no_adapter(folder: Path, tmp_p
         folder / "non_lora_trainables.bin",
     )
     import_original(folder, tmp_path / "run", encoder=CLIP)
-    run = load(tmp_path / "run")
+    run = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
     weight = tensors["base_model.model.model.vision_clip_lmm_projector.2.weight"]
     assert torch.equal(run.projector("image").network[2].weight, weight)
@@ -149,7 +149,7 @@ def test_a_language_model_that_was_trained_whole_lies_inside_the_run(
     edit_tensors(folder / "non_lora_trainables.bin", lambda tensors: tensors.update(trained))
     import_original(folder, tmp_path / "run", language_model=BASE, encoder=CLIP)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
-    model = load(moved)
+    model = MultiTokenForConditionalGeneration.from_pretrained(moved)
     assert model.config.model["language_model"] == str(moved / "language_model")
     found = model.language_model.state_dict()
     assert found.keys() == trained.keys()

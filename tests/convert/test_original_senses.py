@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multi_token.checkpoint.load import load
 from multi_token.convert.original import import_original
 from multi_token.convert.original_builders import BUILDERS
 from multi_token.data.formats import to_conversation
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.registry import resolve
 from multi_token.testing.audio import tiny_clap, tiny_whisper, tone, write_tone
 from multi_token.testing.text import tiny_sentence_encoder
@@ -136,7 +136,7 @@ def test_an_imported_builder_makes_the_original_s_tokens_of_an_item(
     source = checkpoint(tmp_path, name, mlps)
     base = str(REFERENCE / "base_model")
     import_original(source, tmp_path / "run", language_model=base, encoder=encoder)
-    model = load(tmp_path / "run")
+    model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     slot = BUILDERS[name].name
     modality = model.modalities[slot]
     inputs = modality.collate([modality.prepare(modality.load(item, Fetch()))])

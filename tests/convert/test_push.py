@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.lora import attach_adapter
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable, TrainableEncoder
 from multi_token.train.parameter_groups import freeze_and_unfreeze
@@ -29,7 +30,12 @@ def local_run(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: An
     """A run whose parts are folders of this machine."""
     folder = tmp_path_factory.mktemp("local")
     torch.manual_seed(1)
-    save(compose(Recipe.model_validate(recipe_fields(folder)).model), folder)
+    save(
+        MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(recipe_fields(folder)).model
+        ),
+        folder,
+    )
     return folder
 
 
@@ -60,7 +66,7 @@ def test_a_dry_run_writes_the_card_and_lists_the_result_alone(run: Path) -> None
 
 
 def test_trained_encoders_go_up_with_the_run(run: Path) -> None:
-    model = load(run)
+    model = MultiTokenForConditionalGeneration.from_pretrained(run)
     freeze_and_unfreeze(
         model, Trainable(encoders={"image": TrainableEncoder(lr=1e-5, last_layers=1)})
     )
@@ -137,7 +143,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_goes_up_with_the_base_model_s_own_name(
     run: Path, recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     save(model, tmp_path / "adapted")
     config = json.loads((tmp_path / "adapted" / "config.json").read_text())

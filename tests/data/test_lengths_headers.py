@@ -331,7 +331,7 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_fields(
 def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
     fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "_MANY", 7)
+    monkeypatch.setattr(sources_module, "_MANY_ROWS", 7)
     for lengths, told in (("decode", True), ("headers", False)):
         recipe = Recipe.model_validate(fields_of(lengths, lengths))
         processor = build_processor(recipe, root=str(tmp_path / "rows"))

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multi_token.checkpoint.load import compose, save
+from multi_token.checkpoint.save import save
 from multi_token.cli import app
 from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
 from multi_token.evaluate.rows import evenly_spaced, with_processor
 from multi_token.evaluate.scores import _by_row, score_rows
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -149,7 +150,9 @@ def test_the_command_prints_a_table_or_json(seeing: tuple[Any, Path], data: Path
 def test_the_command_warns_of_a_model_that_does_not_look(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path / "run")).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path / "run")).model
+    )
     for layer in model.projector("image").final_layers():
         torch.nn.init.zeros_(layer.weight)
     save(model, tmp_path / "run")

@@ -103,7 +103,7 @@ def engine_answers(model: Any, material: Path) -> dict[str, list[int]]:
     """Question -> ids by the local engine, all asked at once."""
     import torch
 
-    from multi_token.generate import drop_last_answer, require_processor
+    from multi_token.generate import drop_last_answer
     from multi_token.serve.engines.base import Prompt, SamplingParams, TokenEvent
     from multi_token.serve.engines.local.engine import LocalEngine
 
@@ -126,7 +126,7 @@ def engine_answers(model: Any, material: Path) -> dict[str, list[int]]:
     try:
         for name, pieces in QUESTIONS.items():
             conversation = drop_last_answer(row_of(pieces, material), model)
-            sample = require_processor(model)(conversation, prompt_only=True)
+            sample = model.require_processor()(conversation, prompt_only=True)
             tokens = []
             for place, item in zip(sample.media_spans, sample.media, strict=True):
                 inputs = model.modalities[place.modality].collate([item])

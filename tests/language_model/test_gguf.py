@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.loading import load_language_model, load_tokenizer
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec, Quantization
 
 gguf = pytest.importorskip("gguf")
@@ -135,7 +136,7 @@ def test_a_gguf_files_tokenizer_and_template_are_its_own(file: Path, parts: Path
 
 def test_a_model_on_a_gguf_file_answers_and_is_saved_and_loaded(file: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = compose(spec(file))
+    model = MultiTokenForConditionalGeneration.from_spec(spec(file))
     row = {
         "messages": [
             {"role": "user", "content": [{"type": "vector", "vector": [1, 2, 3, 4, 5]}]},
@@ -144,7 +145,7 @@ def test_a_model_on_a_gguf_file_answers_and_is_saved_and_loaded(file: Path, tmp_
     }
     answer = model.generate([row], max_new_tokens=5)
     save(model, tmp_path / "run")
-    again = load(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert again.config.model["language_model"] == str(file)
     assert again.generate([row], max_new_tokens=5) == answer
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.errors import LanguageModelError, RecipeError
 from multi_token.generate import collate_prompts, single_question
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.quantization import module_bytes, quantized_parameters
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec, Quantization, Recipe
 from multi_token.registry import validate_fields
 from multi_token.testing.language_models import tiny_language_model
@@ -63,9 +63,11 @@ def test_quantized_weights_take_fewer_bytes_and_give_nearly_the_same_logits(
     wide = tiny_language_model(tmp_path / "wide", hidden_size=64)
     fields = recipe_fields(tmp_path)["model"] | {"language_model": wide}
     torch.manual_seed(0)
-    whole = compose(ModelSpec.model_validate(fields))
+    whole = MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields))
     torch.manual_seed(0)
-    model = compose(ModelSpec.model_validate({**fields, "quantization": kind}))
+    model = MultiTokenForConditionalGeneration.from_spec(
+        ModelSpec.model_validate({**fields, "quantization": kind})
+    )
     assert module_bytes(model.language_model) < 0.8 * module_bytes(whole.language_model)
     stored = quantized_parameters(model.language_model)
     assert len(stored) == 14, "seven linear layers in each of two blocks"
@@ -116,7 +118,7 @@ def test_a_quantized_model_is_trained_saved_and_loaded_as_it_was(
 
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["model"]["quantization"]["kind"] == kind
-    again = load(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert quantized_parameters(again.language_model)
     assert torch.equal(logits(model, data), logits(again, data))
     row = {"images": ["red.png"], "messages": [{"role": "user", "content": "What is <image>?"}]}

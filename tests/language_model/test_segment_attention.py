@@ -54,15 +54,15 @@ MIXED = [
 @pytest.fixture
 def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
     """A model whose projectors and LoRA learn, with pictures and vectors."""
-    from multi_token.checkpoint.load import compose
     from multi_token.language_model.lora import adapter_parameters, attach_adapter
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path)
     projector = {"type": "expand", "factor": 2}
     fields["model"]["modalities"]["vector"] = {"type": "vector", "dim": 5, "projector": projector}
     torch.manual_seed(0)
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     with torch.no_grad():  # LoRA starts at zero, where half of its gradients are
         for parameter in adapter_parameters(model.language_model):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.collate import Collator
 from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.language_model.forward import per_layer_inputs
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.closed_form import calibrate
@@ -45,7 +45,7 @@ def composed(folder: Path, **spec: Any) -> Any:
     vector = {"type": "vector", "dim": 5, "projector": {"type": "expand", "factor": 2}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = compose(
+        model = MultiTokenForConditionalGeneration.from_spec(
             ModelSpec.model_validate(
                 {"language_model": str(folder), "modalities": {"vector": vector}, **spec}
             )
@@ -289,7 +289,7 @@ def saved(subject: Subject) -> str:
     assert adapter_parameters(model.language_model), "it is saved with its adapter"
     out = subject.folder / "run"
     model.save_pretrained(out)
-    again = load(out)
+    again = MultiTokenForConditionalGeneration.from_pretrained(out)
     batch = batch_of(model, ROWS)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "media")}
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)

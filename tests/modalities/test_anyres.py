@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.errors import RecipeError
 from multi_token.language_model.loading import embedding_rms
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.anyres import best_grid, reading_order
 from multi_token.modalities.image import ImageModality
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors.kinds import Linear
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
@@ -144,7 +144,9 @@ def fields(recipe_fields: Callable[..., dict[str, Any]], parts: Path) -> Callabl
 def test_the_statistics_and_the_closed_form_see_features_and_no_line_ends(
     fields: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model = compose(Recipe.model_validate(fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(fields(tmp_path)).model
+    )
     processor = model.processor
     assert processor is not None
     rows = [
@@ -198,7 +200,11 @@ def test_line_ends_are_learned_saved_and_kept_in_the_cache(
         assert float(moved.max()) > 1e-3
     for key, value in lasts["plain"].items():
         torch.testing.assert_close(value, lasts["cached"][key], rtol=1e-3, atol=1e-4)
-    line_break = load(tmp_path / "cached").projector("image").line_break
+    line_break = (
+        MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "cached")
+        .projector("image")
+        .line_break
+    )
     assert torch.equal(line_break, lasts["cached"]["image.line_break"])  # type: ignore[arg-type]
 
 

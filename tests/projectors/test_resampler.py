@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.collate import Collator
 from multi_token.errors import RecipeError
 from multi_token.language_model.loading import embedding_rms
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.projectors.resampler import Resample
 from multi_token.recipe.recipe import Recipe
@@ -30,7 +31,7 @@ def model_with(recipe_fields: Any, folder: Path, modality: dict[str, Any]) -> An
     spec = {"projector": SMALL.model_dump(), **modality}
     fields["model"]["modalities"] = {"sense": spec}
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 def vectors(lengths: list[int]) -> list[torch.Tensor]:
@@ -167,7 +168,7 @@ def test_it_takes_patches_and_comes_back_from_a_checkpoint_to_the_bit(
         for parameter in model.projectors.parameters():
             parameter.normal_(std=0.1)
     save(model, tmp_path / "run")
-    again = load(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
 
     items = [
         again.processor.prepare(Media("sense", str(data / f"{c}.png"))) for c in ("red", "blue")

@@ -228,14 +228,14 @@ def test_the_whole_language_model_does_not_learn_in_integers_or_behind_an_adapte
 ) -> None:
     full = "train.stages.0.learn={language_model: 1e-5}"
     parse_recipe(text, [full])
-    with pytest.raises(RecipeError, match="'projector' learns `language_model`, whose .*4bit"):
+    with pytest.raises(RecipeError, match="'projector' trains `language_model`, whose .*4bit"):
         parse_recipe(text, [full, "model.quantization=4bit"])
     stages = [
         {"name": "a", "learn": {"language_model": 1e-5}},
         {"name": "b", "learn": {"adapter": 1e-4}},
     ]
     parse_recipe(text, [f"train.stages={stages}"])
-    with pytest.raises(RecipeError, match="'a' learns `language_model` behind stage 'b'"):
+    with pytest.raises(RecipeError, match="'a' trains `language_model` after stage 'b'"):
         parse_recipe(text, [f"train.stages={stages[::-1]}"])
 
 

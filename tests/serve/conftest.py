@@ -23,7 +23,7 @@ def served_run(
     """The folder of a run with the modalities `image` (3 tokens) and `vector` (2 per vector)."""
     import torch
 
-    from multi_token.checkpoint.load import compose
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("served") / "tiny-run"
@@ -34,16 +34,18 @@ def served_run(
         "projector": {"type": "expand", "factor": 2},
     }
     torch.manual_seed(0)
-    compose(Recipe.model_validate(fields).model).save_pretrained(folder)
+    MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(fields).model
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def served_model(served_run: Path) -> Any:
     """The run's model; do not change it."""
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(served_run)
+    return MultiTokenForConditionalGeneration.from_pretrained(served_run)
 
 
 @pytest.fixture(scope="session")

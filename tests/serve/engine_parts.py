@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from multi_token.checkpoint.load import compose
-from multi_token.generate import require_processor, single_question
+from multi_token.generate import single_question
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.serve.engines.base import (
     Engine,
@@ -38,7 +38,7 @@ def composed(folder: Path, families: ModuleType, family: str, **changes: Any) ->
     fields = {"language_model": str(folder), "modalities": {"vector": vector}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = compose(ModelSpec.model_validate(fields))
+        model = MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields))
         for parameter in model.projectors.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -63,7 +63,7 @@ def engines(kind: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 def sample_of(model: Any, text: str, *vectors: Sequence[float]) -> Sample:
     conversation = single_question(text, [Media("vector", list(vector)) for vector in vectors])
-    return require_processor(model)(conversation, prompt_only=True)
+    return model.require_processor()(conversation, prompt_only=True)
 
 
 @torch.no_grad()

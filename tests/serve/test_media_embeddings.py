@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import MultiTokenError
-from multi_token.generate import require_processor, single_question
+from multi_token.generate import single_question
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media_embeddings import MediaEmbedder, content_key
 from multi_token.types import Media, Prepared, Sample
@@ -49,7 +49,7 @@ def batches(model: Any) -> Iterator[list[int]]:
 
 def sample_of(model: Any, *vectors: Any) -> Sample:
     conversation = single_question("What is this?", [Media("vector", vector) for vector in vectors])
-    return require_processor(model)(conversation, prompt_only=True)
+    return model.require_processor()(conversation, prompt_only=True)
 
 
 def alone(model: Any, prepared: Prepared) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from multi_token import registry
-from multi_token.checkpoint.load import compose
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.serve.media.limits import RequestMediaLimits
 from multi_token.serve.media.worker import warm_up
@@ -46,7 +46,7 @@ def smells(
     registry.register_modality("odour", plug_in.OdourModality)
     try:
         torch.manual_seed(0)
-        model = compose(Recipe.model_validate(fields).model)
+        model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
         limits = RequestMediaLimits(max_seconds=8)
         with running(model, media_totals=limits, run_folder=folder) as server:
             yield server

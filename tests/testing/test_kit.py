@@ -381,5 +381,6 @@ def test_one_source_and_a_sense_without_an_example_are_refused(
     with pytest.raises(MultiTokenError, match="at least two different sources"):
         check_modality(VectorModality(dim=3), SOURCES[:1])
     monkeypatch.setitem(registry._registered["modality"], "fault", Fault)
+    monkeypatch.setattr(Fault, "kit_example", "")  # VectorModality's, which a subclass inherits
     with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Fault\.example"):
         check_named("fault", tmp_path)

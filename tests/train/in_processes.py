@@ -37,6 +37,7 @@ from multi_token.modalities.vector import VectorModality
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
 from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.types import Features
 
 QUIET = Console(quiet=True)
@@ -104,7 +105,7 @@ def main(job: dict[str, Any]) -> None:
 
         # else it compiles an exchange of its own by shared memory, for minutes; gloo has one
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
     found = {}
     for one in job["runs"]:
         seen: dict[str, Any] = {}
@@ -115,7 +116,7 @@ def main(job: dict[str, Any]) -> None:
             trainer.add_callback(Watch(trainer, seen, one))
             return bar(trainer, console, title)
 
-        run_module.ProgressBarCallback = watched  # type: ignore[misc,assignment]
+        stage_module.ProgressBarCallback = watched  # type: ignore[misc,assignment]
         fields = one["fields"]
         if "folders" in one:
             os.chdir(one["folders"][rank()])

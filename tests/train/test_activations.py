@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from multi_token.recipe.recipe import Recipe
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -54,12 +54,12 @@ def test_every_second_layer_runs_again_and_the_weights_are_the_same(
     for name, args in (("kept", {}), ("again", EVERY)):
         forwards = counted[name] = Forwards()
 
-        class Watched(run_module.MultiTokenTrainer):
+        class Watched(stage_module.MultiTokenTrainer):
             def __init__(self, *given: Any, forwards: Forwards = forwards, **more: Any) -> None:
                 super().__init__(*given, **more)
                 self.add_callback(forwards)
 
-        monkeypatch.setattr(run_module, "MultiTokenTrainer", Watched)
+        monkeypatch.setattr(stage_module, "MultiTokenTrainer", Watched)
         common = {"use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 2}
         fields = recipe_fields(
             tmp_path / name, stages=[{"name": "s", "learn": learn}], args={**common, **args}

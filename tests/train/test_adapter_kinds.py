@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint.load import compose, load
 from multi_token.convert.export import export
 from multi_token.errors import RecipeError
 from multi_token.generate import collate_prompts, single_question
 from multi_token.language_model.quantization import quantized_parameters
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 from multi_token.types import Media
@@ -75,12 +75,17 @@ def test_an_adapter_is_saved_as_its_kind_and_merged_it_answers_the_same(
     magnitudes = [k for k in load_file(tmp_path / "run" / ADAPTER) if "magnitude" in k]
     assert bool(magnitudes) == adapter.get("use_dora", False)
     expected = logits(model, data)
-    again = load(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert torch.equal(logits(again, data), expected)
     with again.language_model.disable_adapter():
         assert not torch.allclose(logits(again, data), expected, atol=1e-2), "it does nothing"
     export(tmp_path / "run", tmp_path / "merged", to="merged")
-    torch.testing.assert_close(logits(load(tmp_path / "merged"), data), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "merged"), data),
+        expected,
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_an_adapter_of_another_kind_is_not_taken_over(
@@ -108,7 +113,9 @@ def test_qlora_trains_float32_beside_4_bits_that_stay_and_goes_on_after_a_stop_t
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "run"
     fields = fields_of(recipe_fields, out, KINDS[kind], quantization="4bit", dtype=dtype)
-    before = base_of(compose(Recipe.model_validate(fields).model))
+    before = base_of(
+        MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
+    )
     model = trained(fields)
     learning = {p.dtype for p in model.parameters() if p.requires_grad}
     assert learning == {torch.float32}
@@ -117,7 +124,9 @@ def test_qlora_trains_float32_beside_4_bits_that_stay_and_goes_on_after_a_stop_t
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before), "the base was changed"
     expected = logits(model, data)
-    assert torch.equal(logits(load(out), data), expected)
+    assert torch.equal(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(out), data), expected
+    )
     with model.language_model.disable_adapter():
         assert not torch.allclose(logits(model, data), expected, atol=1e-2), "it does nothing"
 

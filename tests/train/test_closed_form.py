@@ -12,8 +12,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from multi_token.checkpoint.load import compose
 from multi_token.language_model.loading import embedding_rms
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.train.closed_form import CaptionedItem, calibrate, captioned_items, fit_closed_form
@@ -32,7 +32,7 @@ def model_with(recipe_fields: Any, tmp_path: Path, projector: dict[str, Any]) ->
     fields = recipe_fields(tmp_path)
     fields["model"]["modalities"] = {"vector": {"type": "vector", "dim": 5, "projector": projector}}
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 def examples(model: Any, length: int = 1) -> list[Any]:

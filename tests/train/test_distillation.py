@@ -1,4 +1,4 @@
-"""distillation.py: zero where media say what the text says, and exact however rows are batched."""
+"""Distillation is zero for equal embeddings, and exact in any batch (train/distillation.py)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RecipeError, RowError
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.recipe.train import AdapterSpec, DistillationSpec
 from multi_token.train.distillation import DistillationCollator, DistillationLoss, kl_divergence
@@ -48,7 +48,9 @@ def row(
 @pytest.fixture
 def model(recipe_fields: Fields, tmp_path: Path) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    return MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
 
 
 def read(model: Any, data: Path, rows: list[dict[str, Any]], teacher: Any = "required") -> Any:
@@ -63,7 +65,7 @@ def loss_of(
 ) -> torch.Tensor:
     collate = DistillationCollator(Collator(model.modalities, model.processor.chat.filler_id))
     teacher = DistillationLoss(spec)
-    inputs = teacher.read(model, collate(samples))
+    inputs = teacher.before_forward(model, collate(samples))
     return teacher.loss(model(**inputs), **options)
 
 
@@ -92,7 +94,7 @@ def says_its_text(model: Any, data: Path) -> tuple[list[Sample], Any]:
     return samples, projector
 
 
-def test_the_divergence_is_zero_where_media_are_the_embeddings_of_their_text(
+def test_the_divergence_is_zero_if_media_embeddings_equal_those_of_the_text(
     model: Any, data: Path
 ) -> None:
     samples, projector = says_its_text(model, data)
@@ -110,7 +112,7 @@ def test_the_divergence_is_zero_where_media_are_the_embeddings_of_their_text(
     assert loss_of(model, samples, DistillationSpec()) < loss
 
 
-def test_the_teacher_is_the_model_without_its_adapter_and_learns_nothing(
+def test_the_teacher_is_the_model_without_adapter_and_gets_no_gradient(
     model: Any, data: Path
 ) -> None:
     samples, _ = says_its_text(model, data)
@@ -149,7 +151,7 @@ def test_the_divergence_is_that_of_torch_and_zero_only_for_the_same() -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_a_batch_is_its_rows_one_by_one_and_rows_without_a_text_learn_by_cross_entropy(
+def test_a_batch_equals_its_rows_and_rows_without_a_text_use_cross_entropy(
     model: Any, data: Path, weight: float
 ) -> None:
     rows = [
@@ -205,7 +207,7 @@ def test_a_pack_is_its_rows_padded(model: Any, data: Path, share: bool) -> None:
             batch = DistillationCollator(collator, packed=packed)(samples)
             assert by_segment and ("segments" in batch) == (packed and share)
             assert ("cu_seq_lens_q" in batch["teacher"]) == packed
-            inputs = teacher.read(model, batch)
+            inputs = teacher.before_forward(model, batch)
             assert [int(n) for n in teacher.teacher_mask.long().bincount()] == [
                 sum(int((s.labels[1:] != -100).sum()) for s in samples if (s.teacher is None) == no)
                 for no in (True, False)
@@ -262,7 +264,7 @@ def trained(fields: dict[str, Any]) -> Any:
     return train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 
-def test_a_stage_draws_the_projector_to_the_teacher_whatever_the_accumulation(
+def test_a_stage_lowers_the_divergence_whatever_the_accumulation(
     recipe_fields: Fields, data: Path, tmp_path: Path
 ) -> None:
     for name, size, num in (("one", 4, 1), ("four", 1, 4)):
@@ -291,7 +293,7 @@ def test_a_stage_draws_the_projector_to_the_teacher_whatever_the_accumulation(
 
 
 @pytest.mark.slow
-def test_two_processes_with_pieces_of_the_model_are_drawn_as_one_is(
+def test_two_processes_with_fsdp_distill_like_one(
     recipe_fields: Fields, data: Path, tmp_path: Path
 ) -> None:
     def fields(name: str, size: int, **more: Any) -> dict[str, Any]:
@@ -309,7 +311,7 @@ def test_two_processes_with_pieces_of_the_model_are_drawn_as_one_is(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_a_teacher_that_would_move_or_could_not_be_fed_is_refused(
+def test_a_trainable_teacher_and_one_without_texts_are_refused(
     recipe_fields: Fields, data: Path, tmp_path: Path
 ) -> None:
     import yaml

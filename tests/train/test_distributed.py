@@ -1,4 +1,4 @@
-"""distributed.py and sharding.py: several processes learn what one would."""
+"""Several processes train like one: DDP, FSDP, packs, QLoRA (distributed.py, train/fsdp.py)."""
 
 from __future__ import annotations
 
@@ -224,13 +224,13 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_two_processes_learn_what_one_does(two: Any, alone: Any) -> None:
+def test_two_processes_train_like_one(two: Any, alone: Any) -> None:
     folder, seen = two
     assert [one["wrapper"] for one in seen["ddp"]] == ["DistributedDataParallel"] * 2
     assert_equal_runs(alone("projector"), folder / "ddp")
 
 
-def test_gradient_accumulation_in_two_processes_learns_what_one_does(two: Any, alone: Any) -> None:
+def test_gradient_accumulation_in_two_processes_trains_like_one(two: Any, alone: Any) -> None:
     assert_equal_runs(alone("adapter"), two[0] / "accumulated")
 
 
@@ -240,9 +240,7 @@ def test_a_feature_cache_that_two_processes_fill_changes_nothing(two: Any, alone
 
 @pytest.mark.parametrize("learn", ["adapter", "full"])
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-def test_pieces_of_a_language_model_learn_what_one_process_does(
-    two: Any, alone: Any, learn: str, is_tied: bool
-) -> None:
+def test_fsdp_trains_like_one_process(two: Any, alone: Any, learn: str, is_tied: bool) -> None:
     name = f"{learn} tied" if is_tied else learn
     for seen in two[1][name]:
         assert seen["wrapper"] == "FSDPMultiTokenForConditionalGeneration"
@@ -250,22 +248,20 @@ def test_pieces_of_a_language_model_learn_what_one_process_does(
     assert_equal_runs(alone(learn, is_tied=is_tied), two[0] / name)
 
 
-def test_packs_of_two_processes_teach_what_one_learns_that_takes_both(two: Any, alone: Any) -> None:
+def test_packs_of_two_processes_train_like_one_that_takes_both(two: Any, alone: Any) -> None:
     one = alone("adapter", PACKS_OF_TWO, packing=True)
     for name in ("packed", "packed pieces"):
         assert_equal_runs(one, two[0] / name)
 
 
-def test_qlora_in_two_processes_learns_what_it_does_in_one(two: Any, alone: Any) -> None:
+def test_qlora_in_two_processes_trains_like_one(two: Any, alone: Any) -> None:
     pytest.importorskip("bitsandbytes")
     assert [one["wrapper"] for one in two[1]["qlora"]] == ["DistributedDataParallel"] * 2
     assert_equal_runs(alone("adapter", quantization="4bit"), two[0] / "qlora")
 
 
 @pytest.mark.parametrize("name", ["no number", "no number in pieces"])
-def test_a_loss_that_is_no_number_in_one_process_stops_all_with_one_sentence(
-    two: Any, name: str
-) -> None:
+def test_a_loss_of_nan_in_one_process_stops_all_with_one_message(two: Any, name: str) -> None:
     (sentence,) = {one["error"] for one in two[1][name]}
     # of the rows 8 to 11 of the third step, the second process has the last two
     assert sentence.startswith(
@@ -273,12 +269,12 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_one_sentence(
     )
 
 
-def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(two: Any) -> None:
-    from multi_token.checkpoint.load import load
+def test_a_full_model_that_two_processes_trained_loads_in_one(two: Any) -> None:
+    from multi_token.model import MultiTokenForConditionalGeneration
 
     folder, _ = two
     (file,) = (folder / "full" / "language_model").glob("*.safetensors")
-    model = load(folder / "full")
+    model = MultiTokenForConditionalGeneration.from_pretrained(folder / "full")
     expected = load_file(file)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.language_model.model.layers[0].mlp.up_proj.weight, expected)
 
@@ -291,7 +287,7 @@ def test_a_model_that_two_processes_trained_whole_is_one_that_anybody_can_load(t
         ("packed stopped", "adapter", PACKS_OF_TWO, {"packing": True}),
     ],
 )
-def test_what_two_processes_began_one_finishes(
+def test_one_process_finishes_a_run_of_two(
     two: Any, alone: Any, fields_of: Fields, name: str, learn: str, args: Any, more: Any
 ) -> None:
     folder, seen = two
@@ -309,7 +305,7 @@ def test_what_two_processes_began_one_finishes(
         ("packed twice", "adapter", PACKS_OF_TWO, {"packing": True}),
     ],
 )
-def test_two_processes_that_stop_within_the_second_epoch_go_on_with_its_rows(
+def test_two_processes_resume_within_the_second_epoch_with_its_rows(
     two: Any, alone: Any, name: str, learn: str, args: Any, more: Any
 ) -> None:
     folder, seen = two
@@ -319,7 +315,7 @@ def test_two_processes_that_stop_within_the_second_epoch_go_on_with_its_rows(
     assert_equal_runs(alone(learn, args, **more), folder / name)
 
 
-def test_pieces_go_on_from_a_checkpoint(two: Any, alone: Any) -> None:
+def test_fsdp_resumes_from_a_checkpoint(two: Any, alone: Any) -> None:
     folder, seen = two
     assert all("stopped at step 3 of 6" in one["error"] for one in seen["full on"])
     assert [one["steps"] for one in seen["full on again"]] == [3, 3]
@@ -339,7 +335,7 @@ def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> Non
         )
 
 
-def test_four_processes_learn_what_one_does_and_finish_what_two_began(
+def test_four_processes_train_like_one_and_finish_a_run_of_two(
     fields_of: Fields, alone: Any, two: Any, tmp_path: Path
 ) -> None:
     folder, seen = two

@@ -1,4 +1,4 @@
-"""train/dpo.py: the DPO losses are their formulas, and TRL's, whatever a row shows."""
+"""The DPO losses equal their formulas and TRL's, whatever the media (train/dpo.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from multi_token.chat.format import DEFAULT_TEMPLATE
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DpoSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.dpo import (
     DpoLoss,
     PreferenceCollator,
@@ -37,7 +38,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def model(pair_fields: Fields, tmp_path: Path) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(pair_fields(tmp_path / "model")).model)
+    return MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(pair_fields(tmp_path / "model")).model
+    )
 
 
 def read(model: Any, rows: list[dict[str, Any]], pairs: Any = "required") -> list[Sample]:
@@ -57,7 +60,7 @@ def loss_of(
     pairs = [PreferencePair(s, r) for s, r in zip(samples, reference, strict=True)]
     collate = PreferenceCollator(Collator(model.modalities, model.processor.chat.filler_id))
     preference = DpoLoss(spec)
-    inputs = preference.read(collate(pairs))
+    inputs = preference.before_forward(model, collate(pairs))
     return preference.loss(model(**inputs), **options)
 
 
@@ -122,7 +125,7 @@ def test_each_item_is_encoded_once_for_both_answers(
     assert num_items == {"image": 3, "pulse": 3}
 
 
-def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> None:
+def test_only_the_last_answers_count_whatever_train_on_turns_is(model: Any) -> None:
     assert model.processor.chat.train_on_turns == "all"
     turns = [
         {"role": "user", "content": "One?"},
@@ -149,7 +152,9 @@ class BesideTrl:
 
         fields["model"]["chat_template"] = DEFAULT_TEMPLATE
         torch.manual_seed(0)
-        self.model: Any = compose(Recipe.model_validate(fields).model)
+        self.model: Any = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(fields).model
+        )
         pairs = [
             {
                 "prompt": [{"role": "user", "content": question}],
@@ -225,7 +230,7 @@ def test_loss_and_gradients_are_those_of_trl(
     logged = theirs._metrics["train"]
     preference = DpoLoss(spec)
     pairs = [PreferencePair(s, r) for s, r in zip(beside.samples, beside.reference, strict=True)]
-    preference.loss(model(**preference.read(beside.collate(pairs))))
+    preference.loss(model(**preference.before_forward(model, beside.collate(pairs))))
     for name, value in preference.metrics().items():
         assert value == pytest.approx(logged[name][0], rel=1e-4, abs=1e-4), name
 
@@ -244,8 +249,8 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     trainer = MultiTokenTrainer(
         beside.model,
         learn=Trainable.model_validate({"language_model": 1e-3}),
-        lengths=pairs.num_tokens,
-        dpo=DpoSpec(beta=0.3, loss=loss),  # type: ignore[arg-type]
+        batches=PaddedBatches(pairs.num_tokens),
+        objective=DpoLoss(DpoSpec(beta=0.3, loss=loss)),  # type: ignore[arg-type]
         args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
         train_dataset=pairs,
         eval_dataset=pairs,
@@ -255,11 +260,10 @@ def test_evaluation_is_that_of_trl_however_rows_are_cut_into_batches(
     of_pairs = ("loss", *(f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")))
     for name in (*of_pairs, "logps/chosen", "logps/rejected"):
         assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
-    assert trainer.dpo_loss is not None
-    assert trainer.dpo_loss.metrics() == {}, "nothing of it counts as training"
+    assert trainer.objective.metrics() == {}, "nothing of it counts as training"
 
 
-def test_a_smoothed_loss_is_least_where_it_says_how_sure_one_may_be() -> None:
+def test_a_smoothed_loss_is_least_at_the_margin_of_its_label_smoothing() -> None:
     spec = DpoSpec(beta=1.0, label_smoothing=0.1)
     margins = torch.linspace(-6, 6, 1201)
     ratios = torch.stack([margins, torch.zeros_like(margins)], -1)

@@ -1,4 +1,4 @@
-"""dpo_reference.py: a stage with `dpo` begins where the model is then, and goes on from there."""
+"""The reference is the model at the start of the stage (train/dpo_reference.py)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from multi_token.data.formats import to_conversation
 from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.train import dpo_reference as reference_module
-from multi_token.train import run as run_module
-from multi_token.train.run import plan, train
+from multi_token.train import plan_run, train
+from multi_token.train import stage as stage_module
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def logs(out: Path, stage: str = "1-prefer") -> list[dict[str, float]]:
     return [entry for entry in history if "loss" in entry]
 
 
-def test_two_processes_share_the_reference_and_learn_as_one(
+def test_two_processes_share_the_reference_and_train_like_one(
     recipe_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     path = tmp_path / "pairs.jsonl"
@@ -119,7 +119,7 @@ def test_in_bfloat16_the_reference_is_rounded_as_a_step_is(
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_stage_begins_at_log_two_and_ends_with_every_pair_told_apart_by_its_media(
+def test_the_loss_begins_at_log_two_and_every_pair_is_ranked_right_at_the_end(
     pair_fields: Fields, tmp_path: Path, pair_rows: list[dict[str, Any]]
 ) -> None:
     out = tmp_path / "run"
@@ -143,7 +143,7 @@ def test_a_stage_begins_at_log_two_and_ends_with_every_pair_told_apart_by_its_me
     assert stored["lengths"].shape == stored["logps"].shape == (len(pair_rows), 2)
 
 
-def test_the_reference_is_the_model_as_the_stage_begins_not_as_the_run_did(
+def test_the_reference_is_the_model_of_the_start_of_the_stage_not_of_the_run(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -189,20 +189,20 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_by_the_same_reference(
+def test_a_stopped_stage_resumes_to_the_same_bits_with_the_same_reference(
     pair_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any
 ) -> None:
     args = {"max_steps": 5, "save_steps": 1, "per_device_train_batch_size": 2}
     trained(pair_fields(tmp_path / "whole", args=args))
     fields = pair_fields(tmp_path / "cut", args=args)
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def stopping(trainer: Any, *more: Any) -> Any:
         trainer.add_callback(StopAt(3))
         return bar(trainer, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "ProgressBarCallback", stopping)
+        patch.setattr(stage_module, "ProgressBarCallback", stopping)
         with pytest.raises((Interrupted, KeyboardInterrupt)):
             trained(fields)
 
@@ -219,7 +219,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_by_the_same_reference
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_rows_without_two_answers_are_refused_or_left_out_of_the_stage(
+def test_rows_without_two_answers_are_refused_or_skipped_by_the_stage(
     pair_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     plain = {
@@ -246,7 +246,7 @@ def evaluations(out: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "eval_loss" in entry]
 
 
-def test_held_out_pairs_are_evaluated_as_those_that_are_learned_from(
+def test_held_out_pairs_are_evaluated_with_the_loss_of_training(
     pair_fields: Fields, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -288,7 +288,7 @@ def test_held_out_pairs_are_evaluated_as_those_that_are_learned_from(
     assert state["best_metric"] == found["eval_rewards/margins"]
 
 
-def test_what_of_held_out_rows_has_one_answer_is_left_out_with_a_word(
+def test_held_out_rows_with_one_answer_are_reported_and_skipped(
     pair_fields: Fields, pair_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     answer = {"role": "assistant", "content": "red"}
@@ -316,7 +316,7 @@ def test_what_of_held_out_rows_has_one_answer_is_left_out_with_a_word(
 
 def test_a_plan_is_made_without_a_reference(pair_fields: Fields, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    plan(Recipe.model_validate(pair_fields(tmp_path / "run")), console=console)
+    plan_run(Recipe.model_validate(pair_fields(tmp_path / "run")), console=console)
     said = console.export_text()
     assert "3 steps of about" in said and "from 6 rows" in said
     assert not (tmp_path / "run").exists()

@@ -15,15 +15,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.convert.export import export
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora
 from multi_token.errors import CheckpointError, Interrupted
 from multi_token.generate import collate_prompts, drop_last_answer
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Trainable
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 
@@ -42,7 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def changed(fields: dict[str, Any], choice: str) -> Any:
     """A model whose chosen encoder weights are other than those it was composed with."""
     torch.manual_seed(0)
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     learn = Trainable.model_validate(CHOICES[choice])
     for name, spec in learn.encoders.items():
         if spec.lora is not None:
@@ -76,7 +77,7 @@ def test_what_was_trained_comes_back_to_the_bit(
     fields = mixed_fields(tmp_path)
     model = changed(fields, choice)
     save(model, tmp_path / "run")
-    again = load(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert torch.equal(logits(model, fields), logits(again, fields))
     assert again.trained_encoders == model.trained_encoders
     save(again, tmp_path / "again")
@@ -84,7 +85,10 @@ def test_what_was_trained_comes_back_to_the_bit(
     tensors = load_file(tmp_path / "run" / FILE)
     tensors = {k: v.roll(1) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(tensors, tmp_path / "again" / FILE)
-    assert not torch.equal(logits(model, fields), logits(load(tmp_path / "again"), fields))
+    assert not torch.equal(
+        logits(model, fields),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "again"), fields),
+    )
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -105,7 +109,9 @@ def test_the_file_holds_exactly_what_was_ever_trained(
 def test_layers_that_learned_in_different_stages_are_all_saved(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     for last in (2, 1):
         learn = {"encoders": {"image": {"lr": 1e-3, "last_layers": last}}}
         freeze_and_unfreeze(model, Trainable.model_validate(learn))
@@ -115,18 +121,22 @@ def test_layers_that_learned_in_different_stages_are_all_saved(
 
 
 def test_nothing_is_written_of_frozen_encoders(recipe_fields: Fields, tmp_path: Path) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     freeze_and_unfreeze(model, Trainable.model_validate(CHOICES["all"]))
     save(model, tmp_path)
     assert (tmp_path / FILE).is_file()
-    frozen = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    frozen = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     save(frozen, tmp_path)
     assert not (tmp_path / FILE).exists()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["encoders"] == {}
     del config["encoders"]  # as one that was written before encoders could learn
     (tmp_path / "config.json").write_text(json.dumps(config))
-    load(tmp_path)
+    MultiTokenForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_a_missing_an_unknown_and_a_forgotten_tensor_are_refused(
@@ -139,17 +149,17 @@ def test_a_missing_an_unknown_and_a_forgotten_tensor_are_refused(
         name = next(n for n in sorted(tensors) if n.startswith("image."))
         save_file({k: v for k, v in tensors.items() if k != name}, run / FILE)
         with pytest.raises(CheckpointError, match=rf"encoders\.safetensors .* lacks {name}"):
-            load(run)
+            MultiTokenForConditionalGeneration.from_pretrained(run)
         save_file({**tensors, "image.tower.new": torch.zeros(2)}, run / FILE)
         with pytest.raises(CheckpointError, match=r"has unknown image\.tower\.new"):
-            load(run)
+            MultiTokenForConditionalGeneration.from_pretrained(run)
     (run / FILE).unlink()
     with pytest.raises(CheckpointError, match=r"encoders\.safetensors cannot be read"):
-        load(run)
+        MultiTokenForConditionalGeneration.from_pretrained(run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "encoders": {}}))
     with pytest.raises(CheckpointError, match="lacks the weights of the encoder of 'pulse'"):
-        load(run)
+        MultiTokenForConditionalGeneration.from_pretrained(run)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -160,7 +170,10 @@ def test_a_merged_export_keeps_trained_encoders(
     model = changed(fields, choice)
     save(model, tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out", to="merged")
-    assert torch.equal(logits(model, fields), logits(load(tmp_path / "out"), fields))
+    assert torch.equal(
+        logits(model, fields),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "out"), fields),
+    )
     assert same(tmp_path / "run", tmp_path / "out", FILE)
 
 
@@ -187,7 +200,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     ]
     train(Recipe.model_validate(mixed_fields(tmp_path / "whole", stages=stages)), console=QUIET)
     cut = Recipe.model_validate(mixed_fields(tmp_path / "cut", stages=stages))
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
@@ -196,7 +209,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     # the second command goes on with stage a, and is stopped in stage b
     for num_steps, stage in ((3, "a"), (3, "b")):
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
+            patch.setattr(stage_module, "ProgressBarCallback", bar_and_signal)
             with pytest.raises(
                 Interrupted, match=f"stopped at step {num_steps} of 5 of stage {stage}"
             ):

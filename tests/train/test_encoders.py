@@ -14,13 +14,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.encoders import attach_lora, merge_lora
 from multi_token.errors import MultiTokenError, RecipeError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import LoraSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
@@ -34,7 +35,7 @@ BLOCK = "tower.encoder.layers"
 
 def composed(fields: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    return compose(Recipe.model_validate(fields).model)
+    return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
 
 def learn(image: Any, **more: Any) -> Trainable:
@@ -143,7 +144,7 @@ def test_every_encoder_is_a_group_of_the_optimizer_with_its_own_rate(
     args = training_arguments(
         tmp_path, {"use_cpu": True, "weight_decay": 0.1}, seed=0, learning_rate=1e-3
     )
-    trainer = MultiTokenTrainer(model, learn=stage, lengths=[], args=args)
+    trainer = MultiTokenTrainer(model, learn=stage, batches=PaddedBatches([]), args=args)
     groups = trainer.create_optimizer().param_groups
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == {"projectors": 1e-3, "encoder image": 2e-6, "encoder pulse": 1e-3}
@@ -305,7 +306,7 @@ def test_cached_features_and_an_encoder_that_learns_by_itself_exclude_each_other
     mixed_fields: Fields, tmp_path: Path
 ) -> None:
     fields = mixed_fields(tmp_path / "run", feature_cache=True)
-    with pytest.raises(RecipeError, match="'pulse' starts from random weights and learns in stage"):
+    with pytest.raises(RecipeError, match="random weights and is trained in stage"):
         train(Recipe.model_validate(fields), console=QUIET)
     fields = mixed_fields(
         tmp_path / "frozen",

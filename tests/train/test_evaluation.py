@@ -1,4 +1,4 @@
-"""evaluation.py, page.py: held-out rows are evaluated, answered and shown while a run learns."""
+"""Held-out rows are evaluated and reported during training (train/evaluation.py)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def watched(
     return out, console.export_text()
 
 
-def test_held_out_rows_are_evaluated_every_so_often_and_at_the_end(
+def test_held_out_rows_are_evaluated_every_eval_steps_and_at_the_end(
     watched: tuple[Path, str],
 ) -> None:
     out, _ = watched
@@ -75,7 +75,9 @@ def test_held_out_rows_are_evaluated_every_so_often_and_at_the_end(
     assert [e["eval_exact_answers"] for e in log if "eval_exact_answers" in e][-1] == 1.0
 
 
-def test_answers_and_the_blind_test_are_said_and_kept(watched: tuple[Path, str]) -> None:
+def test_sample_answers_and_the_blind_test_are_printed_and_reported(
+    watched: tuple[Path, str],
+) -> None:
     out, said = watched
     report = json.loads((out / JSON).read_text())
     (stage,) = report["stages"]
@@ -91,7 +93,7 @@ def test_answers_and_the_blind_test_are_said_and_kept(watched: tuple[Path, str])
     assert report["hardware"]["cores"] and any("adapter" in line for line in stage["learns"])
 
 
-def test_the_page_is_whole_and_loads_nothing(watched: tuple[Path, str]) -> None:
+def test_the_report_is_one_page_that_loads_nothing(watched: tuple[Path, str]) -> None:
     out, _ = watched
     page = (out / HTML).read_text(encoding="utf-8")
     tags = Tags(page)
@@ -112,7 +114,7 @@ def test_a_run_without_held_out_rows_has_its_curves_too(
     assert Tags((tmp_path / "run" / HTML).read_text(encoding="utf-8")).num["svg"] >= 5
 
 
-def test_a_resumed_report_keeps_what_came_before_and_forgets_what_comes_again(
+def test_a_resumed_report_keeps_earlier_steps_and_drops_repeated_ones(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     recipe = Recipe.model_validate(recipe_fields(tmp_path))
@@ -137,7 +139,7 @@ def test_a_resumed_report_keeps_what_came_before_and_forgets_what_comes_again(
     assert [stage["name"] for stage in again.facts["stages"]] == ["one"]
 
 
-def test_a_blind_model_is_warned_of_at_the_end(
+def test_a_model_that_ignores_its_media_is_warned_of_at_the_end(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
     rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint.load import compose, load, save
+from multi_token.checkpoint.save import save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError
 from multi_token.generate import collate_prompts, single_question
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Trainable
 from multi_token.testing import tiny_language_model
@@ -80,7 +81,7 @@ def test_the_result_is_whole_tied_and_answers_as_the_model_in_memory_to_the_bit(
     shutil.rmtree(gone)
     written = json.loads((moved / "config.json").read_text())
     assert written["model"]["language_model"] == "./language_model"
-    again = load(moved)
+    again = MultiTokenForConditionalGeneration.from_pretrained(moved)
     inner = again.language_model
     assert inner.lm_head.weight is inner.get_input_embeddings().weight
     assert {p.dtype for p in again.parameters()} == {torch.float32}
@@ -120,14 +121,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_to_the_bit(
 
 def test_saved_again_it_stays_whole_even_over_itself(run: Path, data: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("stages")))
-    model = load(own)
+    model = MultiTokenForConditionalGeneration.from_pretrained(own)
     before = logits(model, data)
     save(model, own)
     assert torch.equal(logits(model, data), before)
     save(model, tmp_path / "again")
     for folder in (own, tmp_path / "again"):
         assert same(weights(folder), weights(run))
-        assert torch.equal(logits(load(folder), data), before)
+        assert torch.equal(
+            logits(MultiTokenForConditionalGeneration.from_pretrained(folder), data), before
+        )
     left = [p.name for p in own.iterdir() if p.name.startswith(".")]
     assert left == []
 
@@ -142,7 +145,7 @@ def test_an_adapter_goes_on_the_trained_language_model_and_both_are_saved(
     out = tmp_path / "run"
     model = trained(recipe_fields(out, stages=stages))
     assert same(weights(out), weights(out / "stages" / "1-full" / "result"))
-    again = load(out)
+    again = MultiTokenForConditionalGeneration.from_pretrained(out)
     assert hasattr(again.language_model, "peft_config")
     assert torch.equal(logits(again, data), logits(model, data))
     # and it is known again where it goes on in the second stage
@@ -165,7 +168,10 @@ def test_another_run_takes_it_over_and_stands_alone(
     trained(fields)
     shutil.rmtree(old)
     assert same(weights(tmp_path / "new"), weights(run))
-    assert torch.equal(logits(load(tmp_path / "new"), data), logits(load(run), data))
+    assert torch.equal(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "new"), data),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(run), data),
+    )
 
 
 def test_another_run_may_name_it_as_its_own_frozen_language_model(
@@ -194,7 +200,10 @@ def test_it_is_exported_whole(run: Path, data: Path, tmp_path: Path, to: Any) ->
     export(run, tmp_path / "out", to=to)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["model"]["language_model"] == "./language_model"
-    assert torch.equal(logits(load(tmp_path / "out"), data), logits(load(run), data))
+    assert torch.equal(
+        logits(MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "out"), data),
+        logits(MultiTokenForConditionalGeneration.from_pretrained(run), data),
+    )
 
 
 def test_it_is_exported_to_llava(recipe_fields: Fields, tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_it_is_exported_to_llava(recipe_fields: Fields, tmp_path: Path) -> None:
 
     fields = recipe_fields(tmp_path / "run")
     fields["model"]["modalities"]["image"] |= {"features": "patches", "projector": {"type": "mlp"}}
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     freeze_and_unfreeze(model, Trainable.model_validate({"language_model": 1e-3}))
     with torch.no_grad():
         for parameter in model.language_model.parameters():
@@ -217,11 +226,13 @@ def test_it_is_exported_to_llava(recipe_fields: Fields, tmp_path: Path) -> None:
 def test_it_is_pushed_with_its_language_model_and_a_card_that_says_so(
     recipe_fields: Fields, data: Path, tmp_path: Path
 ) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     export_of_parts = tmp_path / "parts"
     save(model, tmp_path / "plain")
     export(tmp_path / "plain", export_of_parts, to="merged")
-    model = load(export_of_parts)
+    model = MultiTokenForConditionalGeneration.from_pretrained(export_of_parts)
     freeze_and_unfreeze(model, Trainable.model_validate({"language_model": 1e-3}))
     save(model, export_of_parts)
     files = push(export_of_parts, "ada/seer", dry_run=True)
@@ -243,13 +254,13 @@ def test_weights_that_were_changed_or_cut_off_are_refused(run: Path, tmp_path: P
     gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(MultiTokenError, match="other weights"):
-        load(copy)
+        MultiTokenForConditionalGeneration.from_pretrained(copy)
     save_file({**tensors, "model.layers.1.mlp.up_proj.weight": gone + 1}, path, {"format": "pt"})
     with pytest.raises(MultiTokenError, match="other weights"):
-        load(copy)
+        MultiTokenForConditionalGeneration.from_pretrained(copy)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(LanguageModelError, match="no language model could be loaded"):
-        load(copy)
+        MultiTokenForConditionalGeneration.from_pretrained(copy)
 
 
 def test_a_quantized_language_model_does_not_take_it_over(

@@ -1,4 +1,4 @@
-"""A sense is added to a trained model: what that model had learned stays, the new one starts."""
+"""A modality is added to a trained model; the old ones stay equal (train/init_from.py)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from multi_token.checkpoint.load import load
 from multi_token.errors import CheckpointError, RecipeError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.testing import tiny_language_model
 from multi_token.train.run import train
@@ -51,7 +51,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_new_sense_learns_and_the_old_ones_stay_as_they_were_to_the_bit(
+def test_a_new_modality_trains_and_the_old_ones_stay_equal_to_the_bit(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "b"
@@ -59,7 +59,7 @@ def test_a_new_sense_learns_and_the_old_ones_stay_as_they_were_to_the_bit(
     recipe = Recipe.model_validate(mixed_fields(out, init_from=str(run), stages=NEW))
     model = train(recipe, console=console)
     said = console.export_text()
-    assert f"image: taken over from {run}" in said
+    assert f"image: initialized from {run}" in said
     assert "image: closed-form start" not in said and "pulse: no closed-form start" in said
     start = out / "stages" / "0-closed-form"
     assert same(tensors(run, "image"), tensors(start, "image"))
@@ -72,7 +72,7 @@ def test_a_new_sense_learns_and_the_old_ones_stay_as_they_were_to_the_bit(
     assert set(model.trained_encoders) == {"image", "pulse"}
 
 
-def test_by_default_the_projectors_that_were_taken_over_go_on_learning(
+def test_initialized_projectors_train_further_by_default(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "b"
@@ -84,7 +84,7 @@ def test_by_default_the_projectors_that_were_taken_over_go_on_learning(
     assert all(torch.equal(before[key], after[key]) for key in fixed)
 
 
-def test_the_adapter_and_the_encoder_go_on_learning_where_the_recipe_says_so(
+def test_adapter_and_encoder_train_further_where_the_recipe_names_them(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     lora = {"lr": 1e-2, "lora": {"r": 2}}
@@ -106,7 +106,7 @@ def test_the_adapter_and_the_encoder_go_on_learning_where_the_recipe_says_so(
         ({"features": "mean"}, r"image\.features is 'pooled' in .* and 'mean' in the recipe"),
     ],
 )
-def test_a_sense_with_other_settings_is_refused_with_the_field(
+def test_a_modality_with_other_settings_is_refused_with_the_field(
     mixed_fields: Fields, run: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     fields = mixed_fields(tmp_path / "b", init_from=str(run))
@@ -115,7 +115,7 @@ def test_a_sense_with_other_settings_is_refused_with_the_field(
         train(Recipe.model_validate(fields), console=QUIET)
 
 
-def test_a_sense_that_the_recipe_lacks_is_named(
+def test_a_modality_that_the_recipe_lacks_is_named(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     fields = mixed_fields(tmp_path / "b", init_from=str(run))
@@ -141,7 +141,7 @@ def test_another_language_model_another_adapter_and_no_run_are_refused(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_started_from_another_goes_on_and_stands_alone(
+def test_a_run_initialized_from_another_resumes_and_needs_it_no_more(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     old, out = Path(shutil.copytree(run, tmp_path / "a")), tmp_path / "b"
@@ -149,7 +149,7 @@ def test_a_run_that_was_started_from_another_goes_on_and_stands_alone(
     train(recipe, console=QUIET)
     learned = tensors(out, "pulse")
     shutil.rmtree(old)
-    load(out)
+    MultiTokenForConditionalGeneration.from_pretrained(out)
     (out / "config.json").unlink()
     shutil.rmtree(out / "stages" / "1-new")  # as if it had been stopped behind stage zero
     train(recipe, console=QUIET)
@@ -158,7 +158,7 @@ def test_a_run_that_was_started_from_another_goes_on_and_stands_alone(
 
 
 @pytest.mark.slow
-def test_cached_features_are_those_of_the_encoder_that_was_taken_over(
+def test_cached_features_are_those_of_the_initialized_encoder(
     recipe_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     for name, cached in (("plain", False), ("cached", True)):

@@ -1,4 +1,4 @@
-"""Several processes killed by SIGKILL: all of them, or one, which the other then says."""
+"""Processes killed by SIGKILL, all or one: the survivor reports it, and the run resumes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def two_processes(
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_killed_together_and_then_one_alone_they_go_on_to_the_same_bits(
+def test_processes_killed_together_or_alone_resume_to_the_same_bits(
     recipe_fields: Fields, tmp_path: Path, fsdp: bool
 ) -> None:
     def recipe(name: str) -> Path:
@@ -108,7 +108,7 @@ def test_killed_together_and_then_one_alone_they_go_on_to_the_same_bits(
     assert [code for code, _ in ended] == [-signal.SIGKILL] * 2
 
     ended = two_processes(cut, line=f"adapter {one_at}/{NUM_STEPS}", killed=[one])
-    assert "going on from" in ended[0][1]
+    assert "resuming from" in ended[0][1]
     assert ended[one][0] == -signal.SIGKILL
     code, said = ended[1 - one]
     assert code == 1, said[-2000:]

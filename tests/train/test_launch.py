@@ -1,4 +1,4 @@
-"""The command line in several processes: it speaks once, and ends with a sentence."""
+"""The command line in several processes prints once, and ends with a message."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def text_recipe(recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("by", [torchrun, accelerate_launch])
-def test_the_command_line_speaks_once_for_all_processes(text_recipe: Path, by: Any) -> None:
+def test_the_command_line_prints_once_for_all_processes(text_recipe: Path, by: Any) -> None:
     shown = launched(2, ["-m", "multi_token", "train", str(text_recipe)], by=by)
     assert shown.count("saved to") == shown.count("ask it:") == shown.count("first batch:") == 1
     # rows of a step are those of two processes
@@ -63,7 +63,7 @@ def test_the_command_line_speaks_once_for_all_processes(text_recipe: Path, by: A
     assert (text_recipe.parent / "run" / "config.json").is_file()
 
 
-def test_processes_with_other_recipes_end_with_a_sentence_and_an_exit_code(
+def test_processes_with_other_recipes_end_with_a_message_and_an_exit_code(
     text_recipe: Path,
 ) -> None:
     start = f"{sys.executable} -m multi_token train {text_recipe} train.seed=$RANK"
@@ -74,7 +74,7 @@ def test_processes_with_other_recipes_end_with_a_sentence_and_an_exit_code(
     assert not (text_recipe.parent / "run").exists()
 
 
-def test_a_failed_command_leaves_no_process_group_behind(text_recipe: Path) -> None:
+def test_a_failed_command_leaves_no_process_group(text_recipe: Path) -> None:
     # else gloo's threads abort a process in ten at its end, which hides its exit code
     code = (
         "import sys; from multi_token.cli import main; from torch import distributed\n"

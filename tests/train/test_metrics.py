@@ -15,15 +15,16 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, TrainerCallback
 
-from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.flops import format_count
 from multi_token.train.metrics import (
     StepMetrics,
@@ -64,7 +65,7 @@ def test_the_formula_counts_what_torch_counts(
     fields = recipe_fields(tmp_path)
     fields["model"]["attn_implementation"] = "eager"
     fields["model"]["modalities"]["image"]["features"] = features
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     if learn.adapter is not None:
         model.language_model = attach_adapter(model.language_model, AdapterSpec(r=4))
     for part in model.encoders.modules():
@@ -172,7 +173,9 @@ class _Poison(TrainerCallback):
 def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
-    model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+    model = MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(recipe_fields(tmp_path)).model
+    )
     assert model.processor is not None
     processor = replace(model.processor, fetch=Fetch(root=str(data)))
     args = training_arguments(
@@ -191,7 +194,7 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
     trainer = MultiTokenTrainer(
         model,
         learn=learning(projectors=1e-3),
-        lengths=[1] * 4,
+        batches=PaddedBatches([1] * 4),
         args=args,
         train_dataset=ConversationDataset(rows, processor, modalities=["image"]),
         data_collator=Collator(model.modalities, 0),

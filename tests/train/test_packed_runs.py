@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from multi_token.errors import Interrupted, LanguageModelError, RecipeError
 from multi_token.language_model.segment_attention import SEGMENT_ATTENTION
 from multi_token.recipe.recipe import Recipe
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
 
@@ -69,7 +69,7 @@ class _InterruptAt(TrainerCallback):
         self.trainer, self.step, self.seen = trainer, step, seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        model = self.trainer._multi_token_model().language_model
+        model = self.trainer.multi_token_model.language_model
         self.seen.append(
             getattr(model, "get_base_model", lambda: model)().config._attn_implementation
         )
@@ -86,7 +86,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     packing: dict[str, Any] = {"stages": stages, "packing": True, "pack_tokens": 64}
     trained(mixed_fields(tmp_path / "whole", **packing, pack_items=3))
 
-    bar, seen = run_module.ProgressBarCallback, []
+    bar, seen = stage_module.ProgressBarCallback, []
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(trainer, step, seen))
@@ -95,7 +95,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     fields = mixed_fields(tmp_path / "cut", **packing, pack_items=3)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
+        patch.setattr(stage_module, "ProgressBarCallback", bar_and_signal)
         with pytest.raises(Interrupted, match=f"stopped at step {step + 1} of 7"):
             trained(fields)
     assert set(seen) == {SEGMENT_ATTENTION}

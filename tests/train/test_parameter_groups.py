@@ -12,11 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from multi_token.checkpoint.load import compose, save
+from multi_token.checkpoint.save import save
 from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.language_model.lora import attach_adapter
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
@@ -27,7 +29,7 @@ Fields = Callable[..., dict[str, Any]]
 
 def composed(fields: dict[str, Any], *, adapter: bool = False) -> Any:
     torch.manual_seed(0)
-    model = compose(Recipe.model_validate(fields).model)
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
     if adapter:
         model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
     return model
@@ -42,7 +44,7 @@ def in_optimizer(model: Any, what: Trainable, folder: Path, **args: Any) -> dict
     arguments = training_arguments(
         folder, {"use_cpu": True, **args}, seed=0, learning_rate=what.logged_lr
     )
-    trainer = MultiTokenTrainer(model, learn=what, lengths=[], args=arguments)
+    trainer = MultiTokenTrainer(model, learn=what, batches=PaddedBatches([]), args=arguments)
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Any] = {}
     for group in trainer.create_optimizer().param_groups:
@@ -170,7 +172,7 @@ def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it
     save(model, tmp_path / "a")
     stages = [{"name": "full", "learn": {"language_model": 1e-5}}]
     fields = recipe_fields(tmp_path / "b", init_from=str(tmp_path / "a"), stages=stages)
-    with pytest.raises(RecipeError, match="stage 'full' learns `language_model`, but .* has an ad"):
+    with pytest.raises(RecipeError, match="stage 'full' trains `language_model`, but .* has an ad"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 

@@ -1,4 +1,4 @@
-"""report.py: before it learns, a run says what it is made of, what learns and what it was fed."""
+"""Lines before and after a stage: parts, trainable groups, wait for data (train/summary.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.lora import adapter_parameters
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.progress import data_wait_line
 from multi_token.train.run import train
+from multi_token.train.summary import data_wait_line
 
 
 def save_tiny_model(family: str, folder: Path) -> None:
@@ -36,7 +36,7 @@ STAGES = [
 ]
 
 
-def test_a_run_says_its_parts_what_learns_how_fast_and_how_much_is_supervised(
+def test_a_run_prints_its_parts_trainable_groups_and_supervised_tokens(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     fields = recipe_fields(tmp_path / "run", stages=STAGES)
@@ -66,7 +66,7 @@ def test_a_run_says_its_parts_what_learns_how_fast_and_how_much_is_supervised(
     )
 
 
-def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
+def test_a_long_wait_for_data_is_printed_with_the_remedy() -> None:
     little, none = (data_wait_line(s, num_workers=0, streamed=False) for s in (0.049, None))
     assert little == "  4.9% of the time was waiting for data"
     assert none == "  no step was taken"
@@ -76,11 +76,11 @@ def test_waiting_for_data_is_said_with_what_helps_where_it_is_a_lot() -> None:
         0.3, num_workers=0, streamed=False, can_cache=False
     )
     assert "by the process that trains; set train.args.dataloader_num_workers: 2" in alone
-    assert "by 3 processes beside it; set train.args.dataloader_num_workers: 6" in beside
+    assert "by 3 data workers; set train.args.dataloader_num_workers: 6" in beside
     assert "train.feature_cache: true" in alone
 
 
-def test_what_is_unusual_is_said_and_what_cannot_be_is_refused_before_a_row_is_read(
+def test_capabilities_are_printed_or_refused_before_a_row_is_read(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     save_tiny_model("RWKV", tmp_path / "language_model")

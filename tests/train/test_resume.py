@@ -1,4 +1,4 @@
-"""train/resume.py: a run that was stopped, killed or left without room goes on exactly."""
+"""A run that was stopped, killed or out of disk resumes exactly (train/resume.py)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def go_on() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["group_by_length", "packing"])
-def test_killed_at_any_step_it_goes_on_to_the_same_bits(
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(
     recipe_fields: Fields, tmp_path: Path, way: str
 ) -> None:
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bits(
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_sigterm_saves_after_the_step_and_the_run_goes_on_to_the_same_bits(
+def test_sigterm_saves_after_the_step_and_the_run_resumes_to_the_same_bits(
     recipe_fields: Fields, tmp_path: Path, at: Any, six_steps: Path
 ) -> None:
     args = {"save_steps": 100}
@@ -92,7 +92,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_to_the_same_bits(
     assert_same_bits(six_steps, tmp_path / "cut")
 
 
-def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
+def test_an_incomplete_checkpoint_is_reported_skipped_and_written_again(
     recipe_fields: Fields, tmp_path: Path, at: Any, capsys: Any, six_steps: Path
 ) -> None:
     out = tmp_path / "cut"
@@ -106,14 +106,12 @@ def test_a_torn_checkpoint_is_passed_over_with_a_word_and_written_anew(
     at(4, go_on)
     trained(fields_of(recipe_fields, out), Console(width=1000))
     shown = capsys.readouterr().out
-    assert "checkpoint-4 is not whole (optimizer.pt has " in shown
-    assert f"going on from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
+    assert "checkpoint-4 is incomplete (optimizer.pt has " in shown
+    assert f"resuming from {out / STAGE / 'checkpoint-3'}" in shown.replace("\n", "")
     assert_same_bits(six_steps, out)
 
 
-def test_a_checkpoint_with_other_bytes_is_named(
-    recipe_fields: Fields, tmp_path: Path, at: Any
-) -> None:
+def test_a_damaged_checkpoint_is_named(recipe_fields: Fields, tmp_path: Path, at: Any) -> None:
     out = tmp_path / "cut"
     at(4, stop)
     with pytest.raises(Interrupted):
@@ -128,7 +126,7 @@ def test_a_checkpoint_with_other_bytes_is_named(
     trained(fields_of(recipe_fields, out))
 
 
-def test_weights_that_the_last_step_broke_are_not_written(
+def test_weights_of_nan_after_the_last_step_are_not_written(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -143,13 +141,15 @@ def test_weights_that_the_last_step_broke_are_not_written(
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (lambda folder: (folder / "whole.json").unlink(), "cut off while it was written"),
+        (lambda folder: (folder / "whole.json").unlink(), "writing it was cut off"),
         (lambda folder: (folder / "whole.json").write_text("{"), "whole.json is damaged"),
         (lambda folder: (folder / "weights").unlink(), "weights is missing"),
         (lambda folder: (folder / "weights").write_text("w"), "has 1 bytes instead of 7"),
     ],
 )
-def test_why_a_checkpoint_does_not_count_is_said(tmp_path: Path, harm: Any, reason: str) -> None:
+def test_the_reason_why_a_checkpoint_is_incomplete_is_reported(
+    tmp_path: Path, harm: Any, reason: str
+) -> None:
     for step in (2, 10, 9):
         _checkpoint(tmp_path, step)
     harm(tmp_path / "checkpoint-10")
@@ -165,7 +165,7 @@ def _checkpoint(folder: Path, step: int) -> None:
     (path / "whole.json").write_text(json.dumps({"files": {"weights": 7}}))
 
 
-def test_the_newest_whole_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 10, 9):
         _checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-12").mkdir()
@@ -174,14 +174,12 @@ def test_the_newest_whole_checkpoints_and_the_best_are_kept(tmp_path: Path) -> N
     assert names == ["checkpoint-10", "checkpoint-2", "checkpoint-9"]
 
 
-def test_a_run_keeps_as_many_checkpoints_as_it_is_told(
-    recipe_fields: Fields, tmp_path: Path
-) -> None:
+def test_a_run_keeps_save_total_limit_checkpoints(recipe_fields: Fields, tmp_path: Path) -> None:
     trained(fields_of(recipe_fields, tmp_path, args={"save_total_limit": 1, "save_steps": 2}))
     assert [path.name for path in (tmp_path / STAGE).glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_the_last_good_checkpoint(
+def test_a_full_disk_is_an_error_and_leaves_the_last_complete_checkpoint(
     recipe_fields: Fields, tmp_path: Path, at: Any, six_steps: Path
 ) -> None:
     out = tmp_path / "cut"
@@ -194,14 +192,16 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_last_good_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value).startswith(f"{out / STAGE / 'checkpoint-3'} could not be written: ")
-    assert "goes on from checkpoint-2, which is whole" in str(caught.value)
+    assert "continues from checkpoint-2, which is complete" in str(caught.value)
     assert not (out / STAGE / "checkpoint-3").exists()
     at(3, go_on)
     trained(fields_of(recipe_fields, out))
     assert_same_bits(six_steps, out)
 
 
-def test_a_changed_recipe_names_what_differs(recipe_fields: Fields, tmp_path: Path) -> None:
+def test_a_changed_recipe_is_refused_with_the_keys_that_differ(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
     trained(fields_of(recipe_fields, tmp_path, args={"max_steps": 1}))
     changed = fields_of(recipe_fields, tmp_path, args={"max_steps": 2}, seed=9)
     changed["train"]["stages"][0]["learn"]["adapter"] = 1e-3
@@ -217,7 +217,7 @@ def test_a_changed_recipe_names_what_differs(recipe_fields: Fields, tmp_path: Pa
     assert str(caught.value).count("there,") == 3
 
 
-def test_the_rows_of_a_step_may_be_cut_otherwise_but_not_become_more(
+def test_a_resume_may_split_the_rows_of_a_step_otherwise_but_not_add_rows(
     recipe_fields: Fields, tmp_path: Path, at: Any
 ) -> None:
     cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -231,7 +231,7 @@ def test_the_rows_of_a_step_may_be_cut_otherwise_but_not_become_more(
     assert (tmp_path / "config.json").is_file()
 
 
-def test_signals_do_again_what_they_did_after_a_run_that_failed(
+def test_signal_handlers_are_restored_after_a_run_that_failed(
     recipe_fields: Fields, tmp_path: Path, at: Any
 ) -> None:
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""train/run.py: a recipe becomes a model; the same command again goes on."""
+"""A recipe becomes a model; the same command again resumes (train/run.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from multi_token.errors import (
     RowError,
 )
 from multi_token.recipe.recipe import Recipe
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.resume import last_checkpoint
 from multi_token.train.run import train
 
@@ -75,13 +75,13 @@ def test_thirty_steps_overfit_four_rows(
     assert losses(tmp_path / "run", "2-adapter")[-1] < 0.3 * losses(tmp_path / "run")[0]
 
 
-def test_one_process_says_that_it_cuts_nothing(
+def test_one_process_reports_that_it_shards_nothing(
     recipe_fields: Fields, tmp_path: Path, capsys: Any
 ) -> None:
     stages = [{**LONG, "args": {"max_steps": 1}}]
     fields = recipe_fields(tmp_path / "run", stages=stages, fsdp=True)
     train(Recipe.model_validate(fields), console=Console())
-    assert "train.fsdp: one process trains, which cuts nothing" in capsys.readouterr().out
+    assert "train.fsdp: one process trains, which shards nothing" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(
@@ -116,24 +116,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     trained(recipe_fields(tmp_path / "whole", stages=stages))
 
     fields = recipe_fields(tmp_path / "cut", stages=stages)
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
 
     def bar_and_signal(trainer: Any, console: Any, title: str) -> Any:
         trainer.add_callback(_InterruptAt(2))
         return bar(trainer, console, title)
 
     for stage, num_steps in (("1-projector", 3), ("2-adapter", 3)):
-        monkeypatch.setattr(run_module, "ProgressBarCallback", bar_and_signal)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", bar_and_signal)
         with pytest.raises(Interrupted, match=f"stopped at step {num_steps} of"):
             trained(fields)
         checkpoint = last_checkpoint(tmp_path / "cut" / "stages" / stage)
         assert checkpoint is not None and checkpoint.name == f"checkpoint-{num_steps}"
-        monkeypatch.setattr(run_module, "ProgressBarCallback", bar)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", bar)
         if stage == "1-projector":
             # finish this stage only, so that the next interruption falls into the second one
             one = recipe_fields(tmp_path / "cut", stages=stages)
             with monkeypatch.context() as patch:
-                patch.setattr(run_module, "attach_adapter", _stop_here)
+                patch.setattr(stage_module, "attach_adapter", _stop_here)
                 with pytest.raises(MultiTokenError, match="the first stage is done"):
                     trained(one)
     trained(fields)
@@ -191,7 +191,7 @@ def test_gradient_accumulation_does_not_change_the_curve(
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-def test_bad_rows_stop_the_run_or_are_left_out_and_counted(
+def test_bad_rows_stop_the_run_or_are_skipped_and_counted(
     recipe_fields: Fields, tmp_path: Path, data: Path, rows: Any, capsys: Any
 ) -> None:
     for row in rows:
@@ -229,7 +229,7 @@ def test_a_folder_of_a_run_that_never_began_is_free_for_another_recipe(
         trained(mistyped)
 
 
-def test_rows_without_an_item_of_any_sense_are_refused_where_only_senses_learn(
+def test_rows_without_media_are_refused_where_only_modalities_train(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     rows = tmp_path / "text.jsonl"
@@ -248,7 +248,7 @@ def test_an_unknown_training_argument_is_named_before_anything_is_loaded(
 ) -> None:
     fields = recipe_fields(tmp_path / "run", args={"max_step": 3})
     fields["model"]["language_model"] = str(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match="'max_step' is no field .*did you mean 'max_steps'"):
+    with pytest.raises(RecipeError, match="'max_step' is not a field .*did you mean 'max_steps'"):
         trained(fields)
 
 
@@ -274,9 +274,7 @@ def test_the_log_counts_real_tokens_and_the_supervised_share(
     assert all(e["tokens_per_second"] > 0 for e in history if "loss" in e)
 
 
-def test_vectors_of_your_own_are_learned_from_raw_values(
-    recipe_fields: Fields, tmp_path: Path
-) -> None:
+def test_vectors_train_from_raw_values(recipe_fields: Fields, tmp_path: Path) -> None:
     rows = [
         {
             "id": name,

@@ -21,14 +21,14 @@ import yaml
 from pyarrow import parquet
 from rich.console import Console
 
-from multi_token.checkpoint.load import compose
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.stream_loader import StreamLoader
 from multi_token.errors import Interrupted, RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.run import plan, train
+from multi_token.train import plan_run, train
 from multi_token.types import Media
 from tests.data.streams import BAD, WORDS, row_of
 from tests.train.bits import assert_same_bits, run_until, weights
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_behind_its_last_step_does_no_more(
 
 
 @pytest.mark.parametrize("way", [{}, PACKED], ids=["padded", "packed"])
-def test_killed_at_any_step_it_goes_on_to_the_same_bits(
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(
     fields_of: Fields, tmp_path: Path, way: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def test_bad_rows_are_in_the_log_and_in_words_and_survive_a_stop(
 def test_a_plan_of_a_stream_counts_from_its_first_rows(
     fields_of: Fields, tmp_path: Path, capsys: Any
 ) -> None:
-    plan(Recipe.model_validate(fields_of(tmp_path / "run")), console=Console(width=1000))
+    plan_run(Recipe.model_validate(fields_of(tmp_path / "run")), console=Console(width=1000))
     shown = capsys.readouterr().out
     assert "data.stream: its first rows are read for statistics and the plan" in shown
     assert "from 12 rows of" in shown
@@ -202,7 +202,7 @@ def test_features_that_were_kept_before_stand_in_for_media(
     cache = {"path": str(tmp_path / "features")}
     fields = fields_of(tmp_path / "run", feature_cache=cache, args={"max_steps": 2})
     recipe = Recipe.model_validate(fields)
-    whole_model = compose(recipe.model)
+    whole_model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
     kept = FeatureCache(tmp_path / "features")
     pictures = [Media("image", (data / f"{c}.png").read_bytes()) for c in WORDS[:3]]
     encoders: Any = whole_model.encoders

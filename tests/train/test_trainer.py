@@ -1,4 +1,4 @@
-"""train/trainer.py and arguments.py: what it is told, and in which order rows come."""
+"""Training arguments are checked, and rows come in the right order (train/training_args.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from multi_token.train.training_args import training_arguments
     [
         ({"max_step": 3}, "did you mean 'max_steps'"),
         ({"learning_rate": 1e-3}, "learning rates are under `learn`"),
-        ({"remove_unused_columns": True}, "needed as it is"),
+        ({"remove_unused_columns": True}, "are fixed"),
         ({"save_strategy": "sometimes"}, "train args"),
         (
             {"per_device_train_batch_size": "abc"},
@@ -41,7 +41,10 @@ from multi_token.train.training_args import training_arguments
         ),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "has a section 'optimizer', which would"),
         ({"deepspeed": {"scheduler": {}}}, "has a section 'scheduler', which would"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage 3, which cuts weights .* 1 or"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            "stage 3, which shards weights .* 1 or",
+        ),
     ],
 )
 def test_training_arguments_are_checked(fields: Any, sentence: str, tmp_path: Path) -> None:
@@ -63,14 +66,14 @@ def test_rows_of_one_length_come_together_each_once_and_in_another_order_each_ep
 
 def test_a_deepspeed_file_is_read_before_a_run_begins(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
-    for text, sentence in (("{", "is no JSON"), ("[2]", "should hold a mapping, got list")):
+    for text, sentence in (("{", "is not JSON"), ("[2]", "should hold a mapping, got list")):
         file.write_text(text)
         with pytest.raises(RecipeError, match=sentence):
             training_arguments(tmp_path, {"deepspeed": str(file)}, seed=0, learning_rate=1e-3)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_that_is_not_installed_is_said(tmp_path: Path) -> None:
+def test_deepspeed_that_is_not_installed_is_named(tmp_path: Path) -> None:
     fields = {"use_cpu": True, "deepspeed": {"zero_optimization": {"stage": 2}}}
     with pytest.raises(RecipeError, match="needs the package deepspeed, which is not installed"):
         training_arguments(tmp_path, fields, seed=0, learning_rate=1e-3)
@@ -79,11 +82,11 @@ def test_deepspeed_that_is_not_installed_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "sentence"),
     [
-        ("ACCELERATE_USE_FSDP", "told to use FSDP .* set `train.fsdp: true`"),
-        ("ACCELERATE_USE_DEEPSPEED", "told to use DeepSpeed .* `train.args.deepspeed`"),
+        ("ACCELERATE_USE_FSDP", "makes accelerate use FSDP.* set `train.fsdp: true`"),
+        ("ACCELERATE_USE_DEEPSPEED", "makes accelerate use DeepSpeed.* `train.args.deepspeed`"),
     ],
 )
-def test_what_only_accelerate_was_told_is_refused(
+def test_settings_of_accelerate_outside_the_recipe_are_refused(
     variable: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "true")
@@ -91,7 +94,7 @@ def test_what_only_accelerate_was_told_is_refused(
         training_arguments(tmp_path, {"use_cpu": True}, seed=0, learning_rate=1e-3)
 
 
-def test_a_run_that_resumes_within_an_epoch_tells_it_to_the_sampler_below_four_layers() -> None:
+def test_a_resume_within_an_epoch_sets_it_in_the_sampler_below_four_layers() -> None:
     """As accelerate nests them for one of several processes that skips the batches it has seen."""
     sampler = LengthGroupedSampler([10, 50] * 8, batch_size=4, seed=1)
     share = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), 2, 0)

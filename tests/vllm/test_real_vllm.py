@@ -41,9 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> Any:
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(run)
+    return MultiTokenForConditionalGeneration.from_pretrained(run)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def expected(model: Any, questions: dict[str, Parts]) -> dict[str, list[int]]:
 
 
 def said(model: Any, ids: list[int]) -> str:
-    from multi_token.generate import decode, require_processor
+    from multi_token.generate import decode
 
-    return decode(require_processor(model), torch.tensor([ids]))[0]
+    return decode(model.require_processor(), torch.tensor([ids]))[0]
 
 
 def test_the_engine_continues_our_embeddings_as_generate_does(

@@ -27,8 +27,9 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from multi_token.checkpoint.load import compose, save
+    from multi_token.checkpoint.save import save
     from multi_token.language_model.lora import adapter_parameters, attach_adapter
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.recipe import ModelSpec
     from multi_token.recipe.train import AdapterSpec
     from multi_token.testing import tiny_image_encoder, tiny_tokenizer
@@ -76,7 +77,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
                 },
             },
         }
-        model: Any = compose(ModelSpec.model_validate(fields))
+        model: Any = MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields))
         model.language_model = attach_adapter(model.language_model, AdapterSpec(r=2))
         for parameter in model.projectors.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -116,17 +117,17 @@ def _part(part: tuple[str, Any] | str) -> Part:
 @torch.no_grad()
 def embedded(model: Any, conversation: Conversation) -> torch.Tensor:
     """float [time, hidden], the prompt as the language model gets it."""
-    from multi_token.generate import collate_prompts, require_processor
+    from multi_token.generate import collate_prompts
 
-    batch = collate_prompts(require_processor(model), [conversation])
+    batch = collate_prompts(model.require_processor(), [conversation])
     return model.embed(batch["input_ids"], batch["media"])[0]
 
 
 def greedy(model: Any, conversations: Sequence[Conversation], num_new: int) -> list[list[int]]:
     """What `generate` says to each, alone, in ids; an end of turn is the last of them."""
-    from multi_token.generate import generate_ids, require_processor
+    from multi_token.generate import generate_ids
 
-    processor = require_processor(model)
+    processor = model.require_processor()
     return [
         generate_ids(model, [processor(one, prompt_only=True)], max_new_tokens=num_new)[0].tolist()
         for one in conversations

@@ -1,6 +1,10 @@
-"""Whether a run keeps the features of its encoders, and keeping them.
+"""Feature cache of a run: whether to use one (`auto` measures), where it is, and filling it.
 
-Border: decides, measures and fills; the cache itself is data/feature_cache/cache.py.
+`auto` decides in three steps, in the main process for all:
+
+1. Off, if an encoder is trained or preprocessing is random: cached features would be wrong.
+2. On, if the first items are in the cache already.
+3. Else by time: load + encode once and read every use, against load + encode every use.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +22,22 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from multi_token.checkpoint.load import compose
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import random_preprocessing, share_of
 from multi_token.data.sources import TrainingSource
-from multi_token.distributed import all_gather, barrier, broadcast_from_main, num_processes, rank
-from multi_token.encoders import build_encoders, is_randomly_initialized
+from multi_token.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    num_processes,
+    rank,
+)
+from multi_token.encoders import is_randomly_initialized
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
-from multi_token.modalities.base import Encoder
-from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.modalities.base import Encoder, Modality
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import FeatureCacheSpec
-from multi_token.train.init_from import init_from_run
-from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.types import Media
 
 _NUM_MEASURED = 8
@@ -41,7 +47,7 @@ MediaItem = tuple[Media, Fetch]
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where a recipe's features lie."""
+    """Return `train.feature_cache.path`, or else the run's `cache`."""
     spec = recipe.train.feature_cache
     if spec is not None and spec.path is not None:
         return Path(spec.path).expanduser()
@@ -49,7 +55,7 @@ def cache_folder(recipe: Recipe) -> Path:
 
 
 def open_cache(folder: Path, spec: FeatureCacheSpec, console: Console) -> FeatureCache:
-    """The cache in a folder; says what of it is damaged and will be made again."""
+    """Open the cache in a folder; prints a line for each damaged file in it."""
     cache = FeatureCache(
         folder, dtype=spec.dtype, max_shard_bytes=spec.shard_megabytes * 1024 * 1024
     )
@@ -60,25 +66,26 @@ def open_cache(folder: Path, spec: FeatureCacheSpec, console: Console) -> Featur
     return cache
 
 
-def frozen_encoders(recipe: Recipe) -> dict[str, Encoder]:
-    """The encoders of a recipe as its training will use them, on the device of this process.
+def frozen_encoders(
+    recipe: Recipe, build: Callable[[], Mapping[str, Encoder]]
+) -> dict[str, Encoder]:
+    """Return the encoders that training will use, frozen, on the device of this process.
 
-    Those that `init_from` has trained come from there, for which the whole model is loaded.
-    Raises RecipeError for one that learns: its features change.
+    Args:
+        recipe: Its stages tell which encoders are trained.
+        build: Loads the encoders as training starts with them; called after the cheap checks.
+
+    Raises:
+        RecipeError: a stage trains one of them, so its features would change.
     """
     for stage in recipe.train.stages:
         for name in stage.learn.encoders:
-            raise RecipeError(_is_trained(name, stage.name, named=True))
-    if recipe.train.init_from is not None:
-        model = compose(recipe.model)
-        init_from_run(model, recipe.train)
-        encoders = {name: model.encoder(name) for name in model.modalities}
-    else:
-        encoders = build_encoders(recipe.model.modalities)
+            raise RecipeError(_trained_reason(name, stage.name, named=True))
+    encoders = dict(build())
     for name, encoder in encoders.items():
         for stage in recipe.train.stages:
             if is_randomly_initialized(encoder) and stage.learn.projector(name) is not None:
-                raise RecipeError(_is_trained(name, stage.name, named=False))
+                raise RecipeError(_trained_reason(name, stage.name, named=False))
         encoder.requires_grad_(False).eval().to(_device(recipe))
     return encoders
 
@@ -90,31 +97,47 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _is_trained(name: str, stage: str, *, named: bool) -> str:
+def _trained_reason(name: str, stage: str, *, named: bool) -> str:
     return (
         f"`feature_cache` keeps the features of frozen encoders, but that of {name!r} "
-        f"{'' if named else 'starts from random weights and '}learns in stage {stage!r}"
+        f"{'' if named else 'starts from random weights and '}is trained in stage {stage!r}"
     )
 
 
 def choose_feature_cache(
-    model: MultiTokenForConditionalGeneration,
     recipe: Recipe,
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
     sources: Sequence[TrainingSource],
+    *,
+    trained: Sequence[Collection[str]],
     arguments: Sequence[Any],
     console: Console,
 ) -> FeatureCache | None:
-    """The cache of a run, or None where it has none.
+    """Open the feature cache of a run, or return None if it has none.
 
-    `sources` are opened without one; `arguments`: transformers.TrainingArguments of the stages.
-    `auto` turns it off with a printed reason where a recipe that insists is refused: for an encoder
-    that learns, and for preprocessing that is random. Raises RecipeError.
+    `auto` turns the cache off and prints the reason in the cases that a recipe with
+    `feature_cache: true` is refused for.
+
+    Args:
+        recipe: Its `train.feature_cache` is off, on or `auto`.
+        modalities: Modalities of the model, by instance name.
+        encoders: Encoders of the model, by instance name.
+        sources: Rows, opened without a cache.
+        trained: For each stage, the names of the encoders that it trains.
+        arguments: transformers.TrainingArguments of each stage.
+        console: Where the decision is printed.
+
+    Raises:
+        RecipeError: the cache is required, but an encoder is trained or preprocessing is random.
     """
     spec = recipe.train.feature_cache
     if spec is None:
         return None
     first, num_items = _first_items(sources)
-    reason = broadcast_from_main(lambda: _reason_not_to_cache(model, recipe, first))
+    reason = broadcast_from_main(
+        lambda: _trained_encoder(recipe, trained) or random_preprocessing(first, modalities)
+    )
     if reason is not None and not spec.auto:
         raise RecipeError(f"{reason}; set train.feature_cache to false")
     if reason is not None:
@@ -123,22 +146,24 @@ def choose_feature_cache(
     cache = open_cache(cache_folder(recipe), spec, console)
     if not spec.auto:
         return cache
-    # others would have measured other times
+    # one process decides for all: each would measure other times, and all must do the same
     on, why = broadcast_from_main(
-        lambda: _decide(model, cache, first, num_items, _num_uses(sources, arguments))
+        lambda: _decide(
+            modalities, encoders, cache, first, num_items, _num_uses(sources, arguments)
+        )
     )
     _print_decision(console, on=on, why=why)
     return cache if on else None
 
 
 def fill_cache(
-    model: MultiTokenForConditionalGeneration,
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
     sources: Sequence[TrainingSource],
     cache: FeatureCache,
     console: Console,
 ) -> None:
-    """Encode what the rows have and the cache lacks. Processes that train together share it."""
-    encoders: Any = model.encoders
+    """Encode all items that the cache lacks; each process of a run encodes its share."""
     num_rows = sum(len(source.rows) for source in sources)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Encoding items", total=num_rows)
@@ -153,13 +178,13 @@ def fill_cache(
                             yield item, processor.fetch
                     progress.advance(task)
 
-        num_encoded = cache.fill(items(rank(), num_processes()), model.modalities, encoders)
+        num_encoded = cache.fill(items(rank(), num_processes()), modalities, encoders)
         if num_processes() > 1:
             barrier()
             cache.refresh()
-            # nothing, unless the folder is not the same on all machines
+            # encodes nothing, unless the folder is not the same one on all machines
             progress.reset(task)
-            num_encoded += cache.fill(items(0, 1), model.modalities, encoders)
+            num_encoded += cache.fill(items(0, 1), modalities, encoders)
     num_encoded = sum(all_gather(num_encoded))
     console.print(
         f"features: {num_encoded} items encoded, {len(cache)} in the cache", highlight=False
@@ -167,7 +192,7 @@ def fill_cache(
 
 
 def _first_items(sources: Sequence[TrainingSource]) -> tuple[list[MediaItem], int]:
-    """A few items, and by their number in the first rows a guess at how many there are in all."""
+    """Return a few items, and an estimate of the number of all, from their number in first rows."""
     first: list[MediaItem] = []
     num_rows = sum(len(source.rows) for source in sources)
     pairs = (pair for source in sources for pair in source.conversations())
@@ -178,24 +203,23 @@ def _first_items(sources: Sequence[TrainingSource]) -> tuple[list[MediaItem], in
     return first, len(first)
 
 
-def _reason_not_to_cache(
-    model: MultiTokenForConditionalGeneration, recipe: Recipe, first: Sequence[MediaItem]
-) -> str | None:
-    """Why features cannot be kept, or None. What a recipe names alone it refuses by itself."""
-    for stage in recipe.train.stages:
-        for name in trainable_encoders(model, stage.learn):
-            return _is_trained(name, stage.name, named=name in stage.learn.encoders)
-    return random_preprocessing(first, model.modalities)
+def _trained_encoder(recipe: Recipe, trained: Sequence[Collection[str]]) -> str | None:
+    """Return the reason for the first encoder that a stage trains, or None."""
+    for stage, names in zip(recipe.train.stages, trained, strict=True):
+        for name in names:
+            return _trained_reason(name, stage.name, named=name in stage.learn.encoders)
+    return None
 
 
 def _decide(
-    model: MultiTokenForConditionalGeneration,
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
     cache: FeatureCache,
     first: Sequence[MediaItem],
     num_items: int,
     num_uses: float,
 ) -> tuple[bool, str]:
-    measured = _time_cache(model, cache, first)
+    measured = _time_cache(modalities, encoders, cache, first)
     if measured is None:
         return False, "no item of the first rows can be read"
     if measured.all_there:
@@ -204,7 +228,7 @@ def _decide(
         f"an item takes {measured.encode_ms:.1f} ms to load and encode and {measured.read_ms:.1f} "
         f"ms to read from the cache, and is used about {num_uses:.1f} times"
     )
-    # every item is encoded once to be kept, so one use alone wins nothing
+    # filling the cache encodes every item once, so a single use wins nothing
     pays = measured.encode_ms * num_uses > measured.encode_ms + measured.read_ms * num_uses
     needed = measured.num_bytes * num_items
     assert cache.path is not None
@@ -224,60 +248,64 @@ class _CacheTimings:
     encode_ms: float = 0.0
     read_ms: float = 0.0
     num_bytes: float = 0.0
-    """An item, in the cache."""
+    """Size of one item in the cache."""
 
 
 def _time_cache(
-    model: MultiTokenForConditionalGeneration, cache: FeatureCache, first: Sequence[MediaItem]
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
+    cache: FeatureCache,
+    first: Sequence[MediaItem],
 ) -> _CacheTimings | None:
-    """Means over the first items: what an item costs without the cache, and with it."""
-    register_encoders(cache, model)
-    encoders: Any = model.encoders
-    readable = [pair for pair in first if _is_readable(pair, model)]
+    """Time the first items with and without the cache, as means; None if none can be read."""
+    register_encoders(cache, modalities, encoders)
+    readable = [pair for pair in first if _is_readable(pair, modalities)]
     if not readable:
         return None
-    found = [cache.find(item, model.modalities[item.modality], fetch) for item, fetch in readable]
+    found = [cache.find(item, modalities[item.modality], fetch) for item, fetch in readable]
     if all(prepared is not None for prepared in found):
         return _CacheTimings(len(readable), all_there=True)
+
+    def registered(folder: Path | None) -> FeatureCache:
+        # a run hashes all weights once, so the hashing must not count as time of these few items
+        fresh = FeatureCache(folder)
+        register_encoders(fresh, modalities, encoders)
+        return fresh
+
     encoded = 0.0
-    # twice, since the first call of a model is slow
+    # twice, and the second counts: kernels and lazy buffers make a model's first call slow
     for _ in range(2):
-        anew = _registered(model, None)
+        fresh = registered(None)
         began = time.perf_counter()
-        anew.fill(readable, model.modalities, encoders)
+        fresh.fill(readable, modalities, encoders)
         encoded = time.perf_counter() - began
-    # on the disk where the cache would be
+    # on the disk of the real cache, whose speed is what is asked for
     with tempfile.TemporaryDirectory(dir=_existing(cache.path), prefix=".measure-") as folder:
-        FeatureCache(Path(folder)).fill(readable, model.modalities, encoders)
+        FeatureCache(Path(folder)).fill(readable, modalities, encoders)
         num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-        kept = _registered(model, Path(folder))
+        stored = registered(Path(folder))
         began = time.perf_counter()
         for item, fetch in readable:
-            prepared = kept.find(item, model.modalities[item.modality], fetch)
+            prepared = stored.find(item, modalities[item.modality], fetch)
             if prepared is not None:
                 for tensor in prepared.inputs.values():
-                    tensor.clone()  # a view of the mapped file is read when it is touched
+                    tensor.clone()  # a view of a mapped file costs nothing until it is touched
         read = time.perf_counter() - began
     num = len(readable)
     return _CacheTimings(num, False, 1e3 * encoded / num, 1e3 * read / num, num_bytes / num)
 
 
-def register_encoders(cache: FeatureCache, model: MultiTokenForConditionalGeneration) -> None:
-    """Let a cache know whose features it has, where it is used without being filled."""
-    for name, modality in model.modalities.items():
-        cache.register_encoder(name, modality, model.encoder(name))
+def register_encoders(
+    cache: FeatureCache, modalities: Mapping[str, Modality], encoders: Mapping[str, Encoder]
+) -> None:
+    """Tell a cache which encoders its features are of, if nothing is filled (streams)."""
+    for name, modality in modalities.items():
+        cache.register_encoder(name, modality, encoders[name])
 
 
-def _registered(model: MultiTokenForConditionalGeneration, folder: Path | None) -> FeatureCache:
-    """A cache to be timed: hashing the weights, which is done once a run, is over."""
-    cache = FeatureCache(folder)
-    register_encoders(cache, model)
-    return cache
-
-
-def _is_readable(pair: MediaItem, model: MultiTokenForConditionalGeneration) -> bool:
+def _is_readable(pair: MediaItem, modalities: Mapping[str, Modality]) -> bool:
     item, fetch = pair
-    modality = model.modalities[item.modality]
+    modality = modalities[item.modality]
     try:
         modality.prepare(modality.load(item.source, fetch))
     except MediaError:
@@ -286,7 +314,7 @@ def _is_readable(pair: MediaItem, model: MultiTokenForConditionalGeneration) -> 
 
 
 def _num_uses(sources: Sequence[TrainingSource], arguments: Sequence[Any]) -> float:
-    """How often the stages come by each row, by their steps or their epochs."""
+    """Return how often all stages together use each row, by their steps or epochs."""
     num_rows = max(1, sum(len(source.rows) for source in sources))
     return sum(
         args.max_steps
@@ -307,6 +335,6 @@ def _print_decision(console: Console, *, on: bool, why: str) -> None:
 
 
 def _existing(folder: Path | None) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest parent that exists."""
     assert folder is not None
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

@@ -1,12 +1,19 @@
-"""Rows of .jsonl files (one object a line) and .json files (one list)."""
+"""Rows of .jsonl files (one object a line) and .json files (one list), read and written."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
+
+import numpy as np
+from torch import Tensor
 
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import MultiTokenError, RowError
@@ -95,3 +102,49 @@ def load_json(path: Path) -> Sequence[Row]:
     if not isinstance(content, list):
         raise MultiTokenError(f"{path} holds a {type(content).__name__}; expected a list of rows")
     return content
+
+
+def write_jsonl(rows: Sequence[Row], indices: Sequence[int], path: str | os.PathLike[str]) -> None:
+    """Write some rows as .jsonl; bytes and images become data URIs, arrays become lists.
+
+    The file is replaced atomically, so it may be the one that `rows` come from. Relative media
+    paths stay as they are. Raises RowError for a value that JSON cannot hold.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for index in indices:
+                row = rows[index]
+                default = partial(_jsonable, row_id=row_id_of(index, row, "rows"))
+                json.dump(row, file, ensure_ascii=False, default=default)
+                file.write("\n")
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _jsonable(value: Any, *, row_id: str) -> Any:
+    """Convert a value so that `to_conversation` and `Fetch` read it as the original."""
+    from PIL import Image
+
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "data:application/octet-stream;base64," + base64.b64encode(value).decode("ascii")
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, format="PNG")  # lossless
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "isoformat"):  # Arrow tables hold dates and times
+        return value.isoformat()
+    raise RowError(
+        f"holds a {type(value).__name__}, which a .jsonl file cannot; "
+        "leave that field out before cleaning",
+        kind="format",
+        row_id=row_id,
+    )

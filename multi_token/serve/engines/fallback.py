@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.language_model.forward import GREEDY, generate_from_embeds
 from multi_token.serve.engines.base import (
     EngineEvent,
@@ -117,7 +117,7 @@ def generate_one(
     """Return the tokens that `generate` gives for one prompt. Raises its fault."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
-    generate_batch(model, [request], require_processor(model).chat.filler_id)
+    generate_batch(model, [request], model.require_processor().chat.filler_id)
     return collect_tokens(events)
 
 
@@ -136,7 +136,7 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
     Each media embedding is the mean of two text embeddings: in the model's usual range, and equal
     to no token, so a path that looks ids up instead gives other logits.
     """
-    chat = require_processor(model).chat
+    chat = model.require_processor().chat
     conversation = Conversation((Message("user", (Text("Hello! Who are you?"),)),))
     ids = chat.tokenize(conversation, [], prompt_only=True).input_ids
     if not num_media_tokens:

@@ -45,7 +45,7 @@ BatchingMode = Literal["continuous", "shrinking", "static"]
 batch runs to its end through `generate`."""
 FLOAT32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.2
-"""Of log-probabilities within one process: only kernels and the batch's shape differ."""
+"""Tolerances of log-probabilities within one process: kernels and batch shapes differ."""
 REMOTE_FLOAT32_TOLERANCE = 0.02
 REMOTE_HALF_TOLERANCE = 0.5
 """Between two machines: another device and another inference library as well."""

@@ -1,25 +1,25 @@
-"""A few steps that are tried before a run: how long they take, and how much memory.
+"""Dry run of a stage: a few steps at learning rate zero, measured in time and memory.
 
-Border: tries steps of a trainer that is ready to go, without leaving a trace in weights or random
-numbers. What follows from them for a whole stage is plan.py's.
+1. One step warms up: it makes the optimizer's state and whatever else is made once.
+2. One step has the largest batch of the stage: its peak of memory counts.
+3. `NUM_TIMED` ordinary steps: their median time counts.
+
+Weights, buffers, gradients and random state are the same afterwards.
 """
 
 from __future__ import annotations
 
 import gc
-import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.plan.oom import (
     bullet_list,
@@ -27,77 +27,69 @@ from multi_token.train.plan.oom import (
     memory_capacity,
     memory_suggestions,
 )
-from multi_token.train.samplers import PackSampler
+from multi_token.train.random_state import preserve_rng_state
+from multi_token.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
 NUM_TIMED = 3
-"""Steps whose time counts; one warms up before them, and one has the largest batch."""
+"""Steps whose time is measured."""
 
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """What a few tried steps told, on this device."""
+    """Measurements on this device."""
 
     seconds_per_token: float
     """Waiting for a batch, forward and backward."""
     seconds_per_update: float
-    """Clipping gradients and the optimizer's step, which come once a step."""
+    """Clipping gradients and the optimizer's step, once per step."""
     flops_per_token: float
     num_bytes: int
-    """The most that a step with the largest batch takes beside weights and optimizer."""
+    """Peak of a step with the largest batch, without weights and optimizer state."""
     fitted_fraction: float = 1.0
-    """How much of the largest batch was tried, since more of it did not fit, 0 to 1."""
+    """Part of the largest batch that fitted into memory, 0 to 1."""
 
 
 def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
-    """A few real steps: forward, backward and optimizer, at a learning rate of zero.
+    """Run a few steps of a trainer that is ready to start.
 
-    Weights, buffers, gradients and random numbers are afterwards as they were. Where a batch does
-    not fit into memory, half of its rows are tried, and so on; what a whole one would take follows
-    from that. Raises MultiTokenError where one row, or a pack, does not fit.
+    Where a batch does not fit into memory, half of its rows are tried, and so on; the memory of all
+    rows is extrapolated. Raises MultiTokenError where one row, or a pack, does not fit.
     """
-    whole = size = trainer.args.per_device_train_batch_size
+    args, is_pack = trainer.args, trainer.batches.pack_tokens is not None
+    num_rows = size = args.per_device_train_batch_size
     largest = largest_batch(trainer)
     while True:
-        trial = _try_batch_size(trainer, size, largest, whole)
-        if trial is not None:
-            return trial
-        gc.collect()  # what the failed step made may hang in cycles
-        if trainer.args.device.type == "cuda":
+        try:
+            with _batch_size(trainer, size):
+                return _timed_steps(trainer, largest, size / num_rows)
+        except (
+            Exception
+        ) as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
+            if not is_out_of_memory(error):
+                raise
+        # after `except`, which keeps the traceback and with it the tensors of the failed step
+        trainer.step_metrics.reset()
+        gc.collect()
+        if args.device.type == "cuda":
             torch.cuda.empty_cache()
-        if trainer.packing is not None or size == 1:
-            is_pack = trainer.packing is not None
-            what = "a pack" if is_pack else "a batch of one row"
+        if is_pack or size == 1:
+            batch = "a pack" if is_pack else "a batch of one row"
+            suggestions = memory_suggestions(trainer.oom_facts(), 0.5 if is_pack else 0.0)
             raise MultiTokenError(
-                f"{what} does not fit into the memory of {trainer.args.device}, with "
-                f"{memory_capacity(trainer.args.device) / 2**30:,.1f} GiB. Change in the recipe:"
-                f"{bullet_list(memory_suggestions(trainer.oom_facts(), 0.5 if is_pack else 0.0))}"
+                f"{batch} does not fit into the memory of {args.device}, with "
+                f"{memory_capacity(args.device) / 2**30:,.1f} GiB. Change in the recipe:"
+                f"{bullet_list(suggestions)}"
             )
         size //= 2
 
 
-def _try_batch_size(
-    trainer: MultiTokenTrainer, size: int, largest: int, whole: int
-) -> DryRunResult | None:
-    """With batches of so many rows, of which a `whole` one has up to `largest` positions; None if
-    memory is not enough.
-    """
-    try:
-        with _batch_size_override(trainer, size):
-            return _timed_steps(trainer, largest, size / whole)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        trainer.step_metrics.detach()
-        trainer.step_metrics.reset()
-        return None
-
-
 @contextmanager
-def _batch_size_override(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
-    """Within, the trainer makes batches of so many rows."""
+def _batch_size(trainer: MultiTokenTrainer, size: int) -> Iterator[None]:
+    """Batches of `size` rows within."""
+    # transformers copies the argument into `_train_batch_size` when the trainer is made
     before = trainer.args.per_device_train_batch_size, trainer._train_batch_size
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     try:
@@ -107,20 +99,11 @@ def _batch_size_override(trainer: MultiTokenTrainer, size: int) -> Iterator[None
 
 
 def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> DryRunResult:
-    model, device, step_metrics = (
-        trainer._multi_token_model(),
-        trainer.args.device,
-        trainer.step_metrics,
-    )
-    learning: list[float] = []
-    updating: list[float] = []
+    model, metrics, device = trainer.multi_token_model, trainer.step_metrics, trainer.args.device
+    batch_times: list[float] = []
+    update_times: list[float] = []
     flops = num_tokens = 0
-    with state_restored(model), ExitStack() as stack:
-        by_segment = trainer.packing is not None and model.capabilities.supports_segment_attention
-        stack.enter_context(
-            segment_attention_enabled(model.language_model) if by_segment else nullcontext()
-        )
-        stack.enter_context(_activation_checkpointing(trainer))
+    with _state_restored(model), trainer.attention_mode(), _activation_checkpointing(trainer):
         optimizer = _zero_lr_optimizer(trainer)
 
         def update() -> None:
@@ -129,15 +112,14 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
             optimizer.step()
 
         batches = _cycle(trainer)
-        _forward_backward(
-            trainer, next(batches)
-        )  # makes the optimizer's state, and whatever is made once
+        _forward_backward(trainer, next(batches))
         update()
+        # with accumulation the gradients of earlier batches are there when the largest one comes
         if trainer.args.gradient_accumulation_steps == 1:
-            model.zero_grad(set_to_none=True)  # else gradients are there as a batch comes
+            model.zero_grad(set_to_none=True)
         kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         inputs = _largest(trainer, next(batches))
-        share = max(largest / inputs["input_ids"].numel(), 1.0)
+        scale = max(largest / inputs["input_ids"].numel(), 1.0)
         with peak_memory(device) as peak:
             _forward_backward(trainer, inputs)
             update()
@@ -145,78 +127,70 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
         for _ in range(NUM_TIMED):
             start = _now(device)
             _forward_backward(trainer, next(batches))
-            learned = _now(device)
+            middle = _now(device)
             update()
             model.zero_grad(set_to_none=True)
-            updating.append(_now(device) - learned)
-            learning.append((learned - start) / max(step_metrics.last_tokens, 1))
-            flops += step_metrics.last_flops
-            num_tokens += step_metrics.last_tokens
-        step_metrics.detach()
-    step_metrics.reset()
-    learned_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    beside = max(kept + peak[0] - learned_bytes, 0)
+            update_times.append(_now(device) - middle)
+            batch_times.append((middle - start) / max(metrics.last_tokens, 1))
+            flops += metrics.last_flops
+            num_tokens += metrics.last_tokens
+    metrics.reset()
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # gradients have one size, whatever the batch; only the rest grows with it
+    beside = max(kept + peak[0] - gradients, 0)
     return DryRunResult(
-        median(learning),  # what else the machine does may disturb one of them
-        median(updating),
+        median(batch_times),
+        median(update_times),
         flops / max(num_tokens, 1),
-        learned_bytes + round(beside * share),
+        gradients + round(beside * scale),
         fitted,
     )
 
 
 def largest_batch(trainer: MultiTokenTrainer) -> int:
-    """Positions of the largest batch that may come: padded, its longest row sets the length."""
-    if trainer.packing is not None:
-        return trainer.packing.max_tokens
-    size = min(trainer.args.per_device_train_batch_size, len(trainer.lengths))
-    rows: Any = trainer.train_dataset
-    return size * (
-        2 * rows.longest if isinstance(rows, PreferenceDataset) else max(trainer.lengths)
-    )
+    """Positions of the largest batch of the stage; padded, its longest row sets the length."""
+    batches, rows = trainer.batches, trainer.train_dataset
+    if batches.pack_tokens is not None:
+        return batches.pack_tokens
+    size = min(trainer.args.per_device_train_batch_size, len(batches.lengths))
+    longest = 2 * rows.longest if isinstance(rows, PreferenceDataset) else max(batches.lengths)
+    return size * longest
 
 
 def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
-    """Forward and backward of a batch."""
-    model = trainer._multi_token_model()
+    model = trainer.multi_token_model
     model.train()
-    trainer.training_step(model, inputs, (inputs["labels"] != -100).sum())
+    trainer.training_step(model, inputs, (inputs["labels"] != IGNORE_INDEX).sum())
 
 
 def _cycle(trainer: MultiTokenTrainer) -> Iterator[dict[str, Any]]:
-    """Batches of a run, from the beginning again where they end."""
+    """Batches of the stage, from the first again after the last."""
     while True:
         yield from trainer.get_train_dataloader()
 
 
 def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any]:
-    """The batch of the longest rows or the fullest pack; the `other` one of a stream, whose rows
-    come as they will.
+    """The batch of the longest rows, or the fullest pack.
+
+    `other`: the batch to take of a stream, whose later rows are not read yet.
     """
     rows: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
-    if trainer.streamed is not None:
-        inputs = other
-    elif trainer.packing is not None:
-        packs = list(PackSampler(trainer.packing, seed=trainer.args.seed))
-        fullest = max(packs, key=lambda pack: sum(trainer.lengths[i] for i in pack))
-        inputs = collate([rows[i] for i in fullest])
-    else:
-        lengths = (
-            [max(pair) for pair in rows.lengths]
-            if isinstance(rows, PreferenceDataset)
-            else trainer.lengths
-        )
+    if trainer.batches.streamed:
+        return other
+    chosen = trainer.batches.fullest_pack(trainer.args.seed)
+    if chosen is None:
+        pairs = isinstance(rows, PreferenceDataset)
+        lengths = [max(pair) for pair in rows.lengths] if pairs else trainer.batches.lengths
         by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        longest = by_length[: trainer.args.per_device_train_batch_size]
-        inputs = collate([rows[i] for i in longest])
-    return inputs
+        chosen = by_length[: trainer.args.per_device_train_batch_size]
+    return collate([rows[i] for i in chosen])
 
 
 def _zero_lr_optimizer(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
-    """An optimizer of the trainer's kind that moves nothing; the trainer's own is made later."""
+    """Optimizer of the trainer's kind that changes no weight."""
     optimizer = trainer.create_optimizer()
-    trainer.optimizer = None
+    trainer.optimizer = None  # or the trainer would train with this one
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer
@@ -224,8 +198,8 @@ def _zero_lr_optimizer(trainer: MultiTokenTrainer) -> torch.optim.Optimizer:
 
 @contextmanager
 def _activation_checkpointing(trainer: MultiTokenTrainer) -> Iterator[None]:
-    """Activation checkpointing, if the run will have it: transformers turns it on as it begins."""
-    args, model = trainer.args, trainer._multi_token_model()
+    """Activation checkpointing, if the run uses it; transformers enables it only in `train()`."""
+    args, model = trainer.args, trainer.multi_token_model
     if not args.activation_checkpointing:
         yield
         return
@@ -249,8 +223,8 @@ def _now(device: torch.device) -> float:
 
 
 @contextmanager
-def state_restored(model: torch.nn.Module) -> Iterator[None]:
-    """Within, steps may be tried: buffers, mode and random numbers are put back at the end."""
+def _state_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Put back buffers (BatchNorm counts even at learning rate zero), mode and random state."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     training = model.training
     try:
@@ -265,24 +239,9 @@ def state_restored(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_rng_state() -> Iterator[None]:
-    """What is drawn within leaves no trace in what is drawn afterwards."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-
-@contextmanager
 def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
-    """[bytes]: the most that tensors took inside beside what they took before.
-
-    On a GPU its allocator says it; for a CPU (the default) torch's profiler, which hears of every
-    allocation. The process's memory would not do: a longer past has made it large already.
+    """Yield a list whose one entry is then the peak of tensor memory in bytes, beyond what tensors
+    took before.
     """
     peak = [0]
     if device is not None and device.type == "cuda":
@@ -291,6 +250,8 @@ def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated(device) - before
         return
+    # On a CPU torch keeps no peak, but its profiler records every allocation. The process's own
+    # peak would not do: an earlier, larger moment hides all later ones.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -1,8 +1,4 @@
-"""Before a run starts: how much there is to do, what it takes in memory, and how long it will be.
-
-Border: looks at a trainer that is ready to go; words and numbers come out. trial.py tries
-its steps.
-"""
+"""Plan of a stage: steps, tokens, memory and time, from a trainer that is ready to start."""
 
 from __future__ import annotations
 
@@ -17,30 +13,31 @@ from transformers.training_args import OptimizerNames
 
 from multi_token.language_model.quantization import module_bytes
 from multi_token.train.flops import format_count
-from multi_token.train.plan.dry_run import NUM_TIMED, DryRunResult, dry_run, preserve_rng_state
+from multi_token.train.plan.dry_run import NUM_TIMED, DryRunResult, dry_run
 from multi_token.train.plan.oom import bullet_list, memory_capacity, memory_suggestions
+from multi_token.train.random_state import preserve_rng_state
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
 _FULL = 0.9
-"""The share of a device's memory that a run may be planned for; the rest goes to fragments."""
+"""Share of a device's memory that a run may be planned for; fragmentation takes the rest."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device. All but `activations` is counted, not estimated."""
+    """Bytes on one device. All but `activations` are counted, not estimated."""
 
     weights: dict[str, int]
     """By part: `language model`, `encoder of image`, ..."""
     gradients: int
     optimizer: int
     activations: int | None = None
-    """What a step with the largest batch takes beside the rest; None where no step was tried."""
+    """Of a step with the largest batch; None where no step was tried."""
 
     @property
     def fixed(self) -> int:
-        """What any batch needs."""
+        """Bytes that do not depend on the batch."""
         return sum(self.weights.values()) + self.gradients + self.optimizer
 
     @property
@@ -50,12 +47,12 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will do."""
+    """Work of a stage, with measurements if its steps were tried."""
 
     name: str
     num_rows: int
     num_tokens: int
-    """Of all rows, once."""
+    """Tokens of all rows, once."""
     num_steps: int
     tokens_per_step: float
     """Over all devices."""
@@ -66,7 +63,7 @@ class StagePlan:
 
     @property
     def seconds(self) -> float | None:
-        """The whole stage's, or None where no step was tried."""
+        """Seconds of the stage; None where no step was tried."""
         per_step = self.seconds_per_step
         return None if per_step is None else per_step * self.num_steps
 
@@ -79,8 +76,9 @@ class StagePlan:
 
 
 def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
-    """The plan of a stage whose trainer is ready; `try_steps` measures, else it only counts."""
-    args, lengths = trainer.args, trainer.lengths
+    """Plan a stage; `try_steps`: measure time and activations by a dry run, too."""
+    args, lengths = trainer.args, trainer.batches.lengths
+    # making a sampler draws its seed, and a planned run has to draw the same numbers as another
     with preserve_rng_state():
         loader: Any = trainer.get_train_dataloader()
         num_batches = max(len(loader), 1)
@@ -89,7 +87,8 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
         args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     )
     num_rows, num_tokens = len(lengths), sum(lengths)
-    if trainer.streamed is not None:  # lengths are those of its first rows
+    if trainer.batches.streamed:
+        # lengths are those of its first rows, and a stream's number of batches is that of its steps
         num_batches_of_all = num_batches * args.world_size
         num_tokens = round(num_batches_of_all * loader.tokens_per_batch(lengths))
         num_rows = round(num_tokens * len(lengths) / sum(lengths))
@@ -113,20 +112,20 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
 
 
 def estimate_memory(trainer: MultiTokenTrainer) -> MemoryEstimate:
-    """Weights as they are stored, gradients, and what the optimizer will keep."""
-    model = trainer._multi_token_model()
+    """Count bytes of weights as they are stored, gradients, and optimizer state."""
+    model = trainer.multi_token_model
     weights = {"language model": module_bytes(model.language_model)}
     weights |= {f"encoder of {name}": module_bytes(e) for name, e in model.encoders.items()}
     weights |= {f"projector of {name}": module_bytes(p) for name, p in model.projectors.items()}
-    learned = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in learned)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
     return MemoryEstimate(
-        weights, gradients, optimizer_bytes(OptimizerNames(trainer.args.optim).value, learned)
+        weights, gradients, optimizer_bytes(OptimizerNames(trainer.args.optim).value, trained)
     )
 
 
 def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
-    """What an optimizer of transformers' names keeps of these parameters."""
+    """Bytes that an optimizer, by its name in transformers, keeps for these parameters."""
     numel = sum(p.numel() for p in trainable)
     own = sum(p.numel() * p.element_size() for p in trainable)
     if "8bit" in optim:
@@ -143,7 +142,7 @@ def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
 
 
 def summary_lines(plan: StagePlan) -> list[str]:
-    """The plan in two lines, which stand at the start of every stage."""
+    """Steps, tokens and memory in two lines."""
     memory = plan.memory
     return [
         f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
@@ -155,19 +154,25 @@ def summary_lines(plan: StagePlan) -> list[str]:
     ]
 
 
-def print_plan(
-    trainer: MultiTokenTrainer, name: str, console: Console, *, at_length: bool
-) -> StagePlan:
-    """Print the plan of a stage: two lines, or (`at_length`) with steps tried and warnings."""
-    plan = plan_stage(trainer, name, try_steps=at_length)
+def print_summary(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
+    """Print the two lines with which every stage starts, and warnings."""
+    _print_lines(summary_lines(plan), plan, trainer, console)
+
+
+def print_details(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
+    """Print the whole plan of a stage whose steps were tried, and warnings."""
+    _print_lines(detail_lines(plan), plan, trainer, console)
+
+
+def _print_lines(
+    lines: Sequence[str], plan: StagePlan, trainer: MultiTokenTrainer, console: Console
+) -> None:
     warnings = plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
-    lines = detail_lines(plan) if at_length else summary_lines(plan)
     console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    return plan
 
 
 def detail_lines(plan: StagePlan) -> list[str]:
-    """The whole plan of a stage whose steps were tried."""
+    """All lines of a plan; those of time and activations need a dry run."""
     memory, trial = plan.memory, plan.dry_run
     lines = summary_lines(plan)
     lines += [f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()]
@@ -186,7 +191,7 @@ def detail_lines(plan: StagePlan) -> list[str]:
 
 
 def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
-    """What will not fit into `capacity` bytes, and which lines of the recipe to change."""
+    """Warn of more than `capacity` bytes, with the lines of the recipe to change."""
     memory, trial = plan.memory, plan.dry_run
     fitted = 1.0 if trial is None else trial.fitted_fraction
     if memory.total <= _FULL * capacity and fitted == 1.0:
@@ -211,7 +216,7 @@ def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int)
 
 
 def format_bytes(num: float) -> str:
-    """Bytes as people say them."""
+    """`1.5 GiB`, `700 bytes`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if num < 1024 or unit == "GiB":
             return f"{num:,.0f} {unit}" if unit == "bytes" else f"{num:,.1f} {unit}"

@@ -65,9 +65,9 @@ def test_processes_that_train_together_share_the_encoding(
         store = f"file://{tmp_path / 'store'}"
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         cache = FeatureCache(folder)
-        source = open_source(recipe.data.train[0], model, recipe, cache)
+        source = open_source(recipe.data.train[0], model.processor, recipe, cache)
         out = Console(file=(tmp_path / f"said-{rank}").open("w"), width=200)
-        fill_cache(model, [source], cache, out)
+        fill_cache(model.modalities, model.encoders, [source], cache, out)
         assert all(
             source.processor.prepare(item).inputs.keys() == {"features"}
             for item, _ in source.items()
@@ -136,7 +136,7 @@ def test_auto_is_off_with_a_reason_where_an_encoder_learns(
         said(fields, capsys)
     )
     shown = said(mixed_fields(tmp_path / "random", feature_cache="auto"), capsys)
-    assert "that of 'pulse' starts from random weights and learns in stage 'projector'" in shown
+    assert "that of 'pulse' starts from random weights and is trained in stage 'projector'" in shown
 
 
 class Shaken(VectorModality):

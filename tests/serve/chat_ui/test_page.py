@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from multi_token.checkpoint.load import load
 from multi_token.media.audio import decode_audio
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.page_run import HOSTILE, page_run
 from tests.serve.running_server import KEY, RunningServer, npy, png, running
@@ -327,7 +327,9 @@ def test_the_demos_own_images_are_named(browser: Any) -> None:
     if not (run / "config.json").is_file():
         pytest.skip("`multi-token demo` has not been run here")
     names = ("dog", "banana", "cactus")
-    with running(load(run), run_folder=run, name="demo") as server:
+    with running(
+        MultiTokenForConditionalGeneration.from_pretrained(run), run_folder=run, name="demo"
+    ) as server:
         page = browser.new_page()
         page.goto(server.url)
         page.wait_for_selector("#modalities li")

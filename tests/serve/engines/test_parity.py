@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from multi_token.generate import generate_ids, require_processor
+from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
 from multi_token.serve.engines.parity import (
     find_batching_mode,
@@ -83,7 +83,7 @@ def test_a_model_whose_rows_see_each_other_is_not_batched_continuously(
     def mix(_: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
         return (inputs[0] + 0.5 * (inputs[0].mean(0, keepdim=True) - inputs[0]),)
 
-    filler_id = require_processor(own_llama).chat.filler_id
+    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.model.norm.register_forward_pre_hook(mix)
     try:
         with caplog.at_level(logging.INFO, "multi_token.serve"):
@@ -105,7 +105,7 @@ def test_a_check_that_raises_is_logged_with_its_traceback(
         if past is not None and past.get_seq_length():
             raise RuntimeError("no cache here")
 
-    filler_id = require_processor(own_llama).chat.filler_id
+    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         with caplog.at_level(logging.WARNING, "multi_token.serve"):
@@ -126,7 +126,7 @@ def test_a_defect_of_ours_is_not_swallowed(own_llama: Any, monkeypatch: Any) -> 
 
     monkeypatch.setattr(own_llama.language_model, "forward", broken)
     with pytest.raises(Defect):
-        find_batching_mode(own_llama, require_processor(own_llama).chat.filler_id)
+        find_batching_mode(own_llama, own_llama.require_processor().chat.filler_id)
 
 
 def test_a_static_batch_gives_the_tokens_of_generate(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multi_token.generate import generate_ids, require_processor
+from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import ErrorEvent, FinishEvent, Prompt, SamplingParams
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.engines.local.prefix_cache import prefix_key
@@ -70,7 +70,7 @@ def num_alike(marks: Tensor, others: Tensor) -> int:
 
 def about(model: Any, before: str, vector: Sequence[float], behind: str) -> Any:
     parts = (Text(before), Media("vector", list(vector)), Text(behind))
-    return require_processor(model)(Conversation((Message("user", parts),)), prompt_only=True)
+    return model.require_processor()(Conversation((Message("user", parts),)), prompt_only=True)
 
 
 def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_local: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
     llama: Any, start_local: Any
 ) -> None:
     engine = start_local(llama)
-    processor = require_processor(llama)
+    processor = llama.require_processor()
     first = Message("user", (Media("vector", list(VECTORS[0])), Text("What is a fruit?")))
     begun = prompt_of(llama, processor(Conversation((first,)), prompt_only=True))
     ids = asked(engine, begun)

@@ -17,10 +17,10 @@ import httpx
 import pytest
 import torch
 
-from multi_token.checkpoint.load import compose
 from multi_token.convert.export import export
 from multi_token.errors import CheckpointError, LanguageModelError
 from multi_token.generate import generate_ids
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.serve.engines.base import FinishEvent, SamplingParams
 from multi_token.serve.engines.vllm.engine import PromptEmbedder
@@ -51,7 +51,9 @@ def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "sensor": {"type": "timeseries", "channels": 2},
     }
     torch.manual_seed(0)
-    compose(Recipe.model_validate(fields).model).save_pretrained(folder / "run")
+    MultiTokenForConditionalGeneration.from_spec(
+        Recipe.model_validate(fields).model
+    ).save_pretrained(folder / "run")
     export(folder / "run", folder / "out", to="language-model")
     return folder / "out"
 
@@ -59,15 +61,15 @@ def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def whole(exported: Path) -> Any:
     """The exported run with all of its language model."""
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(exported)
+    return MultiTokenForConditionalGeneration.from_pretrained(exported)
 
 
 def only_embeddings(exported: Path) -> Any:
-    from multi_token.checkpoint.load import load
+    from multi_token.model import MultiTokenForConditionalGeneration
 
-    return load(exported, with_layers=False)
+    return MultiTokenForConditionalGeneration.from_pretrained(exported, embeddings_only=True)
 
 
 def settings_of(exported: Path, *urls: str, **fields: Any) -> dict[str, Any]:

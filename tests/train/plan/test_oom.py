@@ -1,4 +1,4 @@
-"""Memory that is not enough: the plan finds it, a run ends with a sentence, and both are mended."""
+"""Out of memory: the plan predicts it, a run names the remedy, and the remedy works."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_plan_tries_smaller_batches_and_names_one_that_fits(
     assert trained.returncode == 0, trained.stderr
 
 
-def test_a_run_that_runs_out_of_memory_says_what_to_change_and_then_goes_on(
+def test_a_run_out_of_memory_names_the_changes_and_then_resumes(
     recipe: Callable[..., Path],
 ) -> None:
     path = recipe()

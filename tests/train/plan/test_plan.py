@@ -1,4 +1,4 @@
-"""estimate.py: what a run will need is said before it starts, and trying it leaves no trace."""
+"""The plan of a run is right, and trying steps leaves no trace (train/plan/)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from multi_token.checkpoint.load import compose
 from multi_token.cli import app
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
 from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
+from multi_token.train import plan_run, train
+from multi_token.train.batch_plan import PaddedBatches
 from multi_token.train.plan.dry_run import dry_run, largest_batch
 from multi_token.train.plan.estimate import (
     estimate_memory,
@@ -34,7 +36,6 @@ from multi_token.train.plan.estimate import (
     plan_stage,
     plan_warnings,
 )
-from multi_token.train.run import plan, train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 
@@ -55,7 +56,9 @@ def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..
     """A trainer that is ready to go; keyword arguments are TrainingArguments."""
 
     def build(learn: Trainable, **fields: Any) -> MultiTokenTrainer:
-        model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
+        model = MultiTokenForConditionalGeneration.from_spec(
+            Recipe.model_validate(recipe_fields(tmp_path)).model
+        )
         if learn.adapter is not None:
             model.language_model = attach_adapter(model.language_model, AdapterSpec(r=4))
         assert model.processor is not None
@@ -67,7 +70,7 @@ def trainer_of(recipe_fields: Fields, data: Path, tmp_path: Path) -> Callable[..
         return MultiTokenTrainer(
             model,
             learn=learn,
-            lengths=[len(dataset[i].input_ids) for i in range(len(dataset))],
+            batches=PaddedBatches([len(dataset[i].input_ids) for i in range(len(dataset))]),
             args=training_arguments(tmp_path, args, seed=0, learning_rate=1e-3),
             train_dataset=dataset,
             data_collator=Collator(model.modalities, 0),
@@ -126,17 +129,17 @@ def test_a_planned_run_has_the_steps_tokens_and_flops_that_it_then_measures(
     assert planned.tokens_per_step == pytest.approx(tokens, rel=0.01)
     flops = planned.dry_run.flops_per_token * planned.tokens_per_step * planned.num_steps
     assert flops == pytest.approx(trainer.step_metrics.total("flops"), rel=0.1)
-    assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.lengths)
-    assert largest_batch(trainer) == 2 * max(trainer.lengths)
+    assert planned.num_rows == 4 and planned.num_tokens == sum(trainer.batches.lengths)
+    assert largest_batch(trainer) == 2 * max(trainer.batches.lengths)
 
 
-def test_what_a_batch_keeps_grows_with_what_learns(trainer_of: Callable[..., Any]) -> None:
+def test_activations_grow_with_the_trainable_parts(trainer_of: Callable[..., Any]) -> None:
     some = dry_run(trainer_of(learning(projectors=1e-3)))
     every = dry_run(trainer_of(learning(projectors=1e-3, language_model=1e-3)))
     assert every.num_bytes > some.num_bytes > 0
 
 
-def test_what_does_not_fit_is_said_with_the_lines_to_change(
+def test_a_stage_that_does_not_fit_is_warned_of_with_the_lines_to_change(
     trainer_of: Callable[..., Any],
 ) -> None:
     trainer = trainer_of(learning(projectors=1e-3))
@@ -162,14 +165,14 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(
     assert "`adapter` instead of `language_model`" in full and "quantization" not in full
 
 
-def test_the_plan_is_said_and_nothing_is_written(
+def test_the_plan_is_printed_and_nothing_is_written(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
     fields = recipe_fields(tmp_path / "run")
     adapter = {"name": "adapter", "learn": {"adapter": 1e-3}, "args": {"num_train_epochs": 2}}
     fields["train"]["stages"].append(adapter)
     console = Console(record=True, width=300, file=io.StringIO())
-    plan(Recipe.model_validate(fields), console=console)
+    plan_run(Recipe.model_validate(fields), console=console)
     said = console.export_text()
     assert "4 steps of about" in said and "FLOP a step" in said and "s a step" in said
     assert "encoder of image: " in said and "activations of the largest batch: about" in said
@@ -177,7 +180,7 @@ def test_the_plan_is_said_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_counts_what_is_encoded_before_the_first_step(
+def test_the_plan_counts_encodings_before_the_first_step(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
     rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
@@ -191,7 +194,7 @@ def test_the_plan_counts_what_is_encoded_before_the_first_step(
         fields = recipe_fields(tmp_path / "run", **train)
         fields["data"]["train"] = [{"rows": str(many)}, {"rows": str(data / "rows.jsonl")}]
         console = Console(record=True, width=300, file=io.StringIO())
-        plan(Recipe.model_validate(fields), console=console)
+        plan_run(Recipe.model_validate(fields), console=console)
         return console.export_text()
 
     assert "image: 32 encodings before the first step (for the closed form), about " in said()
@@ -222,7 +225,7 @@ def test_the_command_plans(recipe_fields: Fields, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_are_said_as_people_say_them() -> None:
+def test_numbers_are_printed_with_their_units() -> None:
     assert [format_bytes(n) for n in (12, 2048, 3 * 2**20, 5.5 * 2**30, 2**41)] == [
         "12 bytes",
         "2.0 KiB",

@@ -1,6 +1,6 @@
-"""train/plan/estimate.py and trial.py against the run right after: tokens, FLOPs and memory.
+"""The plan of a stage against the run right after: tokens, FLOPs and memory (train/plan/).
 
-Border: the time of a step is measured by benchmarks/plan.py.
+The time of a step is measured by benchmarks/plan.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from multi_token.recipe.recipe import Recipe
-from multi_token.train import run as run_module
+from multi_token.train import stage as stage_module
 from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.plan.dry_run import peak_memory
 from multi_token.train.plan.estimate import StagePlan, plan_stage
@@ -71,7 +71,7 @@ class Ran(TrainerCallback):
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """Plans the stage of a recipe and runs it right after, in this process."""
-    bar = run_module.ProgressBarCallback
+    bar = stage_module.ProgressBarCallback
     torch.set_num_threads(1)
 
     def run(fields: dict[str, Any], *, memory: bool = False) -> Ran:
@@ -82,7 +82,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
             trainer.add_callback(found[0])
             return bar(trainer, *more)
 
-        monkeypatch.setattr(run_module, "ProgressBarCallback", planned)
+        monkeypatch.setattr(stage_module, "ProgressBarCallback", planned)
         train(Recipe.model_validate(fields), console=Console(quiet=True))
         return found[0]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from multi_token.generate import eos_token_ids, require_processor
+from multi_token.generate import eos_token_ids
 from multi_token.serve.engines.base import (
     EngineEvent,
     PrefixCacheStats,
@@ -83,7 +83,7 @@ class LocalEngine:
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
         self.max_tokens = min_limit(max_tokens, context_length(model), max_batch_tokens)
-        self._filler_id = require_processor(model).chat.filler_id
+        self._filler_id = model.require_processor().chat.filler_id
         self._end_ids = frozenset(eos_token_ids(model))
         self.prefix_cache_tokens = prefix_cache_tokens
         self.prefix_stats = PrefixCacheStats()
@@ -105,7 +105,7 @@ class LocalEngine:
             return
         if self._thread is not None:
             self._thread.join()
-        # before the thread starts, so that no client's request waits for the checks
+        # before the thread starts, so no request waits for the checks
         if self._mode is None:
             self._mode = find_batching_mode(self.model, self._filler_id)
             if self._mode == "continuous" and self.prefix_cache_tokens:

@@ -1,43 +1,82 @@
-"""Before the first step: how many items will be encoded for the start, and how long that will take.
-
-Border: counts items of rows and tries a few; what a stage needs is plan.py's.
-"""
+"""Plan of a run: encodings before the first step, then steps, memory and time of every stage."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
 from multi_token.data.feature_cache.keys import source_name
 from multi_token.data.sources import TrainingSource, open_source
+from multi_token.distributed import num_processes
+from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.closed_form import captioned_items, encode_items
-from multi_token.train.plan.estimate import format_duration
+from multi_token.train.plan.estimate import format_duration, plan_stage, print_details
+from multi_token.train.prepare import Run, open_stages, prepare
+from multi_token.train.stage import attach_adapters, build_trainer
 from multi_token.types import Media
 
 _NUM_TIMED = 8
+"""Items that are encoded to measure the time of one."""
+
+
+def plan_run(recipe: Recipe, *, console: Console | None = None) -> None:
+    """Print the steps, memory and time of every stage, from a few steps that are only tried.
+
+    Nothing is written to `recipe.train.output_dir`, and nothing is trained.
+
+    Args:
+        recipe: The recipe as it would be trained.
+        console: Where the plan is printed; default: stderr.
+
+    Raises:
+        RecipeError: The recipe cannot be run, or several processes were started.
+        MultiTokenError: Not even one row or pack fits into memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fields = recipe.model_dump(mode="json")
+        # measured without a cache: filling one would be most of the work that is to be planned
+        fields["train"] |= {"output_dir": folder, "feature_cache": False}
+        tried = Recipe.model_validate(fields)
+        stages = open_stages(tried)
+        if num_processes() > 1:
+            raise RecipeError("a plan is made by one process; start `--plan` without torchrun")
+        print_plan(prepare(tried, stages, console or Console(stderr=True)), recipe)
+
+
+def print_plan(run: Run, recipe: Recipe) -> None:
+    """Print the plan of a prepared run; `recipe`: as it was given, with its feature cache."""
+    for one in estimate_encodings(run.model, run.sources, recipe, initialized=run.initialized):
+        run.console.print(str(one), highlight=False)
+    for stage in run.stages:
+        attach_adapters(run, stage)
+        trainer = build_trainer(run, stage)
+        plan = plan_stage(trainer, stage.spec.name, try_steps=True)
+        print_details(plan, trainer, run.console)
 
 
 @dataclass(frozen=True)
 class EncodingEstimate:
-    """What stage zero and the feature cache ask of one encoder."""
+    """Encodings that the closed-form stage and the feature cache need of one encoder."""
 
     name: str
     num_items: int
-    """Encodings before the first step: with a feature cache each different item once, else those of
-    the calibration and of the closed form, one after the other."""
+    """Before the first step: with a feature cache each different item once, else the items of the
+    calibration and of the closed form."""
     cached: bool
     seconds_per_item: float
     num_timed: int
 
     @property
     def seconds(self) -> float:
-        """All of them, if the tried ones are like the others."""
+        """Time of all, if the timed items are like the others."""
         return self.num_items * self.seconds_per_item
 
     def __str__(self) -> str:
@@ -56,13 +95,15 @@ def estimate_encodings(
     *,
     initialized: Collection[str] = (),
 ) -> list[EncodingEstimate]:
-    """One for each modality that has something to encode before the first step.
+    """Return one for each modality that has something to encode before the first step.
 
-    `sources`: the training rows, whose good ones are known. `taken`: instances that `init_from`
-    brings, which are neither calibrated nor fitted. A cache is counted as if it were empty.
+    `sources`: the training rows, whose good ones are known. `initialized`: modalities from another
+    run, which are neither calibrated nor fitted. A cache is counted as if it were empty.
     """
     spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
-    aligned = [open_source(s, model, recipe, None) for s in (spec.rows or [])] if spec else []
+    aligned = (
+        [open_source(s, model.processor, recipe, None) for s in (spec.rows or [])] if spec else []
+    )
     found = []
     for name in model.modalities:
         items = [pair for source in sources for pair in source.items() if pair[0].modality == name]
@@ -90,7 +131,7 @@ def estimate_encodings(
 
 
 def _num_different(items: Sequence[tuple[Media, MultiTokenProcessor]]) -> int:
-    """How many items a cache would hold; what has no name counts as different from all others."""
+    """Number of items in a full cache; an item without a name differs from all others."""
     names = [source_name(item.source) for item, _ in items]
     roots = [processor.fetch.root for _, processor in items]
     named = {pair for pair in zip(names, roots, strict=True) if pair[0] is not None}
@@ -104,9 +145,10 @@ def _seconds_per_item(
     items: Sequence[tuple[Media, MultiTokenProcessor]],
 ) -> float:
     seconds = 0.0
-    for _ in range(2):  # the first call of a model is slow
+    # twice, and the second counts: the first call of a model allocates and compiles kernels
+    for _ in range(2):
         start = time.perf_counter()
         for features in encode_items(model, name, items, batch_size=len(items)):
-            features.values.sum().item()  # a GPU is waited for
+            features.values.sum().item()  # waits for the GPU
         seconds = time.perf_counter() - start
     return seconds / len(items)

@@ -1,0 +1,100 @@
+"""Fingerprint of a language model: is this the one that a checkpoint was trained on?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multi_token.errors import CheckpointError
+
+_NUM_ROWS = 64
+"""Rows of the input embeddings that a fingerprint looks at, evenly spread."""
+_NUM_COLUMNS = 256
+"""Columns of a matrix that a fingerprint looks at."""
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_ids")
+
+
+def fingerprint(language_model: Any) -> dict[str, Any]:
+    """What tells one language model from another: its shape, and hashes over a few weights.
+
+    `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
+    quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter
+    changes; one that stands beside it changes nothing. A hash is None where it cannot be made: on
+    the meta device, of quantized layers, or where they were not loaded.
+    """
+    config = language_model.config.get_text_config()
+    embeddings = language_model.get_input_embeddings().weight
+    rows = embeddings[:: max(1, len(embeddings) // _NUM_ROWS)][:_NUM_ROWS]
+    parameters = [
+        p for _, p in sorted(base_model_tensors(language_model.named_parameters()).items())
+    ]
+    vectors = [p for p in parameters if p.ndim == 1 and p.is_floating_point()]
+    is_complete = not getattr(language_model, "embeddings_only", False)
+    return {
+        "model_type": config.model_type,
+        "hidden_size": int(embeddings.shape[1]),
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "num_ids": int(embeddings.shape[0]),
+        "dtype": str(embeddings.dtype).removeprefix("torch."),
+        "weights": _hash([rows, *vectors]) if is_complete else None,
+        "layers": _hash(_first_and_last_rows(parameters)) if is_complete else None,
+    }
+
+
+def base_model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of the language model itself by its own names, whether PEFT has wrapped it or not."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in named
+        if ".lora_" not in name
+    }
+
+
+def _first_and_last_rows(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The first and last row of every matrix, or nothing if some are quantized."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    if not all(m.is_floating_point() and type(m.data) is Tensor for m in matrices):
+        return []
+    return [m.flatten(0, -2)[[0, -1], :_NUM_COLUMNS] for m in matrices]
+
+
+@torch.no_grad()
+def _hash(tensors: list[Tensor]) -> str | None:
+    if not tensors or any(tensor.is_meta for tensor in tensors):
+        return None
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_fingerprint(
+    expected: Mapping[str, Any], found: Mapping[str, Any], *, folder: Path, name: str
+) -> None:
+    """Raise CheckpointError if the language model `found` is not the one `expected` was made of.
+
+    Weights of another precision are not compared: rounding tells them apart as well.
+    """
+    mend = "name the right one (`language_model=`, or --language-model on the command line)"
+    differing = [
+        f"{key} {found[key]} instead of {expected[key]}"
+        for key in _SHAPE
+        if found[key] != expected[key]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} belongs to another language model than {name}, which has "
+            f"{', '.join(differing)}; {mend}"
+        )
+    same = all(len({expected[part], found[part]} - {None}) <= 1 for part in ("weights", "layers"))
+    if expected["dtype"] == found["dtype"] and not same:
+        raise CheckpointError(
+            f"{folder} belongs to another language model than {name}, which has the same shape but "
+            f"other weights; {mend}"
+        )

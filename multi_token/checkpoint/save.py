@@ -1,0 +1,129 @@
+"""Writes a checkpoint: one folder with the trained tensors and references to all other parts.
+
+    config.json             schema, language model, modalities, trained parts of encoders
+    projectors.safetensors  <modality>.<parameter>
+    encoders.safetensors    <modality>.<parameter> of trained encoders (if any)
+    adapter/                LoRA, as PEFT writes it (if any)
+    language_model/         the language model, as transformers writes it (if all of it was trained)
+
+Names of classes on disk are registry names, never import paths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multi_token import __version__
+from multi_token.checkpoint.atomic import atomic_file
+from multi_token.checkpoint.fingerprint import fingerprint
+from multi_token.checkpoint.language_model_folder import (
+    LANGUAGE_MODEL,
+    with_saved_language_model,
+    write_language_model,
+)
+from multi_token.checkpoint.references import relativize
+from multi_token.encoders import TrainedEncoderState, trained_tensors
+from multi_token.types import ComposedModel
+
+SCHEMA = 1
+MODEL_TYPE = "multi_token"
+CONFIG, PROJECTORS, ADAPTER = "config.json", "projectors.safetensors", "adapter"
+ENCODER_WEIGHTS = "encoders.safetensors"
+
+
+def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
+    """Write the trained tensors, and references to all other parts.
+
+    References to parts inside the folder are relative (`./language_model`), so the folder may be
+    moved. All others stay as they are.
+
+    Args:
+        model: The model to save; frozen weights are never copied.
+        folder: Folder of the checkpoint, made if it is missing.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    # config.json goes first and comes last: a folder without it is incomplete, and read as such
+    (out / CONFIG).unlink(missing_ok=True)
+    _write(out / PROJECTORS, projector_tensors(model, model.modalities))
+    if model.trained_encoders:
+        _write(out / ENCODER_WEIGHTS, encoder_tensors(model, model.trained_encoders))
+    else:
+        (out / ENCODER_WEIGHTS).unlink(missing_ok=True)
+    has_adapter = hasattr(model.language_model, "peft_config")
+    if has_adapter:
+        model.language_model.save_pretrained(out / ADAPTER)
+        (out / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    base_model = model.config.base_model
+    described = model.config.model
+    if model.trained_language_model:
+        assert model.processor is not None, "from_spec and from_pretrained give a processor"
+        chat = model.processor.chat
+        write_language_model(
+            model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL
+        )
+        if not Path(described["language_model"]).exists():
+            base_model = base_model or described["language_model"]
+        described = {**with_saved_language_model(described), "dtype": "auto"}
+    fields = {
+        "model_type": MODEL_TYPE,
+        "schema": SCHEMA,
+        "multi_token_version": __version__,
+        "model": relativize(described, out),
+        "identity": (
+            fingerprint(model.language_model)
+            if model.trained_language_model
+            else model.config.identity
+        ),
+        "base_identity": base_fingerprint(model) if model.trained_language_model else None,
+        "base_model": base_model,
+        "adapter": has_adapter,
+        "closed_form": sorted(
+            name
+            for name, projector in model.projectors.items()
+            if getattr(projector, "closed_form", None) is not None
+        ),
+        "encoders": {
+            name: trained.model_dump(mode="json")
+            for name, trained in sorted(model.trained_encoders.items())
+        },
+    }
+    text = json.dumps(fields, indent=2) + "\n"
+    with atomic_file(out / CONFIG) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def base_fingerprint(model: ComposedModel) -> dict[str, Any]:
+    """Fingerprint of the language model before any of its own weights were trained."""
+    return model.config.base_identity or model.config.identity or {}
+
+
+def projector_tensors(model: ComposedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name in names
+        for key, tensor in model.projectors[name].state_dict(keep_vars=True).items()
+    }
+
+
+def encoder_tensors(
+    model: ComposedModel, trained: Mapping[str, TrainedEncoderState]
+) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, what in trained.items()
+        for key, tensor in trained_tensors(model.encoder(name), what).items()
+    }
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    kept = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    with atomic_file(path) as partial:
+        save_file(kept, partial, {"format": "pt"})

@@ -1,0 +1,232 @@
+"""Preparation of a run: model, rows, feature cache and held-out rows, before any stage begins.
+
+`train.run` and `train.plan.run_plan` are the two consumers of a `Run`.
+
+    RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result
+    RUN/cache/*.safetensors, *.json                                  features of frozen encoders
+    RUN/stages/0-closed-form, 1-<name>, ...                                state of each stage
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import ConcatDataset
+from transformers import TrainingArguments, set_seed
+
+from multi_token.checkpoint.load import load_trained
+from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.feature_cache.policy import (
+    choose_feature_cache,
+    fill_cache,
+    register_encoders,
+)
+from multi_token.data.sources import (
+    TrainingSource,
+    build_dataset,
+    check_has_items,
+    good_rows,
+    open_source,
+)
+from multi_token.data.streaming import StreamDataset, open_streams
+from multi_token.distributed import broadcast_from_main, num_processes
+from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
+from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.train import Stage
+from multi_token.train.compile import apply_kernels
+from multi_token.train.evaluation import EvaluationCallback, evaluation_defaults
+from multi_token.train.init_from import init_from_run
+from multi_token.train.parameter_groups import trainable_encoders
+from multi_token.train.run_report import RunReport
+from multi_token.train.summary import describe_parts
+from multi_token.train.training_args import training_arguments
+
+_DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run: its section of the recipe, its folder, its arguments."""
+
+    spec: Stage
+    folder: Path
+    args: TrainingArguments
+
+    @property
+    def is_done(self) -> bool:
+        """True in all processes if the stage has its result."""
+        return broadcast_from_main((self.folder / _DONE).is_file)
+
+
+@dataclass
+class Run:
+    """All that the stages of a run share."""
+
+    recipe: Recipe
+    stages: Sequence[StageRun]
+    model: MultiTokenForConditionalGeneration
+    """Replaced after a stage with FSDP, whose shards cannot be put together in place."""
+    sources: Sequence[TrainingSource]
+    """Training rows; of a stream the first ones, for statistics and the plan."""
+    dataset: ConcatDataset[Any] | StreamDataset
+    evaluation: EvaluationCallback
+    cache: FeatureCache | None
+    initialized: Sequence[str]
+    """Modalities that come from another run (`train.init_from`)."""
+    console: Console
+
+    @property
+    def folder(self) -> Path:
+        """`train.output_dir`."""
+        return Path(self.recipe.train.output_dir)
+
+    @property
+    def closed_form(self) -> Path:
+        """Folder of the closed-form stage."""
+        return closed_form_folder(self.recipe)
+
+
+def closed_form_folder(recipe: Recipe) -> Path:
+    """Folder of the closed-form stage, which comes before the recipe's own."""
+    return Path(recipe.train.output_dir) / "stages" / "0-closed-form"
+
+
+def open_stages(recipe: Recipe) -> list[StageRun]:
+    """Return the stages of a recipe; processes that were started together meet here."""
+    train = recipe.train
+    stages = []
+    for number, stage in enumerate(train.stages, 1):
+        folder = Path(train.output_dir) / "stages" / f"{number}-{stage.name}"
+        fields = {**evaluation_defaults(bool(recipe.data.eval)), **train.args, **stage.args}
+        args = training_arguments(
+            folder, fields, seed=train.seed, learning_rate=stage.learn.logged_lr
+        )
+        stages.append(StageRun(stage, folder, args))
+    stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
+    return stages
+
+
+def mark_done(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark a stage as done; from now on the run takes its result instead of training it."""
+    partial = folder / f".{_DONE}"
+    # by rename: a stage that is killed here must not count as done
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.replace(folder / _DONE)
+
+
+def has_mark(folder: Path) -> bool:
+    """True if a stage's folder has the mark, seen from this process alone."""
+    return (folder / _DONE).is_file()
+
+
+def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
+    """Compose the recipe's model on the device of this process, with the kernels it asks for."""
+    model = MultiTokenForConditionalGeneration.from_spec(
+        recipe.model, max_tokens=recipe.data.max_tokens
+    )
+    move_to_device(model, args.device)
+    apply_kernels(model.language_model, recipe.train, args.device)
+    return model
+
+
+def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run:
+    """Compose the model, open its rows, and read them once to know which are good.
+
+    Raises RecipeError for a recipe that cannot be run, RowError for bad rows unless the recipe
+    skips them.
+    """
+    spec, args = recipe.train, stages[0].args
+    # before the model: projectors and encoders without weights draw theirs here
+    set_seed(spec.seed)
+    model = compose_model(recipe, args)
+    initialized: Sequence[str] = ()
+    start = closed_form_folder(recipe)
+    if broadcast_from_main(lambda: has_mark(start)):
+        load_trained(model, start)
+    elif spec.init_from is not None:
+        initialized = init_from_run(model, spec)
+        console.print(
+            f"{', '.join(initialized)}: initialized from {spec.init_from}", highlight=False
+        )
+    parts = describe_parts(model)
+    console.print(*parts, sep="\n", highlight=False)
+    if spec.fsdp is not None and num_processes() == 1:
+        console.print("train.fsdp: one process trains, which shards nothing; start several")
+    _check_capabilities(model, recipe)
+    streams = None
+    if recipe.data.stream is None:
+        sources = [
+            open_source(source, model.processor, recipe, None) for source in recipe.data.train
+        ]
+    else:
+        streams = open_streams(model.processor, recipe, seed=args.data_seed or spec.seed)
+        sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
+        console.print("data.stream: its first rows are read for statistics and the plan")
+    encoders = {name: model.encoder(name) for name in model.modalities}
+    cache = choose_feature_cache(
+        recipe,
+        model.modalities,
+        encoders,
+        sources,
+        trained=[trainable_encoders(model, stage.learn) for stage in spec.stages],
+        arguments=[s.args for s in stages],
+        console=console,
+    )
+    if cache is not None:
+        sources = [source.with_feature_cache(cache) for source in sources]
+        if streams is None:
+            fill_cache(model.modalities, encoders, sources, cache, console)
+        else:
+            register_encoders(cache, model.modalities, encoders)
+    # Rows are scanned with all that any stage reads of them, so that a row without a text or a
+    # rejected answer is found now and not in the middle of a later stage.
+    sources = [source.with_distillation(spec.distillation_mode) for source in sources]
+    sources = [source.with_preference(spec.preference_mode) for source in sources]
+    sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]
+    check_has_items(sources, recipe)
+    held_out = _held_out(model, recipe, cache, console)
+    report = RunReport(Path(spec.output_dir), recipe, parts)
+    return Run(
+        recipe,
+        stages,
+        model,
+        sources,
+        build_dataset(sources, model.modalities)
+        if streams is None
+        else streams.with_sources(sources),
+        EvaluationCallback(model, held_out, spec, report, console),
+        cache,
+        initialized,
+        console,
+    )
+
+
+def _check_capabilities(model: MultiTokenForConditionalGeneration, recipe: Recipe) -> None:
+    if recipe.train.packing is not None:
+        model.capabilities.require("supports_packing")
+        if recipe.train.packing.share:
+            model.capabilities.require("supports_shared_prefix")
+
+
+def _held_out(
+    model: MultiTokenForConditionalGeneration,
+    recipe: Recipe,
+    cache: FeatureCache | None,
+    console: Console,
+) -> list[TrainingSource]:
+    """Return the good rows of `data.eval`."""
+    sources = [open_source(source, model.processor, recipe, cache) for source in recipe.data.eval]
+    if not sources:
+        return []
+    if cache is not None:
+        encoders = {name: model.encoder(name) for name in model.modalities}
+        fill_cache(model.modalities, encoders, sources, cache, console)
+    # a held-out row without a rejected answer is no fault: it is evaluated by cross entropy
+    mode = recipe.train.preference_mode and "optional"
+    sources = [source.with_preference(mode) for source in sources]
+    return [source.with_preference(None) for source in good_rows(sources, recipe, console)]

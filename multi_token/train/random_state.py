@@ -1,0 +1,23 @@
+"""Random state of Python, NumPy and torch, kept over code that must not change a run's order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Put back all random states after the block, those of GPUs included."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
