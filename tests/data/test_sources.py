@@ -118,7 +118,7 @@ def test_two_processes_share_the_reading_and_notice_a_machine_without_the_media(
 
     for one in seen("rows", "bare"):
         for start in ("first", "second"):
-            assert "the data (media of rows.jsonl) of process 1 is not" in one[start]["error"]
+            assert "the data (media of rows.jsonl) of process 1 differs from that" in one[start]["error"]
     fields["train"]["output_dir"] = str(tmp_path / "other")
     zero, one = seen("rows", "rows")
     alone = Recipe.model_validate(
