@@ -1,7 +1,4 @@
-"""`multi-token serve`: a trained run answers many people over HTTP.
-
-Border: options in, a running server out; everything behind that is serve/'s.
-"""
+"""`multi-token serve`: serve a trained run over HTTP, with OpenAI's API and a chat page."""
 
 from __future__ import annotations
 
@@ -22,19 +19,24 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    run: Path = typer.Argument(..., help="The folder of a trained run."),
-    host: str = typer.Option("127.0.0.1", help="Where to listen; others than this need a key."),
-    port: int = typer.Option(8000, help="The port; 0 takes a free one."),
+    run: Path = typer.Argument(..., help="Folder of a trained run."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on. Others need an API key."),
+    port: int = typer.Option(8000, help="Port to listen on; 0: a free one."),
     api_key: list[str] = typer.Option(
-        None, help="Who sends it is answered; several times for several. Others can see it here."
+        None,
+        help="API key clients must send; repeatable. Visible in the process list: prefer "
+        "--api-key-file.",
     ),
     api_key_file: Path = typer.Option(
-        None, help=f"A file with a key a line. {KEYS_VARIABLE}: keys with commas between them."
+        None,
+        help=f"File with one API key per line. Or set {KEYS_VARIABLE} to keys separated by commas.",
     ),
-    name: str = typer.Option(None, help="What the model is called; default: the run's folder."),
-    max_batch: int = typer.Option(8, help="Answers that are written at once."),
-    max_queue: int = typer.Option(None, help="Answers that may wait; default: 4 x --max-batch."),
-    deadline: float = typer.Option(300.0, help="The longest that a request may take, in seconds."),
+    name: str = typer.Option(None, help="Model name in the API; default: name of the run folder."),
+    max_batch: int = typer.Option(8, help="Maximum number of concurrent generations."),
+    max_queue: int = typer.Option(
+        None, help="Maximum number of waiting ones; default: 4 x --max-batch."
+    ),
+    deadline: float = typer.Option(300.0, help="Time limit of a request, in seconds."),
     media_cache_mb: int = typer.Option(
         256, min=0, help="Media embeddings kept for items that come again, in MiB; 0: none."
     ),
@@ -44,9 +46,9 @@ def serve(
         help="Tokens of finished requests kept for prompts with the same prefix; default: 2048, 0: "
         "none. Not with --engine-url.",
     ),
-    workers: int = typer.Option(2, help="Processes that decode media."),
+    workers: int = typer.Option(2, help="Number of processes that decode media."),
     allow_url_host: list[str] = typer.Option(
-        None, help="A host that media may be fetched from; default: none."
+        None, help="Host that media may be fetched from; repeatable. Default: none."
     ),
     engine_url: list[str] = typer.Option(
         None,
@@ -57,24 +59,26 @@ def serve(
         0.0, help="Time that the start waits for the first vLLM server, in seconds."
     ),
     examples: bool = typer.Option(
-        True, help="Whether the chat page shows some rows of the run's training."
+        True, help="Show rows of the run's data as examples on the chat page."
     ),
     shutdown_timeout: float = typer.Option(
-        30.0, help="The longest that answers go on after SIGTERM, in seconds."
+        30.0, help="Time that running requests may take to finish after SIGTERM, in seconds."
     ),
     language_model: str = typer.Option(
-        None, help="Where the frozen language model is, if it has moved."
+        None, help="Folder or hub name of the frozen language model, if it has moved."
     ),
-    device: str = typer.Option(None, help="cpu, cuda, mps; default: the best there is."),
+    device: str = typer.Option(
+        None, help="cpu, cuda or mps; default: an accelerator if there is one."
+    ),
 ) -> None:
-    """Answer over HTTP as OpenAI's chat completions do, with media of every sense of the run."""
+    """Serve a run over HTTP: OpenAI's chat completions with media of all its modalities."""
     from multi_token.errors import MultiTokenError
 
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MultiTokenError(
-            f"`multi-token serve` needs {', '.join(missing)}, which is not installed: pip install "
-            '"multi_token[serve]"'
+            f"`multi-token serve` needs packages that are not installed ({', '.join(missing)}): "
+            'pip install "multi_token[serve]"'
         )
     settings = _settings(
         host=host,
@@ -99,7 +103,7 @@ def serve(
 
 
 def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """The keys of the option, the file and the environment. Raises MultiTokenError."""
+    """Collect API keys from option, file and environment. Raises MultiTokenError."""
     from multi_token.errors import MultiTokenError
 
     keys = list(given or ())
@@ -108,18 +112,19 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise MultiTokenError(
-                f"cannot read {file}: {error}; expected a file with a key a line"
+                f"cannot read {file}: {error}; expected a file with one API key per line"
             ) from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise MultiTokenError(f"{file} holds no key; expected one a line")
+            # Without this check an empty file would start a server that needs no key.
+            raise MultiTokenError(f"{file} contains no API key; expected one per line")
         keys += found
     keys += [key for key in re.split(r"[\s,]+", os.environ.get(KEYS_VARIABLE, "")) if key]
     return tuple(dict.fromkeys(keys))
 
 
 def _settings(**fields: Any) -> ServeSettings:
-    """Raises MultiTokenError in one sentence that names the option."""
+    """Build the settings. Raises MultiTokenError that names the invalid field."""
     from pydantic import ValidationError
 
     from multi_token.errors import MultiTokenError
@@ -157,7 +162,7 @@ def _run(
     if uses_vllm:
         from multi_token.serve.engines.vllm.golden import read_golden
 
-        read_golden(run)  # a folder without it is refused before anything is loaded
+        read_golden(run)  # refuses a folder that was not exported, before loading any weights
     model = _load(run, language_model, device, embeddings_only=uses_vllm)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
@@ -166,19 +171,21 @@ def _run(
         raise service.start_error
     if not server.started:
         raise MultiTokenError(
-            f"the server did not start on {settings.host}:{settings.port}; the lines above say why"
+            f"the server did not start on {settings.host}:{settings.port}; see the log lines above"
         )
 
 
 def _print_address(console: Any, server: Any, service: Any) -> None:
-    """Where it listens, what it senses, and a line to try."""
+    """Print the server's address, its modalities and an example request."""
     settings = service.settings
-    senses = ", ".join(
+    modalities = ", ".join(
         f"{name} ({kind})" for name, kind in service.message_parser.type_names.items()
     )
     key = " -H 'Authorization: Bearer '$KEY" if settings.api_keys else ""
     body = f'{{"model": "{settings.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    console.print(f"{settings.name} listens on {server.url}; senses: {senses or 'none'}")
+    console.print(
+        f"{settings.name} listens on {server.url}; modalities: {modalities or 'none (text only)'}"
+    )
     console.print(f"chat page: {server.url}/")
     header = f"{key} -H 'Content-Type: application/json'"
     console.print(f"curl {server.url}/v1/chat/completions{header} -d '{body}'")

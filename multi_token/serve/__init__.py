@@ -1,12 +1,8 @@
-"""OpenAI-compatible server: a trained run for many clients at once.
+"""Serve a trained run over HTTP: many concurrent requests, untrusted clients.
 
-    HTTP request -> openai/: schema, messages -> Conversation
-                 -> media/: worker processes decode untrusted bytes -> Prepared
-                 -> media_embeddings: encode + project, micro-batched and cached
-                 -> engines/: prompt -> tokens (local, or vLLM servers)
-                 -> detokenizer: token ids -> text, stop strings
-                 -> openai/: SSE events or one JSON response
+    HTTP -> openai/ (messages) -> media/ (decode in worker processes) -> media_embeddings
+         -> engines/ (local, or vLLM servers) -> detokenizer -> openai/ (JSON, SSE)
 
-`service` joins the steps, `admission` bounds the requests in them, `server` runs uvicorn. This
-package never reads a path or opens a socket named by a client; `media.fetch` does, under limits.
+`service.py` connects the steps, `server.py` runs uvicorn and drains, `chat_ui/` is the chat page.
+No code here trains or loads checkpoints.
 """

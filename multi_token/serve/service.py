@@ -1,6 +1,8 @@
-"""The service: media are decoded, encoded and projected, prompts are continued, text comes back.
+"""Service: one model that generates for many concurrent requests, without HTTP.
 
-Border: joins the parts that do these steps, and knows when to refuse; nothing here is HTTP.
+    Conversation -> PromptBuilder (decode, tokenize, encode, project) -> engine -> RequestOutput
+
+`Service` admits requests, applies deadlines and context limits, and restarts a dead engine.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,33 +47,17 @@ T = TypeVar("T")
 LOG = logging.getLogger("multi_token.serve")
 _MAX_CHARACTERS_PER_TOKEN = 64
 _WATCHDOG_INTERVAL_S = 0.5
-"""How often the engine's life is looked after."""
+"""Interval of the check that the engine is alive."""
 
 
-class Service:
-    """One model, answering many requests."""
+class PromptBuilder:
+    """Builds engine prompts: decodes media, tokenizes, encodes and projects."""
 
     def __init__(
-        self,
-        model: MultiTokenForConditionalGeneration,
-        settings: ServeSettings,
-        *,
-        engine: Engine | None = None,
+        self, model: MultiTokenForConditionalGeneration, settings: ServeSettings, metrics: Metrics
     ) -> None:
-        """`engine`: instead of the one that the settings name."""
-        self.settings = settings
         self.processor = model.require_processor()
         self.modalities = model.modalities
-        self.engine = engine or build_engine(model, settings)
-        self.message_parser = MessageParser(
-            model.modalities,
-            allow_urls=bool(settings.allowed_url_hosts),
-            max_media=settings.max_media,
-            max_messages=settings.max_messages,
-            max_characters=_max_characters(self.engine.max_tokens),
-        )
-        self.admission = Admission(settings.max_batch, settings.max_waiting)
-        self.metrics = Metrics(list(model.modalities))
         self.media_pool = MediaPool(
             model.modalities,
             num_workers=settings.num_workers,
@@ -80,30 +66,131 @@ class Service:
             urls=UrlPolicy(allowed_hosts=settings.allowed_url_hosts),
         )
         self.media_embedder = MediaEmbedder(model, cache_bytes=settings.media_cache_bytes)
+        self._request_limits = settings.media_totals
+        self._metrics = metrics
         self._escaper = SpecialTokenEscaper(self.processor.tokenizer)
-        self._token_text = TokenText(self.processor.tokenizer)
+        # One thread: tokenizers of transformers are not thread-safe ("Already borrowed").
+        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def start(self) -> None:
+        """Start the media workers. Raises MultiTokenError."""
+        if self.modalities:
+            self.media_pool.start()
+
+    async def stop(self) -> None:
+        """Stop the workers and threads; waiting items fail."""
+        await asyncio.to_thread(self.media_embedder.stop)
+        if self.modalities:
+            await asyncio.to_thread(self.media_pool.stop)
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+
+    async def build(
+        self, conversation: Conversation, tenant: str, check_length: Callable[[int], object]
+    ) -> Prompt:
+        """Build the prompt of a conversation. Raises ServeError.
+
+        `check_length` gets the number of prompt tokens before anything is encoded, and raises if
+        the prompt is too long.
+        """
+        items = conversation.media
+        prepared = await self._prepare_media(items)
+        sample = await asyncio.get_running_loop().run_in_executor(
+            self._tokenizer_thread, self._tokenize, conversation, prepared
+        )
+        check_length(len(sample.input_ids))
+        began = time.monotonic()
+        prompt = await self.media_embedder.build_prompt(sample, tenant=tenant)
+        if items:
+            self._metrics.encoder.observe(time.monotonic() - began)
+        return prompt
+
+    async def _prepare_media(self, items: Sequence[Media]) -> list[Prepared]:
+        """Decode all items in parallel; if one is refused, the others are cancelled."""
+        budget = RequestMediaBudget(self._request_limits, len(items))
+        sent = [item.source for item in items if isinstance(item.source, bytes)]
+        budget.add(MediaSize(bytes=sum(map(len, sent))))
+        tasks = [asyncio.ensure_future(self._prepare_item(item, budget)) for item in items]
+        # gather leaves the other tasks running when one raises.
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _prepare_item(self, item: Media, budget: RequestMediaBudget) -> Prepared:
+        began = time.monotonic()
+        prepared = await self.media_pool.prepare(item, budget)
+        num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
+        budget.add(MediaSize(tokens=num_tokens))
+        label = self._metrics.modality_label(item.modality)
+        self._metrics.media_decode.labels(label).observe(time.monotonic() - began)
+        return prepared
+
+    def _tokenize(self, conversation: Conversation, prepared: Sequence[Prepared]) -> Sample:
+        """Tokenize a conversation; special tokens in its texts stay text. Raises ServeError."""
+        escaped = self._escaper.escape(conversation)
+        media = iter(prepared)
+        num_tokens = [
+            len(self._escaper.letter_ids(item.source))
+            if item.modality == LITERAL
+            else self.modalities[item.modality].num_tokens(next(media).num_features)
+            for item in escaped.media
+        ]
+        try:
+            sample = self.processor.chat.tokenize(escaped, num_tokens, prompt_only=True)
+        except ChatTemplateError as error:
+            raise ServeError(str(error), param="messages", code="chat_template") from error
+        sample = self._escaper.restore(sample, escaped.media)
+        sample.media = list(prepared)
+        return sample
+
+
+class Service:
+    """One model, generating for many requests."""
+
+    def __init__(
+        self,
+        model: MultiTokenForConditionalGeneration,
+        settings: ServeSettings,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
+        """`engine`: overrides the engine of the settings."""
+        self.settings = settings
+        self.engine = engine or build_engine(model, settings)
+        self.admission = Admission(settings.max_batch, settings.max_waiting)
+        self.metrics = Metrics(list(model.modalities))
+        self.message_parser = MessageParser(
+            model.modalities,
+            allow_urls=bool(settings.allowed_url_hosts),
+            max_media=settings.max_media,
+            max_messages=settings.max_messages,
+            max_characters=_max_characters(self.engine.max_tokens),
+        )
+        self.prompts = PromptBuilder(model, settings, self.metrics)
+        self.metrics.watch(
+            self.engine, self.admission, self.prompts.media_pool, self.prompts.media_embedder
+        )
+        self._chat = self.prompts.processor.chat
+        self._token_text = TokenText(self.prompts.processor.tokenizer)
         self._end_ids = frozenset(eos_token_ids(model))
-        # a modality of several kinds belongs to none of OpenAI's two counts
+        # OpenAI counts image and audio tokens; a modality of several kinds belongs to neither.
         self._openai_kinds = {
             name: modality.openai_kinds[0]
             for name, modality in model.modalities.items()
             if modality.openai_kinds in (("image",), ("audio",))
         }
         self._created = int(time.time())
-        # one thread: a tokenizer is not made for several at once
-        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._outputs: set[RequestOutput] = set()
         self._watchdog: asyncio.Task[None] | None = None
         self._request_numbers = itertools.count()
         self.start_error: Exception | None = None
-        """Why it did not start."""
-        self.metrics.watch(self.engine, self.admission, self.media_pool, self.media_embedder)
+        """Error of a failed start."""
 
     async def start(self) -> None:
-        """Start processes and threads. Raises MultiTokenError if one does not."""
-        starting = [asyncio.to_thread(self.engine.start)]
-        if self.modalities:
-            starting.append(asyncio.to_thread(self.media_pool.start))
+        """Start the engine and the media workers. Raises MultiTokenError if one fails."""
+        starting = [asyncio.to_thread(self.engine.start), asyncio.to_thread(self.prompts.start)]
+        # return_exceptions: stop() must not run while the other one still starts.
         for result in await asyncio.gather(*starting, return_exceptions=True):
             if isinstance(result, Exception):
                 self.start_error = result
@@ -112,29 +199,27 @@ class Service:
         self._watchdog = asyncio.create_task(self._restart_engine_loop())
 
     async def stop(self) -> None:
-        """End all; what is being answered fails."""
+        """Stop everything; running requests fail with 503."""
         self.admission.drain()
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._fail_all()
         await asyncio.to_thread(self.engine.stop)
-        await asyncio.to_thread(self.media_embedder.stop)
-        if self.modalities:
-            await asyncio.to_thread(self.media_pool.stop)
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        await self.prompts.stop()
 
     async def drain(self, timeout_s: float) -> None:
-        """Let nobody in, and let those inside end; who has not after `timeout_s` is told so."""
-        LOG.warning("draining: %d answers inside", self.admission.num_admitted)
+        """Refuse new requests and let running ones finish; after `timeout_s` they fail with 503."""
+        LOG.warning("draining: %d running requests", self.admission.num_admitted)
         self.admission.drain()
         if not await self.admission.wait_until_empty(timeout_s):
             self._fail_all()
 
     def _fail_all(self) -> None:
+        # A copy: a failed output removes itself from the set.
         for output in list(self._outputs):
             output.fail(
                 ServeError(
-                    "the server shut down before the answer was complete",
+                    "the server shut down before the response was complete",
                     status=503,
                     code="shutting_down",
                     retry=True,
@@ -148,15 +233,15 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a new request would be taken."""
+        """Whether new requests are accepted."""
         return self.is_healthy and not self.admission.is_draining
 
     def count_request(self, status: int) -> None:
-        """Any request has ended with this status; 0 is that of a client that left."""
+        """Count a finished HTTP request; status 0: its client disconnected first."""
         self.metrics.requests.labels(str(status) if status else "client_gone").inc()
 
     def model_card(self) -> dict[str, Any]:
-        """The model as `/v1/models` tells of it."""
+        """Entry of the model in `/v1/models`."""
         return {
             "id": self.settings.name,
             "object": "model",
@@ -185,12 +270,15 @@ class Service:
         arrived = time.monotonic() if arrived is None else arrived
         self.check_capacity(params.n)
         with self.admission.admit(params.n):
-            prompt = await self._with_deadline(self._build_prompt(conversation, tenant), deadline)
+            building = self.prompts.build(
+                conversation, tenant, lambda length: self._max_new_tokens(length, 1)
+            )
+            prompt = await self._with_deadline(building, deadline)
             max_new_tokens = self._max_new_tokens(len(prompt.input_ids), params.max_tokens)
             # A client chooses X-Request-Id, so two requests may have the same.
             ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(params.n)]
             output = RequestOutput(
-                [IncrementalDetokenizer(self.processor.chat, params.stop) for _ in ids],
+                [IncrementalDetokenizer(self._chat, params.stop) for _ in ids],
                 self._usage(prompt),
                 deadline,
                 end_ids=frozenset() if params.ignore_eos else self._end_ids,
@@ -205,6 +293,7 @@ class Service:
                     self.engine.submit(id, prompt, sampling, output.emit(index))
                 yield output
             finally:
+                # Also after a disconnect or an error: the engine must not go on generating.
                 output.close()
                 self._outputs.discard(output)
                 for id in ids:
@@ -217,68 +306,15 @@ class Service:
         except asyncio.TimeoutError:
             raise deadline.error() from None
 
-    async def _build_prompt(self, conversation: Conversation, tenant: str) -> Prompt:
-        """Decode, tokenize, encode and project."""
-        items = conversation.media
-        prepared = await self._prepare_media(items)
-        sample = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizer_thread, self._tokenize, conversation, prepared
-        )
-        self._max_new_tokens(len(sample.input_ids), 1)  # too long is told before it is encoded
-        began = time.monotonic()
-        prompt = await self.media_embedder.build_prompt(sample, tenant=tenant)
-        if items:
-            self.metrics.encoder.observe(time.monotonic() - began)
-        return prompt
-
-    async def _prepare_media(self, items: Sequence[Media]) -> list[Prepared]:
-        """All items, decoded at once; if one is refused, the others are given up."""
-        totals = RequestMediaBudget(self.settings.media_totals, len(items))
-        sent = [item.source for item in items if isinstance(item.source, bytes)]
-        totals.add(MediaSize(bytes=sum(map(len, sent))))
-        tasks = [asyncio.ensure_future(self._prepare_item(item, totals)) for item in items]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _prepare_item(self, item: Media, totals: RequestMediaBudget) -> Prepared:
-        began = time.monotonic()
-        prepared = await self.media_pool.prepare(item, totals)
-        num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
-        totals.add(MediaSize(tokens=num_tokens))
-        label = self.metrics.modality_label(item.modality)
-        self.metrics.media_decode.labels(label).observe(time.monotonic() - began)
-        return prepared
-
-    def _tokenize(self, conversation: Conversation, prepared: Sequence[Prepared]) -> Sample:
-        """The prompt as numbers. Spelled special tokens are letters in it. Raises ServeError."""
-        cut = self._escaper.escape(conversation)
-        media = iter(prepared)
-        num_tokens = [
-            len(self._escaper.letter_ids(item.source))
-            if item.modality == LITERAL
-            else self.modalities[item.modality].num_tokens(next(media).num_features)
-            for item in cut.media
-        ]
-        try:
-            sample = self.processor.chat.tokenize(cut, num_tokens, prompt_only=True)
-        except ChatTemplateError as error:
-            raise ServeError(str(error), param="messages", code="chat_template") from error
-        sample = self._escaper.restore(sample, cut.media)
-        sample.media = list(prepared)
-        return sample
-
     def _max_new_tokens(self, num_prompt: int, asked: int | None) -> int:
-        """How long an answer may be. Raises ServeError where the prompt leaves no room for it."""
+        """Maximum number of new tokens. Raises ServeError if they do not fit the context."""
         limit = self.engine.max_tokens
         room = None if limit is None else limit - num_prompt
         if room is not None and room < (asked or 1):
             raise ServeError(
                 f"the prompt has {num_prompt} tokens"
                 + (f" and asks for {asked} more" if asked and asked > 1 else "")
-                + f", and this model takes {limit} for both",
+                + f", and the context length of this model is {limit} for both",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -289,42 +325,43 @@ class Service:
 
     def _usage(self, prompt: Prompt) -> Usage:
         media: dict[str, int] = {}
-        for place in prompt.media_spans:
-            media[place.modality] = media.get(place.modality, 0) + place.length
+        for span in prompt.media_spans:
+            media[span.modality] = media.get(span.modality, 0) + span.length
         return Usage(len(prompt.input_ids), media, self._openai_kinds)
 
-    def check_capacity(self, num_answers: int = 1) -> None:
-        """Raise ServeError, and count it, if so many answers would not be let in now."""
+    def check_capacity(self, num_choices: int = 1) -> None:
+        """Raise ServeError, and count it, if a request with N choices would be refused now."""
         try:
-            self.admission.check_capacity(num_answers)
+            self.admission.check_capacity(num_choices)
         except ServeError as error:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise
 
     async def _restart_engine_loop(self) -> None:
-        """Start a dead engine again, as often as it takes."""
+        """Restart a dead engine until it runs."""
         while True:
             await asyncio.sleep(_WATCHDOG_INTERVAL_S)
             if self.engine.is_alive:
                 continue
-            LOG.error("the engine %s has died and is started again", self.engine.name)
+            LOG.error("the engine %s died; restarting it", self.engine.name)
             self.metrics.engine_restarts.inc()
+            # Any error of a restart is logged and tried again: /health reports 503 meanwhile, and
+            # an ended loop would leave the server without an engine for good.
             try:
                 await asyncio.to_thread(self.engine.start)
             except Exception as error:
-                LOG.error("the engine does not start", exc_info=error)
+                LOG.error("the engine did not restart", exc_info=error)
 
 
 def _max_characters(max_tokens: int | None) -> int:
-    """Of all texts of a request: more than any prompt that fits, so that what never could is
-    refused before it is tokenized."""
+    """Limit of a request's text: more than fits the context, so it refuses before tokenizing."""
     if max_tokens is None:
         return MAX_CHARACTERS
     return min(MAX_CHARACTERS, max_tokens * _MAX_CHARACTERS_PER_TOKEN)
 
 
 def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSettings) -> Engine:
-    """The engine that the settings name. Raises MultiTokenError if the model cannot use it."""
+    """Build the engine of the settings. Raises MultiTokenError if the model does not support it."""
     if settings.engine_urls:
         from multi_token.serve.engines.vllm.engine import build_vllm_engine
 

@@ -1,7 +1,4 @@
-"""What a server may be told when it starts: where it listens, whom it answers, and its limits.
-
-Border: fields and their checks; nothing is opened or loaded.
-"""
+"""ServeSettings: address, API keys, engines and limits of a server, checked at construction."""
 
 from __future__ import annotations
 
@@ -29,24 +26,24 @@ _ENGINE_KEY = re.compile(r"[\x21-\x7e]{1,512}")
 
 
 class ServeSettings(BaseModel):
-    """Frozen; every field has a default, and the defaults are safe for strangers."""
+    """Settings of a server. Every default is safe for untrusted clients."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "multi_token"
-    """What the model is called in `/v1/models` and in requests."""
+    """Model name in `/v1/models` and in requests."""
     host: str = "127.0.0.1"
-    """The address that is listened on; any but this machine's own needs a key."""
+    """Address to listen on; any but a loopback address needs an API key."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """0 takes a free one."""
+    """0: a free port."""
     run_folder: Path | None = None
-    """The run's folder, whose report and rows the chat page shows; None shows neither."""
+    """Run folder whose report and example rows the chat page shows; None: neither."""
     show_examples: bool = True
-    """Whether the chat page shows some rows of the training to whoever has a key."""
+    """Show rows of the run's data on the chat page, to clients with a key."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
-    """Whoever sends one of them as `Authorization: Bearer KEY` is answered; none: everybody is."""
+    """Clients must send one of these as `Authorization: Bearer KEY`; empty: no key needed."""
     allowed_url_hosts: tuple[str, ...] = ()
-    """Hosts that media may be fetched from; none: media come in the request alone."""
+    """Hosts that media may be fetched from; empty: media come in the request only."""
 
     engine_urls: tuple[str, ...] = ()
     """Addresses of vLLM servers, without `/v1`, that generate for the prompts; none: the local
@@ -56,50 +53,50 @@ class ServeSettings(BaseModel):
     engine_startup_timeout_s: float = Field(default=0.0, ge=0)
     """Time that the start waits for the first vLLM server."""
     max_batch: PositiveInt = 8
-    """Answers that are written at once."""
+    """Concurrent generations; each choice of `n` counts."""
     max_queue: NonNegativeInt | None = None
-    """Answers that may wait beside them; None: four times `max_batch`."""
+    """Generations that may wait; None: 4 x `max_batch`."""
     prefix_cache_tokens: NonNegativeInt | None = None
     """Local engine: tokens of finished requests in the prefix cache; None: 2048, 0: disabled."""
     num_workers: PositiveInt = 2
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
-    """The longest that one item may take to be decoded."""
+    """Time limit for decoding one media item."""
     media_cache_bytes: NonNegativeInt = 256 * MIB
-    """Media embeddings that are kept for items that come again."""
+    """Size of the cache of media embeddings, for items that are sent again."""
 
     default_max_tokens: PositiveInt = 512
-    """The longest answer where a request names no `max_tokens`."""
+    """`max_tokens` of requests that give none."""
     max_tokens: PositiveInt = 32_768
-    """The longest answer that a request may ask for."""
+    """Largest `max_tokens` of a request."""
     max_media: PositiveInt = 64
-    """Items in one request."""
+    """Media items per request."""
     max_messages: PositiveInt = 1000
-    """Messages in one request."""
+    """Messages per request."""
     media_totals: RequestMediaLimits = RequestMediaLimits()
-    """Of all items in one request together."""
+    """Limits of all media items of one request together."""
 
     max_body_bytes: PositiveInt = 32 * MIB
-    """A longer body is refused as soon as so much of it has been received."""
+    """Largest request body; the server stops reading there."""
     max_json_values: PositiveInt = 1_000_000
-    """A body with more brackets and commas is refused before it is parsed."""
+    """Most brackets and commas in a body, counted before it is parsed."""
     header_timeout_s: PositiveFloat = 10.0
-    """The longest that a request's first line and headers may take to arrive."""
+    """Time limit for receiving a request's headers."""
     body_timeout_s: PositiveFloat = 60.0
-    """The longest that a body may take to arrive."""
+    """Time limit for receiving a body."""
     send_timeout_s: PositiveFloat = 30.0
-    """The longest that a client may take to read a piece of its answer."""
+    """Time limit for sending one chunk of a response."""
     deadline_s: PositiveFloat = 300.0
-    """The longest that a request may take; `X-Request-Timeout` lowers it."""
+    """Time limit of a request; the header `X-Request-Timeout` can lower it."""
     shutdown_timeout_s: float = Field(default=30.0, ge=0)
-    """The longest that answers go on after SIGTERM."""
+    """Time that running requests may take to finish after SIGTERM."""
 
     @model_validator(mode="after")
     def _safe(self) -> ServeSettings:
         if not self.is_local and not self.api_keys:
             raise ValueError(
-                f"host {self.host} can be reached from other machines, which needs a key: give "
-                "--api-key, or listen on 127.0.0.1"
+                f"host {self.host} is reachable from other machines, so an API key is needed: give "
+                "--api-key or --api-key-file, or listen on 127.0.0.1"
             )
         if self.prefix_cache_tokens is not None and self.engine_urls:
             raise ValueError(
@@ -110,18 +107,19 @@ class ServeSettings(BaseModel):
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError(
-                    "a key has 8 to 512 printable ASCII characters and no blanks (sk-... is a form "
-                    "that all clients take)"
+                    "an API key must have 8 to 512 printable ASCII characters and no spaces (all "
+                    "clients accept the form sk-...)"
                 )
         if not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"name {self.name!r} should have 1 to 128 letters, digits and . : / @ + - _ only"
+                f"name {self.name!r} must have 1 to 128 characters: letters, digits and . : / @ + "
+                "- _ only"
             )
         return self
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether the host is a loopback address."""
         if self.host == "localhost":
             return True
         try:
@@ -131,7 +129,7 @@ class ServeSettings(BaseModel):
 
     @property
     def max_waiting(self) -> int:
-        """Answers that may wait beside those that are written."""
+        """Generations that may wait for a place in the batch."""
         return 4 * self.max_batch if self.max_queue is None else self.max_queue
 
 
@@ -139,7 +137,7 @@ def check_engine_settings(urls: tuple[str, ...], key: str | None) -> None:
     """Raise ValueError for invalid addresses or an invalid key of vLLM servers."""
     for url in urls:
         if not _ENGINE_URL.fullmatch(url):
-            shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # a password is not repeated
+            shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # hides a password
             raise ValueError(
                 f"engine_urls: {shown!r} should be http://HOST:PORT or https://HOST:PORT of an "
                 "engine, without a path, user or password (its key: MULTI_TOKEN_ENGINE_KEY)"

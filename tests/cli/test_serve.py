@@ -51,7 +51,7 @@ def run(
 def test_sigterm_lets_answers_end_and_leaves_with_0(run: Path) -> None:
     with serve_process(str(run), "--api-key", KEY, "--name", "mine") as (process, url, printed):
         text = "".join(printed)
-        assert "mine listens on" in text and "senses: vector (vector)" in text
+        assert "mine listens on" in text and "modalities: vector (vector)" in text
         assert KEY not in text
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
@@ -94,11 +94,11 @@ def test_a_second_signal_aborts(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--host", "0.0.0.0"], "needs a key"),
-        (["--api-key", "short"], "a key has"),
+        (["--host", "0.0.0.0"], "API key is needed"),
+        (["--api-key", "short"], "an API key must have"),
         (["--max-batch", "0"], "max_batch"),
         (["--engine-url", "ftp://a:1"], "should be http://HOST:PORT"),
-        (["--api-key-file", "nothing-here"], "expected a file with a key a line"),
+        (["--api-key-file", "nothing-here"], "expected a file with one API key per line"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(
@@ -163,7 +163,7 @@ def test_keys_come_from_option_file_and_environment(
         "sk-environment-2",
     )
     file.write_text("\n")
-    with pytest.raises(MultiTokenError, match="holds no key"):
+    with pytest.raises(MultiTokenError, match="contains no API key"):
         _keys(None, file)
 
 

@@ -20,7 +20,7 @@ from tests.serve.running_server import KEY, RunningServer, running
 def served_run(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a run with the senses `image` (3 tokens) and `vector` (2 for each vector)."""
+    """The folder of a run with the modalities `image` (3 tokens) and `vector` (2 per vector)."""
     import torch
 
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -79,7 +79,7 @@ def openai_client(server: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A small modality of every built-in type, and of documents also one whose strings are texts;
     those of media lowered to small limits."""
     from multi_token.modalities.base import Modality
@@ -90,7 +90,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from multi_token.testing.text import tiny_sentence_encoder
     from multi_token.testing.vision import tiny_image_encoder
 
-    folder = tmp_path_factory.mktemp("all_senses")
+    folder = tmp_path_factory.mktemp("all_modalities")
     clip = tiny_image_encoder(folder / "clip")
     sentences = tiny_sentence_encoder(folder / "sentences")
     fields: dict[str, dict[str, Any]] = {
@@ -122,7 +122,7 @@ def all_senses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny Llama with a vector sense, for tests of engines; do not change it."""
+    """A tiny Llama with a vector modality, for tests of engines; do not change it."""
     from tests.serve.engine_parts import composed
 
     return composed(tmp_path_factory.mktemp("llama"), families, "Llama")

@@ -1,4 +1,4 @@
-"""Tiny models with a sense, prompts for them, and clients of an engine.
+"""Tiny models with a modality, prompts for them, and clients of an engine.
 
 Border: parts for the tests of engines; no assertion about an engine's answers stands here.
 """
@@ -31,7 +31,7 @@ VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -
 
 
 def composed(folder: Path, families: ModuleType, family: str, **changes: Any) -> Any:
-    """A family's tiny model with a vector sense whose tokens weigh as much as text."""
+    """A family's tiny model with a vector modality whose tokens weigh as much as text."""
     untied = {"tie_word_embeddings": False} if family == "Gemma3" else {}
     families.save_tiny_model(family, folder, **untied, **changes)  # else it repeats one token
     vector = {"type": "vector", "dim": 5, "projector": {"type": "expand", "factor": 3}}

@@ -1,6 +1,6 @@
 """What a training leaves behind for the chat page: a recipe, rows of several kinds, a report.
 
-Border: makes the folder; the model that is served is another one's, with the same senses.
+Border: makes the folder; the model that is served is another one's, with the same modalities.
 """
 
 from __future__ import annotations

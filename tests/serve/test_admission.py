@@ -1,6 +1,6 @@
 """Too many, too long, too late: what a server under load says, and what it does when it ends.
 
-Border: a real server without senses (no media workers to wait for). Counts and clocks alone:
+Border: a real server without modalities (no media workers to wait for). Counts and clocks alone:
 test_admission_counts.py; SIGTERM in a real process: tests/cli/test_serve.py.
 """
 
@@ -29,7 +29,7 @@ LONG = {
 SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 
 
-def without_senses(model: Any) -> Any:
+def without_modalities(model: Any) -> Any:
     """The same model that reads only text: its server starts no media workers."""
     found = copy.copy(model)
     found.modalities = {}
@@ -38,7 +38,7 @@ def without_senses(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def text_model(served_model: Any) -> Any:
-    return without_senses(served_model)
+    return without_modalities(served_model)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def chat(server: RunningServer, body: dict[str, Any], **headers: str) -> httpx.R
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
-def test_a_model_without_senses_answers_and_says_so(small: RunningServer) -> None:
+def test_a_model_without_modalities_answers_and_says_so(small: RunningServer) -> None:
     assert chat(small, SHORT).status_code == 200
     part = {"type": "image_url", "image_url": "data:,x"}
     answer = chat(small, {"messages": [{"role": "user", "content": [part]}]})

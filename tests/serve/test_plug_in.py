@@ -71,7 +71,7 @@ NUMBERS = {"type": "media", "modality": "nose", "data": [0.5, 0.25, 1.5]}
 def test_a_plug_in_is_answered_by_its_own_part_and_by_the_part_it_declares(
     smells: RunningServer, part: dict[str, Any]
 ) -> None:
-    model: Any = smells.service.media_embedder.model
+    model: Any = smells.service.prompts.media_embedder.model
     message = Message("user", (Media("nose", ODOUR), Text("What is this?")))
     (expected,) = model.generate([Conversation((message,))], max_new_tokens=NUM_TOKENS)
     answer = ask(smells, part)

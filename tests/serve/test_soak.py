@@ -130,7 +130,7 @@ def test_after_a_thousand_clients_have_left_no_request_is_inside_and_no_slot_is_
                     service.admission.num_admitted,
                     service.engine.num_running,
                     service.engine.num_waiting,
-                    service.media_pool.num_waiting,
+                    service.prompts.media_pool.num_waiting,
                     len(service._outputs),
                 )
                 == (0, 0, 0, 0, 0)

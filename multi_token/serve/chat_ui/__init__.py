@@ -1,1 +1,1 @@
-"""The chat page in the browser."""
+"""Chat page in the browser: static files, facts about the run, examples and the report."""

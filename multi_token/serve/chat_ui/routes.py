@@ -80,12 +80,12 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
                 "type": modality.type,
                 "takes": [dataclasses.asdict(kind) for kind in modality.file_kinds()],
             }
-            for name, modality in service.modalities.items()
+            for name, modality in service.prompts.modalities.items()
         ]
         if not settings.show_examples:
             return modalities, Examples()
         try:
-            return modalities, read_examples(folder, service.modalities)
+            return modalities, read_examples(folder, service.prompts.modalities)
         # Data moves and changes after a run; whatever it raises, the page works without examples.
         except Exception as error:
             LOG.error("the chat page has no examples", exc_info=error)

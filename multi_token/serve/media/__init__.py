@@ -1,1 +1,4 @@
-"""Untrusted media: decoded in worker processes, under limits."""
+"""Untrusted media: decoded in sandboxed worker processes, under limits of size, memory and time.
+
+The modalities decode; this folder adds processes and limits, and never opens a path of a request.
+"""

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API."""
+"""OpenAI-compatible HTTP API: request schema, messages, responses and middleware."""

@@ -217,7 +217,9 @@ def test_an_answer_can_be_stopped(opened: Any, page_server: RunningServer) -> No
     opened.wait_for_selector(ANSWERED)
     assert opened.text_content(".after").startswith("Stopped")
     assert page_server.wait_until(lambda: engine.num_running == 0, 2)
-    whole = page_server.service.processor.chat.tokenizer(opened.text_content(".words >> nth=-1"))
+    whole = page_server.service.prompts.processor.chat.tokenizer(
+        opened.text_content(".words >> nth=-1")
+    )
     assert 0 < len(whole["input_ids"]) < 400
     opened.click("#new")
     assert opened.locator(".turn").count() == 0 and opened.is_visible("#welcome")

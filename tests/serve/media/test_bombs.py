@@ -43,49 +43,51 @@ def gif(num_frames: int) -> bytes:
     return head + b"".join(frames) + b"\x3b"
 
 
-def test_a_picture_of_65500_by_65500_is_refused_by_its_header(all_senses: dict[str, Any]) -> None:
+def test_a_picture_of_65500_by_65500_is_refused_by_its_header(
+    all_modalities: dict[str, Any],
+) -> None:
     bomb = png(65_500, 65_500)
     with little_memory(2):
-        assert "65500 x 65500" in refusal(all_senses["image"], bomb)
+        assert "65500 x 65500" in refusal(all_modalities["image"], bomb)
     assert len(bomb) < MIB
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 3), (3, 50), (2, 2)])
-def test_a_tiny_picture_is_a_picture(all_senses: dict[str, Any], size: tuple[int, int]) -> None:
-    pixels = prepare(all_senses["image"], png(*size)).inputs["pixel_values"]
-    assert torch.equal(pixels, prepare(all_senses["image"], png(64, 64)).inputs["pixel_values"])
+def test_a_tiny_picture_is_a_picture(all_modalities: dict[str, Any], size: tuple[int, int]) -> None:
+    pixels = prepare(all_modalities["image"], png(*size)).inputs["pixel_values"]
+    assert torch.equal(pixels, prepare(all_modalities["image"], png(64, 64)).inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("size", [(1, 301), (90_000, 1), (2, 500_000)])
-def test_a_line_of_pixels_is_refused(all_senses: dict[str, Any], size: tuple[int, int]) -> None:
+def test_a_line_of_pixels_is_refused(all_modalities: dict[str, Any], size: tuple[int, int]) -> None:
     """Scaled until its short side is that of an encoder it would be gigabytes."""
     with little_memory(4):
-        assert "a line rather than a picture" in refusal(all_senses["image"], png(*size))
+        assert "a line rather than a picture" in refusal(all_modalities["image"], png(*size))
 
 
-def test_of_10000_frames_the_first_is_decoded(all_senses: dict[str, Any]) -> None:
+def test_of_10000_frames_the_first_is_decoded(all_modalities: dict[str, Any]) -> None:
     with little_memory(4):
-        many = prepare(all_senses["image"], gif(10_000))
+        many = prepare(all_modalities["image"], gif(10_000))
     assert torch.equal(
-        many.inputs["pixel_values"], prepare(all_senses["image"], gif(1)).inputs["pixel_values"]
+        many.inputs["pixel_values"], prepare(all_modalities["image"], gif(1)).inputs["pixel_values"]
     )
 
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
 def test_a_bomb_in_the_margin_of_a_picture_does_not_go_off(
-    all_senses: dict[str, Any], kind: bytes
+    all_modalities: dict[str, Any], kind: bytes
 ) -> None:
     packed_mib = zlib.compress(bytes(100 * MIB), 9)
     start = b"a\x00\x01\x00\x00\x00" if kind == b"iTXt" else b"a\x00\x00"
     try:
         with little_memory(8):
-            prepare(all_senses["image"], png(8, 8, chunk(kind, start + packed_mib)))
+            prepare(all_modalities["image"], png(8, 8, chunk(kind, start + packed_mib)))
     except MediaError:
         pass  # refused is as good
 
 
 def test_formats_that_start_programs_or_hold_others_are_not_opened(
-    all_senses: dict[str, Any],
+    all_modalities: dict[str, Any],
 ) -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     psd = b"8BPS\x00\x01" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(12)
@@ -99,7 +101,7 @@ def test_formats_that_start_programs_or_hold_others_are_not_opened(
         b"MZ",
         png(8, 8)[:45],
     ):
-        refusal(all_senses["image"], data)
+        refusal(all_modalities["image"], data)
 
 
 # --- sounds
@@ -122,14 +124,14 @@ def wav(num_channels: int, rate: int, num_frames: int, said_frames: int | None =
 
 
 @pytest.mark.parametrize("name", ["speech", "sound"])
-def test_a_sound_over_the_limit_is_refused(all_senses: dict[str, Any], name: str) -> None:
-    assert prepare(all_senses[name], wav(1, 8_000, 8_000)).num_features > 0
-    assert "the limit is 3 s" in refusal(all_senses[name], wav(1, 8_000, 25_000))
+def test_a_sound_over_the_limit_is_refused(all_modalities: dict[str, Any], name: str) -> None:
+    assert prepare(all_modalities[name], wav(1, 8_000, 8_000)).num_features > 0
+    assert "the limit is 3 s" in refusal(all_modalities[name], wav(1, 8_000, 25_000))
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("OGG", "OPUS"), ("FLAC", "PCM_16")])
 def test_ten_minutes_in_few_bytes_are_refused_before_they_are_decoded(
-    all_senses: dict[str, Any], kind: str, subtype: str
+    all_modalities: dict[str, Any], kind: str, subtype: str
 ) -> None:
     import soundfile
 
@@ -138,29 +140,29 @@ def test_ten_minutes_in_few_bytes_are_refused_before_they_are_decoded(
     data = file.getvalue()
     assert len(data) < MIB
     with little_memory(2):
-        assert "the limit is 3 s" in refusal(all_senses["speech"], data)
+        assert "the limit is 3 s" in refusal(all_modalities["speech"], data)
 
 
 @pytest.mark.parametrize("said", [2**31, 2**30, 2**24, 0])
 def test_a_header_that_lies_about_its_length_costs_nothing(
-    all_senses: dict[str, Any], said: int
+    all_modalities: dict[str, Any], said: int
 ) -> None:
     with little_memory(16):
         try:
-            prepare(all_senses["speech"], wav(1, 8_000, 8_000, said))
+            prepare(all_modalities["speech"], wav(1, 8_000, 8_000, said))
         except MediaError:
-            refusal(all_senses["speech"], wav(1, 8_000, 8_000, said))
+            refusal(all_modalities["speech"], wav(1, 8_000, 8_000, said))
 
 
 @pytest.mark.parametrize("rate", [1, 999, 1_000_000_000])
-def test_a_rate_that_cannot_be_is_refused(all_senses: dict[str, Any], rate: int) -> None:
-    refusal(all_senses["speech"], wav(1, rate, 8_000))
+def test_a_rate_that_cannot_be_is_refused(all_modalities: dict[str, Any], rate: int) -> None:
+    refusal(all_modalities["speech"], wav(1, rate, 8_000))
 
 
-def test_a_file_has_eight_channels_at_most(all_senses: dict[str, Any]) -> None:
-    assert prepare(all_senses["speech"], wav(8, 8_000, 8_000)).num_features > 0
-    assert "9 channels" in refusal(all_senses["speech"], wav(9, 8_000, 8_000))
-    assert "1,000 channels" in refusal(all_senses["speech"], wav(1_000, 8_000, 100))
+def test_a_file_has_eight_channels_at_most(all_modalities: dict[str, Any]) -> None:
+    assert prepare(all_modalities["speech"], wav(8, 8_000, 8_000)).num_features > 0
+    assert "9 channels" in refusal(all_modalities["speech"], wav(9, 8_000, 8_000))
+    assert "1,000 channels" in refusal(all_modalities["speech"], wav(1_000, 8_000, 100))
 
 
 # --- films
@@ -171,9 +173,9 @@ def film(tmp_path: Path, name: str = "a.mp4", num_frames: int = 20, **options: A
 
 
 def test_a_film_has_so_many_frames_seconds_and_pixels(
-    all_senses: dict[str, Any], tmp_path: Path
+    all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
-    video = all_senses["video"]
+    video = all_modalities["video"]
     data = film(tmp_path, num_frames=30, fps=15)
     assert prepare(video, data).inputs["pixel_values"].shape[0] == 8  # four of each second
     many = video.model_copy(update={"fps": 100.0})
@@ -185,13 +187,13 @@ def test_a_film_has_so_many_frames_seconds_and_pixels(
 
 
 def test_a_codec_that_is_not_on_the_list_is_not_opened(
-    all_senses: dict[str, Any], tmp_path: Path
+    all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
     data = film(tmp_path, "a.mkv", codec="jpeg2000")
-    assert "jpeg2000" in refusal(all_senses["video"], data)
+    assert "jpeg2000" in refusal(all_modalities["video"], data)
 
 
-def test_a_file_that_names_other_files_is_not_followed(all_senses: dict[str, Any]) -> None:
+def test_a_file_that_names_other_files_is_not_followed(all_modalities: dict[str, Any]) -> None:
     playlists = [
         b"ffconcat version 1.0\nfile /etc/passwd\n",
         b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
@@ -200,4 +202,4 @@ def test_a_file_that_names_other_files_is_not_followed(all_senses: dict[str, Any
     ]
     for data in playlists:
         for name in ("video", "speech", "image"):
-            refusal(all_senses[name], data)
+            refusal(all_modalities[name], data)

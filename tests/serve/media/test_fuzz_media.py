@@ -35,9 +35,9 @@ GROWTH = 1.05
 
 
 @pytest.fixture(scope="module")
-def pool(all_senses: dict[str, Any]) -> Iterator[MediaPool]:
+def pool(all_modalities: dict[str, Any]) -> Iterator[MediaPool]:
     made = MediaPool(
-        all_senses,
+        all_modalities,
         num_workers=1,
         timeout_s=5.0,
         memory_bytes=512 * MIB,
@@ -50,7 +50,7 @@ def pool(all_senses: dict[str, Any]) -> Iterator[MediaPool]:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
-    """A sense and a sound file for it, of each kind that is read."""
+    """A modality and a sound file for it, of each kind that is read."""
     folder = tmp_path_factory.mktemp("seeds")
     found: list[tuple[str, bytes]] = []
     noise = Image.effect_noise((48, 32), 80).convert("RGB")

@@ -26,26 +26,30 @@ from tests.serve.strangers import MIB, little_memory, prepare, refusal
 SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
 
 
-# --- how limits are put onto a sense
+# --- how limits are put onto a modality
 
 
-def test_limits_lower_what_a_sense_allows_and_raise_nothing(all_senses: dict[str, Any]) -> None:
+def test_limits_lower_what_a_modality_allows_and_raise_nothing(
+    all_modalities: dict[str, Any],
+) -> None:
     low = MediaLimits(max_pixels=100, max_seconds=1.0).model_dump()
     high = MediaLimits(max_pixels=10**12).model_dump()
-    image, speech = all_senses["image"], all_senses["speech"]
+    image, speech = all_modalities["image"], all_modalities["speech"]
     assert image.with_limits(low).max_pixels == 100
     assert speech.with_limits(low).max_seconds == 1.0
     assert image.with_limits(high) == image
-    vector = all_senses["vector"]
+    vector = all_modalities["vector"]
     assert vector.with_limits(low) == vector
 
 
-def test_every_limit_of_a_built_in_sense_has_one_above_it(all_senses: dict[str, Any]) -> None:
+def test_every_limit_of_a_built_in_modality_has_one_above_it(
+    all_modalities: dict[str, Any],
+) -> None:
     """A new field `max_...` has the name of a limit, stands in its class's `limit_fields`, or is
     named here with the reason."""
     lowest = MediaLimits(**dict.fromkeys(MediaLimits.model_fields, 1)).model_dump()
     bounded_by_others = {"max_chunks"}  # of max_characters
-    for modality in all_senses.values():
+    for modality in all_modalities.values():
         fields = type(modality).model_fields
         if "num_frames" in fields:  # which the frames taken are never less than
             modality = modality.model_copy(update={"num_frames": 1})
@@ -55,9 +59,11 @@ def test_every_limit_of_a_built_in_sense_has_one_above_it(all_senses: dict[str, 
 
 
 def test_a_film_keeps_the_number_of_frames_that_its_encoder_takes(
-    all_senses: dict[str, Any],
+    all_modalities: dict[str, Any],
 ) -> None:
-    film = all_senses["video"].model_copy(update={"fps": None, "num_frames": 8, "max_frames": 128})
+    film = all_modalities["video"].model_copy(
+        update={"fps": None, "num_frames": 8, "max_frames": 128}
+    )
     low = film.with_limits(MediaLimits(max_frames=4, max_video_pixels=8_000).model_dump())
     assert (low.num_frames, low.max_frames) == (8, 8)
     assert low.max_pixels == 1_000
@@ -91,50 +97,52 @@ def secret_sources(path: str) -> list[Any]:
 
 
 def test_a_worker_that_were_handed_a_path_would_not_read_it(
-    all_senses: dict[str, Any], tmp_path: Path
+    all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
     """The wall behind that of the pool, which hands none on (test_media_pool.py)."""
     (tmp_path / "real").write_bytes(b"word " * 100)
     path = str(tmp_path / "link")
     os.symlink(tmp_path / "real", path)
-    for name in all_senses:
+    for name in all_modalities:
         for source in secret_sources(path):
             if name == "text" and isinstance(source, str):
                 continue
             request = encode_frame(
                 {"modality": name, "source": serialize_source(source, max_numbers=100)[0]}
             )
-            header, _ = decode_frame(decode_item(all_senses, request, SETUP)[0])
+            header, _ = decode_frame(decode_item(all_modalities, request, SETUP)[0])
             assert header.get("fault") in ("media", "error"), (name, source, header)
 
 
 def test_a_text_that_looks_like_a_path_is_a_text(
-    all_senses: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    all_modalities: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = "./page.txt"
     Path(path).write_text("word " * 100)
     for name, source in (("document", {"text": path}), ("text", path), ("joint", {"text": path})):
-        ids = [key for key in prepare(all_senses[name], source).inputs if "input_ids" in key]
+        ids = [key for key in prepare(all_modalities[name], source).inputs if "input_ids" in key]
         request = encode_frame(
             {"modality": name, "source": serialize_source(source, max_numbers=9)[0]}
         )
-        _, (blob,) = decode_frame(decode_item(all_senses, request, SETUP)[0])
+        _, (blob,) = decode_frame(decode_item(all_modalities, request, SETUP)[0])
         from safetensors.torch import load
 
         told = load(blob)[ids[0]]
-        assert torch.equal(told, prepare(all_senses[name], source).inputs[ids[0]])
+        assert torch.equal(told, prepare(all_modalities[name], source).inputs[ids[0]])
         assert told.numel() < 100  # the letters of the path, not the hundred words behind it
 
 
 # --- documents
 
 
-def test_a_pdf_has_so_many_pages_and_letters(all_senses: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pdf_has_so_many_pages_and_letters(
+    all_modalities: dict[str, Any], tmp_path: Path
+) -> None:
     few = write_pdf(tmp_path / "few.pdf", ["one two three"] * 5).read_bytes()
     many = write_pdf(tmp_path / "many.pdf", ["one two three"] * 6).read_bytes()
     long = write_pdf(tmp_path / "long.pdf", ["\n".join(["one two three"] * 500)]).read_bytes()
-    document = all_senses["document"]
+    document = all_modalities["document"]
     assert prepare(document, few).num_features > 0
     assert "6 pages" in refusal(document, many)
     assert "the limit is 5,000" in refusal(document, long)
@@ -142,15 +150,15 @@ def test_a_pdf_has_so_many_pages_and_letters(all_senses: dict[str, Any], tmp_pat
     assert "6 pages" in refusal(document, lies)
 
 
-def test_an_archive_is_not_unpacked(all_senses: dict[str, Any]) -> None:
+def test_an_archive_is_not_unpacked(all_modalities: dict[str, Any]) -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", bytes(2 * MIB))
     with little_memory(2):
-        assert "ZIP" in refusal(all_senses["document"], file.getvalue())
+        assert "ZIP" in refusal(all_modalities["document"], file.getvalue())
 
 
-def test_a_long_text_is_refused(all_senses: dict[str, Any]) -> None:
+def test_a_long_text_is_refused(all_modalities: dict[str, Any]) -> None:
     for name, source in (
         ("document", b"word " * 2_000),
         ("document", {"text": "word " * 2_000}),
@@ -158,7 +166,7 @@ def test_a_long_text_is_refused(all_senses: dict[str, Any]) -> None:
         ("document", b"<html><body>" + b"<p>word " * 2_000),
         ("joint", {"text": "word " * 2_000}),
     ):
-        assert "the limit is 5,000" in refusal(all_senses[name], source)
+        assert "the limit is 5,000" in refusal(all_modalities[name], source)
 
 
 # --- numbers
@@ -178,19 +186,19 @@ def npy(array: Any, **header: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["vector", "timeseries"])
 def test_an_array_is_believed_only_where_its_bytes_are(
-    all_senses: dict[str, Any], name: str
+    all_modalities: dict[str, Any], name: str
 ) -> None:
     array = np.zeros((8, 4 if name == "vector" else 2), np.float32)
     for shape in ("(1099511627776,)", "(1099511627776, 4)", "(16777216, 1048576)", "(-1, 4)"):
         data = npy(array, shape=shape)
         assert shape.encode() in data
         with little_memory(2):
-            assert "not a .npy file of numbers" in refusal(all_senses[name], data)
+            assert "not a .npy file of numbers" in refusal(all_modalities[name], data)
 
 
 @pytest.mark.parametrize("name", ["vector", "timeseries"])
 def test_an_array_holds_finite_numbers_and_nothing_else(
-    all_senses: dict[str, Any], name: str, tmp_path: Path
+    all_modalities: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     width = 4 if name == "vector" else 2
     good = np.random.default_rng(0).normal(size=(8, width)).astype(np.float32)
@@ -214,10 +222,10 @@ def test_an_array_holds_finite_numbers_and_nothing_else(
         b"\x93NUMPY\x09\x00",
         b"\x93NUMPY",
     ):
-        refusal(all_senses[name], data)
+        refusal(all_modalities[name], data)
     for same in (np.asfortranarray(good), good.astype(">f4"), good.astype(np.float64)):
-        told = prepare(all_senses[name], npy(same)).inputs
-        here = prepare(all_senses[name], npy(good)).inputs
+        told = prepare(all_modalities[name], npy(same)).inputs
+        here = prepare(all_modalities[name], npy(good)).inputs
         assert all(torch.allclose(told[key], here[key]) for key in here)
 
 
@@ -225,7 +233,7 @@ def test_an_array_holds_finite_numbers_and_nothing_else(
 
 
 def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
-    all_senses: dict[str, Any],
+    all_modalities: dict[str, Any],
 ) -> None:
     def palette(colour: tuple[int, int, int]) -> bytes:
         picture = Image.new("P", (8, 8))
@@ -235,7 +243,7 @@ def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
         return file.getvalue()
 
     def key(name: str, source: Any) -> str:
-        return content_key(name, prepare(all_senses[name], source), "tenant")
+        return content_key(name, prepare(all_modalities[name], source), "tenant")
 
     assert key("image", palette((255, 0, 0))) != key("image", palette((0, 0, 255)))
     assert key("image", palette((255, 0, 0))) == key("image", palette((255, 0, 0)))

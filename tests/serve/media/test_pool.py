@@ -73,7 +73,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def senses(trial: Any, parts: Path) -> dict[str, Any]:
+def modalities(trial: Any, parts: Path) -> dict[str, Any]:
     return {
         "trial": trial(),
         "image": ImageModality(encoder=str(parts / "clip")),
@@ -82,13 +82,13 @@ def senses(trial: Any, parts: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pool(senses: dict[str, Any]) -> Iterator[MediaPool]:
+def pool(modalities: dict[str, Any]) -> Iterator[MediaPool]:
     limits = MediaLimits(max_bytes=4 * MIB, max_numbers=1000, max_prepared_bytes=MIB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTI_TOKEN_API_KEY", SECRET)
         patch.setenv("HF_TOKEN", SECRET)
         made = MediaPool(
-            senses, num_workers=1, timeout_s=TIMEOUT_S, memory_bytes=256 * MIB, limits=limits
+            modalities, num_workers=1, timeout_s=TIMEOUT_S, memory_bytes=256 * MIB, limits=limits
         )
         made.start()
     yield made
@@ -101,9 +101,9 @@ def png(size: tuple[int, int] = (40, 30)) -> bytes:
     return file.getvalue()
 
 
-def test_an_item_becomes_what_it_becomes_here(pool: MediaPool, senses: dict[str, Any]) -> None:
+def test_an_item_becomes_what_it_becomes_here(pool: MediaPool, modalities: dict[str, Any]) -> None:
     for name, source in (("image", png()), ("vector", [1, 2.5, -3]), ("trial", b"hello")):
-        modality = senses[name]
+        modality = modalities[name]
         here = modality.prepare(modality.load(source, Fetch()))
         there = ask(pool, source, name)
         assert there.num_features == here.num_features
@@ -242,7 +242,7 @@ def test_a_path_never_gets_to_a_decoder(pool: MediaPool, secret_file: Path) -> N
 
 
 def test_texts_that_are_no_sources_pass(pool: MediaPool) -> None:
-    assert said(ask(pool, "do hello")) == "hello"  # for this sense such a string is a text
+    assert said(ask(pool, "do hello")) == "hello"  # for this modality such a string is a text
     source = {"lead": "II", "unit": "mV", "bytes": b"\x00\xff", "also": [None, True, {"a": [1.5]}]}
     assert said(ask(pool, source)) == repr(source)
 
@@ -285,7 +285,7 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
         assert told in str(error)
 
 
-def test_an_unknown_sense_is_a_400(pool: MediaPool) -> None:
+def test_an_unknown_modality_is_a_400(pool: MediaPool) -> None:
     assert "no modality named 'smell'" in str(refusal(pool, b"", "smell"))
 
 
@@ -331,18 +331,18 @@ def test_what_waits_takes_so_much_memory_at_most(pool: MediaPool) -> None:
     assert pool._num_queued_bytes == 0
 
 
-def test_a_stopped_pool_says_503(senses: dict[str, Any]) -> None:
-    pool = MediaPool(senses)
+def test_a_stopped_pool_says_503(modalities: dict[str, Any]) -> None:
+    pool = MediaPool(modalities)
     assert refusal(pool, b"hello").status == 503
 
 
-def test_limits_are_put_onto_the_senses_of_a_pool(pool: MediaPool) -> None:
+def test_limits_are_put_onto_the_modalities_of_a_pool(pool: MediaPool) -> None:
     assert pool.modalities["image"].max_pixels == MediaLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
 
 
 def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None:
-    senses = {"trial": trial(), "vector": VectorModality(dim=3)}
-    pool = MediaPool(senses, num_workers=2, timeout_s=2.0, fork=False)
+    modalities = {"trial": trial(), "vector": VectorModality(dim=3)}
+    pool = MediaPool(modalities, num_workers=2, timeout_s=2.0, fork=False)
     pool.start()
     try:
         for order, code in (("abort", "invalid_media"), ("spin", "media_too_slow")):
@@ -379,7 +379,7 @@ def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
     assert all(is_gone(pid) for pid in pids)
 
 
-def test_a_sense_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) -> None:
+def test_a_modality_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) -> None:
     class Local(trial):  # in a function: no other process finds it
         type: Any = "local"
 

@@ -67,21 +67,21 @@ def test_an_item_that_comes_alone_has_its_own_limits_only() -> None:
 
 @pytest.mark.slow
 def test_an_item_is_known_by_what_it_is_when_decoded(
-    all_senses: dict[str, Any], tmp_path: Path
+    all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
     def size(name: str, source: Any) -> dict[str, float]:
-        return all_senses[name].size_of(all_senses[name].load(source, STRANGER))
+        return all_modalities[name].size_of(all_modalities[name].load(source, STRANGER))
 
     sound = {"array": tone(1.5, 8_000), "sampling_rate": 8_000}
     film = Path(write_video(tmp_path / "a.mp4", noise_frames(20))).read_bytes()
-    frames = all_senses["video"].load(film, STRANGER)
+    frames = all_modalities["video"].load(film, STRANGER)
     pixels = sum(frame.width * frame.height for frame in frames)
     for name in ("image", "joint"):
         assert size(name, png(size=24)) == {"pixels": 576}
     for name in ("speech", "sound"):
         assert size(name, sound) == {"seconds": pytest.approx(1.5, abs=0.01)}
     short = {"array": tone(0.5, 8_000), "sampling_rate": 8_000}
-    hears = JointModality(encoder=all_senses["sound"].encoder)
+    hears = JointModality(encoder=all_modalities["sound"].encoder)
     heard = hears.size_of(hears.load({"audio": short}, STRANGER))
     assert heard == {"seconds": pytest.approx(0.5, abs=0.01)}
     assert size("video", film) == {"pixels": pixels, "frames": len(frames)}
@@ -157,5 +157,5 @@ def test_what_stands_behind_a_sum_that_is_too_much_is_not_decoded(small: Running
     before = num_decoded(small)
     assert ask(small, *pictures(30)).status_code == 413
     assert num_decoded(small) - before < 10
-    assert small.wait_until(lambda: small.service.media_pool.num_waiting == 0)
+    assert small.wait_until(lambda: small.service.prompts.media_pool.num_waiting == 0)
     assert small.service.admission.num_admitted == 0

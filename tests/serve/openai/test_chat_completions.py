@@ -39,7 +39,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], tuple[Message, ...]]] = {
         asked(PICTURE, QUESTION),
         (Message("user", (Media("image", RED), Text("What is this?"))),),
     ),
-    "several senses": (
+    "several modalities": (
         asked(
             {"type": "text", "text": "Look: "},
             VECTOR,
@@ -229,7 +229,7 @@ def test_habits_of_clients_are_ignored_and_named(http: httpx.Client) -> None:
     assert answer.headers["x-multi-token-ignored"] == "media_io_kwargs, metadata"
 
 
-def test_models_tell_their_length_and_senses(openai_client: Any, http: httpx.Client) -> None:
+def test_models_tell_their_length_and_modalities(openai_client: Any, http: httpx.Client) -> None:
     (model,) = openai_client.models.list().data
     assert model.id == "tiny-run" and model.object == "model"
     assert model.max_model_len == 512

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def open_server(served_model: Any) -> Iterator[RunningServer]:
-    """A server without senses, whose answers are short."""
+    """A server without modalities, whose answers are short."""
     model = copy.copy(served_model)
     model.modalities = {}
     with running(model, max_tokens=4, default_max_tokens=4) as server:

@@ -1,4 +1,4 @@
-"""Content parts become media of the right sense, and text stays text.
+"""Content parts become media of the right modality, and text stays text.
 
 Border: messages in, conversations and token ids out; no server, no model.
 """
@@ -20,7 +20,7 @@ from multi_token.types import Conversation, Media, MediaSpan, Message, Text
 from tests.serve.running_server import b64, data_url, png
 
 
-def senses(**types: str) -> dict[str, Modality]:
+def modalities(**types: str) -> dict[str, Modality]:
     """Modalities of these types by name; nothing of their encoders is loaded."""
     own = {"vector": {"dim": 2}, "timeseries": {"channels": 1}}
     return {
@@ -29,7 +29,7 @@ def senses(**types: str) -> dict[str, Modality]:
     }
 
 
-EVERYTHING = senses(
+EVERYTHING = modalities(
     image="image", voice="speech", film="video", page="document", heart="timeseries"
 )
 
@@ -66,7 +66,7 @@ def refused(reader: MessageParser, *content: Any, role: str = "user") -> ServeEr
     ],
     ids=str,
 )
-def test_a_part_goes_to_the_one_sense_that_reads_it(part: dict[str, Any], name: str) -> None:
+def test_a_part_goes_to_the_one_modality_that_reads_it(part: dict[str, Any], name: str) -> None:
     assert read(MessageParser(EVERYTHING), part).media == (Media(name, b"abc"),)
 
 
@@ -87,28 +87,28 @@ def test_the_order_of_parts_is_kept() -> None:
         ({}, "image", ["no modality", "none"]),
     ],
 )
-def test_several_or_no_senses_are_refused_by_name(
+def test_several_or_no_modalities_are_refused_by_name(
     types: dict[str, str], kind: str, words: list[str]
 ) -> None:
     part = {"type": f"{kind}_url", f"{kind}_url": data_url(b"x")}
-    error = refused(MessageParser(senses(**types)), part)
+    error = refused(MessageParser(modalities(**types)), part)
     assert all(word in str(error) for word in [*words, '"type": "media", "modality"'])
     assert error.param == f"messages.0.content.0.{kind}_url"
 
 
-def test_the_name_of_a_sense_in_a_part_tells_it_from_others_of_its_type() -> None:
-    reader = MessageParser(senses(image="image", left_camera="image"))
+def test_the_name_of_a_modality_in_a_part_tells_it_from_others_of_its_type() -> None:
+    reader = MessageParser(modalities(image="image", left_camera="image"))
     left = {"type": "left_camera_url", "left_camera_url": {"url": data_url(b"l")}}
     own = {"type": "image_url", "image_url": {"url": data_url(b"i")}}
     assert read(reader, left, own).media == (Media("left_camera", b"l"), Media("image", b"i"))
 
 
-def test_a_joint_sense_alone_takes_any_kind() -> None:
+def test_a_joint_modality_alone_takes_any_kind() -> None:
     parts = [
         {"type": f"{kind}_url", f"{kind}_url": data_url(b"x")}
         for kind in ("image", "audio", "video")
     ]
-    assert [m.modality for m in read(MessageParser(senses(any="joint")), *parts).media] == [
+    assert [m.modality for m in read(MessageParser(modalities(any="joint")), *parts).media] == [
         "any"
     ] * 3
 
@@ -151,7 +151,7 @@ def test_the_web_is_left_to_the_pool_and_only_where_it_is_allowed() -> None:
 
 
 def test_numbers_reach_a_modality_as_the_lists_of_its_rows() -> None:
-    reader = MessageParser(senses(v="vector"))
+    reader = MessageParser(modalities(v="vector"))
     part = {"type": "media", "modality": "v", "data": [1, 2.5]}
     assert read(reader, part).media == (Media("v", [1, 2.5]),)
     wrong: list[Any] = [[], [[1], [1, 2]], [[[1]]], [True], ["1"], [None], [10**400]]
