@@ -1,7 +1,5 @@
 """How many steps the closed-form start saves to the same accuracy: both starts, interleaved.
 
-Border: runs the demo's own rows, model and trainer; prints a table whose last line is JSON.
-
 Every length is a training of its own, with its own learning-rate schedule, as a user would choose
 it. A start that has reached `--target` is not trained any longer. `--tune` tries a grid of learning
 rates on validation renderings of other rows; RATES has the random start's best, and the closed
@@ -43,7 +41,7 @@ RATES: dict[str, dict[str, float]] = {
     "closed form": {"projectors": 1e-3, "projector_biases": 3e-3},
 }
 TUNING_SEED = 7
-"""Rows of another seed, so that even their pictures are not those of the final table."""
+"""Rows of another seed, so that even their images are not those of the final table."""
 
 
 @dataclass(frozen=True)

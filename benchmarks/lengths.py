@@ -1,14 +1,12 @@
-"""What it takes to know how long rows with pictures are: by decoding them, and by their headers.
+"""What it takes to know how long rows with images are: by decoding them, and by their headers.
 
     python benchmarks/lengths.py [--rows 2000] [--size 640 480] [--rounds 3] [--out FILE.json]
 
 Writes JPEGs of one size (noise, blurred so that their files are as large as photographs are) and
 reads the rows as a run does before it trains, in one process, with three encoders: one that brings
-all pictures to one shape, LLaVA-NeXT's tiles, and one of native proportions. Both ways take turns;
+all images to one shape, LLaVA-NeXT's tiles, and one of native proportions. Both ways take turns;
 a time is the median over the rounds. What a round before it left in the system's memory is there
 for both, so a cold or distant disk, from which headers are less than all bytes, gains more.
-
-Border: scans with the library's own reader; lengths of both ways are compared, and must be equal.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
 
 
 def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> MultiTokenProcessor:
-    """The reader of a recipe with one sense."""
+    """The reader of a recipe with one modality."""
     recipe = Recipe.model_validate(
         {
             "model": {

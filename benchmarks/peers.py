@@ -6,9 +6,6 @@ All have the same weights and learn the projector, or it and the language model,
 rate of zero or nearly so (1e-12, as ours takes no zero); none has a cache of features. Ours packs
 and computes logits where something is learned, which are lines of a recipe. Rows are read before:
 nobody decodes.
-
-Border: the peers are used as their documents say, with their own losses and a collator that pads.
-Model and rows are those of training.py.
 """
 
 from __future__ import annotations

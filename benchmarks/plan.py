@@ -5,9 +5,6 @@
 In turns, a plan and a run of the same recipe, as a user starts them; the ratio of each pair counts,
 and its median is printed with the smallest and the largest. The run's time is the median of its
 steps, from the tokens per second that it logs.
-
-Border: memory, tokens and FLOPs of a plan do not wobble and are tests (tests/train). Model and rows
-are those of training.py.
 """
 
 from __future__ import annotations

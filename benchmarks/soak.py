@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [RUN] [--minutes 10] [--clients 32] [--out FILE]
 
-Without RUN, the demo's language model with untrained senses for pictures and vectors. Clients ask
+Without RUN, the demo's language model with untrained modalities for images and vectors. Clients ask
 again as soon as they are answered: eight of ten times a good question, with media of all sizes,
 half of them as streams; one of ten times a broken request; one of ten times they leave before the
 end. Every good question has been asked alone at the start, and its answer must be the same each
@@ -18,8 +18,6 @@ time. Counted, and each has to be 0:
 And its memory, with that of the processes that decode media, may grow by 5 % in the second half.
 Growth is that of the line through the medians of the last two quarters; under five minutes it is
 told and not judged, since there a server still warms up. The exit code is 1 if a bar is missed.
-
-Border: starts the server, sends what traffic.py makes, and judges.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What strangers send a server: questions with media of all sizes, broken requests, clients that
 leave.
-
-Border: makes requests and sends one at a time; soak.py sends many and judges the server.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ class Broken:
 
 
 def questions(senses: Mapping[str, Mapping[str, Any]]) -> list[Question]:
-    """Of text alone, and of pictures and vectors for each sense that reads such.
+    """Of text alone, and of images and vectors for each modality that reads such.
 
     `senses`: name -> fields of a modality, as a run's config has them.
     """
@@ -102,7 +100,7 @@ def questions(senses: Mapping[str, Mapping[str, Any]]) -> list[Question]:
 
 
 def picture(width: int, height: int) -> bytes:
-    """A picture that no other size looks like: PNG if small, JPEG if not."""
+    """An image that no other size looks like: PNG if small, JPEG if not."""
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / (9 + width % 7)), np.cos(y / 11), np.sin((x + y) / 17)], -1)
     file = io.BytesIO()

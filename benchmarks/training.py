@@ -3,13 +3,10 @@
     python benchmarks/training.py [--quick] [--threads 1] [--out FILE.json]
 
 Random weights, built in process: a Llama of 4 layers x 192 with 16,000 ids, a CLIP of 6 layers x
-192 on 196 patches. Eight rows of realistic lengths, a quarter of them long, with a picture each.
+192 on 196 patches. Eight rows of realistic lengths, a quarter of them long, with an image each.
 Every variant runs the same rows through forward, backward and an optimizer step (with a learning
 rate of zero, so that the loss of every step is the same and is printed). Variants take turns; a
 time is the median over the rounds, and what counts is the ratio within one run.
-
-Border: times the library's own model and collator. Collation is not in the times, since data
-workers do it. What others take for the same rows is measured by peers.py.
 """
 
 from __future__ import annotations
@@ -91,7 +88,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def build_parts(folder: Path) -> None:
-    """`language_model/`, `clip/`, `llava/` and pictures, all with random weights."""
+    """`language_model/`, `clip/`, `llava/` and images, all with random weights."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     LlamaForCausalLM(language_model_config()).save_pretrained(folder / "language_model")
@@ -122,17 +119,17 @@ def build_parts(folder: Path) -> None:
 
 
 def rows(count: int, numbers: random.Random) -> list[dict[str, Any]]:
-    """Rows with one picture each, in turns short and long."""
+    """Rows with one image each, in turns short and long."""
     return [row(i, i % NUM_ROWS, TEXT_TOKENS[i % len(TEXT_TOKENS)], numbers) for i in range(count)]
 
 
 def questions(numbers: random.Random) -> list[dict[str, Any]]:
-    """Two pictures, five short questions about each."""
+    """Two images, five short questions about each."""
     return [row(i, i // 5, 24, numbers) for i in range(10)]
 
 
 def row(number: int, picture: int, length: int, numbers: random.Random) -> dict[str, Any]:
-    """A picture, and random text of so many tokens, of which the last part is the answer."""
+    """An image, and random text of so many tokens, of which the last part is the answer."""
     text = "".join(numbers.choice("abcdefghij ") for _ in range(length))
     cut = int(len(text) * (1 - SUPERVISED))
     return {
@@ -219,7 +216,7 @@ SHARED = [
     Variant(f"five questions a picture: {name}", "projector", True, True, tree=tree)
     for name, tree in (("packed + supervised logits", False), ("as a tree", True))
 ]
-"""The same rows with and without `share`; their picture is 196 tokens."""
+"""The same rows with and without `share`; their image is 196 tokens."""
 
 
 def composed(fields: dict[str, Any]) -> MultiTokenForConditionalGeneration:

@@ -1,7 +1,4 @@
-"""Tries the families of chat templates and writes the table of docs/chat-templates.md.
-
-Border: asks tests/templates/trials.py and renders its answers; a test compares table and document.
-"""
+"""Tries the families of chat templates and writes the table of docs/chat-templates.md."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Tries the families of language models and writes the table of docs/language-models.md.
-
-Border: asks tests/language_models/trials.py and renders its answers; a test compares each row with
-the page. Run it by `python docs/language_models.py`, with bitsandbytes installed.
-"""
+"""Tries the families of language models and writes the table of docs/language-models.md."""
 
 from __future__ import annotations
 
@@ -66,7 +62,7 @@ def render() -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with its table made anew."""
+    """The page with its table made again."""
     before, _, after = page.split(MARK)
     return f"{before}{MARK}\n{render()}\n{MARK}{after}"
 

@@ -1,7 +1,4 @@
-"""Renders the tree of the README from each folder's first sentence: `make fix` writes it.
-
-Border: reads docstrings, writes between the `tree` marks of README.md. A test compares the two.
-"""
+"""Renders the tree of the README from each folder's first sentence: `make fix` writes it."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def render(root: Path = ROOT) -> str:
 
 
 def rendered(readme: str, root: Path = ROOT) -> str:
-    """The README with its tree made anew."""
+    """The README with its tree made again."""
     before, _, after = readme.split(MARK)
     return f"{before}{MARK}\n{render(root)}\n{MARK}{after}"
 

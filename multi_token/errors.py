@@ -1,18 +1,16 @@
 """Every error we raise on purpose.
 
-    MultiTokenError
-    |- RecipeError         a recipe key or value that cannot be
-    |- RegistryError       an unknown, duplicate or broken modality or projector
-    |- RowError            a row that cannot become a sample: has `kind` and `row_id`
-    |- MediaError          a source that cannot be read or decoded: has `kind`
-    |- ChatTemplateError   a template that cannot be rendered or masked exactly
-    |- SpliceError         tokens and places disagree
-    |- LanguageModelError  a language model that cannot do what was asked
-    |- CheckpointError     a folder that is not ours, or not whole
-    |- ConvertError        another format that cannot become ours, or ours another
-    '- Interrupted         training was stopped by Ctrl-C, its state is saved
-
-Border: messages are written where the fault is found; this file only names the kinds.
+MultiTokenError
+|- RecipeError         a recipe key or value that cannot be
+|- RegistryError       an unknown, duplicate or broken modality or projector
+|- RowError            a row that cannot become a sample: has `kind` and `row_id`
+|- MediaError          a source that cannot be read or decoded: has `kind`
+|- ChatTemplateError   a template that cannot be rendered or masked exactly
+|- SpliceError         tokens and places disagree
+|- LanguageModelError  a language model that cannot do what was asked
+|- CheckpointError     a folder that is not ours, or not whole
+|- ConvertError        another format that cannot become ours, or ours another
+'- Interrupted         training was stopped by Ctrl-C, its state is saved
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ RowKind = Literal[
     "format",  # the row has no accepted shape, an unknown role, no messages
     "item_count",  # more or fewer items than slots
     "missing_file",
-    "undecodable",  # not a picture, truncated, over the pixel limit, NaN in a vector
+    "undecodable",  # not an image, truncated, over the pixel limit, NaN in a vector
     "chat_template",  # the language model's template refuses the conversation
     "no_target",  # nothing would be learned from the row
     "too_long",  # longer than max_tokens

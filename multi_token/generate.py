@@ -1,8 +1,4 @@
-"""Conversations in, text out.
-
-Border: reads and batches prompts, drives the language model's `generate` by embeddings, decodes.
-It knows nothing of terminals, files or HTTP.
-"""
+"""Conversations in, text out."""
 
 from __future__ import annotations
 

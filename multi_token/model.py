@@ -110,7 +110,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the language model can do, tried when first asked for and then remembered.
+        """Capabilities of the language model, probed on first use and then cached.
 
         Raises LanguageModelError if it cannot be driven by embeddings at all.
         """

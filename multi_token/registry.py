@@ -1,8 +1,4 @@
-"""A name -> a class: built-ins, installed packages, `register_*` for notebooks.
-
-Border: the only place where a modality's or projector's name is resolved, and where a mapping of
-fields becomes a checked object. It imports a class only when somebody asks for it.
-"""
+"""A name -> a class: built-ins, installed packages, `register_*` for notebooks."""
 
 from __future__ import annotations
 
@@ -51,7 +47,7 @@ _registered: dict[Kind, dict[str, type]] = {"modality": {}, "projector": {}}
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a name."""
+    """Facts about a registered name."""
 
     name: str
     owner: str
@@ -133,7 +129,7 @@ def resolve(kind: Kind, name: str) -> type:
 
 
 def entry(kind: Kind, name: str, base: type) -> Entry:
-    """Whether the class behind a name can be had and is a `base`; whatever is wrong is reported."""
+    """Entry of a name: its class if it can be imported and is a `base`, else the fault."""
     owner = _package(kind, name)
     try:
         cls = resolve(kind, name)
@@ -153,7 +149,7 @@ def entry(kind: Kind, name: str, base: type) -> Entry:
 
 
 def _package(kind: Kind, name: str) -> str:
-    """Who brings a name, as a person would say it."""
+    """Return the owner of a name, for messages."""
     if name in _registered[kind]:
         return _registered[kind][name].__module__
     points = [point.dist for point in _installed(kind).get(name, [])]

@@ -1,8 +1,4 @@
-"""The vocabulary of the house: every type that travels from one room to the next.
-
-Border: plain containers with shapes and meaning, no behaviour. Above `Batch` everything is
-picklable and lives on the CPU; below it there are tensors only.
-"""
+"""The vocabulary of the house: every type that travels from one room to the next."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing_extensions import NotRequired
 from multi_token.errors import RowError
 
 Role = Literal["system", "user", "assistant", "tool"]
-"""Who speaks. Other names (`human`, `gpt`) are translated when a row is read."""
+"""Role of a message. Other names (`human`, `gpt`) are translated when a row is read."""
 
 TrainOnTurns = Literal["all", "last"]
 """Which assistant turns of a conversation are learned."""
@@ -36,7 +32,7 @@ class Media:
     """One item of a modality inside a message.
 
     `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
-    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers. `media_text`:
+    gave for it: a path, URL, data URI, bytes, PIL image, list or array of numbers. `media_text`:
     the same as text (a transcript, a caption), for the teacher of a distillation.
     """
 
@@ -58,7 +54,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What every accepted row shape becomes. `id` names the row in every error message.
+    """Conversation of a row, in any accepted shape. `id` names the row in every error message.
 
     `rejected`: the same with another last answer, to which this one's is preferred, if the row has
     two.
@@ -88,7 +84,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where one item's tokens stand in a sample: `input_ids[start : start + length]`."""
+    """Span of one item's tokens in a sample: `input_ids[start : start + length]`."""
 
     modality: str
     start: int
@@ -133,7 +129,7 @@ class MediaBatch(TypedDict):
 
 
 class Batch(TypedDict):
-    """What the model's forward takes, as keyword arguments.
+    """Padded samples, as keyword arguments of the model's forward.
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
     `shift_labels[:, t]` is the id to be predicted at t, so that packing never crosses a border.
@@ -149,7 +145,7 @@ class Batch(TypedDict):
 class PackedBatch(TypedDict):
     """Several samples one after the other in one row; the model's forward takes it as well.
 
-    `input_ids`, `labels`, `shift_labels`, `position_ids`: int64 [1, time]. Positions begin anew
+    `input_ids`, `labels`, `shift_labels`, `position_ids`: int64 [1, time]. Positions begin again
     with each sample, and the last one of a sample predicts nothing. There is no attention mask:
     with one, even of ones, transformers would not look for samples in the positions.
     `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], where samples begin, and the end.
@@ -174,7 +170,7 @@ class PackedBatch(TypedDict):
 
 @dataclass
 class Features:
-    """What an encoder returns: `values` [items, length, dim], `mask` [items, length] or None.
+    """Output of an encoder: `values` [items, length, dim], `mask` [items, length] or None.
 
     `newlines` bool [items, length] or None: where a line ends, instead of a feature. The projector
     writes its own learned `line_break` there.

@@ -1,4 +1,4 @@
-"""Shared tiny real parts: a language model, encoders, pictures and rows, built once a session."""
+"""Shared tiny real parts: a language model, encoders, images and rows, built once a session."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with four pictures and `rows.jsonl`, one naming row for each."""
+    """A folder with four images and `rows.jsonl`, one naming row for each."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
     for name, colour in COLOURS.items():
@@ -89,7 +89,7 @@ def recipe_fields(parts: Path, data: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def model(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) -> Any:
-    """The recipe's model, untrained, with pooled pictures and plain vectors; do not change it."""
+    """The recipe's model, untrained, with pooled images and plain vectors; do not change it."""
     import torch
 
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -216,7 +216,7 @@ def pair(name: str, shown: str, chosen: str, rejected: str, **media: Any) -> dic
 
 @pytest.fixture(scope="session")
 def pair_rows(data: Path) -> list[dict[str, Any]]:
-    """Two senses and text; of two rows with one question, each prefers what the other rejects."""
+    """Two modalities and text; of two rows with one question, each prefers the other's answer."""
 
     def pulse(number: int) -> list[float]:
         return [float(number == i) for i in range(5)]

@@ -1,7 +1,4 @@
-"""docs/add-a-modality.md and examples/plugin_heartbeat do what they say, from an empty folder.
-
-Border: packages are installed beside the environment, never into it: pip's own settings say where.
-"""
+"""docs/add-a-modality.md and examples/plugin_heartbeat do what they say, from an empty folder."""
 
 from __future__ import annotations
 

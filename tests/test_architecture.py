@@ -1,7 +1,4 @@
-"""The rules of the house that a machine can check. A failure names the file and the rule.
-
-Border: reads the source as text and syntax trees; runs the package only to see what it imports.
-"""
+"""The rules of the house that a machine can check. A failure names the file and the rule."""
 
 from __future__ import annotations
 
@@ -343,7 +340,7 @@ def test_the_repository_holds_no_path_of_a_machine() -> None:
     for name in filter(None, listed.stdout.split("\0")):
         path = ROOT / name
         if not path.is_file() or b"\0" in path.read_bytes()[:4096]:
-            continue  # removed but still in the index, or a picture
+            continue  # removed but still in the index, or an image
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if found := MACHINE_PATH.search(line):
                 faults.append(f"{name}:{number}: {found[0]} is a folder of somebody's machine")

@@ -1,7 +1,4 @@
-"""What the documents say is so: tree, commands, recipes, links, versions, decisions.
-
-Border: runs `--help` of commands and parses recipes; it does not judge prose.
-"""
+"""What the documents say is so: tree, commands, recipes, links, versions, decisions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The same weights give the same numbers as transformers' LLaVA-1.5 and LLaVA-NeXT.
-
-Border: the oracle is transformers' own model with its own processor; ours is what `import` made of
-the same folder.
-"""
+"""The same weights give the same numbers as transformers' LLaVA-1.5 and LLaVA-NeXT."""
 
 from __future__ import annotations
 

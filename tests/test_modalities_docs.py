@@ -1,7 +1,4 @@
-"""docs/modalities: every sense has its page, and what a page says to try works as it stands.
-
-Border: blocks are run in an empty folder, as a reader would; prose is not judged.
-"""
+"""docs/modalities: every modality has its page, and what a page says to try works as it stands."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_ids")
 
 
 def fingerprint(language_model: Any) -> dict[str, Any]:
-    """What tells one language model from another: its shape, and hashes over a few weights.
+    """Fingerprint of a language model: its shape, and hashes of a few weights.
 
     `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
     quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter

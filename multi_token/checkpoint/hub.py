@@ -1,8 +1,4 @@
-"""A hub name becomes a folder on this machine.
-
-Border: the only file that asks the hub for repositories of ours; it does not know what is in them.
-Single models (`language_model:`, `encoder:`) are fetched by transformers.
-"""
+"""A hub name becomes a folder on this machine."""
 
 from __future__ import annotations
 

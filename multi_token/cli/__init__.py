@@ -1,7 +1,4 @@
-"""The command `multi-token`: one file a group of commands, heavy imports inside them.
-
-Border: arguments in, sentences out. A fault of ours or the user's is one sentence and exit code 1.
-"""
+"""The command `multi-token`: one file a group of commands, heavy imports inside them."""
 
 from __future__ import annotations
 
@@ -103,7 +100,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is printed as a sentence."""
+    """Run the command line; what a user can fix is printed as a sentence."""
     # the tokenizers' threads warn about data workers being forked, which is harmless here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT asks transformers by an old name, which whoever types a command can do nothing about

@@ -1,7 +1,4 @@
-"""`multi-token chat`, `ask` and `predict`: a trained run answers.
-
-Border: terminal and files; the answering itself is generate.py's.
-"""
+"""`multi-token chat`, `ask` and `predict`: a trained run answers."""
 
 from __future__ import annotations
 
@@ -165,7 +162,7 @@ class _TerminalStreamer:
 
 
 def _read_lines(console: Any) -> Iterator[str]:
-    """What the user types, until the end of input."""
+    """Yield the lines that the user types, until the end of input."""
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()

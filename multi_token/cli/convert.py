@@ -1,7 +1,4 @@
-"""`multi-token import`, `export` and `push`: runs from other formats, to other formats, to the hub.
-
-Border: arguments and messages; the work is convert/'s.
-"""
+"""`multi-token import`, `export` and `push`: runs from and to other formats, and to the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import typer
 
 
 class ExportFormat(str, Enum):
-    """What a run can become."""
+    """Export formats of a run."""
 
     merged = "merged"
     language_model = "language-model"

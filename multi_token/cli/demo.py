@@ -16,7 +16,7 @@ def demo(
         False, "--quick", help="A small one in under a minute, to see it run."
     ),
 ) -> None:
-    """Teach SmolLM2-135M-Instruct to name pictures, ask it about new ones, write a report."""
+    """Teach SmolLM2-135M-Instruct to name images, ask it about new ones, write a report."""
     from rich.console import Console
 
     from multi_token.demo.run import QUICK, DemoSize, run

@@ -1,7 +1,4 @@
-"""`multi-token evaluate`: how a trained run does on rows whose answers are known.
-
-Border: arguments in, a table or JSON out; the evaluating itself is evaluate/.
-"""
+"""`multi-token evaluate`: how a trained run does on rows whose answers are known."""
 
 from __future__ import annotations
 

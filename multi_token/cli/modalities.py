@@ -1,8 +1,4 @@
-"""`multi-token modalities`: what senses there are, whether one is right, and how a new one starts.
-
-Border: tables, files and exit codes. States come from registry.py, claims from testing/kit.py, and
-the text of a new package from templates/.
-"""
+"""`multi-token modalities`: lists modalities, checks one, and writes the package of a new one."""
 
 from __future__ import annotations
 
@@ -33,7 +29,7 @@ _TEMPLATES = {
 
 @modalities_app.callback(invoke_without_command=True)
 def modalities(context: typer.Context) -> None:
-    """List the senses there are, with their state: ready, missing extra, broken."""
+    """List the modalities there are, with their state: ready, missing extra, broken."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -58,7 +54,7 @@ def check(
     name: str = typer.Argument(None, help="A name of the list.", show_default=False),
     all_names: bool = typer.Option(False, "--all", help="Every one that is installed."),
 ) -> None:
-    """Try all that a sense promises, on a small example of its own.
+    """Try all that a modality promises, on a small example of its own.
 
     Exit code 0: every claim holds. 1: at least one does not.
     """
@@ -86,7 +82,7 @@ def new(
         None, help="A new or empty folder; default: multi-token-NAME here.", show_default=False
     ),
 ) -> None:
-    """Write a small package with a sense of your own: one file that works, and its test."""
+    """Write a small package with a modality of your own: one file that works, and its test."""
     from rich.console import Console
 
     _check_name(name)
@@ -102,7 +98,7 @@ def new(
 
 
 def write_package(name: str, out: Path) -> None:
-    """The files of a new sense, into a new or empty folder. Raises MultiTokenError."""
+    """The files of a new modality, into a new or empty folder. Raises MultiTokenError."""
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
@@ -157,7 +153,7 @@ def _entries() -> list[Entry]:
 
 
 def _entry(name: str) -> Entry:
-    """Of a name that can be checked. Raises MultiTokenError or RegistryError."""
+    """Check one name. Raises MultiTokenError or RegistryError."""
     from multi_token import registry
     from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
@@ -171,7 +167,7 @@ def _entry(name: str) -> Entry:
 
 
 def _print_and_check(console: Console, entry: Entry) -> bool:
-    """Whether a sense keeps its contract; prints each claim."""
+    """Check a modality with the conformance kit; prints each claim."""
     from multi_token.testing import Result, check_named
 
     if entry.state == "missing extra":

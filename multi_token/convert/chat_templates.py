@@ -1,7 +1,4 @@
-"""Chat templates of LLaVA: the one it learned with, and those of transformers' processors.
-
-Border: text of templates in, text of templates out; it knows no weights and no folders.
-"""
+"""Chat templates of LLaVA: the one it learned with, and those of transformers' processors."""
 
 from __future__ import annotations
 

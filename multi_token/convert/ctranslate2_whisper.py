@@ -1,8 +1,5 @@
 """An English Whisper in CTranslate2's format becomes an ordinary transformers folder.
 
-Border: reads one folder (`model.bin` and the json files beside it) and writes safetensors and json;
-finds nothing itself.
-
 The format is that of `ctranslate2/specs/model_spec.py`: little-endian, strings with a zero at their
 end behind a 16-bit length, then named arrays, then aliases.
 """
@@ -34,7 +31,7 @@ _DTYPES = ("float32", "int8", "int16", "int32", "float16")
 _MAX_RANK = 8
 
 _ENGLISH_VOCABULARY = 51_864
-"""Of the models that know English alone; the others have at least one token more."""
+"""Vocabulary size of English-only models; multilingual ones have at least one token more."""
 _START, _END, _NO_TIMESTAMPS, _PREVIOUS = 50_257, 50_256, 50_362, 50_360
 
 _SETTINGS: dict[str, int] = {
@@ -44,7 +41,7 @@ _SETTINGS: dict[str, int] = {
     "decoder/scale_embeddings": 0,
     "decoder/start_from_zero_embedding": 0,
 }
-"""What makes the network Whisper's; with another value it would be another network."""
+"""Config values of Whisper's network; another value would be another network."""
 _UNUSED_VARIABLES = (
     "decoder/alignment_heads",
     "decoder/alignment_layer",
@@ -201,7 +198,7 @@ def _array(source: _ByteReader, name: str) -> np.ndarray[Any, Any]:
 
 
 def _config(source: _Variables) -> WhisperConfig:
-    """What the shapes say of the network. Raises ConvertError if it is another than Whisper's."""
+    """Return the network's sizes from tensor shapes. Raises ConvertError unless it is Whisper's."""
     for name, expected in _SETTINGS.items():
         if (found := source.setting(name)) != expected:
             raise ConvertError(f"{source.path}: {name} is {found}, Whisper's is {expected}")

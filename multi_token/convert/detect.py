@@ -1,7 +1,4 @@
-"""What a SOURCE is, told by its files and never by its name; the importer of its kind then runs.
-
-Border: looks at names of files and at config.json; each kind's importer reads the rest.
-"""
+"""Importer of a SOURCE, chosen by its files and never by its name."""
 
 from __future__ import annotations
 

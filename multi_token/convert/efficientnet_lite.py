@@ -1,7 +1,4 @@
-"""EfficientNet-Lite0's published PyTorch file becomes an ordinary transformers folder.
-
-Border: reads one pickle (weights only) and writes safetensors and json; finds nothing itself.
-"""
+"""EfficientNet-Lite0's published PyTorch file becomes an ordinary transformers folder."""
 
 from __future__ import annotations
 

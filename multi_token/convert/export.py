@@ -1,10 +1,8 @@
 """A run becomes something that others load: `merged`, `language-model` or `llava`.
 
-    merged          RUN with its language model inside, the adapter merged: nothing else is needed
-    language-model  the same, and the language model's folder as an external engine wants it
-    llava           LLaVA as transformers keeps it (export_llava.py)
-
-Border: writes folders; merging is merge.py's.
+merged          RUN with its language model inside, the adapter merged: nothing else is needed
+language-model  the same, and the language model's folder as an external engine wants it
+llava           LLaVA as transformers keeps it (export_llava.py)
 """
 
 from __future__ import annotations
@@ -91,7 +89,7 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 
 
 def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> None:
-    """What an engine that knows language models only needs beside the weights."""
+    """Return what an engine of language models needs beside the weights."""
     assert model.processor is not None
     tokenizer = model.processor.tokenizer
     question = [{"role": "user", "content": "What is this?"}]

@@ -1,8 +1,4 @@
-"""A run of LLaVA's shape becomes transformers' LlavaForConditionalGeneration, or LlavaNext's.
-
-Border: reads a model in memory and writes a folder; the run itself stays as it is. What the run has
-and LLaVA has no place for is refused.
-"""
+"""A run of LLaVA's shape becomes transformers' LlavaForConditionalGeneration, or LlavaNext's."""
 
 from __future__ import annotations
 
@@ -35,7 +31,7 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
     LoRA (the language model's and the vision tower's) is merged into copies, feature statistics
     are folded into the first linear layer, and `<image>` joins the vocabulary (its row is the mean
     of all, so that it is never the likeliest). Everything has the language model's precision. What
-    was built is compared with the run on a picture and a question before it is written.
+    was built is compared with the run on an image and a question before it is written.
 
     Raises ConvertError if the run has not LLaVA's shape, with the reason.
     """
@@ -266,7 +262,7 @@ def _check_parity(
     built: Any,
     processor: Any,
 ) -> None:
-    """Compare ids, pixels and logits with the run's, on a picture and a question."""
+    """Compare ids, pixels and logits with the run's, on an image and a question."""
     from accelerate.utils import send_to_device
 
     from multi_token.chat.format import ChatFormat

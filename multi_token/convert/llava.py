@@ -1,8 +1,4 @@
-"""LLaVA becomes a run of ours: LLaVA-1.5 and LLaVA-NeXT as transformers keeps them.
-
-Border: reads a folder and writes one; training, asking and other formats are elsewhere. LLaVA's own
-folders (`mm_projector.bin`, LoRA) are llava_own.py's.
-"""
+"""LLaVA becomes a run of ours: LLaVA-1.5 and LLaVA-NeXT as transformers keeps them."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ IMAGE = "image"
 
 
 def is_llava(source: Path) -> bool:
-    """Whether a folder holds LLaVA, in transformers' format or in LLaVA's own."""
+    """Return True if a folder holds LLaVA, in transformers' format or in LLaVA's own."""
     fields = _config(source)
     return fields is not None and (_is_transformers(fields) or is_legacy(fields))
 
@@ -169,7 +165,7 @@ def _text_model(model: Any) -> Any:
 
 
 def _without_tiles(processor: Any) -> Any:
-    """NeXT's image processor cuts tiles; the one that makes the picture of a single tile."""
+    """NeXT's image processor cuts tiles; the one that makes the image of a single tile."""
     if not hasattr(processor, "image_grid_pinpoints"):
         return processor
     from transformers import CLIPImageProcessorPil

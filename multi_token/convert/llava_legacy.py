@@ -1,8 +1,4 @@
-"""LLaVA's own folders become a run: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`.
-
-Border: what was trained, and names of the rest. The language model and the vision tower stay where
-they are; a folder with a whole model in it is refused.
-"""
+"""LLaVA's own folders become a run: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ _FEATURES = {"patch": "patches", "cls_patch": "all"}
 
 
 def is_legacy(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is LLaVA's own."""
+    """Return True if a config.json is LLaVA's own."""
     return "mm_vision_tower" in fields
 
 

@@ -1,7 +1,4 @@
-"""The adapter becomes part of the language model, whatever precision its base is kept in.
-
-Border: changes a loaded model in memory; writes nothing.
-"""
+"""The adapter becomes part of the language model, whatever precision its base is kept in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The model card of a run: what it senses, how to ask, data, recipe, hardware, evaluation.
-
-Border: reads a run's folder, returns text; push.py writes and uploads it.
-"""
+"""The model card of a run: what it modalities, how to ask, data, recipe, hardware, evaluation."""
 
 from __future__ import annotations
 

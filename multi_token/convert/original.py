@@ -1,8 +1,4 @@
-"""A folder that sshh12/multi_token trained becomes a run of ours, tensor by tensor.
-
-Border: reads that folder and writes a run; which folder it is, is sources.py's to say. The file
-formats were read off the original at commit 6eb9813 (training.py, model_utils.py, inference.py).
-"""
+"""A folder that sshh12/multi_token trained becomes a run of ours, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -50,7 +46,7 @@ class _OriginalTensors:
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json was written by the original's training."""
+    """Return True if the original's training wrote a config.json."""
     return "modality_builder" in fields or str(fields.get("model_type")).endswith(_SUFFIX)
 
 

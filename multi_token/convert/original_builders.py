@@ -1,8 +1,4 @@
-"""The modality builders of sshh12/multi_token (commit 6eb9813), and what each becomes here.
-
-Border: a table; original.py reads folders by it. docs/import-export.md shows the same one, and a
-test compares the two.
-"""
+"""The modality builders of sshh12/multi_token (commit 6eb9813), and what each becomes here."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ class OriginalBuilder:
     encoder: str
     """Hub name of the encoder, fixed in the original's code."""
     features: str
-    """What was taken from the encoder."""
+    """Features that the original took from the encoder."""
     in_dim: int
     """Width of a feature, with that encoder."""
     projector: Literal["mlp", "expand"]

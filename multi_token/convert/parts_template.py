@@ -1,7 +1,4 @@
-"""A chat template that walks over content parts, around one that expects plain texts.
-
-Border: Jinja text in, Jinja text out.
-"""
+"""A chat template that walks over content parts, around one that expects plain texts."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ or message['content'] is undefined -%}
 
 
 def part_placeholder(name: str) -> str:
-    """What the template writes for a media part of this type."""
+    """Text that the template writes for a media part of this type."""
     return f"<{name}>"
 
 

@@ -1,7 +1,4 @@
-"""A run goes to the hub: its result and a model card, and nothing else of the folder.
-
-Border: chooses files and uploads them; the card's text is card.py's.
-"""
+"""A run goes to the hub: its result and a model card, and nothing else of the folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tensors of other people's folders: safetensors, shards, and pickles that hold only tensors.
-
-Border: reads files; it does not know what the tensors mean.
-"""
+"""Tensors of other people's folders: safetensors, shards, and pickles that hold only tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _pickle_target(error: Exception) -> str:
-    """What the pickle asked for, out of torch's long advice on how to let it have its way."""
+    """Return the global that the pickle asked for, out of torch's long message."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f"it names {named[1]}" if named else "it is no state dict"
 

@@ -1,7 +1,4 @@
-"""Whether a foreign model's tokenizer can be read here, and its template learned from.
-
-Border: looks and refuses; tokenizers are loaded by loading.py, templates read by chat/format.py.
-"""
+"""Check that a foreign tokenizer can be loaded and that its template can be supervised."""
 
 from __future__ import annotations
 

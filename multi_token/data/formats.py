@@ -1,7 +1,4 @@
-"""One row in, one Conversation out: every accepted row shape ends here.
-
-Border: opens no file and decodes nothing; knows the names of modalities, not what they are.
-"""
+"""One row in, one Conversation out: every accepted row shape ends here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How long rows are, remembered in a folder, so that a second look at them opens no media.
-
-Border: keys of rows, and small files with lengths; who reads a row, and when, is inspect.py's.
-"""
+"""How long rows are, remembered in a folder, so that a second look at them opens no media."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ _APART = 30.0
 
 @dataclass(frozen=True)
 class Length:
-    """What one good row costs: all its tokens, those it learns, those that are media."""
+    """Length of one good row: all tokens, supervised tokens, media tokens."""
 
     num_tokens: int
     num_supervised: int
@@ -54,9 +51,9 @@ class LengthStore:
     """Lengths of good rows in a folder, which any number of processes may fill at once.
 
     A row is known by its content, by size and time of change of the local files that it names, and
-    by how it is read (`processor_fingerprint`). What changed is read anew, and so is each bad row:
+    by how it is read (`processor_fingerprint`). What changed is read again, and so is each bad row:
     it may
-    have been mended. An address counts as its text, so that what lies there is not looked at again.
+    have been fixed. An address counts as its text, so that what lies there is not looked at again.
     Lengths that headers told are kept apart: only a reader that asks headers too knows them, since
     nobody has seen those rows to be good.
     """
@@ -93,7 +90,7 @@ class LengthStore:
                 self._table.add(key.tobytes().hex(), tuple(length))
 
     def key(self, row: Row, row_id: str) -> str | None:
-        """What a row's length hangs on; None for one that cannot be known again."""
+        """Return the key of a row's length; None for a row without a stable key."""
         try:
             conversation = to_conversation(row, self.names, row_id=row_id)
         except RowError:
@@ -137,7 +134,7 @@ class LengthStore:
             self.save()
 
     def save(self) -> None:
-        """What this process has found goes into one file of its own, whole or not at all."""
+        """Write the lengths of this process to a file of its own, atomically."""
         self._saved = time.monotonic()
         if not self._new:
             return
@@ -171,7 +168,7 @@ class LengthStore:
 
 
 def processor_fingerprint(processor: MultiTokenProcessor) -> str:
-    """What lengths hang on besides the row: 32 hexadecimal digits.
+    """Digest of everything but the row that lengths depend on: 32 hexadecimal digits.
 
     Tokenizer, template, which turns are learned, settings of each modality with its projector and
     the small files of its encoder's folder, limits, and the version of this package.

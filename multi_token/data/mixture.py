@@ -1,7 +1,4 @@
-"""Which row of which source comes where: a weighted mixture, shuffled in windows, by number alone.
-
-Border: numbers only, a position to a source and a number in it; rows are stream.py's.
-"""
+"""Weighted mixture of sources, shuffled in windows, computed from a position alone."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAW, _ORDER = 0, 1
-"""What random words are for; each purpose has its own."""
+"""Purposes of random words; each has its own stream."""
 _KEPT = 4
 """Windows whose plan stays at hand."""
 
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row comes from: its source, and which of that source's rows it is, from 0."""
+    """Reference to a row: its source, and its number in that source, from 0."""
 
     source: int
     number: int
@@ -49,7 +46,7 @@ class Mixture:
         self._planned: dict[int, list[RowRef]] = {}
 
     def row_ref(self, position: int) -> RowRef:
-        """Where the row of a position comes from."""
+        """Return the source and row number of a position."""
         number, offset = divmod(position, self.window)
         return self.row_refs(number)[offset]
 

@@ -1,7 +1,4 @@
-"""Rows with two answers to one prompt, of which one is preferred: `chosen` and `rejected`.
-
-Border: takes such a row apart into two ordinary ones; turns and media are read by formats.py.
-"""
+"""Rows with two answers to one prompt, of which one is preferred: `chosen` and `rejected`."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ RawRow = Mapping[str, Any]
 
 
 def is_preference_row(row: RawRow) -> bool:
-    """Whether a row has an answer under `chosen` or `rejected`; null is none."""
+    """Return True if a row has an answer under `chosen` or `rejected`; null is none."""
     return any(row.get(name) is not None for name in ANSWERS)
 
 

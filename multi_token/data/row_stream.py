@@ -1,7 +1,4 @@
-"""The rows of one source without end: numbered through its files and epochs, read one at a time.
-
-Border: files and hub names become numbered rows here; mixture.py says which number comes when.
-"""
+"""The rows of one source without end: numbered through its files and epochs, read one at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from multi_token.errors import MultiTokenError
 _NUM_OPEN = 4
 """Files whose index stays in memory."""
 _SHARDS = 2
-"""What the random words of a source are for; its own number is added."""
+"""Purpose of the random words of a source; its number is added."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ class ShardedRows:
 
 class SequentialRows:
     """Rows that come one after the other only. The last ones stay at hand; for one before them it
-    begins anew.
+    begins again.
     """
 
     root: str | None = None

@@ -42,11 +42,11 @@ class TrainingSource:
     lengths: Sequence[int] = ()
     """Number of tokens of each good row."""
     headers: bool = False
-    """Whether `data.lengths: headers` applies to these rows."""
+    """True if `data.lengths: headers` applies to these rows."""
 
     @property
     def lengths_only(self) -> bool:
-        """Whether the scan predicts lengths from headers instead of decoding."""
+        """True if the scan predicts lengths from headers instead of decoding."""
         # filling a feature cache decodes every item, so nothing is saved by reading headers
         return self.headers and self.processor.cache is None
 

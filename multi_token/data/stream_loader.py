@@ -1,7 +1,4 @@
-"""A process' batches of a stream, padded or packed, and its place in it, which checkpoints keep.
-
-Border: what the trainer iterates. Which rows they are, and reading them, is streaming.py's.
-"""
+"""A process' batches of a stream, padded or packed, and its place in it, which checkpoints keep."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ from multi_token.errors import MultiTokenError, RowError
 from multi_token.types import Sample
 
 _PACKS = 1 << 32
-"""What the random words of a process' packs are for; its number is added."""
+"""Purpose of the random words of a process's packs; its number is added."""
 _STATES = "stream.json"
 """In a checkpoint's folder."""
 _BAD_ON_END = 1000
@@ -45,7 +42,7 @@ _BAD_ON_END = 1000
 
 @dataclass
 class StreamState:
-    """Where a process stands: what a checkpoint keeps for it."""
+    """Position of a process in the stream, as a checkpoint keeps it."""
 
     num_bad: int = 0
     window: int = 0
@@ -63,7 +60,7 @@ def save_states(folder: Path, step: int, states: Sequence[StreamState]) -> None:
 
 
 def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, StreamState]:
-    """Of a checkpoint: its step, and where this process stands.
+    """Read a checkpoint's step, and the position of this process.
 
     With another number of processes only the sum of bad rows is known: it is the first one's.
     """
@@ -299,7 +296,7 @@ class StreamProgress:
 
     @property
     def state(self) -> StreamState:
-        """Where this process stands."""
+        """Return the position of this process."""
         return self.at[1] if self.current_loader is None else self.current_loader.state
 
     def finish(self) -> None:

@@ -1,8 +1,4 @@
-"""Rows that are read while training goes on: one order for all processes, and each one's share.
-
-Border: positions to groups of samples. Rows by number are data/row_stream.py's, their order is
-data/mixture.py's, and what is learned together is stream_loader.py's.
-"""
+"""Rows that are read while training goes on: one order for all processes, and each one's share."""
 
 from __future__ import annotations
 
@@ -164,7 +160,7 @@ def open_streams(
 
 @dataclass(frozen=True)
 class PaddedShard:
-    """What of the order is one process': of each step a part of its rows, batch by batch."""
+    """Rows of one rank: its share of each step, batch by batch."""
 
     batch_size: int
     num_accumulated: int = 1
@@ -173,7 +169,7 @@ class PaddedShard:
 
     @property
     def rows_per_step(self) -> int:
-        """Of all processes together."""
+        """Rows per step of all processes together."""
         return self.batch_size * self.num_accumulated * self.num_processes
 
     def positions(self, number: int) -> range:
@@ -189,7 +185,7 @@ class PaddedShard:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """What of the order is one process', where it packs: every so many-th row, from a window on."""
+    """Rows of one rank when packing: every `num_processes`-th row, starting at a window."""
 
     num_processes: int
     process: int

@@ -1,7 +1,4 @@
-"""Bytes in, raw media out: one file fetches, every other file decodes one kind.
-
-Border: nothing here knows encoders, tokens or rows.
-"""
+"""Bytes in, raw media out: one file fetches, every other file decodes one kind."""
 
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import decode_image

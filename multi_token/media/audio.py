@@ -1,7 +1,4 @@
-"""Audio in, one mono waveform out at the rate that is asked for, or one sentence saying why not.
-
-Border: bytes come through `Fetch`, and no encoder is known here; chunks are the modality's.
-"""
+"""Audio in, one mono waveform out at the rate that is asked for, or one sentence saying why not."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "C
 
 MAX_CHANNELS = 64
 MAX_FILE_CHANNELS = 8
-"""Of a file, whose header may say any number, each of which would be decoded: 7.1 has 8."""
+"""Most channels of a file, since a header may claim any number and each is decoded: 7.1 has 8."""
 _KEYS = ("array", "sampling_rate", "path", "bytes", "start", "end")
 _MAPPING_HINT = '{"array": [...], "sampling_rate": 16000}'
 _HEADER_SLACK_S = 0.1  # by which a header may promise too much: that of an MP3 is an estimate
@@ -56,7 +53,7 @@ CODECS = (
     *("flac", "alac", "ac3", "eac3", "amrnb", "amrwb", "pcm_s16le", "pcm_s16be", "pcm_s24le"),
     *("pcm_s24be", "pcm_s32le", "pcm_f32le", "pcm_u8"),
 )
-"""What decodes inside of containers; FFmpeg has a hundred more, few of which anybody means."""
+"""Accepted codecs in containers; FFmpeg has a hundred more, few of them in use."""
 
 _OTHER_CONTAINERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89png", "a picture (PNG)"),
@@ -86,7 +83,7 @@ _PCM_FORMATS = frozenset(
 def load_audio(
     source: Any, fetch: Fetch, *, rate: int, max_seconds: float = 600.0, allow_silence: bool = False
 ) -> np.ndarray:  # float32 [samples] at `rate`
-    """What a row gives for audio -> its waveform.
+    """Load the waveform of an audio source.
 
     | source                                     | what happens                             |
     |--------------------------------------------|------------------------------------------|
@@ -193,7 +190,7 @@ def _count_file(file: BinaryIO) -> tuple[int, int] | None:
 
 
 def _is_truncated(start: bytes, size: int) -> bool:
-    """Whether bytes are missing that the file says it has."""
+    """Return True if the file is shorter than its header says."""
     if not start.startswith((b"RIFF", b"FORM")):
         return False
     said = 8 + int.from_bytes(start[4:8], "little" if start.startswith(b"RIFF") else "big")

@@ -1,8 +1,4 @@
-"""Bytes in, the text of a document out; and a text cut into chunks for a sentence encoder.
-
-Border: reads no files and knows no encoder: the tokens that a chunk may have are counted by whoever
-asks. Pictures of text (scans) are not read.
-"""
+"""Bytes in, the text of a document out; and a text cut into chunks for a sentence encoder."""
 
 from __future__ import annotations
 
@@ -174,7 +170,7 @@ def _chunk_end(
     borders: Sequence[Sequence[int]],
     num_characters: int,
 ) -> int:
-    """Where a chunk from `begin` on ends that has room for so many tokens."""
+    """Return the end of a chunk that starts at `begin` and has room for N tokens."""
     next_token = bisect_left(starts, begin) + room
     limit = starts[next_token] if next_token < len(starts) else num_characters
     for ends in borders:

@@ -1,8 +1,4 @@
-"""A source in, its bytes out: a path, a URL, a data URI, or the bytes themselves.
-
-Border: the only file with user paths for media, and with address.py beside it the only one with
-sockets; it does not know what the bytes mean.
-"""
+"""A source in, its bytes out: a path, a URL, a data URI, or the bytes themselves."""
 
 from __future__ import annotations
 
@@ -49,15 +45,15 @@ class Fetch:
     """
 
     root: str | None = None
-    """Where relative paths start; None is the current folder."""
+    """Folder of relative paths; None is the current folder."""
     max_bytes: int = 256 * MIB
     """The largest source accepted."""
     timeout_s: float = 30.0
     """One deadline for a whole download, redirects included."""
     allow_urls: bool = True
-    """Whether http(s) addresses are read."""
+    """True if http(s) URLs are read."""
     allow_paths: bool = True
-    """Whether files of this machine are read."""
+    """True if files of this machine are read."""
     url_policy: UrlPolicy | None = None
     """For strangers: which addresses are read, and how (address.py). None: any, as for rows of
     one's own."""

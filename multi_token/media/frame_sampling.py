@@ -1,7 +1,4 @@
-"""Which moments of a video are looked at: evenly spaced, the same ones every time.
-
-Border: arithmetic of times. Decoding is video.py's.
-"""
+"""Which moments of a video are looked at: evenly spaced, the same ones every time."""
 
 from __future__ import annotations
 
@@ -74,7 +71,7 @@ def pick_frames(
 def clip_bounds(
     duration: Fraction, start: float | None, end: float | None, *, max_seconds: float, label: str
 ) -> tuple[Fraction, Fraction]:
-    """Where to begin and to stop, in seconds.
+    """Return start and end, in seconds.
 
     Raises `MediaError(kind="undecodable")` for a part that is not there, or over `max_seconds`.
     """

@@ -1,7 +1,4 @@
-"""What tells one item from another: bytes that are equal only for equal items.
-
-Border: looks at sources as rows give them; decodes nothing.
-"""
+"""Content of items: bytes that are equal only for equal items."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _READ = ("path", "bytes", "array")
 
 
 def content_bytes(source: Any, fetch: Fetch) -> bytes:
-    """The bytes behind a source: of a file its own, of pictures and arrays their values.
+    """The bytes behind a source: of a file its own, of images and arrays their values.
 
     A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for what
     cannot be read.

@@ -1,7 +1,4 @@
-"""Bytes in, one upright RGB picture out, or one sentence saying why not.
-
-Border: reads no files and knows no encoder; sizes and crops are the modality's.
-"""
+"""Bytes in, one upright RGB image out, or one sentence saying why not."""
 
 from __future__ import annotations
 
@@ -75,7 +72,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 def decode_image(
     data: bytes, *, name: str = "", max_pixels: int = 89_478_485
 ) -> Image.Image:  # RGB, fully in memory
-    """The picture in `data`, upright, RGB, over white where it is transparent.
+    """The image in `data`, upright, RGB, over white where it is transparent.
 
     Palettes, greys, CMYK and 16 bits are converted; an animation gives its first frame. `name`
     opens the error message. Raises `MediaError(kind="undecodable")`.
@@ -87,7 +84,7 @@ def decode_image(
 def as_rgb(
     picture: Image.Image, *, name: str = "", max_pixels: int = 89_478_485
 ) -> Image.Image:  # RGB, fully in memory
-    """The same for a picture that is open already; one from `datasets` or a notebook, say."""
+    """The same for an image that is open already; one from `datasets` or a notebook, say."""
     label = name or "the picture"
     _check_size(picture, label, max_pixels)
     width, height = picture.size
@@ -104,10 +101,10 @@ def as_rgb(
 def read_size(
     file: BinaryIO, *, name: str = "", max_pixels: int = 89_478_485
 ) -> tuple[int, int] | None:
-    """Width and height of the picture that `decode_image` would make of a file, from its header.
+    """Width and height of the image that `decode_image` would make of a file, from its header.
 
     None where only decoding tells how it is turned: a PNG that says something behind its pixels.
-    Raises MediaError for what the header shows to be no picture, or over a limit.
+    Raises MediaError for what the header shows to be no image, or over a limit.
     """
     label = name or "the picture"
     picture = _open(file, label)
@@ -123,7 +120,7 @@ def read_size(
 
 
 def _ends_with_pixels(file: BinaryIO) -> bool:
-    """Whether all that a PNG says stands before its pixels, and the pixels are all there."""
+    """Return True if a PNG's metadata is before its pixels and no pixels are missing."""
     file.seek(len(_PNG_SIGNATURE))
     seen = False
     while len(head := file.read(8)) == 8:
@@ -233,5 +230,5 @@ def _orientation(read_exif: Callable[[Any], Image.Exif], picture: Image.Image) -
     try:
         return read_exif(picture).get(_ORIENTATION, 1)
     except _DAMAGE:
-        # viewers show a picture whose EXIF block is broken as it lies, and so do we
+        # viewers show an image whose EXIF block is broken as it lies, and so do we
         return 1

@@ -1,8 +1,4 @@
-"""An address that a stranger gave: downloaded from listed public hosts, and never led inwards.
-
-Border: who may be dialled, how much is read and for how long. What an address is, fetch.py decides;
-what the bytes mean is known to neither.
-"""
+"""An address that a stranger gave: downloaded from listed public hosts, and never led inwards."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ def resolve_host(host: str, port: int) -> list[str]:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an IP is one host of the open internet, and so is what it carries inside.
+    """Return True if an IP, and any IPv4 address inside it, is a public host.
 
     Mapped, 6to4, Teredo and NAT64 addresses lead to the IPv4 address within them.
     """
@@ -66,7 +62,7 @@ def is_public(address: Address) -> bool:
 
 @dataclass(frozen=True)
 class UrlPolicy:
-    """What may be downloaded for a stranger. As it stands, nothing.
+    """Policy of downloads for untrusted clients. By default nothing is downloaded.
 
     An address is parsed once, and what was parsed is dialled: http or https, a listed host and
     port, no user name. The host is resolved once, each IP found must be public, and the connection
@@ -280,7 +276,7 @@ def _remaining_s(deadline: float) -> float:
 
 
 def _with_timeout(seconds: float, ask: Callable[[], Sequence[str]]) -> Sequence[str] | None:
-    """What `ask` returns; None if it fails or takes longer."""
+    """Return the result of `ask`; None if it fails or takes longer."""
     answers: list[Sequence[str]] = []
 
     def run() -> None:

@@ -1,7 +1,4 @@
-"""A source in, a series of numbers [time, channels] out, or one sentence saying why not.
-
-Border: lists, arrays and `.npy` files; knows no encoder and no patches.
-"""
+"""A source in, a series of numbers [time, channels] out, or one sentence saying why not."""
 
 from __future__ import annotations
 

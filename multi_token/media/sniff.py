@@ -1,7 +1,4 @@
-"""What kind of thing some bytes are: a picture, a sound, a film or a text.
-
-Border: looks at the first bytes only, never at a name; decodes nothing.
-"""
+"""Kind of a file by its first bytes: image, audio, video or text."""
 
 from __future__ import annotations
 
@@ -80,7 +77,7 @@ _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
     """`image` for PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF, JPEG 2000; `audio` for WAV, FLAC, Ogg,
     MP3, AIFF, AU, CAF, AAC, M4A; `video` for MP4, MOV, WebM, Matroska, AVI, FLV, MPEG, WMV and Ogg
-    with pictures; else `text` for UTF-8.
+    with images; else `text` for UTF-8.
 
     A GIF or WebP that moves is an image as well. Raises `MediaError(kind="undecodable")`.
     """
@@ -129,7 +126,7 @@ def _is_bmp(data: bytes) -> bool:
 
 
 def _is_mp3(data: bytes) -> bool:
-    """Whether a frame of an MP3 without tags begins here: sync, a layer, a rate that exists."""
+    """Return True if an MP3 frame without tags begins here: sync, a layer, a valid rate."""
     return (
         len(data) > 2
         and data[0] == 0xFF

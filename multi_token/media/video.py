@@ -1,7 +1,4 @@
-"""Bytes in, the frames shown at evenly spaced times out, or one sentence saying why not.
-
-Border: reads no files and knows no encoder; how many frames, and which part, is the modality's.
-"""
+"""Bytes in, the frames shown at evenly spaced times out, or one sentence saying why not."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from multi_token.media.frame_sampling import (
 from multi_token.media.image import as_rgb
 
 # A list of our own, because FFmpeg's whole registry holds formats that open other files and
-# addresses named inside the data (HLS, DASH, concat), and pictures as videos of one frame.
+# addresses named inside the data (HLS, DASH, concat), and images as videos of one frame.
 FORMATS = ("mov", "matroska", "gif", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
 _ACCEPTED = "MP4, MOV, WebM, MKV, GIF, AVI, MPEG, FLV, Ogg or WMV"
 
@@ -37,7 +34,7 @@ CODECS = (
     *("ffv1", "rawvideo", "flv", "vp6", "vp6f", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3"),
     "vc1",
 )
-"""What decodes inside of them; FFmpeg has two hundred more, few of which anybody means."""
+"""Accepted codecs in them; FFmpeg has two hundred more, few of them in use."""
 
 # what stands where in the first bytes
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
@@ -58,7 +55,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class _PacketIndex:
-    """What the packets say before any is decoded; in decoding order, seconds from the first frame.
+    """Packets of a video before decoding; in decoding order, seconds from the first frame.
 
     `times`: when each packet's frame is shown, None if it is not; `keys`: where decoding can begin.
     """
@@ -117,7 +114,7 @@ def count_frames(
     max_frames: int,
     max_pixels: int,
 ) -> int:
-    """How many pictures `decode_video` gives of a file; nothing is decoded.
+    """Number of frames that `decode_video` gives of a file; nothing is decoded.
 
     With `num_frames` only the header is read, with `fps` all packets are. Raises MediaError.
     """
@@ -132,7 +129,7 @@ def count_frames(
 
 @dataclass(frozen=True)
 class _FrameRequest:
-    """What is wanted of a video, and the limits."""
+    """Frames to sample from a video, and the limits."""
 
     num_frames: int | None
     fps: float | None
@@ -222,7 +219,7 @@ def _open_video(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[A
 
 
 def _header_duration(container: Any, stream: Any) -> Fraction | None:
-    """The duration in the header, where there is one of the pictures alone."""
+    """The duration in the header, of the video stream alone, if there is one."""
     if stream.duration is not None:
         return stream.duration * stream.time_base
     if container.duration is not None and len(container.streams) == 1:
@@ -349,7 +346,7 @@ def _to_image(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.
         picture = Image.fromarray(frame.to_ndarray(format="rgba"))
     else:
         picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    if frame.rotation:  # a phone held upright films lying frames and says so
+    if frame.rotation:  # a phone held upright videos lying frames and says so
         picture = picture.rotate(frame.rotation, expand=True)
     return as_rgb(picture, name=label, max_pixels=max_pixels)
 

@@ -1,7 +1,4 @@
-"""What is asked of any waveform: its rate, its scale, its length, and numbers in it.
-
-Border: samples and seconds; files and the shapes of rows are audio.py's.
-"""
+"""Checks and conversion of waveforms: rate, scale, length, finite samples."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Anyres (LLaVA-NeXT): a picture as its small whole and a grid of tiles, read line by line.
-
-Border: sizes, pictures and index arithmetic. The vision tower and its processor are image.py's.
+"""Anyres (LLaVA-NeXT): an image as its small whole and a grid of tiles, read line by line.
 
 The rules are those of LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next) as
 transformers' LlavaNext follows them, so that its checkpoints give the same numbers here.
@@ -27,7 +25,7 @@ Grid = tuple[int, int]
 
 
 def best_grid(height: int, width: int, grids: Sequence[Grid], side: int) -> Grid:
-    """The grid of tiles (`side` pixels each way) that keeps most pixels of a picture.
+    """The grid of tiles (`side` pixels each way) that keeps most pixels of an image.
 
     Among equals the one with the least empty space, then the first.
     """
@@ -44,7 +42,7 @@ def best_grid(height: int, width: int, grids: Sequence[Grid], side: int) -> Grid
 def crop_tiles(
     picture: Image.Image, grid: Grid, side: int, resample: Image.Resampling
 ) -> list[Image.Image]:
-    """The whole picture squeezed into one square, then its tiles in reading order.
+    """The whole image squeezed into one square, then its tiles in reading order.
 
     For the tiles it keeps its proportions and lies centred on black.
     """
@@ -64,13 +62,13 @@ def crop_tiles(
 def reading_order(height: int, width: int, grid: Grid, patches: int) -> tuple[Tensor, Tensor]:
     """Which patch of which tile each feature of an item is, int64 [length] each.
 
-    Tiles have `patches` x `patches` patches; tile 0 is the whole picture. First all of its patches,
+    Tiles have `patches` x `patches` patches; tile 0 is the whole image. First all of its patches,
     then the lines of the grid from end to end, each closed by LINE_END. Lines and columns that hold
-    only the black around the picture are left out.
+    only the black around the image are left out.
     """
     rows, columns = grid[0] * patches, grid[1] * patches
     top = left = 0
-    # rounded as LlavaNext does, or a picture of the grid's own shape would lose a line to floats
+    # rounded as LlavaNext does, or an image of the grid's own shape would lose a line to floats
     if width / height > columns / rows:
         top = (rows - int(round(height * (columns / width), 7))) // 2
     else:

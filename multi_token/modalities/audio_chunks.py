@@ -1,8 +1,4 @@
-"""Audio of any length for encoders that take a piece of it at a time.
-
-Border: reading, limits, and which feature stands in which chunk. What an encoder makes of a chunk
-is speech.py's and sound.py's.
-"""
+"""Audio of any length for encoders that take a piece of it at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ NOTHING = -1
 
 
 class AudioModality(PretrainedModality):
-    """What the senses of audio share: where it comes from, how long it may be, and its chunks."""
+    """Base of the audio modalities: source, longest length, and chunks."""
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("audio",)
     requires: ClassVar[tuple[str, ...]] = ("soundfile", "soxr")

@@ -1,8 +1,4 @@
-"""The contract of a modality: `Modality` (light, picklable config) and its frozen `Encoder`.
-
-Border: a modality knows raw things and encoder inputs; it knows nothing of text, tokens' ids or
-the language model.
-"""
+"""The contract of a modality: `Modality` (light, picklable config) and its frozen `Encoder`."""
 
 from __future__ import annotations
 
@@ -59,7 +55,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, **inputs: Tensor) -> Features:
-        """What `Modality.collate` made -> values [items, length, dim] and their mask."""
+        """Encode the tensors of `Modality.collate`: values [items, length, dim] and their mask."""
 
     def layers(self) -> Sequence[nn.Module]:
         """Its layers from first to last, of which a recipe may let the last ones learn.
@@ -98,7 +94,7 @@ class Modality(BaseModel, ABC):
 
     @abstractmethod
     def load(self, source: Any, fetch: Fetch) -> Any:
-        """What a row gave -> the raw thing (a picture, an array). Raises MediaError."""
+        """Load a source of a row: an image, an array. Raises MediaError."""
 
     @abstractmethod
     def prepare(self, raw: Any) -> Prepared:
@@ -251,7 +247,7 @@ class PretrainedModality(Modality):
     """Precision of the frozen encoder, which a recipe lets learn in float32 always. Features are
     handed on as float32."""
     micro_batch: PositiveInt = 32
-    """Parts (pictures, tiles, chunks of audio or text, clips) that go through the encoder at once:
+    """Parts (images, tiles, chunks of audio or text, clips) that go through the encoder at once:
     its memory does not grow with the number of items in a batch."""
 
 

@@ -1,8 +1,4 @@
-"""Documents of any length through any sentence encoder: each chunk of text becomes one feature.
-
-Border: a text to chunks, and chunks to features. What a file holds, and where a text may be cut, is
-media/document.py's.
-"""
+"""Documents of any length through any sentence encoder: each chunk of text becomes one feature."""
 
 from __future__ import annotations
 
@@ -92,7 +88,7 @@ class DocumentModality(PretrainedModality):
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))
     """How features become tokens: each chunk becomes `factor` of them."""
     pooling: Pooling = "mean"
-    """What stands for a chunk: the `mean` of its tokens' last states, or that of the first (`cls`).
+    """Embedding of a chunk: the `mean` of its tokens' last states, or that of the first (`cls`).
     Take what the encoder was trained with; its model card says it."""
     normalize: bool = False
     """Bring each embedding to length 1."""
@@ -102,7 +98,7 @@ class DocumentModality(PretrainedModality):
     prefix: str = ""
     """Written before each chunk, for encoders that were trained with one (E5: `"passage: "`)."""
     strings: Literal["path", "text"] = "path"
-    """What a plain string in a row is: a `path` or address of a document, or the `text` itself."""
+    """Meaning of a plain string in a row: a `path` or URL of a document, or the `text` itself."""
     max_pages: PositiveInt = MAX_PAGES
     """A PDF with more pages is refused."""
     max_characters: PositiveInt = MAX_CHARACTERS
@@ -142,7 +138,7 @@ class DocumentModality(PretrainedModality):
         return kind.encode() + b"\0" + data
 
     def _kind(self, source: Any) -> tuple[Literal["path", "text"], Any]:
-        """Whether a source is a text, or where one is to be read. Raises MediaError."""
+        """Return the kind of a source, text or path, and its value. Raises MediaError."""
         if not isinstance(source, Mapping):
             return (self.strings if isinstance(source, str) else "path"), source
         given = {key: value for key, value in source.items() if value is not None}

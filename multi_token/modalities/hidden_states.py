@@ -1,7 +1,4 @@
-"""The hidden states that a recipe takes of a tower, without running the layers behind them.
-
-Border: one tower and its layers; what a sense makes of the states is its own.
-"""
+"""The hidden states that a recipe takes of a tower, without running the layers behind them."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ class HiddenStates:
         return chosen
 
     def _positions(self, layers: Sequence[nn.Module]) -> list[int]:
-        """Of the layers whose outputs the states would be; [] if they cannot be, or none is saved.
+        """Return the layers whose outputs the states are; [] if there are none, or none is saved.
 
         Nothing is saved where the last layer is needed as well.
         """
@@ -73,7 +70,7 @@ class HiddenStates:
 
 
 def _register_hooks(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitStack]:
-    """Where their outputs will be, and what takes the listeners away again."""
+    """Return the list of their outputs, and the handles that remove the hooks."""
     outputs: dict[nn.Module, Tensor] = {}
     stack = ExitStack()
 
@@ -105,7 +102,7 @@ def _run_until(
 def _equal(
     states: Sequence[Tensor], layers: Sequence[nn.Module], outputs: dict[nn.Module, Tensor]
 ) -> bool:
-    """Whether each state is what its layer gave out, to the bit."""
+    """Return True if each state is bit-identical to the output of its layer."""
     return bool(layers) and all(
         layer in outputs
         and outputs[layer].shape == state.shape

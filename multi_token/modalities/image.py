@@ -1,8 +1,4 @@
-"""Pictures through any vision encoder that transformers' Auto classes load, timm's among them.
-
-Border: pixels to features. How many features an item becomes is found by running the encoder's
-architecture on the meta device (shapes without weights), so no list of model names is kept here.
-"""
+"""Pictures through any vision encoder that transformers' Auto classes load, timm's among them."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ Layers = int | tuple[int, ...] | None
 ANY_SIZE = (0, 0)
 """Size of an image whose header does not tell width and height as they will be decoded."""
 PreprocessKey = tuple[str, str | None, Layers, FeatureKind, bool]
-"""How a picture is read whole: encoder, revision, layer, features, and whether it is padded."""
+"""How an image is read whole: encoder, revision, layer, features, and whether it is padded."""
 
 
 class ImageEncoder(Encoder):
@@ -77,7 +73,7 @@ class ImageEncoder(Encoder):
         return Features(values, nn.functional.pad(mask.bool(), (num_prefix, 0), value=True))
 
     def _values(self, **inputs: Tensor) -> Tensor:
-        """[pictures, length, dim]"""
+        """[images, length, dim]"""
         if self.features == "pooled":
             return self._pooled(inputs)
         if self.layer is None:
@@ -116,7 +112,7 @@ class ImageEncoder(Encoder):
         return pooled.flatten(1)[:, None]
 
     def run(self, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-        """What the tower answers."""
+        """Return the output of the tower."""
         return self.tower(**inputs, **options)
 
     def num_prefix(self, values: Tensor, inputs: Mapping[str, Tensor]) -> int:
@@ -154,7 +150,7 @@ class ImageEncoder(Encoder):
 
 
 class ImageModality(PretrainedModality):
-    """A picture: PNG, JPEG, WebP, GIF (first frame) and whatever else Pillow decodes."""
+    """An image: PNG, JPEG, WebP, GIF (first frame) and whatever else Pillow decodes."""
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("image",)
     kit_example: ClassVar[str] = "multi_token.testing.vision:image_example"
@@ -171,14 +167,14 @@ class ImageModality(PretrainedModality):
     tile_grids: tuple[tuple[PositiveInt, PositiveInt], ...] | None = Field(
         default=None, min_length=1
     )
-    """Read a picture as its small whole and then in tiles of the encoder's own size, line by line
+    """Read an image as its small whole and then in tiles of the encoder's own size, line by line
     (LLaVA-NeXT's anyres): the grids to choose from, `[rows, columns]` each. The one that keeps most
-    of the picture is taken. Needs `line_break: true` in the projector."""
+    of the image is taken. Needs `line_break: true` in the projector."""
     pad_to_square: bool = False
-    """Fill a picture up to a square with the processor's mean colour instead of cutting its ends
+    """Fill an image up to a square with the processor's mean colour instead of cutting its ends
     off (LLaVA-1.5's `image_aspect_ratio: pad`)."""
     max_pixels: int = 89_478_485
-    """A picture larger than this is refused before it is decoded (a guard against bombs)."""
+    """An image larger than this is refused before it is decoded (a guard against bombs)."""
 
     @model_validator(mode="after")
     def _check_tiles(self) -> ImageModality:
@@ -198,7 +194,7 @@ class ImageModality(PretrainedModality):
         return self
 
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
-        """Path, URL, data URI, bytes or PIL picture -> RGB picture. Raises MediaError."""
+        """Path, URL, data URI, bytes or PIL image -> RGB image. Raises MediaError."""
         if isinstance(source, Image.Image):
             return as_rgb(source, max_pixels=self.max_pixels)
         name = source if isinstance(source, str) and not source.startswith("data:") else ""
@@ -238,7 +234,7 @@ class ImageModality(PretrainedModality):
         return (grid, *reading_order(height, width, grid, patches))
 
     def prepare(self, raw: Any) -> Prepared:
-        """An RGB picture -> what the encoder's own image processor makes of it.
+        """An RGB image -> what the encoder's own image processor makes of it.
 
         With tiles: `pixel_values` [tiles, ...], `tile` and `patch` int64 [length]. Raises
         RecipeError for an encoder that cannot be given tiles.
@@ -296,7 +292,7 @@ class ImageModality(PretrainedModality):
 @functools.lru_cache(maxsize=8)
 def image_processor(encoder: str, revision: str | None) -> Any:
     """The encoder's own image processor; do not change it."""
-    # one per process: reading it anew for every picture would cost more than the picture
+    # one per process: reading it again for every image would cost more than the image
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(encoder, revision=revision)
@@ -334,7 +330,7 @@ SIZES_TRIED = ((64, 64), (40, 120), (120, 40), (300, 200), (97, 1300), (1100, 80
 
 @functools.lru_cache(maxsize=8)
 def _num_of_all_sizes(way: PreprocessKey) -> int | None:
-    """Features of any picture, if the processor brings all to one shape; found by trying some."""
+    """Features of any image, if the processor brings all to one shape; found by trying some."""
     shapes: set[tuple[int, ...]] = set()
     for size in SIZES_TRIED:
         inputs = _blank(way, size).inputs
@@ -348,7 +344,7 @@ def _num_of_all_sizes(way: PreprocessKey) -> int | None:
 
 @functools.lru_cache(maxsize=65_536)
 def _num_of_blank(way: PreprocessKey, size: tuple[int, int]) -> int:
-    """Features of a picture of this width and height, whatever is on it."""
+    """Features of an image of this width and height, whatever is on it."""
     return _blank(way, size).num_features
 
 
@@ -384,7 +380,7 @@ def tile_shape(encoder: str, revision: str | None, layer: Layers) -> tuple[int, 
 
 
 def _squared(picture: Image.Image, processor: Any) -> Image.Image:
-    """The picture in the middle of a square of the processor's mean colour."""
+    """The image in the middle of a square of the processor's mean colour."""
     mean = getattr(processor, "image_mean", None)
     if mean is None:
         raise RecipeError(

@@ -1,8 +1,4 @@
-"""Items of several kinds through one encoder that puts all of them into one space.
-
-Border: bytes to one vector an item. What kind an item is, media/sniff.py reads from its bytes;
-which kinds an encoder takes follows from the methods that its class has.
-"""
+"""Items of several kinds through one encoder that puts all of them into one space."""
 
 from __future__ import annotations
 
@@ -46,7 +42,7 @@ _METHODS: dict[MediaKind, tuple[str, ...]] = {
     "audio": ("get_audio_features", "get_audio_embeds"),
     "video": ("get_video_features",),
 }
-"""What transformers calls the way of each kind into the joint space."""
+"""transformers' method of each kind into the joint space."""
 _NO_LIMIT = 1_000_000
 """A tokenizer that knows no longest text says a number beyond this."""
 
@@ -97,7 +93,7 @@ class JointEncoder(Encoder):
 
 
 class JointModality(PretrainedModality):
-    """A picture, sound, film or text, whichever the encoder has a tower for: one vector an item."""
+    """An image, sound, video or text, whichever the encoder has a tower for: one vector an item."""
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("image", "audio", "video", "document")
     limit_fields: ClassVar[Mapping[str, str]] = {"max_letters": "max_characters"}
@@ -105,14 +101,14 @@ class JointModality(PretrainedModality):
 
     type: Literal["joint"] = "joint"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
-    """Hub name or folder of a model with one space for several kinds: CLIP or SigLIP (pictures and
-    texts), CLAP (sounds and texts), X-CLIP (films and texts), PE-AV (sounds and texts)."""
+    """Hub name or folder of a model with one space for several kinds: CLIP or SigLIP (images and
+    texts), CLAP (sounds and texts), X-CLIP (videos and texts), PE-AV (sounds and texts)."""
     normalize: bool = True
     """Bring each vector to length 1, as these models do before they compare two."""
     max_pixels: PositiveInt = 89_478_485
-    """A picture or frame larger than this is refused before it is decoded."""
+    """An image or frame larger than this is refused before it is decoded."""
     max_seconds: PositiveFloat = 30.0
-    """A sound or film longer than this is refused while it is decoded."""
+    """A sound or video longer than this is refused while it is decoded."""
     max_letters: PositiveInt = 10_000
     """A text longer than this is refused before it is tokenized."""
 
@@ -126,7 +122,7 @@ class JointModality(PretrainedModality):
         | `{"image" or "audio" or "video": source}` | the one that is named       |
         | `{"path" or "bytes": ...}`                | what the bytes begin like   |
         | `{"array": ..., "sampling_rate": 16000}`  | audio                       |
-        | a PIL picture                             | image                       |
+        | a PIL image                             | image                       |
         """
         kind, source = _named_kind(source)
         if kind == "image" and isinstance(source, Image.Image):
@@ -333,7 +329,7 @@ class JointModality(PretrainedModality):
         return kind, torch.zeros(rate).numpy()
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
-        """Of an item whose kind is named, the kind and what is inside."""
+        """Return kind and source of an item whose kind is named."""
         kind, inner = _named_kind(source)
         if kind is None or isinstance(inner, (Image.Image, Mapping)):
             return super().content(inner, fetch)

@@ -1,8 +1,4 @@
-"""Sounds of any kind through CLAP, fused or not: a vector of a window, or its frames.
-
-Border: waveforms to features. CLAP (arXiv:2211.06687) picks windows of long audio at random; here
-they lie at fixed places, so that the same sound always gives the same features.
-"""
+"""Sounds of any kind through CLAP, fused or not: a vector of a window, or its frames."""
 
 from __future__ import annotations
 
@@ -85,7 +81,7 @@ class SoundModality(AudioModality):
     """`pooled`: one feature a window, CLAP's embedding of it; `frames`: the last hidden state (64
     features a window of the published ones), by time and within it by frequency band."""
     long_audio: Literal["windows", "fusion"] = "windows"
-    """Of audio longer than CLAP's window (10 s): `windows` cuts it evenly into several; `fusion`
+    """Audio longer than CLAP's window (10 s): `windows` cuts it evenly into several; `fusion`
     makes one window of any length, the whole squeezed and three crops from the middle of its
     thirds, for encoders trained with it (fused). Shorter audio is repeated to fill a window."""
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))

@@ -1,8 +1,4 @@
-"""Speech through encoders of mel windows (Whisper) or of raw waveforms (Wav2Vec2, HuBERT, WavLM).
-
-Border: waveforms to features. Which kind an encoder is, is told by its feature extractor; how many
-features come out, by the arithmetic of its own convolutions. No list of model names is kept here.
-"""
+"""Speech, by encoders of mel windows (Whisper) or raw waveforms (Wav2Vec2, HuBERT, WavLM)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Series of numbers: channels over time, of any length and rate (ECG, IMU, motion capture).
-
-Border: numbers to features, by a small encoder that learns with the run, or by a time series model
-of transformers that is frozen. Sources are read by media/series.py.
-"""
+"""Series of numbers: channels over time, of any length and rate (ECG, IMU, motion capture)."""
 
 from __future__ import annotations
 
@@ -304,7 +300,7 @@ class TimeseriesModality(Modality):
 
 
 class WindowShape(NamedTuple):
-    """What a time series model reads at once, and what it makes of that."""
+    """Window of a time series model, and its patches."""
 
     context: int
     num_patches: int
@@ -313,7 +309,7 @@ class WindowShape(NamedTuple):
 
     @property
     def channels_together(self) -> bool:
-        """Whether channels go in side by side, and not each as a series of its own."""
+        """True if channels are encoded together, and not each as a series of its own."""
         return self.channels > 1
 
     def num_new_patches(self, rest: int) -> int:

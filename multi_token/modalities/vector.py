@@ -1,8 +1,4 @@
-"""Vectors of your own: embeddings or raw sensor values from a list, an array or a `.npy` file.
-
-Border: no encoder weights. Values pass through; the projector standardizes them with statistics
-fitted on the training rows and saved beside its weights.
-"""
+"""Vectors of your own: embeddings or raw sensor values from a list, an array or a `.npy` file."""
 
 from __future__ import annotations
 

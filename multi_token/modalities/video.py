@@ -1,8 +1,4 @@
-"""Videos through a video encoder, clip by clip, or through any image encoder, frame by frame.
-
-Border: frames to features. Times and decoding are media/video.py's, single frames image.py's and
-clips clips.py's.
-"""
+"""Videos through a video encoder, clip by clip, or through any image encoder, frame by frame."""
 
 from __future__ import annotations
 
@@ -67,7 +63,7 @@ class VideoEncoder(Encoder):
 
 
 class VideoModality(PretrainedModality):
-    """A video: MP4, WebM, GIF and others, an array of frames, or a list of pictures."""
+    """A video: MP4, WebM, GIF and others, an array of frames, or a list of images."""
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("video",)
     requires: ClassVar[tuple[str, ...]] = ("av",)
@@ -87,7 +83,7 @@ class VideoModality(PretrainedModality):
     """Frames taken of each second instead, so that a longer item has more tokens. A video encoder
     gets them as clips of `num_frames`, the last filled up with its last frame."""
     features: FeatureKind = "pooled"
-    """Of each frame, or clip: `pooled`: the model's own pooled vector, or embedding of a clip;
+    """Features per frame or clip: `pooled`: the model's own pooled vector, or embedding of a clip;
     `mean`: of the patches; `cls`: the CLS token; `patches`: one feature a patch; `all`: CLS and
     registers too."""
     layer: Layers = None
@@ -120,7 +116,7 @@ class VideoModality(PretrainedModality):
         |-----------------------------------------|-----------------------------------------|
         | path, URL, data URI, bytes              | a video file                            |
         | array uint8 [frames, height, width, 3]  | RGB frames                              |
-        | list of pictures, or of their paths     | one frame each                          |
+        | list of images, or of their paths     | one frame each                          |
         | `{"path": ..., "start": 2, "end": 5.5}` | seconds 2 to 5.5; also `bytes`, `array` |
         | `{"array": ..., "fps": 25}`             | frames that have times                  |
         """
@@ -147,7 +143,7 @@ class VideoModality(PretrainedModality):
         return decode_video(data, name=name, max_pixels=self.max_pixels, **options)
 
     def _asked(self, source: Any) -> tuple[Any, float | None, dict[str, Any]]:
-        """What to read, frames a second of an array, and what is wanted of it."""
+        """Return the source, frames per second of an array, and the frames to sample."""
         options: dict[str, Any] = {"start": None, "end": None}
         rate = None
         if isinstance(source, Mapping):
@@ -262,7 +258,7 @@ class VideoModality(PretrainedModality):
         return VideoEncoder(clips, normalize=self.normalize).eval()
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
-        """A list of pictures or paths counts by what is in each."""
+        """A list of images or paths counts by what is in each."""
         if isinstance(source, (list, tuple)):
             digests = [sha256(super(VideoModality, self).content(s, fetch)) for s in source]
             return b"frames" + b"".join(digest.digest() for digest in digests)

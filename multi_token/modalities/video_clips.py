@@ -1,7 +1,4 @@
-"""Clips of a fixed number of frames through the video encoders of transformers.
-
-Border: frames to features of one clip. Which frames, and which clips are one item, is video.py's.
-"""
+"""Clips of a fixed number of frames through the video encoders of transformers."""
 
 from __future__ import annotations
 
@@ -142,7 +139,7 @@ def clip_processor(encoder: str, revision: str | None) -> Any:
 def clip_length(encoder: str, revision: str | None) -> tuple[int | None, bool]:
     """Frames of a clip that the encoder's configuration declares, and whether it takes no others.
 
-    None for an encoder of single pictures.
+    None for an encoder of single images.
     """
     from transformers import AutoConfig
 

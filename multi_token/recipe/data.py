@@ -1,7 +1,4 @@
-"""What the `data` section of a recipe says: which rows, and how they are gone through.
-
-Border: names, numbers and defaults only; rows are opened in data/.
-"""
+"""The `data` section of a recipe: rows, and their order."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class StrictModel(BaseModel):
-    """What all parts of a recipe share: unknown keys are refused, nothing changes afterwards."""
+    """Base of all recipe sections: unknown keys are refused, fields are frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,7 +33,7 @@ class StreamSpec(StrictModel):
 
 
 class DataSpec(StrictModel):
-    """What is learned from."""
+    """Rows to train on."""
 
     train: list[DataSource] = Field(min_length=1)
     eval: list[DataSource] = Field(default_factory=list)

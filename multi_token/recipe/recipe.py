@@ -1,7 +1,4 @@
-"""The recipe of a run: model, data, training. YAML with `key=value` overrides -> checked objects.
-
-Border: names, numbers and defaults only; nothing is loaded. A run's folder holds its resolved copy.
-"""
+"""Recipe of a run: model, data, training. YAML and `key=value` overrides -> checked objects."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ class Quantization(StrictModel):
 
 
 class ModelSpec(StrictModel):
-    """The language model and its senses."""
+    """The language model and its modalities."""
 
     language_model: str
     """Hub name or folder of a decoder-only model of transformers, or a GGUF file or folder."""
@@ -147,7 +144,7 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Recipe:
-        """What needs all rows before training begins does not go with a stream."""
+        """Check that no setting needs all rows in advance beside a stream."""
         if self.data.stream is None:
             return self
         train = self.train
@@ -236,7 +233,7 @@ def _set_override(tree: Any, keys: list[str], value: Any, override: str) -> None
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """Of two dumped recipes the values that differ: dotted name, `a`'s and `b`'s."""
+    """Return the values of two dumped recipes that differ: dotted name, `a`'s and `b`'s."""
     if isinstance(a, dict) and isinstance(b, dict):
         pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b}]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):

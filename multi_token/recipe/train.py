@@ -1,7 +1,4 @@
-"""What the `train` section of a recipe says: stages, what learns in them and how fast.
-
-Border: names, numbers and defaults only; the whole recipe, and reading it, stand in recipe.py.
-"""
+"""The `train` section of a recipe: stages, their trainable parts and learning rates."""
 
 from __future__ import annotations
 
@@ -23,10 +20,10 @@ class ClosedFormSpec(StrictModel):
     penalty: float = Field(default=100.0, gt=0)
     """Ridge penalty on standardized features."""
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
-    """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
+    """Target of an item's tokens. A leading space makes a word's own token; a second time on
     a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
     targets: Literal["mean", "by_position"] = "mean"
-    """What each of an item's many tokens aims at: the `mean` of its caption's embeddings, or, for
+    """Target of each token of an item: the `mean` of its caption's embeddings, or, for
     speech and whatever else goes through its caption from first word to last, the caption's token
     at the same part of the way (`by_position`)."""
     rows: list[DataSource] | None = None
@@ -60,7 +57,7 @@ class LearningRate(StrictModel):
     lr: PositiveFloat
     """Learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Of its matrices; default: `weight_decay` of `args`, which is transformers' (0)."""
+    """Weight decay of its matrices; default: `weight_decay` of `args` (transformers': 0)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +66,7 @@ class LearningRate(StrictModel):
 
 
 def _lr_kind(fields: Any) -> str:
-    """Whether a value is one pace for all instances, or a mapping from instances to theirs."""
+    """Return True if a value is one learning rate, and not a mapping from instances to theirs."""
     by_instance = isinstance(fields, dict) and "lr" not in fields
     return "each" if by_instance else "all"
 
@@ -81,7 +78,7 @@ LearningRates = Annotated[
 
 
 class TrainableEncoder(LearningRate):
-    """What of an encoder learns: all of it, its last layers, or LoRA on its linear layers."""
+    """Trainable part of an encoder: all of it, its last layers, or LoRA on its linear layers."""
 
     last_layers: int | None = Field(default=None, ge=1)
     """So many of its last layers, and nothing before or behind them (a final norm stays)."""
@@ -96,7 +93,7 @@ class TrainableEncoder(LearningRate):
 
 
 class Trainable(StrictModel):
-    """What learns in a stage, and how fast; the rest is frozen.
+    """Trainable parts of a stage and their learning rates; the rest is frozen.
 
     Each value is a learning rate, or `{lr, weight_decay}`.
     """
@@ -203,7 +200,7 @@ class Stage(StrictModel):
 
 
 class FeatureCacheSpec(StrictModel):
-    """Where the features of frozen encoders are kept, and how."""
+    """Feature cache of frozen encoders: folder and precision."""
 
     path: str | None = None
     """The folder, which runs and machines may share; default: `cache` in the run's own."""
@@ -236,7 +233,7 @@ class TrainSpec(StrictModel):
     output_dir: str
     init_from: str | None = None
     """A trained run (folder or hub name) whose projectors, trained encoders, adapter and trained
-    language model are taken over as they are; instances that it does not have start anew."""
+    language model are taken over as they are; instances that it does not have start again."""
     seed: int = 0
     closed_form: ClosedFormSpec | None = Field(default_factory=ClosedFormSpec)
     """Stage zero; `null` turns it off."""
@@ -269,7 +266,7 @@ class TrainSpec(StrictModel):
     """Test at each evaluation and at the end whether the model uses its media: rows of `data.eval`
     with original, shuffled and ablated media."""
     peak_tflops: float | None = Field(default=None, gt=0)
-    """What one device can do at most, in TFLOP/s of the precision used, for `mfu` in the log."""
+    """Peak of one device, in TFLOP/s of the precision used, for `mfu` in the log."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Any transformers.TrainingArguments field, for every stage."""
 
@@ -308,7 +305,7 @@ class TrainSpec(StrictModel):
 
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
-        """Whether rows are read with texts in place of their media, for the stages' teachers."""
+        """How rows are also read with texts in place of their media, for distillation."""
         teachers = [stage.distillation for stage in self.stages if stage.distillation is not None]
         if not teachers:
             return None
@@ -316,7 +313,7 @@ class TrainSpec(StrictModel):
 
     @property
     def preference_mode(self) -> Literal["required", "optional"] | None:
-        """Whether rows are read with their rejected answers, for the stages with `dpo`."""
+        """How rows are also read with their rejected answers, for stages with `dpo`."""
         missing = [stage.dpo.missing for stage in self.stages if stage.dpo is not None]
         return None if not missing else "required" if "raise" in missing else "optional"
 

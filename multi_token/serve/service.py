@@ -228,12 +228,12 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine runs."""
+        """True if the engine runs."""
         return self.engine.is_alive
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests are accepted."""
+        """True if new requests are accepted."""
         return self.is_healthy and not self.admission.is_draining
 
     def count_request(self, status: int) -> None:

@@ -119,7 +119,7 @@ class ServeSettings(BaseModel):
 
     @property
     def is_local(self) -> bool:
-        """Whether the host is a loopback address."""
+        """True if the host is a loopback address."""
         if self.host == "localhost":
             return True
         try:

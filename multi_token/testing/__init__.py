@@ -1,7 +1,4 @@
-"""For tests of this library and of plug-ins: the conformance kit, and tiny real parts.
-
-Border: nothing here is used at run time. Parts are random, small, and built in process.
-"""
+"""For tests of this library and of plug-ins: the conformance kit, and tiny real parts."""
 
 from multi_token.testing.kit import Result, assert_conforms, check_modality, check_named
 from multi_token.testing.language_models import TEMPLATES, tiny_language_model, tiny_tokenizer

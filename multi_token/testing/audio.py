@@ -1,7 +1,4 @@
-"""Tiny encoders of speech and sound, built in process, random, and tones to feed them with.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""Tiny encoders of speech and sound, built in process, random, and tones to feed them with."""
 
 from __future__ import annotations
 

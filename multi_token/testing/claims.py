@@ -1,7 +1,4 @@
-"""What a modality promises, one function a claim: it says what it saw, or raises `ClaimFailed`.
-
-Border: does with a modality what the library does with it, on the CPU and without a language model.
-"""
+"""Claims of a modality, one function each: returns its result, or raises `ClaimFailed`."""
 
 from __future__ import annotations
 

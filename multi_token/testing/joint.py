@@ -1,7 +1,4 @@
-"""A tiny encoder of pictures and texts in one space, built in process, random.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""A tiny encoder of images and texts in one space, built in process, random."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ def tiny_joint_clip(folder: Path, *, seed: int = 0) -> str:
 
 
 def joint_example(folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Fields of a small instance, and two pictures and two texts for it."""
+    """Fields of a small instance, and two images and two texts for it."""
     from PIL import Image
 
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")

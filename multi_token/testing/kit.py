@@ -1,8 +1,4 @@
-"""The conformance kit: everything a modality promises, each promise tried on a small instance.
-
-Border: which claims there are for a modality, and what it is tried on; a claim itself is in
-claims.py.
-"""
+"""The conformance kit: everything a modality promises, each promise tried on a small instance."""
 
 from __future__ import annotations
 

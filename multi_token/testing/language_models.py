@@ -1,7 +1,4 @@
-"""Tiny language models and tokenizers, built in process, random.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""Tiny language models and tokenizers, built in process, random."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tiny time series models, built in process, random.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""Tiny time series models, built in process, random."""
 
 from __future__ import annotations
 

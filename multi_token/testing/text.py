@@ -1,7 +1,4 @@
-"""A tiny sentence encoder, built in process, random; and PDF files.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""A tiny sentence encoder, built in process, random; and PDF files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the kit tries `vector` on.
-
-Border: numbers only; nothing here is used at run time.
-"""
+"""Example of the kit for `vector`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tiny video encoders and real video files, built in process, random.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""Tiny video encoders and real video files, built in process, random."""
 
 from __future__ import annotations
 

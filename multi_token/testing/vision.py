@@ -1,7 +1,4 @@
-"""Tiny vision encoders, and LLaVA models, built in process, random.
-
-Border: parts only; nothing here is used at run time.
-"""
+"""Tiny vision encoders, and LLaVA models, built in process, random."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ LLAVA_TEMPLATE = (
     "{{ c['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A template of content parts that puts pictures first, as those of LLaVA's processors do."""
+"""A template of content parts that puts images first, as those of LLaVA's processors do."""
 
 
 def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> str:
@@ -68,7 +65,7 @@ def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> st
 
 
 def image_example(folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """What the kit tries `image` on: a tiny CLIP's patches, of a file and a picture in memory."""
+    """Example of the kit for `image`: patches of a tiny CLIP, of a file and an image in memory."""
     from PIL import Image
 
     path = folder / "wide.png"

@@ -1,7 +1,5 @@
 """Stage zero: feature statistics, and the closed-form start (a projector without a gradient step).
 
-Border: fits buffers and the frozen linear part of projectors from captioned items; trains nothing.
-
 The closed-form start is this project's own: ridge regression from the standardized features of each
 captioned item to the language model's input embeddings of its caption's tokens.
 """

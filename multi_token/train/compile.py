@@ -1,8 +1,4 @@
-"""Faster code for the language model's layers, where the recipe asks for it: compiled, or Liger's.
-
-Border: the layers' code. Their weights, and the names of these, stay as they are; what one layer
-hands to the next does as well.
-"""
+"""Faster layers of the language model, if the recipe asks for them: compiled, or Liger's."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ _COMPILERS = ("g++", "clang++", "cl")
 
 
 def apply_kernels(language_model: Any, spec: TrainSpec, device: torch.device) -> None:
-    """What a recipe asks of a language model that was just composed.
+    """Apply the layer settings of a recipe to a new language model.
 
     Raises RecipeError for what cannot be done on this device.
     """
@@ -66,7 +62,7 @@ def compiled_layers(language_model: Any, *, backend: str = "inductor") -> Iterat
     not name its layers.
     """
     layers = decoder_layers(language_model, "train.compile_layers")
-    # it reads the borders of segments, and would be compiled anew for each pack
+    # it reads the borders of segments, and would be compiled again for each pack
     disabled: Any = torch.compiler.disable(segment_attention)
     AttentionInterface.register(SEGMENT_ATTENTION, disabled)
     for layer in layers:

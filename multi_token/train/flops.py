@@ -1,7 +1,5 @@
 """How many floating point operations a step needs, with frozen parts counted as frozen.
 
-Border: counts multiplications in matrices and attention; measures no time and changes no weight.
-
 The language model's follow from its weights and the lengths of its rows (as in Kaplan et al.,
 arXiv:2001.08361, and PaLM's model FLOPs, arXiv:2204.02311, appendix B): 2 for each weight and token
 forward, 2 more backward where a gradient passes through, 2 more where the weight itself learns.
@@ -27,7 +25,7 @@ _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What one batch asks of the language model, on one device."""
+    """Token counts of one batch for the language model, on one device."""
 
     num_tokens: int
     """Real tokens; those of a shared prefix count once."""
@@ -48,7 +46,7 @@ class LanguageModelCost:
     attention_width: int
     """Heads x width of a head, summed over the layers that attend."""
     differentiated: bool
-    """Whether gradients pass through it: something learns in it or before it."""
+    """True if gradients pass through it: something in it or before it is trained."""
 
     @classmethod
     def of(cls, language_model: Any, *, trains_before: bool) -> LanguageModelCost:
@@ -130,7 +128,7 @@ class ModuleCost:
 
     forward_per_element: float = 0.0
     backward_share: float = 0.0
-    """Of the forward pass: 0 where it is frozen, 2 where all of it learns behind what learns."""
+    """Backward FLOPs in units of the forward pass: 0 if frozen, 2 if fully trained."""
     counted: bool = False
     _mode: Any = None
     _handles: list[Any] = field(default_factory=list)

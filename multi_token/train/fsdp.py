@@ -1,8 +1,4 @@
-"""FSDP2: every process holds a piece of the language model, and all of what stands beside it.
-
-Border: which tensor lies where, and whole tensors for whoever writes a folder. The loop is the
-trainer's, the words between processes are distributed.py's.
-"""
+"""FSDP2: every process holds a piece of the language model, and all of what stands beside it."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ class FsdpShards:
         self.model = model
         self._whole: nn.Module | None = None
         if model.trained_language_model and is_main_process():
-            # what is written in the end, filled anew each time
+            # what is written in the end, filled again each time
             self._whole = copy.deepcopy(model.language_model).cpu()
         sharded = {id(p) for p in _language_model_parameters(model)}
         beside = {p for p in model.parameters() if id(p) not in sharded}
@@ -64,7 +60,7 @@ class FsdpShards:
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """Of what stands beside the language model, in one order and all at once.
+        """Average the gradients outside the language model, in one order and all at once.
 
         One by one as they are made would not do: a process without a modality makes them in
         another order.

@@ -1,8 +1,4 @@
-"""What a step does, measured while it runs: tokens, padding, waits, encoders, FLOPs, gradients.
-
-Border: reads batches, gradients and clocks, and hands numbers to the trainer's log, from which
-TensorBoard and the others have them; it changes nothing of the training.
-"""
+"""Metrics of a step, measured while it runs: tokens, padding, waits, encoders, FLOPs, gradients."""
 
 from __future__ import annotations
 
@@ -31,11 +27,11 @@ COUNTS: tuple[str, ...] = (
     "wait_s",
     "encoder_s",
 )
-"""What is summed between two logs, on each device."""
+"""Values that are summed between two logs, on each device."""
 
 
 ROW_IDS = "row_ids"
-"""Where a batch carries the names of its rows, for messages; of a bad one, what is wrong."""
+"""Key of a batch for the ids of its rows, for messages; for a bad row, its fault."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,7 @@ class StepMetrics(TrainerCallback):
 
     @property
     def in_step(self) -> bool:
-        """Whether a training step is going on; evaluations and samples are not counted."""
+        """True during a training step; evaluations and samples are not counted."""
         return self._in_step
 
 

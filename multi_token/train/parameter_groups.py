@@ -1,8 +1,4 @@
-"""What learns in a stage, how fast, and in what precision; all else is frozen.
-
-Border: parameters of a model and the `learn` section of a recipe. Encoders open themselves
-(encoders.py), the optimizer is the trainer's.
-"""
+"""Parameter groups of a stage: trainable parts, learning rates and precision."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(
     model: MultiTokenForConditionalGeneration, learn: Trainable, *, weight_decay: float = 0.0
 ) -> list[ParameterGroup]:
-    """What learns in a stage. `weight_decay`: of those that the recipe gives none of their own."""
+    """Return a stage's parameter groups. `weight_decay` is the default of groups without one."""
     groups: list[ParameterGroup] = []
 
     def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
@@ -98,7 +94,7 @@ def optimizer_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
 def trainable_encoders(
     model: MultiTokenForConditionalGeneration, learn: Trainable
 ) -> dict[str, TrainableEncoder]:
-    """What of which encoder learns in a stage, by instance.
+    """Return the trainable part of each encoder in a stage, by instance.
 
     One that starts from random weights learns with its projector, unless the recipe says more.
     """

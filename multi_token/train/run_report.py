@@ -1,7 +1,4 @@
-"""A run's own report: `report.json` and one self-contained `report.html`, which grow with it.
-
-Border: finished numbers in, two files out; what is measured is metrics.py's and evaluate/'s.
-"""
+"""A run's own report: `report.json` and one self-contained `report.html`, which grow with it."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ thead th { width: auto; font-weight: 600; }
 
 
 class RunReport:
-    """What a run has to say so far. It goes on with what is in its folder after a restart."""
+    """Report of a run so far; after a restart it continues from the report in the run's folder."""
 
     def __init__(self, folder: Path, recipe: Recipe, parts: Sequence[str]) -> None:
         """`parts`: what the model is made of, in words."""

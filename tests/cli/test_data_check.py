@@ -88,7 +88,7 @@ def test_training_reads_no_media_of_rows_that_were_checked(
         env = {"RANK": str(share), "WORLD_SIZE": "2"}
         done = check(rows, "--recipe", recipe, **env)
     assert "4 rows: 4 good, 0 bad" in done.output
-    for name in ("red", "blue"):  # no picture any more, but none that could be told without a look
+    for name in ("red", "blue"):  # no image any more, but none that could be told without a look
         path = tmp_path / f"{name}.png"
         before = path.stat()
         path.write_bytes(b"x" * before.st_size)

@@ -46,7 +46,7 @@ class Chance(VectorModality):
 
 @pytest.fixture
 def plugins(tmp_path: Path) -> Path:
-    """A folder as pip would leave it, with one broken and one wrong sense, and a twin of a name."""
+    """A folder as pip would leave it: one broken and one wrong modality, and a name used twice."""
     folder = tmp_path / "installed"
     for name, points, source in (
         ("smell", "smell = smell:Smell\nimage = smell:Smell", BROKEN),

@@ -1,7 +1,4 @@
-"""`multi-token serve` as people start it: a process, its options, its signals.
-
-Border: what it answers is tested in tests/serve; the run is made here, as small as it gets.
-"""
+"""`multi-token serve` as people start it: a process, its options, its signals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""convert/export_llava.py: what transformers loads gives the run's ids, logits and text.
-
-Border: the oracle is transformers' own LLaVA with its own processor, read from the exported folder.
-"""
+"""convert/export_llava.py: what transformers loads gives the run's ids, logits and text."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Non
 
 
 def media(model: Any, row: dict[str, Any], ids: Tensor) -> dict[str, Any]:
-    """The row's pictures at the negative ids, as the original put them there."""
+    """The row's images at the negative ids, as the original put them there."""
     modality, fetch = model.modalities["image"], Fetch(root=str(REFERENCE))
     items = [modality.prepare(modality.load(path, fetch)) for path in row["images"]]
     positions = (ids.flatten() < 0).nonzero().flatten()

@@ -1,8 +1,4 @@
-"""convert/original.py: builders of speech, sound, video and documents give the original's tokens.
-
-Border: encoders are tiny and random; what the original computes is written here as it does it
-(sshh12/multi_token at commit 6eb9813, multi_token/modalities), around transformers' own classes.
-"""
+"""convert/original.py: builders of speech, sound, video and documents equal the original."""
 
 from __future__ import annotations
 

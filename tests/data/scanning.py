@@ -1,8 +1,6 @@
 """Run by torchrun: reads the rows of a job file as training does and writes what each process read.
 
-    {"out": FILE, "fields": ..., "folders": [FOLDER of each process]}
-
-Border: the test looks at FILE; nothing is asserted here.
+{"out": FILE, "fields": ..., "folders": [FOLDER of each process]}
 """
 
 from __future__ import annotations

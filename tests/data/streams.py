@@ -10,7 +10,7 @@ BAD = {"id": "bad", "messages": []}
 
 
 def row_of(number: int, data: Path) -> dict[str, Any]:
-    """Naming rows, one in four without a picture, of several lengths."""
+    """Naming rows, one in four without an image, of several lengths."""
     colour = WORDS[number % 4]
     shown = "" if number % 4 == 3 else "<image>"
     row: dict[str, Any] = {

@@ -1,7 +1,4 @@
-"""`data.lengths: headers`: nothing is decoded before training, and what it learns is the same.
-
-Border: scans and short runs. That a header's number is right is tests/modalities/test_measure.py.
-"""
+"""`data.lengths: headers`: nothing is decoded before training, and what it learns is the same."""
 
 from __future__ import annotations
 
@@ -49,12 +46,12 @@ class Watched(ImageModality):
     type: str = "watched"  # type: ignore[assignment]
 
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
-        """As of pictures."""
+        """As of images."""
         DECODED.append(str(source))
         return super().load(source, fetch)
 
     def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """As of pictures."""
+        """As of images."""
         return super().num_features_from_header(source, fetch)
 
 

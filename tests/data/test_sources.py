@@ -28,7 +28,7 @@ NUM = 80
 
 
 def write_rows(folder: Path) -> None:
-    """80 rows with a picture each, of which the twelfth has none that could be read."""
+    """80 rows with an image each, of which the twelfth has none that could be read."""
     folder.mkdir()
     lines = []
     for number in range(NUM):

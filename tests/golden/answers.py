@@ -1,8 +1,4 @@
-"""Answers of the golden run `taught`: through `generate`, through engines, and over HTTP.
-
-Border: asks, and says what came back. `engine_answers` is the one function here that knows inner
-names of the package: it is to be mended when they move, and the answers are not.
-"""
+"""Answers of the golden run `taught`: through `generate`, through engines, and over HTTP."""
 
 from __future__ import annotations
 

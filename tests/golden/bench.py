@@ -1,7 +1,4 @@
-"""The workbench of golden records: trains each golden run once, by the command that a user types.
-
-Border: runs commands and reads the folders that they leave; what is recorded stands in record.py.
-"""
+"""Training of golden runs: each once, by the command that a user types."""
 
 from __future__ import annotations
 

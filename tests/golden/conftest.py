@@ -1,7 +1,4 @@
-"""One workbench for all golden tests of a session: each run is trained once.
-
-Border: the fixture only.
-"""
+"""One workbench for all golden tests of a session: each run is trained once."""
 
 from __future__ import annotations
 

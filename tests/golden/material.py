@@ -1,7 +1,4 @@
-"""Tiny material for golden runs: a language model, an encoder, pictures and rows, in one folder.
-
-Border: parts only; recipes.py names what is trained on them.
-"""
+"""Tiny material for golden runs: a language model, an encoder, images and rows, in one folder."""
 
 from __future__ import annotations
 
@@ -46,14 +43,14 @@ NAMING = [
     asked("Say yes.", "yes"),
     asked("What is a fruit that you like?", "the first of the two"),
 ]
-"""Two senses, several items and text alone, of several lengths."""
+"""Two modalities, several items and text alone, of several lengths."""
 
 ONE_PICTURE = [
     asked(f"Here is <image>. {text}", answer, name)
     for name in ("red", "blue")
     for text, answer in (("Is it red?", "yes or no"), ("What is it?", name), ("Is it one?", "no"))
 ]
-"""Several questions about one picture."""
+"""Several questions about one image."""
 
 MEDIA_TEXTS = [
     {
@@ -62,7 +59,7 @@ MEDIA_TEXTS = [
     }
     for number, name in enumerate(COLOURS)
 ]
-"""Rows whose pictures have a text that says the same."""
+"""Rows whose images have a text that says the same."""
 
 PAIRS = [
     preferred("What is this? <image>", "red", "blue", images=["red.png"]),
@@ -77,7 +74,7 @@ ROWS = {"naming": NAMING, "one_picture": ONE_PICTURE, "media_texts": MEDIA_TEXTS
 
 
 def build(folder: Path) -> None:
-    """Write `language_model/`, `clip/`, the pictures, and a .jsonl file of each of `ROWS`."""
+    """Write `language_model/`, `clip/`, the images, and a .jsonl file of each of `ROWS`."""
     from multi_token.testing import tiny_image_encoder, tiny_language_model
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""Recipes of the golden runs, by name: each trains the tiny material for a few steps.
-
-Border: fields of recipes only; bench.py trains them.
-"""
+"""Recipes of the golden runs, by name: each trains the tiny material for a few steps."""
 
 from __future__ import annotations
 

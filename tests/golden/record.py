@@ -1,11 +1,9 @@
-"""Golden records: one function computes each, and this file as a program writes them anew.
+"""Golden records: one function computes each, and this file as a program writes them again.
 
     python -m tests.golden.record            all of them (or: make golden)
     python -m tests.golden.record runs/dpo   those whose names begin so
 
 Records are written on purpose only: read the difference in git before it is committed.
-
-Border: names, files and numbers to compare; the tests beside it say what must be equal.
 """
 
 from __future__ import annotations

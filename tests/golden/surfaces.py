@@ -1,7 +1,4 @@
-"""Surfaces that users and their tools see: help texts, the server's OpenAPI document, its metrics.
-
-Border: asks the command line and a real server, and puts what they say in a fixed form.
-"""
+"""Surfaces that users and tools see: help texts, the server's OpenAPI document, its metrics."""
 
 from __future__ import annotations
 

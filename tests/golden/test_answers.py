@@ -1,7 +1,4 @@
-"""Golden answers: `generate`, engines and the HTTP server give the ids and texts recorded.
-
-Border: greedy answers of a tiny model that has learned its rows by heart.
-"""
+"""Golden answers: `generate`, engines and the HTTP server give the ids and texts recorded."""
 
 from __future__ import annotations
 

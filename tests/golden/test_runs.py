@@ -1,7 +1,4 @@
-"""Golden runs: training gives the losses, weights, files and log keys that are recorded.
-
-Border: numbers agree to a tolerance, since CPUs round differently; names agree exactly.
-"""
+"""Golden runs: training gives the losses, weights, files and log keys that are recorded."""
 
 from __future__ import annotations
 

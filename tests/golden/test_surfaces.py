@@ -1,7 +1,4 @@
-"""Golden surfaces: help texts, the OpenAPI document and metrics are as recorded.
-
-Border: words and names, compared exactly, for the packages of constraints.txt.
-"""
+"""Golden surfaces: help texts, the OpenAPI document and metrics are as recorded."""
 
 from __future__ import annotations
 

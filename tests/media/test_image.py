@@ -1,4 +1,4 @@
-"""Claims about media/image.py: every picture comes out upright and RGB, or as one sentence."""
+"""Claims about media/image.py: every image comes out upright and RGB, or as one sentence."""
 
 from __future__ import annotations
 

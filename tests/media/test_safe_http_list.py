@@ -1,7 +1,4 @@
-"""Claims about the list of hosts in media/safe_http.py: what an entry lets in, and what is none.
-
-Border: nobody is dialled; what happens at a listed host is test_address.py's.
-"""
+"""Claims about the list of hosts in media/safe_http.py: what an entry lets in, and what is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""anyres.py: pictures read in tiles, line by line, from the recipe to what is learned."""
+"""anyres.py: images read in tiles, line by line, from the recipe to what is learned."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_grid_that_keeps_most_of_a_picture_is_chosen() -> None:
     assert best_grid(200, 100, GRIDS, 100) == (2, 1)
     assert best_grid(300, 300, GRIDS, 100) == (2, 2)
     assert best_grid(50, 600, GRIDS, 100) == (1, 3)
-    # all keep all of a small picture, so the one with the least empty space
+    # all keep all of a small image, so the one with the least empty space
     assert best_grid(40, 40, ((2, 2), (1, 1), (2, 1)), 100) == (1, 1)
 
 
@@ -126,7 +126,7 @@ def test_an_encoder_that_takes_no_squares_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fields(recipe_fields: Callable[..., dict[str, Any]], parts: Path) -> Callable[..., Any]:
-    """A recipe with tiles; its rows hold pictures of one colour, which choose one grid."""
+    """A recipe with tiles; its rows hold images of one colour, which choose one grid."""
 
     def tiles(folder: Path, **train_fields: Any) -> dict[str, Any]:
         recipe = recipe_fields(folder, **train_fields)

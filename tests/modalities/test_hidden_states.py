@@ -22,7 +22,7 @@ TONE = np.sin(np.arange(8000) / 9).astype("float32")
 
 
 def modality_of(kind: str, folder: Path, layer: Any) -> tuple[Any, Any]:
-    """A sense that takes this state, and something for it."""
+    """A modality that takes this state, and something for it."""
     if kind == "whisper":
         encoder = tiny_whisper(folder / kind)
         return SpeechModality(encoder=encoder, layer=layer), TONE

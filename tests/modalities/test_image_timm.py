@@ -1,9 +1,4 @@
-"""modalities/image.py with timm: its models come through transformers' timm_wrapper.
-
-Border: in a process of its own. timm needs torchvision, which has no build for torch without CUDA,
-so both stand in a folder beside the packages (`make test-slow` fills it), and two operators that
-torchvision's import asks for, and no picture uses, are declared by hand there.
-"""
+"""modalities/image.py with timm: its models come through transformers' timm_wrapper."""
 
 from __future__ import annotations
 

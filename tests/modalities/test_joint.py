@@ -1,4 +1,4 @@
-"""modalities/joint.py: pictures, sounds, films and texts in one space, mixed in one batch.
+"""modalities/joint.py: images, sounds, videos and texts in one space, mixed in one batch.
 
 The oracle is what get_image_features and its like return for the same inputs.
 """

@@ -1,7 +1,5 @@
 """`Modality.num_features_from_header`: what a header tells is what preparing gives, for sizes,
 lengths and formats.
-
-Border: numbers of features alone. What a run makes of them is tests/data/test_lengths_headers.py.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 TILES = {"tile_grids": GRIDS, "projector": {"type": "linear", "line_break": True}}
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]
 TURNING = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"]
-"""Formats that may say how a picture is to be turned."""
+"""Formats that may say how an image is to be turned."""
 WAYS = [("siglip2", {}), ("clip", TILES), ("clip", {"pad_to_square": True}), ("bare", {})]
 
 

@@ -1,8 +1,4 @@
-"""Single changes to a file's source, made by the operators of mutmut, and which of them are drawn.
-
-Border: source text in, changed source texts out; nothing is run. mutmut's own runner is not used:
-it leaves out class bodies and whatever is decorated, which is half of this package.
-"""
+"""Mutants: single changes of a source file by mutmut's operators, and the drawn sample."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@ Each mutant is written into a copy of the repository, and the tests that guard i
 it in a forked process, which finds torch and the like already loaded. What has been tried is kept
 in `runs/mutation.jsonl`: a run that was interrupted goes on, and a mutant that lived is tried again
 when its tests have changed.
-
-Border: runs tests and counts; mutants.py makes the changes, targets.yaml names files, tests and
-the mutants that change nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Questions for a server, and its answers taken apart.
-
-Border: helpers of tests; what an answer should be is for them to say.
-"""
+"""Questions for a server, and its answers taken apart."""
 
 from __future__ import annotations
 

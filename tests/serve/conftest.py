@@ -1,7 +1,4 @@
-"""A tiny run with pictures and vectors, and a real server of it on a free port.
-
-Border: fixtures; what the server answers is for the tests to say.
-"""
+"""A tiny run with images and vectors, and a real server of it on a free port."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Tiny models with a modality, prompts for them, and clients of an engine.
-
-Border: parts for the tests of engines; no assertion about an engine's answers stands here.
-"""
+"""Tiny models with a modality, prompts for them, and clients of an engine."""
 
 from __future__ import annotations
 

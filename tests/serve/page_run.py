@@ -1,7 +1,4 @@
-"""What a training leaves behind for the chat page: a recipe, rows of several kinds, a report.
-
-Border: makes the folder; the model that is served is another one's, with the same modalities.
-"""
+"""What a training leaves behind for the chat page: a recipe, rows of several kinds, a report."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ HOSTILE = '<img src="x" onerror="window.hacked = 1">'
 
 
 def page_run(recipe_fields: Callable[..., dict[str, Any]], folder: Path) -> Path:
-    """Rows: one that spells HTML, one whose pictures are not there, and the four of the recipe."""
+    """Rows: one that spells HTML, one whose images are not there, and the four of the recipe."""
     fields = recipe_fields(folder)
     rows = [
         {

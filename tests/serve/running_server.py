@@ -1,7 +1,4 @@
-"""Real servers in a thread, and small media to send them.
-
-Border: starts, watches and ends; fixtures stand in conftest.py.
-"""
+"""Real servers in a thread, and small media to send them."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ def running(model: Any, *, engine: Any = None, **settings: Any) -> Iterator[Runn
 
 
 def png(colour: tuple[int, int, int] = (220, 30, 30), size: int = 24) -> bytes:
-    """A picture of one colour."""
+    """An image of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (size, size), colour).save(file, "PNG")
     return file.getvalue()

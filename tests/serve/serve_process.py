@@ -1,7 +1,4 @@
-"""`multi-token serve` as people start it: a process of its own, for the tests of its commands.
-
-Border: what is asked of it, and how it ends, is with the tests.
-"""
+"""`multi-token serve` as people start it: a process of its own, for the tests of its commands."""
 
 from __future__ import annotations
 

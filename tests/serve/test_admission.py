@@ -1,8 +1,4 @@
-"""Too many, too long, too late: what a server under load says, and what it does when it ends.
-
-Border: a real server without modalities (no media workers to wait for). Counts and clocks alone:
-test_admission_counts.py; SIGTERM in a real process: tests/cli/test_serve.py.
-"""
+"""Too many, too long, too late: what a server under load says, and what it does when it ends."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Who comes in, who is sent away and until when: counts and clocks alone, without a server.
-
-Border: the clock stands still but where a test moves it. A server under load: test_admission.py.
-"""
+"""Who comes in, who is sent away and until when: counts and clocks alone, without a server."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""deploy/: only gateways are reached from outside, versions are pinned, and every flag of ours is.
-
-Border: files are read; no container is started. The engines' flags are tried on a real vLLM in
-tests/vllm.
-"""
+"""deploy/: only gateways are published, versions are pinned, every flag of ours exists."""
 
 from __future__ import annotations
 

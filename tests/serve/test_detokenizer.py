@@ -1,7 +1,4 @@
-"""Text grows without half characters, and ends at stop strings.
-
-Border: ids of tiny tokenizers, no model.
-"""
+"""Text grows without half characters, and ends at stop strings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""lmms-eval asks a server through its own OpenAI adapter, by the line of docs/serving.md.
-
-Border: lmms-eval runs unchanged in a process of its own, which finds it in a folder beside the
-packages (`make test-slow` fills it); what it wrote down is compared with `model.generate`.
-"""
+"""lmms-eval asks a server through its own OpenAI adapter, by the line of docs/serving.md."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ def within(pictures: list[bytes], question: str) -> tuple[Part, ...]:
 
 
 def write_rows(path: Path, rows: list[tuple[list[bytes], str]], answers: list[str]) -> None:
-    """Rows with the pictures inside them."""
+    """Rows with the images inside them."""
     from datasets import Dataset, Features, Image, List, Value
 
     columns = {

@@ -1,7 +1,4 @@
-"""Projected tokens: together or alone the same, each content once, a bad item fails alone.
-
-Border: the thread with real tiny encoders; how prompts are answered is tested beside it.
-"""
+"""Projected tokens: together or alone the same, each content once, a bad item fails alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The lines of docs/serving.md do what they say there.
-
-Border: each is run as it stands, on a tiny run's server instead of the one on port 8000.
-"""
+"""The lines of docs/serving.md do what they say there."""
 
 from __future__ import annotations
 

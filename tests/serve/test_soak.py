@@ -1,7 +1,4 @@
-"""A server under everything at once, in short: benchmarks/soak.py has it for as long as one likes.
-
-Border: the script is run as people run it; clients that leave are sent to a server in this process.
-"""
+"""A server under mixed load, in short; benchmarks/soak.py runs the same for longer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Engines of the vllm backend before stand-ins, with a golden request made in process.
-
-Border: parts for tests; what is asked and expected is for them to say.
-"""
+"""Engines of the vllm backend before stand-ins, with a golden request made in process."""
 
 from __future__ import annotations
 

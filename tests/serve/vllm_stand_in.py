@@ -1,8 +1,4 @@
-"""A small stand-in for `vllm serve`: the same HTTP contract, with a real tiny language model.
-
-Border: test code. Routes, fields, chunks and errors as measured on vLLM 0.32; tests tell it to be
-full, slow, wrong or dead.
-"""
+"""A small stand-in for `vllm serve`: the same HTTP contract, with a real tiny language model."""
 
 from __future__ import annotations
 

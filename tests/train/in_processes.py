@@ -5,8 +5,6 @@
 `stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors are no numbers
 from this step on. `other`: fields of the last process alone.
 `folders`: where each process looks for files that the recipe names by a relative path.
-
-Border: the test reads the folders and what is in FILE; nothing is asserted here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Starts a command in several processes, as torchrun and `accelerate launch` do.
-
-Border: the command is the test's.
-"""
+"""Starts a command in several processes, as torchrun and `accelerate launch` do."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_a_model_that_ignores_its_media_is_warned_of_at_the_end(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
     rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
-    for row in rows:  # the answer does not depend on the picture
+    for row in rows:  # the answer does not depend on the image
         row["images"] = [str(data / row["images"][0])]
         row["messages"][1]["content"] = "red"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

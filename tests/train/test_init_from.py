@@ -27,7 +27,7 @@ NEW = [{"name": "new", "learn": {"projectors": {"pulse": 1e-2}}, "args": {"max_s
 
 @pytest.fixture(scope="module")
 def run(recipe_fields: Fields, tmp_path_factory: Any) -> Path:
-    """A run that sees pictures; its projector, encoder (LoRA) and adapter were trained."""
+    """A run that sees images; its projector, encoder (LoRA) and adapter were trained."""
     out = tmp_path_factory.mktemp("runs") / "a"
     lora = {"lr": 1e-2, "lora": {"r": 2}}
     learn = {"projectors": 1e-2, "encoders": {"image": lora}, "adapter": 1e-2}
@@ -37,7 +37,7 @@ def run(recipe_fields: Fields, tmp_path_factory: Any) -> Path:
 
 
 def tensors(folder: Path, sense: str) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of a sense, and of the adapter."""
+    """All that a checkpoint holds of a modality, and of the adapter."""
     return {
         key: tensor
         for file in FILES

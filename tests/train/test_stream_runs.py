@@ -207,7 +207,7 @@ def test_features_that_were_kept_before_stand_in_for_media(
     pictures = [Media("image", (data / f"{c}.png").read_bytes()) for c in WORDS[:3]]
     encoders: Any = whole_model.encoders
     kept.fill([(item, Fetch()) for item in pictures], whole_model.modalities, encoders)
-    at(1, lambda: monkeypatch.setattr(ImageModality, "load", None))  # no picture is opened then
+    at(1, lambda: monkeypatch.setattr(ImageModality, "load", None))  # no image is opened then
     trained(fields)
     assert len(FeatureCache(tmp_path / "features")) == 3
 

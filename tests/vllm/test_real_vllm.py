@@ -1,8 +1,4 @@
-"""A real vLLM behind our gateway says what `generate` says, for three senses and for text.
-
-Border: `make test-vllm` runs this; without its venv everything here is skipped. What the gateway
-does by itself is tested in tests/serve, before a stand-in.
-"""
+"""A real vLLM behind our gateway says what `generate` says, for three modalities and for text."""
 
 from __future__ import annotations
 
@@ -69,7 +65,7 @@ def front(exported: Path, real: Engine) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parts]:
-    """Each sense alone with either of its items, all of them in one message, and none."""
+    """Each modality alone with either of its items, all of them in one message, and none."""
     items = media(tmp_path_factory.mktemp("media"))
     asked: dict[str, Parts] = {"text": ("What is this?",)}
     for sense, both in items.items():

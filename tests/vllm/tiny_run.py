@@ -1,7 +1,4 @@
-"""A tiny run with three senses and an adapter, media for them, and a way to read what it answers.
-
-Border: parts for the tests before a real engine; no assertion stands here.
-"""
+"""A tiny run with three modalities and an adapter, its media, and a reader of its answers."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0]]
 
 
 def tiny_run(folder: Path, *, seed: int = 0) -> Path:
-    """A run with the senses `image`, `sound` and `vector`, saved; another one for each seed.
+    """A run with the modalities `image`, `sound` and `vector`, saved; another one for each seed.
 
     Heads of 32 numbers: vLLM's attention for CPUs takes no smaller ones. Tokens of media weigh as
     much as text, so that answers differ by them.
@@ -88,7 +85,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
 
 
 def media(folder: Path) -> dict[str, list[str | list[float]]]:
-    """Two items of each sense: files, and lists of numbers."""
+    """Two items of each modality: files, and lists of numbers."""
     from multi_token.testing.audio import write_tone
 
     pictures = []
@@ -106,7 +103,7 @@ def media(folder: Path) -> dict[str, list[str | list[float]]]:
 
 
 def question(*parts: tuple[str, Any] | str) -> Conversation:
-    """One turn of the user: texts, and pairs of a sense and its item, in this order."""
+    """One turn of the user: texts, and pairs of a modality and its item, in this order."""
     return Conversation((Message("user", tuple(map(_part, parts))),), id="question")
 
 

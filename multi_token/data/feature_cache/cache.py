@@ -1,8 +1,4 @@
-"""Features of frozen encoders, kept by content: every item is encoded once.
-
-Border: maps an item to features [length, dim], and where lines end among them; knows nothing of
-rows or training.
-"""
+"""Features of frozen encoders, kept by content: every item is encoded once."""
 
 from __future__ import annotations
 
@@ -69,7 +65,7 @@ class FeatureCache:
 
     @property
     def damaged(self) -> list[str]:
-        """What is wrong with files of the folder; their items are encoded again."""
+        """Faults of files in the folder; their items are encoded again."""
         return [] if self._shards is None else self._shards.damaged
 
     def register_encoder(self, name: str, modality: Modality, encoder: Encoder) -> None:

@@ -1,7 +1,4 @@
-"""Every item of some rows into a feature cache, in any number of processes at once.
-
-Border: rows to items to the cache; which encoders and which folder is the caller's business.
-"""
+"""Every item of some rows into a feature cache, in any number of processes at once."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class RowSource:
 
 @dataclass
 class EncodeReport:
-    """What became of the items of one share of the rows."""
+    """Result of encoding the items of one shard of the rows."""
 
     num_rows: int = 0
     num_items: int = 0

@@ -1,7 +1,4 @@
-"""What tells features from others: the item's content, the encoder's weights and the preprocessing.
-
-Border: digests only; it encodes nothing and keeps no features.
-"""
+"""Keys of cached features: digests of item content, encoder weights and preprocessing."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def digest(*parts: bytes) -> str:
 
 
 def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:
-    """What features of a modality hang on besides the item: 32 hexadecimal digits.
+    """Digest of encoder and settings that features depend on: 32 hexadecimal digits.
 
     Every weight of the encoder as it is in memory (an encoder that a run has trained is another
     than the one it began as), the files beside the weights of its folder (config, preprocessor,
@@ -50,7 +47,7 @@ def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:
 
 
 def settings_fingerprint(modality: Modality) -> str:
-    """What the number of an item's tokens hangs on besides the item: 32 hexadecimal digits.
+    """Digest of the settings that an item's number of tokens depends on: 32 hexadecimal digits.
 
     All settings with the projector, and where the encoder comes from; no weights.
     """
@@ -74,7 +71,7 @@ def weights_digest(encoder: Encoder) -> str:
 
 
 def _origin(name: str, revision: str | None) -> list[Any]:
-    """Where an encoder comes from: what its folder holds (not its place), or name and commit."""
+    """Return the origin of an encoder: files of its folder (not its path), or name and commit."""
     folder = Path(name)
     if not folder.is_dir():
         return [name, revision, _commit(name, revision)]

@@ -1,9 +1,7 @@
 """Features by key in safetensors files of bounded size, for many readers and writers at once.
 
-    FOLDER/features-<id>.safetensors    a shard: tensors by key; memory-mapped when it is read
-    FOLDER/features-<id>.json           its part of the index, written after it: size and keys
-
-Border: files, keys and tensors; what a key stands for is cache.py's.
+FOLDER/features-<id>.safetensors    a shard: tensors by key; memory-mapped when it is read
+FOLDER/features-<id>.json           its part of the index, written after it: size and keys
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ class FeatureStore:
         self.folder = folder
         self.max_bytes = max_bytes
         self.damaged: list[str] = []
-        """What is wrong with parts of the folder, a sentence each; their keys count as missing."""
+        """Faults of shards in the folder, a sentence each; their keys count as missing."""
         self._damaged_names: set[str] = set()
         self._names: list[str] = []
         self._index = KeyTable("i8")
@@ -192,7 +190,7 @@ def _write_atomically(path: Path, write: Any) -> None:
 
 
 def stored_bytes(stored: StoredFeatures) -> int:
-    """What an item takes on disk, without its name."""
+    """Return the bytes of an item on disk, without its name."""
     values, breaks = stored
     return values.nbytes + (0 if breaks is None else breaks.nbytes)
 

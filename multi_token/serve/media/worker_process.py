@@ -88,7 +88,7 @@ class WorkerProcess:
         self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
         self.is_ready = False
-        """Whether the process has loaded its modalities."""
+        """True if the process has loaded its modalities."""
         self._is_stopped = False
 
     def launch(self) -> None:

@@ -75,7 +75,7 @@ class MessageParser:
     modalities: Mapping[str, Modality]
     """The run's modalities by name; a part goes to the one that has its kind in `openai_kinds`."""
     allow_urls: bool = False
-    """Whether http(s) URLs are accepted; the pool checks their hosts."""
+    """True if http(s) URLs are accepted; the pool checks their hosts."""
     max_media: int = 64
     max_messages: int = 1000
     max_characters: int = MAX_CHARACTERS

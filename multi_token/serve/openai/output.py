@@ -111,7 +111,7 @@ class RequestOutput:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every choice has finished without an error."""
+        """True if every choice has finished without an error."""
         return all(choice.finish is not None for choice in self._choices)
 
     def usage(self) -> dict[str, Any]:

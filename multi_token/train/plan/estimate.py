@@ -33,7 +33,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int | None = None
-    """Of a step with the largest batch; None where no step was tried."""
+    """Activations of a step with the largest batch; None if no step was tried."""
 
     @property
     def fixed(self) -> int:
@@ -57,7 +57,7 @@ class StagePlan:
     tokens_per_step: float
     """Over all devices."""
     tokens_per_device: float
-    """Of one step on one device."""
+    """Tokens per step on one device."""
     memory: MemoryEstimate
     dry_run: DryRunResult | None = None
 

@@ -26,7 +26,7 @@ class OomFacts:
     frozen_language_model: bool
     """True if no weight of the language model but an adapter's is trainable."""
     frozen_dtypes: frozenset[torch.dtype]
-    """Of the frozen weights of the language model."""
+    """Precision of the frozen weights of the language model."""
     float32_encoders: tuple[str, ...]
     """Names of modalities with a frozen encoder that the recipe keeps in float32."""
     batch_size: int

@@ -1,8 +1,4 @@
-"""The chat page in a real Chromium, in front of a real server on a tiny model.
-
-Border: what people see and do; what requests mean is test_chat_completions.py's. Skipped without a
-Chromium and playwright's package.
-"""
+"""The chat page in a real Chromium, in front of a real server on a tiny model."""
 
 from __future__ import annotations
 
@@ -342,4 +338,4 @@ def test_the_demos_own_images_are_named(browser: Any) -> None:
             page.click("#new")
         page.close()
     right = sum(map(str.__eq__, answers, names))
-    assert right >= 2, answers  # of its held-out pictures it names 97 in 100
+    assert right >= 2, answers  # of its held-out images it names 97 in 100

@@ -1,7 +1,4 @@
-"""The chat page's routes: what needs a key, what a number reaches, which rows become examples.
-
-Border: no browser and no engine; the application is asked in process.
-"""
+"""The chat page's routes: what needs a key, what a number reaches, which rows become examples."""
 
 from __future__ import annotations
 
@@ -116,7 +113,7 @@ def test_rows_that_are_gone_give_no_examples(
     run_folder: Path, served_model: Any, tmp_path: Path
 ) -> None:
     found = read_examples(run_folder, served_model.modalities)
-    assert len(found.rows) == 5  # of six: the pictures of one are not there
+    assert len(found.rows) == 5  # of six: the images of one are not there
     fields = yaml.safe_load((run_folder / "recipe.yaml").read_text())
     fields["data"] = {"train": [{"rows": str(tmp_path / "gone.jsonl")}, {"rows": "owner/name"}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))

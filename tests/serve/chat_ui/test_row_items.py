@@ -1,7 +1,4 @@
-"""Rows as requests: which bytes stand for an item, and where a row's question ends.
-
-Border: no server; what it makes of such requests is test_chat_completions.py's.
-"""
+"""Rows as requests: which bytes stand for an item, and where a row's question ends."""
 
 from __future__ import annotations
 

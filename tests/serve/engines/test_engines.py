@@ -1,7 +1,4 @@
-"""All engines keep the contract of serve/engines/base.py, on tiny models of four families.
-
-Border: engines only, with prompts made in process; HTTP is tested beside it.
-"""
+"""All engines keep the contract of serve/engines/base.py, on tiny models of four families."""
 
 from __future__ import annotations
 

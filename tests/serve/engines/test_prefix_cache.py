@@ -1,7 +1,4 @@
-"""What prompts begin with is read once by the static engine, and answers stay as they are.
-
-Border: what is read again and what is not; the tensors of a cache are test_static.py's.
-"""
+"""What prompts begin with is read once by the static engine, and answers stay as they are."""
 
 from __future__ import annotations
 

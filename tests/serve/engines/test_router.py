@@ -1,7 +1,4 @@
-"""Several engines behind one gateway: who is asked, who dies, who is full, who comes back.
-
-Border: stand-ins of vLLM over real HTTP; what an answer says is test_vllm.py's.
-"""
+"""Several engines behind one gateway: who is asked, who dies, who is full, who comes back."""
 
 from __future__ import annotations
 

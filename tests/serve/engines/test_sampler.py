@@ -1,7 +1,4 @@
-"""A token is drawn as transformers would, and by the seed alone.
-
-Border: single steps; whole answers are tested with the engines.
-"""
+"""A token is drawn as transformers would, and by the seed alone."""
 
 from __future__ import annotations
 

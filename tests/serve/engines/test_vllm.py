@@ -1,8 +1,4 @@
-"""The backend vllm over real HTTP: a gateway before stand-ins of vLLM with tiny models.
-
-Border: what every engine must do is test_engines.py's; how one of several is chosen and lost
-stands in test_engine_pool.py.
-"""
+"""The backend vllm over real HTTP: a gateway before stand-ins of vLLM with tiny models."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ def model(families: ModuleType, tmp_path_factory: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three senses, as `multi-token export --to language-model` writes it."""
+    """A run with three modalities, as `multi-token export --to language-model` writes it."""
     folder = tmp_path_factory.mktemp("exported")
     fields = recipe_fields(folder / "run")
     fields["model"]["modalities"] |= {

@@ -1,7 +1,4 @@
-"""`multi-token export`, engines, `multi-token serve --engine-url URL`: as people start them.
-
-Border: the command line; what is answered is test_vllm.py's.
-"""
+"""`multi-token export`, engines, `multi-token serve --engine-url URL`: as people start them."""
 
 from __future__ import annotations
 

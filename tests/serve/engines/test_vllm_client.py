@@ -1,7 +1,4 @@
-"""Events of vLLM 0.32 as they came over the wire, parsed; and what is no such event.
-
-Border: one event at a time; connections are test_vllm.py's.
-"""
+"""Events of vLLM 0.32 as they came over the wire, parsed; and what is no such event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about pictures, sounds and films that are larger inside than outside: none goes off."""
+"""Claims about images, sounds and videos that are larger inside than outside: none goes off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.serve.strangers import MIB, little_memory, prepare, refusal
 
 pytestmark = pytest.mark.slow
 
-# --- pictures
+# --- images
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -28,7 +28,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *extra: bytes) -> bytes:
-    """A grey picture whose header may say anything."""
+    """A grey image whose header may say anything."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     rows = zlib.compress(bytes((width + 1) * min(height, 100_000_000 // (width + 1))), 9)
     return (
@@ -165,7 +165,7 @@ def test_a_file_has_eight_channels_at_most(all_modalities: dict[str, Any]) -> No
     assert "1,000 channels" in refusal(all_modalities["speech"], wav(1_000, 8_000, 100))
 
 
-# --- films
+# --- videos
 
 
 def film(tmp_path: Path, name: str = "a.mp4", num_frames: int = 20, **options: Any) -> bytes:

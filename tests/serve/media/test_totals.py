@@ -145,7 +145,7 @@ def test_tokens_of_all_items_have_a_limit(small: RunningServer) -> None:
 @pytest.mark.slow
 def test_bytes_are_counted_before_anything_is_decoded(small: RunningServer) -> None:
     before = num_decoded(small)
-    # no picture, and never opened
+    # no image, and never opened
     bulk = {"type": "image_url", "image_url": data_url(b"x" * 12_000)}
     answer = ask(small, bulk, bulk)
     assert answer.status_code == 413 and "bytes" in fault_of(answer)["message"]

@@ -1,7 +1,4 @@
-"""Answers over HTTP, asked for by the `openai` client and by httpx.
-
-Border: a real server on a tiny model; what it says is compared with `model.generate`.
-"""
+"""Answers over HTTP, asked for by the `openai` client and by httpx."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The OpenAPI document says what the routes take, and requests made up from it do no harm.
-
-Border: schemathesis makes requests up; a real server answers them.
-"""
+"""The OpenAPI document says what the routes take, and requests made up from it do no harm."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Content parts become media of the right modality, and text stays text.
-
-Border: messages in, conversations and token ids out; no server, no model.
-"""
+"""Content parts become media of the right modality, and text stays text."""
 
 from __future__ import annotations
 

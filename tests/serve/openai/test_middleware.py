@@ -1,7 +1,4 @@
-"""The door: keys, hosts, bytes, times; around a small application, under a real uvicorn.
-
-Border: what stands behind the door is trivial here, except for the routes' own rules at the end.
-"""
+"""The door: keys, hosts, bytes, times; around a small application, under a real uvicorn."""
 
 from __future__ import annotations
 

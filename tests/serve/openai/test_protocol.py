@@ -1,7 +1,4 @@
-"""What a request may say: bounds, what is refused, what is ignored, and how that is told.
-
-Border: JSON in, a request or a ServeError out; no server.
-"""
+"""What a request may say: bounds, what is refused, what is ignored, and how that is told."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Requests that are wrong: each is refused in a sentence, before anything is sent, and alone.
-
-Border: a real server on a tiny model. What fields may be: test_schema.py; parts: test_parts.py.
-"""
+"""Requests that are wrong: each is refused in a sentence, before anything is sent, and alone."""
 
 from __future__ import annotations
 

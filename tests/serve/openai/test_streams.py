@@ -1,7 +1,4 @@
-"""Answers as they grow: the order of events, those who leave, and what comes too late.
-
-Border: a real server on a tiny model.
-"""
+"""Answers as they grow: the order of events, those who leave, and what comes too late."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command line with little memory: `python scarce_memory.py MIB train recipe.yaml ...`.
-
-Border: the process may take MIB more address space than it has once everything is imported.
-"""
+"""The command line with little memory: `python scarce_memory.py MIB train recipe.yaml ...`."""
 
 import resource
 import sys

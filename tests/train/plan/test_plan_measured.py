@@ -117,7 +117,7 @@ def language_model(parts: Path, tmp_path_factory: Any) -> str:
 def fields_of(
     recipe_fields: Fields, data: Path, language_model: str, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Fields of a run on pictures with answers of different lengths; every four rows are alike."""
+    """Fields of a run on images with answers of different lengths; every four rows are alike."""
 
     def row(number: int) -> dict[str, Any]:
         words = "red blue green white " * (2 + 2 * (number % 4))
