@@ -19,6 +19,13 @@ ErrorType = Literal[
     "timeout_error",
 ]
 
+_TYPES: dict[int, ErrorType] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
 MAX_MESSAGE_CHARS = 300
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
 # A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word is left
@@ -48,7 +55,8 @@ class ServeError(MultiTokenError):
         self.message = sanitize(message)
         super().__init__(self.message)
         self.status = status
-        self.type: ErrorType = type or _type_of(status)
+        default: ErrorType = "invalid_request_error" if status < 500 else "server_error"
+        self.type: ErrorType = type or _TYPES.get(status, default)
         self.param = param
         self.code = code
         self.retry_after = retry_after
@@ -65,18 +73,6 @@ class ServeError(MultiTokenError):
         if error_id is not None:
             fields["error_id"] = error_id
         return {"error": fields}
-
-
-def _type_of(status: int) -> ErrorType:
-    if status == 401:
-        return "authentication_error"
-    if status == 404:
-        return "not_found_error"
-    if status == 429:
-        return "rate_limit_error"
-    if status in (408, 504):
-        return "timeout_error"
-    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def sanitize(text: str) -> str:

@@ -173,7 +173,7 @@ def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
 def test_a_client_that_leaves_takes_nothing_from_the_others(model: Any, make: Any) -> None:
     projection = make()
     sample = sample_of(model, VECTORS[0])
-    (key,) = projection.content_keys(sample)
+    key = content_key("vector", sample.media[0], "")
 
     async def leave() -> Any:
         go = held(projection, model)

@@ -8,7 +8,7 @@ stays in the batch as ballast until the last one ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +24,7 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from multi_token.serve.engines.request import (
-    GenerationRequest,
-    fail_request,
-    nan_error,
-    sample_batch,
-)
+from multi_token.serve.engines.request import GenerationRequest, fail_request, sample_batch
 from multi_token.serve.engines.sampler import force_tokens
 from multi_token.serve.errors import ServeError
 from multi_token.splice import MediaEmbeds, splice
@@ -43,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 @torch.no_grad()
 def generate_batch(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
+    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
 ) -> None:
     """Run requests to their end through `generate`; each token is emitted when it is chosen.
 
@@ -54,12 +49,10 @@ def generate_batch(
         return
     for request in requests:
         request.start_prefill()
-    embeds, input_ids, attention_mask = pad_prompts(model, requests, filler_id)
+    embeds, input_ids, attention_mask = pad_prompts(model, requests)
 
-    def choose_all(_: Tensor, scores: Tensor) -> Tensor:
-        ids, bad, all_greedy = sample_batch(requests, scores)
-        for request in bad:
-            request.fail(nan_error())
+    def choose_all(input_ids: Tensor, scores: Tensor) -> Tensor:
+        ids, _, all_greedy = sample_batch(requests, scores)
         return scores if all_greedy else force_tokens(scores, ids)
 
     def all_finished(ids: Tensor, *_: Tensor, **__: object) -> Tensor:
@@ -73,9 +66,9 @@ def generate_batch(
         prefill_mode=model.capabilities.prefill_mode,
         max_new_tokens=max(request.options.max_new_tokens for request in requests),
         **GREEDY,
-        # the requests' own end ids decide (`ignore_eos`), so `generate` must know none
+        # The requests' own end ids decide (`ignore_eos`), so `generate` must know none.
         eos_token_id=None,
-        pad_token_id=filler_id,
+        pad_token_id=model.require_processor().chat.filler_id,
         logits_processor=[choose_all],
         stopping_criteria=[all_finished],
     )
@@ -84,11 +77,12 @@ def generate_batch(
 
 
 def pad_prompts(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
+    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings [batch, time, dim] with media, ids and mask [batch, time], left-padded."""
     embedding = model.get_input_embeddings()
     weight: Tensor = embedding.weight  # type: ignore[assignment]
+    filler_id = model.require_processor().chat.filler_id
     time = max(len(request.prompt.input_ids) for request in requests)
     input_ids = torch.full((len(requests), time), filler_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -117,7 +111,7 @@ def generate_one(
     """Return the tokens that `generate` gives for one prompt. Raises its fault."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
-    generate_batch(model, [request], model.require_processor().chat.filler_id)
+    generate_batch(model, [request])
     return collect_tokens(events)
 
 
@@ -157,20 +151,21 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
 def retry_individually(
     model: MultiTokenForConditionalGeneration,
     requests: Sequence[GenerationRequest],
-    filler_id: int,
+    run: Callable[[Sequence[GenerationRequest]], None],
     cause: Exception,
 ) -> None:
-    """Restart each request alone after `cause` broke their batch.
+    """Restart each request and `run` it alone, after `cause` broke their batch.
 
     A request fails by its own fault if the model still generates for a plain prompt; otherwise
     `cause` is raised.
     """
+    _LOG.error("%d requests failed together; run again alone", len(requests), exc_info=cause)
     check_model_alive(model, cause)
     for request in requests:
         request.restart()
         try:
-            generate_batch(model, [request], filler_id)
-        # any fault of one request, even an unknown one, must leave the others running
+            run([request])
+        # Any fault of one request, even an unknown one, must leave the others running.
         except Exception as error:  # noqa: BLE001
             check_model_alive(model, error)
             fail_request(request, error)

@@ -142,40 +142,44 @@ class GenerationRequest:
 
 
 def sample_batch(
-    requests: Sequence[GenerationRequest | None], scores: Tensor
+    requests: Sequence[GenerationRequest], scores: Tensor
 ) -> tuple[list[int], list[GenerationRequest], bool]:
-    """scores float32 [rows, vocabulary] of one step -> the token id of each row, emitted.
+    """Sample and emit one token of each unfinished request.
 
-    Also returns the requests whose scores are NaN or inf, which receive no token, and whether all
-    ids are the greedy ones. None stands for a row without a running request.
+    Args:
+        requests: one for each batch row.
+        scores: float32 [rows, vocabulary], logits of one step.
+
+    Returns:
+        The token id of each row; the requests that fail here because their logits are NaN or inf;
+        and whether all ids are the greedy ones.
     """
     ids, finite = greedy(scores)
-    bad: list[GenerationRequest] = []
+    failed: list[GenerationRequest] = []
     all_greedy = True
     for i, request in enumerate(requests):
-        if request is None or request.is_finished:
+        if request.is_finished:
             continue
         if not finite[i]:
-            bad.append(request)
+            request.fail(
+                ServeError(
+                    "the model produced NaN or inf for the media in this prompt; send other media",
+                    status=400,
+                    retry=False,
+                )
+            )
+            failed.append(request)
             continue
         options = request.options
         if options.temperature > MIN_TEMPERATURE:
             ids[i] = sample(scores[i], options, request.generator)
             all_greedy = False
+        # Without log-probabilities the row's scores stay on the device: no host sync for them.
         if options.num_logprobs is None:
             request.emit_token(TokenEvent(ids[i]))
         else:
             request.emit_token(token_event(scores[i], ids[i], options.num_logprobs))
-    return ids, bad, all_greedy
-
-
-def nan_error() -> ServeError:
-    """Error for requests whose logits are NaN or inf."""
-    return ServeError(
-        "the model produced NaN or inf for the media in this prompt; send other media",
-        status=400,
-        retry=False,
-    )
+    return ids, failed, all_greedy
 
 
 def fail_request(request: GenerationRequest, error: Exception) -> None:

@@ -22,7 +22,6 @@ from multi_token import __version__
 from multi_token.errors import MultiTokenError
 from multi_token.serve.admission import Deadline
 from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, add_chat_routes
-from multi_token.serve.engines.base import SupportsReplicas
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.docs import REFERENCE, openapi_document, reference_page
 from multi_token.serve.openai.middleware import RECORD, ClientGone, GuardMiddleware, RequestLog
@@ -243,7 +242,7 @@ async def _first_token_or_error(
     output = await stack.enter_async_context(running)
     # Remote engines may refuse a prompt after it was submitted. Once a stream has begun, its status
     # is sent, so wait for the first token: an error before it still becomes a status.
-    if isinstance(service.engine, SupportsReplicas):
+    if service.engine.is_remote:
         try:
             await output.first_event()
         except BaseException:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
-    Engine,
     EngineEvent,
     ErrorEvent,
     FinishEvent,
@@ -21,6 +20,7 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
+from multi_token.serve.engines.engine import Engine
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.types import Sample

@@ -360,7 +360,7 @@ def test_a_prefill_touches_no_running_batch(llama: Any, start_local: Any) -> Non
     running = engine._new_batch()
     running.add(requests[:1])
     width = running.width
-    other = prefill(llama, running.params, requests[1:])
+    other = prefill(running.params, requests[1:])
     assert (running.width, running.requests) == (width, requests[:1])
     assert other.requests == requests[1:]
     running.extend(other)

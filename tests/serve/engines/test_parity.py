@@ -83,16 +83,15 @@ def test_a_model_whose_rows_see_each_other_is_not_batched_continuously(
     def mix(_: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
         return (inputs[0] + 0.5 * (inputs[0].mean(0, keepdim=True) - inputs[0]),)
 
-    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.model.norm.register_forward_pre_hook(mix)
     try:
         with caplog.at_level(logging.INFO, "multi_token.serve"):
-            assert find_batching_mode(own_llama, filler_id) == "static"
+            assert find_batching_mode(own_llama) == "static"
     finally:
         hook.remove()
     messages = [record.getMessage() for record in caplog.records]
     assert [m for m in messages if "continuous batches" in m and "expected" in m]
-    assert find_batching_mode(own_llama, filler_id) == "continuous"
+    assert find_batching_mode(own_llama) == "continuous"
 
 
 def test_a_check_that_raises_is_logged_with_its_traceback(
@@ -105,12 +104,11 @@ def test_a_check_that_raises_is_logged_with_its_traceback(
         if past is not None and past.get_seq_length():
             raise RuntimeError("no cache here")
 
-    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         with caplog.at_level(logging.WARNING, "multi_token.serve"):
-            assert find_batching_mode(own_llama, filler_id) == "static"
-            assert not supports_prefix_cache(own_llama, filler_id)
+            assert find_batching_mode(own_llama) == "static"
+            assert not supports_prefix_cache(own_llama)
     finally:
         hook.remove()
     raised = [record for record in caplog.records if record.exc_info]
@@ -126,7 +124,7 @@ def test_a_defect_of_ours_is_not_swallowed(own_llama: Any, monkeypatch: Any) -> 
 
     monkeypatch.setattr(own_llama.language_model, "forward", broken)
     with pytest.raises(Defect):
-        find_batching_mode(own_llama, own_llama.require_processor().chat.filler_id)
+        find_batching_mode(own_llama)
 
 
 def test_a_static_batch_gives_the_tokens_of_generate(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,51 +36,39 @@ from multi_token.serve.engines.local.kv_cache import (
     trim_left,
 )
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
-from multi_token.serve.engines.request import GenerationRequest, nan_error, sample_batch
+from multi_token.serve.engines.request import GenerationRequest, sample_batch
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 
-@dataclass(frozen=True)
 class DecodeParams:
     """Everything that batches of one model share."""
 
-    filler_id: int
-    allow_add: bool
-    """Requests may join a running batch, and padding is cut off when the longest row has left (see
-    `is_paddable`). Otherwise all requests start together."""
-    device: torch.device
-    accepts_position_ids: bool
-    forward_kwargs: Mapping[str, Any]
-    logits_processors: Any
-    """See `logits_processors`."""
-    prefix_cache: PrefixCache | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: MultiTokenForConditionalGeneration,
-        filler_id: int,
         *,
         allow_add: bool,
         prefix_cache: PrefixCache | None = None,
-    ) -> DecodeParams:
-        """Read the language model's settings, once for all batches."""
-        language_model = model.language_model
-        parameters = inspect.signature(base_language_model(language_model).forward).parameters
+    ) -> None:
+        """Read the language model's settings, once for all batches.
+
+        `allow_add`: requests may join a running batch, and padding is cut off when the longest row
+        has left (see `is_paddable`). Otherwise all requests start together.
+        """
+        self.model = model
+        self.allow_add = allow_add
+        self.prefix_cache = prefix_cache
         weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        return cls(
-            filler_id=filler_id,
-            allow_add=allow_add,
-            device=weight.device,
-            accepts_position_ids=accepts_position_ids(language_model),
-            # a prompt needs logits at its last position only; for all positions they would be
-            # the largest tensor of the prefill (time x vocabulary)
-            forward_kwargs={"logits_to_keep": 1} if "logits_to_keep" in parameters else {},
-            logits_processors=logits_processors(language_model),
-            prefix_cache=prefix_cache,
-        )
+        self.device = weight.device
+        self.accepts_position_ids = accepts_position_ids(model.language_model)
+        forward = base_language_model(model.language_model).forward
+        # A prompt needs logits at its last position only. For all positions they would be the
+        # largest tensor of the prefill (time x vocabulary).
+        takes_keep = "logits_to_keep" in inspect.signature(forward).parameters
+        self.forward_kwargs = {"logits_to_keep": 1} if takes_keep else {}
+        self.logits_processors = logits_processors(model.language_model)
 
 
 @dataclass
@@ -97,8 +85,7 @@ class _BatchRow:
 class DecodeBatch:
     """Running requests as rows of one KV cache, left-padded to `width` tokens."""
 
-    def __init__(self, model: MultiTokenForConditionalGeneration, params: DecodeParams) -> None:
-        self.model = model
+    def __init__(self, params: DecodeParams) -> None:
         self.params = params
         self.width = 0
         self._rows: list[_BatchRow] = []
@@ -129,7 +116,7 @@ class DecodeBatch:
 
         Raises what the model raises; the running requests are then unchanged.
         """
-        self.extend(prefill(self.model, self.params, requests))
+        self.extend(prefill(self.params, requests))
 
     @torch.no_grad()
     def extend(self, other: DecodeBatch) -> None:
@@ -181,7 +168,7 @@ class DecodeBatch:
         self._rows, self._cache, self.width = [], None, 0
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
-        embeds, input_ids, attention_mask = pad_prompts(self.model, requests, self.params.filler_id)
+        embeds, input_ids, attention_mask = pad_prompts(self.params.model, requests)
         self._rows = [_BatchRow(request, len(request.prompt.input_ids)) for request in requests]
         self.width = embeds.shape[1]
         is_padded = min(row.num_cached for row in self._rows) < self.width
@@ -192,11 +179,11 @@ class DecodeBatch:
             # padding has no position; 0 keeps it within the rotary table
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
             **({} if cache is None else {"past_key_values": cache}),
-            **per_layer_inputs(self.model.language_model, input_ids[:, first:]),
+            **per_layer_inputs(self.params.model.language_model, input_ids[:, first:]),
         )
         self._cache = output.past_key_values
         self._sample(output.logits)
-        self._store_prefixes(self._rows)
+        self._store_prefixes(range(len(self._rows)))
 
     def _prefix_lookup(self, requests: Sequence[GenerationRequest]) -> tuple[int, Any]:
         """Return how many of `width` positions are cached, and a KV cache that holds them.
@@ -220,13 +207,14 @@ class DecodeBatch:
         first = self.width - num_read
         return first, prefix_cache.build_kv_cache(prefixes, first) if first else None
 
-    def _store_prefixes(self, rows: Sequence[_BatchRow]) -> None:
-        """Copy these rows' KV cache into the prefix cache."""
+    def _store_prefixes(self, indices: Iterable[int]) -> None:
+        """Copy the KV cache of these rows into the prefix cache."""
         prefix_cache = self.params.prefix_cache
         if prefix_cache is None:
             return
-        for index, row in enumerate(self._rows):
-            if row in rows and not row.is_bad:
+        for index in indices:
+            row = self._rows[index]
+            if not row.is_bad:
                 prompt = row.request.prompt
                 output_ids = row.output_ids[: row.num_cached - len(prompt.input_ids)]
                 prefix_cache.add(prompt, output_ids, self._cache, index, row.num_cached)
@@ -234,7 +222,7 @@ class DecodeBatch:
     def _forward(self, *, position_ids: Tensor, **inputs: Any) -> Any:
         if self.params.accepts_position_ids:
             inputs["position_ids"] = position_ids
-        return self.model.language_model(
+        return self.params.model.language_model(
             use_cache=True, return_dict=True, **self.params.forward_kwargs, **inputs
         )
 
@@ -253,19 +241,17 @@ class DecodeBatch:
                     for row, own in zip(self._rows, scores.split(1), strict=True)
                 ]
             )
-        ids, bad, _ = sample_batch([row.request for row in self._rows], scores)
-        for request in bad:
-            request.fail(nan_error())
+        ids, failed, _ = sample_batch([row.request for row in self._rows], scores)
         for row, token_id in zip(self._rows, ids, strict=True):
             row.output_ids.append(token_id)
-            row.is_bad = row.is_bad or row.request in bad
+            row.is_bad = row.request in failed
 
     @torch.no_grad()
     def _drop_finished(self) -> None:
         kept = [i for i, row in enumerate(self._rows) if not row.request.is_finished]
         if len(kept) == len(self._rows):
             return
-        self._store_prefixes([row for row in self._rows if row.request.is_finished])
+        self._store_prefixes(set(range(len(self._rows))).difference(kept))
         if not kept:
             self.clear()
             return
@@ -279,16 +265,12 @@ class DecodeBatch:
 
 
 @torch.no_grad()
-def prefill(
-    model: MultiTokenForConditionalGeneration,
-    params: DecodeParams,
-    requests: Sequence[GenerationRequest],
-) -> DecodeBatch:
+def prefill(params: DecodeParams, requests: Sequence[GenerationRequest]) -> DecodeBatch:
     """Run prompts through the model, emit their first tokens, and return them as a new batch.
 
     Raises what the model raises; no other batch is touched.
     """
-    batch = DecodeBatch(model, params)
+    batch = DecodeBatch(params)
     running = [request for request in requests if not request.is_finished]
     if running:
         for request in running:

@@ -98,13 +98,13 @@ class PrefixCache:
             )
             if self._layer_template is None:
                 self._layer_template = _empty_copy(cache)
-            # entries that are prefixes of the new one can never be the best match again
-            covered = [
+            # Entries that are prefixes of the new one can never be the best match again.
+            self._entries = [
                 entry
-                for entry in own_entries
-                if common_prefix_length(entry.key, key) == len(entry.key)
+                for entry in self._entries
+                if entry.tenant != prompt.tenant
+                or common_prefix_length(entry.key, key) < len(entry.key)
             ]
-            self._entries = [entry for entry in self._entries if entry not in covered]
             self._entries.append(CachedPrefix(prompt.tenant, key, layers))
             while self.num_tokens > self.max_tokens:
                 self._entries.pop(0)

@@ -69,8 +69,8 @@ class Router:
         clients: Sequence[VllmClient],
         verify: Callable[[VllmClient], Awaitable[Any]],
         *,
-        health_interval_s: float = 1.0,
-        retries: Counter[str] | None = None,
+        health_interval_s: float,
+        retries: Counter[str],
     ) -> None:
         """Prepare the router; `start` runs its checks.
 
@@ -81,7 +81,7 @@ class Router:
             retries: counts second attempts by reason.
         """
         self.replicas = [Replica(client) for client in clients]
-        self.retries: Counter[str] = Counter() if retries is None else retries
+        self.retries = retries
         self._verify = verify
         self._health_interval_s = health_interval_s
         self._service_time = ServiceTime()
@@ -182,7 +182,7 @@ class Router:
 
     def _unavailable_error(self, is_full: bool) -> ServeError:
         if not is_full:
-            return ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
+            return no_engine_error()
         # a place is free when any one of the prompts in flight has ended
         num_in_flight = sum(replica.num_in_flight for replica in self.replicas)
         return ServeError(
@@ -262,3 +262,8 @@ class Router:
         async with self._changed:
             replica.state, replica.reason_down = "down", reason
             self._changed.notify_all()
+
+
+def no_engine_error() -> ServeError:
+    """Return the error of prompts while no replica is up."""
+    return ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
