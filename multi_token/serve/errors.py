@@ -28,8 +28,8 @@ _TYPES: dict[int, ErrorType] = {
 }
 MAX_MESSAGE_CHARS = 300
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
-# A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word is left
-# alone: and/or, image/png, org/model.
+# A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word stays:
+# and/or, image/png, org/model.
 _PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?/[\w.\-~+]+(?:/[\w.\-~+]*)*|\b[A-Za-z]:\\\S+")
 
 
@@ -37,8 +37,8 @@ class ServeError(MultiTokenError):
     """A request is refused or fails. `message` is cleaned.
 
     `status`: HTTP status. `type`, `param`, `code`: fields of OpenAI's error object. `retry_after`:
-    seconds until the same request may succeed, if known. `retry`: whether clients should repeat the
-    request (`x-should-retry`); None leaves that to the client.
+    seconds until the same request may succeed, if known. `retry`: value of `x-should-retry`; None
+    leaves the decision to the client.
     """
 
     def __init__(

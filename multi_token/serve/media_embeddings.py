@@ -1,10 +1,8 @@
 """Media embeddings: encode and project items of many requests, batched, each content once.
 
-    embed(item) --cached---> result at once
-                --in flight> the same future as the first request for it
-                --new------> queue -> one thread takes all items of a modality as a batch
-
-Nothing is decoded here, and spans in the prompt are fixed already.
+embed(item) --cached---> result at once
+            --in flight> the same future as the first request for it
+            --new------> queue -> one thread takes the queued items of a modality as a batch
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _EmbedJob:
     modality: str
     prepared: Prepared
@@ -55,25 +53,22 @@ class MediaEmbedder:
         cache_bytes: int,
         max_items: int = 16,
     ) -> None:
-        """Start without a thread; the first item starts it.
+        """`cache_bytes`: limit of the cached embeddings; 0 disables. `max_items`: largest batch.
 
-        Args:
-            model: its weights must not change, since the cache does not know them.
-            cache_bytes: limit of the cached embeddings; 0 disables the cache.
-            max_items: largest batch.
+        The model's weights must not change, since cache keys do not depend on them.
         """
         self.model = model
         self.cache_bytes = cache_bytes
         self.max_items = max_items
         self.num_queries = 0
-        """Items requested."""
+        """Number of items requested."""
         self.num_hits = 0
-        """Items of these that were cached or in flight."""
+        """Number of these items that were cached or in flight."""
         self.num_bytes = 0
         """Size of the cached embeddings."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._in_flight: dict[str, Future[Tensor]] = {}
-        self._waiting: deque[_EmbedJob] = deque()
+        self._waiting: list[_EmbedJob] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -128,8 +123,7 @@ class MediaEmbedder:
         """Refuse queued items and end the thread after its current batch."""
         with self._changed:
             self._is_stopping = True
-            refused = list(self._waiting)
-            self._waiting.clear()
+            refused, self._waiting = self._waiting, []
             self._changed.notify()
         for job in refused:
             self._resolve(job, ServeError("the server is shutting down", status=503))
@@ -144,8 +138,7 @@ class MediaEmbedder:
                     return
                 name = self._waiting[0].modality
                 batch = [job for job in self._waiting if job.modality == name][: self.max_items]
-                taken = {job.key for job in batch}
-                self._waiting = deque(job for job in self._waiting if job.key not in taken)
+                self._waiting = [job for job in self._waiting if job not in batch]
             self._embed_jobs(batch)
 
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
@@ -210,10 +203,10 @@ class MediaEmbedder:
 def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
     """Return 32 hexadecimal digits: a digest of the encoder's inputs, the modality and the tenant.
 
-    Names, dtypes, shapes and all bytes of the inputs enter, so no file is read again and no name
-    from a client is trusted. The modality's name stands for encoder and projector: both are fixed
-    for the life of the cache.
+    Names, dtypes, shapes and all bytes of the inputs enter the digest.
     """
+    # The modality's name means its encoder and projector: both are fixed for the life of the cache.
+    # No name from a client enters, so a client cannot choose a key.
     parts = [modality.encode(), tenant.encode(), str(prepared.num_features).encode()]
     for name, tensor in sorted(prepared.inputs.items()):
         values = tensor.detach().cpu().contiguous()

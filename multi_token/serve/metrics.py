@@ -156,7 +156,7 @@ class Metrics:
             return
         self.first_token.observe(output.first_token_time - arrived)
         self.queue_time.observe(output.first_token_time - submitted)
-        # the choices of one request are generated side by side, so their tokens share the time
+        # The choices of one request are generated side by side, so their tokens share the time.
         if output.num_tokens > output.num_choices:
             seconds = now - output.first_token_time
             per_choice = output.num_tokens / output.num_choices

@@ -195,7 +195,7 @@ class Service:
     async def start(self) -> None:
         """Start the engine and the media workers. Raises MultiTokenError if one fails."""
         starting = [asyncio.to_thread(self.engine.start), asyncio.to_thread(self.prompts.start)]
-        # return_exceptions: stop() must not run while the other one still starts.
+        # With return_exceptions: stop() must not run while the other one still starts.
         for result in await asyncio.gather(*starting, return_exceptions=True):
             if isinstance(result, Exception):
                 self.start_error = result
@@ -233,7 +233,6 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        """True if the engine runs."""
         return self.engine.is_alive
 
     @property

@@ -19,42 +19,43 @@ class Prompt:
     media_spans: tuple[MediaSpan, ...]
     """Span of each media item, in the order of `input_ids`."""
     media_embeds: tuple[Tensor, ...]
-    """For each span float [length, dim], the projector's output."""
+    """For each span float [length, dim]: the projector's output."""
     media_keys: tuple[str, ...]
-    """For each span; equal only for equal content, encoder, projector and tenant."""
+    """For each span a key: equal only for equal content, encoder, projector and tenant."""
     tenant: str = ""
     """Client identity; cached state is never shared between tenants."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen, and when generation ends."""
+    """Choice of the next token, and the end of generation."""
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0: greedy."""
+    """0 is greedy."""
     top_p: float = 1.0
     """Sample from the most probable tokens whose probabilities add up to `top_p`."""
     top_k: int = 0
-    """Sample from the `top_k` most probable tokens; 0: all."""
+    """Sample from the `top_k` most probable tokens; 0 means all."""
     seed: int | None = None
     """Equal seeds give equal tokens for equal prompts."""
     num_logprobs: int | None = None
-    """None: no log-probabilities; 0: of the chosen token; n: also of the n most probable."""
+    """Log-probabilities to emit. None: none; 0: the chosen token's; N: also of N top tokens."""
     ignore_eos: bool = False
     """Generate `max_new_tokens` tokens, past the model's end of turn."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One new token. `logprob`: of the model's own distribution, before temperature and top-p."""
+    """One new token."""
 
     id: int
     logprob: float | None = None
+    """Natural logarithm, of the model's own distribution before temperature and top-p."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most probable ids with their log-probabilities, in descending order."""
+    """Most probable ids with their log-probabilities, in descending order."""
     num_cached: int = 0
-    """First token only: number of prompt tokens served from the prefix cache."""
+    """First token only: number of prompt tokens that the prefix cache held."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,13 @@ class ErrorEvent:
 EngineEvent = TokenEvent | FinishEvent | ErrorEvent
 
 
+@dataclass
 class PrefixCacheStats:
-    """Totals since the start. `num_queries`: prompt tokens; `num_hits`: of these, cached ones."""
+    """Totals since the start: prompt tokens (`num_queries`), and the cached ones (`num_hits`)."""
 
-    def __init__(self) -> None:
-        self.num_queries = 0
-        self.num_hits = 0
+    num_queries: int = 0
+    num_hits: int = 0
 
     def record(self, num_prompt_tokens: int, num_cached: int) -> None:
-        """Count one prompt."""
         self.num_queries += num_prompt_tokens
         self.num_hits += num_cached

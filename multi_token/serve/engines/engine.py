@@ -1,7 +1,7 @@
 """Engine: base class of the local and the vLLM engine.
 
-Checks prompts, and keeps the requests from `submit` to their last event. A subclass generates for
-them in its thread.
+The base class checks prompts and keeps each request from `submit` to its last event. A subclass
+generates for the requests in a thread.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class Engine(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start the thread; again after `stop` or a dead thread. No effect on a running engine.
+        """Start the thread, also again after `stop` or a failure. No effect on a running engine.
 
-        Raises:
-            LanguageModelError: The engine cannot generate for this model.
+        Raises LanguageModelError if the engine cannot generate for this model.
         """
 
     def stop(self) -> None:
@@ -76,16 +75,9 @@ class Engine(ABC):
     ) -> None:
         """Queue a prompt; returns at once.
 
-        Args:
-            request_id: name for `cancel`; no two unfinished requests may share one.
-            prompt: token ids and media embeddings.
-            options: sampling parameters.
-            emit: receives any number of TokenEvents, then one FinishEvent or ErrorEvent. It is
-                called from the engine's thread, or from the thread that cancels or stops, and must
-                not block.
-
-        Raises:
-            ServeError: The prompt is invalid (too long, NaN or inf), or the engine is down (503).
+        `emit` receives any number of TokenEvents, then one FinishEvent or ErrorEvent. It is called
+        from the engine's thread, or from the thread that cancels or stops, and must not block.
+        Raises ServeError for an invalid prompt (too long, NaN or inf), or if the engine is down.
         """
         check_prompt(self.model, prompt, options, self.max_tokens)
         request = GenerationRequest(request_id, prompt, options, emit, self._end_ids, self._remove)
@@ -150,7 +142,6 @@ class Engine(ABC):
             return list(self._requests.values())
 
     def _remove(self, request: GenerationRequest) -> None:
-        """Forget a finished request."""
         with self._condition:
             # The id may already belong to a later request.
             if self._requests.get(request.id) is request:
@@ -204,17 +195,10 @@ def check_prompt(
 
 
 def _check_media(model: MultiTokenForConditionalGeneration, prompt: Prompt) -> None:
-    counts = (len(prompt.media_spans), len(prompt.media_embeds), len(prompt.media_keys))
-    if len(set(counts)) > 1:
-        raise ServeError(
-            "expected equal numbers of media spans, embeddings and keys, got {}, {} and {}".format(
-                *counts
-            ),
-            status=500,
-        )
     dim = model.get_input_embeddings().weight.shape[1]  # type: ignore[index,union-attr]
     end = 0
-    for span, embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True):
+    media = zip(prompt.media_spans, prompt.media_embeds, prompt.media_keys, strict=True)
+    for span, embeds, _ in media:
         if embeds.shape != (span.length, dim) or span.start < end:
             raise ServeError(
                 f"the media embeddings of {span.modality!r} have shape {tuple(embeds.shape)}, "

@@ -1,8 +1,8 @@
 """Fallback: a complete batch through transformers' own `generate`, and isolation of faults.
 
-`generate` runs greedily; a logits processor samples each row's token before it and forces that
-token. So sampling, log-probabilities and streaming are those of the other modes, and a finished row
-stays in the batch as ballast until the last one ends.
+`generate` runs greedily. A logits processor samples the token of each row and leaves `generate` no
+other choice, so sampling, log-probabilities and streaming are those of the other modes. A finished
+row stays in the batch until the last one ends.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def pad_prompts(
 def generate_one(
     model: MultiTokenForConditionalGeneration, prompt: Prompt, options: SamplingParams
 ) -> list[TokenEvent]:
-    """Return the tokens that `generate` gives for one prompt. Raises its fault."""
+    """Return the tokens that `generate` gives for one prompt. Raises the error of a failure."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
     generate_batch(model, [request])
@@ -125,11 +125,7 @@ def collect_tokens(events: Sequence[EngineEvent]) -> list[TokenEvent]:
 
 
 def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens: int = 0) -> Prompt:
-    """Return a short question, optionally with one media span of `num_media_tokens`.
-
-    Each media embedding is the mean of two text embeddings: in the model's usual range, and equal
-    to no token, so a path that looks ids up instead gives other logits.
-    """
+    """Return a short question, optionally with one media span of `num_media_tokens`."""
     chat = model.require_processor().chat
     conversation = Conversation((Message("user", (Text("Hello! Who are you?"),)),))
     ids = chat.tokenize(conversation, [], prompt_only=True).input_ids
@@ -141,6 +137,8 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
         weight: Tensor = embedding.weight  # type: ignore[assignment]
         spread = torch.linspace(1, weight.shape[0] // 2, 2 * num_media_tokens).long()
         text_embeds = embedding(spread.to(weight.device))
+    # Means of two text embeddings: in the model's usual range, and equal to no token. A path that
+    # looks ids up instead gives other logits.
     media_embeds = (text_embeds[::2] + text_embeds[1::2]) / 2
     span = MediaSpan("media", 1, num_media_tokens)
     return Prompt(
@@ -159,7 +157,7 @@ def retry_individually(
     A request fails by its own fault if the model still generates for a plain prompt; otherwise
     `cause` is raised.
     """
-    _LOG.error("%d requests failed together; run again alone", len(requests), exc_info=cause)
+    _LOG.error("a batch of %d requests failed; each runs alone", len(requests), exc_info=cause)
     check_model_alive(model, cause)
     for request in requests:
         request.restart()
@@ -175,7 +173,7 @@ def check_model_alive(model: MultiTokenForConditionalGeneration, cause: Exceptio
     """Raise `cause` if the model generates nothing for a plain prompt either."""
     try:
         generate_one(model, smoke_prompt(model), SamplingParams(max_new_tokens=1))
-    # whatever it raises, the model is broken, and `cause` is the first symptom
+    # Whatever it raises, the model is broken, and `cause` is the first symptom.
     except Exception as error:  # noqa: BLE001
         _LOG.error("the language model fails on a plain prompt", exc_info=error)
         raise cause from None

@@ -1,7 +1,7 @@
-"""Startup checks: does a faster path give the tokens and log-probabilities of `generate`?
+"""Startup checks: a faster path must give the tokens and log-probabilities of `generate`.
 
     1. `generate` runs a few short prompts, each alone: the reference.
-    2. The path under test runs the same prompts as it will run those of clients.
+    2. The path under test runs the same prompts in batches, as it does for clients.
     3. `logprob_mismatch` compares each step until the ids differ.
     4. The first batching mode without a mismatch is used; `generate` itself always remains.
 
@@ -42,23 +42,19 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 BatchingMode = Literal["continuous", "shrinking", "static"]
-"""`continuous`: requests join and leave between steps. `shrinking`: they only leave. `static`: the
-batch runs to its end through `generate`."""
-FLOAT32_TOLERANCE = 1e-3
-HALF_TOLERANCE = 0.2
-"""Tolerances of log-probabilities within one process: kernels and batch shapes differ."""
-REMOTE_FLOAT32_TOLERANCE = 0.02
-REMOTE_HALF_TOLERANCE = 0.5
-"""Between two machines: another device and another inference library as well."""
+"""`continuous`: requests join and leave between decode steps. `shrinking`: they only leave, and the
+next batch starts when all have left. `static`: the batch runs to its end through `generate`."""
 _LOG = logging.getLogger(__name__)
 _NUM_TOP = 3
 
 
 def logprob_tolerance(dtype: torch.dtype, *, is_remote: bool = False) -> float:
     """Return the allowed difference of log-probabilities for weights of a dtype."""
+    # Within one process kernels and batch shapes differ; between two machines device and inference
+    # library differ as well.
     if dtype in (torch.float32, torch.float64):
-        return REMOTE_FLOAT32_TOLERANCE if is_remote else FLOAT32_TOLERANCE
-    return REMOTE_HALF_TOLERANCE if is_remote else HALF_TOLERANCE
+        return 0.02 if is_remote else 1e-3
+    return 0.5 if is_remote else 0.2
 
 
 def logprob_mismatch(
@@ -68,15 +64,16 @@ def logprob_mismatch(
 
     Log-probabilities are compared up to the first step with another id. There the expected id must
     be as probable as the chosen one within the tolerance; later steps continue another text and are
-    not compared. Ids alone are not enough: a different model that starts alike would pass (the one
-    from before an adapter was merged, say).
+    not compared.
     """
+    # Ids alone are not enough: a model that differs a little, such as the one before an adapter was
+    # merged, often starts with the same ids.
     if len(tokens) != len(expected):
         return f"{len(tokens)} tokens came, expected {len(expected)}"
     for token, other in zip(tokens, expected, strict=True):
         if token.logprob is None or other.logprob is None:
             return "no log-probabilities came"
-        # `not <=` instead of `>`: NaN is a mismatch
+        # `not <=` instead of `>`: NaN is a mismatch.
         for (_, value), (_, expected_value) in zip(token.top, other.top, strict=False):
             if not abs(value - expected_value) <= tolerance:
                 return (

@@ -1,10 +1,10 @@
-"""Generation requests: state, emitted tokens and the end of one request.
+"""Generation request: state, emitted tokens and end of one request.
 
-    waiting --prefill()--> prefill --first token--> decoding --> finished
+    waiting --prefill--> prefill --first token--> decoding --> finished
        ^----------------------- restart() -----------------'
 
-A request that is restarted generates from its first token again. Tokens that were emitted before
-are compared with the new ones and not emitted twice, so the client sees one stream.
+A restarted request generates from its first token again. Tokens that were emitted before are
+compared with the new ones and not emitted twice, so the client sees one stream.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class GenerationRequest:
         end_ids: frozenset[int],
         on_finish: Callable[[GenerationRequest], None] | None = None,
     ) -> None:
-        """`end_ids`: ids that end generation. `on_finish`: called once, before the last event."""
+        """`end_ids` end generation. `on_finish` is called once, before the last event."""
         self.id = request_id
         self.prompt = prompt
         self.options = options
         self.end_ids = frozenset() if options.ignore_eos else end_ids
         self.state: RequestState = "waiting"
         self.num_cached: int | None = None
-        """Prompt tokens that the prefix cache held at the first prefill; None before it."""
+        """Prompt tokens that the prefix cache held at the first prefill; None before that."""
         self._emit = emit
         self._on_finish = on_finish
-        # reentrant: `emit` may cancel this very request from inside of an event
+        # Reentrant: `emit` may cancel this very request from inside of an event.
         self._lock = threading.RLock()
-        # drawn even where the client sent no seed: a restart must sample the same tokens again
+        # Drawn even where the client sent no seed: a restart must sample the same tokens again.
         self._seed = secrets.randbits(63) if options.seed is None else options.seed % 2**63
         self._emitted: list[int] = []
         self.restart()
@@ -82,11 +82,9 @@ class GenerationRequest:
                 self.state = "prefill"
 
     def mark_prefilled(self, num_cached: int) -> bool:
-        """Set `num_cached` and return True at the first prefill.
-
-        A later prefill (after a restart) finds entries that this request stored itself, which would
-        count as hits of other prompts.
-        """
+        """Set `num_cached` and return True at the first prefill."""
+        # Only then: a prefill after a restart finds entries that this request stored itself, which
+        # would count as hits of other prompts.
         with self._lock:
             if self.num_cached is not None:
                 return False
@@ -100,6 +98,7 @@ class GenerationRequest:
                 return
             self.state = "decoding"
             self._position += 1
+            # After a restart, tokens that the client has are compared and not emitted again.
             if self._position <= len(self._emitted):
                 if self._emitted[self._position - 1] != token.id:
                     self.fail(
@@ -119,15 +118,12 @@ class GenerationRequest:
                 self.finish("length")
 
     def finish(self, reason: Literal["stop", "length"]) -> None:
-        """End generation regularly."""
         self._finish(FinishEvent(reason))
 
     def cancel(self) -> None:
-        """End generation early."""
         self._finish(FinishEvent("cancelled"))
 
     def fail(self, error: Exception) -> None:
-        """End generation with an error."""
         self._finish(ErrorEvent(error))
 
     def _finish(self, event: FinishEvent | ErrorEvent) -> None:
@@ -135,7 +131,7 @@ class GenerationRequest:
             if self.is_finished:
                 return
             self.state = "finished"
-            # before the event: a client that reacts to the end may use the request id again
+            # Before the event: a client that reacts to the end may use the request id again.
             if self._on_finish is not None:
                 self._on_finish(self)
             self._emit(event)
@@ -146,14 +142,10 @@ def sample_batch(
 ) -> tuple[list[int], list[GenerationRequest], bool]:
     """Sample and emit one token of each unfinished request.
 
-    Args:
-        requests: one for each batch row.
-        scores: float32 [rows, vocabulary], logits of one step.
-
-    Returns:
-        The token id of each row; the requests that fail here because their logits are NaN or inf;
-        and whether all ids are the greedy ones.
+    `scores`: logits float32 [rows, vocabulary] of one step. Returns the token id of each row, the
+    requests that fail here because of NaN or inf, and whether all ids are the greedy ones.
     """
+    # The only transfer of a greedy step: ids and finiteness of all rows together.
     ids, finite = greedy(scores)
     failed: list[GenerationRequest] = []
     all_greedy = True

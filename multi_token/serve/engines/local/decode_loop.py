@@ -1,13 +1,13 @@
 """Decode loop: prefill and decode steps of one batch over a left-padded KV cache.
 
     prefill(requests)   one forward over the new prompts, after their cached prefix;
-                        samples the first token of each -> a batch of its own
+                        sample the first token of each -> a batch of its own
     batch.extend(new)   pad the shorter KV cache on the left, concatenate rows
     batch.decode_step() drop finished rows, one forward over one token a row, sample
     dropped rows        go to the prefix cache; padding that no row needs is cut off
 
-The position ids of each row start at its own first token, so padding changes no row's result.
-`parity` checks at startup whether that holds for a language model.
+Position ids of a row start at its own first token, so padding changes no result. `parity` checks at
+startup whether that holds for a language model.
 """
 
 from __future__ import annotations
@@ -108,14 +108,11 @@ class DecodeBatch:
             if not row.request.is_finished:
                 num_left = row.request.options.max_new_tokens - len(row.output_ids)
                 ends.append((row.num_cached, num_left))
-        # not the maximum of the sums: the longest row sets the width, and any row may outlive it
+        # Not the maximum of the sums: the longest row sets the width, and any row may outlive it.
         return max(length for length, _ in ends) + max(num_left for _, num_left in ends)
 
     def add(self, requests: Sequence[GenerationRequest]) -> None:
-        """Prefill requests, emit their first tokens, and decode them with the running ones.
-
-        Raises what the model raises; the running requests are then unchanged.
-        """
+        """Prefill requests, and decode them with the running ones. Raises what `prefill` raises."""
         self.extend(prefill(self.params, requests))
 
     @torch.no_grad()
@@ -127,7 +124,7 @@ class DecodeBatch:
             return
         if self._rows:
             width = max(self.width, other.width)
-            # first: if it raises, this batch is unchanged
+            # Before the rows are taken over: if it raises, this batch is unchanged.
             concat_rows(self._cache, other._cache, width)
             self._rows, self.width = [*self._rows, *other._rows], width
         else:
@@ -143,7 +140,7 @@ class DecodeBatch:
         device = self.params.device
         lengths = [row.num_cached for row in self._rows]
         attention_mask = None
-        # without padding no mask: attention kernels are faster then, and some refuse a mask
+        # Without padding no mask: attention kernels are faster then, and some refuse a mask.
         if min(lengths) < self.width:
             padding = torch.tensor([self.width - length for length in lengths])
             attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
@@ -158,13 +155,12 @@ class DecodeBatch:
         for row in self._rows:
             row.num_cached += 1
         self._sample(output.logits)
-        # now rather than at the next step, which may be long in coming: the prefix cache gets the
-        # rows, and the memory is free
+        # Now rather than at the next step, which may come much later: the prefix cache gets the
+        # rows, and their memory is free.
         if not self.requests:
             self._drop_finished()
 
     def clear(self) -> None:
-        """Drop all rows and the KV cache."""
         self._rows, self._cache, self.width = [], None, 0
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
@@ -176,7 +172,7 @@ class DecodeBatch:
         output = self._forward(
             inputs_embeds=embeds[:, first:],
             attention_mask=attention_mask if is_padded else None,
-            # padding has no position; 0 keeps it within the rotary table
+            # Padding has no position; 0 keeps it within the rotary table.
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
             **({} if cache is None else {"past_key_values": cache}),
             **per_layer_inputs(self.params.model.language_model, input_ids[:, first:]),
@@ -186,25 +182,23 @@ class DecodeBatch:
         self._store_prefixes(range(len(self._rows)))
 
     def _prefix_lookup(self, requests: Sequence[GenerationRequest]) -> tuple[int, Any]:
-        """Return how many of `width` positions are cached, and a KV cache that holds them.
-
-        All rows start prefill at the same position. A row that is shorter, or has a longer cached
-        prefix than the others, uses only the part of its prefix before that position.
-        """
+        """Return how many of `width` positions are cached, and a KV cache that holds them."""
+        # All rows start prefill at the same position. A row that is shorter, or has a longer cached
+        # prefix than the others, uses only the part of its prefix before that position.
         prefix_cache = self.params.prefix_cache
         if prefix_cache is None:
             return 0, None
         found = [prefix_cache.find(request.prompt) for request in requests]
         lengths = [len(request.prompt.input_ids) for request in requests]
-        num_read = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
+        num_prefilled = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
         prefixes = [
-            (entry, max(0, length - num_read))
+            (entry, max(0, length - num_prefilled))
             for length, (entry, _) in zip(lengths, found, strict=True)
         ]
         for request, length, (_, num) in zip(requests, lengths, prefixes, strict=True):
             if request.mark_prefilled(num):
                 prefix_cache.stats.record(length, num)
-        first = self.width - num_read
+        first = self.width - num_prefilled
         return first, prefix_cache.build_kv_cache(prefixes, first) if first else None
 
     def _store_prefixes(self, indices: Iterable[int]) -> None:
@@ -228,11 +222,11 @@ class DecodeBatch:
 
     def _sample(self, logits: Tensor) -> None:
         """logits [rows, time, vocabulary] -> a token of each row from its last position."""
-        # float32: a log-softmax over a large vocabulary in half precision is off by 0.1 and more
+        # float32: a log-softmax over a large vocabulary in half precision is off by 0.1 and more.
         scores = logits[:, -1].float()
         processors = self.params.logits_processors
         if processors:
-            # row by row: rows have generated unequally many ids, which have no common tensor
+            # Row by row: rows differ in their number of new ids, so no tensor holds all of them.
             scores = torch.cat(
                 [
                     processors(
@@ -258,7 +252,7 @@ class DecodeBatch:
         select_rows(self._cache, kept)
         self._rows = [self._rows[i] for i in kept]
         width = max(row.num_cached for row in self._rows)
-        # a cache that is not paddable may keep a state of the complete width: leave it
+        # A cache that is not paddable may keep a state of the complete width: leave it.
         if self.params.allow_add and width < self.width:
             trim_left(self._cache, width)
             self.width = width
@@ -283,16 +277,16 @@ def prefill(params: DecodeParams, requests: Sequence[GenerationRequest]) -> Deco
 def logits_processors(language_model: Any) -> Any:
     """Return the logits processors that `generate` would apply before the greedy choice.
 
-    By the model's own generation config, a repetition penalty say; empty if there are none. Each
-    takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
+    They follow from the model's generation config (a repetition penalty, for example); often empty.
+    Each takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
     """
     model = base_language_model(language_model)
     config = copy.deepcopy(model.generation_config)
     for name, value in {**GREEDY, "eos_token_id": None}.items():
         setattr(config, name, value)
     with warnings.catch_warnings():
-        # transformers warns that prompts of embeddings have no ids to penalize
+        # transformers warns that prompts of embeddings have no ids to penalize.
         warnings.simplefilter("ignore")
-        # private in transformers 5.23, and the only way to the list that `generate` itself builds
+        # Private in transformers 5.23, and the only way to the list that `generate` itself builds.
         model._prepare_special_tokens(config, device=model.device)
         return model._get_logits_processor(config, input_ids_seq_length=0, device=model.device)

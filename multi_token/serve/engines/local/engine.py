@@ -1,7 +1,7 @@
 """Local engine: iteration-level (continuous) batching of any language model, in one thread.
 
-start:  find the batching mode and whether the prefix cache reproduces `generate` (parity.py)
-loop:   1. take waiting requests that fit the token budget; none running: wait for one
+start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py)
+loop:   1. schedule waiting requests that fit the token budget; wait for one if none is running
         2. prefill them as a batch, and extend the running batch by it
         3. one decode step for all running requests; finished ones leave
 fault:  the requests concerned are retried alone, the others go on (fallback.py)
@@ -38,10 +38,8 @@ _MAX_PREFILL_TOKENS = 512
 class LocalEngine(Engine):
     """Generates in process, for every language model that `generate` supports.
 
-    Mode `continuous`: requests join and leave the batch between decode steps. `shrinking`: requests
-    only leave, and waiting ones start with the next batch. `static`: a batch runs to its end
-    through `generate`. The first mode that reproduces `generate` at startup is used. Where padding
-    changes results, only prompts of one length share a batch.
+    The first `BatchingMode` that reproduces `generate` at startup is used. Where padding changes
+    results, only prompts of one length share a batch.
 
     In mode `continuous`, prompts reuse the KV cache of earlier prompts of the same tenant with the
     same prefix: a system message, an image that is asked about again, a longer conversation.
@@ -60,13 +58,8 @@ class LocalEngine(Engine):
     ) -> None:
         """Prepare the engine; `start` runs it.
 
-        Args:
-            model: with its processor.
-            max_batch: largest number of running requests.
-            max_batch_tokens: bound of rows times width of the KV cache, padding and the longest
-                possible output included.
-            max_tokens: see `Engine`; by default the language model's context length.
-            prefix_cache_tokens: tokens of finished requests kept in the prefix cache; 0 disables.
+        `max_batch_tokens` bounds rows times width of the KV cache, with padding and the longest
+        possible output. `prefix_cache_tokens`: tokens of finished requests to keep; 0 disables.
         """
         super().__init__(model, max_tokens, max_batch_tokens)
         self.max_batch = max_batch
@@ -80,7 +73,7 @@ class LocalEngine(Engine):
         self._num_threads = max(1, torch.get_num_threads() - 1)
 
     def start(self) -> None:
-        """Run the startup checks, and start the thread; see `Engine`."""
+        """Run the startup checks and start the thread; see `Engine`."""
         if self.is_alive:
             return
         if self._thread is not None:

@@ -3,9 +3,9 @@
     submit -> prompt embeddings (text looked up, media written in) -> router -> vLLM replica
            <- token events <-------------------------------------- SSE <-
 
-Complete prompts are built here, so chat template, tokens and media spans are those of the run. The
-gateway needs the language model's embeddings, not its layers. A replica is used once it has given
-the golden tokens of the run's export, by ids and by embeddings.
+The gateway builds complete prompts, so chat template, tokens and media spans are those of the run.
+It needs the language model's embeddings, not the layers. A replica is used once it has given the
+golden tokens of the run's export, by ids and by embeddings.
 """
 
 from __future__ import annotations
@@ -57,17 +57,16 @@ _NUM_SCALE_IDS = 64
 """Ids from which the scale of token embeddings is measured."""
 
 EmbedsForm = Literal["inputs", "weights"]
-"""`inputs`: as transformers' `inputs_embeds`. `weights`: as rows of the embedding matrix."""
+"""`inputs`: like transformers' `inputs_embeds`. `weights`: like rows of the embedding matrix."""
 
 
 @dataclass(frozen=True)
 class PromptEmbedder:
     """Builds prompt embeddings in the language model's precision.
 
-    Some language models multiply embeddings after the look-up (by the root of the width, say). For
-    some of them vLLM multiplies within its own look-up, so prompt embeddings must be scaled
-    already; for others it multiplies afterwards, so they must not be. In the form `weights` all
-    embeddings are divided by the scale, media too: projectors are trained for transformers' inputs.
+    Some language models multiply embeddings after the look-up, for example by the root of the
+    width. Where vLLM multiplies within its own look-up, prompt embeddings must be scaled already
+    (`inputs`); where vLLM multiplies afterwards, they must not be (`weights`).
     """
 
     model: MultiTokenForConditionalGeneration
@@ -83,15 +82,10 @@ class PromptEmbedder:
         stride = max(1, len(weight) // _NUM_SCALE_IDS)
         ids = torch.arange(0, len(weight), stride, device=weight.device)
         rows, inputs = weight[ids].float(), embedding(ids).float()
-        # least squares over all elements: a single quotient would be rounding in half precision
+        # Least squares over all elements: a single quotient would be rounding in half precision.
         scale = float((rows * inputs).sum() / rows.square().sum().clamp_min(1e-12))
         close = torch.allclose(rows * scale, inputs, rtol=2e-2, atol=1e-6)
         return cls(model, scale if close else 1.0)
-
-    @property
-    def forms(self) -> tuple[EmbedsForm, ...]:
-        """Forms that differ, the more common one first."""
-        return ("inputs",) if abs(self.scale - 1.0) < 1e-4 else ("inputs", "weights")
 
     @torch.no_grad()
     def __call__(self, prompt: Prompt, form: EmbedsForm) -> Tensor:
@@ -103,7 +97,8 @@ class PromptEmbedder:
         pieces = []
         for span, embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True):
             if form == "weights":
-                # In float32: rounding twice in half precision would change log-probabilities.
+                # Media too: projectors are trained for transformers' inputs. In float32: rounding
+                # twice in half precision would change log-probabilities.
                 embeds = embeds.float() / self.scale
             positions = torch.arange(span.start, span.start + span.length, device=weight.device)
             values = embeds.to(weight.device, weight.dtype)
@@ -139,15 +134,8 @@ class VllmEngine(Engine):
     ) -> None:
         """Prepare the engine; `start` runs it.
 
-        Args:
-            model: with its processor; its language model may hold embeddings only.
-            golden: request that verifies the replicas.
-            urls: addresses of the replicas, without `/v1`.
-            key: API key of all replicas.
-            max_tokens: see `Engine`; by default the language model's context length, and never
-                more than a replica takes.
-            startup_timeout_s: time that `start` waits for the first replica.
-            health_interval_s: time between two health checks of a replica.
+        The language model may hold embeddings only. `golden` verifies the replicas, whose addresses
+        (`urls`) have no `/v1`. `max_tokens` is lowered to the limit of each verified replica.
         """
         super().__init__(model, max_tokens)
         self.golden = golden
@@ -197,7 +185,7 @@ class VllmEngine(Engine):
     async def _first_check_done(self, router: Router) -> None:
         """Wait until each replica was checked, and one is up or the startup timeout has passed."""
         await router.wait_until(lambda: router.all_checked)
-        # a mismatch is final: waiting cannot change a server's weights
+        # A mismatch is final: waiting cannot change a server's weights.
         if router.num_alive or router.all_mismatched or not self._startup_timeout_s:
             return
         timeout = self._startup_timeout_s
@@ -235,12 +223,10 @@ class VllmEngine(Engine):
 
     @property
     def is_alive(self) -> bool:
-        """True while a replica is up."""
         return super().is_alive and self.num_replicas > 0
 
     @property
     def num_replicas(self) -> int:
-        """Number of replicas that are up."""
         return 0 if self._router is None or self._is_stopping else self._router.num_alive
 
     def _start_request(self, request: GenerationRequest) -> None:
@@ -282,7 +268,8 @@ class VllmEngine(Engine):
         except Exception as error:  # noqa: BLE001
             fail_request(request, error)
         finally:
-            # The lock waits until `submit` has stored the future, which would stay forever else.
+            # Under the lock in which `submit` stores the future: a request may end before that, and
+            # its future would then stay here.
             with self._condition:
                 self._futures.pop(request, None)
 
@@ -296,7 +283,7 @@ class VllmEngine(Engine):
         deltas = replica.client.complete(body, request.options.num_logprobs or 0)
         try:
             async for delta in deltas:
-                # vLLM may stream past an id that ends generation here
+                # vLLM may stream past an id that ends generation here.
                 if request.is_finished and delta.finish is None:
                     return
                 for token in delta.tokens:
@@ -304,12 +291,12 @@ class VllmEngine(Engine):
                     last = token.id
                 if delta.finish is None or request.is_finished:
                     continue
-                # some releases of vLLM leave the stop token out of the ids
+                # Some releases of vLLM leave the stop token out of the ids.
                 if delta.stop_id is not None and delta.stop_id != last:
                     request.emit_token(TokenEvent(delta.stop_id))
                 request.finish("stop" if delta.finish == "stop" else "length")
         finally:
-            # closes the connection now; garbage collection would do it at some later time
+            # Closes the connection now, not at some later garbage collection.
             await deltas.aclose()  # type: ignore[attr-defined]
         if not request.is_finished:
             raise EngineError("the answer ended without a reason", "failed")
@@ -323,14 +310,14 @@ class VllmEngine(Engine):
             request.options,
             model=verified.served.name,
             end_ids=request.end_ids,
-            # hashed: a tenant is derived from an API key
+            # Hashed: a tenant is derived from an API key.
             salt=hashlib.sha256(tenant.encode()).hexdigest() if tenant else None,
         )
 
     async def _verify(self, client: VllmClient) -> VerifiedServer:
         """Send the golden request by ids, then by embeddings in each form until one matches.
 
-        Raises EngineMismatch, or EngineError if the server does not complete it.
+        Raises EngineMismatch, or EngineError if the server does not complete the request.
         """
         served = await client.served_model()
         golden, start = self.golden, f"`vllm serve {self.golden.folder} --enable-prompt-embeds`"
@@ -341,7 +328,9 @@ class VllmEngine(Engine):
                 f"it has other weights, or in another precision; start it with {start}"
             )
         faults = []
-        for form in self._embedder.forms:
+        forms: tuple[EmbedsForm, ...] = ("inputs", "weights")
+        # Without a scale both forms are the same; `inputs` is the more common one.
+        for form in forms if abs(self._embedder.scale - 1.0) >= 1e-4 else forms[:1]:
             embeds = self._embedder(golden.prompt, form)
             wrong = await self._mismatch(client, served, embeds)
             if wrong is None:
@@ -364,7 +353,7 @@ class VllmEngine(Engine):
             async for delta in client.complete(body, self.golden.sampling_params.num_logprobs or 0):
                 tokens += delta.tokens
         except EngineError as error:
-            # a server without --enable-prompt-embeds rejects embeddings: final, not a failure
+            # A server without --enable-prompt-embeds rejects embeddings: a mismatch, no fault.
             if error.reason == "rejected":
                 return str(error)
             raise
@@ -383,7 +372,7 @@ def build_vllm_engine(
         raise LanguageModelError("--engine-url needs the folder of an exported run")
     golden = read_golden(settings.run_folder)
     language_model = model.language_model
-    # without layers nothing can be probed, so the capabilities come from the manifest
+    # Without layers nothing can be probed, so the capabilities come from the manifest.
     if isinstance(language_model, EmbeddingsOnly):
         model.capabilities = Capabilities(
             name=type(language_model).__name__,

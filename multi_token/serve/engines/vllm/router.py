@@ -1,11 +1,11 @@
 """Router: health checks of the vLLM replicas, and dispatch of each prompt to one of them.
 
     down --health check and golden request pass--> up --fails--> down
-      '--another answer than the golden one--> mismatch --health check fails--> down
+      '--other tokens than the golden ones--> mismatch --health check fails--> down
 
-A prompt goes to the replica that is up with the fewest in flight. If that one fails before the
-first token, a second one is tried; after the first token the request ends with an error, since two
-replicas need not sample alike. Everything here runs on one event loop.
+A prompt goes to the replica that is up and has the fewest prompts in flight. If that replica fails
+before the first token, a second one is tried. After the first token the request ends with an error,
+since two replicas need not sample alike. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from multi_token.serve.errors import ServeError
 
 LOG = logging.getLogger("multi_token.serve")
 _MAX_FAILED_CHECKS = 2
-"""Failed health checks in a row after which the prompts in flight are given up."""
+"""Failed health checks in a row, after which the prompts in flight are cancelled."""
 _MAX_ATTEMPTS = 2
-"""Replicas that may fail at one prompt: the prompt itself may be what kills them."""
+"""Replicas that may fail at one prompt: the prompt itself may be the cause."""
 _VERIFY_TIMEOUT_S = 120.0
 """Limit of the golden requests: a server's first prompts compile its kernels."""
 
@@ -35,7 +35,7 @@ ReplicaState = Literal["up", "down", "mismatch"]
 
 
 class EngineMismatch(LanguageModelError):
-    """A vLLM server that answers the golden request with other tokens."""
+    """A vLLM server gives other tokens than the golden ones."""
 
 
 @dataclass(eq=False)
@@ -44,12 +44,12 @@ class Replica:
 
     client: VllmClient
     state: ReplicaState = "down"
-    """`mismatch`: healthy, but with another answer to the golden request."""
+    """`mismatch`: healthy, but with other tokens than the golden ones."""
     reason_down: str = "was not asked yet"
     verified: Any = None
     """Result of the verification."""
     num_in_flight: int = 0
-    """Prompts sent to it and not ended."""
+    """Prompts sent to the replica and not ended."""
     checked_once: bool = False
     failed_checks: int = 0
     """Failed health checks in a row."""
@@ -57,12 +57,7 @@ class Replica:
 
 
 class Router:
-    """Checks replicas, and dispatches each prompt to the least loaded one.
-
-    A replica is up once `verify` has passed, until it fails; then it is verified again. A replica
-    that mismatches is verified again only after it was down: its weights do not change while it
-    runs.
-    """
+    """Checks replicas, and dispatches each prompt to the least loaded one."""
 
     def __init__(
         self,
@@ -74,11 +69,8 @@ class Router:
     ) -> None:
         """Prepare the router; `start` runs its checks.
 
-        Args:
-            clients: one for each replica.
-            verify: raises EngineMismatch or EngineError; its result becomes `Replica.verified`.
-            health_interval_s: time between two health checks of a replica.
-            retries: counts second attempts by reason.
+        `verify` raises EngineMismatch or EngineError; its result becomes `Replica.verified`.
+        `retries` counts second attempts by reason.
         """
         self.replicas = [Replica(client) for client in clients]
         self.retries = retries
@@ -89,7 +81,6 @@ class Router:
         self._health_tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Start the health checks."""
         self._health_tasks = [
             asyncio.create_task(self._health_loop(replica)) for replica in self.replicas
         ]
@@ -104,7 +95,6 @@ class Router:
 
     @property
     def num_alive(self) -> int:
-        """Number of replicas that are up."""
         return sum(replica.state == "up" for replica in self.replicas)
 
     @property
@@ -113,7 +103,6 @@ class Router:
 
     @property
     def all_checked(self) -> bool:
-        """True once each replica has had a health check."""
         return all(replica.checked_once for replica in self.replicas)
 
     def report(self) -> str:
@@ -125,7 +114,6 @@ class Router:
         )
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition on the replicas holds."""
         async with self._changed:
             await self._changed.wait_for(condition)
 
@@ -156,7 +144,7 @@ class Router:
                 return
             except EngineError as error:
                 LOG.warning("engine %s: %s: %s", replica.client.url, error.reason, error)
-                # another replica would reject the prompt as well
+                # Another replica would reject the prompt as well.
                 if error.reason == "rejected":
                     raise ServeError(
                         f"the engine does not take this prompt: {error}", param="messages"
@@ -165,7 +153,7 @@ class Router:
                     is_full = True
                 else:
                     await self._mark_down(replica, f"failed: {error}")
-                    # without a connection the prompt was never seen, so it cannot be the cause
+                    # Without a connection the prompt was never seen, so it cannot be the cause.
                     num_failures += error.reason != "unreachable"
                 if has_begun():
                     raise ServeError(
@@ -183,7 +171,7 @@ class Router:
     def _unavailable_error(self, is_full: bool) -> ServeError:
         if not is_full:
             return no_engine_error()
-        # a place is free when any one of the prompts in flight has ended
+        # Capacity is free as soon as any one of the prompts in flight has ended.
         num_in_flight = sum(replica.num_in_flight for replica in self.replicas)
         return ServeError(
             "rate limit: all engines are full; try again later",
@@ -196,8 +184,8 @@ class Router:
         self, replica: Replica, attempt: Callable[[Replica], Coroutine[Any, Any, None]]
     ) -> None:
         """Run one attempt; it ends with EngineError when the health check gives the replica up."""
-        # a task of its own: a connection to a hung server may stay silent forever, and the health
-        # check must be able to cancel the attempt without cancelling the request
+        # A task of its own: a connection to a hung server may stay silent forever, and the health
+        # check must be able to cancel the attempt without cancelling the request.
         task = asyncio.create_task(attempt(replica))
         replica.attempts.add(task)
         replica.num_in_flight += 1
@@ -217,7 +205,7 @@ class Router:
         while True:
             try:
                 await self._health_check(replica)
-            # a defect of ours must not end the checks, or the replica would stay as it is forever
+            # A defect of ours must not end the checks: the state of the replica would be final.
             except Exception as error:
                 LOG.error("the check of engine %s failed", replica.client.url, exc_info=error)
                 await self._mark_down(replica, f"cannot be checked: {type(error).__name__}")
@@ -230,12 +218,14 @@ class Router:
         if not await replica.client.is_healthy():
             replica.failed_checks += 1
             await self._mark_down(replica, "does not answer /health")
-            # not at the first: a busy server may miss one check and still complete its prompts
+            # Not at the first: a busy server may miss one check and still complete its prompts.
             if replica.failed_checks >= _MAX_FAILED_CHECKS:
                 for task in replica.attempts:
                     task.cancel()
             return
         replica.failed_checks = 0
+        # A replica that mismatched is verified again only after it was down: the weights of a
+        # server do not change while it runs.
         if replica.state != "down":
             return
         url = replica.client.url
