@@ -13,8 +13,6 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from multi_token.cli.serve import _settings
-from multi_token.errors import MultiTokenError
 from multi_token.serve.settings import ServeSettings
 from tests.serve.asking import PICTURE, asked, post
 from tests.serve.running_server import RunningServer, running
@@ -89,5 +87,5 @@ def test_the_size_of_the_prefix_cache_is_a_setting_of_the_local_engine() -> None
     assert ServeSettings(prefix_cache_tokens=4096).prefix_cache_tokens == 4096
     with pytest.raises(ValidationError, match="leave out --prefix-cache-tokens"):
         ServeSettings(engine_urls=("http://x:1",), prefix_cache_tokens=4096)
-    with pytest.raises(MultiTokenError, match="prefix_cache_tokens"):
-        _settings(prefix_cache_tokens=-1)
+    with pytest.raises(ValidationError, match="prefix_cache_tokens"):
+        ServeSettings(prefix_cache_tokens=-1)

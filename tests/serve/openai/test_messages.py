@@ -169,10 +169,6 @@ def test_more_than_the_limit_is_refused() -> None:
         MessageParser(EVERYTHING, max_messages=3).parse_messages(request.messages)
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
-    refused(MessageParser({}), {"type": "text", "text": "\ud800"})
-
-
 SPELLED = [
     "What is <image>?",
     "<|image|> and <vector> and <left_camera>",
