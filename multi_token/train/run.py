@@ -151,7 +151,9 @@ def train(
     if recipe.data.stream is None:
         sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
     else:
-        streams = open_streams(model, recipe, seed=arguments[0].data_seed or recipe.train.seed)
+        streams = open_streams(
+            model.processor, recipe, seed=arguments[0].data_seed or recipe.train.seed
+        )
         sources = streams.first_rows(max(recipe.data.stream.window, recipe.train.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
     cache = choose_feature_cache(model, recipe, sources, arguments, console)

@@ -204,7 +204,7 @@ class MultiTokenTrainer(Trainer):
     ) -> Tensor:
         """As transformers', but measured, and a loss that is no number is refused with its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.step_metrics.batch(inputs), compile_enabled(self.compile_layers):
+        with self.step_metrics.timing_step(inputs), compile_enabled(self.compile_layers):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
@@ -270,7 +270,7 @@ class MultiTokenTrainer(Trainer):
                     self._over_devices(bad) if self.args.world_size > 1 else bad
                 )
             reduce = self._over_devices if self.args.world_size > 1 else None
-            logs |= self.step_metrics.read(reduce)
+            logs |= self.step_metrics.pop(reduce)
             if self.dpo_loss is not None:
                 logs |= self.dpo_loss.metrics(reduce)
             logs |= self.step_metrics.gradient_norms(logs.get("grad_norm"))
