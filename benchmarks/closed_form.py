@@ -120,7 +120,7 @@ def plan(
     fields["data"]["train"] = [{"rows": str(data.naming)}]
     fields["train"]["stages"][0]["learn"] = learn
     if start == "random":
-        fields["train"]["align"] = None
+        fields["train"]["closed_form"] = None
     fields["train"]["args"]["save_strategy"] = "no"
     return Recipe.model_validate(fields)
 

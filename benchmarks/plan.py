@@ -65,7 +65,7 @@ def recipe_of(folder: Path, out: Path, learn: dict[str, Any], more: dict[str, An
             "train": {
                 "output_dir": str(out),
                 "stages": [{"name": STAGE, "learn": learn}],
-                "align": None,
+                "closed_form": None,
                 "feature_cache": False,
                 "args": arguments,
                 **more,

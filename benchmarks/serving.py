@@ -1,19 +1,17 @@
 """The server beside bare `generate`, and many clients beside one, on one run and one machine.
 
-    python benchmarks/serving.py [RUN] [--rows FILE] [--backends static,continuous] [--out FILE]
+    python benchmarks/serving.py [RUN] [--rows FILE] [--out FILE]
 
-Without RUN, the demo's language model with a new `vector` sense, each question about another
-vector. For each backend, in one run and in turns:
+Without RUN, the demo's language model with an untrained `vector` modality, each question about
+another vector. In one run and in turns:
 
 - **one client**: every question by `model.generate` in this process, and by one client of a server
   that has no more threads; time to the first token and tokens a second, as ratios of medians.
 - **many clients**: the same questions by one client, then by 8 at once; tokens a second as a ratio.
 
-Answers have to be equal, all of them, or the figures are not worth printing; how many are is.
-Every asking has a key of its own, so that it finds nothing of an earlier one in a cache: what is
-shared is what its own prompts begin with, which is the chat template's system message.
-
-Border: starts servers and asks; the asking is the library's own `bench serve`.
+Answers must be equal, all of them, or the figures mean nothing; how many are is printed. Every
+round has an API key of its own, so it finds no entry of an earlier round in a cache: only the
+prefix that its own prompts share, the chat template's system message, is reused.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from client_load import LoadResult, LoadSpec, measure, request_messages
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -47,8 +46,7 @@ from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import ModelSpec, load_recipe
 from multi_token.report.machine import machine_facts
-from multi_token.serve.bench import Load, Measured, measure
-from multi_token.serve.row_parts import bytes_of, question_of, request_messages
+from multi_token.serve.row_parts import bytes_of, question_of
 from multi_token.types import Conversation, Media, Message, Text
 
 _DIM = 64
@@ -79,7 +77,7 @@ class Watch:
 
 
 def composed(folder: Path, *, with_pictures: bool = False) -> None:
-    """A run with the demo's language model and senses that have learned nothing."""
+    """Save a run with the demo's language model and untrained modalities."""
     senses: dict[str, Any] = {
         "vector": {"type": "vector", "dim": _DIM, "projector": {"type": "expand", "factor": 8}}
     }
@@ -187,7 +185,7 @@ def served(run: Path, *options: str) -> Iterator[Served]:
         process.wait(60)
 
 
-def answered(measured: Measured) -> list[str]:
+def answered(measured: LoadResult) -> list[str]:
     """All answers in the order of asking. Ends the benchmark if one is missing."""
     faults = [request.fault for request in measured.requests if request.fault is not None]
     if faults:
@@ -202,22 +200,21 @@ def num_equal(texts: Sequence[str], others: Sequence[str]) -> int:
 def compared(
     run: Path,
     model: Any,
-    backend: str,
     conversations: Sequence[Conversation],
     args: argparse.Namespace,
     tick: Any,
 ) -> dict[str, Any]:
-    """The figures of one backend."""
+    """Return the figures of the server."""
     prompts = [request_messages(c.messages, Fetch()) for c in conversations]
     few, few_prompts = conversations[: args.num_alone], prompts[: args.num_alone]
-    options = ["--backend", backend, "--max-batch", str(args.clients), "--max-queue", "10000"]
-    options += ["--cache-megabytes", "0", "--workers", "1"]  # no cache of media
+    options = ["--max-batch", str(args.clients), "--max-queue", "10000"]
+    options += ["--media-cache-mb", "0", "--workers", "1"]
     keys = [f"sk-measured-{i}" for i in range(1 + 3 * args.rounds)]
     options += [part for key in keys for part in ("--api-key", key)]
     with served(run, *options) as server:
-        work = Load(server.url, "measured", prompts, max_tokens=args.max_tokens)
+        work = LoadSpec(server.url, "measured", prompts, max_tokens=args.max_tokens)
 
-        def asked(load: Load, num_clients: int) -> Measured:
+        def asked(load: LoadSpec, num_clients: int) -> LoadResult:
             own = replace(load, api_key=keys.pop())
             return asyncio.run(measure(own, num_clients, len(own.prompts), lambda _: None))
 
@@ -245,7 +242,6 @@ def compared(
     many = statistics.median(m.as_json()["tokens_per_second"] for m in manies)
     texts = answered(ones[0])
     return {
-        "backend": backend,
         "one_client": {
             "num_questions": len(few),
             "equal_answers": num_equal(rounds[0][0].texts, answered(rounds[0][1])),
@@ -269,22 +265,20 @@ def compared(
     }
 
 
-def table_of(figures: Sequence[dict[str, Any]]) -> Table:
-    """A line for each backend."""
+def table_of(figures: dict[str, Any]) -> Table:
+    """Return the ratios as a table."""
     table = Table(title="the server beside bare generate, and many clients beside one")
-    for name in ("backend", "first token", "tokens/s", "equal", "clients", "throughput", "equal "):
-        table.add_column(name, justify="left" if name == "backend" else "right")
-    for each in figures:
-        one, many = each["one_client"], each["many_clients"]
-        table.add_row(
-            each["backend"],
-            f"{one['ttft_ratio']:.2f}x",
-            f"{one['tokens_per_second_ratio']:.2f}x",
-            f"{one['equal_answers']} of {one['num_questions']}",
-            str(many["num_clients"]),
-            f"{many['throughput_ratio']:.2f}x",
-            f"{many['equal_answers']} of {many['num_questions']}",
-        )
+    for name in ("first token", "tokens/s", "equal", "clients", "throughput", "equal "):
+        table.add_column(name, justify="right")
+    one, many = figures["one_client"], figures["many_clients"]
+    table.add_row(
+        f"{one['ttft_ratio']:.2f}x",
+        f"{one['tokens_per_second_ratio']:.2f}x",
+        f"{one['equal_answers']} of {one['num_questions']}",
+        str(many["num_clients"]),
+        f"{many['throughput_ratio']:.2f}x",
+        f"{many['equal_answers']} of {many['num_questions']}",
+    )
     return table
 
 
@@ -293,7 +287,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("run", nargs="?", type=Path, help="a trained run; default: see above")
     parser.add_argument("--rows", help="questions; default: the run's first rows of training")
-    parser.add_argument("--backends", default="static,continuous")
     parser.add_argument("--requests", type=int, default=32, help="questions of many clients")
     parser.add_argument("--num-alone", type=int, default=8, help="of them, also asked one by one")
     parser.add_argument("--clients", type=int, default=8)
@@ -312,16 +305,9 @@ def main() -> None:
         else:
             rows = args.rows or load_recipe(run / "recipe.yaml").data.train[0].rows
             conversations = of_rows(rows, list(model.modalities), args.requests)
-        backends = args.backends.split(",")
-        figures = []
         with Progress(console=console) as progress:
-            task = progress.add_task("measuring", total=len(backends) * (1 + 2 * args.rounds))
-            for backend in backends:
-                progress.update(task, description=backend)
-                found = compared(
-                    run, model, backend, conversations, args, lambda: progress.advance(task)
-                )
-                figures.append(found)
+            task = progress.add_task("measuring", total=1 + 2 * args.rounds)
+            figures = compared(run, model, conversations, args, lambda: progress.advance(task))
     console.print(table_of(figures))
     if args.out is not None:
         described = {
@@ -329,7 +315,7 @@ def main() -> None:
             "settings": {k: v for k, v in vars(args).items() if k not in ("run", "rows", "out")},
             "threads": torch.get_num_threads(),
             "machine": machine_facts(),
-            "backends": figures,
+            **figures,
         }
         args.out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 

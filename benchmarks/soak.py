@@ -1,6 +1,6 @@
 """A server under everything at once, for minutes: what it must not do is counted.
 
-    python benchmarks/soak.py [RUN] [--minutes 10] [--clients 32] [--backend static] [--out FILE]
+    python benchmarks/soak.py [RUN] [--minutes 10] [--clients 32] [--out FILE]
 
 Without RUN, the demo's language model with untrained senses for pictures and vectors. Clients ask
 again as soon as they are answered: eight of ten times a good question, with media of all sizes,
@@ -65,7 +65,7 @@ _BROKEN, _LEAVES = 0.1, 0.1
 _GAUGES = (
     "num_requests_running",
     "num_requests_waiting",
-    "num_requests_inside",
+    "num_requests_admitted",
     "num_media_waiting",
 )
 _FREED_S = 30.0
@@ -280,7 +280,6 @@ def main() -> int:
     parser.add_argument("run", nargs="?", type=Path, help="a trained run; default: see above")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--backend", default="static")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument(
         "--max-queue", type=int, help="default: less than clients need, so that some get a 429"
@@ -296,7 +295,7 @@ def main() -> int:
         if args.run is None:
             composed(run, with_pictures=True)
         senses = read_config(run)["model"]["modalities"]
-        options = ["--backend", args.backend, "--max-batch", str(args.max_batch)]
+        options = ["--max-batch", str(args.max_batch)]
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with (
             served(run, *options, "--max-queue", str(max_queue)) as server,

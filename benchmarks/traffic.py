@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+from client_load import media_part
 from PIL import Image
-
-from multi_token.serve.row_parts import media_part
 
 MODEL = "measured"
 _CHAT = "/v1/chat/completions"

@@ -145,7 +145,7 @@ def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Re
         "train": {
             "output_dir": str(out / view),
             "seed": seed,
-            "align": {"rows": single},
+            "closed_form": {"rows": single},
             "feature_cache": True,
             "packing": {"share": True},
             "stages": [

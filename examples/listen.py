@@ -180,7 +180,7 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {"targets": "in_order"},
+            "closed_form": {"targets": "by_position"},
             "feature_cache": True,
             "packing": {"share": True},
             "stages": [

@@ -51,8 +51,8 @@ TEMPLATE = (
 """Nothing beside the words; the model's own has 14 tokens a question, and each costs time."""
 _ALIGN: dict[int, dict[str, str]] = {
     1: {"caption_format": " {caption}", "targets": "mean"},
-    2: {"caption_format": " {caption}", "targets": "in_order"},
-    4: {"caption_format": " {caption} {caption}", "targets": "in_order"},
+    2: {"caption_format": " {caption}", "targets": "by_position"},
+    4: {"caption_format": " {caption} {caption}", "targets": "by_position"},
 }
 """What so many tokens aim at: a name and its thing, one token each."""
 _MAX_NEW_TOKENS = 4
@@ -178,7 +178,7 @@ def recipe(data: Path, out: Path, size: Size, factor: int, seed: int) -> Recipe:
             "output_dir": str(out),
             "seed": seed,
             # sentences of one form differ little: a small penalty, or names come out as their mean
-            "align": {
+            "closed_form": {
                 "rows": [{"rows": str(data / "captions.jsonl")}],
                 "penalty": 10.0,
                 **_ALIGN[factor],

@@ -200,9 +200,9 @@ def recipe(data: Path, out: Path, size: Size, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {
+            "closed_form": {
                 "rows": [{"rows": str(data / "captions.jsonl")}],
-                "targets": "in_order",  # what is said goes through its text from first to last
+                "targets": "by_position",  # what is said goes through its text from first to last
             },
             "feature_cache": True,
             "packing": {"share": True},

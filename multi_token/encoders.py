@@ -82,17 +82,19 @@ def trainable_parameters(name: str, encoder: Encoder, spec: TrainableEncoder) ->
     """
     if spec.lora is not None:
         return [p for key, p in encoder.named_parameters() if "lora_" in key]
-    if spec.last is None:
+    if spec.last_layers is None:
         return list(encoder.parameters())
-    return [p for layer in _last_layers(name, encoder, spec.last) for p in layer.parameters()]
+    return [
+        p for layer in _last_layers(name, encoder, spec.last_layers) for p in layer.parameters()
+    ]
 
 
 def _last_layers(name: str, encoder: Encoder, num_layers: int) -> list[nn.Module]:
     layers = list(encoder.layers())
     if num_layers > len(layers):
         raise RecipeError(
-            f"learn.encoders.{name}: expected `last` to be at most {len(layers)}, the number of "
-            f"layers that its encoder has, got {num_layers}"
+            f"learn.encoders.{name}: expected `last_layers` to be at most {len(layers)}, the "
+            f"number of layers that its encoder has, got {num_layers}"
             + ("" if layers else "; learn all of it (a rate alone), or use `lora`")
         )
     return layers[len(layers) - num_layers :]
@@ -112,7 +114,10 @@ def unfreeze(
         parameter.requires_grad_(id(parameter) in chosen)
     if spec.lora is None:
         encoder.float()
-    if (before is not None and before.tensors == "all") or (spec.lora, spec.last) == (None, None):
+    if (before is not None and before.tensors == "all") or (spec.lora, spec.last_layers) == (
+        None,
+        None,
+    ):
         return TrainedEncoderState(tensors="all")
     names = [key for key, p in encoder.named_parameters() if id(p) in chosen]
     if before is not None:
@@ -150,7 +155,7 @@ def attach_lora(name: str, encoder: Encoder, spec: LoraSpec) -> None:
     if not names:
         raise RecipeError(
             f"learn.encoders.{name}: its encoder ({type(encoder).__name__}) has no linear layer "
-            "that LoRA can be put on; learn all of it (a rate alone), or its `last` layers"
+            "that LoRA can be put on; learn all of it (a rate alone), or its `last_layers`"
         )
     device = next(encoder.parameters()).device
     config = LoraConfig(
@@ -233,12 +238,12 @@ def check_gradients_reach(
 ) -> None:
     """Raise RecipeError for what would never learn: these features give it no gradient."""
     values = features.values
-    if spec.last is None and not values.requires_grad:
+    if spec.last_layers is None and not values.requires_grad:
         raise RecipeError(
             f"learn.encoders.{name}: its encoder ({type(encoder).__name__}) runs without "
             "gradients, so nothing of it can learn; leave it frozen"
         )
-    for number, layer in enumerate(_last_layers(name, encoder, spec.last or 0), 1):
+    for number, layer in enumerate(_last_layers(name, encoder, spec.last_layers or 0), 1):
         parameters = list(layer.parameters())
         reached = values.requires_grad and any(
             gradient is not None
@@ -248,7 +253,7 @@ def check_gradients_reach(
         )
         if parameters and not reached:
             raise RecipeError(
-                f"learn.encoders.{name}: no gradient reaches layer {number} of its `last` "
-                f"{spec.last}, because the features are taken before it or the encoder runs "
+                f"learn.encoders.{name}: no gradient reaches layer {number} of its `last_layers` "
+                f"{spec.last_layers}, because the features are taken before it or the encoder runs "
                 "without gradients; learn all of it (a rate alone), or use `lora`"
             )

@@ -99,3 +99,8 @@ class ConvertError(MultiTokenError):
 
 class Interrupted(MultiTokenError):
     """Training was stopped by Ctrl-C, after its state was saved. The exit code is 130."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, or its class if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -101,7 +101,7 @@ class MultiTokenProcessor:
             )
         last: TrainOnTurns | None = "last" if rejected is not None else None
         answers = [m for m in conversation.messages if m.role == "assistant"]
-        if (last or self.chat.learn_turns) == "last":
+        if (last or self.chat.train_on_turns) == "last":
             answers = answers[-1:]
         if rejected is not None and not _has_text(rejected.messages[-1]):
             raise RowError(
@@ -127,10 +127,10 @@ class MultiTokenProcessor:
         ]
         try:
             sample = self.chat.tokenize(
-                conversation, num_tokens, prompt_only=prompt_only, learn_turns=last
+                conversation, num_tokens, prompt_only=prompt_only, train_on_turns=last
             )
             if rejected is not None:
-                sample.rejected = self.chat.tokenize(rejected, num_tokens, learn_turns=last)
+                sample.rejected = self.chat.tokenize(rejected, num_tokens, train_on_turns=last)
                 sample.rejected.media = media
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=row_id) from error
@@ -145,24 +145,24 @@ class MultiTokenProcessor:
                 row_id=row_id,
             )
         if self.distillation is not None and not prompt_only:
-            sample.teacher = self._teacher_sample(conversation, sample, learn_turns=last)
+            sample.teacher = self._teacher_sample(conversation, sample, train_on_turns=last)
         return sample
 
     def _teacher_sample(
-        self, conversation: Conversation, sample: Sample, *, learn_turns: TrainOnTurns | None
+        self, conversation: Conversation, sample: Sample, *, train_on_turns: TrainOnTurns | None
     ) -> Sample | None:
-        """The conversation with its media's surrogates, or None where some are missing.
+        """The conversation with texts in place of its media, or None where some are missing.
 
         Raises RowError if they are required, or if the answers read otherwise behind them.
         """
-        missing = sorted({m.modality for m in conversation.media if m.surrogate is None})
+        missing = sorted({m.modality for m in conversation.media if m.media_text is None})
         if missing and self.distillation == "optional":
             return None
         if missing:
             raise RowError(
                 f"has no text for a teacher to read in place of its {', '.join(missing)}; give one "
-                f'for each item ("surrogates": {{"{missing[0]}": ["..."]}}), or set '
-                "`teacher.missing` to cross_entropy",
+                f'for each item ("media_texts": {{"{missing[0]}": ["..."]}}), or set '
+                "`distillation.missing` to cross_entropy",
                 kind="format",
                 row_id=conversation.id,
             )
@@ -170,7 +170,7 @@ class MultiTokenProcessor:
             replace(
                 message,
                 parts=tuple(
-                    Text(part.surrogate or "") if isinstance(part, Media) else part
+                    Text(part.media_text or "") if isinstance(part, Media) else part
                     for part in message.parts
                 ),
             )
@@ -178,13 +178,13 @@ class MultiTokenProcessor:
         )
         as_text = replace(conversation, messages=messages)
         try:
-            teacher = self.chat.tokenize(as_text, [], learn_turns=learn_turns)
+            teacher = self.chat.tokenize(as_text, [], train_on_turns=train_on_turns)
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=conversation.id) from error
         if _supervised_ids(teacher) != _supervised_ids(sample):
             raise RowError(
-                "has answers whose tokens are others behind its `surrogates` than behind its "
-                "media, so the teacher's cannot be compared; leave the surrogates out",
+                "has answers whose tokens are others behind its `media_texts` than behind its "
+                "media, so the teacher's cannot be compared; leave the media_texts out",
                 kind="chat_template",
                 row_id=conversation.id,
             )
@@ -213,7 +213,7 @@ def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenPro
         chat=ChatFormat(
             load_tokenizer(model.language_model, model.revision),
             model.chat_template,
-            model.learn_turns,
+            model.train_on_turns,
         ),
         modalities=model.modalities,
         fetch=Fetch(root=root),

@@ -37,12 +37,12 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "vector": "multi_token.modalities.vector:VectorModality",
     },
     "projector": {
-        "linear": "multi_token.projectors.base:Linear",
-        "mlp": "multi_token.projectors.base:Mlp",
-        "expand": "multi_token.projectors.base:Expand",
-        "pool": "multi_token.projectors.base:Pool",
-        "stack": "multi_token.projectors.base:Stack",
-        "pixel_shuffle": "multi_token.projectors.base:PixelShuffle",
+        "linear": "multi_token.projectors.kinds:Linear",
+        "mlp": "multi_token.projectors.kinds:Mlp",
+        "expand": "multi_token.projectors.kinds:Expand",
+        "pool": "multi_token.projectors.kinds:Pool",
+        "stack": "multi_token.projectors.kinds:Stack",
+        "pixel_shuffle": "multi_token.projectors.kinds:PixelShuffle",
         "resample": "multi_token.projectors.resampler:Resample",
     },
 }

@@ -36,13 +36,13 @@ class Media:
     """One item of a modality inside a message.
 
     `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
-    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers. `surrogate`: a
-    text that says the same (a transcript, a caption), for a teacher that reads (distillation.py).
+    gave for it: a path, URL, data URI, bytes, PIL picture, list or array of numbers. `media_text`:
+    the same as text (a transcript, a caption), for the teacher of a distillation.
     """
 
     modality: str
     source: Any
-    surrogate: str | None = None
+    media_text: str | None = None
 
 
 Part = Text | Media

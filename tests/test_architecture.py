@@ -61,7 +61,6 @@ NAMELESS = {"utils", "util", "helpers", "helper", "manager", "managers", "misc",
 NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket", "ssl"}
 NETWORK |= {"urllib", "urllib3"}
 SPEAKS_TO_A_NETWORK = {"multi_token/media/fetch.py", "multi_token/media/safe_http.py"}
-SPEAKS_TO_A_NETWORK |= {"multi_token/serve/bench.py"}  # to the server that it measures
 SPEAKS_TO_A_NETWORK |= {"multi_token/serve/engines/vllm/client.py"}  # to its engines
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 FAMILIES = re.compile(

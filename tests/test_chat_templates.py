@@ -231,7 +231,7 @@ def test_an_answer_in_the_templates_own_words_is_not_taken_for_them(family: Any)
 @of_each
 def test_only_the_last_turn_is_learned_where_that_is_asked_for(family: Any) -> None:
     every = trials.chat_of(family)
-    last = ChatFormat(every.tokenizer, every.template, learn_turns="last")
+    last = ChatFormat(every.tokenizer, every.template, train_on_turns="last")
     talk = trials.conversation(3, media_at=1)
     assert trials.learned_texts(last, talk) == trials.learned_texts(every, talk)[-1:]
     ids = last.tokenize(talk, [3, 2]).input_ids

@@ -201,8 +201,8 @@ def test_features_of_another_precision_are_not_taken_for_these(
     ("learn", "dtypes"),
     [
         (1e-5, {torch.float32}),
-        ({"rate": 1e-5, "last": 1}, {torch.float32}),
-        ({"rate": 1e-4, "lora": {"r": 2}}, {torch.float32, torch.bfloat16}),
+        ({"lr": 1e-5, "last_layers": 1}, {torch.float32}),
+        ({"lr": 1e-4, "lora": {"r": 2}}, {torch.float32, torch.bfloat16}),
     ],
 )
 def test_what_learns_of_an_encoder_is_float32_whatever_it_was(

@@ -191,7 +191,7 @@ def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pas
     from multi_token.train.parameter_groups import freeze_and_unfreeze
 
     freeze_and_unfreeze(
-        model, Trainable.model_validate({"encoders": {"image": {"rate": 1, "last": 1}}})
+        model, Trainable.model_validate({"encoders": {"image": {"lr": 1, "last_layers": 1}}})
     )
     model.train()(**batch_of(model, [MIXED[2]])).loss.backward()
     gradients = {n: p.grad for n, p in model.encoders.named_parameters() if p.requires_grad}

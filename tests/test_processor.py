@@ -121,11 +121,11 @@ def test_a_reader_is_built_of_what_the_recipe_says(
     recipe_fields: Any, data: Path, tmp_path: Path
 ) -> None:
     fields = recipe_fields(tmp_path)
-    fields["model"] |= {"learn_turns": "last", "chat_template": TEMPLATES["llama3"]}
+    fields["model"] |= {"train_on_turns": "last", "chat_template": TEMPLATES["llama3"]}
     fields["data"]["max_tokens"] = 77
     recipe = Recipe.model_validate(fields)
     processor = build_processor(recipe, root=str(data))
-    assert (processor.max_tokens, processor.chat.learn_turns, processor.preference) == (
+    assert (processor.max_tokens, processor.chat.train_on_turns, processor.preference) == (
         77,
         "last",
         None,

@@ -12,7 +12,7 @@ from multi_token import Encoder, Features, Modality, Prepared
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import AnyProjector
-from multi_token.projectors.base import Pool
+from multi_token.projectors.kinds import Pool
 
 
 class HeartbeatEncoder(Encoder):

@@ -50,14 +50,14 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, learn_turns: TrainOnTurns = "all"
+        self, tokenizer: Any, chat_template: str | None = None, train_on_turns: TrainOnTurns = "all"
     ) -> None:
         """Check tokenizer and template.
 
         Args:
             tokenizer: A fast tokenizer of transformers, with a pad or an EOS token.
             chat_template: Jinja text, or the path of a file with it; else the tokenizer's own.
-            learn_turns: Assistant turns of a conversation that are supervised.
+            train_on_turns: Assistant turns of a conversation that are supervised.
 
         Raises:
             ChatTemplateError: For a tokenizer or a template that cannot be used.
@@ -68,7 +68,7 @@ class ChatFormat:
                 "(tokenizer.json) is needed to find the assistant's tokens exactly"
             )
         self.tokenizer = tokenizer
-        self.learn_turns: TrainOnTurns = learn_turns
+        self.train_on_turns: TrainOnTurns = train_on_turns
         self.template: str = _template_source(tokenizer, chat_template)
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
@@ -91,7 +91,7 @@ class ChatFormat:
         num_tokens: Sequence[int],
         *,
         prompt_only: bool = False,
-        learn_turns: TrainOnTurns | None = None,
+        train_on_turns: TrainOnTurns | None = None,
     ) -> Sample:
         """Tokenize one conversation.
 
@@ -99,7 +99,7 @@ class ChatFormat:
             conversation: Messages with their media items.
             num_tokens: Positions of each media item, in reading order.
             prompt_only: End where the assistant's answer begins, with nothing supervised.
-            learn_turns: Replaces the format's own.
+            train_on_turns: Replaces the format's own.
 
         Returns:
             A sample with ids and labels int64 [time] and media spans; its `media` is empty.
@@ -116,7 +116,7 @@ class ChatFormat:
             spans = [CharSpan(end, len(text))]
         else:
             text, spans = self._chat_template.render_with_spans(
-                messages, last_only=(learn_turns or self.learn_turns) == "last"
+                messages, last_only=(train_on_turns or self.train_on_turns) == "last"
             )
         if text.count(slot) != len(num_tokens):
             raise ChatTemplateError(

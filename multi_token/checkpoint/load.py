@@ -43,11 +43,13 @@ from multi_token.checkpoint.references import (
 )
 from multi_token.encoders import TrainedEncoderState, attach_lora, build_encoders, trained_tensors
 from multi_token.errors import CheckpointError
-from multi_token.language_model.loading import load_embeddings, load_language_model, load_tokenizer
+from multi_token.language_model.embeddings_only import load_embeddings
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenConfig, MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
+from multi_token.recipe.conflicts import check_renamed
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.registry import validate_fields
 
@@ -79,7 +81,9 @@ def compose(
     }
     processor = MultiTokenProcessor(
         chat=ChatFormat(
-            load_tokenizer(spec.language_model, spec.revision), spec.chat_template, spec.learn_turns
+            load_tokenizer(spec.language_model, spec.revision),
+            spec.chat_template,
+            spec.train_on_turns,
         ),
         modalities=spec.modalities,
         fetch=Fetch(),
@@ -230,6 +234,10 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
             f"{path} has checkpoint schema {fields.get('schema')!r}, this version reads {SCHEMA} "
             f"({__version__}); it was written by multi_token {fields.get('multi_token_version')}"
         )
+    try:
+        check_renamed(fields["model"], "model")
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
     return fields
 
 

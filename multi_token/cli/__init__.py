@@ -9,14 +9,15 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat, predict
-from multi_token.cli.bench import bench_app
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
@@ -26,8 +27,47 @@ from multi_token.cli.serve import serve
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError
 
+RENAMED_OPTIONS = {
+    ("serve", "--backend"): "`--backend` is gone: `serve RUN` generates in this process, and "
+    "`serve RUN --engine-url URL` in a vLLM server",
+    ("serve", "--cache-tokens"): "`--cache-tokens` is now called `--prefix-cache-tokens`",
+    ("serve", "--cache-megabytes"): "`--cache-megabytes` is now called `--media-cache-mb`",
+    ("serve", "--engine-wait"): "`--engine-wait` is now called `--engine-startup-timeout`",
+}
+"""(Command, option) of an earlier version -> the sentence that names the option to use now."""
+
+REMOVED_COMMANDS = {
+    "bench": "`bench serve` is now a script in `benchmarks/` of the repository",
+}
+"""Command of an earlier version -> the sentence that says what to run now."""
+
+# Typer ships its own copy of click since 0.26 and exports few of its errors: this class is
+# `UsageError`, whichever copy it is of.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class CommandGroup(TyperGroup):
+    """Answers options and commands of earlier versions with the new name."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            within: Any = getattr(error, "ctx", None) or ctx
+            key = (str(within.info_name), str(getattr(error, "option_name", "")))
+            if key not in RENAMED_OPTIONS:
+                raise
+            raise _UsageError(RENAMED_OPTIONS[key], within) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in REMOVED_COMMANDS and args[0] not in self.commands:
+            raise _UsageError(REMOVED_COMMANDS[args[0]], ctx)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="multi-token",
+    cls=CommandGroup,
     help="Give any language model new senses: train, ask, and look at your data.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,7 +82,6 @@ app.command()(serve)
 app.command("import")(import_run)
 app.command()(export)
 app.command()(push)
-app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(modalities_app, name="modalities")

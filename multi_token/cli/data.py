@@ -215,9 +215,9 @@ def encode(
     from multi_token.data.files.open import load_rows, media_root
     from multi_token.media.fetch import Fetch
 
-    align = loaded.train.align
+    closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
-    sources += (align.rows or []) if align is not None else []
+    sources += (closed_form.rows or []) if closed_form is not None else []
     places = [
         RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources

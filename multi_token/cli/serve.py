@@ -35,26 +35,26 @@ def serve(
     max_batch: int = typer.Option(8, help="Answers that are written at once."),
     max_queue: int = typer.Option(None, help="Answers that may wait; default: 4 x --max-batch."),
     deadline: float = typer.Option(300.0, help="The longest that a request may take, in seconds."),
-    cache_megabytes: int = typer.Option(256, help="Projected media kept for when they come again."),
-    cache_tokens: int = typer.Option(
+    media_cache_mb: int = typer.Option(
+        256, min=0, help="Media embeddings kept for items that come again, in MiB; 0: none."
+    ),
+    prefix_cache_tokens: int = typer.Option(
         None,
-        help="Tokens kept: by continuous of all answers (default: 1024 an answer); by static of "
-        "ended ones, for prompts that begin alike (default: 2048; 0: none).",
+        min=0,
+        help="Tokens of finished requests kept for prompts with the same prefix; default: 2048, 0: "
+        "none. Not with --engine-url.",
     ),
     workers: int = typer.Option(2, help="Processes that decode media."),
     allow_url_host: list[str] = typer.Option(
         None, help="A host that media may be fetched from; default: none."
     ),
-    backend: str = typer.Option(
-        "static",
-        help="static: padded batches, for any model; continuous: late comers join, newer; vllm: "
-        "answers come from engines at --engine-url.",
-    ),
     engine_url: list[str] = typer.Option(
-        None, help=f"A vLLM with the language model of an export; its key: {ENGINE_KEY_VARIABLE}."
+        None,
+        help="A vLLM server with the language model of an export, repeatable; its key: "
+        f"{ENGINE_KEY_VARIABLE}. Default: generate in this process.",
     ),
-    engine_wait: float = typer.Option(
-        0.0, help="How long the start waits for the first engine, in seconds."
+    engine_startup_timeout: float = typer.Option(
+        0.0, help="Time that the start waits for the first vLLM server, in seconds."
     ),
     examples: bool = typer.Option(
         True, help="Whether the chat page shows some rows of the run's training."
@@ -84,16 +84,15 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         deadline_s=deadline,
-        cache_bytes=cache_megabytes * 1024 * 1024,
-        num_cache_tokens=cache_tokens,
+        media_cache_bytes=media_cache_mb * 1024 * 1024,
+        prefix_cache_tokens=prefix_cache_tokens,
         num_workers=workers,
         run_folder=run.resolve(),
         show_examples=examples,
         allowed_url_hosts=tuple(allow_url_host or ()),
-        backend=backend,
         engine_urls=tuple(engine_url or ()),
         engine_key=os.environ.get(ENGINE_KEY_VARIABLE) or None,
-        engine_wait_s=engine_wait,
+        engine_startup_timeout_s=engine_startup_timeout,
         shutdown_timeout_s=shutdown_timeout,
     )
     _run(run, settings, language_model, device)
@@ -154,12 +153,12 @@ def _run(
     logging.getLogger("multi_token.serve").setLevel(logging.INFO)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"loading {run} ...")
-    is_elsewhere = settings.backend == "vllm"
-    if is_elsewhere:
+    uses_vllm = bool(settings.engine_urls)
+    if uses_vllm:
         from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # a folder without it is refused before anything is loaded
-    model = _load(run, language_model, device, with_layers=not is_elsewhere)
+    model = _load(run, language_model, device, with_layers=not uses_vllm)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()

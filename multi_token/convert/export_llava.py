@@ -79,7 +79,7 @@ def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
 def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
     from multi_token.modalities.image import ImageModality
-    from multi_token.projectors.base import Mlp
+    from multi_token.projectors.kinds import Mlp
 
     name, *others = model.modalities
     modality = model.modalities[name]
@@ -93,7 +93,7 @@ def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     elif model.projector(name).closed_form is not None:
         faults.append(
             "its projector has a closed-form part beside the perceptron, and their sum is no "
-            "perceptron of 2 layers; train with `align: null` for LLaVA's shape"
+            "perceptron of 2 layers; train with `closed_form: null` for LLaVA's shape"
         )
     if modality.features not in ("patches", "all"):
         faults.append(f"it takes `features: {modality.features}`, LLaVA patches")

@@ -18,7 +18,7 @@ from multi_token.checkpoint.atomic import staged_folder
 from multi_token.convert.chat_templates import VICUNA, prepend_bos
 from multi_token.convert.llava_legacy import import_legacy, is_legacy
 from multi_token.errors import ConvertError, MultiTokenError
-from multi_token.projectors.base import Mlp
+from multi_token.projectors.kinds import Mlp
 
 if TYPE_CHECKING:
     from multi_token.modalities.image import ImageModality

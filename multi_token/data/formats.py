@@ -28,7 +28,7 @@ ROLES: Mapping[str, Role] = {
 }
 """Every accepted name of a speaker, and what it becomes."""
 
-_NOT_MEDIA = ("id", "messages", "conversations", "surrogates", "chosen", "rejected")
+_NOT_MEDIA = ("id", "messages", "conversations", "media_texts", "chosen", "rejected")
 _OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
 """Fields of the original's rows that are not called as their slot, with or without an s."""
 
@@ -121,16 +121,18 @@ class _RowParser:
                 self._check_no_media(parts, index)
             messages.append(Message(role, parts))
         self._check_counts(text_slots=text_slots)
-        return self._with_surrogates(Conversation(tuple(messages), id=self.row_id))
+        return self._with_media_texts(Conversation(tuple(messages), id=self.row_id))
 
-    def _with_surrogates(self, conversation: Conversation) -> Conversation:
-        """The same conversation, each item with its text of the row's `distillation_mode`."""
-        given = self.row.get("surrogates")
+    def _with_media_texts(self, conversation: Conversation) -> Conversation:
+        """The same conversation, each item with its text of the row's `media_texts`."""
+        if "surrogates" in self.row:
+            raise self.error("the key `surrogates` is now called `media_texts`; rename the key")
+        given = self.row.get("media_texts")
         if given is None:
             return conversation
         if not isinstance(given, Mapping):
             raise self.error(
-                f"`surrogates` is {type_name(given)}, expected an object with a list of texts for "
+                f"`media_texts` is {type_name(given)}, expected an object with a list of texts for "
                 f"each of {', '.join(sorted(self.names))}"
             )
         texts: dict[str, list[Any]] = {}
@@ -144,13 +146,13 @@ class _RowParser:
                 or not all(isinstance(text, (str, type(None))) for text in found)
             ):
                 raise self.error(
-                    f"`surrogates` has {type_name(value)} under {name!r}, expected a list of texts "
-                    f"under one of {', '.join(sorted(self.names))}"
+                    f"`media_texts` has {type_name(value)} under {name!r}, expected a list of "
+                    f"texts under one of {', '.join(sorted(self.names))}"
                 )
             num_items = sum(item.modality == name for item in conversation.media)
             if len(found) != num_items:
                 raise self.error(
-                    f"`surrogates` has {len(found)} texts under {name!r}, but the row has "
+                    f"`media_texts` has {len(found)} texts under {name!r}, but the row has "
                     f"{num_items} items of it; give one for each, in reading order",
                     kind="item_count",
                 )
@@ -161,7 +163,7 @@ class _RowParser:
                 replace(
                     message,
                     parts=tuple(
-                        replace(part, surrogate=texts[part.modality].pop())
+                        replace(part, media_text=texts[part.modality].pop())
                         if isinstance(part, Media) and part.modality in texts
                         else part
                         for part in message.parts

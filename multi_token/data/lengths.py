@@ -115,7 +115,7 @@ class LengthStore:
                 mark = _source_stamp(part.source, self.fetch)
                 if mark is None:
                     return None
-                parts.append([part.modality, mark, part.surrogate])
+                parts.append([part.modality, mark, part.media_text])
             turns.append([message.role, parts])
         if conversation.rejected is None:
             return turns
@@ -183,7 +183,7 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
         "version": __version__,
         "tokenizer": tokenizer,
         "template": processor.chat.template,
-        "learn_turns": processor.chat.learn_turns,
+        "train_on_turns": processor.chat.train_on_turns,
         "modalities": {name: settings_fingerprint(m) for name, m in processor.modalities.items()},
     }
     for field in fields(processor):

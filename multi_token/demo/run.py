@@ -83,7 +83,7 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
-            "align": {
+            "closed_form": {
                 "rows": [{"rows": str(data.naming)}],
                 "caption_format": " {caption}\n{caption}",
             },
@@ -256,7 +256,7 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
 def closed_form_model(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
     """The model as it was after the closed-form start, before any gradient step."""
     model = compose(plan.model)
-    load_trained(model, out / "stages" / "0-align")
+    load_trained(model, out / "stages" / "0-closed-form")
     return model.eval()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multi_token.errors import LanguageModelError
+from multi_token.errors import LanguageModelError, first_line
 from multi_token.language_model.capabilities import Capabilities, LazyCapability
 from multi_token.language_model.forward import (
     GREEDY,
@@ -36,7 +36,6 @@ from multi_token.language_model.forward import (
     per_layer_inputs,
     supervised_loss,
 )
-from multi_token.language_model.loading import first_line
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.language_model.segment_attention import (
     recording_mask_reach,

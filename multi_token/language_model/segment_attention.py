@@ -1,7 +1,14 @@
-"""Attention of packed rows, segment by segment: scaled dot products that never leave a segment.
+"""Segment attention: packed rows attend inside their own segment, with one `sdpa` call for each.
 
-Border: one attention function and its mask for transformers' interfaces, and the switch between it
-and the model's own. What stands in a pack is decided by collate.py; where it is used, by train/.
+A pack [a a a | b b | c c c c] needs no mask of 9 x 9: three causal calls of 3, 2 and 4 positions
+give the same result. Segments come as a table int64 [1, 1, num_segments, 4] in place of a mask:
+
+    start, stop     positions of the segment
+    first, past     positions of the prefix that it continues; empty (0, 0) for a plain segment
+
+Which positions see each other is asked of the model's own mask function, so that sliding windows
+and chunks are respected: where a pack is not causal attention per segment, the full mask is made.
+`collate.py` lays packs out; `train/` turns segment attention on.
 """
 
 from __future__ import annotations
@@ -20,11 +27,11 @@ from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import base_language_model
 
 SEGMENT_ATTENTION = "multi_token_segments"
-"""The name under which transformers knows it."""
+"""Name of the attention implementation in transformers' registry."""
 _BASE_IMPLEMENTATION = "sdpa"
-"""What it takes the place of. A model that runs on something else was asked to, or has to."""
+"""The implementation to replace. Another one was asked for, or the model needs it (soft caps)."""
 _FAR = 1 << 30
-_recordings: list[list[bool]] = []
+"""A position that is out of reach of any sliding window."""
 
 
 def segment_attention(
@@ -37,12 +44,10 @@ def segment_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment, and to what it stands behind -> [1, time, heads, dim].
+    """Causal attention inside each segment and to its prefixes -> [1, time, heads, dim].
 
-    query [1, heads, time, dim], key and value [1, key_heads, time, dim]. `attention_mask` is what
-    `segment_mask` made: a table of segments, or a mask as transformers' sdpa takes it, which then
-    does the work alone. Nothing of size time x time is made, and nothing outside of a segment is
-    multiplied.
+    query [1, heads, time, dim], key and value [1, key_heads, time, dim]. `attention_mask`: a
+    segment table, or a mask of transformers, which then does the work alone.
     """
     if not _is_segment_table(attention_mask):
         return sdpa_attention_forward(
@@ -51,28 +56,32 @@ def segment_attention(
     assert attention_mask is not None
     options["is_causal"] = True
     rows = attention_mask[0, 0].tolist()
-    # split, not sliced: the gradient of a slice is as long as the pack, and each segment has some
+    # split, not slices: autograd fills the gradient of a slice up to the length of the pack, once
+    # per segment, which makes the backward pass quadratic in the number of segments.
     lengths = [stop - start for start, stop, _, _ in rows]
     number = {(start, stop): i for i, (start, stop, _, _) in enumerate(rows)}
     queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
-    pieces = []
+    outputs = []
     for i, (start, stop, first, past) in enumerate(rows):
         path = [i]  # from the root of the tree to this segment
         while past > first:
             path.insert(0, number[first, past])
             _, _, first, past = rows[path[0]]
-        seen, told, mask = keys[i], values[i], None
+        segment_keys, segment_values, mask = keys[i], values[i], None
         if len(path) > 1:
-            seen = torch.cat([keys[j] for j in path], 2)
-            told = torch.cat([values[j] for j in path], 2)
-            sees_all = torch.ones(stop - start, seen.shape[2], dtype=torch.bool, device=key.device)
-            mask = sees_all.tril(seen.shape[2] - (stop - start))[None, None]
-        pieces.append(
+            segment_keys = torch.cat([keys[j] for j in path], 2)
+            segment_values = torch.cat([values[j] for j in path], 2)
+            # `is_causal` aligns the diagonal with the first key; after a prefix, the diagonal
+            # starts at the prefix's end, which only a mask can say.
+            length, total = stop - start, segment_keys.shape[2]
+            sees_all = torch.ones(length, total, dtype=torch.bool, device=key.device)
+            mask = sees_all.tril(total - length)[None, None]
+        outputs.append(
             sdpa_attention_forward(
-                module, queries[i], seen, told, mask, dropout, scaling, **options
+                module, queries[i], segment_keys, segment_values, mask, dropout, scaling, **options
             )[0]
         )
-    return torch.cat(pieces, 1), None
+    return torch.cat(outputs, 1), None
 
 
 def segment_mask(
@@ -86,22 +95,11 @@ def segment_mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor | None:
-    """A table of segments int64 [1, 1, num_segments, 4], on the CPU, for a packed row; everywhere
-    else, transformers' own mask.
+    """Return a segment table for a packed row, on the CPU; else transformers' own mask.
 
-    A segment goes from `start` to `stop` and stands behind what goes from `first` to `past`, which
-    is nothing here: segments that share a start are told by their table, as the attention mask.
-
-    Which positions see each other is asked of the model's own mask function. Where that is no
-    causal attention inside of segments (a sliding window shorter than a segment, say), the whole
-    mask is made, as it would be without this.
+    The table has no prefixes: rows that share one come with a table of their own, which
+    transformers passes on as it is.
     """
-    for found in _recordings:
-        far, zero = (
-            torch.tensor([_FAR], device=device),
-            torch.zeros(1, dtype=torch.long, device=device),
-        )
-        found.append(not use_vmap and bool(mask_function(zero, zero, far, zero).all()))
     packed = batch_size == 1 and attention_mask is None and q_length == kv_length
     if packed and not use_vmap:
         table = _find_segments(mask_function, q_length, device)
@@ -120,53 +118,60 @@ def segment_mask(
 
 
 def _is_segment_table(mask: Tensor | None) -> bool:
-    """A mask of transformers is bool or floating."""
-    return mask is not None and mask.dtype == torch.int64
+    return mask is not None and mask.dtype == torch.int64  # transformers' masks: bool or floating
 
 
 def _find_segments(sees: Callable[..., Tensor], time: int, device: Any) -> Tensor | None:
-    """The segments in which all see all before them, or None if it is not so simple.
+    """Return the table of causal segments, or None if the mask function allows less or more.
 
-    Looks at neighbours and at the two ends of each segment: what a window or a chunk leaves out is
-    left out there first.
+    `sees(batch, head, query, key)` is transformers' mask function.
     """
+    # Three comparisons per segment instead of time x time: windows and chunks cut the farthest
+    # pair of a segment first, and a leak between neighbours starts at the pair that touches.
     index = torch.arange(time, device=device)
 
-    def seen(of: Tensor, at: Tensor) -> Tensor:
-        zero = torch.zeros_like(of)
-        return sees(zero, zero, of, at).expand(of.shape)
+    def seen(query: Tensor, key: Tensor) -> Tensor:
+        zero = torch.zeros_like(query)
+        return sees(zero, zero, query, key).expand(query.shape)
 
     begins = torch.ones(time, dtype=torch.bool, device=device)
     begins[1:] = ~seen(index[1:], index[:-1])
     starts = index[begins]
     stops = torch.cat([starts[1:], starts.new_tensor([time])])
-    simple = torch.cat(
+    is_causal = torch.cat(
         [
-            seen(stops - 1, starts),
-            ~seen(index[:-1], index[1:]),
-            ~seen(stops[1:] - 1, starts[1:] - 1),
+            seen(stops - 1, starts),  # a segment's last position sees its first
+            ~seen(index[:-1], index[1:]),  # no position sees the next one
+            ~seen(stops[1:] - 1, starts[1:] - 1),  # a segment's last position: not the one before
         ]
     )
     nothing = torch.zeros_like(starts)
+    # Copied to the CPU once per forward, so that no layer has to wait for the device.
     table = torch.stack([starts, stops, nothing, nothing], 1)[None, None].cpu()
-    return table if bool(simple.all()) else None
+    return table if bool(is_causal.all()) else None
 
 
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
-AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)
+def _register() -> None:
+    """Register attention and mask with transformers, unless a variant of ours is there already."""
+    # `train/compile.py` registers an attention that torch.compile skips, maybe before this.
+    if SEGMENT_ATTENTION not in AttentionInterface():
+        AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+    if SEGMENT_ATTENTION not in AttentionMaskInterface():
+        AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)
 
 
 @contextmanager
 def segment_attention_enabled(language_model: Any) -> Iterator[bool]:
-    """Inside, a model that runs on `sdpa` attends by segment; yields whether it does.
+    """Within, a model that runs on `sdpa` uses segment attention; yields True if it does.
 
-    Stays on through the backward pass as well: activation checkpointing runs layers again there.
-    Rows that are not packed, and going on from a cache, are what they are without it.
+    Must stay on through the backward pass: activation checkpointing runs layers again there.
+    Padded rows, and generation from a KV cache, are computed as without it.
     """
     model = base_language_model(language_model)
     previous = model.config._attn_implementation
     try:
         if previous == _BASE_IMPLEMENTATION:
+            _register()
             model.set_attn_implementation(SEGMENT_ATTENTION)
         yield model.config._attn_implementation == SEGMENT_ATTENTION
     finally:
@@ -175,27 +180,38 @@ def segment_attention_enabled(language_model: Any) -> Iterator[bool]:
 
 
 def segments_to_mask(language_model: Any, segments: Tensor) -> Tensor:
-    """`PackedBatch`'s segments [num_segments, 4] as an attention mask of this implementation.
+    """Return `PackedBatch`'s segments [num_segments, 4] as a segment table.
 
-    Raises LanguageModelError outside of `segment_attention_enabled`: no other one understands it.
+    Raises LanguageModelError outside of `segment_attention_enabled`, since every other
+    implementation would take the table for a mask.
     """
     if base_language_model(language_model).config._attn_implementation != SEGMENT_ATTENTION:
         raise LanguageModelError(
-            "a pack whose rows share a start was given to a language model that does not attend by "
-            "segment; run it inside of `segment_attention_enabled`, or pack without `share`"
+            "a pack whose rows share a prefix was given to a language model without segment "
+            "attention; run it inside of `segment_attention_enabled`, or pack without `share`"
         )
     return segments[None, None].cpu()
 
 
 @contextmanager
 def recording_mask_reach() -> Iterator[list[bool]]:
-    """Inside, of each mask that is made for rows: whether it lets a position see any distance back.
+    """Within, list for each mask made under segment attention if its reach is unlimited.
 
-    So a sliding window is found, of whatever length, where a model attends by segment.
+    False for a sliding window or a chunk of any length.
     """
-    found: list[bool] = []
-    _recordings.append(found)
+    reach: list[bool] = []
+
+    def recording_mask(
+        *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **options: Any
+    ) -> Tensor | None:
+        device = options.get("device", "cpu")
+        far, zero = (torch.tensor([n], device=device) for n in (_FAR, 0))
+        reach.append(not use_vmap and bool(mask_function(zero, zero, far, zero).all()))
+        return segment_mask(mask_function=mask_function, use_vmap=use_vmap, **options)
+
+    _register()
+    AttentionMaskInterface.register(SEGMENT_ATTENTION, recording_mask)
     try:
-        yield found
+        yield reach
     finally:
-        _recordings.remove(found)
+        AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)

@@ -29,7 +29,8 @@ from multi_token.media.examples import (
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
-from multi_token.projectors.base import Mlp, ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.kinds import Mlp
 from multi_token.types import Features, Prepared
 
 OpenAIKind = Literal["image", "audio", "video", "document"]

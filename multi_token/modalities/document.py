@@ -32,7 +32,7 @@ from multi_token.modalities.base import (
     PretrainedModality,
     run_in_micro_batches,
 )
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 Pooling = Literal["mean", "cls"]

@@ -26,7 +26,7 @@ from multi_token.modalities.audio_chunks import (
     split_evenly,
 )
 from multi_token.modalities.base import AnyProjector, Encoder, run_in_micro_batches
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 SoundFeatures = Literal["pooled", "frames"]

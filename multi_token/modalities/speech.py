@@ -27,7 +27,7 @@ from multi_token.modalities.audio_chunks import (
 )
 from multi_token.modalities.base import AnyProjector, Encoder, layers_up_to, run_in_micro_batches
 from multi_token.modalities.hidden_states import HiddenStates
-from multi_token.projectors.base import Stack
+from multi_token.projectors.kinds import Stack
 from multi_token.types import Features, Prepared
 
 SpeechFeatures = Literal["frames", "mean", "start"]

@@ -19,7 +19,7 @@ from multi_token.media.fetch import Fetch, shorten
 from multi_token.media.series import header_shape, read_npy
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
-from multi_token.projectors.base import Expand
+from multi_token.projectors.kinds import Expand
 from multi_token.types import Features, Prepared
 
 

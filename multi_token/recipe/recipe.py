@@ -15,14 +15,17 @@ from pydantic import Field, field_validator, model_validator
 
 from multi_token.errors import RecipeError
 from multi_token.modalities.base import AnyModality, Modality
+from multi_token.recipe.conflicts import check_renamed
 from multi_token.recipe.data import DataSpec, StrictModel
 from multi_token.recipe.train import TrainSpec
 from multi_token.registry import did_you_mean, validate_fields
 from multi_token.types import TrainOnTurns
 
 _RESERVED_NAMES = frozenset(
-    {"id", "text", "message", "messages", "conversation", "conversations", "rate", "surrogates"}
+    {"id", "text", "message", "messages", "conversation", "conversations", "lr", "media_texts"}
     | {"prompt", "chosen", "rejected"}
+    # keys of earlier versions: a modality of that name would be taken for one
+    | {"rate", "surrogates"}
 )
 
 
@@ -66,7 +69,7 @@ class ModelSpec(StrictModel):
     chat_template: str | None = None
     """Jinja text or the path of a file with it; default: the tokenizer's own, or the simple one of
     docs/chat-templates.md where it has none."""
-    learn_turns: TrainOnTurns = "all"
+    train_on_turns: TrainOnTurns = "all"
     """Which assistant turns of a conversation are learned: `all` of them, or the `last` alone."""
     modalities: dict[str, AnyModality] = Field(min_length=1)
     """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
@@ -89,6 +92,12 @@ class Recipe(StrictModel):
     model: ModelSpec
     data: DataSpec
     train: TrainSpec
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_renamed_keys(cls, fields: Any) -> Any:
+        check_renamed(fields)
+        return fields
 
     @model_validator(mode="after")
     def _check_trainable_modalities(self) -> Recipe:

@@ -5,7 +5,6 @@ Border: names, numbers and defaults only; the whole recipe, and reading it, stan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 """A learning rate."""
 
 
-class AlignSpec(StrictModel):
+class ClosedFormSpec(StrictModel):
     """The closed-form start: ridge regression from features to caption embeddings."""
 
     penalty: float = Field(default=100.0, gt=0)
@@ -25,10 +24,10 @@ class AlignSpec(StrictModel):
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
     """What the tokens of an item aim at. A leading space makes a word's own token; a second time on
     a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
-    targets: Literal["mean", "in_order"] = "mean"
+    targets: Literal["mean", "by_position"] = "mean"
     """What each of an item's many tokens aims at: the `mean` of its caption's embeddings, or, for
     speech and whatever else goes through its caption from first word to last, the caption's token
-    at the same part of the way (`in_order`)."""
+    at the same part of the way (`by_position`)."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 
@@ -55,9 +54,9 @@ class AdapterSpec(LoraSpec):
 
 
 class LearningRate(StrictModel):
-    """How fast something learns; `2.0e-6` stands for `{rate: 2.0e-6}`."""
+    """How fast something learns; `2.0e-6` stands for `{lr: 2.0e-6}`."""
 
-    rate: PositiveFloat
+    lr: PositiveFloat
     """Learning rate."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Of its matrices; default: `weight_decay` of `args`, which is transformers' (0)."""
@@ -65,12 +64,12 @@ class LearningRate(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _from_number(cls, fields: Any) -> Any:
-        return {"rate": fields} if isinstance(fields, (int, float, str)) else fields
+        return {"lr": fields} if isinstance(fields, (int, float, str)) else fields
 
 
 def _lr_kind(fields: Any) -> str:
     """Whether a value is one pace for all instances, or a mapping from instances to theirs."""
-    by_instance = isinstance(fields, dict) and "rate" not in fields
+    by_instance = isinstance(fields, dict) and "lr" not in fields
     return "each" if by_instance else "all"
 
 
@@ -83,22 +82,22 @@ LearningRates = Annotated[
 class TrainableEncoder(LearningRate):
     """What of an encoder learns: all of it, its last layers, or LoRA on its linear layers."""
 
-    last: int | None = Field(default=None, ge=1)
+    last_layers: int | None = Field(default=None, ge=1)
     """So many of its last layers, and nothing before or behind them (a final norm stays)."""
     lora: LoraSpec | None = None
     """LoRA on all of its linear layers, which stay as they are."""
 
     @model_validator(mode="after")
     def _check_exclusive(self) -> TrainableEncoder:
-        if self.last is not None and self.lora is not None:
-            raise ValueError("`last` and `lora` exclude each other; keep one")
+        if self.last_layers is not None and self.lora is not None:
+            raise ValueError("`last_layers` and `lora` exclude each other; keep one")
         return self
 
 
 class Trainable(StrictModel):
     """What learns in a stage, and how fast; the rest is frozen.
 
-    Each value is a learning rate, or `{rate, weight_decay}`.
+    Each value is a learning rate, or `{lr, weight_decay}`.
     """
 
     projectors: LearningRates | None = None
@@ -143,7 +142,7 @@ class Trainable(StrictModel):
             self.projectors.values() if isinstance(self.projectors, dict) else [self.projectors]
         )
         paces = (*of_projectors, self.adapter, self.language_model, *self.encoders.values())
-        return next(pace.rate for pace in paces if pace is not None)
+        return next(pace.lr for pace in paces if pace is not None)
 
 
 class DistillationSpec(StrictModel):
@@ -181,8 +180,8 @@ class Stage(StrictModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     learn: Trainable
-    teacher: DistillationSpec | None = None
-    """Aim at what the language model answers to the rows' `surrogates`; `{}` for the defaults."""
+    distillation: DistillationSpec | None = None
+    """Aim at what the language model answers to the rows' `media_texts`; `{}` for the defaults."""
     dpo: DpoSpec | None = None
     """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -190,14 +189,14 @@ class Stage(StrictModel):
 
     @model_validator(mode="after")
     def _check_teacher_frozen(self) -> Stage:
-        if self.teacher is not None and self.learn.language_model is not None:
+        if self.distillation is not None and self.learn.language_model is not None:
             raise ValueError(
-                f"stage {self.name!r} has the language model as its `teacher`, so it cannot learn "
-                "it as a whole; learn an `adapter`, or leave `teacher` out"
+                f"stage {self.name!r} has `distillation` from the language model, so it cannot "
+                "train all of it; train an `adapter`, or leave `distillation` out"
             )
-        if self.teacher is not None and self.dpo is not None:
+        if self.distillation is not None and self.dpo is not None:
             raise ValueError(
-                f"`teacher` and `dpo` of stage {self.name!r} exclude each other; keep one"
+                f"`distillation` and `dpo` of stage {self.name!r} exclude each other; keep one"
             )
         return self
 
@@ -234,11 +233,11 @@ class TrainSpec(StrictModel):
     """How it is learned."""
 
     output_dir: str
-    start_from: str | None = None
+    init_from: str | None = None
     """A trained run (folder or hub name) whose projectors, trained encoders, adapter and trained
     language model are taken over as they are; instances that it does not have start anew."""
     seed: int = 0
-    align: AlignSpec | None = Field(default_factory=AlignSpec)
+    closed_form: ClosedFormSpec | None = Field(default_factory=ClosedFormSpec)
     """Stage zero; `null` turns it off."""
     feature_cache: FeatureCacheSpec | None = None
     """Run frozen encoders once and keep every item's features on disk: `true`, `false`, `auto`, or
@@ -298,18 +297,10 @@ class TrainSpec(StrictModel):
             return words[value]
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_removed_keys(cls, fields: Any) -> Any:
-        for key in ("share_media", "share_prefix"):
-            if isinstance(fields, Mapping) and key in fields:
-                raise ValueError(f"`{key}` is now `packing: {{share: true}}`")
-        return fields
-
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
         """Whether rows are read with texts in place of their media, for the stages' teachers."""
-        teachers = [stage.teacher for stage in self.stages if stage.teacher is not None]
+        teachers = [stage.distillation for stage in self.stages if stage.distillation is not None]
         if not teachers:
             return None
         return "required" if any(t.missing == "raise" for t in teachers) else "optional"
@@ -330,17 +321,17 @@ class TrainSpec(StrictModel):
         if self.fsdp is not None:
             self._check_fsdp()
         for stage in self.stages if self.fsdp is not None else ():
-            if stage.teacher is not None and stage.teacher.missing != "raise":
+            if stage.distillation is not None and stage.distillation.missing != "raise":
                 raise ValueError(
                     f"with `fsdp` the teacher of stage {stage.name!r} must read every row, or "
-                    "processes would wait for each other; set `teacher.missing` to raise"
+                    "processes would wait for each other; set `distillation.missing` to raise"
                 )
         preferring = [stage.name for stage in self.stages if stage.dpo is not None]
         for key in ("packing", "fsdp"):
             if preferring and getattr(self, key):
                 raise ValueError(
                     f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
-                    "one, or give that stage a recipe of its own with `start_from`"
+                    "one, or give that stage a recipe of its own with `init_from`"
                 )
         for key in ("pack_tokens", "pack_items"):
             if getattr(self, key) is not None and self.packing is None:
@@ -354,10 +345,10 @@ class TrainSpec(StrictModel):
                     "before; learn the language model first, or merge the adapter (`multi-token "
                     "export RUN --to merged`) and train that"
                 )
-        if self.start_from is not None and (
-            Path(self.start_from).absolute() == Path(self.output_dir).absolute()
+        if self.init_from is not None and (
+            Path(self.init_from).absolute() == Path(self.output_dir).absolute()
         ):
-            raise ValueError("`start_from` is the run's own `output_dir`; choose another for one")
+            raise ValueError("`init_from` is the run's own `output_dir`; choose another for one")
         of_encoders = [
             (stage.name, *pair) for stage in self.stages for pair in stage.learn.encoders.items()
         ]

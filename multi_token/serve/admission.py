@@ -1,7 +1,4 @@
-"""Who may come in: a bounded number of answers, none while the server drains, each with a deadline.
-
-Border: counts and clocks on the event loop; it knows nothing of requests' contents or of engines.
-"""
+"""Admission: a bounded number of requests, none while the server drains, each with a deadline."""
 
 from __future__ import annotations
 
@@ -15,14 +12,29 @@ from multi_token.serve.errors import ServeError
 
 _MAX_RETRY_AFTER_S = 60
 _EMA_WEIGHT = 0.2
-"""How much the last answer counts in the mean time of answers."""
+"""Weight of the last request in the mean service time."""
 _INITIAL_SERVICE_S = 2.0
 
 
-class Admission:
-    """At most `max_batch` answers are written and `max_queue` wait; whoever comes then is refused.
+class ServiceTime:
+    """Moving average of how long a request takes, and the Retry-After computed from it."""
 
-    Lives on one event loop: no locks.
+    def __init__(self) -> None:
+        self.mean_s = _INITIAL_SERVICE_S
+
+    def record(self, seconds: float) -> None:
+        """Count one completed request."""
+        self.mean_s += _EMA_WEIGHT * (seconds - self.mean_s)
+
+    def retry_after_s(self, num_rounds: float) -> int:
+        """Return whole seconds, 1 to 60, in which `num_rounds` requests complete in turn."""
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(num_rounds * self.mean_s)))
+
+
+class Admission:
+    """At most `max_batch` requests run and `max_queue` wait; further ones are refused.
+
+    Lives on one event loop, so it needs no locks.
     """
 
     def __init__(self, max_batch: int, max_queue: int) -> None:
@@ -30,16 +42,16 @@ class Admission:
         self.capacity = max_batch + max_queue
         self.num_admitted = 0
         self.is_draining = False
-        self._mean_service_s = _INITIAL_SERVICE_S
+        self._service_time = ServiceTime()
         self._empty = asyncio.Event()
         self._empty.set()
 
     @contextmanager
     def admit(self, num_answers: int = 1) -> Iterator[None]:
-        """Hold places for so many answers of one request.
+        """Hold `num_answers` places for one request.
 
-        Raises ServeError: 503 while draining, 429 if there are not so many places, 400 if there
-        never are.
+        Raises ServeError: 503 while draining, 429 if too few places are free, 400 if the server
+        does not have that many.
         """
         self.check_capacity(num_answers)
         self.num_admitted += num_answers
@@ -47,9 +59,8 @@ class Admission:
         started = time.monotonic()
         try:
             yield
-            self._mean_service_s += _EMA_WEIGHT * (
-                time.monotonic() - started - self._mean_service_s
-            )
+            # not in `finally`: a request that fails early says nothing about how long one takes
+            self._service_time.record(time.monotonic() - started)
         finally:
             self.num_admitted -= num_answers
             if not self.num_admitted:
@@ -79,17 +90,16 @@ class Admission:
             )
 
     def estimated_wait_s(self) -> int:
-        """Whole seconds until a place should be free, 1 to 60."""
+        """Return whole seconds until a place should be free, 1 to 60."""
         num_waiting = max(0, self.num_admitted - self.max_batch)
-        rounds = 1 + num_waiting / self.max_batch
-        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(rounds * self._mean_service_s)))
+        return self._service_time.retry_after_s(1 + num_waiting / self.max_batch)
 
     def drain(self) -> None:
-        """Let nobody in any more."""
+        """Refuse all new requests."""
         self.is_draining = True
 
     async def wait_until_empty(self, timeout_s: float) -> bool:
-        """Wait until nobody is inside; False if that took longer."""
+        """Wait until all admitted requests have ended; False after `timeout_s`."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         except asyncio.TimeoutError:
@@ -98,7 +108,7 @@ class Admission:
 
 
 class Deadline:
-    """A point in time, and what to raise when it has passed."""
+    """A point in time, and the error for requests that pass it."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -106,13 +116,14 @@ class Deadline:
 
     @classmethod
     def of(cls, header: str | None, longest_s: float) -> Deadline:
-        """`X-Request-Timeout` in seconds lowers the server's own. Raises ServeError."""
+        """`X-Request-Timeout` in seconds lowers the server's own limit. Raises ServeError."""
         if header is None:
             return cls(longest_s)
         try:
             seconds = float(header)
         except ValueError:
             seconds = math.nan
+        # a comparison with NaN is false, so NaN is refused too
         if not 0 < seconds < math.inf:
             raise ServeError(
                 "X-Request-Timeout should be a number of seconds over 0",
@@ -127,7 +138,7 @@ class Deadline:
         return max(0.0, self._expires_at - time.monotonic())
 
     def error(self) -> ServeError:
-        """504, which clients should not simply repeat: it would take as long again."""
+        """Return a 504 that clients should not repeat: the request would take as long again."""
         return ServeError(
             f"the request took longer than {self.seconds:g} s",
             status=504,

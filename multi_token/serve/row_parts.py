@@ -1,14 +1,12 @@
-"""Rows of a data set as what a client would send: messages up to the last answer, items as bytes.
+"""Rows of a data set as a client would send them: messages up to the last answer, items as bytes.
 
-Border: opens the files that rows name, so it is for rows of one's own; nothing of a request comes
-here.
+Opens the files that rows name, so it is for the run's own rows, never for a client's request.
 """
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,11 @@ from torch import Tensor
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
-from multi_token.types import Conversation, Media, Message, Text
+from multi_token.types import Conversation, Message, Text
 
 
 def question_of(conversation: Conversation) -> tuple[tuple[Message, ...], str]:
-    """The messages up to a row's last answer, and that answer ("" for a row that has none)."""
+    """Return the messages up to a row's last answer, and that answer ("" if there is none)."""
     messages = conversation.messages
     last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
     answer = "".join(
@@ -31,11 +29,11 @@ def question_of(conversation: Conversation) -> tuple[tuple[Message, ...], str]:
 
 
 def bytes_of(source: Any, fetch: Fetch, *, is_text: bool = False) -> bytes:
-    """What a row gives for an item, as the bytes that can be sent of it.
+    """Return the bytes of a row's item.
 
-    Numbers become a `.npy` file, a picture of PIL a PNG. `is_text`: a string is a text, not a path.
-    Raises MediaError where `fetch` cannot read it, and for an item that bytes do not say (a part of
-    a sound).
+    Numbers become a `.npy` file, a PIL image a PNG. `is_text`: a string is a text, not a path.
+    Raises MediaError where `fetch` cannot read it, and for an item that no single file holds (a
+    section of a recording).
     """
     if isinstance(source, Mapping):
         return _of_mapping(source, fetch)
@@ -52,27 +50,6 @@ def bytes_of(source: Any, fetch: Fetch, *, is_text: bool = False) -> bytes:
     return fetch.read(source)
 
 
-def request_messages(messages: Sequence[Message], fetch: Fetch) -> list[dict[str, Any]]:
-    """Messages of a row as those of a request. Raises MediaError as `bytes_of`."""
-    return [{"role": m.role, "content": _content(m, fetch)} for m in messages]
-
-
-def media_part(modality: str, data: bytes) -> dict[str, Any]:
-    """A content part for an item of any sense."""
-    return {"type": "media", "modality": modality, "data": base64.b64encode(data).decode()}
-
-
-def _content(message: Message, fetch: Fetch) -> str | list[dict[str, Any]]:
-    if not any(isinstance(part, Media) for part in message.parts):
-        return "".join(part.text for part in message.parts if isinstance(part, Text))
-    return [
-        {"type": "text", "text": part.text}
-        if isinstance(part, Text)
-        else media_part(part.modality, bytes_of(part.source, fetch))
-        for part in message.parts
-    ]
-
-
 def _of_mapping(source: Mapping[str, Any], fetch: Fetch) -> bytes:
     given = {key: value for key, value in source.items() if value is not None}
     if set(given) == {"text"}:
@@ -83,7 +60,7 @@ def _of_mapping(source: Mapping[str, Any], fetch: Fetch) -> bytes:
         return bytes_of(next(iter(given.values())), fetch)
     raise MediaError(
         f"expected an item that is bytes, a file, a text or numbers, got one with the keys "
-        f"{', '.join(map(str, given)) or 'none'}, which no single file says; leave its row out",
+        f"{', '.join(map(str, given)) or 'none'}, which no single file holds; leave its row out",
         kind="undecodable",
     )
 

@@ -19,7 +19,7 @@ from multi_token.generate import eos_token_ids, require_processor
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
-from multi_token.serve.engines.base import Engine, Prompt, SupportsPrefixStats, SupportsReplicas
+from multi_token.serve.engines.base import Engine, Prompt
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
@@ -76,7 +76,7 @@ class Service:
             limits=MediaLimits(max_bytes=settings.max_body_bytes),
             urls=UrlPolicy(allowed_hosts=settings.allowed_url_hosts),
         )
-        self.media_embedder = MediaEmbedder(model, cache_bytes=settings.cache_bytes)
+        self.media_embedder = MediaEmbedder(model, cache_bytes=settings.media_cache_bytes)
         self._escaper = SpecialTokenEscaper(self.processor.tokenizer)
         self._token_text = TokenText(self.processor.tokenizer)
         self._end_ids = frozenset(eos_token_ids(model))
@@ -94,7 +94,7 @@ class Service:
         self._request_numbers = itertools.count()
         self.start_error: Exception | None = None
         """Why it did not start."""
-        self._add_gauges()
+        self.metrics.watch(self.engine, self.admission, self.media_pool, self.media_embedder)
 
     async def start(self) -> None:
         """Start processes and threads. Raises MultiTokenError if one does not."""
@@ -206,7 +206,7 @@ class Service:
                 self._outputs.discard(output)
                 for id in ids:
                     self.engine.cancel(id)
-                self._record_metrics(output, arrived, submitted)
+                self.metrics.record_output(output, arrived=arrived, submitted=submitted)
 
     async def _with_deadline(self, work: Coroutine[Any, Any, T], deadline: Deadline) -> T:
         try:
@@ -298,47 +298,6 @@ class Service:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise
 
-    def _record_metrics(self, output: RequestOutput, arrived: float, submitted: float) -> None:
-        """Metrics of an answer that has ended."""
-        now = time.monotonic()
-        usage = output.usage()
-        self.metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        self.metrics.generation_tokens.inc(usage["completion_tokens"])
-        for name, number in usage["prompt_tokens_details"]["media_tokens"].items():
-            self.metrics.media_tokens.labels(self.metrics.modality_label(name)).inc(number)
-        self.metrics.latency.observe(now - arrived)
-        if not output.is_complete:
-            self.metrics.aborted.labels(output.failure or "client_gone").inc()
-        if output.first_token_time is not None:
-            self.metrics.first_token.observe(output.first_token_time - arrived)
-            self.metrics.queue_time.observe(output.first_token_time - submitted)
-            if output.num_tokens > output.num_choices:
-                seconds = now - output.first_token_time
-                per_choice = output.num_tokens / output.num_choices
-                self.metrics.per_token.observe(seconds / max(1.0, per_choice - 1))
-
-    def _add_gauges(self) -> None:
-        engine, admission, pool = self.engine, self.admission, self.media_pool
-        watch = self.metrics.add_gauge
-        watch("num_requests_running", "Answers being written.", lambda: engine.num_running)
-        watch("num_requests_waiting", "Prompts that wait.", lambda: engine.num_waiting)
-        watch("num_requests_inside", "Places taken.", lambda: admission.num_admitted)
-        watch("num_media_waiting", "Items to be decoded.", lambda: pool.num_waiting)
-        cache, total = self.media_embedder, self.metrics.add_counter
-        watch("media_cache_bytes", "Projected tokens that are kept.", lambda: cache.num_bytes)
-        total("media_cache_queries", "Items that were asked for.", lambda: cache.num_queries)
-        total("media_cache_hits", "Those that were kept already.", lambda: cache.num_hits)
-        if isinstance(engine, SupportsPrefixStats):
-            prefix = engine.prefix_stats
-            watch("kv_cache_usage_perc", "Part in use, 0 to 1.", lambda: engine.cache_usage)
-            total("prefix_cache_queries", "Tokens of prompts.", lambda: prefix.num_queries)
-            total("prefix_cache_hits", "Those computed before.", lambda: prefix.num_hits)
-        if isinstance(engine, SupportsReplicas):
-            watch("engines_alive", "Engines that are used.", lambda: engine.num_replicas)
-            self.metrics.add_labelled_counter(
-                "engine_retries", "Prompts handed to another engine.", "reason", engine.retries
-            )
-
     async def _restart_engine_loop(self) -> None:
         """Start a dead engine again, as often as it takes."""
         while True:
@@ -363,16 +322,10 @@ def _max_characters(max_tokens: int | None) -> int:
 
 def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSettings) -> Engine:
     """The engine that the settings name. Raises MultiTokenError if the model cannot use it."""
-    if settings.backend == "continuous":
-        from multi_token.serve.engines.continuous import ContinuousEngine
-
-        return ContinuousEngine(
-            model, max_batch=settings.max_batch, num_cache_tokens=settings.num_cache_tokens
-        )
-    if settings.backend == "vllm":
+    if settings.engine_urls:
         from multi_token.serve.engines.vllm.engine import build_vllm_engine
 
         return build_vllm_engine(model, settings)
-    num_kept = settings.num_cache_tokens
-    kept = {} if num_kept is None else {"num_cache_tokens": num_kept}
-    return LocalEngine(model, max_batch=settings.max_batch, **kept)
+    num_tokens = settings.prefix_cache_tokens
+    options = {} if num_tokens is None else {"prefix_cache_tokens": num_tokens}
+    return LocalEngine(model, max_batch=settings.max_batch, **options)

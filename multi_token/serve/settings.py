@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Literal
 
 from pydantic import (
     BaseModel,
@@ -49,29 +48,25 @@ class ServeSettings(BaseModel):
     allowed_url_hosts: tuple[str, ...] = ()
     """Hosts that media may be fetched from; none: media come in the request alone."""
 
-    backend: Literal["static", "continuous", "vllm"] = "static"
-    """How prompts are batched: padded, or as transformers' continuous batching does; or by vLLM."""
     engine_urls: tuple[str, ...] = ()
-    """Of the vllm backend: where engines listen, without `/v1`."""
+    """Addresses of vLLM servers, without `/v1`, that generate for the prompts; none: the local
+    engine of this process does."""
     engine_key: str | None = Field(default=None, repr=False)
-    """What the engines were given as `--api-key`."""
-    engine_wait_s: float = Field(default=0.0, ge=0)
-    """How long the start waits for the first engine."""
+    """The vLLM servers' `--api-key`."""
+    engine_startup_timeout_s: float = Field(default=0.0, ge=0)
+    """Time that the start waits for the first vLLM server."""
     max_batch: PositiveInt = 8
     """Answers that are written at once."""
     max_queue: NonNegativeInt | None = None
     """Answers that may wait beside them; None: four times `max_batch`."""
-    num_cache_tokens: NonNegativeInt | None = None
-    """Tokens whose keys and values are kept. Of the continuous backend: those of all prompts and
-    answers at once; None: 1024 for each of `max_batch`, or for one of the model's length up to
-    8192. Of the static one: of prompts and answers that have ended, for others that begin so; None:
-    2048, 0: none."""
+    prefix_cache_tokens: NonNegativeInt | None = None
+    """Local engine: tokens of finished requests in the prefix cache; None: 2048, 0: disabled."""
     num_workers: PositiveInt = 2
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
     """The longest that one item may take to be decoded."""
-    cache_bytes: NonNegativeInt = 256 * MIB
-    """Projected tokens that are kept for items that come again."""
+    media_cache_bytes: NonNegativeInt = 256 * MIB
+    """Media embeddings that are kept for items that come again."""
 
     default_max_tokens: PositiveInt = 512
     """The longest answer where a request names no `max_tokens`."""
@@ -106,20 +101,10 @@ class ServeSettings(BaseModel):
                 f"host {self.host} can be reached from other machines, which needs a key: give "
                 "--api-key, or listen on 127.0.0.1"
             )
-        if self.num_cache_tokens is not None and self.backend == "vllm":
+        if self.prefix_cache_tokens is not None and self.engine_urls:
             raise ValueError(
-                "num_cache_tokens is of an engine here, and those of the vllm backend are "
-                "elsewhere: leave out --cache-tokens"
-            )
-        if self.num_cache_tokens == 0 and self.backend == "continuous":
-            raise ValueError(
-                "num_cache_tokens is 0, but the continuous backend keeps every answer there: give "
-                "--cache-tokens 1 or more, or leave it out"
-            )
-        if bool(self.engine_urls) != (self.backend == "vllm"):
-            raise ValueError(
-                "engine_urls are of the vllm backend, which needs at least one: give --backend "
-                "vllm with --engine-url http://HOST:8000, or neither"
+                "prefix_cache_tokens is a setting of the local engine, and with --engine-url vLLM "
+                "servers keep their own prefix cache: leave out --prefix-cache-tokens"
             )
         check_engine_settings(self.engine_urls, self.engine_key)
         for key in self.api_keys:
@@ -151,7 +136,7 @@ class ServeSettings(BaseModel):
 
 
 def check_engine_settings(urls: tuple[str, ...], key: str | None) -> None:
-    """Raise ValueError for what cannot be addresses of engines, or their key."""
+    """Raise ValueError for invalid addresses or an invalid key of vLLM servers."""
     for url in urls:
         if not _ENGINE_URL.fullmatch(url):
             shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # a password is not repeated

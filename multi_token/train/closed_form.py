@@ -24,7 +24,7 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import mask_without_newlines
-from multi_token.recipe.train import AlignSpec
+from multi_token.recipe.train import ClosedFormSpec
 from multi_token.types import Conversation, Features, Media, Text
 
 
@@ -96,7 +96,7 @@ def fit_closed_form(
     name: str,
     items: Sequence[CaptionedItem],
     *,
-    spec: AlignSpec,
+    spec: ClosedFormSpec,
     batch_size: int = 32,
 ) -> int:
     """Fit the closed-form part of a projector; returns the number of items it was fitted on.
@@ -154,7 +154,7 @@ class _Targets:
         model: MultiTokenForConditionalGeneration,
         processor: MultiTokenProcessor,
         num_tokens: int,
-        spec: AlignSpec,
+        spec: ClosedFormSpec,
     ) -> None:
         self.spec = spec
         self.tokenizer = processor.tokenizer
@@ -177,7 +177,7 @@ class _Targets:
             if num_groups == 1:
                 filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
                 target = filled[: self.num_tokens]
-            elif self.spec.targets == "in_order":
+            elif self.spec.targets == "by_position":
                 # the token in the middle of the part of the caption that belongs to an embedding
                 middles = 2 * torch.arange(num_all) + 1
                 target = embeddings[middles * len(embeddings) // (2 * num_all)]

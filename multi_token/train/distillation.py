@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
-from multi_token.language_model.loading import adapter_parameters
+from multi_token.language_model.lora import adapter_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import DistillationSpec
 from multi_token.types import IGNORE_INDEX, Sample

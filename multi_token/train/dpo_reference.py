@@ -115,7 +115,7 @@ def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcess
     assert conversation.rejected is not None
     anything = [1] * len(conversation.media)
     chosen, rejected = (
-        len(processor.chat.tokenize(one, anything, learn_turns="last").input_ids)
+        len(processor.chat.tokenize(one, anything, train_on_turns="last").input_ids)
         for one in (conversation, conversation.rejected)
     )
     return rejected - chosen

@@ -18,13 +18,13 @@ from multi_token.registry import validate_fields
 
 
 def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
-    """All that `spec.start_from` has learned, as it is: projectors, encoders, the adapter, the
+    """All that `spec.init_from` has learned, as it is: projectors, encoders, the adapter, the
     language model.
 
     Returns the instances that were taken over. Raises RecipeError for a run with instances that the
     recipe lacks or describes otherwise, CheckpointError for one of another language model.
     """
-    run = spec.start_from
+    run = spec.init_from
     assert run is not None
     fields = read_config(run)
     folder = local_folder(run)
@@ -35,7 +35,7 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
     lacking = [name for name in names if name not in model.modalities]
     if lacking:
         raise RecipeError(
-            f"train.start_from: {run} has {', '.join(lacking)}, which the recipe lacks; add what "
+            f"train.init_from: {run} has {', '.join(lacking)}, which the recipe lacks; add what "
             "it has to `model.modalities`, under the same name"
         )
     described = absolutize(theirs.model_dump(mode="json"))["modalities"]
@@ -43,7 +43,7 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
         key = _difference(described[name], model.config.model["modalities"][name])
         if key is not None:
             raise RecipeError(
-                f"train.start_from: {name}.{key} is {_at(described[name], key)!r} in {run} and "
+                f"train.init_from: {name}.{key} is {_at(described[name], key)!r} in {run} and "
                 f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; a modality "
                 "that is taken over has the same settings"
             )
@@ -88,5 +88,5 @@ def _check_same_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSp
         if getattr(theirs, key) != getattr(spec.adapter, key):
             raise RecipeError(
                 f"train.adapter.{key} is {getattr(spec.adapter, key)}, but the adapter of "
-                f"{spec.start_from} has {getattr(theirs, key)} and goes on learning as it is"
+                f"{spec.init_from} has {getattr(theirs, key)} and goes on learning as it is"
             )

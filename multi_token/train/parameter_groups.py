@@ -12,7 +12,7 @@ from torch import nn
 
 from multi_token.encoders import trainable_parameters, unfreeze
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.loading import adapter_parameters
+from multi_token.language_model.lora import adapter_parameters
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.projectors.base import Projector
@@ -38,7 +38,7 @@ def parameter_groups(
 
     def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
         decay = weight_decay if pace.weight_decay is None else pace.weight_decay
-        groups.append(ParameterGroup(name, pace.rate, decay, parameters))
+        groups.append(ParameterGroup(name, pace.lr, decay, parameters))
 
     biases: list[nn.Parameter] = []
     # one group for all projectors, or one for each where the recipe names them
@@ -65,7 +65,7 @@ def parameter_groups(
         groups.append(
             # biases are vectors: a decay that the recipe gives this group is meant for them
             ParameterGroup(
-                "projector_biases", pace.rate, pace.weight_decay or 0.0, biases, decays_vectors=True
+                "projector_biases", pace.lr, pace.weight_decay or 0.0, biases, decays_vectors=True
             )
         )
     for group, (pace, parameters) in rest.items():
@@ -110,7 +110,7 @@ def trainable_encoders(
         elif (
             pace is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
         ):
-            found[name] = TrainableEncoder(rate=pace.rate, weight_decay=pace.weight_decay)
+            found[name] = TrainableEncoder(lr=pace.lr, weight_decay=pace.weight_decay)
     return found
 
 

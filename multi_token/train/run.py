@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml, config.json, *.safetensors, adapter/            the result (checkpoint/load.py)
     RUN/cache/*.safetensors, *.json                                  features of frozen encoders
-    RUN/stages/0-align, 1-<name>, ...                                each stage's own state
+    RUN/stages/0-closed-form, 1-<name>, ...                                each stage's own state
 
 Border: the order of the stages. Each step is somebody else's: data/, align.py, trainer.py.
 """
@@ -41,7 +41,7 @@ from multi_token.distributed import (
 )
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted, RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
@@ -131,14 +131,14 @@ def train(
     model = compose(recipe.model, max_tokens=recipe.data.max_tokens)
     move_to_device(model, arguments[0].device)
     apply_kernels(model.language_model, recipe.train, arguments[0].device)
-    start, taken = out / "stages" / "0-align", ()
+    start, taken = out / "stages" / "0-closed-form", ()
     begun = broadcast_from_main((start / _DONE).is_file)
     if begun:
         load_trained(model, start)
-    elif recipe.train.start_from is not None:
+    elif recipe.train.init_from is not None:
         taken = init_from_run(model, recipe.train)
         console.print(
-            f"{', '.join(taken)}: taken over from {recipe.train.start_from}", highlight=False
+            f"{', '.join(taken)}: taken over from {recipe.train.init_from}", highlight=False
         )
     console.print(*describe_parts(model), sep="\n", highlight=False)
     if recipe.train.fsdp is not None and num_processes() == 1:
@@ -151,6 +151,7 @@ def train(
     if recipe.data.stream is None:
         sources = [open_source(source, model, recipe, None) for source in recipe.data.train]
     else:
+        assert model.processor is not None
         streams = open_streams(
             model.processor, recipe, seed=arguments[0].data_seed or recipe.train.seed
         )
@@ -261,7 +262,7 @@ def _closed_form_stage(
     Those that were `taken` over are left as they are.
     """
     pairs = [pair for source in sources for pair in source.conversations()]
-    spec = recipe.train.align
+    spec = recipe.train.closed_form
     if spec is not None and spec.rows is not None:
         aligned = [open_source(source, model, recipe, cache) for source in spec.rows]
         if cache is not None:
@@ -342,7 +343,7 @@ def _run_stage(
         train_dataset=dataset if pairs is None else pairs,
         eval_dataset=held_out,
         peak_tflops=spec.peak_tflops,
-        teacher=stage.teacher,
+        teacher=stage.distillation,
         dpo=stage.dpo,
         print_fn=partial(console.print, highlight=False, markup=False),
         data_collator=_build_collator(collator, stage, packed=packing is not None),
@@ -398,7 +399,7 @@ def _run_stage(
 
 
 def _build_collator(collator: Collator, stage: Stage, *, packed: bool) -> Any:
-    if stage.teacher is not None:
+    if stage.distillation is not None:
         return DistillationCollator(collator, packed=packed)
     if stage.dpo is not None:
         return PreferenceCollator(collator)

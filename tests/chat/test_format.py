@@ -246,7 +246,7 @@ def test_one_of_several_templates_has_to_be_the_default() -> None:
 def test_only_the_last_answer_is_learned_where_that_is_asked_for(template: str) -> None:
     talk = conversation(3)
     every = ChatFormat(tiny_tokenizer(template)).tokenize(talk, [3, 2])
-    last = ChatFormat(tiny_tokenizer(template), learn_turns="last").tokenize(talk, [3, 2])
+    last = ChatFormat(tiny_tokenizer(template), train_on_turns="last").tokenize(talk, [3, 2])
     assert torch.equal(every.input_ids, last.input_ids)
     assert learned_runs(last.labels) == learned_runs(every.labels)[-1:]
 

@@ -90,7 +90,7 @@ def test_two_turns_inside_one_tag_are_told_apart() -> None:
     tokenizer = tiny_tokenizer()
     every = ChatFormat(tokenizer, template)
     assert learned(every, row) == f"{HEADER}1<|im_end|>{HEADER}2<|im_end|>"
-    last = ChatFormat(tokenizer, template, learn_turns="last")
+    last = ChatFormat(tokenizer, template, train_on_turns="last")
     assert learned(last, row) == f"{HEADER}2<|im_end|>"
 
 
@@ -280,14 +280,14 @@ def test_the_recipe_says_which_turns_training_learns(
 
     fields = recipe_fields(tmp_path)
     texts = {}
-    for learn_turns in ("all", "last"):
-        fields["model"]["learn_turns"] = learn_turns
+    for train_on_turns in ("all", "last"):
+        fields["model"]["train_on_turns"] = train_on_turns
         recipe = Recipe.model_validate(fields)
         model = compose(recipe.model)
         assert model.processor is not None
-        texts[learn_turns] = learned(model.processor.chat, TWO)
-        assert learned(build_processor(recipe).chat, TWO) == texts[learn_turns]
-        assert model.config.model["learn_turns"] == learn_turns
+        texts[train_on_turns] = learned(model.processor.chat, TWO)
+        assert learned(build_processor(recipe).chat, TWO) == texts[train_on_turns]
+        assert model.config.model["train_on_turns"] == train_on_turns
     assert texts == {"all": "1<|im_end|>2<|im_end|>", "last": "2<|im_end|>"}
 
 
@@ -301,6 +301,6 @@ def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_l
     fields = recipe_fields(tmp_path)
     row = talk(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", ""))
     assert build_processor(Recipe.model_validate(fields))(row).labels.max() > 0
-    fields["model"]["learn_turns"] = "last"
+    fields["model"]["train_on_turns"] = "last"
     with pytest.raises(RowError, match="nothing to learn"):
         build_processor(Recipe.model_validate(fields))(row)

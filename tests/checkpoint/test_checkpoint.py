@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint.load import compose, load, save
 from multi_token.errors import CheckpointError
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec
 from multi_token.testing import tiny_language_model

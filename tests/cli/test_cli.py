@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from multi_token.cli import REMOVED_COMMANDS, RENAMED_OPTIONS, CommandGroup
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -213,3 +216,38 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(recipe_file: Path, tmp_path: 
     assert "saved; the same command goes on from there" in " ".join(rest.split())
     again = command(*words[3:-1], "train.stages.0.args.max_steps=100")
     assert again.returncode == 0 and "going on from" in again.stderr
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(RENAMED_OPTIONS))
+def test_an_option_of_an_earlier_version_is_answered_with_the_new_one(
+    name: str, option: str
+) -> None:
+    app = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
+
+    @app.command(name)
+    def command(run: str, port: int = 8000) -> None: ...
+
+    @app.callback()
+    def root() -> None: ...
+
+    for words in ([option, "1"], [f"{option}=1"]):
+        result = CliRunner().invoke(app, [name, "RUN", *words])
+        assert result.exit_code == 2
+        assert RENAMED_OPTIONS[name, option] in " ".join(result.output.split())
+    unknown = CliRunner().invoke(app, [name, "RUN", "--prot", "1"])
+    assert "No such option" in unknown.output
+
+
+@pytest.mark.parametrize("name", sorted(REMOVED_COMMANDS))
+def test_a_command_of_an_earlier_version_is_answered_with_what_to_run(name: str) -> None:
+    app = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
+
+    @app.command("serve")
+    def command() -> None: ...
+
+    @app.callback()
+    def root() -> None: ...
+
+    result = CliRunner().invoke(app, [name, "serve"])
+    assert result.exit_code == 2
+    assert REMOVED_COMMANDS[name] in " ".join(result.output.split())

@@ -93,7 +93,7 @@ def test_training_reads_no_media_of_rows_that_were_checked(
         before = path.stat()
         path.write_bytes(b"x" * before.st_size)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    fields = recipe_fields(tmp_path / "run", align=None, calibration_items=1)
+    fields = recipe_fields(tmp_path / "run", closed_form=None, calibration_items=1)
     fields["data"]["train"] = [{"rows": str(rows)}]
     console = Console(record=True, width=300, file=io.StringIO())
     with pytest.raises(MultiTokenError, match="red|blue"):

@@ -85,7 +85,9 @@ def test_without_a_folder_features_go_where_the_recipe_says(
 def test_captioned_and_held_out_rows_are_encoded_too_and_unreadable_items_are_named_with_code_1(
     recipe_fields: Fields, tmp_path: Path, data: Path
 ) -> None:
-    fields = recipe_fields(tmp_path / "run", align={"rows": [{"rows": str(data / "rows.jsonl")}]})
+    fields = recipe_fields(
+        tmp_path / "run", closed_form={"rows": [{"rows": str(data / "rows.jsonl")}]}
+    )
     rows = tmp_path / "rows.json"
     messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "no"}]
     rows.write_text(json.dumps([{"id": "lost", "images": ["gone.png"], "messages": messages}]))
@@ -127,7 +129,7 @@ def test_encoders_that_a_run_has_trained_are_those_of_the_recipe_that_starts_fro
     train(Recipe.model_validate(recipe_fields(tmp_path / "first", stages=[stage])))
     cache = {"path": str(tmp_path / "features")}
     plain = recipe_fields(tmp_path / "plain", feature_cache=cache)
-    trained = recipe_fields(tmp_path / "on", start_from=str(tmp_path / "first"))
+    trained = recipe_fields(tmp_path / "on", init_from=str(tmp_path / "first"))
     trained["train"]["feature_cache"] = cache
     assert "4 encoded" in encode(saved(plain, tmp_path / "plain.yaml")).output
     assert "4 encoded" in encode(saved(trained, tmp_path / "trained.yaml")).output

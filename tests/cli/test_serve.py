@@ -95,7 +95,7 @@ def test_a_second_signal_aborts(run: Path) -> None:
         (["--host", "0.0.0.0"], "needs a key"),
         (["--api-key", "short"], "a key has"),
         (["--max-batch", "0"], "max_batch"),
-        (["--backend", "magic"], "backend"),
+        (["--engine-url", "ftp://a:1"], "should be http://HOST:PORT"),
         (["--api-key-file", "nothing-here"], "expected a file with a key a line"),
     ],
 )
@@ -167,6 +167,6 @@ def test_keys_come_from_option_file_and_environment(
 
 def test_options_become_settings() -> None:
     settings = _settings(name="x", max_batch=3, max_queue=None)
-    assert settings.max_waiting == 12 and settings.backend == "static"
+    assert settings.max_waiting == 12 and settings.engine_urls == ()
     with pytest.raises(MultiTokenError, match=r"^name 'a b'"):
         _settings(name="a b")

@@ -16,7 +16,7 @@ from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.merge import merge
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec
 

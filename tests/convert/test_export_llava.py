@@ -22,7 +22,7 @@ from multi_token.convert.llava import import_llava
 from multi_token.encoders import attach_lora, trainable_parameters
 from multi_token.errors import ConvertError
 from multi_token.generate import collate_prompts, eos_token_ids, require_processor, single_question
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import AdapterSpec, TrainableEncoder
 from multi_token.registry import validate_fields
@@ -119,7 +119,7 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     assert model.generate([question], max_new_tokens=8) == [answer.strip()]
 
 
-@pytest.mark.parametrize("learned", [{"rate": 1e-5}, {"rate": 1e-4, "lora": {"r": 2}}], ids=str)
+@pytest.mark.parametrize("learned", [{"lr": 1e-5}, {"lr": 1e-4, "lora": {"r": 2}}], ids=str)
 @torch.no_grad()
 def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
     parts: Path, tmp_path: Path, learned: dict[str, Any]
@@ -185,7 +185,7 @@ def test_a_closed_form_part_and_a_second_sense_are_refused(
 ) -> None:
     fitted = composed(parts)
     fitted.projector("photo").add_closed_form()
-    with pytest.raises(ConvertError, match="closed-form part .*align: null"):
+    with pytest.raises(ConvertError, match="closed-form part .*closed_form: null"):
         export_llava(fitted, tmp_path / "out")
     with pytest.raises(ConvertError, match=r"has image \(image\), vector \(vector\)"):
         export_llava(model, tmp_path / "out")

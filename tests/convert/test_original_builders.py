@@ -17,7 +17,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, b in BUILDERS.items():
-        here = f"`{b.sense}`" + ("" if b.fields is not None else ", refused")
+        here = f"`{b.modality_type}`" + ("" if b.fields is not None else ", refused")
         cells = [f"`{name}`", f"`<{b.name}>`", f"`{b.rows_key}`", f"`{b.encoder}`", b.features]
         cells += [str(b.in_dim), f"`{b.projector}`", str(b.num_tokens), here]
         rows.append(f"| {' | '.join(cells)} |")
@@ -33,7 +33,7 @@ def test_each_builder_that_is_here_has_fields_that_its_modality_takes() -> None:
     for builder in BUILDERS.values():
         if builder.fields is None:
             continue
-        cls = resolve("modality", builder.sense)
+        cls = resolve("modality", builder.modality_type)
         modality = cls(
             encoder=builder.encoder, projector=builder.projector_fields, **builder.fields
         )

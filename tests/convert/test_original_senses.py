@@ -152,7 +152,7 @@ def test_rows_of_the_original_are_read_as_they_are(
     known: dict[str, tuple[str, Any, Feature]], tmp_path: Path, name: str
 ) -> None:
     builder = BUILDERS[name]
-    modality = resolve("modality", builder.sense)(
+    modality = resolve("modality", builder.modality_type)(
         encoder=known[name][0], projector=builder.projector_fields, **(builder.fields or {})
     )
     write_tone(tmp_path / "tone.wav", 0.5, 16_000)

@@ -18,7 +18,7 @@ from multi_token.checkpoint.load import compose, load, save
 from multi_token.convert.export import export
 from multi_token.convert.push import push
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable, TrainableEncoder
 from multi_token.train.parameter_groups import freeze_and_unfreeze
@@ -61,7 +61,9 @@ def test_a_dry_run_writes_the_card_and_lists_the_result_alone(run: Path) -> None
 
 def test_trained_encoders_go_up_with_the_run(run: Path) -> None:
     model = load(run)
-    freeze_and_unfreeze(model, Trainable(encoders={"image": TrainableEncoder(rate=1e-5, last=1)}))
+    freeze_and_unfreeze(
+        model, Trainable(encoders={"image": TrainableEncoder(lr=1e-5, last_layers=1)})
+    )
     save(model, run)
     files = push(run, "ada/seer", dry_run=True)
     assert files["encoders.safetensors"] == (run / "encoders.safetensors").stat().st_size > 10_000

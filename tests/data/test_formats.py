@@ -256,7 +256,7 @@ def test_each_item_gets_the_text_that_says_the_same_in_reading_order() -> None:
     row = {
         "images": ["a", "b"],
         "left_camera": "c",
-        "surrogates": {"vector": None, "image": ["first", None], "left_camera": "front"},
+        "media_texts": {"vector": None, "image": ["first", None], "left_camera": "front"},
         "messages": turns("<image><left_camera><image>"),
     }
     assert read(row).media == (
@@ -267,13 +267,13 @@ def test_each_item_gets_the_text_that_says_the_same_in_reading_order() -> None:
 
 
 def test_a_row_without_such_texts_or_with_a_null_column_of_them_has_none() -> None:
-    row = {"images": ["a"], "surrogates": None, "messages": turns("<image>")}
+    row = {"images": ["a"], "media_texts": None, "messages": turns("<image>")}
     assert read(row).media == (Media("image", "a"),)
 
 
 @pytest.mark.parametrize("texts", [[], ["a"], ["a", "b", "c"], "a"])
 def test_as_many_texts_as_items_are_asked_for(texts: Any) -> None:
-    row = {"images": ["1", "2"], "surrogates": {"image": texts}, "messages": turns("<image>" * 2)}
+    row = {"images": ["1", "2"], "media_texts": {"image": texts}, "messages": turns("<image>" * 2)}
     message = refusal(row, "item_count")
     assert f"{len(texts)} texts under 'image', but the row has 2 items" in message
 
@@ -281,14 +281,14 @@ def test_as_many_texts_as_items_are_asked_for(texts: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["a"], "`surrogates` is a list, expected an object"),
+        (["a"], "`media_texts` is a list, expected an object"),
         ({"image": 3}, "a number under 'image', expected a list of texts"),
         ({"image": [3]}, "a list under 'image', expected a list of texts"),
         ({"audio": ["a"]}, "under one of image, image_left, left_camera, vector"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(given: Any, sentence: str) -> None:
-    row = {"images": ["1"], "surrogates": given, "messages": turns("<image>")}
+    row = {"images": ["1"], "media_texts": given, "messages": turns("<image>")}
     assert sentence in refusal(row)
 
 
@@ -365,6 +365,7 @@ def test_a_row_of_no_shape_names_its_fields_and_the_three_shapes() -> None:
         ),
         ({"image": "a", "images": ["b"], "messages": turns("<image>")}, "both `image` and"),
         ({"images": [None], "messages": turns("<image>")}, "item 0 of `images` is empty"),
+        ({"surrogates": {}, "messages": turns("x")}, "`surrogates` is now called `media_texts`"),
         (
             {"image": {"bytes": None, "path": None}, "messages": turns("<image>")},
             "item 0 of `image` is empty",

@@ -112,7 +112,7 @@ def test_another_way_of_reading_knows_nothing(
     look(folder, processor)
     others = [replace(processor, max_tokens=7), replace(processor, distillation="optional")]
     for change in (
-        {"model": {"learn_turns": "last"}},
+        {"model": {"train_on_turns": "last"}},
         {"model": {"chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"}},
         {"factor": 4},
     ):

@@ -103,7 +103,7 @@ def fields_of(recipe_fields: Fields, native: str, tmp_path: Path) -> Fields:
         common = {"per_device_train_batch_size": 2, "use_cpu": True, "logging_steps": 1}
         made = recipe_fields(
             tmp_path / name,
-            align=None,
+            closed_form=None,
             calibration_items=1,
             args={**common, "report_to": [], **(args or {})},
             **more,
@@ -237,7 +237,7 @@ def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes
 @pytest.mark.slow
 def test_what_is_decoded_before_training_names_its_row_too(fields_of: Fields) -> None:
     fields = fields_of("run", "headers", damaged=6)
-    fields["train"] |= {"align": {}, "calibration_items": 8}
+    fields["train"] |= {"closed_form": {}, "calibration_items": 8}
     with pytest.raises(RowError, match=r"^row row 6: image: 6\.jpg .* is truncated"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 

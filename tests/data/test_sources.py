@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_remembers_its_rows_and_a_bad_one_is_still_refused(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "rows")
-    fields = recipe_fields(tmp_path / "run", align=None, calibration_items=1)
+    fields = recipe_fields(tmp_path / "run", closed_form=None, calibration_items=1)
     fields["data"]["train"] = [{"rows": str(tmp_path / "rows" / "rows.jsonl")}]
     quiet = Console(quiet=True)
     for _ in range(2):

@@ -37,7 +37,7 @@ def seeing(recipe_fields: Fields, tmp_path_factory: pytest.TempPathFactory) -> t
     learn = {"projectors": 1e-2, "adapter": 2e-2}
     args = {"max_steps": 25, "per_device_train_batch_size": 4}
     stages = [{"name": "adapter", "learn": learn, "args": args}]
-    fields = recipe_fields(out, stages=stages, align=None)
+    fields = recipe_fields(out, stages=stages, closed_form=None)
     return train(Recipe.model_validate(fields), console=Console(quiet=True)), out
 
 

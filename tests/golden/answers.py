@@ -99,16 +99,15 @@ def generated_together(model: Any, material: Path) -> dict[str, str]:
     return dict(zip(QUESTIONS, model.generate(rows, max_new_tokens=NUM_NEW), strict=True))
 
 
-def engine_answers(model: Any, material: Path, kind: str) -> dict[str, list[int]]:
-    """Question -> ids by an engine of this process, static or continuous, all asked at once."""
+def engine_answers(model: Any, material: Path) -> dict[str, list[int]]:
+    """Question -> ids by the local engine, all asked at once."""
     import torch
 
     from multi_token.generate import drop_last_answer, require_processor
     from multi_token.serve.engines.base import Prompt, SamplingParams, TokenEvent
-    from multi_token.serve.engines.continuous import ContinuousEngine
     from multi_token.serve.engines.local.engine import LocalEngine
 
-    engine: Any = {"static": LocalEngine, "continuous": ContinuousEngine}[kind](model)
+    engine = LocalEngine(model)
     ids: dict[str, list[int]] = {name: [] for name in QUESTIONS}
     ends: dict[str, list[Any]] = {name: [] for name in QUESTIONS}
     all_ended = {name: threading.Event() for name in QUESTIONS}

@@ -55,10 +55,10 @@ ONE_PICTURE = [
 ]
 """Several questions about one picture."""
 
-SURROGATES = [
+MEDIA_TEXTS = [
     {
         **asked(f"What is this?\n<image>\nSay it {'very ' * number}well.", f"a {name} one", name),
-        "surrogates": {"image": [f"a picture of {name}"]},
+        "media_texts": {"image": [f"a picture of {name}"]},
     }
     for number, name in enumerate(COLOURS)
 ]
@@ -73,7 +73,7 @@ PAIRS = [
 ]
 """Rows with two answers, one of which is preferred."""
 
-ROWS = {"naming": NAMING, "one_picture": ONE_PICTURE, "surrogates": SURROGATES, "pairs": PAIRS}
+ROWS = {"naming": NAMING, "one_picture": ONE_PICTURE, "media_texts": MEDIA_TEXTS, "pairs": PAIRS}
 
 
 def build(folder: Path) -> None:

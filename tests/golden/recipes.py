@@ -86,7 +86,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "full": (FULL, {}),
     "dpo": (ADAPTER, {"rows": "pairs", "stage": {"dpo": {}}}),
-    "teacher": (PROJECTORS, {"rows": "surrogates", "stage": {"teacher": {"weight": 0.5}}}),
+    "distillation": (
+        PROJECTORS,
+        {"rows": "media_texts", "stage": {"distillation": {"weight": 0.5}}},
+    ),
     "stream": (
         ADAPTER,
         {"data": {"stream": {"window": 4}, "max_tokens": 120}, "calibration_items": 8},

@@ -5,8 +5,6 @@ Border: greedy answers of a tiny model that has learned its rows by heart.
 
 from __future__ import annotations
 
-import pytest
-
 from tests.golden import answers
 from tests.golden.bench import Bench
 from tests.golden.record import generated, model_of, read, served
@@ -25,10 +23,9 @@ def test_a_padded_batch_answers_as_each_alone(bench: Bench) -> None:
     assert answers.generated_together(model_of(bench), bench.material) == alone
 
 
-@pytest.mark.parametrize("kind", ["static", "continuous"])
-def test_an_engine_answers_with_the_ids_recorded(bench: Bench, kind: str) -> None:
+def test_the_local_engine_answers_with_the_ids_recorded(bench: Bench) -> None:
     recorded = {name: answer["ids"] for name, answer in read("answers").items()}
-    assert answers.engine_answers(model_of(bench), bench.material, kind) == recorded
+    assert answers.engine_answers(model_of(bench), bench.material) == recorded
 
 
 def test_the_server_answers_with_the_texts_and_lengths_recorded(bench: Bench) -> None:

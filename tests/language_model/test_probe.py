@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tex
 
 from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable, probe
 from multi_token.recipe.train import AdapterSpec
 from multi_token.types import MediaSpan, Sample

@@ -55,7 +55,7 @@ MIXED = [
 def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
     """A model whose projectors and LoRA learn, with pictures and vectors."""
     from multi_token.checkpoint.load import compose
-    from multi_token.language_model.loading import adapter_parameters, attach_adapter
+    from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.recipe.recipe import Recipe
 
     fields = recipe_fields(tmp_path)

@@ -20,7 +20,7 @@ from multi_token.collate import Collator
 from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.language_model.forward import per_layer_inputs
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.recipe.recipe import ModelSpec
 from multi_token.recipe.train import AdapterSpec, Trainable

@@ -18,9 +18,9 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.anyres import best_grid, reading_order
 from multi_token.modalities.image import ImageModality
-from multi_token.projectors.base import Linear
+from multi_token.projectors.kinds import Linear
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AlignSpec
+from multi_token.recipe.train import ClosedFormSpec
 from multi_token.registry import validate_fields
 from multi_token.testing import tiny_image_encoder
 from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
@@ -172,7 +172,9 @@ def test_the_statistics_and_the_closed_form_see_features_and_no_line_ends(
             assert float(kind.square().mean().sqrt()) == pytest.approx(rms, rel=1e-4)
 
         captions = list(captioned_items((row, processor) for row in rows))
-        assert fit_closed_form(model, "image", captions, spec=AlignSpec(penalty=1.0)) == len(rows)
+        assert fit_closed_form(model, "image", captions, spec=ClosedFormSpec(penalty=1.0)) == len(
+            rows
+        )
         closed_form = projector.closed_form
         assert closed_form is not None
         # all captions are alike: the fit is that caption's embedding, wherever there is a feature
@@ -190,7 +192,7 @@ def test_line_ends_are_learned_saved_and_kept_in_the_cache(
     lasts = {}
     for name, cached in (("plain", False), ("cached", True)):
         train(Recipe.model_validate(fields(tmp_path / name, feature_cache=cached)))
-        start = load_file(tmp_path / name / "stages" / "0-align" / "projectors.safetensors")
+        start = load_file(tmp_path / name / "stages" / "0-closed-form" / "projectors.safetensors")
         lasts[name] = load_file(tmp_path / name / "projectors.safetensors")
         moved = (lasts[name]["image.line_break"] - start["image.line_break"]).abs()
         assert float(moved.max()) > 1e-3

@@ -9,15 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from multi_token.errors import MultiTokenError
-from multi_token.projectors.base import (
-    Expand,
-    Linear,
-    Mlp,
-    PixelShuffle,
-    Pool,
-    ProjectorSpec,
-    Stack,
-)
+from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
 from multi_token.types import Features
 
 SPECS: list[ProjectorSpec] = [

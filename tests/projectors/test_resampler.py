@@ -17,7 +17,7 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.projectors.resampler import Resample
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AlignSpec
+from multi_token.recipe.train import ClosedFormSpec
 from multi_token.registry import build
 from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
@@ -148,7 +148,7 @@ def test_stage_zero_fits_its_tokens_to_the_caption_s_embeddings(
     rms = float(projector(padded(values)).detach().square().mean().sqrt())
     assert rms == pytest.approx(embedding_rms(model.language_model), rel=1e-4)
 
-    fit_closed_form(model, "sense", items, spec=AlignSpec(penalty=1e-4))
+    fit_closed_form(model, "sense", items, spec=ClosedFormSpec(penalty=1e-4))
     embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = tokenizer(" ").input_ids[-1:]
     for word, value in zip(words, values[:4], strict=True):

@@ -13,7 +13,7 @@ from multi_token import registry
 from multi_token.errors import RecipeError, RegistryError
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
-from multi_token.projectors.base import Expand, Mlp
+from multi_token.projectors.kinds import Expand, Mlp
 from multi_token.recipe.recipe import Recipe, load_recipe, parse_recipe
 from multi_token.recipe.train import FeatureCacheSpec, LearningRate, LoraSpec, TrainableEncoder
 
@@ -44,14 +44,14 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
             "train.stages.0.args.max_steps=7",
             "train.args.weight_decay=1e-3",
             "train.seed=5",
-            "train.align=null",
+            "train.closed_form=null",
             "model.modalities.image.projector={type: mlp}",
         ],
     )
     assert recipe.train.stages[0].args["max_steps"] == 7
     assert recipe.train.args["weight_decay"] == 0.001
     assert recipe.train.seed == 5
-    assert recipe.train.align is None
+    assert recipe.train.closed_form is None
     assert recipe.model.modalities["image"].projector == Mlp()
 
 
@@ -61,7 +61,7 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.sed=1", "unknown key 'train.sed': did you mean 'seed'"),
         ("dta.train=[]", "unknown key 'dta': did you mean 'data'"),
         ("data.max_token=4", "unknown key 'data.max_token': did you mean 'max_tokens'"),
-        ("train.align.penalti=1", "'train.align.penalti': did you mean 'penalty'"),
+        ("train.closed_form.penalti=1", "'train.closed_form.penalti': did you mean 'penalty'"),
         ("train.stages.0.learn.projector=1", "did you mean 'projectors'"),
         ("model.modalities.image.featurs=cls", "unknown key 'featurs': did you mean 'features'"),
         ("model.modalities.image.projector.facto=2", "unknown key 'facto': did you mean 'factor'"),
@@ -76,18 +76,30 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.stages.0.learn.projectors={imge: 1e-5}", "`projectors` of 'imge'.*mean 'image'"),
         ("train.stages.0.learn.projectors={}", "must learn something"),
         ("train.stages.0.learn.projectors={image: 0}", "greater than 0"),
-        ("train.stages.0.learn.encoders={image: -1}", "'train.*encoders.image.rate': .*than 0"),
-        ("train.stages.0.learn.encoders={image: {last: 1}}", "encoders.image.rate' is required"),
-        ("train.stages.0.learn.encoders={image: {rate: 1, last: 0}}", "image.last': .*equal to 1"),
-        ("train.stages.0.learn.encoders={image: {rate: 1, lst: 1}}", "did you mean 'last'"),
-        ("train.stages.0.learn.encoders={image: {rate: 1, lora: {r: 2}, last: 1}}", "exclude each"),
-        ("train.stages.0.learn.projectors={rate: 0}", "projectors.all.rate': .*greater than 0"),
-        ("train.stages.0.learn.projectors={rate: 1, decay: 1}", "unknown key .*'weight_decay'"),
-        ("train.stages.0.learn.adapter={weight_decay: 1}", "adapter.rate' is required"),
-        ("train.stages.0.learn.adapter={rate: 1, weight_decay: -1}", "or equal to 0"),
+        ("train.stages.0.learn.encoders={image: -1}", "'train.*encoders.image.lr': .*than 0"),
+        (
+            "train.stages.0.learn.encoders={image: {last_layers: 1}}",
+            "encoders.image.lr' is required",
+        ),
+        (
+            "train.stages.0.learn.encoders={image: {lr: 1, last_layers: 0}}",
+            "image.last_layers': .*equal to 1",
+        ),
+        (
+            "train.stages.0.learn.encoders={image: {lr: 1, last_layer: 1}}",
+            "did you mean 'last_layers'",
+        ),
+        (
+            "train.stages.0.learn.encoders={image: {lr: 1, lora: {r: 2}, last_layers: 1}}",
+            "exclude each",
+        ),
+        ("train.stages.0.learn.projectors={lr: 0}", "projectors.all.lr': .*greater than 0"),
+        ("train.stages.0.learn.projectors={lr: 1, decay: 1}", "unknown key .*'weight_decay'"),
+        ("train.stages.0.learn.adapter={weight_decay: 1}", "adapter.lr' is required"),
+        ("train.stages.0.learn.adapter={lr: 1, weight_decay: -1}", "or equal to 0"),
         ("train.stages.0.learn={adapter: 1, language_model: 1}", "exclude each other"),
-        ("model.modalities.rate={type: vector, dim: 2}", "'rate' cannot name a modality"),
-        ("train.start_from=RUN", "the run's own `output_dir`"),
+        ("model.modalities.lr={type: vector, dim: 2}", "'lr' cannot name a modality"),
+        ("train.init_from=RUN", "the run's own `output_dir`"),
     ],
 )
 def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentence: str) -> None:
@@ -99,9 +111,9 @@ def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentenc
 def test_an_encoder_learns_by_a_rate_alone_by_its_last_layers_or_by_lora(text: str) -> None:
     learn = "train.stages.0.learn.encoders"
     for value, expected in (
-        ("2.0e-6", TrainableEncoder(rate=2e-6)),
-        ("{rate: 2e-6, last: 2}", TrainableEncoder(rate=2e-6, last=2)),
-        ("{rate: 1e-4, lora: {r: 8}}", TrainableEncoder(rate=1e-4, lora=LoraSpec(r=8))),
+        ("2.0e-6", TrainableEncoder(lr=2e-6)),
+        ("{lr: 2e-6, last_layers: 2}", TrainableEncoder(lr=2e-6, last_layers=2)),
+        ("{lr: 1e-4, lora: {r: 8}}", TrainableEncoder(lr=1e-4, lora=LoraSpec(r=8))),
     ):
         recipe = parse_recipe(text, [f"{learn}={{image: {value}}}"])
         assert recipe.train.stages[0].learn.encoders == {"image": expected}
@@ -138,12 +150,12 @@ def test_the_feature_cache_is_a_word_or_a_section(text: str) -> None:
 
 def test_lora_on_an_encoder_is_the_same_in_all_stages_or_refused(text: str) -> None:
     stages = [
-        {"name": "a", "learn": {"encoders": {"image": {"rate": 1e-4, "lora": {"r": 8}}}}},
+        {"name": "a", "learn": {"encoders": {"image": {"lr": 1e-4, "lora": {"r": 8}}}}},
         {"name": "b", "learn": {"projectors": 1e-4}},
-        {"name": "c", "learn": {"encoders": {"image": {"rate": 1e-5, "lora": {"r": 8}}}}},
+        {"name": "c", "learn": {"encoders": {"image": {"lr": 1e-5, "lora": {"r": 8}}}}},
     ]
     parse_recipe(text, [f"train.stages={stages}"])
-    for other in ({"rate": 1e-5, "lora": {"r": 4}}, {"rate": 1e-5, "last": 1}, 1e-5):
+    for other in ({"lr": 1e-5, "lora": {"r": 4}}, {"lr": 1e-5, "last_layers": 1}, 1e-5):
         stages[2]["learn"] = {"encoders": {"image": other}}
         with pytest.raises(RecipeError, match="'image' learns by other means in stage 'c'"):
             parse_recipe(text, [f"train.stages={stages}"])
@@ -190,24 +202,26 @@ def test_packing_is_a_word_or_a_section_and_its_budgets_need_it(text: str) -> No
 
 @pytest.mark.parametrize("key", ["share_media", "share_prefix"])
 def test_keys_that_packing_replaced_are_answered_with_the_new_form(text: str, key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"`{key}` is now `packing: {{share: true}}`"):
+    with pytest.raises(
+        RecipeError, match=rf"`train.{key}` is now called `packing: {{share: true}}`"
+    ):
         parse_recipe(text, [f"train.{key}=true"])
 
 
 def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
     for part in ("projectors", "adapter", "language_model"):
         for value, expected in (
-            ("1e-3", LearningRate(rate=1e-3)),
-            ("{rate: 1e-3, weight_decay: 0.1}", LearningRate(rate=1e-3, weight_decay=0.1)),
+            ("1e-3", LearningRate(lr=1e-3)),
+            ("{lr: 1e-3, weight_decay: 0.1}", LearningRate(lr=1e-3, weight_decay=0.1)),
         ):
             recipe = parse_recipe(text, [f"train.stages.0.learn={{{part}: {value}}}"])
             assert getattr(recipe.train.stages[0].learn, part) == expected
             assert parse_recipe(yaml.safe_dump(recipe.model_dump(mode="json"))) == recipe
-    own = "{image: {rate: 1, weight_decay: 2}}"
+    own = "{image: {lr: 1, weight_decay: 2}}"
     some = parse_recipe(text, [f"train.stages.0.learn.projectors={own}"])
     learn = some.train.stages[0].learn
-    assert learn.projectors == {"image": LearningRate(rate=1, weight_decay=2)}
-    assert learn.projector("image") == LearningRate(rate=1, weight_decay=2)
+    assert learn.projectors == {"image": LearningRate(lr=1, weight_decay=2)}
+    assert learn.projector("image") == LearningRate(lr=1, weight_decay=2)
     assert parse_recipe(yaml.safe_dump(some.model_dump(mode="json"))) == some
 
 

@@ -127,7 +127,7 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 
 @pytest.fixture
-def start_static() -> Iterator[Callable[..., Any]]:
+def start_local() -> Iterator[Callable[..., Any]]:
     """Builds and starts static engines, all of which are stopped at the end."""
     from multi_token.serve.engines.local.engine import LocalEngine
     from tests.serve.engine_parts import engines

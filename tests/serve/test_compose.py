@@ -112,8 +112,7 @@ def test_every_flag_of_the_gateway_is_one_of_ours(gateway: dict[str, Any]) -> No
     ServeSettings(
         host=option(words, "--host")[0],
         port=int(option(words, "--port")[0]),
-        backend=option(words, "--backend")[0],  # type: ignore[arg-type]
-        engine_urls=tuple(option(words, "--engine-url")),  # type: ignore[call-arg]
+        engine_urls=tuple(option(words, "--engine-url")),
         max_batch=int(option(words, "--max-batch")[0]),
         shutdown_timeout_s=float(option(words, "--shutdown-timeout")[0]),
         api_keys=("sk-gateway-key",),

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.client_load import request_messages
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
-from multi_token.serve.row_parts import bytes_of, question_of, request_messages
+from multi_token.serve.row_parts import bytes_of, question_of
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.running_server import b64, npy, png
 

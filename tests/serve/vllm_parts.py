@@ -17,7 +17,7 @@ from multi_token.serve.engines.vllm.engine import VllmEngine
 from multi_token.serve.engines.vllm.golden import GoldenRequest
 from tests.serve.vllm_stand_in import StandIn
 
-LOOK_S = 0.05
+HEALTH_INTERVAL_S = 0.05
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def golden_of(model: Any, num_new: int = 6) -> GoldenRequest:
 @contextmanager
 def started(model: Any, *stand_ins: StandIn, **options: Any) -> Iterator[VllmEngine]:
     """A running engine before some stand-ins, which end with it."""
-    fields = {"health_interval_s": LOOK_S, **options}
+    fields = {"health_interval_s": HEALTH_INTERVAL_S, **options}
     engine = VllmEngine(model, golden_of(model), [s.url for s in stand_ins], **fields)
     try:
         engine.start()
@@ -61,7 +61,11 @@ class VllmWithStandIn(VllmEngine):
         """`max_batch`: prompts that the stand-in answers at once."""
         self.stand_in = StandIn(model.language_model, max_num_seqs=max_batch)
         super().__init__(
-            model, golden_of(model), [self.stand_in.url], max_tokens=max_tokens, look_s=LOOK_S
+            model,
+            golden_of(model),
+            [self.stand_in.url],
+            max_tokens=max_tokens,
+            health_interval_s=HEALTH_INTERVAL_S,
         )
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorEncoder, VectorModality
-from multi_token.projectors.base import Linear, Stack
+from multi_token.projectors.kinds import Linear, Stack
 from multi_token.testing import (
     Result,
     assert_conforms,

@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "use_dora": True},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
 }
-LEARN = {"projectors": 1e-2, "adapter": {"rate": 2e-2, "weight_decay": 0.01}}
+LEARN = {"projectors": 1e-2, "adapter": {"lr": 2e-2, "weight_decay": 0.01}}
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -88,7 +88,7 @@ def test_an_adapter_of_another_kind_is_not_taken_over(
 ) -> None:
     trained(fields_of(recipe_fields, tmp_path / "dora", KINDS["dora"]))
     fields = fields_of(recipe_fields, tmp_path / "lora", {"r": 4})
-    fields["train"]["start_from"] = str(tmp_path / "dora")
+    fields["train"]["init_from"] = str(tmp_path / "dora")
     with pytest.raises(RecipeError, match=r"train\.adapter\.use_dora is False, but .* has True"):
         trained(fields)
 

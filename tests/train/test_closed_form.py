@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from multi_token.checkpoint.load import compose
 from multi_token.language_model.loading import embedding_rms
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import AlignSpec
+from multi_token.recipe.train import ClosedFormSpec
 from multi_token.train.closed_form import CaptionedItem, calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
 
@@ -54,7 +54,10 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
     conversations = examples(model)
     items = list(captioned_items(conversations))
     calibrate(model, "vector", [(i.item, i.processor) for i in items])
-    assert fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=2.0), batch_size=7) == 40
+    assert (
+        fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=2.0), batch_size=7)
+        == 40
+    )
 
     values = torch.tensor(np.concatenate([i.item.source for i in items]))
     x = (values - values.mean(0)) / values.std(0, correction=0)
@@ -80,14 +83,14 @@ def test_every_kind_can_be_aligned_and_its_network_starts_silent(
     model = model_with(recipe_fields, tmp_path, kind)
     items = list(captioned_items(examples(model, length=4)))
     calibrate(model, "vector", [(i.item, i.processor) for i in items])
-    fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=1.0))
+    fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=1.0))
     projector = model.projector("vector")
     groups, _ = projector.arrange(Features(torch.randn(2, 4, 5)))
     assert not projector.network(groups).any()
     assert projector.closed_form.weight.any()
 
 
-@pytest.mark.parametrize("targets", ["mean", "in_order"])
+@pytest.mark.parametrize("targets", ["mean", "by_position"])
 def test_many_features_aim_at_the_mean_of_the_caption_or_go_through_it_in_order(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, targets: Any
 ) -> None:
@@ -97,11 +100,11 @@ def test_many_features_aim_at_the_mean_of_the_caption_or_go_through_it_in_order(
     user = Message("user", (Text("What is "), Media("vector", values)))
     answer = Message("assistant", (Text("cat dog"),))
     items = list(captioned_items([(Conversation((user, answer)), model.processor)] * 8))
-    fit_closed_form(model, "vector", items, spec=AlignSpec(penalty=1e-6, targets=targets))
+    fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=1e-6, targets=targets))
     embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     expected = embed(torch.tensor(tokenizer(" cat dog").input_ids)).detach()
     assert len(expected) == 3
-    halves = expected[[0, 2]] if targets == "in_order" else expected.mean(0)
+    halves = expected[[0, 2]] if targets == "by_position" else expected.mean(0)
     tokens = model.projector("vector")(Features(torch.tensor(values)[None].float()))
     torch.testing.assert_close(tokens, halves.expand(2, -1), atol=1e-4, rtol=0)
 
@@ -156,7 +159,7 @@ def test_statistics_are_those_of_all_real_features_however_they_are_batched(
 def test_nothing_is_fitted_to_nothing(model: Any) -> None:
     before = {k: v.clone() for k, v in model.projector("vector").state_dict().items()}
     assert calibrate(model, "vector", []) == 0
-    assert fit_closed_form(model, "vector", [], spec=AlignSpec()) == 0
+    assert fit_closed_form(model, "vector", [], spec=ClosedFormSpec()) == 0
     after = model.projector("vector").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
@@ -172,7 +175,7 @@ def test_one_item_is_brought_to_its_caption_without_special_tokens(
     assert tokenizer(" cat").input_ids == [tokenizer.bos_token_id, *expected]
     item = Media("vector", [1.0, 2.0, 3.0, 4.0, 5.0])
     captions = [CaptionedItem(item, "cat", model.processor)]
-    assert fit_closed_form(model, "vector", captions, spec=AlignSpec()) == 1
+    assert fit_closed_form(model, "vector", captions, spec=ClosedFormSpec()) == 1
     tokens = model.projector("vector")(Features(torch.tensor([[item.source]])))
     space = tokenizer(" ", add_special_tokens=False).input_ids[-1:]
     aimed = model.get_input_embeddings()(torch.tensor((expected + space)[:2]))

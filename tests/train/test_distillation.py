@@ -18,7 +18,7 @@ from multi_token.checkpoint.load import compose
 from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RecipeError, RowError
-from multi_token.language_model.loading import adapter_parameters, attach_adapter
+from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.recipe.train import AdapterSpec, DistillationSpec
@@ -37,7 +37,7 @@ def row(
     return {
         "id": name,
         "images": [f"{name}.png"],
-        **({} if text is None else {"surrogates": {"image": [text.format(name)]}}),
+        **({} if text is None else {"media_texts": {"image": [text.format(name)]}}),
         "messages": [
             {"role": "user", "content": "What is this?\n<image>\n"},
             {"role": "assistant", "content": answer or name},
@@ -223,17 +223,17 @@ def test_texts_are_counted_named_and_belong_to_items_in_reading_order() -> None:
     fields = row("red")
     fields["images"] = ["a.png", "b.png"]
     fields["messages"][0]["content"] = "<image> and <image>"
-    fields["surrogates"] = {"image": ["one", None], "sound": None}
+    fields["media_texts"] = {"image": ["one", None], "sound": None}
     conversation = to_conversation(fields, ["image", "sound"], row_id="row")
-    assert [item.surrogate for item in conversation.media] == ["one", None]
+    assert [item.media_text for item in conversation.media] == ["one", None]
     for wrong, sentence in (
         ({"image": ["one"]}, "has 1 texts under 'image', but the row has 2 items"),
         ({"image": [1, 2]}, "a list under 'image', expected a list of texts"),
         ({"imge": ["one", "two"]}, "under 'imge', expected a list of texts under one of image"),
-        (["one", "two"], "`surrogates` is a list, expected an object"),
+        (["one", "two"], "`media_texts` is a list, expected an object"),
     ):
         with pytest.raises(RowError, match=sentence):
-            to_conversation({**fields, "surrogates": wrong}, ["image", "sound"], row_id="row")
+            to_conversation({**fields, "media_texts": wrong}, ["image", "sound"], row_id="row")
 
 
 def test_a_row_without_a_text_is_named(model: Any, data: Path) -> None:
@@ -246,8 +246,8 @@ def test_a_row_without_a_text_is_named(model: Any, data: Path) -> None:
 def taught_fields(recipe_fields: Fields, data: Path, out: Path, **more: Any) -> dict[str, Any]:
     rows = data / "taught.jsonl"
     rows.write_text("".join(json.dumps(row(name)) + "\n" for name in NAMES))
-    stage = {"name": "a", "learn": {"projectors": 1e-2}, "teacher": {}, **more}
-    fields = recipe_fields(out, stages=[stage], align=None)
+    stage = {"name": "a", "learn": {"projectors": 1e-2}, "distillation": {}, **more}
+    fields = recipe_fields(out, stages=[stage], closed_form=None)
     fields["data"]["train"] = [{"rows": str(rows)}]
     fields["train"]["args"] |= {"max_steps": 4, "train_sampling_strategy": "sequential"}
     return fields
@@ -275,7 +275,7 @@ def test_a_stage_draws_the_projector_to_the_teacher_whatever_the_accumulation(
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert four == pytest.approx(one, rel=1e-3)
     assert one[-1] < one[0]
-    plain = taught_fields(recipe_fields, data, tmp_path / "plain", teacher=None)
+    plain = taught_fields(recipe_fields, data, tmp_path / "plain", distillation=None)
     plain["train"]["args"] |= {"per_device_train_batch_size": 4}
     trained(plain)
     packed = taught_fields(recipe_fields, data, tmp_path / "packed")
@@ -317,11 +317,14 @@ def test_a_teacher_that_would_move_or_could_not_be_fed_is_refused(
     text = yaml.safe_dump(taught_fields(recipe_fields, data, tmp_path / "run"))
     parse_recipe(text)
     for override, sentence in (
-        ("train.stages.0.learn={language_model: 1e-5}", "has the language model as its `teacher`"),
-        ("train.stages.0.teacher.weight=2", "less than or equal to 1"),
+        (
+            "train.stages.0.learn={language_model: 1e-5}",
+            "has `distillation` from the language model",
+        ),
+        ("train.stages.0.distillation.weight=2", "less than or equal to 1"),
     ):
         with pytest.raises(RecipeError, match=sentence):
             parse_recipe(text, [override])
     parse_recipe(text, ["train.fsdp=true"])
     with pytest.raises(RecipeError, match="teacher of stage 'a' must read every row"):
-        parse_recipe(text, ["train.fsdp=true", "train.stages.0.teacher.missing=cross_entropy"])
+        parse_recipe(text, ["train.fsdp=true", "train.stages.0.distillation.missing=cross_entropy"])

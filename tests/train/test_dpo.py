@@ -123,7 +123,7 @@ def test_each_item_is_encoded_once_for_both_answers(
 
 
 def test_only_the_last_answers_count_whatever_learn_turns_says(model: Any) -> None:
-    assert model.processor.chat.learn_turns == "all"
+    assert model.processor.chat.train_on_turns == "all"
     turns = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "one"},

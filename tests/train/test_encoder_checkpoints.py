@@ -30,10 +30,10 @@ from multi_token.train.run import train
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)
 FILE = "encoders.safetensors"
-LORA = {"rate": 1e-3, "lora": {"r": 2, "lora_dropout": 0.1}}
+LORA = {"lr": 1e-3, "lora": {"r": 2, "lora_dropout": 0.1}}
 CHOICES: dict[str, dict[str, Any]] = {
     "all": {"encoders": {"image": 1e-3}},
-    "last 2": {"encoders": {"image": {"rate": 1e-3, "last": 2}}},
+    "last 2": {"encoders": {"image": {"lr": 1e-3, "last_layers": 2}}},
     "lora": {"encoders": {"image": LORA}},
     "from scratch": {"projectors": {"pulse": 1e-3}},
 }
@@ -107,7 +107,7 @@ def test_layers_that_learned_in_different_stages_are_all_saved(
 ) -> None:
     model = compose(Recipe.model_validate(recipe_fields(tmp_path)).model)
     for last in (2, 1):
-        learn = {"encoders": {"image": {"rate": 1e-3, "last": last}}}
+        learn = {"encoders": {"image": {"lr": 1e-3, "last_layers": last}}}
         freeze_and_unfreeze(model, Trainable.model_validate(learn))
     save(model, tmp_path)
     layers = {name.split(".")[4] for name in load_file(tmp_path / FILE)}
@@ -176,7 +176,7 @@ class _InterruptAt(TrainerCallback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("image", [LORA, 1e-3, {"rate": 1e-3, "last": 1}], ids=str)
+@pytest.mark.parametrize("image", [LORA, 1e-3, {"lr": 1e-3, "last_layers": 1}], ids=str)
 def test_interrupted_and_resumed_equals_uninterrupted(
     mixed_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Any
 ) -> None:
@@ -204,6 +204,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     train(cut, console=QUIET)
     files = (FILE, "projectors.safetensors", "adapter/adapter_model.safetensors")
     assert same(tmp_path / "whole", tmp_path / "cut", *files)
-    start, end = (load_file(tmp_path / "cut" / p / FILE) for p in ("stages/0-align", "."))
+    start, end = (load_file(tmp_path / "cut" / p / FILE) for p in ("stages/0-closed-form", "."))
     assert {n.split(".")[0] for n in start} == {"pulse"}
     assert not torch.equal(start["pulse.blocks.0.weight"], end["pulse.blocks.0.weight"])

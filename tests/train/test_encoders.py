@@ -28,7 +28,7 @@ from multi_token.train.training_args import training_arguments
 
 Fields = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)
-LORA = {"rate": 1e-4, "lora": {"r": 2, "lora_alpha": 4}}
+LORA = {"lr": 1e-4, "lora": {"r": 2, "lora_alpha": 4}}
 BLOCK = "tower.encoder.layers"
 
 
@@ -75,8 +75,8 @@ def expected(model: Any, image: Any) -> set[str]:
     names = {n for n, _ in model.encoder("image").named_parameters()}
     if isinstance(image, float):
         return names
-    if "last" in image:
-        numbers = range(3 - image["last"], 3)
+    if "last_layers" in image:
+        numbers = range(3 - image["last_layers"], 3)
         return {n for n in names if any(n.startswith(f"{BLOCK}.{i}.") for i in numbers)}
     linear = ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]
     assert {n.split(".")[-4] for n in names if "lora_" in n} == set(linear)
@@ -85,8 +85,8 @@ def expected(model: Any, image: Any) -> set[str]:
 
 CHOICES: dict[str, Any] = {
     "all": 1e-5,
-    "last 1": {"rate": 1e-5, "last": 1},
-    "last 2": {"rate": 1e-5, "last": 2},
+    "last 1": {"lr": 1e-5, "last_layers": 1},
+    "last 2": {"lr": 1e-5, "last_layers": 2},
     "lora": LORA,
 }
 
@@ -126,7 +126,7 @@ def test_only_what_learns_is_in_train_mode(
 
 def test_the_dropout_of_lora_is_for_training_only(recipe_fields: Fields, tmp_path: Path) -> None:
     model = composed(recipe_fields(tmp_path))
-    opened(model, learn({"rate": 1e-4, "lora": {"r": 2, "lora_dropout": 0.5}}))
+    opened(model, learn({"lr": 1e-4, "lora": {"r": 2, "lora_dropout": 0.5}}))
     drops = [m for m in model.encoders.modules() if isinstance(m, nn.Dropout)]
     assert len(drops) == 18  # six linear layers in each of three blocks
     assert all(m.training for m in model.train() and drops)
@@ -138,7 +138,7 @@ def test_every_encoder_is_a_group_of_the_optimizer_with_its_own_rate(
 ) -> None:
     model = composed(mixed_fields(tmp_path))
     stage = Trainable.model_validate(
-        {"projectors": 1e-3, "encoders": {"image": {"rate": 2e-6, "last": 1}}}
+        {"projectors": 1e-3, "encoders": {"image": {"lr": 2e-6, "last_layers": 1}}}
     )
     args = training_arguments(
         tmp_path, {"use_cpu": True, "weight_decay": 0.1}, seed=0, learning_rate=1e-3
@@ -171,15 +171,15 @@ def test_what_learns_is_float32_whatever_the_encoder_came_in(
 @pytest.mark.parametrize(
     ("layer", "last", "sentence"),
     [
-        (None, 4, "expected `last` to be at most 3.* got 4"),
-        (-2, 3, "expected `last` to be at most 2.* got 3"),
-        ([0, 1], 2, "expected `last` to be at most 1.* got 2"),
+        (None, 4, "expected `last_layers` to be at most 3.* got 4"),
+        (-2, 3, "expected `last_layers` to be at most 2.* got 3"),
+        ([0, 1], 2, "expected `last_layers` to be at most 1.* got 2"),
     ],
 )
 def test_layers_that_are_not_there_or_give_no_features_are_refused(
     recipe_fields: Fields, tmp_path: Path, layer: Any, last: int, sentence: str
 ) -> None:
-    fields = recipe_fields(tmp_path / "run", stages=[stage({"rate": 1e-5, "last": last})])
+    fields = recipe_fields(tmp_path / "run", stages=[stage({"lr": 1e-5, "last_layers": last})])
     fields["model"]["modalities"]["image"] |= {"features": "mean", "layer": layer}
     with pytest.raises(RecipeError, match=sentence):
         train(Recipe.model_validate(fields), console=QUIET)
@@ -230,7 +230,7 @@ def test_an_encoder_that_no_gradient_comes_through_is_refused(
     monkeypatch.setattr(ImageModality, "build_encoder", blind)
     for choice, sentence in [
         (1e-5, "ImageEncoder.* runs without gradients"),
-        ({"rate": 1e-5, "last": 1}, "no gradient reaches layer 1 of its `last` 1"),
+        ({"lr": 1e-5, "last_layers": 1}, "no gradient reaches layer 1 of its `last_layers` 1"),
     ]:
         fields = recipe_fields(tmp_path / sentence[:4], stages=[stage(choice)])
         with pytest.raises(RecipeError, match=sentence):
@@ -277,12 +277,12 @@ def test_an_encoder_from_random_weights_learns_with_its_projector(
     assert said.count("encoder pulse: 136 parameters in float32, learning rate 0.003") == 1
     start, first, second = (
         load_file(out / "stages" / stage / "encoders.safetensors")
-        for stage in ("0-align", "1-one/result", "2-two/result")
+        for stage in ("0-closed-form", "1-one/result", "2-two/result")
     )
     assert {n.split(".")[0] for n in start} == {"pulse"} and "pulse.norm.running_mean" in start
     assert all(torch.equal(first[key], start[key]) for key in start)
     assert not torch.equal(second["pulse.blocks.0.weight"], start["pulse.blocks.0.weight"])
-    scale = load_file(out / "stages" / "0-align" / "projectors.safetensors")
+    scale = load_file(out / "stages" / "0-closed-form" / "projectors.safetensors")
     assert not (scale["pulse.feature_scale"] == 1).all(), "its projector is calibrated all the same"
 
 
@@ -293,7 +293,9 @@ def test_random_weights_come_from_the_seed(mixed_fields: Fields, tmp_path: Path)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         fields = mixed_fields(tmp_path / name, seed=seed, stages=[quick])
         train(Recipe.model_validate(fields), console=QUIET)
-        starts.append(load_file(tmp_path / name / "stages" / "0-align" / "encoders.safetensors"))
+        starts.append(
+            load_file(tmp_path / name / "stages" / "0-closed-form" / "encoders.safetensors")
+        )
     key = "pulse.blocks.0.weight"
     assert torch.equal(starts[0][key], starts[1][key])
     assert not torch.equal(starts[0][key], starts[2][key])
@@ -317,7 +319,7 @@ def test_what_learns_of_an_encoder_is_counted_and_shown(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    fields = recipe_fields(tmp_path / "run", stages=[stage({"rate": 2e-6, "last": 2}, 1)])
+    fields = recipe_fields(tmp_path / "run", stages=[stage({"lr": 2e-6, "last_layers": 2}, 1)])
     model = train(Recipe.model_validate(fields), console=console)
     said = console.export_text().splitlines()
     chosen = sum(

@@ -50,7 +50,9 @@ def watched(
     out = tmp_path_factory.mktemp("watched") / "run"
     learn = {"projectors": 1e-2, "adapter": 2e-2}
     args = {"max_steps": 25, "per_device_train_batch_size": 4, "eval_steps": 10}
-    fields = recipe_fields(out, stages=[{"name": "both", "learn": learn, "args": args}], align=None)
+    fields = recipe_fields(
+        out, stages=[{"name": "both", "learn": learn, "args": args}], closed_form=None
+    )
     fields["data"]["eval"] = [{"rows": str(data / "rows.jsonl")}]
     console = Console(record=True, width=300, file=io.StringIO())
     train(Recipe.model_validate(fields), console=console)

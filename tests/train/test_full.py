@@ -160,7 +160,7 @@ def test_another_run_takes_it_over_and_stands_alone(
 ) -> None:
     old = Path(shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("stages")))
     new = [{"name": "new", "learn": {"projectors": {"pulse": 1e-2}}, "args": {"max_steps": 1}}]
-    fields = mixed_fields(tmp_path / "new", start_from=str(old), stages=new)
+    fields = mixed_fields(tmp_path / "new", init_from=str(old), stages=new)
     fields["model"] |= {"language_model": str(base), "dtype": "bfloat16"}
     trained(fields)
     shutil.rmtree(old)
@@ -172,7 +172,7 @@ def test_another_run_may_name_it_as_its_own_frozen_language_model(
     recipe_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     new = [{"name": "new", "learn": {"projectors": 1e-2}, "args": {"max_steps": 1}}]
-    fields = recipe_fields(tmp_path / "new", start_from=str(run), stages=new)
+    fields = recipe_fields(tmp_path / "new", init_from=str(run), stages=new)
     fields["model"] |= {"language_model": str(run / "language_model"), "dtype": "bfloat16"}
     model = trained(fields)
     assert {p.dtype for p in model.language_model.parameters()} == {torch.bfloat16}
@@ -182,7 +182,7 @@ def test_another_run_may_name_it_as_its_own_frozen_language_model(
 def test_a_run_of_another_language_model_is_not_taken_over(
     recipe_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
-    fields = recipe_fields(tmp_path / "new", start_from=str(run))
+    fields = recipe_fields(tmp_path / "new", init_from=str(run))
     fields["model"]["language_model"] = tiny_language_model(tmp_path / "other", seed=5)
     fields["model"]["dtype"] = "bfloat16"
     with pytest.raises(CheckpointError, match="belongs to another language model"):
@@ -256,7 +256,7 @@ def test_a_quantized_language_model_does_not_take_it_over(
     recipe_fields: Fields, run: Path, base: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    fields = recipe_fields(tmp_path / "new", start_from=str(run))
+    fields = recipe_fields(tmp_path / "new", init_from=str(run))
     fields["model"] |= {"language_model": str(base), "dtype": "bfloat16", "quantization": "4bit"}
     with pytest.raises(CheckpointError, match="set model.language_model to .* and quantize that"):
         trained(fields)

@@ -29,7 +29,7 @@ NEW = [{"name": "new", "learn": {"projectors": {"pulse": 1e-2}}, "args": {"max_s
 def run(recipe_fields: Fields, tmp_path_factory: Any) -> Path:
     """A run that sees pictures; its projector, encoder (LoRA) and adapter were trained."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    lora = {"rate": 1e-2, "lora": {"r": 2}}
+    lora = {"lr": 1e-2, "lora": {"r": 2}}
     learn = {"projectors": 1e-2, "encoders": {"image": lora}, "adapter": 1e-2}
     stages = [{"name": "all", "learn": learn, "args": {"max_steps": 3}}]
     train(Recipe.model_validate(recipe_fields(out, stages=stages)), console=QUIET)
@@ -56,12 +56,12 @@ def test_a_new_sense_learns_and_the_old_ones_stay_as_they_were_to_the_bit(
 ) -> None:
     out = tmp_path / "b"
     console = Console(record=True, width=200, file=io.StringIO())
-    recipe = Recipe.model_validate(mixed_fields(out, start_from=str(run), stages=NEW))
+    recipe = Recipe.model_validate(mixed_fields(out, init_from=str(run), stages=NEW))
     model = train(recipe, console=console)
     said = console.export_text()
     assert f"image: taken over from {run}" in said
     assert "image: closed-form start" not in said and "pulse: no closed-form start" in said
-    start = out / "stages" / "0-align"
+    start = out / "stages" / "0-closed-form"
     assert same(tensors(run, "image"), tensors(start, "image"))
     assert same(tensors(run, "image"), tensors(out, "image"))
     before, after = tensors(start, "pulse"), tensors(out, "pulse")
@@ -76,7 +76,7 @@ def test_by_default_the_projectors_that_were_taken_over_go_on_learning(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "b"
-    train(Recipe.model_validate(mixed_fields(out, start_from=str(run))), console=QUIET)
+    train(Recipe.model_validate(mixed_fields(out, init_from=str(run))), console=QUIET)
     before, after = (load_file(folder / FILES[0]) for folder in (run, out))
     key = "image.network.branches.0.0.weight"
     assert not torch.equal(before[key], after[key])
@@ -87,10 +87,10 @@ def test_by_default_the_projectors_that_were_taken_over_go_on_learning(
 def test_the_adapter_and_the_encoder_go_on_learning_where_the_recipe_says_so(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
-    lora = {"rate": 1e-2, "lora": {"r": 2}}
+    lora = {"lr": 1e-2, "lora": {"r": 2}}
     stages = [{"name": "on", "learn": {"adapter": 1e-2, "encoders": {"image": lora}}}]
     args = {"use_cpu": True, "max_steps": 2}
-    fields = mixed_fields(tmp_path / "b", start_from=str(run), stages=stages, args=args)
+    fields = mixed_fields(tmp_path / "b", init_from=str(run), stages=stages, args=args)
     train(Recipe.model_validate(fields), console=QUIET)
     before, after = tensors(run, "image"), tensors(tmp_path / "b", "image")
     assert before.keys() == after.keys()
@@ -109,7 +109,7 @@ def test_the_adapter_and_the_encoder_go_on_learning_where_the_recipe_says_so(
 def test_a_sense_with_other_settings_is_refused_with_the_field(
     mixed_fields: Fields, run: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    fields = mixed_fields(tmp_path / "b", start_from=str(run))
+    fields = mixed_fields(tmp_path / "b", init_from=str(run))
     fields["model"]["modalities"]["image"] |= change
     with pytest.raises(RecipeError, match=sentence):
         train(Recipe.model_validate(fields), console=QUIET)
@@ -118,7 +118,7 @@ def test_a_sense_with_other_settings_is_refused_with_the_field(
 def test_a_sense_that_the_recipe_lacks_is_named(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
-    fields = mixed_fields(tmp_path / "b", start_from=str(run))
+    fields = mixed_fields(tmp_path / "b", init_from=str(run))
     del fields["model"]["modalities"]["image"]
     with pytest.raises(RecipeError, match=r"has image, which the recipe lacks"):
         train(Recipe.model_validate(fields), console=QUIET)
@@ -127,15 +127,15 @@ def test_a_sense_that_the_recipe_lacks_is_named(
 def test_another_language_model_another_adapter_and_no_run_are_refused(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
-    fields = mixed_fields(tmp_path / "b", start_from=str(run))
+    fields = mixed_fields(tmp_path / "b", init_from=str(run))
     fields["model"]["language_model"] = tiny_language_model(tmp_path / "other", seed=5)
     with pytest.raises(CheckpointError, match="belongs to another language model"):
         train(Recipe.model_validate(fields), console=QUIET)
     stages = [{"name": "a", "learn": {"adapter": 1e-3}}]
-    fields = mixed_fields(tmp_path / "c", start_from=str(run), stages=stages, adapter={"r": 4})
+    fields = mixed_fields(tmp_path / "c", init_from=str(run), stages=stages, adapter={"r": 4})
     with pytest.raises(RecipeError, match=r"train\.adapter\.r is 4, but .* has 16"):
         train(Recipe.model_validate(fields), console=QUIET)
-    fields = mixed_fields(tmp_path / "d", start_from=str(tmp_path / "nowhere"))
+    fields = mixed_fields(tmp_path / "d", init_from=str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="found nothing at"):
         train(Recipe.model_validate(fields), console=QUIET)
 
@@ -145,7 +145,7 @@ def test_a_run_that_was_started_from_another_goes_on_and_stands_alone(
     mixed_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     old, out = Path(shutil.copytree(run, tmp_path / "a")), tmp_path / "b"
-    recipe = Recipe.model_validate(mixed_fields(out, start_from=str(old), stages=NEW))
+    recipe = Recipe.model_validate(mixed_fields(out, init_from=str(old), stages=NEW))
     train(recipe, console=QUIET)
     learned = tensors(out, "pulse")
     shutil.rmtree(old)
@@ -162,7 +162,7 @@ def test_cached_features_are_those_of_the_encoder_that_was_taken_over(
     recipe_fields: Fields, run: Path, tmp_path: Path
 ) -> None:
     for name, cached in (("plain", False), ("cached", True)):
-        fields = recipe_fields(tmp_path / name, start_from=str(run), feature_cache=cached)
+        fields = recipe_fields(tmp_path / name, init_from=str(run), feature_cache=cached)
         train(Recipe.model_validate(fields), console=QUIET)
     plain, cached = (load_file(tmp_path / name / FILES[0]) for name in ("plain", "cached"))
     for key, tensor in plain.items():

@@ -20,7 +20,7 @@ from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from multi_token.checkpoint.load import compose, save
 from multi_token.errors import MultiTokenError, RecipeError
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.parameter_groups import freeze_and_unfreeze, parameter_groups
@@ -58,10 +58,10 @@ def test_each_parameter_is_in_one_group_of_the_optimizer_with_its_rate_and_decay
     model = composed(recipe_fields(tmp_path), adapter=True)
     model.projector("image").add_closed_form()
     what = learn(
-        projectors={"rate": 1e-3, "weight_decay": 0.3},
+        projectors={"lr": 1e-3, "weight_decay": 0.3},
         projector_biases=1e-2,
-        adapter={"rate": 1e-4, "weight_decay": 0},
-        encoders={"image": {"rate": 1e-6, "last": 1}},
+        adapter={"lr": 1e-4, "weight_decay": 0},
+        encoders={"image": {"lr": 1e-6, "last_layers": 1}},
     )
     found = in_optimizer(model, what, tmp_path, weight_decay=0.1)
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -87,8 +87,8 @@ def test_projectors_have_their_own_rates_and_decays_and_biases_are_decayed_if_it
     model: Any, tmp_path: Path
 ) -> None:
     what = learn(
-        projectors={"vector": {"rate": 1e-3, "weight_decay": 0.2}},
-        projector_biases={"rate": 1e-2, "weight_decay": 0.5},
+        projectors={"vector": {"lr": 1e-3, "weight_decay": 0.2}},
+        projector_biases={"lr": 1e-2, "weight_decay": 0.5},
     )
     found = in_optimizer(model, what, tmp_path)
     every = {f"projectors.vector.{n}" for n, _ in model.projectors["vector"].named_parameters()}
@@ -107,7 +107,7 @@ def test_the_whole_language_model_learns_in_one_group_and_tied_weights_once(
     fields["model"]["language_model"] = tied_language_model
     model = composed(fields)
     found = in_optimizer(
-        model, learn(language_model={"rate": 2e-5, "weight_decay": 0.1}), tmp_path / "run"
+        model, learn(language_model={"lr": 2e-5, "weight_decay": 0.1}), tmp_path / "run"
     )
     own = {f"language_model.{n}": p for n, p in model.language_model.named_parameters()}
     assert found.keys() == own.keys() and "language_model.lm_head.weight" not in own
@@ -137,7 +137,7 @@ def test_the_lines_at_the_start_of_a_stage_name_rate_and_decay(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    what = {"projectors": {"rate": 1e-2, "weight_decay": 0.25}, "language_model": 1e-5}
+    what = {"projectors": {"lr": 1e-2, "weight_decay": 0.25}, "language_model": 1e-5}
     args = {"max_steps": 1, "weight_decay": 0.1}
     fields = recipe_fields(tmp_path, stages=[{"name": "a", "learn": what, "args": args}])
     model = train(Recipe.model_validate(fields), console=console)
@@ -169,7 +169,7 @@ def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it
         freeze_and_unfreeze(model, learn(language_model=1e-5))
     save(model, tmp_path / "a")
     stages = [{"name": "full", "learn": {"language_model": 1e-5}}]
-    fields = recipe_fields(tmp_path / "b", start_from=str(tmp_path / "a"), stages=stages)
+    fields = recipe_fields(tmp_path / "b", init_from=str(tmp_path / "a"), stages=stages)
     with pytest.raises(RecipeError, match="stage 'full' learns `language_model`, but .* has an ad"):
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 

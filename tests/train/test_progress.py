@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from multi_token.errors import LanguageModelError
-from multi_token.language_model.loading import adapter_parameters
+from multi_token.language_model.lora import adapter_parameters
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.progress import data_wait_line
 from multi_token.train.run import train

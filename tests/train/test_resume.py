@@ -211,7 +211,7 @@ def test_a_changed_recipe_names_what_differs(recipe_fields: Fields, tmp_path: Pa
     for part in (
         "train.seed: 0 there, 9 here",
         "train.args.max_steps: 1 there, 2 here",
-        "train.stages.0.learn.adapter.rate: 0.01 there, 0.001 here",
+        "train.stages.0.learn.adapter.lr: 0.01 there, 0.001 here",
     ):
         assert part in str(caught.value)
     assert str(caught.value).count("there,") == 3

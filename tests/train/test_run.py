@@ -56,16 +56,16 @@ def rows(data: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("align", [{"penalty": 1.0}, None], ids=["closed form", "random"])
+@pytest.mark.parametrize("closed_form", [{"penalty": 1.0}, None], ids=["closed form", "random"])
 def test_thirty_steps_overfit_four_rows(
-    recipe_fields: Fields, tmp_path: Path, data: Path, rows: Any, align: Any
+    recipe_fields: Fields, tmp_path: Path, data: Path, rows: Any, closed_form: Any
 ) -> None:
     adapter = {"name": "adapter", "learn": {"projectors": 1e-2, "adapter": 2e-2}}
     stages = [
         {**LONG, "args": {"max_steps": 10}},
         {**adapter, "args": {"max_steps": 20, "per_device_train_batch_size": 4}},
     ]
-    model = trained(recipe_fields(tmp_path / "run", stages=stages, align=align))
+    model = trained(recipe_fields(tmp_path / "run", stages=stages, closed_form=closed_form))
     assert model.generate(rows, root=str(data), max_new_tokens=8) == [
         "red",
         "blue",
@@ -173,8 +173,8 @@ def test_captioned_rows_that_are_not_trained_on_are_cached_too(
     some = data / "some.jsonl"
     some.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     for name, cached in (("plain", False), ("cached", True)):
-        align = {"penalty": 1.0, "rows": [{"rows": str(data / "rows.jsonl")}]}
-        fields = recipe_fields(tmp_path / name, feature_cache=cached, align=align)
+        closed_form = {"penalty": 1.0, "rows": [{"rows": str(data / "rows.jsonl")}]}
+        fields = recipe_fields(tmp_path / name, feature_cache=cached, closed_form=closed_form)
         fields["data"]["train"] = [{"rows": str(some)}]
         trained(fields)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)

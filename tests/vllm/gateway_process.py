@@ -1,4 +1,4 @@
-"""Our server as people start it before an engine: `multi-token serve OUT --backend vllm`.
+"""Our server as people start it before an engine: `multi-token serve OUT --engine-url URL`.
 
 Border: starts it, asks it and ends it; what it answers is for the tests to say.
 """
@@ -29,7 +29,7 @@ START_S = 180.0
 def command(exported: Path, *urls: str, options: tuple[str, ...] = ()) -> list[str]:
     engines = [word for url in urls for word in ("--engine-url", url)]
     words = [sys.executable, "-m", "multi_token", "serve", str(exported), "--port", "0"]
-    return [*words, "--workers", "1", "--backend", "vllm", *engines, *options]
+    return [*words, "--workers", "1", *engines, *options]
 
 
 def environment(**changed: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from multi_token.checkpoint.load import compose, save
-    from multi_token.language_model.loading import adapter_parameters, attach_adapter
+    from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.recipe.recipe import ModelSpec
     from multi_token.recipe.train import AdapterSpec
     from multi_token.testing import tiny_image_encoder, tiny_tokenizer

@@ -63,13 +63,13 @@ def open_cache(folder: Path, spec: FeatureCacheSpec, console: Console) -> Featur
 def frozen_encoders(recipe: Recipe) -> dict[str, Encoder]:
     """The encoders of a recipe as its training will use them, on the device of this process.
 
-    Those that `start_from` has trained come from there, for which the whole model is loaded.
+    Those that `init_from` has trained come from there, for which the whole model is loaded.
     Raises RecipeError for one that learns: its features change.
     """
     for stage in recipe.train.stages:
         for name in stage.learn.encoders:
             raise RecipeError(_is_trained(name, stage.name, named=True))
-    if recipe.train.start_from is not None:
+    if recipe.train.init_from is not None:
         model = compose(recipe.model)
         init_from_run(model, recipe.train)
         encoders = {name: model.encoder(name) for name in model.modalities}

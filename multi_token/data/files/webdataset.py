@@ -13,7 +13,7 @@ from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
 
 _ROW = "json"
-_NOT_MEDIA = ("id", "surrogates")
+_NOT_MEDIA = ("id", "media_texts")
 _TURNS = ("messages", "conversations", "chosen", "rejected")
 
 

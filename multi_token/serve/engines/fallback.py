@@ -1,7 +1,8 @@
-"""Several prompts through the language model as one padded batch, each row by its own options.
+"""Fallback: a complete batch through transformers' own `generate`, and isolation of faults.
 
-Border: one batch from first to last token, and what is done when it fails. Who is in it is the
-engines' to say.
+`generate` runs greedily; a logits processor samples each row's token before it and forces that
+token. So sampling, log-probabilities and streaming are those of the other modes, and a finished row
+stays in the batch as ballast until the last one ends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from multi_token.generate import eos_token_ids, require_processor
-from multi_token.language_model.forward import generate_from_embeds
+from multi_token.language_model.forward import GREEDY, generate_from_embeds
 from multi_token.serve.engines.base import (
     EngineEvent,
     ErrorEvent,
@@ -23,12 +24,13 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from multi_token.serve.engines.scheduler import (
+from multi_token.serve.engines.request import (
     GenerationRequest,
     fail_request,
-    force_tokens,
+    nan_error,
     sample_batch,
 )
+from multi_token.serve.engines.sampler import force_tokens
 from multi_token.serve.errors import ServeError
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import Conversation, MediaSpan, Message, Text
@@ -43,23 +45,24 @@ _LOG = logging.getLogger(__name__)
 def generate_batch(
     model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
 ) -> None:
-    """Answer all rows until each has ended, by transformers' own `generate`.
+    """Run requests to their end through `generate`; each token is emitted when it is chosen.
 
-    Every token is said the moment it is chosen. A row that has ended rests in the batch until the
-    others have. Raises what the model raises; rows that have not ended are then left as they are.
+    Raises what the model raises; unfinished requests are then unchanged.
     """
     requests = [request for request in requests if not request.is_finished]
     if not requests:
         return
+    for request in requests:
+        request.start_prefill()
     embeds, input_ids, attention_mask = pad_prompts(model, requests, filler_id)
 
     def choose_all(_: Tensor, scores: Tensor) -> Tensor:
-        ids, bad, all_likeliest = sample_batch(requests, scores)
+        ids, bad, all_greedy = sample_batch(requests, scores)
         for request in bad:
             request.fail(nan_error())
-        return scores if all_likeliest else force_tokens(scores, ids)
+        return scores if all_greedy else force_tokens(scores, ids)
 
-    def have_ended(ids: Tensor, *_: Tensor, **__: object) -> Tensor:
+    def all_finished(ids: Tensor, *_: Tensor, **__: object) -> Tensor:
         return torch.tensor([request.is_finished for request in requests], device=ids.device)
 
     generate_from_embeds(
@@ -69,59 +72,49 @@ def generate_batch(
         attention_mask=attention_mask,
         prefill_mode=model.capabilities.prefill_mode,
         max_new_tokens=max(request.options.max_new_tokens for request in requests),
-        do_sample=False,
-        num_beams=1,
-        **dict.fromkeys(("temperature", "top_p", "top_k", "eos_token_id")),
+        **GREEDY,
+        # the requests' own end ids decide (`ignore_eos`), so `generate` must know none
+        eos_token_id=None,
         pad_token_id=filler_id,
         logits_processor=[choose_all],
-        stopping_criteria=[have_ended],
+        stopping_criteria=[all_finished],
     )
     for request in requests:
         request.fail(ServeError("the model ended the answer before it was complete", status=500))
 
 
-def nan_error() -> ServeError:
-    """What is told to whose logits are NaN or infinite."""
-    return ServeError(
-        "the model makes no numbers of this prompt's media; send other media",
-        status=400,
-        retry=False,
-    )
-
-
 def pad_prompts(
     model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings [batch, time, dim] with media, ids and mask [batch, time], padded on the left."""
+    """Return embeddings [batch, time, dim] with media, ids and mask [batch, time], left-padded."""
     embedding = model.get_input_embeddings()
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     time = max(len(request.prompt.input_ids) for request in requests)
     input_ids = torch.full((len(requests), time), filler_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    tokens: list[Tensor] = []
+    values: list[Tensor] = []
     positions: list[Tensor] = []
-    for number, request in enumerate(requests):
-        start = time - len(request.prompt.input_ids)
-        input_ids[number, start:] = request.prompt.input_ids.cpu()
-        attention_mask[number, start:] = 1
-        for place, made in zip(
-            request.prompt.media_spans, request.prompt.media_embeds, strict=True
-        ):
-            first = number * time + start + place.start
-            positions.append(torch.arange(first, first + place.length))
-            tokens.append(made.to(weight.device, weight.dtype))
+    for row, request in enumerate(requests):
+        prompt = request.prompt
+        start = time - len(prompt.input_ids)
+        input_ids[row, start:] = prompt.input_ids.cpu()
+        attention_mask[row, start:] = 1
+        for span, media_embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True):
+            first = row * time + start + span.start
+            positions.append(torch.arange(first, first + span.length))
+            values.append(media_embeds.to(weight.device, weight.dtype))
     input_ids, attention_mask = input_ids.to(weight.device), attention_mask.to(weight.device)
     embeds = embedding(input_ids)
-    if tokens:
-        pieces = [MediaEmbeds("media", torch.cat(tokens), torch.cat(positions).to(weight.device))]
-        embeds = splice(embeds, pieces)
+    if values:
+        media = MediaEmbeds("media", torch.cat(values), torch.cat(positions).to(weight.device))
+        embeds = splice(embeds, [media])
     return embeds, input_ids, attention_mask
 
 
 def generate_one(
     model: MultiTokenForConditionalGeneration, prompt: Prompt, options: SamplingParams
 ) -> list[TokenEvent]:
-    """The tokens of one answer. Raises what went wrong."""
+    """Return the tokens that `generate` gives for one prompt. Raises its fault."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
     generate_batch(model, [request], require_processor(model).chat.filler_id)
@@ -129,7 +122,7 @@ def generate_one(
 
 
 def collect_tokens(events: Sequence[EngineEvent]) -> list[TokenEvent]:
-    """The tokens of a complete answer. Raises the error of one that failed."""
+    """Return the tokens of a finished request. Raises the error of a failed one."""
     last = events[-1]
     if isinstance(last, ErrorEvent):
         raise last.error
@@ -138,7 +131,11 @@ def collect_tokens(events: Sequence[EngineEvent]) -> list[TokenEvent]:
 
 
 def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens: int = 0) -> Prompt:
-    """A short question, and on request a media span that is no text: means of text embeddings."""
+    """Return a short question, optionally with one media span of `num_media_tokens`.
+
+    Each media embedding is the mean of two text embeddings: in the model's usual range, and equal
+    to no token, so a path that looks ids up instead gives other logits.
+    """
     chat = require_processor(model).chat
     conversation = Conversation((Message("user", (Text("Hello! Who are you?"),)),))
     ids = chat.tokenize(conversation, [], prompt_only=True).input_ids
@@ -149,10 +146,12 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
         embedding = model.get_input_embeddings()
         weight: Tensor = embedding.weight  # type: ignore[assignment]
         spread = torch.linspace(1, weight.shape[0] // 2, 2 * num_media_tokens).long()
-        rows = embedding(spread.to(weight.device))
-    tokens = (rows[::2] + rows[1::2]) / 2
-    place = MediaSpan("media", 1, num_media_tokens)
-    return Prompt(torch.cat([ids[:1], filler, ids[1:]]), (place,), (tokens,), ("plain prompt",))
+        text_embeds = embedding(spread.to(weight.device))
+    media_embeds = (text_embeds[::2] + text_embeds[1::2]) / 2
+    span = MediaSpan("media", 1, num_media_tokens)
+    return Prompt(
+        torch.cat([ids[:1], filler, ids[1:]]), (span,), (media_embeds,), ("smoke prompt",)
+    )
 
 
 def retry_individually(
@@ -161,24 +160,27 @@ def retry_individually(
     filler_id: int,
     cause: Exception,
 ) -> None:
-    """After `cause` broke a batch: each row alone, so that only those fail whose fault it is.
+    """Restart each request alone after `cause` broke their batch.
 
-    A fault is a row's own if the model still answers a plain prompt; else `cause` is raised.
+    A request fails by its own fault if the model still generates for a plain prompt; otherwise
+    `cause` is raised.
     """
     check_model_alive(model, cause)
     for request in requests:
         request.restart()
         try:
             generate_batch(model, [request], filler_id)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+        # any fault of one request, even an unknown one, must leave the others running
+        except Exception as error:  # noqa: BLE001
             check_model_alive(model, error)
             fail_request(request, error)
 
 
 def check_model_alive(model: MultiTokenForConditionalGeneration, cause: Exception) -> None:
-    """Raise `cause` if it is no prompt's fault: the model does not even answer a plain one."""
+    """Raise `cause` if the model generates nothing for a plain prompt either."""
     try:
         generate_one(model, smoke_prompt(model), SamplingParams(max_new_tokens=1))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the model is broken
-        _LOG.error("the language model does not answer a plain prompt", exc_info=error)
+    # whatever it raises, the model is broken, and `cause` is the first symptom
+    except Exception as error:  # noqa: BLE001
+        _LOG.error("the language model fails on a plain prompt", exc_info=error)
         raise cause from None

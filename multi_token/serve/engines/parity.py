@@ -1,6 +1,12 @@
-"""Whether rows may leave a batch, and join one, while it is answered: found by answering a few.
+"""Startup checks: does a faster path give the tokens and log-probabilities of `generate`?
 
-Border: the trial only. stepping.py answers so, static.py asks which way it is.
+    1. `generate` runs a few short prompts, each alone: the reference.
+    2. The path under test runs the same prompts as it will run those of clients.
+    3. `logprob_mismatch` compares each step until the ids differ.
+    4. The first batching mode without a mismatch is used; `generate` itself always remains.
+
+A check that raises counts as failed and is logged with its traceback, since a defect of ours would
+otherwise only make the server slower.
 """
 
 from __future__ import annotations
@@ -8,32 +14,91 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
+from multi_token.language_model.probe import MODEL_FAULTS
+from multi_token.serve.engines.base import (
+    EngineEvent,
+    PrefixCacheStats,
+    Prompt,
+    SamplingParams,
+    TokenEvent,
+)
 from multi_token.serve.engines.fallback import collect_tokens, generate_one, smoke_prompt
-from multi_token.serve.engines.local.decode_loop import DecodeBatch, logits_processors
+from multi_token.serve.engines.local.decode_loop import (
+    DecodeBatch,
+    DecodeParams,
+    logits_processors,
+)
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
-from multi_token.serve.engines.prefix_hits import PrefixCacheStats
-from multi_token.serve.engines.scheduler import GenerationRequest
+from multi_token.serve.engines.request import GenerationRequest
+from multi_token.serve.errors import ServeError
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
-BatchingMode = Literal["join", "leave", "stay"]
-"""join: rows leave when they have ended and others join. leave: rows leave, and the next batch
-begins when all have left. stay: transformers' own `generate`, in which all stay until the last has
-ended."""
+BatchingMode = Literal["continuous", "shrinking", "static"]
+"""`continuous`: requests join and leave between steps. `shrinking`: they only leave. `static`: the
+batch runs to its end through `generate`."""
+FLOAT32_TOLERANCE = 1e-3
+HALF_TOLERANCE = 0.2
+"""Of log-probabilities within one process: only kernels and the batch's shape differ."""
+REMOTE_FLOAT32_TOLERANCE = 0.02
+REMOTE_HALF_TOLERANCE = 0.5
+"""Between two machines: another device and another inference library as well."""
 _LOG = logging.getLogger(__name__)
 _NUM_TOP = 3
 
 
+def logprob_tolerance(dtype: torch.dtype, *, is_remote: bool = False) -> float:
+    """Return the allowed difference of log-probabilities for weights of a dtype."""
+    if dtype in (torch.float32, torch.float64):
+        return REMOTE_FLOAT32_TOLERANCE if is_remote else FLOAT32_TOLERANCE
+    return REMOTE_HALF_TOLERANCE if is_remote else HALF_TOLERANCE
+
+
+def logprob_mismatch(
+    tokens: Sequence[TokenEvent], expected: Sequence[TokenEvent], tolerance: float
+) -> str | None:
+    """Return how generated tokens differ from the expected ones, or None.
+
+    Log-probabilities are compared up to the first step with another id. There the expected id must
+    be as probable as the chosen one within the tolerance; later steps continue another text and are
+    not compared. Ids alone are not enough: a different model that starts alike would pass (the one
+    from before an adapter was merged, say).
+    """
+    if len(tokens) != len(expected):
+        return f"{len(tokens)} tokens came, expected {len(expected)}"
+    for token, other in zip(tokens, expected, strict=True):
+        if token.logprob is None or other.logprob is None:
+            return "no log-probabilities came"
+        # `not <=` instead of `>`: NaN is a mismatch
+        for (_, value), (_, expected_value) in zip(token.top, other.top, strict=False):
+            if not abs(value - expected_value) <= tolerance:
+                return (
+                    f"a log-probability of {value:.3f} came among the most probable ids, expected "
+                    f"{expected_value:.3f}"
+                )
+        if token.id != other.id:
+            runner_up = dict(token.top).get(other.id, -torch.inf)
+            if token.logprob - runner_up <= tolerance:
+                return None
+            ids, expected_ids = [t.id for t in tokens], [t.id for t in expected]
+            return f"ids {ids} came, expected {expected_ids}"
+        if not abs(token.logprob - other.logprob) <= tolerance:
+            return (
+                f"id {other.id} came with log-probability {token.logprob:.3f}, "
+                f"expected {other.logprob:.3f}"
+            )
+    return None
+
+
 @dataclass
 class ParityCase:
-    """A prompt, and what `generate` answers alone."""
+    """A prompt, the tokens of `generate`, and those of the path under test."""
 
     prompt: Prompt
     num_new: int
@@ -47,169 +112,129 @@ class ParityCase:
     def new_request(self) -> GenerationRequest:
         self.events = []
         return GenerationRequest(
-            "trial", self.prompt, self.options, self.events.append, frozenset()
+            "startup check", self.prompt, self.options, self.events.append, frozenset()
         )
 
 
 def find_batching_mode(model: MultiTokenForConditionalGeneration, filler_id: int) -> BatchingMode:
-    """The best way in which short prompts get the tokens and log-probabilities of `generate`.
+    """Return the best batching mode that reproduces `generate` on three short prompts.
 
-    Of several lengths where the model can be padded: each way runs as it will for clients, with a
-    row that ends while others go on, one that joins and is longer, and one that is shorter.
+    The prompts have several lengths where the model supports left padding. Each mode runs as for
+    clients: a request ends while others go on, a longer one joins, and a shorter one.
     """
     cases = _parity_cases(model)
-    if not _passes(lambda: _generate_expected(model, cases)):
-        return "stay"
+    if not _passes("generate", lambda: _generate_expected(model, cases)):
+        return "static"
 
-    def holds(answer: Callable[[DecodeBatch, Sequence[ParityCase]], bool], *, joins: bool) -> bool:
-        decode_batch = DecodeBatch(model, filler_id, allow_add=joins)
-        return answer(decode_batch, cases) and _match_expected(model, cases)
+    def check(run: Callable[[DecodeBatch, Sequence[ParityCase]], str | None], *, add: bool) -> bool:
+        def mismatch() -> str | None:
+            params = DecodeParams.of(model, filler_id, allow_add=add)
+            return run(DecodeBatch(model, params), cases) or _mismatch(model, cases)
 
-    if model.capabilities.supports_left_padding and _passes(
-        lambda: holds(_run_joining, joins=True)
-    ):
-        return "join"
-    return "leave" if _passes(lambda: holds(_run_leaving, joins=False)) else "stay"
+        return _passes(f"{'continuous' if add else 'shrinking'} batches", mismatch)
+
+    if model.capabilities.supports_left_padding and check(_run_joining, add=True):
+        return "continuous"
+    return "shrinking" if check(_run_leaving, add=False) else "static"
 
 
 def supports_prefix_cache(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
-    """Whether prompts get the tokens and log-probabilities of `generate` also where what they begin
-    with has been read before: one that goes on behind another's end, beside a shorter one that
-    shares nothing, and one that comes again. For a model whose rows may join.
+    """True if prompts with a cached prefix reproduce `generate`. For the mode `continuous`.
+
+    Three batches: a prompt that fills the cache; one that extends it, beside a shorter one without
+    a cached prefix; and the extended prompt again.
     """
 
-    def holds() -> bool:
-        short, whole = (ParityCase(case.prompt, 2) for case in _parity_cases(model)[:2])
-        ids, prompt = whole.prompt.input_ids, whole.prompt
-        longer = ParityCase(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 3)
-        _generate_expected(model, [short, whole, longer])
-        hits = PrefixCacheStats()
-        kept = PrefixCache(4 * len(ids), hits)
-        for cases in ([whole], [short, longer], [longer]):
-            decode_batch = DecodeBatch(model, filler_id, allow_add=True, prefix_cache=kept)
-            decode_batch.add([case.new_request() for case in cases])
-            _run_to_end(decode_batch)
-            if not _match_expected(model, cases):
-                return False
-        # of the longer one the second time all but the last
-        return hits.num_hits >= len(longer.prompt.input_ids) - 1
+    def mismatch() -> str | None:
+        short, full = (ParityCase(case.prompt, 2) for case in _parity_cases(model)[:2])
+        ids, prompt = full.prompt.input_ids, full.prompt
+        extended = ParityCase(replace(prompt, input_ids=torch.cat([ids, ids[-4:].flip(0)])), 3)
+        _generate_expected(model, [short, full, extended])
+        stats = PrefixCacheStats()
+        cache = PrefixCache(4 * len(ids), stats)
+        for cases in ([full], [short, extended], [extended]):
+            params = DecodeParams.of(model, filler_id, allow_add=True, prefix_cache=cache)
+            batch = DecodeBatch(model, params)
+            batch.add([case.new_request() for case in cases])
+            _run_to_end(batch)
+            if (reason := _mismatch(model, cases)) is not None:
+                return reason
+        # the last prompt hits on all tokens but its last, or nothing was stored and the check
+        # has shown nothing
+        expected_hits = len(extended.prompt.input_ids) - 1
+        if stats.num_hits < expected_hits:
+            return f"{stats.num_hits} prompt tokens were cached, expected {expected_hits} or more"
+        return None
 
-    return _passes(holds)
-
-
-def may_read_beside(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
-    """Whether prompts may be read while others are answered, in two threads: on a CPU of which
-    torch has more than one core, and if no module of the language model keeps what it was given
-    for its next forward pass, where another's would find it.
-    """
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    if weight.device.type != "cpu" or torch.get_num_threads() == 1:
-        return False
-
-    def holds() -> bool:
-        decode_batch = DecodeBatch(model, filler_id, allow_add=True)
-        states = [_state_of(model.language_model)]  # after a step
-        decode_batch.add([case.new_request() for case in _parity_cases(model)[:1]])
-        states.append(_state_of(model.language_model))
-        decode_batch.decode_step()
-        states.append(_state_of(model.language_model))
-        return all(map(_is_same_state, states, states[1:]))
-
-    return _passes(holds)
+    return _passes("the prefix cache", mismatch)
 
 
-def _state_of(module: torch.nn.Module) -> dict[str, tuple[Any, int]]:
-    """All that its modules hold, by name: itself, and what tells that it was written into."""
-    state: dict[str, tuple[Any, int]] = {}
-    for name, each in module.named_modules():
-        held = {**vars(each), **each._buffers}
-        for key, value in held.items():
-            changes = value._version if isinstance(value, Tensor) else 0
-            if isinstance(value, (dict, list, set)):
-                changes = len(value)
-            state[f"{name}.{key}"] = (value, changes)
-    return state
-
-
-def _is_same_state(a: dict[str, tuple[Any, int]], b: dict[str, tuple[Any, int]]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name][0] is b[name][0] and a[name][1] == b[name][1] for name in a
-    )
-
-
-def _passes(case: Callable[[], bool]) -> bool:
-    """Whether a trial succeeds; a fault of the model's means that it does not."""
+def _passes(what: str, check: Callable[[], str | None]) -> bool:
+    """Run a check; a fault of the model counts as failed."""
     try:
-        return case()
-    except Exception as error:  # noqa: BLE001 - whatever it is, `generate` is left
-        _LOG.info("rows are not answered step by step: %r", error)
+        reason = check()
+    except (*MODEL_FAULTS, ServeError):
+        _LOG.warning("startup check of %s raised", what, exc_info=True)
         return False
+    # a property of the language model, not a fault: a recurrent state, say
+    if reason is not None:
+        _LOG.info("startup check of %s: %s", what, reason)
+    return reason is None
 
 
 def _generate_expected(
     model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]
-) -> bool:
-    """What `generate` answers. Without it when its own settings look at the ids of a prompt, which
-    is embeddings here."""
+) -> str | None:
+    """Fill in the tokens of `generate`; return a reason why they are no reference."""
     for case in cases:
         case.expected = generate_one(model, case.prompt, case.options)
-    return model.capabilities.prefill_mode == "embeds" or not logits_processors(
-        model.language_model
-    )
+    # started by ids, `generate` applies its processors to the prompt's ids too, which the decode
+    # loop does not have: a prompt is embeddings there
+    if model.capabilities.prefill_mode == "ids" and logits_processors(model.language_model):
+        return "the generation config looks at the prompt's ids"
+    return None
 
 
-def _match_expected(model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]) -> bool:
+def _mismatch(model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]) -> str | None:
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 0.2
-    return all(_same_tokens(collect_tokens(t.events), t.expected, tolerance) for t in cases)
+    tolerance = logprob_tolerance(weight.dtype)
+    for case in cases:
+        reason = logprob_mismatch(collect_tokens(case.events), case.expected, tolerance)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _parity_cases(model: MultiTokenForConditionalGeneration) -> list[ParityCase]:
-    """One of media and text, one of its end, one of a shorter end; or all of the same length."""
-    whole = smoke_prompt(model, num_media_tokens=3)
-    ids = whole.input_ids
+    """A prompt with media, and two of text only: shorter ends of it, or of equal length."""
+    full = smoke_prompt(model, num_media_tokens=3)
+    ids = full.input_ids
     if model.capabilities.supports_left_padding:
         parts = [ids[-max(1, len(ids) // 3) :], ids[-max(1, len(ids) // 2) :]]
     else:
         parts = [ids.roll(1), ids.roll(2)]
     short, middle = (Prompt(part, (), (), ()) for part in parts)
-    return [ParityCase(short, 5), ParityCase(whole, 2), ParityCase(middle, 4)]
+    return [ParityCase(short, 5), ParityCase(full, 2), ParityCase(middle, 4)]
 
 
-def _run_joining(decode_batch: DecodeBatch, cases: Sequence[ParityCase]) -> bool:
-    """Each of them joins when the one before is under way."""
+def _run_joining(batch: DecodeBatch, cases: Sequence[ParityCase]) -> str | None:
+    """Add each request after a step of the previous ones."""
     for case in cases:
-        decode_batch.add([case.new_request()])
-        if not decode_batch.is_paddable:
-            return False
-        decode_batch.decode_step()
-    _run_to_end(decode_batch)
-    return True
+        batch.add([case.new_request()])
+        if not batch.is_paddable:
+            return "the KV cache has layers that cannot be padded"
+        batch.decode_step()
+    _run_to_end(batch)
+    return None
 
 
-def _run_leaving(decode_batch: DecodeBatch, cases: Sequence[ParityCase]) -> bool:
-    """All of them from the start."""
-    decode_batch.add([case.new_request() for case in cases])
-    _run_to_end(decode_batch)
-    return True
+def _run_leaving(batch: DecodeBatch, cases: Sequence[ParityCase]) -> str | None:
+    """Add all requests at once."""
+    batch.add([case.new_request() for case in cases])
+    _run_to_end(batch)
+    return None
 
 
-def _run_to_end(decode_batch: DecodeBatch) -> None:
-    while decode_batch.requests:
-        decode_batch.decode_step()
-
-
-def _same_tokens(
-    tokens: Sequence[TokenEvent], expected: Sequence[TokenEvent], tolerance: float
-) -> bool:
-    if len(tokens) != len(expected):
-        return False
-    for token, other in zip(tokens, expected, strict=True):
-        mine = [token.logprob, *(value for _, value in token.top)]
-        theirs = [other.logprob, *(value for _, value in other.top)]
-        for a, b in zip(mine, theirs, strict=True):
-            if a is None or b is None or not abs(a - b) <= tolerance:
-                return False
-        if token.id != other.id:  # so near that it is rounding; what follows is another answer
-            break
-    return True
+def _run_to_end(batch: DecodeBatch) -> None:
+    while batch.requests:
+        batch.decode_step()

@@ -1,9 +1,8 @@
-"""Logits of one step -> a token for each row, by that row's own options and seed.
-
-Border: tensors and options; which rows there are, and who is told, stands in running.py.
-"""
+"""Sampler: logits of one decode step -> one token per request, by its own parameters and seed."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,26 +10,27 @@ from torch import Tensor
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
 
 MIN_TEMPERATURE = 1e-5
-"""A temperature up to this is greedy: dividing by less leaves no numbers."""
+"""Temperatures up to this are greedy: dividing logits by less overflows float32."""
 _NUM_TOP_P_CANDIDATES = 1024
-"""Ids that are looked at for top-p before the whole vocabulary is sorted."""
+"""Ids considered for top-p before the complete vocabulary is sorted."""
 
 
 def greedy(scores: Tensor) -> tuple[list[int], list[bool]]:
-    """scores [rows, vocabulary] -> the likeliest id of each row, and whether it is a number at all.
+    """scores [rows, vocabulary] -> most probable id of each row, and whether its score is finite.
 
-    One look at the scores and one transfer; ids are exact as float32 up to 2**24.
+    `max` propagates NaN, so the maximum alone tells whether a row contains one.
     """
     values, ids = scores.max(-1)
+    # one transfer for both: each `tolist` waits for the device. float32 holds ids up to 2**24
     both = torch.stack([values.float(), ids.float()]).tolist()
     return [int(i) for i in both[1]], [abs(value) < float("inf") for value in both[0]]
 
 
 def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
-    """scores [vocabulary] -> an id, drawn with temperature, then top-k, then top-p.
+    """scores [vocabulary] -> an id, sampled with temperature, then top-k, then top-p.
 
-    In the order and with the meaning of transformers' warpers. One uniform number of `generator`
-    (on the CPU) is used for each token, so a seed says the same on every device.
+    Order and meaning are those of transformers' logits warpers. Each token uses one uniform number
+    of `generator` on the CPU, so a seed gives the same tokens on every device.
     """
     probabilities = torch.softmax(scores.float() / options.temperature, -1)
     num_ids = len(probabilities)
@@ -40,6 +40,8 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
         probabilities = probabilities / probabilities.sum()
     if options.top_p < 1.0:
         if ids is None:
+            # a sort of 150,000 ids costs more than a decode step of a small model; top-p rarely
+            # needs more than the first candidates
             first, ids = probabilities.topk(min(_NUM_TOP_P_CANDIDATES, num_ids))
             if float(first.sum()) < options.top_p:
                 first, ids = probabilities.sort(descending=True)
@@ -47,19 +49,26 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
         before = probabilities.cumsum(0) - probabilities
         num_kept = max(1, int((before < options.top_p).sum()))
         probabilities = probabilities[:num_kept]
+    # float64: in float32 the sum over a large vocabulary loses the least probable ids
     total = probabilities.cpu().double().cumsum(0)
     wanted = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    # rounding must not lead behind the last id that has a probability
+    # rounding must not select an id of probability 0 after the last possible one
     last = torch.searchsorted(total, total[-1])
     index = int(torch.searchsorted(total, wanted, right=True).minimum(last))
     return index if ids is None else int(ids[index])
 
 
 def token_event(scores: Tensor, token_id: int, num_top: int) -> TokenEvent:
-    """scores [vocabulary] and the chosen id -> Token with log-probabilities (natural)."""
+    """scores [vocabulary] and the chosen id -> TokenEvent with natural log-probabilities."""
     logprobs = torch.log_softmax(scores.float(), -1)
     top: tuple[tuple[int, float], ...] = ()
     if num_top > 0:
         values, ids = logprobs.topk(min(num_top, len(logprobs)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenEvent(token_id, float(logprobs[token_id]), top)
+
+
+def force_tokens(scores: Tensor, ids: Sequence[int]) -> Tensor:
+    """scores [rows, vocabulary] -> scores whose greedy choice is `ids`."""
+    chosen = torch.tensor(ids, device=scores.device)[:, None]
+    return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

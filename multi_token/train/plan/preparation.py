@@ -58,10 +58,10 @@ def estimate_encodings(
 ) -> list[EncodingEstimate]:
     """One for each modality that has something to encode before the first step.
 
-    `sources`: the training rows, whose good ones are known. `taken`: instances that `start_from`
+    `sources`: the training rows, whose good ones are known. `taken`: instances that `init_from`
     brings, which are neither calibrated nor fitted. A cache is counted as if it were empty.
     """
-    spec, cached = recipe.train.align, recipe.train.feature_cache is not None
+    spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
     aligned = [open_source(s, model, recipe, None) for s in (spec.rows or [])] if spec else []
     found = []
     for name in model.modalities:

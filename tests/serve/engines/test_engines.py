@@ -24,7 +24,6 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from multi_token.serve.engines.continuous import ContinuousEngine
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.types import Sample
@@ -42,7 +41,7 @@ from tests.serve.vllm_parts import VllmWithStandIn
 pytestmark = pytest.mark.slow
 
 FAMILIES = ["Llama", "Qwen2", "Gemma3", "Phi-3"]
-HERE: dict[str, Callable[..., Any]] = {"static": LocalEngine, "continuous": ContinuousEngine}
+HERE: dict[str, Callable[..., Any]] = {"local": LocalEngine}
 ENGINES = {**HERE, "vllm": VllmWithStandIn}
 """The last one has its model answered elsewhere: its faults are not the engine's."""
 NUM_NEW = 10
@@ -53,7 +52,6 @@ def any_family(request: pytest.FixtureRequest, families: ModuleType, tmp_path_fa
     return composed(tmp_path_factory.mktemp("lm"), families, request.param)
 
 
-# stopping transformers' manager takes a second of garbage collection each time
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Builds and starts the engine, with what it is given; all are stopped at the end."""

@@ -1,6 +1,6 @@
-"""The static engine: rows leave its batch and join it while others are being answered.
+"""The local engine: requests join and leave the batch between decode steps.
 
-Border: what it computes, and when; that answers are right is tested for both engines beside it.
+What is computed, and when; that the tokens are right is tested for all engines in test_engines.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from multi_token.serve.engines.base import (
     Prompt,
     SamplingParams,
 )
+from multi_token.serve.engines.local.decode_loop import prefill
 from multi_token.serve.engines.local.engine import LocalEngine
+from multi_token.serve.engines.request import GenerationRequest
 from tests.serve.engine_parts import (
     VECTORS,
     Client,
@@ -36,15 +38,6 @@ from tests.serve.engine_parts import (
 
 LONG = SamplingParams(60, ignore_eos=True)
 TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and which is a fruit?"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that prompts are read in turn, and what is computed when can be said."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @contextmanager
@@ -79,9 +72,9 @@ def alone(engine: Any, prompt: Prompt, options: SamplingParams) -> list[int]:
 
 
 def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
-    llama: Any, start_static: Any
+    llama: Any, start_local: Any
 ) -> None:
-    engine = start_static(llama)
+    engine = start_local(llama)
     prompts = prompts_of(llama)
     short = SamplingParams(5, ignore_eos=True)
     expected = [alone(engine, prompts[0], LONG), *(alone(engine, p, short) for p in prompts[1:])]
@@ -102,8 +95,8 @@ def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
     assert all(number <= 20 for number in num_said), "both end soon after the tenth token"
 
 
-def test_an_ended_row_is_computed_no_more(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_an_ended_row_is_computed_no_more(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompts = prompts_of(llama)
     lengths = [4, 30, 11]
     clients = [Client() for _ in prompts]
@@ -116,8 +109,8 @@ def test_an_ended_row_is_computed_no_more(llama: Any, start_static: Any) -> None
     assert len(steps) == max(lengths) - 1, "all of them are answered together"
 
 
-def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompts = prompts_of(llama)
     leaver = at_token(5, lambda: engine.cancel("r1"))
     clients = [Client(), leaver]
@@ -129,9 +122,9 @@ def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_static: A
     assert steps == [2] * 4 + [1] * 55
 
 
-def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any) -> None:
+def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_local: Any) -> None:
     """Else a row that joined a longer one would carry its padding to the end."""
-    engine = start_static(llama)
+    engine = start_local(llama)
     prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     widths: list[int] = []
 
@@ -149,8 +142,8 @@ def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_static: Any)
     assert widths[-1] == len(prompts[0].input_ids) + 58
 
 
-def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompts = prompts_of(llama)
     warm = SamplingParams(12, temperature=1.5, seed=3, ignore_eos=True)
     expected = alone(engine, prompts[1], warm)
@@ -163,9 +156,9 @@ def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_static: Any) -> No
 
 @pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
 def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
-    llama: Any, start_static: Any, fault: str
+    llama: Any, start_local: Any, fault: str
 ) -> None:
-    engine = start_static(llama, num_cache_tokens=0)  # else they have been read already
+    engine = start_local(llama, prefix_cache_tokens=0)  # else they have been read already
     prompts = prompts_of(llama)
     expected = [alone(engine, p, SamplingParams(12, ignore_eos=True)) for p in prompts]
     unlucky = prompts[1].media_embeds[0][0, 0]
@@ -207,11 +200,11 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
     assert num_read == 1, "who is being answered is not read again"
 
 
-def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_static: Any) -> None:
+def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_local: Any) -> None:
     prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     small, big = prompts[0], prompts[-1]
     # room for two small ones, or for the big one alone
-    engine = start_static(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
+    engine = start_local(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
     long = SamplingParams(engine.max_tokens - len(big.input_ids), ignore_eos=True)
     ended: list[str] = []
 
@@ -231,10 +224,10 @@ def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_static: 
     assert ended == ["big", "behind"]
 
 
-def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_static: Any) -> None:
+def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_local: Any) -> None:
     prompts = prompts_of(llama) * 4
     limit = 2 * (max(len(p.input_ids) for p in prompts) + 60)
-    engine = start_static(llama, max_batch_tokens=limit)
+    engine = start_local(llama, max_batch_tokens=limit)
     held: list[int] = []
 
     def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -255,7 +248,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_static: 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
-    families: ModuleType, tmp_path_factory: Any, start_static: Any
+    families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
     samples = [sample_of(model, text) for text in TEXTS]
@@ -263,8 +256,8 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
     model.language_model.generation_config.repetition_penalty = 3.0
     expected = [generate_ids(model, [s], max_new_tokens=12)[0].tolist() for s in samples]
     assert expected != plain, "the setting must matter"
-    engine = start_static(model)
-    assert engine._mode == "join"
+    engine = start_local(model)
+    assert engine._mode == "continuous"
     clients = [Client() for _ in samples]
     prompts = [prompt_of(model, sample) for sample in samples]
     together(engine, prompts, [SamplingParams(12)] * 3, clients)
@@ -274,11 +267,11 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the family's own code
 def test_rows_leave_also_where_nobody_can_join(
-    families: ModuleType, tmp_path_factory: Any, start_static: Any
+    families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "LFM2")
-    engine = start_static(model)
-    assert engine._mode == "leave"
+    engine = start_local(model)
+    assert engine._mode == "shrinking"
     prompt = prompts_of(model)[1]
     expected = alone(engine, prompt, LONG)
     lengths = [4, 30, 11]
@@ -291,9 +284,9 @@ def test_rows_leave_also_where_nobody_can_join(
     assert steps == [3] * 3 + [2] * 7 + [1] * 19
 
 
-LEAVE = {"Falcon-H1", "LFM2", "Qwen3-Next"}
+SHRINKING = {"Falcon-H1", "LFM2", "Qwen3-Next"}
 """A recurrent state beside keys and values."""
-STAY = {"Mamba2", "RWKV", "xLSTM"}
+STATIC = {"Mamba2", "RWKV", "xLSTM"}
 """No keys and values at all."""
 
 
@@ -310,10 +303,10 @@ def staggered(engine: LocalEngine, prompts: Sequence[Prompt], num_new: int) -> l
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 def test_who_comes_late_is_answered_as_by_generate_in_every_family(
-    families: ModuleType, tmp_path_factory: Any, start_static: Any
+    families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     served = families.FAMILIES.keys() - {"BERT"}
-    ways: dict[str, set[str]] = {"join": set(), "leave": set(), "stay": set()}
+    ways: dict[str, set[str]] = {"continuous": set(), "shrinking": set(), "static": set()}
     for family in sorted(served):
         model = composed(tmp_path_factory.mktemp("lm"), families, family)
         samples = [
@@ -322,11 +315,76 @@ def test_who_comes_late_is_answered_as_by_generate_in_every_family(
             sample_of(model, "What is this?", VECTORS[0]),
         ]
         expected = [generate_ids(model, [s], max_new_tokens=14)[0].tolist() for s in samples]
-        engine = start_static(model)
+        engine = start_local(model)
         prompts = [prompt_of(model, sample) for sample in samples]
         for ids, own in zip(staggered(engine, prompts, 14), expected, strict=True):
             assert ids[: len(own)] == own, family  # `generate` ends where the model says so
         assert engine._mode is not None
         ways[engine._mode].add(family)
         engine.stop()
-    assert ways == {"join": served - LEAVE - STAY, "leave": LEAVE, "stay": STAY}
+    assert ways == {
+        "continuous": served - SHRINKING - STATIC,
+        "shrinking": SHRINKING,
+        "static": STATIC,
+    }
+
+
+def test_a_request_passes_through_its_states(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
+    states: list[str] = []
+    (prompt, *_) = prompts_of(llama)
+    client = Client(lambda _: states.append(request.state))
+    request = GenerationRequest(
+        "r", prompt, SamplingParams(2, ignore_eos=True), client, frozenset()
+    )
+    assert request.state == "waiting"
+    batch = engine._new_batch()
+    batch.add([request])
+    assert states == ["decoding"]
+    batch.decode_step()
+    assert states == ["decoding", "decoding", "finished"]
+    assert batch.requests == [] and batch.width == 0, "a finished request leaves at once"
+
+
+def test_a_prefill_touches_no_running_batch(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
+    first, second = prompts_of(llama)[:2]
+    expected = [
+        alone(engine, prompt, SamplingParams(4, ignore_eos=True)) for prompt in (first, second)
+    ]
+    clients = [Client(), Client()]
+    requests = [
+        GenerationRequest(str(i), prompt, SamplingParams(4, ignore_eos=True), client, frozenset())
+        for i, (prompt, client) in enumerate(zip((first, second), clients, strict=True))
+    ]
+    running = engine._new_batch()
+    running.add(requests[:1])
+    width = running.width
+    other = prefill(llama, running.params, requests[1:])
+    assert (running.width, running.requests) == (width, requests[:1])
+    assert other.requests == requests[1:]
+    running.extend(other)
+    assert running.requests == requests and other.requests == []
+    while running.requests:
+        running.decode_step()
+    assert [client.ids for client in clients] == expected
+
+
+def test_one_core_is_left_to_the_server_however_often_the_engine_starts(
+    llama: Any, start_local: Any
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        engine = start_local(llama)
+        seen: list[int] = []
+        prompt = prompts_of(llama)[0]
+        for number in range(2):
+            client = Client(lambda _: seen.append(torch.get_num_threads()))
+            engine.submit(str(number), prompt, SamplingParams(2), client)
+            client.wait()
+            engine.stop()
+            engine.start()
+        assert set(seen) == {3}
+    finally:
+        torch.set_num_threads(before)

@@ -73,8 +73,8 @@ def about(model: Any, before: str, vector: Sequence[float], behind: str) -> Any:
     return require_processor(model)(Conversation((Message("user", parts),)), prompt_only=True)
 
 
-def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     samples = [
         about(llama, "Here it is: ", VECTORS[0], "What is a fruit?"),
         about(llama, "Here it is: ", VECTORS[0], "What is a fruit? And what is a square?"),
@@ -97,9 +97,9 @@ def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_static: Any) -> 
 
 
 def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
-    llama: Any, start_static: Any
+    llama: Any, start_local: Any
 ) -> None:
-    engine = start_static(llama)
+    engine = start_local(llama)
     processor = require_processor(llama)
     first = Message("user", (Media("vector", list(VECTORS[0])), Text("What is a fruit?")))
     begun = prompt_of(llama, processor(Conversation((first,)), prompt_only=True))
@@ -118,9 +118,9 @@ def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
 
 
 def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(
-    llama: Any, start_static: Any
+    llama: Any, start_local: Any
 ) -> None:
-    engine = start_static(llama)
+    engine = start_local(llama)
     prompt = of(llama, "What is a fruit?", VECTORS[0])
     client = Client()
     first = asked(engine, prompt)
@@ -132,8 +132,8 @@ def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(
     assert not any(event.num_cached for event in client.events[1:-1])
 
 
-def test_tenants_share_nothing(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_tenants_share_nothing(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompt = of(llama, "What is a fruit?")
     asked(engine, replace(prompt, tenant="a"))
     with reading(llama) as seen:
@@ -143,9 +143,9 @@ def test_tenants_share_nothing(llama: Any, start_static: Any) -> None:
 
 
 def test_prompts_that_share_unlike_much_are_right_when_they_are_read_at_once(
-    llama: Any, start_static: Any
+    llama: Any, start_local: Any
 ) -> None:
-    engine = start_static(llama)
+    engine = start_local(llama)
     asked(engine, of(llama, "What is a fruit? " * 4, VECTORS[0]))
     samples = [
         sample_of(llama, "What is a fruit? " * 4 + "Which?", VECTORS[0]),
@@ -163,24 +163,24 @@ def test_prompts_that_share_unlike_much_are_right_when_they_are_read_at_once(
 
 
 def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
-    llama: Any, start_static: Any
+    llama: Any, start_local: Any
 ) -> None:
     prompts = [replace(of(llama, "What is a fruit?"), tenant=str(i)) for i in range(3)]
     length = len(prompts[0].input_ids) + NUM_NEW - 1
-    engine = start_static(llama, num_cache_tokens=2 * length)
+    engine = start_local(llama, prefix_cache_tokens=2 * length)
     for prompt in prompts:
         asked(engine, prompt)
     with reading(llama) as seen:
         for prompt in (prompts[2], prompts[1], prompts[0]):
             asked(engine, prompt)
     engine.stop()
-    kept = engine._batch.prefix_cache
+    kept = engine._batch.params.prefix_cache
     assert kept.num_tokens == 2 * length == kept.max_tokens
     assert seen == [1, 1, len(prompts[0].input_ids)]
 
 
-def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama, num_cache_tokens=0)
+def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama, prefix_cache_tokens=0)
     prompt = of(llama, "What is a fruit?")
     with reading(llama) as seen:
         assert asked(engine, prompt) == asked(engine, prompt)
@@ -188,8 +188,8 @@ def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_static: Any) 
     assert engine.prefix_stats.num_hits == 0
 
 
-def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompt = of(llama, "What is a fruit?")
     asked(engine, prompt)
     engine.stop()
@@ -199,8 +199,8 @@ def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_static: A
     assert seen == [len(prompt.input_ids)]
 
 
-def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_static: Any) -> None:
-    engine = start_static(llama)
+def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama)
     prompt = of(llama, "What is a fruit?", VECTORS[0])
     unlucky = prompt.media_embeds[0][0, 0]
 
@@ -226,7 +226,7 @@ WHOLE = {"Falcon-H1", "LFM2", "Qwen3-Next", "Mamba2", "RWKV", "xLSTM"}
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
 def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
-    families: ModuleType, tmp_path_factory: Any, start_static: Any
+    families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     served = sorted(families.FAMILIES.keys() - {"BERT"})
     whole: set[str] = set()
@@ -234,7 +234,7 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
         has_window = "sliding_window" in families.FAMILIES[family][1]
         changes = {"sliding_window": 256} if has_window else {}  # prompts stay within it
         model = composed(tmp_path_factory.mktemp("lm"), families, family, **changes)
-        engine = start_static(model)
+        engine = start_local(model)
         if not engine._use_prefix_cache:
             whole.add(family)
         samples = [
@@ -255,11 +255,11 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
 
 
 def test_what_a_window_has_let_go_is_not_kept(
-    families: ModuleType, tmp_path_factory: Any, start_static: Any
+    families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     window = 48
     model = composed(tmp_path_factory.mktemp("lm"), families, "Gemma3", sliding_window=window)
-    engine = start_static(model)
+    engine = start_local(model)
     samples = [sample_of(model, "What is a fruit?" * num) for num in (1, 12)]
     short, long = (prompt_of(model, sample) for sample in samples)
     lengths = [len(prompt.input_ids) for prompt in (short, long)]

@@ -22,7 +22,7 @@ from multi_token.serve.errors import ServeError
 from tests.serve.asking import asked, fault_of, post
 from tests.serve.engine_parts import VECTORS, Client, prompt_of, sample_of
 from tests.serve.running_server import running
-from tests.serve.vllm_parts import LOOK_S, golden_of, started
+from tests.serve.vllm_parts import HEALTH_INTERVAL_S, golden_of, started
 from tests.serve.vllm_stand_in import StandIn
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,9 @@ def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
     llama: Any, prompts: list[Any]
 ) -> None:
     breaking = StandIn(llama.language_model)
-    engine = VllmEngine(llama, golden_of(llama), [breaking.url], health_interval_s=LOOK_S)
+    engine = VllmEngine(
+        llama, golden_of(llama), [breaking.url], health_interval_s=HEALTH_INTERVAL_S
+    )
     with (
         running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
@@ -142,7 +144,7 @@ def test_an_engine_that_comes_back_is_proved_and_used_again(
     assert submitted(engine, prompts[0]).wait() == FinishEvent("length")
     assert engine.num_replicas == 1 and second.num_asked == num_asked + 1
     second.die()
-    assert second.wait_until(lambda: engine._router.replicas[1].state == "out")
+    assert second.wait_until(lambda: engine._router.replicas[1].state == "down")
     second.language_model = llama.language_model
     second.start()
     assert second.wait_until(lambda: engine.num_replicas == 2)
@@ -166,7 +168,9 @@ def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
     llama: Any, prompts: list[Any]
 ) -> None:
     one, other = (StandIn(llama.language_model, max_num_seqs=1, max_inside=1) for _ in range(2))
-    engine = VllmEngine(llama, golden_of(llama), [one.url, other.url], health_interval_s=LOOK_S)
+    engine = VllmEngine(
+        llama, golden_of(llama), [one.url, other.url], health_interval_s=HEALTH_INTERVAL_S
+    )
     with (
         running(llama, engine=engine) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
@@ -240,13 +244,21 @@ def test_the_start_waits_for_the_first_engine_if_it_is_told_to(llama: Any) -> No
     late = StandIn(llama.language_model)
     late.die()
     engine = VllmEngine(
-        llama, golden_of(llama), [late.url], health_interval_s=LOOK_S, startup_timeout_s=0.2
+        llama,
+        golden_of(llama),
+        [late.url],
+        health_interval_s=HEALTH_INTERVAL_S,
+        startup_timeout_s=0.2,
     )
     with pytest.raises(LanguageModelError, match="does not answer /health"):
         engine.start()
     assert not engine.is_alive
     engine = VllmEngine(
-        llama, golden_of(llama), [late.url], health_interval_s=LOOK_S, startup_timeout_s=60
+        llama,
+        golden_of(llama),
+        [late.url],
+        health_interval_s=HEALTH_INTERVAL_S,
+        startup_timeout_s=60,
     )
     starting = threading.Thread(target=engine.start)
     starting.start()

@@ -23,7 +23,7 @@ from multi_token.errors import CheckpointError, LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.recipe.recipe import Recipe
 from multi_token.serve.engines.base import FinishEvent, SamplingParams
-from multi_token.serve.engines.vllm.embeddings import PromptEmbedder
+from multi_token.serve.engines.vllm.engine import PromptEmbedder
 from multi_token.serve.engines.vllm.golden import read_golden
 from multi_token.serve.settings import ServeSettings
 from tests.serve.asking import BLUE, PICTURE, QUESTION, VECTOR, asked, content_of, post
@@ -71,7 +71,7 @@ def only_embeddings(exported: Path) -> Any:
 
 
 def settings_of(exported: Path, *urls: str, **fields: Any) -> dict[str, Any]:
-    return {"backend": "vllm", "engine_urls": urls, "run_folder": exported, **fields}
+    return {"engine_urls": urls, "run_folder": exported, **fields}
 
 
 SENSOR = {"type": "media", "modality": "sensor", "data": [[float(i % 7), 1.0] for i in range(64)]}
@@ -248,7 +248,7 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
     model = composed(tmp_path, families, "Gemma3n")
     nobody = StandIn(model.language_model, start=False)
     with (
-        pytest.raises(LanguageModelError, match="looks ids up in its layers.*--backend static"),
+        pytest.raises(LanguageModelError, match="looks ids up in its layers.*without --engine-url"),
         started(model, nobody),
     ):
         pass
@@ -257,8 +257,6 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, "needs at least one"),
-        ({"engine_urls": ("http://a:1",), "backend": "static"}, "engine_urls are of the vllm"),
         ({"engine_urls": ("ftp://a:1",)}, "should be http://HOST:PORT"),
         ({"engine_urls": ("a:8000",)}, "should be http://HOST:PORT"),
         ({"engine_urls": ("http://a:1/v1",)}, "without a path"),
@@ -269,9 +267,9 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
 )
 def test_addresses_of_engines_are_checked(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
-        ServeSettings(**{"backend": "vllm", **fields})
+        ServeSettings(**fields)
     assert "secret" not in str(refused.value).partition("[type=")[0]
-    good = ServeSettings(backend="vllm", engine_urls=("http://a:1",), engine_key="sk-hidden")
+    good = ServeSettings(engine_urls=("http://a:1",), engine_key="sk-hidden")
     assert "sk-hidden" not in repr(good)
 
 
@@ -279,11 +277,8 @@ def test_addresses_of_engines_are_checked(fields: dict[str, Any], words: str) ->
 def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_right(
     families: ModuleType, tmp_path: Path
 ) -> None:
-    from multi_token.language_model.loading import (
-        _load_without_layers,
-        load_embeddings,
-        load_language_model,
-    )
+    from multi_token.language_model.embeddings_only import _load_without_layers, load_embeddings
+    from multi_token.language_model.loading import load_language_model
 
     whole = set()
     for family in families.FAMILIES:

@@ -1,4 +1,4 @@
-"""`multi-token export`, engines, `multi-token serve --backend vllm`: as people start them.
+"""`multi-token export`, engines, `multi-token serve --engine-url URL`: as people start them.
 
 Border: the command line; what is answered is test_vllm.py's.
 """
@@ -51,7 +51,7 @@ def test_an_exported_run_is_served_before_two_engines(
     question = Conversation((Message("user", parts),))
     expected = served_model.generate([question], max_new_tokens=8)[0]
     with (
-        gateway(str(out), "--backend", "vllm", *urls) as (process, url, printed),
+        gateway(str(out), *urls) as (process, url, printed),
         httpx.Client(base_url=url, timeout=60) as http,
     ):
         for _ in range(4):
@@ -74,7 +74,7 @@ def test_an_exported_run_is_served_before_two_engines(
     # a start that fails is the last line, and the only one about it
     command = [sys.executable, "-m", "multi_token", "serve", str(out), "--port", "0"]
     done_early = subprocess.run(
-        [*command, "--backend", "vllm", "--engine-url", engines[1].url],
+        [*command, "--engine-url", engines[1].url],
         capture_output=True,
         text=True,
         timeout=120,
@@ -87,11 +87,13 @@ def test_an_exported_run_is_served_before_two_engines(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--backend", "vllm"], "needs at least one: give --backend vllm"),
-        (["--engine-url", "http://127.0.0.1:9"], "needs at least one: give --backend vllm"),
-        (["--backend", "vllm", "--engine-url", "127.0.0.1:9"], "should be http://HOST:PORT"),
+        (["--engine-url", "127.0.0.1:9"], "should be http://HOST:PORT"),
         (
-            ["--backend", "vllm", "--engine-url", "http://127.0.0.1:9"],
+            ["--engine-url", "http://127.0.0.1:9", "--prefix-cache-tokens", "8"],
+            "leave out --prefix-cache-tokens",
+        ),
+        (
+            ["--engine-url", "http://127.0.0.1:9"],
             "has no manifest.json.*multi-token export RUN --to language-model --out",
         ),
     ],

@@ -91,12 +91,10 @@ def test_a_greedy_answer_is_what_generate_says(
 
 
 @pytest.mark.slow
-def test_the_continuous_engine_gives_the_same_answers(served_run: Any, served_model: Any) -> None:
-    from multi_token.checkpoint.load import load
-
+def test_concurrent_requests_get_the_same_answers(served_model: Any) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
     with (
-        running(load(served_run), backend="continuous", api_keys=(KEY,)) as server,
+        running(served_model, api_keys=(KEY,)) as server,
         httpx.Client(base_url=server.url, headers=key, timeout=30) as client,
         ThreadPoolExecutor(len(CASES)) as together,
     ):

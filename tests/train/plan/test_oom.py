@@ -43,7 +43,7 @@ def recipe(recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path) -> Call
 
     def write(**train: Any) -> Path:
         stages = [{"name": "tune", "learn": {"adapter": 1e-3}, "args": {"max_steps": 2}}]
-        fields = recipe_fields(tmp_path / "run", align=None, stages=stages, **train)
+        fields = recipe_fields(tmp_path / "run", closed_form=None, stages=stages, **train)
         fields["data"] = {"train": [{"rows": str(tmp_path / "long.jsonl")}], "max_tokens": 4000}
         fields["train"]["args"]["per_device_train_batch_size"] = 256
         fields["train"]["args"]["save_steps"] = 1

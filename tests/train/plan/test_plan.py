@@ -21,7 +21,7 @@ from multi_token.cli import app
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
-from multi_token.language_model.loading import attach_adapter
+from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
@@ -195,9 +195,9 @@ def test_the_plan_counts_what_is_encoded_before_the_first_step(
         return console.export_text()
 
     assert "image: 32 encodings before the first step (for the closed form), about " in said()
-    assert "image: 18 encodings" in said(align=others)
-    assert "image: 16 encodings" in said(align=None)
-    assert "image: 4 encodings" in said(align=None, calibration_items=4)
+    assert "image: 18 encodings" in said(closed_form=others)
+    assert "image: 16 encodings" in said(closed_form=None)
+    assert "image: 4 encodings" in said(closed_form=None, calibration_items=4)
     cached = said(feature_cache=True)
     assert "image: 5 encodings before the first step (for the feature cache, each once)" in cached
     assert "(8 were tried)" in cached

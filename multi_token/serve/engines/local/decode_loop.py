@@ -1,7 +1,13 @@
-"""Rows that are answered together, a token of each at a step; they leave and join between steps.
+"""Decode loop: prefill and decode steps of one batch over a left-padded KV cache.
 
-Border: one batch of rows, its forwards and its cache. Who joins and when is static.py's to say,
-and way.py finds whether a language model can be answered so.
+    prefill(requests)   one forward over the new prompts, after their cached prefix;
+                        samples the first token of each -> a batch of its own
+    batch.extend(new)   pad the shorter KV cache on the left, concatenate rows
+    batch.decode_step() drop finished rows, one forward over one token a row, sample
+    dropped rows        go to the prefix cache; padding that no row needs is cut off
+
+The position ids of each row start at its own first token, so padding changes no row's result.
+`parity` checks at startup whether that holds for a language model.
 """
 
 from __future__ import annotations
@@ -9,8 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +23,12 @@ import torch
 from torch import Tensor
 
 from multi_token.language_model.forward import (
+    GREEDY,
     accepts_position_ids,
     base_language_model,
     per_layer_inputs,
 )
-from multi_token.serve.engines.fallback import nan_error, pad_prompts
+from multi_token.serve.engines.fallback import pad_prompts
 from multi_token.serve.engines.local.kv_cache import (
     concat_rows,
     is_paddable,
@@ -30,229 +36,232 @@ from multi_token.serve.engines.local.kv_cache import (
     trim_left,
 )
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
-from multi_token.serve.engines.scheduler import GenerationRequest, sample_batch
+from multi_token.serve.engines.request import GenerationRequest, nan_error, sample_batch
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class DecodeParams:
+    """Everything that batches of one model share."""
+
+    filler_id: int
+    allow_add: bool
+    """Requests may join a running batch, and padding is cut off when the longest row has left (see
+    `is_paddable`). Otherwise all requests start together."""
+    device: torch.device
+    accepts_position_ids: bool
+    forward_kwargs: Mapping[str, Any]
+    logits_processors: Any
+    """See `logits_processors`."""
+    prefix_cache: PrefixCache | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: MultiTokenForConditionalGeneration,
+        filler_id: int,
+        *,
+        allow_add: bool,
+        prefix_cache: PrefixCache | None = None,
+    ) -> DecodeParams:
+        """Read the language model's settings, once for all batches."""
+        language_model = model.language_model
+        parameters = inspect.signature(base_language_model(language_model).forward).parameters
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        return cls(
+            filler_id=filler_id,
+            allow_add=allow_add,
+            device=weight.device,
+            accepts_position_ids=accepts_position_ids(language_model),
+            # a prompt needs logits at its last position only; for all positions they would be
+            # the largest tensor of the prefill (time x vocabulary)
+            forward_kwargs={"logits_to_keep": 1} if "logits_to_keep" in parameters else {},
+            logits_processors=logits_processors(language_model),
+            prefix_cache=prefix_cache,
+        )
 
 
 @dataclass
 class _BatchRow:
     request: GenerationRequest
     num_cached: int
-    """Of its tokens that are in the cache."""
+    """Tokens of this row in the KV cache."""
     output_ids: list[int] = field(default_factory=list)
-    """New ones. The last is not in the cache yet."""
+    """New tokens. The last one is not in the KV cache yet."""
     is_bad: bool = False
-    """No numbers came of it, so what it has in the cache is of no use to others."""
+    """The row's logits were NaN or inf, so its KV cache must not be reused."""
 
 
 class DecodeBatch:
-    """The rows that are being answered, padded on the left to `width` tokens.
+    """Running requests as rows of one KV cache, left-padded to `width` tokens."""
 
-    Every row's positions begin with its own first token, so that it is answered as it is alone. A
-    row that has ended is not computed any more: before the next step it leaves the cache.
-    """
-
-    def __init__(
-        self,
-        model: MultiTokenForConditionalGeneration,
-        filler_id: int,
-        *,
-        allow_add: bool,
-        prefix_cache: PrefixCache | None = None,
-    ) -> None:
-        """`allow_add`: rows join others, and padding that nobody needs is cut off when the longest
-        has
-        left; see `is_paddable`. Without it all rows join at once. `prefix_cache`: what is kept of
-        rows, and not read again.
-        """
+    def __init__(self, model: MultiTokenForConditionalGeneration, params: DecodeParams) -> None:
         self.model = model
-        self.filler_id = filler_id
-        self.allow_add = allow_add
-        self.prefix_cache = prefix_cache
+        self.params = params
         self.width = 0
         self._rows: list[_BatchRow] = []
         self._cache: Any = None
-        parameters = inspect.signature(base_language_model(model.language_model).forward).parameters
-        self._accepts_position_ids = accepts_position_ids(model.language_model)
-        # of a prompt, only the last position is asked for its logits
-        self._forward_kwargs = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        self._device = weight.device
-        self._logits_processors = logits_processors(model.language_model)
 
     @property
     def requests(self) -> list[GenerationRequest]:
-        """Those that have not ended."""
+        """Requests that are not finished."""
         return [row.request for row in self._rows if not row.request.is_finished]
 
     @property
     def is_paddable(self) -> bool:
-        """Whether the cache is one that rows can join: see cached_rows.py."""
+        """See `kv_cache.is_paddable`."""
         return is_paddable(self._cache, len(self._rows), self.width)
 
     def width_after_adding(self, requests: Sequence[GenerationRequest]) -> int:
-        """What `width` would come to if these joined and all answers were as long as allowed."""
-        ends = [(len(row.prompt.input_ids), row.options.max_new_tokens) for row in requests]
+        """Return the largest width this batch could reach with these requests added."""
+        ends = [(len(r.prompt.input_ids), r.options.max_new_tokens) for r in requests]
         for row in self._rows:
             if not row.request.is_finished:
-                ends.append(
-                    (row.num_cached, row.request.options.max_new_tokens - len(row.output_ids))
-                )
+                num_left = row.request.options.max_new_tokens - len(row.output_ids)
+                ends.append((row.num_cached, num_left))
+        # not the maximum of the sums: the longest row sets the width, and any row may outlive it
         return max(length for length, _ in ends) + max(num_left for _, num_left in ends)
 
-    @torch.no_grad()
     def add(self, requests: Sequence[GenerationRequest]) -> None:
-        """Read prompts, say the first token of each, and have them answered beside the others.
+        """Prefill requests, emit their first tokens, and decode them with the running ones.
 
-        Raises what the model raises; the others are then as they were.
+        Raises what the model raises; the running requests are then unchanged.
         """
-        self.merge(self.prefill(requests))
+        self.extend(prefill(self.model, self.params, requests))
 
     @torch.no_grad()
-    def prefill(
-        self, requests: Sequence[GenerationRequest], *, is_beside: bool = False
-    ) -> DecodeBatch:
-        """Others than these, read, and the first token of each said; who ended with it has left.
-
-        Raises what the model raises. With `is_beside` these may be stepped meanwhile, in another
-        thread.
-        """
-        others = copy.copy(self)
-        others.clear()
-        requests = [row for row in requests if not row.is_finished]
-        if requests:
-            others._prefill(requests, is_beside=is_beside)
-            others._drop_finished()
-        return others
-
-    @torch.no_grad()
-    def merge(self, others: DecodeBatch) -> None:
-        """Have others, that `prefill` made, answered beside these."""
-        others._drop_finished()
+    def extend(self, other: DecodeBatch) -> None:
+        """Take over the rows of another batch."""
+        other._drop_finished()
         self._drop_finished()
-        groups = [group for group in (self, others) if group._rows]
-        if not groups:
+        if not other._rows:
             return
-        width = max(group.width for group in groups)
-        cache = groups[0]._cache
-        if len(groups) == 2:
-            concat_rows(cache, others._cache, width)
-        self._rows = [row for group in groups for row in group._rows]
-        self._cache, self.width = cache, width
+        if self._rows:
+            width = max(self.width, other.width)
+            # first: if it raises, this batch is unchanged
+            concat_rows(self._cache, other._cache, width)
+            self._rows, self.width = [*self._rows, *other._rows], width
+        else:
+            self._rows, self._cache, self.width = other._rows, other._cache, other.width
+        other.clear()
 
     @torch.no_grad()
-    def decode_step(self, *, is_beside: bool = False) -> None:
-        """Say one more token of each row that has not ended. Raises what the model raises.
-
-        `is_beside`: others are read meanwhile, in another thread.
-        """
+    def decode_step(self) -> None:
+        """Generate and emit one token of each running request. Raises what the model raises."""
         self._drop_finished()
         if not self._rows:
             return
-        device = self._device
+        device = self.params.device
         lengths = [row.num_cached for row in self._rows]
         attention_mask = None
+        # without padding no mask: attention kernels are faster then, and some refuse a mask
         if min(lengths) < self.width:
             padding = torch.tensor([self.width - length for length in lengths])
             attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
-        with _threads(device, is_beside=is_beside):
-            output = self._forward(
-                input_ids=torch.tensor([row.output_ids[-1:] for row in self._rows], device=device),
-                attention_mask=attention_mask,
-                position_ids=torch.tensor(lengths, device=device)[:, None],
-                past_key_values=self._cache,
-            )
+        output = self._forward(
+            input_ids=torch.tensor([row.output_ids[-1:] for row in self._rows], device=device),
+            attention_mask=attention_mask,
+            position_ids=torch.tensor(lengths, device=device)[:, None],
+            past_key_values=self._cache,
+        )
         self._cache = output.past_key_values
         self.width += 1
         for row in self._rows:
             row.num_cached += 1
         self._sample(output.logits)
+        # now rather than at the next step, which may be long in coming: the prefix cache gets the
+        # rows, and the memory is free
         if not self.requests:
-            self._drop_finished()  # now, since the next step may be long in coming
+            self._drop_finished()
 
     def clear(self) -> None:
-        """Nobody is answered any more."""
+        """Drop all rows and the KV cache."""
         self._rows, self._cache, self.width = [], None, 0
 
-    def _prefill(self, requests: Sequence[GenerationRequest], *, is_beside: bool) -> None:
-        embeds, input_ids, attention_mask = pad_prompts(self.model, requests, self.filler_id)
-        self._rows = [_BatchRow(row, len(row.prompt.input_ids)) for row in requests]
+    def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
+        embeds, input_ids, attention_mask = pad_prompts(self.model, requests, self.params.filler_id)
+        self._rows = [_BatchRow(request, len(request.prompt.input_ids)) for request in requests]
         self.width = embeds.shape[1]
         is_padded = min(row.num_cached for row in self._rows) < self.width
         first, cache = self._prefix_lookup(requests)
-        with _threads(self._device, is_beside=is_beside):
-            output = self._forward(
-                inputs_embeds=embeds[:, first:],
-                attention_mask=attention_mask if is_padded else None,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
-                **({} if cache is None else {"past_key_values": cache}),
-                **per_layer_inputs(self.model.language_model, input_ids[:, first:]),
-            )
+        output = self._forward(
+            inputs_embeds=embeds[:, first:],
+            attention_mask=attention_mask if is_padded else None,
+            # padding has no position; 0 keeps it within the rotary table
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
+            **({} if cache is None else {"past_key_values": cache}),
+            **per_layer_inputs(self.model.language_model, input_ids[:, first:]),
+        )
         self._cache = output.past_key_values
         self._sample(output.logits)
         self._store_prefixes(self._rows)
 
     def _prefix_lookup(self, requests: Sequence[GenerationRequest]) -> tuple[int, Any]:
-        """How many of `width` tokens need not be read, and a cache that holds them.
+        """Return how many of `width` positions are cached, and a KV cache that holds them.
 
-        All rows are read from the same place on, so a row that is shorter, or shares more than the
-        others, is read from there too; what stands before it is its own.
+        All rows start prefill at the same position. A row that is shorter, or has a longer cached
+        prefix than the others, uses only the part of its prefix before that position.
         """
-        if self.prefix_cache is None:
+        prefix_cache = self.params.prefix_cache
+        if prefix_cache is None:
             return 0, None
-        found = [self.prefix_cache.find(row.prompt) for row in requests]
-        lengths = [len(row.prompt.input_ids) for row in requests]
+        found = [prefix_cache.find(request.prompt) for request in requests]
+        lengths = [len(request.prompt.input_ids) for request in requests]
         num_read = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
-        begun = [
-            (beginning, max(0, length - num_read))
-            for length, (beginning, _) in zip(lengths, found, strict=True)
+        prefixes = [
+            (entry, max(0, length - num_read))
+            for length, (entry, _) in zip(lengths, found, strict=True)
         ]
-        for row, (_, num) in zip(requests, begun, strict=True):
-            self.prefix_cache.stats.record(row, num)
+        for request, length, (_, num) in zip(requests, lengths, prefixes, strict=True):
+            if request.mark_prefilled(num):
+                prefix_cache.stats.record(length, num)
         first = self.width - num_read
-        return first, self.prefix_cache.build_kv_cache(begun, first) if first else None
+        return first, prefix_cache.build_kv_cache(prefixes, first) if first else None
 
     def _store_prefixes(self, rows: Sequence[_BatchRow]) -> None:
-        """What these have in the cache, for others that begin so."""
-        if self.prefix_cache is None:
+        """Copy these rows' KV cache into the prefix cache."""
+        prefix_cache = self.params.prefix_cache
+        if prefix_cache is None:
             return
         for index, row in enumerate(self._rows):
             if row in rows and not row.is_bad:
-                answer = row.output_ids[: row.num_cached - len(row.request.prompt.input_ids)]
-                self.prefix_cache.add(
-                    row.request.prompt, answer, self._cache, index, row.num_cached
-                )
+                prompt = row.request.prompt
+                output_ids = row.output_ids[: row.num_cached - len(prompt.input_ids)]
+                prefix_cache.add(prompt, output_ids, self._cache, index, row.num_cached)
 
     def _forward(self, *, position_ids: Tensor, **inputs: Any) -> Any:
-        if self._accepts_position_ids:
+        if self.params.accepts_position_ids:
             inputs["position_ids"] = position_ids
         return self.model.language_model(
-            use_cache=True, return_dict=True, **self._forward_kwargs, **inputs
+            use_cache=True, return_dict=True, **self.params.forward_kwargs, **inputs
         )
 
     def _sample(self, logits: Tensor) -> None:
-        """logits [rows, time, vocabulary]: of the last position the next token of each row."""
+        """logits [rows, time, vocabulary] -> a token of each row from its last position."""
+        # float32: a log-softmax over a large vocabulary in half precision is off by 0.1 and more
         scores = logits[:, -1].float()
-        if self._logits_processors:
+        processors = self.params.logits_processors
+        if processors:
+            # row by row: rows have generated unequally many ids, which have no common tensor
             scores = torch.cat(
                 [
-                    self._logits_processors(
+                    processors(
                         torch.tensor([row.output_ids], dtype=torch.long, device=scores.device), own
                     )
                     for row, own in zip(self._rows, scores.split(1), strict=True)
                 ]
             )
         ids, bad, _ = sample_batch([row.request for row in self._rows], scores)
-        for running in bad:
-            running.fail(nan_error())
+        for request in bad:
+            request.fail(nan_error())
         for row, token_id in zip(self._rows, ids, strict=True):
             row.output_ids.append(token_id)
             row.is_bad = row.is_bad or row.request in bad
 
+    @torch.no_grad()
     def _drop_finished(self) -> None:
-        """Without the rows that have ended."""
         kept = [i for i, row in enumerate(self._rows) if not row.request.is_finished]
         if len(kept) == len(self._rows):
             return
@@ -263,43 +272,45 @@ class DecodeBatch:
         select_rows(self._cache, kept)
         self._rows = [self._rows[i] for i in kept]
         width = max(row.num_cached for row in self._rows)
-        if self.allow_add and width < self.width:
+        # a cache that is not paddable may keep a state of the complete width: leave it
+        if self.params.allow_add and width < self.width:
             trim_left(self._cache, width)
             self.width = width
 
 
-@contextmanager
-def _threads(device: torch.device, *, is_beside: bool) -> Iterator[None]:
-    """One core is left to HTTP, tokens as text and media; what is computed here shares little.
+@torch.no_grad()
+def prefill(
+    model: MultiTokenForConditionalGeneration,
+    params: DecodeParams,
+    requests: Sequence[GenerationRequest],
+) -> DecodeBatch:
+    """Run prompts through the model, emit their first tokens, and return them as a new batch.
 
-    If they have to wait for a core, all threads of torch wait for the one that lost its own: on two
-    cores a step of 8 rows then takes 1.4 times as long (docs/benchmarks/serving.md). `is_beside`:
-    prompts are read beside a step, so each gets half.
+    Raises what the model raises; no other batch is touched.
     """
-    num_threads = torch.get_num_threads()
-    if device.type != "cpu" or num_threads == 1:
-        yield
-        return
-    torch.set_num_threads(num_threads // 2 if is_beside else num_threads - 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+    batch = DecodeBatch(model, params)
+    running = [request for request in requests if not request.is_finished]
+    if running:
+        for request in running:
+            request.start_prefill()
+        batch._prefill(running)
+        batch._drop_finished()
+    return batch
 
 
 def logits_processors(language_model: Any) -> Any:
-    """What transformers' `generate` does to scores before the greedy choice (a penalty, say), by
-    the model's own generation config; empty if nothing.
+    """Return the logits processors that `generate` would apply before the greedy choice.
 
-    Each takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
+    By the model's own generation config, a repetition penalty say; empty if there are none. Each
+    takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
     """
     model = base_language_model(language_model)
     config = copy.deepcopy(model.generation_config)
-    config.do_sample = False
-    config.num_beams = config.num_return_sequences = 1
-    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "eos_token_id"):
-        setattr(config, name, None)
+    for name, value in {**GREEDY, "eos_token_id": None}.items():
+        setattr(config, name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that prompts of embeddings have no ids to penalize
+        # transformers warns that prompts of embeddings have no ids to penalize
+        warnings.simplefilter("ignore")
+        # private in transformers 5.23, and the only way to the list that `generate` itself builds
         model._prepare_special_tokens(config, device=model.device)
         return model._get_logits_processor(config, input_ids_seq_length=0, device=model.device)

@@ -1,31 +1,41 @@
-"""The engine that any language model can be served with: prompts in one padded batch.
+"""Local engine: iteration-level (continuous) batching of any language model, in one thread.
 
-Border: who goes into the batch and when. How it is answered stands in stepping.py, and in padded.py
-for models whose rows cannot leave.
+start:  find the batching mode and whether the prefix cache reproduces `generate` (parity.py)
+loop:   1. take waiting requests that fit the token budget; none running: wait for one
+        2. prefill them as a batch, and extend the running batch by it
+        3. one decode step for all running requests; finished ones leave
+fault:  the requests concerned are retried alone, the others go on (fallback.py)
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from multi_token.generate import eos_token_ids, require_processor
-from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams
+from multi_token.serve.engines.base import (
+    EngineEvent,
+    PrefixCacheStats,
+    Prompt,
+    SamplingParams,
+    check_prompt,
+    context_length,
+    min_limit,
+)
 from multi_token.serve.engines.fallback import check_model_alive, generate_batch, retry_individually
-from multi_token.serve.engines.local.decode_loop import DecodeBatch
+from multi_token.serve.engines.local.decode_loop import DecodeBatch, DecodeParams
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
-from multi_token.serve.engines.local.reads import Reads
 from multi_token.serve.engines.parity import (
     BatchingMode,
     find_batching_mode,
-    may_read_beside,
     supports_prefix_cache,
 )
-from multi_token.serve.engines.prefix_hits import PrefixCacheStats
-from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
-from multi_token.serve.engines.scheduler import GenerationRequest, Scheduler, fail_request
+from multi_token.serve.engines.request import GenerationRequest, fail_request
+from multi_token.serve.engines.scheduler import Scheduler
 from multi_token.serve.errors import ServeError
 
 if TYPE_CHECKING:
@@ -33,24 +43,22 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _MAX_PREFILL_TOKENS = 512
-"""Tokens of prompts that join at once, so that those who are being answered do not wait long."""
+"""Prompt tokens of one prefill, so that running requests do not wait long for their next token."""
 
 
 class LocalEngine:
-    """Answers prompts in one padded batch: a row leaves when it has ended, and who comes joins.
+    """Generates in process, for every language model that `generate` supports.
 
-    So at the start of each step, if a trial at the start finds that it is exact (way.py). Else rows
-    leave only, and who comes waits for the next batch; or they stay until all have ended, which is
-    exact for every language model that can be asked at all. Where padding changes answers, only
-    prompts of one length share a batch.
+    Mode `continuous`: requests join and leave the batch between decode steps. `shrinking`: requests
+    only leave, and waiting ones start with the next batch. `static`: a batch runs to its end
+    through `generate`. The first mode that reproduces `generate` at startup is used. Where padding
+    changes results, only prompts of one length share a batch.
 
-    Where rows can join, what a prompt begins with like an earlier one of the same tenant (a system
-    message, the same picture, a conversation that goes on) is not read again; and on a CPU with
-    more than one core prompts are read in a second thread, so that nobody's answer stands still
-    meanwhile.
+    In mode `continuous`, prompts reuse the KV cache of earlier prompts of the same tenant with the
+    same prefix: a system message, an image that is asked about again, a longer conversation.
     """
 
-    name = "static"
+    name = "local"
 
     def __init__(
         self,
@@ -59,12 +67,17 @@ class LocalEngine:
         max_batch: int = 8,
         max_batch_tokens: int = 32768,
         max_tokens: int | None = None,
-        num_cache_tokens: int = 2048,
+        prefix_cache_tokens: int = 2048,
     ) -> None:
-        """`max_batch`: prompts answered together. `max_batch_tokens`: padded, with the longest
-        answer; bounds the memory of the key-value cache. `max_tokens`: see `Engine`; by default
-        what the language model's config says. `num_cache_tokens`: of prompts and answers, whose
-        keys and values are kept when these have ended; 0: none.
+        """Prepare the engine; `start` runs it.
+
+        Args:
+            model: with its processor.
+            max_batch: largest number of running requests.
+            max_batch_tokens: bound of rows times width of the KV cache, padding and the longest
+                possible output included.
+            max_tokens: see `Engine`; by default the language model's context length.
+            prefix_cache_tokens: tokens of finished requests kept in the prefix cache; 0 disables.
         """
         self.model = model
         self.max_batch = max_batch
@@ -72,35 +85,42 @@ class LocalEngine:
         self.max_tokens = min_limit(max_tokens, context_length(model), max_batch_tokens)
         self._filler_id = require_processor(model).chat.filler_id
         self._end_ids = frozenset(eos_token_ids(model))
-        self.num_cache_tokens = num_cache_tokens
+        self.prefix_cache_tokens = prefix_cache_tokens
         self.prefix_stats = PrefixCacheStats()
         self._scheduler = Scheduler()
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
-        self._reads_beside = False
-        self._reads: Reads | None = None
         self._batch: DecodeBatch | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        # read here, once: a restarted engine thread would otherwise give up one more core
+        self._num_threads = max(1, torch.get_num_threads() - 1)
 
     def start(self) -> None:
-        """Begin to answer. Raises LanguageModelError for a model that cannot be asked."""
+        """Run the startup checks and start the thread.
+
+        Raises LanguageModelError for a model that cannot generate.
+        """
         if self.is_alive:
             return
         if self._thread is not None:
             self._thread.join()
-        if self._mode is None:  # tried here, not in the first client's time
+        # before the thread starts, so that no client's request waits for the checks
+        if self._mode is None:
             self._mode = find_batching_mode(self.model, self._filler_id)
-            if self._mode == "join":
-                self._reads_beside = may_read_beside(self.model, self._filler_id)
-                if self.num_cache_tokens:
-                    self._use_prefix_cache = supports_prefix_cache(self.model, self._filler_id)
+            if self._mode == "continuous" and self.prefix_cache_tokens:
+                self._use_prefix_cache = supports_prefix_cache(self.model, self._filler_id)
+            _LOG.info(
+                "batching mode %s, prefix cache %s",
+                self._mode,
+                "on" if self._use_prefix_cache else "off",
+            )
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._engine_loop, name="static engine", daemon=True)
+        self._thread = threading.Thread(target=self._engine_loop, name="local engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel all and end the thread, which finishes the step that it is in."""
+        """Cancel all requests and end the thread after its current step."""
         with self._scheduler.condition:
             self._is_stopping = True
             self._scheduler.condition.notify_all()
@@ -121,13 +141,15 @@ class LocalEngine:
         request = GenerationRequest(
             request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
         )
+        # under the lock: a thread that dies fails all queued requests, and one that is queued
+        # after that would wait forever
         with self._scheduler.condition:
             if not self.is_alive:
-                raise ServeError("the engine does not run", status=503)
+                raise ServeError("the engine is not running", status=503)
             self._scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
-        """End an answer early; see `Engine`."""
+        """End a request early; see `Engine`."""
         self._scheduler.cancel(request_id)
 
     @property
@@ -136,11 +158,11 @@ class LocalEngine:
 
     @property
     def cache_usage(self) -> float:
-        """The part of `max_batch_tokens` that answers hold, padding included, 0 to 1."""
-        decode_batch = self._batch
-        if decode_batch is None or not self.is_alive:
+        """Share of `max_batch_tokens` in the KV cache, padding included, 0 to 1."""
+        batch = self._batch
+        if batch is None or not self.is_alive:
             return 0.0
-        return len(decode_batch.requests) * decode_batch.width / self.max_batch_tokens
+        return len(batch.requests) * batch.width / self.max_batch_tokens
 
     @property
     def num_running(self) -> int:
@@ -152,136 +174,133 @@ class LocalEngine:
 
     def _engine_loop(self) -> None:
         try:
-            if self._mode == "stay":
-                while batch := self._next_requests(None):
-                    self._generate_batch(batch)
+            if self._mode == "static":
+                while requests := self._next_requests(None):
+                    self._generate_batch(requests)
             else:
+                self._leave_a_core()
                 self._batch = self._new_batch()
-                with Reads() as reads:
-                    self._reads = reads if self._reads_beside else None
-                    self._decode_loop(self._batch)
-        except Exception as error:  # noqa: BLE001 - every client must be told
-            _LOG.error("the engine's thread ends", exc_info=error)
+                self._decode_loop(self._batch)
+        # any fault here is the model's or a defect: every client must receive its end
+        except Exception as error:  # noqa: BLE001
+            _LOG.error("the engine thread ends", exc_info=error)
             with self._scheduler.condition:
-                self._is_stopping = True  # or one could be queued behind the last that fails
+                self._is_stopping = True
             for request in self._scheduler.unfinished():
                 request.fail(ServeError("the engine has failed", status=503))
 
+    def _leave_a_core(self) -> None:
+        """Leave one CPU core to HTTP, tokenization and media.
+
+        torch's threads wait for each other at the end of every operation. If one of them loses its
+        core to another thread of the server, all wait: on two cores a step of 8 rows then takes 1.4
+        times as long (docs/benchmarks/serving.md).
+        """
+        if self.model.device.type == "cpu":
+            torch.set_num_threads(self._num_threads)
+
     def _new_batch(self) -> DecodeBatch:
-        """Of the model as it is now: nothing that was kept before is used."""
-        kept = (
-            PrefixCache(self.num_cache_tokens, self.prefix_stats)
+        """Return an empty batch with an empty prefix cache: the weights may have changed."""
+        prefix_cache = (
+            PrefixCache(self.prefix_cache_tokens, self.prefix_stats)
             if self._use_prefix_cache
             else None
         )
-        return DecodeBatch(
-            self.model, self._filler_id, allow_add=self._mode == "join", prefix_cache=kept
+        params = DecodeParams.of(
+            self.model,
+            self._filler_id,
+            allow_add=self._mode == "continuous",
+            prefix_cache=prefix_cache,
         )
+        return DecodeBatch(self.model, params)
 
-    def _generate_batch(self, batch: list[GenerationRequest]) -> None:
-        """A batch to its end, in one call."""
+    def _generate_batch(self, requests: list[GenerationRequest]) -> None:
+        """Mode `static`: run a batch to its end."""
         try:
-            generate_batch(self.model, batch, self._filler_id)
-        except Exception as error:  # noqa: BLE001 - one prompt must not end the others
-            _LOG.error("a batch of %d failed", len(batch), exc_info=error)
-            retry_individually(self.model, batch, self._filler_id, error)
+            generate_batch(self.model, requests, self._filler_id)
+        # one prompt must not end the others, whatever it makes the model raise
+        except Exception as error:  # noqa: BLE001
+            _LOG.error("a batch of %d requests failed", len(requests), exc_info=error)
+            retry_individually(self.model, requests, self._filler_id, error)
 
-    def _decode_loop(self, decode_batch: DecodeBatch) -> None:
-        """Whoever comes, a token of each at a step, until the engine is stopped."""
-        reads = self._reads
+    def _decode_loop(self, batch: DecodeBatch) -> None:
         while not self._is_stopping:
-            if reads is not None and reads.is_ready(wait=not decode_batch.requests):
-                self._merge_prefilled(decode_batch, reads)
-            if reads is None or not reads.is_busy:
-                self._start_prefill(decode_batch)
+            if batch.params.allow_add or not batch.requests:
+                self._add(batch, self._next_requests(batch))
             try:
-                decode_batch.decode_step(is_beside=reads is not None and reads.is_busy)
-            except Exception as error:  # noqa: BLE001 - one prompt must not end the others
-                rows = decode_batch.requests
-                decode_batch.clear()
-                _LOG.error("a step of %d failed", len(rows), exc_info=error)
-                retry_individually(self.model, rows, self._filler_id, error)
+                batch.decode_step()
+            # one request must not end the others, whatever it makes the model raise
+            except Exception as error:  # noqa: BLE001
+                requests = batch.requests
+                # the KV cache may be half written: no row of it can go on
+                batch.clear()
+                _LOG.error("a step of %d requests failed", len(requests), exc_info=error)
+                retry_individually(self.model, requests, self._filler_id, error)
 
-    def _start_prefill(self, decode_batch: DecodeBatch) -> None:
-        """Read the prompts of who is next: beside the steps of others, if there are any."""
-        if decode_batch.requests and not decode_batch.allow_add:
-            return
-        rows = self._next_requests(decode_batch)
-        if rows and decode_batch.requests and self._reads is not None:
-            self._reads.begin(decode_batch, rows)
-        else:
-            self._prefill_into(decode_batch, rows)
-
-    def _merge_prefilled(self, decode_batch: DecodeBatch, reads: Reads) -> None:
-        """Answer those who have been read beside the others."""
-        rows, others = reads.end()
+    def _add(self, batch: DecodeBatch, requests: list[GenerationRequest]) -> None:
+        """Prefill requests. A fault concerns these only: the running batch is unchanged."""
         try:
-            decode_batch.merge(others.result())
-        except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
-            self._add_individually(decode_batch, rows, cause)
-
-    def _prefill_into(self, decode_batch: DecodeBatch, rows: list[GenerationRequest]) -> None:
-        """Begin to answer these. If that fails, it is not the fault of those that are answered."""
-        try:
-            decode_batch.add(rows)
-        except Exception as cause:  # noqa: BLE001 - one prompt must not end the others
-            if decode_batch.allow_add:
-                self._add_individually(decode_batch, rows, cause)
+            batch.add(requests)
+        # one prompt must not end the others, whatever it makes the model raise
+        except Exception as cause:  # noqa: BLE001
+            _LOG.error("prefill of %d requests failed", len(requests), exc_info=cause)
+            if batch.params.allow_add:
+                self._add_individually(batch, requests, cause)
             else:
-                _LOG.error("%d prompts failed", len(rows), exc_info=cause)
-                retry_individually(self.model, rows, self._filler_id, cause)
+                retry_individually(self.model, requests, self._filler_id, cause)
 
     def _add_individually(
-        self, decode_batch: DecodeBatch, rows: list[GenerationRequest], cause: Exception
+        self, batch: DecodeBatch, requests: list[GenerationRequest], cause: Exception
     ) -> None:
-        """One after the other, since together they failed."""
-        _LOG.error("%d prompts failed", len(rows), exc_info=cause)
+        """Prefill one request after the other, after `cause` broke them together."""
         check_model_alive(self.model, cause)
-        for request in rows:
+        for request in requests:
             request.restart()
             try:
-                decode_batch.add([request])
-            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                batch.add([request])
+            # as in `retry_individually`
+            except Exception as error:  # noqa: BLE001
                 check_model_alive(self.model, error)
                 fail_request(request, error)
 
-    def _next_requests(self, decode_batch: DecodeBatch | None) -> list[GenerationRequest]:
-        """Who is answered next: at once if there are rows that are being answered, else as soon as
-        somebody is there; nobody if the engine is stopped.
+    def _next_requests(self, batch: DecodeBatch | None) -> list[GenerationRequest]:
+        """Return the requests to start now; wait for one if none is running.
+
+        Empty if nothing fits, or if the engine is stopping.
         """
-        running = [] if decode_batch is None else decode_batch.requests
+        running = [] if batch is None else batch.requests
         scheduler = self._scheduler
         with scheduler.condition:
             if not running:
                 scheduler.condition.wait_for(lambda: scheduler.waiting or self._is_stopping)
-            batch: list[GenerationRequest] = []
-            for request in [] if self._is_stopping else list(scheduler.waiting):
-                if len(running) + len(batch) == self.max_batch:
-                    break
-                if self._fits(decode_batch, running, [*batch, request]):
-                    batch.append(request)
-                    scheduler.waiting.remove(request)
-                elif self._mode == "join":
-                    break  # those behind it must not overtake it again and again
-            return batch
+            if self._is_stopping:
+                return []
+            return scheduler.take_next(
+                lambda requests: self._fits(batch, len(running), requests),
+                max_requests=self.max_batch - len(running),
+                # the other modes fill a batch once, with prompts of one length where they must
+                allow_overtaking=self._mode != "continuous",
+            )
 
     def _fits(
         self,
-        decode_batch: DecodeBatch | None,
-        running: list[GenerationRequest],
-        rows: list[GenerationRequest],
+        batch: DecodeBatch | None,
+        num_running: int,
+        requests: Sequence[GenerationRequest],
     ) -> bool:
-        """Whether these may be answered together, as each alone and within memory."""
-        if not running and len(rows) == 1:
+        """True if these requests may start together: within the token budget, and exact."""
+        # a single prompt always fits: `max_tokens` is not above `max_batch_tokens`
+        if not num_running and len(requests) == 1:
             return True
-        lengths = [len(request.prompt.input_ids) for request in rows]
-        if self._mode == "join" and len(rows) > 1 and sum(lengths) > _MAX_PREFILL_TOKENS:
+        lengths = [len(request.prompt.input_ids) for request in requests]
+        is_long = self._mode == "continuous" and sum(lengths) > _MAX_PREFILL_TOKENS
+        if is_long and len(requests) > 1:
             return False
-        if decode_batch is None:
-            longest = max(lengths) + max(request.options.max_new_tokens for request in rows)
+        if batch is None:
+            longest = max(lengths) + max(request.options.max_new_tokens for request in requests)
         else:
-            longest = decode_batch.width_after_adding(rows)
-        if longest * (len(running) + len(rows)) > self.max_batch_tokens:
+            longest = batch.width_after_adding(requests)
+        if longest * (num_running + len(requests)) > self.max_batch_tokens:
             return False
-        is_equal = not running and len(set(lengths)) == 1
+        is_equal = not num_running and len(set(lengths)) == 1
         return is_equal or self.model.capabilities.can_batch_lengths(longest)

@@ -1,6 +1,8 @@
-"""Rows of a language model's cache of keys and values: fewer of them, or those of two as one.
+"""KV cache rows: select, trim, pad and concatenate rows of transformers' cache objects.
 
-Border: the cache object and its tensors. Which rows there are, and who may join, stepping.py says.
+Keys and values of a layer are [rows, heads, time, dim]. Padding is on the left, so the newest
+position of every row is at the same index and new tokens need no gather. A sliding-window layer
+keeps the last `window - 1` positions only.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import torch
 from torch import Tensor
 
 _SEEN_TOKENS = "cumulative_length"
-"""Under this name transformers' layers count tokens, where they do not keep all of them."""
+"""Attribute under which transformers' sliding-window layers count the tokens they have seen."""
 
 
 def is_paddable(cache: Any, num_rows: int, num_tokens: int) -> bool:
-    """Whether every layer is keys and values [num_rows, heads, time, dim] of all tokens, or of the
-    last ones within a window, and nothing else: then `concat_rows` and `trim_left` may be used.
+    """True if `concat_rows` and `trim_left` are valid for this cache.
 
-    A recurrent layer keeps a state, a quantized one hides them: zeros before these would change
-    what comes. Layers that hold nothing, since they use those of another, do not matter.
+    Every layer must hold keys and values [num_rows, heads, time, dim] of all tokens, or of the last
+    ones within a window, and nothing else. A recurrent layer has a state that padding would change,
+    and a quantized layer hides its tensors. Layers without tensors of their own (shared KV) are
+    ignored.
     """
     layers = getattr(cache, "layers", None)
     if not layers or getattr(cache, "offloading", False):
@@ -36,26 +39,28 @@ def is_paddable(cache: Any, num_rows: int, num_tokens: int) -> bool:
 
 
 def select_rows(cache: Any, rows: Sequence[int]) -> None:
-    """Only these rows are left, in this order, by the cache's own method, of whatever kind it is.
+    """Keep only these rows, in this order. Raises what a cache without that operation raises.
 
-    Raises what a cache raises that cannot do it.
+    By the cache's own method (made for beam search), which recurrent states have too.
     """
     cache.reorder_cache(torch.tensor(rows))
 
 
 def trim_left(cache: Any, num_tokens: int) -> None:
-    """Without the first of all tokens but the last `num_tokens`: padding in all rows."""
+    """Keep the last `num_tokens` positions; the others must be padding in all rows."""
     for layer in cache.layers:
         if layer.keys is not None:
             first = max(0, layer.keys.shape[2] - _num_cached_positions(layer, num_tokens))
+            # views: a copy would cost more than the padding it frees, and the next update
+            # concatenates into new tensors anyway
             layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
             set_seen_tokens(layer, num_tokens)
 
 
 def concat_rows(cache: Any, other: Any, num_tokens: int) -> None:
-    """The rows of `other` behind those of `cache`, all padded on the left to `num_tokens`.
+    """Append the rows of `other` to `cache`, all left-padded to `num_tokens`.
 
-    If it fails on the way, `cache` is as it was.
+    If it raises, `cache` is unchanged.
     """
     joined: list[tuple[Any, Tensor, Tensor]] = []
     for layer, more in zip(cache.layers, other.layers, strict=True):
@@ -64,38 +69,48 @@ def concat_rows(cache: Any, other: Any, num_tokens: int) -> None:
             keys = _stack_left_padded((layer.keys, more.keys), time)
             values = _stack_left_padded((layer.values, more.values), time)
             joined.append((layer, keys, values))
+    # in a second loop: running out of memory at a later layer must not leave layers of two sizes
     for layer, keys, values in joined:
         layer.keys, layer.values = keys, values
         set_seen_tokens(layer, num_tokens)
 
 
-def _stack_left_padded(held: Sequence[Tensor], time: int) -> Tensor:
-    """Each [rows, heads, up to time, dim] -> [all rows, heads, time, dim], zeros before them."""
-    _, num_heads, _, dim = held[0].shape
-    stacked = held[0].new_zeros(sum(map(len, held)), num_heads, time, dim)
-    for rows, x in zip(stacked.split([len(x) for x in held]), held, strict=True):
-        rows[:, :, time - x.shape[2] :] = x
+def set_seen_tokens(layer: Any, num_tokens: int) -> None:
+    """Set a sliding-window layer's token count; no effect on other layers."""
+    if hasattr(layer, _SEEN_TOKENS):
+        setattr(layer, _SEEN_TOKENS, num_tokens)
+
+
+def _stack_left_padded(parts: Sequence[Tensor], time: int) -> Tensor:
+    """Each [rows, heads, up to time, dim] -> [all rows, heads, time, dim], zeros on the left."""
+    _, num_heads, _, dim = parts[0].shape
+    # zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN
+    stacked = parts[0].new_zeros(sum(map(len, parts)), num_heads, time, dim)
+    for rows, part in zip(stacked.split([len(part) for part in parts]), parts, strict=True):
+        rows[:, :, time - part.shape[2] :] = part
     return stacked
 
 
 def _layer_state(layer: Any) -> dict[str, Any]:
-    """What a layer holds that is more than a setting: tensors, counts, and whatever holds them."""
+    """Return a layer's attributes that are more than a setting: tensors, counts, containers."""
     settings = (bool, str, torch.dtype, torch.device, type(None))
-    return {name: x for name, x in vars(layer).items() if not isinstance(x, settings)}
+    return {name: value for name, value in vars(layer).items() if not isinstance(value, settings)}
 
 
 def _is_plain_kv_layer(layer: Any, num_rows: int, num_tokens: int) -> bool:
+    # by attributes instead of classes: a model's own cache class may add a state to a known one,
+    # and an attribute that is unknown here must refuse
     state = _layer_state(layer)
     window = layer.get_max_length()
-    for name, x in state.items():
+    for name, value in state.items():
         if name in ("keys", "values"):
             time = _num_cached_positions(layer, num_tokens)
-            if x.ndim != 4 or (x.shape[0], x.shape[2]) != (num_rows, time):
+            if value.ndim != 4 or (value.shape[0], value.shape[2]) != (num_rows, time):
                 return False
         elif name == _SEEN_TOKENS:
-            if x != num_tokens:
+            if value != num_tokens:
                 return False
-        elif not isinstance(x, (int, Tensor)) or window < 0 or x != window:
+        elif not isinstance(value, (int, Tensor)) or window < 0 or value != window:
             return False
     if layer.get_seq_length() != num_tokens or not {"keys", "values"} <= state.keys():
         return False
@@ -103,7 +118,8 @@ def _is_plain_kv_layer(layer: Any, num_rows: int, num_tokens: int) -> bool:
 
 
 def _keeps_sliding_window(layer: Any, window: int) -> bool:
-    """Whether a layer with a window keeps the tokens before the next one that it can see; tried."""
+    """Probe: does a window layer keep exactly the positions that the next token can see?"""
+    # a shallow copy: `update` assigns new tensors and leaves the original's alone
     trial = copy.copy(layer)
     seen = layer.get_seq_length()
     shape = (*layer.keys.shape[:2], window + 2, layer.keys.shape[3])
@@ -118,12 +134,6 @@ def _keeps_sliding_window(layer: Any, window: int) -> bool:
 
 
 def _num_cached_positions(layer: Any, num_tokens: int) -> int:
-    """How many of so many tokens a layer keeps."""
+    """Return how many of the last `num_tokens` positions a layer keeps."""
     window = layer.get_max_length()
     return num_tokens if window < 0 else min(num_tokens, window - 1)
-
-
-def set_seen_tokens(layer: Any, num_tokens: int) -> None:
-    """Tell a layer that counts its tokens how many it has."""
-    if hasattr(layer, _SEEN_TOKENS):
-        setattr(layer, _SEEN_TOKENS, num_tokens)

@@ -1,1 +1,1 @@
-"""The gateway to vLLM servers."""
+"""vLLM servers as engine: prompts over HTTP, verified by a golden request."""

@@ -1,7 +1,7 @@
-"""vLLM's HTTP contract: what `/v1/completions` is asked, what comes back, and its faults.
+"""vLLM client: the HTTP contract of `/v1/completions`, its streams and its errors.
 
-Border: the only file that knows vLLM's fields (measured on 0.32) and that opens sockets to engines.
-Which engine is asked, and what follows a fault, is engine_pool.py's. Of answers only JSON is read.
+The only file that knows vLLM's fields (measured on 0.32) and that opens sockets to its servers.
+Responses are parsed as JSON only.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _STATUSES_OF_BAD_PROMPTS = (400, 413, 422)
 
 
 class EngineError(MultiTokenError):
-    """An engine did not answer. `reason`: no connection (`unreachable`), no place (`full`), an
-    answer that is an error (`failed`), one that broke off (`lost`), a prompt that it does not take
-    (`rejected`).
+    """A vLLM server did not complete a request.
+
+    `reason`: no connection (`unreachable`), no free place (`full`), an error in response
+    (`failed`), a stream that broke off (`lost`), a prompt that it refuses (`rejected`).
     """
 
     def __init__(self, message: str, reason: FaultReason) -> None:
@@ -42,23 +43,23 @@ class EngineError(MultiTokenError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an engine says that it serves."""
+    """First entry of a server's `/v1/models`."""
 
     name: str
-    """How its model is called in requests."""
+    """Name of its model in requests."""
     max_tokens: int | None
-    """Of a prompt and its answer together."""
+    """Limit of prompt and new tokens together."""
 
 
 @dataclass(frozen=True)
 class StreamDelta:
-    """What one event of a stream brings."""
+    """One event of a stream."""
 
     tokens: tuple[TokenEvent, ...]
     finish: str | None = None
-    """Why the answer ends here: `stop` or `length`."""
+    """Finish reason of the last event: `stop` or `length`."""
     stop_id: int | None = None
-    """The id that ended it, where vLLM says it."""
+    """Id that ended generation, where vLLM reports it."""
 
 
 def completion_body(
@@ -69,11 +70,17 @@ def completion_body(
     end_ids: Iterable[int],
     salt: str | None = None,
 ) -> bytes:
-    """The body of a request. `prompt`: ids, or embeddings [time, hidden] of the whole prompt.
+    """Return a request body.
 
-    Every field of sampling is named: vLLM fills those that are not from the generation config in
-    its model's folder. `salt`: prompts under another one share no cached keys and values.
+    Args:
+        prompt: ids, or embeddings [time, hidden] of the complete prompt.
+        options: sampling parameters.
+        model: name of the served model.
+        end_ids: ids that end generation.
+        salt: prompts of different salts share no prefix cache.
     """
+    # every sampling field is named: vLLM fills absent ones from the generation config in its
+    # model's folder
     fields: dict[str, Any] = {
         "model": model,
         "max_tokens": options.max_new_tokens,
@@ -85,7 +92,7 @@ def completion_body(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "ignore_eos": options.ignore_eos,
-        # vLLM heeds these even where it ignores the model's own
+        # with `ignore_eos` vLLM ignores the model's own end ids, but not these
         "stop_token_ids": [] if options.ignore_eos else sorted(end_ids),
         "stream": True,
         "return_token_ids": True,
@@ -106,20 +113,21 @@ def completion_body(
 
 def _base64(embeds: Tensor) -> str:
     file = io.BytesIO()
-    # a clone: of a part of a tensor the whole storage would be written
+    # a clone: of a view torch.save writes the complete storage
     torch.save(embeds.detach().cpu().contiguous().clone(), file)
     return base64.b64encode(file.getvalue()).decode()
 
 
 class VllmClient:
-    """One engine over HTTP, within one event loop."""
+    """One vLLM server over HTTP, within one event loop."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        """`url`: without `/v1`. `key`: what `vllm serve --api-key` was given."""
+        """`url`: without `/v1`. `key`: the server's `--api-key`."""
         self.url = url
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
+            # no read timeout: a queued prompt may be silent for minutes; health checks end it
             timeout=httpx.Timeout(None, connect=_CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
@@ -130,14 +138,14 @@ class VllmClient:
         await self._http.aclose()
 
     async def is_healthy(self) -> bool:
-        """Whether `/health` says so in time."""
+        """Return True if `/health` responds with 200 in time."""
         try:
             return (await self._http.get("/health", timeout=_HEALTH_S)).status_code == 200
         except httpx.HTTPError:
             return False
 
     async def served_model(self) -> ServedModel:
-        """The first of `/v1/models`. Raises EngineFault."""
+        """Return the first entry of `/v1/models`. Raises EngineError."""
         try:
             response = await self._http.get("/v1/models", timeout=_HEALTH_S)
         except httpx.HTTPError as error:
@@ -149,16 +157,15 @@ class VllmClient:
             name, length = first["id"], first.get("max_model_len")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise EngineError(
-                "GET /v1/models brings no list of models; is it vLLM?", "failed"
+                "GET /v1/models returns no list of models; is it vLLM?", "failed"
             ) from None
         return ServedModel(str(name), length if isinstance(length, int) else None)
 
     async def complete(self, body: bytes, num_top: int = 0) -> AsyncIterator[StreamDelta]:
-        """The answer to a request as it comes. Raises EngineFault.
+        """Stream the response to a request. Raises EngineError.
 
-        `num_top`: of the likeliest ids with each token.
-
-        Left early, the connection is closed, and vLLM gives the place to the next.
+        `num_top`: number of most probable ids with each token. Closing the iterator early closes
+        the connection, and vLLM frees the place.
         """
         has_begun = False
         headers = {"Content-Type": "application/json"}
@@ -183,12 +190,12 @@ class VllmClient:
 
 
 def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
-    """One event of a stream, parsed; None for one without a choice. Raises EngineFault."""
+    """Parse one event of a stream; None for one without a choice. Raises EngineError."""
     try:
         if "error" in fields:
             error = fields["error"]
-            told = error if isinstance(error, dict) else {"message": error}
-            raise EngineError(str(told.get("message")), _reason(told.get("code")))
+            error = error if isinstance(error, dict) else {"message": error}
+            raise EngineError(str(error.get("message")), _reason(error.get("code")))
         if not fields["choices"]:
             return None
         choice = fields["choices"][0]
@@ -196,7 +203,7 @@ def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | Non
         tokens = tuple(_tokens(ids, choice.get("logprobs"), num_top))
         finish, stop = choice.get("finish_reason"), choice.get("stop_reason")
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise EngineError("an event of another form than vLLM's", "failed") from None
+        raise EngineError("an event in another format than vLLM's", "failed") from None
     if finish not in (None, "stop", "length"):
         raise EngineError(f"the engine ended the answer ({finish})", "failed")
     return StreamDelta(tokens, finish, stop if isinstance(stop, int) else None)
@@ -213,10 +220,10 @@ def _tokens(
     for id, own, entry in zip(
         ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
     ):
-        likeliest = [(_id(key), float(value)) for key, value in (entry or {}).items()]
-        likeliest.sort(key=lambda pair: -pair[1])
-        # the chosen one is there even if it is none of the likeliest
-        top = tuple(likeliest[:num_top])
+        top_ids = [(_id(key), float(value)) for key, value in (entry or {}).items()]
+        top_ids.sort(key=lambda pair: -pair[1])
+        # vLLM adds the chosen id even if it is not among the most probable ones
+        top = tuple(top_ids[:num_top])
         tokens.append(TokenEvent(id, None if own is None else float(own), top))
     return tokens
 
@@ -228,7 +235,7 @@ def _id(key: str) -> int:
 
 
 async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
-    """The objects of a stream of events, until its [DONE]. Raises EngineFault if there is none."""
+    """Yield the JSON objects of an event stream. Raises EngineError if it ends without [DONE]."""
     rest, is_done = b"", False
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
@@ -237,22 +244,23 @@ async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, An
         for line in lines:
             text = line.strip().removeprefix(b"data:").strip()
             if text == b"[DONE]":
-                is_done = True  # and read on: a body that is read whole leaves its connection free
+                # and read on: only a body that is read to its end leaves its connection for reuse
+                is_done = True
             if is_done or not text or not line.startswith(b"data:"):
                 continue
             try:
                 fields = json.loads(text)
             except ValueError:
-                raise EngineError("an event that is no JSON", "failed") from None
+                raise EngineError("an event that is not JSON", "failed") from None
             if not isinstance(fields, dict):
-                raise EngineError("an event that is no object", "failed")
+                raise EngineError("an event that is not a JSON object", "failed")
             yield fields
     if not is_done:
         raise EngineError("the answer broke off", "lost")
 
 
 async def _first_bytes(response: httpx.Response) -> bytes:
-    """The first bytes of a body."""
+    """Return the start of a body: an error page may be endless."""
     found = b""
     async for data in response.aiter_bytes():
         found += data
@@ -268,13 +276,13 @@ def _engine_error(status: int, body: bytes) -> EngineError:
         error = fields.get("error", fields)
         message = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
-        pass  # then it is told as it is
+        pass  # not vLLM's error object: the raw body is the message
     reason = _reason(status)
     return EngineError(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
 
 
 def _reason(status: Any) -> FaultReason:
-    """What a status means; a stream that has begun with 200 says it in an event."""
+    """Map a status; a stream that has begun with 200 carries it in an event."""
     if status in (429, 503):
         return "full"
     return "rejected" if status in _STATUSES_OF_BAD_PROMPTS else "failed"

@@ -1,7 +1,11 @@
-"""The engine that has prompts answered elsewhere: by vLLM, on as many machines as there are.
+"""vLLM engine: prompts go to vLLM servers, as ids or as prompt embeddings.
 
-Border: prompts become requests and events become tokens here. HTTP is vllm_wire.py's, which engine
-is asked engine_pool.py's. The language model's layers are not needed, its embeddings are.
+    submit -> prompt embeddings (text looked up, media written in) -> router -> vLLM replica
+           <- token events <-------------------------------------- SSE <-
+
+Complete prompts are built here, so chat template, tokens and media spans are those of the run. The
+gateway needs the language model's embeddings, not its layers. A replica is used once it has given
+the golden tokens of the run's export, by ids and by embeddings.
 """
 
 from __future__ import annotations
@@ -15,25 +19,37 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
 
 from multi_token.errors import LanguageModelError, MultiTokenError
 from multi_token.generate import eos_token_ids
 from multi_token.language_model.capabilities import Capabilities
-from multi_token.language_model.loading import EmbeddingsOnly
-from multi_token.serve.engines.base import EngineEvent, Prompt, SamplingParams, TokenEvent
-from multi_token.serve.engines.prompts import check_prompt, context_length, min_limit
-from multi_token.serve.engines.scheduler import GenerationRequest, Scheduler, fail_request
+from multi_token.language_model.embeddings_only import EmbeddingsOnly
+from multi_token.serve.engines.base import (
+    EngineEvent,
+    Prompt,
+    SamplingParams,
+    TokenEvent,
+    check_prompt,
+    context_length,
+    min_limit,
+)
+from multi_token.serve.engines.parity import logprob_tolerance
+from multi_token.serve.engines.request import GenerationRequest, fail_request
+from multi_token.serve.engines.scheduler import Scheduler
 from multi_token.serve.engines.vllm.client import (
     EngineError,
     ServedModel,
     VllmClient,
     completion_body,
 )
-from multi_token.serve.engines.vllm.embeddings import EmbedsForm, PromptEmbedder
-from multi_token.serve.engines.vllm.golden import GoldenRequest, logprob_tolerance, read_golden
+from multi_token.serve.engines.vllm.golden import GoldenRequest, read_golden
 from multi_token.serve.engines.vllm.router import EngineMismatch, Replica, Router
 from multi_token.serve.errors import ServeError
+from multi_token.splice import MediaEmbeds, splice
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -41,25 +57,82 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _NUM_SERIALIZERS = 2
-"""Threads that write bodies: looking up and base64 of a long prompt take tens of milliseconds."""
+"""Threads that build request bodies: a long prompt takes tens of milliseconds."""
+_NUM_SCALE_IDS = 64
+"""Ids from which the scale of token embeddings is measured."""
+
+EmbedsForm = Literal["inputs", "weights"]
+"""`inputs`: as transformers' `inputs_embeds`. `weights`: as rows of the embedding matrix."""
+
+
+@dataclass(frozen=True)
+class PromptEmbedder:
+    """Builds prompt embeddings in the language model's precision.
+
+    Some language models multiply embeddings after the look-up (by the root of the width, say). For
+    some of them vLLM multiplies within its own look-up, so prompt embeddings must be scaled
+    already; for others it multiplies afterwards, so they must not be. In the form `weights` all
+    embeddings are divided by the scale, media too: projectors are trained for transformers' inputs.
+    """
+
+    model: MultiTokenForConditionalGeneration
+    scale: float
+    """Ratio of the language model's inputs to the rows of its embedding matrix."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: MultiTokenForConditionalGeneration) -> PromptEmbedder:
+        """Measure the scale on some ids; 1 if the look-up is no multiple of the matrix."""
+        embedding: Any = model.get_input_embeddings()
+        weight = embedding.weight
+        stride = max(1, len(weight) // _NUM_SCALE_IDS)
+        ids = torch.arange(0, len(weight), stride, device=weight.device)
+        rows, inputs = weight[ids].float(), embedding(ids).float()
+        # least squares over all elements: a single quotient would be rounding in half precision
+        scale = float((rows * inputs).sum() / rows.square().sum().clamp_min(1e-12))
+        close = torch.allclose(rows * scale, inputs, rtol=2e-2, atol=1e-6)
+        return cls(model, scale if close else 1.0)
+
+    @property
+    def forms(self) -> tuple[EmbedsForm, ...]:
+        """Forms that differ, the more common one first."""
+        return ("inputs",) if abs(self.scale - 1.0) < 1e-4 else ("inputs", "weights")
+
+    @torch.no_grad()
+    def __call__(self, prompt: Prompt, form: EmbedsForm) -> Tensor:
+        """Return [time, hidden] on the CPU."""
+        embedding: Any = self.model.get_input_embeddings()
+        weight: Tensor = embedding.weight
+        ids = prompt.input_ids.to(weight.device)
+        if form == "inputs":
+            text, divisor = embedding(ids), 1.0
+        else:
+            text, divisor = weight[ids], self.scale
+        pieces = [
+            MediaEmbeds(
+                span.modality,
+                # division in float32: two roundings in half precision would be visible
+                embeds.to(weight.device, weight.dtype)
+                if divisor == 1.0
+                else (embeds.float() / divisor).to(weight.device, weight.dtype),
+                torch.arange(span.start, span.start + span.length, device=weight.device),
+            )
+            for span, embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True)
+        ]
+        return splice(text.to(weight.dtype)[None], pieces)[0].cpu()
 
 
 @dataclass(frozen=True)
 class VerifiedServer:
-    """What was found out about an engine that is right."""
+    """A vLLM server that has given the golden tokens."""
 
     served: ServedModel
     form: EmbedsForm
-    """Of the embeddings that it takes."""
+    """Form of prompt embeddings that it takes."""
 
 
 class VllmEngine:
-    """Hands prompts to vLLM's completions: text as ids, prompts with media as embeddings.
-
-    The whole prompt is made here, so template, tokens and places of media are ours alone. Every
-    engine must give the golden answer of the run's export, by ids and by embeddings, before it is
-    used.
-    """
+    """Sends prompts to vLLM's completions: text as ids, prompts with media as embeddings."""
 
     name = "vllm"
 
@@ -74,15 +147,23 @@ class VllmEngine:
         startup_timeout_s: float = 0.0,
         health_interval_s: float = 1.0,
     ) -> None:
-        """`urls`: of the engines, without `/v1`. `key`: of all of them. `max_tokens`: see `Engine`;
-        by default what the language model's config says, and never more than an engine takes.
-        `wait_s`: how long the start waits for the first engine. `look_s`: between looks at each.
+        """Prepare the engine; `start` runs it.
+
+        Args:
+            model: with its processor; its language model may hold embeddings only.
+            golden: request that verifies the replicas.
+            urls: addresses of the replicas, without `/v1`.
+            key: API key of all replicas.
+            max_tokens: see `Engine`; by default the language model's context length, and never
+                more than a replica takes.
+            startup_timeout_s: time that `start` waits for the first replica.
+            health_interval_s: time between two health checks of a replica.
         """
         self.model = model
         self.golden = golden
         self.urls = tuple(urls)
         self.retries: Counter[str] = Counter()
-        """Prompts that were handed to another engine, by why."""
+        """See `SupportsReplicas`."""
         self._key = key
         self._model_max_tokens = min_limit(max_tokens, context_length(model))
         self._server_max_tokens: dict[str, int | None] = {}
@@ -98,7 +179,7 @@ class VllmEngine:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Find the engines, and begin to answer; where all have died, wait until one is back.
+        """Find the replicas; if all are down later, wait until one is up again.
 
         Raises LanguageModelError if none can be used.
         """
@@ -108,9 +189,9 @@ class VllmEngine:
         if self.model.capabilities.needs_input_ids:
             raise LanguageModelError(
                 f"{self.model.capabilities.name} looks ids up in its layers, which prompts of "
-                "embeddings do not have; serve it with --backend static"
+                "embeddings do not have; serve it without --engine-url"
             )
-        self._embeddings = PromptEmbedder.of(self.model)
+        self._embedder = PromptEmbedder.of(self.model)
         self._is_stopping = False
         has_begun = threading.Event()
         self._thread = threading.Thread(
@@ -121,15 +202,15 @@ class VllmEngine:
         assert self._router is not None
         self._run_on_loop(self._first_check_done(self._router))
         if not self._router.num_alive and not self._is_stopping:
-            why = self._router.report()
+            report = self._router.report()
             self.stop()
-            raise LanguageModelError(f"no engine can be used: {why}")
+            raise LanguageModelError(f"no engine can be used: {report}")
 
     def _run_on_loop(self, work: Any) -> None:
-        """Do something on the loop; ends early when the engine is stopped."""
+        """Run a coroutine on the loop; ends early when the engine is stopped."""
         assert self._loop is not None
         future = asyncio.run_coroutine_threadsafe(self._until_stopped(work), self._loop)
-        with suppress(CancelledError):  # the loop ends
+        with suppress(CancelledError):  # the loop has ended
             future.result()
 
     async def _until_stopped(self, work: Any) -> None:
@@ -140,49 +221,51 @@ class VllmEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _first_check_done(self, pool: Router) -> None:
-        """Until each engine was looked at, and one is there or the time to wait is over."""
-        await pool.wait_until(lambda: pool.all_checked)
-        if pool.num_alive or pool.all_mismatched or not self._startup_timeout_s:
+    async def _first_check_done(self, router: Router) -> None:
+        """Wait until each replica was checked, and one is up or the startup timeout has passed."""
+        await router.wait_until(lambda: router.all_checked)
+        # a mismatch is final: waiting cannot change a server's weights
+        if router.num_alive or router.all_mismatched or not self._startup_timeout_s:
             return
-        _LOG.warning("waiting up to %g s for an engine: %s", self._startup_timeout_s, pool.report())
-        waiting = pool.wait_until(lambda: pool.num_alive > 0 or pool.all_mismatched)
+        timeout = self._startup_timeout_s
+        _LOG.warning("waiting up to %g s for an engine: %s", timeout, router.report())
+        waiting = router.wait_until(lambda: router.num_alive > 0 or router.all_mismatched)
         try:
-            await asyncio.wait_for(waiting, self._startup_timeout_s)
+            await asyncio.wait_for(waiting, timeout)
         except asyncio.TimeoutError:
-            _LOG.error("no engine came within %g s", self._startup_timeout_s)
+            _LOG.error("no engine is up after %g s", timeout)
 
     async def _any_alive(self) -> None:
-        pool = self._router
-        assert pool is not None
-        await pool.wait_until(lambda: pool.num_alive > 0)
+        router = self._router
+        assert router is not None
+        await router.wait_until(lambda: router.num_alive > 0)
 
     async def _loop_main(self, has_begun: threading.Event) -> None:
-        """The thread: looks after the engines until it is stopped."""
+        """Body of the thread: runs the router until the engine is stopped."""
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         clients = [VllmClient(url, self._key) for url in self.urls]
-        pool = Router(
+        router = Router(
             clients, self._verify, health_interval_s=self._health_interval_s, retries=self.retries
         )
-        self._router = pool
+        self._router = router
         self._serializers = ThreadPoolExecutor(_NUM_SERIALIZERS, thread_name_prefix="vllm bodies")
-        pool.start()
+        router.start()
         has_begun.set()
         try:
             await self._stopped.wait()
         finally:
-            answering = [t for t in asyncio.all_tasks() if t.get_name() == self.name]
-            for task in answering:
+            running = [t for t in asyncio.all_tasks() if t.get_name() == self.name]
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*answering, return_exceptions=True)
-            await pool.close()
+            await asyncio.gather(*running, return_exceptions=True)
+            await router.close()
             self._serializers.shutdown(wait=False, cancel_futures=True)
             for request in self._scheduler.unfinished():
                 request.fail(ServeError("the engine has failed", status=503))
 
     def stop(self) -> None:
-        """Cancel all, which frees the engines' places, and end the thread."""
+        """Cancel all requests, which frees their places in the replicas, and end the thread."""
         with self._scheduler.condition:
             self._is_stopping = True
         for request in self._scheduler.unfinished():
@@ -199,23 +282,25 @@ class VllmEngine:
         options: SamplingParams,
         emit: Callable[[EngineEvent], None],
     ) -> None:
-        """Hand a prompt on; see `Engine`."""
+        """Send a prompt to a replica; see `Engine`."""
         if not self.is_alive:
             raise ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
         check_prompt(self.model, prompt, options, self.max_tokens)
         request = GenerationRequest(
             request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
         )
+        # one locked section: `cancel` must find the future of every request that it finds, and
+        # the loop must not end between the check and the call
         with self._scheduler.condition:
             if self._is_stopping or self._loop is None:
-                raise ServeError("the engine does not run", status=503)
+                raise ServeError("the engine is not running", status=503)
             self._scheduler.add(request)
             self._futures[request] = asyncio.run_coroutine_threadsafe(
                 self._run_request(request), self._loop
             )
 
     def cancel(self, request_id: str) -> None:
-        """End an answer early; see `Engine`. Its connection is closed, which frees its place."""
+        """End a request early; see `Engine`. Closes its connection, which frees its place."""
         request = self._scheduler.cancel(request_id)
         if request is not None:
             with self._scheduler.condition:
@@ -225,98 +310,94 @@ class VllmEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether an engine is there."""
+        """True while a replica is up."""
         is_running = self._thread is not None and self._thread.is_alive()
         return is_running and not self._is_stopping and self.num_replicas > 0
 
     @property
     def num_replicas(self) -> int:
-        """Engines that are used."""
         return 0 if self._router is None or self._is_stopping else self._router.num_alive
 
     @property
     def num_running(self) -> int:
-        """Answers that have begun."""
+        """Number of requests whose first token has come."""
         return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Prompts of which no token has come."""
+        """Number of requests whose first token has not come."""
         return self._scheduler.num_waiting
 
     async def _run_request(self, request: GenerationRequest) -> None:
-        """A prompt, until it has ended in one way or another."""
+        """Run one request to its end, on one replica or on a second one."""
         task = asyncio.current_task()
         assert task is not None and self._router is not None
         task.set_name(self.name)
         try:
             await self._router.dispatch(
-                lambda engine: self._stream_from(engine, request), lambda: self._is_started(request)
+                lambda replica: self._stream_from(replica, request),
+                lambda: request.is_finished or not self._scheduler.is_waiting(request),
             )
         except MultiTokenError as error:
             request.fail(error)
         except asyncio.CancelledError:
             request.cancel()
             raise
-        except Exception as error:  # noqa: BLE001 - whoever asked must be told
+        # a defect of ours: the client must receive its end
+        except Exception as error:  # noqa: BLE001
             fail_request(request, error)
         finally:
-            with self._scheduler.condition:  # not before it has been put there
+            # waits for `submit` to have stored the future, or it would stay forever
+            with self._scheduler.condition:
                 self._futures.pop(request, None)
 
-    def _is_started(self, request: GenerationRequest) -> bool:
-        with self._scheduler.condition:
-            return request.is_finished or request not in self._scheduler.waiting
-
-    async def _stream_from(self, engine: Replica, request: GenerationRequest) -> None:
-        """Ask one engine. Raises EngineFault where it does not answer to the end."""
+    async def _stream_from(self, replica: Replica, request: GenerationRequest) -> None:
+        """Emit the tokens of one replica. Raises EngineError if it breaks off."""
         assert self._loop is not None
+        request.start_prefill()
         body = await self._loop.run_in_executor(
-            self._serializers, self._request_body, engine.verified, request
+            self._serializers, self._request_body, replica.verified, request
         )
         last: int | None = None
-        deltas = engine.client.complete(body, request.options.num_logprobs or 0)
+        deltas = replica.client.complete(body, request.options.num_logprobs or 0)
         try:
             async for delta in deltas:
+                # vLLM may stream past an id that ends generation here
                 if request.is_finished and delta.finish is None:
-                    return  # it goes on behind what we take for the end
+                    return
                 for token in delta.tokens:
-                    self._mark_running(request)
+                    self._scheduler.mark_running(request)
                     request.emit_token(token)
                     last = token.id
                 if delta.finish is None or request.is_finished:
                     continue
+                # some releases of vLLM leave the stop token out of the ids
                 if delta.stop_id is not None and delta.stop_id != last:
-                    request.emit_token(
-                        TokenEvent(delta.stop_id)
-                    )  # a release that leaves it out of the ids
+                    request.emit_token(TokenEvent(delta.stop_id))
                 request.finish("stop" if delta.finish == "stop" else "length")
         finally:
+            # closes the connection now; garbage collection would do it at some later time
             await deltas.aclose()  # type: ignore[attr-defined]
         if not request.is_finished:
             raise EngineError("the answer ended without a reason", "failed")
 
-    def _mark_running(self, request: GenerationRequest) -> None:
-        with self._scheduler.condition:
-            if request in self._scheduler.waiting:
-                self._scheduler.waiting.remove(request)
-
-    def _request_body(self, proof: VerifiedServer, request: GenerationRequest) -> bytes:
+    def _request_body(self, verified: VerifiedServer, request: GenerationRequest) -> bytes:
         prompt, tenant = request.prompt, request.prompt.tenant
         return completion_body(
-            self._embeddings(prompt, proof.form)
+            self._embedder(prompt, verified.form)
             if prompt.media_spans
             else prompt.input_ids.tolist(),
             request.options,
-            model=proof.served.name,
+            model=verified.served.name,
             end_ids=request.end_ids,
+            # hashed: a tenant is derived from an API key
             salt=hashlib.sha256(tenant.encode()).hexdigest() if tenant else None,
         )
 
     async def _verify(self, client: VllmClient) -> VerifiedServer:
-        """The golden request by ids, and by embeddings in each form until one is right.
+        """Send the golden request by ids, then by embeddings in each form until one matches.
 
-        Raises EngineRefused, or EngineFault if it does not answer now.
+        Raises EngineMismatch, or EngineError if the server does not complete it.
         """
         served = await client.served_model()
         golden, start = self.golden, f"`vllm serve {self.golden.folder} --enable-prompt-embeds`"
@@ -327,8 +408,8 @@ class VllmEngine:
                 f"it has other weights, or in another precision; start it with {start}"
             )
         faults = []
-        for form in self._embeddings.forms:
-            embeds = self._embeddings(golden.prompt, form)
+        for form in self._embedder.forms:
+            embeds = self._embedder(golden.prompt, form)
             wrong = await self._mismatch(client, served, embeds)
             if wrong is None:
                 self._server_max_tokens[client.url] = served.max_tokens
@@ -340,7 +421,7 @@ class VllmEngine:
         raise EngineMismatch(
             f"asked the golden request by embeddings, {served.name!r} gives another answer "
             f"({'; '.join(faults)}), though the right one by ids; start it with {start}, or serve "
-            "with --backend static if this language model takes no embeddings there"
+            "without --engine-url if this language model takes no embeddings there"
         )
 
     async def _mismatch(self, client: VllmClient, served: ServedModel, prompt: Any) -> str | None:
@@ -349,25 +430,27 @@ class VllmEngine:
         try:
             async for delta in client.complete(body, self.golden.sampling_params.num_logprobs or 0):
                 tokens += delta.tokens
-        except EngineError as fault:
-            if fault.reason == "rejected":
-                return str(fault)
+        except EngineError as error:
+            # a server without --enable-prompt-embeds rejects embeddings: final, not a failure
+            if error.reason == "rejected":
+                return str(error)
             raise
         weight: Any = self.model.get_input_embeddings().weight
-        return self.golden.mismatch(tokens, logprob_tolerance(weight.dtype))
+        return self.golden.mismatch(tokens, logprob_tolerance(weight.dtype, is_remote=True))
 
 
 def build_vllm_engine(
     model: MultiTokenForConditionalGeneration, settings: ServeSettings
 ) -> VllmEngine:
-    """The engine of an exported run, whose language model may have been loaded without layers.
+    """Return the engine of an exported run, whose language model may be loaded without layers.
 
     Raises CheckpointError for a folder that is no export.
     """
     if settings.run_folder is None:
-        raise LanguageModelError("the backend vllm needs the folder of an exported run")
+        raise LanguageModelError("--engine-url needs the folder of an exported run")
     golden = read_golden(settings.run_folder)
     language_model = model.language_model
+    # without layers nothing can be probed, so the capabilities come from the manifest
     if isinstance(language_model, EmbeddingsOnly):
         model.capabilities = Capabilities(
             name=type(language_model).__name__,
@@ -383,5 +466,5 @@ def build_vllm_engine(
         golden,
         [url.rstrip("/") for url in settings.engine_urls],
         key=settings.engine_key,
-        startup_timeout_s=settings.engine_wait_s,
+        startup_timeout_s=settings.engine_startup_timeout_s,
     )

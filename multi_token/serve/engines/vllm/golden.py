@@ -1,7 +1,7 @@
-"""The golden request: whether an engine has the weights that a run was exported with.
+"""Golden request: does a vLLM server run the weights that a run was exported with?
 
-Border: reads manifest.json, says what is asked and whether an answer is right; sending is
-engine_pool.py's, and what is done with an engine that is wrong as well.
+The export's manifest.json holds a prompt, the greedy ids of the exported language model and their
+log-probabilities. A server that gives others is not used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from multi_token.errors import CheckpointError
 from multi_token.serve.engines.base import Prompt, SamplingParams, TokenEvent
+from multi_token.serve.engines.parity import logprob_mismatch
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
@@ -24,70 +25,45 @@ _NUM_LOGPROBS = 5
 
 @dataclass(frozen=True)
 class GoldenRequest:
-    """A prompt, and how the exported language model goes on with it."""
+    """A prompt, and the exported language model's greedy continuation."""
 
     input_ids: tuple[int, ...]
     greedy_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of `greedy_ids`, each behind those before it."""
+    """Log-probability of each of `greedy_ids`, given the previous ones."""
     embedding_scale: float = 1.0
-    """What the language model multiplies looked up embeddings with, outside of the look-up."""
+    """Factor by which the language model multiplies token embeddings outside of the look-up."""
     needs_ids: bool = False
-    """Its layers look ids up, which embeddings do not have."""
+    """The language model's layers look ids up, which prompts of embeddings do not have."""
     folder: str = "language_model"
-    """What an engine is to be started with."""
+    """Folder to start a vLLM server with."""
 
     @property
     def sampling_params(self) -> SamplingParams:
-        """How it is asked: greedily, no further than is known, and behind ends of turn."""
+        """Greedy, as long as the recorded continuation, past any end of turn."""
         return SamplingParams(len(self.greedy_ids), num_logprobs=_NUM_LOGPROBS, ignore_eos=True)
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt, of which nothing is media."""
+        """The prompt, without media."""
         return Prompt(torch.tensor(self.input_ids), (), (), ())
 
     def mismatch(self, tokens: Sequence[TokenEvent], tolerance: float) -> str | None:
-        """What is wrong with an answer, or None.
-
-        `tolerance`: of log-probabilities, by which other kernels and another device may round
-        otherwise. Ids are compared as far as they are the same. Where they part, the expected id
-        must be as likely as the chosen one within the tolerance; what follows is another text then
-        and says nothing. Ids alone would let another model pass that happens to begin alike (the
-        one from before the adapter was merged, say), hence the log-probabilities.
-        """
-        if len(tokens) != len(self.greedy_ids):
-            return f"{len(tokens)} tokens came, expected {len(self.greedy_ids)}"
-        for step, token in enumerate(tokens):
-            expected, logprob = self.greedy_ids[step], self.logprobs[step]
-            if token.logprob is None:
-                return "no log-probabilities came"
-            if token.id != expected:
-                other = dict(token.top).get(expected, -torch.inf)
-                if token.logprob - other <= tolerance:
-                    return None
-                ids = [token.id for token in tokens]
-                return f"ids {ids} came, expected {list(self.greedy_ids)}"
-            if abs(token.logprob - logprob) > tolerance:
-                return (
-                    f"id {expected} came with log-probability {token.logprob:.3f}, "
-                    f"expected {logprob:.3f}"
-                )
-        return None
-
-
-def logprob_tolerance(dtype: torch.dtype) -> float:
-    """What log-probabilities may differ by between two machines that are right."""
-    return 0.02 if dtype in (torch.float32, torch.float64) else 0.5
+        """Return how a server's tokens differ from the recorded ones, or None."""
+        expected = [
+            TokenEvent(id, logprob)
+            for id, logprob in zip(self.greedy_ids, self.logprobs, strict=True)
+        ]
+        return logprob_mismatch(tokens, expected, tolerance)
 
 
 def read_golden(run: Path) -> GoldenRequest:
-    """The golden request of an exported folder. Raises CheckpointError."""
+    """Return the golden request of an exported folder. Raises CheckpointError."""
     command = f"`multi-token export RUN --to language-model --out {run.name or 'OUT'}`"
     path = run / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{run} has no {MANIFEST}, which the backend vllm checks its engines by; write a "
+            f"{run} has no {MANIFEST}, by which --engine-url verifies vLLM servers; write a "
             f"folder that has one with {command}, and serve that"
         )
     try:
@@ -105,8 +81,8 @@ def read_golden(run: Path) -> GoldenRequest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not what this version reads ({type(error).__name__}: {error}); write it "
-            f"again with {command}"
+            f"{path} is not in the format of this version ({type(error).__name__}: {error}); write "
+            f"it again with {command}"
         ) from None
     if not found.input_ids or not 0 < len(found.greedy_ids) == len(found.logprobs):
         raise CheckpointError(f"{path} has an empty golden request; write it again with {command}")

@@ -1,6 +1,6 @@
-"""`multi-token bench serve` against a real server: its figures, its prompts, and what goes wrong.
+"""benchmarks/client_load.py against a real server: its figures, its prompts and its errors.
 
-Border: figures are checked where they can be known (counts, order, sums), never as speeds.
+Figures are checked where they can be known (counts, order, sums), never as speeds.
 """
 
 from __future__ import annotations
@@ -16,36 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from multi_token.cli import app
-from multi_token.errors import MultiTokenError
-from multi_token.serve.bench import (
-    Load,
-    Measured,
-    Request,
+from benchmarks.client_load import (
+    LoadResult,
+    LoadSpec,
+    RequestTiming,
+    main,
     measure,
     prompts_of_rows,
     served_model,
     summary,
     written_prompts,
 )
+from multi_token.errors import MultiTokenError
 from tests.serve.running_server import KEY, npy, png
 
 pytestmark = pytest.mark.slow
 
 
-def measured(load: Load, num_clients: int, num_requests: int) -> Measured:
+def measured(load: LoadSpec, num_clients: int, num_requests: int) -> LoadResult:
     return asyncio.run(measure(load, num_clients, num_requests, lambda _: None))
 
 
 @pytest.fixture
-def load(server: str) -> Load:
+def load(server: str) -> LoadSpec:
     prompts = written_prompts(3, 6, [("image", png()), ("vector", npy(1, 2, 3, 4, 5))])
-    return Load(server, "tiny-run", prompts, max_tokens=5, ignore_eos=True, api_key=KEY)
+    return LoadSpec(server, "tiny-run", prompts, max_tokens=5, ignore_eos=True, api_key=KEY)
 
 
-def test_figures_agree_with_what_was_asked(load: Load) -> None:
+def test_figures_agree_with_what_was_asked(load: LoadSpec) -> None:
     found = measured(load, num_clients=2, num_requests=5).as_json()
     assert (found["num_clients"], found["num_requests"], found["num_answered"]) == (2, 5, 5)
     assert found["errors"] == {}
@@ -58,9 +57,9 @@ def test_figures_agree_with_what_was_asked(load: Load) -> None:
 
 
 def test_times_are_those_of_chunks_with_text() -> None:
-    fast = Request(pieces=[1.0, 1.5, 2.5], seconds=3.0, num_prompt=7, num_tokens=5)
-    failed = Request(seconds=9.0, fault="429 queue_full", pieces=[0.1])
-    found = Measured(2, 4.0, [fast, failed]).as_json()
+    fast = RequestTiming(pieces=[1.0, 1.5, 2.5], seconds=3.0, num_prompt=7, num_tokens=5)
+    failed = RequestTiming(seconds=9.0, fault="429 queue_full", pieces=[0.1])
+    found = LoadResult(2, 4.0, [fast, failed]).as_json()
     assert found["ttft_s"] == {"mean": 1.0, "p50": 1.0, "p99": 1.0}
     assert found["itl_s"] == {"mean": 0.75, "p50": 0.5, "p99": 1.0}
     assert found["tpot_s"]["p50"] == (3.0 - 1.0) / 4
@@ -106,7 +105,7 @@ def test_rows_are_asked_up_to_their_last_answer(tmp_path: Path) -> None:
     assert base64.b64decode(second["content"][1]["data"]) == npy(1, 2)
 
 
-def test_refusals_are_counted_by_their_kind(load: Load) -> None:
+def test_refusals_are_counted_by_their_kind(load: LoadSpec) -> None:
     from dataclasses import replace
 
     wrong = replace(load, api_key="sk-wrong-key", prompts=load.prompts[:1])
@@ -167,28 +166,30 @@ USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens
         (b"data: <html>\n\n", "not a stream of chat completions (JSONDecodeError)"),
     ],
 )
-def test_a_broken_stream_is_no_answer(body: bytes, fault: str | None, load: Load) -> None:
+def test_a_broken_stream_is_no_answer(body: bytes, fault: str | None, load: LoadSpec) -> None:
     with answering(body) as url:
-        (request,) = measured(Load(url, "m", load.prompts), 1, 1).requests
+        (request,) = measured(LoadSpec(url, "m", load.prompts), 1, 1).requests
     assert request.fault == fault and request.text == ("a" if body.startswith(CHUNK) else "")
 
 
-def test_so_many_clients_ask_at_once(load: Load) -> None:
+def test_so_many_clients_ask_at_once(load: LoadSpec) -> None:
     together = threading.Barrier(3)  # nobody is answered before three have asked
     body = CHUNK + USAGE + b"data: [DONE]\n\n"
     with answering(body, before=lambda: together.wait(20)) as url:
-        found = measured(Load(url, "m", load.prompts, timeout_s=30), 3, 9)
+        found = measured(LoadSpec(url, "m", load.prompts, timeout_s=30), 3, 9)
     assert len(found.answered) == 9
 
 
-def test_the_command_prints_a_table_and_writes_json(server: str, tmp_path: Path) -> None:
+def test_the_script_prints_a_table_and_writes_json(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "v.npy").write_bytes(npy(1, 2, 3, 4, 5))
     out = tmp_path / "figures.json"
     arguments = ["--clients", "1,2", "--requests", "3", "--max-tokens", "4", "--api-key", KEY]
     media = ["--media", f"vector={tmp_path / 'v.npy'}", "--ignore-eos", "--out", str(out)]
-    result = CliRunner().invoke(app, ["bench", "serve", f"{server}/v1", *arguments, *media])
-    assert result.exit_code == 0, result.output
-    assert "3 of 3" in result.output and "tokens/s" in result.output
+    main([f"{server}/v1", *arguments, *media])
+    printed = capsys.readouterr().out
+    assert "3 of 3" in printed and "tokens/s" in printed
     figures = json.loads(out.read_text())
     assert figures["model"] == "tiny-run" and figures["max_tokens"] == 4
     assert [level["num_clients"] for level in figures["levels"]] == [1, 2]
@@ -211,9 +212,9 @@ def test_wrong_options_are_told_in_a_sentence(
 ) -> None:
     given = arguments if "--api-key" in arguments else [*arguments, "--api-key", KEY]
     (tmp_path / "x.png").write_bytes(png())
-    result = CliRunner().invoke(app, ["bench", "serve", server, *given])
-    assert isinstance(result.exception, MultiTokenError)
-    assert sentence in str(result.exception)
+    with pytest.raises(MultiTokenError) as refused:
+        main([server, *given])
+    assert sentence in str(refused.value)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:

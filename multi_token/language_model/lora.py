@@ -1,0 +1,79 @@
+"""LoRA on a language model, with PEFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from multi_token.errors import LanguageModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from multi_token.recipe.train import AdapterSpec
+
+
+def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
+    """LoRA on this model alone (PEFT). Its weights are float32 whatever the base's precision.
+
+    Raises LanguageModelError for layers that do not take it.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules=spec.target_modules,
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
+    )
+    try:
+        return get_peft_model(language_model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        _remove_partial_adapter(language_model)
+        raise LanguageModelError(
+            f"LoRA cannot be attached to {spec.target_modules}: "
+            f"{first_line(error).partition('. ')[0]}; set train.adapter.target_modules to a list "
+            f"of layers that take it: {', '.join(_lora_target_modules(language_model))}"
+        ) from None
+
+
+def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
+    """Names of linear layers, each tried alone, without the head."""
+    from peft import LoraConfig, get_peft_model
+
+    head = language_model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    fitting = []
+    for name in sorted(names):
+        try:
+            get_peft_model(language_model, LoraConfig(r=1, target_modules=[name]))
+        except ValueError:
+            continue
+        finally:
+            _remove_partial_adapter(language_model)
+        fitting.append(name)
+    return fitting
+
+
+def _remove_partial_adapter(language_model: nn.Module) -> None:
+    """Put layers back that PEFT has wrapped, as it does before it refuses the next one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(language_model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and name:
+            language_model.set_submodule(name, module.get_base_layer())
+    if hasattr(language_model, "peft_config"):
+        del language_model.peft_config
+
+
+def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
+    """The LoRA parameters, or nothing if none is attached."""
+    return [p for name, p in language_model.named_parameters() if "lora_" in name]
