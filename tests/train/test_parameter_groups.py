@@ -179,7 +179,7 @@ def test_integers_do_not_learn(recipe_fields: Fields, tmp_path: Path) -> None:
     fields = recipe_fields(tmp_path)
     fields["model"]["quantization"] = "4bit"
     model = composed(fields)
-    with pytest.raises(MultiTokenError, match=r"quantized; learn an `adapter` on it \(QLoRA\)"):
+    with pytest.raises(MultiTokenError, match=r"quantized; train an `adapter` on it \(QLoRA\)"):
         freeze_and_unfreeze(model, learn(language_model=1e-5))
 
 
