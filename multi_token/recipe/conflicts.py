@@ -9,6 +9,8 @@ RENAMED_KEYS = {
     "model.learn_turns": "train_on_turns",
     "train.align": "closed_form",
     "train.start_from": "init_from",
+    "train.share_media": "packing: {share: true}",
+    "train.share_prefix": "packing: {share: true}",
     "train.stages.*.teacher": "distillation",
     "train.stages.*.learn.projectors.rate": "lr",
     "train.stages.*.learn.projectors.*.rate": "lr",

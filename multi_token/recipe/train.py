@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -294,14 +293,6 @@ class TrainSpec(StrictModel):
                 )
             return words[value]
         return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_removed_keys(cls, fields: Any) -> Any:
-        for key in ("share_media", "share_prefix"):
-            if isinstance(fields, Mapping) and key in fields:
-                raise ValueError(f"`{key}` is now `packing: {{share: true}}`")
-        return fields
 
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:

@@ -202,7 +202,9 @@ def test_packing_is_a_word_or_a_section_and_its_budgets_need_it(text: str) -> No
 
 @pytest.mark.parametrize("key", ["share_media", "share_prefix"])
 def test_keys_that_packing_replaced_are_answered_with_the_new_form(text: str, key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"`{key}` is now `packing: {{share: true}}`"):
+    with pytest.raises(
+        RecipeError, match=rf"`train.{key}` is now called `packing: {{share: true}}`"
+    ):
         parse_recipe(text, [f"train.{key}=true"])
 
 
