@@ -44,7 +44,8 @@ from multi_token.data.formats import to_conversation
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec, load_recipe
+from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.recipe import load_recipe
 from multi_token.report.machine import machine_facts
 from multi_token.serve.chat_ui.examples import bytes_of, question_of
 from multi_token.types import Conversation, Media, Message, Text

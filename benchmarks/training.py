@@ -46,7 +46,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.report.machine import machine_facts
 from multi_token.testing import LLAVA_TEMPLATE, tiny_tokenizer
 from multi_token.types import Sample
