@@ -60,7 +60,7 @@ keys and tokens are left out."""
 
 _PATH_IN_MESSAGE = re.compile(r"\S*[/\\]\S+")
 """Words of a decoder's message that may be a path or an address."""
-_PACKAGE_PARENT = str(Path(media_worker.__file__).resolve().parents[2])
+_PACKAGE_PARENT = Path(media_worker.__file__).resolve().parents[3]
 
 _log = logging.getLogger(__name__)
 

@@ -45,8 +45,6 @@ from multi_token.types import Conversation
 
 T = TypeVar("T")
 _SSE = "text/event-stream; charset=utf-8"
-_GENERATE_MAX_TOKENS = 128
-"""`max_tokens` of `/generate`, as in sshh12/multi_token."""
 _SMALL_BODY_BYTES = 64 * 1024
 """Bodies up to this size are parsed on the event loop: cheaper than the switch to a thread."""
 
@@ -130,8 +128,8 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             return service.message_parser.parse_row(fields, id=request.scope[RECORD].id)
 
         conversation = await _parse_body(request, parse)
-        params = RequestParams(max_tokens=_GENERATE_MAX_TOKENS)
-        running = _submit(request, service, conversation, params)
+        # As many tokens as sshh12/multi_token generates.
+        running = _submit(request, service, conversation, RequestParams(max_tokens=128))
         (completion,), _ = await _complete(request, running)
         return JSONResponse({"output": completion.text.strip()})
 

@@ -101,21 +101,14 @@ class MessageParser:
             raise ServeError(
                 'the body should be a JSON object: {"messages": [...], "images": [...]}'
             )
+        # An `id` would name the row in error messages, and a client could write anything there.
+        fields = {key: value for key, value in fields.items() if key != "id"}
         try:
-            # An `id` would name the row in error messages, and a client could write anything there.
-            row = to_conversation(
-                {k: v for k, v in fields.items() if k != "id"},
-                list(self.modalities),
-                row_id="request",
-            )
+            row = to_conversation(fields, list(self.modalities), row_id="request")
         except RowError as error:
             raise invalid_field(error.sentence, "messages", code=None) from None
         messages = tuple(
-            Message(
-                m.role,
-                tuple(self._parse_legacy_item(p) if isinstance(p, Media) else p for p in m.parts),
-            )
-            for m in row.messages
+            Message(m.role, tuple(map(self._parse_legacy_part, m.parts))) for m in row.messages
         )
         return self._check_counts(Conversation(messages, id=id))
 
@@ -238,13 +231,15 @@ class MessageParser:
             return Media(part.modality, part.data.encode())
         return Media(part.modality, self._source_of_data(part.data, f"{where}.data"))
 
-    def _parse_legacy_item(self, item: Media) -> Media:
-        where = f"{item.modality}s"
-        if not isinstance(item.source, (str, list)):
+    def _parse_legacy_part(self, part: Part) -> Part:
+        if isinstance(part, Text):
+            return part
+        where = f"{part.modality}s"
+        if not isinstance(part.source, (str, list)):
             raise invalid_field(
                 f"each item of {where} must be a data: URL, base64 or a list of numbers", where
             )
-        return Media(item.modality, self._source_of_data(item.source, where))
+        return Media(part.modality, self._source_of_data(part.source, where))
 
     def _source_of_data(self, data: Any, where: str) -> Any:
         if isinstance(data, list):

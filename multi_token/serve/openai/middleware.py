@@ -14,6 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,32 +209,30 @@ class GuardMiddleware:
             self._num_buffered_bytes -= num_bytes
 
 
+@dataclass
 class _TimedSend:
     """ASGI `send` with a time limit; records the status and adds headers to every response."""
 
-    def __init__(
-        self, send: Send, record: RequestLog, timeout_s: float, abort: Callable[[], None] | None
-    ) -> None:
-        self._send = send
-        self._record = record
-        self._timeout_s = timeout_s
-        self._abort = abort
-        self.is_body_read = False
+    asgi_send: Send
+    record: RequestLog
+    timeout_s: float
+    abort: Callable[[], None] | None
+    is_body_read: bool = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self._record.status = message["status"]
+            self.record.status = message["status"]
             message["headers"] = [
                 *message.get("headers", []),
-                (b"x-request-id", self._record.id.encode()),
+                (b"x-request-id", self.record.id.encode()),
                 (b"x-content-type-options", b"nosniff"),
             ]
         try:
-            await asyncio.wait_for(self._send(message), self._timeout_s)
+            await asyncio.wait_for(self.asgi_send(message), self.timeout_s)
         except asyncio.TimeoutError:
             # Abort, not close: closing flushes the buffer first, which this client does not read.
-            if self._abort is not None:
-                self._abort()
+            if self.abort is not None:
+                self.abort()
                 await asyncio.sleep(0)
             raise ClientGone from None
         except OSError:
@@ -241,7 +240,7 @@ class _TimedSend:
 
     async def send_error(self, error: ServeError, receive: Messages) -> None:
         """Send an error response; the client's disconnect is recorded, not raised."""
-        body = error_body(error, self._record.id)
+        body = error_body(error, self.record.id)
         headers = [*error_headers(error), ("content-length", str(len(body)))]
         is_cut_off = not self.is_body_read and error.status in (408, 413, 429)
         if is_cut_off:
@@ -257,19 +256,18 @@ class _TimedSend:
                 await _drain(receive)
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
-            self._record.fields["code"] = "client_gone"
+            self.record.fields["code"] = "client_gone"
 
 
 async def _drain(receive: Messages) -> None:
     """Read and drop what a client still sends, for up to `_DRAIN_S`."""
-    until = time.monotonic() + _DRAIN_S
-    while (left := until - time.monotonic()) > 0:
-        try:
-            message = await asyncio.wait_for(receive(), left)
-        except asyncio.TimeoutError:
-            return
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
+
+    async def read_rest() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read_rest(), _DRAIN_S)
 
 
 def _header(scope: Scope, name: bytes) -> str:
