@@ -119,12 +119,7 @@ class ServeSettings(BaseModel):
     @property
     def is_local(self) -> bool:
         """True if the host is a loopback address."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host.strip("[]"))
 
     @property
     def max_waiting(self) -> int:
@@ -146,3 +141,11 @@ class ServeSettings(BaseModel):
             raise ValueError(
                 "engine_key must be 1 to 512 printable ASCII characters, without spaces"
             )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for `localhost` and for loopback IP addresses."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
