@@ -1,4 +1,4 @@
-"""Startup checks: which differences from `generate` count, and what a failed check leads to."""
+"""Startup checks: the differences from `generate` that count, and the result of a failed check."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.serve.engine_parts import Client, composed, prompt_of, sample_of
 
 
 def tokens(*pairs: tuple[int, float | None], top: Sequence[float] = ()) -> list[TokenEvent]:
-    likeliest = tuple((100 + rank, value) for rank, value in enumerate(top))
-    return [TokenEvent(id, logprob, likeliest) for id, logprob in pairs]
+    most_probable = tuple((100 + rank, value) for rank, value in enumerate(top))
+    return [TokenEvent(id, logprob, most_probable) for id, logprob in pairs]
 
 
 def test_tokens_within_the_tolerance_are_equal() -> None:
@@ -78,7 +78,7 @@ def own_llama(families: ModuleType, tmp_path_factory: Any) -> Any:
 def test_a_model_whose_rows_see_each_other_is_not_batched_continuously(
     own_llama: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each row gets a part of the batch's mean: right alone, wrong beside others."""
+    """Each row gets a part of the batch's mean: right alone, wrong in a batch."""
 
     def mix(_: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
         return (inputs[0] + 0.5 * (inputs[0].mean(0, keepdim=True) - inputs[0]),)
