@@ -108,13 +108,13 @@ class MediaEmbedder:
                 return self._in_flight[key]
             if self._is_stopping:
                 raise ServeError("the server is shutting down", status=503)
-            # A running future cannot be cancelled: a client that leaves must not take the result
-            # from other requests that wait for the same item.
+            # A running future cannot be cancelled: a client that disconnects must not take the
+            # result from other requests that wait for the same item.
             result.set_running_or_notify_cancel()
             self._in_flight[key] = result
             self._waiting.append(_EmbedJob(modality, prepared, key, result))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="projection", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
                 self._thread.start()
             self._changed.notify()
             return result

@@ -111,7 +111,7 @@ class Metrics:
         engine: Engine,
         admission: Admission,
         media_pool: MediaPool,
-        media_embedder: MediaEmbedder,
+        cache: MediaEmbedder,
     ) -> None:
         """Add gauges and counters that read a server's parts at each scrape."""
         gauge, counter = self._watch_gauge, self._watch_counter
@@ -119,7 +119,6 @@ class Metrics:
         gauge("num_requests_waiting", "Requests in its queue.", lambda: engine.num_waiting)
         gauge("num_requests_admitted", "Admitted requests.", lambda: admission.num_admitted)
         gauge("num_media_waiting", "Items to be decoded.", lambda: media_pool.num_waiting)
-        cache = media_embedder
         gauge("media_cache_bytes", "Cached media embeddings.", lambda: cache.num_bytes)
         counter("media_cache_queries", "Items looked up.", lambda: cache.num_queries)
         counter("media_cache_hits", "Items found in the cache.", lambda: cache.num_hits)

@@ -69,26 +69,26 @@ def logprob_mismatch(
     # Ids alone are not enough: a model that differs a little, such as the one before an adapter was
     # merged, often starts with the same ids.
     if len(tokens) != len(expected):
-        return f"{len(tokens)} tokens came, expected {len(expected)}"
+        return f"got {len(tokens)} tokens, expected {len(expected)}"
     for token, other in zip(tokens, expected, strict=True):
         if token.logprob is None or other.logprob is None:
-            return "no log-probabilities came"
+            return "got no log-probabilities"
         # `not <=` instead of `>`: NaN is a mismatch.
         for (_, value), (_, expected_value) in zip(token.top, other.top, strict=False):
             if not abs(value - expected_value) <= tolerance:
                 return (
-                    f"a log-probability of {value:.3f} came among the most probable ids, expected "
-                    f"{expected_value:.3f}"
+                    f"got log-probability {value:.3f} among the most probable ids, "
+                    f"expected {expected_value:.3f}"
                 )
         if token.id != other.id:
             runner_up = dict(token.top).get(other.id, -torch.inf)
             if token.logprob - runner_up <= tolerance:
                 return None
             ids, expected_ids = [t.id for t in tokens], [t.id for t in expected]
-            return f"ids {ids} came, expected {expected_ids}"
+            return f"got ids {ids}, expected {expected_ids}"
         if not abs(token.logprob - other.logprob) <= tolerance:
             return (
-                f"id {other.id} came with log-probability {token.logprob:.3f}, "
+                f"got id {other.id} with log-probability {token.logprob:.3f}, "
                 f"expected {other.logprob:.3f}"
             )
     return None

@@ -29,10 +29,10 @@ def tokens(*pairs: tuple[int, float | None], top: Sequence[float] = ()) -> list[
 def test_tokens_within_the_tolerance_are_equal() -> None:
     expected = tokens((5, -0.1), (6, -0.2))
     assert logprob_mismatch(tokens((5, -0.1005), (6, -0.2)), expected, 1e-3) is None
-    assert "id 6 came with log-probability -0.300, expected -0.200" in str(
+    assert "id 6 with log-probability -0.300, expected -0.200" in str(
         logprob_mismatch(tokens((5, -0.1), (6, -0.3)), expected, 1e-3)
     )
-    assert "1 tokens came, expected 2" in str(logprob_mismatch(expected[:1], expected, 1e-3))
+    assert "got 1 tokens, expected 2" in str(logprob_mismatch(expected[:1], expected, 1e-3))
     assert "no log-probabilities" in str(logprob_mismatch(tokens((5, None)), expected[:1], 1e-3))
 
 
@@ -48,7 +48,7 @@ def test_another_id_is_equal_only_in_a_tie_and_ends_the_comparison() -> None:
     tie = [TokenEvent(9, -0.7, ((9, -0.7), (5, -0.7001))), TokenEvent(3, -4.0)]
     assert logprob_mismatch(tie, expected, 1e-3) is None
     parted = [TokenEvent(9, -0.6, ((9, -0.6), (5, -0.7))), TokenEvent(3, -4.0)]
-    assert "ids [9, 3] came, expected [5, 6]" in str(logprob_mismatch(parted, expected, 1e-3))
+    assert "got ids [9, 3], expected [5, 6]" in str(logprob_mismatch(parted, expected, 1e-3))
     absent = [TokenEvent(9, -0.7, ((9, -0.7),)), TokenEvent(3, -4.0)]
     assert "expected [5, 6]" in str(logprob_mismatch(absent, expected, 1e-3))
 
@@ -57,7 +57,7 @@ def test_the_most_probable_ids_are_compared_where_both_have_them() -> None:
     expected = tokens((5, -0.1), top=[-0.1, -2.5, -3.0])
     assert logprob_mismatch(tokens((5, -0.1), top=[-0.1, -2.5]), expected, 1e-3) is None
     wrong = logprob_mismatch(tokens((5, -0.1), top=[-0.1, -2.7]), expected, 1e-3)
-    assert "-2.700 came among the most probable ids, expected -2.500" in str(wrong)
+    assert "-2.700 among the most probable ids, expected -2.500" in str(wrong)
 
 
 def test_tolerances_grow_with_rounding_and_distance() -> None:

@@ -190,10 +190,10 @@ def test_a_wrong_replica_is_refused_with_the_reason(model: Any, families: Module
     wide = families.tiny_model("Llama", hidden_size=64)
     right = model.language_model
     cases: list[tuple[StandIn, str]] = [
-        (StandIn(other), r"asked the golden request by ids, 'stand-in' .* it has other weights"),
+        (StandIn(other), r"the golden request by ids, 'stand-in' .* it has other weights"),
         (StandIn(wide), "it has other weights"),
         (StandIn(right, takes_embeds=False), "by embeddings.*--enable-prompt-embeds"),
-        (StandIn(right, multiplies=2.0), "by embeddings, .* another answer .* right one by ids"),
+        (StandIn(right, multiplies=2.0), "by embeddings, .* other tokens .* right ones by ids"),
         (StandIn(right, key="sk-engine"), "HTTP 401: Unauthorized"),
     ]
     for stand_in, words in cases:
@@ -223,7 +223,7 @@ def test_log_probabilities_reveal_a_model_with_the_same_first_ids() -> None:
     assert golden.mismatch(tied, 0.02) is None
     parted = [same[0], replace(tied[1], top=((8, -1.99), (6, -2.5))), tied[2]]
     assert "expected [5, 6, 7]" in str(golden.mismatch(parted, 0.02))
-    assert "2 tokens came" in str(golden.mismatch(same[:2], 0.02))
+    assert "got 2 tokens" in str(golden.mismatch(same[:2], 0.02))
 
 
 def test_a_folder_that_is_no_export_is_refused_with_the_command(

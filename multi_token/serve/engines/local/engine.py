@@ -103,8 +103,8 @@ class LocalEngine(Engine):
     def _engine_loop(self) -> None:
         try:
             if self._mode == "static":
-                while requests := self._next_requests(None):
-                    self._run(requests, self._generate)
+                while not self._is_stopping:
+                    self._run(self._next_requests(None), self._generate)
             else:
                 self._leave_a_core()
                 self._batch = self._new_batch()
@@ -168,8 +168,7 @@ class LocalEngine(Engine):
     def _next_requests(self, batch: DecodeBatch | None) -> list[GenerationRequest]:
         """Schedule: return the requests to start now; wait for one if none is running.
 
-        First come, first served, as long as `_fits`. Empty if the first one does not fit, or if the
-        engine is stopping.
+        First come, first served, as long as `_fits` holds. Empty if the first one does not fit.
         """
         num_running = 0 if batch is None else len(batch.requests)
         with self._condition:

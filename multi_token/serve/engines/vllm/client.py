@@ -10,6 +10,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -268,12 +269,11 @@ async def _first_bytes(response: httpx.Response) -> bytes:
 
 def _engine_error(status: int, body: bytes) -> EngineError:
     message = body[:500].decode("utf-8", "replace")
-    try:
+    # Without vLLM's error object the raw body is the message.
+    with suppress(ValueError, AttributeError):
         fields = json.loads(body)
         error = fields.get("error", fields)
         message = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass  # not vLLM's error object: the raw body is the message
     reason = _reason(status)
     return EngineError(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
 

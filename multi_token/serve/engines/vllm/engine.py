@@ -324,8 +324,8 @@ class VllmEngine(Engine):
         wrong = await self._mismatch(client, served, list(golden.input_ids))
         if wrong is not None:
             raise EngineMismatch(
-                f"asked the golden request by ids, {served.name!r} gives another answer ({wrong}): "
-                f"it has other weights, or in another precision; start it with {start}"
+                f"for the golden request by ids, {served.name!r} gives other tokens ({wrong}): it "
+                f"has other weights, or another precision; start it with {start}"
             )
         faults = []
         forms: tuple[EmbedsForm, ...] = ("inputs", "weights")
@@ -341,9 +341,9 @@ class VllmEngine(Engine):
                 return VerifiedServer(served, form)
             faults.append(wrong)
         raise EngineMismatch(
-            f"asked the golden request by embeddings, {served.name!r} gives another answer "
-            f"({'; '.join(faults)}), though the right one by ids; start it with {start}, or serve "
-            "without --engine-url if this language model takes no embeddings there"
+            f"for the golden request by embeddings, {served.name!r} gives other tokens "
+            f"({'; '.join(faults)}), but the right ones by ids; start it with {start}, or serve "
+            "without --engine-url if vLLM takes no embeddings for this language model"
         )
 
     async def _mismatch(self, client: VllmClient, served: ServedModel, prompt: Any) -> str | None:
