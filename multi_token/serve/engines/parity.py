@@ -128,9 +128,8 @@ def find_batching_mode(model: MultiTokenForConditionalGeneration) -> BatchingMod
         # The parameters are read inside of the check: that may raise a fault of the model too.
         return _passes(what, lambda: _mismatch(DecodeParams(model, allow_add=add), *groups))
 
-    one_by_one = [[case] for case in cases]
     if model.capabilities.supports_left_padding and check(
-        "continuous batches", *one_by_one, add=True
+        "continuous batches", *([case] for case in cases), add=True
     ):
         return "continuous"
     return "shrinking" if check("shrinking batches", cases, add=False) else "static"

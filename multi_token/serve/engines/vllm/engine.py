@@ -171,9 +171,8 @@ class VllmEngine(Engine):
         assert self._router is not None
         self._run_on_loop(self._first_check_done(self._router))
         if not self._router.num_alive and not self._is_stopping:
-            report = self._router.report()
             self.stop()
-            raise LanguageModelError(f"no engine can be used: {report}")
+            raise LanguageModelError(f"no engine can be used: {self._router.report()}")
 
     def _run_on_loop(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine on the loop, until it or the engine ends."""
