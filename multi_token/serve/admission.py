@@ -46,14 +46,14 @@ class Admission:
         self._empty.set()
 
     @contextmanager
-    def admit(self, num_answers: int = 1) -> Iterator[None]:
-        """Admit one request with `num_answers` generations, until the context ends.
+    def admit(self, num_choices: int = 1) -> Iterator[None]:
+        """Admit one request with `num_choices` choices, until the context ends.
 
         Raises ServeError: 503 while draining, 429 if the server is full, 400 if the capacity is
-        smaller than `num_answers`.
+        smaller than `num_choices`.
         """
-        self.check_capacity(num_answers)
-        self.num_admitted += num_answers
+        self.check_capacity(num_choices)
+        self.num_admitted += num_choices
         self._empty.clear()
         started = time.monotonic()
         try:
@@ -61,11 +61,11 @@ class Admission:
             # Not in `finally`: a request that fails early would shorten the mean.
             self._service_time.record(time.monotonic() - started)
         finally:
-            self.num_admitted -= num_answers
+            self.num_admitted -= num_choices
             if not self.num_admitted:
                 self._empty.set()
 
-    def check_capacity(self, num_answers: int = 1) -> None:
+    def check_capacity(self, num_choices: int = 1) -> None:
         """Raise what `admit` would raise now. Cheap, so a body need not be parsed first."""
         if self.is_draining:
             raise ServeError(
@@ -74,15 +74,15 @@ class Admission:
                 code="shutting_down",
                 retry=True,
             )
-        if num_answers > self.capacity:
+        if num_choices > self.capacity:
             raise ServeError(
-                f"n is {num_answers}, and this server writes at most {self.capacity} answers",
+                f"n is {num_choices}, over the {self.capacity} choices of this server; lower n",
                 param="n",
                 code="invalid_value",
             )
-        if self.num_admitted + num_answers > self.capacity:
+        if self.num_admitted + num_choices > self.capacity:
             raise ServeError(
-                f"rate limit: all {self.capacity} places of this server are taken; try again later",
+                f"rate limit: this server runs {self.capacity} requests already; try again later",
                 status=429,
                 code="queue_full",
                 retry_after=self.estimated_wait_s(),

@@ -24,8 +24,8 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def refused(admission: Admission, num_answers: int = 1) -> ServeError:
-    with pytest.raises(ServeError) as caught, admission.admit(num_answers):
+def refused(admission: Admission, num_choices: int = 1) -> ServeError:
+    with pytest.raises(ServeError) as caught, admission.admit(num_choices):
         raise AssertionError("it was admitted")
     return caught.value
 

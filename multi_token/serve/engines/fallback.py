@@ -73,7 +73,7 @@ def generate_batch(
         stopping_criteria=[all_finished],
     )
     for request in requests:
-        request.fail(ServeError("the model ended the answer before it was complete", status=500))
+        request.fail(ServeError("the model ended the response before it was complete", status=500))
 
 
 def pad_prompts(

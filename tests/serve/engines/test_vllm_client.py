@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
-from multi_token.serve.engines.vllm.client import EngineError, completion_body, read_event
+from multi_token.serve.engines.vllm.client import EngineError, completion_body, parse_event
 
 
 def event(**choice: Any) -> dict[str, Any]:
@@ -26,16 +26,16 @@ def test_events_become_tokens_with_the_most_probable_ids() -> None:
         "top_logprobs": [{"token_id:60": -3.5, "token_id:361": -1.25, "token_id:7": -2.0}],
     }
     fields = event(text="S", token_ids=[60], logprobs=logprobs, finish_reason=None)
-    delta = read_event(fields, num_top=2)
+    delta = parse_event(fields, num_top=2)
     assert delta is not None and delta.finish is None
     assert delta.tokens == (TokenEvent(60, -3.5, ((361, -1.25), (7, -2.0))),)
-    none = read_event(fields)
+    none = parse_event(fields)
     assert none is not None and none.tokens == (TokenEvent(60, -3.5),)
-    several = read_event(event(token_ids=[5, 6], finish_reason="stop", stop_reason=6))
+    several = parse_event(event(token_ids=[5, 6], finish_reason="stop", stop_reason=6))
     assert several is not None
     assert several.tokens == (TokenEvent(5), TokenEvent(6))
     assert (several.finish, several.stop_id) == ("stop", 6)
-    assert read_event({"choices": [], "usage": {"prompt_tokens": 18}}) is None
+    assert parse_event({"choices": [], "usage": {"prompt_tokens": 18}}) is None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_events_become_tokens_with_the_most_probable_ids() -> None:
 )
 def test_an_invalid_event_is_an_error_with_its_reason(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(EngineError) as fault:
-        read_event(fields)
+        parse_event(fields)
     assert fault.value.reason == reason
 
 

@@ -174,7 +174,7 @@ class VllmClient:
                     raise _engine_error(response.status_code, await _first_bytes(response))
                 has_begun = True
                 async for fields in _sse_events(response):
-                    delta = read_event(fields, num_top)
+                    delta = parse_event(fields, num_top)
                     if delta is not None:
                         yield delta
         except httpx.HTTPError as error:
@@ -186,7 +186,7 @@ class VllmClient:
             ) from None
 
 
-def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
+def parse_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
     """Parse one event of a stream; None for one without a choice. Raises EngineError."""
     try:
         if "error" in fields:
@@ -202,7 +202,7 @@ def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | Non
     except (LookupError, TypeError, ValueError, AttributeError):
         raise EngineError("an event in another format than vLLM's", "failed") from None
     if finish not in (None, "stop", "length"):
-        raise EngineError(f"the engine ended the answer ({finish})", "failed")
+        raise EngineError(f"vLLM ended the response ({finish})", "failed")
     return StreamDelta(tokens, finish, stop if isinstance(stop, int) else None)
 
 
@@ -253,7 +253,7 @@ async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, An
                 raise EngineError("an event that is not a JSON object", "failed")
             yield fields
     if not is_done:
-        raise EngineError("the answer broke off", "lost")
+        raise EngineError("the response broke off", "lost")
 
 
 async def _first_bytes(response: httpx.Response) -> bytes:

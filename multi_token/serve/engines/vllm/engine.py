@@ -298,7 +298,7 @@ class VllmEngine(Engine):
             # Closes the connection now, not at some later garbage collection.
             await deltas.aclose()  # type: ignore[attr-defined]
         if not request.is_finished:
-            raise EngineError("the answer ended without a reason", "failed")
+            raise EngineError("the response ended without a finish reason", "failed")
 
     def _request_body(self, verified: VerifiedServer, request: GenerationRequest) -> bytes:
         prompt, tenant = request.prompt, request.prompt.tenant

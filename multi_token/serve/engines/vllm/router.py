@@ -45,7 +45,7 @@ class Replica:
     client: VllmClient
     state: ReplicaState = "down"
     """`mismatch`: healthy, but with other tokens than the golden ones."""
-    reason_down: str = "was not asked yet"
+    reason_down: str = "was not checked yet"
     verified: Any = None
     """Result of the verification."""
     num_in_flight: int = 0
@@ -124,7 +124,7 @@ class Router:
     ) -> None:
         """Run `attempt` on one replica, or on a second one if nothing has begun when it fails.
 
-        Raises ServeError: 429 if all replicas are full, 503 if none is up or the answer broke off,
+        Raises ServeError: 429 if all replicas are full, 503 if none is up or the stream broke off,
         400 for a prompt that a replica rejects.
         """
         tried: set[Replica] = set()
@@ -157,7 +157,7 @@ class Router:
                     num_failures += error.reason != "unreachable"
                 if has_begun():
                     raise ServeError(
-                        "the engine was lost before the answer was complete; ask again",
+                        "the engine failed before the response was complete; send it again",
                         status=503,
                         code="engine_lost",
                         retry=True,
@@ -198,7 +198,7 @@ class Router:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if task.cancelled():
-            raise EngineError("it does not answer any more", "lost")
+            raise EngineError("it does not answer health checks any more", "lost")
         task.result()
 
     async def _health_loop(self, replica: Replica) -> None:
@@ -256,4 +256,4 @@ class Router:
 
 def no_engine_error() -> ServeError:
     """Return the error of prompts while no replica is up."""
-    return ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
+    return ServeError("no engine is up; try again later", status=503, code="no_engine", retry=True)
