@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from multi_token.generate import eos_token_ids
 from multi_token.serve.engines.base import (
     EngineEvent,
