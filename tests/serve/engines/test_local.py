@@ -369,7 +369,7 @@ def test_a_prefill_touches_no_running_batch(llama: Any, start_local: Any) -> Non
     assert [client.ids for client in clients] == expected
 
 
-def test_one_core_is_left_to_the_server_after_any_number_of_starts(
+def test_the_engine_uses_the_threads_of_torch_after_any_number_of_starts(
     llama: Any, start_local: Any
 ) -> None:
     before = torch.get_num_threads()
@@ -384,6 +384,6 @@ def test_one_core_is_left_to_the_server_after_any_number_of_starts(
             client.wait()
             engine.stop()
             engine.start()
-        assert set(seen) == {3}
+        assert set(seen) == {4}
     finally:
         torch.set_num_threads(before)

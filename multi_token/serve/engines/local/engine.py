@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from multi_token.serve.engines.engine import Engine
 from multi_token.serve.engines.fallback import generate_batch, retry_individually
 from multi_token.serve.engines.local.decode_loop import DecodeBatch, DecodeParams
@@ -68,9 +66,6 @@ class LocalEngine(Engine):
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
         self._batch: DecodeBatch | None = None
-        # Read once: torch's number of threads is process state that `_leave_a_core` sets, so a
-        # restarted engine would give up one more core.
-        self._num_threads = max(1, torch.get_num_threads() - 1)
 
     def start(self) -> None:
         """Run the startup checks and start the thread; see `Engine`."""
@@ -106,7 +101,6 @@ class LocalEngine(Engine):
                 while not self._is_stopping:
                     self._run(self._next_requests(None), self._generate)
             else:
-                self._leave_a_core()
                 self._batch = self._new_batch()
                 self._decode_loop(self._batch)
         # Any fault here is the model's or a defect: every client must receive its end.
@@ -115,14 +109,6 @@ class LocalEngine(Engine):
             with self._condition:
                 self._is_stopping = True
             self._fail_unfinished()
-
-    def _leave_a_core(self) -> None:
-        """Leave one CPU core to HTTP, tokenization and media."""
-        # torch's threads wait for each other at the end of every operation. If one of them loses
-        # its core to another thread of the server, all wait: on two cores a step of 8 rows then
-        # takes 1.4 times as long (docs/benchmarks/serving.md).
-        if self.model.device.type == "cpu":
-            torch.set_num_threads(self._num_threads)
 
     def _new_batch(self) -> DecodeBatch:
         """Return an empty batch with an empty prefix cache: the weights may have changed."""
