@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from multi_token.data.feature_cache.encode import EncodeReport
     from multi_token.data.rows import Row
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from multi_token.modalities.base import Encoder
     from multi_token.processor import MultiTokenProcessor
     from multi_token.recipe.recipe import Recipe
-    from multi_token.types import Conversation
+    from multi_token.types import Conversation, Sample
+
+PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Check rows, show them, and encode their media before training."
@@ -145,7 +148,6 @@ def show(
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
     from multi_token.data.scan import sample_length
-    from multi_token.data.show import render_sample
 
     processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
@@ -226,7 +228,8 @@ def encode(
         for s in sources
     ]
     modalities = loaded.model.modalities
-    reason = random_preprocessing(sample_items(row_sources, modalities), modalities)
+    first, _ = sample_items(row_sources, modalities)
+    reason = random_preprocessing(first, modalities)
     if reason is not None:
         raise RecipeError(reason)
     encoders = frozen_encoders(loaded, partial(_initial_encoders, loaded))
@@ -298,7 +301,9 @@ def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
 
 def _print_encode_report(console: Console, report: EncodeReport, examples: int) -> None:
     for problem in report.problems[:examples]:
-        console.print(f"skipped {problem.message}", markup=False, soft_wrap=True)
+        console.print(
+            f"skipped row {problem.row_id}: {problem.message}", markup=False, soft_wrap=True
+        )
     if 0 < examples < len(report.problems):
         console.print(f"and {len(report.problems) - examples:,} more")
 
@@ -414,6 +419,47 @@ def _length_table(bins: Sequence[Bin]) -> Table:
         bar = "█" * max(round(30 * b.count / highest), 1 if b.count else 0)
         table.add_row(f"{b.low:,} - {b.high:,}", f"{b.count:,}", bar)
     return table
+
+
+def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Text:
+    """Render a sample as the model gets it: prompt dim, supervised text green, `[image x 4]`.
+
+    With `marks`, supervised text also is between `⟦` and `⟧`, for terminals without colour.
+    """
+    from rich.text import Text
+
+    from multi_token.types import IGNORE_INDEX
+
+    ids: list[int] = sample.input_ids.tolist()
+    supervised: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
+    starts = {span.start: span for span in sample.media_spans}
+    opening, closing = ("⟦", "⟧") if marks else ("", "")
+    text = Text.assemble(
+        ("prompt", PROMPT_STYLE),
+        "  ",
+        (f"{opening}supervised{closing}", SUPERVISED_STYLE),
+        "  ",
+        ("[media x tokens]", MEDIA_STYLE),
+        "\n\n",
+    )
+    position = 0
+    while position < len(ids):
+        if span := starts.get(position):
+            text.append(f"[{span.modality} x {span.length}]", style=MEDIA_STYLE)
+            # a span of no tokens still must not loop for ever
+            position += max(span.length, 1)
+            continue
+        end = position + 1
+        while end < len(ids) and end not in starts and supervised[end] == supervised[position]:
+            end += 1
+        # a run of ids at a time: one token alone may be half of a UTF-8 letter
+        decoded = str(tokenizer.decode(ids[position:end]))
+        if supervised[position]:
+            text.append(f"{opening}{decoded}{closing}", style=SUPERVISED_STYLE)
+        else:
+            text.append(decoded, style=PROMPT_STYLE)
+        position = end
+    return text
 
 
 def _media_table(conversation: Conversation, lengths: Sequence[int]) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -132,7 +132,7 @@ class _RowParser:
                 f"`media_texts` is {type_name(given)}, expected an object with a list of texts for "
                 f"each of {', '.join(sorted(self.names))}"
             )
-        texts: dict[str, list[Any]] = {}
+        texts: dict[str, Iterator[Any]] = {}
         for name, value in given.items():
             if value is None:
                 continue  # a column of a table
@@ -153,19 +153,17 @@ class _RowParser:
                     f"{num_items} items of it; give one for each, in reading order",
                     kind="item_count",
                 )
-            texts[name] = found[::-1]
+            texts[name] = iter(found)
+
+        def with_text(part: Part) -> Part:
+            if isinstance(part, Media) and part.modality in texts:
+                return replace(part, media_text=next(texts[part.modality]))
+            return part
+
         return replace(
             conversation,
             messages=tuple(
-                replace(
-                    message,
-                    parts=tuple(
-                        replace(part, media_text=texts[part.modality].pop())
-                        if isinstance(part, Media) and part.modality in texts
-                        else part
-                        for part in message.parts
-                    ),
-                )
+                replace(message, parts=tuple(map(with_text, message.parts)))
                 for message in conversation.messages
             ),
         )

@@ -28,7 +28,7 @@ ROWS = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"Wörter {i}"}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are copied to the cache of `datasets`: not into that of whoever runs the tests."""
+    """`datasets` copies tables into its cache: a temporary one, not the user's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
 
@@ -149,8 +149,8 @@ def test_another_folder_is_refused_with_a_sentence(tmp_path: Path) -> None:
         load_rows(str(tmp_path))
 
 
-def test_pictures_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> None:
-    damaged = b"not a picture"
+def test_images_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> None:
+    damaged = b"not an image"
     columns = {
         "image": [{"bytes": damaged, "path": "a.png"}],
         "images": [[{"bytes": png(), "path": None}, {"bytes": damaged, "path": None}]],
@@ -169,7 +169,7 @@ def test_pictures_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> Non
     for source in ("saved", "rows.parquet"):
         row = load_rows(str(tmp_path / source))[0]
         assert row["image"]["bytes"] == damaged
-        assert [picture["bytes"] for picture in row["images"]] == [png(), damaged]
+        assert [image["bytes"] for image in row["images"]] == [png(), damaged]
         assert row["messages"][0]["part"]["image"]["bytes"] == damaged
 
 
@@ -204,7 +204,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "rows.csv"))
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing-of-that-name", "hf://nobody/nothing/config"])
+@pytest.mark.parametrize("name", ["no-owner/no-such-name", "hf://no-owner/nothing/config"])
 def test_a_name_that_the_hub_cannot_give_is_refused_with_a_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,22 +180,22 @@ def test_an_array_is_one_item_alone_and_many_along_its_first_axis_in_the_plural(
         assert flat[0].source.shape == (3,)
 
 
-def test_an_open_picture_is_one_item() -> None:
-    picture = Image.new("RGB", (2, 2))
-    assert read({"image": picture, "messages": turns("<image>")}).media[0].source is picture
+def test_an_open_image_is_one_item() -> None:
+    image = Image.new("RGB", (2, 2))
+    assert read({"image": image, "messages": turns("<image>")}).media[0].source is image
 
 
 def test_in_a_row_of_content_parts_no_text_is_a_slot_in_any_message() -> None:
     row = {
         "messages": [
-            {"role": "system", "content": "Write <image> for pictures."},
+            {"role": "system", "content": "Write <image> for images."},
             {"role": "user", "content": [{"type": "text", "text": "What does <image> mean?"}]},
-            {"role": "assistant", "content": "<image> means a picture."},
+            {"role": "assistant", "content": "<image> means an image."},
         ]
     }
     conversation = read(row)
     assert conversation.media == ()
-    assert conversation.messages[2].parts == (Text("<image> means a picture."),)
+    assert conversation.messages[2].parts == (Text("<image> means an image."),)
 
 
 def test_a_slot_of_no_modality_of_the_recipe_is_text() -> None:
@@ -231,7 +231,7 @@ def test_slots_and_items_that_differ_are_counted(
     assert counts in message
 
 
-def test_each_modality_is_counted_alone_and_all_differences_are_told() -> None:
+def test_each_modality_is_counted_alone_and_all_differences_are_reported() -> None:
     row = {"images": ["a", "b"], "messages": turns("<image><vector>")}
     message = refusal(row, "item_count")
     assert "1 slot <image> but 2 in `images`" in message

@@ -28,7 +28,7 @@ Fields = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
-    """Pictures and seven rows, of which the third and the fifth are bad."""
+    """Images and seven rows, of which the third and the fifth are bad."""
     for name in ("red", "blue", "green"):
         (tmp_path / f"{name}.png").write_bytes((data / f"{name}.png").read_bytes())
     rows: list[dict[str, Any]] = [
@@ -92,14 +92,14 @@ def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
 
 def test_what_changed_is_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
     look(folder, processor)
-    picture = folder / "blue.png"
-    before = picture.stat()
-    Image.new("RGB", (60, 60)).save(picture)
-    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    image = folder / "blue.png"
+    before = image.stat()
+    Image.new("RGB", (60, 60)).save(image)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert look(folder, processor)[1] == ["blue", *BAD], "no other"
     (folder / "red.png").rename(folder / "lost.png")
     report, opened = look(folder, processor)
-    assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was mended"
+    assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was fixed"
     assert [p.row_id for p in report.problems] == ["red", "rows.jsonl[4]", "text", "again"]
     rows = folder / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"content": "green"', '"content": "greener"', 1))
@@ -167,11 +167,11 @@ def row_with(source: Any) -> dict[str, Any]:
     }
 
 
-def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
+def test_sources_of_all_kinds_are_distinguished_by_their_content(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     known = LengthStore(folder / "lengths", processor)
-    pictures = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
+    images = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
     sources: list[Any] = [
         "red.png",
         "./red.png",
@@ -179,7 +179,7 @@ def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
         "https://example.org/red.png",
         b"one",
         b"two",
-        *pictures,
+        *images,
         np.zeros(3),
         np.ones(3),
         torch.ones(4),

@@ -41,7 +41,7 @@ DECODED: list[str] = []
 
 
 class Watched(ImageModality):
-    """Pictures of which is remembered which were decoded."""
+    """Images; the list of those that were decoded is kept."""
 
     type: str = "watched"  # type: ignore[assignment]
 
@@ -84,7 +84,7 @@ def write_rows(folder: Path, *, damaged: int | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: Any) -> str:
-    """An encoder whose number of patches hangs on the picture's proportions."""
+    """Encoder with a number of patches that depends on the image's proportions."""
     register_modality("watched", Watched)
     return tiny_image_encoder(tmp_path_factory.mktemp("native"), "siglip2")
 
@@ -140,7 +140,7 @@ def test_a_scan_by_headers_decodes_nothing_and_finds_the_lengths_of_decoding(
     assert len({length.num_media for length in decoded.lengths}) > 2, "they are of many lengths"
 
 
-def test_a_picture_damaged_behind_its_header_passes_a_scan_by_headers_alone(
+def test_an_image_damaged_after_its_header_passes_a_scan_by_headers_alone(
     processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
     whole = look(processor, tmp_path / "rows")
@@ -188,7 +188,7 @@ def learned(folder: Path) -> list[dict[str, Any]]:
         {"packing": True, "args": {"dataloader_num_workers": 1}},
     ],
 )
-def test_a_run_learns_the_same_whether_headers_or_decoding_told_the_lengths(
+def test_header_lengths_and_decoded_lengths_train_the_same(
     fields_of: Fields, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     said = {}
@@ -325,11 +325,11 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_fields(
         parse_recipe(text, [more, "train.stages.0.args.max_steps=1"])
 
 
-def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
+def test_a_scan_that_decodes_many_rows_suggests_headers(
     fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "_MANY_ROWS", 7)
-    for lengths, told in (("decode", True), ("headers", False)):
+    for lengths, suggested in (("decode", True), ("headers", False)):
         recipe = Recipe.model_validate(fields_of(lengths, lengths))
         processor = build_processor(recipe, root=str(tmp_path / "rows"))
         rows = load_rows(str(tmp_path / "rows" / "rows.jsonl"))
@@ -339,8 +339,8 @@ def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
         for _ in range(2):  # the second time all are remembered
             out = io.StringIO()
             sources_module.good_rows([source], recipe, Console(file=out, width=300))
-            assert ("would read headers alone" in out.getvalue()) == told
-            told = False
+            assert ("would read headers alone" in out.getvalue()) == suggested
+            suggested = False
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_what_does_not_fit_or_leaves_a_pack_empty_is_not_dealt() -> None:
     assert balance(rows, range(3), 4) is None
 
 
-def test_a_row_goes_into_the_fullest_pack_that_has_room() -> None:
+def test_a_row_goes_into_the_fullest_pack_it_fits() -> None:
     rows = PackingPlan([6, 5, 4, 3, 2], max_tokens=10)
     assert best_fit(rows, range(5)) == [(0, 2), (1, 3, 4)]
 
@@ -140,10 +140,10 @@ def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
 def test_rows_are_a_group_only_if_their_samples_begin_with_the_same_media(
     model: Any, data: Path
 ) -> None:
-    def row(picture: str, *texts: str) -> Any:
-        parts = (Text(texts[0]), Media("image", str(data / picture)), Text(texts[1]))
+    def row(image: str, *texts: str) -> Any:
+        parts = (Text(texts[0]), Media("image", str(data / image)), Text(texts[1]))
         said = Message("assistant", (Text("yes"),))
-        return model.processor(Conversation((Message("user", parts), said), id=picture))
+        return model.processor(Conversation((Message("user", parts), said), id=image))
 
     samples = [
         row("red.png", "Look: ", " is it red?"),

@@ -31,7 +31,7 @@ def row_of(number: int) -> dict[str, Any]:
             {"role": "user", "content": "What is <image>?"},
             {"role": "assistant", "content": str(number)},
         ],
-        "image": {"bytes": b"picture %d" % number, "path": None},
+        "image": {"bytes": b"image %d" % number, "path": None},
     }
 
 
@@ -58,7 +58,7 @@ def write_tar_of(path: Path, numbers: range) -> None:
     files: dict[str, bytes] = {}
     for n in numbers:
         row = row_of(n) | {"image": ".png"}
-        files |= {f"{n:03}.json": json.dumps(row).encode(), f"{n:03}.png": b"picture %d" % n}
+        files |= {f"{n:03}.json": json.dumps(row).encode(), f"{n:03}.png": b"image %d" % n}
     write_tar(path, files)
 
 
@@ -152,7 +152,7 @@ class Counting:
         return iter([{"number": n} for n in range(self.size)])
 
 
-def test_rows_that_come_in_order_only_are_kept_for_a_window_and_begun_anew_for_older_ones() -> None:
+def test_sequential_rows_are_kept_for_a_window_and_restart_for_older_ones() -> None:
     rows = Counting(10)
     stream = SequentialRows("stream", rows, keep=4)
     assert [stream.row(n).row["number"] for n in (5, 2, 4, 7, 4)] == [5, 2, 4, 7, 4]
@@ -213,9 +213,9 @@ def test_a_hub_name_without_a_hub_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        MultiTokenError, match=r"cannot load nobody/none \(split 'train'\) from the"
+        MultiTokenError, match=r"cannot load no-owner/none \(split 'train'\) from the"
     ):
-        open_stream("nobody/none").row(0)
+        open_stream("no-owner/none").row(0)
 
 
 def sample(tmp_path: Path, files: dict[str, Any]) -> Any:

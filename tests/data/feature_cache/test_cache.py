@@ -183,13 +183,13 @@ def test_half_an_index_and_a_shard_without_one_are_encoded_again(tmp_path: Path)
 def test_what_a_dead_writer_left_is_removed_and_what_a_live_one_writes_is_not(
     tmp_path: Path,
 ) -> None:
-    old, new = (tmp_path / f"features-{n}.safetensors.partial" for n in ("old", "new"))
+    old, new = (tmp_path / f".features-{n}.safetensors.x1" for n in ("old", "new"))
     for partial in (old, new):
         partial.write_bytes(b"half")
     yesterday = time.time() - 86_400
     os.utime(old, (yesterday, yesterday))
     fill(FeatureCache(tmp_path), vectors(1))
-    assert [p.name for p in tmp_path.glob("*.partial")] == [new.name]
+    assert [p.name for p in tmp_path.glob(".features-*")] == [new.name]
 
 
 def test_two_caches_that_write_at_once_are_one_after_a_refresh(tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_data_workers_read_the_mapped_files_for_themselves(tmp_path: Path) -> No
     assert len(sent) < 6_000
 
 
-def test_a_cache_that_was_never_told_of_an_encoder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MultiTokenError, match="whose features those of 'vector' are; call `fill`"):
+def test_a_cache_without_a_registered_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MultiTokenError, match="no encoder for 'vector'; call `fill`"):
         FeatureCache(tmp_path).find(vectors(1)[0][0], VECTOR, FETCH)
 
 

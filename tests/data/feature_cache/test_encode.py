@@ -158,7 +158,7 @@ class Jittered(VectorModality):
 
 
 def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: RowSource) -> None:
-    items = sample_items([place], MODALITIES)
+    items, _ = sample_items([place], MODALITIES)
     assert len(items) == 8
     assert random_preprocessing(items, MODALITIES) is None
     reason = random_preprocessing(items, {"vector": Jittered(dim=5)})
@@ -167,5 +167,5 @@ def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: RowSour
 
 def test_first_items_are_those_of_rows_that_can_be_read(place: RowSource) -> None:
     rows: Sequence[Any] = [{"id": "x"}, *place.rows]
-    found = sample_items([RowSource(rows, place.fetch, "rows")], MODALITIES, num=2)
-    assert [item.source for item, _ in found] == ["0.npy", "1.npy"]
+    found, num_rows = sample_items([RowSource(rows, place.fetch, "rows")], MODALITIES, num=2)
+    assert [item.source for item, _ in found] == ["0.npy", "1.npy"] and num_rows == 3
