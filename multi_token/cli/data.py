@@ -1,4 +1,4 @@
-"""`multi-token data check`, `data show`, `data encode`: tables and exit codes for data/."""
+"""`multi-token data check`, `data show`, `data encode`: options, tables and exit codes."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def check(
     from multi_token.recipe.recipe import load_recipe
 
     share, num_shares = _shard_of(shard, num_shards)
+    # before the rows, which may take an hour to read
     if clean is not None:
         _check_target(clean)
     processor = _processor(data, recipe, override)
@@ -110,6 +111,7 @@ def check(
         num_workers=num_workers,
         known=known,
     )
+    # every n-th row: neighbours often cost alike, so blocks would end at different times
     report = look(indices=range(share, len(rows), num_shares))
 
     console = Console(highlight=False)
@@ -229,6 +231,7 @@ def encode(
     ]
     modalities = loaded.model.modalities
     first, _ = sample_items(row_sources, modalities)
+    # before the encoders are loaded, which takes longer
     reason = random_preprocessing(first, modalities)
     if reason is not None:
         raise RecipeError(reason)
@@ -337,7 +340,7 @@ def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
 
 
 def _check_target(clean: str) -> None:
-    """Raise MultiTokenError for a target that cannot be written, before an hour of reading."""
+    """Raise MultiTokenError for a file that `--clean` cannot write."""
     from multi_token.errors import MultiTokenError
 
     target = Path(clean)
@@ -361,6 +364,7 @@ def _write_clean_rows(
     from multi_token.errors import MultiTokenError
 
     start = Path(media_root(data) or "").resolve()
+    # relative paths start at the folder of the file that names them
     if Path(clean).resolve().parent != start:
         lost = first_relative_path(rows, good_indices, modalities=processor.modalities)
         if lost is not None:

@@ -78,6 +78,7 @@ class LengthStore:
             try:
                 found = load_file(path)
                 keys, lengths = found["keys"], found["lengths"]
+                # no process has decoded those rows, and a run that decodes must find bad ones
                 if _BY_HEADER in found and not self.lengths_only:
                     continue
             except (SafetensorError, KeyError) as error:
@@ -92,11 +93,13 @@ class LengthStore:
         try:
             conversation = to_conversation(row, self.names, row_id=row_id)
         except RowError:
+            # a bad row has no length, and may be fixed before the next start
             return None
         turns = self._turns(conversation)
         if turns is None:
             return None
         text = json.dumps(turns, ensure_ascii=False)
+        # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
         return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
 
     def _turns(self, conversation: Conversation) -> list[Any] | None:
@@ -124,6 +127,7 @@ class LengthStore:
 
     def add(self, key: str, length: Length) -> None:
         """Add a length. It is saved within 30 seconds of further calls, or by `save`."""
+        # rows of equal content share a key, and are stored once
         if self._table.get(key) is not None:
             return
         self._table.add(key, length)
@@ -136,6 +140,7 @@ class LengthStore:
         self._saved = time.monotonic()
         if not self._new:
             return
+        # all lengths of this process, in a file of its own: no two writers, so no lock
         keys = b"".join(map(bytes.fromhex, self._new))
         arrays = {
             "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
@@ -175,6 +180,7 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
     for passing in ("padding", "truncation"):  # set by the last call
         tokenizer.pop(passing, None)
     settings: dict[str, Any] = {
+        # another version may count tokens in another way
         "version": __version__,
         "tokenizer": tokenizer,
         "template": processor.chat.template,
@@ -205,7 +211,7 @@ def _source_stamp(source: Any, fetch: Fetch) -> Any:
     if isinstance(source, (list, tuple)):
         try:
             return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
-        except (TypeError, ValueError):  # not numbers alone
+        except (TypeError, ValueError):  # a list of paths or mappings
             each = [None if value is None else _source_stamp(value, fetch) for value in source]
             return None if None in each else each
     return None

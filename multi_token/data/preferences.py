@@ -51,6 +51,7 @@ def split_preference_row(
             "has no prompt: `chosen` and `rejected` begin with no common turn; write the turns "
             "before the answers under `messages`"
         )
+    # texts have no keys of their own, so the prompt decides which keys the answers get
     llava = given == ["conversations"] or (
         given != ["messages"] and isinstance(prompt[0], Mapping) and "from" in prompt[0]
     )
@@ -66,6 +67,7 @@ def split_preference_row(
             "its prompt ends with an assistant turn, expected the turn that `chosen` and "
             "`rejected` answer; leave that turn out"
         )
+    # media fields stay: both rows fill the slots of the same prompt
     rest = {k: v for k, v in row.items() if k not in (*ANSWERS, *_PROMPTS)}
     found = []
     for name, turns in zip(ANSWERS, answers, strict=True):

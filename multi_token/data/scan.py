@@ -134,8 +134,10 @@ def scan(
             report.good_indices.append(index)
             report.lengths.append(result)
             if known is not None and key is not None:
+                # in the main process: data workers would write a file each
                 known.add(key, result)
     finally:
+        # an interrupted scan continues after the rows that were read
         if known is not None:
             known.save()
     return report
@@ -144,6 +146,7 @@ def scan(
 def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     """Join the reports on shares of the same rows, as if one process had scanned them all."""
     pairs = [pair for r in reports for pair in zip(r.good_indices, r.lengths, strict=True)]
+    # by row, so that the number of processes does not change the order of training
     good = sorted(pairs, key=lambda pair: pair[0])
     return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
@@ -156,7 +159,7 @@ def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
 
 
 class _Result(NamedTuple):
-    """Key of a row in the length store, if it has one; its length or problem; and the origin."""
+    """Result of one row: its key in the length store, length or problem, and origin."""
 
     key: str | None
     found: Length | Problem
@@ -186,6 +189,7 @@ class _ScanDataset(Dataset[_Result]):
                 if length is not None:
                     return _Result(key, length, "remembered")
             sample = self.read(row, row_id)
+            # an item with a header length has no inputs
             decoded = any(item.inputs for item in sample.media)
             return _Result(key, sample_length(sample), "decoded" if decoded else "read")
         except RowError as error:
@@ -219,6 +223,7 @@ def histogram(lengths: Sequence[int], *, num_bins: int = 10) -> list[Bin]:
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
+    # whole tokens: fewer bins than asked where lengths hardly differ
     width = math.ceil((high - low + 1) / num_bins)
     counts = Counter((length - low) // width for length in lengths)
     return [
@@ -235,6 +240,7 @@ def first_relative_path(
         for media in to_conversation(rows[index], modalities, row_id="").media:
             name = modalities[media.modality].named_file(media.source)
             text = "" if name is None else os.fspath(name)
+            # addresses and data URIs do not depend on a folder
             if not text or "://" in text or text[:5].lower() == "data:":
                 continue
             if not os.path.isabs(os.path.expanduser(text)):

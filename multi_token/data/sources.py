@@ -87,6 +87,7 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
+    # media paths are relative to the folder of the rows, which differs between sources
     processor = replace(processor, fetch=Fetch(root=media_root(source.rows)), cache=cache)
     headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
     rows = load_rows(source.rows, split=source.split)
@@ -105,6 +106,7 @@ def good_rows(
         RowError: a row is bad, and `data.on_bad_row` is `raise`.
         RecipeError: no row is good, or the processes of this run see different rows.
     """
+    # before the scan: with other rows, the processes would report other shares as bad
     _check_same_rows(sources)
     reports = [_scan_source(source, recipe, console) for source in sources]
     problems = [problem for report in reports for problem in report.problems]
@@ -174,6 +176,7 @@ def _check_same_rows(sources: Sequence[TrainingSource]) -> None:
     if num_processes() == 1:
         return
     for source in sources:
+        # evenly spread: files often differ at the end, where a copy was cut off
         step = max(1, -(-len(source.rows) // _NUM_COMPARED_ROWS))
         some = [_row_or_problem(source.rows, i) for i in range(0, len(source.rows), step)]
         check_same_values(
@@ -203,6 +206,7 @@ def _length_counts(reports: Sequence[ScanReport]) -> str:
 
 def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> ScanReport:
     """Scan this process' share of the rows; returns the merged report of all processes."""
+    # only for the scan: in training, items without inputs would reach the encoder
     processor = replace(source.processor, lengths_only=source.lengths_only)
     read = partial(row_to_sample, processor=processor, modalities=list(processor.modalities))
     known = LengthStore(lengths_folder(recipe), processor)

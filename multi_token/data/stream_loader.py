@@ -67,6 +67,7 @@ def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, Str
     """
     facts = json.loads((folder / _STATES).read_text(encoding="utf-8"))
     states = [StreamState(**state) for state in facts["processes"]]
+    # packs belong to the process that read their rows, and other processes read other rows
     if len(states) != num_processes:
         num_bad = sum(state.num_bad for state in states)
         return facts["step"], StreamState(num_bad if process == 0 else 0)
@@ -120,6 +121,7 @@ class StreamLoader:
         loader = worker_loader(
             reading,
             args.dataloader_num_workers,
+            # packs are collated later, so pinned samples would be copied once more
             pin_memory=args.dataloader_pin_memory and self.packing is None,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
@@ -136,6 +138,7 @@ class StreamLoader:
             args.world_size,
             args.process_index,
         )
+        # arithmetic in place of a state: the batch number tells the rows
         start = self.step * args.gradient_accumulation_steps
         reading = ShardReader(self.streams, shard, self.collate, start=start)
         for number, (batch, problems) in enumerate(self._groups(reading), start):
@@ -165,6 +168,7 @@ class StreamLoader:
         num_bad_on_end = 0
         position, read = next(rows)
         while True:
+            # popped before the yield: a checkpoint is written after the step on this pack
             while state.packs:
                 chosen = state.packs.pop(0)
                 yield self.collate([samples.pop(p) for p in chosen])
@@ -202,6 +206,7 @@ class StreamLoader:
         )
         packs, emptiest = pack_buffer(rows, range(len(chosen)))
         seed, process = self.streams.mixture.seed, self.args.process_index
+        # pack_buffer sorts packs by length, and training takes them in random order
         order = permutation(len(packs), seed, _PACKS + process, self.state.window)
         return [[positions[i] for i in packs[at]] for at in order], [positions[i] for i in emptiest]
 
@@ -226,6 +231,7 @@ class StreamLoader:
     def _report_skipped(self, window: int) -> None:
         """Report the rows that were left out, once for each window."""
         last, num_bad = self._reported
+        # a line for each window, since a line for each row would flood the terminal
         if window > last:
             if self.state.num_bad > num_bad:
                 self.print_fn(

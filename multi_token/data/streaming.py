@@ -72,6 +72,7 @@ class StreamDataset(IterableDataset[Sample]):
                 found = self.streams[ref.source].row(ref.number)
             except RowError:
                 continue  # reported, or counted, when training reaches it
+            # a small source comes several times in these positions
             if found.epoch == 0:
                 rows[ref.source].append({**found.row, "id": found.row_id})
         return list(map(TrainingSource, rows, self.processors, self.names))
@@ -168,6 +169,7 @@ class PaddedShard:
 
         A step takes the same rows with any number of processes.
         """
+        # processes take consecutive batches of a step, so a step has the same rows with any number
         step, batch = divmod(number, self.num_accumulated)
         first = step * self.rows_per_step
         first += (batch * self.num_processes + self.process) * self.batch_size
@@ -187,6 +189,7 @@ class PackedShard:
 
     def positions(self, number: int) -> Sequence[int]:
         """Return the positions of chunk `number`; one worker reads a chunk."""
+        # a chunk holds replayed or new rows, never both, so that workers share them evenly
         num_replayed = -(-len(self.replay) // _CHUNK)
         if number < num_replayed:
             return self.replay[number * _CHUNK : (number + 1) * _CHUNK]
@@ -226,6 +229,7 @@ class ShardReader(IterableDataset[Any]):
             group: dict[int, SampleOrProblem] = {}
             try:
                 for position in self.shard.positions(number):
+                    # read ahead up to the end of the window, in the order of the files
                     if position not in waiting:
                         waiting |= self.streams.raw_rows(
                             self._in_window(number, position, num_workers)

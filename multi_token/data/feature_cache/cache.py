@@ -125,6 +125,7 @@ class FeatureCache:
         if batch_size is None:
             on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
             batch_size = 4 if on_cpu else 32
+        # one batch for each modality, since each has its own encoder
         waiting: dict[str, dict[str, Prepared]] = {name: {} for name in modalities}
         num_encoded = 0
         self._written_at = time.monotonic()
@@ -133,6 +134,7 @@ class FeatureCache:
                 name, modality = item.modality, modalities[item.modality]
                 try:
                     key = self._key(item, modality, fetch)
+                    # rows of one batch may name the same item
                     if not self._has(key) and key not in waiting[name]:
                         prepared = modality.prepare(modality.load(item.source, fetch))
                         waiting[name][key] = prepared
@@ -150,6 +152,7 @@ class FeatureCache:
                 if rest:
                     num_encoded += self._encode(modalities[name], encoders[name], rest)
         except KeyboardInterrupt:
+            # the next start continues after these features
             self._flush()
             raise
         self._flush()
@@ -169,6 +172,7 @@ class FeatureCache:
         inputs = modality.collate(list(items.values()))
         features = encoder(**{key: value.to(device) for key, value in inputs.items()})
         for i, key in enumerate(items):
+            # without padding, so that the features of an item do not depend on its batch
             real = slice(None) if features.mask is None else features.mask[i]
             # a clone: a view would keep the whole batch in memory, and safetensors refuses tensors
             # that share memory
@@ -201,6 +205,7 @@ class FeatureCache:
         if text is None:
             return self._digest(known[1], modality.content(item.source, fetch))
         # by name, so that a file is not read and hashed again in every epoch
+        # the root too: a relative path names another file in another folder
         place = digest(
             known[1].encode(), repr(fetch.root).encode(), text.encode(errors="surrogatepass")
         )

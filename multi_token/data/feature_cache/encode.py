@@ -65,6 +65,7 @@ def encode_rows(
     `share` of `num_shares`: items are distributed by their source, so that one process encodes an
     item that many rows name. All shares together are all items.
     """
+    # the row that is being read, for messages about its items
     report = EncodeReport()
     at: tuple[int, str] = (0, "")
 
@@ -85,6 +86,7 @@ def encode_rows(
                 finally:
                     if on_row is not None:
                         on_row()
+                # counted before the share is chosen: the number must be the same in every process
                 for item in conversation.media:
                     num_seen += 1
                     if share_of(item, num_seen, num_shares) == share:
@@ -122,7 +124,9 @@ def share_of(item: Media, number: int, num_shares: int) -> int:
     """Return the share of an item: by the name of its source, or else by its number."""
     text = source_name(item.source)
     if text is None:
+        # all processes walk the same rows, so they agree on the number of an item
         return number % num_shares
+    # not `hash`, which Python seeds differently in each process
     return zlib.crc32(f"{item.modality}\0{text}".encode(errors="surrogatepass")) % num_shares
 
 

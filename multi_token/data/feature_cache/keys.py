@@ -62,6 +62,7 @@ def weights_digest(encoder: Encoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
+        # as bytes, since numpy has no bfloat16
         whole.update(values.view(torch.uint8).numpy().data)
     return whole.hexdigest()[:_DIGITS]
 
@@ -71,8 +72,10 @@ def _origin(name: str, revision: str | None) -> list[Any]:
     folder = Path(name)
     if not folder.is_dir():
         return [name, revision, _commit(name, revision)]
+    # no weights, which `weights_digest` reads in memory, and no index of their shards
     files = {
         path.relative_to(folder).as_posix(): digest(path.read_bytes())
+        # one folder down as well: sentence-transformers keeps a config for each module there
         for pattern in ("*", "*/*")
         for path in folder.glob(pattern)
         if path.suffix in _SETTINGS and not path.name.endswith(".index.json") and path.is_file()

@@ -78,12 +78,14 @@ def frozen_encoders(
     `build` loads them as training starts with them, after the cheap checks. Raises RecipeError if a
     stage trains one of them, since its features would change.
     """
+    # before `build`, which may take minutes
     for stage in recipe.train.stages:
         for name in stage.learn.encoders:
             raise RecipeError(_trained_reason(name, stage.name, named=True))
     encoders = dict(build())
     for name, encoder in encoders.items():
         for stage in recipe.train.stages:
+            # an encoder with random weights is trained with its projector (parameter_groups.py)
             if is_randomly_initialized(encoder) and stage.learn.projector(name) is not None:
                 raise RecipeError(_trained_reason(name, stage.name, named=False))
         encoder.requires_grad_(False).eval().to(_device(recipe))
@@ -125,6 +127,7 @@ def choose_feature_cache(
     spec = recipe.train.feature_cache
     if spec is None:
         return None
+    # a few items decide, since a start must not decode the data set
     places = _row_sources(sources)
     first, num_seen = sample_items(places, modalities, _NUM_MEASURED)
     num_items = round(sum(len(place.rows) for place in places) * len(first) / max(num_seen, 1))
@@ -175,6 +178,7 @@ def fill_cache(
 
         num_encoded = encode(rank(), num_processes())
         if num_processes() > 1:
+            # after the barrier, all shards of all processes are in the folder
             barrier()
             cache.refresh()
             # encodes nothing, unless the folder is not the same one on all machines

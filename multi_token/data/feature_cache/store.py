@@ -74,6 +74,7 @@ class FeatureStore:
             try:
                 keys, with_breaks = _checked_keys(part)
             except _Damaged as damage:
+                # its items are encoded again, which costs less than a run that cannot start
                 self.damaged.append(str(damage))
                 self._damaged_names.add(name)
                 continue
@@ -90,6 +91,7 @@ class FeatureStore:
 
     def write(self, features: Mapping[str, StoredFeatures]) -> None:
         """Write a shard atomically. Raises MultiTokenError (a full disk, missing permission)."""
+        # a random name: writers on several machines need no lock
         name = f"features-{uuid.uuid4().hex[:12]}"
         shard = self.folder / f"{name}.safetensors"
         tensors = {key: values for key, (values, _) in features.items()}
@@ -98,6 +100,7 @@ class FeatureStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
+            # synced: after a power cut, the index must not name a shard that was never on the disk
             with atomic_file(shard, sync=True) as path:
                 save_file(tensors, path)
             part = {
@@ -146,6 +149,7 @@ class FeatureStore:
                     f"{path} cannot be read any more: {error}; start again, and its items are "
                     "encoded again"
                 ) from None
+            # each mapped file counts against the limit of open files and of mappings
             if len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)

@@ -76,6 +76,7 @@ def load_json(path: Path) -> Sequence[Row]:
         RowError: the file is not JSON.
         MultiTokenError: the file holds no list of rows.
     """
+    # .json is parsed as one value, so all rows are in memory
     text = path.read_bytes()
     try:
         content: Any = json.loads(text.decode("utf-8-sig"))
@@ -105,6 +106,7 @@ def write_jsonl(rows: Sequence[Row], indices: Sequence[int], path: str | os.Path
     The file is replaced atomically, so it may be the one that `rows` come from. Relative media
     paths stay as they are. Raises RowError for a value that JSON cannot hold.
     """
+    # row by row, since `rows` may be larger than memory
     with atomic_file(Path(path)) as partial_path, partial_path.open("w", encoding="utf-8") as file:
         for index in indices:
             row = rows[index]

@@ -57,6 +57,7 @@ class TarRows(IndexedRows):
 
     def row(self, index: int) -> Row:
         """Read a row; see IndexedRows."""
+        # opened for each row: forked workers would share the file position of one handle
         key, members = self.keys[index], self.samples[index]
         row_id = f"{self.path.name}/{key}"
         with self.path.open("rb") as file:
@@ -128,6 +129,7 @@ def _with_members(
         else:
             full[key] = value if key in _NOT_MEDIA else filled(value)
     for extension, member in members.items():
+        # a member that the row names has its place already
         if member["path"] in named:
             continue
         field = extension.rpartition(".")[0] or extension
