@@ -382,12 +382,13 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
         console.print(_problem_table(report, examples))
     if report.lengths:
         console.print(_length_table(histogram([n.num_tokens for n in report.lengths])))
-    share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
+    total = report.total
+    share = total.num_supervised / total.num_tokens if total.num_tokens else 0.0
     console.print(
         f"{report.num_rows:,} rows: {len(report.good_indices):,} good, "
         f"{len(report.problems):,} bad\n"
-        f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} supervised "
-        f"({share:.1%}), {report.num_media:,} media"
+        f"{total.num_tokens:,} tokens in good rows: {total.num_supervised:,} supervised "
+        f"({share:.1%}), {total.num_media:,} media"
     )
     if not report.num_rows:
         console.print("There are no rows.")

@@ -24,7 +24,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.hashing import content_bytes, digest
-from multi_token.types import Conversation, Media
+from multi_token.types import Conversation, Media, Part
 
 if TYPE_CHECKING:
     from multi_token.media.fetch import Fetch
@@ -91,34 +91,26 @@ class LengthStore:
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
-            conversation = to_conversation(row, self.names, row_id=row_id)
-        except RowError:
+            turns = self._turns(to_conversation(row, self.names, row_id=row_id))
+        except (RowError, _NoStamp):
             # a bad row has no length, and may be fixed before the next start
-            return None
-        turns = self._turns(conversation)
-        if turns is None:
             return None
         text = json.dumps(turns, ensure_ascii=False)
         # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
         return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
 
-    def _turns(self, conversation: Conversation) -> list[Any] | None:
-        turns: list[Any] = []
-        for message in conversation.messages:
-            parts: list[Any] = []
-            for part in message.parts:
-                if not isinstance(part, Media):
-                    parts.append(part.text)
-                    continue
-                stamp = _source_stamp(part.source, self.fetch)
-                if stamp is None:
-                    return None
-                parts.append([part.modality, stamp, part.media_text])
-            turns.append([message.role, parts])
-        if conversation.rejected is None:
-            return turns
-        others = self._turns(conversation.rejected)
-        return None if others is None else [*turns, others]
+    def _turns(self, conversation: Conversation) -> list[Any]:
+        turns: list[Any] = [
+            [message.role, [self._part(part) for part in message.parts]]
+            for message in conversation.messages
+        ]
+        other = conversation.rejected
+        return turns if other is None else [*turns, self._turns(other)]
+
+    def _part(self, part: Part) -> Any:
+        if not isinstance(part, Media):
+            return part.text
+        return [part.modality, _source_stamp(part.source, self.fetch), part.media_text]
 
     def get(self, key: str) -> Length | None:
         """Return the length of a row, or None."""
@@ -193,8 +185,12 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
     return digest(json.dumps(settings, sort_keys=True).encode())
 
 
+class _NoStamp(Exception):
+    """A source without a value that changes with its content."""
+
+
 def _source_stamp(source: Any, fetch: Fetch) -> Any:
-    """Return a value for JSON that changes with the content of a source; None if there is none."""
+    """Return a value for JSON that changes with the content of a source. Raises _NoStamp."""
     if isinstance(source, (str, os.PathLike)):
         return [os.fspath(source), *_file_stamp(source, fetch)]
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -206,15 +202,13 @@ def _source_stamp(source: Any, fetch: Fetch) -> Any:
     if isinstance(source, Mapping):
         # tables write every column into every row, so a null field is an absent one
         pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
-        stamps: list[Any] = [[key, _source_stamp(value, fetch)] for key, value in pairs]
-        return None if any(stamp is None for _, stamp in stamps) else stamps
+        return [[key, _source_stamp(value, fetch)] for key, value in pairs]
     if isinstance(source, (list, tuple)):
         try:
             return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
         except (TypeError, ValueError):  # a list of paths or mappings
-            each = [None if value is None else _source_stamp(value, fetch) for value in source]
-            return None if None in each else each
-    return None
+            return [_source_stamp(value, fetch) for value in source]
+    raise _NoStamp
 
 
 def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:

@@ -68,19 +68,9 @@ class ScanReport:
         return {kind: problems for kind, problems in found.items() if problems}
 
     @property
-    def num_tokens(self) -> int:
-        """Total tokens of the good rows."""
-        return sum(length.num_tokens for length in self.lengths)
-
-    @property
-    def num_supervised(self) -> int:
-        """Total supervised tokens of the good rows."""
-        return sum(length.num_supervised for length in self.lengths)
-
-    @property
-    def num_media(self) -> int:
-        """Total media tokens of the good rows."""
-        return sum(length.num_media for length in self.lengths)
+    def total(self) -> Length:
+        """Sums over the good rows."""
+        return Length(*map(sum, zip(Length(0, 0, 0), *self.lengths, strict=True)))
 
 
 def scan(

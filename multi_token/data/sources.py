@@ -123,8 +123,7 @@ def good_rows(
             f"no row of {names} can be trained on: {num_rows} rows, {len(problems)} skipped"
             f"{example}; see them all with `multi-token data check`"
         )
-    num_tokens = sum(report.num_tokens for report in reports)
-    num_supervised = sum(report.num_supervised for report in reports)
+    num_tokens, num_supervised, _ = map(sum, zip(*(r.total for r in reports), strict=True))
     console.print(
         f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
         f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",

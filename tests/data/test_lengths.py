@@ -1,4 +1,4 @@
-"""Claims about data/lengths.py: what is known is not read again, and what changed is."""
+"""data/lengths.py: stored rows are not read again, and changed rows are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Fields = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
-    """Images and seven rows, of which the third and the fifth are bad."""
+    """Images and seven rows; the third and the fifth are bad."""
     for name in ("red", "blue", "green"):
         (tmp_path / f"{name}.png").write_bytes((data / f"{name}.png").read_bytes())
     rows: list[dict[str, Any]] = [
@@ -60,7 +60,7 @@ def processor(recipe_fields: Fields, folder: Path) -> MultiTokenProcessor:
 def look(
     folder: Path, processor: MultiTokenProcessor, *, known: bool = True, **options: Any
 ) -> tuple[ScanReport, list[str]]:
-    """The report, and the rows that were read for it."""
+    """Return the report, and the rows that were read for it."""
     opened: list[str] = []
 
     def read(row: Any, row_id: str) -> Any:
@@ -90,7 +90,7 @@ def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
     assert with_workers == plain
 
 
-def test_what_changed_is_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
+def test_changed_rows_are_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
     look(folder, processor)
     image = folder / "blue.png"
     before = image.stat()
@@ -106,7 +106,7 @@ def test_what_changed_is_read_again(folder: Path, processor: MultiTokenProcessor
     assert look(folder, processor)[1] == ["red", "green", "text", "again"]
 
 
-def test_another_way_of_reading_knows_nothing(
+def test_a_processor_with_other_settings_reads_all_rows(
     recipe_fields: Fields, folder: Path, processor: MultiTokenProcessor
 ) -> None:
     look(folder, processor)
@@ -144,7 +144,7 @@ def test_shares_make_the_report_of_one(
     assert look(folder, processor)[1] == BAD
 
 
-def test_a_scan_that_breaks_off_goes_on(folder: Path, processor: MultiTokenProcessor) -> None:
+def test_an_interrupted_scan_continues(folder: Path, processor: MultiTokenProcessor) -> None:
     rows = load_rows(str(folder / "rows.jsonl"))
 
     def read(row: Any, row_id: str) -> Any:
@@ -199,7 +199,7 @@ def test_sources_of_all_kinds_are_distinguished_by_their_content(
     assert known.key({"messages": 3}, "row") is None
 
 
-def test_lengths_of_others_are_known_after_a_look_and_a_damaged_file_is_named(
+def test_lengths_of_other_processes_are_known_after_a_refresh_and_a_damaged_file_is_named(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     one, two = (LengthStore(folder / "lengths", processor) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`data.lengths: headers`: nothing is decoded before training, and what it learns is the same."""
+"""`data.lengths: headers`: nothing is decoded before training, and training is the same."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Watched(ImageModality):
     type: str = "watched"  # type: ignore[assignment]
 
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
-        """As of images."""
+        """See ImageModality."""
         DECODED.append(str(source))
         return super().load(source, fetch)
 
     def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """As of images."""
+        """See ImageModality."""
         return super().num_features_from_header(source, fetch)
 
 
 def write_rows(folder: Path, *, damaged: int | None = None) -> Path:
-    """Eight rows with a JPEG of its own size each; of one, the pixels are cut off."""
+    """Write eight rows with JPEGs of different sizes; the pixels of one are cut off."""
     folder.mkdir(exist_ok=True)
     lines = []
     for number, size in enumerate(SIZES):
@@ -156,7 +156,7 @@ def test_an_image_damaged_after_its_header_passes_a_scan_by_headers_alone(
     ], "what headers show is found as ever"
 
 
-def test_lengths_by_header_are_not_taken_for_those_of_decoded_rows(
+def test_header_lengths_are_not_used_for_decoded_rows(
     processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
     asking = replace(processor, lengths_only=True)
@@ -173,7 +173,7 @@ def test_lengths_by_header_are_not_taken_for_those_of_decoded_rows(
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
-    """What was logged of each step, without times."""
+    """Return the logs of all steps, without times."""
     done = json.loads((folder / "stages" / "1-projector" / "done.json").read_text())
     kept = ("step", "loss", "grad_norm", "padding_fraction", "supervised_fraction", "pack_use")
     return [{k: v for k, v in entry.items() if k in kept} for entry in done["log_history"]]
@@ -210,7 +210,7 @@ def test_header_lengths_and_decoded_lengths_train_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes_on(
+def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_continues(
     fields_of: Fields, tmp_path: Path, num_workers: int, packing: bool
 ) -> None:
     args = {"dataloader_num_workers": num_workers, "save_steps": 1}
@@ -232,7 +232,7 @@ def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes
 
 
 @pytest.mark.slow
-def test_what_is_decoded_before_training_names_its_row_too(fields_of: Fields) -> None:
+def test_items_decoded_before_training_name_their_row_too(fields_of: Fields) -> None:
     fields = fields_of("run", "headers", damaged=6)
     fields["train"] |= {"closed_form": {}, "calibration_items": 8}
     with pytest.raises(RowError, match=r"^row row 6: image: 6\.jpg .* is truncated"):
@@ -249,7 +249,7 @@ def test_with_a_feature_cache_every_item_is_decoded_and_bad_rows_are_found_first
 
 
 @pytest.mark.slow
-def test_held_out_rows_are_decoded_always(fields_of: Fields, tmp_path: Path) -> None:
+def test_held_out_rows_are_always_decoded(fields_of: Fields, tmp_path: Path) -> None:
     fields = fields_of("run", "headers")
     damaged = write_rows(tmp_path / "held_out", damaged=1)
     fields["data"]["eval"] = [{"rows": str(damaged)}]
@@ -282,7 +282,7 @@ destroy_process_group()
 
 
 @pytest.mark.slow
-def test_a_damaged_file_ends_all_processes_in_the_same_words(
+def test_a_damaged_file_ends_all_processes_with_the_same_error(
     fields_of: Fields, tmp_path: Path
 ) -> None:
     args = {"dataloader_num_workers": 1, "ddp_backend": "gloo"}
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_named_where_the_reference_of_preferences_is_computed(
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 
-def test_rows_that_headers_do_not_tell_are_decoded_and_counted(
+def test_rows_without_header_lengths_are_decoded_and_counted(
     fields_of: Fields, tmp_path: Path
 ) -> None:
     recipe = Recipe.model_validate(fields_of("run", "headers"))

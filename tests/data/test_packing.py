@@ -22,7 +22,7 @@ from multi_token.recipe.train import TrainSpec
 from multi_token.types import Conversation, Media, Message, Text
 
 
-def test_a_pack_holds_what_both_budgets_allow_and_no_more() -> None:
+def test_a_pack_stays_within_both_budgets() -> None:
     rows = PackingPlan([1], max_tokens=10, num_items=[1], max_items=3)
     assert rows.fits(10, 3)
     assert not rows.fits(11, 3)
@@ -68,7 +68,7 @@ def test_rows_are_dealt_into_packs_of_equally_many_items_though_lengths_are_the_
     assert [rows.items_of(pack) for pack in dealt] == [6, 6]
 
 
-def test_what_does_not_fit_or_leaves_a_pack_empty_is_not_dealt() -> None:
+def test_rows_that_do_not_fit_or_leave_a_pack_empty_are_not_dealt() -> None:
     rows = PackingPlan([6, 6, 6], max_tokens=10)
     assert balance(rows, range(3), 2) is None
     assert balance(rows, range(3), 3) is not None

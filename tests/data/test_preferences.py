@@ -1,4 +1,4 @@
-"""data/preferences.py: every shape of a pair is one prompt with two answers, or a sentence."""
+"""data/preferences.py: every shape of a pair is one prompt with two answers, or an error."""
 
 from __future__ import annotations
 
@@ -141,8 +141,6 @@ def test_columns_of_a_table_that_are_null_leave_an_ordinary_row() -> None:
         ),
     ],
 )
-def test_what_is_no_pair_is_a_sentence_with_the_rows_name(
-    row: dict[str, Any], sentence: str
-) -> None:
+def test_a_row_that_is_no_pair_is_an_error_with_its_id(row: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RowError, match=f"row seven: .*{sentence}"):
         conversation({**IMAGES, **row, "id": "seven"})

@@ -105,7 +105,6 @@ class FeatureCache:
         encoders: Mapping[str, Encoder],
         *,
         batch_size: int | None = None,
-        on_items: Callable[[int], None] | None = None,
         on_bad: Callable[[Media, MediaError], None] | None = None,
     ) -> int:
         """Encode the items that the cache lacks, and return their number.
@@ -116,7 +115,6 @@ class FeatureCache:
             encoders: Encoders by instance name.
             batch_size: Items encoded together; default: 4 on a CPU, whose caches a larger batch
                 exceeds, else 32.
-            on_items: Called with 1 after each item.
             on_bad: Called for an item that cannot be read. The item is skipped, since reading its
                 row names it.
         """
@@ -142,9 +140,6 @@ class FeatureCache:
                     if on_bad is not None:
                         on_bad(item, error)
                     continue
-                finally:
-                    if on_items is not None:
-                        on_items(1)
                 if len(waiting[name]) == batch_size:
                     num_encoded += self._encode(modality, encoders[name], waiting[name])
                     waiting[name] = {}

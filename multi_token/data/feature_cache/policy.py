@@ -137,7 +137,7 @@ def choose_feature_cache(
     if reason is not None and not spec.auto:
         raise RecipeError(f"{reason}; set train.feature_cache to false")
     if reason is not None:
-        _print_decision(console, on=False, why=reason)
+        console.print(f"feature_cache auto is off: {reason}", highlight=False, soft_wrap=True)
         return None
     cache = open_cache(cache_folder(recipe), spec, console)
     if not spec.auto:
@@ -148,7 +148,9 @@ def choose_feature_cache(
             modalities, encoders, cache, first, num_items, _num_uses(sources, arguments)
         )
     )
-    _print_decision(console, on=on, why=why)
+    console.print(
+        f"feature_cache auto is {'on' if on else 'off'}: {why}", highlight=False, soft_wrap=True
+    )
     return cache if on else None
 
 
@@ -302,12 +304,6 @@ def _num_uses(sources: Sequence[TrainingSource], arguments: Sequence[Any]) -> fl
         if args.max_steps > 0
         else args.num_train_epochs
         for args in arguments
-    )
-
-
-def _print_decision(console: Console, *, on: bool, why: str) -> None:
-    console.print(
-        f"feature_cache auto is {'on' if on else 'off'}: {why}", highlight=False, soft_wrap=True
     )
 
 

@@ -1,4 +1,4 @@
-"""The feature cache: what makes a key, what lies in the folder, who may read and write it."""
+"""Feature cache: keys, files of the folder, several readers and writers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_encoder_with_other_weights_makes_other_features(
     assert num_new(FeatureCache(tmp_path / "cache"), modality, data, encoder) == 0
 
 
-def test_a_key_hangs_on_preprocessing_and_not_on_the_projector_or_the_place_of_the_folder(
+def test_a_key_depends_on_preprocessing_and_not_on_the_projector_or_the_path_of_the_folder(
     clip: Path, data: Path, tmp_path: Path
 ) -> None:
     def new(modality: ImageModality) -> int:
@@ -180,7 +180,7 @@ def test_half_an_index_and_a_shard_without_one_are_encoded_again(tmp_path: Path)
     assert fill(cache, items) == 8
 
 
-def test_what_a_dead_writer_left_is_removed_and_what_a_live_one_writes_is_not(
+def test_unfinished_files_of_dead_writers_are_removed_and_those_of_live_ones_kept(
     tmp_path: Path,
 ) -> None:
     old, new = (tmp_path / f".features-{n}.safetensors.x1" for n in ("old", "new"))
@@ -236,7 +236,7 @@ def test_a_cache_without_a_registered_encoder_is_refused(tmp_path: Path) -> None
         FeatureCache(tmp_path).find(vectors(1)[0][0], VECTOR, FETCH)
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = FeatureCache(tmp_path / "file")
     with pytest.raises(MultiTokenError, match="cannot write features to .*/file"):
@@ -253,7 +253,7 @@ def test_ctrl_c_keeps_what_is_encoded(tmp_path: Path) -> None:
     assert len(FeatureCache(tmp_path)) == 8
 
 
-def test_a_key_table_holds_many_keys_and_keeps_what_came_first() -> None:
+def test_a_key_table_holds_many_keys_and_keeps_first_values() -> None:
     table = KeyTable("i8")
     keys = [digest(str(i).encode()) for i in range(20_000)]
     for i, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""Encoding all items of some rows: counts, shares, a killed process, and what cannot be kept."""
+"""Encoding the items of rows: counts, shares, a killed process, random preprocessing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_item_is_encoded_once_and_the_rest_is_counted(
     assert (second.num_encoded, second.num_already_cached, second.problems) == (0, 18, [])
 
 
-def test_what_cannot_be_read_is_named_with_its_row_and_the_rest_is_encoded(
+def test_unreadable_items_are_named_with_their_row_and_the_rest_is_encoded(
     place: RowSource, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
@@ -149,7 +149,7 @@ encode(RowSource(Killed(), Fetch(root=root), "rows"), Path(root, "cache"))
 
 
 class Jittered(VectorModality):
-    """Adds noise to what it reads, as augmentation does."""
+    """Modality that adds noise, as augmentation does."""
 
     type: Literal["jittered"] = "jittered"  # type: ignore[assignment]
 
