@@ -1,4 +1,4 @@
-"""Content of items: bytes that are equal only for equal items."""
+"""Content of items as bytes that are equal only for equal items."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from multi_token.media.fetch import Fetch
 
 _READ = ("path", "bytes", "array")
-"""Keys of a mapping whose values are sources themselves; the others are settings."""
+"""Keys of a mapping whose values are sources; the others are settings."""
 
 
 def content_bytes(source: Any, fetch: Fetch) -> bytes:
-    """The bytes behind a source: of a file its own, of images and arrays their values.
+    """Return the bytes of a file, or the values of an image or array.
 
-    A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for what
-    cannot be read.
+    A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for a
+    source that cannot be read.
     """
     if isinstance(source, Image.Image):
-        palette = source.getpalette() or []  # equal places in two palettes are other colours
+        palette = source.getpalette() or []  # one index has different colours in two palettes
         return f"{source.mode}{source.size}{palette}".encode() + source.tobytes()
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
@@ -42,6 +42,6 @@ def content_bytes(source: Any, fetch: Fetch) -> bytes:
         try:
             array = np.asarray(source, dtype=np.float64)
         except (TypeError, ValueError):
-            return repr(source).encode()  # not numbers: loading it will say so
+            return repr(source).encode()  # other values: loading them raises
         return f"{array.shape}".encode() + array.tobytes()
     return fetch.read(source)

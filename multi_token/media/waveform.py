@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.errors import undecodable
+from multi_token.errors import MediaError
+from multi_token.media.errors import require_package, undecodable
 
 RATES = (1_000, 768_000)
-"""Samples in a second that are believed. Outside of them a number is another one: kHz, say."""
+"""Accepted sampling rates in Hz. A number outside of them is another one, such as kHz."""
 MAX_AMPLITUDE = 100.0
-"""Floats lie between -1 and 1, or little over; beyond this they are integers in a coat."""
+"""Floats are between -1 and 1, or a little over; larger ones are integers stored as floats."""
 
 SecondsRange = tuple[float, float | None]
-"""Start and end of the part that is wanted, in seconds; None is the end of the audio."""
+"""Start and end of the part to read, in seconds; None is the end of the audio."""
 
 UNKNOWN_LENGTH = 1 << 48
-"""From here on, a number of samples means that a file does not tell its length."""
-_END_SLACK_S = 0.5  # by which an `end` may lie behind the last sample: times in rows are rounded
+"""Number of samples from which on the length of a file is unknown."""
+_END_SLACK_S = 0.5  # by which an `end` may lie after the last sample: times in rows are rounded
 
 
 def join_blocks(
     blocks: Iterable[np.ndarray], given: int, *, rate: int, label: str, max_seconds: float
 ) -> np.ndarray:
-    """Mono blocks at the rate `given` -> one waveform [samples] at `rate`, in bounded memory.
+    """Join mono blocks at the rate `given` into one waveform [samples] at `rate`.
 
-    Raises MediaError for values that are not finite, for a length of zero, and where the blocks
-    pass `max_seconds`: no block behind it is asked for.
+    Raises MediaError for NaN or inf, for a length of zero, and where the blocks pass `max_seconds`;
+    the blocks after that are not decoded.
     """
     soxr = require_package("soxr", "audio")
     stream = None if given == rate else soxr.ResampleStream(given, rate, 1, dtype="float32")
@@ -57,15 +56,15 @@ def join_blocks(
 
 
 def resampled_length(num_samples: int, given: int, rate: int) -> int:
-    """Samples that `join_blocks` makes of so many at the rate `given`: as libsoxr counts them."""
-    # its own arithmetic, in doubles (`rate_flush` in rate.h), so that halves are rounded alike
+    """Return the number of samples at `rate` that `join_blocks` makes of samples at `given`."""
+    # The arithmetic of libsoxr in doubles (`rate_flush` in rate.h), so that halves round alike.
     return num_samples if given == rate else int(num_samples / (given / rate) + 0.5)
 
 
 def sample_range(
     span: SecondsRange, given: int, num_frames: int, label: str, max_seconds: float
 ) -> tuple[int, int]:
-    """The first sample that is wanted and the one behind the last, of so many.
+    """Return the first sample of a span, and the one after its last.
 
     Raises MediaError for a span outside of the audio or over `max_seconds`.
     """
@@ -82,45 +81,34 @@ def sample_range(
 
 
 def check_rate(rate: Any, label: str) -> int:
-    """Samples in a second, as a whole number that can be. Raises MediaError."""
+    """Return a sampling rate as an int. Raises MediaError for one that is impossible."""
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or rate != round(float(rate)) or not RATES[0] <= rate <= RATES[1]:
         raise undecodable(
-            f"{label} has the sampling rate {rate!r}, expected a whole number of samples in a "
+            f"{label} has the sampling rate {rate!r}, expected a whole number of samples a "
             f"second, {RATES[0]:,} to {RATES[1]:,}"
         )
     return int(rate)
 
 
 def to_float32(array: np.ndarray, label: str) -> np.ndarray:
-    """Samples of any type as float32 between -1 and 1. Raises MediaError."""
+    """Return samples of any type as float32 between -1 and 1. Raises MediaError."""
     if array.dtype.kind == "f":
         loudest = float(np.abs(array).max(initial=0.0))
-        if loudest > MAX_AMPLITUDE:  # NaN is not: it is named with its position later
+        if loudest > MAX_AMPLITUDE:  # False for NaN, which `join_blocks` reports with its position
             raise undecodable(
                 f"{label} holds floats up to {loudest:g}, expected -1 to 1; divide 16-bit samples "
                 "by 32768"
             )
         return array.astype(np.float32)
     if array.dtype == np.uint8:
-        return (array.astype(np.float32) - 128) / 128
+        return (array.astype(np.float32) - 128) / 128  # 8-bit WAV is unsigned
     if array.dtype.kind == "i" and array.dtype.itemsize < 8:
         return array.astype(np.float32) / 2.0 ** (8 * array.dtype.itemsize - 1)
     raise undecodable(
         f"{label} holds values of type {array.dtype}, whose full scale is unknown; give floats "
         "from -1 to 1 or integers of 16 bits"
     )
-
-
-def require_package(name: str, extra: str) -> Any:
-    """An optional package. Raises MultiTokenError with the line that installs it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise MultiTokenError(
-            f"this audio is read by the package {name}, which is not installed; "
-            f'pip install "multi_token[{extra}]"'
-        ) from None
 
 
 def _too_long_error(label: str, length: str, max_seconds: float) -> MediaError:

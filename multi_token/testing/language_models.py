@@ -61,6 +61,7 @@ _SPECIAL = [
     "<start_of_turn>",
     "<end_of_turn>",
 ]
+# The tokenizer's ids, and with them every golden record, depend on each letter of this text.
 _CORPUS = [
     "What is this? This is a picture of a cat and a dog, a red square, a blue circle.",
     "user assistant system model tool You are a helpful assistant. Which of these is a fruit?",

@@ -87,7 +87,9 @@ def row(output: str, name: str) -> str:
 def test_a_list_shows_state_owner_and_purpose_of_each(plugins: Path) -> None:
     done = command(path=plugins)
     assert done.returncode == 0, done.stderr
-    assert "ready" in row(done.stdout, "vector") and "A vector [dim]" in row(done.stdout, "vector")
+    assert "ready" in row(done.stdout, "vector") and "A precomputed vector [dim]" in row(
+        done.stdout, "vector"
+    )
     smell = row(done.stdout, "smell")
     assert "smell-sense 1.2" in smell and "broken" in smell
     assert "No module named 'a_library_that_nobody_has'" in smell

@@ -17,7 +17,7 @@ from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media import audio
 from multi_token.media.audio import as_audio, decode_audio, load_audio
 from multi_token.media.fetch import Fetch
-from multi_token.testing.audio import tone
+from multi_token.testing.files import tone
 
 RATE = 16_000
 FILES = {
@@ -109,7 +109,7 @@ def test_files_of_every_kind_hold_the_same_tone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 @pytest.mark.parametrize("num_channels", [1, 2])
-def test_containers_of_films_and_phones_are_told_by_their_content(
+def test_containers_of_videos_and_phones_are_known_by_their_content(
     kind: str, num_channels: int
 ) -> None:
     rate = CONTAINERS[kind][2]
@@ -175,7 +175,7 @@ def test_a_part_of_a_container_is_where_it_is_in_the_whole(kind: str) -> None:
 
 def test_a_file_over_the_limit_is_refused_by_its_header() -> None:
     data = bytearray(encoded(tone(1.0, RATE), "flac"))
-    # the number of samples stands in 36 bits of the stream's information: here, ten hours
+    # the number of samples is in 36 bits of the stream's information: here, ten hours
     data[21:26] = (10 * 3600 * RATE + (data[21] >> 4 << 36)).to_bytes(5, "big")
     message = refusal(bytes(data), name="long.flac")
     assert message.startswith("long.flac is 36,000.0 s long, and the limit is 600 s; cut it")
@@ -261,11 +261,11 @@ def png() -> bytes:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (png(), "a picture (PNG)"),
+        (png(), "a PNG image"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
-        (b"#EXTM3U\nhttp://somewhere/else.ts\n", "b'#EXTM3U"),
+        (b"#EXTM3U\nhttp://somewhere/else.ts\n", "a playlist"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "a RIFF file that is not WAV"),
+        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "a RIFF file"),
         (b"hello " * 100, "b'hello hello "),
     ],
 )
@@ -281,15 +281,15 @@ def test_an_empty_file_and_one_without_samples_are_refused() -> None:
     assert "has a length of zero" in load_refusal({"array": [], "sampling_rate": RATE})
 
 
-def test_a_film_without_sound_is_refused() -> None:
+def test_a_video_without_sound_is_refused() -> None:
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         track: Any = container.add_stream("mpeg4", rate=10)
         track.width = track.height = 32
-        picture = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
-        container.mux(track.encode(picture))
+        frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
+        container.mux(track.encode(frame))
         container.mux(track.encode(None))
     assert refusal(buffer.getvalue(), name="a.mp4").startswith("a.mp4 has no audio track")
 
@@ -326,10 +326,10 @@ def test_the_shape_of_datasets_is_read_with_the_path_as_its_name_only() -> None:
     [
         ({"start": -1}, "`start` of the audio is -1, expected seconds from 0 on"),
         ({"end": "2"}, "`end` of the audio is '2', expected seconds"),
-        ({"start": 0.5, "end": 0.5}, "is to end at 0.5 s, but to start at 0.5 s"),
+        ({"start": 0.5, "end": 0.5}, "has `end` 0.5 s, which must be after `start`"),
         ({"start": 7}, "is 1.00 s long, but the row asks for 7 s on"),
         ({"start": 0.5, "end": 9}, "is 1.00 s long, but the row asks for 0.5 to 9 s"),
-        ({"begin": 1}, "unknown key 'begin'; known are array, sampling_rate"),
+        ({"begin": 1}, "unknown key 'begin'; known keys: array, sampling_rate"),
     ],
 )
 def test_a_part_that_is_not_there_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from multi_token.errors import MediaError
 from multi_token.media.audio import as_audio, load_audio
 from multi_token.media.fetch import Fetch
-from multi_token.testing.audio import tone
+from multi_token.testing.files import tone
 
 RATE = 16_000
 

@@ -278,7 +278,7 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
         ({1: 2}, "strings as keys"),
         (object(), "got object"),
         (Image.new("RGB", (4, 4)), "got Image"),
-        ("http://127.0.0.1/a.png", "web addresses are not read here"),
+        ("http://127.0.0.1/a.png", "URLs are not read here"),
     ):
         error = refusal(pool, source)
         assert error.status == 400
