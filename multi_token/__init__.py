@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from multi_token.projectors.base import Projector, ProjectorSpec
     from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
     from multi_token.projectors.resampler import Resample
-    from multi_token.recipe.recipe import ModelSpec, Recipe, load_recipe
+    from multi_token.recipe.model import ModelSpec
+    from multi_token.recipe.recipe import Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
     from multi_token.train.plan.run_plan import plan_run as plan
     from multi_token.train.run import train
@@ -63,7 +64,7 @@ _HOMES = {
     "Message": "multi_token.types:Message",
     "Mlp": "multi_token.projectors.kinds:Mlp",
     "Modality": "multi_token.modalities.base:Modality",
-    "ModelSpec": "multi_token.recipe.recipe:ModelSpec",
+    "ModelSpec": "multi_token.recipe.model:ModelSpec",
     "MultiTokenConfig": "multi_token.model:MultiTokenConfig",
     "MultiTokenError": "multi_token.errors:MultiTokenError",
     "MultiTokenForConditionalGeneration": "multi_token.model:MultiTokenForConditionalGeneration",

@@ -46,7 +46,7 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import Features, MediaBatch
 

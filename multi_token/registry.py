@@ -192,6 +192,8 @@ def validate_fields(cls: type[Model], fields: Mapping[str, Any], *, where: str) 
     except ValidationError as error:
         sentences = [_sentence(cls, dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{where}: " + "; ".join(sentences)) from None
+    except RecipeError as error:  # of a validator of ours, which knows no file
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:

@@ -206,7 +206,6 @@ def test_only_the_edges_import_convert() -> None:
     )
 
 
-@pytest.mark.xfail(reason="short files are being merged")
 def test_no_file_is_a_splinter() -> None:
     """A short module with one importer belongs into it."""
     importers: dict[str, set[str]] = {}

@@ -36,8 +36,8 @@ from multi_token.checkpoint.save import (
 from multi_token.encoders import TrainedEncoderState, attach_lora
 from multi_token.errors import CheckpointError
 from multi_token.language_model.quantization import quantized_parameters
-from multi_token.recipe.conflicts import check_renamed
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.renamed import check_renamed
 from multi_token.registry import validate_fields
 from multi_token.types import ComposedModel
 

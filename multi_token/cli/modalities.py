@@ -125,7 +125,7 @@ def _check_name(name: str) -> None:
     from multi_token import registry
     from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
-    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.recipe.model import ModelSpec
     from multi_token.registry import validate_fields
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):

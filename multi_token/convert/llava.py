@@ -177,7 +177,7 @@ def _without_tiles(processor: Any) -> Any:
 
 
 def _spec(config: Any, image_processor: Any, out: Path) -> Any:
-    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.recipe.model import ModelSpec
     from multi_token.registry import validate_fields
 
     layer = config.vision_feature_layer

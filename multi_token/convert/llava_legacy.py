@@ -41,7 +41,7 @@ def import_legacy(
     from multi_token.checkpoint.save import save
     from multi_token.language_model.loading import load_tokenizer
     from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.recipe.model import ModelSpec
     from multi_token.registry import validate_fields
 
     adapter = source / ADAPTER

@@ -21,7 +21,7 @@ from multi_token.convert.tensors import model_files, read_tensors
 from multi_token.convert.tokenizers import check_maskable, check_tokenizer_packages
 from multi_token.errors import ConvertError, MultiTokenError
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.registry import did_you_mean, validate_fields
 
 _SUFFIX = "-lmm"

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from multi_token import __version__
-from multi_token.data.feature_cache.keys import KeyTable, digest, settings_fingerprint
+from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import content_bytes
+from multi_token.media.hashing import content_bytes, digest
 from multi_token.types import Conversation, Media
 
 if TYPE_CHECKING:

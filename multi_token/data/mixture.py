@@ -1,4 +1,4 @@
-"""Weighted mixture of sources, shuffled in windows, computed from a position alone."""
+"""Weighted mixture of sources, shuffled in windows: each position by arithmetic, without state."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAW, _ORDER = 0, 1
-"""Purposes of random words; each has its own stream."""
+"""Purposes of random numbers; each has its own sequence."""
 _KEPT = 4
-"""Windows whose plan stays at hand."""
+"""Windows whose plan is kept in memory."""
 
 
 @dataclass(frozen=True)
 class RowRef:
-    """Reference to a row: its source, and its number in that source, from 0."""
+    """A row as the index of its source, and its number in that source, from 0."""
 
     source: int
     number: int
 
 
 class Mixture:
-    """Position -> place, for positions without end, each by arithmetic.
+    """Endless map from position to RowRef.
 
-    The source of a position is drawn by weight. Position `n` of a source's own rows goes to its
-    n-th draw, so a source gives its rows in their order, and none is left out. Then each window of
-    `window` positions is put in random order. Both hang on the seed and the number of the window
-    alone (Philox, a counter-based generator: Salmon et al., Parallel random numbers: as easy as
-    1, 2, 3, SC 2011), so a jump to any position costs a draw for each position before it, and reads
-    no row.
+    1. The source of a position is drawn by weight.
+    2. The n-th draw of a source is its n-th row, so no row is left out.
+    3. Each window of `window` positions is put in random order.
+
+    Steps 1 and 3 depend on the seed and the number of the window alone (Philox, a counter-based
+    generator: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011). A jump to a
+    position costs one draw for each position before it, and reads no row.
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int, window: int) -> None:
-        """`weights`: of each source, above 0, in any unit."""
+        """`weights`: one for each source, above 0, in any unit."""
         self.window = window
         self.seed = seed
         self.num_sources = len(weights)
         shares = np.cumsum(np.asarray(weights, dtype=np.float64)) / sum(weights)
-        # a word of 64 random bits below the first bound is the first source, and so on
+        # integers, not floats: 64 random bits below the first bound are source 0, and so on
         bounds = [min(int(share * 2.0**64), 2**64 - 1) for share in shares[:-1]]
         self._bounds = np.array(bounds, dtype=np.uint64)
         self._counted = (0, np.zeros(self.num_sources, dtype=np.int64))
@@ -51,7 +52,7 @@ class Mixture:
         return self.row_refs(number)[offset]
 
     def row_refs(self, number: int) -> list[RowRef]:
-        """All places of a window, in the order in which they are read."""
+        """Return the rows of a window, in the order in which they are read."""
         if number not in self._planned:
             if len(self._planned) == _KEPT:
                 del self._planned[next(iter(self._planned))]
@@ -62,20 +63,21 @@ class Mixture:
         drawn = self._drawn(number)
         numbers = np.empty(self.window, dtype=np.int64)
         for source, before in enumerate(self._before(number)):
-            mine = drawn == source
-            numbers[mine] = before + np.arange(mine.sum())
+            own = drawn == source
+            numbers[own] = before + np.arange(own.sum())
         order = permutation(self.window, self.seed, _ORDER, number)
         return [RowRef(int(drawn[i]), int(numbers[i])) for i in order]
 
     def _drawn(self, number: int) -> NDArray[np.int64]:
-        """The sources of a window's positions, before it is shuffled."""
+        """Draw the sources of a window's positions, before the shuffle."""
         words = random_integers(self.window, self.seed, _DRAW, number)
         return np.searchsorted(self._bounds, words, side="right")
 
     def _before(self, number: int) -> NDArray[np.int64]:
-        """How many rows each source has given before a window."""
+        """Count the rows of each source before a window."""
         if self.num_sources == 1:
             return np.array([number * self.window])
+        # counts of the window before are kept: the usual next window costs one draw of a window
         known, counts = self._counted
         if known > number:
             known, counts = 0, np.zeros(self.num_sources, dtype=np.int64)
@@ -86,13 +88,13 @@ class Mixture:
 
 
 def random_integers(size: int, seed: int, purpose: int, number: int) -> NDArray[np.uint64]:
-    """uint64 [size]: the same for the same arguments, on every machine."""
+    """Return uint64 [size], the same for the same arguments on every machine."""
     key = np.array([seed % 2**64, purpose], dtype=np.uint64)
     counter = np.array([0, 0, 0, number], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(size)
 
 
 def permutation(size: int, seed: int, purpose: int, number: int) -> list[int]:
-    """The numbers below `size` in random order."""
+    """Return the numbers below `size` in random order."""
     words = random_integers(size, seed, purpose, number)
     return np.argsort(words, kind="stable").tolist()

@@ -25,9 +25,9 @@ from heapq import heappop, heappush
 from typing import Any
 
 from multi_token.collate import shared_prefix
-from multi_token.data.feature_cache.keys import digest
 from multi_token.data.sources import TrainingSource
 from multi_token.errors import RecipeError
+from multi_token.media.hashing import digest
 from multi_token.recipe.train import TrainSpec
 from multi_token.types import Sample
 

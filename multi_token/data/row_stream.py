@@ -1,4 +1,4 @@
-"""The rows of one source without end: numbered through its files and epochs, read one at a time."""
+"""Endless rows of one source: numbered through its files and epochs, read one at a time."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from multi_token.errors import MultiTokenError
 _NUM_OPEN = 4
 """Files whose index stays in memory."""
 _SHARDS = 2
-"""Purpose of the random words of a source; its number is added."""
+"""Purpose of the random numbers that order a source's files; its index is added."""
 
 
 @dataclass(frozen=True)
 class NumberedRow:
-    """A row with what messages call it, and how often the source was gone through before."""
+    """A row with its id for messages, and the number of complete epochs before it."""
 
     row: Row
     row_id: str
@@ -38,30 +38,30 @@ class NumberedRow:
 
 
 class RowStream(Protocol):
-    """The rows of one source by number, from 0 without end."""
+    """Protocol: rows of one source by number, from 0 without end."""
 
     root: str | None
-    """The folder where relative media paths start; None: the current one."""
+    """Folder to which media paths are relative; None: the current one."""
 
     def row(self, number: int) -> NumberedRow:
-        """The row of a number. Raises RowError for what is none, MultiTokenError without rows."""
+        """Return a row. Raises RowError for a bad one, MultiTokenError where there are none."""
         ...
 
 
 def open_stream(
     source: str, *, split: str = "train", seed: int = 0, number: int = 0, keep: int = 1024
 ) -> RowStream:
-    """A source as a stream. Nothing is read yet but the names of its files.
+    """Open a source as a stream. Only the names of its files are read yet.
 
-    | `source`                          | what it is                                             |
+    | `source`                          | rows                                                   |
     |-----------------------------------|--------------------------------------------------------|
     | a file, `shards/*.parquet`, a     | .json, .jsonl, .parquet and .tar (WebDataset) files of |
     | folder of such files              | one kind; each epoch goes through them in random order |
     | a folder written by `save_to_disk`| as in `load_rows`                                      |
     | `owner/name`, `hf://...`          | a data set on the hub, read while it is downloaded     |
 
-    `number`: of this source among all, for an order of files of its own. `keep`: how many of the
-    last rows of a hub stream stay at hand, since it cannot go back. Raises MultiTokenError.
+    `number`: index of this source, so that each source has its own order of files. `keep`: last
+    rows of a hub stream that are kept in memory, since it cannot go back. Raises MultiTokenError.
     """
     files = resolve_files(source)
     if files is not None:
@@ -78,10 +78,10 @@ def _saved(path: Path, split: str) -> Sequence[Row]:
 
 
 class ShardedRows:
-    """Rows of files with a random access each, whose number of rows is learned on the way.
+    """Rows of files with random access, whose sizes become known on the way.
 
-    The n-th row of an epoch is found by the sizes of the files before it: the footer of a .parquet,
-    the headers of a .tar, the line breaks of a .jsonl are read for it, and no row.
+    The n-th row of an epoch is located by the sizes of the files before it. A size costs the footer
+    of a .parquet, the headers of a .tar or the line breaks of a .jsonl, and no row.
     """
 
     def __init__(
@@ -105,19 +105,19 @@ class ShardedRows:
         self._at: tuple[int, list[int], list[int]] = (-1, [], [])
 
     def row(self, number: int) -> NumberedRow:
-        """The row of a number; see RowStream."""
+        """Return a row; see RowStream."""
         epoch, file, index = self.locate(number)
         rows, name = self._rows(file), str(self.files[file])
         row = rows[index]
         return NumberedRow(row, row_id_of(index, row, name), epoch)
 
     def locate(self, number: int) -> tuple[int, int, int]:
-        """Number -> (epoch, file, index in that file)."""
+        """Locate a row -> (epoch, file, index in that file)."""
         epoch, rest = 0, number
         if len(self._sizes) == len(self.files):
             epoch, rest = divmod(number, self._num_rows())
         found = self._find(epoch, rest)
-        if found is None:  # beyond the first epoch, at whose end all sizes are known
+        if found is None:  # after the first epoch, whose end made all sizes known
             epoch, rest = divmod(number, self._num_rows())
             found = self._find(epoch, rest)
         assert found is not None
@@ -130,7 +130,7 @@ class ShardedRows:
         return num_rows
 
     def _find(self, epoch: int, rest: int) -> tuple[int, int] | None:
-        """The file and index of an epoch's row, or None if the epoch has fewer."""
+        """Locate a row of an epoch -> (file, index), or None where the epoch has fewer rows."""
         if self._at[0] != epoch:
             order = permutation(len(self.files), self.seed, _SHARDS + self.number, epoch)
             self._at = (epoch, order, [0])
@@ -149,6 +149,7 @@ class ShardedRows:
 
     def _rows(self, file: int) -> Sequence[Row]:
         if file not in self._opened:
+            # a dict keeps insertion order: the file opened first is closed
             if len(self._opened) == _NUM_OPEN:
                 del self._opened[next(iter(self._opened))]
             self._opened[file] = self._open(self.files[file])
@@ -156,8 +157,9 @@ class ShardedRows:
 
 
 class SequentialRows:
-    """Rows that come one after the other only. The last ones stay at hand; for one before them it
-    begins again.
+    """Rows of a source without random access, such as a hub stream.
+
+    The last `keep` rows are kept; a row before those restarts the source.
     """
 
     root: str | None = None
@@ -169,7 +171,7 @@ class SequentialRows:
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For data workers, each of which reads for itself."""
+        """Drop the open iterator, which cannot be pickled: each data worker opens its own."""
         return {**self.__dict__, "_rows": None}
 
     def _begin(self) -> None:
@@ -178,7 +180,7 @@ class SequentialRows:
         self._next = self._epoch = self._first = 0
 
     def row(self, number: int) -> NumberedRow:
-        """The row of a number; see RowStream."""
+        """Return a row; see RowStream."""
         if number < self._next - len(self._kept) or (self._rows is None and self._next):
             self._begin()
         while self._next <= number:
@@ -189,7 +191,7 @@ class SequentialRows:
         return self._kept[number - self._next]
 
     def _read(self) -> Row:
-        """The next row, which may be the first of another epoch."""
+        """Read the next row, which may be the first of another epoch."""
         for row in self._rows or ():
             return row
         if self._rows is not None:

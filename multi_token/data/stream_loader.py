@@ -1,4 +1,9 @@
-"""A process' batches of a stream, padded or packed, and its place in it, which checkpoints keep."""
+"""Loader of a stream: batches or packs of one process, and the state that checkpoints keep.
+
+Padded batches need no state but the step. Packs do: rows wait in packs that are not trained on yet,
+and in the emptiest pack of a window. A checkpoint keeps the positions of those rows, and a resumed
+run reads them again.
+"""
 
 from __future__ import annotations
 
@@ -33,36 +38,36 @@ from multi_token.errors import MultiTokenError, RowError
 from multi_token.types import Sample
 
 _PACKS = 1 << 32
-"""Purpose of the random words of a process's packs; its number is added."""
+"""Purpose of the random numbers that order a process' packs; its rank is added."""
 _STATES = "stream.json"
-"""In a checkpoint's folder."""
+"""File name in a checkpoint's folder."""
 _BAD_ON_END = 1000
-"""A process that finds no good row among so many stops: something else is wrong."""
+"""Bad rows in a row after which a process stops: then the cause is not a single row."""
 
 
 @dataclass
 class StreamState:
-    """Position of a process in the stream, as a checkpoint keeps it."""
+    """State of one process in a stream, as a checkpoint keeps it."""
 
     num_bad: int = 0
     window: int = 0
-    """The next window to be packed."""
+    """Next window to be packed."""
     packs: list[list[int]] = field(default_factory=list)
-    """Positions of the rows of packs that are made and have not been learned from."""
+    """Positions of the rows of packs that are made and not trained on yet."""
     carried: list[int] = field(default_factory=list)
-    """Positions of rows that wait for companions of the next window."""
+    """Positions of the rows of the emptiest pack, which wait for the next window."""
 
 
 def save_states(folder: Path, step: int, states: Sequence[StreamState]) -> None:
-    """Into a checkpoint's folder: where each process stands after a step."""
+    """Write the states of all processes into a checkpoint's folder."""
     facts = {"step": step, "processes": [dataclasses.asdict(state) for state in states]}
     (folder / _STATES).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, StreamState]:
-    """Read a checkpoint's step, and the position of this process.
+    """Read a checkpoint -> its step, and the state of this process.
 
-    With another number of processes only the sum of bad rows is known: it is the first one's.
+    With another number of processes only the sum of bad rows is kept, by the first process.
     """
     facts = json.loads((folder / _STATES).read_text(encoding="utf-8"))
     states = [StreamState(**state) for state in facts["processes"]]
@@ -73,9 +78,9 @@ def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, Str
 
 
 class StreamLoader:
-    """The batches of one process from a step on, without end; what the trainer iterates.
+    """Endless batches of one process from a step on, which the trainer iterates.
 
-    Its own state is always that of what it has given, however far workers are ahead.
+    Its state is that of the batches it has yielded, however far data workers have read ahead.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class StreamLoader:
         state: StreamState | None = None,
         print_fn: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """`packing`: its budgets; a batch is then one pack. `step`, `state`: where to go on."""
+        """`packing`: budgets of a pack, which is then a batch. `step`, `state`: where to resume."""
         self.streams = streams
         self.args = args
         self.collate = collate
@@ -100,7 +105,7 @@ class StreamLoader:
         self._reported: tuple[int, int] = (0, self.state.num_bad)
 
     def __len__(self) -> int:
-        """Batches of the whole stage, also where it begins in the middle."""
+        """Batches of the stage, including those before `step`."""
         return self.args.max_steps * self.args.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[Any]:
@@ -109,7 +114,7 @@ class StreamLoader:
         return (send_to_device(batch, device, non_blocking=True) for batch in batches)
 
     def tokens_per_batch(self, lengths: Sequence[int]) -> float:
-        """About so many, by the lengths of some rows."""
+        """Estimate the tokens of a batch from the lengths of some rows."""
         if self.packing is not None:
             return self.packing.max_tokens
         return self.args.train_batch_size * sum(lengths) / len(lengths)
@@ -123,7 +128,8 @@ class StreamLoader:
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and self.packing is None,
             prefetch_factor=args.dataloader_prefetch_factor,
-            # its own: a seed that is drawn from the common one would change what follows a resume
+            # DataLoader draws a seed: from the global generator, it would change what follows a
+            # resume
             generator=torch.Generator(),
         )
         for group in loader:
@@ -133,35 +139,36 @@ class StreamLoader:
 
     def _batches(self) -> Iterator[Any]:
         args = self.args
-        share = PaddedShard(
+        shard = PaddedShard(
             args.train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
             args.process_index,
         )
         start = self.step * args.gradient_accumulation_steps
-        reading = ShardReader(self.streams, share, CollateGroup(self.collate), start=start)
+        reading = ShardReader(self.streams, shard, CollateGroup(self.collate), start=start)
         for number, (batch, problems) in enumerate(self._groups(reading), start):
-            window = share.positions(number)[-1] // self.streams.mixture.window
+            window = shard.positions(number)[-1] // self.streams.mixture.window
             self._report_skipped(window)
             self._handle_problems(problems)
             if batch is None:
                 raise MultiTokenError(
-                    f"no row of window {window} of the stream can be learned from; look at them "
+                    f"window {window} of the stream has no good row; look at its rows "
                     "with `multi-token data check`"
                 )
             yield batch
 
     def _packs(self, packing: PackingPlan) -> Iterator[Any]:
         args, state, window = self.args, self.state, self.streams.mixture.window
-        again = [position for pack in [*state.packs, state.carried] for position in pack]
-        chunks = PackedShard(args.world_size, args.process_index, window, state.window, again)
+        # samples are not kept in a checkpoint: rows of unfinished packs are read again
+        replay = [position for pack in [*state.packs, state.carried] for position in pack]
+        chunks = PackedShard(args.world_size, args.process_index, window, state.window, replay)
         rows = self._rows(ShardReader(self.streams, chunks, return_group))
         samples = {}
-        for position, read in (next(rows) for _ in again):
+        for position, read in (next(rows) for _ in replay):
             if isinstance(read, Problem):
                 raise RowError(
-                    "was good before the run was stopped, and now is not: "
+                    "was good before the run was interrupted, and is bad now: "
                     + read.message.removeprefix(f"row {read.row_id}: "),
                     kind=read.kind,
                     row_id=read.row_id,
@@ -186,8 +193,8 @@ class StreamLoader:
             self._report_skipped(state.window + 1)
             if num_bad_on_end >= _BAD_ON_END:
                 raise MultiTokenError(
-                    f"{num_bad_on_end:,} rows of the stream on end cannot be learned from; look at "
-                    "them with `multi-token data check`"
+                    f"{num_bad_on_end:,} rows of the stream in a row are bad; look at them with "
+                    "`multi-token data check`"
                 )
             state.packs, state.carried = self._pack_window(
                 packing, [*state.carried, *fresh], samples
@@ -197,7 +204,7 @@ class StreamLoader:
     def _pack_window(
         self, packing: PackingPlan, positions: list[int], samples: Mapping[int, Sample]
     ) -> tuple[list[list[int]], list[int]]:
-        """Packs in random order, and the rows of the emptiest, which wait for the next window."""
+        """Pack rows -> (packs in random order, rows of the emptiest one for the next window)."""
         chosen = [samples[p] for p in positions]
         rows = PackingPlan(
             [len(sample.input_ids) for sample in chosen],
@@ -211,8 +218,9 @@ class StreamLoader:
         return [[positions[i] for i in packs[at]] for at in order], [positions[i] for i in emptiest]
 
     def _rows(self, reading: ShardReader) -> Iterator[tuple[int, SampleOrProblem]]:
-        """Rows one by one; those of workers become this process' own, since many are kept, and
-        what is shared between processes keeps a file open each.
+        """Yield rows one by one, those of data workers copied out of shared memory.
+
+        Many rows of a window are kept at once, and each shared tensor keeps a file open.
         """
         shared = self.args.dataloader_num_workers > 0
         for group in self._groups(reading):
@@ -220,7 +228,7 @@ class StreamLoader:
                 yield position, _copy_from_shared_memory(read) if shared else read
 
     def _handle_problems(self, problems: Sequence[Problem]) -> None:
-        """Raises RowError for a bad row, or counts it."""
+        """Count bad rows, or raise RowError for the first one (`data.on_bad_row`)."""
         if problems and not self.streams.skip_bad:
             first = problems[0]
             raise RowError(
@@ -232,19 +240,19 @@ class StreamLoader:
         self.state.num_bad += len(problems)
 
     def _report_skipped(self, window: int) -> None:
-        """Once a window is through: how many of its rows were left out."""
+        """Report the rows that were left out, once for each window."""
         last, num_bad = self._reported
         if window > last:
             if self.state.num_bad > num_bad:
                 self.print_fn(
                     f"rows up to window {window} of the stream: {self.state.num_bad - num_bad} "
-                    f"skipped, {self.state.num_bad} since the stage began (of this process)"
+                    f"skipped, {self.state.num_bad} since the stage began (in this process)"
                 )
             self._reported = (window, self.state.num_bad)
 
 
 def _copy_from_shared_memory(value: Any) -> Any:
-    """A copy without memory that is shared with a worker."""
+    """Copy a nest of tensors, so that no worker's memory stays in use."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, list):
@@ -265,19 +273,17 @@ def _identity(result: Any) -> Any:
 
 
 class StreamProgress:
-    """The trainer's side of a stream: where it begins, the loader that goes through it now, and
-    what of it goes into logs and checkpoints.
-    """
+    """The trainer's handle of a stream: start, current loader, state for checkpoints."""
 
     def __init__(self, streams: StreamDataset, print_fn: Callable[[str], object]) -> None:
-        """`print_fn` hears of bad rows."""
+        """`print_fn` is called with a line about skipped rows."""
         self.streams = streams
         self.print_fn = print_fn
         self.at: tuple[int, StreamState] = (0, StreamState())
         self.current_loader: StreamLoader | None = None
 
     def loader(self, args: TrainingArguments, collate: Any, packing: PackingPlan | None) -> Any:
-        """Batches from where the stream begins, or goes on."""
+        """Return a loader from the start of the stream, or from where it resumes."""
         step, state = self.at
         self.current_loader = StreamLoader(
             self.streams,
@@ -291,16 +297,16 @@ class StreamProgress:
         return self.current_loader
 
     def resume(self, checkpoint: str | Path, args: TrainingArguments) -> None:
-        """Begin behind what a checkpoint has learned from."""
+        """Start after the rows that a checkpoint was trained on."""
         self.at = load_state(Path(checkpoint), args.process_index, args.world_size)
 
     @property
     def state(self) -> StreamState:
-        """Return the position of this process."""
+        """State of this process."""
         return self.at[1] if self.current_loader is None else self.current_loader.state
 
     def finish(self) -> None:
-        """Say how many bad rows there were in all processes."""
+        """Report the number of skipped rows of all processes."""
         num_bad = sum(state.num_bad for state in all_gather(self.state))
         if num_bad:
             self.print_fn(f"rows of the stream: {num_bad} skipped in this stage")

@@ -1,4 +1,14 @@
-"""Rows that are read while training goes on: one order for all processes, and each one's share."""
+"""Dataset of a stream: rows that are read while training runs, in one order for all processes.
+
+    position -> source and row number   mixture.py, by arithmetic
+             -> row                     row_stream.py
+             -> sample                  StreamDataset
+    batch number -> positions           PaddedShard, PackedShard: the part of one process
+                 -> group of samples    ShardReader, in data workers
+    groups -> batches, state            stream_loader.py
+
+No step keeps state that a resume would need: any position can be computed at once.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +35,16 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.types import Sample
 
 SampleOrProblem = Sample | Problem
-"""A row as it goes into a batch, or what is wrong with it."""
+"""A row of a batch, or the reason why it is left out."""
 
 _CHUNK = 8
-"""Rows that a data worker reads at a time where they are packed afterwards."""
+"""Rows that a data worker reads at a time where they will be packed."""
 
 
 class StreamDataset(IterableDataset[Sample]):
     """All sources of a recipe as one endless order of rows, the same in every process.
 
-    Position -> source and number by `data/mixture.py`, and from there to the row: nothing is
-    remembered, so a run that goes on starts in the middle. Goes into data workers.
+    Picklable, for data workers.
     """
 
     def __init__(
@@ -48,8 +57,8 @@ class StreamDataset(IterableDataset[Sample]):
         skip_bad: bool = False,
         max_items: int | None = None,
     ) -> None:
-        """`skip_bad`: bad rows are left out and counted, else they stop the run. `max_items`: a row
-        with more media items is a bad one (`train.pack_items`).
+        """`skip_bad`: leave bad rows out and count them; without it, they stop the run.
+        `max_items`: a row with more media items is bad (`train.pack_items`).
         """
         self.streams = list(streams)
         self.names = list(names)
@@ -59,22 +68,23 @@ class StreamDataset(IterableDataset[Sample]):
         self.max_items = max_items
 
     def __iter__(self) -> Iterator[Sample]:
-        """The good rows, one after the other."""
+        """Iterate over the good rows."""
         return (s for s in map(self.read, count()) if not isinstance(s, Problem))
 
     def first_rows(self, num_rows: int) -> list[TrainingSource]:
-        """The rows of the first positions, by source and each once, for what comes before training:
-        statistics of features, the closed-form start, the plan.
+        """Read the first `num_rows` positions -> their rows by source, each row once.
+
+        For the work before the first step: feature statistics, the closed-form start, the plan.
         """
         rows: list[list[Row]] = [[] for _ in self.streams]
         for position in range(num_rows):
-            place = self.mixture.row_ref(position)
+            ref = self.mixture.row_ref(position)
             try:
-                found = self.streams[place.source].row(place.number)
+                found = self.streams[ref.source].row(ref.number)
             except RowError:
-                continue  # said of, or counted, when it comes in its place
+                continue  # reported, or counted, when training reaches it
             if found.epoch == 0:
-                rows[place.source].append({**found.row, "id": found.row_id})
+                rows[ref.source].append({**found.row, "id": found.row_id})
         return [
             TrainingSource(rows_of_source, processor, name)
             for rows_of_source, processor, name in zip(
@@ -83,34 +93,35 @@ class StreamDataset(IterableDataset[Sample]):
         ]
 
     def with_sources(self, sources: Sequence[TrainingSource]) -> StreamDataset:
-        """The same rows, read as those of these sources are."""
+        """Return a copy that reads rows with the processors of these sources."""
         same = copy(self)
         same.processors = [source.processor for source in sources]
         return same
 
     def raw_rows(self, positions: Iterable[int]) -> dict[int, Any]:
-        """Rows as they lie in their files, in the order of the files: each is read in one pass."""
-        place = self.mixture.row_ref
-        ordered = sorted(positions, key=lambda p: (place(p).source, place(p).number))
+        """Read rows of these positions -> row by position; a RowError in place of a bad one."""
+        # in the order of the files: a compressed shard is decompressed once, front to back
+        ref = self.mixture.row_ref
+        ordered = sorted(positions, key=lambda p: (ref(p).source, ref(p).number))
         return {position: self._row(position) for position in ordered}
 
     def _row(self, position: int) -> Any:
-        place = self.mixture.row_ref(position)
+        ref = self.mixture.row_ref(position)
         try:
-            return self.streams[place.source].row(place.number)
+            return self.streams[ref.source].row(ref.number)
         except RowError as error:
             return error
 
     def read(self, position: int, raw: Any = None) -> SampleOrProblem:
-        """The sample of a position, or what is wrong with its row (`raw_rows`, if it was read
-        before).
+        """Return the sample of a position, or the Problem of its row.
 
-        Random preprocessing draws by position, so that it is the same in any worker.
+        `raw`: the row, where `raw_rows` has read it already.
         """
         found = self._row(position) if raw is None else raw
         if isinstance(found, RowError):
             return Problem(position, found.row_id, found.kind, str(found))
         processor = self.processors[self.mixture.row_ref(position).source]
+        # random preprocessing draws by position, so it is the same with any number of workers
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.mixture.seed * 1_000_003 + position) % 2**63)
             try:
@@ -133,11 +144,9 @@ class StreamDataset(IterableDataset[Sample]):
             )
 
 
-def open_streams(
-    processor: MultiTokenProcessor | None, recipe: Recipe, *, seed: int
-) -> StreamDataset:
-    """The training rows of a recipe with `data.stream`. No row is read yet."""
-    assert processor is not None and recipe.data.stream is not None
+def open_streams(processor: MultiTokenProcessor, recipe: Recipe, *, seed: int) -> StreamDataset:
+    """Return the training rows of a recipe with `data.stream`. No row is read yet."""
+    assert recipe.data.stream is not None
     window, sources = recipe.data.stream.window, recipe.data.train
     streams = [
         open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
@@ -160,7 +169,7 @@ def open_streams(
 
 @dataclass(frozen=True)
 class PaddedShard:
-    """Rows of one rank: its share of each step, batch by batch."""
+    """Positions of one process for padded batches: a part of each step's rows."""
 
     batch_size: int
     num_accumulated: int = 1
@@ -169,13 +178,13 @@ class PaddedShard:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows per step of all processes together."""
+        """Rows of a step, of all processes together."""
         return self.batch_size * self.num_accumulated * self.num_processes
 
     def positions(self, number: int) -> range:
-        """The rows of this process' batch of a number, counted from the first step on.
+        """Return the positions of batch `number` of this process, counted from the first step.
 
-        A step takes the same rows, whoever takes them.
+        A step takes the same rows with any number of processes.
         """
         step, batch = divmod(number, self.num_accumulated)
         first = step * self.rows_per_step
@@ -185,28 +194,30 @@ class PaddedShard:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """Rows of one rank when packing: every `num_processes`-th row, starting at a window."""
+    """Positions of one process for packs: every `num_processes`-th row from `first_window` on."""
 
     num_processes: int
     process: int
     window: int
     first_window: int = 0
     replay: Sequence[int] = ()
-    """Rows that were read before the run was stopped, and have not come into a batch yet."""
+    """Rows that were read before the run was stopped, and are in no batch yet: read first."""
 
     def positions(self, number: int) -> Sequence[int]:
-        """The rows of a chunk of a number; a worker reads all of a chunk."""
-        num_again = -(-len(self.replay) // _CHUNK)
-        if number < num_again:
+        """Return the positions of chunk `number`; one worker reads a chunk."""
+        num_replayed = -(-len(self.replay) // _CHUNK)
+        if number < num_replayed:
             return self.replay[number * _CHUNK : (number + 1) * _CHUNK]
         first = -(-(self.first_window * self.window - self.process) // self.num_processes)
-        at = first + (number - num_again) * _CHUNK
+        at = first + (number - num_replayed) * _CHUNK
         return [self.process + i * self.num_processes for i in range(at, at + _CHUNK)]
 
 
 class ShardReader(IterableDataset[Any]):
-    """Groups of rows, read: with several workers each takes every so many-th group, which the
-    loader puts in order again, so that their number makes no difference.
+    """Reads the rows of a shard, group by group.
+
+    Each of `num_workers` data workers takes every `num_workers`-th group. DataLoader restores the
+    order, so the number of workers changes nothing.
     """
 
     def __init__(
@@ -217,7 +228,7 @@ class ShardReader(IterableDataset[Any]):
         *,
         start: int = 0,
     ) -> None:
-        """`finish`: what becomes of a group. `start`: groups that are passed over unread."""
+        """`finish`: turns a group into what is yielded. `start`: number of the first group."""
         self.streams = streams
         self.share = share
         self.finish = finish
@@ -238,11 +249,12 @@ class ShardReader(IterableDataset[Any]):
                     group[position] = self.streams.read(position, waiting.pop(position))
                 yield self.finish(self.streams, group)
             except MultiTokenError as error:
-                yield error  # to be raised by who asks: torch would make a page of it on its way
+                # raised by the main process: torch would wrap it in a worker's traceback
+                yield error
                 return
 
     def _in_window(self, number: int, position: int, num_workers: int) -> list[int]:
-        """The positions from one on that this worker will need of its window."""
+        """Return the positions from `position` on that this worker needs of its window."""
         window = self.streams.mixture.window
         found: list[int] = []
         for later in count(number, num_workers):
@@ -258,10 +270,10 @@ class ShardReader(IterableDataset[Any]):
 
 @dataclass(frozen=True)
 class CollateGroup:
-    """Makes a batch of a group: what is wrong with its rows, and the good ones collated.
+    """Collates the good rows of a group, and lists the problems of the bad ones.
 
-    With no good row in it, the next one of its window takes a part, so that no process is without a
-    batch in any step; the batch is None if the window has none either.
+    Where no row is good, the next good one of the window takes their place: a process without a
+    batch would leave the others waiting. The batch is None where the window has no good row.
     """
 
     collate: Callable[[list[Sample]], Any]
@@ -289,5 +301,5 @@ class CollateGroup:
 def return_group(
     streams: StreamDataset, group: dict[int, SampleOrProblem]
 ) -> dict[int, SampleOrProblem]:
-    """A group as it is."""
+    """Return the group unchanged: packs are made of it in the main process."""
     return group

@@ -12,7 +12,7 @@ from multi_token.errors import LanguageModelError
 from multi_token.language_model.loading import LOAD_FAULTS, gguf_arguments, load_language_model
 
 if TYPE_CHECKING:
-    from multi_token.recipe.recipe import Quantization
+    from multi_token.recipe.model import Quantization
 
 
 class EmbeddingsOnly(nn.Module):

@@ -21,7 +21,7 @@ from multi_token.language_model.quantization import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from multi_token.recipe.recipe import Quantization
+    from multi_token.recipe.model import Quantization
 
 # Errors for a file that is truncated, of another format, or needs a missing package.
 LOAD_FAULTS = (

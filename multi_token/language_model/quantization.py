@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from multi_token.errors import LanguageModelError
 
 if TYPE_CHECKING:
-    from multi_token.recipe.recipe import Quantization
+    from multi_token.recipe.model import Quantization
 
 _PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 _EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao"}

@@ -16,6 +16,15 @@ _READ = ("path", "bytes", "array")
 """Keys of a mapping whose values are sources; the others are settings."""
 
 
+def digest(*parts: bytes) -> str:
+    """Hash of several parts, as 32 hexadecimal digits: 128 bits, at which no two items collide."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        # each part is hashed alone: (b"ab", b"c") and (b"a", b"bc") must differ
+        total.update(hashlib.blake2b(part, digest_size=32).digest())
+    return total.hexdigest()
+
+
 def content_bytes(source: Any, fetch: Fetch) -> bytes:
     """Return the bytes of a file, or the values of an image or array.
 

@@ -1,64 +1,278 @@
-"""Recipe keys that earlier versions had, with the key that each one is called now."""
+"""Settings of a recipe that exclude each other: one table, checked in one loop.
+
+`docs/conflicts.py` renders the table into docs/recipe.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
-RENAMED_KEYS = {
-    "model.learn_turns": "train_on_turns",
-    "train.align": "closed_form",
-    "train.start_from": "init_from",
-    "train.stages.*.teacher": "distillation",
-    "train.stages.*.learn.projectors.rate": "lr",
-    "train.stages.*.learn.projectors.*.rate": "lr",
-    "train.stages.*.learn.projector_biases.rate": "lr",
-    "train.stages.*.learn.encoders.*.rate": "lr",
-    "train.stages.*.learn.encoders.*.last": "last_layers",
-    "train.stages.*.learn.adapter.rate": "lr",
-    "train.stages.*.learn.language_model.rate": "lr",
-}
-"""Path of a key of an earlier version -> its name now. `*`: any key or index."""
-
-RENAMED_VALUES = {("train.closed_form.targets", "in_order"): "by_position"}
-"""(Path, value of an earlier version) -> its value now."""
+from multi_token.errors import RecipeError
+from multi_token.recipe.data import DataSource, DataSpec
+from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.train import Stage, TrainSpec
 
 
-def check_renamed(fields: Any, at: str = "") -> None:
-    """Raise ValueError with the new name of every key of an earlier version.
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a recipe that hold in one of its stages."""
 
-    Args:
-        fields: A recipe, or a section of one, as YAML gives it.
-        at: Path of that section in a recipe: `model` for the one that a checkpoint holds.
-    """
-    sentences = []
-    for path, value in _walk(fields, tuple(at.split(".")) if at else ()):
-        dotted = ".".join(path)
-        new = next((new for old, new in RENAMED_KEYS.items() if _matches(path, old)), None)
-        if new is not None:
-            sentences.append(f"`{dotted}` is now called `{new}`; rename the key")
-        elif isinstance(value, str) and (dotted, value) in RENAMED_VALUES:
-            now = RENAMED_VALUES[dotted, value]
-            sentences.append(f"`{dotted}: {value}` is now `{dotted}: {now}`; change the value")
-    if sentences:
-        raise ValueError("; ".join(sentences))
+    model: ModelSpec
+    data: DataSpec
+    train: TrainSpec
+    stage: Stage
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """TrainingArguments fields of the stage."""
+        return {**self.train.args, **self.stage.args}
 
 
-def _walk(fields: Any, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value under a mapping or list, with its path."""
-    if isinstance(fields, Mapping):
-        pairs = [(str(key), value) for key, value in fields.items()]
-    elif isinstance(fields, (list, tuple)):
-        pairs = [(str(i), value) for i, value in enumerate(fields)]
-    else:
-        return
-    for key, value in pairs:
-        yield (*at, key), value
-        yield from _walk(value, (*at, key))
+@dataclass(frozen=True)
+class Conflict:
+    """Settings that exclude each other, or one that needs another."""
+
+    settings: tuple[str, ...]
+    """Paths in `Settings`. `KEY`: is set, and not off; `KEY: null` and `KEY: false`: the opposite;
+    `KEY: A, B`: is one of these values."""
+    message: str
+    """Reason and, after a semicolon, remedy: a format string over `Settings`, `args`, `found`."""
+    when: Callable[[Settings], object] | None = None
+    """Decides if a stage has the conflict; a name that it returns is `found`. Default: all of
+    `settings` hold."""
+
+    def sentence(self, settings: Settings) -> str | None:
+        """Return the message, or None if the stage has no such conflict."""
+        found = (self.when or self._all_hold)(settings)
+        fields = {**vars(settings), "args": settings.args, "found": found}
+        return self.message.format_map(fields) if found else None
+
+    def _all_hold(self, settings: Settings) -> bool:
+        return all(_holds(settings, setting) for setting in self.settings)
 
 
-def _matches(path: Sequence[str], pattern: str) -> bool:
-    parts = pattern.split(".")
-    return len(path) == len(parts) and all(
-        expected in ("*", part) for part, expected in zip(path, parts, strict=True)
-    )
+def check_conflicts(model: ModelSpec, data: DataSpec, train: TrainSpec) -> None:
+    """Raise RecipeError with a line for every conflict in the sections of a recipe."""
+    stages = [Settings(model, data, train, stage) for stage in train.stages]
+    sentences = [conflict.sentence(stage) for conflict in CONFLICTS for stage in stages]
+    # a conflict of settings outside `stages` is found in every stage
+    lines = dict.fromkeys(sentence for sentence in sentences if sentence is not None)
+    if lines:
+        raise RecipeError("\n".join(lines))
+
+
+def _holds(settings: Settings, setting: str) -> bool:
+    key, _, values = setting.partition(": ")
+    value = reduce(_value_at, key.split("."), settings)
+    if values in ("", "null", "false"):
+        return bool(value) is (values == "")
+    return str(value) in values.split(", ")
+
+
+def _value_at(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else getattr(section, key, None)
+
+
+def _with_weight(sources: Sequence[DataSource]) -> str | None:
+    return next((source.rows for source in sources if source.weight is not None), None)
+
+
+def _with_layers_and_lora(settings: Settings) -> str | None:
+    encoders = settings.stage.learn.encoders.items()
+    return next((name for name, e in encoders if e.last_layers and e.lora), None)
+
+
+def _with_another_lora(settings: Settings) -> str | None:
+    """An encoder whose LoRA is not that of the first stage that trains the encoder."""
+    for name, encoder in settings.stage.learn.encoders.items():
+        first = next(s for s in settings.train.stages if name in s.learn.encoders)
+        if first.learn.encoders[name].lora != encoder.lora:
+            return name
+    return None
+
+
+def _adapter_before_full(settings: Settings) -> str | None:
+    """A stage that trains an adapter before this stage trains all weights."""
+    stages = settings.train.stages
+    earlier = stages[: stages.index(settings.stage)] if settings.stage.learn.language_model else ()
+    return next((stage.name for stage in earlier if stage.learn.adapter), None)
+
+
+CONFLICTS = (
+    Conflict(
+        ("data.lengths: headers", "data.on_bad_row: skip"),
+        "`data.lengths: headers` decodes nothing before training, so `data.on_bad_row: skip` "
+        "cannot leave out a damaged file; set on_bad_row to raise, or lengths to decode",
+    ),
+    Conflict(
+        ("data.lengths: headers", "data.stream"),
+        "`data.lengths: headers` is for rows whose lengths are known before training, and "
+        "`data.stream` reads rows during training; leave one of them out",
+    ),
+    Conflict(
+        ("data.train.*.weight", "data.stream: null"),
+        "`weight` of {found!r} under `data.train` is a source's part of a stream; set "
+        "`data.stream: true`, or leave `weight` out",
+        when=lambda s: None if s.data.stream else _with_weight(s.data.train),
+    ),
+    Conflict(
+        ("data.eval.*.weight",),
+        "`weight` of {found!r} under `data.eval` is for training rows, and all held-out rows are "
+        "evaluated; leave `weight` out",
+        when=lambda s: _with_weight(s.data.eval),
+    ),
+    Conflict(
+        ("args.eval_strategy: steps, epoch", "data.eval: null"),
+        "train args: eval_strategy={args[eval_strategy]} needs rows to evaluate on; name held-out "
+        "rows under `data.eval`, or leave eval_strategy out",
+    ),
+    Conflict(
+        ("data.stream", "args.max_steps: null"),
+        "stage {stage.name!r} trains on a stream (`data.stream`), which has no end; set "
+        "`max_steps` in its `args`",
+        when=lambda s: s.data.stream and int(s.args.get("max_steps", -1)) < 1,
+    ),
+    Conflict(
+        ("data.stream", "args.train_sampling_strategy: sequential, group_by_length"),
+        "train args: train_sampling_strategy is {args[train_sampling_strategy]!r}, which needs the "
+        "lengths of all rows, and `data.stream` reads rows during training; leave one of them out",
+    ),
+    Conflict(
+        ("data.stream", "train.feature_cache.path: null"),
+        "train.feature_cache would be filled from all rows, which `data.stream` does not read "
+        "before training; fill a folder with `multi-token data encode` and name it as `path`, or "
+        "set it to false",
+        when=lambda s: (
+            s.data.stream
+            and (cache := s.train.feature_cache)
+            and (cache.path is None or cache.auto)
+        ),
+    ),
+    Conflict(
+        ("data.stream", "train.packing", "train.pack_tokens < data.max_tokens"),
+        "train.pack_tokens is {train.pack_tokens}, but a stream may bring a row of "
+        "data.max_tokens ({data.max_tokens}); set pack_tokens to at least that",
+        when=lambda s: (
+            s.data.stream and s.train.packing and (s.train.pack_tokens or 0) < s.data.max_tokens
+        ),
+    ),
+    Conflict(
+        ("train.packing", "args.train_sampling_strategy: sequential, group_by_length"),
+        "train args: train_sampling_strategy is {args[train_sampling_strategy]!r}, but "
+        "`train.packing` puts rows in packs of its own; leave it out, or set packing to false",
+    ),
+    Conflict(
+        ("train.pack_tokens", "train.packing: null"),
+        "`pack_tokens` needs `packing: true`; set that, or leave `pack_tokens` out",
+    ),
+    Conflict(
+        ("train.pack_items", "train.packing: null"),
+        "`pack_items` needs `packing: true`; set that, or leave `pack_items` out",
+    ),
+    Conflict(
+        ("train.fsdp", "model.quantization"),
+        "train.fsdp shards floating-point weights, and model.quantization "
+        "({model.quantization.kind}) stores integers; set one of them to null (QLoRA trains with a "
+        "copy in each process)",
+    ),
+    Conflict(
+        ("train.fsdp", "args.fsdp"),
+        "`train.fsdp` and `fsdp` of `args` exclude each other; keep `train.fsdp`",
+    ),
+    Conflict(
+        ("train.fsdp", "args.deepspeed"),
+        "`train.fsdp` and `deepspeed` of `args` exclude each other; keep one",
+    ),
+    Conflict(
+        ("train.fsdp", "stage.distillation.missing: cross_entropy"),
+        "with `fsdp` the teacher of stage {stage.name!r} must run in every step of every process, "
+        "or the others wait for it; set `distillation.missing` to raise",
+    ),
+    Conflict(
+        ("stage.dpo", "train.fsdp"),
+        "`fsdp` and the `dpo` of stage {stage.name!r} exclude each other; keep one, or give that "
+        "stage a recipe of its own with `init_from`",
+    ),
+    Conflict(
+        ("stage.dpo", "train.packing"),
+        "`packing` and the `dpo` of stage {stage.name!r} exclude each other; keep one, or give "
+        "that stage a recipe of its own with `init_from`",
+    ),
+    Conflict(
+        ("stage.dpo", "data.stream"),
+        "`data.stream` and the `dpo` of stage {stage.name!r} exclude each other; keep one",
+    ),
+    Conflict(
+        ("stage.dpo", "stage.distillation"),
+        "`distillation` and `dpo` of stage {stage.name!r} exclude each other; keep one",
+    ),
+    Conflict(
+        ("stage.dpo.label_smoothing", "stage.dpo.loss: ipo, hinge"),
+        "`label_smoothing` is for the loss sigmoid, not for {stage.dpo.loss}; set it to 0",
+    ),
+    Conflict(
+        ("stage.distillation", "stage.learn.language_model"),
+        "stage {stage.name!r} has `distillation` from the language model, so it cannot train all "
+        "of it; train an `adapter`, or leave `distillation` out",
+    ),
+    Conflict(
+        ("stage.learn.adapter", "stage.learn.language_model"),
+        "`adapter` and `language_model` of stage {stage.name!r} exclude each other: an adapter is "
+        "for weights that do not change; keep one",
+    ),
+    Conflict(
+        ("stage.learn.language_model", "an earlier stage's learn.adapter"),
+        "stage {stage.name!r} trains `language_model` after stage {found!r}, which trains an "
+        "adapter for the weights as they were before; train the language model first, or merge the "
+        "adapter (`multi-token export RUN --to merged`) and train that",
+        when=_adapter_before_full,
+    ),
+    Conflict(
+        ("stage.learn.language_model", "model.quantization"),
+        "stage {stage.name!r} trains `language_model`, whose weights `model.quantization` "
+        "({model.quantization.kind}) stores in integers; train an `adapter` on it (QLoRA), or set "
+        "model.quantization to null",
+    ),
+    Conflict(
+        ("stage.learn.adapter", "train.adapter.use_dora", "model.quantization.kind: 8bit"),
+        "train.adapter: `use_dora` reads complete weights, which 8bit does not keep; use 4bit, or "
+        "set `use_dora` to false",
+    ),
+    Conflict(
+        ("stage.learn.projector_biases", "stage.learn.projectors: null"),
+        "`projector_biases` of stage {stage.name!r} needs `projectors`; set both, or neither",
+    ),
+    Conflict(
+        ("stage.learn.encoders.*.last_layers", "stage.learn.encoders.*.lora"),
+        "`last_layers` and `lora` of the encoder of {found!r} exclude each other; keep one",
+        when=_with_layers_and_lora,
+    ),
+    Conflict(
+        ("stage.learn.encoders.*.lora", "another stage's lora of the same encoder"),
+        "the encoder of {found!r} is trained by other means in stage {stage.name!r} than before; "
+        "give all stages that name it the same `lora`, or none",
+        when=_with_another_lora,
+    ),
+    Conflict(
+        ("stage.learn.encoders", "train.feature_cache: true"),
+        "`feature_cache` keeps the features of frozen encoders, but stage {stage.name!r} trains "
+        "the encoder of {found!r}; set feature_cache to false",
+        when=lambda s: (
+            (cache := s.train.feature_cache)
+            and not cache.auto
+            and next(iter(s.stage.learn.encoders), None)
+        ),
+    ),
+    Conflict(
+        ("train.init_from", "the same train.output_dir"),
+        "`init_from` is the run's own `output_dir`; choose another folder for one of them",
+        when=lambda s: (
+            s.train.init_from is not None
+            and Path(s.train.init_from).absolute() == Path(s.train.output_dir).absolute()
+        ),
+    ),
+)

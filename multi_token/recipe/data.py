@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class StrictModel(BaseModel):
@@ -54,29 +54,3 @@ class DataSpec(StrictModel):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-    @model_validator(mode="after")
-    def _check_header_lengths(self) -> DataSpec:
-        if self.lengths == "headers" and self.on_bad_row == "skip":
-            raise ValueError(
-                "`data.lengths: headers` decodes nothing before training, so `data.on_bad_row: "
-                "skip` could not leave a damaged file out any more; set on_bad_row to raise, or "
-                "lengths to decode"
-            )
-        if self.lengths == "headers" and self.stream is not None:
-            raise ValueError(
-                "`data.lengths: headers` is for rows that are looked at before training, and "
-                "`data.stream` reads them on the way; leave one of them out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> DataSpec:
-        for key, sources in (("train", self.train), ("eval", self.eval)):
-            for source in sources:
-                if source.weight is not None and (self.stream is None or key == "eval"):
-                    raise ValueError(
-                        f"`weight` of {source.rows!r} under `data.{key}` is the part of a source "
-                        "in a mixture, which only `data.train` with `data.stream: true` is"
-                    )
-        return self

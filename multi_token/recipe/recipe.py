@@ -5,82 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import model_validator
 
 from multi_token.errors import RecipeError
-from multi_token.modalities.base import AnyModality, Modality
-from multi_token.recipe.conflicts import check_renamed
+from multi_token.recipe.conflicts import check_conflicts
 from multi_token.recipe.data import DataSpec, StrictModel
+from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.renamed import check_renamed
 from multi_token.recipe.train import TrainSpec
 from multi_token.registry import did_you_mean, validate_fields
-from multi_token.types import TrainOnTurns
-
-_RESERVED_NAMES = frozenset(
-    {"id", "text", "message", "messages", "conversation", "conversations", "lr", "media_texts"}
-    | {"prompt", "chosen", "rejected"}
-    # keys of earlier versions: a modality of that name would be taken for one
-    | {"rate", "surrogates"}
-)
-
-
-class Quantization(StrictModel):
-    """How the frozen language model's weights are stored; what is trained stays float32."""
-
-    kind: Literal["4bit", "8bit", "int8"]
-    """`4bit` (nf4) and `8bit` by bitsandbytes, `int8` (weight-only) by torchao."""
-    double_quant: bool | None = None
-    """4bit: the scales are quantized too, which saves another 0.4 bits a weight (default: true)."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """4bit: what weights are multiplied in (default: `model.dtype` if it names one, else bfloat16
-    on an accelerator and float32 without)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_kind(cls, fields: Any) -> Any:
-        return {"kind": fields} if isinstance(fields, str) else fields
-
-    @model_validator(mode="after")
-    def _check_fields_of_kind(self) -> Quantization:
-        for name in ("double_quant", "compute_dtype"):
-            if self.kind != "4bit" and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` is for 4bit; {self.kind} has nothing like it")
-        return self
-
-
-class ModelSpec(StrictModel):
-    """The language model and its modalities."""
-
-    language_model: str
-    """Hub name or folder of a decoder-only model of transformers, or a GGUF file or folder."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the frozen language model; trained parts are float32 always."""
-    quantization: Quantization | None = None
-    """`4bit`, `8bit`, `int8` or a section with more: the language model in fewer bits."""
-    attn_implementation: str | None = None
-    """Passed on to transformers (sdpa, flash_attention_2, ...)."""
-    chat_template: str | None = None
-    """Jinja text or the path of a file with it; default: the tokenizer's own, or the simple one of
-    docs/chat-templates.md where it has none."""
-    train_on_turns: TrainOnTurns = "all"
-    """Which assistant turns of a conversation are learned: `all` of them, or the `last` alone."""
-    modalities: dict[str, AnyModality] = Field(min_length=1)
-    """Instance name -> modality. The name is the part type in rows and the slot `<name>`."""
-
-    @field_validator("modalities")
-    @classmethod
-    def _check_modality_names(cls, modalities: dict[str, Modality]) -> dict[str, Modality]:
-        for name in modalities:
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in _RESERVED_NAMES:
-                raise ValueError(
-                    f"{name!r} cannot name a modality: expected letters, digits, - and _, and none "
-                    f"of the words that rows and `learn` use ({', '.join(sorted(_RESERVED_NAMES))})"
-                )
-        return modalities
 
 
 class Recipe(StrictModel):
@@ -97,87 +33,17 @@ class Recipe(StrictModel):
         return fields
 
     @model_validator(mode="after")
-    def _check_trainable_modalities(self) -> Recipe:
-        known = list(self.model.modalities)
-        quantized = None if self.model.quantization is None else self.model.quantization.kind
-        if quantized and self.train.fsdp is not None:
-            raise RecipeError(
-                f"train.fsdp cuts floating-point weights, and model.quantization ({quantized}) "
-                "stores integers; set one of them to null (QLoRA trains with a copy in each "
-                "process)"
-            )
+    def _check_settings(self) -> Recipe:
+        check_conflicts(self.model, self.data, self.train)
         for stage in self.train.stages:
-            if quantized and stage.learn.language_model is not None:
-                raise RecipeError(
-                    f"stage {stage.name!r} trains `language_model`, whose weights "
-                    f"`model.quantization` ({quantized}) stores in integers; learn an `adapter` on "
-                    "it (QLoRA), or set model.quantization to null"
-                )
-            if quantized == "8bit" and stage.learn.adapter and self.train.adapter.use_dora:
-                raise RecipeError(
-                    "train.adapter: `use_dora` reads whole weights, which 8bit does not keep; use "
-                    "4bit, or set `use_dora` to false"
-                )
-            projectors = stage.learn.projectors
-            for part, names in (
-                ("projectors", projectors if isinstance(projectors, dict) else ()),
-                ("encoders", stage.learn.encoders),
-            ):
-                for name in names:
-                    if name not in known:
-                        raise RecipeError(
-                            f"stage {stage.name!r} learns `{part}` of {name!r}, which is no "
-                            f"modality of the recipe{did_you_mean(name, known)} (known: "
-                            f"{', '.join(known)})"
-                        )
-        return self
-
-    @model_validator(mode="after")
-    def _check_evaluation_rows(self) -> Recipe:
-        for args in (self.train.args, *(stage.args for stage in self.train.stages)):
-            if args.get("eval_strategy", "no") != "no" and not self.data.eval:
-                raise RecipeError(
-                    f"train args: eval_strategy={args['eval_strategy']} needs rows to evaluate on; "
-                    "name held-out ones under `data.eval`, or remove it"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_streaming(self) -> Recipe:
-        """Check that no setting needs all rows in advance beside a stream."""
-        if self.data.stream is None:
-            return self
-        train = self.train
-        for stage in train.stages:
-            args = {**train.args, **stage.args}
-            if int(args.get("max_steps", -1)) < 1:
-                raise RecipeError(
-                    f"stage {stage.name!r} learns from a stream (`data.stream`), which has no end: "
-                    "set `max_steps` in its `args`"
-                )
-            way = args.get("train_sampling_strategy", "random")
-            if way != "random":
-                raise RecipeError(
-                    f"train args: train_sampling_strategy is {way!r}, which needs the lengths of "
-                    "all rows, and `data.stream` reads them on the way; leave one of them out"
-                )
-            if stage.dpo is not None:
-                raise RecipeError(
-                    f"`data.stream` and the `dpo` of stage {stage.name!r} exclude each other; "
-                    "keep one"
-                )
-        cache = train.feature_cache
-        if cache is not None and (cache.path is None or cache.auto):
-            raise RecipeError(
-                "train.feature_cache would be filled from all rows, which `data.stream` does not "
-                "read before; fill a folder with `multi-token data encode` and name it as `path`, "
-                "or set it to false"
-            )
-        if train.packing and (train.pack_tokens or 0) < self.data.max_tokens:
-            raise RecipeError(
-                f"train.pack_tokens is {train.pack_tokens}, but a stream may bring a row of "
-                f"data.max_tokens ({self.data.max_tokens}); set it to at least as much"
-            )
+            named = stage.learn.projectors if isinstance(stage.learn.projectors, dict) else ()
+            for part, names in (("projectors", named), ("encoders", stage.learn.encoders)):
+                for name in set(names) - set(self.model.modalities):
+                    raise RecipeError(
+                        f"stage {stage.name!r} trains `{part}` of {name!r}, which is no modality "
+                        f"of the recipe{did_you_mean(name, self.model.modalities)} (known: "
+                        f"{', '.join(self.model.modalities)})"
+                    )
         return self
 
     def save(self, path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -85,12 +83,6 @@ class TrainableEncoder(LearningRate):
     lora: LoraSpec | None = None
     """LoRA on all of its linear layers, which stay as they are."""
 
-    @model_validator(mode="after")
-    def _check_exclusive(self) -> TrainableEncoder:
-        if self.last_layers is not None and self.lora is not None:
-            raise ValueError("`last_layers` and `lora` exclude each other; keep one")
-        return self
-
 
 class Trainable(StrictModel):
     """Trainable parts of a stage and their learning rates; the rest is frozen.
@@ -114,18 +106,10 @@ class Trainable(StrictModel):
 
     @model_validator(mode="after")
     def _check_anything_trains(self) -> Trainable:
-        whole = (self.adapter, self.language_model)
-        if not self.projectors and not self.encoders and whole == (None, None):
+        if not (self.projectors or self.encoders or self.adapter or self.language_model):
             raise ValueError(
                 "a stage must learn something: set `projectors`, `encoders`, `adapter` or "
                 "`language_model`"
-            )
-        if self.projector_biases is not None and not self.projectors:
-            raise ValueError("`projector_biases` needs `projectors`")
-        if None not in whole:
-            raise ValueError(
-                "`adapter` and `language_model` exclude each other: an adapter stands beside "
-                "weights that stay as they are; keep one"
             )
         return self
 
@@ -166,12 +150,6 @@ class DpoSpec(StrictModel):
     missing: Literal["raise", "skip"] = "raise"
     """A row without the two answers: bad, or left out of this stage."""
 
-    @model_validator(mode="after")
-    def _check_label_smoothing(self) -> DpoSpec:
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"`label_smoothing` is for the loss sigmoid, not for {self.loss}")
-        return self
-
 
 class Stage(StrictModel):
     """One run of the trainer inside the run's folder."""
@@ -184,19 +162,6 @@ class Stage(StrictModel):
     """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
     args: dict[str, Any] = Field(default_factory=dict)
     """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
-
-    @model_validator(mode="after")
-    def _check_teacher_frozen(self) -> Stage:
-        if self.distillation is not None and self.learn.language_model is not None:
-            raise ValueError(
-                f"stage {self.name!r} has `distillation` from the language model, so it cannot "
-                "train all of it; train an `adapter`, or leave `distillation` out"
-            )
-        if self.distillation is not None and self.dpo is not None:
-            raise ValueError(
-                f"`distillation` and `dpo` of stage {self.name!r} exclude each other; keep one"
-            )
-        return self
 
 
 class FeatureCacheSpec(StrictModel):
@@ -270,13 +235,6 @@ class TrainSpec(StrictModel):
     args: dict[str, Any] = Field(default_factory=dict)
     """Any transformers.TrainingArguments field, for every stage."""
 
-    def _check_fsdp(self) -> None:
-        """Pieces are put together in one forward of the whole model, and by one library."""
-        for stage in self.stages:
-            for key in ("fsdp", "deepspeed"):
-                if {**self.args, **stage.args}.get(key):
-                    raise ValueError(f"`fsdp` and `{key}` of `args` exclude each other; keep one")
-
     @field_validator("fsdp", "packing", mode="before")
     @classmethod
     def _section_from_bool(cls, value: Any) -> Any:
@@ -295,14 +253,6 @@ class TrainSpec(StrictModel):
             return words[value]
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_removed_keys(cls, fields: Any) -> Any:
-        for key in ("share_media", "share_prefix"):
-            if isinstance(fields, Mapping) and key in fields:
-                raise ValueError(f"`{key}` is now `packing: {{share: true}}`")
-        return fields
-
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
         """How rows are also read with texts in place of their media, for distillation."""
@@ -318,57 +268,8 @@ class TrainSpec(StrictModel):
         return None if not missing else "required" if "raise" in missing else "optional"
 
     @model_validator(mode="after")
-    def _check_stages(self) -> TrainSpec:
+    def _check_stage_names(self) -> TrainSpec:
         stage_names = [stage.name for stage in self.stages]
         if len(set(stage_names)) < len(stage_names):
             raise ValueError(f"stages need different names, got {stage_names}")
-        with_adapter = [stage.name for stage in self.stages if stage.learn.adapter is not None]
-        in_full = [stage.name for stage in self.stages if stage.learn.language_model is not None]
-        if self.fsdp is not None:
-            self._check_fsdp()
-        for stage in self.stages if self.fsdp is not None else ():
-            if stage.distillation is not None and stage.distillation.missing != "raise":
-                raise ValueError(
-                    f"with `fsdp` the teacher of stage {stage.name!r} must read every row, or "
-                    "processes would wait for each other; set `distillation.missing` to raise"
-                )
-        preferring = [stage.name for stage in self.stages if stage.dpo is not None]
-        for key in ("packing", "fsdp"):
-            if preferring and getattr(self, key):
-                raise ValueError(
-                    f"`{key}` and the `dpo` of stage {preferring[0]!r} exclude each other; keep "
-                    "one, or give that stage a recipe of its own with `init_from`"
-                )
-        for key in ("pack_tokens", "pack_items"):
-            if getattr(self, key) is not None and self.packing is None:
-                raise ValueError(f"`{key}` needs `packing: true`")
-        if with_adapter and in_full:
-            last_full = stage_names.index(in_full[-1])
-            if stage_names.index(with_adapter[0]) < last_full:
-                raise ValueError(
-                    f"stage {in_full[-1]!r} trains `language_model` after stage "
-                    f"{with_adapter[0]!r}, which learns an adapter for the weights as they were "
-                    "before; learn the language model first, or merge the adapter (`multi-token "
-                    "export RUN --to merged`) and train that"
-                )
-        if self.init_from is not None and (
-            Path(self.init_from).absolute() == Path(self.output_dir).absolute()
-        ):
-            raise ValueError("`init_from` is the run's own `output_dir`; choose another for one")
-        of_encoders = [
-            (stage.name, *pair) for stage in self.stages for pair in stage.learn.encoders.items()
-        ]
-        if self.feature_cache and not self.feature_cache.auto and of_encoders:
-            stage_name, name, _ = of_encoders[0]
-            raise ValueError(
-                f"`feature_cache` keeps the features of frozen encoders, but stage {stage_name!r} "
-                f"learns the encoder of {name!r}; set it to false"
-            )
-        ways: dict[str, LoraSpec | None] = {}
-        for stage_name, name, encoder in of_encoders:
-            if ways.setdefault(name, encoder.lora) != encoder.lora:
-                raise ValueError(
-                    f"the encoder of {name!r} learns by other means in stage {stage_name!r} than "
-                    "before: LoRA must be the same in all stages that name it, or in none"
-                )
         return self

@@ -22,8 +22,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from multi_token.data.feature_cache.keys import digest
 from multi_token.errors import MultiTokenError
+from multi_token.media.hashing import digest
 from multi_token.serve.engines.base import Prompt
 from multi_token.serve.errors import ServeError
 from multi_token.types import Prepared, Sample

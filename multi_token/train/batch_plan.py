@@ -111,7 +111,6 @@ class PackedBatches(BatchPlan):
     def loader(
         self, args: TrainingArguments, dataset: Any, collate: Any, accelerator: Accelerator
     ) -> Any:
-        _check_random_order(args)
         _check_one_device(args)
         loader = DataLoader(
             dataset,
@@ -179,7 +178,6 @@ class StreamedBatches(BatchPlan):
     def loader(
         self, args: TrainingArguments, dataset: Any, collate: Any, accelerator: Accelerator
     ) -> Any:
-        _check_random_order(args)
         if self.packing is not None:
             _check_one_device(args)
         return self.progress.loader(args, collate, self.packing)
@@ -221,14 +219,6 @@ class StreamedBatches(BatchPlan):
 def _rows_per_step(args: TrainingArguments) -> dict[str, int]:
     each = args.train_batch_size * args.gradient_accumulation_steps
     return {"rows_per_step": each * args.world_size}
-
-
-def _check_random_order(args: TrainingArguments) -> None:
-    if args.train_sampling_strategy != "random":
-        raise RecipeError(
-            f"train args: train_sampling_strategy is {args.train_sampling_strategy!r}, but "
-            "packs are batches of their own; leave it out, or set train.packing to false"
-        )
 
 
 def _check_one_device(args: TrainingArguments) -> None:

@@ -1,7 +1,12 @@
-"""Stage zero: feature statistics, and the closed-form start (a projector without a gradient step).
+"""Stage zero: feature statistics, and the closed-form start of a projector (no gradient step).
 
-The closed-form start is this project's own: ridge regression from the standardized features of each
-captioned item to the language model's input embeddings of its caption's tokens.
+The closed form is this project's own: ridge regression from the standardized features x of each
+captioned item to the language model's input embeddings y of its caption's tokens,
+
+    W = (X'X - n mean(x) mean(x)' + penalty I)^-1 (X'Y - n mean(x) mean(y)')
+    b = mean(y) - W' mean(x)
+
+Only sums over items are kept, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from multi_token.types import Conversation, Features, Media, Text
 
 @dataclass(frozen=True)
 class CaptionedItem:
-    """One item, what is said of it, and the reader that opens it."""
+    """A media item, its caption, and the processor that loads it."""
 
     item: Media
     caption: str
@@ -35,7 +40,7 @@ class CaptionedItem:
 def captioned_items(
     conversations: Iterable[tuple[Conversation, MultiTokenProcessor]],
 ) -> Iterator[CaptionedItem]:
-    """Those conversations that hold exactly one item and one assistant turn."""
+    """Yield the item and answer of conversations with exactly one item and one assistant turn."""
     for conversation, processor in conversations:
         answers = [m for m in conversation.messages if m.role == "assistant"]
         if len(conversation.media) == 1 and len(answers) == 1:
@@ -54,10 +59,12 @@ def calibrate(
 ) -> int:
     """Fit a projector's feature statistics, and scale its output to the embeddings' size.
 
-    Afterwards standardized features have zero mean and unit variance over these items, and tokens
-    the root mean square of the language model's input embeddings. Returns the number of vectors.
+    Standardized features then have zero mean and unit variance over these items, and media
+    embeddings the root mean square of the language model's input embeddings. Returns the number of
+    feature vectors.
     """
     projector = model.projector(name)
+    # float64: a variance from sums loses the digits that mean and values have in common
     total = torch.zeros_like(projector.feature_mean, dtype=torch.float64)
     squares = torch.zeros_like(total)
     count = 0
@@ -75,7 +82,7 @@ def calibrate(
     if projector.spec.standardize:
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0)
-        # a value that never changes carries nothing: it is centred and left as small as it is
+        # a constant feature carries nothing: it is centred, and not scaled up to its rounding noise
         scale = torch.where(variance > 1e-10, variance.clamp(min=1e-10).rsqrt(), 1.0)
         projector.feature_mean.copy_(mean)
         projector.feature_scale.copy_(scale)
@@ -94,12 +101,12 @@ def fit_closed_form(
 ) -> int:
     """Fit the closed-form part of a projector; returns the number of items it was fitted on.
 
-    Where one feature makes all of an item's tokens, token j is fitted to the embedding of the j-th
-    token of `spec.caption_format` (cut or filled up with spaces); where an item has many features,
-    each is fitted to the mean of the caption's embeddings, or (`targets: by_position`) to the
-    token at the same part of the way.
+    Where one feature becomes all media embeddings of an item, embedding j is fitted to the j-th
+    token of `spec.caption_format` (cut, or padded with spaces). Where an item has many features,
+    each is fitted to the mean of the caption's embeddings, or (`targets: by_position`) to the token
+    at the same relative position.
 
-    Streaming: only Gram matrices are kept, [group_dim, group_dim] and [group_dim, tokens * dim].
+    Gram matrices: [group_dim, group_dim] and [group_dim, tokens * dim].
     """
     if not items:
         return 0
@@ -115,7 +122,7 @@ def fit_closed_form(
     for features in encode_items(model, name, pairs, batch_size=batch_size):
         batch = items[start : start + len(features.values)]
         start += len(batch)
-        # where a line ends there is nothing to fit: that token is the projector's own
+        # a newline has no feature to fit: its embedding is the projector's own parameter
         groups, mask = projector.arrange(Features(features.values, mask_without_newlines(features)))
         nums = mask.sum(1).tolist()
         y = torch.cat(
@@ -127,6 +134,7 @@ def fit_closed_form(
         sum_x += x.sum(0)
         sum_y += y.sum(0)
         count += len(x)
+    # centred after the sum: the mean is not known before, and a second pass would encode again
     mean_x, mean_y = sum_x / count, sum_y / count
     gram -= count * torch.outer(mean_x, mean_x)
     cross -= count * torch.outer(mean_x, mean_y)
@@ -139,7 +147,7 @@ def fit_closed_form(
 
 
 class _Targets:
-    """Caption -> the embeddings that its item's tokens should have, remembered by caption."""
+    """Target media embeddings of a caption, cached by caption."""
 
     def __init__(
         self,
@@ -163,14 +171,15 @@ class _Targets:
     def __call__(self, caption: str, *, num_groups: int) -> Tensor:
         """[num_groups, num_tokens * dim]"""
         if (caption, num_groups) not in self.known:
-            # by replacement, since a caption may hold braces of its own
+            # not str.format: a caption may contain braces
             embeddings = self._embed(self.spec.caption_format.replace("{caption}", caption))
             num_all = num_groups * self.num_tokens
             if num_groups == 1:
                 filled = torch.cat([embeddings, self.space.expand(self.num_tokens, -1)])
                 target = filled[: self.num_tokens]
             elif self.spec.targets == "by_position":
-                middles = 2 * torch.arange(num_all) + 1  # of each token's part of the way
+                # the token in the middle of the part of the caption that belongs to an embedding
+                middles = 2 * torch.arange(num_all) + 1
                 target = embeddings[middles * len(embeddings) // (2 * num_all)]
             else:
                 target = embeddings.mean(0, keepdim=True).expand(num_all, -1)
@@ -185,7 +194,7 @@ def encode_items(
     *,
     batch_size: int,
 ) -> Iterator[Features]:
-    """Features of the items in order, batch by batch, from the cache where they are in it."""
+    """Yield the features of items in order, batch by batch; cached ones are not encoded."""
     collator = Collator(model.modalities, pad_id=0)
     for start in range(0, len(items), batch_size):
         prepared = [

@@ -1,4 +1,7 @@
-"""Faster layers of the language model, if the recipe asks for them: compiled, or Liger's."""
+"""Faster code for the language model's layers: torch.compile, or Liger's kernels.
+
+Weights, their names, and the values that layers exchange stay the same.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ from multi_token.language_model.segment_attention import SEGMENT_ATTENTION, segm
 from multi_token.recipe.train import TrainSpec
 from multi_token.train.fsdp import decoder_layers
 
-# of Liger's kernels: our loss asks the head for supervised positions only, with nothing to fuse
+# without Liger's fused losses: our head computes logits at supervised positions only
 _NO_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 _COMPILERS = ("g++", "clang++", "cl")
 
 
 def apply_kernels(language_model: Any, spec: TrainSpec, device: torch.device) -> None:
-    """Apply the layer settings of a recipe to a new language model.
+    """Apply `train.compile_layers` and `train.liger` to a language model that was just loaded.
 
-    Raises RecipeError for what cannot be done on this device.
+    Raises RecipeError for a setting that this device does not support.
     """
     if spec.compile_layers:
         decoder_layers(language_model, "train.compile_layers")
@@ -36,12 +39,12 @@ def apply_kernels(language_model: Any, spec: TrainSpec, device: torch.device) ->
 
 
 def check_can_compile(device: torch.device) -> None:
-    """Raises RecipeError if nothing here turns what torch.compile writes into machine code."""
+    """Raise RecipeError where no compiler for the code of torch.compile is installed."""
     if device.type == "cpu":
         compiler = os.environ.get("CXX")
         if not any(shutil.which(name) for name in ((compiler,) if compiler else _COMPILERS)):
             raise RecipeError(
-                "train.compile_layers needs a C++ compiler on the CPU, and found none (CXX, "
+                "train.compile_layers needs a C++ compiler on the CPU, and none was found (CXX, "
                 f"{', '.join(_COMPILERS)}); install one, or set it to false"
             )
     elif device.type == "cuda" and find_spec("triton") is None:
@@ -53,16 +56,15 @@ def check_can_compile(device: torch.device) -> None:
 
 @contextmanager
 def compiled_layers(language_model: Any, *, backend: str = "inductor") -> Iterator[None]:
-    """Within it each layer of a language model is compiled, but only where `compile_enabled` says
-    so.
+    """Compile each layer of a language model while the context lasts, for use in `compile_enabled`.
 
-    Layers are alike, so the first one's code serves all of them: it is made once for a length that
-    does not change, and once more for all others. Encoders, splicing and the loss, with their
-    choices by what a batch holds, stay outside. Raises LanguageModelError for a family that does
-    not name its layers.
+    Layers are alike, so the code of the first serves all of them: torch compiles it once for a
+    static length, and once more for dynamic ones. Encoders, splicing and the loss stay eager, since
+    they branch on the content of a batch. Raises LanguageModelError for a model class that does not
+    name its layers.
     """
     layers = decoder_layers(language_model, "train.compile_layers")
-    # it reads the borders of segments, and would be compiled again for each pack
+    # segment attention reads the borders of segments: torch would recompile for each pack
     disabled: Any = torch.compiler.disable(segment_attention)
     AttentionInterface.register(SEGMENT_ATTENTION, disabled)
     for layer in layers:
@@ -73,22 +75,23 @@ def compiled_layers(language_model: Any, *, backend: str = "inductor") -> Iterat
     finally:
         AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
         for layer in layers:
+            # nn.Module.compile has no inverse (torch 2.13)
             layer._compiled_call_impl = None
 
 
 def compile_enabled(wanted: bool) -> Any:
-    """Around a training step inside of `compiled_layers`: compiled code is used.
+    """Use compiled code for a training step inside of `compiled_layers`.
 
-    Elsewhere, in answers to held-out rows say, each new length and cache would be compiled for.
+    Outside of steps code is eager: generation would compile for each new length and KV cache.
     """
     return torch.compiler.set_stance("default") if wanted else nullcontext()
 
 
 def use_liger(language_model: Any, device: torch.device) -> None:
-    """Liger's rotary embedding, norms and gated layers (Hsu et al., arXiv:2410.10989) in place of a
-    language model's own, for good; doing it again changes nothing.
+    """Replace rotary embedding, norms and gated layers by Liger's (Hsu et al., arXiv:2410.10989).
 
-    Raises RecipeError on the CPU, without the package, and for a family that Liger does not know.
+    In place and idempotent. Raises RecipeError on the CPU, without the package, and for a model
+    type without Liger kernels.
     """
     if device.type == "cpu":
         raise RecipeError(

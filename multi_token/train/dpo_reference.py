@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from multi_token.data.feature_cache.keys import digest
 from multi_token.data.sources import TrainingSource, build_dataset
 from multi_token.distributed import (
     all_gather,
@@ -34,6 +33,7 @@ from multi_token.distributed import (
     rank,
 )
 from multi_token.errors import RecipeError
+from multi_token.media.hashing import digest
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.train import Stage
 from multi_token.train.consistency import check_no_bad_rows

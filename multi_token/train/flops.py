@@ -1,9 +1,10 @@
-"""How many floating point operations a step needs, with frozen parts counted as frozen.
+"""FLOPs of a training step, with frozen parts counted as frozen.
 
-The language model's follow from its weights and the lengths of its rows (as in Kaplan et al.,
-arXiv:2001.08361, and PaLM's model FLOPs, arXiv:2204.02311, appendix B): 2 for each weight and token
-forward, 2 more backward where a gradient passes through, 2 more where the weight itself learns.
-What an encoder or a projector needs is counted once, in its first call, and scaled from then on.
+FLOPs of the language model follow from its weights and the lengths of its rows (as in Kaplan et
+al., arXiv:2001.08361, and PaLM's model FLOPs, arXiv:2204.02311, appendix B): for each weight and
+token, 2 forward, 2 more backward where a gradient passes through, 2 more where the weight is
+trained. FLOPs of an encoder or a projector are counted in its first call, and scaled by the size of
+its input from then on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Token counts of one batch for the language model, on one device."""
+    """Counts of one batch on one device, from which the language model's FLOPs follow."""
 
     num_tokens: int
     """Real tokens; those of a shared prefix count once."""
@@ -37,7 +38,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class LanguageModelCost:
-    """Weights by which a language model multiplies, and those of them that learn."""
+    """Weights of a language model's matrix products, all and trainable."""
 
     num_body: int
     num_head: int
@@ -46,33 +47,33 @@ class LanguageModelCost:
     attention_width: int
     """Heads x width of a head, summed over the layers that attend."""
     differentiated: bool
-    """True if gradients pass through it: something in it or before it is trained."""
+    """True where gradients pass through it: a parameter in it or before it is trained."""
 
     @classmethod
     def of(cls, language_model: Any, *, trains_before: bool) -> LanguageModelCost:
-        """`learns_before`: a projector or an encoder learns, which stand before it."""
+        """`trains_before`: a projector or an encoder is trained."""
         head = base_language_model(language_model).get_output_embeddings()
         config = base_language_model(language_model).config.get_text_config()
         body = list(_weights(language_model, _active_share(config), leave_out=head))
         heads = list(_weights(head, 1.0)) if head is not None else []
-        learned_body = sum(n for n, learns in body if learns)
-        learned_head = sum(n for n, learns in heads if learns)
+        trained_body = sum(n for n, trained in body if trained)
+        trained_head = sum(n for n, trained in heads if trained)
         return cls(
             num_body=sum(n for n, _ in body),
             num_head=sum(n for n, _ in heads),
-            num_body_trainable=learned_body,
-            num_head_trainable=learned_head,
+            num_body_trainable=trained_body,
+            num_head_trainable=trained_head,
             attention_width=_attention_width(config),
-            differentiated=trains_before or learned_body + learned_head > 0,
+            differentiated=trains_before or trained_body + trained_head > 0,
         )
 
     def forward(self, work: TokenCounts) -> int:
-        """FLOPs of the forward pass."""
+        """Return the FLOPs of the forward pass."""
         linear = 2 * (self.num_body * work.num_tokens + self.num_head * work.num_logits)
         return linear + 4 * self.attention_width * work.num_pairs
 
     def backward(self, work: TokenCounts) -> int:
-        """FLOPs of the backward pass: through activations, and for the weights that learn."""
+        """Return the FLOPs of the backward pass: through activations, and for trained weights."""
         if not self.differentiated:
             return 0
         activations = self.forward(work) + 4 * self.attention_width * work.num_pairs
@@ -85,25 +86,27 @@ class LanguageModelCost:
 def _weights(
     module: nn.Module, active_share: float, *, leave_out: nn.Module | None = None
 ) -> Iterator[tuple[int, bool]]:
-    """(weights that a token is multiplied by, whether they learn) of every matrix inside."""
+    """Yield (weights that a token is multiplied by, trainable) for every matrix inside."""
     seen: set[int] = set()
     for part in module.modules():
         if part is leave_out or isinstance(part, nn.Embedding):
             continue
-        if isinstance(part, nn.Linear):  # quantized weights are stored in another shape
+        if isinstance(part, nn.Linear):
+            # by its sizes: quantized weights are stored in another shape
             yield part.in_features * part.out_features, part.weight.requires_grad
             continue
         for parameter in part.parameters(recurse=False):
             if parameter.ndim < 2 or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
+            # transformers stacks the experts of a layer in one parameter of three dimensions
             experts = parameter.ndim == 3 and not isinstance(part, nn.Conv1d)
             share = active_share if experts else 1.0
             yield round(parameter.numel() * share), parameter.requires_grad
 
 
 def _active_share(config: Any) -> float:
-    """The share of a mixture's experts that a token goes through; 1 where there are none."""
+    """Return the share of experts that a token goes through; 1 for a dense model."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     num_experts = next((getattr(config, n) for n in names if getattr(config, n, None)), None)
     chosen = getattr(config, "num_experts_per_tok", None)
@@ -128,23 +131,25 @@ class ModuleCost:
 
     forward_per_element: float = 0.0
     backward_share: float = 0.0
-    """Backward FLOPs in units of the forward pass: 0 if frozen, 2 if fully trained."""
+    """Backward FLOPs as a part of the forward ones: 0 where frozen, 2 where all of it is trained
+    and passes gradients on."""
     counted: bool = False
     _mode: Any = None
     _handles: list[Any] = field(default_factory=list)
     _linear: list[int] = field(default_factory=lambda: [0, 0])
 
     def begin(self, module: nn.Module) -> None:
-        """Called before the module's first forward."""
+        """Start counting, before the module's first forward."""
         self._linear = [0, 0]
         for part in module.modules():
             if isinstance(part, nn.Linear):
                 self._handles.append(part.register_forward_pre_hook(self._see))
+        # entered by hand: the hooks before and after a forward are two calls
         self._mode = CountFlops()
         self._mode.__enter__()
 
     def end(self, num_elements: int) -> None:
-        """Called behind it, also if it raised."""
+        """Stop counting, after the first forward, also if that raised."""
         self._mode.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
@@ -161,15 +166,15 @@ class ModuleCost:
             self._linear[1] += flops * (int(args[0].requires_grad) + int(part.weight.requires_grad))
 
     def total(self, num_elements: int) -> float:
-        """FLOPs, forward and backward, of so many input elements."""
+        """Return the FLOPs, forward and backward, for this number of input elements."""
         return num_elements * self.forward_per_element * (1 + self.backward_share)
 
 
 class CountFlops(TorchDispatchMode):
-    """Adds up the FLOPs of matrix products, convolutions and attention while it is entered.
+    """Sums the FLOPs of matrix products, convolutions and attention while it is entered.
 
-    torch's own formulas, without its tracking of modules; its attention for a CPU, which has none,
-    is counted by that of the others.
+    The formulas are torch's (`flop_registry`), without its tracking of modules. torch 2.13 has no
+    formula for its CPU attention, which is counted by that for GPUs.
     """
 
     def __init__(self) -> None:
@@ -191,7 +196,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def num_elements(inputs: Any) -> int:
-    """Numbers in all tensors of a nest of tuples, mappings and dataclasses of features."""
+    """Count the elements of all tensors in a nest of tuples, mappings and Features."""
     if isinstance(inputs, Tensor):
         return inputs.numel()
     if isinstance(inputs, Mapping):
@@ -203,7 +208,7 @@ def num_elements(inputs: Any) -> int:
 
 
 def format_count(num: float) -> str:
-    """12 300 000 000 -> `12.3 G`: a count in steps of a thousand."""
+    """Format a count in steps of a thousand: 12300000000 -> `12.3 G`."""
     if num <= 0 or not math.isfinite(num):
         return f"{num:g}"
     step = min(int(math.log10(num) // 3), 7) if num >= 1 else 0

@@ -1,4 +1,11 @@
-"""FSDP2: every process holds a piece of the language model, and all of what stands beside it."""
+"""FSDP2 of the language model: each process holds a shard of it.
+
+language model     sharded by layer; gradients averaged by FSDP2, into shards
+encoders,          replicated; gradients averaged by `FsdpShards.average_gradients`
+projectors,
+adapters
+saves              gathered tensor by tensor into a copy on the CPU of the main process
+"""
 
 from __future__ import annotations
 
@@ -21,30 +28,29 @@ from multi_token.model import MultiTokenForConditionalGeneration
 
 
 class FsdpShards:
-    """The language model of one model, cut into pieces (Zhao et al., PyTorch FSDP, VLDB 2023).
+    """Shards of a model's language model (Zhao et al., PyTorch FSDP, VLDB 2023).
 
-    A layer's pieces are put together for its forward and backward, and gradients are averaged into
-    pieces. The unit of the embeddings, the last norm and the head is the whole model, since
-    embeddings are asked for outside of the language model's forward. Encoders, projectors and
-    adapters are whole in every process, and their gradients are averaged after each step.
+    A layer is gathered for its forward and backward. Embeddings, last norm and head belong to the
+    unit of the model, not of the language model: the model looks embeddings up before the language
+    model's forward, which would leave them sharded.
     """
 
     def __init__(self, model: MultiTokenForConditionalGeneration, *, replicas: int = 1) -> None:
-        """Cuts the model in place; there is no way back but to load it again.
+        """Shard the model in place, which only loading it again undoes.
 
-        `replicas`: groups of processes that hold all pieces each (HSDP), which then exchange only
-        gradients. Raises RecipeError if processes cannot be divided so, LanguageModelError for a
-        language model that cannot be cut.
+        `replicas`: groups of processes with all shards each (HSDP), which exchange only gradients.
+        Raises RecipeError if the processes cannot be divided into `replicas` groups,
+        LanguageModelError for a language model that cannot be sharded.
         """
         if quantized_parameters(model.language_model):
             raise LanguageModelError(
-                "train.fsdp cuts floating-point weights, and those of the language model are "
-                "quantized as they come; set train.fsdp to null"
+                "train.fsdp shards floating-point weights, and this language model's weights are "
+                "quantized; set train.fsdp to null"
             )
         self.model = model
         self._whole: nn.Module | None = None
         if model.trained_language_model and is_main_process():
-            # what is written in the end, filled again each time
+            # filled by `gather` for each save: one copy on the CPU, no second one on the device
             self._whole = copy.deepcopy(model.language_model).cpu()
         sharded = {id(p) for p in _language_model_parameters(model)}
         beside = {p for p in model.parameters() if id(p) not in sharded}
@@ -55,21 +61,21 @@ class FsdpShards:
 
     @property
     def num_sharded(self) -> int:
-        """Parameters of which a process holds a piece."""
+        """Number of sharded parameters."""
         return sum(isinstance(p, DTensor) for p in self.model.parameters())
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """Average the gradients outside the language model, in one order and all at once.
+        """Average the gradients of the replicated parameters.
 
-        One by one as they are made would not do: a process without a modality makes them in
-        another order.
+        All at once, in the order of the parameters: a rank whose rows lack a modality computes
+        gradients in another order, and would hang the others in an all-reduce for each of them.
         """
-        learned = [
+        trained = [
             p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)
         ]
-        for dtype in sorted({p.dtype for p in learned}, key=str):
-            some = [p for p in learned if p.dtype == dtype]
+        for dtype in sorted({p.dtype for p in trained}, key=str):
+            some = [p for p in trained if p.dtype == dtype]
             for parameter in some:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -81,10 +87,10 @@ class FsdpShards:
                 parameter.grad = piece.view_as(parameter)
 
     def gather(self) -> None:
-        """The whole language model into the first process, for `unsharded`; all take part."""
+        """Gather the language model into the main process, for `unsharded`. A collective call."""
         whole = dict(self._whole.state_dict(keep_vars=True)) if self._whole is not None else {}
         if not self.model.trained_language_model:
-            return  # it is not written
+            return  # a frozen language model is referenced by a checkpoint, not saved
         for name, tensor in self.model.language_model.state_dict().items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if whole:
@@ -92,7 +98,7 @@ class FsdpShards:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Within it, in the first process, the model has the language model as it was gathered."""
+        """Put the gathered language model into the main process's model for a save."""
         if self._whole is None:
             yield
             return
@@ -105,9 +111,9 @@ class FsdpShards:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state with whole tensors on the CPU, as one process would have it.
+    """Return an optimizer's state with full tensors on the CPU, as one process would have it.
 
-    All take part, in one order; only the first process keeps what comes of it.
+    A collective call: all ranks gather in one order, and only the main process keeps the result.
     """
     state = optimizer.state_dict()
     keeps = is_main_process()
@@ -124,7 +130,7 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def shard_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """Shard a state of whole tensors as the parameters are; a pre-hook of `load_state_dict`."""
+    """Shard a state of full tensors as the parameters are: a pre-hook of `load_state_dict`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         parameter = parameters[int(number)]
@@ -142,8 +148,8 @@ def _mesh(device: str, replicas: int) -> DeviceMesh:
     num = num_processes()
     if num % replicas or num == replicas:
         raise RecipeError(
-            f"train.fsdp.replicas is {replicas}, but {num} processes cannot be divided into so "
-            "many groups of at least two"
+            f"train.fsdp.replicas is {replicas}, but {num} processes cannot be divided into "
+            f"{replicas} equal groups of at least two"
         )
     if replicas == 1:
         return init_device_mesh(device, (num,))
@@ -153,21 +159,23 @@ def _mesh(device: str, replicas: int) -> DeviceMesh:
 
 
 def _language_model_parameters(model: MultiTokenForConditionalGeneration) -> list[nn.Parameter]:
-    """The weights of the language model itself: adapters stay whole."""
+    """Return the language model's own weights, without adapters, which stay replicated."""
     return [p for name, p in model.language_model.named_parameters() if ".lora_" not in name]
 
 
 def decoder_layers(language_model: Any, asked_by: str = "train.fsdp") -> list[nn.Module]:
-    """Its layers, as transformers names their classes.
+    """Return the decoder layers of a language model.
 
-    Raises LanguageModelError, which names the line of the recipe, for a class that names none.
+    `asked_by`: recipe key for the message. Raises LanguageModelError for a model class that does
+    not name its layers.
     """
     inner = base_language_model(language_model)
+    # transformers names the classes of layers that accelerate must keep on one device
     kinds = set(getattr(inner, "_no_split_modules", None) or ())
     layers = [m for m in inner.modules() if type(m).__name__ in kinds]
     if not layers:
         raise LanguageModelError(
-            f"{asked_by} needs to know the layers of {type(inner).__name__}, whose class names "
-            f"none (`_no_split_modules`); leave {asked_by} out"
+            f"{asked_by} needs the layers of {type(inner).__name__}, whose class names none "
+            f"(`_no_split_modules`); leave {asked_by} out"
         )
     return layers

@@ -10,7 +10,7 @@ from multi_token.checkpoint.references import absolutize, resolve
 from multi_token.checkpoint.save import CONFIG
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import TrainSpec
 from multi_token.registry import validate_fields
 

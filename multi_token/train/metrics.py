@@ -1,4 +1,8 @@
-"""Metrics of a step, measured while it runs: tokens, padding, waits, encoders, FLOPs, gradients."""
+"""Metrics of training steps: tokens, padding, data wait, encoder time, FLOPs, gradient norms.
+
+Batches, gradients and clocks are read; training is unchanged. The trainer logs the numbers, so
+TensorBoard and other loggers get them from there.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,15 @@ COUNTS: tuple[str, ...] = (
     "wait_s",
     "encoder_s",
 )
-"""Values that are summed between two logs, on each device."""
-
+"""Counts that are summed between two logs, on each device."""
 
 ROW_IDS = "row_ids"
-"""Key of a batch for the ids of its rows, for messages; for a bad row, its fault."""
+"""Key of a batch with the ids of its rows, for messages; for a bad row, its error."""
 
 
 @dataclass(frozen=True)
 class WithRowIds:
-    """A collator whose batches also name their rows."""
+    """Collator that adds the ids of the rows to the batch of another one."""
 
     collator: Callable[[Any], Any]
 
@@ -48,17 +51,17 @@ class WithRowIds:
 
 
 def default_report_to() -> list[str]:
-    """TensorBoard where it is installed, else nothing."""
+    """Return TensorBoard where it is installed, else no logger."""
     return ["tensorboard"] if find_spec("tensorboard") is not None else []
 
 
 class StepMetrics(TrainerCallback):
-    """Sums over the steps since the last log. The trainer tells it when a batch comes and goes."""
+    """Sums over the steps since the last log, fed by the trainer around each batch."""
 
     def __init__(
         self, model: MultiTokenForConditionalGeneration, *, peak_tflops: float | None = None
     ) -> None:
-        """`peak_tflops`: what one device can do at most; without it there is no `mfu`."""
+        """`peak_tflops`: peak of one device, for `mfu`; without it there is none."""
         self.model = model
         self.peak_tflops = peak_tflops
         self.sums = dict.fromkeys(COUNTS, 0.0)
@@ -73,7 +76,7 @@ class StepMetrics(TrainerCallback):
         self._hooks: list[ForwardHook] = []
 
     def attach(self) -> None:
-        """Hooks on encoders and projectors, and the language model's cost as it learns now."""
+        """Hook encoders and projectors, and compute the language model's cost."""
         self.detach()
         parts = (*self.model.projectors.parameters(), *self.model.encoders.parameters())
         self.cost = LanguageModelCost.of(
@@ -88,28 +91,28 @@ class StepMetrics(TrainerCallback):
         ]
 
     def reset(self) -> None:
-        """Forget all that was counted, and what learned."""
+        """Set all counts to zero, for another stage."""
         self.detach()
         self.cost = None
         self.sums = dict.fromkeys(COUNTS, 0.0)
         self.totals = dict.fromkeys(COUNTS, 0.0)
 
     def detach(self) -> None:
-        """Take the hooks off again."""
-        for gauge in self._hooks:
-            gauge.remove()
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = []
 
     @contextmanager
     def timing_data_wait(self) -> Iterator[None]:
-        """Around fetching the batches of a step: the step begins here."""
+        """Measure the wait for the batches of a step, with which the step begins."""
         self._began = time.perf_counter()
         yield
         self.sums["wait_s"] += time.perf_counter() - self._began
 
     @contextmanager
-    def batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Around forward and backward of one batch."""
+    def timing_step(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Count one batch, around its forward and backward."""
         if self.cost is None:
             self.attach()
         assert self.cost is not None
@@ -130,11 +133,11 @@ class StepMetrics(TrainerCallback):
             else inputs["position_ids"][0, segments[:, 0]].tolist(),
             supports_logits_to_keep=self.model.capabilities.supports_logits_to_keep,
         )
-        read = inputs.get("teacher")  # texts that the language model reads first, forward only
+        texts = inputs.get("teacher")  # the teacher's rows: a forward pass without a backward
         taught = 0
-        if read is not None:
-            num_answers = int((read["shift_labels"] != IGNORE_INDEX).sum())
-            taught = self.cost.forward(count_tokens(row_lengths(read), num_answers))
+        if texts is not None:
+            num_answers = int((texts["shift_labels"] != IGNORE_INDEX).sum())
+            taught = self.cost.forward(count_tokens(row_lengths(texts), num_answers))
         self.last_flops = (
             taught + self.cost.forward(work) + self.cost.backward(work) + self._media_flops
         )
@@ -145,27 +148,31 @@ class StepMetrics(TrainerCallback):
         self.sums["positions"] += inputs["input_ids"].numel()
 
     def total(self, name: str) -> float:
-        """A count since the trainer was made, on this device."""
+        """Return a count since the trainer was built, on this device."""
         return self.totals[name] + self.sums[name]
 
     @property
     def data_wait(self) -> float | None:
-        """The share of all steps' time so far that this device waited for batches; None before."""
+        """Share of the steps' time spent waiting for batches; None before the first step."""
         seconds = self.total("step_s")
         return round(self.total("wait_s") / seconds, 4) if seconds else None
 
-    def read(self, reduce: Any = None) -> dict[str, float]:
-        """Metrics since the last call; `reduce` sums a tensor over all devices."""
-        for gauge in self._hooks:
-            self.sums["encoder_s"] += gauge.seconds()
+    def pop(self, reduce: Any = None) -> dict[str, float]:
+        """Return the metrics since the last call, and start new sums.
+
+        `reduce`: sums a tensor over all devices.
+        """
+        for hook in self._hooks:
+            self.sums["encoder_s"] += hook.seconds()
         sums, num_devices = dict(self.sums), 1
         for name in COUNTS:
             self.totals[name] += self.sums[name]
             self.sums[name] = 0.0
         if reduce is not None:
-            mine = torch.tensor([*sums.values(), 1.0], dtype=torch.float64)
-            *everyone, devices = reduce(mine).tolist()
-            sums, num_devices = dict(zip(sums, everyone, strict=True)), round(devices)
+            # a one beside the sums counts the devices: one collective for all of them
+            own = torch.tensor([*sums.values(), 1.0], dtype=torch.float64)
+            *totals, devices = reduce(own).tolist()
+            sums, num_devices = dict(zip(sums, totals, strict=True)), round(devices)
         if not sums["step_s"] or not sums["positions"]:
             return {}
         seconds = sums["step_s"] / num_devices
@@ -186,14 +193,15 @@ class StepMetrics(TrainerCallback):
         return facts
 
     def gradient_norms(self, total: float | None) -> dict[str, float]:
-        """The norm of each group's gradient in the last step, as it was before clipping.
+        """Return the gradient norm of each group in the last step, before clipping.
 
-        `total`: the norm of all of them before clipping, which is what the trainer logs.
+        `total`: norm over all groups before clipping, which the trainer logs.
         """
         found = {name: float(norm) for name, norm in self.norms.items()}
         clipped = sum(norm**2 for norm in found.values()) ** 0.5
         if not clipped and total:
-            return {}  # ZeRO keeps them elsewhere: groups are not known
+            return {}  # DeepSpeed's ZeRO keeps gradients in buffers of its own, without groups
+        # the gradients were read after clipping, which scales all groups alike
         scale = total / clipped if total is not None and clipped > 0 else 1.0
         return {f"grad_norm/{name}": norm * scale for name, norm in found.items()}
 
@@ -205,7 +213,7 @@ class StepMetrics(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Only in steps that are logged: it reads every gradient once more."""
+        """Compute the norms in steps that are logged: it reads every gradient once more."""
         step = state.global_step + 1
         if (
             args.logging_strategy != "steps"
@@ -227,17 +235,17 @@ class StepMetrics(TrainerCallback):
         self.detach()
 
     def add_media_flops(self, flops: float) -> None:
-        """A gauge's report of a call inside a training step."""
+        """Add the FLOPs of one encoder or projector call inside a training step."""
         self._media_flops += flops
 
     @property
     def in_step(self) -> bool:
-        """True during a training step; evaluations and samples are not counted."""
+        """True inside a training step; evaluations and samples are not counted."""
         return self._in_step
 
 
 class ForwardHook:
-    """Hooks on an encoder or projector: its FLOPs, and (`timed`) the time of its forward."""
+    """Hooks of an encoder or projector: FLOPs, and with `timed` the time of its forward."""
 
     def __init__(self, module: nn.Module, step_metrics: StepMetrics, *, timed: bool) -> None:
         self.step_metrics = step_metrics
@@ -255,12 +263,13 @@ class ForwardHook:
             handle.remove()
 
     def seconds(self) -> float:
-        """Time in its forward since the last call."""
+        """Return the time in its forward since the last call."""
         total = 0.0
         for start, end in self._spans:
             if isinstance(start, float):
                 total += end - start
             else:
+                # waits for the device, but only when metrics are logged
                 end.synchronize()
                 total += start.elapsed_time(end) / 1000
         self._spans = []
@@ -285,7 +294,7 @@ class ForwardHook:
         self.step_metrics.add_media_flops(self.cost.total(size))
 
     def _now(self) -> Any:
-        """A time, or on a GPU, which works behind our back, an event that will have one."""
+        """Return a time; on a GPU, which works asynchronously, an event that will have one."""
         if not self.timed or self.step_metrics.model.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -294,7 +303,7 @@ class ForwardHook:
 
 
 def row_lengths(inputs: Mapping[str, Any]) -> list[int]:
-    """Real tokens of every row of a batch, or of every segment of a packed one."""
+    """Return the real tokens of each row of a batch, or of each segment of a packed one."""
     mask = inputs.get("attention_mask")
     if mask is not None:
         return mask.sum(-1).tolist()
@@ -312,7 +321,7 @@ def count_tokens(
     num_before: Sequence[int] = (),
     supports_logits_to_keep: bool = True,
 ) -> TokenCounts:
-    """Counts of a batch with rows, or segments of a pack, of these lengths.
+    """Count the work of a batch with rows, or segments of a pack, of these lengths.
 
     `num_before`: tokens of the shared prefix that each segment attends to as well.
     """
@@ -325,7 +334,7 @@ def count_tokens(
 
 
 def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Name -> 2-norm [] of the gradients of an optimizer's groups of that name."""
+    """Return group name -> 2-norm [] of the gradients in an optimizer's groups of that name."""
     gradients: dict[str, list[Tensor]] = {}
     for group in groups:
         found = [p.grad for p in group["params"] if p.grad is not None]
@@ -338,10 +347,10 @@ def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _full_norm(norm: Any) -> Tensor:
-    """A norm of a sharded gradient is of all its shards."""
+    """Return the norm over all shards of a sharded gradient."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def group_lrs(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """`lr/projectors`, ...: the learning rate of each group of an optimizer."""
+    """Return `lr/projectors`, ...: the learning rate of each group of an optimizer."""
     return {f"lr/{group.get('name', 'all')}": float(group["lr"]) for group in groups}

@@ -1,4 +1,7 @@
-"""Parameter groups of a stage: trainable parts, learning rates and precision."""
+"""Parameter groups of a stage's `learn` section, with learning rate and weight decay.
+
+All other parameters are frozen. Trained parameters are float32.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,20 @@ from multi_token.recipe.train import LearningRate, Trainable, TrainableEncoder
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that learn alike."""
+    """Parameters with one learning rate and weight decay."""
 
     name: str
     lr: float
     weight_decay: float
     parameters: list[nn.Parameter]
     decays_vectors: bool = False
-    """Otherwise biases and norms are spared, as usual."""
+    """Decay biases and norms too, which are spared by default."""
 
 
 def parameter_groups(
     model: MultiTokenForConditionalGeneration, learn: Trainable, *, weight_decay: float = 0.0
 ) -> list[ParameterGroup]:
-    """Return a stage's parameter groups. `weight_decay` is the default of groups without one."""
+    """Return the groups of a stage. `weight_decay`: default for groups without their own."""
     groups: list[ParameterGroup] = []
 
     def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
@@ -38,7 +41,7 @@ def parameter_groups(
         groups.append(ParameterGroup(name, pace.lr, decay, parameters))
 
     biases: list[nn.Parameter] = []
-    # one group where all learn alike, one for each instance where the recipe tells them apart
+    # one group for all projectors, or one for each where the recipe names them
     rest: dict[str, tuple[LearningRate, list[nn.Parameter]]] = {}
     for name, projector in model.projectors.items():
         pace = learn.projector(name)
@@ -47,6 +50,7 @@ def parameter_groups(
         apart: set[int] = set()
         if isinstance(projector, Projector):
             if projector.closed_form:
+                # frozen: training starts from zero beside it (see decision 0009)
                 apart |= {id(p) for p in projector.closed_form.parameters()}
             if learn.projector_biases is not None:
                 last = [layer.bias for layer in projector.final_layers()]
@@ -59,7 +63,7 @@ def parameter_groups(
     if learn.projector_biases is not None:
         pace = learn.projector_biases
         groups.append(
-            # vectors all of them: what is said of them here is meant for them
+            # biases are vectors: a decay that the recipe gives this group is meant for them
             ParameterGroup(
                 "projector_biases", pace.lr, pace.weight_decay or 0.0, biases, decays_vectors=True
             )
@@ -76,7 +80,7 @@ def parameter_groups(
 
 
 def optimizer_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
-    """As torch's optimizers take them, each split into what is decayed and what is not."""
+    """Return groups for torch's optimizers, each split into decayed and spared parameters."""
     found = []
     for group in groups:
         for decayed in (True, False):
@@ -94,9 +98,9 @@ def optimizer_groups(groups: Iterable[ParameterGroup]) -> list[dict[str, Any]]:
 def trainable_encoders(
     model: MultiTokenForConditionalGeneration, learn: Trainable
 ) -> dict[str, TrainableEncoder]:
-    """Return the trainable part of each encoder in a stage, by instance.
+    """Return the encoders that a stage trains, by instance.
 
-    One that starts from random weights learns with its projector, unless the recipe says more.
+    An encoder with random weights is trained with its projector, unless the recipe names it.
     """
     found = {}
     for name in model.modalities:
@@ -111,9 +115,10 @@ def trainable_encoders(
 
 
 def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Trainable) -> None:
-    """Let the stage's parameters learn, freeze all others.
+    """Unfreeze the parameters of a stage, and freeze all others.
 
-    Raises MultiTokenError if none learn, or for a language model that cannot learn as a whole.
+    Raises MultiTokenError for a group without parameters, and for a language model whose weights
+    cannot be trained.
     """
     model.requires_grad_(False)
     for name, spec in trainable_encoders(model, learn).items():
@@ -124,23 +129,24 @@ def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Traina
         _unfreeze_language_model(model)
     for group in parameter_groups(model, learn):
         if not group.parameters:
-            raise MultiTokenError(f"nothing to learn under {group.name!r}")
+            raise MultiTokenError(f"nothing to train under {group.name!r}")
         for parameter in group.parameters:
             parameter.requires_grad_(True)
 
 
 def _unfreeze_language_model(model: MultiTokenForConditionalGeneration) -> None:
-    """All of it in float32: small steps would be lost in 16 bits, and integers take none."""
+    """Unfreeze the language model, in float32: 16 bits would round small updates away."""
     if quantized_parameters(model.language_model):
         raise MultiTokenError(
             "learn.language_model trains all weights, but those of the language model are "
-            "quantized; learn an `adapter` on it (QLoRA), or set model.quantization to null and "
+            "quantized; train an `adapter` on it (QLoRA), or set model.quantization to null and "
             "name weights that are not quantized"
         )
     if hasattr(model.language_model, "peft_config"):
         raise MultiTokenError(
-            "learn.language_model trains the weights that the model's adapter was made for; learn "
-            "`adapter`, or merge it first (`multi-token export RUN --to merged`) and train that"
+            "learn.language_model trains the weights that the model's adapter was trained for; "
+            "train `adapter`, or merge it first (`multi-token export RUN --to merged`) and train "
+            "the result"
         )
     model.language_model.float()
     model.trained_language_model = True

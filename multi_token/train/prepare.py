@@ -164,7 +164,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             open_source(source, model.processor, recipe, None) for source in recipe.data.train
         ]
     else:
-        streams = open_streams(model.processor, recipe, seed=args.data_seed or spec.seed)
+        streams = open_streams(model.require_processor(), recipe, seed=args.data_seed or spec.seed)
         sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
     encoders = {name: model.encoder(name) for name in model.modalities}

@@ -1,4 +1,4 @@
-"""A run's own report: `report.json` and one self-contained `report.html`, which grow with it."""
+"""Report of a run: `report.json` and a self-contained `report.html`, updated while it trains."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from multi_token.report.machine import machine_facts
 
 JSON, HTML = "report.json", "report.html"
 _APART = 2.0
-"""Seconds between two writings, so that fast steps do not wait for the page."""
+"""Seconds between two writes, so that fast steps do not wait for the page."""
 _CURVES = (
-    ("loss", "Loss", "cross entropy at learned tokens (log scale)", True),
+    ("loss", "Loss", "cross entropy at supervised tokens (log scale)", True),
     ("eval_loss", "Loss on held-out rows", "cross entropy (log scale)", True),
     ("eval_exact_answers", "Exact answers on held-out rows", "share of all answers", False),
     ("eval_shuffled_loss_increase", "Use of the media", "loss with shuffled media, less", False),
@@ -32,7 +32,6 @@ _CURVES = (
 )
 _SHARES = {"eval_exact_answers", "data_wait_fraction", "encoder_fraction", "mfu"}
 
-
 _STYLE = """pre { padding: 16px 18px; overflow: auto; background: var(--card);
   border: 1px solid var(--line); border-radius: 14px; font-size: .85rem; }
 .charts { margin-bottom: 12px; }
@@ -42,10 +41,10 @@ thead th { width: auto; font-weight: 600; }
 
 
 class RunReport:
-    """Report of a run so far; after a restart it continues from the report in the run's folder."""
+    """The report of a run so far; after a restart it continues the one in the run's folder."""
 
     def __init__(self, folder: Path, recipe: Recipe, parts: Sequence[str]) -> None:
-        """`parts`: what the model is made of, in words."""
+        """`parts`: lines about the parts of the model."""
         self.folder = folder
         self.facts: dict[str, Any] = {
             "hardware": hardware(),
@@ -60,7 +59,7 @@ class RunReport:
         return self.facts["stages"][-1]
 
     def start_stage(self, stage: str, trainable: Sequence[str]) -> None:
-        """A stage begins, or goes on; later stages of an earlier try are forgotten."""
+        """Start or resume a stage, and drop later stages, left by an earlier attempt."""
         names = [entry["name"] for entry in self.facts["stages"]]
         if stage in names:
             del self.facts["stages"][names.index(stage) + 1 :]
@@ -75,34 +74,35 @@ class RunReport:
         *,
         data_wait: float | None = None,
     ) -> None:
-        """The whole log of the stage so far, as the trainer keeps it (also over a restart).
+        """Take over the log of the stage, which the trainer keeps across restarts.
 
-        `data_wait`: the share of the time since the last start that steps waited for their data.
+        `data_wait`: share of the time since the last start that steps waited for data.
         """
         if data_wait is not None:
             self._stage["data_wait"] = data_wait
         self._stage["log"] = [dict(entry) for entry in history]
         self._stage["max_steps"] = max_steps
+        # a resumed run repeats the steps after its checkpoint, and their samples
         reached = max((entry.get("step", 0) for entry in history), default=0)
         self._stage["samples"] = [s for s in self._stage["samples"] if s["step"] <= reached]
         self.write()
 
     def add_samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
-        """Answers to held-out rows at a step."""
+        """Add the answers to held-out rows at a step."""
         kept = [s for s in self._stage["samples"] if s["step"] != step]
         self._stage["samples"] = [*kept, {"step": step, "answers": [dict(a) for a in answers]}]
         self.write(at_once=True)
 
     def blind(self, found: Mapping[str, Any]) -> None:
-        """The blind test at the end."""
+        """Add the blind test at the end."""
         self.facts["blind"] = dict(found)
 
     def write(self, *, at_once: bool = False) -> None:
-        """Both files, whole or not at all; not so often that steps would wait for it."""
+        """Write both files atomically, at most once in `_APART` seconds unless `at_once`."""
         if not at_once and time.monotonic() - self._written < _APART:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        # a loss of NaN has no JSON of its own
+        # JSON has no NaN, and a diverged run needs its report most
         text = json.dumps(_plain(self.facts), indent=1, allow_nan=False)
         for name, content in ((JSON, text), (HTML, render_page(self.facts))):
             partial = self.folder / f"{name}.partial"
@@ -119,7 +119,7 @@ def _load_previous(folder: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """The same without numbers that JSON cannot say."""
+    """Replace NaN and inf, which JSON lacks, by None."""
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return None
     if isinstance(value, dict):
@@ -128,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def hardware() -> dict[str, str]:
-    """The machine, and its accelerators by name and memory."""
+    """Return facts about the machine, and its accelerators by name and memory."""
     facts = dict(machine_facts())
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -138,13 +138,13 @@ def hardware() -> dict[str, str]:
 
 
 def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of one number of a log, without what is no number."""
+    """Return (step, value) of one key of a log, without NaN."""
     found = [(int(e["step"]), e[key]) for e in log if key in e and "step" in e]
     return [(step, float(value)) for step, value in found if value is not None and value == value]
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
-    """The page: per stage what learns, curves and answers; then the blind test and the run."""
+    """Render the page: trained groups, curves and answers of each stage, blind test, recipe."""
     out = facts["recipe"]["train"]["output_dir"]
     parts = dict(line.strip().partition(": ")[::2] for line in facts["parts"])
     recipe = escape(json.dumps(facts["recipe"], indent=1, ensure_ascii=False))
@@ -158,8 +158,8 @@ def render_page(facts: Mapping[str, Any]) -> str:
             columns([facts_table("Hardware", facts["hardware"]), facts_table("Parts", parts)]),
             f"<h2>Recipe</h2>\n<pre>{recipe}</pre>",
         ],
-        footer="Written anew while the run goes on; load it again to see more. The same numbers "
-        "are in report.json.",
+        footer="Updated while the run trains; reload it to see more. The same numbers are in "
+        "report.json.",
         own_style=_STYLE,
     )
 
@@ -196,7 +196,7 @@ def _figure(
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The latest answers, and those of earlier evaluations folded away."""
+    """Render the latest answers, and those of earlier evaluations folded away."""
     if not samples:
         return ""
 
@@ -231,8 +231,7 @@ def _blind(found: Mapping[str, Any]) -> str:
     warnings = "".join(f"<p><b>Warning:</b> {escape(w)}</p>" for w in found["warnings"])
     table = facts_table("Loss by media", {c["media"]: cells(c) for c in found["conditions"]})
     return (
-        "<h2>Does it use its media?</h2><p>The same held-out rows with original media, those of "
-        f"other rows (shuffled) and mean features (ablated) ({found['num_rows']} rows; ± two "
-        f"standard errors).</p>{warnings}"
-        f"{table}"
+        "<h2>Does the model use its media?</h2><p>The same held-out rows with original media, "
+        f"media of other rows (shuffled) and mean features (ablated) ({found['num_rows']} rows; "
+        f"± two standard errors).</p>{warnings}{table}"
     )

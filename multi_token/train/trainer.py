@@ -197,7 +197,7 @@ class MultiTokenTrainer(Trainer):
         """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf, with the
         ids of its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.step_metrics.batch(inputs), compile_enabled(self.compile_layers):
+        with self.step_metrics.timing_step(inputs), compile_enabled(self.compile_layers):
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
@@ -242,7 +242,7 @@ class MultiTokenTrainer(Trainer):
         if "loss" in logs:
             reduce = self._sum_over_devices if self.args.world_size > 1 else None
             logs |= self.batches.metrics(reduce)
-            logs |= self.step_metrics.read(reduce)
+            logs |= self.step_metrics.pop(reduce)
             logs |= self.objective.metrics(reduce)
             logs |= self.step_metrics.gradient_norms(logs.get("grad_norm"))
             assert self.optimizer is not None

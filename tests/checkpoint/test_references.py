@@ -13,7 +13,7 @@ from multi_token.checkpoint.references import absolutize, relativize, resolve
 from multi_token.errors import CheckpointError
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
-from multi_token.recipe.recipe import Quantization
+from multi_token.recipe.model import Quantization
 from multi_token.recipe.train import AdapterSpec
 from multi_token.testing import tiny_language_model
 

@@ -19,7 +19,7 @@ from multi_token.encoders import attach_lora, trainable_parameters
 from multi_token.errors import ConvertError
 from multi_token.generate import collate_prompts, eos_token_ids, single_question
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import AdapterSpec, TrainableEncoder
 from multi_token.registry import validate_fields
 from multi_token.testing import tiny_image_encoder, tiny_llava

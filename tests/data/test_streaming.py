@@ -183,7 +183,7 @@ def test_a_batch_without_a_good_row_takes_the_next_one_of_its_window(bench: Benc
     batches = first(bench(skip=True, per_device_train_batch_size=1), 24)
     assert batches == [*whole[:4], whole[5], *whole[5:]]
     bench.stream.rows[4:8] = [BAD] * 4
-    with pytest.raises(MultiTokenError, match="no row of window 1 of the stream can be learned"):
+    with pytest.raises(MultiTokenError, match="window 1 of the stream has no good row"):
         first(bench(skip=True, per_device_train_batch_size=1), 24)
 
 
@@ -194,7 +194,7 @@ def test_packs_leave_bad_rows_out(bench: Bench) -> None:
     assert given == {f"{n:02}" for n in range(24)} - {"05", "17"}
     assert loader.state.num_bad >= 2
     bench.stream.rows[:] = [BAD] * 24
-    with pytest.raises(MultiTokenError, match="1,.* rows of the stream on end"):
+    with pytest.raises(MultiTokenError, match="1,.* rows of the stream in a row are bad"):
         first(bench(skip=True, packing=PackingPlan([], 150)), 1)
 
 

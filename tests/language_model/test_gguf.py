@@ -17,7 +17,7 @@ from multi_token.checkpoint.save import save
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec, Quantization
+from multi_token.recipe.model import ModelSpec, Quantization
 
 gguf = pytest.importorskip("gguf")
 

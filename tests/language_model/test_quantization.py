@@ -18,7 +18,8 @@ from multi_token.generate import collate_prompts, single_question
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec, Quantization, Recipe
+from multi_token.recipe.model import ModelSpec, Quantization
+from multi_token.recipe.recipe import Recipe
 from multi_token.registry import validate_fields
 from multi_token.testing.language_models import tiny_language_model
 from multi_token.train.run import train

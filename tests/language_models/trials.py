@@ -18,7 +18,7 @@ from multi_token.language_model.forward import per_layer_inputs
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.closed_form import calibrate
 from multi_token.train.parameter_groups import freeze_and_unfreeze

@@ -70,7 +70,6 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.seed.deeper=1", "'train.seed': .*integer"),
         ("train.seed", "expected key=value"),
         ("train.stages.0.learn={}", "must learn something"),
-        ("train.stages.0.learn={adapter: 1, projector_biases: 1}", "needs `projectors`"),
         ("model.modalities.text={type: vector, dim: 2}", "'text' cannot name a modality"),
         ("train.stages.0.learn.encoders={imge: 1e-5}", "`encoders` of 'imge'.*mean 'image'"),
         ("train.stages.0.learn.projectors={imge: 1e-5}", "`projectors` of 'imge'.*mean 'image'"),
@@ -89,21 +88,14 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
             "train.stages.0.learn.encoders={image: {lr: 1, last_layer: 1}}",
             "did you mean 'last_layers'",
         ),
-        (
-            "train.stages.0.learn.encoders={image: {lr: 1, lora: {r: 2}, last_layers: 1}}",
-            "exclude each",
-        ),
         ("train.stages.0.learn.projectors={lr: 0}", "projectors.all.lr': .*greater than 0"),
         ("train.stages.0.learn.projectors={lr: 1, decay: 1}", "unknown key .*'weight_decay'"),
         ("train.stages.0.learn.adapter={weight_decay: 1}", "adapter.lr' is required"),
         ("train.stages.0.learn.adapter={lr: 1, weight_decay: -1}", "or equal to 0"),
-        ("train.stages.0.learn={adapter: 1, language_model: 1}", "exclude each other"),
         ("model.modalities.lr={type: vector, dim: 2}", "'lr' cannot name a modality"),
-        ("train.init_from=RUN", "the run's own `output_dir`"),
     ],
 )
 def test_a_slip_is_named_with_the_nearest_name(text: str, override: str, sentence: str) -> None:
-    override = override.replace("RUN", yaml.safe_load(text)["train"]["output_dir"])
     with pytest.raises(RecipeError, match=sentence):
         parse_recipe(text, [override])
 
@@ -118,12 +110,6 @@ def test_an_encoder_learns_by_a_rate_alone_by_its_last_layers_or_by_lora(text: s
         recipe = parse_recipe(text, [f"{learn}={{image: {value}}}"])
         assert recipe.train.stages[0].learn.encoders == {"image": expected}
     assert parse_recipe(text).train.stages[0].learn.encoders == {}
-
-
-def test_cached_features_are_refused_where_an_encoder_learns(text: str) -> None:
-    learn = ["train.feature_cache=true", "train.stages.0.learn.encoders={image: 1e-5}"]
-    with pytest.raises(RecipeError, match="stage 'projector' learns the encoder of 'image'"):
-        parse_recipe(text, learn)
 
 
 def test_the_feature_cache_is_a_word_or_a_section(text: str) -> None:
@@ -157,7 +143,7 @@ def test_lora_on_an_encoder_is_the_same_in_all_stages_or_refused(text: str) -> N
     parse_recipe(text, [f"train.stages={stages}"])
     for other in ({"lr": 1e-5, "lora": {"r": 4}}, {"lr": 1e-5, "last_layers": 1}, 1e-5):
         stages[2]["learn"] = {"encoders": {"image": other}}
-        with pytest.raises(RecipeError, match="'image' learns by other means in stage 'c'"):
+        with pytest.raises(RecipeError, match="'image' is trained by other means in stage 'c'"):
             parse_recipe(text, [f"train.stages={stages}"])
 
 
@@ -178,32 +164,17 @@ def test_a_language_model_in_pieces_is_a_line_of_the_recipe(text: str) -> None:
     for value, num in (("true", 1), ("{replicas: 2}", 2)):
         fsdp = parse_recipe(text, [f"train.fsdp={value}"]).train.fsdp
         assert fsdp is not None and fsdp.replicas == num
-    for override, sentence in (
-        ("train.args={deepspeed: zero.json}", "`fsdp` and `deepspeed` of `args` exclude"),
-        ("train.stages.0.args={fsdp: true}", "`fsdp` and `fsdp` of `args` exclude"),
-        ("model.quantization=4bit", "train.fsdp cuts floating-point weights"),
-        ("train.fsdp={replicas: 0}", "greater than or equal to 1"),
-    ):
-        with pytest.raises(RecipeError, match=sentence):
-            parse_recipe(text, ["train.fsdp=true", override])
+    with pytest.raises(RecipeError, match="greater than or equal to 1"):
+        parse_recipe(text, ["train.fsdp={replicas: 0}"])
 
 
-def test_packing_is_a_word_or_a_section_and_its_budgets_need_it(text: str) -> None:
+def test_packing_is_a_word_or_a_section(text: str) -> None:
     packed = parse_recipe(text, ["train.packing=true", "train.pack_items=4"]).train
     assert packed.packing is not None and not packed.packing.share
     assert packed.pack_items == 4 and packed.pack_tokens is None
     shared = parse_recipe(text, ["train.packing={share: true}"]).train.packing
     assert shared is not None and shared.share
     assert parse_recipe(text, ["train.packing=false"]).train.packing is None
-    for key, value in (("pack_tokens", 64), ("pack_items", 4)):
-        with pytest.raises(RecipeError, match=f"`{key}` needs `packing: true`"):
-            parse_recipe(text, [f"train.{key}={value}"])
-
-
-@pytest.mark.parametrize("key", ["share_media", "share_prefix"])
-def test_keys_that_packing_replaced_are_answered_with_the_new_form(text: str, key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"`{key}` is now `packing: {{share: true}}`"):
-        parse_recipe(text, [f"train.{key}=true"])
 
 
 def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
@@ -221,22 +192,6 @@ def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> Non
     assert learn.projectors == {"image": LearningRate(lr=1, weight_decay=2)}
     assert learn.projector("image") == LearningRate(lr=1, weight_decay=2)
     assert parse_recipe(yaml.safe_dump(some.model_dump(mode="json"))) == some
-
-
-def test_the_whole_language_model_does_not_learn_in_integers_or_behind_an_adapter(
-    text: str,
-) -> None:
-    full = "train.stages.0.learn={language_model: 1e-5}"
-    parse_recipe(text, [full])
-    with pytest.raises(RecipeError, match="'projector' trains `language_model`, whose .*4bit"):
-        parse_recipe(text, [full, "model.quantization=4bit"])
-    stages = [
-        {"name": "a", "learn": {"language_model": 1e-5}},
-        {"name": "b", "learn": {"adapter": 1e-4}},
-    ]
-    parse_recipe(text, [f"train.stages={stages}"])
-    with pytest.raises(RecipeError, match="'a' trains `language_model` after stage 'b'"):
-        parse_recipe(text, [f"train.stages={stages[::-1]}"])
 
 
 def test_two_stages_of_one_name_are_refused(text: str) -> None:
@@ -295,12 +250,3 @@ def test_a_recipe_object_can_be_built_by_hand(recipe_fields: Fields, tmp_path: P
     fields = recipe_fields(tmp_path)
     fields["model"]["modalities"]["image"] = ImageModality(encoder="some/encoder")
     assert Recipe.model_validate(fields).model.modalities["image"].type == "image"
-
-
-def test_evaluating_needs_rows_to_evaluate_on(text: str) -> None:
-    fields = yaml.safe_load(text)
-    fields["train"]["args"] = {"eval_strategy": "epoch"}
-    with pytest.raises(RecipeError, match="eval_strategy=epoch needs rows .* `data.eval`"):
-        parse_recipe(yaml.safe_dump(fields))
-    fields["data"]["eval"] = [{"rows": "held_out.jsonl"}]
-    assert parse_recipe(yaml.safe_dump(fields)).data.eval[0].rows == "held_out.jsonl"

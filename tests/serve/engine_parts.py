@@ -13,7 +13,7 @@ import torch
 
 from multi_token.generate import single_question
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import ModelSpec
+from multi_token.recipe.model import ModelSpec
 from multi_token.serve.engines.base import (
     Engine,
     EngineEvent,

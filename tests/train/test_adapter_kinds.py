@@ -144,9 +144,3 @@ def base_of(model: Any) -> dict[str, torch.Tensor]:
         for name, p in model.language_model.named_parameters()
         if "lora_" not in name
     }
-
-
-def test_dora_on_8_bits_is_refused(recipe_fields: Fields, tmp_path: Path) -> None:
-    fields = fields_of(recipe_fields, tmp_path / "run", KINDS["dora"], quantization="8bit")
-    with pytest.raises(RecipeError, match="`use_dora` reads whole weights, .* use 4bit"):
-        trained(fields)

@@ -137,7 +137,7 @@ def test_compiling_without_a_compiler_is_refused_before_anything_runs(
         trained(recipe_fields(tmp_path / "run", compile_layers=True))
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RecipeError, match=r"found none \(CXX, g\+\+, clang\+\+, cl\)"):
+    with pytest.raises(RecipeError, match=r"none was found \(CXX, g\+\+, clang\+\+, cl\)"):
         check_can_compile(CPU)
 
 

@@ -325,16 +325,6 @@ def test_a_plan_is_made_without_a_reference(pair_fields: Fields, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("train.packing=true", "`packing` and the `dpo` of stage 'prefer' exclude each other"),
-        ("train.fsdp=true", "`fsdp` and the `dpo` of stage 'prefer' exclude each other"),
-        (
-            "train.stages.0.distillation={}",
-            "`distillation` and `dpo` of stage 'prefer' exclude each other",
-        ),
-        (
-            "train.stages.0.dpo={loss: ipo, label_smoothing: 0.1}",
-            "`label_smoothing` is for the loss sigmoid, not for ipo",
-        ),
         ("train.stages.0.dpo.beta=0", "greater than 0"),
         ("train.stages.0.dpo.label_smoothing=0.5", "less than 0.5"),
         ("train.stages.0.dpo.loss=kto", "'sigmoid', 'ipo' or 'hinge'"),

@@ -192,7 +192,7 @@ def test_an_encoder_without_what_was_asked_for_is_refused(
     fields = mixed_fields(tmp_path)
     fields["model"]["modalities"]["vector"] = {"type": "vector", "dim": 3}
     model = composed(fields)
-    with pytest.raises(MultiTokenError, match="nothing to learn under 'encoder vector'"):
+    with pytest.raises(MultiTokenError, match="nothing to train under 'encoder vector'"):
         freeze_and_unfreeze(model, Trainable.model_validate({"encoders": {"vector": 1e-3}}))
     with pytest.raises(RecipeError, match="VectorEncoder.* has no linear layer"):
         attach_lora("vector", model.encoder("vector"), LoraSpec())

@@ -100,7 +100,8 @@ def test_the_report_is_one_page_that_loads_nothing(watched: tuple[Path, str]) ->
     assert tags.loads == [] and "@import" not in page and "url(" not in page
     # at least loss, held-out loss, exact answers, use, speed, rate, wait, encoder; three norms
     assert tags.num["svg"] >= 11
-    for words in ("Loss on held-out rows", "Gradient norm of adapter", "Does it use its media?"):
+    media = "Does the model use its media?"
+    for words in ("Loss on held-out rows", "Gradient norm of adapter", media):
         assert words in page
     assert page.count("Answers at step") == 3
 

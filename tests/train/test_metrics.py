@@ -82,7 +82,7 @@ def test_the_formula_counts_what_torch_counts(
     assert model.capabilities.supports_logits_to_keep  # probed here, or its trials would be counted
     step_metrics = StepMetrics(model)
     for _ in range(2):  # the second time, encoder and projector go by what the first has counted
-        with FlopCounterMode(display=False) as flops, step_metrics.batch(batch):
+        with FlopCounterMode(display=False) as flops, step_metrics.timing_step(batch):
             model(**batch).loss.backward()
         assert step_metrics.last_flops == pytest.approx(flops.get_total_flops(), rel=0.02)
 

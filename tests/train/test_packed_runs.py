@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from multi_token.errors import Interrupted, LanguageModelError, RecipeError
+from multi_token.errors import Interrupted, LanguageModelError
 from multi_token.language_model.segment_attention import SEGMENT_ATTENTION
 from multi_token.recipe.recipe import Recipe
 from multi_token.train import stage as stage_module
@@ -115,15 +115,6 @@ def test_packing_on_a_model_that_leaks_is_refused_before_rows_are_read(
     fields = recipe_fields(tmp_path / "run", packing=True)
     fields["model"]["language_model"] = str(tmp_path / "mamba2")
     with pytest.raises(LanguageModelError, match="Mamba2ForCausalLM cannot take packed rows"):
-        trained(fields)
-
-
-def test_a_sampling_strategy_beside_packing_is_refused(
-    recipe_fields: Fields, tmp_path: Path
-) -> None:
-    fields = recipe_fields(tmp_path / "run", packing=True)
-    fields["train"]["args"]["train_sampling_strategy"] = "group_by_length"
-    with pytest.raises(RecipeError, match="packs are batches of their own"):
         trained(fields)
 
 

@@ -159,7 +159,7 @@ def test_lora_attaches_to_the_language_model_only(recipe_fields: Fields, tmp_pat
 
 
 def test_a_stage_that_would_learn_nothing_is_refused(model: Any) -> None:
-    with pytest.raises(MultiTokenError, match="nothing to learn under 'adapter'"):
+    with pytest.raises(MultiTokenError, match="nothing to train under 'adapter'"):
         freeze_and_unfreeze(model, learn(adapter=1e-3))
 
 
@@ -167,7 +167,7 @@ def test_the_language_model_does_not_learn_under_an_adapter_that_was_made_for_it
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     model = composed(recipe_fields(tmp_path), adapter=True)
-    with pytest.raises(MultiTokenError, match="the weights that the model's adapter was made for"):
+    with pytest.raises(MultiTokenError, match="the model's adapter was trained for"):
         freeze_and_unfreeze(model, learn(language_model=1e-5))
     save(model, tmp_path / "a")
     stages = [{"name": "full", "learn": {"language_model": 1e-5}}]
@@ -181,7 +181,7 @@ def test_integers_do_not_learn(recipe_fields: Fields, tmp_path: Path) -> None:
     fields = recipe_fields(tmp_path)
     fields["model"]["quantization"] = "4bit"
     model = composed(fields)
-    with pytest.raises(MultiTokenError, match=r"quantized; learn an `adapter` on it \(QLoRA\)"):
+    with pytest.raises(MultiTokenError, match=r"quantized; train an `adapter` on it \(QLoRA\)"):
         freeze_and_unfreeze(model, learn(language_model=1e-5))
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.stream_loader import StreamLoader
-from multi_token.errors import Interrupted, RecipeError, RowError
+from multi_token.errors import Interrupted, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -210,34 +210,6 @@ def test_features_that_were_kept_before_stand_in_for_media(
     at(1, lambda: monkeypatch.setattr(ImageModality, "load", None))  # no image is opened then
     trained(fields)
     assert len(FeatureCache(tmp_path / "features")) == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda f: f["train"]["args"].pop("max_steps"), "has no end: set `max_steps`"),
-        (
-            lambda f: f["train"]["args"].update(train_sampling_strategy="group_by_length"),
-            "train_sampling_strategy is 'group_by_length', which needs the lengths",
-        ),
-        (lambda f: f["train"].update(feature_cache=True), "would be filled from all rows"),
-        (lambda f: f["train"].update(feature_cache="auto"), "would be filled from all rows"),
-        (lambda f: f["train"].update(packing=True), r"pack_tokens is None.*data.max_tokens \(120"),
-        (lambda f: f["train"]["stages"][0].update(dpo={}), "`data.stream` and the `dpo` of stage"),
-        (lambda f: f["data"].update(stream=False), "`weight` of .* is the part of a source"),
-        (
-            lambda f: f["data"].update(eval=[{"rows": "rows.jsonl", "weight": 1}]),
-            "`weight` of 'rows.jsonl' under `data.eval`",
-        ),
-    ],
-)
-def test_what_does_not_go_with_a_stream_is_refused(
-    fields_of: Fields, tmp_path: Path, change: Any, reason: str
-) -> None:
-    fields = copy.deepcopy(fields_of(tmp_path))
-    change(fields)
-    with pytest.raises((RecipeError, ValueError), match=reason):
-        Recipe.model_validate(fields)
 
 
 def test_the_word_true_is_a_stream_with_the_default_window(

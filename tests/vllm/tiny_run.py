@@ -27,7 +27,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     from multi_token.checkpoint.save import save
     from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.recipe.recipe import ModelSpec
+    from multi_token.recipe.model import ModelSpec
     from multi_token.recipe.train import AdapterSpec
     from multi_token.testing import tiny_image_encoder, tiny_tokenizer
     from multi_token.testing.encoders import tiny_clap

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
-from multi_token.data.feature_cache.keys import KeyTable, digest, encoder_fingerprint, source_name
+from multi_token.data.feature_cache.keys import KeyTable, encoder_fingerprint, source_name
 from multi_token.data.feature_cache.store import (
     FeatureStore,
     StoredFeatures,
@@ -20,6 +20,7 @@ from multi_token.data.feature_cache.store import (
 )
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
+from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
+from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
 
 _NOT_FEATURES = {"projector", "micro_batch", "dtype"}
@@ -20,14 +21,6 @@ _SETTINGS = (".json", ".txt", ".model", ".vocab", ".py")
 """Suffixes of a model folder's files that are no weights: config, preprocessor, tokenizer."""
 _DIGITS = 32
 """Hexadecimal digits of a key: 128 bits, at which no two of any real number of items collide."""
-
-
-def digest(*parts: bytes) -> str:
-    """32 hexadecimal digits; parts do not run into each other."""
-    whole = hashlib.blake2b(digest_size=_DIGITS // 2)
-    for part in parts:
-        whole.update(hashlib.blake2b(part, digest_size=32).digest())
-    return whole.hexdigest()
 
 
 def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:

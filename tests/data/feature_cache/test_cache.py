@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.keys import KeyTable, digest
+from multi_token.data.feature_cache.keys import KeyTable
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
+from multi_token.media.hashing import digest
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.types import Media

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multi_token.data.feature_cache.keys import digest
+from multi_token.media.hashing import digest
 from multi_token.serve.engines.base import PrefixCacheStats, Prompt
 from multi_token.serve.engines.local.kv_cache import set_seen_tokens
 
