@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,11 +19,9 @@ from multi_token.media.sniff import describe
 from multi_token.media.waveform import (
     RATES,
     UNKNOWN_LENGTH,
-    SecondsRange,
+    Excerpt,
     check_rate,
-    join_blocks,
     resampled_length,
-    sample_range,
     to_float32,
 )
 
@@ -78,16 +77,15 @@ def load_audio(
     Raises:
         MediaError: The source is no audio, is silent, or is over `max_seconds`.
     """
-    given, name, span = unpack_source(source)
+    given, excerpt = _unpack_source(source, rate, max_seconds)
     path = given.get("path")
-    limits = {"rate": rate, "name": name, "max_seconds": max_seconds, "span": span}
     if given.get("array") is not None:
         if given.get("sampling_rate") is None:
             raise undecodable(
                 f"an array of samples has no sampling rate; give {_MAPPING_HINT} with the rate "
                 "at which it was recorded"
             )
-        audio = as_audio(given["array"], sampling_rate=given["sampling_rate"], **limits)
+        audio = as_audio(given["array"], given["sampling_rate"], excerpt)
     elif isinstance(path, (list, tuple, np.ndarray, Tensor)):
         raise undecodable(
             "a list of samples has no sampling rate; give "
@@ -95,17 +93,18 @@ def load_audio(
         )
     else:
         data = given.get("bytes")
-        audio = decode_audio(fetch.read(path if data is None else data), **limits)
+        audio = decode_audio(fetch.read(path if data is None else data), excerpt)
+    # All samples equal, and not only zero: a broken converter writes a constant offset.
     if not allow_silence and audio.min() == audio.max():
         raise undecodable(
-            f"{name or 'the audio'} is silence ({len(audio) / rate:.2f} s, all samples equal); "
+            f"{excerpt.label} is silence ({len(audio) / rate:.2f} s, all samples equal); "
             "fix the row, or set `allow_silence: true` if silence means something"
         )
     return audio
 
 
-def unpack_source(source: Any) -> tuple[dict[str, Any], str, SecondsRange]:
-    """Return a source as a mapping, its name for messages, and the part to read.
+def _unpack_source(source: Any, rate: int, max_seconds: float) -> tuple[dict[str, Any], Excerpt]:
+    """A source as a mapping, and the part of it to read.
 
     Raises MediaError for an unknown key or an impossible part.
     """
@@ -115,8 +114,19 @@ def unpack_source(source: Any) -> tuple[dict[str, Any], str, SecondsRange]:
         raise undecodable(
             f"an audio has the unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}"
         )
-    name = source_name(given.get("path"))
-    return given, name, _span(given.get("start"), given.get("end"), name or "the audio")
+    start, end = given.get("start"), given.get("end")
+    excerpt = Excerpt(rate, source_name(given.get("path")), max_seconds, start or 0.0, end)
+    for key, value in (("start", start), ("end", end)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value >= 0):
+            raise undecodable(
+                f"`{key}` of {excerpt.label} is {value!r}, expected 0 seconds or more"
+            )
+    if end is not None and end <= excerpt.start:
+        raise undecodable(
+            f"{excerpt.label} has `end` {end:g} s, which must be after `start`, {excerpt.start:g} s"
+        )
+    return given, excerpt
 
 
 def count_samples(source: Any, fetch: Fetch, *, rate: int, max_seconds: float) -> int | None:
@@ -126,20 +136,20 @@ def count_samples(source: Any, fetch: Fetch, *, rate: int, max_seconds: float) -
     decoding tells. Raises MediaError for a missing file, and for a part outside of the audio or
     over `max_seconds`.
     """
-    given, name, span = unpack_source(source)
-    label = name or "the audio"
+    given, excerpt = _unpack_source(source, rate, max_seconds)
     if given.get("array") is not None:
-        counted = _count_array(given["array"], given.get("sampling_rate"), label)
+        counted = _count_array(given["array"], given.get("sampling_rate"), excerpt.label)
     elif isinstance(given.get("path"), (list, tuple, np.ndarray, Tensor)):
         return None
     else:
         data = given.get("bytes")
         with fetch.open(given.get("path") if data is None else data) as file:
             counted = _count_file(file)
+    # `load_audio` refuses such a rate with a message of its own.
     if counted is None or not RATES[0] <= counted[0] <= RATES[1]:
         return None
     own_rate, num_frames = counted
-    begin, end = sample_range(span, own_rate, num_frames, label, max_seconds)
+    begin, end = excerpt.samples(own_rate, num_frames)
     return resampled_length(end - begin, own_rate, rate) or None
 
 
@@ -154,6 +164,7 @@ def _count_array(samples: Any, sampling_rate: Any, label: str) -> tuple[int, int
 def _count_file(file: BinaryIO) -> tuple[int, int] | None:
     start = file.read(16)
     size = file.seek(0, os.SEEK_END)
+    # Containers keep the length per track and codec, which only FFmpeg can read.
     if any(start.startswith(magic, at) for at, magic, _ in CONTAINERS):
         return None
     if size < _declared_size(start) < STREAMED:
@@ -180,56 +191,42 @@ def _declared_size(start: bytes) -> int:
     return 8 + int.from_bytes(start[4:8], "little" if start.startswith(b"RIFF") else "big")
 
 
-def decode_audio(
-    data: bytes,
-    *,
-    rate: int,
-    name: str = "",
-    max_seconds: float = 600.0,
-    span: SecondsRange = (0.0, None),
-) -> np.ndarray:
-    """Return the audio in `data` as float32 [samples] at `rate`, channels averaged.
+def decode_audio(data: bytes, excerpt: Excerpt) -> np.ndarray:
+    """Return the audio in `data` as float32 [samples], channels averaged.
 
     WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU and CAF; with `av` also MP4, M4A, WebM, Matroska
     and AAC. Decoding stops where it passes `max_seconds`, so that a long file costs no more than
-    the limit. `span`: start and end, in seconds, of the part to decode.
+    the limit.
 
     Raises:
-        MediaError: The bytes are no audio, are damaged or over the limit; `name` opens the message.
+        MediaError: The bytes are no audio, are damaged or over the limit.
     """
-    label = name or "the audio"
     if not data:
-        raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
+        raise undecodable(f"{excerpt.label} is empty (0 bytes); copy or download it again")
+    # By content, because names are often wrong and bytes have none.
     demuxer = next((reader for at, magic, reader in CONTAINERS if data.startswith(magic, at)), "")
     decode = _decode_container if demuxer else _decode_file
-    given, blocks = decode(data, demuxer, label, span, max_seconds)
-    return join_blocks(blocks, given, rate=rate, label=label, max_seconds=max_seconds)
+    return excerpt.join(*decode(data, demuxer, excerpt))
 
 
-def as_audio(
-    samples: Any,
-    *,
-    sampling_rate: Any,
-    rate: int,
-    name: str = "",
-    max_seconds: float = 600.0,
-    span: SecondsRange = (0.0, None),
-) -> np.ndarray:
+def as_audio(samples: Any, sampling_rate: Any, excerpt: Excerpt) -> np.ndarray:
     """Do the same for decoded samples: [samples] or [samples, channels].
 
     Floats from -1 to 1; integers of 8, 16 or 32 bits are scaled to that range.
     """
-    label = name or "the array of samples"
+    excerpt = replace(excerpt, name=excerpt.name or "the array of samples")
     array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
     try:
         array = np.asarray(array)
     except ValueError:
-        raise undecodable(f"{label} has rows of different lengths; give [samples]") from None
-    given = check_rate(sampling_rate, label)
-    array = _mix_to_mono(to_float32(array, label), label)
-    begin, end = sample_range(span, given, len(array), label, max_seconds)
+        message = f"{excerpt.label} has rows of different lengths; give [samples]"
+        raise undecodable(message) from None
+    given = check_rate(sampling_rate, excerpt.label)
+    array = _mix_to_mono(to_float32(array, excerpt.label), excerpt.label)
+    begin, end = excerpt.samples(given, len(array))
+    # A second at a time, as files are decoded, so that a NaN is found in bounded memory.
     pieces = (array[at : min(at + given, end)] for at in range(begin, end, given))
-    return join_blocks(pieces, given, rate=rate, label=label, max_seconds=max_seconds)
+    return excerpt.join(pieces, given)
 
 
 def _mix_to_mono(array: np.ndarray, label: str) -> np.ndarray:
@@ -239,6 +236,7 @@ def _mix_to_mono(array: np.ndarray, label: str) -> np.ndarray:
         raise undecodable(
             f"{label} has the shape {list(array.shape)}, expected [samples] or [samples, channels]"
         )
+    # [channels, samples] is the order of torchaudio; averaging it would give a few samples.
     if array.shape[1] > min(MAX_CHANNELS, array.shape[0]):
         raise undecodable(
             f"{label} has the shape {list(array.shape)}, which would be {array.shape[1]:,} "
@@ -247,10 +245,9 @@ def _mix_to_mono(array: np.ndarray, label: str) -> np.ndarray:
     return array.mean(axis=1)
 
 
-def _decode_file(
-    data: bytes, _: str, label: str, span: SecondsRange, max_seconds: float
-) -> tuple[int, Iterator[np.ndarray]]:
-    """Sampling rate and mono blocks of a file that libsndfile reads."""
+def _decode_file(data: bytes, _: str, excerpt: Excerpt) -> tuple[Iterator[np.ndarray], int]:
+    """Mono blocks and the sampling rate of a file that libsndfile reads."""
+    label = excerpt.label
     soundfile = require_package("soundfile", "audio")
 
     class Forward(soundfile.SoundFile):
@@ -267,13 +264,14 @@ def _decode_file(
         if error.code != _UNRECOGNISED:
             raise _damaged_error(label, error) from error
         raise _not_audio_error(data, label) from error
+    # libsndfile recognises more formats than the closed list.
     if file.format not in FORMATS:
         raise _not_audio_error(data, label)
     if num_missing := _num_missing_bytes(data):
         raise _damaged_error(label, f"{num_missing:,} bytes at its end are missing")
     given = check_rate(file.samplerate, label)
     _check_channels(file.channels, label)
-    begin, end = sample_range(span, given, file.frames, label, max_seconds)
+    begin, end = excerpt.samples(given, file.frames)
 
     def blocks() -> Iterator[np.ndarray]:
         # A second earlier: the first frames after a seek lack the ones that they depend on.
@@ -294,13 +292,14 @@ def _decode_file(
         if file.frames < UNKNOWN_LENGTH and position < end - _HEADER_SLACK_S * given:
             raise _damaged_error(label, f"it ends after {position / given:.1f} s")
 
-    return given, blocks()
+    return blocks(), given
 
 
 def _decode_container(
-    data: bytes, demuxer: str, label: str, span: SecondsRange, max_seconds: float
-) -> tuple[int, Iterator[np.ndarray]]:
-    """Sampling rate and mono blocks of the first audio track of a file that FFmpeg reads."""
+    data: bytes, demuxer: str, excerpt: Excerpt
+) -> tuple[Iterator[np.ndarray], int]:
+    """Mono blocks and the sampling rate of the first audio track of a file that FFmpeg reads."""
+    label = excerpt.label
     av = require_package("av", "video")
     try:
         container = av.open(io.BytesIO(data), format=demuxer, metadata_errors="replace")
@@ -320,7 +319,7 @@ def _decode_container(
     known = UNKNOWN_LENGTH
     if container.duration and demuxer != "aac":  # that of raw AAC is a guess by the bit rate
         known = int(container.duration * given / av.time_base)
-    begin, end = sample_range(span, given, known, label, max_seconds)
+    begin, end = excerpt.samples(given, known)
 
     def blocks() -> Iterator[np.ndarray]:
         position = 0
@@ -329,6 +328,8 @@ def _decode_container(
                 if begin > given:  # a second earlier, as for files
                     container.seek(int((begin / given - 1) / track.time_base), stream=track)
                 for frame in container.decode(track):
+                    # The first frame tells where the seek arrived. Later ones are counted, since
+                    # some containers round times to milliseconds.
                     position = round((frame.time or 0.0) * given) if position == 0 else position
                     block = _to_float(frame)
                     yield block[max(begin - position, 0) : max(end - position, 0)]
@@ -340,7 +341,7 @@ def _decode_container(
         if known < UNKNOWN_LENGTH and position < end - _HEADER_SLACK_S * given:
             raise _damaged_error(label, f"it ends after {position / given:.1f} s")
 
-    return given, blocks()
+    return blocks(), given
 
 
 def _check_channels(num_channels: int, label: str) -> None:
@@ -353,22 +354,11 @@ def _check_channels(num_channels: int, label: str) -> None:
 
 def _to_float(frame: Any) -> np.ndarray:
     """A decoded frame of FFmpeg as mono floats."""
-    samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels]
+    # [channels, samples], or [1, samples * channels] for packed formats.
+    samples = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, len(frame.layout.channels)).T
     return to_float32(samples, "a frame").mean(axis=0)
-
-
-def _span(start: Any, end: Any, label: str) -> SecondsRange:
-    for key, value in (("start", start), ("end", end)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value) and value >= 0):
-            raise undecodable(f"`{key}` of {label} is {value!r}, expected seconds from 0 on")
-    if end is not None and end <= (start or 0.0):
-        raise undecodable(
-            f"{label} has `end` {end:g} s, which must be after `start`, {start or 0.0:g} s"
-        )
-    return float(start or 0.0), end
 
 
 def _num_missing_bytes(data: bytes) -> int:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 import re
-import struct
-import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from multi_token.media.errors import require_package, undecodable
+from multi_token.media.errors import DAMAGE, require_package, undecodable
 from multi_token.media.sniff import BINARY, NOT_PROSE, describe, format_name
 
 MAX_PAGES = 1_000
@@ -33,19 +31,8 @@ _BLOCK_TAGS = re.compile(
     "|header|hr|li|main|nav|ol|p|pre|section|summary|table|title|tr|ul"
 )
 
-# Errors of pypdf on damaged bytes, in addition to its own; found by tests that damage bytes.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+# pypdf also trips over wrong types inside of a damaged file.
+_DAMAGE = (*DAMAGE, AssertionError, AttributeError)
 
 # Borders at which a text may be cut, the best first. An abbreviation ("Dr. Who") counts as the end
 # of a sentence: that only moves the end of a chunk.
@@ -133,6 +120,7 @@ def split_document(
     begin = 0
     while begin < len(text):
         available = most
+        # Tokens are counted in the complete text and checked in the chunk itself.
         while True:
             end = _chunk_end(begin, available, starts, borders, len(text))
             chunk = text[begin:end].strip()
@@ -213,7 +201,8 @@ def _text_of_web_page(data: bytes, label: str, max_characters: int) -> str:
             blocks[id(node)] = block
             if node.name == "br" and block is not None:
                 pieces.append("\n")
-        elif type(node) is NavigableString and block is not None:  # not a comment
+        # Comments and scripts are subclasses of NavigableString.
+        elif type(node) is NavigableString and block is not None:
             if block is not last:
                 pieces.append("\n\n")
             # Line breaks in the markup mean nothing; those of the text come from its blocks.
@@ -232,6 +221,7 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
     num_characters = 0
     try:
         reader = PdfReader(io.BytesIO(data))
+        # Many PDFs are encrypted with an empty user password.
         if reader.is_encrypted and not reader.decrypt(""):
             raise FileNotDecryptedError
         num_pages = len(reader.pages)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from importlib import import_module
 from typing import Any
 
 from multi_token.errors import MediaError, MultiTokenError
+
+DAMAGE = (
+    *(ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, struct.error, zlib.error),
+)
+"""Errors that decoders written in Python raise on damaged bytes; found by tests that damage bytes.
+A decoder may add its own."""
 
 
 def undecodable(message: str) -> MediaError:

@@ -97,6 +97,7 @@ class Fetch:
         if isinstance(source, str):
             scheme = _scheme(source)
             if scheme == "file":
+                # Percent-decoded, and refused if it names another machine.
                 source = _file_url_path(source)
             elif scheme is not None:
                 return None
@@ -105,6 +106,7 @@ class Fetch:
         text = os.fspath(source)
         if not isinstance(text, str) or not text or "\0" in text:
             return None
+        # Absolute, so that cache keys and messages name one file from any folder.
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
         return Path(self.root or "").joinpath(path).resolve()
 
@@ -112,6 +114,7 @@ class Fetch:
         file, path = self._open_file(source)
         try:
             with file:
+                # One byte more than the limit is enough to see that a file is over it.
                 data = file.read(self.max_bytes + 1)
         except OSError as error:
             raise _unreadable_file_error(path, error) from error
@@ -128,6 +131,7 @@ class Fetch:
                 "send the bytes as a data: URL"
             )
         try:
+            # Looked at before opening: opening a pipe would wait for its writer.
             if not path.exists():
                 raise missing_file(self._not_found(source, path))
             if path.is_dir():
@@ -166,9 +170,11 @@ class Fetch:
             )
         # Checked before decoding. Four letters are three bytes, up to two of them padding.
         self._check_size(len(body) * 3 // 4 - 2, "the data: URL")
+        # Without base64 the body is percent-encoded text (RFC 2397).
         if not header.lower().endswith(";base64"):
             return self.read(unquote_to_bytes(body))
         try:
+            # Line breaks are common in base64 that was made for e-mail.
             data = base64.b64decode("".join(body.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise missing_file(
@@ -186,6 +192,7 @@ class Fetch:
             )
         if self.url_policy is not None:
             return self.url_policy.download(source, max_bytes=self.max_bytes)
+        # Imported here, because a run on local files needs no HTTP client.
         import httpx
 
         deadline = time.monotonic() + self.timeout_s
@@ -215,6 +222,7 @@ class Fetch:
                 f"{shorten(source)} answered {response.status_code} {response.reason_phrase} "
                 "instead of 200; check that the address is right and open to everyone"
             )
+        # Refused by its announced length before a byte of the body is read.
         announced = response.headers.get("Content-Length", "")
         if announced.isdecimal():
             self._check_size(int(announced), shorten(source))

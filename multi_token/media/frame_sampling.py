@@ -44,8 +44,10 @@ class FrameSampling:
         """
         num_frames, step = self.num_frames or 1, (end - start) / (self.num_frames or 1)
         if self.fps is not None:
+            # Fractions, because float times miss a frame at the border of two.
             step = 1 / Fraction(str(self.fps))
             num_frames = max(math.floor((end - start) / step), 1)
+            # Spread over the part, and not cut off, so that the end of a long video is seen too.
             if num_frames > self.max_frames or end - start < step:
                 num_frames = min(num_frames, self.max_frames)
                 step = (end - start) / num_frames
@@ -96,6 +98,7 @@ def pick_frames(
             '{"array": frames, "fps": its frames a second}'
         )
     else:
+        # Without a rate, one frame counts as one second.
         times = sampling.spread(Fraction(0), Fraction(len(frames)))
     last = len(frames) - 1
     return [frames[min(math.floor(time * Fraction(str(rate or 1))), last)] for time in times]

@@ -39,12 +39,14 @@ def content_bytes(source: Any, fetch: Fetch) -> bytes:
     if isinstance(source, np.ndarray) and source.dtype != object:
         return f"{source.dtype}{source.shape}".encode() + source.tobytes()
     if isinstance(source, Mapping):
+        # Sorted, so that the order of keys in a row does not matter.
         pieces = [
             content_bytes(value, fetch)
             if key in _READ and value is not None
             else repr(value).encode()
             for key, value in sorted(source.items())
         ]
+        # Digests have one length, so two pieces cannot be mistaken for one longer piece.
         digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
         return repr(sorted(source)).encode() + digests
     if isinstance(source, (list, tuple, np.ndarray)):  # an array of objects: a column of a table

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from multi_token.media.errors import undecodable
+from multi_token.media.errors import DAMAGE, undecodable
 from multi_token.media.sniff import describe
 
 # A closed list, because PIL's registry also holds formats that start other programs (EPS runs
@@ -38,21 +37,7 @@ _SWAPPED_SIDES = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Errors of PIL's plug-ins on damaged bytes; found by tests that damage bytes.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    RuntimeError,  # AVIF
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_DAMAGE = (*DAMAGE, Image.DecompressionBombError)
 
 
 def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -141,6 +126,7 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
     Image.init()
     prefix = start[:16]
     damage: Exception | None = None
+    # In this order: JPEG and PNG are nearly all images of a data set.
     for name in FORMATS:
         if name not in Image.OPEN:  # AVIF and JPEG2000 are not in every build of PIL
             continue
@@ -148,6 +134,7 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
         accepted = accept is None or accept(prefix)
         if not accepted or isinstance(accepted, str):  # a string names what this build lacks
             continue
+        # Plug-ins read on from where the last one stopped.
         file.seek(0)
         try:
             return factory(file, "")
@@ -171,6 +158,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
             f"{label} holds floating-point numbers, whose black and white are unknown; "
             "save it with 8 or 16 bits"
         )
+    # White, as on a page: a black ground hides black drawings.
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

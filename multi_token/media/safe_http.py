@@ -35,6 +35,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 def resolve_host(host: str, port: int) -> list[str]:
     """Return the IPs that the system finds for a host. Raises OSError."""
+    # Each IP appears once per protocol and socket type.
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
@@ -54,6 +55,7 @@ def is_public(address: Address) -> bool:
         within = [one for one in inner if one is not None]
         if within:
             return all(is_public(one) for one in within)
+        # Deprecated, and still routed inside of some networks; `is_global` allows it.
         if address.is_site_local:
             return False
     return address.is_global and not (
@@ -100,6 +102,7 @@ class UrlPolicy:
         """
         deadline = time.monotonic() + self.timeout_s
         url = self._parse_url(address)
+        # Redirects are followed here and not by httpcore, so that each target is checked.
         for _ in range(self.max_redirects + 1):
             try:
                 moved, body = _get(url, self._public_ips(url, deadline), deadline, max_bytes)
@@ -148,6 +151,7 @@ class UrlPolicy:
     def _is_allowed_host(self, host: str, port: int, is_usual: bool) -> bool:
         for entry in self.allowed_hosts:
             # An IPv6 address has colons of its own, but no entry can name one.
+            # An entry `*.example.org` covers the hosts below example.org, not the host itself.
             name, _, entry_port = entry.lower().partition(":")
             below = name.startswith("*.") and host.endswith(name[1:]) and host != name[1:]
             at_port = port == int(entry_port) if entry_port else is_usual
@@ -163,6 +167,7 @@ class UrlPolicy:
         found = _with_timeout(_remaining_s(deadline), lambda: self.resolve(host, port))
         try:
             ips = [ip_address(ip) for ip in found or ()]
+        # A scoped address names an interface of this machine.
         except ValueError:  # fe80::1%eth0
             ips = []
         # One private IP among public ones is enough to refuse the host.
@@ -196,6 +201,7 @@ def _get(
             raise missing_file(f"{url.host} answered {response.status} instead of 200")
         announced = fields.get(b"content-length", b"")
         data = bytearray()
+        # An announced length only refuses early; the body is counted all the same.
         _check_size(int(announced) if announced.isdigit() else 0, max_bytes, url.host)
         for chunk in response.iter_stream():
             data += chunk

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from multi_token.errors import MediaError
-from multi_token.media.errors import undecodable
+from multi_token.media.errors import DAMAGE, undecodable
 from multi_token.media.fetch import Fetch, source_name
 
 _SOURCES = ("array", "path", "bytes")
@@ -22,19 +22,8 @@ _HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 """Readers of the header by the version of the format; version 3 is for named fields only."""
-# Errors of numpy on damaged headers; nested brackets overflow the parser.
-_DAMAGE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    SyntaxError,
-    tokenize.TokenError,
-    EOFError,
-    OSError,
-    MemoryError,
-    RecursionError,
-)
+# A header is parsed as Python, and may ask for more memory than there is.
+_DAMAGE = (*DAMAGE, tokenize.TokenError, MemoryError)
 
 
 def read_series(
@@ -67,10 +56,12 @@ def read_series(
     series = _check_series(raw, name, channels, max_steps)
     if rate is None or sampling_rate is None or rate == sampling_rate:
         return series
+    # Checked again: resampling can make a short series long.
     num_steps = _num_steps(len(series), rate, sampling_rate)
     _check_length(num_steps, max_steps, f"{name}, at {rate:g} steps a second,")
     at = np.arange(num_steps) * (sampling_rate / rate)
     given = np.arange(len(series))
+    # Beyond the last step the last value is repeated, which is how `np.interp` extends.
     return np.stack([np.interp(at, given, c) for c in series.T], axis=1).astype(np.float32)
 
 
@@ -85,6 +76,7 @@ def count_steps(
     inner, sampling_rate = _open_source(source) if isinstance(source, Mapping) else (source, None)
     if isinstance(inner, (list, tuple, np.ndarray, Tensor)):
         return len(read_series(source, fetch, channels=channels, max_steps=max_steps, rate=rate))
+    # The header alone: a file of a million steps is not read to count them.
     shape = header_shape(inner, fetch)
     if len(shape) not in (1, 2) or shape[0] == 0 or channels != (*shape, 1)[1]:
         return None
@@ -158,6 +150,7 @@ def _read_npy_header(file: BinaryIO, name: str) -> tuple[int, ...]:
         if file.read(2) == b"PK":
             raise undecodable(f"{name} holds several arrays (.npz); write one with numpy.save")
         file.seek(0)
+        # A KeyError for another version is one of the errors of damaged bytes.
         read_header = _HEADERS[np.lib.format.read_magic(file)]
         shape, _, dtype = read_header(file)
         begin = file.tell()
@@ -180,7 +173,8 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
     """Series float32 [time, channels] of finite numbers. Raises MediaError."""
     try:
         array = np.asarray(raw)
-    except ValueError:  # rows of different lengths
+    except ValueError:
+        # Rows of different lengths; None fails the check below with the message for them.
         array = np.asarray(None)
     if array.dtype.kind not in "biuf" and array.size:
         raise undecodable(
@@ -202,6 +196,7 @@ def _check_series(raw: Any, name: str, channels: int, max_steps: int) -> np.ndar
     _check_length(len(array), max_steps, name)
     with np.errstate(over="ignore"):
         series = np.ascontiguousarray(array, dtype=np.float32)
+    # After the cast, since a large float64 becomes inf in float32.
     finite = np.isfinite(series)
     if not finite.all():
         step, channel = (int(i) for i in np.argwhere(~finite)[0])

@@ -26,6 +26,7 @@ class FileKind:
 
 
 FILE_KINDS: Mapping[str, FileKind] = {
+    # `.webm` is in two kinds: browsers record both audio and video into it.
     "image": FileKind(
         "image",
         "images",
@@ -138,6 +139,7 @@ def _known_signature(data: bytes) -> MediaKind | None:
         return "audio"
     if data.startswith(_VIDEO):
         return "video"
+    # RIFF, FORM and ISO containers name their content after the size.
     form = data[8:12]
     if data.startswith((b"RIFF", b"RF64", b"riff")):
         riff: dict[bytes, MediaKind] = {b"WEBP": "image", b"AVI ": "video"}
@@ -173,6 +175,7 @@ def _is_mp3(data: bytes) -> bool:
 
 def _is_text(data: bytes) -> bool:
     try:
+        # An incremental decoder accepts a character that the limit cuts in two.
         start = codecs.getincrementaldecoder("utf-8")().decode(
             data[:NUM_SNIFF_BYTES], final=len(data) <= NUM_SNIFF_BYTES
         )

@@ -138,6 +138,7 @@ def _open_video(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[A
 
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
+        # No protocol is allowed, so data that names another file or URL cannot open it.
         container = av.open(_NamelessFile(file), options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         if isinstance(error, EOFError):
@@ -191,8 +192,10 @@ def _scan(container: Any, stream: Any, label: str, sampling: FrameSampling) -> _
     still = 1 / stream.average_rate if stream.average_rate else Fraction(0)
     try:
         for packet in _packets(container, stream):
+            # AVI has no presentation times.
             stamp = packet.dts if packet.pts is None else packet.pts
             time = None if stamp is None or packet.is_discard else stamp * stream.time_base
+            # Numbers of packets and not times: two packets can have one time.
             if packet.is_keyframe:
                 keys.append(len(times))
             times.append(time)

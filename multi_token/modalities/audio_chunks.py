@@ -60,6 +60,7 @@ class AudioModality(PretrainedModality):
         Read from an array, or from the header of WAV, FLAC and other formats that count samples;
         None for MP3, Ogg and others whose header is an estimate. Raises MediaError as `load`.
         """
+        # The extractor is shared and read once, so a row costs only its header.
         rate = self.extractor.sampling_rate
         return count_samples(source, fetch, rate=rate, max_seconds=self.max_seconds)
 

@@ -67,6 +67,7 @@ class Encoder(nn.Module, ABC):
 
         Default: the longest `nn.ModuleList` inside, which holds the blocks of a transformer.
         """
+        # Towers with several lists (stages, two halves) override this.
         lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
         return list(max(lists, key=len, default=nn.ModuleList()))
 
@@ -82,6 +83,7 @@ class Modality(BaseModel, ABC):
     Constructing a modality loads nothing, so an instance can be pickled into every data worker.
     """
 
+    # Frozen: a modality is shared by threads, and its fields are the key of cached features.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
@@ -171,6 +173,7 @@ class Modality(BaseModel, ABC):
         Raises:
             MediaError: The header shows that the item cannot be decoded.
         """
+        # Two steps, so that `prepare` and the header share `count_features`.
         size = self.size_from_header(source, fetch)
         return None if size is None else self.count_features(size)
 
@@ -266,6 +269,7 @@ class Modality(BaseModel, ABC):
         """
         if not cls.kit_example:
             return None
+        # By name, because tiny encoders belong to `testing`, which imports this package.
         module, _, function = cls.kit_example.partition(":")
         return getattr(import_module(module), function)(folder)
 
@@ -336,6 +340,7 @@ def load_skeleton(encoder: str, revision: str | None, part: str = "") -> nn.Modu
     from transformers import AutoModel
 
     config = load_auto("AutoConfig", encoder, revision)
+    # Weights on the meta device take no memory and no time.
     with torch.device("meta"):
         return AutoModel.from_config(getattr(config, part, config)).eval()
 
@@ -354,6 +359,7 @@ def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
     if all(list(t.shape) == shape for t in tensors):
         return torch.stack(list(tensors))
+    # Zeros, and not the last value: encoders get the mask of what is real.
     batch = tensors[0].new_zeros(len(tensors), *shape)
     for row, tensor in zip(batch, tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape)] = tensor

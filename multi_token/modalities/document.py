@@ -59,13 +59,12 @@ class DocumentEncoder(Encoder):
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the chunks of all items.
-
-        Args:
-            inputs: The tokenizer's tensors [chunks, tokens]; `part`, `feature` [items, length].
+        """Encode the chunks of all items: the tokenizer's tensors [chunks, tokens]; `part`,
+        `feature` [items, length].
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
         values = run_in_micro_batches(self._values, inputs, self.micro_batch)
+        # A chunk is a part with one feature.
         return gather_features(values[:, None], part, feature)
 
     def _values(self, **inputs: Tensor) -> Tensor:
@@ -74,6 +73,7 @@ class DocumentEncoder(Encoder):
         if self.pooling == "cls":
             values = states[:, 0]
         else:
+            # The mean over real tokens alone; padding has states too.
             weight = inputs["attention_mask"][..., None].to(states.dtype)
             values = (states * weight).sum(1) / weight.sum(1)
         return nn.functional.normalize(values, dim=-1) if self.normalize else values
@@ -194,6 +194,7 @@ class DocumentModality(PretrainedModality):
             raise RecipeError(
                 f"`chunk_tokens` is {asked}, but {self.encoder} takes {most} tokens at most"
             )
+        # Special tokens are added to each chunk, so the text has less than the limit.
         available = asked - tokenizer.num_special_tokens_to_add()
         left = available - len(_offsets(tokenizer, self.prefix))
         if left < _MIN_TEXT_TOKENS:
@@ -214,6 +215,7 @@ class DocumentModality(PretrainedModality):
             RecipeError: The encoder does not take `chunk_tokens`.
         """
         chunks = self.chunks(raw)
+        # Chunks fit already, so truncation would only hide a fault.
         inputs = document_tokenizer(self.encoder, self.revision)(
             [self.prefix + chunk for chunk in chunks],
             padding=True,

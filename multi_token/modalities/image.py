@@ -66,11 +66,8 @@ class ImageEncoder(Encoder):
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode images, or tiles of images.
-
-        Args:
-            inputs: `pixel_values` [items, ...] as the image processor returns them. With tiles:
-                `pixel_values` [tiles, ...], and `part`, `feature` [items, length] (parts.py).
+        """Encode the tensors of the image processor, `pixel_values` [items, ...]; or tiles of all
+        items, `pixel_values` [tiles, ...], with `part` and `feature` [items, length] (parts.py).
         """
         part, feature = inputs.pop("part", None), inputs.pop("feature", None)
         values = run_in_micro_batches(self._values, inputs, self.micro_batch)
@@ -135,14 +132,17 @@ class ImageEncoder(Encoder):
         if "pixel_attention_mask" in inputs:
             return values.shape[1] - inputs["pixel_attention_mask"].shape[1]
         tower: Any = self.tower
+        # timm wraps its model and counts its prefix tokens itself.
         timm_model = getattr(tower, "timm_model", None)
         if timm_model is not None:
             return int(getattr(timm_model, "num_prefix_tokens", 0))
         patch = getattr(tower.config, "patch_size", None)
         if patch is None:
             return 0
+        # Some configurations hold [height, width], or [frames, height, width].
         size = (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
         height, width = inputs["pixel_values"].shape[-2:]
+        # Everything else is before the patches; no configuration counts CLS and registers.
         return values.shape[1] - (height // size[0]) * (width // size[1])
 
     def layers(self) -> Sequence[nn.Module]:
@@ -152,6 +152,7 @@ class ImageEncoder(Encoder):
     def _chosen_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The hidden state of `layer`, or those of several layers joined along the width."""
         chosen = self.states(self.tower, super().layers(), functools.partial(self.run, inputs))
+        # Stages of a hierarchy halve the sides, so their states cannot be concatenated.
         if len({s.shape[2:] if s.ndim == 4 else s.shape[1:2] for s in chosen}) > 1:
             raise MultiTokenError(
                 f"{type(self.tower).__name__} has hidden states of different sizes at layers "
@@ -261,6 +262,7 @@ class ImageModality(PretrainedModality):
         assert self.tile_grids is not None
         side, patches = tile_shape(self.tower)
         grid = best_grid(height, width, self.tile_grids, side)
+        # The order is computed from the size alone, so the header is enough to count.
         return (grid, *reading_order(height, width, grid, patches))
 
     def prepare(self, raw: Image.Image) -> Prepared:
@@ -315,6 +317,7 @@ class ImageModality(PretrainedModality):
             layer=self.layer,
             micro_batch=self.micro_batch,
         ).eval()
+        # Run once, because the width of a pooled or joined feature is in no configuration.
         encoder.dim = self.output_dim(encoder, Image.new("RGB", (64, 64)))
         return encoder
 

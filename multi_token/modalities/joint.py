@@ -59,16 +59,14 @@ class JointEncoder(Encoder):
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode groups of items of one kind each.
+        """Encode groups of items of one kind: `<group>.index` int64 [members] and
+        `<group>.<kind>.<input>` [members, ...].
 
-        Args:
-            inputs: `<group>.index` int64 [members] and `<group>.<kind>.<input>` [members, ...].
-
-        Returns:
-            Features [items, 1, dim] in the order of the items.
+        The features [items, 1, dim] are in the order of the items.
         """
         groups: dict[str, dict[str, Tensor]] = {}
         for key, value in inputs.items():
+            # A batch is a flat mapping of tensors, so the group is in the key.
             number, _, name = key.partition(".")
             groups.setdefault(number, {})[name] = value
         index = torch.cat([group.pop("index") for group in groups.values()])
@@ -139,6 +137,7 @@ class JointModality(PretrainedModality):
         """
         kind, source = _named_kind(source)
         name, data = "", None
+        # Decoded already, so there are no bytes to look at.
         in_memory = (
             (kind == "image" and isinstance(source, Image.Image))
             or (kind == "text" and isinstance(source, str))
@@ -184,6 +183,7 @@ class JointModality(PretrainedModality):
             return None
         name = source_name(inner)
         with fetch.open(inner) as file:
+            # One byte more than is looked at tells if a text ends there.
             kind = kind or sniff_kind(file.read(NUM_SNIFF_BYTES + 1), name=name)
             self._check_kind(kind, name or f"the {kind}")
             if kind == "image":

@@ -40,11 +40,8 @@ class SoundEncoder(Encoder):
         self.dim = config.projection_dim if features == "pooled" else config.hidden_size
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the windows of all items.
-
-        Args:
-            inputs: `input_features` [windows, spectrograms, time, mels], `is_longer` bool
-                [windows, 1]; `part` and `feature` [items, length] (parts.py).
+        """Encode the windows of all items: `input_features` [windows, spectrograms, time, mels],
+        `is_longer` bool [windows, 1]; `part` and `feature` [items, length] (parts.py).
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
         values = run_in_micro_batches(self._values, inputs, self.micro_batch)
@@ -164,6 +161,7 @@ def _fused(raw: np.ndarray, window: int, extractor: Any) -> Tensor:
     """Spectrogram of the audio squeezed into a window, and a crop of each of its thirds."""
     complete = _spectrograms(raw, extractor, length=len(raw))[0]
     num_steps = window // extractor.hop_length + 1
+    # No crop is possible in a spectrogram that is exactly a window.
     if len(complete) == num_steps:
         return complete.expand(4, -1, -1).contiguous()
     squeezed = nn.functional.interpolate(
@@ -183,5 +181,6 @@ def _frames_per_window(config: Any) -> int:
     """Positions of the last stage of CLAP's hierarchy, which halves both sides between stages."""
     stride = config.patch_stride
     strides = (stride, stride) if isinstance(stride, int) else stride
+    # Swin merges 2 x 2 positions between stages.
     side = config.spec_size // 2 ** (len(config.depths) - 1)
     return (side // strides[0]) * (side // strides[1])

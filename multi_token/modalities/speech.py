@@ -40,11 +40,9 @@ class SpeechEncoder(Encoder):
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the chunks of all items.
-
-        Args:
-            inputs: `input_features` [chunks, mels, time], or `input_values` [chunks, samples] and
-                `num_samples` [chunks]; `part` and `feature` [items, length] (parts.py).
+        """Encode the chunks of all items: `input_features` [chunks, mels, time], or `input_values`
+        [chunks, samples] and `num_samples` [chunks]; `part` and `feature` [items, length]
+        (parts.py).
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
         if "num_samples" in inputs:
@@ -55,6 +53,7 @@ class SpeechEncoder(Encoder):
         if self.features != "mean":
             return features
         assert features.mask is not None
+        # Padding is zero, so the sum over all is the sum over the real frames.
         num_real = features.mask.sum(1)[:, None, None]
         return Features(features.values.sum(1, keepdim=True) / num_real)
 
@@ -84,6 +83,7 @@ class SpeechEncoder(Encoder):
         if self.features == "start":
             tower: Any = self.tower
             first = next(iter(inputs.values()))
+            # The decoder has seen the complete chunk after one token (sshh12/multi_token).
             start = torch.full(
                 (len(first), 1), tower.config.decoder_start_token_id, device=first.device
             )
@@ -146,6 +146,7 @@ class SpeechModality(AudioModality):
             lengths = even_lengths(num_samples, self._longest(extractor))
         else:
             window, hop = self._window(extractor)
+            # Whisper pads a window with silence; only the frames of samples count.
             starts = range(0, num_samples, window)
             lengths = [-(-min(window, num_samples - start) // hop) for start in starts]
         num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]

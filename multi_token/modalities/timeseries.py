@@ -64,11 +64,8 @@ class PatchEncoder(Encoder):
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode a batch of series.
-
-        Args:
-            inputs: `patches` [items, length, patch_length * channels], `level` [items, 2 *
-                channels] and `mask` [items, length].
+        """Encode a batch of series: `patches` [items, length, patch_length * channels], `level`
+        [items, 2 * channels] and `mask` [items, length].
         """
         values = run_in_micro_batches(self._values, inputs, self.micro_batch)
         return Features(values, inputs["mask"].bool())
@@ -77,8 +74,10 @@ class PatchEncoder(Encoder):
         """Features [items, length, dim]."""
         dtype = self.patch.weight.dtype
         hidden = self.patch(patches.to(dtype)) + self.level(level.to(dtype))[:, None]
+        # Computed and not stored, so a longer series needs no new weights.
         hidden = hidden + positions(hidden.shape[1], self.dim).to(hidden)
         for block in self.blocks:
+            # The mask keeps an item independent of the padding that its batch needs.
             hidden = block(hidden, src_key_padding_mask=~mask.bool())
         return self.norm(hidden)
 
@@ -98,14 +97,12 @@ class WindowEncoder(Encoder):
         self._takes = frozenset(inspect.signature(type(tower).forward).parameters)
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the windows of all items.
-
-        Args:
-            inputs: `past_values` and `observed` [windows, context, channels]; `part` (a window) and
-                `feature` (a patch in it), int64 [items, length].
+        """Encode the windows of all items: `past_values` and `observed` [windows, context,
+        channels]; `part` (a window) and `feature` (a patch in it), int64 [items, length].
         """
         series, observed = inputs["past_values"], inputs["observed"]
         num_windows, context, channels = series.shape
+        # Each channel becomes a row of its own: these models know one channel only.
         if not self.shape.channels_together:
             series, observed = (
                 t.transpose(1, 2).reshape(num_windows * channels, context, 1)
@@ -178,9 +175,11 @@ class TimeseriesModality(Modality):
     def _check_encoder(self) -> TimeseriesModality:
         fields = type(self).model_fields
         if self.encoder is not None:
+            # By value and not by `model_fields_set`, since a checkpoint sets every field.
             set_ones = [n for n in _OWN_FIELDS if getattr(self, n) != fields[n].default]
             if set_ones:
                 raise ValueError(f"`{set_ones[0]}` is for a series without `encoder`; remove it")
+        # Even, because sinusoids come in pairs.
         elif self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
                 f"`hidden_size` must be even and a multiple of `num_heads`, {self.hidden_size} is "
@@ -356,6 +355,7 @@ def normalized(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     removed part as asinh(mean / deviation) and log(deviation). A constant channel becomes zeros,
     with deviation 1.
     """
+    # In float64: the deviation of a long series with a large mean is lost in float32.
     values = series.astype(np.float64)
     mean, deviation = values.mean(0), values.std(0)
     # The bound is relative: a microvolt is a signal as a volt is, and a rounding error is not.

@@ -73,6 +73,7 @@ class VectorModality(Modality):
             return len(self.prepare(self.load(source, fetch)).inputs["values"])
         if isinstance(source, Mapping):
             return None
+        # A list is in memory and is checked; a file is counted by its header.
         shape = header_shape(source, fetch)
         if len(shape) not in (1, 2) or shape[-1] != self.dim or shape[0] == 0:
             return None
@@ -96,6 +97,7 @@ class VectorModality(Modality):
                 f"expected a vector of {self.dim} numbers or a sequence of them, got shape "
                 f"{tuple(np.shape(raw))}; set `dim` in the recipe to what the rows hold"
             )
+        # One NaN makes every loss of its batch NaN, so it is refused with its position.
         finite = np.isfinite(array)
         if not finite.all():
             row, column = (int(i) for i in np.argwhere(~finite)[0])
@@ -104,6 +106,7 @@ class VectorModality(Modality):
                 + (f" of step {row}" if len(array) > 1 else "")
                 + f" ({int((~finite).sum())} such values in all); remove or fill them"
             )
+        # Copied: arrays of memory maps and tables may be read-only.
         values = torch.from_numpy(array.copy())
         return Prepared(
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},

@@ -51,14 +51,12 @@ class VideoEncoder(Encoder):
         self.dim = parts.dim
 
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the frames or clips of all items.
-
-        Args:
-            inputs: `pixel_values` [frames or clips, ...] and other inputs of the processor; `part`
-                and `feature` int64 [items, length] (parts.py).
+        """Encode the frames or clips of all items: `pixel_values` [frames or clips, ...] and other
+        inputs of the processor; `part` and `feature` int64 [items, length] (parts.py).
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
         values = self.parts(**inputs).values
+        # Before the features are laid out, so that padding stays zero.
         if self.normalize:
             values = nn.functional.normalize(values, dim=-1)
         return gather_features(values, part, feature)
@@ -185,6 +183,7 @@ class VideoModality(PretrainedModality):
         elif isinstance(source, (list, tuple)):
             source = list(source)
             _check_images(source)
+        # `fps` wins, because `num_frames` has a default and `fps` has none.
         num_frames = None if self.fps else self.num_frames
         return (
             source,
@@ -239,6 +238,7 @@ class VideoModality(PretrainedModality):
         num_clips = self._num_parts(len(frames))
         missing = num_clips * self.num_frames - len(frames)
         pixels = prepare_clip(frames, self.encoder, self.revision)
+        # The last frame again, as a player shows it; black frames would be another scene.
         pixels = torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])])
         clips = pixels.unflatten(0, (num_clips, self.num_frames))
         tower = self._image.tower
@@ -271,6 +271,7 @@ class VideoModality(PretrainedModality):
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """Return bytes that are equal only for equal items; a list counts by each image in it."""
         if isinstance(source, (list, tuple)):
+            # Named: zero-argument super() is not bound inside a comprehension before Python 3.12.
             digests = [sha256(super(VideoModality, self).content(s, fetch)) for s in source]
             return b"frames" + b"".join(digest.digest() for digest in digests)
         if isinstance(source, Mapping) and isinstance(source.get("array"), (list, tuple)):
@@ -286,6 +287,7 @@ class VideoModality(PretrainedModality):
         lowered = super().with_limits(limits)
         max_frames = max(lowered.max_frames, self.num_frames)
         most = max_frames if self.fps else self.num_frames
+        # At least 1, since the field is positive and the copy is not validated.
         of_a_frame = max(1, int(limits.get("max_video_pixels", math.inf) // most))
         max_pixels = min(lowered.max_pixels, of_a_frame)
         return lowered.model_copy(update={"max_frames": max_frames, "max_pixels": max_pixels})
@@ -304,6 +306,7 @@ class VideoModality(PretrainedModality):
 
     def _check_encoder(self) -> None:
         declared, fixed = clip_length(self.encoder, self.revision)
+        # A video encoder would accept single frames and give meaningless features.
         if self.read_as == "frames" and declared is not None:
             raise RecipeError(
                 f"{self.encoder} takes clips of {declared} frames, not single ones; set `read_as: "

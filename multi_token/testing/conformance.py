@@ -72,6 +72,7 @@ def _is_found_by_name(subject: Subject) -> str:
             "entry point group 'multi_token.modalities' and install the package, or call "
             "register_modality"
         )
+    # Another package may own the name, and a recipe would get its class.
     found = registry.resolve("modality", name)
     if found is not cls:
         raise ClaimFailed(f"type {name!r} is {found.__qualname__}, not {cls.__qualname__}")
@@ -79,6 +80,7 @@ def _is_found_by_name(subject: Subject) -> str:
 
 
 def _round_trips(subject: Subject) -> str:
+    # Through JSON, as a checkpoint stores it: tuples become lists on the way.
     fields = json.loads(json.dumps(subject.modality.model_dump(mode="json")))
     again = type(subject.modality).model_validate(fields)
     if again != subject.modality:
@@ -103,6 +105,7 @@ def _loads_nothing(subject: Subject) -> str:
             f"({type(error).__name__}); only `build_encoder` and `prepare` may load"
         ) from error
     again = type(subject.modality).model_validate(fields)
+    # Private attributes too: pydantic neither dumps nor compares them.
     for value in [*vars(again).values(), *(again.__pydantic_private__ or {}).values()]:
         if isinstance(value, (Tensor, nn.Module)):
             raise ClaimFailed(f"it holds {_named(value)}; only `build_encoder` makes weights")
@@ -111,6 +114,7 @@ def _loads_nothing(subject: Subject) -> str:
 
 def _pickles(subject: Subject) -> str:
     _ = subject.items, subject.encoder  # a modality may keep something when it is first used
+    # Looked for while pickling, since weights may hide anywhere in the object.
     inventory = _Inventory()
     inventory.dump(subject.modality)
     if inventory.found:
@@ -133,6 +137,7 @@ def _predicts_num_features(subject: Subject) -> str:
         )
     if features.values.shape[-1] != dim:
         raise ClaimFailed(f"encoder.dim is {dim}, and the features are {features.values.shape[-1]}")
+    # Real features alone: padding belongs to the batch and not to the item.
     counts = [len(rows) for rows in _rows(features)]
     for index, (item, count) in enumerate(zip(subject.items, counts, strict=True)):
         if item.num_features != count:
@@ -151,6 +156,7 @@ def _makes_embeddings(subject: Subject) -> str:
 
 
 def works_with_projector(subject: Subject, *, kind: str) -> str:
+    # `line_break` has to agree with the modality, every other field is the default.
     fields = {"type": kind, "line_break": subject.modality.projector.line_break}
     try:
         spec = registry.build("projector", fields, ProjectorSpec)
@@ -176,6 +182,7 @@ def _project(subject: Subject, spec: ProjectorSpec, promised: list[int]) -> str:
         raise ClaimFailed(
             f"expected {_count_text(promised)} embeddings one by one, got {_count_text(counts)}"
         )
+    # Not bit-identical: kernels sum in another order for another batch size.
     difference = _difference(together, torch.cat(alone))
     if difference > _TOLERANCE:
         raise ClaimFailed(f"a batch differs from one by one by {difference:.0%} of its embeddings")
@@ -218,6 +225,7 @@ def _is_deterministic(subject: Subject) -> str:
 
 def _encoder_stays_frozen(subject: Subject) -> str:
     encoder = subject.encoder
+    # Buffers too: running statistics change in a forward pass in train mode.
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
     first = subject.encode(subject.items)
     encoder.train()
@@ -235,6 +243,7 @@ def _encoder_stays_frozen(subject: Subject) -> str:
 
 def _can_be_built_again(subject: Subject) -> str:
     second = _frozen(subject.modality.build_encoder())
+    # Exactly equal, because the same weights compute the same features in one order.
     if _is_same(subject.features, subject.encode(subject.items, second)):
         return "twice the same, exactly"
     if subject.encoder.pretrained:
@@ -274,6 +283,7 @@ def works_in_bfloat16(subject: Subject) -> str:
 
 
 def _distinguishes_items(subject: Subject) -> str:
+    # Twice, since an address or a time in the bytes would change them.
     contents = [subject.modality.content(source, subject.fetch) for source in subject.sources]
     if contents != [subject.modality.content(source, subject.fetch) for source in subject.sources]:
         raise ClaimFailed(
@@ -288,6 +298,7 @@ def _distinguishes_items(subject: Subject) -> str:
 
 def _raises_on_bad_input(subject: Subject) -> str:
     try:
+        # No modality can read a bare object.
         subject.prepare(object())
     except MultiTokenError as refusal:
         if "\n" in str(refusal).strip():
@@ -304,6 +315,7 @@ def _raises_on_bad_input(subject: Subject) -> str:
 def _header_length_is_exact(subject: Subject) -> str:
     counts = [subject.modality.num_features_from_header(s, subject.fetch) for s in subject.sources]
     for index, (number, item) in enumerate(zip(counts, subject.items, strict=True)):
+        # None is allowed: decoding tells the length then.
         if number is not None and number != item.num_features:
             raise ClaimFailed(
                 f"source {index}: its header promises {number} features, `prepare` "
@@ -470,6 +482,7 @@ def assert_conforms(
 def _check_claim(claim: str, check: Callable[[], str]) -> Result:
     try:
         return Result(claim, True, check())
+    # A claim is independent of the others, so a crash is a result and not an end.
     except ClaimFailed as broken:
         return Result(claim, False, str(broken))
     except Exception as error:  # noqa: BLE001 - a crash is the finding, and the other claims go on

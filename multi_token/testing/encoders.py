@@ -40,82 +40,42 @@ LLAVA_TEMPLATE = (
 )
 """Chat template of content parts that puts images first, as those of LLaVA's processors do."""
 
-_SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
+_SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 _MLP = {**_SMALL, "intermediate_size": 48}
 _VIT = {**_MLP, "image_size": 32, "patch_size": 8}
 _SQUARE = {"height": 32, "width": 32}
 _CROP = {"size": {"shortest_edge": 32}, "crop_size": _SQUARE}
 _TEXT = {**_MLP, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
 
+_TOWERS = {"text_config": {**_TEXT, "pad_token_id": 1}, "vision_config": _VIT}
+_NATIVE = {**_TOWERS, "vision_config": {**_MLP, "num_patches": 16, "patch_size": 8}}
+_DINO = {**_SMALL, "image_size": 32, "patch_size": 8}
+_TUBE = {"tubelet_size": [2, 8, 8], "hidden_dropout_prob": 0.0}
+_HEADLESS = {"include_top": False}
+_NARROW = {
+    "image_size": 32,
+    "width_coefficient": 0.25,
+    "depth_coefficient": 0.25,
+    "hidden_dim": 320,
+}
+_PREDICTOR = {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 4, "pred_num_mask_tokens": 1}
+_VJEPA = {**_SMALL, **_PREDICTOR, "pred_hidden_size": 24, "patch_size": 8, "crop_size": 32}
+
 # Kind -> model family, its configuration, the image processor and its fields.
 _IMAGE: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "clip": (
-        "CLIP",
-        {"text_config": {**_TEXT, "pad_token_id": 1}, "vision_config": _VIT},
-        "CLIP",
-        _CROP,
-    ),
-    "siglip": (
-        "Siglip",
-        {"text_config": {**_TEXT, "pad_token_id": 1}, "vision_config": _VIT},
-        "Siglip",
-        {"size": _SQUARE},
-    ),
-    "siglip2": (
-        "Siglip2",
-        {
-            "text_config": {**_TEXT, "pad_token_id": 1},
-            "vision_config": {**_MLP, "num_patches": 16, "patch_size": 8},
-        },
-        "Siglip2",
-        {"patch_size": 8, "max_num_patches": 16},
-    ),
-    "dinov2": ("Dinov2", {**_SMALL, "image_size": 32, "patch_size": 8}, "Bit", _CROP),
-    "dinov2_with_registers": (
-        "Dinov2WithRegisters",
-        {**_SMALL, "image_size": 32, "patch_size": 8},
-        "Bit",
-        _CROP,
-    ),
-    "efficientnet": (
-        "EfficientNet",
-        {
-            "image_size": 32,
-            "width_coefficient": 0.25,
-            "depth_coefficient": 0.25,
-            "hidden_dim": 320,
-        },
-        "EfficientNet",
-        {"size": _SQUARE, "include_top": False},
-    ),
+    "clip": ("CLIP", _TOWERS, "CLIP", _CROP),
+    "siglip": ("Siglip", _TOWERS, "Siglip", {"size": _SQUARE}),
+    "siglip2": ("Siglip2", _NATIVE, "Siglip2", {"patch_size": 8, "max_num_patches": 16}),
+    "dinov2": ("Dinov2", _DINO, "Bit", _CROP),
+    "dinov2_with_registers": ("Dinov2WithRegisters", _DINO, "Bit", _CROP),
+    "efficientnet": ("EfficientNet", _NARROW, "EfficientNet", {"size": _SQUARE, **_HEADLESS}),
 }
 # Kind -> model family, its configuration, and the field that holds the number of frames.
 _VIDEO: dict[str, tuple[str, dict[str, Any], str]] = {
     "videomae": ("VideoMAE", _VIT, "num_frames"),
     "timesformer": ("Timesformer", _VIT, "num_frames"),
-    "vivit": (
-        "Vivit",
-        {**_VIT, "tubelet_size": [2, 8, 8], "hidden_dropout_prob": 0.0},
-        "num_frames",
-    ),
-    "vjepa2": (
-        "VJEPA2",
-        {
-            **_SMALL,
-            "patch_size": 8,
-            "crop_size": 32,
-            "mlp_ratio": 1.5,
-            "pred_hidden_size": 24,
-            "pred_num_attention_heads": 2,
-            "pred_num_hidden_layers": 4,
-            "pred_num_mask_tokens": 1,
-        },
-        "frames_per_clip",
-    ),
+    "vivit": ("Vivit", {**_VIT, **_TUBE}, "num_frames"),
+    "vjepa2": ("VJEPA2", {**_VJEPA, "mlp_ratio": 1.5}, "frames_per_clip"),
 }
 
 
@@ -133,6 +93,7 @@ def save_random(folder: Path, seed: int, build: Callable[[], Any], *parts: Any) 
 def randomized(model: Any, *, std: float, min_ndim: int = 2) -> Any:
     """Set the weights of a model whose usual start gives nearly equal features."""
     for parameter in model.parameters():
+        # Weights alone by default: random norms would scale some features to nothing.
         if parameter.ndim >= min_ndim:
             torch.nn.init.normal_(parameter, std=std)
     return model
@@ -183,26 +144,15 @@ def tiny_whisper(folder: Path, *, chunk_seconds: int = 1, seed: int = 0) -> str:
 
     Like the published models it makes 50 frames a second.
     """
-    fields: dict[str, Any] = {
-        "vocab_size": 64,
-        "num_mel_bins": 16,
-        "d_model": 32,
-        "encoder_layers": 3,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "max_source_positions": 50 * chunk_seconds,
-        "max_target_positions": 8,
-        "decoder_start_token_id": 5,
-        "pad_token_id": 1,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "init_std": 0.3,
-    }
+    fields: dict[str, Any] = {"vocab_size": 64, "num_mel_bins": 16, "d_model": 32, "init_std": 0.3}
+    for half, num_layers in (("encoder", 3), ("decoder", 2)):
+        fields |= {f"{half}_layers": num_layers, f"{half}_attention_heads": 4}
+        fields[f"{half}_ffn_dim"] = 48
+    fields |= {"max_source_positions": 50 * chunk_seconds, "max_target_positions": 8}
+    fields |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    fields |= {"decoder_start_token_id": 5}
+    # The defaults name ids beyond this vocabulary.
+    fields |= {"suppress_tokens": None, "begin_suppress_tokens": None}
     extractor = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=chunk_seconds)
     return save_random(folder, seed, lambda: _model("Whisper", fields), extractor)
 

@@ -40,6 +40,7 @@ def speech_example(folder: Path) -> Example:
         "encoder": tiny_whisper(folder / "whisper"),
         "projector": {"type": "stack", "factor": 8},
     }
+    # Two sampling rates and two kinds of source, so that resampling is checked too.
     short = write_tone(folder / "short.wav", 0.4)
     long = {"array": tone(2.5, 8_000, hertz=300.0), "sampling_rate": 8_000}
     return fields, [short, long]
@@ -63,6 +64,7 @@ def video_example(folder: Path) -> Example:
         "fps": 2.0,
         "projector": {"type": "linear"},
     }
+    # Two containers and codecs of different size.
     long = write_video(folder / "long.mp4", noise_frames(30))
     short = write_video(
         folder / "short.webm", noise_frames(12, height=32, seed=1), codec="libvpx-vp9"

@@ -16,6 +16,7 @@ def tone(seconds: float, rate: int = 16_000, *, hertz: float = 440.0, num_channe
     wave = wave.astype(np.float32)
     if num_channels == 1:
         return wave
+    # Channels differ, so that a test sees if they are averaged or one is taken.
     return np.stack([wave * (1 - 0.2 * channel) for channel in range(num_channels)], axis=1)
 
 
@@ -54,8 +55,10 @@ def write_video(
 
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=fps, options=options)
+        # yuv420p is what cameras write; it needs even sides.
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.height, stream.width = frames.shape[1:3]
+        # Without it PyAV writes no header for a video without frames.
         container.start_encoding()
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
@@ -81,6 +84,7 @@ def write_pdf(path: Path, pages: Sequence[str]) -> Path:
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
     ]
     for number, text in zip(page_ids, pages, strict=True):
+        # Written by hand, because no dependency writes PDF.
         escaped = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
         shown = "".join(f"({line}) Tj T*\n" for line in escaped.splitlines())
         stream = f"BT /F1 11 Tf 14 TL 40 800 Td\n{shown}ET" if text else ""

@@ -48,6 +48,7 @@ TEMPLATES: dict[str, str] = {
 }
 """Chat templates written to the published descriptions of their formats."""
 
+# All other templates end a turn with `<|im_end|>`.
 _END_OF_TURN = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>"}
 _SPECIAL = [
     "<pad>",
@@ -81,6 +82,7 @@ def tiny_tokenizer(template: str = "chatml") -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=_SPECIAL,
+        # Every byte, so that any text can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -118,6 +120,7 @@ def tiny_language_model(
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                # With the usual 0.02 the answers of all prompts are nearly equal.
                 initializer_range=0.2,
             )
         )

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import npy_bytes
-from multi_token.media.waveform import join_blocks, resampled_length
+from multi_token.media.waveform import Excerpt, resampled_length
 from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
@@ -184,7 +184,7 @@ def test_resampling_gives_as_many_samples_as_counted() -> None:
                 samples = np.full(num, 0.1, np.float32)
                 blocks = (samples[at : at + given] for at in range(0, num, given))
                 try:
-                    got = len(join_blocks(blocks, given, rate=rate, label="", max_seconds=60))
+                    got = len(Excerpt(rate, max_seconds=60).join(blocks, given))
                 except MediaError:
                     got = 0  # nothing comes out of so little
                 assert got == resampled_length(num, given, rate), (num, given, rate)

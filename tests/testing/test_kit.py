@@ -371,7 +371,8 @@ def test_a_projector_that_breaks_its_promise_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(registry._registered["projector"], "liar", Liar)
     found = failed(check_modality(VectorModality(dim=3), SOURCES))
     assert found == {
-        "projector liar makes the promised embeddings": "expected 5 embeddings of width 16 for a batch, got [3, 16]"
+        "projector liar makes the promised embeddings": "expected 5 embeddings of width 16 for a "
+        "batch, got [3, 16]"
     }
 
 
