@@ -48,14 +48,10 @@ _MIN_TEXT_TOKENS = 8
 class DocumentEncoder(Encoder):
     """A sentence encoder, and the pooling of a chunk's token states into its embedding."""
 
-    def __init__(
-        self, tower: nn.Module, *, pooling: Pooling, normalize: bool, micro_batch: int = 32
-    ) -> None:
+    def __init__(self, tower: nn.Module, modality: DocumentModality) -> None:
         super().__init__()
         self.tower = tower
-        self.pooling: Pooling = pooling
-        self.normalize = normalize
-        self.micro_batch = micro_batch
+        self.modality = modality
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -63,20 +59,20 @@ class DocumentEncoder(Encoder):
         `feature` [items, length].
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
-        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.modality.micro_batch)
         # A chunk is a part with one feature.
         return gather_features(values[:, None], part, feature)
 
     def _values(self, **inputs: Tensor) -> Tensor:
         """Embeddings [chunks, dim], pooled as in Sentence-BERT (arXiv:1908.10084)."""
         states = self.tower(**inputs).last_hidden_state
-        if self.pooling == "cls":
+        if self.modality.pooling == "cls":
             values = states[:, 0]
         else:
             # The mean over real tokens alone; padding has states too.
             weight = inputs["attention_mask"][..., None].to(states.dtype)
             values = (states * weight).sum(1) / weight.sum(1)
-        return nn.functional.normalize(values, dim=-1) if self.normalize else values
+        return nn.functional.normalize(values, dim=-1) if self.modality.normalize else values
 
 
 class DocumentModality(PretrainedModality):
@@ -235,9 +231,7 @@ class DocumentModality(PretrainedModality):
         tower = self.load_tower()
         if tower.config.is_encoder_decoder:
             tower = tower.get_encoder()
-        encoder = DocumentEncoder(
-            tower, pooling=self.pooling, normalize=self.normalize, micro_batch=self.micro_batch
-        ).eval()
+        encoder = DocumentEncoder(tower, self).eval()
         encoder.dim = self.output_dim(encoder, "a")
         return encoder
 

@@ -48,14 +48,11 @@ RawItem = tuple[MediaKind, Any]
 class JointEncoder(Encoder):
     """A model of several towers; each kind of item goes through its own."""
 
-    def __init__(
-        self, model: Any, methods: Mapping[MediaKind, str], *, normalize: bool, micro_batch: int
-    ) -> None:
+    def __init__(self, model: Any, modality: JointModality) -> None:
         super().__init__()
         self.model = model
-        self.methods = dict(methods)
-        self.normalize = normalize
-        self.micro_batch = micro_batch
+        self.modality = modality
+        self.methods = methods(modality.encoder, modality.revision)
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -75,7 +72,7 @@ class JointEncoder(Encoder):
             kind = cast(MediaKind, next(iter(group)).partition(".")[0])
             own = {key.partition(".")[2]: value for key, value in group.items()}
             run = functools.partial(self._embed, kind)
-            values.append(run_in_micro_batches(run, own, self.micro_batch))
+            values.append(run_in_micro_batches(run, own, self.modality.micro_batch))
         # Groups are in another order than items; argsort of a permutation is its inverse.
         return Features(torch.cat(values)[index.argsort()][:, None])
 
@@ -91,7 +88,7 @@ class JointEncoder(Encoder):
                 f"{type(self.model).__name__}.{self.methods[kind]} gives no single vector per item;"
                 " expected a model of one joint space (CLIP, SigLIP, CLAP, X-CLIP, PE-AV)"
             )
-        return nn.functional.normalize(values, dim=-1) if self.normalize else values
+        return nn.functional.normalize(values, dim=-1) if self.modality.normalize else values
 
 
 class JointModality(PretrainedModality):
@@ -136,31 +133,25 @@ class JointModality(PretrainedModality):
                 has no tower for.
         """
         kind, source = _named_kind(source)
-        name, data = "", None
-        # Decoded already, so there are no bytes to look at.
-        in_memory = (
-            (kind == "image" and isinstance(source, Image.Image))
-            or (kind == "text" and isinstance(source, str))
-            or (kind == "audio" and isinstance(source, Mapping))
-        )
-        if not in_memory:
-            data, name = fetch.read(source), source_name(source)
-            kind = kind or sniff_kind(data, name=name)
-        assert kind is not None
-        self._check_kind(kind, name or f"the {kind}")
-        if kind == "audio":
-            return kind, self._load_audio(
-                source if data is None else {"path": name or None, "bytes": data}, fetch
-            )
-        if data is None:
-            if kind == "image":
-                return kind, as_rgb(source, max_pixels=self.max_pixels)
+        if kind == "image" and isinstance(source, Image.Image):
+            self._check_kind(kind, "the image")
+            return kind, as_rgb(source, max_pixels=self.max_pixels)
+        if kind == "text" and isinstance(source, str):
+            self._check_kind(kind, "the text")
             return kind, self._checked_text(source, "the text")
+        if kind == "audio" and isinstance(source, Mapping):
+            self._check_kind(kind, "the audio")
+            return kind, self._load_audio(source, fetch)
+        data, name = fetch.read(source), source_name(source)
+        kind = kind or sniff_kind(data, name=name)
+        self._check_kind(kind, name or f"the {kind}")
         if kind == "image":
             return kind, decode_image(data, name=name, max_pixels=self.max_pixels)
+        if kind == "audio":
+            return kind, self._load_audio({"path": name or None, "bytes": data}, fetch)
         if kind == "video":
-            n = self._num_frames()
-            sampling = FrameSampling(n, max_seconds=self.max_seconds, max_frames=n)
+            num_frames = self._num_frames()
+            sampling = FrameSampling(num_frames, max_seconds=self.max_seconds)
             return kind, decode_video(data, sampling, name=name, max_pixels=self.max_pixels)
         try:
             text = data.decode("utf-8-sig")
@@ -313,12 +304,7 @@ class JointModality(PretrainedModality):
 
     def build_encoder(self) -> JointEncoder:
         """Return the model with all its towers."""
-        encoder = JointEncoder(
-            self.load_tower(),
-            methods(self.encoder, self.revision),
-            normalize=self.normalize,
-            micro_batch=self.micro_batch,
-        ).eval()
+        encoder = JointEncoder(self.load_tower(), self).eval()
         # All kinds give vectors of one width, so the first one will do.
         example = self.load(self.example_sources()[0], Fetch(allow_paths=False))
         encoder.dim = self.output_dim(encoder, example)

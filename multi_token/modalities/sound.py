@@ -23,28 +23,20 @@ SoundFeatures = Literal["pooled", "frames"]
 class SoundEncoder(Encoder):
     """CLAP's audio half and the features taken from it."""
 
-    def __init__(
-        self,
-        tower: nn.Module,
-        projection: nn.Module,
-        *,
-        features: SoundFeatures,
-        micro_batch: int,
-    ) -> None:
+    def __init__(self, model: Any, modality: SoundModality) -> None:
         super().__init__()
-        self.tower = tower
-        self.projection = projection
-        self.features: SoundFeatures = features
-        self.micro_batch = micro_batch
-        config: Any = tower.config
-        self.dim = config.projection_dim if features == "pooled" else config.hidden_size
+        self.tower = model.audio_model
+        self.projection = model.audio_projection
+        self.modality = modality
+        sizes = self.tower.config
+        self.dim = sizes.projection_dim if modality.features == "pooled" else sizes.hidden_size
 
     def forward(self, **inputs: Tensor) -> Features:
         """Encode the windows of all items: `input_features` [windows, spectrograms, time, mels],
         `is_longer` bool [windows, 1]; `part` and `feature` [items, length] (parts.py).
         """
         part, feature = inputs.pop("part"), inputs.pop("feature")
-        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.modality.micro_batch)
         return gather_features(values, part, feature)
 
     def layers(self) -> Sequence[nn.Module]:
@@ -55,7 +47,7 @@ class SoundEncoder(Encoder):
     def _values(self, **inputs: Tensor) -> Tensor:
         """Features [windows, length, dim]."""
         output = self.tower(**inputs)
-        if self.features == "pooled":
+        if self.modality.features == "pooled":
             projected = self.projection(output.pooler_output)
             return nn.functional.normalize(projected, dim=-1)[:, None]
         # [windows, dim, bands, time] -> time first: the bands of one moment are neighbours, so a
@@ -141,12 +133,7 @@ class SoundModality(AudioModality):
         model = self.load_tower()
         if not (hasattr(model, "audio_model") and hasattr(model, "audio_projection")):
             raise RecipeError(f"{self.encoder} is a {type(model).__name__}; `sound` takes a CLAP")
-        return SoundEncoder(
-            model.audio_model,
-            model.audio_projection,
-            features=self.features,
-            micro_batch=self.micro_batch,
-        ).eval()
+        return SoundEncoder(model, self).eval()
 
 
 def _spectrograms(piece: np.ndarray, extractor: Any, *, length: int | None = None) -> Tensor:

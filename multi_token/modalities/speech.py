@@ -28,15 +28,11 @@ _DEFAULT_CHUNK_S = 30.0
 class SpeechEncoder(Encoder):
     """A speech encoder and the features taken from it."""
 
-    def __init__(
-        self, tower: nn.Module, *, features: SpeechFeatures, layer: int | None, micro_batch: int
-    ) -> None:
+    def __init__(self, tower: nn.Module, modality: SpeechModality) -> None:
         super().__init__()
         self.tower = tower
-        self.features: SpeechFeatures = features
-        self.layer = layer
-        self.states = HiddenStates(() if layer is None else (layer,))
-        self.micro_batch = micro_batch
+        self.modality = modality
+        self.states = HiddenStates(() if modality.layer is None else (modality.layer,))
         self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -48,9 +44,9 @@ class SpeechEncoder(Encoder):
         if "num_samples" in inputs:
             values = self._encode_waveforms(inputs["input_values"], inputs["num_samples"])
         else:
-            values = run_in_micro_batches(self.encode, inputs, self.micro_batch)
+            values = run_in_micro_batches(self.encode, inputs, self.modality.micro_batch)
         features = gather_features(values, part, feature)
-        if self.features != "mean":
+        if self.modality.features != "mean":
             return features
         assert features.mask is not None
         # Padding is zero, so the sum over all is the sum over the real frames.
@@ -59,8 +55,8 @@ class SpeechEncoder(Encoder):
 
     def layers(self) -> Sequence[nn.Module]:
         """Return the layers that the features depend on; for `start` encoder, then decoder."""
-        if self.features != "start":
-            return layers_up_to(super().layers(), self.layer)
+        if self.modality.features != "start":
+            return layers_up_to(super().layers(), self.modality.layer)
         tower: Any = self.tower
         return [*tower.get_encoder().layers, *tower.get_decoder().layers]
 
@@ -73,14 +69,14 @@ class SpeechEncoder(Encoder):
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
             equal = {"input_values": input_values[rows, :length]}
-            values = run_in_micro_batches(self.encode, equal, self.micro_batch)
+            values = run_in_micro_batches(self.encode, equal, self.modality.micro_batch)
             for row, value in zip(rows, values, strict=True):
                 frames[row] = value
         return nn.utils.rnn.pad_sequence(frames, batch_first=True)
 
     def encode(self, **inputs: Tensor) -> Tensor:
         """Return frames [chunks, frames, dim] of equally long chunks."""
-        if self.features == "start":
+        if self.modality.features == "start":
             tower: Any = self.tower
             first = next(iter(inputs.values()))
             # The decoder has seen the complete chunk after one token (sshh12/multi_token).
@@ -88,7 +84,7 @@ class SpeechEncoder(Encoder):
                 (len(first), 1), tower.config.decoder_start_token_id, device=first.device
             )
             return tower(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state
-        if self.layer is None:
+        if self.modality.layer is None:
             return self.tower(**inputs).last_hidden_state
         run = functools.partial(self.tower, **inputs)
         return self.states(self.tower, super().layers(), run)[0]
@@ -225,9 +221,7 @@ class SpeechModality(AudioModality):
                 "`frames` or `mean`"
             )
         tower = model if self.features == "start" else _encoder_half(model)
-        encoder = SpeechEncoder(
-            tower, features=self.features, layer=self.layer, micro_batch=self.micro_batch
-        ).eval()
+        encoder = SpeechEncoder(tower, self).eval()
         second = np.zeros(self.extractor.sampling_rate, np.float32)
         inputs = self.collate([self.prepare(second)])
         with torch.no_grad():

@@ -34,40 +34,26 @@ class PatchEncoder(Encoder):
 
     pretrained: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        patch_length: int,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        micro_batch: int = 32,
-    ) -> None:
+    def __init__(self, modality: TimeseriesModality) -> None:
         super().__init__()
-        self.dim = hidden_size
-        self.micro_batch = micro_batch
-        self.patch = nn.Linear(channels * patch_length, hidden_size)
-        self.level = nn.Linear(2 * channels, hidden_size)
+        width = self.dim = modality.hidden_size
+        self.modality = modality
+        self.patch = nn.Linear(modality.channels * modality.patch_length, width)
+        self.level = nn.Linear(2 * modality.channels, width)
+        options: Any = {"dropout": 0.0, "activation": "gelu", "norm_first": True}
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                hidden_size,
-                num_heads,
-                4 * hidden_size,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+                width, modality.num_heads, 4 * width, batch_first=True, **options
             )
-            for _ in range(num_layers)
+            for _ in range(modality.num_layers)
         )
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, **inputs: Tensor) -> Features:
         """Encode a batch of series: `patches` [items, length, patch_length * channels], `level`
         [items, 2 * channels] and `mask` [items, length].
         """
-        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
+        values = run_in_micro_batches(self._values, inputs, self.modality.micro_batch)
         return Features(values, inputs["mask"].bool())
 
     def _values(self, patches: Tensor, level: Tensor, mask: Tensor) -> Tensor:
@@ -85,15 +71,13 @@ class PatchEncoder(Encoder):
 class WindowEncoder(Encoder):
     """A time series model of transformers, over windows of its input length."""
 
-    def __init__(
-        self, tower: Any, *, shape: WindowShape, dim: int, merge: MergeKind, micro_batch: int = 32
-    ) -> None:
+    def __init__(self, tower: Any, shape: WindowShape, modality: TimeseriesModality) -> None:
         super().__init__()
         self.tower = tower
         self.shape = shape
-        self.dim = dim
-        self.merge: MergeKind = merge
-        self.micro_batch = micro_batch
+        self.modality = modality
+        width = getattr(tower.config, "d_model", None) or tower.config.hidden_size
+        self.dim = width * (modality.channels if modality.merge_channels == "join" else 1)
         self._takes = frozenset(inspect.signature(type(tower).forward).parameters)
 
     def forward(self, **inputs: Tensor) -> Features:
@@ -103,16 +87,16 @@ class WindowEncoder(Encoder):
         series, observed = inputs["past_values"], inputs["observed"]
         num_windows, context, channels = series.shape
         # Each channel becomes a row of its own: these models know one channel only.
-        if not self.shape.channels_together:
+        if self.shape.channels == 1:
             series, observed = (
                 t.transpose(1, 2).reshape(num_windows * channels, context, 1)
                 for t in (series, observed)
             )
         values = run_in_micro_batches(
-            self._values, {"series": series, "observed": observed}, self.micro_batch
+            self._values, {"series": series, "observed": observed}, self.modality.micro_batch
         )  # [rows, channels in a row, patches, width]
         values = values.reshape(num_windows, channels, *values.shape[2:]).transpose(1, 2)
-        values = values.flatten(2) if self.merge == "join" else values.mean(2)
+        values = values.flatten(2) if self.modality.merge_channels == "join" else values.mean(2)
         return gather_features(values, inputs["part"], inputs["feature"])
 
     def _values(self, series: Tensor, observed: Tensor) -> Tensor:
@@ -270,7 +254,7 @@ class TimeseriesModality(Modality):
     def _window_shape(self) -> WindowShape:
         assert self.encoder is not None
         shape = window_shape(self.encoder, self.revision)
-        if shape.channels_together and shape.channels != self.channels:
+        if shape.channels not in (1, self.channels):
             raise RecipeError(
                 f"{self.encoder} reads {shape.channels} channels, the recipe says "
                 f"`channels: {self.channels}`; an encoder of one channel reads any number of them"
@@ -292,8 +276,7 @@ class TimeseriesModality(Modality):
     def build_encoder(self) -> Encoder:
         """Return the small encoder with random weights, or the model of `encoder`."""
         if self.encoder is None:
-            fields = {name: getattr(self, name) for name in ("channels", *_OWN_FIELDS)}
-            return PatchEncoder(**fields, micro_batch=self.micro_batch).eval()
+            return PatchEncoder(self).eval()
         from transformers import AutoConfig, AutoModel
 
         shape = self._window_shape()
@@ -304,14 +287,7 @@ class TimeseriesModality(Modality):
         tower = AutoModel.from_pretrained(
             self.encoder, revision=self.revision, config=config, dtype=torch.float32
         )
-        width = getattr(config, "d_model", None) or config.hidden_size
-        return WindowEncoder(
-            tower,
-            shape=shape,
-            dim=width * (self.channels if self.merge_channels == "join" else 1),
-            merge=self.merge_channels,
-            micro_batch=self.micro_batch,
-        ).eval()
+        return WindowEncoder(tower, shape, self).eval()
 
 
 class WindowShape(NamedTuple):
@@ -321,11 +297,6 @@ class WindowShape(NamedTuple):
     num_patches: int
     stride: int
     channels: int
-
-    @property
-    def channels_together(self) -> bool:
-        """True if the model reads all channels at once, and not each as a series of its own."""
-        return self.channels > 1
 
     def num_new_patches(self, rest: int) -> int:
         """Return the patches of the last window with new steps, if `rest` steps are left."""
