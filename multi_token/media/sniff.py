@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from multi_token.media.errors import undecodable
 
@@ -25,25 +25,19 @@ class FileKind:
     suffixes: tuple[str, ...]
 
 
+def _files(kind: Any, noun: str, suffixes: str) -> FileKind:
+    return FileKind(kind, noun, tuple(suffixes.split()))
+
+
+# `.webm` is in two kinds: browsers record both audio and video into it.
 FILE_KINDS: Mapping[str, FileKind] = {
-    # `.webm` is in two kinds: browsers record both audio and video into it.
-    "image": FileKind(
-        "image",
-        "images",
-        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    ),
-    "audio": FileKind(
-        "audio",
-        "audio files",
-        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm"),
-    ),
-    "video": FileKind(
-        "video", "videos", (".mp4", ".webm", ".mov", ".mkv", ".avi", ".mpeg", ".mpg")
-    ),
-    "document": FileKind("document", "documents", (".pdf", ".txt", ".md", ".html", ".htm")),
-    "text": FileKind("text", "texts", (".txt", ".md")),
-    "vector": FileKind("numbers", "lists of numbers", (".npy", ".json", ".csv", ".txt")),
-    "series": FileKind("numbers", "series of numbers", (".npy", ".json", ".csv", ".txt")),
+    "image": _files("image", "images", ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif"),
+    "audio": _files("audio", "audio files", ".wav .mp3 .flac .ogg .opus .m4a .aac .aiff .webm"),
+    "video": _files("video", "videos", ".mp4 .webm .mov .mkv .avi .mpeg .mpg"),
+    "document": _files("document", "documents", ".pdf .txt .md .html .htm"),
+    "text": _files("text", "texts", ".txt .md"),
+    "vector": _files("numbers", "lists of numbers", ".npy .json .csv .txt"),
+    "series": _files("numbers", "series of numbers", ".npy .json .csv .txt"),
 }
 
 _IMAGE: tuple[bytes, ...] = (

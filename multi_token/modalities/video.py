@@ -338,7 +338,7 @@ def _parse_mapping(source: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
         if value is not None and (not is_number or (key == "fps" and value <= 0)):
             unit = "frames a second" if key == "fps" else "seconds"
             raise undecodable(f"expected {unit} as a number in `{key}` of a video, got {value!r}")
-    return source[given[0]], *numbers.values()
+    return source[given[0]], numbers["fps"], numbers["start"], numbers["end"]
 
 
 def _check_array(array: np.ndarray, max_pixels: int) -> None:
