@@ -19,7 +19,7 @@ from multi_token.projectors.base import ProjectorSpec
 
 BROKEN = '''"""A modality whose own library is not there."""
 
-import a_library_that_nobody_has
+import a_library_that_is_not_installed
 '''
 CHANCE = '''"""A modality that promises too much."""
 
@@ -92,7 +92,7 @@ def test_a_list_shows_state_owner_and_purpose_of_each(plugins: Path) -> None:
     )
     smell = row(done.stdout, "smell")
     assert "smell-modality 1.2" in smell and "broken" in smell
-    assert "No module named 'a_library_that_nobody_has'" in smell
+    assert "No module named 'a_library_that_is_not_installed'" in smell
     assert "Vectors, counted wrongly [with brackets]." in row(done.stdout, "chance")
     twins = row(done.stdout, "image")
     assert "multi_token, smell-modality 1.2" in twins and "has several owners" in twins
@@ -113,7 +113,7 @@ def test_check_prints_each_claim_and_ends_with_a_code(plugins: Path) -> None:
 def test_a_modality_that_cannot_be_imported_is_one_broken_claim(plugins: Path) -> None:
     done = command("check", "smell", path=plugins)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "a_library_that_nobody_has" in row(done.stdout, "it can be imported")
+    assert "a_library_that_is_not_installed" in row(done.stdout, "it can be imported")
 
 
 @pytest.mark.slow

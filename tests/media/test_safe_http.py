@@ -1,7 +1,7 @@
-"""Claims about safe_http.py: an address of a stranger leads to listed public hosts, or nowhere.
+"""media/safe_http.py: a URL of an untrusted client reaches listed public hosts, or nothing.
 
-The canary is a real server on this machine that counts who comes; an address that gets as far as it
-has broken a wall. Where a claim is about a wall behind another, the one before is opened.
+The canary is a real server on this machine that counts its requests. A URL that reaches the canary
+has passed a check that should stop it. To test a later check, the checks before it are opened.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def open_policy(canary: Any, *hosts: str, **fields: Any) -> UrlPolicy:
 
 
 class EveryHost(UrlPolicy):
-    """What no list can say: with it, the walls behind the list stand alone."""
+    """A list that contains every host, so that only the checks after the list are left."""
 
     def _is_allowed_host(self, host: str, port: int, is_usual: bool) -> bool:
         return True
@@ -167,7 +167,7 @@ def test_a_name_that_is_public_once_and_inner_then_is_asked_once(canary: Any) ->
         return answers(host, port)
 
     policy = open_policy(canary, resolve=resolve, timeout_s=0.5, is_allowed_address=is_public)
-    refusal(policy, f"http://{HOST}:{canary.port}/file")  # nobody answers at the public one here
+    refusal(policy, f"http://{HOST}:{canary.port}/file")  # the public IP has no server here
     assert asked == [HOST]
     assert canary.hits == []
 
@@ -315,7 +315,9 @@ def test_the_deadline_holds_for_a_name_server_that_does_not_answer(canary: Any) 
 def test_the_deadline_holds_for_a_host_that_takes_no_connection() -> None:
     with socket.create_server((INWARDS, 0), backlog=0) as server, ExitStack() as waiting:
         address = server.getsockname()
-        for _ in range(4):  # more than may wait there: nobody else is answered
+        for _ in range(
+            4
+        ):  # more than the queue of the socket holds, so no other connection is accepted
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(address)
@@ -361,7 +363,7 @@ def test_what_is_not_200_is_refused_by_its_number(canary: Any) -> None:
     assert "answered 404" in refusal(open_policy(canary), f"http://{HOST}:{canary.port}/nothing")
 
 
-def test_a_host_that_nobody_answers_for_is_refused(canary: Any) -> None:
+def test_a_host_without_a_server_is_refused(canary: Any) -> None:
     policy = open_policy(canary, f"{HOST}:9")
     assert "could not be reached" in refusal(policy, f"http://{HOST}:9/file")
 
