@@ -1,4 +1,4 @@
-"""modalities/video.py and clips.py: frames or clips, as the encoders themselves see them."""
+"""modalities/video.py and video_clips.py: frames or clips, as the encoders themselves see them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""testing/kit.py: a modality that is right passes, and each way of being wrong is named."""
+"""testing/conformance.py: a right modality passes, and each way of being wrong is named."""
 
 from __future__ import annotations
 
