@@ -41,14 +41,20 @@ class RegistryError(MultiTokenError):
 
 
 class MediaError(MultiTokenError):
-    """A source that cannot be read (`missing_file`) or decoded (`undecodable`)."""
+    """A source that cannot be read or decoded.
+
+    Args:
+        message: One sentence: the item, what is wrong with it, and what to change.
+        kind: `missing_file` if the bytes cannot be read; `undecodable` if they cannot be decoded,
+            or are over a limit.
+    """
 
     def __init__(self, message: str, kind: Literal["missing_file", "undecodable"]) -> None:
         super().__init__(message)
         self.kind: Literal["missing_file", "undecodable"] = kind
 
     def __reduce__(self) -> tuple[object, ...]:
-        # data workers pickle exceptions, and the default would drop the kind
+        # Data workers pickle exceptions, and the default would drop the kind.
         return MediaError, (str(self), self.kind)
 
 

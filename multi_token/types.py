@@ -74,8 +74,9 @@ class Conversation:
 class Prepared:
     """One item, ready for its encoder.
 
-    `inputs`: the encoder's keyword arguments, without a batch axis.
-    `num_features`: how many feature vectors the encoder will return for it.
+    Attributes:
+        inputs: Keyword arguments of the encoder, without a batch axis.
+        num_features: Number of feature vectors that the encoder returns for the item.
     """
 
     inputs: dict[str, Tensor]
@@ -170,10 +171,13 @@ class PackedBatch(TypedDict):
 
 @dataclass
 class Features:
-    """Output of an encoder: `values` [items, length, dim], `mask` [items, length] or None.
+    """Output of an encoder for a batch of items.
 
-    `newlines` bool [items, length] or None: where a line ends, instead of a feature. The projector
-    writes its own learned `line_break` there.
+    Attributes:
+        values: Feature vectors [items, length, dim].
+        mask: bool [items, length], True for real features; None if all are real.
+        newlines: bool [items, length], True where a line of an image in tiles ends; None without
+            tiles. The projector writes its trained `line_break` embedding there.
     """
 
     values: Tensor

@@ -15,7 +15,7 @@ import pytest
 
 import multi_token
 from multi_token.cli.modalities import write_package
-from multi_token.testing.claims import CLAIMS
+from multi_token.testing.conformance import CLAIMS
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_heartbeat"
@@ -100,7 +100,7 @@ def test_the_claims_in_the_walk_are_those_of_the_kit() -> None:
     more = [
         "small micro-batches give the same features",
         "bfloat16 gives nearly the same features",
-        "projector ... keeps its promise",
+        "projector ... makes the promised embeddings",
     ]
     assert listed == ["claim", *CLAIMS, *more]
 

@@ -24,10 +24,13 @@ from multi_token.modalities.image import ImageModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import _BUILT_INS, build, resolve
-from multi_token.testing.audio import tiny_clap, tiny_wav2vec2
-from multi_token.testing.claims import ClaimFailed, Subject, works_in_bfloat16
-from multi_token.testing.video import tiny_video_encoder
-from multi_token.testing.vision import tiny_image_encoder
+from multi_token.testing.conformance import ClaimFailed, Subject, works_in_bfloat16
+from multi_token.testing.encoders import (
+    tiny_clap,
+    tiny_image_encoder,
+    tiny_video_encoder,
+    tiny_wav2vec2,
+)
 from multi_token.train.run import train
 from multi_token.types import Features
 
@@ -69,43 +72,43 @@ class Cancelling(Encoder):
         return Features((means + self.large - 1e4)[:, None])
 
 
-class Picture(ImageModality):
-    """Pictures, with that encoder."""
+class HalfImage(ImageModality):
+    """An image, with that encoder."""
 
     def build_encoder(self) -> Any:
         return Cancelling()
 
 
 def test_the_conformance_kit_names_an_encoder_that_does_not_bear_bfloat16(parts: Path) -> None:
-    pictures = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
-    trial = Subject(Picture(encoder=str(parts / "clip")), pictures, Fetch())
+    images = tuple(Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    trial = Subject(HalfImage(encoder=str(parts / "clip")), images, Fetch())
     with pytest.raises(ClaimFailed, match="source 0 has other features with `dtype: bfloat16`"):
         works_in_bfloat16(trial)
 
 
 NOT_LOADED = {"timeseries", "vector"}
-"""Senses without the field: what they are given is not to be rounded."""
+"""Modalities without the field, whose inputs must not be rounded."""
 
 
-def example(sense: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+def example(kind_of_input: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:
     folder.mkdir()
-    found = resolve("modality", sense).example(folder)  # type: ignore[reportAttributeAccessIssue]
+    found = resolve("modality", kind_of_input).example(folder)  # type: ignore[reportAttributeAccessIssue]
     assert found is not None
     return found
 
 
 @pytest.mark.parametrize("kind", [*sorted(_BUILT_INS["modality"].keys() - NOT_LOADED), *OTHERS])
 def test_each_encoder_gives_nearly_the_same_features_in_bfloat16(kind: str, tmp_path: Path) -> None:
-    sense, fields_of = OTHERS.get(kind, (kind, lambda _: {}))
-    fields, sources = example(sense, tmp_path / "example")
+    kind_of_input, fields_of = OTHERS.get(kind, (kind, lambda _: {}))
+    fields, sources = example(kind_of_input, tmp_path / "example")
     changed = fields_of(tmp_path / "encoder")
     if "read_as" in changed:
         fields = {}
-    modality = build("modality", {"type": sense, **fields, **changed}, Modality)
+    modality = build("modality", {"type": kind_of_input, **fields, **changed}, Modality)
     assert works_in_bfloat16(Subject(modality, tuple(sources), Fetch())) == "dtype: bfloat16"
 
 
-def test_only_senses_of_pretrained_models_have_a_precision() -> None:
+def test_only_modalities_of_pretrained_models_have_a_precision() -> None:
     without = {
         name
         for name in _BUILT_INS["modality"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from multi_token.registry import Entry
     from multi_token.testing import Result
 
-modalities_app = typer.Typer(help="List the senses there are, check one, start a new one.")
+modalities_app = typer.Typer(help="List modalities, check one, start a new one.")
 
 _TEMPLATES = {
     "pyproject.toml": "pyproject.toml.jinja",
@@ -29,7 +29,7 @@ _TEMPLATES = {
 
 @modalities_app.callback(invoke_without_command=True)
 def modalities(context: typer.Context) -> None:
-    """List the modalities there are, with their state: ready, missing extra, broken."""
+    """List the installed modalities with their state: ready, missing extra, broken."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
@@ -39,7 +39,7 @@ def modalities(context: typer.Context) -> None:
     table = Table("name", "from", "state", "what it reads", title="Modalities")
     for entry in _entries():
         style = "green" if entry.state == "ready" else "red"
-        # Text: docstrings and messages hold brackets that are not markup
+        # As Text, because docstrings and messages have brackets that are not markup.
         table.add_row(
             entry.name,
             Text(entry.owner),
@@ -51,10 +51,12 @@ def modalities(context: typer.Context) -> None:
 
 @modalities_app.command()
 def check(
-    name: str = typer.Argument(None, help="A name of the list.", show_default=False),
-    all_names: bool = typer.Option(False, "--all", help="Every one that is installed."),
+    name: str = typer.Argument(
+        None, help="Name of a modality, as the list shows it.", show_default=False
+    ),
+    all_names: bool = typer.Option(False, "--all", help="Check every installed modality."),
 ) -> None:
-    """Try all that a modality promises, on a small example of its own.
+    """Check all that a modality promises, on a small example of its own.
 
     Exit code 0: every claim holds. 1: at least one does not.
     """
@@ -62,6 +64,7 @@ def check(
 
     from multi_token.errors import MultiTokenError
 
+    # Either a name or `--all`, and not both.
     if (name is None) != all_names:
         raise MultiTokenError("expected the name of a modality, or --all")
     entries = _entries() if all_names else [_entry(name)]
@@ -77,9 +80,9 @@ def check(
 
 @modalities_app.command()
 def new(
-    name: str = typer.Argument(..., help="What recipes will call it: heartbeat."),
+    name: str = typer.Argument(..., help="Name of the modality in recipes, such as heartbeat."),
     out: Path = typer.Option(
-        None, help="A new or empty folder; default: multi-token-NAME here.", show_default=False
+        None, help="New or empty folder. Default: multi-token-NAME here.", show_default=False
     ),
 ) -> None:
     """Write a small package with a modality of your own: one file that works, and its test."""
@@ -90,7 +93,7 @@ def new(
     write_package(name, out)
     console = Console(stderr=True, highlight=False)
     for line in (
-        f"{out}: the sense is multi_token_{name}.py",
+        f"{out}: the modality is multi_token_{name}.py",
         f"pip install {out}",
         f"multi-token modalities check {name}",
     ):
@@ -98,7 +101,7 @@ def new(
 
 
 def write_package(name: str, out: Path) -> None:
-    """The files of a new modality, into a new or empty folder. Raises MultiTokenError."""
+    """Write the files of a new modality into a new or empty folder. Raises MultiTokenError."""
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
@@ -113,6 +116,7 @@ def write_package(name: str, out: Path) -> None:
         "module": f"multi_token_{name}",
         "cls": "".join(part.capitalize() for part in name.split("_")),
     }
+    # StrictUndefined: a misspelt name in a template is an error.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     templates = files("multi_token.cli.templates")
     out.mkdir(parents=True, exist_ok=True)
@@ -130,16 +134,18 @@ def _check_name(name: str) -> None:
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise MultiTokenError(
-            f"{name!r} cannot name a sense: expected small letters, digits and single _, as in "
+            f"{name!r} cannot name a modality: expected small letters, digits and single _, as in "
             "heartbeat or left_camera"
         )
     if name in registry.registered_names("modality"):
         owner = registry.entry("modality", name, Modality).owner
         raise MultiTokenError(f"modality {name!r} is owned by {owner}; choose another name")
-    # rows use some words themselves, which a recipe refuses
-    any_sense = {"type": "vector", "dim": 1}
+    # Rows have keys of their own, such as `messages`, and a recipe refuses them as names.
+    any_modality = {"type": "vector", "dim": 1}
     validate_fields(
-        ModelSpec, {"language_model": "any", "modalities": {name: any_sense}}, where="a new sense"
+        ModelSpec,
+        {"language_model": "any", "modalities": {name: any_modality}},
+        where="a new modality",
     )
 
 
@@ -159,7 +165,7 @@ def _entry(name: str) -> Entry:
     from multi_token.modalities.base import Modality
 
     if name not in registry.registered_names("modality"):
-        registry.resolve("modality", name)  # says what is known, and the nearest
+        registry.resolve("modality", name)  # raises with the nearest known name
     entry = registry.entry("modality", name, Modality)
     if entry.state == "missing extra":
         raise MultiTokenError(f"modality {name!r} cannot be checked: {entry.fault}")
@@ -194,7 +200,8 @@ def _print_results(console: Console, entry: Entry, results: Sequence[Result]) ->
 
 
 def _no_progress_bars() -> None:
-    """No bars for weights of a few kilobytes; transformers asks the hub's library when imported."""
+    """Hide the progress bars of weights of a few kilobytes."""
+    # By the hub's library, which transformers asks when it is imported.
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()

@@ -220,11 +220,10 @@ def _processor(
     import transformers as hf
 
     from multi_token.chat.template import ChatTemplate
-    from multi_token.modalities.image import image_processor
 
     assert model.processor is not None
     modality: Any = model.modalities[name]
-    cutter: Any = image_processor(modality.encoder, modality.revision)
+    cutter: Any = modality.auto("AutoImageProcessor")
     side = config.vision_config.image_size
     fields = cutter.to_dict()
     for key in ("image_processor_type", "processor_class"):

@@ -150,7 +150,7 @@ def _modality(
 
 def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
     """LLaVA's own pinpoints are pixels (width, height), as a list or as text."""
-    from multi_token.modalities.image import tile_shape
+    from multi_token.modalities.image import Tower, tile_shape
 
     try:
         listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
@@ -160,7 +160,7 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
             f"`image_grid_pinpoints` {pinpoints!r}: expected pairs of width and height"
         ) from None
     try:
-        side, _ = tile_shape(modality["encoder"], None, modality["layer"])
+        side, _ = tile_shape(Tower(modality["encoder"], None, "patches", modality["layer"]))
     except (OSError, ValueError) as error:
         raise ConvertError(
             f"no vision encoder could be loaded from {modality['encoder']!r}; say where it is with "

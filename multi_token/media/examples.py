@@ -1,4 +1,4 @@
-"""Small items of each kind, in memory: a server decodes them once before its first request."""
+"""Small items of each kind, in memory, which a server decodes before its first request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def example_image() -> bytes:
 
 
 def example_video() -> bytes:
-    """Return an animated GIF of one second: four frames of noise, which no encoder merges."""
+    """Return an animated GIF of one second, with four frames."""
+    # Noise, because the GIF writer merges equal frames.
     frames = [Image.effect_noise((64, 64), 50) for _ in range(4)]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250)

@@ -1,4 +1,4 @@
-"""A source in, its bytes out: a path, a URL, a data URI, or the bytes themselves."""
+"""Source -> its bytes: a path, a URL, a data URI, or the bytes themselves."""
 
 from __future__ import annotations
 
@@ -25,41 +25,46 @@ if TYPE_CHECKING:
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_REDIRECTS = 5
-_ACCEPTED = "a file path, file://, http(s):// or data: address, or bytes"
+_ACCEPTED = "a file path, a file://, http(s):// or data: URL, or bytes"
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Reads any source, within limits; picklable, so that data workers take it along.
+    """Reads any source, within limits; picklable, so that data workers can have it.
 
-    | source                       | what happens                                    |
+    | source                       | meaning                                         |
     |------------------------------|-------------------------------------------------|
     | `str`, `os.PathLike`         | a file; a relative path starts at `root`        |
     | `"file://..."`               | the same, percent-decoded                       |
-    | `"http://"`, `"https://"`    | downloaded in pieces, up to 5 redirects         |
+    | `"http://"`, `"https://"`    | a download, up to 5 redirects                   |
     | `"data:...;base64,..."`      | decoded in place                                |
     | `bytes`                      | returned                                        |
 
-    Whatever goes wrong raises `MediaError(kind="missing_file")`. A server that reads for strangers
-    wants `allow_paths=False, url_policy=UrlPolicy()`: data URIs and bytes are then all it accepts.
+    Every failure raises `MediaError(kind="missing_file")`. A server that reads sources of untrusted
+    clients sets `allow_paths=False, url_policy=UrlPolicy()`, which accepts data URIs and bytes
+    only.
     """
 
     root: str | None = None
     """Folder of relative paths; None is the current folder."""
     max_bytes: int = 256 * MIB
-    """The largest source accepted."""
+    """Largest accepted source, in bytes."""
     timeout_s: float = 30.0
-    """One deadline for a whole download, redirects included."""
+    """Deadline of a complete download in seconds, redirects included."""
     allow_urls: bool = True
     """True if http(s) URLs are read."""
     allow_paths: bool = True
     """True if files of this machine are read."""
     url_policy: UrlPolicy | None = None
-    """For strangers: which addresses are read, and how (address.py). None: any, as for rows of
-    one's own."""
+    """Hosts that untrusted clients may name (safe_http.py). None allows any, as for the rows of
+    one's own data."""
 
     def read(self, source: Any) -> bytes:
-        """All bytes of `source`."""
+        """Return all bytes of a source.
+
+        Raises:
+            MediaError: The source cannot be read, or is over `max_bytes`.
+        """
         if isinstance(source, (bytes, bytearray, memoryview)):
             data = bytes(source)
             self._check_size(len(data), "the bytes in the row")
@@ -73,22 +78,26 @@ class Fetch:
         return self._read_file(source)
 
     def open(self, source: Any) -> BinaryIO:
-        """`source` as a file, of which a part may be read: a header, say. Close it.
+        """Return a source as a file to read a part of, such as a header; the caller closes it.
 
-        A local file is only opened; whatever else is read whole.
+        A local file is only opened; every other source is read completely.
+
+        Raises:
+            MediaError: The source cannot be read, or is over `max_bytes`.
         """
         if self.local_path(source) is None:
             return io.BytesIO(self.read(source))
         return self._open_file(source)[0]
 
     def local_path(self, source: Any) -> Path | None:
-        """The absolute path that `source` names, or None if it does not name a local file.
+        """Return the absolute path that a source names; None if it names no local file.
 
-        The file need not exist. Not subject to `allow_paths`: nothing is opened.
+        The file need not exist. `allow_paths` does not matter, because nothing is opened.
         """
         if isinstance(source, str):
             scheme = _scheme(source)
             if scheme == "file":
+                # Percent-decoded, and refused if it names another machine.
                 source = _file_url_path(source)
             elif scheme is not None:
                 return None
@@ -97,6 +106,7 @@ class Fetch:
         text = os.fspath(source)
         if not isinstance(text, str) or not text or "\0" in text:
             return None
+        # Absolute, so that cache keys and messages name one file from any folder.
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
         return Path(self.root or "").joinpath(path).resolve()
 
@@ -104,10 +114,11 @@ class Fetch:
         file, path = self._open_file(source)
         try:
             with file:
+                # One byte more than the limit is enough to see that a file is over it.
                 data = file.read(self.max_bytes + 1)
         except OSError as error:
             raise _unreadable_file_error(path, error) from error
-        self._check_size(len(data), str(path))  # a file may grow while it is read
+        self._check_size(len(data), str(path))  # a file may grow after it was opened
         return data
 
     def _open_file(self, source: Any) -> tuple[BinaryIO, Path]:
@@ -117,9 +128,10 @@ class Fetch:
         if not self.allow_paths:
             raise missing_file(
                 f"files of this machine are not read here, and {shorten(source)} is one; "
-                "send the bytes as a data: address"
+                "send the bytes as a data: URL"
             )
         try:
+            # Looked at before opening: opening a pipe would wait for its writer.
             if not path.exists():
                 raise missing_file(self._not_found(source, path))
             if path.is_dir():
@@ -143,7 +155,7 @@ class Fetch:
     def _not_found(self, source: Any, path: Path) -> str:
         given = os.fspath(source)
         if Path(given).is_absolute() or _scheme(given):
-            return f"no file at {path}; mend the path in the row, or put the file there"
+            return f"no file at {path}; fix the path in the row, or put the file there"
         start = Path(self.root or "").resolve()
         return (
             f"no file at {path} (the row says {shorten(given)}, and relative paths start at "
@@ -156,31 +168,35 @@ class Fetch:
             raise missing_file(
                 f"expected data:<type>;base64,<letters>, but {shorten(source)} has no comma"
             )
-        self._check_size(len(body) * 3 // 4 - 2, "the data: address")
+        # Checked before decoding. Four letters are three bytes, up to two of them padding.
+        self._check_size(len(body) * 3 // 4 - 2, "the data: URL")
+        # Without base64 the body is percent-encoded text (RFC 2397).
         if not header.lower().endswith(";base64"):
             return self.read(unquote_to_bytes(body))
         try:
+            # Line breaks are common in base64 that was made for e-mail.
             data = base64.b64decode("".join(body.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise missing_file(
                 f"{shorten(source)} is not base64 ({error}); "
                 "encode the bytes with base64.b64encode and check that nothing was cut off"
             ) from error
-        self._check_size(len(data), "the data: address")
+        self._check_size(len(data), "the data: URL")
         return data
 
     def _read_url(self, source: str) -> bytes:
         if not self.allow_urls:
             raise missing_file(
-                f"web addresses are not read here, and {shorten(source)} is one; "
+                f"URLs are not read here, and {shorten(source)} is one; "
                 "download it and give the path or the bytes"
             )
         if self.url_policy is not None:
             return self.url_policy.download(source, max_bytes=self.max_bytes)
+        # Imported here, because a run on local files needs no HTTP client.
         import httpx
 
         deadline = time.monotonic() + self.timeout_s
-        # identity: a compressed answer could unpack to far more than the limit in one piece
+        # Identity, because a compressed body could unpack to far more than the limit in one piece.
         headers = {"Accept-Encoding": "identity", "User-Agent": "multi_token"}
         try:
             with (
@@ -190,28 +206,29 @@ class Fetch:
                     max_redirects=_MAX_REDIRECTS,
                     headers=headers,
                 ) as client,
-                client.stream("GET", source) as answer,
+                client.stream("GET", source) as response,
             ):
-                return self._download(answer, source, deadline)
+                return self._download(response, source, deadline)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             reason = str(error) or type(error).__name__
             raise missing_file(
-                f"cannot download {shorten(source)}: {reason}; check the address and the network, "
+                f"cannot download {shorten(source)}: {reason}; check the URL and the network, "
                 "or download it once and give the path"
             ) from error
 
-    def _download(self, answer: httpx.Response, source: str, deadline: float) -> bytes:
-        if answer.status_code != 200:
+    def _download(self, response: httpx.Response, source: str, deadline: float) -> bytes:
+        if response.status_code != 200:
             raise missing_file(
-                f"{shorten(source)} answered {answer.status_code} {answer.reason_phrase} "
+                f"{shorten(source)} answered {response.status_code} {response.reason_phrase} "
                 "instead of 200; check that the address is right and open to everyone"
             )
-        announced = answer.headers.get("Content-Length", "")
+        # Refused by its announced length before a byte of the body is read.
+        announced = response.headers.get("Content-Length", "")
         if announced.isdecimal():
             self._check_size(int(announced), shorten(source))
         data = bytearray()
-        # pieces as they arrive: a fixed size would be waited for, and the deadline with it
-        for chunk in answer.iter_bytes():
+        # Chunks as they arrive: httpx would wait for a fixed size, and the deadline would pass.
+        for chunk in response.iter_bytes():
             data += chunk
             self._check_size(len(data), shorten(source))
             if time.monotonic() > deadline:
@@ -230,9 +247,15 @@ class Fetch:
 
 
 def shorten(source: Any, limit: int = 120) -> str:
-    """A source as a message shows it: never megabytes of base64 in a terminal."""
-    text = source if isinstance(source, str) else str(source)
+    """Return a source for a message, without megabytes of base64."""
+    text = str(source)
     return text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text):,} letters)"
+
+
+def source_name(source: Any) -> str:
+    """Return the path or URL of a source for a message; "" for a data URI or an object."""
+    named = isinstance(source, (str, os.PathLike)) and _scheme(str(source)) != "data"
+    return shorten(source) if named else ""
 
 
 def _scheme(source: str) -> str | None:
@@ -247,7 +270,7 @@ def _file_url_path(source: str) -> str:
     if parts.netloc not in ("", "localhost"):
         raise missing_file(
             f"{shorten(source)} names the machine {parts.netloc!r}; "
-            "a file:// address of this machine has three slashes: file:///folder/name"
+            "a file:// URL of this machine has three slashes: file:///folder/name"
         )
     return url2pathname(parts.path)
 

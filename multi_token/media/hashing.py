@@ -1,4 +1,4 @@
-"""Content of items: bytes that are equal only for equal items."""
+"""Content of items as bytes that are equal only for equal items."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from multi_token.media.fetch import Fetch
 
 _READ = ("path", "bytes", "array")
-"""Keys of a mapping whose values are sources themselves; the others are settings."""
+"""Keys of a mapping whose values are sources; the others are settings."""
 
 
 def digest(*parts: bytes) -> str:
@@ -26,31 +26,33 @@ def digest(*parts: bytes) -> str:
 
 
 def content_bytes(source: Any, fetch: Fetch) -> bytes:
-    """The bytes behind a source: of a file its own, of images and arrays their values.
+    """Return the bytes of a file, or the values of an image or array.
 
-    A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for what
-    cannot be read.
+    A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for a
+    source that cannot be read.
     """
     if isinstance(source, Image.Image):
-        palette = source.getpalette() or []  # equal places in two palettes are other colours
+        palette = source.getpalette() or []  # one index has different colours in two palettes
         return f"{source.mode}{source.size}{palette}".encode() + source.tobytes()
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray) and source.dtype != object:
         return f"{source.dtype}{source.shape}".encode() + source.tobytes()
     if isinstance(source, Mapping):
+        # Sorted, so that the order of keys in a row does not matter.
         pieces = [
             content_bytes(value, fetch)
             if key in _READ and value is not None
             else repr(value).encode()
             for key, value in sorted(source.items())
         ]
+        # Digests have one length, so two pieces cannot be mistaken for one longer piece.
         digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
         return repr(sorted(source)).encode() + digests
     if isinstance(source, (list, tuple, np.ndarray)):  # an array of objects: a column of a table
         try:
             array = np.asarray(source, dtype=np.float64)
         except (TypeError, ValueError):
-            return repr(source).encode()  # not numbers: loading it will say so
+            return repr(source).encode()  # other values: loading them raises
         return f"{array.shape}".encode() + array.tobytes()
     return fetch.read(source)

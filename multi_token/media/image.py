@@ -1,25 +1,27 @@
-"""Bytes in, one upright RGB image out, or one sentence saying why not."""
+"""Bytes -> one upright RGB image, or a MediaError."""
 
 from __future__ import annotations
 
 import io
 import os
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from multi_token.media.errors import undecodable
+from multi_token.media.errors import DAMAGE, undecodable
+from multi_token.media.sniff import describe
 
-# A list of our own, because PIL's whole registry holds formats that start other programs (EPS runs
-# Ghostscript) and formats nobody fuzzes. All of these are read from memory, inside the process.
+# A closed list, because PIL's registry also holds formats that start other programs (EPS runs
+# Ghostscript) and formats that are not fuzzed. All of these are read from memory, in the process.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
+MAX_PIXELS = 89_478_485
+"""Default limit; PIL's own for a warning about decompression bombs."""
 MAX_ASPECT = 300
-"""Times that one side may be as long as the other. Processors scale the short side to that of their
-encoder, and a line of pixels would become gigabytes."""
+"""Largest ratio of the sides. Processors scale the short side to that of their encoder, so a line
+of pixels would become gigabytes."""
 
 _ORIENTATION = 0x0112
 _NO_ROTATION = {
@@ -32,91 +34,57 @@ _NO_ROTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPPED_SIDES = (5, 6, 7, 8)
-"""Orientations whose width is the height of what is upright."""
+"""EXIF orientations that swap width and height."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# what PIL's plug-ins raise on damaged bytes; found by tests that damage bytes
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    RuntimeError,  # AVIF
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-_MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"<svg", "an SVG drawing"),
-    (b"<!doctype html", "a web page"),
-    (b"<html", "a web page"),
-    (b"<?xml", "an XML text"),
-    (b"%pdf", "a PDF document"),
-    (b"%!ps", "a PostScript document"),
-    (b"pk\x03\x04", "a ZIP archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
-    (b"\x93numpy", "a NumPy array"),
-    (b"riff", "a RIFF file (WAV, AVI or WebP)"),
-    (b"id3", "an MP3"),
-    (b"oggs", "an Ogg file"),
-    (b"{", "JSON text"),
-)
+_DAMAGE = (*DAMAGE, Image.DecompressionBombError)
 
 
-def decode_image(
-    data: bytes, *, name: str = "", max_pixels: int = 89_478_485
-) -> Image.Image:  # RGB, fully in memory
-    """The image in `data`, upright, RGB, over white where it is transparent.
+def decode_image(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the image in `data`, decoded: upright, RGB, over white where it is transparent.
 
-    Palettes, greys, CMYK and 16 bits are converted; an animation gives its first frame. `name`
-    opens the error message. Raises `MediaError(kind="undecodable")`.
+    Palettes, greys, CMYK and 16 bits are converted; an animation gives its first frame.
+
+    Raises:
+        MediaError: The bytes are no image, are damaged or over a limit; `name` opens the message.
     """
-    picture = _open(io.BytesIO(data), name or "the picture")
-    return as_rgb(picture, name=name, max_pixels=max_pixels)
+    return as_rgb(_open(io.BytesIO(data), name or "the image"), name=name, max_pixels=max_pixels)
 
 
-def as_rgb(
-    picture: Image.Image, *, name: str = "", max_pixels: int = 89_478_485
-) -> Image.Image:  # RGB, fully in memory
-    """The same for an image that is open already; one from `datasets` or a notebook, say."""
-    label = name or "the picture"
-    _check_size(picture, label, max_pixels)
-    width, height = picture.size
+def as_rgb(image: Image.Image, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Do the same for an open PIL image, such as one from `datasets` or a notebook."""
+    label = name or "the image"
+    _check_size(image, label, max_pixels)
+    width, height = image.size
     try:
-        picture.load()
-        return _apply_orientation(_to_rgb(picture, label), picture)
+        image.load()
+        return _apply_orientation(_to_rgb(image, label), image)
     except _DAMAGE as error:
         raise undecodable(
-            f"{label} ({picture.format or picture.mode}, {width} x {height} pixels) is truncated "
+            f"{label} ({image.format or image.mode}, {width} x {height} pixels) is truncated "
             f"or damaged ({error}); copy or download it again"
         ) from error
 
 
 def read_size(
-    file: BinaryIO, *, name: str = "", max_pixels: int = 89_478_485
+    file: BinaryIO, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int] | None:
-    """Width and height of the image that `decode_image` would make of a file, from its header.
+    """Return width and height that `decode_image` would give of a file, from its header.
 
-    None where only decoding tells how it is turned: a PNG that says something behind its pixels.
-    Raises MediaError for what the header shows to be no image, or over a limit.
+    None if only decoding tells the rotation: a PNG with metadata after its pixels. Raises
+    MediaError if the header is not that of an image, or the image is over a limit.
     """
-    label = name or "the picture"
-    picture = _open(file, label)
-    _check_size(picture, label, max_pixels)
-    if picture.format == "TIFF":
-        return picture.size  # PIL turns it while it decodes, and says so before
-    if picture.format == "PNG" and not _ends_with_pixels(file):
+    label = name or "the image"
+    image = _open(file, label)
+    _check_size(image, label, max_pixels)
+    if image.format == "TIFF":
+        return image.size  # PIL rotates a TIFF while it decodes, and reports the rotated size
+    if image.format == "PNG" and not _ends_with_pixels(file):
         return None
-    # the base class's: that of PNG would decode to see whether more comes behind the pixels
-    lies = _orientation(Image.Image.getexif, picture) in _SWAPPED_SIDES
-    width, height = picture.size
-    return (height, width) if lies else (width, height)
+    # The base class's method: that of PNG would decode the pixels to find metadata after them.
+    swapped = _orientation(Image.Image.getexif, image) in _SWAPPED_SIDES
+    width, height = image.size
+    return (height, width) if swapped else (width, height)
 
 
 def _ends_with_pixels(file: BinaryIO) -> bool:
@@ -130,12 +98,12 @@ def _ends_with_pixels(file: BinaryIO) -> bool:
         if seen and kind != b"IDAT":
             return False
         seen = seen or kind == b"IDAT"
-        file.seek(size + 4, os.SEEK_CUR)  # behind its checksum
+        file.seek(size + 4, os.SEEK_CUR)  # data and checksum
     return False
 
 
-def _check_size(picture: Image.Image, label: str, max_pixels: int) -> None:
-    width, height = picture.size
+def _check_size(image: Image.Image, label: str, max_pixels: int) -> None:
+    width, height = image.size
     if width * height > max_pixels:
         raise undecodable(
             f"{label} is {width} x {height} = {width * height:,} pixels, and the limit is "
@@ -143,30 +111,30 @@ def _check_size(picture: Image.Image, label: str, max_pixels: int) -> None:
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise undecodable(
-            f"{label} is {width} x {height} pixels, a line rather than a picture: one side may be "
-            f"{MAX_ASPECT} times as long as the other; cut it"
+            f"{label} is {width} x {height} pixels, a line rather than an image: one side may be "
+            f"{MAX_ASPECT} times as long as the other; crop it"
         )
 
 
 def _open(file: BinaryIO, label: str) -> Image.Image:
-    """The header only.
-
-    Not `Image.open`: that compares the size with a global limit of PIL and warns or raises by it,
-    and the limit here is the caller's. `Image.OPEN` is the table that `Image.open` walks.
-    """
+    """Open an image by its header; no pixel is decoded."""
+    # Not `Image.open`, which warns or raises by a limit that is global in PIL; the limit here is
+    # the caller's. `Image.OPEN` is the table that `Image.open` goes through.
     start = file.read(64)
     if not start:
         raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
     Image.init()
     prefix = start[:16]
     damage: Exception | None = None
+    # In this order: JPEG and PNG are nearly all images of a data set.
     for name in FORMATS:
         if name not in Image.OPEN:  # AVIF and JPEG2000 are not in every build of PIL
             continue
         factory, accept = Image.OPEN[name]
         accepted = accept is None or accept(prefix)
-        if not accepted or isinstance(accepted, str):  # a text says what this build of PIL lacks
+        if not accepted or isinstance(accepted, str):  # a string names what this build lacks
             continue
+        # Plug-ins read on from where the last one stopped.
         file.seek(0)
         try:
             return factory(file, "")
@@ -174,42 +142,35 @@ def _open(file: BinaryIO, label: str) -> Image.Image:
             damage = error
     if damage is not None and not isinstance(damage, UnidentifiedImageError):
         raise undecodable(
-            f"{label} begins like a picture, but its header is truncated or damaged ({damage}); "
+            f"{label} begins like an image, but its header is truncated or damaged ({damage}); "
             "copy or download it again"
         ) from damage
     raise undecodable(
-        f"{label} is not a picture: {_describe(start)}; expected one of {', '.join(FORMATS)}"
+        f"{label} is not an image: {describe(start)}; expected one of {', '.join(FORMATS)}"
     )
 
 
-def _describe(data: bytes) -> str:
-    start = data.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for magic, what in _MAGIC:
-        if start.startswith(magic):
-            return f"it begins like {what}"
-    return f"its first bytes are {data[:12]!r}"
-
-
-def _to_rgb(picture: Image.Image, label: str) -> Image.Image:
-    if picture.mode.startswith("I"):
-        return _integers_to_uint8(picture, label)
-    if picture.mode == "F":
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _integers_to_uint8(image, label)
+    if image.mode == "F":
         raise undecodable(
             f"{label} holds floating-point numbers, whose black and white are unknown; "
             "save it with 8 or 16 bits"
         )
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+    # White, as on a page: a black ground hides black drawings.
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _integers_to_uint8(picture: Image.Image, label: str) -> Image.Image:
-    # convert("RGB") would cut everything above 255 to white instead of scaling it
+def _integers_to_uint8(image: Image.Image, label: str) -> Image.Image:
+    # convert("RGB") would clip everything above 255 to white instead of scaling it.
     import numpy as np
 
-    values = np.asarray(picture)
+    values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise undecodable(
             f"{label} holds 32-bit integers from {values.min()} to {values.max()}, whose black and "
@@ -218,17 +179,17 @@ def _integers_to_uint8(picture: Image.Image, label: str) -> Image.Image:
     return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
-def _apply_orientation(rgb: Image.Image, picture: Image.Image) -> Image.Image:
-    turn = _NO_ROTATION.get(_orientation(type(picture).getexif, picture))
+def _apply_orientation(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    turn = _NO_ROTATION.get(_orientation(type(image).getexif, image))
     upright = rgb if turn is None else rgb.transpose(turn)
-    # with its EXIF block left in, an image processor that turns by it would turn a second time
+    # An image processor that reads EXIF would rotate a second time.
     upright.info = {}
     return upright
 
 
-def _orientation(read_exif: Callable[[Any], Image.Exif], picture: Image.Image) -> int:
+def _orientation(read_exif: Callable[[Any], Image.Exif], image: Image.Image) -> int:
     try:
-        return read_exif(picture).get(_ORIENTATION, 1)
+        return read_exif(image).get(_ORIENTATION, 1)
     except _DAMAGE:
-        # viewers show an image whose EXIF block is broken as it lies, and so do we
+        # Viewers show an image with a broken EXIF block unrotated.
         return 1

@@ -1,11 +1,11 @@
-"""Kind of a file by its first bytes: image, audio, video or text."""
+"""Kind of a file by its first bytes: image, audio, video or text; and its format's name."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from multi_token.media.errors import undecodable
 
@@ -16,7 +16,7 @@ MediaKind = Literal["image", "audio", "video", "text"]
 class FileKind:
     """Files of one kind, as a chat page offers them.
 
-    `kind`: how a browser treats such a file; `numbers` are parsed there, `file` is sent unseen.
+    `kind`: how a browser treats such a file; it parses `numbers`, and sends a `file` unchanged.
     `noun`: the plural that the page shows. `suffixes`: endings of names, each with its dot.
     """
 
@@ -25,24 +25,19 @@ class FileKind:
     suffixes: tuple[str, ...]
 
 
+def _files(kind: Any, noun: str, suffixes: str) -> FileKind:
+    return FileKind(kind, noun, tuple(suffixes.split()))
+
+
+# `.webm` is in two kinds: browsers record both audio and video into it.
 FILE_KINDS: Mapping[str, FileKind] = {
-    "image": FileKind(
-        "image",
-        "images",
-        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
-    ),
-    "audio": FileKind(
-        "audio",
-        "audio files",
-        (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm"),
-    ),
-    "video": FileKind(
-        "video", "videos", (".mp4", ".webm", ".mov", ".mkv", ".avi", ".mpeg", ".mpg")
-    ),
-    "document": FileKind("document", "documents", (".pdf", ".txt", ".md", ".html", ".htm")),
-    "text": FileKind("text", "texts", (".txt", ".md")),
-    "vector": FileKind("numbers", "lists of numbers", (".npy", ".json", ".csv", ".txt")),
-    "series": FileKind("numbers", "series of numbers", (".npy", ".json", ".csv", ".txt")),
+    "image": _files("image", "images", ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif"),
+    "audio": _files("audio", "audio files", ".wav .mp3 .flac .ogg .opus .m4a .aac .aiff .webm"),
+    "video": _files("video", "videos", ".mp4 .webm .mov .mkv .avi .mpeg .mpg"),
+    "document": _files("document", "documents", ".pdf .txt .md .html .htm"),
+    "text": _files("text", "texts", ".txt .md"),
+    "vector": _files("numbers", "lists of numbers", ".npy .json .csv .txt"),
+    "series": _files("numbers", "series of numbers", ".npy .json .csv .txt"),
 }
 
 _IMAGE: tuple[bytes, ...] = (
@@ -62,24 +57,50 @@ _VIDEO: tuple[bytes, ...] = (
     b"\x00\x00\x01\xba",  # MPEG
     b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # WMV
 )
-_UNSUPPORTED_SIGNATURES: tuple[tuple[bytes, str], ...] = (  # some of these could pass for a text
-    (b"%PDF", "a PDF document"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"\x93NUMPY", "a NumPy array"),
+NOT_PROSE: tuple[tuple[bytes, str], ...] = (
+    (b"<svg", "an SVG drawing"),
+    (b"{\\rtf", "a rich text (RTF)"),
+    (b"%!ps", "a PostScript document"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
 )
+"""Lower-case first bytes of texts that are no document to read, and their names."""
+BINARY: tuple[tuple[bytes, str], ...] = (
+    (b"\x89png", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"gif8", "a GIF image"),
+    (b"ii*\0", "a TIFF image"),
+    (b"mm\0*", "a TIFF image"),
+    (b"riff", "a RIFF file (WAV, AVI or WebP)"),
+    (b"id3", "an MP3"),
+    (b"flac", "a FLAC file"),
+    (b"oggs", "an Ogg file"),
+    (b"%pdf", "a PDF document"),
+    (b"pk\x03\x04", "a ZIP archive (.docx, .odt and .epub are such)"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x93numpy", "a NumPy array"),
+)
+_TEXTS: tuple[tuple[bytes, str], ...] = (
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"<?xml", "an XML text"),
+    (b"#extm3u", "a playlist, which only names videos"),
+    (b"{", "JSON text"),
+)
 NUM_SNIFF_BYTES = 4096
-"""So many are looked at, and one more tells whether that was all."""
+"""Number of bytes that decide; one more tells if a text ends there."""
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 
 def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
-    """`image` for PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF, JPEG 2000; `audio` for WAV, FLAC, Ogg,
-    MP3, AIFF, AU, CAF, AAC, M4A; `video` for MP4, MOV, WebM, Matroska, AVI, FLV, MPEG, WMV and Ogg
-    with images; else `text` for UTF-8.
+    """Return the kind of a file.
 
-    A GIF or WebP that moves is an image as well. Raises `MediaError(kind="undecodable")`.
+    `image` for PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF, JPEG 2000; `audio` for WAV, FLAC, Ogg, MP3,
+    AIFF, AU, CAF, AAC, M4A; `video` for MP4, MOV, WebM, Matroska, AVI, FLV, MPEG, WMV and Ogg with
+    images; else `text` for UTF-8. An animated GIF or WebP is an image.
+
+    Raises:
+        MediaError: The bytes are of no known kind; `name` opens the message.
     """
     label = name or "the item"
     if not data:
@@ -87,15 +108,22 @@ def sniff_kind(data: bytes, *, name: str = "") -> MediaKind:
     kind = _known_signature(data)
     if kind is not None:
         return kind
-    refused = next(
-        (what for magic, what in _UNSUPPORTED_SIGNATURES if data.startswith(magic)), None
-    )
-    if refused is None and _is_text(data):
+    # Both are valid UTF-8 at their beginning, and no text that anyone wrote.
+    if not data.startswith((b"%PDF", b"version https://git-lfs")) and _is_text(data):
         return "text"
-    raise undecodable(
-        f"{label} is not a picture, sound, film or UTF-8 text: "
-        + (f"it begins like {refused}" if refused else f"its first bytes are {data[:12]!r}")
-    )
+    raise undecodable(f"{label} is not an image, audio, video or UTF-8 text: {describe(data)}")
+
+
+def describe(data: bytes) -> str:
+    """Return the half of an error message that says what undecodable bytes begin like."""
+    name = format_name(data, (*NOT_PROSE, *BINARY, *_TEXTS))
+    return f"it begins like {name}" if name else f"its first bytes are {data[:12]!r}"
+
+
+def format_name(data: bytes, names: Sequence[tuple[bytes, str]]) -> str | None:
+    """Return the name of a format by its first bytes, after blanks and in lower case."""
+    start = data[:64].lstrip(codecs.BOM_UTF8 + b" \t\r\n").lower()
+    return next((name for magic, name in names if start.startswith(magic)), None)
 
 
 def _known_signature(data: bytes) -> MediaKind | None:
@@ -105,15 +133,16 @@ def _known_signature(data: bytes) -> MediaKind | None:
         return "audio"
     if data.startswith(_VIDEO):
         return "video"
+    # RIFF, FORM and ISO containers name their content after the size.
     form = data[8:12]
     if data.startswith((b"RIFF", b"RF64", b"riff")):
         riff: dict[bytes, MediaKind] = {b"WEBP": "image", b"AVI ": "video"}
         return riff.get(form, "audio")
     if data.startswith(b"FORM") and form in (b"AIFF", b"AIFC"):
         return "audio"
-    if data.startswith(b"OggS"):  # its streams name themselves on the first pages
+    if data.startswith(b"OggS"):  # the first pages name the codec of each stream
         return "video" if b"theora" in data[:NUM_SNIFF_BYTES] else "audio"
-    if data[4:8] == b"ftyp":  # the brand says what the container is for
+    if data[4:8] == b"ftyp":  # one container for all three; the brand names the use
         if form in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
             return "image"
         return "audio" if form in (b"M4A ", b"M4B ", b"M4P ") else "video"
@@ -121,25 +150,26 @@ def _known_signature(data: bytes) -> MediaKind | None:
 
 
 def _is_bmp(data: bytes) -> bool:
-    # the two letters alone could begin a text
+    # "BM" alone could begin a text, so the size of the header has to be a known one.
     return data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS
 
 
 def _is_mp3(data: bytes) -> bool:
-    """Return True if an MP3 frame without tags begins here: sync, a layer, a valid rate."""
+    """Return True if an MP3 frame without tags begins here: sync bits and no reserved value."""
     return (
         len(data) > 2
         and data[0] == 0xFF
         and data[1] & 0xE0 == 0xE0
         and data[1] & 0x06 != 0  # the layer
         and data[1] & 0x18 != 0x08  # the version
-        and data[2] & 0xF0 != 0xF0  # bits a second
-        and data[2] & 0x0C != 0x0C  # samples a second
+        and data[2] & 0xF0 != 0xF0  # the bit rate
+        and data[2] & 0x0C != 0x0C  # the sampling rate
     )
 
 
 def _is_text(data: bytes) -> bool:
     try:
+        # An incremental decoder accepts a character that the limit cuts in two.
         start = codecs.getincrementaldecoder("utf-8")().decode(
             data[:NUM_SNIFF_BYTES], final=len(data) <= NUM_SNIFF_BYTES
         )

@@ -1,4 +1,4 @@
-"""Bytes in, the frames shown at evenly spaced times out, or one sentence saying why not."""
+"""Bytes -> the frames shown at evenly spaced times, or a MediaError."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.errors import undecodable
-from multi_token.media.frame_sampling import (
-    TIME_SLACK_S,
-    clip_bounds,
-    sample_times,
-    too_long_error,
-)
+from multi_token.errors import MediaError
+from multi_token.media.errors import require_package, undecodable
+from multi_token.media.frame_sampling import TIME_SLACK_S, FrameSampling
 from multi_token.media.image import as_rgb
+from multi_token.media.sniff import describe
 
-# A list of our own, because FFmpeg's whole registry holds formats that open other files and
-# addresses named inside the data (HLS, DASH, concat), and images as videos of one frame.
+# A closed list, because FFmpeg's registry also holds formats that open files and URLs named in the
+# data (HLS, DASH, concat), and images as videos of one frame.
 FORMATS = ("mov", "matroska", "gif", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
 _ACCEPTED = "MP4, MOV, WebM, MKV, GIF, AVI, MPEG, FLV, Ogg or WMV"
 
@@ -34,30 +30,16 @@ CODECS = (
     *("ffv1", "rawvideo", "flv", "vp6", "vp6f", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3"),
     "vc1",
 )
-"""Accepted codecs in them; FFmpeg has two hundred more, few of them in use."""
-
-# what stands where in the first bytes
-_MAGIC: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\x89PNG", "a PNG picture"),
-    (0, b"\xff\xd8\xff", "a JPEG picture"),
-    (0, b"BM", "a BMP picture"),
-    (8, b"WEBP", "a WebP picture"),
-    (8, b"WAVE", "a WAV sound"),
-    (0, b"ID3", "an MP3"),
-    (0, b"fLaC", "a FLAC sound"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"#EXTM3U", "a playlist, which only names videos"),
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
-    (0, b"\x93NUMPY", "a NumPy array"),
-)
+"""Accepted codecs in them. FFmpeg has two hundred more, which are rare and less tested on damaged
+files."""
 
 
 @dataclass(frozen=True)
 class _PacketIndex:
-    """Packets of a video before decoding; in decoding order, seconds from the first frame.
+    """Packets of a video in decoding order, before they are decoded.
 
-    `times`: when each packet's frame is shown, None if it is not; `keys`: where decoding can begin.
+    `times`: the second at which each packet's frame is shown, counted from `zero`, the first frame;
+    None if it is not shown. `keys`: packets at which decoding can begin.
     """
 
     times: list[Fraction | None]
@@ -68,7 +50,7 @@ class _PacketIndex:
 
 @dataclass
 class _DecodeRun:
-    """Packets `first` to `last` are decoded for the frames shown at `times`."""
+    """Packets `first` to `last`, which are decoded for the frames shown at `times`."""
 
     first: int
     last: int
@@ -76,102 +58,74 @@ class _DecodeRun:
 
 
 def decode_video(
-    data: bytes,
-    *,
-    name: str = "",
-    num_frames: int | None = None,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    max_seconds: float,
-    max_frames: int,
-    max_pixels: int,
-) -> list[Image.Image]:  # RGB, fully in memory
-    """The frames that a player shows at the times of `sample_times` between `start` and `end`.
+    data: bytes, sampling: FrameSampling, *, name: str = "", max_pixels: int
+) -> list[Image.Image]:
+    """Return the frames that a player shows at the times of `sampling`: upright, RGB, over white.
 
-    Where there are fewer frames than times, a frame is given again. Only packets that a wanted
-    frame is made of are decoded, and only wanted frames are kept. Upright, RGB, over white where
-    transparent. `name` opens the error message. Raises `MediaError(kind="undecodable")`.
+    If the video has fewer frames than times, a frame is returned several times. Only the packets
+    that a wanted frame depends on are decoded, and only wanted frames are kept in memory.
+
+    Raises:
+        MediaError: The bytes are no video, are damaged or over a limit; `name` opens the message.
     """
     label = name or "the video"
     if not data:
         raise undecodable(f"{label} is empty (0 bytes); copy or download it again")
-    asked = _FrameRequest(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
-    index, times = _plan_frames(io.BytesIO(data), asked, label)
+    index, times = _plan_frames(io.BytesIO(data), sampling, label, max_pixels)
     with _open_video(io.BytesIO(data), label, max_pixels) as (container, stream):
         return _decode(container, stream, index, times, label=label, max_pixels=max_pixels)
 
 
 def count_frames(
-    file: BinaryIO,
-    *,
-    name: str = "",
-    num_frames: int | None = None,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    max_seconds: float,
-    max_frames: int,
-    max_pixels: int,
+    file: BinaryIO, sampling: FrameSampling, *, name: str = "", max_pixels: int
 ) -> int:
-    """Number of frames that `decode_video` gives of a file; nothing is decoded.
+    """Return the number of frames that `decode_video` gives of a file, without decoding.
 
     With `num_frames` only the header is read, with `fps` all packets are. Raises MediaError.
     """
     label = name or "the video"
-    asked = _FrameRequest(num_frames, fps, start, end, max_seconds, max_frames, max_pixels)
-    if num_frames is None:
-        return len(_plan_frames(file, asked, label)[1])
+    if sampling.num_frames is None:
+        return len(_plan_frames(file, sampling, label, max_pixels)[1])
     with _open_video(file, label, max_pixels) as (container, stream):
-        _header_times(container, stream, asked, label)
-    return num_frames
+        _checked_duration(container, stream, sampling, label)
+    return sampling.num_frames
 
 
-@dataclass(frozen=True)
-class _FrameRequest:
-    """Frames to sample from a video, and the limits."""
-
-    num_frames: int | None
-    fps: float | None
-    start: float | None
-    end: float | None
-    max_seconds: float
-    max_frames: int
-    max_pixels: int
-
-
-def _header_times(container: Any, stream: Any, asked: _FrameRequest, label: str) -> Fraction | None:
-    """Seconds by the header, if it says them. Raises MediaError for too many."""
-    promised = _header_duration(container, stream)
-    to_read = None if promised is None or asked.end is not None else promised - (asked.start or 0)
-    if to_read is not None and to_read > asked.max_seconds:
-        raise too_long_error(label, f"{float(to_read):.1f} s", asked.max_seconds)
-    return promised
+def _checked_duration(
+    container: Any, stream: Any, sampling: FrameSampling, label: str
+) -> Fraction | None:
+    """Seconds of the video by its header, if it has them. Raises MediaError over the limit."""
+    seconds = None
+    if stream.duration is not None:
+        seconds = stream.duration * stream.time_base
+    elif container.duration is not None and len(container.streams) == 1:
+        # The container's duration is that of its longest stream, which may be the audio.
+        seconds = Fraction(container.duration, 1_000_000)
+    to_read = (
+        None if seconds is None or sampling.end is not None else seconds - (sampling.start or 0)
+    )
+    if to_read is not None and to_read > sampling.max_seconds:
+        raise sampling.too_long_error(label, f"{float(to_read):.1f} s")
+    return seconds
 
 
 def _plan_frames(
-    file: BinaryIO, asked: _FrameRequest, label: str
+    file: BinaryIO, sampling: FrameSampling, label: str, max_pixels: int
 ) -> tuple[_PacketIndex, list[Fraction]]:
     """All packets, and the times of the wanted frames; no frame is decoded."""
-    with _open_video(file, label, asked.max_pixels) as (container, stream):
-        promised = _header_times(container, stream, asked, label)
-        limit = math.inf if asked.end is not None else asked.max_seconds + (asked.start or 0)
-        index = _scan(container, stream, label, limit=limit, max_seconds=asked.max_seconds)
+    with _open_video(file, label, max_pixels) as (container, stream):
+        promised = _checked_duration(container, stream, sampling, label)
+        index = _scan(container, stream, label, sampling)
     if promised is not None and promised > index.duration + TIME_SLACK_S:
         raise undecodable(
             f"{label} is cut off: its header promises {float(promised):.1f} s, and it ends after "
             f"{float(index.duration):.1f} s; copy or download it again"
         )
-    part = clip_bounds(
-        index.duration, asked.start, asked.end, max_seconds=asked.max_seconds, label=label
-    )
-    return index, sample_times(
-        *part, num_frames=asked.num_frames, fps=asked.fps, max_frames=asked.max_frames
-    )
+    return index, sampling.times(index.duration, label)
 
 
 class _NamelessFile:
-    """A file whose name says nothing to FFmpeg, which would believe its ending."""
+    """A file without a name, because FFmpeg guesses the format by its suffix."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -179,74 +133,69 @@ class _NamelessFile:
 
 @contextmanager
 def _open_video(file: BinaryIO, label: str, max_pixels: int) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, of which only the header was read."""
-    try:
-        import av
-        from av.stream import Disposition
-    except ImportError:
-        raise MultiTokenError('video needs av: pip install "multi_token[video]"') from None
+    """Open the container and its video stream; only the header is read."""
+    av = require_package("av", "video")
 
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
+        # No protocol is allowed, so data that names another file or URL cannot open it.
         container = av.open(_NamelessFile(file), options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         if isinstance(error, EOFError):
             raise _empty_error(label) from error
-        raise undecodable(f"{label} is not a video: {_describe(file, error)}") from error
+        file.seek(0)
+        raise undecodable(
+            f"{label} is not a video, or is damaged ({error.strerror}): {describe(file.read(64))}; "
+            f"expected {_ACCEPTED}"
+        ) from error
     with container:
-        # a sound file may hold its cover as a video stream
-        covers = Disposition.attached_pic
+        # An audio file may hold its cover as a video stream.
+        covers = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & covers]
         if not streams:
             others = sorted({s.type for s in container.streams})
             raise undecodable(
-                f"{label} holds no moving pictures, only {' and '.join(others) or 'a header'}; "
-                "give a video, or use the item for another sense"
+                f"{label} holds no video track, only {' and '.join(others) or 'a header'}; "
+                "give a video, or use the item for another modality"
             )
         stream = streams[0]
         if stream.codec_context is None:
             raise undecodable(
-                f"{label} is of a kind that the installed FFmpeg cannot decode; convert it to MP4"
+                f"{label} has a codec that the installed FFmpeg cannot decode; convert it to MP4"
             )
         codec = stream.codec_context.codec.name
         if codec not in CODECS:
-            raise undecodable(f"{label} is coded as {codec}; convert it to H.264, in an MP4")
+            raise undecodable(f"{label} has the codec {codec}; convert it to H.264, in an MP4")
         _check_pixels(stream.width, stream.height, label, max_pixels)
-        # A frame may be larger than the header says: the decoder then makes no room for it. It
-        # counts whole blocks, and those of neighbours; what comes out is measured exactly.
+        # A frame may be larger than the header says, so the decoder gets the limit too. It counts
+        # complete blocks with their borders, hence the margin; decoded frames are checked exactly.
         stream.codec_context.options = {"max_pixels": str(2 * max_pixels + 1_000_000)}
         yield container, stream
 
 
-def _header_duration(container: Any, stream: Any) -> Fraction | None:
-    """The duration in the header, of the video stream alone, if there is one."""
-    if stream.duration is not None:
-        return stream.duration * stream.time_base
-    if container.duration is not None and len(container.streams) == 1:
-        return Fraction(container.duration, 1_000_000)
-    return None
-
-
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
     for packet in container.demux(stream):
-        if packet.size or packet.dts is not None:  # the last one stands for the end of the file
+        if packet.size or packet.dts is not None:  # PyAV marks the end by an empty packet
             yield packet
 
 
-def _scan(
-    container: Any, stream: Any, label: str, *, limit: float, max_seconds: float
-) -> _PacketIndex:
-    """Read all packets, decode none. A header may know no duration, or a wrong one."""
+def _scan(container: Any, stream: Any, label: str, sampling: FrameSampling) -> _PacketIndex:
+    """Read all packets, decode none."""
     import av
 
+    # Packets are counted because the header's duration may be missing or wrong. A part with an
+    # `end` may be in a longer file, so its length is checked later.
+    limit = sampling.max_seconds + (sampling.start or 0) if sampling.end is None else math.inf
     times: list[Fraction | None] = []
     keys: list[int] = []
     zero = end = None
     still = 1 / stream.average_rate if stream.average_rate else Fraction(0)
     try:
         for packet in _packets(container, stream):
+            # AVI has no presentation times.
             stamp = packet.dts if packet.pts is None else packet.pts
             time = None if stamp is None or packet.is_discard else stamp * stream.time_base
+            # Numbers of packets and not times: two packets can have one time.
             if packet.is_keyframe:
                 keys.append(len(times))
             times.append(time)
@@ -256,7 +205,7 @@ def _scan(
             shown = packet.duration * stream.time_base if packet.duration else still
             end = time + shown if end is None else max(end, time + shown)
             if time - zero > limit:
-                raise too_long_error(label, f"more than {float(time - zero):.1f} s", max_seconds)
+                raise sampling.too_long_error(label, f"more than {float(time - zero):.1f} s")
     except av.FFmpegError as error:
         time = Fraction(0) if zero is None or end is None else end - zero
         raise _damaged_error(label, time, error.strerror) from error
@@ -268,7 +217,7 @@ def _scan(
 
 
 def _runs(index: _PacketIndex, times: Sequence[Fraction]) -> list[_DecodeRun]:
-    """The packets needed for the frames at `times`, which ascend."""
+    """Packets needed for the frames at `times`, which ascend."""
     shown = sorted((time, number) for number, time in enumerate(index.times) if time is not None)
     runs: list[_DecodeRun] = []
     for time in times:
@@ -276,8 +225,10 @@ def _runs(index: _PacketIndex, times: Sequence[Fraction]) -> list[_DecodeRun]:
         frame_time, last = shown[max(position, 0)]
         key = bisect.bisect_right(index.keys, last) - 1
         key_time = index.times[index.keys[key]] if key >= 0 else None
+        # Open GOP: a frame that follows a key frame in the file and is shown before it depends on
+        # the frames before that key frame.
         if key_time is not None and frame_time < key_time:
-            key -= 1  # shown before the key frame it follows, so made of frames before that one
+            key -= 1
         first = index.keys[key] if key >= 0 else 0
         if not runs or first > runs[-1].last + 1:
             runs.append(_DecodeRun(first, last))
@@ -295,10 +246,10 @@ def _decode(
     label: str,
     max_pixels: int,
 ) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     packets = enumerate(_packets(container, stream))
     for run in _runs(index, times):
-        shown = None  # the last frame, which stands until the next one comes
+        shown = None  # a player shows the last frame until the time of the next one
         waiting = list(run.times)
         for frame in _frames(packets, stream, run, index, label):
             _check_pixels(frame.width, frame.height, label, max_pixels)
@@ -307,12 +258,12 @@ def _decode(
                 continue
             time = stamp * stream.time_base - index.zero
             while waiting and shown is not None and time > waiting[0]:
-                pictures.append(_to_image(shown, waiting.pop(0), label, max_pixels))
+                images.append(_to_image(shown, waiting.pop(0), label, max_pixels))
             shown = frame
         if shown is None:
             raise _damaged_error(label, run.times[0], "no frame comes out")
-        pictures += [_to_image(shown, time, label, max_pixels) for time in waiting]
-    return pictures
+        images += [_to_image(shown, time, label, max_pixels) for time in waiting]
+    return images
 
 
 def _frames(
@@ -322,7 +273,7 @@ def _frames(
     index: _PacketIndex,
     label: str,
 ) -> Iterator[Any]:
-    """The frames made of a run of packets, in the order they are shown."""
+    """Frames of a run of packets, in the order in which they are shown."""
     import av
 
     decoder = stream.codec_context
@@ -333,6 +284,8 @@ def _frames(
                 yield from decoder.decode(packet)
             if number >= run.last:
                 break
+        # Decoders hold frames back until they know the order; None flushes them, and the next run
+        # needs `flush_buffers` to decode again.
         yield from decoder.decode(None)
     except av.FFmpegError as error:
         raise _damaged_error(label, index.times[number] or Fraction(0), error.strerror) from error
@@ -343,12 +296,12 @@ def _to_image(frame: Any, time: Fraction, label: str, max_pixels: int) -> Image.
     if frame.is_corrupt:
         raise _damaged_error(label, time, "the frame is incomplete")
     if any(component.is_alpha for component in frame.format.components):
-        picture = Image.fromarray(frame.to_ndarray(format="rgba"))
+        image = Image.fromarray(frame.to_ndarray(format="rgba"))
     else:
-        picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    if frame.rotation:  # a phone held upright videos lying frames and says so
-        picture = picture.rotate(frame.rotation, expand=True)
-    return as_rgb(picture, name=label, max_pixels=max_pixels)
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    if frame.rotation:  # phones record in the sensor's orientation and write the angle beside it
+        image = image.rotate(frame.rotation, expand=True)
+    return as_rgb(image, name=label, max_pixels=max_pixels)
 
 
 def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
@@ -357,16 +310,6 @@ def _check_pixels(width: int, height: int, label: str, max_pixels: int) -> None:
             f"a frame of {label} is {width} x {height} = {width * height:,} pixels, and the limit "
             f"is {max_pixels:,}; make it smaller, or raise max_pixels"
         )
-
-
-def _describe(file: BinaryIO, error: Any) -> str:
-    file.seek(0)
-    data = file.read(16)
-    for offset, magic, what in _MAGIC:
-        if data.startswith(magic, offset):
-            return f"it begins like {what}; expected {_ACCEPTED}"
-    reason = f"it is damaged, or not one of {_ACCEPTED} ({error.strerror})"
-    return f"{reason}; its first bytes are {data[:12]!r}"
 
 
 def _empty_error(label: str) -> MediaError:

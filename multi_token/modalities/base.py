@@ -1,10 +1,11 @@
-"""The contract of a modality: `Modality` (light, picklable config) and its frozen `Encoder`."""
+"""Contract of a modality: `Modality` (light, picklable config) and its frozen `Encoder`."""
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -16,12 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
-from multi_token.media.examples import (
-    EXAMPLE_TEXT,
-    example_audio,
-    example_image,
-    example_video,
-)
+from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
@@ -44,35 +40,50 @@ AnyProjector = Annotated[
 class Encoder(nn.Module, ABC):
     """Turns prepared inputs into features.
 
-    Frozen unless a recipe lets it learn: it then runs without gradients and in eval mode.
+    An encoder is frozen unless the recipe lists it under `learn.encoders`. A frozen encoder runs
+    without gradients, in eval mode.
     """
 
     dim: int
     """Width of one feature vector."""
     pretrained: ClassVar[bool] = True
-    """False for an encoder that starts from random weights: it learns with the projector of its
-    modality, and its weights are saved with the run."""
+    """False for an encoder that starts from random weights. Such an encoder is trained together
+    with the projector of its modality, and its weights are saved with the run."""
 
     @abstractmethod
     def forward(self, **inputs: Tensor) -> Features:
-        """Encode the tensors of `Modality.collate`: values [items, length, dim] and their mask."""
+        """Encode one batch.
+
+        Args:
+            inputs: Result of `Modality.collate`.
+
+        Returns:
+            Features with `values` [items, length, dim] and the mask of real features. An item has
+            as many real features as its `Prepared.num_features` says.
+        """
 
     def layers(self) -> Sequence[nn.Module]:
-        """Its layers from first to last, of which a recipe may let the last ones learn.
+        """Return the layers from first to last, of which a recipe may train the last ones.
 
-        By default the longest list of modules inside, which is what a transformer's blocks are.
+        Default: the longest `nn.ModuleList` inside, which holds the blocks of a transformer.
         """
+        # Towers with several lists (stages, two halves) override this.
         lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
         return list(max(lists, key=len, default=nn.ModuleList()))
 
 
 class Modality(BaseModel, ABC):
-    """One kind of input. Its fields are its config, its checkpoint entry and its help text.
+    """One type of input. Its fields are its config, its checkpoint entry and its help text.
 
-    Constructing one loads nothing; `build_encoder` is the only call that loads weights, so an
-    instance can be pickled into every data worker.
+    The path of an item: `load` (source -> decoded item) and `prepare` (decoded item -> tensors of
+    the encoder) run in data workers; `collate` joins prepared items into a batch; the encoder of
+    `build_encoder` turns the batch into features. A new modality implements `load`, `prepare` and
+    `build_encoder` (docs/add-a-modality.md).
+
+    Constructing a modality loads nothing, so an instance can be pickled into every data worker.
     """
 
+    # Frozen: a modality is shared by threads, and its fields are the key of cached features.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
@@ -90,26 +101,44 @@ class Modality(BaseModel, ABC):
     type: str
     """The registered name of the class."""
     projector: AnyProjector = Field(default_factory=lambda: Mlp())
-    """How features become tokens of the language model."""
+    """Network that turns features into media embeddings of the language model."""
 
     @abstractmethod
     def load(self, source: Any, fetch: Fetch) -> Any:
-        """Load a source of a row: an image, an array. Raises MediaError."""
+        """Read and decode one item.
+
+        Args:
+            source: Item as the row gives it: a path, URL, bytes, array, or an object in memory.
+            fetch: Reader of paths and URLs, within limits.
+
+        Returns:
+            The decoded item that `prepare` takes, such as an RGB image.
+
+        Raises:
+            MediaError: The source cannot be read or decoded, or is over a limit.
+        """
 
     @abstractmethod
     def prepare(self, raw: Any) -> Prepared:
-        """The raw thing -> the encoder's inputs and the number of features they will become."""
+        """Turn a decoded item into the encoder's inputs.
+
+        Args:
+            raw: Result of `load`.
+
+        Returns:
+            Tensors of one item, without a batch axis, and the number of its features.
+        """
 
     @abstractmethod
     def build_encoder(self) -> Encoder:
-        """The encoder, with its weights."""
+        """Return the encoder with its weights, in eval mode and float32."""
 
     def size_from_header(self, source: Any, fetch: Fetch) -> Any:
         """Return the size of an item without decoding it: from its file's header, or the row.
 
         Args:
             source: Item as the row gives it.
-            fetch: Reader of paths and addresses; `fetch.open` gives the start of a file.
+            fetch: Reader of paths and URLs; `fetch.open` gives the start of a file.
 
         Returns:
             Any value that `count_features` takes, such as a number of samples. None if only
@@ -144,25 +173,31 @@ class Modality(BaseModel, ABC):
         Raises:
             MediaError: The header shows that the item cannot be decoded.
         """
+        # Two steps, so that `prepare` and the header share `count_features`.
         size = self.size_from_header(source, fetch)
         return None if size is None else self.count_features(size)
 
     def named_file(self, source: Any) -> str | os.PathLike[str] | None:
-        """The path or address that a source names, if it names one."""
+        """Return the path or URL that a source names; None if it names none."""
         if isinstance(source, Mapping):
             source = source.get("path")
         return source if isinstance(source, (str, os.PathLike)) else None
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
-        """Bytes that are equal only for equal items, by which features are kept."""
+        """Return bytes that are equal only for equal items; the key of cached features."""
         return content_bytes(source, fetch)
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Items -> one batch: each input stacked, shorter ones padded with zeros at the end."""
+        """Join prepared items into one batch.
+
+        Returns:
+            Keyword arguments of the encoder. Default: each input stacked to [items, ...], shorter
+            ones padded with zeros at the end.
+        """
         return {key: stack_padded([item.inputs[key] for item in items]) for key in items[0].inputs}
 
     def num_tokens(self, num_features: int) -> int:
-        """How many positions of the language model an item with so many features takes."""
+        """Return the number of media embeddings that the projector makes of N features."""
         return self.projector.num_tokens(num_features)
 
     def example_sources(self) -> Sequence[Any]:
@@ -215,7 +250,9 @@ class Modality(BaseModel, ABC):
         lowered: dict[str, Any] = {}
         for name in type(self).model_fields:
             own, most = getattr(self, name), limits.get(self.limit_fields.get(name, name))
-            if most is not None and is_number(own) and own > most:
+            # Python counts a bool as an int, but a switch is no limit.
+            is_number = isinstance(own, (int, float)) and not isinstance(own, bool)
+            if most is not None and is_number and own > most:
                 lowered[name] = most
         return self.model_copy(update=lowered) if lowered else self
 
@@ -232,23 +269,49 @@ class Modality(BaseModel, ABC):
         """
         if not cls.kit_example:
             return None
+        # By name, because tiny encoders belong to `testing`, which imports this package.
         module, _, function = cls.kit_example.partition(":")
         return getattr(import_module(module), function)(folder)
 
 
 class PretrainedModality(Modality):
-    """A modality whose encoder is a model of transformers, by hub name or folder."""
+    """A modality whose encoder is a model of transformers, named by hub name or folder.
+
+    Subclasses read the encoder's own processor or tokenizer with `auto`, and its weights with
+    `load_tower`.
+    """
 
     encoder: str
     """Hub name or folder of the encoder."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen encoder, which a recipe lets learn in float32 always. Features are
-    handed on as float32."""
+    """Precision of the frozen encoder. A trained encoder is always float32, and so are the
+    features that it returns."""
     micro_batch: PositiveInt = 32
-    """Parts (images, tiles, chunks of audio or text, clips) that go through the encoder at once:
-    its memory does not grow with the number of items in a batch."""
+    """Parts (images, tiles, clips, chunks of audio or text) that go through the encoder at once.
+    The encoder's memory does not grow with the number of items in a batch."""
+
+    def auto(self, auto_class: str) -> Any:
+        """Return the encoder's object of a transformers Auto class, such as `AutoTokenizer`.
+
+        The process has one object for all instances, so callers must not change it.
+
+        Raises:
+            OSError: The hub name or folder has no such object.
+        """
+        return load_auto(auto_class, self.encoder, self.revision)
+
+    def load_tower(self) -> Any:
+        """Return the transformers model with its weights, in float32."""
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
+
+    def output_dim(self, encoder: Encoder, raw: Any) -> int:
+        """Return the width of the features that `encoder` makes of a decoded item."""
+        with torch.no_grad():
+            return encoder(**self.collate([self.prepare(raw)])).values.shape[-1]
 
 
 AnyModality = Annotated[
@@ -259,41 +322,44 @@ AnyModality = Annotated[
 ]
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a field holds a number; a bool is none, though Python counts it as an int."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+# Read once per process: reading a processor's files takes longer than processing an image.
+@functools.lru_cache(maxsize=64)
+def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
+    """Return what `transformers.<auto_class>.from_pretrained` loads; callers must not change it."""
+    import transformers
+
+    return getattr(transformers, auto_class).from_pretrained(encoder, revision=revision)
 
 
-def layers_up_to(
-    layers: Sequence[nn.Module], taken: int | tuple[int, ...] | None
-) -> Sequence[nn.Module]:
-    """The layers that hidden states come through, counted as transformers does; None: all."""
-    if taken is None:
-        return layers
-    states = taken if isinstance(taken, tuple) else (taken,)
-    return layers[: max(n if n >= 0 else len(layers) + 1 + n for n in states)]
+@functools.lru_cache(maxsize=8)
+def load_skeleton(encoder: str, revision: str | None, part: str = "") -> nn.Module:
+    """Return the encoder's architecture on the meta device, which computes shapes only.
+
+    `part`: sub-configuration to build from, such as `vision_config`, where there is one.
+    """
+    from transformers import AutoModel
+
+    config = load_auto("AutoConfig", encoder, revision)
+    # Weights on the meta device take no memory and no time.
+    with torch.device("meta"):
+        return AutoModel.from_config(getattr(config, part, config)).eval()
 
 
-def run_in_micro_batches(
-    run: Callable[..., Tensor], inputs: Mapping[str, Tensor], size: int
-) -> Tensor:
-    """`run(**inputs)` on slices of at most `size` along the first axis, joined along it."""
-    num_parts = len(next(iter(inputs.values())))
-    if num_parts <= size:
-        return run(**inputs)
-    return torch.cat(
-        [
-            run(**{key: value[start : start + size] for key, value in inputs.items()})
-            for start in range(0, num_parts, size)
-        ]
-    )
+def max_input_tokens(encoder: str, revision: str | None) -> int:
+    """Return the number of tokens that a text encoder takes, special ones included."""
+    # A tokenizer without a limit of its own reports 1e30, and RoBERTa's has more positions than it
+    # takes tokens, so the lower of both counts.
+    limit = load_auto("AutoTokenizer", encoder, revision).model_max_length
+    config = load_auto("AutoConfig", encoder, revision).get_text_config()
+    return int(min(limit, getattr(config, "max_position_embeddings", None) or limit))
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """[*shape_i] each -> [items, *max shape], zeros behind what is shorter."""
+    """Stack tensors [*shape_i] to [items, *largest shape], with zeros after the shorter ones."""
     shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
     if all(list(t.shape) == shape for t in tensors):
         return torch.stack(list(tensors))
+    # Zeros, and not the last value: encoders get the mask of what is real.
     batch = tensors[0].new_zeros(len(tensors), *shape)
     for row, tensor in zip(batch, tensors, strict=True):
         row[tuple(slice(size) for size in tensor.shape)] = tensor

@@ -7,11 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from multi_token.errors import MediaError, RecipeError
+from multi_token.errors import RecipeError
 from multi_token.media.document import (
     MAX_CHARACTERS,
     MAX_PAGES,
@@ -19,13 +18,21 @@ from multi_token.media.document import (
     read_document,
     split_document,
 )
+from multi_token.media.errors import undecodable
 from multi_token.media.examples import EXAMPLE_HTML, EXAMPLE_TEXT
-from multi_token.media.fetch import Fetch, shorten
+from multi_token.media.fetch import Fetch, source_name
 from multi_token.modalities.base import (
     AnyProjector,
     Encoder,
     OpenAIKind,
     PretrainedModality,
+    load_auto,
+    max_input_tokens,
+)
+from multi_token.modalities.parts import (
+    collate_parts,
+    gather_features,
+    index_features,
     run_in_micro_batches,
 )
 from multi_token.projectors.kinds import Expand
@@ -34,90 +41,93 @@ from multi_token.types import Features, Prepared
 Pooling = Literal["mean", "cls"]
 
 DEFAULT_CHUNK_TOKENS = 256
-_LEAST_ROOM = 8
-"""Tokens of text that a chunk must at least hold; with fewer its embedding would say nothing."""
-_NO_CHUNK = -1
-"""In place of a chunk's number: padding behind a shorter document."""
+_MIN_TEXT_TOKENS = 8
+"""Tokens of text that a chunk must at least hold; the embedding of fewer would mean little."""
 
 
 class DocumentEncoder(Encoder):
-    """A sentence encoder, and how the states of a chunk's tokens become its embedding."""
+    """A sentence encoder, and the pooling of a chunk's token states into its embedding."""
 
-    def __init__(
-        self, tower: nn.Module, *, pooling: Pooling, normalize: bool, micro_batch: int = 32
-    ) -> None:
+    def __init__(self, tower: nn.Module, modality: DocumentModality) -> None:
         super().__init__()
         self.tower = tower
-        self.pooling: Pooling = pooling
-        self.normalize = normalize
-        self.micro_batch = micro_batch
-        self.dim = -1  # known after the first forward; `build_encoder` runs one
+        self.modality = modality
+        self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """`chunk` [items, length], and the tokenizer's inputs [chunks, tokens] of all items.
-
-        `chunk`: which chunk each feature of an item is.
+        """Encode the chunks of all items: the tokenizer's tensors [chunks, tokens]; `part`,
+        `feature` [items, length].
         """
-        chunk = inputs.pop("chunk")
-        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
-        mask = chunk != _NO_CHUNK
-        return Features(values[chunk.clamp(min=0)] * mask[..., None], mask)
+        part, feature = inputs.pop("part"), inputs.pop("feature")
+        values = run_in_micro_batches(self._values, inputs, self.modality.micro_batch)
+        # A chunk is a part with one feature.
+        return gather_features(values[:, None], part, feature)
 
     def _values(self, **inputs: Tensor) -> Tensor:
-        """[chunks, dim]: sentence embeddings as in Sentence-BERT (arXiv:1908.10084)."""
+        """Embeddings [chunks, dim], pooled as in Sentence-BERT (arXiv:1908.10084)."""
         states = self.tower(**inputs).last_hidden_state
-        if self.pooling == "cls":
+        if self.modality.pooling == "cls":
             values = states[:, 0]
         else:
+            # The mean over real tokens alone; padding has states too.
             weight = inputs["attention_mask"][..., None].to(states.dtype)
             values = (states * weight).sum(1) / weight.sum(1)
-        return nn.functional.normalize(values, dim=-1) if self.normalize else values
+        return nn.functional.normalize(values, dim=-1) if self.modality.normalize else values
 
 
 class DocumentModality(PretrainedModality):
-    """A text of any length: a plain text, Markdown, a web page, a PDF, or the row's own text."""
+    """A text of any length: plain text, Markdown, a web page, a PDF, or the row's own text.
+
+    The text is cut into chunks at sentence ends; each chunk becomes one feature, its sentence
+    embedding, as [chunks, dim]. Source: Sentence-BERT, arXiv:1908.10084.
+    """
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("document",)
     requires: ClassVar[tuple[str, ...]] = ("pypdf", "bs4")
     install_extra: ClassVar[str] = "multi_token[document]"
-    kit_example: ClassVar[str] = "multi_token.testing.text:document_example"
+    kit_example: ClassVar[str] = "multi_token.testing.examples:document_example"
 
     type: Literal["document"] = "document"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
     """Hub name or folder of a sentence encoder (MiniLM, GTE, E5, BGE, ...)."""
     projector: AnyProjector = Field(default_factory=lambda: Expand(factor=4))
-    """How features become tokens: each chunk becomes `factor` of them."""
+    """Network that turns each chunk into `factor` media embeddings."""
     pooling: Pooling = "mean"
-    """Embedding of a chunk: the `mean` of its tokens' last states, or that of the first (`cls`).
-    Take what the encoder was trained with; its model card says it."""
+    """Embedding of a chunk: `mean` of the last states of its tokens, or the state of the first
+    token (`cls`). Use the one that the encoder was trained with; its model card names it."""
     normalize: bool = False
-    """Bring each embedding to length 1."""
+    """Scale each embedding to length 1."""
     chunk_tokens: PositiveInt | None = None
-    """Tokens of a chunk at most, special ones and `prefix` among them. Default: 256, or what the
-    encoder takes if that is less."""
+    """Largest number of tokens in a chunk, with special tokens and `prefix`. Default: 256, or the
+    encoder's limit if that is lower."""
     prefix: str = ""
-    """Written before each chunk, for encoders that were trained with one (E5: `"passage: "`)."""
+    """Text before each chunk, for encoders that were trained with one (E5: `"passage: "`)."""
     strings: Literal["path", "text"] = "path"
     """Meaning of a plain string in a row: a `path` or URL of a document, or the `text` itself."""
     max_pages: PositiveInt = MAX_PAGES
-    """A PDF with more pages is refused."""
+    """Largest number of pages in a PDF. A longer one is refused."""
     max_characters: PositiveInt = MAX_CHARACTERS
-    """A document with more characters is refused."""
+    """Largest number of characters in a document. A longer one is refused."""
     max_chunks: PositiveInt = 1024
-    """A document with more chunks is refused."""
+    """Largest number of chunks in a document. A longer one is refused."""
 
     def load(self, source: Any, fetch: Fetch) -> str:
-        """Path, URL, data URI or bytes, or a text (see `strings`) -> the text. Raises MediaError.
+        """Return the text of a document.
 
-        A mapping says which it is: `{"path": ...}` or `{"text": ...}`.
+        Args:
+            source: Path, URL, data URI or bytes, or a text (`strings`); `{"path": ...}` and
+                `{"text": ...}` say which.
+            fetch: Reader of paths and URLs.
+
+        Raises:
+            MediaError: The document cannot be read, has no text, or is over a limit.
         """
         kind, value = self._kind(source)
         if kind == "text":
             return as_document(value, max_characters=self.max_characters)
-        named = isinstance(value, (str, os.PathLike)) and not str(value).startswith("data:")
         return read_document(
             fetch.read(value),
-            name=shorten(value) if named else "",
+            name=source_name(value),
             max_pages=self.max_pages,
             max_characters=self.max_characters,
         )
@@ -127,18 +137,18 @@ class DocumentModality(PretrainedModality):
         return [{"text": EXAMPLE_TEXT}, EXAMPLE_HTML]
 
     def named_file(self, source: Any) -> str | os.PathLike[str] | None:
-        """None for a text (see `strings`)."""
+        """Return the path or URL that a source names; None for a text (`strings`)."""
         is_text = isinstance(source, str) and self.strings == "text"
         return None if is_text else super().named_file(source)
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
-        """The bytes of a text or of a file."""
+        """Return the bytes of a text or of a file; the key of cached features."""
         kind, value = self._kind(source)
         data = value.encode(errors="surrogatepass") if kind == "text" else fetch.read(value)
         return kind.encode() + b"\0" + data
 
     def _kind(self, source: Any) -> tuple[Literal["path", "text"], Any]:
-        """Return the kind of a source, text or path, and its value. Raises MediaError."""
+        """The kind of a source, text or path, and its value. Raises MediaError."""
         if not isinstance(source, Mapping):
             return (self.strings if isinstance(source, str) else "path"), source
         given = {key: value for key, value in source.items() if value is not None}
@@ -146,56 +156,62 @@ class DocumentModality(PretrainedModality):
             return "path", given["path"]
         if set(given) == {"text"} and isinstance(given["text"], str):
             return "text", given["text"]
-        raise MediaError(
+        raise undecodable(
             'expected a document as {"path": ...} or as {"text": "..."}, got an object with '
-            + (", ".join(f"{k} ({type(v).__name__})" for k, v in given.items()) or "nothing"),
-            kind="undecodable",
+            + (", ".join(f"{k} ({type(v).__name__})" for k, v in given.items()) or "nothing")
         )
 
     def chunks(self, text: str) -> list[str]:
-        """The text as the encoder will see it, `prefix` left out.
+        """Return the chunks of a text, without `prefix`.
 
-        Raises MediaError for more than `max_chunks`, RecipeError for `chunk_tokens` that the
-        encoder does not take.
+        Raises:
+            MediaError: The text has more than `max_chunks` chunks.
+            RecipeError: The encoder does not take `chunk_tokens`.
         """
         chunks = split_document(
             text,
             offsets=functools.partial(_offsets, document_tokenizer(self.encoder, self.revision)),
-            max_tokens=self._room(),
+            max_tokens=self._max_text_tokens(),
             prefix=self.prefix,
         )
         if len(chunks) > self.max_chunks:
-            raise MediaError(
+            raise undecodable(
                 f"a document of {len(text):,} characters has {len(chunks):,} chunks, and the limit "
-                f"is {self.max_chunks:,}; give a part of it, or raise max_chunks or chunk_tokens",
-                kind="undecodable",
+                f"is {self.max_chunks:,}; give a part of it, or raise max_chunks or chunk_tokens"
             )
         return chunks
 
-    def _room(self) -> int:
+    def _max_text_tokens(self) -> int:
         """Tokens of `prefix` and text that fit into a chunk."""
         tokenizer = document_tokenizer(self.encoder, self.revision)
-        most = most_tokens(self.encoder, self.revision)
+        most = max_input_tokens(self.encoder, self.revision)
         asked = self.chunk_tokens or min(DEFAULT_CHUNK_TOKENS, most)
         if asked > most:
             raise RecipeError(
                 f"`chunk_tokens` is {asked}, but {self.encoder} takes {most} tokens at most"
             )
-        room = asked - tokenizer.num_special_tokens_to_add()
-        left = room - len(_offsets(tokenizer, self.prefix))
-        if left < _LEAST_ROOM:
+        # Special tokens are added to each chunk, so the text has less than the limit.
+        available = asked - tokenizer.num_special_tokens_to_add()
+        left = available - len(_offsets(tokenizer, self.prefix))
+        if left < _MIN_TEXT_TOKENS:
             raise RecipeError(
-                f"chunks of {asked} tokens leave {left} for text beside the special ones and "
-                f"`prefix`; set `chunk_tokens` to {asked + _LEAST_ROOM - left} or more"
+                f"chunks of {asked} tokens leave {left} for text after the special tokens and "
+                f"`prefix`; set `chunk_tokens` to {asked + _MIN_TEXT_TOKENS - left} or more"
             )
-        return room
+        return available
 
-    def prepare(self, raw: Any) -> Prepared:
-        """A text -> what the encoder's tokenizer makes of its chunks, int64 [chunks, tokens] each.
+    def prepare(self, raw: str) -> Prepared:
+        """Tokenize the chunks of a text.
 
-        Raises what `chunks` raises.
+        Returns:
+            The tokenizer's tensors, int64 [chunks, tokens]; `part`, `feature` int64 [chunks].
+
+        Raises:
+            MediaError: The text has more than `max_chunks` chunks.
+            RecipeError: The encoder does not take `chunk_tokens`.
         """
         chunks = self.chunks(raw)
+        # Chunks fit already, so truncation would only hide a fault.
         inputs = document_tokenizer(self.encoder, self.revision)(
             [self.prefix + chunk for chunk in chunks],
             padding=True,
@@ -203,62 +219,36 @@ class DocumentModality(PretrainedModality):
             truncation=False,
             return_tensors="pt",
         )
-        return Prepared(dict(inputs), num_features=len(chunks))
+        return Prepared({**inputs, **index_features([1] * len(chunks))}, num_features=len(chunks))
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """All chunks of all items in one batch [chunks, tokens], and `chunk` [items, longest]."""
-        pad = nn.utils.rnn.pad_sequence
-        # zeros whatever the tokenizer pads with: what stands there is masked
-        inputs = {
-            key: pad([row for item in items for row in item.inputs[key]], batch_first=True)
-            for key in items[0].inputs
-        }
-        num_chunks = [item.num_features for item in items]
-        chunk = list(torch.arange(sum(num_chunks)).split(num_chunks))
-        return {**inputs, "chunk": pad(chunk, batch_first=True, padding_value=_NO_CHUNK)}
+        """Join items into one batch, in which the chunks of all items are encoded together."""
+        # Padded with zeros and not with the tokenizer's padding: the mask hides either.
+        return collate_parts(items)
 
     def build_encoder(self) -> DocumentEncoder:
-        from transformers import AutoModel
-
-        tower: Any = AutoModel.from_pretrained(
-            self.encoder, revision=self.revision, dtype=torch.float32
-        )
-        if tower.config.is_encoder_decoder:  # sentence encoders of the T5 kind
+        """Return the sentence encoder; the decoder of a T5 is dropped."""
+        tower = self.load_tower()
+        if tower.config.is_encoder_decoder:
             tower = tower.get_encoder()
-        encoder = DocumentEncoder(
-            tower, pooling=self.pooling, normalize=self.normalize, micro_batch=self.micro_batch
-        ).eval()
-        with torch.no_grad():
-            encoder.dim = encoder(**self.collate([self.prepare("a")])).values.shape[-1]
+        encoder = DocumentEncoder(tower, self).eval()
+        encoder.dim = self.output_dim(encoder, "a")
         return encoder
 
 
-@functools.lru_cache(maxsize=8)
 def document_tokenizer(encoder: str, revision: str | None) -> Any:
-    """The encoder's own tokenizer; do not change it. Raises RecipeError for one without offsets."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
+    """Return the encoder's own tokenizer. Raises RecipeError for one without offsets."""
+    tokenizer = load_auto("AutoTokenizer", encoder, revision)
     if not tokenizer.is_fast:
         raise RecipeError(
-            f"the tokenizer of {encoder} ({type(tokenizer).__name__}) does not say where in a text "
-            "its tokens stand; documents need an encoder with a tokenizer.json"
+            f"the tokenizer of {encoder} ({type(tokenizer).__name__}) does not report the offsets "
+            "of its tokens; documents need an encoder with a tokenizer.json"
         )
     return tokenizer
 
 
-@functools.lru_cache(maxsize=8)
-def most_tokens(encoder: str, revision: str | None) -> int:
-    """How many tokens the encoder takes, special ones among them."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(encoder, revision=revision)
-    limit = document_tokenizer(encoder, revision).model_max_length
-    return min(limit, getattr(config, "max_position_embeddings", None) or limit)
-
-
 def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    # a saved tokenizer may be set to cut and to pad, and here it must not
+    # A saved tokenizer may be set to truncate and pad, and would then drop the end of a document.
     return tokenizer(
         text,
         add_special_tokens=False,

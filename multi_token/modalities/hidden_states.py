@@ -1,4 +1,4 @@
-"""The hidden states that a recipe takes of a tower, without running the layers behind them."""
+"""Hidden states of intermediate layers, without running the layers after them."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from multi_token.errors import MultiTokenError
 
 
 class _StopForward(Exception):
-    """The last layer that is needed has answered."""
+    """Ends a forward after the last layer that is needed."""
 
 
 class HiddenStates:
-    """Takes states of one tower, counted as transformers does: 0 goes into the first layer, -1 is
-    the last.
+    """Takes hidden states of one tower, counted as transformers does: 0 is the input of the first
+    layer, -1 the output of the last.
 
-    LLaVA takes -2 of CLIP, so that the tower's last layer is computed for nobody. Whether a state
-    is what the layer before it gives out differs between families (some norm the last one): the
-    first call runs all and compares, and only where they are equal to the bit, later ones end
-    behind the last layer that is needed.
+    LLaVA takes -2 of CLIP, so the tower's last layer would be computed for nothing. Some families
+    normalize a state after its layer, so a state can differ from the layer's output. The first call
+    runs all layers and compares; if states and outputs are bit-identical, later calls stop after
+    the last layer that is needed.
     """
 
     def __init__(self, taken: Sequence[int]) -> None:
         self.taken = tuple(taken)
         self._ends_early: bool | None = None
-        """None: not tried yet."""
+        """None before the first call."""
 
     def __call__(
         self, tower: nn.Module, layers: Sequence[nn.Module], run: Callable[..., Any]
     ) -> list[Tensor]:
-        """The states, as `taken` names them. `run(**options)`: the tower on its inputs.
+        """Return the states that `taken` names.
 
-        `layers`: the tower's, from first to last. Raises MultiTokenError for a state that it does
-        not have.
+        `run(**options)` runs the tower on its inputs; `layers` are the tower's, from first to last.
+        Raises MultiTokenError for a state that the tower does not have.
         """
-        behind = [layers[i] for i in self._positions(layers)]
-        # a layer that learns may be computed again on the way back, which must find its own end
-        if behind and self._ends_early and not torch.is_grad_enabled():
-            return _run_until(layers, behind, run)
-        outputs, remove = _register_hooks(behind)
-        with remove:
+        sources = [layers[i] for i in self._positions(layers)]
+        # Activation checkpointing runs a trained layer again in the backward pass, which has to
+        # reach its own end; an exception in the middle of it would break the recomputation.
+        if sources and self._ends_early and not torch.is_grad_enabled():
+            return _run_until(layers, sources, run)
+        outputs, hooks = _record_outputs(sources)
+        with hooks:
             states = run(output_hidden_states=True).hidden_states
         try:
             chosen = [states[n] for n in self.taken]
@@ -54,23 +55,28 @@ class HiddenStates:
                 f"the end, -1 to -{len(states)}), the recipe asks for layer "
                 f"{self.taken[0] if len(self.taken) == 1 else self.taken}"
             ) from None
+        # Meta tensors hold no values, so a comparison on them decides nothing.
         if self._ends_early is None and not any(state.is_meta for state in chosen):
-            self._ends_early = len(states) == len(layers) + 1 and _equal(chosen, behind, outputs)
+            self._ends_early = (
+                bool(sources)
+                and len(states) == len(layers) + 1
+                and all(
+                    layer in outputs and torch.equal(outputs[layer], state)
+                    for state, layer in zip(chosen, sources, strict=True)
+                )
+            )
         return chosen
 
     def _positions(self, layers: Sequence[nn.Module]) -> list[int]:
-        """Return the layers whose outputs the states are; [] if there are none, or none is saved.
-
-        Nothing is saved where the last layer is needed as well.
-        """
+        """Layers whose outputs are the states; [] if stopping early would save nothing."""
         num_states = len(layers) + 1
         positions = [(n if n >= 0 else num_states + n) - 1 for n in self.taken]
         inside = all(0 <= i < len(layers) for i in positions)
         return positions if inside and max(positions) < len(layers) - 1 else []
 
 
-def _register_hooks(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitStack]:
-    """Return the list of their outputs, and the handles that remove the hooks."""
+def _record_outputs(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor], ExitStack]:
+    """Register hooks that record the layers' outputs; the stack removes them."""
     outputs: dict[nn.Module, Tensor] = {}
     stack = ExitStack()
 
@@ -85,27 +91,26 @@ def _register_hooks(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor
 def _run_until(
     layers: Sequence[nn.Module], wanted: Sequence[nn.Module], run: Callable[..., Any]
 ) -> list[Tensor]:
-    """The outputs of the wanted layers; those behind the last of them are not run."""
-    outputs, stack = _register_hooks(wanted)
+    """Outputs of the wanted layers; layers after the last of them are not run."""
+    outputs, stack = _record_outputs(wanted)
     last = max(wanted, key=list(layers).index)
 
     def end(*_: Any) -> None:
         raise _StopForward
 
     with stack:
+        # Registered after the recording hook of the same layer, and hooks run in that order.
         stack.callback(last.register_forward_hook(end).remove)
         with suppress(_StopForward):
             run()
     return [outputs[layer] for layer in wanted]
 
 
-def _equal(
-    states: Sequence[Tensor], layers: Sequence[nn.Module], outputs: dict[nn.Module, Tensor]
-) -> bool:
-    """Return True if each state is bit-identical to the output of its layer."""
-    return bool(layers) and all(
-        layer in outputs
-        and outputs[layer].shape == state.shape
-        and torch.equal(outputs[layer], state)
-        for state, layer in zip(states, layers, strict=True)
-    )
+def layers_up_to(
+    layers: Sequence[nn.Module], taken: int | tuple[int, ...] | None
+) -> Sequence[nn.Module]:
+    """Return the layers that the hidden states `taken` depend on; all of them for None."""
+    if taken is None:
+        return layers
+    states = taken if isinstance(taken, tuple) else (taken,)
+    return layers[: max(n if n >= 0 else len(layers) + 1 + n for n in states)]

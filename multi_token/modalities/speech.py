@@ -11,17 +11,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from multi_token.errors import MediaError, RecipeError
-from multi_token.modalities.audio_chunks import (
-    AudioModality,
-    arrange_frames,
-    enumerate_frames,
-    even_lengths,
-    feature_extractor,
-    split_evenly,
-)
-from multi_token.modalities.base import AnyProjector, Encoder, layers_up_to, run_in_micro_batches
-from multi_token.modalities.hidden_states import HiddenStates
+from multi_token.errors import RecipeError
+from multi_token.media.errors import undecodable
+from multi_token.modalities.audio_chunks import AudioModality, even_lengths, split_evenly
+from multi_token.modalities.base import AnyProjector, Encoder, load_skeleton
+from multi_token.modalities.hidden_states import HiddenStates, layers_up_to
+from multi_token.modalities.parts import gather_features, index_features, run_in_micro_batches
 from multi_token.projectors.kinds import Stack
 from multi_token.types import Features, Prepared
 
@@ -31,100 +26,104 @@ _DEFAULT_CHUNK_S = 30.0
 
 
 class SpeechEncoder(Encoder):
-    """A speech encoder and the choice of what to take from it."""
+    """A speech encoder and the features taken from it."""
 
-    def __init__(
-        self, tower: nn.Module, *, features: SpeechFeatures, layer: int | None, micro_batch: int
-    ) -> None:
+    def __init__(self, tower: nn.Module, modality: SpeechModality) -> None:
         super().__init__()
         self.tower = tower
-        self.features: SpeechFeatures = features
-        self.layer = layer
-        self.states = HiddenStates(() if layer is None else (layer,))
-        self.micro_batch = micro_batch
-        self.dim = -1  # known after the first forward; `build_encoder` runs one
+        self.modality = modality
+        self.states = HiddenStates(() if modality.layer is None else (modality.layer,))
+        self.dim = -1  # known after the first forward, which `build_encoder` runs
 
     def forward(self, **inputs: Tensor) -> Features:
-        """`input_features` [chunks, mels, time], or `input_values` [chunks, samples] and their
-        `num_samples` [chunks]; `chunk` and `frame` [items, length] (see chunks.py) -> Features.
+        """Encode the chunks of all items: `input_features` [chunks, mels, time], or `input_values`
+        [chunks, samples] and `num_samples` [chunks]; `part` and `feature` [items, length]
+        (parts.py).
         """
-        chunk, frame = inputs.pop("chunk"), inputs.pop("frame")
+        part, feature = inputs.pop("part"), inputs.pop("feature")
         if "num_samples" in inputs:
-            values = self._waveforms(inputs["input_values"], inputs["num_samples"])
+            values = self._encode_waveforms(inputs["input_values"], inputs["num_samples"])
         else:
-            values = run_in_micro_batches(self.encode, inputs, self.micro_batch)
-        features = arrange_frames(values, chunk, frame)
-        if self.features != "mean":
+            values = run_in_micro_batches(self.encode, inputs, self.modality.micro_batch)
+        features = gather_features(values, part, feature)
+        if self.modality.features != "mean":
             return features
         assert features.mask is not None
+        # Padding is zero, so the sum over all is the sum over the real frames.
         num_real = features.mask.sum(1)[:, None, None]
         return Features(features.values.sum(1, keepdim=True) / num_real)
 
     def layers(self) -> Sequence[nn.Module]:
-        """Those that the features come through; for `start` the decoder's behind the encoder's."""
-        if self.features != "start":
-            return layers_up_to(super().layers(), self.layer)
+        """Return the layers that the features depend on; for `start` encoder, then decoder."""
+        if self.modality.features != "start":
+            return layers_up_to(super().layers(), self.modality.layer)
         tower: Any = self.tower
         return [*tower.get_encoder().layers, *tower.get_decoder().layers]
 
-    def _waveforms(self, input_values: Tensor, num_samples: Tensor) -> Tensor:
-        """Chunks of one length together, without padding -> [chunks, longest, dim].
-
-        Padding would change the numbers: many of these encoders normalise over time, and were
-        trained without a mask.
-        """
+    def _encode_waveforms(self, input_values: Tensor, num_samples: Tensor) -> Tensor:
+        """Frames [chunks, longest, dim], of chunks of one length at a time."""
+        # Padding would change the features: many of these encoders normalize over time, and were
+        # trained without a mask.
         lengths = num_samples.tolist()
         frames: list[Tensor] = [input_values] * len(lengths)
         for length in sorted(set(lengths)):
             rows = [row for row, other in enumerate(lengths) if other == length]
             equal = {"input_values": input_values[rows, :length]}
-            values = run_in_micro_batches(self.encode, equal, self.micro_batch)
+            values = run_in_micro_batches(self.encode, equal, self.modality.micro_batch)
             for row, value in zip(rows, values, strict=True):
                 frames[row] = value
         return nn.utils.rnn.pad_sequence(frames, batch_first=True)
 
     def encode(self, **inputs: Tensor) -> Tensor:
-        """Inputs of chunks, equally long -> [chunks, frames, dim]."""
-        if self.features == "start":
+        """Return frames [chunks, frames, dim] of equally long chunks."""
+        if self.modality.features == "start":
             tower: Any = self.tower
             first = next(iter(inputs.values()))
+            # The decoder has seen the complete chunk after one token (sshh12/multi_token).
             start = torch.full(
                 (len(first), 1), tower.config.decoder_start_token_id, device=first.device
             )
             return tower(**inputs, decoder_input_ids=start, use_cache=False).last_hidden_state
-        if self.layer is None:
+        if self.modality.layer is None:
             return self.tower(**inputs).last_hidden_state
         run = functools.partial(self.tower, **inputs)
         return self.states(self.tower, super().layers(), run)[0]
 
 
 class SpeechModality(AudioModality):
-    """Somebody speaking: WAV, FLAC, Ogg, MP3 and more, of any rate, channels and length."""
+    """Speech: WAV, FLAC, Ogg, MP3 and more, of any sampling rate, channels and length.
 
-    kit_example: ClassVar[str] = "multi_token.testing.audio:speech_example"
+    An item becomes one feature per frame, [length, dim], 50 a second for Whisper
+    (arXiv:2212.04356) and Wav2Vec2 (arXiv:2006.11477), or one vector per item or chunk
+    (`features`). Frames of padding are left out.
+    """
+
+    kit_example: ClassVar[str] = "multi_token.testing.examples:speech_example"
 
     type: Literal["speech"] = "speech"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
     """Hub name or folder of a speech encoder (Whisper, Wav2Vec2, HuBERT, WavLM, ...)."""
     features: SpeechFeatures = "frames"
-    """`frames`: one feature a frame (Whisper and Wav2Vec2 make 50 of a second), those of padding
-    left out; `mean`: one feature an item, their mean; `start`: one feature a chunk, the decoder's
-    last layer at its start token, for encoder-decoder models (sshh12/multi_token)."""
+    """`frames`: one feature per frame (Whisper and Wav2Vec2 make 50 a second), without padding;
+    `mean`: one feature per item, the mean of its frames; `start`: one feature per chunk, the
+    decoder's last layer at its start token, for encoder-decoder models (sshh12/multi_token)."""
     layer: int | None = None
-    """Hidden state of the encoder to take, counted as transformers does (-1 the last)."""
+    """Hidden state of the encoder to take, counted as transformers does (-1 is the last)."""
     chunk_seconds: float | None = Field(None, ge=1.0)
-    """Longest piece that an encoder of raw waveforms hears at once (default 30); longer audio is
-    cut evenly. Whisper has windows of its own."""
+    """Longest chunk, in seconds, that an encoder of raw waveforms gets at once (default 30).
+    Longer audio is cut evenly. Whisper has windows of its own: leave this out."""
     projector: AnyProjector = Field(default_factory=lambda: Stack(factor=8))
 
     @model_validator(mode="after")
     def _check_layer(self) -> SpeechModality:
         if self.features == "start" and self.layer is not None:
-            raise ValueError("`layer` is one of the encoder's, and `features: start` the decoder's")
+            raise ValueError(
+                "`layer` is a layer of the encoder, and `features: start` takes the decoder's"
+            )
         return self
 
     def count_features(self, size: int) -> int | None:
-        """Return the features of a waveform of `size` samples at the encoder's rate.
+        """Return the number of features of a waveform of `size` samples at the encoder's rate.
 
         None for less than one frame, which `prepare` refuses.
         """
@@ -138,81 +137,83 @@ class SpeechModality(AudioModality):
 
         A chunk of less than a frame has none.
         """
-        extractor = feature_extractor(self.encoder, self.revision)
+        extractor = self.extractor
         if extractor.model_input_names[0] == "input_values":
             lengths = even_lengths(num_samples, self._longest(extractor))
         else:
             window, hop = self._window(extractor)
+            # Whisper pads a window with silence; only the frames of samples count.
             starts = range(0, num_samples, window)
             lengths = [-(-min(window, num_samples - start) // hop) for start in starts]
         num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]
         return [min(n, 1) for n in num_frames] if self.features == "start" else num_frames
 
     def prepare(self, raw: np.ndarray) -> Prepared:
-        """float32 [samples] -> what the encoder's feature extractor makes of each chunk.
+        """Run the encoder's own feature extractor on each chunk of a waveform [samples].
 
-        `input_features` [chunks, mels, time], or `input_values` [chunks, samples] and `num_samples`
-        [chunks]; `chunk`, `frame` int64 [length]. Raises MediaError for audio of less than a frame
-        and RecipeError for an encoder that is of neither kind.
+        Returns:
+            `input_features` [chunks, mels, time], or `input_values` [chunks, samples] and
+            `num_samples` [chunks]; `part`, `feature` int64 [length].
+
+        Raises:
+            MediaError: The audio is shorter than one frame.
+            RecipeError: The encoder takes neither mel windows nor raw waveforms.
         """
-        extractor = feature_extractor(self.encoder, self.revision)
+        extractor = self.extractor
         num_features = self.count_features(len(raw))
         if num_features is None:
-            raise MediaError(
+            raise undecodable(
                 f"the audio is {len(raw)} samples long ({len(raw) / extractor.sampling_rate:.4f} s)"
-                f", less than one frame of {self.encoder}; leave the row out, or record more",
-                kind="undecodable",
+                f", less than one frame of {self.encoder}; leave the row out, or record more"
             )
         if extractor.model_input_names[0] == "input_values":
-            inputs = self._waveforms(raw, extractor)
+            # One by one: the extractor would pad a batch, and normalize over the padding.
+            chunks = [
+                torch.as_tensor(
+                    extractor(piece, sampling_rate=extractor.sampling_rate)["input_values"][0]
+                )
+                for piece in split_evenly(raw, self._longest(extractor))
+            ]
+            inputs = {
+                "input_values": nn.utils.rnn.pad_sequence(chunks, batch_first=True).float(),
+                "num_samples": torch.tensor([len(chunk) for chunk in chunks]),
+            }
         else:
-            inputs = self._mel_windows(raw, extractor)
-        inputs |= enumerate_frames(self._frames_of_chunks(len(raw)))
+            window, _ = self._window(extractor)
+            pieces = [raw[at : at + window] for at in range(0, len(raw), window)]
+            mels = extractor(pieces, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+            inputs = {"input_features": mels["input_features"]}
+        inputs |= index_features(self._frames_of_chunks(len(raw)))
         return Prepared(inputs, num_features=num_features)
 
     def _longest(self, extractor: Any) -> int:
-        """Samples that an encoder of raw waveforms hears at once."""
+        """Samples of the longest chunk of an encoder of raw waveforms."""
         return round((self.chunk_seconds or _DEFAULT_CHUNK_S) * extractor.sampling_rate)
 
-    def _waveforms(self, raw: np.ndarray, extractor: Any) -> dict[str, Tensor]:
-        rate = extractor.sampling_rate
-        # one by one: together they would be padded
-        chunks = [
-            torch.as_tensor(extractor(piece, sampling_rate=rate)["input_values"][0])
-            for piece in split_evenly(raw, self._longest(extractor))
-        ]
-        return {
-            "input_values": nn.utils.rnn.pad_sequence(chunks, batch_first=True).float(),
-            "num_samples": torch.tensor([len(chunk) for chunk in chunks]),
-        }
-
     def _window(self, extractor: Any) -> tuple[int, int]:
-        """Samples of a mel window, and of a step in it. Raises RecipeError."""
+        """Samples of a mel window, and of one step in it. Raises RecipeError."""
         window, hop = (getattr(extractor, name, None) for name in ("n_samples", "hop_length"))
         if window is None or hop is None:
             raise RecipeError(
                 f"{self.encoder} has a {type(extractor).__name__}; `speech` takes encoders of mel "
-                "windows as Whisper is, or of raw waveforms as Wav2Vec2, HuBERT and WavLM are"
+                "windows, such as Whisper, or of raw waveforms, such as Wav2Vec2, HuBERT and WavLM"
             )
         if self.chunk_seconds is not None:
             raise RecipeError(
-                f"{self.encoder} has windows of {window / extractor.sampling_rate:g} s by itself; "
-                "leave out `chunk_seconds`"
+                f"{self.encoder} has windows of {window / extractor.sampling_rate:g} s of its own; "
+                "remove `chunk_seconds`"
             )
         return window, hop
 
-    def _mel_windows(self, raw: np.ndarray, extractor: Any) -> dict[str, Tensor]:
-        window, _ = self._window(extractor)
-        pieces = [raw[at : at + window] for at in range(0, len(raw), window)]
-        processed = extractor(pieces, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return {"input_features": processed["input_features"]}
-
     def build_encoder(self) -> SpeechEncoder:
-        """The encoder; of an encoder-decoder model the decoder is kept for `start` only."""
-        from transformers import AutoModel
+        """Return the encoder; an encoder-decoder model keeps its decoder for `start` only.
 
-        model = AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
-        # SpecAugment hides random parts from an encoder that learns, and refuses short audio
+        Raises:
+            RecipeError: `start` without a decoder, or `layer` of an encoder whose layers have
+                another number of frames than its convolutions.
+        """
+        model = self.load_tower()
+        # SpecAugment masks random parts in train mode, and refuses short audio.
         model.config.apply_spec_augment = False
         if self.features == "start" and not model.config.is_encoder_decoder:
             raise RecipeError(
@@ -220,20 +221,20 @@ class SpeechModality(AudioModality):
                 "`frames` or `mean`"
             )
         tower = model if self.features == "start" else _encoder_half(model)
-        encoder = SpeechEncoder(
-            tower, features=self.features, layer=self.layer, micro_batch=self.micro_batch
-        ).eval()
-        second = np.zeros(feature_extractor(self.encoder, self.revision).sampling_rate, np.float32)
+        encoder = SpeechEncoder(tower, self).eval()
+        second = np.zeros(self.extractor.sampling_rate, np.float32)
         inputs = self.collate([self.prepare(second)])
         with torch.no_grad():
             encoder.dim = encoder(**inputs).values.shape[-1]
             if "num_samples" in inputs:
+                # Some families (adapters, pooled layers) change the number of frames on the way,
+                # which their own length function leaves out.
                 num_frames = encoder.encode(input_values=inputs["input_values"]).shape[1]
-                if num_frames != inputs["frame"].shape[1]:
+                if num_frames != inputs["feature"].shape[1]:
                     raise RecipeError(
                         f"{self.encoder} makes {num_frames} frames of a second at layer "
-                        f"{self.layer} where its convolutions make {inputs['frame'].shape[1]}; "
-                        "leave out `layer`"
+                        f"{self.layer} where its convolutions make {inputs['feature'].shape[1]}; "
+                        "remove `layer`"
                     )
         return encoder
 
@@ -242,24 +243,15 @@ def _encoder_half(model: Any) -> nn.Module:
     return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
-@functools.lru_cache(maxsize=4)
-def _skeleton(encoder: str, revision: str | None) -> Any:
-    """The encoder's architecture without weights: it is asked for lengths only."""
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.from_pretrained(encoder, revision=revision)
-    with torch.device("meta"):
-        return _encoder_half(AutoModel.from_config(config))
-
-
 @functools.lru_cache(maxsize=4096)
 def _num_frames(encoder: str, revision: str | None, length: int) -> int:
-    """Frames that the encoder makes of so many samples, or steps of its mel window."""
-    count = getattr(_skeleton(encoder, revision), "_get_feat_extract_output_lengths", None)
+    """Frames that the encoder makes of `length` samples, or steps of its mel window."""
+    skeleton = _encoder_half(load_skeleton(encoder, revision))
+    count: Any = getattr(skeleton, "_get_feat_extract_output_lengths", None)
     frames = None if count is None else count(torch.tensor(length))
     if not isinstance(frames, Tensor):
         raise RecipeError(
-            f"{encoder} does not tell how many frames it makes of a length; `speech` takes "
-            "encoders as Whisper, Wav2Vec2, HuBERT and WavLM are"
+            f"the number of frames that {encoder} makes of an audio is unknown; `speech` takes "
+            "encoders such as Whisper, Wav2Vec2, HuBERT and WavLM"
         )
     return int(frames)

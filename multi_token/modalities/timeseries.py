@@ -17,141 +17,137 @@ from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import count_steps, read_series
 from multi_token.media.sniff import FILE_KINDS, FileKind
-from multi_token.modalities.base import Encoder, Modality, run_in_micro_batches
+from multi_token.modalities.base import Encoder, Modality, load_auto
+from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
 from multi_token.types import Features, Prepared
 
 MergeKind = Literal["join", "mean"]
 _OWN_FIELDS = ("patch_length", "hidden_size", "num_layers", "num_heads")
-_NOTHING = -1
 
 
 class PatchEncoder(Encoder):
-    """A small transformer over patches of all channels, from random weights.
+    """A small transformer over patches of all channels, with random weights at first.
 
-    Patches as PatchTST's (arXiv:2211.14730), but with the channels side by side in one; sinusoidal
-    positions (arXiv:1706.03762), so that no length is the longest.
+    Patches as in PatchTST (arXiv:2211.14730), but with all channels in one patch. Positions are
+    sinusoids (arXiv:1706.03762), which bound no length.
     """
 
     pretrained: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        patch_length: int,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        micro_batch: int = 32,
-    ) -> None:
+    def __init__(self, modality: TimeseriesModality) -> None:
         super().__init__()
-        self.dim = hidden_size
-        self.micro_batch = micro_batch
-        self.patch = nn.Linear(channels * patch_length, hidden_size)
-        self.level = nn.Linear(2 * channels, hidden_size)
+        width = self.dim = modality.hidden_size
+        self.modality = modality
+        self.patch = nn.Linear(modality.channels * modality.patch_length, width)
+        self.level = nn.Linear(2 * modality.channels, width)
+        options: Any = {"dropout": 0.0, "activation": "gelu", "norm_first": True}
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                hidden_size,
-                num_heads,
-                4 * hidden_size,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+                width, modality.num_heads, 4 * width, batch_first=True, **options
             )
-            for _ in range(num_layers)
+            for _ in range(modality.num_layers)
         )
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, **inputs: Tensor) -> Features:
-        """`patches` [items, length, patch_length * channels], `level` [items, 2 * channels] and
-        `mask` [items, length] -> Features of as many."""
-        values = run_in_micro_batches(self._values, inputs, self.micro_batch)
+        """Encode a batch of series: `patches` [items, length, patch_length * channels], `level`
+        [items, 2 * channels] and `mask` [items, length].
+        """
+        values = run_in_micro_batches(self._values, inputs, self.modality.micro_batch)
         return Features(values, inputs["mask"].bool())
 
     def _values(self, patches: Tensor, level: Tensor, mask: Tensor) -> Tensor:
-        """[items, length, dim]"""
+        """Features [items, length, dim]."""
         dtype = self.patch.weight.dtype
         hidden = self.patch(patches.to(dtype)) + self.level(level.to(dtype))[:, None]
+        # Computed and not stored, so a longer series needs no new weights.
         hidden = hidden + positions(hidden.shape[1], self.dim).to(hidden)
         for block in self.blocks:
+            # The mask keeps an item independent of the padding that its batch needs.
             hidden = block(hidden, src_key_padding_mask=~mask.bool())
         return self.norm(hidden)
 
 
 class WindowEncoder(Encoder):
-    """A time series model of transformers, over windows of the length that it takes."""
+    """A time series model of transformers, over windows of its input length."""
 
-    def __init__(
-        self, tower: Any, *, shape: WindowShape, dim: int, merge: MergeKind, micro_batch: int = 32
-    ) -> None:
+    def __init__(self, tower: Any, shape: WindowShape, modality: TimeseriesModality) -> None:
         super().__init__()
         self.tower = tower
         self.shape = shape
-        self.dim = dim
-        self.merge: MergeKind = merge
-        self.micro_batch = micro_batch
+        self.modality = modality
+        width = getattr(tower.config, "d_model", None) or tower.config.hidden_size
+        self.dim = width * (modality.channels if modality.merge_channels == "join" else 1)
         self._takes = frozenset(inspect.signature(type(tower).forward).parameters)
 
     def forward(self, **inputs: Tensor) -> Features:
-        """`past_values` and `observed` [windows, context, channels], and `feature` int64
-        [items, length]: which patch of which window each feature of an item is, or -1."""
+        """Encode the windows of all items: `past_values` and `observed` [windows, context,
+        channels]; `part` (a window) and `feature` (a patch in it), int64 [items, length].
+        """
         series, observed = inputs["past_values"], inputs["observed"]
         num_windows, context, channels = series.shape
-        if not self.shape.channels_together:
+        # Each channel becomes a row of its own: these models know one channel only.
+        if self.shape.channels == 1:
             series, observed = (
                 t.transpose(1, 2).reshape(num_windows * channels, context, 1)
                 for t in (series, observed)
             )
         values = run_in_micro_batches(
-            self._values, {"series": series, "observed": observed}, self.micro_batch
+            self._values, {"series": series, "observed": observed}, self.modality.micro_batch
         )  # [rows, channels in a row, patches, width]
         values = values.reshape(num_windows, channels, *values.shape[2:]).transpose(1, 2)
-        values = values.flatten(2) if self.merge == "join" else values.mean(2)
-        feature = inputs["feature"]
-        mask = feature != _NOTHING
-        return Features(values.flatten(0, 1)[feature.clamp(min=0)] * mask[..., None], mask)
+        values = values.flatten(2) if self.modality.merge_channels == "join" else values.mean(2)
+        return gather_features(values, inputs["part"], inputs["feature"])
 
     def _values(self, series: Tensor, observed: Tensor) -> Tensor:
-        """[rows, context, channels in a row] -> [rows, channels in a row, patches, width]"""
+        """Features [rows, channels in a row, patches, width] of [rows, context, channels in a row].
+
+        The forwards differ between families: TimesFM takes padding and frequencies, PatchTST and
+        PatchTSMixer a mask, under two names.
+        """
         series = series.to(next(self.tower.parameters()).dtype)
         if "past_values_padding" in self._takes:
             more = {}
-            if "freq" in self._takes:  # 0 of TimesFM's three stands for high frequencies
+            if "freq" in self._takes:  # TimesFM has three classes; 0 is for high frequencies
                 more["freq"] = torch.zeros(len(series), 1, dtype=torch.long, device=series.device)
             padding = (~observed.bool())[..., 0].long()
             output = self.tower(past_values=series[..., 0], past_values_padding=padding, **more)
             return output.last_hidden_state[:, None]
         name = "past_observed_mask" if "past_observed_mask" in self._takes else "observed_mask"
         output = self.tower(past_values=series, **{name: observed.to(series.dtype)})
-        return output.last_hidden_state[:, :, -self.shape.num_patches :]  # a CLS token is first
+        # PatchTST can put a CLS token before the patches.
+        return output.last_hidden_state[:, :, -self.shape.num_patches :]
 
 
 class TimeseriesModality(Modality):
-    """Numbers over time, `[time]` or `[time, channels]`, as one item: a feature for each patch."""
+    """Numbers over time, `[time]` or `[time, channels]`, as one item: one feature per patch.
 
-    kit_example: ClassVar[str] = "multi_token.testing.series:timeseries_example"
+    The features are [patches, dim]. Without `encoder` a small transformer is trained together with
+    the projector, on series scaled as in RevIN (Kim et al., ICLR 2022).
+    """
+
+    kit_example: ClassVar[str] = "multi_token.testing.examples:timeseries_example"
 
     type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
     channels: PositiveInt
-    """Numbers measured at each step; a series of another width is refused."""
+    """Numbers at each step. A series of another width is refused."""
     rate: PositiveFloat | None = None
-    """Steps a second: a source that says its own `sampling_rate` is brought to this one by linear
-    interpolation; one that does not is taken as it is."""
+    """Steps per second. A source with a `sampling_rate` of its own is resampled to this rate by
+    linear interpolation; a source without one is used unchanged."""
     max_steps: PositiveInt = 65_536
-    """A series longer than this, as given or at `rate`, is refused."""
+    """Largest number of steps, as given or at `rate`. A longer series is refused."""
     encoder: str | None = None
     """Hub name or folder of a time series model of transformers that reads patches (PatchTST,
-    PatchTSMixer, TimesFM); without one a small encoder learns together with the projector."""
+    PatchTSMixer, TimesFM). Default: a small encoder that is trained together with the projector."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     merge_channels: MergeKind = "join"
-    """With `encoder`, which sees each channel by itself: `join` puts the channels' features side by
-    side, `mean` averages them (narrower, but no longer tells one channel from another)."""
+    """With an `encoder` that reads each channel by itself: `join` concatenates the channels'
+    features, `mean` averages them (narrower, but channels can no longer be distinguished)."""
     micro_batch: PositiveInt = 32
-    """Series, or windows and channels of them, that go through the encoder at once."""
+    """Series, or windows and their channels, that go through the encoder at once."""
     patch_length: PositiveInt = 16
-    """Without `encoder`: steps of one feature."""
+    """Without `encoder`: steps per feature."""
     hidden_size: PositiveInt = 128
     """Without `encoder`: width of a feature."""
     num_layers: int = Field(default=3, ge=0)
@@ -163,9 +159,11 @@ class TimeseriesModality(Modality):
     def _check_encoder(self) -> TimeseriesModality:
         fields = type(self).model_fields
         if self.encoder is not None:
+            # By value and not by `model_fields_set`, since a checkpoint sets every field.
             set_ones = [n for n in _OWN_FIELDS if getattr(self, n) != fields[n].default]
             if set_ones:
-                raise ValueError(f"`{set_ones[0]}` is for a series without `encoder`; leave it out")
+                raise ValueError(f"`{set_ones[0]}` is for a series without `encoder`; remove it")
+        # Even, because sinusoids come in pairs.
         elif self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
                 f"`hidden_size` must be even and a multiple of `num_heads`, {self.hidden_size} is "
@@ -174,8 +172,16 @@ class TimeseriesModality(Modality):
         return self
 
     def load(self, source: Any, fetch: Fetch) -> np.ndarray:
-        """A list, array, tensor or `.npy` file, or a mapping of one of them under `array`, `path`
-        or `bytes` and its `sampling_rate` -> float32 [time, channels]. Raises MediaError."""
+        """Return the series, float32 [time, channels].
+
+        Args:
+            source: List, array, tensor, `.npy` file, or a mapping with one of them under `array`,
+                `path` or `bytes` and its `sampling_rate` in steps per second.
+            fetch: Reader of paths and URLs.
+
+        Raises:
+            MediaError: The source is no series of `channels` finite numbers, or is over a limit.
+        """
         return read_series(
             source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
         )
@@ -197,12 +203,16 @@ class TimeseriesModality(Modality):
         num_full, rest = divmod(size, shape.context)
         return num_full * shape.num_patches + shape.num_new_patches(rest)
 
-    def prepare(self, raw: Any) -> Prepared:
-        """float32 [time, channels] -> what the encoder takes, and a feature for each patch.
+    def prepare(self, raw: np.ndarray) -> Prepared:
+        """Cut a series [time, channels] into patches, or into windows of the encoder.
 
-        Without `encoder`: `patches` [length, patch_length * channels], `level` [2 * channels],
-        `mask` [length]. With: `past_values`, `observed` [windows, context, channels] and `feature`
-        int64 [length]. Raises RecipeError for an encoder that cannot read such series.
+        Returns:
+            Without `encoder`: `patches` [length, patch_length * channels], `level` [2 * channels],
+            `mask` [length]. With: `past_values`, `observed` [windows, context, channels], `part`,
+            `feature` int64 [length].
+
+        Raises:
+            RecipeError: The encoder cannot read series of `channels`.
         """
         if self.encoder is not None:
             return self._prepare_windows(raw)
@@ -217,35 +227,34 @@ class TimeseriesModality(Modality):
         return Prepared(inputs, num_features=num_patches)
 
     def _prepare_windows(self, raw: np.ndarray) -> Prepared:
-        """Windows one after the other; the last ends with the series, and of it only those patches
-        count that no window before has seen."""
+        """Consecutive windows. The last one ends with the series; only its new patches count."""
         shape = self._window_shape()
         num_full, rest = divmod(len(raw), shape.context)
         windows = [raw[i * shape.context : (i + 1) * shape.context] for i in range(num_full)]
         observed = [np.ones(window.shape, dtype=bool) for window in windows]
-        num_features = num_full * shape.num_patches
-        feature = list(range(num_features))
+        num_patches = [shape.num_patches] * num_full
         if rest:
+            # The window reaches back over steps that were seen before: a model trained on full
+            # windows reads a padded one worse. A series shorter than a window has to be padded.
             last = raw[-shape.context :]
             missing = shape.context - len(last)
-            # models that scale by the observed steps alone see the rest as zeros then
+            # Models that scale by the observed steps alone see the mean as zeros.
             fill = np.broadcast_to(last.mean(0), (missing, self.channels))
             windows.append(np.concatenate([fill, last]))
             observed.append(np.arange(shape.context)[:, None].repeat(self.channels, 1) >= missing)
-            num_new = self.count_features(len(raw)) - num_features
-            end = num_features + shape.num_patches
-            feature += range(end - num_new, end)
+            num_patches.append(shape.num_new_patches(rest))
         inputs = {
             "past_values": torch.from_numpy(np.stack(windows)),
             "observed": torch.from_numpy(np.stack(observed)),
-            "feature": torch.tensor(feature),
+            "part": torch.arange(len(windows)).repeat_interleave(torch.tensor(num_patches)),
+            "feature": torch.cat([torch.arange(shape.num_patches)[-n:] for n in num_patches]),
         }
-        return Prepared(inputs, num_features=len(feature))
+        return Prepared(inputs, num_features=self.count_features(len(raw)))
 
     def _window_shape(self) -> WindowShape:
         assert self.encoder is not None
         shape = window_shape(self.encoder, self.revision)
-        if shape.channels_together and shape.channels != self.channels:
+        if shape.channels not in (1, self.channels):
             raise RecipeError(
                 f"{self.encoder} reads {shape.channels} channels, the recipe says "
                 f"`channels: {self.channels}`; an encoder of one channel reads any number of them"
@@ -261,72 +270,47 @@ class TimeseriesModality(Modality):
         return [FILE_KINDS["series"]]
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Items -> one batch; with `encoder`, all windows of all items stand in one."""
-        if self.encoder is None:
-            return super().collate(items)
-        num_patches = self._window_shape().num_patches
-        longest = max(item.num_features for item in items)
-        feature = torch.full((len(items), longest), _NOTHING)
-        num_before = 0
-        for row, item in zip(feature, items, strict=True):
-            row[: item.num_features] = item.inputs["feature"] + num_before
-            num_before += len(item.inputs["past_values"]) * num_patches
-        keys = ("past_values", "observed")
-        return {key: torch.cat([i.inputs[key] for i in items]) for key in keys} | {
-            "feature": feature
-        }
+        """Join items into one batch; with `encoder`, all windows are encoded together."""
+        return super().collate(items) if self.encoder is None else collate_parts(items)
 
     def build_encoder(self) -> Encoder:
+        """Return the small encoder with random weights, or the model of `encoder`."""
         if self.encoder is None:
-            fields = {name: getattr(self, name) for name in ("channels", *_OWN_FIELDS)}
-            return PatchEncoder(**fields, micro_batch=self.micro_batch).eval()
+            return PatchEncoder(self).eval()
         from transformers import AutoConfig, AutoModel
 
         shape = self._window_shape()
         config = AutoConfig.from_pretrained(self.encoder, revision=self.revision)
         if getattr(config, "do_mask_input", False):
-            config.do_mask_input = False  # pretraining hides patches at random, in eval mode too
+            # Pretraining masks patches at random, in eval mode too.
+            config.do_mask_input = False
         tower = AutoModel.from_pretrained(
             self.encoder, revision=self.revision, config=config, dtype=torch.float32
         )
-        width = getattr(config, "d_model", None) or config.hidden_size
-        return WindowEncoder(
-            tower,
-            shape=shape,
-            dim=width * (self.channels if self.merge_channels == "join" else 1),
-            merge=self.merge_channels,
-            micro_batch=self.micro_batch,
-        ).eval()
+        return WindowEncoder(tower, shape, self).eval()
 
 
 class WindowShape(NamedTuple):
-    """Window of a time series model, and its patches."""
+    """Input window of a time series model, in steps, and its patches."""
 
     context: int
     num_patches: int
     stride: int
     channels: int
 
-    @property
-    def channels_together(self) -> bool:
-        """True if channels are encoded together, and not each as a series of its own."""
-        return self.channels > 1
-
     def num_new_patches(self, rest: int) -> int:
-        """Patches of the last window that no window before has seen, if so many steps are left."""
+        """Return the patches of the last window with new steps, if `rest` steps are left."""
         return min(self.num_patches, math.ceil(rest / self.stride))
 
 
 @functools.lru_cache(maxsize=8)
 def window_shape(encoder: str, revision: str | None) -> WindowShape:
-    """Read from the configuration, without weights. Raises RecipeError for one without patches."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(encoder, revision=revision)
+    """Return the window that the configuration declares. Raises RecipeError without patches."""
+    config = load_auto("AutoConfig", encoder, revision)
     context, patch = (getattr(config, n, None) for n in ("context_length", "patch_length"))
     if not context or not patch:
         raise RecipeError(
-            f"{encoder} has a {type(config).__name__}, which says no `context_length` and "
+            f"{encoder} has a {type(config).__name__} without `context_length` and "
             "`patch_length`; expected a time series model that reads patches (PatchTST, "
             "PatchTSMixer, TimesFM)"
         )
@@ -336,15 +320,16 @@ def window_shape(encoder: str, revision: str | None) -> WindowShape:
 
 
 def normalized(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[time, channels] -> each channel with mean 0 and deviation 1, and what that took away.
+    """Return a series [time, channels] scaled to mean 0 and deviation 1, and its level.
 
-    Instance normalization as in RevIN (Kim et al., ICLR 2022); the level [2 * channels] keeps
-    asinh(mean / deviation) and log(deviation) as inputs. A constant channel becomes zeros, with 1
-    for its deviation.
+    Instance normalization as in RevIN (Kim et al., ICLR 2022). The level [2 * channels] keeps the
+    removed part as asinh(mean / deviation) and log(deviation). A constant channel becomes zeros,
+    with deviation 1.
     """
+    # In float64: the deviation of a long series with a large mean is lost in float32.
     values = series.astype(np.float64)
     mean, deviation = values.mean(0), values.std(0)
-    # relative, because a volt and a microvolt are both a signal, and a rounding error is none
+    # The bound is relative: a microvolt is a signal as a volt is, and a rounding error is not.
     moves = deviation > 1e-6 * np.abs(values).max(0)
     deviation = np.where(moves, deviation, 1.0)
     scaled = np.where(moves, (values - mean) / deviation, 0.0)
@@ -353,7 +338,7 @@ def normalized(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def positions(length: int, dim: int) -> Tensor:
-    """Sinusoids [length, dim], dim even (Vaswani et al., arXiv:1706.03762)."""
+    """Return sinusoids [length, dim] for an even dim (Vaswani et al., arXiv:1706.03762)."""
     frequency = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
     angle = torch.arange(length)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

@@ -1,8 +1,8 @@
 """For tests of this library and of plug-ins: the conformance kit, and tiny real parts."""
 
-from multi_token.testing.kit import Result, assert_conforms, check_modality, check_named
+from multi_token.testing.conformance import Result, assert_conforms, check_modality, check_named
+from multi_token.testing.encoders import LLAVA_TEMPLATE, tiny_image_encoder, tiny_llava
 from multi_token.testing.language_models import TEMPLATES, tiny_language_model, tiny_tokenizer
-from multi_token.testing.vision import LLAVA_TEMPLATE, tiny_image_encoder, tiny_llava
 
 __all__ = [
     "LLAVA_TEMPLATE",

@@ -48,6 +48,7 @@ TEMPLATES: dict[str, str] = {
 }
 """Chat templates written to the published descriptions of their formats."""
 
+# All other templates end a turn with `<|im_end|>`.
 _END_OF_TURN = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>"}
 _SPECIAL = [
     "<pad>",
@@ -61,6 +62,7 @@ _SPECIAL = [
     "<start_of_turn>",
     "<end_of_turn>",
 ]
+# The tokenizer's ids, and with them every golden record, depend on each letter of this text.
 _CORPUS = [
     "What is this? This is a picture of a cat and a dog, a red square, a blue circle.",
     "user assistant system model tool You are a helpful assistant. Which of these is a fruit?",
@@ -80,6 +82,7 @@ def tiny_tokenizer(template: str = "chatml") -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=_SPECIAL,
+        # Every byte, so that any text can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -117,6 +120,7 @@ def tiny_language_model(
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
+                # With the usual 0.02 the answers of all prompts are nearly equal.
                 initializer_range=0.2,
             )
         )

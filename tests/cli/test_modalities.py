@@ -19,7 +19,7 @@ from multi_token.projectors.base import ProjectorSpec
 
 BROKEN = '''"""A modality whose own library is not there."""
 
-import a_library_that_nobody_has
+import a_library_that_is_not_installed
 '''
 CHANCE = '''"""A modality that promises too much."""
 
@@ -52,10 +52,10 @@ def plugins(tmp_path: Path) -> Path:
         ("smell", "smell = smell:Smell\nimage = smell:Smell", BROKEN),
         ("chance", "chance = chance:Chance", CHANCE),
     ):
-        info = folder / f"{name}_sense-1.2.dist-info"
+        info = folder / f"{name}_modality-1.2.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}-sense\nVersion: 1.2\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: {name}-modality\nVersion: 1.2\n", encoding="utf-8"
         )
         (info / "entry_points.txt").write_text(
             f"[multi_token.modalities]\n{points}\n", encoding="utf-8"
@@ -87,13 +87,15 @@ def row(output: str, name: str) -> str:
 def test_a_list_shows_state_owner_and_purpose_of_each(plugins: Path) -> None:
     done = command(path=plugins)
     assert done.returncode == 0, done.stderr
-    assert "ready" in row(done.stdout, "vector") and "A vector [dim]" in row(done.stdout, "vector")
+    assert "ready" in row(done.stdout, "vector") and "A precomputed vector [dim]" in row(
+        done.stdout, "vector"
+    )
     smell = row(done.stdout, "smell")
-    assert "smell-sense 1.2" in smell and "broken" in smell
-    assert "No module named 'a_library_that_nobody_has'" in smell
+    assert "smell-modality 1.2" in smell and "broken" in smell
+    assert "No module named 'a_library_that_is_not_installed'" in smell
     assert "Vectors, counted wrongly [with brackets]." in row(done.stdout, "chance")
     twins = row(done.stdout, "image")
-    assert "multi_token, smell-sense 1.2" in twins and "has several owners" in twins
+    assert "multi_token, smell-modality 1.2" in twins and "has several owners" in twins
 
 
 def test_check_prints_each_claim_and_ends_with_a_code(plugins: Path) -> None:
@@ -108,14 +110,14 @@ def test_check_prints_each_claim_and_ends_with_a_code(plugins: Path) -> None:
     assert "holds" in row(wrong.stdout, "a mixed batch equals one by one")
 
 
-def test_a_sense_that_cannot_be_imported_is_one_broken_claim(plugins: Path) -> None:
+def test_a_modality_that_cannot_be_imported_is_one_broken_claim(plugins: Path) -> None:
     done = command("check", "smell", path=plugins)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "a_library_that_nobody_has" in row(done.stdout, "it can be imported")
+    assert "a_library_that_is_not_installed" in row(done.stdout, "it can be imported")
 
 
 @pytest.mark.slow
-def test_every_sense_keeps_every_claim() -> None:
+def test_every_modality_keeps_every_claim() -> None:
     done = command("check", "--all")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in registry.registered_names("modality"):
@@ -130,8 +132,8 @@ def test_every_sense_keeps_every_claim() -> None:
         (("check", "vector", "--all"), "expected the name of a modality, or --all"),
         (("check", "vectr"), "did you mean 'vector'"),
         (("new", "image"), "modality 'image' is owned by multi_token; choose another name"),
-        (("new", "Heart"), "'Heart' cannot name a sense: expected small letters"),
-        (("new", "heart-beat"), "cannot name a sense"),
+        (("new", "Heart"), "'Heart' cannot name a modality: expected small letters"),
+        (("new", "heart-beat"), "cannot name a modality"),
         (("new", "text"), "'text' cannot name a modality"),
     ],
 )
@@ -175,7 +177,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     assert entry.fault == 'no_such_package not installed: pip install "multi_token[audio]"'
 
 
-def test_every_extra_that_a_sense_names_has_its_packages_in_the_project() -> None:
+def test_every_extra_that_a_modality_names_has_its_packages_in_the_project() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     names = {"bs4": "beautifulsoup4"}  # imported under another name than installed
     extras = set()

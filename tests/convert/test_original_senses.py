@@ -18,9 +18,13 @@ from multi_token.data.formats import to_conversation
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.registry import resolve
-from multi_token.testing.audio import tiny_clap, tiny_whisper, tone, write_tone
-from multi_token.testing.text import tiny_sentence_encoder
-from multi_token.testing.video import noise_frames, tiny_video_encoder, write_video
+from multi_token.testing.encoders import (
+    tiny_clap,
+    tiny_sentence_encoder,
+    tiny_video_encoder,
+    tiny_whisper,
+)
+from multi_token.testing.files import noise_frames, tone, write_tone, write_video
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 WIDTH = 64

@@ -9,7 +9,8 @@ import torch
 
 from multi_token.data.dataset import row_to_sample
 from multi_token.errors import ChatTemplateError, RowError
-from multi_token.media import Fetch, decode_image
+from multi_token.media.fetch import Fetch
+from multi_token.media.image import decode_image
 from multi_token.types import IGNORE_INDEX, Conversation, Media, MediaSpan, Sample
 
 FETCH = Fetch()

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-CONTENT = b"the bytes of a picture"
+CONTENT = b"the bytes of an image"
 MIB = 1024 * 1024
 
 

@@ -17,7 +17,8 @@ from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media import audio
 from multi_token.media.audio import as_audio, decode_audio, load_audio
 from multi_token.media.fetch import Fetch
-from multi_token.testing.audio import tone
+from multi_token.media.waveform import Excerpt
+from multi_token.testing.files import tone
 
 RATE = 16_000
 FILES = {
@@ -75,7 +76,7 @@ def noisy(seconds: float) -> np.ndarray:
 
 def refusal(data: bytes, **options: Any) -> str:
     with pytest.raises(MediaError) as caught:
-        decode_audio(data, rate=RATE, **options)
+        decode_audio(data, Excerpt(rate=RATE, **options))
     assert caught.value.kind == "undecodable"
     return str(caught.value)
 
@@ -99,7 +100,7 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", FILES)
 def test_files_of_every_kind_hold_the_same_tone(kind: str) -> None:
     sound = tone(1.5, 48_000)
-    decoded = decode_audio(encoded(sound, kind, 48_000), rate=48_000)
+    decoded = decode_audio(encoded(sound, kind, 48_000), Excerpt(rate=48_000))
     assert decoded.dtype == np.float32 and decoded.ndim == 1
     assert len(decoded) == len(sound)
     assert likeness(decoded, sound) > 0.995
@@ -109,12 +110,12 @@ def test_files_of_every_kind_hold_the_same_tone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 @pytest.mark.parametrize("num_channels", [1, 2])
-def test_containers_of_films_and_phones_are_told_by_their_content(
+def test_containers_of_videos_and_phones_are_known_by_their_content(
     kind: str, num_channels: int
 ) -> None:
     rate = CONTAINERS[kind][2]
     sound = tone(1.5, rate, num_channels=num_channels).reshape(-1, num_channels)
-    decoded = decode_audio(contained(sound, kind), rate=RATE, name="a.txt")
+    decoded = decode_audio(contained(sound, kind), Excerpt(rate=RATE, name="a.txt"))
     # coders of packets fill up the last one, and put silence before the first
     assert abs(len(decoded) / RATE - 1.5) < 0.1
     best = max(likeness(decoded[lag:], tone(1.5, RATE)) for lag in range(0, 1200, 4))
@@ -125,7 +126,7 @@ def test_containers_of_films_and_phones_are_told_by_their_content(
 @pytest.mark.parametrize("num_channels", [1, 2, 6])
 def test_any_rate_and_any_channels_become_one_waveform(rate: int, num_channels: int) -> None:
     sound = tone(1.0, rate, num_channels=num_channels)
-    decoded = decode_audio(encoded(sound, "wav-float", rate), rate=RATE)
+    decoded = decode_audio(encoded(sound, "wav-float", rate), Excerpt(rate=RATE))
     assert len(decoded) == RATE
     loudness = 1 - 0.2 * (num_channels - 1) / 2
     assert np.abs(decoded - loudness * tone(1.0, RATE))[1000:-1000].max() < 2e-3
@@ -135,7 +136,7 @@ def test_any_rate_and_any_channels_become_one_waveform(rate: int, num_channels: 
 def test_decoding_piece_by_piece_is_that_of_the_whole(kind: str) -> None:
     data = encoded(tone(4.5, 48_000), kind, 48_000)
     whole, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    assert np.abs(decode_audio(data, rate=48_000) - whole).max() < 1e-4
+    assert np.abs(decode_audio(data, Excerpt(rate=48_000)) - whole).max() < 1e-4
 
 
 def test_resampling_in_pieces_is_that_of_the_whole() -> None:
@@ -143,7 +144,7 @@ def test_resampling_in_pieces_is_that_of_the_whole() -> None:
 
     sound = tone(3.3, 44_100)
     whole = soxr.resample(sound, 44_100, RATE)
-    decoded = decode_audio(encoded(sound, "wav-float", 44_100), rate=RATE)
+    decoded = decode_audio(encoded(sound, "wav-float", 44_100), Excerpt(rate=RATE))
     assert np.abs(decoded[: len(whole)] - whole).max() < 1e-5 and len(decoded) == len(whole)
 
 
@@ -151,7 +152,7 @@ def test_resampling_in_pieces_is_that_of_the_whole() -> None:
 def test_only_the_part_between_start_and_end_is_decoded(kind: str) -> None:
     data = encoded(noisy(5.0), kind)
     part = load({"bytes": data, "start": 2.0, "end": 2.5})
-    whole = decode_audio(data, rate=RATE)
+    whole = decode_audio(data, Excerpt(rate=RATE))
     assert np.abs(part - whole[2 * RATE : 5 * RATE // 2]).max() < 1e-3
     assert np.allclose(load({"bytes": data, "start": 4}), whole[4 * RATE :], atol=1e-3)
     # the limit counts what is taken, and an end may be rounded up
@@ -164,7 +165,8 @@ def test_a_part_of_a_container_is_where_it_is_in_the_whole(kind: str) -> None:
     sound = tone(5.0, CONTAINERS[kind][2]).reshape(-1, 1)
     sound = sound * np.linspace(0.1, 1, len(sound), dtype=np.float32)[:, None]
     data = contained(sound, kind)
-    whole, part = decode_audio(data, rate=RATE), load({"bytes": data, "start": 3.0, "end": 3.5})
+    whole = decode_audio(data, Excerpt(rate=RATE))
+    part = load({"bytes": data, "start": 3.0, "end": 3.5})
     assert len(part) == RATE // 2
     shifts = [
         np.abs(part[100:-100] - whole[3 * RATE + s :][100 : len(part) - 100]).max()
@@ -175,7 +177,7 @@ def test_a_part_of_a_container_is_where_it_is_in_the_whole(kind: str) -> None:
 
 def test_a_file_over_the_limit_is_refused_by_its_header() -> None:
     data = bytearray(encoded(tone(1.0, RATE), "flac"))
-    # the number of samples stands in 36 bits of the stream's information: here, ten hours
+    # the number of samples is in 36 bits of the stream's information: here, ten hours
     data[21:26] = (10 * 3600 * RATE + (data[21] >> 4 << 36)).to_bytes(5, "big")
     message = refusal(bytes(data), name="long.flac")
     assert message.startswith("long.flac is 36,000.0 s long, and the limit is 600 s; cut it")
@@ -188,7 +190,7 @@ def test_a_file_that_does_not_tell_its_length_is_given_up_at_the_limit(kind: str
         data[4:8] = data[40:44] = b"\xff" * 4
     else:
         data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
-    assert len(decode_audio(bytes(data), rate=RATE, max_seconds=3)) == 3 * RATE
+    assert len(decode_audio(bytes(data), Excerpt(rate=RATE, max_seconds=3))) == 3 * RATE
     assert "the limit is 2 s" in refusal(bytes(data), max_seconds=2)
 
 
@@ -205,7 +207,7 @@ def test_decoding_stops_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatc
 
 def test_the_limit_is_the_callers_and_is_inclusive() -> None:
     data = encoded(tone(2.0, RATE))
-    assert len(decode_audio(data, rate=8_000, max_seconds=2)) == 16_000
+    assert len(decode_audio(data, Excerpt(rate=8_000, max_seconds=2))) == 16_000
     assert "is 2.0 s long, and the limit is 1.9 s" in refusal(data, max_seconds=1.9)
     webm = contained(tone(2.0, 48_000).reshape(-1, 1), "webm")
     assert "the limit is 1.5 s" in refusal(webm, max_seconds=1.5)
@@ -245,7 +247,7 @@ def test_damaged_bytes_give_audio_or_a_sentence_and_nothing_else(kind: str) -> N
             data[chance.randrange(min(len(data), 400))] = chance.randrange(256)
         del data[chance.randint(len(data) // 2, 2 * len(data)) :]
         try:
-            assert decode_audio(bytes(data), rate=RATE, max_seconds=5).dtype == np.float32
+            assert decode_audio(bytes(data), Excerpt(rate=RATE, max_seconds=5)).dtype == np.float32
         except MediaError as error:
             assert error.kind == "undecodable"
             num_refused += 1
@@ -261,11 +263,11 @@ def png() -> bytes:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (png(), "a picture (PNG)"),
+        (png(), "a PNG image"),
         (b"<!DOCTYPE html><html>404</html>", "a web page"),
-        (b"#EXTM3U\nhttp://somewhere/else.ts\n", "b'#EXTM3U"),
+        (b"#EXTM3U\nhttp://somewhere/else.ts\n", "a playlist"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "a RIFF file that is not WAV"),
+        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "a RIFF file"),
         (b"hello " * 100, "b'hello hello "),
     ],
 )
@@ -281,15 +283,15 @@ def test_an_empty_file_and_one_without_samples_are_refused() -> None:
     assert "has a length of zero" in load_refusal({"array": [], "sampling_rate": RATE})
 
 
-def test_a_film_without_sound_is_refused() -> None:
+def test_a_video_without_sound_is_refused() -> None:
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         track: Any = container.add_stream("mpeg4", rate=10)
         track.width = track.height = 32
-        picture = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
-        container.mux(track.encode(picture))
+        frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
+        container.mux(track.encode(frame))
         container.mux(track.encode(None))
     assert refusal(buffer.getvalue(), name="a.mp4").startswith("a.mp4 has no audio track")
 
@@ -301,7 +303,7 @@ def test_samples_that_are_not_numbers_are_refused_with_their_place() -> None:
     assert message.startswith("a.wav holds nan at sample 20,000 (1.25 s)")
     sound[20_000] = np.inf
     with pytest.raises(MediaError, match="expected -1 to 1"):
-        as_audio(sound, sampling_rate=RATE, rate=RATE)
+        as_audio(sound, RATE, Excerpt(RATE))
 
 
 def test_silence_is_refused_unless_it_is_wanted(tmp_path: Path) -> None:
@@ -324,12 +326,12 @@ def test_the_shape_of_datasets_is_read_with_the_path_as_its_name_only() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"start": -1}, "`start` of the audio is -1, expected seconds from 0 on"),
+        ({"start": -1}, "`start` of the audio is -1, expected 0 seconds or more"),
         ({"end": "2"}, "`end` of the audio is '2', expected seconds"),
-        ({"start": 0.5, "end": 0.5}, "is to end at 0.5 s, but to start at 0.5 s"),
+        ({"start": 0.5, "end": 0.5}, "has `end` 0.5 s, which must be after `start`"),
         ({"start": 7}, "is 1.00 s long, but the row asks for 7 s on"),
         ({"start": 0.5, "end": 9}, "is 1.00 s long, but the row asks for 0.5 to 9 s"),
-        ({"begin": 1}, "unknown key 'begin'; known are array, sampling_rate"),
+        ({"begin": 1}, "unknown key 'begin'; known keys: array, sampling_rate"),
     ],
 )
 def test_a_part_that_is_not_there_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -347,4 +349,4 @@ def test_a_missing_package_is_named_with_its_extra(
         data = contained(tone(0.1, 44_100).reshape(-1, 1), "m4a")
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MultiTokenError, match=rf'package {name}.*"multi_token\[{extra}\]"'):
-        decode_audio(data, rate=RATE)
+        decode_audio(data, Excerpt(rate=RATE))

@@ -17,7 +17,7 @@ import pytest
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 
-CONTENT = b"the bytes of a picture"
+CONTENT = b"the bytes of an image"
 
 
 class Site(BaseHTTPRequestHandler):
@@ -91,9 +91,9 @@ def test_a_path_is_read_as_text_and_as_a_path_object(tmp_path: Path) -> None:
 
 
 def test_a_relative_path_starts_at_the_root(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.bin").write_bytes(CONTENT)
-    assert Fetch(root=str(tmp_path)).read("pictures/a.bin") == CONTENT
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.bin").write_bytes(CONTENT)
+    assert Fetch(root=str(tmp_path)).read("images/a.bin") == CONTENT
 
 
 def test_without_a_root_a_relative_path_starts_at_the_current_folder(
@@ -126,7 +126,7 @@ def test_bytes_are_returned_as_they_are() -> None:
         "data:image/png;base64," + base64.b64encode(CONTENT).decode(),
         "DATA:;BASE64," + base64.b64encode(CONTENT).decode(),
         "data:image/png;base64,\n" + base64.encodebytes(CONTENT).decode(),
-        "data:text/plain,the%20bytes%20of%20a%20picture",
+        "data:text/plain,the%20bytes%20of%20an%20image",
     ],
 )
 def test_a_data_uri_is_decoded(uri: str) -> None:
@@ -145,9 +145,9 @@ def test_a_data_uri_without_a_comma_is_refused() -> None:
 
 
 def test_a_missing_file_is_named_by_its_whole_path_and_the_root(tmp_path: Path) -> None:
-    message = refusal(Fetch(root=str(tmp_path)), "pictures/a.png")
-    assert f"no file at {tmp_path / 'pictures' / 'a.png'}" in message
-    assert "the row says pictures/a.png" in message
+    message = refusal(Fetch(root=str(tmp_path)), "images/a.png")
+    assert f"no file at {tmp_path / 'images' / 'a.png'}" in message
+    assert "the row says images/a.png" in message
     assert f"relative paths start at {tmp_path}" in message
 
 
@@ -233,7 +233,7 @@ def test_a_download_that_drips_ends_at_the_deadline(site: str) -> None:
     assert time.monotonic() - start < 10
 
 
-def test_an_address_that_nobody_answers_is_refused_with_a_sentence() -> None:
+def test_a_url_without_a_server_is_refused_with_a_sentence() -> None:
     assert "cannot download http://127.0.0.1:9/" in refusal(
         Fetch(timeout_s=5), "http://127.0.0.1:9/a"
     )
@@ -248,7 +248,7 @@ def test_web_addresses_can_be_forbidden(site: str) -> None:
     assert "not read here" in refusal(Fetch(allow_urls=False), f"{site}/file")
 
 
-def test_a_local_path_is_told_without_opening_it(tmp_path: Path) -> None:
+def test_a_local_path_is_known_without_opening_it(tmp_path: Path) -> None:
     fetch = Fetch(root=str(tmp_path))
     assert fetch.local_path("b/../a.png") == tmp_path / "a.png"
     assert fetch.local_path((tmp_path / "a.png").as_uri()) == tmp_path / "a.png"
@@ -257,7 +257,7 @@ def test_a_local_path_is_told_without_opening_it(tmp_path: Path) -> None:
 
 
 def test_it_travels_into_data_workers() -> None:
-    fetch = Fetch(root="pictures", max_bytes=7)
+    fetch = Fetch(root="images", max_bytes=7)
     assert pickle.loads(pickle.dumps(fetch)) == fetch  # noqa: S301 - our own
 
 

@@ -18,9 +18,9 @@ from multi_token.media.image import as_rgb, decode_image
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def encoded(picture: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format=file_format, **options)
+    image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
@@ -55,9 +55,9 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "GIF"])
 def test_lossless_formats_keep_their_pixels(file_format: str) -> None:
-    picture = Image.new("RGB", (3, 2), RED)
-    picture.putpixel((2, 1), BLUE)
-    decoded = decode_image(encoded(picture, file_format))
+    image = Image.new("RGB", (3, 2), RED)
+    image.putpixel((2, 1), BLUE)
+    decoded = decode_image(encoded(image, file_format))
     assert (decoded.mode, decoded.size) == ("RGB", (3, 2))
     assert (decoded.getpixel((0, 0)), decoded.getpixel((2, 1))) == (RED, BLUE)
 
@@ -70,7 +70,7 @@ def test_lossy_formats_come_close(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_comes_out_upright_whatever_its_exif_orientation(orientation: int) -> None:
+def test_an_image_is_upright_for_every_exif_orientation(orientation: int) -> None:
     upright = Image.new("RGB", (32, 16), WHITE)
     upright.paste(RED, (0, 0, 8, 8))  # one corner tells all eight orientations apart
     upright.paste(BLUE, (24, 0, 32, 8))
@@ -90,7 +90,7 @@ def test_a_picture_comes_out_upright_whatever_its_exif_orientation(orientation: 
     assert decoded.tobytes() == upright.tobytes()
 
 
-def test_a_turned_picture_forgets_its_exif_so_that_nobody_turns_it_again() -> None:
+def test_a_turned_image_forgets_its_exif_so_that_no_processor_rotates_it_again() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     decoded = decode_image(encoded(noise(), "JPEG", exif=exif))
@@ -99,16 +99,16 @@ def test_a_turned_picture_forgets_its_exif_so_that_nobody_turns_it_again() -> No
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_exif_block_does_not_hide_the_picture() -> None:
+def test_a_broken_exif_block_does_not_hide_the_image() -> None:
     data = encoded(noise(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     assert decode_image(data).size == (64, 48)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparent_parts_lie_over_white(mode: str) -> None:
-    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    picture.putpixel((1, 0), (0, 0, 0, 255))
-    decoded = decode_image(encoded(picture.convert(mode)))
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    decoded = decode_image(encoded(image.convert(mode)))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [WHITE, (0, 0, 0)]
 
 
@@ -121,17 +121,17 @@ def test_half_transparent_colour_is_mixed_with_white() -> None:
 
 
 def test_a_palette_with_a_transparent_colour_lies_over_white() -> None:
-    picture = Image.new("P", (2, 1), 0)
-    picture.putpalette([*GREEN, *BLUE])
-    picture.putpixel((1, 0), 1)
-    decoded = decode_image(encoded(picture, transparency=0))
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([*GREEN, *BLUE])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(encoded(image, transparency=0))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [WHITE, BLUE]
 
 
 def test_one_transparent_colour_without_an_alpha_channel_lies_over_white() -> None:
-    picture = Image.new("RGB", (2, 1), GREEN)
-    picture.putpixel((1, 0), BLUE)
-    decoded = decode_image(encoded(picture, transparency=GREEN))
+    image = Image.new("RGB", (2, 1), GREEN)
+    image.putpixel((1, 0), BLUE)
+    decoded = decode_image(encoded(image, transparency=GREEN))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [WHITE, BLUE]
 
 
@@ -148,8 +148,8 @@ def test_black_and_white_and_grey_become_rgb() -> None:
 
 
 def test_cmyk_becomes_rgb() -> None:
-    picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red, green, blue = np.asarray(decode_image(encoded(picture, "JPEG"))).mean((0, 1))
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red, green, blue = np.asarray(decode_image(encoded(image, "JPEG"))).mean((0, 1))
     assert red > 240 and green < 15 and blue < 15
 
 
@@ -166,14 +166,14 @@ def test_an_animation_gives_its_first_frame(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_a_truncated_picture_is_refused_with_a_sentence(file_format: str) -> None:
+def test_a_truncated_image_is_refused_with_a_sentence(file_format: str) -> None:
     data = encoded(noise(), file_format)
     message = refusal(data[: len(data) * 2 // 3], name="a.bin")
     assert message.startswith("a.bin ")
     assert "truncated or damaged" in message
 
 
-def test_a_picture_over_the_limit_is_refused_before_it_is_decoded(
+def test_an_image_over_the_limit_is_refused_before_it_is_decoded(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     # decoding would fail on the missing data, so this sentence shows that it was not tried
@@ -214,9 +214,9 @@ def test_an_empty_file_is_refused() -> None:
         (b"hello", "b'hello'"),
     ],
 )
-def test_what_is_not_a_picture_is_named_by_how_it_begins(data: bytes, what: str) -> None:
+def test_what_is_not_an_image_is_named_by_how_it_begins(data: bytes, what: str) -> None:
     message = refusal(data)
-    assert "is not a picture" in message
+    assert "is not an image" in message
     assert what in message
 
 
@@ -225,7 +225,7 @@ def test_formats_that_start_other_programs_are_not_opened() -> None:
     assert "a PostScript document" in refusal(postscript)
 
 
-def test_an_open_picture_is_treated_like_a_file() -> None:
+def test_an_open_image_is_treated_like_a_file() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = Image.open(io.BytesIO(encoded(Image.new("RGBA", (4, 2), (0, 0, 0, 0)), exif=exif)))
@@ -239,7 +239,7 @@ def test_an_open_picture_is_treated_like_a_file() -> None:
 @pytest.mark.parametrize(
     "file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"]
 )
-def test_damaged_bytes_give_a_picture_or_a_sentence_and_nothing_else(file_format: str) -> None:
+def test_damaged_bytes_give_an_image_or_a_sentence_and_nothing_else(file_format: str) -> None:
     if not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(file_format, "pil")):
         pytest.skip(f"this build of Pillow has no {file_format}")
     chance = random.Random(0)

@@ -1,7 +1,7 @@
-"""Claims about safe_http.py: an address of a stranger leads to listed public hosts, or nowhere.
+"""media/safe_http.py: a URL of an untrusted client reaches listed public hosts, or nothing.
 
-The canary is a real server on this machine that counts who comes; an address that gets as far as it
-has broken a wall. Where a claim is about a wall behind another, the one before is opened.
+The canary is a real server on this machine that counts its requests. A URL that reaches the canary
+has passed a check that should stop it. To test a later check, the checks before it are opened.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.media.safe_http import UrlPolicy, _DeadlineStream, is_public
 
-CONTENT = b"the bytes of a picture"
-HOST = "pictures.example"
+CONTENT = b"the bytes of an image"
+HOST = "images.example"
 PUBLIC, INWARDS = "93.184.216.34", "127.0.0.1"
 MIB = 1024 * 1024
 
@@ -50,7 +50,7 @@ def open_policy(canary: Any, *hosts: str, **fields: Any) -> UrlPolicy:
     """One for which this machine counts as public, as does nothing else of what is not."""
     fields = {
         "allowed_hosts": (f"{HOST}:{canary.port}", *hosts),
-        "resolve": names(pictures=[INWARDS]),
+        "resolve": names(images=[INWARDS]),
         "is_allowed_address": lambda ip: ip == ip_address(INWARDS) or is_public(ip),
         **fields,
     }
@@ -58,7 +58,7 @@ def open_policy(canary: Any, *hosts: str, **fields: Any) -> UrlPolicy:
 
 
 class EveryHost(UrlPolicy):
-    """What no list can say: with it, the walls behind the list stand alone."""
+    """A list that contains every host, so that only the checks after the list are left."""
 
     def _is_allowed_host(self, host: str, port: int, is_usual: bool) -> bool:
         return True
@@ -70,8 +70,8 @@ def refusal(policy: UrlPolicy, address: str, max_bytes: int = MIB) -> str:
         Fetch(allow_paths=False, max_bytes=max_bytes, url_policy=policy).read(address)
     assert caught.value.kind == "missing_file"
     message = str(caught.value)
-    for told in (INWARDS, PUBLIC, "Errno", "0x"):
-        assert told not in message
+    for secret in (INWARDS, PUBLIC, "Errno", "0x"):
+        assert secret not in message
     return message
 
 
@@ -84,11 +84,11 @@ def spellings(port: int) -> list[str]:
         "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[fe80::1]", "[fc00::1]",
         "169.254.169.254", "[fd00:ec2::254]", "10.0.0.1", "172.16.0.1", "192.168.0.1",
         "100.64.0.1", "198.18.0.1", "224.0.0.1", "255.255.255.255",
-        "%31%32%37.0.0.1", "①②⑦.⓪.⓪.①", "127。0。0。1", "127.0.0.1%00.pictures.example",
-        "pictures.example\\@127.0.0.1", "pictures.example@127.0.0.1", "user@127.0.0.1",
-        "user:word@pictures.example", "127.0.0.1#@pictures.example", "127.0.0.1?@pictures.example",
-        "pictures.example#@127.0.0.1", "pictures.example\t@127.0.0.1", "127.0.0.1 pictures.example",
-        "\\127.0.0.1", "/127.0.0.1", "[::1%25lo]", "pictures.example.127.0.0.1.nip.example",
+        "%31%32%37.0.0.1", "①②⑦.⓪.⓪.①", "127。0。0。1", "127.0.0.1%00.images.example",
+        "images.example\\@127.0.0.1", "images.example@127.0.0.1", "user@127.0.0.1",
+        "user:word@images.example", "127.0.0.1#@images.example", "127.0.0.1?@images.example",
+        "images.example#@127.0.0.1", "images.example\t@127.0.0.1", "127.0.0.1 images.example",
+        "\\127.0.0.1", "/127.0.0.1", "[::1%25lo]", "images.example.127.0.0.1.nip.example",
     ]  # fmt: skip
     return [f"http://{host}:{port}/file" for host in hosts]
 
@@ -105,7 +105,7 @@ def test_nothing_is_read_unless_hosts_are_listed(canary: Any) -> None:
 def test_a_listed_host_is_read(canary: Any) -> None:
     fetch = Fetch(allow_paths=False, url_policy=open_policy(canary))
     assert fetch.read(f"http://{HOST}:{canary.port}/file") == CONTENT
-    assert fetch.read(f"HTTP://PICTURES.EXAMPLE:{canary.port}/file") == CONTENT
+    assert fetch.read(f"HTTP://IMAGES.EXAMPLE:{canary.port}/file") == CONTENT
     assert [path for path, _ in canary.hits] == ["/file", "/file"]
 
 
@@ -160,23 +160,23 @@ def test_what_leads_inwards_is_not_public(ip: str) -> None:
 
 def test_a_name_that_is_public_once_and_inner_then_is_asked_once(canary: Any) -> None:
     asked: list[str] = []
-    answers = names(pictures=[PUBLIC, INWARDS])
+    answers = names(images=[PUBLIC, INWARDS])
 
     def resolve(host: str, port: int) -> Sequence[str]:
         asked.append(host)
         return answers(host, port)
 
     policy = open_policy(canary, resolve=resolve, timeout_s=0.5, is_allowed_address=is_public)
-    refusal(policy, f"http://{HOST}:{canary.port}/file")  # nobody answers at the public one here
+    refusal(policy, f"http://{HOST}:{canary.port}/file")  # the public IP has no server here
     assert asked == [HOST]
     assert canary.hits == []
 
 
 def test_a_name_with_one_inner_ip_among_public_ones_is_refused(canary: Any) -> None:
     for ips in (f"{PUBLIC} {INWARDS}", f"{INWARDS} {PUBLIC}", f"{PUBLIC} ::1", "", "fe80::1%lo"):
-        policy = open_policy(canary, resolve=names(pictures=[ips]), is_allowed_address=is_public)
+        policy = open_policy(canary, resolve=names(images=[ips]), is_allowed_address=is_public)
         message = refusal(policy, f"http://{HOST}:{canary.port}/file")
-        assert "not the name of a host on the public internet" in message
+        assert "does not name a host on the public internet" in message
     assert canary.hits == []
 
 
@@ -202,7 +202,7 @@ def test_tls_is_spoken_under_the_hosts_name() -> None:
         thread.start()
         policy = UrlPolicy(
             allowed_hosts=(f"{HOST}:{server.getsockname()[1]}",),
-            resolve=names(pictures=[INWARDS]),
+            resolve=names(images=[INWARDS]),
             is_allowed_address=lambda ip: True,
         )
         refusal(policy, f"https://{HOST}:{server.getsockname()[1]}/file")
@@ -234,9 +234,9 @@ def test_proxies_and_passwords_of_the_environment_are_not_used(
         "https://169.254.169.254/latest/meta-data/",
         "file:///etc/passwd",
         "/%5C127.0.0.1:{port}/file",
-        "gopher://pictures.example:{port}/file",
-        "http://user@pictures.example:{port}/file",
-        "http://pictures.example:1/file",
+        "gopher://images.example:{port}/file",
+        "http://user@images.example:{port}/file",
+        "http://images.example:1/file",
         "",
     ],
 )
@@ -251,10 +251,10 @@ def test_a_redirect_to_a_listed_host_that_is_inner_is_refused(canary: Any) -> No
     policy = open_policy(
         canary,
         f"inner.example:{canary.port}",
-        resolve=names(pictures=[INWARDS], inner=["10.0.0.7"]),
+        resolve=names(images=[INWARDS], inner=["10.0.0.7"]),
     )
     address = f"http://{HOST}:{canary.port}/to/http://inner.example:{canary.port}/file"
-    assert "not the name of a host on the public internet" in refusal(policy, address)
+    assert "does not name a host on the public internet" in refusal(policy, address)
 
 
 def test_a_listed_redirect_is_followed_without_its_cookies(canary: Any) -> None:
@@ -315,14 +315,16 @@ def test_the_deadline_holds_for_a_name_server_that_does_not_answer(canary: Any) 
 def test_the_deadline_holds_for_a_host_that_takes_no_connection() -> None:
     with socket.create_server((INWARDS, 0), backlog=0) as server, ExitStack() as waiting:
         address = server.getsockname()
-        for _ in range(4):  # more than may wait there: nobody else is answered
+        for _ in range(
+            4
+        ):  # more than the queue of the socket holds, so no other connection is accepted
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(address)
         policy = UrlPolicy(
             allowed_hosts=(f"{HOST}:{address[1]}",),
             timeout_s=0.3,
-            resolve=names(pictures=[INWARDS]),
+            resolve=names(images=[INWARDS]),
             is_allowed_address=lambda ip: True,
         )
         with within(5):
@@ -331,19 +333,25 @@ def test_the_deadline_holds_for_a_host_that_takes_no_connection() -> None:
 
 def test_an_endless_answer_stops_at_the_limit_of_bytes(canary: Any) -> None:
     with within(20):
-        assert "more than 100,000 bytes" in refusal(
+        assert "more than the limit of 100,000 bytes" in refusal(
             open_policy(canary), f"http://{HOST}:{canary.port}/endless", max_bytes=100_000
         )
 
 
 def test_an_announced_length_is_believed_only_where_it_is_too_much(canary: Any) -> None:
     address, policy = f"http://{HOST}:{canary.port}/lies", open_policy(canary)
-    assert "more than 50,000 bytes" in refusal(policy, f"{address}/99999999", max_bytes=50_000)
+    assert "more than the limit of 50,000 bytes" in refusal(
+        policy, f"{address}/99999999", max_bytes=50_000
+    )
     # before any of it is read: less comes, and that is not what is said
-    assert "more than 200,000 bytes" in refusal(policy, f"{address}/200001", max_bytes=200_000)
+    assert "more than the limit of 200,000 bytes" in refusal(
+        policy, f"{address}/200001", max_bytes=200_000
+    )
     assert len(policy.download(f"{address}/500", max_bytes=50_000)) == 500
     assert len(policy.download(f"{address}/500", max_bytes=500)) == 500
-    assert "broke off" in refusal(policy, f"{address}/900000")  # less comes than was announced
+    assert "closed the connection" in refusal(
+        policy, f"{address}/900000"
+    )  # less comes than was announced
 
 
 def test_what_comes_compressed_is_not_unpacked(canary: Any) -> None:
@@ -355,7 +363,7 @@ def test_what_is_not_200_is_refused_by_its_number(canary: Any) -> None:
     assert "answered 404" in refusal(open_policy(canary), f"http://{HOST}:{canary.port}/nothing")
 
 
-def test_a_host_that_nobody_answers_for_is_refused(canary: Any) -> None:
+def test_a_host_without_a_server_is_refused(canary: Any) -> None:
     policy = open_policy(canary, f"{HOST}:9")
     assert "could not be reached" in refusal(policy, f"http://{HOST}:9/file")
 

@@ -12,12 +12,11 @@ from PIL import Image
 
 from multi_token.errors import MediaError
 from multi_token.media.sniff import sniff_kind
-from multi_token.testing.audio import write_tone
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.files import noise_frames, write_tone, write_video
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF"])
-def test_pictures_are_images_and_moving_ones_too(form: str) -> None:
+def test_images_are_images_and_animated_ones_too(form: str) -> None:
     Image.init()
     if form not in Image.SAVE:
         pytest.skip(f"this build of Pillow writes no {form}")
@@ -52,7 +51,7 @@ def test_sounds_are_audio(tmp_path: Path, form: str, subtype: str | None) -> Non
 
 def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
     data = Path(write_tone(tmp_path / "tone", 0.3, 48_000, format="MP3")).read_bytes()
-    # where the frames begin, behind whatever the encoder put in front
+    # The first frame, after the tags and padding of the encoder.
     starts = [i for i in range(len(data) - 1) if data[i] == 0xFF and data[i + 1] & 0xFE == 0xFA]
     assert starts
     assert sniff_kind(data[starts[0] :]) == "audio"
@@ -61,18 +60,18 @@ def test_an_mp3_without_tags_is_audio(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "codec", "kind"),
     [
-        ("film.mp4", "libx264", "video"),
-        ("film.mov", "libx264", "video"),
-        ("film.webm", "libvpx-vp9", "video"),
-        ("film.mkv", "libx264", "video"),
-        ("film.avi", "mpeg4", "video"),
-        ("film.flv", "flv", "video"),
-        ("film.mpg", "mpeg1video", "video"),
-        ("film.wmv", "wmv2", "video"),
-        ("film.gif", "gif", "image"),
+        ("clip.mp4", "libx264", "video"),
+        ("clip.mov", "libx264", "video"),
+        ("clip.webm", "libvpx-vp9", "video"),
+        ("clip.mkv", "libx264", "video"),
+        ("clip.avi", "mpeg4", "video"),
+        ("clip.flv", "flv", "video"),
+        ("clip.mpg", "mpeg1video", "video"),
+        ("clip.wmv", "wmv2", "video"),
+        ("clip.gif", "gif", "image"),
     ],
 )
-def test_films_are_video(tmp_path: Path, name: str, codec: str, kind: str) -> None:
+def test_videos_are_video(tmp_path: Path, name: str, codec: str, kind: str) -> None:
     path = write_video(tmp_path / name, noise_frames(4), fps=25, codec=codec)
     assert sniff_kind(Path(path).read_bytes()) == kind
 
@@ -109,7 +108,7 @@ def test_utf8_is_text(text: str) -> None:
         (b"\x93NUMPY\x01\x00", "begins like a NumPy array"),
         (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
         ("ü".encode("latin-1"), "its first bytes are b'.xfc'"),
-        (b"a\x00b", "is not a picture, sound, film or UTF-8 text"),
+        (b"a\x00b", "is not an image, audio, video or UTF-8 text"),
         (b"\xff\xff\xff\xff", "its first bytes are"),
         (b"\xff\xfb", "its first bytes are"),
         (b"BM\x00\x00", "its first bytes are"),

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from multi_token.errors import MediaError
-from multi_token.media.frame_sampling import pick_frames, sample_times
+from multi_token.media.frame_sampling import FrameSampling, pick_frames
 from multi_token.media.video import decode_video
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.files import noise_frames, write_video
 
-LIMITS: dict[str, Any] = {"max_seconds": 600.0, "max_frames": 128, "max_pixels": 10_000}
+LIMITS: dict[str, Any] = {"max_seconds": 600.0, "max_frames": 128}
+MAX_PIXELS = 10_000
 NUM_FRAMES, FPS = 24, 10
 FILES = {
     "ramp.mp4": {"codec": "libx264"},
@@ -39,23 +40,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def decode(data: bytes, *, name: str = "", max_pixels: int = MAX_PIXELS, **options: Any) -> Any:
+    sampling = FrameSampling(**{**LIMITS, **options})
+    return decode_video(data, sampling, name=name, max_pixels=max_pixels)
+
+
 def decoded(folder: Path, name: str, **options: Any) -> list[int]:
-    """Which frames come out."""
-    frames = decode_video((folder / name).read_bytes(), name=name, **{**LIMITS, **options})
+    """The numbers of the frames that are returned."""
+    frames = decode((folder / name).read_bytes(), name=name, **options)
     assert {(f.mode, f.size) for f in frames} == {("RGB", (64, 48))}
     return [round(float(np.asarray(frame).mean()) / 10) for frame in frames]
 
 
 def refusal(data: bytes, **options: Any) -> str:
     with pytest.raises(MediaError) as caught:
-        decode_video(data, **{"num_frames": 4, **LIMITS, **options})
+        decode(data, **{"num_frames": 4, **options})
     assert caught.value.kind == "undecodable"
     return str(caught.value)
 
 
-def encoded(picture: Image.Image, file_format: str) -> bytes:
+def encoded(image: Image.Image, file_format: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format=file_format)
+    image.save(buffer, format=file_format)
     return buffer.getvalue()
 
 
@@ -97,20 +103,19 @@ def test_more_frames_a_second_than_max_frames_are_spread_evenly(folder: Path) ->
 
 
 def test_times_are_middles_of_their_parts() -> None:
-    options: dict[str, Any] = {"num_frames": None, "max_frames": 8}
     section = Fraction(1), Fraction(3)
     halves = [Fraction(5, 4), Fraction(7, 4), Fraction(9, 4), Fraction(11, 4)]
-    assert sample_times(*section, fps=2.0, **options) == halves
-    assert sample_times(*section, fps=None, num_frames=4, max_frames=8) == halves
+    assert FrameSampling(fps=2.0, max_frames=8).spread(*section) == halves
+    assert FrameSampling(num_frames=4, max_frames=8).spread(*section) == halves
 
 
-def test_an_end_a_little_behind_the_last_frame_is_the_last_frame(folder: Path) -> None:
+def test_an_end_a_little_after_the_last_frame_is_the_last_frame(folder: Path) -> None:
     assert decoded(folder, "ramp.mp4", num_frames=2, start=2.0, end=3.0) == [21, 23]
 
 
 def test_the_same_bytes_give_the_same_frames(folder: Path) -> None:
     data = (folder / "groups.mp4").read_bytes()
-    once, again = (decode_video(data, num_frames=5, **LIMITS) for _ in range(2))
+    once, again = (decode(data, num_frames=5) for _ in range(2))
     assert [f.tobytes() for f in once] == [f.tobytes() for f in again]
 
 
@@ -122,7 +127,7 @@ def test_a_gif_with_moving_parts_is_drawn_as_pillow_draws_it() -> None:
         frames.append(frame)
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=100)
-    taken = decode_video(buffer.getvalue(), num_frames=6, **LIMITS)
+    taken = decode(buffer.getvalue(), num_frames=6)
     assert [f.tobytes() for f in taken] == [f.tobytes() for f in frames]
 
 
@@ -132,16 +137,16 @@ def test_transparent_parts_of_a_gif_lie_over_white() -> None:
         frame.putpalette([0, 0, 0, 255, 0, 0])
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], transparency=0)
-    first = decode_video(buffer.getvalue(), num_frames=2, **LIMITS)[0]
+    first = decode(buffer.getvalue(), num_frames=2)[0]
     assert first.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_still_gif_is_a_video_of_one_frame() -> None:
     still = encoded(Image.new("RGB", (40, 30), "red"), "GIF")
-    assert len(decode_video(still, num_frames=3, **LIMITS)) == 3
+    assert len(decode(still, num_frames=3)) == 3
 
 
-def test_a_film_of_a_turned_phone_comes_out_upright(folder: Path) -> None:
+def test_a_video_of_a_turned_phone_is_upright(folder: Path) -> None:
     upright = np.zeros((48, 64, 3), np.uint8)
     upright[:24, :32] = 255
     data = Path(write_video(folder / "turned.mp4", np.stack([upright] * 3))).read_bytes()
@@ -151,7 +156,7 @@ def test_a_film_of_a_turned_phone_comes_out_upright(folder: Path) -> None:
     head = data.index(b"tkhd")
     turned = data[:head] + data[head:].replace(identity, quarter, 1)
     assert turned != data
-    (frame,) = decode_video(turned, num_frames=1, **LIMITS)
+    (frame,) = decode(turned, num_frames=1)
     values = np.asarray(frame).mean(-1)
     assert values.shape == (64, 48)
     assert values[:30, 26:].min() > 200 and values[34:].max() < 50
@@ -163,7 +168,7 @@ def test_only_packets_that_a_wanted_frame_is_made_of_are_decoded(tmp_path: Path)
     broken = damaged(data, 14)  # in the third group of six
     assert "is damaged 1.40 s after its start" in refusal(broken, num_frames=24)
     for part in ({"end": 1.2}, {"start": 1.8}):
-        whole, around = (decode_video(d, num_frames=3, **part, **LIMITS) for d in (data, broken))
+        whole, around = (decode(d, num_frames=3, **part) for d in (data, broken))
         assert [f.tobytes() for f in whole] == [f.tobytes() for f in around]
 
 
@@ -179,12 +184,12 @@ def test_a_damaged_frame_in_the_middle_is_named(tmp_path: Path, name: str, codec
     ("data", "reason"),
     [
         (b"", "is empty"),
-        (encoded(Image.new("RGB", (8, 8)), "PNG"), "is not a video: it begins like a PNG picture"),
-        (encoded(Image.new("RGB", (8, 8)), "JPEG"), "begins like a JPEG picture"),
-        (encoded(Image.new("RGB", (8, 8)), "WEBP"), "begins like a WebP picture"),
-        (b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(40), "begins like a WAV sound"),
+        (encoded(Image.new("RGB", (8, 8)), "PNG"), "it begins like a PNG image"),
+        (encoded(Image.new("RGB", (8, 8)), "JPEG"), "begins like a JPEG image"),
+        (encoded(Image.new("RGB", (8, 8)), "WEBP"), "begins like a RIFF file"),
+        (b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(40), "begins like a RIFF file"),
         (b"What is this?\n" * 40, "its first bytes are b'What is this'"),
-        (bytes(500), "is damaged, or not one of MP4"),
+        (bytes(500), "expected MP4, MOV"),
     ],
 )
 def test_what_is_not_a_video_is_named(data: bytes, reason: str) -> None:
@@ -199,7 +204,7 @@ def test_a_playlist_opens_no_other_file(folder: Path) -> None:
     assert "is not a video" in refusal(f"ffconcat version 1.0\nfile {folder}/ramp.ts\n".encode())
 
 
-def test_a_sound_file_holds_no_moving_pictures(tmp_path: Path) -> None:
+def test_a_sound_file_holds_no_video_track(tmp_path: Path) -> None:
     import av
 
     with av.open(str(tmp_path / "sound.m4a"), "w") as container:
@@ -209,14 +214,14 @@ def test_a_sound_file_holds_no_moving_pictures(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     sentence = refusal((tmp_path / "sound.m4a").read_bytes())
-    assert "holds no moving pictures, only audio" in sentence
+    assert "holds no video track, only audio" in sentence
 
 
 def test_a_header_without_frames_is_refused(tmp_path: Path) -> None:
     write_video(tmp_path / "none.webm", noise_frames(0), codec="libvpx-vp9")
     assert "has a header but no frames" in refusal((tmp_path / "none.webm").read_bytes())
     write_video(tmp_path / "none.mp4", noise_frames(0))
-    assert "no moving pictures, only a header" in refusal((tmp_path / "none.mp4").read_bytes())
+    assert "no video track, only a header" in refusal((tmp_path / "none.mp4").read_bytes())
 
 
 def test_a_file_that_was_cut_off_is_refused(folder: Path) -> None:
@@ -240,7 +245,7 @@ def test_a_long_video_is_refused_by_its_header_before_a_frame_is_read(folder: Pa
 def test_a_long_video_without_a_duration_is_refused_while_it_is_read(folder: Path) -> None:
     import av
 
-    # a live recording: nobody knew how long it would be
+    # a live recording: its length was unknown
     with av.open(str(folder / "ramp.mkv")) as source, io.BytesIO() as buffer:
         with av.open(buffer, "w", format="matroska", options={"live": "1"}) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
@@ -251,7 +256,7 @@ def test_a_long_video_without_a_duration_is_refused_while_it_is_read(folder: Pat
         data = buffer.getvalue()
     with av.open(io.BytesIO(data)) as container:
         assert container.duration is None
-    assert len(decode_video(data, num_frames=4, **LIMITS)) == 4
+    assert len(decode(data, num_frames=4)) == 4
     assert "the video has more than 1." in refusal(data, max_seconds=1.0)
 
 
@@ -280,15 +285,19 @@ def test_a_short_part_of_a_long_video_is_read(folder: Path) -> None:
 
 def test_frames_in_a_list_are_chosen_as_those_of_a_file() -> None:
     frames = list(range(24))
-    limits: dict[str, Any] = {"max_seconds": 3.0, "max_frames": 12}
-    assert pick_frames(frames, num_frames=3, **limits) == [4, 12, 20]
-    assert pick_frames([7], num_frames=3, **limits) == [7, 7, 7]
-    timed: dict[str, Any] = {"rate": 10.0, **limits}
-    assert pick_frames(frames, fps=5.0, **timed) == list(range(1, 24, 2))
-    assert pick_frames(frames, num_frames=3, start=1.0, end=1.6, **timed) == [11, 13, 15]
+
+    def pick(frames: list[int], *, rate: float | None = None, **options: Any) -> list[int]:
+        return pick_frames(
+            frames, FrameSampling(max_seconds=3.0, max_frames=12, **options), rate=rate
+        )
+
+    assert pick(frames, num_frames=3) == [4, 12, 20]
+    assert pick([7], num_frames=3) == [7, 7, 7]
+    assert pick(frames, rate=10.0, fps=5.0) == list(range(1, 24, 2))
+    assert pick(frames, rate=10.0, num_frames=3, start=1.0, end=1.6) == [11, 13, 15]
     with pytest.raises(MediaError, match="has no times, which `fps`, `start` and `end` need"):
-        pick_frames(frames, fps=1.0, **limits)
+        pick(frames, fps=1.0)
     with pytest.raises(MediaError, match="24.0 s to read, and the limit is 3 s"):
-        pick_frames(frames, num_frames=3, rate=1.0, **limits)
+        pick(frames, num_frames=3, rate=1.0)
     with pytest.raises(MediaError, match="is empty"):
-        pick_frames([], num_frames=3, **limits)
+        pick([], num_frames=3)

@@ -11,7 +11,8 @@ import torch
 from multi_token.errors import MediaError
 from multi_token.media.audio import as_audio, load_audio
 from multi_token.media.fetch import Fetch
-from multi_token.testing.audio import tone
+from multi_token.media.waveform import Excerpt
+from multi_token.testing.files import tone
 
 RATE = 16_000
 
@@ -38,7 +39,7 @@ def test_arrays_of_every_type_are_scaled_to_one(dtype: Any) -> None:
     else:
         array = np.round(sound.astype(np.float64) * np.iinfo(kind).max).astype(dtype)
     step = 1e-3 if kind == np.float16 else 1.5 / 2 ** (8 * min(kind.itemsize, 2) - 1)
-    assert np.abs(as_audio(array, sampling_rate=RATE, rate=RATE) - sound).max() < step
+    assert np.abs(as_audio(array, RATE, Excerpt(RATE)) - sound).max() < step
 
 
 def test_lists_tensors_and_channels_are_read_as_arrays_are() -> None:

@@ -32,7 +32,7 @@ LINES = {"type": "linear", "line_break": True}
 SIZES = [(50, 30), (33, 33), (20, 64), (100, 17), (7, 90), (64, 32), (32, 64), (1, 300), (640, 427)]
 
 
-def picture(width: int, height: int) -> Image.Image:
+def noise(width: int, height: int) -> Image.Image:
     return Image.effect_noise((width, height), 90).convert("RGB")
 
 
@@ -51,11 +51,11 @@ def test_tiles_are_the_pixels_that_llava_next_makes(parts: Path) -> None:
     )
     modality = tiled(parts)
     for size in SIZES:
-        raw = picture(*size)
+        raw = noise(*size)
         ours = modality.prepare(raw)
         theirs = processor(images=[raw], return_tensors="pt")["pixel_values"][0]
         assert torch.equal(ours.inputs["pixel_values"], theirs), size
-        assert ours.num_features == len(ours.inputs["tile"]) == len(ours.inputs["patch"])
+        assert ours.num_features == len(ours.inputs["part"]) == len(ours.inputs["feature"])
 
 
 def test_the_order_of_reading_is_the_small_whole_and_then_line_by_line() -> None:
@@ -71,7 +71,7 @@ def test_lines_and_columns_of_nothing_but_padding_are_left_out() -> None:
     assert patch[16:].view(4, 3)[:, :2].tolist() == [[1, 2], [5, 6], [9, 10], [13, 14]]
 
 
-def test_the_grid_that_keeps_most_of_a_picture_is_chosen() -> None:
+def test_the_grid_that_keeps_most_of_an_image_is_chosen() -> None:
     assert best_grid(100, 200, GRIDS, 100) == (1, 2)
     assert best_grid(200, 100, GRIDS, 100) == (2, 1)
     assert best_grid(300, 300, GRIDS, 100) == (2, 2)
@@ -83,7 +83,7 @@ def test_the_grid_that_keeps_most_of_a_picture_is_chosen() -> None:
 def test_a_batch_of_different_grids_equals_one_by_one(parts: Path) -> None:
     modality = tiled(parts, layer=-2)
     encoder = modality.build_encoder()
-    items = [modality.prepare(picture(*size)) for size in SIZES]
+    items = [modality.prepare(noise(*size)) for size in SIZES]
     assert len({len(item.inputs["pixel_values"]) for item in items}) > 1
     with torch.no_grad():
         together = encoder(**modality.collate(items))
@@ -103,7 +103,7 @@ def test_a_batch_of_different_grids_equals_one_by_one(parts: Path) -> None:
     [
         ({"projector": {"type": "mlp"}}, "set `line_break: true` in it"),
         ({"features": "pooled"}, "`tile_grids` needs `features: patches`, not pooled"),
-        ({"pad_to_square": True}, "leave out `pad_to_square`"),
+        ({"pad_to_square": True}, "remove `pad_to_square`"),
         ({"tile_grids": None}, "`line_break` in the projector is for `tile_grids`"),
         ({"tile_grids": [[0, 1]]}, "greater than 0"),
         ({"tile_grids": []}, "at least 1 item"),
@@ -120,8 +120,8 @@ def test_a_recipe_whose_tiles_cannot_be_says_why(
 def test_an_encoder_that_takes_no_squares_is_refused(tmp_path: Path) -> None:
     encoder = tiny_image_encoder(tmp_path, "siglip2")
     modality = ImageModality(encoder=encoder, tile_grids=GRIDS, projector=Linear(line_break=True))
-    with pytest.raises(RecipeError, match="needs an encoder of square pictures"):
-        modality.prepare(picture(40, 40))
+    with pytest.raises(RecipeError, match="needs an encoder of square images"):
+        modality.prepare(noise(40, 40))
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_the_statistics_and_the_closed_form_see_features_and_no_line_ends(
     rows = [
         Conversation(
             (
-                Message("user", (Media("image", picture(*size)),)),
+                Message("user", (Media("image", noise(*size)),)),
                 Message("assistant", (Text("cat"),)),
             )
         )

@@ -13,7 +13,9 @@ from torch import Tensor
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.document import DocumentModality
-from multi_token.testing.text import document_example, tiny_sentence_encoder, write_pdf
+from multi_token.testing.encoders import tiny_sentence_encoder
+from multi_token.testing.examples import document_example
+from multi_token.testing.files import write_pdf
 
 KINDS = ["bert", "roberta", "t5"]
 SENTENCE = "The red lamp is in Oslo. "
@@ -74,7 +76,7 @@ def test_a_batch_of_documents_of_1_and_of_9_chunks_equals_one_by_one(
 ) -> None:
     modality = DocumentModality(encoder=encoders[kind], chunk_tokens=40, micro_batch=4)
     size = next(n for n in range(1, 99) if modality.prepare(SENTENCE * n).num_features == 9)
-    texts = [SENTENCE * size, "Nobody knows."]
+    texts = [SENTENCE * size, "It is a secret."]
     together = embed(modality, *texts)
     assert [len(values) for values in together] == [9, 1]
     for values, text in zip(together, texts, strict=True):
@@ -83,12 +85,12 @@ def test_a_batch_of_documents_of_1_and_of_9_chunks_equals_one_by_one(
 
 def test_a_document_takes_as_many_tokens_as_it_needs(encoders: dict[str, str]) -> None:
     modality = DocumentModality(encoder=encoders["bert"], chunk_tokens=32)
-    for num_sentences in (1, 10, 40):
+    for num_sentences in (1, 10, 50):
         text = SENTENCE * num_sentences
         prepared = modality.prepare(text)
         assert prepared.num_features == len(modality.chunks(text)) == len(embed(modality, text)[0])
         assert modality.num_tokens(prepared.num_features) == 4 * prepared.num_features
-    assert modality.prepare(SENTENCE * 40).num_features > 10
+    assert modality.prepare(SENTENCE * 50).num_features > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)

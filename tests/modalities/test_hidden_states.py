@@ -1,4 +1,4 @@
-"""modalities/hidden_states.py: what a layer behind the one that is taken would cost is saved."""
+"""modalities/hidden_states.py: layers after the one that is taken cost nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from multi_token.modalities.hidden_states import HiddenStates
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.speech import SpeechModality
 from multi_token.testing import tiny_image_encoder
-from multi_token.testing.audio import tiny_whisper
+from multi_token.testing.encoders import tiny_whisper
 
-PICTURE = Image.effect_noise((50, 30), 90).convert("RGB")
+IMAGE = Image.effect_noise((50, 30), 90).convert("RGB")
 TONE = np.sin(np.arange(8000) / 9).astype("float32")
 
 
@@ -26,7 +26,7 @@ def modality_of(kind: str, folder: Path, layer: Any) -> tuple[Any, Any]:
     if kind == "whisper":
         encoder = tiny_whisper(folder / kind)
         return SpeechModality(encoder=encoder, layer=layer), TONE
-    return ImageModality(encoder=tiny_image_encoder(folder / kind, kind), layer=layer), PICTURE
+    return ImageModality(encoder=tiny_image_encoder(folder / kind, kind), layer=layer), IMAGE
 
 
 def count_runs(layer: nn.Module) -> list[None]:
@@ -37,7 +37,7 @@ def count_runs(layer: nn.Module) -> list[None]:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "whisper"])
-def test_layers_behind_the_one_taken_are_not_run_and_the_features_are_those_of_all(
+def test_layers_after_the_one_taken_are_not_run_and_the_features_are_those_of_all(
     tmp_path: Path, kind: str
 ) -> None:
     modality, item = modality_of(kind, tmp_path, 1)

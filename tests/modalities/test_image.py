@@ -24,7 +24,7 @@ def encoders(tmp_path_factory: Any) -> dict[str, str]:
     return {kind: tiny_image_encoder(folder / kind, kind) for kind in KINDS}
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [
         Image.effect_noise((50, 30), 90).convert("RGB"),
         Image.new("RGB", (20, 64), "red"),
@@ -45,7 +45,7 @@ def test_an_encoder_gives_the_promised_number_of_features_in_a_batch_as_alone(
 ) -> None:
     modality = ImageModality(encoder=encoders[kind], features=features)
     encoder = modality.build_encoder()
-    items = [modality.prepare(picture) for picture in pictures()]
+    items = [modality.prepare(image) for image in images()]
     with torch.no_grad():
         together = encoder(**modality.collate(items))
         for row, item in enumerate(items):
@@ -65,10 +65,10 @@ def test_patches_leave_out_the_cls_token_and_registers(
     encoders: dict[str, str], kind: str, num_patches: int
 ) -> None:
     modality = ImageModality(encoder=encoders[kind])
-    assert modality.prepare(pictures()[0]).num_features == num_patches
+    assert modality.prepare(images()[0]).num_features == num_patches
 
 
-def test_a_native_aspect_encoder_takes_as_many_features_as_the_picture_has_patches(
+def test_a_native_aspect_encoder_takes_as_many_features_as_the_image_has_patches(
     encoders: dict[str, str],
 ) -> None:
     modality = ImageModality(encoder=encoders["siglip2"])
@@ -83,7 +83,7 @@ def test_cls_and_patches_are_what_the_model_itself_returns(encoders: dict[str, s
 
     tower = AutoModel.from_pretrained(encoders["clip"]).vision_model.eval()
     modality = ImageModality(encoder=encoders["clip"], features="patches", layer=-2)
-    inputs = modality.collate([modality.prepare(pictures()[0])])
+    inputs = modality.collate([modality.prepare(images()[0])])
     with torch.no_grad():
         hidden = tower(**inputs, output_hidden_states=True)
         ours = modality.build_encoder()(**inputs).values
@@ -103,26 +103,26 @@ def test_constructing_and_pickling_load_nothing(tmp_path: Path) -> None:
     assert ImageModality.model_validate(modality.model_dump()) == modality
 
 
-def test_paths_bytes_and_pictures_are_read_alike(encoders: dict[str, str], data: Path) -> None:
+def test_paths_bytes_and_images_are_read_alike(encoders: dict[str, str], data: Path) -> None:
     modality = ImageModality(encoder=encoders["clip"])
     path = data / "red.png"
-    with Image.open(path) as picture:
-        sources = [str(path), path.read_bytes(), picture.copy()]
+    with Image.open(path) as image:
+        sources = [str(path), path.read_bytes(), image.copy()]
     values = [modality.prepare(modality.load(s, Fetch())).inputs["pixel_values"] for s in sources]
     assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
 
 
-def test_a_picture_object_over_the_pixel_limit_is_refused(encoders: dict[str, str]) -> None:
+def test_an_image_object_over_the_pixel_limit_is_refused(encoders: dict[str, str]) -> None:
     modality = ImageModality(encoder=encoders["clip"], max_pixels=100)
     with pytest.raises(MediaError, match="100"):
-        modality.load(pictures()[1], Fetch())
+        modality.load(images()[1], Fetch())
 
 
 def test_several_layers_stand_side_by_side_in_each_feature(encoders: dict[str, str]) -> None:
     one, two, both = (
         ImageModality(encoder=encoders["clip"], layer=layer) for layer in (-2, 1, (-2, 1))
     )
-    inputs = both.collate([both.prepare(picture) for picture in pictures()])
+    inputs = both.collate([both.prepare(image) for image in images()])
     with torch.no_grad():
         values = [m.build_encoder()(**inputs).values for m in (one, two)]
         joined = both.build_encoder()
@@ -140,13 +140,13 @@ def test_a_layer_that_is_not_there_is_refused(encoders: dict[str, str], layer: A
 @pytest.mark.parametrize(
     ("kind", "num_prefix"), [("clip", 1), ("siglip", 0), ("dinov2_with_registers", 5)]
 )
-def test_all_features_are_what_stands_before_the_patches_and_the_patches(
+def test_all_features_are_the_prefix_tokens_and_the_patches(
     encoders: dict[str, str], kind: str, num_prefix: int
 ) -> None:
     every, patches = (
         ImageModality(encoder=encoders[kind], features=features) for features in ("all", "patches")
     )
-    prepared = every.prepare(pictures()[0])
+    prepared = every.prepare(images()[0])
     with torch.no_grad():
         values = every.build_encoder()(**every.collate([prepared])).values
         of_patches = patches.build_encoder()(**every.collate([prepared])).values
@@ -154,13 +154,13 @@ def test_all_features_are_what_stands_before_the_patches_and_the_patches(
     assert torch.equal(values[:, num_prefix:], of_patches)
 
 
-def test_a_picture_padded_to_a_square_is_the_one_that_llava_pads(encoders: dict[str, str]) -> None:
+def test_an_image_padded_to_a_square_is_the_one_that_llava_pads(encoders: dict[str, str]) -> None:
     from transformers import LlavaImageProcessorPil
 
     oracle = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
     modality = ImageModality(encoder=encoders["clip"], pad_to_square=True)
-    for picture in pictures():
-        theirs = oracle(images=[picture], return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(modality.prepare(picture).inputs["pixel_values"], theirs)
+    for image in images():
+        theirs = oracle(images=[image], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(modality.prepare(image).inputs["pixel_values"], theirs)

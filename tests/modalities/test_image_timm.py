@@ -36,12 +36,12 @@ config = {"architecture": "test_vit", "num_classes": 0,
 with open(folder + "/config.json", "w") as file:
     json.dump(config, file)
 save_file(model.state_dict(), folder + "/model.safetensors", {"format": "pt"})
-picture = Image.effect_noise((50, 40), 90).convert("RGB")
+image = Image.effect_noise((50, 40), 90).convert("RGB")
 results = {}
 for features in ("patches", "pooled", "cls", "mean"):
     modality = ImageModality(encoder=folder, features=features)
     encoder = modality.build_encoder()
-    item = modality.prepare(picture)
+    item = modality.prepare(image)
     inputs = modality.collate([item])
     with torch.no_grad():
         values = encoder(**inputs).values

@@ -20,9 +20,9 @@ from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.joint import JointModality, methods
 from multi_token.testing import tiny_image_encoder
-from multi_token.testing.audio import tiny_clap, tone, write_tone
-from multi_token.testing.joint import joint_example, tiny_joint_clip
-from multi_token.testing.video import noise_frames, tiny_video_encoder, write_video
+from multi_token.testing.encoders import tiny_clap, tiny_joint_clip, tiny_video_encoder
+from multi_token.testing.examples import joint_example
+from multi_token.testing.files import noise_frames, tone, write_tone, write_video
 
 TEXTS = ["a cat", "a red square and a blue circle", "dog"]
 
@@ -69,8 +69,8 @@ def files(tmp_path_factory: Any) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
     Image.effect_noise((50, 30), 90).convert("RGB").save(folder / "a", "PNG")
     write_tone(folder / "b", 0.6)
-    write_video(folder / "film.webm", noise_frames(12), codec="libvpx-vp9")
-    (folder / "film.webm").rename(folder / "c")
+    write_video(folder / "clip.webm", noise_frames(12), codec="libvpx-vp9")
+    (folder / "clip.webm").rename(folder / "c")
     (folder / "d").write_text(TEXTS[1], encoding="utf-8")
     kinds = {"image": "a", "audio": "b", "video": "c", "text": "d"}
     return {kind: str(folder / name) for kind, name in kinds.items()}
@@ -196,8 +196,8 @@ def test_the_kind_is_that_of_the_bytes_or_the_one_that_is_named(
         assert clip.load(source, Fetch()) == ("text", TEXTS[1])
     assert clip.load("data:text/plain,a%20cat", Fetch()) == ("text", "a cat")
     for source in (files["image"], {"image": files["image"]}, Path(files["image"]).read_bytes()):
-        kind, picture = clip.load(source, Fetch())
-        assert kind == "image" and picture.size == (50, 30)
+        kind, image = clip.load(source, Fetch())
+        assert kind == "image" and image.size == (50, 30)
     clap = JointModality(encoder=encoders["clap"])
     for source in (files["audio"], {"audio": {"path": files["audio"]}}):
         kind, waveform = clap.load(source, Fetch())
@@ -232,10 +232,10 @@ def test_a_kind_without_a_tower_is_refused_with_what_there_is(
         ({"text": "a" * 101}, "has 101 letters, and the limit is 100"),
         ({"text": b"\xff\xfe"}, "the text is not UTF-8"),
         ({"text": "a", "image": "b"}, "got the keys text, image"),
-        ({"picture": "b"}, "got the keys picture"),
+        ({"drawing": "b"}, "got the keys drawing"),
         ({"text": None, "path": None}, "got an object without a key"),
         (b"", "the item is empty"),
-        (b"\x00\x01\x02", "is not a picture, sound, film or UTF-8 text"),
+        (b"\x00\x01\x02", "is not an image, audio, video or UTF-8 text"),
         (b"%PDF-1.7", "it begins like a PDF document"),
         (b"\x89PNG\r\n\x1a\n and no more", "truncated or damaged"),
         ({"image": "a cat"}, "no file at"),
@@ -260,9 +260,9 @@ def test_what_is_longer_than_the_encoder_takes_is_refused_and_not_cut(
     long = {"array": np.tile(tone(0.5), 3), "sampling_rate": 16_000}
     with pytest.raises(MediaError, match="1.5"):  # CLAP's own choice of a second is random
         clap.load(long, Fetch())
-    film = JointModality(encoder=encoders["xclip"], max_seconds=0.5)
+    video = JointModality(encoder=encoders["xclip"], max_seconds=0.5)
     with pytest.raises(MediaError, match="0.5"):
-        film.load(files["video"], Fetch())
+        video.load(files["video"], Fetch())
     with pytest.raises(MediaError, match="silence"):
         clap.load({"array": np.zeros(8000), "sampling_rate": 16_000}, Fetch())
 
@@ -315,7 +315,7 @@ def test_fields_come_back_from_json_and_pickling_loads_nothing(tmp_path: Path) -
     assert pickle.loads(pickle.dumps(modality)) == modality  # noqa: S301
 
 
-def test_equal_contents_are_told_from_different_ones(
+def test_equal_items_have_equal_content_and_others_have_not(
     encoders: dict[str, str], files: dict[str, str]
 ) -> None:
     modality, path = JointModality(encoder=encoders["clip"]), files["text"]

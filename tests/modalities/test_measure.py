@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import npy_bytes
-from multi_token.media.waveform import join_blocks, resampled_length
+from multi_token.media.waveform import Excerpt, resampled_length
 from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
@@ -28,11 +28,15 @@ from multi_token.modalities.vector import VectorModality
 from multi_token.modalities.video import VideoModality
 from multi_token.registry import build
 from multi_token.testing import tiny_image_encoder
-from multi_token.testing.audio import tiny_clap, tiny_wav2vec2, tiny_whisper, tone, write_tone
-from multi_token.testing.claims import ClaimFailed, Subject, _header_length_is_exact
-from multi_token.testing.joint import tiny_joint_clip
-from multi_token.testing.series import tiny_patchtst
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.conformance import ClaimFailed, Subject, _header_length_is_exact
+from multi_token.testing.encoders import (
+    tiny_clap,
+    tiny_joint_clip,
+    tiny_patchtst,
+    tiny_wav2vec2,
+    tiny_whisper,
+)
+from multi_token.testing.files import noise_frames, tone, write_tone, write_video
 
 FETCH = Fetch()
 ORIENTATION = 0x0112
@@ -48,7 +52,7 @@ WAYS = [("siglip2", {}), ("clip", TILES), ("clip", {"pad_to_square": True}), ("b
 class Encoders(dict[str, str]):
     """Tiny encoders by name, each built when it is first asked for.
 
-    `marker_messages`: a DINOv2 whose processor keeps the picture's proportions, for want of a crop.
+    `bare`: a DINOv2 whose processor keeps the image's proportions, for want of a crop.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +87,7 @@ def prepared(modality: Modality, source: Any) -> int:
     return modality.prepare(modality.load(source, FETCH)).num_features
 
 
-def picture_bytes(size: tuple[int, int], format: str, *, turn: int | None = None) -> bytes:
+def image_bytes(size: tuple[int, int], format: str, *, turn: int | None = None) -> bytes:
     exif = Image.Exif()
     if turn is not None:
         exif[ORIENTATION] = turn
@@ -95,14 +99,14 @@ def picture_bytes(size: tuple[int, int], format: str, *, turn: int | None = None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), WAYS)
-def test_a_picture_has_the_features_that_its_header_tells_in_every_size_and_format(
+def test_an_image_has_the_features_of_its_header_in_every_size_and_format(
     encoders: Encoders, kind: str, fields: dict[str, Any]
 ) -> None:
     modality = build("modality", {"type": "image", "encoder": encoders[kind], **fields}, Modality)
     numbers = set()
     for index, size in enumerate(SIZES):
         for format in FORMATS if index < 2 else ["PNG"]:
-            data = picture_bytes(size, format)
+            data = image_bytes(size, format)
             number = modality.num_features_from_header(data, FETCH)
             assert number == prepared(modality, data), (size, format)
             numbers.add(number)
@@ -112,20 +116,20 @@ def test_a_picture_has_the_features_that_its_header_tells_in_every_size_and_form
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("format", TURNING)
-def test_a_picture_that_is_turned_is_measured_upright(
+def test_an_image_that_is_turned_is_measured_upright(
     encoders: Encoders, format: str, turn: int
 ) -> None:
     modality = ImageModality(encoder=encoders["bare"])
-    data = picture_bytes((80, 33), format, turn=turn)
+    data = image_bytes((80, 33), format, turn=turn)
     assert modality.num_features_from_header(data, FETCH) == prepared(modality, data)
     upright = modality.load(data, FETCH).size
     assert upright == ((80, 33) if turn < 5 else (33, 80)), "or nothing was turned"
 
 
-def png_with(chunk: bytes, *, behind: bool) -> bytes:
-    """A PNG of 80 x 33 with one more chunk before or behind its pixels."""
-    plain = picture_bytes((80, 33), "PNG")
-    at = plain.index(b"IEND" if behind else b"IDAT") - 4
+def png_with(chunk: bytes, *, after: bool) -> bytes:
+    """A PNG of 80 x 33 with one more chunk before or after its pixels."""
+    plain = image_bytes((80, 33), "PNG")
+    at = plain.index(b"IEND" if after else b"IDAT") - 4
     return plain[:at] + chunk + plain[at:]
 
 
@@ -135,7 +139,7 @@ def chunk_of(kind: bytes, data: bytes) -> bytes:
     return file.getvalue()
 
 
-def test_a_png_that_says_something_behind_its_pixels_is_left_to_decoding(
+def test_a_png_with_metadata_after_its_pixels_is_left_to_decoding(
     encoders: Encoders,
 ) -> None:
     exif = Image.Exif()
@@ -143,15 +147,15 @@ def test_a_png_that_says_something_behind_its_pixels_is_left_to_decoding(
     turned = chunk_of(b"eXIf", exif.tobytes()[6:])
     modality = ImageModality(encoder=encoders["bare"])
     fixed = ImageModality(encoder=encoders["clip"])
-    before, behind = png_with(turned, behind=False), png_with(turned, behind=True)
-    assert modality.load(before, FETCH).size == modality.load(behind, FETCH).size == (33, 80)
-    assert modality.num_features_from_header(before, FETCH) == prepared(modality, behind)
-    assert modality.num_features_from_header(behind, FETCH) is None
+    before, after = png_with(turned, after=False), png_with(turned, after=True)
+    assert modality.load(before, FETCH).size == modality.load(after, FETCH).size == (33, 80)
+    assert modality.num_features_from_header(before, FETCH) == prepared(modality, after)
+    assert modality.num_features_from_header(after, FETCH) is None
     assert modality.num_features_from_header(before[:-40], FETCH) is None, (
         "so is one that is cut off"
     )
-    assert fixed.num_features_from_header(behind, FETCH) == 16, (
-        "where all pictures have as many it does not matter"
+    assert fixed.num_features_from_header(after, FETCH) == 16, (
+        "the number is the same for all images"
     )
     assert modality.num_features_from_header(Image.new("RGB", (80, 33)), FETCH) is None
 
@@ -164,8 +168,8 @@ def test_what_a_header_shows_to_be_bad_is_refused_at_once(
         ("gone.png", "no file at"),
         (b"", "is empty"),
         (b"{}", "begins like JSON text"),
-        (picture_bytes((50, 30), "PNG"), "the limit is 1,000"),
-        (picture_bytes((900, 1), "PNG"), "a line rather than a picture"),
+        (image_bytes((50, 30), "PNG"), "the limit is 1,000"),
+        (image_bytes((900, 1), "PNG"), "a line rather than an image"),
     ):
         for read in (modality.num_features_from_header, modality.load):
             with pytest.raises(MediaError, match=words):
@@ -180,7 +184,7 @@ def test_resampling_gives_as_many_samples_as_counted() -> None:
                 samples = np.full(num, 0.1, np.float32)
                 blocks = (samples[at : at + given] for at in range(0, num, given))
                 try:
-                    got = len(join_blocks(blocks, given, rate=rate, label="", max_seconds=60))
+                    got = len(Excerpt(rate, max_seconds=60).join(blocks, given))
                 except MediaError:
                     got = 0  # nothing comes out of so little
                 assert got == resampled_length(num, given, rate), (num, given, rate)
@@ -323,7 +327,7 @@ def test_a_video_has_the_features_that_its_packets_tell(
 def test_a_video_is_left_to_decoding_where_frames_of_other_shapes_have_other_features(
     encoders: Encoders, tmp_path: Path
 ) -> None:
-    name = write_video(tmp_path / "film.mp4", noise_frames(5))
+    name = write_video(tmp_path / "clip.mp4", noise_frames(5))
     assert (
         VideoModality(encoder=encoders["bare"], features="patches").num_features_from_header(
             name, FETCH
@@ -340,13 +344,13 @@ def test_a_video_is_left_to_decoding_where_frames_of_other_shapes_have_other_fea
         VideoModality(encoder=encoders["clip"]).num_features_from_header("gone.mp4", FETCH)
     with pytest.raises(MediaError, match="no file at"):
         VideoModality(encoder=encoders["clip"]).num_features_from_header(
-            [picture_bytes((9, 9), "PNG"), "no"], FETCH
+            [image_bytes((9, 9), "PNG"), "no"], FETCH
         )
 
 
 def test_an_item_of_a_joint_space_is_one_feature_if_its_first_bytes_fit(tmp_path: Path) -> None:
     modality = JointModality(encoder=tiny_joint_clip(tmp_path / "clip"))
-    assert modality.num_features_from_header(picture_bytes((30, 40), "JPEG"), FETCH) == 1
+    assert modality.num_features_from_header(image_bytes((30, 40), "JPEG"), FETCH) == 1
     assert modality.num_features_from_header({"text": "a cat"}, FETCH) is None, "a text is read"
     (tmp_path / "note.txt").write_text("a cat " * 2000)
     assert modality.num_features_from_header(str(tmp_path / "note.txt"), FETCH) is None

@@ -13,7 +13,9 @@ import torch
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.sound import SoundModality
-from multi_token.testing.audio import sound_example, tiny_clap, tiny_whisper, tone
+from multi_token.testing.encoders import tiny_clap, tiny_whisper
+from multi_token.testing.examples import sound_example
+from multi_token.testing.files import tone
 
 RATE = 48_000
 

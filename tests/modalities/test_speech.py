@@ -13,14 +13,9 @@ import torch
 from multi_token.errors import MediaError, MultiTokenError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.speech import SpeechModality
-from multi_token.testing.audio import (
-    speech_example,
-    tiny_clap,
-    tiny_wav2vec2,
-    tiny_whisper,
-    tone,
-    write_tone,
-)
+from multi_token.testing.encoders import tiny_clap, tiny_wav2vec2, tiny_whisper
+from multi_token.testing.examples import speech_example
+from multi_token.testing.files import tone, write_tone
 
 RATE = 16_000
 KINDS = ["whisper", "wav2vec2", "hubert", "wavlm"]
@@ -170,7 +165,7 @@ def test_ten_minutes_are_read_in_chunks_in_order(encoders: dict[str, str], kind:
     encoder = modality.build_encoder()
     (raw,) = voices(600)
     prepared = modality.prepare(raw)
-    chunk = prepared.inputs["chunk"]
+    chunk = prepared.inputs["part"]
     assert int(chunk[-1]) + 1 == (600 if kind == "whisper" else 30)
     assert bool((chunk.diff() >= 0).all())
     (values,) = features(modality, encoder, raw)
@@ -247,7 +242,7 @@ def test_less_than_one_frame_is_refused(encoders: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("whisper", {"chunk_seconds": 5}, "has windows of 1 s by itself"),
+        ("whisper", {"chunk_seconds": 5}, "has windows of 1 s of its own"),
         ("hubert", {"features": "start"}, "is an encoder alone"),
         ("clap", {}, "has a ClapFeatureExtractor; `speech` takes encoders of mel windows"),
         ("whisper", {"layer": 7}, "has hidden states 0 to 3 .* asks for layer 7"),
@@ -280,7 +275,7 @@ def test_an_adapter_that_joins_frames_is_counted_and_refused_below_it(tmp_path: 
 
 
 def test_a_layer_of_the_encoder_has_no_start_token() -> None:
-    with pytest.raises(ValueError, match="`layer` is one of the encoder's"):
+    with pytest.raises(ValueError, match="`layer` is a layer of the encoder"):
         SpeechModality(encoder="any/whisper", features="start", layer=-2)
 
 

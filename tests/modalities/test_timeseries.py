@@ -19,7 +19,8 @@ from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.timeseries import TimeseriesModality, normalized, positions
 from multi_token.registry import validate_fields
-from multi_token.testing.series import timeseries_example, tiny_patchtst
+from multi_token.testing.encoders import tiny_patchtst
+from multi_token.testing.examples import timeseries_example
 
 SCRATCH = TimeseriesModality(channels=2, patch_length=4, hidden_size=16, num_layers=2)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4}
@@ -292,9 +293,9 @@ def test_an_encoder_of_other_channels_or_without_patches_is_refused(
     three = TimeseriesModality(channels=3, encoder=encoders["patchtst"])
     with pytest.raises(RecipeError, match="reads 2 channels, the recipe says `channels: 3`"):
         three.prepare(noise(4, channels=3))
-    picture = TimeseriesModality(channels=3, encoder=str(parts / "clip"))
-    with pytest.raises(RecipeError, match="CLIPConfig, which says no `context_length`"):
-        picture.build_encoder()
+    wrong = TimeseriesModality(channels=3, encoder=str(parts / "clip"))
+    with pytest.raises(RecipeError, match="CLIPConfig without `context_length`"):
+        wrong.build_encoder()
 
 
 def test_fields_come_back_from_json_and_pickling_loads_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""modalities/video.py and clips.py: frames or clips, as the encoders themselves see them."""
+"""modalities/video.py and video_clips.py: frames or clips, as the encoders themselves see them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from multi_token.media.fetch import Fetch
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.video import VideoModality
 from multi_token.testing import tiny_image_encoder
-from multi_token.testing.video import noise_frames, tiny_video_encoder, write_video
+from multi_token.testing.encoders import tiny_video_encoder
+from multi_token.testing.files import noise_frames, write_video
 from multi_token.types import Media
 
 VIDEO_KINDS = ["xclip", "videomae", "timesformer", "vivit", "vjepa2"]
@@ -123,18 +124,18 @@ def test_a_clip_has_the_features_that_transformers_gives(
 
 
 @pytest.mark.parametrize(("kind", "features"), FRAME_CASES)
-def test_frames_have_the_features_that_they_have_as_pictures(
+def test_frames_have_the_features_that_they_have_as_images(
     encoders: dict[str, str], videos: list[str], kind: str, features: Any
 ) -> None:
     modality = VideoModality(encoder=encoders[kind], num_frames=3, features=features)
     (ours,) = encoded(modality, prepared(modality, videos[:1]))
     image = ImageModality(encoder=encoders[kind], features=features)
-    pictures = [image.prepare(frame) for frame in modality.load(videos[0], Fetch())]
+    items = [image.prepare(frame) for frame in modality.load(videos[0], Fetch())]
     with torch.no_grad():
-        output = image.build_encoder()(**image.collate(pictures))
+        output = image.build_encoder()(**image.collate(items))
     mask = torch.ones(output.values.shape[:2]).bool() if output.mask is None else output.mask
     torch.testing.assert_close(ours, output.values[mask], rtol=1e-5, atol=1e-6)
-    assert len(pictures) == 3
+    assert len(items) == 3
 
 
 def test_a_pooled_frame_of_clip_is_what_transformers_pools(
@@ -199,9 +200,9 @@ def test_every_form_of_the_same_frames_is_read_alike(
         np.asarray(frame)
         for frame in VideoModality(encoder=encoders["clip"]).load(str(path), Fetch())
     ]
-    pictures = [Image.fromarray(frame) for frame in frames]
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number}.png")
+    images = [Image.fromarray(frame) for frame in frames]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
     sources: list[Any] = [
         str(path),
         path,
@@ -211,7 +212,7 @@ def test_every_form_of_the_same_frames_is_read_alike(
         np.stack(frames),
         torch.from_numpy(np.stack(frames)),
         {"array": np.stack(frames)},
-        pictures,
+        images,
         [str(tmp_path / f"{number}.png") for number in range(8)],
         ["1.png", "3.png", "5.png", "7.png"],
     ]
@@ -242,13 +243,13 @@ def test_start_and_end_choose_a_part_of_a_file_and_of_frames_with_times(
         (np.zeros((0, 8, 8, 3), np.uint8), "is empty; give at least one frame"),
         (np.zeros((1, 200, 200, 3), np.uint8), "200 x 200 pixels, and the limit is 10,000"),
         ([], "is empty"),
-        ([0.5, 0.25], "expected pictures or their paths in the list of frames"),
+        ([0.5, 0.25], "expected images or their paths in the list of frames"),
         ([Image.new("RGB", (200, 200))], "200 x 200 = 40,000 pixels"),
         ({"start": 1}, "expected one of `path`, `bytes` and `array`"),
         ({"path": "a.mp4", "stop": 1}, "got 'path', 'stop'"),
         ({"path": "a.mp4", "start": "1"}, "expected seconds as a number in `start`"),
         ({"path": "a.mp4", "end": float("nan")}, "in `end` of a video, got nan"),
-        ({"path": "a.mp4", "fps": 5}, "the file knows its own"),
+        ({"path": "a.mp4", "fps": 5}, "the file has its own"),
         ({"array": np.zeros((4, 8, 8, 3), np.uint8), "fps": 0}, "expected frames a second"),
         ({"array": np.zeros((4, 8, 8, 3), np.uint8), "start": 1}, "has no times"),
         (b"no video", "is not a video"),
@@ -277,10 +278,10 @@ def test_a_file_that_is_not_there_is_missing(encoders: dict[str, str]) -> None:
     [
         ("xclip", {}, "takes clips of 8 frames, not single ones; set `read_as: clip`"),
         ("vjepa2", {}, "takes clips of 8 frames, not single ones"),
-        ("clip", {"read_as": "clip"}, "takes single pictures; set `read_as: frames`"),
+        ("clip", {"read_as": "clip"}, "takes single images; set `read_as: frames`"),
         ("videomae", {"read_as": "clip", "num_frames": 4}, "the recipe has 4; set `num_frames: 8`"),
-        ("xclip", {"read_as": "clip", "features": "patches"}, "gives one embedding of a clip"),
-        ("xclip", {"read_as": "clip", "layer": -2}, "leave out `layer`"),
+        ("xclip", {"read_as": "clip", "features": "patches"}, "gives one embedding per clip"),
+        ("xclip", {"read_as": "clip", "layer": -2}, "remove `layer`"),
     ],
 )
 def test_an_encoder_that_cannot_do_it_says_what_to_set(

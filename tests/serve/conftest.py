@@ -82,10 +82,13 @@ def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from multi_token.modalities.base import Modality
     from multi_token.registry import build
     from multi_token.serve.media.limits import MediaLimits
-    from multi_token.testing.audio import tiny_clap, tiny_whisper
-    from multi_token.testing.joint import tiny_joint_clip
-    from multi_token.testing.text import tiny_sentence_encoder
-    from multi_token.testing.vision import tiny_image_encoder
+    from multi_token.testing.encoders import (
+        tiny_clap,
+        tiny_image_encoder,
+        tiny_joint_clip,
+        tiny_sentence_encoder,
+        tiny_whisper,
+    )
 
     folder = tmp_path_factory.mktemp("all_modalities")
     clip = tiny_image_encoder(folder / "clip")

@@ -30,7 +30,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     from multi_token.recipe.model import ModelSpec
     from multi_token.recipe.train import AdapterSpec
     from multi_token.testing import tiny_image_encoder, tiny_tokenizer
-    from multi_token.testing.audio import tiny_clap
+    from multi_token.testing.encoders import tiny_clap
 
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng():
@@ -86,7 +86,7 @@ def tiny_run(folder: Path, *, seed: int = 0) -> Path:
 
 def media(folder: Path) -> dict[str, list[str | list[float]]]:
     """Two items of each modality: files, and lists of numbers."""
-    from multi_token.testing.audio import write_tone
+    from multi_token.testing.files import write_tone
 
     images = []
     for number, colour in enumerate([(220, 30, 30), (30, 60, 220)]):

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from multi_token.media.audio import decode_audio
+from multi_token.media.waveform import Excerpt
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.page_run import HOSTILE, page_run
@@ -298,7 +299,7 @@ def test_audio_is_recorded_as_wav(opened: Any, page_server: RunningServer) -> No
     opened.wait_for_selector("#waiting audio")
     part = opened.evaluate("waiting[0]")
     assert part["modality"] == "speech" and part["name"] == "recording.wav"
-    wave = decode_audio(base64.b64decode(part["data"]), rate=16_000)
+    wave = decode_audio(base64.b64decode(part["data"]), Excerpt(rate=16_000))
     assert 8_000 < len(wave) < 80_000 and abs(wave).max() > 0.01  # the fake device beeps
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from multi_token.errors import MediaError
-from multi_token.testing.audio import tone
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.files import noise_frames, tone, write_video
 from tests.serve.untrusted import MIB, little_memory, prepare, refusal
 
 pytestmark = pytest.mark.slow

@@ -22,9 +22,7 @@ from PIL import Image
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
-from multi_token.testing.audio import tone
-from multi_token.testing.text import write_pdf
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.files import noise_frames, tone, write_pdf, write_video
 from multi_token.types import Media
 
 pytestmark = pytest.mark.slow

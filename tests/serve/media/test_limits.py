@@ -17,7 +17,7 @@ from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.protocol import decode_frame, encode_frame, serialize_source
 from multi_token.serve.media.worker import decode_item
 from multi_token.serve.media_embeddings import content_key
-from multi_token.testing.text import write_pdf
+from multi_token.testing.files import write_pdf
 from multi_token.types import Prepared
 from tests.serve.untrusted import MIB, little_memory, prepare, refusal
 

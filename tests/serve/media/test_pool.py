@@ -281,7 +281,7 @@ def test_too_large_and_invalid_sources_are_refused_before_a_worker(pool: MediaPo
         ({1: 2}, "strings as keys"),
         (object(), "got object"),
         (Image.new("RGB", (4, 4)), "got Image"),
-        ("http://127.0.0.1/a.png", "web addresses are not read here"),
+        ("http://127.0.0.1/a.png", "URLs are not read here"),
     ):
         error = refusal(pool, source)
         assert error.status == 400

@@ -13,8 +13,7 @@ import pytest
 from multi_token.modalities.joint import JointModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import SIZE_UNITS, RequestMediaBudget, RequestMediaLimits
-from multi_token.testing.audio import tone
-from multi_token.testing.video import noise_frames, write_video
+from multi_token.testing.files import noise_frames, tone, write_video
 from tests.serve.asking import QUESTION, VECTOR, asked, content_of, fault_of
 from tests.serve.running_server import RunningServer, data_url, png, running
 from tests.serve.untrusted import UNTRUSTED

@@ -1,4 +1,4 @@
-"""testing/kit.py: a modality that is right passes, and each way of being wrong is named."""
+"""testing/conformance.py: a right modality passes, and each way of being wrong is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from multi_token.types import Features, Prepared
 
 SOURCES = [[0.5, -1.0, 2.0], [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]
 FEATURES = "the encoder gives the promised features"
-TOKENS = "its projector makes the promised tokens"
+TOKENS = "its projector makes the promised embeddings"
 BATCH = "a mixed batch equals one by one"
 SAME = "the same input gives the same features"
 FROZEN = "a frozen encoder stays as it is"
@@ -37,10 +37,10 @@ PICKLE = "it pickles without weights"
 LOADS = "constructing loads nothing"
 CONFIG = "its config round-trips"
 REFUSES = "a source that cannot be read is refused in one sentence"
-APART = "different items are told apart"
+APART = "different items have different content"
 FOUND = "its name leads to its class"
 EXAMPLES = "its example sources can be decoded"
-TOLD = "the length told by the header is the prepared length"
+HEADER = "the length from the header is the prepared length"
 
 
 class Fault(VectorModality):
@@ -83,7 +83,7 @@ def computing(compute: Callable[[Tensor, Tensor], Features]) -> type[VectorEncod
 
 
 @pytest.mark.parametrize("name", ["image", "vector"])
-def test_the_built_in_senses_keep_every_claim(name: str, tmp_path: Path) -> None:
+def test_the_built_in_modalities_keep_every_claim(name: str, tmp_path: Path) -> None:
     results = check_named(name, tmp_path)
     assert failed(results) == {}
     kinds = {r.claim.split()[1] for r in results if r.claim.startswith("projector ")}
@@ -107,17 +107,17 @@ def test_the_built_in_senses_keep_every_claim(name: str, tmp_path: Path) -> None
         ),
     ],
 )
-def test_pictures_keep_every_claim_however_they_are_read(
+def test_images_keep_every_claim_however_they_are_read(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     from PIL import Image
 
-    pictures = [Image.effect_noise((50, 30), 90).convert("RGB"), Image.new("RGB", (20, 64), "red")]
+    images = [Image.effect_noise((50, 30), 90).convert("RGB"), Image.new("RGB", (20, 64), "red")]
     encoder = tiny_image_encoder(tmp_path / kind, kind)
-    assert_conforms(ImageModality.model_validate({"encoder": encoder, **fields}), pictures)
+    assert_conforms(ImageModality.model_validate({"encoder": encoder, **fields}), images)
 
 
-def test_a_sense_that_is_right_breaks_nothing(broken: Any) -> None:
+def test_a_modality_that_is_right_breaks_nothing(broken: Any) -> None:
     assert broken(Fault) == {}
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_number_of_features_is_named(broken: Any) -> None:
 
     found = broken(Wrong)
     assert "promises 2 features, the encoder gives 1" in found[FEATURES]
-    assert "expected 20 tokens of width 16 for a batch, got [12, 16]" in found[TOKENS]
+    assert "expected 20 embeddings of width 16 for a batch, got [12, 16]" in found[TOKENS]
     assert BATCH not in found and SAME not in found
 
 
@@ -138,7 +138,7 @@ def test_a_length_that_its_header_tells_otherwise_is_named(broken: Any) -> None:
         def num_features_from_header(self, source: Any, fetch: Fetch) -> int:
             return 1
 
-    assert broken(Lying)[TOLD] == (
+    assert broken(Lying)[HEADER] == (
         "source 1: its header promises 1 features, `prepare` 2; let `count_features` count as "
         "`prepare` does"
     )
@@ -163,7 +163,7 @@ def test_a_wrong_width_and_numbers_that_are_none_are_named(broken: Any) -> None:
     wide = computing(lambda values, mask: Features(values.repeat(1, 1, 2), mask))
     assert broken(encoder=wide)[FEATURES] == "encoder.dim is 3, and the features are 6"
     roots = computing(lambda values, mask: Features(values.sqrt(), mask))
-    assert "no finite numbers" in broken(encoder=roots)[FEATURES]
+    assert "with NaN or inf" in broken(encoder=roots)[FEATURES]
 
 
 def test_dropout_that_does_not_know_eval_mode_is_named(broken: Any) -> None:
@@ -190,7 +190,7 @@ def test_a_batch_that_differs_from_one_by_one_is_named(broken: Any, axis: int) -
     )
     found = broken(encoder=centred)
     assert "computed over the batch, or over padding" in found[BATCH]
-    assert "tokens of a batch differ from those of one by one" in found[TOKENS]
+    assert "a batch differs from one by one" in found[TOKENS]
 
 
 def test_padding_without_a_mask_is_named(broken: Any) -> None:
@@ -227,7 +227,7 @@ class Loud(VectorEncoder):
 
 
 def test_an_encoder_that_changes_while_frozen_is_named(broken: Any) -> None:
-    assert broken(encoder=Counting) == {FROZEN: "a pass changed seen"}
+    assert broken(encoder=Counting) == {FROZEN: "a forward pass changed seen"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         found = broken(encoder=Loud)
@@ -322,7 +322,7 @@ class Forgets(Fault):
 
 def test_reading_at_construction_and_a_config_that_changes_are_named(broken: Any) -> None:
     assert "cannot be constructed where path cannot be read" in broken(Opens)[LOADS]
-    assert broken(Forgets) == {CONFIG: "scale changed on the way"}
+    assert broken(Forgets) == {CONFIG: "scale changed in a round trip"}
 
 
 def test_bad_input_that_is_no_sentence_is_named(broken: Any) -> None:
@@ -335,7 +335,7 @@ def test_bad_input_that_is_no_sentence_is_named(broken: Any) -> None:
             return super().load(source if isinstance(source, list) else [0.0, 0.0, 0.0], fetch)
 
     assert "raises TypeError" in broken(Crashes)[REFUSES]
-    assert "without a word" in broken(Accepts)[REFUSES]
+    assert "without an error" in broken(Accepts)[REFUSES]
 
 
 def test_content_that_mixes_items_up_is_named(broken: Any) -> None:
@@ -358,7 +358,7 @@ def test_a_crash_fails_its_claims_in_one_line_and_the_others_go_on(broken: Any) 
 
 def test_a_name_that_no_recipe_can_use_is_named() -> None:
     found = failed(check_modality(Fault(), SOURCES))
-    assert "no modality 'fault' is known" in found[FOUND]
+    assert "no modality 'fault' is registered" in found[FOUND]
 
 
 def test_a_projector_that_breaks_its_promise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,13 +371,14 @@ def test_a_projector_that_breaks_its_promise_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(registry._registered["projector"], "liar", Liar)
     found = failed(check_modality(VectorModality(dim=3), SOURCES))
     assert found == {
-        "projector liar keeps its promise": "expected 5 tokens of width 16 for a batch, got [3, 16]"
+        "projector liar makes the promised embeddings": "expected 5 embeddings of width 16 for a "
+        "batch, got [3, 16]"
     }
 
 
 def test_a_projector_that_refuses_does_not_fit() -> None:
     results = {r.claim: r for r in check_modality(VectorModality(dim=3), SOURCES)}
-    result = results["projector pixel_shuffle keeps its promise"]
+    result = results["projector pixel_shuffle makes the promised embeddings"]
     assert result.passed and result.detail.startswith("does not fit: pixel_shuffle")
 
 
@@ -387,7 +388,7 @@ def test_assert_conforms_lists_what_is_broken() -> None:
         assert_conforms(Fault(), SOURCES)
 
 
-def test_one_source_and_a_sense_without_an_example_are_refused(
+def test_one_source_and_a_modality_without_an_example_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(MultiTokenError, match="at least two different sources"):
@@ -397,7 +398,7 @@ def test_one_source_and_a_sense_without_an_example_are_refused(
         kit_example: ClassVar[str] = ""
 
     monkeypatch.setitem(registry._registered["modality"], "fault", Bare)
-    with pytest.raises(MultiTokenError, match=r"nothing to try 'fault' on: let Bare\.example"):
+    with pytest.raises(MultiTokenError, match=r"nothing to check 'fault' on: let Bare\.example"):
         check_named("fault", tmp_path)
 
 
