@@ -45,14 +45,13 @@ CONVERT_USERS = {"convert", "demo", "cli"}
 
 MAX_LINES = 500
 MIN_LINES = 100
-# Plug-ins, storage formats and commands: one file each, however short.
+# Commands, plug-ins and formats: one file each, however short.
 MAY_BE_SHORT = (
     "multi_token/cli/",
     "multi_token/modalities/",
     "multi_token/projectors/",
     "multi_token/data/files/",
-    "multi_token/convert/",
-    "multi_token/testing/",
+    "multi_token/convert/efficientnet_lite.py",  # a pickle, which only convert/ may open
 )
 NAMELESS = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}
 NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket", "ssl"}
@@ -207,7 +206,7 @@ def test_only_the_edges_import_convert() -> None:
 
 
 def test_no_file_is_a_splinter() -> None:
-    """A short module with one importer belongs into it."""
+    """A short module with one importer belongs into it; a package that exports it is none."""
     importers: dict[str, set[str]] = {}
     for name, imports in file_graph().items():
         for other in imports:
@@ -218,7 +217,7 @@ def test_no_file_is_a_splinter() -> None:
         if path.name == "__init__.py" or name.startswith(MAY_BE_SHORT):
             continue
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
-        users = importers.get(module_of(path), set())
+        users = importers.get(module_of(path), set()) - {module_of(path.parent / "__init__.py")}
         if num_lines < MIN_LINES and len(users) == 1:
             faults.append(f"{name}: {num_lines} lines and only {min(users)} imports it; merge them")
     refuse(faults)

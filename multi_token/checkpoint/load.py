@@ -183,7 +183,7 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
         tensors = load_file(path / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{where or path} cannot be read: {error}") from None
     # where the base is now, not where it was when the adapter was saved
     config.base_model_name_or_path = getattr(model.language_model, "name_or_path", None)
     if not isinstance(model.language_model, PeftModel):

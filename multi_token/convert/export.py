@@ -24,8 +24,8 @@ from multi_token.checkpoint.language_model_folder import (
     write_language_model,
 )
 from multi_token.checkpoint.save import CONFIG, PROJECTORS, save
+from multi_token.convert.chat_templates import accept_content_parts, part_placeholder
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.errors import ConvertError
 from multi_token.language_model.forward import per_layer_inputs
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -48,17 +48,15 @@ def export(
 
     Nothing is written unless all of it can be. Raises ConvertError or CheckpointError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvertError(f"{out} is there already and not empty; choose another --out")
-    model = MultiTokenForConditionalGeneration.from_pretrained(
-        run, revision=revision, language_model=language_model
-    )
-    if to == "llava":
-        from multi_token.convert.export_llava import export_llava
-
-        export_llava(model, out)
-        return
     with staged_folder(out) as partial:
+        model = MultiTokenForConditionalGeneration.from_pretrained(
+            run, revision=revision, language_model=language_model
+        )
+        if to == "llava":
+            from multi_token.convert.export_llava import export_llava
+
+            export_llava(model, partial)
+            return
         _write_merged(model, partial)
         if to == "language-model":
             _write_for_engines(model, partial)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multi_token.checkpoint.atomic import staged_folder
+from multi_token.convert.chat_templates import accept_content_parts, part_placeholder
 from multi_token.convert.llava import num_prefix_tokens
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.encoders import has_lora, merge_lora
 from multi_token.errors import ConvertError
 
@@ -51,9 +50,8 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
         processor = _processor(model, name, tokenizer, built.config)
         _check_parity(model, name, built, processor)
     built.to(built.model.language_model.dtype)
-    with staged_folder(out) as partial:
-        built.save_pretrained(partial)
-        processor.save_pretrained(partial)
+    built.save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import nn
 from multi_token.checkpoint.atomic import staged_folder
 from multi_token.convert.chat_templates import VICUNA, prepend_bos
 from multi_token.convert.llava_legacy import import_legacy, is_legacy
+from multi_token.convert.tensors import read_json
 from multi_token.errors import ConvertError, MultiTokenError
 from multi_token.projectors.kinds import Mlp
 
@@ -25,8 +25,8 @@ IMAGE = "image"
 
 def is_llava(source: Path) -> bool:
     """Return True if a folder holds LLaVA, in transformers' format or in LLaVA's own."""
-    fields = _config(source)
-    return fields is not None and (_is_transformers(fields) or is_legacy(fields))
+    fields = read_json(source / "config.json")
+    return _is_transformers(fields) or is_legacy(fields)
 
 
 def import_llava(
@@ -41,8 +41,8 @@ def import_llava(
     Nothing is written unless everything fits. Raises ConvertError, which names every tensor and
     setting that has no place in a run.
     """
-    fields = _config(source)
-    if fields is None or not (_is_transformers(fields) or is_legacy(fields)):
+    fields = read_json(source / "config.json")
+    if not (_is_transformers(fields) or is_legacy(fields)):
         raise ConvertError(
             f"{source} is not LLaVA: expected a config.json of type llava or llava_next with "
             "`vision_config` and `text_config`, or LLaVA's own with `mm_vision_tower`"
@@ -56,17 +56,6 @@ def import_llava(
             )
         else:
             _import_transformers(source, fields, partial)
-
-
-def _config(source: Path) -> Mapping[str, Any] | None:
-    path = source / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
-    return fields if isinstance(fields, dict) else None
 
 
 def _is_transformers(fields: Mapping[str, Any]) -> bool:

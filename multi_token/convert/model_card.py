@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from multi_token.convert.tensors import read_json
 from multi_token.errors import ConvertError
 
 GENERATED_MARK = (
@@ -30,7 +30,7 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
     """
     model = fields["model"]
     recipe = read_recipe(run, name)
-    report = _read_json(run / "report.json")
+    report = read_json(run / "report.json")
     sections = [
         "---\n" + yaml.safe_dump(_header(fields, recipe), sort_keys=False).rstrip() + "\n---",
         GENERATED_MARK,
@@ -77,16 +77,6 @@ def _strip_local_paths(value: Any) -> Any:
     if isinstance(value, str) and "\n" not in value and Path(value).is_absolute():
         return Path(value).name
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _is_inside(reference: str) -> bool:
@@ -209,7 +199,7 @@ def _recipe_section(recipe: Mapping[str, Any] | None) -> str:
 def _hardware_section(run: Path, report: Mapping[str, Any]) -> str:
     seconds = 0.0
     for path in sorted(run.glob("stages/*/done.json")):
-        for entry in _read_json(path).get("log_history", []):
+        for entry in read_json(path).get("log_history", []):
             seconds += entry.get("train_runtime", 0.0)
     machine = report.get("machine") or {}
     facts = {**machine, **({"training": f"{seconds:.0f} s"} if seconds else {})}

@@ -239,7 +239,7 @@ class Stranger:
     ("change", "reason"),
     [
         ({"model.embed_tokens.weight": torch.zeros(3, 2)}, r"embed_tokens.weight \(3, 2\)"),
-        ({"model.mm_projector.4.weight": torch.zeros(2, 2)}, "has network.4.weight"),
+        ({"model.mm_projector.4.weight": torch.zeros(2, 2)}, "has unknown network.4.weight"),
         ({"model.mm_projector.2.weight": torch.zeros(2, 2)}, r"\(2, 2\) instead of \(32, 32\)"),
         ({"model.mm_projector.2.bias": None}, "lacks network.2.bias"),
         ({"model.image_newline": torch.zeros(32)}, "has an image_newline"),
