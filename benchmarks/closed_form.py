@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.demo.rows import DemoData, build_rows, read_questions
+from multi_token.demo.rows import DemoData, build_rows
 from multi_token.demo.run import SYSTEM, BatchGenerator, DemoSize, recipe
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.machine import machine_facts
@@ -79,7 +79,13 @@ class Bench:
         )
 
     def score(
-        self, start: str, learn: dict[str, float], *, steps: int, seed: int, split: str
+        self,
+        start: str,
+        learn: dict[str, float],
+        *,
+        steps: int,
+        seed: int,
+        validation: bool = False,
     ) -> Score:
         """One training from nothing, and its exact answers on a split."""
         data = self.data(seed)
@@ -94,8 +100,8 @@ class Bench:
         shutil.copytree(out / "cache", features, dirs_exist_ok=True)
         history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
         loss = [entry["loss"] for entry in history["log_history"] if "loss" in entry][-1]
-        path = data.validation_naming if split == "validation" else data.held_out_naming
-        questions = read_questions(path)[: self.num_asked]
+        held_out = data.questions("validation_naming" if validation else "held_out_naming")
+        questions = held_out[: self.num_asked]
         examples = BatchGenerator(model, data, self.folder, quiet).ask(questions, "naming")
         accuracy = sum(example.right for example in examples) / len(examples)
         score = Score(start, learn, steps, seed, accuracy, loss, seconds)
@@ -115,7 +121,7 @@ def plan(
     """The demo's recipe on its naming rows alone."""
     size = replace(DemoSize(), num_steps=steps)
     fields: dict[str, Any] = recipe(data, out, size, seed=seed).model_dump(mode="json")
-    fields["data"]["train"] = [{"rows": str(data.naming)}]
+    fields["data"]["train"] = [{"rows": str(data.file("naming"))}]
     fields["train"]["stages"][0]["learn"] = learn
     if start == "random":
         fields["train"]["closed_form"] = None
@@ -133,7 +139,7 @@ def tune(bench: Bench, steps: int, starts: list[str], grid: list[int]) -> None:
     """Lines of the grid for each start, on validation renderings."""
     for learn in [GRID[line] for line in grid]:
         for start in starts:
-            bench.score(start, learn, steps=steps, seed=TUNING_SEED, split="validation")
+            bench.score(start, learn, steps=steps, seed=TUNING_SEED, validation=True)
     for start in starts:
         best = max((s for s in bench.scores if s.start == start), key=lambda s: s.accuracy)
         bench.console.print(f"{start}: {rates(best.learn)} is best ({best.accuracy:.1%})")
@@ -146,7 +152,7 @@ def compare(bench: Bench, lengths: dict[str, list[int]], seeds: int, target: flo
         waiting: list[str] = list(STARTS)
         for steps in every:
             for start in [s for s in waiting if steps in lengths[s]]:
-                score = bench.score(start, RATES[start], steps=steps, seed=seed, split="held_out")
+                score = bench.score(start, RATES[start], steps=steps, seed=seed)
                 if score.accuracy >= target:
                     waiting.remove(start)
     table = Table("start", "rates", "steps", "exact on new renderings", "last loss", "seconds")

@@ -1,12 +1,12 @@
-"""What it takes to know how long rows with images are: by decoding them, and by their headers.
+"""Time to find the lengths of rows with images: by decoding them, and from their headers.
 
     python benchmarks/lengths.py [--rows 2000] [--size 640 480] [--rounds 3] [--out FILE.json]
 
-Writes JPEGs of one size (noise, blurred so that their files are as large as photographs are) and
-reads the rows as a run does before it trains, in one process, with three encoders: one that brings
-all images to one shape, LLaVA-NeXT's tiles, and one of native proportions. Both ways take turns;
-a time is the median over the rounds. What a round before it left in the system's memory is there
-for both, so a cold or distant disk, from which headers are less than all bytes, gains more.
+Writes JPEGs of one size (noise, blurred so that files are as large as those of photographs). Then
+scans the rows in one process, as a run does before it trains, with three encoders: one shape for
+all images, LLaVA-NeXT's tiles, and native proportions. Both modes take turns; a time is the median
+over the rounds. Files are in the system's cache for both modes. A cold or distant disk gains more
+by headers, since fewer bytes are read.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from multi_token.report.machine import machine_facts
 from multi_token.testing import tiny_image_encoder, tiny_language_model
 
 GRIDS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "one shape for all": ("clip", {}),
     "tiles": ("clip", {"tile_grids": GRIDS, "projector": {"type": "linear", "line_break": True}}),
     "native proportions": ("siglip2", {}),
 }
-"""Tiny encoders: the picture's size is what costs, and nothing is encoded."""
+"""Name -> encoder and fields of the modality. Encoders are tiny, since nothing is encoded."""
 
 
 def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
-    """Pictures and `rows.jsonl`; returns the mean size of a file in bytes."""
+    """Write images and `rows.jsonl`; return the mean size of a file in bytes."""
     num_bytes = 0
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for number in range(num_rows):
@@ -60,8 +60,8 @@ def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
     return num_bytes // num_rows
 
 
-def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> MultiTokenProcessor:
-    """The reader of a recipe with one modality."""
+def processor_of(folder: Path, encoder: str, fields: dict[str, Any]) -> MultiTokenProcessor:
+    """Return the processor of a recipe with one modality."""
     recipe = Recipe.model_validate(
         {
             "model": {
@@ -81,7 +81,7 @@ def reader_of(folder: Path, encoder: str, fields: dict[str, Any]) -> MultiTokenP
 
 
 def scanned(processor: MultiTokenProcessor, rows: Any) -> tuple[float, ScanReport]:
-    """Seconds of a scan, and its report."""
+    """Return the seconds of a scan, and its report."""
     began = time.perf_counter()
     read = partial(row_to_sample, processor=processor, modalities=["image"])
     report = scan(rows, read, progress=False)
@@ -106,19 +106,19 @@ def main() -> None:
             tiny_image_encoder(folder / kind, kind)
         num_bytes = write_rows(folder, options.rows, tuple(options.size))
         rows = load_rows(str(folder / "rows.jsonl"))
-        for way, (kind, fields) in WAYS.items():
-            processor = reader_of(folder, kind, fields)
-            readers = {"decode": processor, "headers": replace(processor, lengths_only=True)}
-            seconds: dict[str, list[float]] = {name: [] for name in readers}
+        for encoder, (kind, fields) in ENCODERS.items():
+            processor = processor_of(folder, kind, fields)
+            processors = {"decode": processor, "headers": replace(processor, lengths_only=True)}
+            seconds: dict[str, list[float]] = {name: [] for name in processors}
             reports: dict[str, ScanReport] = {}
             for _ in range(options.rounds):
-                for name, one in readers.items():
+                for name, one in processors.items():
                     took, reports[name] = scanned(one, rows)
                     seconds[name].append(took)
-            assert reports["headers"] == reports["decode"], "headers tell other lengths"
+            assert reports["headers"] == reports["decode"], "headers give other lengths"
             assert reports["headers"].num_decoded == 0
-            decode, headers = (statistics.median(seconds[name]) for name in readers)
-            results.append({"way": way, "decode_s": decode, "headers_s": headers})
+            decode, headers = (statistics.median(seconds[name]) for name in processors)
+            results.append({"encoder": encoder, "decode_s": decode, "headers_s": headers})
     table = Table(
         "encoder",
         "decode, s",
@@ -129,7 +129,7 @@ def main() -> None:
     )
     for one in results:
         decode, headers = one["decode_s"], one["headers_s"]
-        table.add_row(one["way"], f"{decode:.2f}", f"{headers:.2f}", f"{decode / headers:.1f}")
+        table.add_row(one["encoder"], f"{decode:.2f}", f"{headers:.2f}", f"{decode / headers:.1f}")
     console.print(table)
     if options.out is not None:
         facts = {"machine": machine_facts(), "rows": options.rows, "size": options.size}

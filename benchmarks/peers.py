@@ -2,10 +2,10 @@
 
     python benchmarks/peers.py [--quick] [--threads 1] [--out FILE.json]
 
-All have the same weights and learn the projector, or it and the language model, with a learning
-rate of zero or nearly so (1e-12, as ours takes no zero); none has a cache of features. Ours packs
-and computes logits where something is learned, which are lines of a recipe. Rows are read before:
-nobody decodes.
+All have the same weights and train the projector, or the projector and the language model, with a
+learning rate of zero (ours: 1e-12, since it refuses zero). None has a feature cache. Ours packs and
+computes logits at supervised positions only, as lines of a recipe ask for. Rows are prepared before
+the clock starts, so no time is spent on decoding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from multi_token.train.training_args import training_arguments
 from multi_token.types import Sample
 
 STEPS = 4
-"""Of each in a turn; one before them does not count."""
+"""Timed steps of each trainer in a turn; one more before them is a warm-up."""
 
 
 class StepTimes(TrainerCallback):
@@ -116,7 +116,7 @@ def with_trainer(folder: Path, learn: str, given: Sequence[Any], options: dict[s
 def with_sft_trainer(
     folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]
 ) -> Any:
-    """TRL's trainer on the same rows, which it is told are prepared already."""
+    """Return TRL's trainer on the same rows, without its own preparation of them."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -227,7 +227,13 @@ def main() -> None:
         build_parts(folder)
         peers = [measure(folder, learn, rounds) for learn in ("projector", "all")]
     table = Table(
-        "what learns", "LLaVA + Trainer", "+ SFTTrainer", "ours", "times", "times", "loss of both"
+        "what is trained",
+        "LLaVA + Trainer",
+        "+ SFTTrainer",
+        "ours",
+        "times",
+        "times",
+        "loss of both",
     )
     for peer in peers:
         table.add_row(

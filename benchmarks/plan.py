@@ -1,9 +1,9 @@
-"""The step time that `multi-token train --plan` says, beside what the run right after takes.
+"""The step time that `multi-token train --plan` predicts, beside that of a run right after it.
 
     python benchmarks/plan.py [--quick] [--threads 1] [--out FILE.json]
 
-In turns, a plan and a run of the same recipe, as a user starts them; the ratio of each pair counts,
-and its median is printed with the smallest and the largest. The run's time is the median of its
+A plan and a run of the same recipe take turns, as a user starts them. The ratio of each pair
+counts; its median is printed with the smallest and the largest. The run's time is the median of its
 steps, from the tokens per second that it logs.
 """
 
@@ -31,13 +31,13 @@ from multi_token.train import plan_run, train
 NUM_STEPS = 12
 STAGE = "tried"
 PROJECTOR = {"projectors": 1e-3}
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projector": (PROJECTOR, {}),
     "projector, packed": (PROJECTOR, {"packing": True}),
     "projector and adapter": ({**PROJECTOR, "adapter": 1e-3}, {"adapter": {"r": 8}}),
     "all of the language model": ({**PROJECTOR, "language_model": 1e-4}, {}),
 }
-"""What learns, and other lines of `train`."""
+"""Name -> `learn` of the stage, and other lines of `train`."""
 
 
 def recipe_of(folder: Path, out: Path, learn: dict[str, Any], more: dict[str, Any]) -> Recipe:
@@ -106,9 +106,9 @@ def main() -> None:
         build_parts(folder)
         lines = [json.dumps(row) + "\n" for row in rows(NUM_ROWS, random.Random(0))]
         (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-        pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+        pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in SETTINGS}
         for turn in range(rounds):
-            for number, (way, (learn, more)) in enumerate(WAYS.items()):
+            for number, (way, (learn, more)) in enumerate(SETTINGS.items()):
                 recipe = recipe_of(folder, folder / f"{turn}-{number}", learn, more)
                 seconds, tokens = planned(recipe)
                 pairs[way].append((seconds, measured(recipe, tokens)))
@@ -125,7 +125,7 @@ def main() -> None:
             }
         )
     table = Table(
-        "what learns",
+        "what is trained",
         "planned, ms a step",
         "measured, ms a step",
         "planned / measured",

@@ -65,7 +65,7 @@ class Bare:
 
 
 class Watch:
-    """A streamer of transformers that notes when tokens come. The prompt comes first."""
+    """Streamer of transformers that records when tokens come. The prompt comes first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -77,19 +77,19 @@ class Watch:
         """Nothing is left to do."""
 
 
-def composed(folder: Path, *, with_pictures: bool = False) -> None:
+def composed(folder: Path, *, with_images: bool = False) -> None:
     """Save a run with the demo's language model and untrained modalities."""
-    senses: dict[str, Any] = {
+    modalities: dict[str, Any] = {
         "vector": {"type": "vector", "dim": _DIM, "projector": {"type": "expand", "factor": 8}}
     }
-    if with_pictures:
-        senses["image"] = {
+    if with_images:
+        modalities["image"] = {
             "type": "image",
             "encoder": str(encoder_folder()),
             "features": "pooled",
             "projector": {"type": "expand", "factor": 8},
         }
-    fields = {"language_model": str(language_model_folder()), "modalities": senses}
+    fields = {"language_model": str(language_model_folder()), "modalities": modalities}
     torch.manual_seed(0)
     MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields)).save_pretrained(
         folder
@@ -175,7 +175,7 @@ def served(run: Path, *options: str) -> Iterator[Served]:
     faults: deque[str] = deque(maxlen=1000)
 
     def read() -> None:
-        """Its log has to be read, or it waits for somebody who does."""
+        """Read the log to its end: with a full pipe, the server would wait."""
         for line in process.stdout or ():
             if not re.match(r"\S+ \S+ INFO ", line):
                 faults.append(line.rstrip())

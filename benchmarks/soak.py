@@ -1,23 +1,23 @@
-"""A server under everything at once, for minutes: what it must not do is counted.
+"""A server under mixed load for minutes: wrong answers, errors and leaks are counted.
 
     python benchmarks/soak.py [RUN] [--minutes 10] [--clients 32] [--out FILE]
 
-Without RUN, the demo's language model with untrained modalities for images and vectors. Clients ask
-again as soon as they are answered: eight of ten times a good question, with media of all sizes,
-half of them as streams; one of ten times a broken request; one of ten times they leave before the
-end. Every good question has been asked alone at the start, and its answer must be the same each
-time. Counted, and each has to be 0:
+Without RUN, the demo's language model serves with untrained modalities for images and vectors. Each
+client sends its next request as soon as the last one is answered. Eight of ten are good questions
+with media of all sizes, half of them streamed; one of ten is a broken request; in one of ten the
+client leaves before the end. Every good question was asked alone at the start, and its answer must
+be the same each time. Each of these counts has to be 0:
 
-- **wrong answers**: another text than alone, or a refusal that is no 429 (after a 429 the client
-  asks again when the server says).
-- **own errors**: any status of 500 and above, and any error in a stream. Nothing here gives the
-  server a reason for one: nobody stops it, and no request has a deadline of its own.
-- **let through**: broken requests that were not refused with the status that they deserve.
-- **not freed**: places, answers and items that the server still counts when everybody has gone.
+- **wrong answers**: a text other than when asked alone, or a refusal other than 429. After a 429
+  the client asks again at the time of Retry-After.
+- **own errors**: any status of 500 and above, and any error in a stream. The load gives no reason
+  for one: the server is not stopped, and no request has a deadline of its own.
+- **let through**: broken requests that were not refused with the expected status.
+- **not freed**: places, answers and items that the server still counts after all clients have left.
 
-And its memory, with that of the processes that decode media, may grow by 5 % in the second half.
-Growth is that of the line through the medians of the last two quarters; under five minutes it is
-told and not judged, since there a server still warms up. The exit code is 1 if a bar is missed.
+The memory of the server and of its media workers may grow by 5 % in the second half. Growth is that
+of the line through the medians of the last two quarters. Under five minutes it is reported and not
+judged, since the server still warms up. The exit code is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -190,15 +190,15 @@ async def what_is_left(http: httpx.AsyncClient) -> dict[str, float]:
 
 
 async def soaked(
-    server: Served, senses: dict[str, Any], args: argparse.Namespace, progress: Progress
+    server: Served, modalities: dict[str, Any], args: argparse.Namespace, progress: Progress
 ) -> Found:
-    """Send everything for so many minutes, and wait until the server is empty."""
+    """Send everything for `args.minutes`, and wait until the server is empty."""
     found = Found()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
         base_url=server.url, timeout=300, limits=limits, trust_env=False
     ) as http:
-        asked = questions(senses)
+        asked = questions(modalities)
         task = progress.add_task("each question alone", total=len(asked))
         good: list[Question] = []
         for question in asked:
@@ -207,7 +207,7 @@ async def soaked(
             progress.advance(task)
         if len(good) < len(asked) / 2:
             raise SystemExit(f"only {len(good)} of {len(asked)} answers do not hang on rounding")
-        broken = broken_requests(senses)
+        broken = broken_requests(modalities)
         seconds = args.minutes * 60
         task = progress.add_task(f"{args.clients} clients", total=seconds)
         began = time.monotonic()
@@ -251,7 +251,7 @@ def missed(found: Found, *, is_judged: bool) -> list[str]:
 
 
 def table_of(found: Found, *, is_judged: bool) -> Table:
-    """What was sent and what came back, and the bars."""
+    """Return a table of replies by status, and of the bars."""
     table = Table(title=f"{found.num_sent} requests")
     table.add_column("what")
     table.add_column("number", justify="right")
@@ -263,9 +263,9 @@ def table_of(found: Found, *, is_judged: bool) -> Table:
         table.add_row(name.replace("_", " "), str(len(getattr(found, name))))
     for name, place in (("server", 1), ("server and its processes", 2)):
         values = [sample[place] for sample in found.memory]
-        told = "" if is_judged else ", too short to judge"
+        note = "" if is_judged else ", too short to judge"
         table.add_row(
-            f"MiB of {name}, first / half / last, growth of the second half{told}",
+            f"MiB of {name}, first / half / last, growth of the second half{note}",
             f"{values[0]:.0f} / {values[len(values) // 2]:.0f} / {values[-1]:.0f}, "
             f"{growth_percent(values):+.1f} %",
         )
@@ -291,15 +291,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         run = args.run or Path(scratch, "composed")
         if args.run is None:
-            composed(run, with_pictures=True)
-        senses = read_config(run)["model"]["modalities"]
+            composed(run, with_images=True)
+        modalities = read_config(run)["model"]["modalities"]
         options = ["--max-batch", str(args.max_batch)]
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with (
             served(run, *options, "--max-queue", str(max_queue)) as server,
             Progress(*columns, console=console) as progress,
         ):
-            found = asyncio.run(soaked(server, senses, args, progress))
+            found = asyncio.run(soaked(server, modalities, args, progress))
             faults = list(server.faults)
     is_judged = args.minutes >= JUDGED_MINUTES
     names = missed(found, is_judged=is_judged)

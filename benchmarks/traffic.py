@@ -1,4 +1,4 @@
-"""What strangers send a server: questions with media of all sizes, broken requests, clients that
+"""Requests of untrusted clients: questions with media of all sizes, broken requests, clients that
 leave.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 MODEL = "measured"
 _CHAT = "/v1/chat/completions"
 _JSON = {"Content-Type": "application/json"}
-_PICTURES = ((8, 8), (33, 17), (224, 224), (640, 480), (1280, 960), (2400, 1600), (3000, 2200))
+_IMAGE_SIZES = ((8, 8), (33, 17), (224, 224), (640, 480), (1280, 960), (2400, 1600), (3000, 2200))
 _TEXTS = (
     "Hello",
     "Tell me about rivers, in twelve words.",
@@ -29,13 +29,13 @@ _TEXTS = (
     "Write a line about bread and another about snow.",
 )
 _ROUNDING = 1e-3
-"""Log-probabilities nearer than this may change places where others are answered beside it."""
+"""Log-probabilities nearer than this may change places when a batch has other rows."""
 _MOST_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """A good request, and what is answered to it alone."""
+    """A good request, and its answer when asked alone."""
 
     name: str
     fields: Mapping[str, Any]
@@ -47,17 +47,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: a status with the code of a refusal, and the text of an answer."""
+    """Status with the code of a refusal, and the text of an answer."""
 
     status: str
     text: str = ""
     wait_s: float = 0.0
-    """After which a refused request may come again."""
+    """Seconds after which a refused request may come again."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A request that has to be refused, and the statuses that say so."""
+    """A request that has to be refused, with the statuses that count as a refusal."""
 
     name: str
     content: bytes
@@ -67,18 +67,18 @@ class Broken:
     headers: Mapping[str, str] = field(default_factory=lambda: _JSON)
 
 
-def questions(senses: Mapping[str, Mapping[str, Any]]) -> list[Question]:
-    """Of text alone, and of images and vectors for each modality that reads such.
+def questions(modalities: Mapping[str, Mapping[str, Any]]) -> list[Question]:
+    """Return questions of text alone, and of images and vectors for each modality of these types.
 
-    `senses`: name -> fields of a modality, as a run's config has them.
+    `modalities`: name -> fields of a modality, as a run's config has them.
     """
     made: list[tuple[str, list[Any] | str]] = [("text", text) for text in _TEXTS]
     made.append(("a long text", " and ".join(_TEXTS * 3)))
     some: list[dict[str, Any]] = []
-    for name, fields in senses.items():
+    for name, fields in modalities.items():
         items: list[tuple[str, bytes]] = []
         if fields["type"] == "image":
-            items = [(f"{w} x {h}", picture(w, h)) for w, h in _PICTURES]
+            items = [(f"{w} x {h}", image(w, h)) for w, h in _IMAGE_SIZES]
         elif fields["type"] == "vector":
             items = [(f"{n} vectors", vectors(fields["dim"], n)) for n in (1, 2, 5)]
         for number, (what, data) in enumerate(items):
@@ -99,8 +99,8 @@ def questions(senses: Mapping[str, Mapping[str, Any]]) -> list[Question]:
     return found
 
 
-def picture(width: int, height: int) -> bytes:
-    """An image that no other size looks like: PNG if small, JPEG if not."""
+def image(width: int, height: int) -> bytes:
+    """Return an image unlike that of any other size: PNG if small, JPEG if not."""
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / (9 + width % 7)), np.cos(y / 11), np.sin((x + y) / 17)], -1)
     file = io.BytesIO()
@@ -111,14 +111,14 @@ def picture(width: int, height: int) -> bytes:
 
 
 def vectors(dim: int, number: int) -> bytes:
-    """A `.npy` file [number, dim]."""
+    """Return a `.npy` file [number, dim]."""
     file = io.BytesIO()
     np.save(file, np.random.default_rng(number).normal(size=(number, dim)).astype(np.float32))
     return file.getvalue()
 
 
-def broken_requests(senses: Mapping[str, Mapping[str, Any]]) -> list[Broken]:
-    """Wrong JSON, numbers, parts and media, too long, for nobody: each has to be refused."""
+def broken_requests(modalities: Mapping[str, Mapping[str, Any]]) -> list[Broken]:
+    """Return requests to be refused: broken JSON, numbers, parts and media, too long, misrouted."""
 
     def chat(name: str, *content: Any, statuses: tuple[int, ...] = (400,), **fields: Any) -> Broken:
         message = {"role": "user", "content": list(content) or "Hello"}
@@ -144,11 +144,11 @@ def broken_requests(senses: Mapping[str, Mapping[str, Any]]) -> list[Broken]:
     ]
     numbers = [("temperature", -1), ("top_p", 2), ("max_tokens", 0), ("n", 99), ("seed", 2**70)]
     made += [chat(f"{name} {value}", **{name: value}) for name, value in numbers]
-    for name, fields in senses.items():
+    for name, fields in modalities.items():
         made.append(chat(f"{name}: no base64", {"type": "media", "modality": name, "data": "####"}))
         data: list[bytes] = [b"no such thing"]
         if fields["type"] == "image":
-            small, large = picture(64, 64), picture(1280, 960)
+            small, large = image(64, 64), image(1280, 960)
             data += [small[: len(small) // 2], large[:200], bytes(reversed(small))]
         elif fields["type"] == "vector":
             nan = np.full(fields["dim"], np.nan, np.float32)
@@ -163,9 +163,9 @@ def broken_requests(senses: Mapping[str, Mapping[str, Any]]) -> list[Broken]:
 
 
 async def alone(http: httpx.AsyncClient, question: Question) -> Question | None:
-    """The question with its answer; None for one whose answer hangs on rounding.
+    """Return the question with its answer; None if rounding decides the answer.
 
-    Where two tokens are as good as equally likely, sums in another order choose the other one.
+    Where two tokens are about equally likely, sums in another order choose the other one.
     """
     fields = {**question.fields, "logprobs": True, "top_logprobs": 2}
     answer = await http.post(_CHAT, json=fields)
@@ -180,7 +180,7 @@ async def alone(http: httpx.AsyncClient, question: Question) -> Question | None:
 
 
 async def ask(http: httpx.AsyncClient, question: Question, *, stream: bool) -> Reply:
-    """One request. A stream that fails has the status of its error behind its own."""
+    """Send one request. A stream that fails has the status of its error after its own."""
     answer = await http.post(_CHAT, content=question.content(stream=stream), headers=_JSON)
     if answer.status_code != 200:
         wait_s = float(answer.headers.get("retry-after", 1))
@@ -202,7 +202,7 @@ async def ask(http: httpx.AsyncClient, question: Question, *, stream: bool) -> R
 async def ask_patiently(
     http: httpx.AsyncClient, question: Question, random: Random
 ) -> tuple[Reply, int]:
-    """`ask`, again after each 429 when it says; also how many of these there were."""
+    """Ask, again after the time of each 429; return the reply and the number of refusals."""
     num_refused = 0
     while True:
         reply = await ask(http, question, stream=random.random() < 0.5)
@@ -213,7 +213,7 @@ async def ask_patiently(
 
 
 async def send_broken(http: httpx.AsyncClient, broken: Broken) -> str:
-    """Status and code of what comes back; `closed` for a connection that ends before that."""
+    """Return status and code of the answer; `closed` if the connection ends without one."""
     try:
         answer = await http.request(
             broken.method, broken.path, content=broken.content, headers=dict(broken.headers)
@@ -252,7 +252,7 @@ async def leave(url: str, content: bytes, random: Random, *, headers: Sequence[s
                 if not await asyncio.wait_for(reader.read(400), 60):
                     break
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):
-        when = f"{when}, cut off"  # refused before all was sent, or nothing came for so long
+        when = f"{when}, cut off"  # refused before all was sent, or no data within the timeout
     finally:
         if random.random() < 0.5:
             writer.transport.abort()

@@ -1,4 +1,4 @@
-"""What each lever of training saves, alone and together, at equal loss.
+"""Time and FLOPs that each lever of training saves, alone and together, at equal loss.
 
     python benchmarks/training.py [--quick] [--threads 1] [--out FILE.json]
 
@@ -128,13 +128,13 @@ def questions(numbers: random.Random) -> list[dict[str, Any]]:
     return [row(i, i // 5, 24, numbers) for i in range(10)]
 
 
-def row(number: int, picture: int, length: int, numbers: random.Random) -> dict[str, Any]:
-    """An image, and random text of so many tokens, of which the last part is the answer."""
+def row(number: int, image: int, length: int, numbers: random.Random) -> dict[str, Any]:
+    """Return a row of an image and `length` characters of text; the last part is the answer."""
     text = "".join(numbers.choice("abcdefghij ") for _ in range(length))
     cut = int(len(text) * (1 - SUPERVISED))
     return {
         "id": str(number),
-        "images": [f"{picture}.png"],
+        "images": [f"{image}.png"],
         "messages": [
             {"role": "user", "content": "<image>\n" + text[:cut]},
             {"role": "assistant", "content": text[cut:].strip() or "a"},
@@ -213,7 +213,7 @@ LOWERED = [
 """Frozen parts in bfloat16, so equal up to rounding; apart, since they are other models."""
 
 SHARED = [
-    Variant(f"five questions a picture: {name}", "projector", True, True, tree=tree)
+    Variant(f"five questions per image: {name}", "projector", True, True, tree=tree)
     for name, tree in (("packed + supervised logits", False), ("as a tree", True))
 ]
 """The same rows with and without `share`; their image is 196 tokens."""
@@ -363,10 +363,16 @@ def main() -> None:
         results = measure(levers, LEVERS, rounds)
         results += measure(Levers(folder, given, projector, lowered=True), LOWERED, rounds)
         shared = Levers(folder, questions(random.Random(1)), {"type": "mlp"})
-        console.print("five questions a picture: " + shared.facts(), highlight=False)
+        console.print("five questions per image: " + shared.facts(), highlight=False)
         results += measure(shared, SHARED, rounds)
     table = Table(
-        "what learns: how", "ms a step", "times", "GFLOP", "times", "loss", "projector's gradient"
+        "what is trained: how",
+        "ms a step",
+        "times",
+        "GFLOP",
+        "times",
+        "loss",
+        "projector's gradient",
     )
     for result in results:
         table.add_row(

@@ -11,9 +11,9 @@ MARK = "<!-- tree -->"
 
 OTHERS = {
     "recipes": "runs to start from, one file each",
-    "tests": "mirror of the package; test_architecture.py and test_docs.py hold the house rules",
+    "tests": "mirror of the package; test_architecture.py and test_docs.py hold the rules",
     "examples": "whole jobs on real parts, each with a report; and a plug-in package",
-    "benchmarks": "the numbers behind our claims, and the scripts that make them",
+    "benchmarks": "the measurements of our claims, and the scripts that make them",
     "deploy": "gateways before engines of vLLM, as containers",
     "docs": "decisions with their reasons, and the log of experiments",
 }

@@ -1,12 +1,12 @@
-"""A language model lands a craft: SmolLM2-135M-Instruct flies gymnasium's LunarLander by its words.
+"""A language model lands a craft: the words of SmolLM2-135M-Instruct fly gymnasium's LunarLander.
 
     python examples/lander.py [--quick] [--out runs/lander] [--seed 0]
 
-LunarLander's own heuristic pilot flies, and each of its decisions becomes a row: the game state (8
-numbers), a screenshot, or both, answered with what the pilot did, one word of four. For each of the
-three views a model is trained on them, with the language model frozen, and flies 50 unseen games;
-so do the pilot, a random player, and a perceptron trained on the same rows. Writes
-`report.json`, `report.html` and a video of a landing.
+LunarLander's own heuristic pilot flies. Each of its decisions becomes a row: the game state (8
+numbers), a screenshot or both, with the pilot's action (one word of four) as the answer. For each
+of the three views a projector is trained on these rows, with the language model frozen. The model
+then flies 50 unseen games, and so do the pilot, a random player and a perceptron trained on the
+same rows. Writes `report.json`, `report.html` and a video of a landing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from parts.command import run_command, stage_losses
-from parts.flights import ACTIONS, HOLD, Flight, Pilot, film, fly, heuristic_pilot
+from parts.flights import ACTIONS, HOLD, Flight, Pilot, fly, heuristic_pilot, write_video
 from parts.page import ReportSection, Tile, loss_figures, table, video_figure, write_page
 from PIL import Image
 from rich.console import Console
@@ -42,13 +42,13 @@ VIEWS = {
 NOISE = 0.3
 """Share of random actions while rows are recorded."""
 RECORDED_SEEDS = (1_000_000, 2_000_000)
-"""Games that rows are made of; those that are flown for the report have lower seeds."""
+"""Seeds of the games that rows are made of; games flown for the report have lower seeds."""
 TEMPLATE = (
     "Land:{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
     "{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
     "{% endfor %}"
 )
-"""Three tokens beside the items; the model's own has twenty, and each costs time on a CPU."""
+"""Three tokens beside the items; the model's own template has twenty, each of which costs time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ QUICK = Size(num_decisions=48, num_steps=6, batch_size=8, num_flights=2)
 
 
 def screenshot(flight: Flight) -> Image.Image:
-    """At half the size: the encoder takes 224 x 224."""
+    """Return the screen at half its size: the encoder takes 224 x 224."""
     return flight.frame().resize((300, 200), Image.Resampling.BOX)
 
 
@@ -92,9 +92,9 @@ class Recorded:
 def record(folder: Path, num_decisions: int, *, seed: int) -> Recorded:
     """Let the pilot fly and write its decisions as rows.
 
-    Often a random action is flown in place of the pilot's, while the row keeps the pilot's: so the
-    rows show how to recover from mistakes that a learner makes and the pilot never would
-    (DART, arXiv:1703.09327).
+    Often a random action is flown in place of the pilot's, while the row keeps the pilot's. So the
+    rows show how to recover from mistakes that a model makes and the pilot never would (DART,
+    arXiv:1703.09327).
     """
     (folder / "screenshots").mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(seed)
@@ -118,9 +118,9 @@ def record(folder: Path, num_decisions: int, *, seed: int) -> Recorded:
 
 
 def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Recipe:
-    """The same keys as any user's."""
+    """Return the recipe of a view: the same keys as any user's."""
     projector = {"type": "expand", "factor": 1}  # one token an item: a word is all it has to say
-    senses: dict[str, Any] = {
+    modalities: dict[str, Any] = {
         "game-state": {"type": "vector", "dim": 8, "projector": projector},
         "screenshot": {
             "type": "image",
@@ -129,14 +129,14 @@ def recipe(data: Recorded, view: str, out: Path, size: Size, *, seed: int) -> Re
             "projector": projector,
         },
     }
-    used = [name for name in senses if f"<{name}>" in VIEWS[view]]
+    used = [name for name in modalities if f"<{name}>" in VIEWS[view]]
     # rows with one item each: the closed-form start needs them
     single = [data.rows(one) for one in ("state", "screenshot") if view in (one, "both")]
     fields: dict[str, Any] = {
         "model": {
             "language_model": str(language_model_folder()),
             "chat_template": TEMPLATE,
-            "modalities": {name: senses[name] for name in used},
+            "modalities": {name: modalities[name] for name in used},
         },
         "data": {"train": [data.rows(view)]},
         "train": {
@@ -169,7 +169,7 @@ class ModelPilot:
         self.model = model
         self.view = view
         self.num_unknown = 0
-        """Answers that are none of the four words; they fire nothing."""
+        """Answers that are none of the four words; they fire no engine."""
 
     def __call__(self, flights: Sequence[Flight]) -> list[int]:
         sees = self.view != "state"
@@ -183,7 +183,7 @@ class ModelPilot:
 
 
 def perceptron_pilot(data: Recorded, *, seed: int) -> Pilot:
-    """A plain two-layer perceptron of the state, on the same rows."""
+    """Train a two-layer perceptron of the state on the same rows, as a baseline."""
     torch.manual_seed(seed)
     states, actions = torch.tensor(data.states), torch.tensor(data.actions)
     mean, scale = states.mean(0), states.std(0) + 1e-6
@@ -206,7 +206,7 @@ def perceptron_pilot(data: Recorded, *, seed: int) -> Pilot:
 
 
 def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
-    """Everything, with the report written to `out`; returns the report's numbers."""
+    """Record, train, fly and write the report to `out`; return its numbers."""
     began = time.perf_counter()
     console.rule("rows")
     data = record(out / "data", size.num_decisions, seed=seed)
@@ -239,7 +239,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
             highlight=False,
         )
     filmed = next((flight for flight in flown["state"] if flight.landed), flown["state"][0])
-    film(filmed, out / "landing.mp4")
+    write_video(filmed, out / "landing.mp4")
 
     report: dict[str, Any] = {
         "mean_return": {name: _mean_return(flights) for name, flights in flown.items()},
@@ -250,7 +250,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "train_seconds": train_seconds,
         "total_seconds": round(time.perf_counter() - began, 1),
         "losses": losses,
-        "film": {"seed": filmed.seed, "return": round(filmed.total, 1), "landed": filmed.landed},
+        "video": {"seed": filmed.seed, "return": round(filmed.total, 1), "landed": filmed.landed},
         "seed": seed,
         "size": asdict(size),
         "machine": machine_facts(),
@@ -292,7 +292,7 @@ def _mean_return(flights: Sequence[Flight]) -> float:
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
     """Write the page, from the numbers of `report.json` and the video beside it."""
-    means, landed, filmed = report["mean_return"], report["landed"], report["film"]
+    means, landed, filmed = report["mean_return"], report["landed"], report["video"]
     num_flights = report["size"]["num_flights"]
     minutes, seconds = divmod(round(sum(report["train_seconds"].values())), 60)
     rows = [
@@ -303,11 +303,11 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
         out / "report.html",
         title="A language model lands a craft",
         claim=(
-            "SmolLM2-135M-Instruct stays as it is; a small projector learned to turn eight numbers "
-            "into one of its tokens, and its next word is the engine to fire. So it earns "
-            f"<strong>{means['state']:.0f}</strong> a flight on {num_flights} unseen seeds, where "
-            f"200 counts as solved and the pilot that it learned from earns {means['pilot']:.0f}. "
-            f"All three models together learned for {minutes} min {seconds} s."
+            "SmolLM2-135M-Instruct stays frozen. A small projector was trained to turn eight "
+            "numbers into one token; the model's next word is the engine to fire. So it earns "
+            f"<strong>{means['state']:.0f}</strong> a flight on {num_flights} unseen seeds. 200 "
+            f"counts as solved; the heuristic pilot earns {means['pilot']:.0f}. "
+            f"All three models together were trained for {minutes} min {seconds} s."
         ),
         tiles=[
             Tile(
@@ -328,8 +328,8 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
             ReportSection(
                 "All flights",
                 f"The same {num_flights} seeds for all; none of them is in the rows. A screenshot "
-                "stands still, and what an encoder of everyday pictures makes of it says little of "
-                "where the craft is.",
+                "shows no motion, and features of an encoder of everyday images hold little about "
+                "the position of the craft.",
                 table(["Who flies", "Mean return", "Worst", "Landed"], rows),
             ),
             ReportSection(

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from parts.command import run_command, stage_losses
+from parts.encoders import speech_encoder_folder
 from parts.page import ReportSection, Tile, loss_figure, table, write_page
 from parts.voices import Voice, record
 from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.demo.parts import language_model_folder, speech_encoder_folder
-from multi_token.demo.report import Card, sheet_of
+from multi_token.demo.parts import language_model_folder
+from multi_token.demo.report import Example, sheet_of
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
@@ -371,14 +372,17 @@ def _page(
                 "Listen",
                 "Held-out utterances, what was said, and what the model wrote.",
                 sheet_of(
-                    Card(
-                        f"{u.group}, {u.voice.name}",
-                        text,
-                        u.sentence,
-                        words(text) == words(u.sentence),
-                        sounds=(out / "data" / u.path,),
-                    )
-                    for u, text in shown
+                    (
+                        Example(
+                            f"{u.group}, {u.voice.name}",
+                            text,
+                            u.sentence,
+                            words(text) == words(u.sentence),
+                            audio=(u.path,),
+                        )
+                        for u, text in shown
+                    ),
+                    out / "data",
                 ),
             ),
             ReportSection("Training", f"{report['num_steps']} steps.", loss_figure(losses)),

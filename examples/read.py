@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from parts.command import run_command, stage_losses
+from parts.encoders import sentence_encoder_folder
 from parts.facts import THINGS, Question, write_document
 from parts.page import ReportSection, Tile, loss_figures, table, write_page
 from rich.console import Console
 from torch import Tensor
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.demo.parts import language_model_folder, sentence_encoder_folder
+from multi_token.demo.parts import language_model_folder
 from multi_token.demo.run import is_exact_name
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.document import DocumentModality

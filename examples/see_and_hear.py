@@ -3,7 +3,7 @@
     python examples/see_and_hear.py --out runs/see_and_hear
 
 A row is "<image><speech>": a thing on a coloured ground, and a voice that asks for its name, its
-kind or the colour behind it. Held out are renderings and voices (so every held-out pair is new),
+kind or the background colour. Held out are renderings and voices (so every held-out pair is new),
 and *combinations*: things whose kind or colour was never asked for in training.
 """
 
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from parts.command import run_command, stage_losses
+from parts.encoders import speech_encoder_folder
 from parts.gallery import ACCENTS, COLOURS, QUESTIONS, Gallery, Kind
 from parts.page import ReportSection, Tile, loss_figure, table, write_page
 from parts.voices import Voice
 from rich.console import Console
 
-from multi_token.demo.parts import encoder_folder, language_model_folder, speech_encoder_folder
-from multi_token.demo.report import Card, sheet_of
+from multi_token.demo.parts import encoder_folder, language_model_folder
+from multi_token.demo.report import Example, sheet_of
 from multi_token.demo.run import is_exact_name
 from multi_token.demo.things import CATEGORY_PHRASES, Thing, things
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -113,7 +114,7 @@ class World:
         colour = self.numbers.choice(list(COLOURS))
         answers: dict[Kind, str] = {"name": thing.name, "kind": thing.category, "colour": colour}
         row = {
-            "images": [self.gallery.picture(thing, colour, index)],
+            "images": [self.gallery.image(thing, colour, index)],
             "speechs": [self.gallery.speech(kind, voice)],
             "messages": [
                 {"role": "system", "content": SYSTEM},
@@ -141,7 +142,7 @@ class World:
         rows = []
         for thing in self.things:
             for index in range(self.size.num_renderings):
-                path = self.gallery.picture(thing, self.numbers.choice(list(COLOURS)), index)
+                path = self.gallery.image(thing, self.numbers.choice(list(COLOURS)), index)
                 rows.append(_caption("image", path, thing.name))
         for voice in self.voices:
             for kind in QUESTIONS:
@@ -278,7 +279,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
         "held_out_accuracy": share(seen),
         "by_question": {kind: share([a for a in seen if a.kind == kind]) for kind in QUESTIONS},
         "new_combination_accuracy": share(new),
-        "other_picture_accuracy": share(ask(model, exchanged(known, "images"), data)),
+        "other_image_accuracy": share(ask(model, exchanged(known, "images"), data)),
         "other_voice_accuracy": share(ask(model, exchanged(known, "speechs"), data)),
         "most_frequent_answer_accuracy": _most_frequent(known),
         "train_seconds": round(train_seconds, 1),
@@ -291,7 +292,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
     losses = stage_losses(out)
     examples = [
         {"kind": a.kind, "group": a.group, "answer": a.answer, "truth": a.truth, "right": a.right}
-        | {"picture": a.row["images"][0], "speech": a.row["speechs"][0]}
+        | {"image": a.row["images"][0], "speech": a.row["speechs"][0]}
         for a in answered
     ]
     text = json.dumps({**report, "losses": losses, "examples": examples}, indent=1)
@@ -319,39 +320,38 @@ def _page(
         return f"{report[key]:.1%}"
 
     rows = [
-        ["new pictures, new voices", percent("held_out_accuracy")],
+        ["new images, new voices", percent("held_out_accuracy")],
         *[
             [f"  asked for its {kind}", f"{part:.1%}"]
             for kind, part in report["by_question"].items()
         ],
         ["a question never asked of this thing", percent("new_combination_accuracy")],
-        ["with another picture", percent("other_picture_accuracy")],
+        ["with another image", percent("other_image_accuracy")],
         ["with another question in the voice", percent("other_voice_accuracy")],
         ["baseline: the most frequent answer", percent("most_frequent_answer_accuracy")],
     ]
     shown = answered[:: max(1, len(answered) // 24)]
-    data = out / "data"
-    sheet = sheet_of(
-        Card(
+    examples = (
+        Example(
             f"its {a.kind}? ({a.group})",
             a.answer,
             a.truth,
             a.right,
-            pictures=(data / a.row["images"][0],),
-            sounds=(data / a.row["speechs"][0],),
+            images=(a.row["images"][0],),
+            audio=(a.row["speechs"][0],),
         )
         for a in shown
     )
     write_page(
         out / "report.html",
         title="A language model sees and hears",
-        claim="SmolLM2-135M hears a question about a picture, in a voice it has not heard, about a "
-        "picture it has not seen. The language model and both encoders stayed frozen.",
+        claim="SmolLM2-135M answers a spoken question about an image. Both the voice and the image "
+        "are new to it. The language model and both encoders stayed frozen.",
         tiles=[
             Tile(
                 "Right answers",
                 percent("held_out_accuracy"),
-                "new pictures, new voices",
+                "new images, new voices",
                 report["held_out_accuracy"],
             ),
             Tile(
@@ -360,7 +360,7 @@ def _page(
                 "a question that was never asked of this thing",
                 report["new_combination_accuracy"],
             ),
-            Tile("Without the right picture", percent("other_picture_accuracy"), "so it looks"),
+            Tile("Without the right image", percent("other_image_accuracy"), "so it looks"),
             Tile("Without the right question", percent("other_voice_accuracy"), "so it listens"),
         ],
         sections=[
@@ -371,8 +371,8 @@ def _page(
             ),
             ReportSection(
                 "Some of them",
-                "Picture, the question as it was spoken, and the answer.",
-                sheet,
+                "Image, the question as it was spoken, and the answer.",
+                sheet_of(examples, out / "data"),
             ),
             ReportSection("Training", f"{report['num_steps']} steps.", loss_figure(losses)),
         ],

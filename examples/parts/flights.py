@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from multi_token.demo.parts import INSTALL_EXAMPLES
 from multi_token.errors import MultiTokenError
+from parts import INSTALL_EXAMPLES
 
 ACTIONS = ("wait", "left", "main", "right")
-"""The environment's four, in its order, by a word: no engine, or one of three."""
+"""The environment's four actions, in its order: no engine, or one of three."""
 HOLD = 3
-"""Frames for which an action is held. The heuristic pilot flies as well with it as without, and a
-third of the decisions is left."""
+"""Frames for which an action is held: the heuristic pilot flies as well, with a third of the
+decisions."""
 _FRAMES_PER_SECOND = 50
 
 
@@ -60,27 +60,27 @@ class Flight:
 
 
 Pilot = Callable[[Sequence[Flight]], Sequence[int]]
-"""Flights that are under way -> the action of each."""
+"""Flights in progress -> the action of each."""
 
 
 def fly(pilot: Pilot, seeds: Sequence[int]) -> list[Flight]:
     """Fly all games step by step together, so that a pilot decides for many at once."""
     flights = [Flight(seed) for seed in seeds]
-    while under_way := [flight for flight in flights if not flight.done]:
-        for flight, action in zip(under_way, pilot(under_way), strict=True):
+    while running := [flight for flight in flights if not flight.done]:
+        for flight, action in zip(running, pilot(running), strict=True):
             flight.act(action)
     return flights
 
 
 def heuristic_pilot(flights: Sequence[Flight]) -> list[int]:
-    """The environment's own: a few lines of geometry."""
+    """Return the actions of the environment's own pilot: a few lines of geometry."""
     from gymnasium.envs.box2d.lunar_lander import heuristic
 
     return [int(heuristic(flight.env, flight.state)) for flight in flights]
 
 
-def film(flight: Flight, path: Path) -> None:
-    """Fly a finished flight's actions once more before a camera, and write an .mp4 (H.264).
+def write_video(flight: Flight, path: Path) -> None:
+    """Fly a finished flight's actions again and write an .mp4 (H.264) of the screen.
 
     The same seed and the same actions give the same game.
     """
@@ -93,13 +93,13 @@ def film(flight: Flight, path: Path) -> None:
         stream.width, stream.height = again.frame().size
         stream.pix_fmt = "yuv420p"
 
-        def shoot() -> None:
-            picture = again.frame()
-            ImageDraw.Draw(picture).text((16, 12), ACTIONS[again.actions[-1]], "white", font)
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        def add_frame() -> None:
+            image = again.frame()
+            ImageDraw.Draw(image).text((16, 12), ACTIONS[again.actions[-1]], "white", font)
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
 
         for action in flight.actions:
-            again.act(action, on_frame=shoot)
+            again.act(action, on_frame=add_frame)
         container.mux(stream.encode(None))
 
 

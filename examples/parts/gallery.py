@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Literal
 
-from multi_token.demo.pictures import render
+from multi_token.demo.images import render
 from multi_token.demo.things import Thing
 from parts.voices import Voice, record
 
@@ -36,7 +36,7 @@ class Gallery:
         self.numbers = numbers
 
     def speech(self, kind: Kind, voice: Voice) -> str:
-        """The path of a question, spoken."""
+        """Return the path of a spoken question."""
         text = self.numbers.choice(QUESTIONS[kind])
         name = f"speech/{voice.name}-{voice.rate}-{kind}-{QUESTIONS[kind].index(text)}.wav"
         path = self.folder / name
@@ -45,20 +45,22 @@ class Gallery:
             record(text, voice, path)
         return name
 
-    def picture(self, thing: Thing, colour: str, index: int) -> str:
-        """The path of a thing on a coloured ground; the same for the same three arguments."""
-        name = f"pictures/{thing.name}-{colour}-{index}.png"
+    def image(self, thing: Thing, colour: str, index: int) -> str:
+        """Return the path of a thing on a coloured ground; the same arguments give the same."""
+        name = f"images/{thing.name}-{colour}-{index}.png"
         path = self.folder / name
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            own = random.Random(name)
+            # The folder's old name stays in the seed, or the images would be others than those of
+            # the published results.
+            own = random.Random(f"pictures/{thing.name}-{colour}-{index}.png")
             shade = tuple(max(0, min(255, c + own.randint(-12, 12))) for c in COLOURS[colour])
-            picture = render(
+            image = render(
                 thing.character,
                 rotation=own.uniform(-25, 25),
                 scale=own.uniform(0.5, 0.8),
                 position=(own.random(), own.random()),
                 background=(shade[0], shade[1], shade[2]),
             )
-            picture.save(path)
+            image.save(path)
         return name

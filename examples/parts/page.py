@@ -57,7 +57,7 @@ def write_page(
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose first column names its rows."""
+    """Return a table whose first column names its rows."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in heads)
     body = "".join(
         f'<tr><th scope="row">{escape(str(row[0]))}</th>'
@@ -72,14 +72,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def loss_figure(losses: Sequence[tuple[int, float]]) -> str:
-    """(step, loss) pairs as a curve, on a logarithmic scale."""
+    """Return (step, loss) pairs as a curve, on a logarithmic scale."""
     return loss_figures({"Loss": losses})
 
 
 def loss_figures(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Name -> (step, loss) pairs: a curve each, on a logarithmic scale."""
+    """Return a curve for each name with its (step, loss) pairs, on a logarithmic scale."""
     figures = (
-        f"<figure><figcaption><b>{escape(name)}</b>Cross entropy at learned tokens, from "
+        f"<figure><figcaption><b>{escape(name)}</b>Cross entropy of supervised tokens, from "
         f"{points[0][1]:.3g} to {points[-1][1]:.3g} (log scale)</figcaption>"
         f"{chart(points, label='loss', log=True)}</figure>"
         for name, points in losses.items()
@@ -89,7 +89,7 @@ def loss_figures(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def video_figure(path: Path, caption: str) -> str:
-    """An .mp4 as a figure, within the page."""
+    """Return an .mp4 as a figure, within the page."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
         f"<figure><figcaption>{escape(caption)}</figcaption>"

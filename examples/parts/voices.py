@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from multi_token.demo.parts import INSTALL_EXAMPLES
 from multi_token.errors import MultiTokenError
+from parts import INSTALL_EXAMPLES
 
 SAMPLE_RATE = 22_050
 

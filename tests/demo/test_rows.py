@@ -6,16 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
-from multi_token.demo.rows import WHAT_IS_THIS, DemoData, DemoQuestion, build_rows, read_questions
-from multi_token.demo.things import CATEGORY_PHRASES, THINGS, Category, is_outside
+from multi_token.demo.rows import WHAT_IS_THIS, DemoData, DemoQuestion, Split, build_rows
+from multi_token.demo.things import CATEGORY_PHRASES, THINGS, is_outside
 from multi_token.errors import MultiTokenError
 
 NAMED = {thing.name: thing for thing in THINGS}
-PHRASED: dict[str, Category] = {phrase: category for category, phrase in CATEGORY_PHRASES.items()}
+PHRASED = {phrase: category for category, phrase in CATEGORY_PHRASES.items()}
 
 
 def build(out: Path, *, seed: int = 0, num_names: int = 16, system: str | None = None) -> DemoData:
@@ -28,7 +29,7 @@ def build(out: Path, *, seed: int = 0, num_names: int = 16, system: str | None =
         seed=seed,
         num_yes_no=64,
         num_categories=60,
-        num_two_pictures=60,
+        num_two_images=60,
         num_held_out_questions=24,
         num_held_out_things=12,
         system=system,
@@ -41,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
 
 
 def every_question(data: DemoData) -> list[DemoQuestion]:
-    return [q for path in sorted(data.folder.glob("*.jsonl")) for q in read_questions(path)]
+    return [q for split in get_args(Split) for q in data.questions(split)]
 
 
 def of_kind(questions: list[DemoQuestion], *kinds: str) -> list[DemoQuestion]:
@@ -57,42 +58,43 @@ def test_rows_have_the_original_shape(data: DemoData) -> None:
             assert row["messages"][0]["content"].count("<image>") == len(row["images"])
 
 
-def test_every_picture_of_a_row_is_there_and_has_the_size_of_the_encoder(data: DemoData) -> None:
-    for path in {p for q in every_question(data) for p in q.pictures}:
-        with Image.open(data.folder / path) as picture:
-            assert picture.size == (224, 224) and picture.mode == "RGB"
+def test_every_image_of_a_row_exists_and_has_the_size_of_the_encoder(data: DemoData) -> None:
+    for path in {p for q in every_question(data) for p in q.images}:
+        with Image.open(data.folder / path) as image:
+            assert image.size == (224, 224) and image.mode == "RGB"
 
 
 def test_naming_has_every_rendering_once_and_answers_with_the_bare_name(data: DemoData) -> None:
-    trained = read_questions(data.naming)
-    assert len(trained) == 16 * 3 == len({q.pictures for q in trained})
-    held_out = read_questions(data.held_out_naming)
+    trained = data.questions("naming")
+    assert len(trained) == 16 * 3 == len({q.images for q in trained})
+    held_out = data.questions("held_out_naming")
     assert len(held_out) == 16 * 2 and {q.text for q in held_out} == {WHAT_IS_THIS}
     assert all((q.answer,) == q.names for q in trained + held_out)
     assert "<image>\nWhat is this?" in {q.text for q in trained}
 
 
-def test_training_validation_and_held_out_share_no_picture(data: DemoData) -> None:
+def test_training_validation_and_held_out_share_no_image(data: DemoData) -> None:
     def bytes_of(questions: list[DemoQuestion]) -> set[bytes]:
-        paths = {path for q in questions for path in q.pictures}
+        paths = {path for q in questions for path in q.images}
         return {(data.folder / path).read_bytes() for path in paths}
 
-    trained = read_questions(data.naming) + read_questions(data.questions)
-    held_out = [q for p in data.folder.glob("held_out_*.jsonl") for q in read_questions(p)]
-    validation = read_questions(data.validation_naming)
+    trained = data.questions("naming") + data.questions("questions")
+    splits = [split for split in get_args(Split) if split.startswith("held_out_")]
+    held_out = [q for split in splits for q in data.questions(split)]
+    validation = data.questions("validation_naming")
     assert len(validation) == 16 * 2
     three = [bytes_of(trained), bytes_of(validation), bytes_of(held_out)]
     assert sum(map(len, three)) == len(set().union(*three))
 
 
-def test_training_sees_no_picture_of_a_held_out_thing(data: DemoData) -> None:
-    trained = read_questions(data.naming) + read_questions(data.questions)
+def test_training_sees_no_image_of_a_held_out_thing(data: DemoData) -> None:
+    trained = data.questions("naming") + data.questions("questions")
     assert {name for q in trained for name in q.names} == set(data.names)
     assert not set(data.names) & set(data.held_out_names) and len(data.held_out_names) == 12
 
 
 def test_yes_and_no_are_balanced_and_true(data: DemoData) -> None:
-    questions = of_kind(read_questions(data.questions), "yes_no")
+    questions = of_kind(data.questions("questions"), "yes_no")
     assert Counter(q.answer for q in questions) == {"yes": 32, "no": 32}
     asked: dict[str, Counter[str]] = {}
     for question in questions:
@@ -112,24 +114,24 @@ def test_category_questions_are_decidable_and_true(data: DemoData) -> None:
             assert question.answer == "no" and is_outside(shown, category)
 
 
-def test_two_picture_questions_have_exactly_one_answer_on_either_side(data: DemoData) -> None:
-    questions = of_kind(every_question(data), "two_pictures", "known_beside_unknown")
+def test_two_image_questions_have_exactly_one_answer_on_either_side(data: DemoData) -> None:
+    questions = of_kind(every_question(data), "two_images", "known_beside_unknown")
     for question in questions:
         category = PHRASED[question.text.split(" is ")[1].removesuffix("?")]
         fitting = [n for n in question.names if NAMED[n].category == category]
         assert fitting == [question.answer]
         assert all(is_outside(NAMED[n], category) for n in question.names if n not in fitting)
-    trained = of_kind(read_questions(data.questions), "two_pictures")
+    trained = of_kind(data.questions("questions"), "two_images")
     first = sum(q.names[0] == q.answer for q in trained)
     assert len(trained) == 60 and 24 <= first <= 36
 
 
-def test_questions_about_held_out_things_say_what_is_known(data: DemoData) -> None:
-    questions = read_questions(data.held_out_things)
+def test_questions_about_held_out_things_have_the_known_side_right(data: DemoData) -> None:
+    questions = data.questions("held_out_things")
     assert Counter(q.kind for q in questions) == {
         "naming": 24,
         "category": 24,
-        "two_pictures": 24,
+        "two_images": 24,
         "known_beside_unknown": 24,
     }
     for question in questions:
@@ -177,10 +179,10 @@ def test_an_unfinished_or_different_folder_is_built_again(
 
 def test_a_system_message_opens_every_row_when_given(tmp_path: Path) -> None:
     data = build(tmp_path, num_names=4, system="You see.")
-    rows = data.naming.read_text(encoding="utf-8").splitlines()
+    rows = data.file("naming").read_text(encoding="utf-8").splitlines()
     for row in map(json.loads, rows):
         assert row["messages"][0] == {"role": "system", "content": "You see."}
-    assert "<image>" in read_questions(data.naming)[0].text
+    assert "<image>" in data.questions("naming")[0].text
 
 
 def test_more_names_than_there_are_things_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PROMISED = {
     "held_out_accuracy",
     "closed_form_accuracy",
     "shuffled_accuracy",
-    "two_picture_accuracy",
+    "two_image_accuracy",
     "text_logits_identical",
     "train_seconds",
     "total_seconds",
@@ -40,7 +40,7 @@ def test_the_short_demo_writes_a_report_with_every_promised_number(tmp_path: Pat
     losses = [loss for _, loss in report["losses"]]
     assert losses[-1] < losses[0]
     for example in report["examples"]:
-        assert all((out / picture).is_file() for picture in example["pictures"])
+        assert all((out / image).is_file() for image in example["images"])
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and 'src="data:image/' in page
 

@@ -47,7 +47,7 @@ def test_a_model_that_looks_is_worse_with_the_images_of_others_and_with_none(
     model, _ = seeing
     report = blind(model, rows_of(model, data / "rows.jsonl"))
     assert report["original"].accuracy == 1.0
-    assert report["shuffled"].accuracy == 0.0, "a picture of another colour names that colour"
+    assert report["shuffled"].accuracy == 0.0, "an image of another colour names that colour"
     assert report["shuffled"].differs and report["shuffled"].loss > 1.0
     assert report["ablated"].accuracy <= 0.25 and report["ablated"].differs
     assert report.warnings == [] and report.num_left_out == 0
@@ -80,18 +80,18 @@ def test_exact_answers_are_those_that_greedy_decoding_writes(
 
 def test_each_turn_is_an_answer_of_its_own() -> None:
     shift_labels = torch.tensor([[-100, 3, 4, -100, 5], [1, 2, -100, -100, -100]])
-    learned = shift_labels[shift_labels != -100]
-    logits = torch.nn.functional.one_hot(learned, 6).float()
+    supervised = shift_labels[shift_labels != -100]
+    logits = torch.nn.functional.one_hot(supervised, 6).float()
     logits[1] = logits[1].flip(0)  # the second token of the first turn is another
     loss, accuracy = _by_row(logits, shift_labels, ["two turns", "one turn"])
     assert accuracy.tolist() == [0.5, 1.0]
-    known = torch.nn.functional.cross_entropy(logits[3:], learned[3:])
+    known = torch.nn.functional.cross_entropy(logits[3:], supervised[3:])
     assert loss[1] == pytest.approx(float(known))
     with pytest.raises(MultiTokenError, match="row silent: expected an answer"):
         _by_row(logits, torch.full((2, 5), -100), ["silent", "too"])
 
 
-def test_rows_exchange_items_of_one_sense_and_count_that_are_not_equal(
+def test_rows_exchange_items_of_one_modality_and_count_that_are_not_equal(
     model: Any, data: Path
 ) -> None:
     shown: dict[str, dict[str, Any]] = {
@@ -111,10 +111,10 @@ def test_rows_exchange_items_of_one_sense_and_count_that_are_not_equal(
     read = with_processor(rows, model, source=str(data / "rows.jsonl"), indices=range(len(rows)))
     exchanged = MediaShuffle(read, seed=0)
     red, both, one, two = (list(shown).index(n) for n in ("red", "both", "one", "two"))
-    assert exchanged.donors(red, ["image"]) == {0: (both, 1)}, "the only other picture"
+    assert exchanged.donors(red, ["image"]) == {0: (both, 1)}, "the only other image"
     assert exchanged.donors(one, ["vector"]) == {0: (two, 0)}, "the same vector is no other"
     assert exchanged.donors(both, ["vector"]) == {2: (two, 0)}
-    assert exchanged.donors(both, ["image"]) == {}, "nothing differs from its second picture"
+    assert exchanged.donors(both, ["image"]) == {}, "nothing differs from its second image"
     sample = exchanged.sample(red, ["image"])
     torch.testing.assert_close(
         sample.media[0].inputs, read[0][1].prepare(read[both][0].media[1]).inputs

@@ -13,7 +13,7 @@ pytest.importorskip("gymnasium", reason="the extra `examples` is not installed")
 pytest.importorskip("Box2D", reason="the extra `examples` is not installed")
 
 import av
-from parts.flights import ACTIONS, HOLD, Flight, film, fly, heuristic_pilot
+from parts.flights import ACTIONS, HOLD, Flight, fly, heuristic_pilot, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 PILOTS = {"random", "pilot", "perceptron", "state", "screenshot", "both"}
@@ -34,15 +34,15 @@ def test_the_same_seed_and_actions_are_the_same_game() -> None:
     assert again.done and again.total == first.total
 
 
-def test_a_film_shows_every_frame_of_a_flight(tmp_path: Path) -> None:
+def test_a_video_shows_every_frame_of_a_flight(tmp_path: Path) -> None:
     (flight,) = fly(lambda flights: [0] * len(flights), [0])
-    film(flight, tmp_path / "fall.mp4")
+    write_video(flight, tmp_path / "fall.mp4")
     num_frames = count_frames(tmp_path / "fall.mp4")
     assert HOLD * (len(flight.actions) - 1) < num_frames <= HOLD * len(flight.actions)
 
 
 @pytest.mark.slow
-def test_the_short_form_writes_a_report_and_a_film(tmp_path: Path) -> None:
+def test_the_short_form_writes_a_report_and_a_video(tmp_path: Path) -> None:
     out = tmp_path / "lander"
     command = [sys.executable, "examples/lander.py", "--quick", "--out", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

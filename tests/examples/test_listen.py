@@ -85,7 +85,7 @@ def test_the_short_form_writes_a_report_with_every_promised_number(
     assert report.keys() >= PROMISED
     assert report["losses"][-1][1] < report["losses"][0][1]
     assert report["whisper_word_error_rate"] < 0.7  # what is spoken can be understood
-    assert report["nearest_accuracy"] == 0.0  # a new sentence is nobody's nearest
+    assert report["nearest_accuracy"] == 0.0  # the nearest utterance never has a new sentence
     page = (out / "report.html").read_text()
     assert "data:audio/wav;base64," in page and "http://" not in page.replace(
         "http://www.w3.org", ""

@@ -31,10 +31,10 @@ def speaker(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-def test_held_out_rows_have_new_pictures_voices_and_combinations(world: Any) -> None:
+def test_held_out_rows_have_new_images_voices_and_combinations(world: Any) -> None:
     training, asked = world.training_rows(), world.questions()
-    pictures = {row["images"][0] for row in training}
-    assert pictures.isdisjoint(question.row["images"][0] for question in asked)
+    images = {row["images"][0] for row in training}
+    assert images.isdisjoint(question.row["images"][0] for question in asked)
     heard = {speaker(row) for row in training}
     assert heard.isdisjoint(speaker(question.row) for question in asked)
     for question in asked:
@@ -66,7 +66,7 @@ def test_the_short_form_writes_a_report_with_every_number(
     example.run(tmp_path, example.QUICK, seed=0, console=Console(quiet=True))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.keys() >= {
-        *("held_out_accuracy", "new_combination_accuracy", "other_picture_accuracy"),
+        *("held_out_accuracy", "new_combination_accuracy", "other_image_accuracy"),
         *("other_voice_accuracy", "most_frequent_answer_accuracy", "train_seconds"),
     }
     assert report["losses"][-1][1] < report["losses"][0][1]

@@ -22,12 +22,12 @@ QUESTIONS: dict[str, list[str]] = {
     "text alone": ["What is a fruit that you like?"],
     "never learned": ["What is this? ", "vector:two"],
 }
-"""Pieces of a question: text, or an item as `sense:name`."""
+"""Pieces of a question: text, or an item as `modality:name`."""
 
 
 def _item(piece: str) -> tuple[str, str] | None:
-    sense, colon, name = piece.partition(":")
-    return (sense, name) if colon and sense in ("image", "vector") else None
+    modality, colon, name = piece.partition(":")
+    return (modality, name) if colon and modality in ("image", "vector") else None
 
 
 def row_of(pieces: list[str], material: Path) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def row_of(pieces: list[str], material: Path) -> dict[str, Any]:
     items = [item for item in map(_item, pieces) if item is not None]
     text = "".join(f"<{item[0]}>" if (item := _item(piece)) else piece for piece in pieces)
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
-    if pictures := [str(material / f"{name}.png") for sense, name in items if sense == "image"]:
-        row["images"] = pictures
-    if vectors := [VECTORS[name] for sense, name in items if sense == "vector"]:
+    if images := [str(material / f"{name}.png") for kind, name in items if kind == "image"]:
+        row["images"] = images
+    if vectors := [VECTORS[name] for kind, name in items if kind == "vector"]:
         row["vector"] = vectors if len(vectors) > 1 else vectors[0]
     return row
 
@@ -52,14 +52,14 @@ def messages_of(pieces: list[str], material: Path) -> list[dict[str, Any]]:
             case "image", name:
                 url = data_url((material / f"{name}.png").read_bytes())
                 parts.append({"type": "image_url", "image_url": {"url": url}})
-            case sense, name:
+            case modality, name:
                 data = b64(npy(*VECTORS[name]))
-                parts.append({"type": "media", "modality": sense, "data": data})
+                parts.append({"type": "media", "modality": modality, "data": data})
     return [{"role": "user", "content": parts}]
 
 
 class _Ids:
-    """A streamer of transformers that keeps the ids which it is told."""
+    """Streamer of transformers that keeps all ids."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -154,12 +154,12 @@ def served_answers(url: str, material: Path) -> dict[str, dict[str, Any]]:
         }
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
-        answers[name] = _told(answer.json())
+        answers[name] = _summary(answer.json())
     return answers
 
 
-def _told(answer: dict[str, Any]) -> dict[str, Any]:
-    """Of an answer over HTTP: text, lengths, and by how much each token was the likeliest."""
+def _summary(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return text and lengths of an answer, and the smallest margin of a chosen token."""
     (choice,) = answer["choices"]
     steps = choice["logprobs"]["content"]
     margins = []

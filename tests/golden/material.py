@@ -12,7 +12,7 @@ COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 180, 60)}
 VECTORS = {"one": [1.0, -1.0, 0.5, 2.0, 0.0], "two": [-2.0, 0.3, 1.5, -0.7, 1.0]}
 
 
-def asked(text: str, answer: str, *pictures: str, vector: str | None = None) -> dict[str, Any]:
+def asked(text: str, answer: str, *images: str, vector: str | None = None) -> dict[str, Any]:
     """A row with slots in its text."""
     row: dict[str, Any] = {
         "messages": [
@@ -20,8 +20,8 @@ def asked(text: str, answer: str, *pictures: str, vector: str | None = None) -> 
             {"role": "assistant", "content": answer},
         ]
     }
-    if pictures:
-        row["images"] = [f"{name}.png" for name in pictures]
+    if images:
+        row["images"] = [f"{name}.png" for name in images]
     if vector is not None:
         row["vector"] = VECTORS[vector]
     return row
@@ -45,7 +45,7 @@ NAMING = [
 ]
 """Two modalities, several items and text alone, of several lengths."""
 
-ONE_PICTURE = [
+ONE_IMAGE = [
     asked(f"Here is <image>. {text}", answer, name)
     for name in ("red", "blue")
     for text, answer in (("Is it red?", "yes or no"), ("What is it?", name), ("Is it one?", "no"))
@@ -59,7 +59,7 @@ MEDIA_TEXTS = [
     }
     for number, name in enumerate(COLOURS)
 ]
-"""Rows whose images have a text that says the same."""
+"""Rows whose images have a media text."""
 
 PAIRS = [
     preferred("What is this? <image>", "red", "blue", images=["red.png"]),
@@ -70,7 +70,7 @@ PAIRS = [
 ]
 """Rows with two answers, one of which is preferred."""
 
-ROWS = {"naming": NAMING, "one_picture": ONE_PICTURE, "media_texts": MEDIA_TEXTS, "pairs": PAIRS}
+ROWS = {"naming": NAMING, "one_image": ONE_IMAGE, "media_texts": MEDIA_TEXTS, "pairs": PAIRS}
 
 
 def build(folder: Path) -> None:

@@ -75,7 +75,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed": (PROJECTORS, {"packing": True}),
     "packed_shared_media": (
         ADAPTER,
-        {"rows": "one_picture", "packing": {"share": True}},
+        {"rows": "one_image", "packing": {"share": True}},
     ),
     "adapter": (
         ADAPTER,
@@ -100,7 +100,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"args": {"max_steps": 60, "per_device_train_batch_size": 8, "logging_steps": 20}},
     ),
 }
-"""Name -> what learns, and what else is not as by default. `taught` is the one that is asked."""
+"""Name -> `learn` of the stage, and other lines of the recipe. Questions are put to `taught`."""
 
 LOSSES = [name for name in RUNS if name not in ("two_processes", "taught")]
 """Runs of one process whose losses are recorded."""

@@ -28,7 +28,7 @@ _OPERATORS: list[tuple[type, Callable[[Any], Any]]] = [
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the line it stands in, and what is written there instead."""
+    """One change: the line that it is in, and the code in its place."""
 
     module: str
     number: int
@@ -81,7 +81,7 @@ class _Finder(cst.CSTVisitor):
         return True
 
     def _is_raised(self, node: cst.CSTNode) -> bool:
-        """Whether a text is the message of an error."""
+        """Return True if a text is the message of an error."""
         at: cst.CSTNode | None = node
         while at is not None and not isinstance(at, (cst.Raise, cst.BaseCompoundStatement)):
             at = self.get_metadata(ParentNodeProvider, at, None)
@@ -89,7 +89,7 @@ class _Finder(cst.CSTVisitor):
 
 
 def _changes(node: cst.CSTNode) -> Iterator[tuple[cst.CSTNode, str]]:
-    """What may stand instead of a node, with words for it where the code would be too long."""
+    """Yield replacements of a node, with words for those whose code would be too long."""
     for kind, operator in _OPERATORS:
         if isinstance(node, kind):
             yield from ((new, "") for new in operator(node))

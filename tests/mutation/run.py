@@ -1,9 +1,9 @@
 """`make mutate`: does a test notice when one thing in the code is changed?
 
 Each mutant is written into a copy of the repository, and the tests that guard its file are run on
-it in a forked process, which finds torch and the like already loaded. What has been tried is kept
-in `runs/mutation.jsonl`: a run that was interrupted goes on, and a mutant that lived is tried again
-when its tests have changed.
+it in a forked process, which finds torch and the like already loaded. Outcomes are kept
+in `runs/mutation.jsonl`: an interrupted run continues, and a mutant that lived is tried again when
+its tests have changed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.mutation.mutants import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parent.parent.parent
 TARGETS = Path(__file__).with_name("targets.yaml")
 RESULTS = ROOT / "runs" / "mutation.jsonl"
-# A plugin of pytest that is loaded before pytest could rewrite it is a warning; ours are loaded so.
+# Plugins of pytest that are loaded before pytest can rewrite them cause a warning; ours are.
 ARGS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
 ARGS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 NOT_PRELOADED = ("multi_token", "tests", "conftest", "_pytest", "pytest", "__main__", "__mp_main__")
@@ -44,7 +44,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def copied(folder: Path) -> None:
-    """What belongs to the repository, copied into a folder."""
+    """Copy the files of the repository into a folder."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -53,16 +53,16 @@ def copied(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def tried(tests: list[str], folder: Path, limit_s: float, told: Path | None = None) -> str:
-    """`passed`, `failed` or `late`: the tests, run by a fork of this process.
+def tried(tests: list[str], folder: Path, limit_s: float, loaded: Path | None = None) -> str:
+    """Run the tests in a fork of this process; return `passed`, `failed` or `late`.
 
-    `told`: a file for the names of the modules that they have loaded, to load them once here.
+    `loaded`: a file for the names of the modules that the tests loaded, to load them once here.
     """
     pid = os.fork()
     if pid == 0:
         status = 3
         try:
-            status = _run_tests(tests, folder, told)
+            status = _run_tests(tests, folder, loaded)
         finally:
             os._exit(status)
     end = time.monotonic() + limit_s
@@ -77,16 +77,16 @@ def tried(tests: list[str], folder: Path, limit_s: float, told: Path | None = No
     return "late"
 
 
-def _run_tests(tests: list[str], folder: Path, told: Path | None) -> int:
-    os.setsid()  # so that processes which a broken test leaves behind can be ended with it
+def _run_tests(tests: list[str], folder: Path, loaded: Path | None) -> int:
+    os.setsid()  # so that processes that a broken test leaves running are ended with it
     quiet = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     for name in [n for n in sys.modules if n.split(".")[0] == "tests"]:
         del sys.modules[name]
     status = int(pytest.main([*ARGS, f"--basetemp={folder / 'temporary'}", *tests]))
-    if told is not None:
-        told.write_text("\n".join(sys.modules))
+    if loaded is not None:
+        loaded.write_text("\n".join(sys.modules))
     return status
 
 
@@ -95,9 +95,9 @@ def _end_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def preload(told: Path) -> None:
+def preload(loaded: Path) -> None:
     """Load here what the tests load, our own code left out: forks then begin with it."""
-    for name in told.read_text().splitlines():
+    for name in loaded.read_text().splitlines():
         if name not in sys.modules and not name.startswith(NOT_PRELOADED):
             with contextlib.suppress(Exception):  # parts that cannot be imported by their names
                 importlib.import_module(name)
@@ -108,7 +108,7 @@ def digest(*paths: Path) -> str:
 
 
 class Results:
-    """What is known of each mutant, one line of JSON each, the last one of a key counts."""
+    """Known outcomes of mutants: one line of JSON each, the last one of a key counts."""
 
     def __init__(self) -> None:
         RESULTS.parent.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ class Results:
 def outcomes(
     module: str, tests: list[str], number: int, folder: Path, results: Results
 ) -> Iterator[tuple[Mutant, str]]:
-    """The drawn mutants of one file, and what became of each."""
+    """Yield the drawn mutants of one file, each with its outcome."""
     path = folder / module
     source = path.read_text(encoding="utf-8")
     names = [test.partition("::")[0] for test in tests]
@@ -154,15 +154,15 @@ def outcomes(
 
 
 def _limit_s(module: str, tests: list[str], folder: Path) -> float:
-    """How long the tests may take on a mutant, from how long they take on the code as it is."""
-    told = folder / "loaded.txt"
+    """Return the time limit of the tests on a mutant, from their time on the unchanged code."""
+    loaded = folder / "loaded.txt"
     for _ in range(2):  # the second time with everything loaded
         start = time.monotonic()
-        if tried(tests, folder, 600, told) != "passed":
+        if tried(tests, folder, 600, loaded) != "passed":
             console.print((folder / "output.txt").read_text()[-3000:], markup=False)
-            raise SystemExit(f"the tests of {module} fail on the code as it is")
+            raise SystemExit(f"the tests of {module} fail on the unchanged code")
         seconds = time.monotonic() - start
-        preload(told)
+        preload(loaded)
     console.print(f"{module}: its tests take {seconds:.1f} s", style="dim")
     return 10 + 4 * seconds
 

@@ -331,7 +331,7 @@ def test_the_demos_own_images_are_named(browser: Any) -> None:
         page.wait_for_selector("#modalities li")
         answers = []
         for name in names:
-            picture = (run / "data" / "pictures" / name / "held_out_000.png").read_bytes()
+            picture = (run / "data" / "images" / name / "held_out_000.png").read_bytes()
             drop(page, ("what.png", "image/png", picture))
             page.wait_for_selector("#waiting img")
             answers.append(ask(page, "What is this?").strip())

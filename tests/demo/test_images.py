@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from multi_token.demo.pictures import render, rendering
+from multi_token.demo.images import render, rendering
 from multi_token.demo.things import CATEGORY_PHRASES, THINGS, Thing, is_outside, things
 from multi_token.errors import MultiTokenError
 
@@ -16,8 +16,8 @@ NAMED = {thing.name: thing for thing in THINGS}
 WHITE = (255, 255, 255)
 
 
-def drawn_box(picture: Image.Image) -> tuple[int, int, int, int] | None:
-    return ImageChops.difference(picture, Image.new("RGB", picture.size, WHITE)).getbbox()
+def drawn_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    return ImageChops.difference(image, Image.new("RGB", image.size, WHITE)).getbbox()
 
 
 def test_names_are_single_lower_case_words_and_nothing_is_listed_twice() -> None:
@@ -28,20 +28,20 @@ def test_names_are_single_lower_case_words_and_nothing_is_listed_twice() -> None
 def test_there_are_enough_things_of_each_kind() -> None:
     counts = Counter(thing.category for thing in THINGS)
     assert len(THINGS) >= 160 and counts["animal"] >= 40 and counts["fruit"] >= 12
-    # the first hundred are trained, the next twenty held out: both must allow every question
+    # The first hundred are trained, the next twenty held out: both must allow every question
     assert all(any(t.category == c for t in THINGS[:100]) for c in CATEGORY_PHRASES)
     assert len({t.category for t in THINGS[100:120]} & set(CATEGORY_PHRASES)) >= 5
 
 
-def test_every_thing_draws_a_picture_of_its_own() -> None:
-    pictures = {thing.name: render(thing.character, size=64) for thing in THINGS}
-    assert [name for name, picture in pictures.items() if drawn_box(picture) is None] == []
+def test_every_thing_draws_an_image_of_its_own() -> None:
+    images = {thing.name: render(thing.character, size=64) for thing in THINGS}
+    assert [name for name, image in images.items() if drawn_box(image) is None] == []
     missing = render("\U0010fffd", size=64).tobytes()  # what the font draws for unknown ones
-    seen = Counter(picture.tobytes() for picture in pictures.values())
+    seen = Counter(image.tobytes() for image in images.values())
     assert missing not in seen and max(seen.values()) == 1
 
 
-def test_pictures_have_colour() -> None:
+def test_images_have_colour() -> None:
     red, green, blue = np.asarray(render(NAMED["strawberry"].character)).reshape(-1, 3).T
     assert np.mean((red > 180) & (green < 120) & (blue < 120)) > 0.1
 
@@ -51,10 +51,10 @@ def test_pictures_have_colour() -> None:
 def test_a_drawing_is_wholly_inside_and_as_large_as_asked(
     position: tuple[float, float], rotation: float
 ) -> None:
-    # a ladder is long and thin: the shape that would be cut first
-    picture = render(NAMED["ladder"].character, scale=0.6, rotation=rotation, position=position)
-    box = drawn_box(picture)
-    assert picture.size == (224, 224) and picture.mode == "RGB" and box is not None
+    # A ladder is long and thin: the shape that would be cut first
+    image = render(NAMED["ladder"].character, scale=0.6, rotation=rotation, position=position)
+    box = drawn_box(image)
+    assert image.size == (224, 224) and image.mode == "RGB" and box is not None
     left, top, right, bottom = box
     assert max(right - left, bottom - top) == pytest.approx(0.6 * 224, abs=2)
     if position == (0.0, 0.0):
@@ -65,11 +65,11 @@ def test_a_drawing_is_wholly_inside_and_as_large_as_asked(
 
 def test_a_rendering_depends_on_thing_number_and_seed_alone() -> None:
     dog, cat = NAMED["dog"], NAMED["cat"]
-    picture = rendering(dog, 3, seed=0).tobytes()
-    assert picture == rendering(dog, 3, seed=0).tobytes()
-    assert picture != rendering(dog, 4, seed=0).tobytes()
-    assert picture != rendering(dog, 3, seed=1).tobytes()
-    assert picture != rendering(cat, 3, seed=0).tobytes()
+    image = rendering(dog, 3, seed=0).tobytes()
+    assert image == rendering(dog, 3, seed=0).tobytes()
+    assert image != rendering(dog, 4, seed=0).tobytes()
+    assert image != rendering(dog, 3, seed=1).tobytes()
+    assert image != rendering(cat, 3, seed=0).tobytes()
 
 
 def test_an_unknown_character_is_refused_when_it_draws_nothing() -> None:
@@ -78,7 +78,7 @@ def test_an_unknown_character_is_refused_when_it_draws_nothing() -> None:
 
 
 def test_too_many_names_are_refused() -> None:
-    with pytest.raises(MultiTokenError, match=f"2 to {len(THINGS)} names, not 1000"):
+    with pytest.raises(MultiTokenError, match=f"2 to {len(THINGS)} names, got 1000"):
         things(1000)
 
 
@@ -97,7 +97,7 @@ def test_a_name_is_asked_for_as_english_does(name: str, phrase: str) -> None:
     assert NAMED[name].phrase == phrase
 
 
-def test_a_doubtful_picture_is_never_the_wrong_one() -> None:
+def test_a_doubtful_image_is_never_the_wrong_one() -> None:
     tomato = Thing("tomato", "🍅", "vegetable")
     assert not is_outside(tomato, "fruit")
     assert is_outside(tomato, "animal")

@@ -1,7 +1,7 @@
 """An English Whisper in CTranslate2's format becomes an ordinary transformers folder.
 
-The format is that of `ctranslate2/specs/model_spec.py`: little-endian, strings with a zero at their
-end behind a 16-bit length, then named arrays, then aliases.
+The format is that of `ctranslate2/specs/model_spec.py`: little-endian; a string is a 16-bit length,
+its characters and a zero. A header comes first, then named arrays, then aliases.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _UNUSED_VARIABLES = (
     "decoder/alibi_use_positive_positions",
     "decoder/scale_alibi",
 )
-"""Which heads tell the time of words, and how a bias would be that Whisper does not have."""
+"""Variables of word times, which are not converted, and of a bias that Whisper does not have."""
 _TIED = {"decoder/projection/weight": "decoder/embeddings/weight"}
 
 
 def convert(model_bin: Path, out: Path) -> None:
     """Write `model_bin`, with the json files beside it, to `out` as a transformers folder.
 
-    The weights come out in float32, to the bit what they are in the file. Raises ConvertError for
-    a file that is cut off or damaged, is no Whisper of English alone, is quantized to integers, or
-    has a variable that is not known.
+    The weights become float32 and keep their values to the bit. Raises ConvertError for a file that
+    is cut off or damaged, is no English-only Whisper, is quantized to integers, or has an unknown
+    variable.
     """
     source = _Variables(model_bin)
     config = _config(source)
@@ -79,7 +79,7 @@ def convert(model_bin: Path, out: Path) -> None:
 
 
 class _Variables:
-    """The named arrays of a file; each is taken once, and what is left over is refused."""
+    """Named arrays of a file: each is taken once, and arrays left over are refused."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,8 +113,8 @@ class _Variables:
             raise ConvertError(f"{self.path}: {name} has shape {shape}, expected {rank} sizes")
         return shape
 
-    def num_layers(self, room: str) -> int:
-        names = {name.split("/")[1] for name in self.arrays if name.startswith(f"{room}/layer_")}
+    def num_layers(self, side: str) -> int:
+        names = {name.split("/")[1] for name in self.arrays if name.startswith(f"{side}/layer_")}
         return len(names - {"layer_norm"})
 
     def check_all_taken(self) -> None:
@@ -125,7 +125,7 @@ class _Variables:
 
 
 class _ByteReader:
-    """The bytes of a file from first to last, never past their end."""
+    """Reads the bytes of a file in order, never past their end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,16 +133,16 @@ class _ByteReader:
             self.data = path.read_bytes()
         except OSError as error:
             raise ConvertError(f"{path} cannot be read: {error.strerror}") from None
-        self.place = 0
+        self.position = 0
 
     def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.place:
+        if size > len(self.data) - self.position:
             raise ConvertError(
                 f"{self.path} is cut off: it ends at byte {len(self.data)}, and {size} more are "
-                f"announced at byte {self.place}"
+                f"announced at byte {self.position}"
             )
-        self.place += size
-        return self.data[self.place - size : self.place]
+        self.position += size
+        return self.data[self.position - size : self.position]
 
     def number(self, code: str) -> int:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
@@ -155,10 +155,10 @@ class _ByteReader:
 
 
 def _read_variables(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
-    """The file's arrays by name, and its aliases."""
+    """Return the file's arrays by name, and its aliases."""
     source = _ByteReader(path)
     version = source.number("I")
-    # in another version nothing behind this number need be where it is in this one
+    # Another version may have any layout after this number.
     header = (version, source.string(), source.number("I")) if version == _HEADER[0] else (version,)
     if header != _HEADER:
         raise ConvertError(
@@ -171,8 +171,8 @@ def _read_variables(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[s
             raise ConvertError(f"{path} is damaged: it has the variable {name} twice")
         arrays[name] = _array(source, name)
     aliases = {source.string(): source.string() for _ in range(source.number("I"))}
-    if source.place != len(source.data):
-        raise ConvertError(f"{path} is damaged: data at byte {source.place}, behind its end")
+    if source.position != len(source.data):
+        raise ConvertError(f"{path} is damaged: data at byte {source.position}, after its end")
     return arrays, aliases
 
 
@@ -211,10 +211,10 @@ def _config(source: _Variables) -> WhisperConfig:
             f"has {_ENGLISH_VOCABULARY}"
         )
     sizes: dict[str, Any] = {}
-    for room in ("encoder", "decoder"):
-        sizes[f"{room}_layers"] = source.num_layers(room)
-        sizes[f"{room}_attention_heads"] = source.setting(f"{room}/num_heads")
-        sizes[f"{room}_ffn_dim"] = source.shape(f"{room}/layer_0/ffn/linear_0/weight", 2)[0]
+    for side in ("encoder", "decoder"):
+        sizes[f"{side}_layers"] = source.num_layers(side)
+        sizes[f"{side}_attention_heads"] = source.setting(f"{side}/num_heads")
+        sizes[f"{side}_ffn_dim"] = source.shape(f"{side}/layer_0/ffn/linear_0/weight", 2)[0]
     return WhisperConfig(
         vocab_size=num_tokens,
         d_model=width,
@@ -230,7 +230,7 @@ def _config(source: _Variables) -> WhisperConfig:
 
 
 def _generation_config(path: Path) -> GenerationConfig:
-    """Which tokens are never written, and those that open a transcript without times."""
+    """Return Whisper's suppressed tokens, and those that open a transcript without times."""
     keys = ("suppress_ids", "suppress_ids_begin", "alignment_heads")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -260,20 +260,20 @@ def _tokenizer(path: Path) -> WhisperTokenizer:
 
 
 def _rename_weights(source: _Variables, config: WhisperConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its name in transformers' WhisperModel."""
+    """Yield every weight under its name in transformers' WhisperModel."""
     for conv in ("conv1", "conv2"):
         for kind in ("weight", "bias"):
             yield f"encoder.{conv}.{kind}", source.weight(f"encoder/{conv}/{kind}")
     yield "decoder.embed_tokens.weight", source.weight("decoder/embeddings/weight")
     num_layers = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
-    for room in num_layers:
-        positions = source.weight(f"{room}/position_encodings/encodings")
-        yield f"{room}.embed_positions.weight", positions
-        yield from _layer_norm(source, f"{room}.layer_norm", f"{room}/layer_norm")
-        for i in range(num_layers[room]):
-            new, old = f"{room}.layers.{i}", f"{room}/layer_{i}"
+    for side in num_layers:
+        positions = source.weight(f"{side}/position_encodings/encodings")
+        yield f"{side}.embed_positions.weight", positions
+        yield from _layer_norm(source, f"{side}.layer_norm", f"{side}/layer_norm")
+        for i in range(num_layers[side]):
+            new, old = f"{side}.layers.{i}", f"{side}/layer_{i}"
             yield from _attention(source, f"{new}.self_attn", f"{old}/self_attention", "qkv")
-            if room == "decoder":
+            if side == "decoder":
                 yield from _attention(source, f"{new}.encoder_attn", f"{old}/attention", "q", "kv")
             yield from _layer_norm(source, f"{new}.final_layer_norm", f"{old}/ffn/layer_norm")
             for kind in ("weight", "bias"):
@@ -289,7 +289,7 @@ def _layer_norm(source: _Variables, new: str, old: str) -> Iterator[tuple[str, T
 def _attention(
     source: _Variables, new: str, old: str, *joined: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Its norm and projections; `joined`: which of q, k and v stand in one map each."""
+    """Yield the norm and projections; `joined`: groups of q, k and v that share one map each."""
     yield from _layer_norm(source, f"{new}_layer_norm", f"{old}/layer_norm")
     for i, letters in enumerate(joined):
         for kind in ("weight", "bias"):

@@ -1,4 +1,4 @@
-"""The converted Whisper is CTranslate2's own network; a file that is not whole is refused."""
+"""examples/parts/whisper.py: the same network as CTranslate2's; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts.whisper import convert
 
-from multi_token.convert.ctranslate2_whisper import convert
 from multi_token.errors import ConvertError
 
 ctranslate2: Any = pytest.importorskip("ctranslate2")
@@ -123,8 +123,8 @@ def test_a_file_that_is_cut_off_is_refused(damaged: Any, tmp_path: Path, size: i
     assert not (tmp_path / "out").exists()
 
 
-def test_data_behind_the_end_is_refused(damaged: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="behind its end"):
+def test_data_after_the_end_is_refused(damaged: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="after its end"):
         convert(damaged(lambda raw: raw + b"\0"), tmp_path / "out")
 
 
