@@ -1,4 +1,4 @@
-"""LLaVA becomes a run of ours: LLaVA-1.5 and LLaVA-NeXT as transformers keeps them."""
+"""Imports LLaVA-1.5 and LLaVA-NeXT in transformers' format."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def is_llava(source: Path) -> bool:
 def import_llava(
     source: Path, out: Path, *, language_model: str | None = None, encoder: str | None = None
 ) -> None:
-    """Write the run `out` (checkpoint/load.py) with the weights of `source`.
+    """Write the run `out` with the weights of `source`.
 
-    In transformers' format `source` holds the language model and the vision tower too: they are
+    In transformers' format, `source` holds the language model and the vision tower too: they are
     copied to `out`/language_model and `out`/encoders/image. LLaVA's own folders only name them;
-    `language_model` and `encoder` say where they are if those names cannot be loaded.
+    `language_model` and `encoder` replace names that cannot be loaded.
 
     Nothing is written unless everything fits. Raises ConvertError, which names every tensor and
-    setting that has no place in a run.
+    setting that a run cannot hold, or CheckpointError for tensors that do not fit.
     """
     fields = read_json(source / "config.json")
     if not (_is_transformers(fields) or is_legacy(fields)):
@@ -52,7 +52,8 @@ def import_llava(
             import_legacy(source, fields, partial, language_model=language_model, encoder=encoder)
         elif language_model is not None or encoder is not None:
             raise ConvertError(
-                f"{source} holds its language model and its vision tower, so none can be named"
+                f"{source} holds its language model and its vision tower; leave out "
+                "--language-model and --encoder"
             )
         else:
             _import_transformers(source, fields, partial)
@@ -90,7 +91,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     found = dict(model.model.multi_modal_projector.state_dict())
     tensors = {f"network.{i}.weight": found[f"linear_{n}.weight"] for n, i in ((1, 0), (2, 2))}
     tensors |= {
-        # one without biases is one whose biases are zero
+        # `multimodal_projector_bias: false`: zeros compute the same
         f"network.{i}.bias": found.get(f"linear_{n}.bias", torch.zeros(projector.out_dim))
         for n, i in ((1, 0), (2, 2))
     }
@@ -98,11 +99,11 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
         tensors["line_break"] = model.model.image_newline
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
     projector.load_state_dict(tensors)
-    save(run, out)  # it writes `./language_model` and `./encoders/image`, which lie in `out`
+    save(run, out)
 
 
 def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
-    """The model with every tensor accounted for, and its processor."""
+    """The model, all of whose tensors the folder holds, and its processor."""
     import transformers as hf
 
     name = "LlavaNext" if is_next else "Llava"
@@ -134,7 +135,7 @@ def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
 
 
 def _text_model(model: Any) -> Any:
-    """The language model alone, of the very modules that LLaVA holds."""
+    """The language model alone, around the modules of LLaVA."""
     from transformers import AutoModelForCausalLM
 
     config = model.config.get_text_config()
@@ -154,7 +155,7 @@ def _text_model(model: Any) -> Any:
 
 
 def _without_tiles(processor: Any) -> Any:
-    """NeXT's image processor cuts tiles; the one that makes the image of a single tile."""
+    """The image processor of a single tile, from NeXT's, which cuts tiles."""
     if not hasattr(processor, "image_grid_pinpoints"):
         return processor
     from transformers import CLIPImageProcessorPil
@@ -188,9 +189,10 @@ def _spec(config: Any, image_processor: Any, out: Path) -> Any:
 
 
 def _feature_selection(fields: Mapping[str, Any], strategy: str) -> str:
-    """LLaVA's `default` leaves out the first feature, whatever it is; ours leaves out the CLS."""
+    """Our `features` for LLaVA's strategy."""
     from multi_token.modalities.image import ImageModality
 
+    # LLaVA's `default` drops the first feature, whatever it is; ours drops prefix tokens alone
     prefix = num_prefix_tokens(ImageModality.model_validate(fields))
     if strategy == "full":
         return "all" if prefix else "patches"
@@ -198,7 +200,7 @@ def _feature_selection(fields: Mapping[str, Any], strategy: str) -> str:
         raise ConvertError(
             "`vision_feature_select_strategy: default` leaves out the first feature, but this "
             f"vision tower has {prefix} tokens before its patches: a patch would be lost or a "
-            "token left, and a recipe cannot say that"
+            "token left, which no setting of a recipe does"
         )
     return "patches"
 

@@ -1,4 +1,4 @@
-"""LLaVA's own folders become a run: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`."""
+"""Imports LLaVA's own folders: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def import_legacy(
         )
     except (MultiTokenError, OSError, ValueError) as error:
         raise ConvertError(
-            f"{source} cannot become a run: {str(error).splitlines()[0]}. Where its parts are is "
-            "said by --language-model and --encoder"
+            f"{source} cannot become a run: {str(error).splitlines()[0]}. Name its parts with "
+            "--language-model and --encoder"
         ) from error
     projector = run.projector(IMAGE)
     if line_break is not None:
@@ -102,7 +102,7 @@ def _to_our_names(
         else:
             left.append(f"{name} {tuple(tensor.shape)}")
     if left:
-        raise ConvertError(f"{source} holds what a run has no place for: {', '.join(sorted(left))}")
+        raise ConvertError(f"{source} holds tensors that a run does not: {', '.join(sorted(left))}")
     return tensors, line_break
 
 
@@ -120,13 +120,13 @@ def _modality(
     if select not in _FEATURES:
         faults.append(f"`mm_vision_select_feature` {select!r}")
     if fields.get("mm_use_im_start_end"):
-        faults.append("`mm_use_im_start_end`: tokens of its own around a picture")
+        faults.append("`mm_use_im_start_end`: tokens of its own around an image")
     if aspect not in ("square", "pad", "anyres"):
         faults.append(f"`image_aspect_ratio` {aspect!r}")
     if aspect == "anyres" and fields.get("mm_patch_merge_type", "flat") != "spatial_unpad":
         faults.append("`image_aspect_ratio: anyres` without `mm_patch_merge_type: spatial_unpad`")
     if faults:
-        raise ConvertError(f"this LLaVA cannot be said in a recipe: {'; '.join(faults)}")
+        raise ConvertError(f"a recipe has no such settings as this LLaVA: {'; '.join(faults)}")
     projector: dict[str, Any] = {"type": "linear", "standardize": False}
     if perceptron is not None:
         projector |= {"type": "mlp", "num_layers": int(perceptron[1])}
@@ -159,7 +159,7 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
         side, _ = tile_shape(modality["encoder"], None, modality["layer"])
     except (OSError, ValueError) as error:
         raise ConvertError(
-            f"no vision encoder could be loaded from {modality['encoder']!r}; say where it is with "
+            f"no vision encoder could be loaded from {modality['encoder']!r}; name it with "
             f"--encoder: {str(error).splitlines()[0]}"
         ) from None
     wrong = [size for size in sizes if size[0] % side or size[1] % side]

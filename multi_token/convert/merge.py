@@ -1,4 +1,4 @@
-"""The adapter becomes part of the language model, whatever precision its base is kept in."""
+"""Merges the adapter into the language model, and dequantizes its base."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from multi_token.model import MultiTokenForConditionalGeneration
 
 
 def merge(model: MultiTokenForConditionalGeneration) -> None:
-    """Fold LoRA into the language model and make its weights plain numbers again.
+    """Merge LoRA into the language model, with floating-point weights.
 
-    A quantized base is dequantized first, and the adapter is merged into the result: merging into
-    quantized weights would round the sum a second time.
-
-    Raises ConvertError where a quantization cannot be undone.
+    Raises ConvertError for a quantization that cannot be undone.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -28,6 +25,7 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
         if not _is_quantized(language_model):
             model.language_model = language_model.merge_and_unload()
         else:
+            # merged after dequantization: into quantized weights, the sum would be rounded again
             adapter = (config, get_peft_model_state_dict(language_model))
             model.language_model = language_model.unload()
     if _is_quantized(model.language_model):
@@ -61,8 +59,8 @@ def _dequantize(language_model: Any) -> Any:
         method = getattr(language_model.config.quantization_config, "quant_method", "some method")
         raise ConvertError(
             f"the language model is quantized ({getattr(method, 'value', method)}) and cannot be "
-            f"made plain again: {str(error).partition(chr(10))[0]}; export the run on the language "
-            "model as it was before that (--language-model NAME)"
+            f"dequantized: {str(error).partition(chr(10))[0]}; export the run on the language "
+            "model before its quantization (--language-model NAME)"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The model card of a run: what it modalities, how to ask, data, recipe, hardware, evaluation."""
+"""The model card of a run: modalities, usage, data, recipe, hardware, evaluation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
         GENERATED_MARK,
         f"# {name.partition('/')[2] or name}",
         _claim_section(fields),
-        "## What it senses",
+        "## Modalities",
         _modalities_section(model["modalities"]),
         "## How to ask",
         _usage_section(name, model["modalities"]),
@@ -105,7 +105,7 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
 
 
 def _base_model_relation(fields: Mapping[str, Any]) -> str | None:
-    """In the hub's words."""
+    """Relation to the base model, as the hub names it."""
     if fields.get("base_identity"):
         return "finetune"
     return "adapter" if fields["adapter"] else None
@@ -115,17 +115,17 @@ def _claim_section(fields: Mapping[str, Any]) -> str:
     model = fields["model"]
     base = fields.get("base_model") or model["language_model"]
     names = ", ".join(f"`<{name}>`" for name in model["modalities"])
-    known = "a language model that lies in this repository" if _is_inside(base) else f"`{base}`"
+    known = "a language model in this repository" if _is_inside(base) else f"`{base}`"
     parts = [
         "projectors",
-        *(["the language model, all of it trained"] if fields.get("base_identity") else []),
+        *(["the fully trained language model"] if fields.get("base_identity") else []),
         *(["a LoRA adapter"] if fields["adapter"] else []),
     ]
-    learned = " and ".join(parts)
+    trained = " and ".join(parts)
     return (
-        f"{known[0].upper()}{known[1:]} with senses: {names}. This repository holds {learned}, "
-        f"made with multi_token {fields['multi_token_version']}; frozen parts are named by it "
-        "where they are not inside."
+        f"{known[0].upper()}{known[1:]} with modalities: {names}. This repository holds {trained}, "
+        f"made with multi_token {fields['multi_token_version']}; it names the frozen parts that it "
+        "does not hold."
     )
 
 
@@ -185,7 +185,7 @@ print(model.generate([row])[0])
 def _data_section(recipe: Mapping[str, Any] | None) -> str:
     sources = (recipe or {}).get("data", {}).get("train", [])
     if not sources:
-        return "Not recorded: the run has no recipe, as one that was imported from another format."
+        return "Not recorded: the run has no recipe, for example after an import."
     return "\n".join(f"- `{source['rows']}`, split `{source['split']}`" for source in sources)
 
 

@@ -1,4 +1,4 @@
-"""A folder that sshh12/multi_token trained becomes a run of ours, tensor by tensor."""
+"""Imports a folder that sshh12/multi_token trained, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from multi_token.registry import did_you_mean, validate_fields
 from multi_token.types import Conversation, Message, Text
 
 _SUFFIX = "-lmm"
-"""The original's configurations are a language model's own with this behind their type."""
+"""Added to the language model's type in the original's configurations."""
 _WRAPPER = "base_model.model."
 """PEFT's prefix, where the model was wrapped when its tensors were saved."""
 _OWN_KEYS = ("modalities", "modality_builder", "model_cls", "_name_or_path", "architectures")
@@ -58,8 +58,8 @@ def import_original(
 ) -> None:
     """Write the run `out` with the projector, and the adapter or language model, of `source`.
 
-    `language_model` and `encoder` say where those are if the names in the folder, and in the
-    original's code, cannot be loaded. Nothing is written unless every tensor has its place.
+    `language_model` and `encoder` replace the names in the folder and in the original's code, if
+    those cannot be loaded. Nothing is written unless every tensor fits.
 
     Raises ConvertError, or CheckpointError for tensors that do not fit; both name them.
     """
@@ -88,13 +88,12 @@ def import_original(
         model = MultiTokenForConditionalGeneration.from_spec(
             validate_fields(ModelSpec, spec, where="the imported recipe")
         )
-        assert model.processor is not None
-        _check_maskable(model.processor.chat)
+        _check_maskable(model.require_processor().chat)
         network = model.projector(builder.name).network
         names = {_original_name(name, builder): name for name in network.state_dict()}
         expected = {theirs: network.state_dict()[name] for theirs, name in names.items()}
         check_state_dict(source, expected, projector)
-        # feature_mean and feature_scale stay 0 and 1: features are taken as they come
+        # feature_mean and feature_scale stay 0 and 1: the original did not standardize
         network.load_state_dict({names[key]: value for key, value in projector.items()})
         if (source / _ADAPTER_CONFIG).is_file():
             load_foreign_adapter(model, source, partial)
@@ -127,7 +126,7 @@ def _read_tensors(
     for path in (*model_files(source), *([beside] if beside.is_file() else [])):
         for key, tensor in read_tensors(path).items():
             plain = key.removeprefix(_WRAPPER)
-            # a projector of another modality too: it is named as unknown, not taken for a layer
+            # a projector of another modality too, so that it is reported as unknown
             of = projector if "_lmm_projector." in plain else language_model
             of[plain] = tensor
     if not projector:
@@ -191,7 +190,7 @@ def _write_language_model(
     tensors: Mapping[str, Tensor],
     named: str | None,
 ) -> str:
-    """A language model that was trained as a whole -> `out`/language_model, with a tokenizer."""
+    """Write a fully trained language model to `out`/language_model, with a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from multi_token.language_model.loading import load_tokenizer
@@ -240,10 +239,8 @@ def _check_encoder_loadable(name: str, source: Path) -> None:
 
 
 def _check_tokenizer_packages(name: str) -> None:
-    """Raise ConvertError for a SentencePiece tokenizer that this installation cannot read.
-
-    transformers would say something about tiktoken instead.
-    """
+    """Raise ConvertError for a SentencePiece tokenizer that this installation cannot read."""
+    # without this check, transformers raises an error about tiktoken
     folder = Path(name)
     if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
         return
@@ -260,12 +257,12 @@ def _check_tokenizer_packages(name: str) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the package around the module is missing
         return False
 
 
 def _check_maskable(chat: ChatFormat) -> None:
-    """Raise ConvertError for a template whose answers cannot be told from the rest exactly."""
+    """Raise ConvertError for a template whose answers cannot be located exactly."""
     turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day"),)))
     try:
         chat.tokenize(Conversation(turns, id="a sample"), [])

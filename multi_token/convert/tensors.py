@@ -21,8 +21,6 @@ from multi_token.checkpoint.load import load_adapter
 from multi_token.checkpoint.save import ADAPTER
 from multi_token.errors import ConvertError
 
-_SHARDED = ".index.json"
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file, empty if there is no file. Raises ConvertError."""
@@ -38,15 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` or `.bin` file, on the CPU.
-
-    A pickle is read with `weights_only=True`: one that names code is refused, and none of it runs.
-
-    Raises ConvertError.
-    """
+    """The tensors of one `.safetensors` or `.bin` file, on the CPU. Raises ConvertError."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        # weights_only: a pickle that names code is refused, and none of it runs
         found = torch.load(path, map_location="cpu", weights_only=True)
     except _torch_pickle.UnpicklingError as error:
         raise ConvertError(
@@ -71,12 +65,12 @@ def _reason(error: Exception) -> str:
 
 
 def model_files(folder: Path) -> Iterator[Path]:
-    """The files of a whole model as `save_pretrained` leaves it, in one piece or in shards.
+    """Weight files of a complete model as `save_pretrained` writes them: one, or shards.
 
     Raises ConvertError for shards that an index names and that are not there.
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}{_SHARDED}"
+        index = folder / f"{stem}.index.json"
         if index.is_file():
             names = sorted(set(read_json(index)["weight_map"].values()))
             missing = [name for name in names if not (folder / name).is_file()]
