@@ -1,4 +1,4 @@
-"""The command `multi-token`: one file a group of commands, heavy imports inside them."""
+"""The command `multi-token`: one file per group of commands, heavy imports inside them."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; what a user can fix is printed as a sentence."""
-    # the tokenizers' threads warn about data workers being forked, which is harmless here
+    """Run the command line; an error that the user can fix is printed without a traceback."""
+    # tokenizers warn about forked data workers, which is harmless here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT asks transformers by an old name, which whoever types a command can do nothing about
+    # PEFT uses a deprecated name of transformers
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # the profiler, by which `--plan` measures memory, would announce its start and its end
+    # the profiler that `--plan` measures memory with would log its start and its end
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    # PEFT imports it for everybody, and it then misses a kernel that only 4 bits would use
+    # PEFT imports bitsandbytes, which warns about a missing kernel that only 4 bits would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     console = Console(stderr=True)
     try:
@@ -116,14 +116,14 @@ def main() -> None:
         console.print(str(error), highlight=False, markup=False)
         sys.exit(130)
     except MultiTokenError as error:
-        # in one piece, since several processes may have the same to say at once
-        said = Text.assemble(("error: ", "bold red"), str(error))
-        console.print(said, highlight=False, soft_wrap=True)
+        # one write, since several processes may print the same error at once
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        console.print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(130)
     finally:
-        # not imported for a command that had no use for it
-        if met := sys.modules.get("multi_token.distributed"):
-            met.destroy_process_group(after_fault=True)
+        # loaded only by commands that use torch; an import here would take seconds in all others
+        if distributed := sys.modules.get("multi_token.distributed"):
+            distributed.destroy_process_group(after_fault=True)

@@ -1,4 +1,4 @@
-"""`multi-token import`, `export` and `push`: runs from and to other formats, and to the hub."""
+"""`multi-token import`, `export` and `push`: foreign formats, and the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+# no README, images or optimizer states, which repositories of the hub hold too
 _NEEDED_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
 _EXPECTED = (
     "expected one of: a folder that sshh12/multi_token trained (config.json with `modality_builder`"
@@ -26,15 +27,19 @@ class ExportFormat(str, Enum):
 
 def import_run(
     source: str = typer.Argument(
-        ..., help="Folder or hub name: sshh12/multi_token's, LLaVA in transformers' or its own."
+        ...,
+        help="Folder or hub name: of sshh12/multi_token, or LLaVA (of transformers, or its own).",
     ),
     out: Path = typer.Option(..., help="The new run's folder."),
     language_model: str = typer.Option(
-        None, help="The base model, where the name in the source is not the right place."
+        None,
+        help="Path or hub name of the base model, if the source's name for it cannot be loaded.",
     ),
-    encoder: str = typer.Option(None, help="The encoder, where its own name is not in reach."),
+    encoder: str = typer.Option(
+        None, help="Path or hub name of the encoder, if its own name cannot be loaded."
+    ),
     chat_template: str = typer.Option(
-        None, help="A file with a template, where the base model's own cannot be used."
+        None, help="File with a chat template, if the base model's own cannot be used."
     ),
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
@@ -113,14 +118,16 @@ def export(
     run: str = typer.Argument(..., help="The folder or hub name of a run."),
     to: ExportFormat = typer.Option(
         ...,
-        help="merged: a run with its language model inside. language-model: what vLLM and other "
-        "engines need. llava: transformers' LLaVA.",
+        help="merged: a run with its language model inside. language-model: the same, for vLLM and "
+        "other engines. llava: transformers' LLaVA.",
     ),
     out: Path = typer.Option(..., help="A new or empty folder."),
-    language_model: str = typer.Option(None, help="Where the language model is, if it has moved."),
+    language_model: str = typer.Option(
+        None, help="Path or hub name of the language model, if it has moved."
+    ),
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
-    """Write a run in a format that others load."""
+    """Write a run in a format that other software loads."""
     from rich.console import Console
 
     from multi_token.convert.export import export as convert
@@ -136,9 +143,9 @@ def push(
     run: Path = typer.Argument(..., help="The folder of a run."),
     name: str = typer.Argument(..., help="The repository: user/name."),
     private: bool = typer.Option(False, "--private", help="Make a new repository private."),
-    revision: str = typer.Option(None, help="A branch to upload to; made if it is not there."),
+    revision: str = typer.Option(None, help="Branch to upload to; made if it is missing."),
     dry_run: bool = typer.Option(
-        False, "--dry-run", help="Write the card and list the files, upload nothing."
+        False, "--dry-run", help="Write the card and list the files; upload nothing."
     ),
 ) -> None:
     """Upload a run's result to the hub, with a model card."""

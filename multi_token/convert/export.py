@@ -75,6 +75,7 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
         if isinstance(encoder, str) and Path(encoder).is_dir():
             shutil.copytree(encoder, out / ENCODERS / name)
             modalities[name]["encoder"] = f"./{ENCODERS}/{name}"
+    # a hub name stays in the card as the base; a local path means nothing elsewhere
     if not Path(base).exists():
         model.config.base_model = base
     model.config.model = {**with_saved_language_model(fields), "modalities": modalities}
@@ -91,6 +92,7 @@ def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> 
     plain = _render(tokenizer, question)
     tokenizer.chat_template = accept_content_parts(chat.template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
+    # some engines pass messages in parts and others as texts, which must give the same prompt
     if not plain == _render(tokenizer, question) == _render(tokenizer, parts):
         raise ConvertError(
             "the language model's chat template renders content parts differently from their "
@@ -177,6 +179,7 @@ def _num_tokens(modality: Any) -> int | None:
 
     if not isinstance(modality, ImageModality):
         return None
+    # a square and both orientations: a number that depends on the size differs in one of them
     counts = {
         modality.num_tokens(modality.prepare(Image.new("RGB", size)).num_features)
         for size in ((64, 64), (96, 48), (48, 96))

@@ -55,6 +55,7 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 @contextmanager
 def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
     """The model around copies of its language model and encoders: float32, with LoRA merged."""
+    # projectors are not copied, since nothing changes them
     own = model.language_model, model.encoders, model.config.identity
     model.language_model, model.encoders = copy.deepcopy(own[:2])
     try:
@@ -127,6 +128,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
         side = tower.config.image_size
         fields["image_grid_pinpoints"] = [[r * side, c * side] for r, c in modality.tile_grids]
     kind = "LlavaNext" if anyres else "Llava"
+    # on the meta device: every module is replaced by one of the run below
     with torch.device("meta"):
         built: Any = getattr(hf, f"{kind}ForConditionalGeneration")(
             getattr(hf, f"{kind}Config")(**fields)
@@ -149,6 +151,7 @@ def _check_tower(tower: Any) -> None:
 
     with torch.device("meta"):
         theirs = AutoModel.from_config(tower.config)
+    # the class that LLaVA will choose by the config need not be the run's (CLIP's full model, say)
     sizes = [getattr(tower.config, key, None) for key in ("image_size", "patch_size")]
     if type(theirs) is not type(tower) or not all(isinstance(size, int) for size in sizes):
         raise ConvertError(
@@ -223,6 +226,7 @@ def _processor(
     cutter: Any = image_processor(modality.encoder, modality.revision)
     side = config.vision_config.image_size
     fields = cutter.to_dict()
+    # names of the encoder's own processor classes
     for key in ("image_processor_type", "processor_class"):
         fields.pop(key, None)
     kind = "Llava"
@@ -270,6 +274,7 @@ def _check_parity(
     positions = batch["media"][name]["positions"]
     image_id = built.config.image_token_id
     ids = batch["input_ids"].view(-1).clone()
+    # one placeholder text in the prompt, expanded to the run's number of tokens: so ids compare
     ids[positions] = image_id
     spelled = Conversation((Message("user", (Text(IMAGE_TOKEN + question),)),))
     exported = ChatFormat(processor.tokenizer, ours_processor.chat.template)

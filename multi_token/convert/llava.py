@@ -72,6 +72,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
+    # transformers' processor renders the template and lets the tokenizer add the BOS
     tokenizer.chat_template = prepend_bos(template or VICUNA, tokenizer)
     language_model = _text_model(model)
     language_model.save_pretrained(out / "language_model")
@@ -110,6 +111,7 @@ def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
     cls = getattr(hf, f"{name}ForConditionalGeneration")
     try:
         processor = getattr(hf, f"{name}Processor").from_pretrained(source)
+        # ignore_mismatched_sizes: wrong shapes are then in the report, with all other faults
         model, report = cls.from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -140,7 +142,9 @@ def _text_model(model: Any) -> Any:
 
     config = model.config.get_text_config()
     inner, head = model.model.language_model, model.lm_head
+    # from the tensors: LLaVA's text_config need not say that head and embeddings are tied
     config.tie_word_embeddings = head.weight is inner.get_input_embeddings().weight
+    # built on the meta device, since all of its tensors are replaced
     with torch.device("meta"):
         causal: Any = AutoModelForCausalLM.from_config(config)
     setattr(causal, causal.base_model_prefix, inner)

@@ -65,6 +65,7 @@ def import_legacy(
             "anyres, and anyres with a newline"
         )
     try:
+        # LLaVA-1.5 names Vicuna, whose tokenizer has no template
         template = None if load_tokenizer(base).chat_template else VICUNA
         spec = {"language_model": base, "chat_template": template, "modalities": {IMAGE: modality}}
         run = MultiTokenForConditionalGeneration.from_spec(
@@ -78,6 +79,7 @@ def import_legacy(
     projector = run.projector(IMAGE)
     if line_break is not None:
         tensors["line_break"] = line_break
+    # LLaVA does not standardize: mean 0 and scale 1, as the projector is built
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
     check_state_dict(source, projector.state_dict(), tensors)
     projector.load_state_dict(tensors)
@@ -94,6 +96,7 @@ def _to_our_names(
     line_break: Tensor | None = None
     left = []
     for name, tensor in found.items():
+        # prefixes of PEFT, of the causal model and of its base, depending on how it was saved
         short = re.sub(r"^(base_model\.)?(model\.)+", "", name)
         if short == "image_newline":
             line_break = tensor.float()
@@ -123,6 +126,7 @@ def _modality(
         faults.append("`mm_use_im_start_end`: tokens of its own around an image")
     if aspect not in ("square", "pad", "anyres"):
         faults.append(f"`image_aspect_ratio` {aspect!r}")
+    # other merge types keep the padding of a tile, which our tiles have cut off
     if aspect == "anyres" and fields.get("mm_patch_merge_type", "flat") != "spatial_unpad":
         faults.append("`image_aspect_ratio: anyres` without `mm_patch_merge_type: spatial_unpad`")
     if faults:
@@ -148,6 +152,7 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
     """LLaVA's own pinpoints are pixels (width, height), as a list or as text."""
     from multi_token.modalities.image import tile_shape
 
+    # NeXT's own training wrote the argument's text into config.json
     try:
         listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         sizes = [(int(width), int(height)) for width, height in listed]

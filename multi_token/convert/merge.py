@@ -33,6 +33,7 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
     if adapter is not None:
         model.language_model = _merged_copy(model.language_model, *adapter)
     model.language_model.requires_grad_(False).eval()
+    # merging changes every matrix, and so the fingerprint that loading compares
     model.config.identity = fingerprint(model.language_model)
 
 

@@ -88,10 +88,12 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
     base = fields.get("base_model") or model["language_model"]
     encoders = [m["encoder"] for m in model["modalities"].values() if m.get("encoder")]
     parents = [name for name in dict.fromkeys([base, *encoders]) if not _is_inside(name)]
+    # the hub knows pipelines for one or two modalities; all others are any-to-any
     types = frozenset(m["type"] for m in model["modalities"].values())
     datasets = [
         source["rows"]
         for source in (recipe or {}).get("data", {}).get("train", [])
+        # a hub name: one slash and no suffix
         if Path(source["rows"]).suffix == "" and source["rows"].count("/") == 1
     ]
     return {

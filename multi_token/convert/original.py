@@ -168,6 +168,7 @@ def _check_base(source: Path, fields: Mapping[str, Any], name: str | None, *, gi
             "name a folder or hub name of the same model with --language-model"
         ) from None
     expected = {"model_type": str(fields.get("model_type")).removesuffix(_SUFFIX)}
+    # sizes alone, since a hub name or a path says nothing about the weights
     expected |= {key: fields[key] for key in _SAME if key in fields}
     differing = [
         f"{key} {config.get(key)} instead of {value}"
@@ -200,9 +201,11 @@ def _write_language_model(
     own = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
     own["model_type"] = str(own["model_type"]).removesuffix(_SUFFIX)
     (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
+    # on the meta device: all tensors come from the folder, and none is initialized
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     expected = dict(model.state_dict())
+    # a tied head is in state_dict, but its file may leave it out
     tied = set(expected) - {name for name, _ in model.named_parameters()}
     check_state_dict(
         source, {k: v for k, v in expected.items() if k in tensors or k not in tied}, tensors
@@ -211,6 +214,7 @@ def _write_language_model(
     model.tie_weights()
     model.config.dtype = next(iter(tensors.values())).dtype
     model.save_pretrained(folder)
+    # a folder without a tokenizer uses that of its base
     has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     place = str(source) if has_tokenizer else named
     if place is None:

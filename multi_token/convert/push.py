@@ -81,6 +81,7 @@ def _files(run: Path, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[st
             if not file.is_file() or any(part.startswith(".") for part in path.parts):
                 continue
             if path.as_posix() == _ADAPTER_CONFIG:
+                # PEFT wrote the local path of the base
                 adapter = json.loads(file.read_text(encoding="utf-8"))
                 adapter["base_model_name_or_path"] = fields["model"]["language_model"]
                 yield path.as_posix(), json.dumps(adapter, indent=2).encode()
@@ -100,6 +101,7 @@ def _upload(
     ]
     try:
         hub.create_repo(name, private=private, exist_ok=True)
+        # create_commit does not create a branch
         if revision is not None:
             hub.create_branch(name, branch=revision, exist_ok=True)
         # one commit: a repository is never half a run

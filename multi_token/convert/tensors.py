@@ -69,6 +69,7 @@ def model_files(folder: Path) -> Iterator[Path]:
 
     Raises ConvertError for shards that an index names and that are not there.
     """
+    # safetensors first: a folder may hold both forms of the same weights
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():

@@ -71,7 +71,7 @@ def test_a_folder_that_is_there_wins_over_a_repository(cache: Path, tmp_path: Pa
         local_folder("ada/seer", revision="v1")
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing@v1", "runs/mistyped"])
+@pytest.mark.parametrize("name", ["ada/nothing", "ada/nothing@v1", "runs/mistyped"])
 def test_what_is_neither_here_nor_in_reach_is_one_sentence(name: str, tmp_path: Path) -> None:
     repository = name.partition("@")[0]
     with pytest.raises(CheckpointError, match=f"no folder {repository} here, and the hub's"):

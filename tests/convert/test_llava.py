@@ -210,14 +210,14 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
     import_llava(copy, tmp_path / "run")
     model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert model.processor is not None
-    picture = noise()
-    question = single_question("What is this?", [Media("image", picture)])
+    image = noise()
+    question = single_question("What is this?", [Media("image", image)])
     turn = {
         "role": "user",
         "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}],
     }
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    theirs = processor(images=[picture], text=text, return_tensors="pt")["input_ids"][0]
+    theirs = processor(images=[image], text=text, return_tensors="pt")["input_ids"][0]
     batch = collate_prompts(model.processor, [question])
     ids = batch["input_ids"].view(-1).clone()
     ids[batch["media"]["image"]["positions"]] = processor.image_token_id
