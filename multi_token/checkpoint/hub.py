@@ -37,12 +37,9 @@ def local_folder(
         return path
     if revision and named and revision != named:
         raise CheckpointError(f"{text} names another revision than {revision!r}; leave one out")
-    return _download(repository, revision or named or None, only)
-
-
-def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    revision = revision or named or None
     try:
         return Path(
             snapshot_download(

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
-_LANGUAGE_MODEL = typer.Option(
+LANGUAGE_MODEL = typer.Option(
     None, help="Path or hub name of the frozen language model, if it has moved."
 )
-_DEVICE = typer.Option(None, help="cpu, cuda, mps; default: an accelerator, if there is one.")
+DEVICE = typer.Option(None, help="cpu, cuda, mps; default: an accelerator, if there is one.")
 _MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
 _TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
 _SYSTEM = typer.Option(None, help="A system message.")
 
 
-def _load(
+def load_run(
     run: Path, language_model: str | None, device: str | None, *, embeddings_only: bool = False
 ) -> MultiTokenForConditionalGeneration:
     import torch
@@ -69,14 +69,14 @@ def ask(
     system: str = _SYSTEM,
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Ask one question about some items and print the answer."""
     from multi_token.generate import single_question as as_conversation
 
     items = _items(media, image)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     answers = model.generate(
         [as_conversation(question, items, system=system)],
         max_new_tokens=max_new_tokens,
@@ -90,8 +90,8 @@ def chat(
     system: str = _SYSTEM,
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
     from rich.console import Console
@@ -100,7 +100,7 @@ def chat(
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     names = list(model.modalities)
     slash = ", ".join(f"/{name} SOURCE" for name in names)
     console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")
@@ -202,8 +202,8 @@ def predict(
     batch_size: int = typer.Option(8, help="Rows per batch."),
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Answer a file of rows in batches. The same command resumes after the last answer."""
     from rich.console import Console
@@ -221,7 +221,7 @@ def predict(
         console.print(f"{num_done} of {len(source)} rows are answered already", highlight=False)
     if num_done == len(source):
         return
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     with (
         out.open("a", encoding="utf-8") as file,
         Progress(console=console, disable=not console.is_terminal) as progress,

@@ -100,7 +100,7 @@ def import_source(
         raise ConvertError(f"{folder} is a run of multi_token already; it needs no import")
     if is_original(fields):
         import_original(folder, out, chat_template=chat_template, **parts)
-    elif is_llava(folder) or (folder / "mm_projector.bin").is_file():
+    elif is_llava(fields) or (folder / "mm_projector.bin").is_file():
         if chat_template is not None:
             raise ConvertError("--chat-template is for folders of sshh12/multi_token, not LLaVA's")
         import_llava(folder, out, **parts)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -32,23 +34,18 @@ def blind_command(
     batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
     seed: int = typer.Option(0, help="Seed of the shuffled media."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
-    language_model: str = typer.Option(
-        None, help="Path or hub name of the frozen language model, if it has moved."
-    ),
-    device: str = typer.Option(
-        None, help="cpu, cuda, mps; default: an accelerator, if there is one."
-    ),
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Test whether a run uses its media: loss and exact match with shuffled and ablated media."""
     from rich.console import Console
 
-    from multi_token.cli.ask import _load
     from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
     every = load_rows(rows, split=split)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     chosen = with_processor(every, model, source=rows, indices=evenly_spaced(len(every), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
     if as_json:

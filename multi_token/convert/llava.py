@@ -23,9 +23,8 @@ IMAGE = "image"
 """The modality's name in an imported run: rows say `<image>`, as LLaVA's do."""
 
 
-def is_llava(source: Path) -> bool:
-    """Return True if a folder holds LLaVA, in transformers' format or in LLaVA's own."""
-    fields = read_json(source / "config.json")
+def is_llava(fields: Mapping[str, Any]) -> bool:
+    """Return True if a config.json is LLaVA's, in transformers' format or in LLaVA's own."""
     return _is_transformers(fields) or is_legacy(fields)
 
 
@@ -42,7 +41,7 @@ def import_llava(
     setting that a run cannot hold, or CheckpointError for tensors that do not fit.
     """
     fields = read_json(source / "config.json")
-    if not (_is_transformers(fields) or is_legacy(fields)):
+    if not is_llava(fields):
         raise ConvertError(
             f"{source} is not LLaVA: expected a config.json of type llava or llava_next with "
             "`vision_config` and `text_config`, or LLaVA's own with `mm_vision_tower`"

@@ -16,7 +16,8 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
 
     Raises ConvertError for a quantization that cannot be undone.
     """
-    from peft.utils import get_peft_model_state_dict
+    from peft import get_peft_model
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     language_model: Any = model.language_model
     adapter = None
@@ -31,7 +32,10 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
     if _is_quantized(model.language_model):
         model.language_model = _dequantize(model.language_model)
     if adapter is not None:
-        model.language_model = _merged_copy(model.language_model, *adapter)
+        config, tensors = adapter
+        peft_model: Any = get_peft_model(model.language_model, config)
+        set_peft_model_state_dict(peft_model, tensors)
+        model.language_model = peft_model.merge_and_unload()
     model.language_model.requires_grad_(False).eval()
     # merging changes every matrix, and so the fingerprint that loading compares
     model.config.identity = fingerprint(model.language_model)
@@ -63,12 +67,3 @@ def _dequantize(language_model: Any) -> Any:
             f"dequantized: {str(error).partition(chr(10))[0]}; export the run on the language "
             "model before its quantization (--language-model NAME)"
         ) from None
-
-
-def _merged_copy(language_model: Any, config: Any, tensors: dict[str, Any]) -> Any:
-    from peft import get_peft_model
-    from peft.utils import set_peft_model_state_dict
-
-    peft_model = get_peft_model(language_model, config)
-    set_peft_model_state_dict(peft_model, tensors)
-    return peft_model.merge_and_unload()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.convert.llava import import_llava, is_llava
+from multi_token.convert.tensors import read_json
 from multi_token.errors import CheckpointError, ConvertError, RowError
 from multi_token.generate import collate_prompts, single_question
 from multi_token.testing import tiny_image_encoder, tiny_llava
@@ -71,12 +72,14 @@ def noise() -> Image.Image:
 def test_llava_is_recognized_by_its_files_and_not_by_its_name(
     source: Path, parts: Path, tmp_path: Path
 ) -> None:
-    assert is_llava(Path(shutil.copytree(source, tmp_path / "something")))
-    assert is_llava(own_folder(tmp_path / "own", parts, {}))
+    assert is_llava(
+        read_json(Path(shutil.copytree(source, tmp_path / "something")) / "config.json")
+    )
+    assert is_llava(read_json(own_folder(tmp_path / "own", parts, {}) / "config.json"))
     shutil.copytree(parts / "language_model", tmp_path / "llava")
     (tmp_path / "llava-v1.5").mkdir()
-    assert not is_llava(tmp_path / "llava")
-    assert not is_llava(tmp_path / "llava-v1.5")
+    assert not is_llava(read_json(tmp_path / "llava" / "config.json"))
+    assert not is_llava(read_json(tmp_path / "llava-v1.5" / "config.json"))
 
 
 @pytest.mark.parametrize(("kind", "num_layers"), [("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
