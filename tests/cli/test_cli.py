@@ -131,7 +131,7 @@ def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("ask", "{parts}/language_model", "?"), "made by something else"),
+        (("ask", "{parts}/language_model", "?"), "expected one of type"),
         (("ask", "{data}/nowhere", "?"), "found nothing at"),
         (("ask", "{run}", "?", "--image", "{data}/none.png"), "no file at"),
         (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "; expected one of"),
