@@ -112,7 +112,7 @@ class Sample:
     supervised. `media_spans` and `media` run in parallel, in reading order. `teacher`: the same
     conversation with texts in place of its media, for distillation. `rejected`: the same prompt and
     media with the answer that is not preferred. `error`: the fault of a row whose length came from
-    headers (HeaderLengthDataset); the tensors are then placeholders.
+    headers (ConversationDataset); the tensors are then placeholders.
     """
 
     input_ids: Tensor

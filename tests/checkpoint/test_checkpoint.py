@@ -131,7 +131,7 @@ def test_a_file_cut_off_while_written_is_refused(copy: Path) -> None:
 
 
 def test_a_model_folder_made_by_something_else_is_refused(parts: Path) -> None:
-    with pytest.raises(CheckpointError, match="type 'llama', expected one of type"):
+    with pytest.raises(CheckpointError, match="type 'llama'; expected one of type"):
         MultiTokenForConditionalGeneration.from_pretrained(parts / "language_model")
 
 
