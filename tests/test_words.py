@@ -67,8 +67,8 @@ SPELL_OLD_NAMES = {
     "docs/glossary.md",
     "docs/log.md",
     "multi_token/cli/__init__.py",
-    "multi_token/recipe/conflicts.py",
-    "tests/recipe/test_conflicts.py",
+    "multi_token/recipe/renamed.py",
+    "tests/recipe/test_renamed.py",
     "tests/test_words.py",
 }
 # Files of other projects.
