@@ -65,7 +65,7 @@ SPELL_OLD_NAMES = {
     "docs/glossary.md",
     "docs/log.md",
     "multi_token/cli/__init__.py",
-    "multi_token/recipe/conflicts.py",
+    "multi_token/recipe/renamed.py",
     "tests/recipe/test_conflicts.py",
     "tests/test_words.py",
 }
