@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check. A failure names the file and the rule."""
+"""Rules of the repository that a machine can check. A failure names the file and the rule."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_pickles_are_opened_only_in_convert() -> None:
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             if name == "torch.load" and not (inside and keywords.get("weights_only") == "True"):
                 faults.append(
-                    f"{name_of(path)}:{call.lineno}: torch.load stands only in convert/, with "
+                    f"{name_of(path)}:{call.lineno}: torch.load is allowed in convert/ only, with "
                     "weights_only=True; weights of ours are safetensors"
                 )
             if keywords.get("allow_pickle") == "True":
@@ -342,7 +342,7 @@ def test_the_repository_holds_no_path_of_a_machine() -> None:
             continue  # removed but still in the index, or an image
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if found := MACHINE_PATH.search(line):
-                faults.append(f"{name}:{number}: {found[0]} is a folder of somebody's machine")
+                faults.append(f"{name}:{number}: {found[0]} is a folder of one machine")
     refuse(faults)
 
 
