@@ -200,7 +200,7 @@ def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
     loc = [str(part) for part in fault["loc"]]
     key = ".".join(loc)
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(cls, loc[:-1])
+        known = fields_at(cls, loc[:-1])
         return f"unknown key {key!r}{did_you_mean(loc[-1], known)} (known: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"{key!r} is required and missing"
@@ -210,7 +210,7 @@ def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
     return f"{said}, got {fault['input']!r}"
 
 
-def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
+def fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
     """The field names of the model that a pydantic location leads to."""
     current: type[BaseModel] = cls
     for part in loc:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-if TYPE_CHECKING:
-    from multi_token.serve.settings import ServeSettings
+from multi_token.errors import MultiTokenError
 
 KEYS_VARIABLE = "MULTI_TOKEN_API_KEYS"
 ENGINE_KEY_VARIABLE = "MULTI_TOKEN_ENGINE_KEY"
@@ -20,8 +21,10 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 def serve(
     run: Path = typer.Argument(..., help="Folder of a trained run."),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on. Others need an API key."),
-    port: int = typer.Option(8000, help="Port to listen on; 0: a free one."),
+    host: str = typer.Option(
+        "127.0.0.1", help="Address to listen on. Any but a loopback address needs an API key."
+    ),
+    port: int = typer.Option(8000, help="Port to listen on; 0 picks a free one."),
     api_key: list[str] = typer.Option(
         None,
         help="API key clients must send; repeatable. Visible in the process list: prefer "
@@ -29,22 +32,23 @@ def serve(
     ),
     api_key_file: Path = typer.Option(
         None,
-        help=f"File with one API key per line. Or set {KEYS_VARIABLE} to keys separated by commas.",
+        help="File with one API key per line. Keys in the environment variable "
+        f"{KEYS_VARIABLE}, separated by commas, are valid too.",
     ),
     name: str = typer.Option(None, help="Model name in the API; default: name of the run folder."),
     max_batch: int = typer.Option(8, help="Maximum number of concurrent generations."),
     max_queue: int = typer.Option(
-        None, help="Maximum number of waiting ones; default: 4 x --max-batch."
+        None, help="Maximum number of generations that wait; default: 4 x --max-batch."
     ),
     deadline: float = typer.Option(300.0, help="Time limit of a request, in seconds."),
     media_cache_mb: int = typer.Option(
-        256, min=0, help="Media embeddings kept for items that come again, in MiB; 0: none."
+        256, min=0, help="Size of the cache of media embeddings, in MiB; 0 disables the cache."
     ),
     prefix_cache_tokens: int = typer.Option(
         None,
         min=0,
-        help="Tokens of finished requests kept for prompts with the same prefix; default: 2048, 0: "
-        "none. Not with --engine-url.",
+        help="Size of the prefix cache, in tokens of finished requests; default: 2048, 0 disables "
+        "the cache. Not with --engine-url.",
     ),
     workers: int = typer.Option(2, help="Number of processes that decode media."),
     allow_url_host: list[str] = typer.Option(
@@ -52,17 +56,17 @@ def serve(
     ),
     engine_url: list[str] = typer.Option(
         None,
-        help="A vLLM server with the language model of an export, repeatable; its key: "
-        f"{ENGINE_KEY_VARIABLE}. Default: generate in this process.",
+        help="URL of a vLLM server that runs the language model of this export; repeatable. The "
+        f"environment variable {ENGINE_KEY_VARIABLE} has its API key. Default: the local engine.",
     ),
     engine_startup_timeout: float = typer.Option(
-        0.0, help="Time that the start waits for the first vLLM server, in seconds."
+        0.0, help="Time to wait at startup for the first vLLM server, in seconds."
     ),
     examples: bool = typer.Option(
         True, help="Show rows of the run's data as examples on the chat page."
     ),
     shutdown_timeout: float = typer.Option(
-        30.0, help="Time that running requests may take to finish after SIGTERM, in seconds."
+        30.0, help="Time for running requests to finish after SIGTERM, in seconds."
     ),
     language_model: str = typer.Option(
         None, help="Folder or hub name of the frozen language model, if it has moved."
@@ -72,86 +76,41 @@ def serve(
     ),
 ) -> None:
     """Serve a run over HTTP: OpenAI's chat completions with media of all its modalities."""
-    from multi_token.errors import MultiTokenError
-
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MultiTokenError(
             f"`multi-token serve` needs packages that are not installed ({', '.join(missing)}): "
             'pip install "multi_token[serve]"'
         )
-    settings = _settings(
-        host=host,
-        port=port,
-        api_keys=_keys(api_key, api_key_file),
-        name=name or run.resolve().name,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        deadline_s=deadline,
-        media_cache_bytes=media_cache_mb * 1024 * 1024,
-        prefix_cache_tokens=prefix_cache_tokens,
-        num_workers=workers,
-        run_folder=run.resolve(),
-        show_examples=examples,
-        allowed_url_hosts=tuple(allow_url_host or ()),
-        engine_urls=tuple(engine_url or ()),
-        engine_key=os.environ.get(ENGINE_KEY_VARIABLE) or None,
-        engine_startup_timeout_s=engine_startup_timeout,
-        shutdown_timeout_s=shutdown_timeout,
-    )
-    _run(run, settings, language_model, device)
-
-
-def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """Collect API keys from option, file and environment. Raises MultiTokenError."""
-    from multi_token.errors import MultiTokenError
-
-    keys = list(given or ())
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MultiTokenError(
-                f"cannot read {file}: {error}; expected a file with one API key per line"
-            ) from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            # Without this check an empty file would start a server that needs no key.
-            raise MultiTokenError(f"{file} contains no API key; expected one per line")
-        keys += found
-    keys += [key for key in re.split(r"[\s,]+", os.environ.get(KEYS_VARIABLE, "")) if key]
-    return tuple(dict.fromkeys(keys))
-
-
-def _settings(**fields: Any) -> ServeSettings:
-    """Build the settings. Raises MultiTokenError that names the invalid field."""
-    from pydantic import ValidationError
-
-    from multi_token.errors import MultiTokenError
-    from multi_token.serve.settings import ServeSettings
-
-    try:
-        return ServeSettings(**fields)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    raise MultiTokenError(f"{where}: {message}" if where else message)
-
-
-def _run(
-    run: Path, settings: ServeSettings, language_model: str | None, device: str | None
-) -> None:
-    import logging
-    import sys
-
     from rich.console import Console
 
     from multi_token.cli.ask import _load
-    from multi_token.errors import MultiTokenError
+    from multi_token.media.fetch import MIB
+    from multi_token.registry import validate_fields
     from multi_token.serve.server import DrainingServer
     from multi_token.serve.service import Service
+    from multi_token.serve.settings import ServeSettings
 
+    fields = {
+        "host": host,
+        "port": port,
+        "api_keys": _keys(api_key, api_key_file),
+        "name": name or run.resolve().name,
+        "max_batch": max_batch,
+        "max_queue": max_queue,
+        "deadline_s": deadline,
+        "media_cache_bytes": media_cache_mb * MIB,
+        "prefix_cache_tokens": prefix_cache_tokens,
+        "num_workers": workers,
+        "run_folder": run.resolve(),
+        "show_examples": examples,
+        "allowed_url_hosts": allow_url_host or (),
+        "engine_urls": engine_url or (),
+        "engine_key": os.environ.get(ENGINE_KEY_VARIABLE) or None,
+        "engine_startup_timeout_s": engine_startup_timeout,
+        "shutdown_timeout_s": shutdown_timeout,
+    }
+    settings = validate_fields(ServeSettings, fields, where="serve")
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -173,6 +132,25 @@ def _run(
         raise MultiTokenError(
             f"the server did not start on {settings.host}:{settings.port}; see the log lines above"
         )
+
+
+def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """Collect API keys from option, file and environment. Raises MultiTokenError."""
+    keys = list(given or ())
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise MultiTokenError(
+                f"cannot read {file}: {error}; expected a file with one API key per line"
+            ) from None
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            # Without this check an empty file would start a server that needs no key.
+            raise MultiTokenError(f"{file} contains no API key; expected one per line")
+        keys += found
+    keys += [key for key in re.split(r"[\s,]+", os.environ.get(KEYS_VARIABLE, "")) if key]
+    return tuple(dict.fromkeys(keys))
 
 
 def _print_address(console: Any, server: Any, service: Any) -> None:

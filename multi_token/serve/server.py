@@ -13,11 +13,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from multi_token.errors import MultiTokenError
 from multi_token.serve.openai.app import build_app
@@ -26,8 +29,6 @@ from multi_token.serve.openai.middleware import ABORT
 if TYPE_CHECKING:
     from multi_token.serve.service import Service
 
-_EXIT_ABORTED = 1
-"""Exit code after a second signal."""
 _FLUSH_TIMEOUT_S = 2.0
 """Time after the shutdown timeout to send the last events of streams."""
 
@@ -40,7 +41,7 @@ class DrainingServer(uvicorn.Server):
         settings = service.settings
         self.service = service
         self._on_started = on_started
-        self._drain: asyncio.Task[None] | None = None
+        self._drain: Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(
             uvicorn.Config(
@@ -88,9 +89,10 @@ class DrainingServer(uvicorn.Server):
         """Drain at the first signal, abort at the second."""
         # os._exit: no exit handler runs, since threads of an engine may hang in native code.
         if self._loop is None or self.service.admission.is_draining:
-            os._exit(_EXIT_ABORTED)
+            os._exit(1)
         self.service.admission.drain()
-        self._loop.call_soon_threadsafe(self._start_drain)
+        # asyncio keeps weak references to tasks only, so the server holds this one.
+        self._drain = asyncio.run_coroutine_threadsafe(self._drain_and_exit(), self._loop)
 
     async def startup(self, sockets: Any = None) -> None:
         """Start the service, then listen. `service.start_error` keeps the error of a failure."""
@@ -111,9 +113,6 @@ class DrainingServer(uvicorn.Server):
         """Drop uvicorn's traceback of an error that the command prints as one sentence."""
         return not isinstance(self.service.start_error, MultiTokenError)
 
-    def _start_drain(self) -> None:
-        self._drain = asyncio.ensure_future(self._drain_and_exit())
-
     async def _drain_and_exit(self) -> None:
         await self.service.drain(self.service.settings.shutdown_timeout_s)
         # Requests cut off by the timeout have their error queued; it still has to be sent.
@@ -128,8 +127,6 @@ def http_protocol_with_timeouts(
 
     uvicorn (0.54) limits neither the time for headers nor the time for a response's last bytes.
     """
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class TimedProtocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None

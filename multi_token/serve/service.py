@@ -24,7 +24,7 @@ from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.serve.engines.base import Engine, Prompt
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
+from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
 from multi_token.serve.media.pool import MediaPool
 from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.serve.metrics import Metrics
@@ -108,7 +108,7 @@ class PromptBuilder:
         """Decode all items in parallel; if one is refused, the others are cancelled."""
         budget = RequestMediaBudget(self._request_limits, len(items))
         sent = [item.source for item in items if isinstance(item.source, bytes)]
-        budget.add(MediaSize(bytes=sum(map(len, sent))))
+        budget.add(bytes=sum(map(len, sent)))
         tasks = [asyncio.ensure_future(self._prepare_item(item, budget)) for item in items]
         # gather leaves the other tasks running when one raises.
         try:
@@ -121,7 +121,7 @@ class PromptBuilder:
         began = time.monotonic()
         prepared = await self.media_pool.prepare(item, budget)
         num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
-        budget.add(MediaSize(tokens=num_tokens))
+        budget.add(tokens=num_tokens)
         label = self._metrics.modality_label(item.modality)
         self._metrics.media_decode.labels(label).observe(time.monotonic() - began)
         return prepared

@@ -120,17 +120,20 @@ class ServeSettings(BaseModel):
     @property
     def is_local(self) -> bool:
         """True if the host is a loopback address."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host.strip("[]"))
 
     @property
     def max_waiting(self) -> int:
         """Generations that may wait for a place in the batch."""
         return 4 * self.max_batch if self.max_queue is None else self.max_queue
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for `localhost` and for loopback IP addresses."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_engine_settings(urls: tuple[str, ...], key: str | None) -> None:

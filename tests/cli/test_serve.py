@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from multi_token.cli.serve import KEYS_VARIABLE, _keys, _settings
+from multi_token.cli.serve import KEYS_VARIABLE, _keys
 from multi_token.errors import MultiTokenError
+from multi_token.serve.settings import ServeSettings
 from tests.serve.serve_process import serve_process
 
 pytestmark = pytest.mark.slow
@@ -164,8 +165,21 @@ def test_keys_come_from_option_file_and_environment(
         _keys(None, file)
 
 
-def test_options_become_settings() -> None:
-    settings = _settings(name="x", max_batch=3, max_queue=None)
-    assert settings.max_waiting == 12 and settings.engine_urls == ()
-    with pytest.raises(MultiTokenError, match=r"^name 'a b'"):
-        _settings(name="a b")
+def test_four_times_the_batch_may_wait_by_default() -> None:
+    assert ServeSettings(max_batch=3).max_waiting == 12
+    assert ServeSettings(max_batch=3, max_queue=0).max_waiting == 0
+
+
+def test_an_invalid_setting_is_one_sentence_that_names_the_setting(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from multi_token.cli import app
+
+    for option, value, words in (
+        ("--name", "a b", "serve: name 'a b' must have"),
+        ("--port", "65536", "serve: 'port': Input should be less than or equal to 65535"),
+        ("--host", "0.0.0.0", "serve: host 0.0.0.0 is reachable from other machines"),
+    ):
+        result = CliRunner().invoke(app, ["serve", str(tmp_path), option, value])
+        assert isinstance(result.exception, MultiTokenError)
+        assert str(result.exception).startswith(words)

@@ -1,4 +1,4 @@
-"""Questions for a server, and its answers taken apart."""
+"""Chat requests for a server, and parsers of its responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_TOKENS = 8
 RED, BLUE = png((220, 30, 30)), png((30, 60, 220))
 NUMBERS = npy(1, -2, 3, 0.5, 2)
 QUESTION = {"type": "text", "text": "What is this?"}
-PICTURE = {"type": "image_url", "image_url": {"url": data_url(RED)}}
+IMAGE = {"type": "image_url", "image_url": {"url": data_url(RED)}}
 VECTOR = {"type": "media", "modality": "vector", "data": b64(NUMBERS)}
 
 
@@ -42,7 +42,7 @@ def events_of(answer: httpx.Response) -> list[Any]:
 
 
 def fault_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error object, which keeps the rules of all error texts."""
+    """The error object; its message is one line of ASCII without paths and memory addresses."""
     error = answer.json()["error"]
     assert {"message", "type", "param", "code"} <= set(error)
     assert re.fullmatch(r"[\x20-\x7e]{1,300}", error["message"])

@@ -47,20 +47,20 @@ def served_model(served_run: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def running_server(served_model: Any) -> Iterator[RunningServer]:
-    """One server for all tests that leave it as it is; it needs `KEY`."""
+    """One server for all tests that do not change it; it needs `KEY`."""
     with running(served_model, api_keys=(KEY, "sk-test-key-2")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def server(running_server: RunningServer) -> str:
-    """Its base URL."""
+    """Base URL of that server."""
     return running_server.url
 
 
 @pytest.fixture(scope="session")
 def http(server: str) -> Iterator[httpx.Client]:
-    """A client of it that has the key."""
+    """A client of that server, with its key."""
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=server, headers=headers, timeout=30) as client:
         yield client
@@ -127,7 +127,7 @@ def llama(families: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 @pytest.fixture
 def start_local() -> Iterator[Callable[..., Any]]:
-    """Builds and starts static engines, all of which are stopped at the end."""
+    """A function that builds and starts local engines; all of them are stopped at the end."""
     from multi_token.serve.engines.local.engine import LocalEngine
     from tests.serve.engine_parts import engines
 

@@ -30,7 +30,7 @@ VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -
 def composed(folder: Path, families: ModuleType, family: str, **changes: Any) -> Any:
     """A family's tiny model with a vector modality whose tokens weigh as much as text."""
     untied = {"tie_word_embeddings": False} if family == "Gemma3" else {}
-    families.save_tiny_model(family, folder, **untied, **changes)  # else it repeats one token
+    families.save_tiny_model(family, folder, **untied, **changes)  # tied, it repeats one token
     vector = {"type": "vector", "dim": 5, "projector": {"type": "expand", "factor": 3}}
     fields = {"language_model": str(folder), "modalities": {"vector": vector}}
     with torch.random.fork_rng():
@@ -43,7 +43,7 @@ def composed(folder: Path, families: ModuleType, family: str, **changes: Any) ->
 
 @contextmanager
 def engines(kind: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Builds and starts engines of a kind, all of which are stopped at the end."""
+    """A function that builds and starts engines of a kind; all of them are stopped at the end."""
     made: list[Any] = []
 
     def build(model: Any, **options: Any) -> Any:
@@ -74,7 +74,7 @@ def prompt_of(model: Any, sample: Sample) -> Prompt:
 
 
 class Client:
-    """Collects what an engine says of one request; `after`: told of each event."""
+    """Collects the events of one request; `after`: called with each event."""
 
     def __init__(self, after: Callable[[EngineEvent], None] | None = None) -> None:
         self.events: list[EngineEvent] = []
@@ -82,7 +82,7 @@ class Client:
         self._after = after
 
     def __call__(self, event: EngineEvent) -> None:
-        assert not self.has_ended.is_set(), f"{event} behind {self.events[-1]}"
+        assert not self.has_ended.is_set(), f"{event} after {self.events[-1]}"
         self.events.append(event)
         if self._after is not None:
             self._after(event)
@@ -101,7 +101,7 @@ class Client:
 
 
 def at_token(number: int, act: Callable[[], object]) -> Client:
-    """A client in whose token of that number, from 1, something happens."""
+    """A client that calls `act` at its token of this number, counted from 1."""
 
     def look(event: EngineEvent) -> None:
         if isinstance(event, TokenEvent) and len(client.events) == number:
@@ -119,7 +119,7 @@ def together(
     *,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
-    """Submit all of them, and then do `meanwhile`, while the engine is held by another prompt."""
+    """Submit all prompts and call `meanwhile` while another prompt holds the engine."""
     is_held, all_are_there = threading.Event(), threading.Event()
 
     def hold(_: EngineEvent) -> None:

@@ -1,4 +1,4 @@
-"""What a training leaves behind for the chat page: a recipe, rows of several kinds, a report."""
+"""Files of a trained run that the chat page reads: a recipe, rows of several kinds, a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HOSTILE = '<img src="x" onerror="window.hacked = 1">'
 
 
 def page_run(recipe_fields: Callable[..., dict[str, Any]], folder: Path) -> Path:
-    """Rows: one that spells HTML, one whose images are not there, and the four of the recipe."""
+    """A run with a row that contains HTML, one whose images are missing, and the recipe's four."""
     fields = recipe_fields(folder)
     rows = [
         {

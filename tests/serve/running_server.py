@@ -17,7 +17,7 @@ KEY = "sk-test-key-1"
 
 
 class RunningServer:
-    """uvicorn in a thread, with the service behind it."""
+    """uvicorn in a thread, with its service."""
 
     def __init__(self, service: Any) -> None:
         from multi_token.serve.server import DrainingServer
@@ -40,7 +40,7 @@ class RunningServer:
         assert not self._thread.is_alive(), "the server did not end"
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 5.0) -> bool:
-        """Whether something of the server comes to hold in time."""
+        """Return True as soon as a condition of the server holds, False if it does not in time."""
         end = threading.Event()
         for _ in range(int(seconds / 0.01)):
             if holds():
@@ -78,7 +78,7 @@ def npy(*values: float) -> bytes:
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
-    """Bytes as a `data:` address."""
+    """Bytes as a `data:` URL."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

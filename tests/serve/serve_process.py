@@ -1,4 +1,4 @@
-"""`multi-token serve` as people start it: a process of its own, for the tests of its commands."""
+"""`multi-token serve` in a process of its own."""
 
 from __future__ import annotations
 

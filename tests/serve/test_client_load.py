@@ -110,7 +110,7 @@ def test_refusals_are_counted_by_their_kind(load: LoadSpec) -> None:
 
     wrong = replace(load, api_key="sk-wrong-key", prompts=load.prompts[:1])
     assert measured(wrong, 1, 2).as_json()["errors"] == {"401 invalid_api_key": 2}
-    bad = replace(load, prompts=written_prompts(1, 3, [("image", b"no picture")]))
+    bad = replace(load, prompts=written_prompts(1, 3, [("image", b"no image")]))
     (kind,) = measured(bad, 1, 2).as_json()["errors"]
     assert kind.startswith("4")
     gone = replace(load, url="http://127.0.0.1:9")
@@ -121,7 +121,7 @@ def test_refusals_are_counted_by_their_kind(load: LoadSpec) -> None:
 def answering(
     body: bytes, kind: str = "text/event-stream", before: Callable[[], Any] = lambda: None
 ) -> Iterator[str]:
-    """A server that says the same to everybody, `before` which something happens."""
+    """A server with the same response for every request; it calls `before` first."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -166,14 +166,14 @@ USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens
         (b"data: <html>\n\n", "not a stream of chat completions (JSONDecodeError)"),
     ],
 )
-def test_a_broken_stream_is_no_answer(body: bytes, fault: str | None, load: LoadSpec) -> None:
+def test_a_broken_stream_counts_as_an_error(body: bytes, fault: str | None, load: LoadSpec) -> None:
     with answering(body) as url:
         (request,) = measured(LoadSpec(url, "m", load.prompts), 1, 1).requests
     assert request.fault == fault and request.text == ("a" if body.startswith(CHUNK) else "")
 
 
-def test_so_many_clients_ask_at_once(load: LoadSpec) -> None:
-    together = threading.Barrier(3)  # nobody is answered before three have asked
+def test_the_given_number_of_clients_asks_at_once(load: LoadSpec) -> None:
+    together = threading.Barrier(3)  # no response before three clients have asked
     body = CHUNK + USAGE + b"data: [DONE]\n\n"
     with answering(body, before=lambda: together.wait(20)) as url:
         found = measured(LoadSpec(url, "m", load.prompts, timeout_s=30), 3, 9)
@@ -207,7 +207,7 @@ def test_the_script_prints_a_table_and_writes_json(
         (["--rows", "x.jsonl", "--media", "image=x.png"], "--rows has its own items"),
     ],
 )
-def test_wrong_options_are_told_in_a_sentence(
+def test_invalid_options_are_refused_with_a_sentence(
     arguments: list[str], sentence: str, server: str, tmp_path: Path
 ) -> None:
     given = arguments if "--api-key" in arguments else [*arguments, "--api-key", KEY]

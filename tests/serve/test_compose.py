@@ -1,4 +1,4 @@
-"""deploy/: only gateways are published, versions are pinned, every flag of ours exists."""
+"""deploy/: only gateways are published, versions are pinned, every flag of the gateway exists."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_only_gateways_are_reached_from_outside(
         assert network in gateway["networks"]
 
 
-def test_every_engine_is_asked_and_none_beside(
+def test_the_gateway_uses_every_engine_and_no_other(
     engines: dict[str, Any], gateway: dict[str, Any]
 ) -> None:
     asked = option(gateway["command"], "--engine-url")
@@ -94,7 +94,7 @@ def test_images_are_of_one_exact_version(compose: dict[str, Any]) -> None:
     assert re.search(r"^FROM python:\d+\.\d+\.\d+-", DOCKERFILE, re.MULTILINE)
 
 
-def test_no_folder_of_somebody_is_named(compose: dict[str, Any]) -> None:
+def test_no_folder_of_one_machine_is_named(compose: dict[str, Any]) -> None:
     for name, one in compose["services"].items():
         for volume in one["volumes"]:
             assert re.fullmatch(r"\$\{EXPORTED:\?[^}]+\}:/model:ro", volume), f"{name}: {volume}"
@@ -115,7 +115,7 @@ def test_every_flag_of_the_gateway_is_one_of_ours(gateway: dict[str, Any]) -> No
     )
 
 
-def test_who_is_inside_may_end_before_a_container_is_killed(
+def test_running_requests_may_finish_before_a_container_is_killed(
     compose: dict[str, Any], gateway: dict[str, Any]
 ) -> None:
     for one in (compose["x-engine"], gateway):
@@ -124,10 +124,10 @@ def test_who_is_inside_may_end_before_a_container_is_killed(
     assert gateway["init"] is True, "decoders of media are processes of their own"
 
 
-def test_engines_are_shut_towards_strangers(compose: dict[str, Any]) -> None:
+def test_engines_refuse_untrusted_requests(compose: dict[str, Any]) -> None:
     words, environment = compose["x-engine"]["command"], compose["x-engine"]["environment"]
     assert "--enable-prompt-embeds" in words and "--disable-fastapi-docs" in words
-    # an empty list of domains would mean all
+    # an empty list would allow all domains
     assert option(words, "--allowed-media-domains") == ["invalid.localhost"]
     assert "--allowed-local-media-path" not in words and "--trust-remote-code" not in words
     assert int(option(words, "--max-num-queued-reqs")[0]) > 0, "0 is a queue without an end"
@@ -136,7 +136,7 @@ def test_engines_are_shut_towards_strangers(compose: dict[str, Any]) -> None:
     assert limit is not None and int(limit[1]) == 8192 * 4096 * 4
 
 
-def test_the_image_of_the_gateway_is_built_of_what_is_there() -> None:
+def test_the_image_of_the_gateway_is_built_from_existing_files() -> None:
     from tests.test_docs import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -148,7 +148,7 @@ def test_the_image_of_the_gateway_is_built_of_what_is_there() -> None:
             assert (ROOT / name).exists() and f"!{name}\n" in kept, name
 
 
-def test_the_page_says_the_same_flags_and_no_others() -> None:
+def test_the_page_has_the_same_flags_and_no_others() -> None:
     section = PAGE.partition("## Serving on vLLM")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     (engine,) = [block for block in blocks if "vllm serve " in block]

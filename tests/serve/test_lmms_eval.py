@@ -1,4 +1,4 @@
-"""lmms-eval asks a server through its own OpenAI adapter, by the line of docs/serving.md."""
+"""lmms-eval evaluates a server through its OpenAI adapter, with the command of docs/serving.md."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ WITHIN = [
 ]
 
 
-def within(pictures: list[bytes], question: str) -> tuple[Part, ...]:
+def within(images: list[bytes], question: str) -> tuple[Part, ...]:
     first, *texts = question.split("<image>")
     parts: list[Part] = [Text(first)]
-    for picture, text in zip(pictures, texts, strict=True):
-        parts += [Media("image", picture), Text(text)]
+    for image, text in zip(images, texts, strict=True):
+        parts += [Media("image", image), Text(text)]
     return tuple(part for part in parts if part != Text(""))
 
 
@@ -48,17 +48,17 @@ def write_rows(path: Path, rows: list[tuple[list[bytes], str]], answers: list[st
     from datasets import Dataset, Features, Image, List, Value
 
     columns = {
-        "pictures": [[{"bytes": data, "path": None} for data in pictures] for pictures, _ in rows],
+        "images": [[{"bytes": data, "path": None} for data in images] for images, _ in rows],
         "question": [question for _, question in rows],
         "answer": answers,
     }
     text = Value("string")
-    features = Features({"pictures": List(Image()), "question": text, "answer": text})
+    features = Features({"images": List(Image()), "question": text, "answer": text})
     Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
 def run_lmms_eval(url: str, folder: Path, tasks: str) -> None:
-    """The line of the page, with this server, these tasks and few tokens."""
+    """Run the command of the page with this server, these tasks and few tokens."""
     (line,) = [block for block in LINES if "lmms_eval" in block]
     for old, new in (
         ("python -m", f"{sys.executable} -m"),
@@ -105,20 +105,20 @@ def test_lmms_evals_openai_adapter_gets_the_answers_that_generate_gives(
 
     first = [generated(*(Media("image", p) for p in ps), Text(q)) for ps, q in FIRST]
     inside = [generated(*within(ps, q)) for ps, q in WITHIN]
-    assert len({*first, *inside}) == len(first) + len(inside), "pictures make no difference"
+    assert len({*first, *inside}) == len(first) + len(inside), "images make no difference"
     write_rows(tmp_path / "first.parquet", FIRST, first)
     write_rows(tmp_path / "within.parquet", WITHIN, [*inside[:-1], "no such answer"])
     with running(served_model) as server:
-        run_lmms_eval(server.url, tmp_path, "pictures_first,pictures_within")
-    answers, score = logged(tmp_path, "pictures_first")
+        run_lmms_eval(server.url, tmp_path, "images_first,images_within")
+    answers, score = logged(tmp_path, "images_first")
     assert [answer.strip() for answer in answers] == first
     assert score == 1.0
-    answers, score = logged(tmp_path, "pictures_within")
+    answers, score = logged(tmp_path, "images_within")
     assert [answer.strip() for answer in answers] == inside
     assert score == pytest.approx(2 / 3)
 
 
-def test_all_that_lmms_eval_is_put_aside_with_is_pinned() -> None:
+def test_all_requirements_of_lmms_eval_are_pinned() -> None:
     names = (HERE / "lmms_requirements.txt").read_text("utf-8").splitlines()
     pins = (ROOT / "constraints.txt").read_text("utf-8")
     for name in [name for name in names if not name.startswith("#")]:

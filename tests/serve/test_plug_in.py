@@ -68,7 +68,7 @@ NUMBERS = {"type": "media", "modality": "nose", "data": [0.5, 0.25, 1.5]}
 @pytest.mark.parametrize(
     "part", [OWN, OPENAI, NAMED, NUMBERS], ids=["own", "openai", "media", "numbers"]
 )
-def test_a_plug_in_is_answered_by_its_own_part_and_by_the_part_it_declares(
+def test_a_plug_in_takes_its_own_part_and_the_part_that_it_declares(
     smells: RunningServer, part: dict[str, Any]
 ) -> None:
     model: Any = smells.service.prompts.media_embedder.model
@@ -82,7 +82,7 @@ def test_a_plug_in_is_answered_by_its_own_part_and_by_the_part_it_declares(
 
 
 def test_a_plug_in_is_refused_over_the_limit_of_its_field(smells: RunningServer) -> None:
-    long = b"1 " * 700  # the server's limit is 600 s, the field's own a billion
+    long = b"1 " * 700  # the server's limit is 600 s, the default of the field a billion
     answer = ask(smells, {**NAMED, "data": b64(long)})
     assert answer.status_code == 400
     assert "700 s is over the limit of 600" in fault_of(answer)["message"]

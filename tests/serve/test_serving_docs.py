@@ -1,4 +1,4 @@
-"""The lines of docs/serving.md do what they say there."""
+"""The commands of docs/serving.md work as described there."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.asking import PICTURE, QUESTION, VECTOR, asked, content_of, post
+from tests.serve.asking import IMAGE, QUESTION, VECTOR, asked, content_of, post
 from tests.serve.running_server import running
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def soak() -> Iterator[ModuleType]:
         sys.path.remove(str(BENCHMARKS))
 
 
-def test_a_third_of_a_minute_of_everything_has_no_wrong_answer_and_no_error_of_ours(
+def test_20_seconds_of_mixed_load_have_no_wrong_answer_and_no_error_of_the_server(
     served_run: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(BENCHMARKS / "soak.py"), str(served_run)]
@@ -47,38 +47,38 @@ def test_a_third_of_a_minute_of_everything_has_no_wrong_answer_and_no_error_of_o
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    told = f"{done.stdout}\n{done.stderr}"
-    assert done.returncode == 0, told
+    output = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, output
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert min(found["num_good"], found["num_broken"], found["num_leavers"]) > 1, told
-    assert (found["num_wrong"], found["num_own_errors"]) == (0, 0), told
-    assert found["let_through"] == [] and found["not_freed"] == {}, told
+    assert min(found["num_good"], found["num_broken"], found["num_leavers"]) > 1, output
+    assert (found["num_wrong"], found["num_own_errors"]) == (0, 0), output
+    assert found["let_through"] == [] and found["not_freed"] == {}, output
     assert found["missed"] == []
     assert found["replies"]["good: 200"] == found["num_good"]
 
 
-def test_a_wrong_answer_and_a_broken_request_that_is_answered_are_seen(
+def test_a_wrong_answer_and_an_answered_broken_request_are_reported(
     soak: ModuleType, served_model: Any
 ) -> None:
     fields = {"messages": asked("one two"), "max_tokens": 2}
-    false = soak.Question("false", fields, "what nobody says")
-    mended = soak.Broken("mended", json.dumps(fields).encode())
+    false = soak.Question("false", fields, "what the model does not say")
+    valid = soak.Broken("valid", json.dumps(fields).encode())
     found = soak.Found()
 
     async def send(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             await soak._ask(http, false, Random(0), found)
-            await soak._err(http, mended, found)
+            await soak._err(http, valid, found)
 
     with running(served_model) as server:
         asyncio.run(send(server.url))
-    assert len(found.wrong) == 1 and "what nobody says" in found.wrong[0]
-    assert found.let_through == ["mended: 200 OK"]
+    assert len(found.wrong) == 1 and "what the model does not say" in found.wrong[0]
+    assert found.let_through == ["valid: 200 OK"]
     assert found.own_errors == []
     assert soak.missed(found, is_judged=False) == ["1 wrong answers", "1 let through"]
 
 
-def test_memory_that_grows_is_seen_and_memory_that_has_grown_is_not(soak: ModuleType) -> None:
+def test_growing_memory_is_reported_and_a_plateau_is_not(soak: ModuleType) -> None:
     def judged(values: list[float]) -> list[str]:
         memory = [(float(i), value, value) for i, value in enumerate(values)]
         return soak.missed(soak.Found(num_good=1, memory=memory), is_judged=True)
@@ -91,13 +91,13 @@ def test_memory_that_grows_is_seen_and_memory_that_has_grown_is_not(soak: Module
     assert judged(peaks) == []
 
 
-def test_after_a_thousand_clients_have_left_no_request_is_inside_and_no_slot_is_taken(
+def test_after_a_thousand_clients_have_left_no_request_remains_and_no_slot_is_taken(
     soak: ModuleType, served_model: Any
 ) -> None:
     long = {"max_tokens": 60, "ignore_eos": True}
     bodies = [
         json.dumps({"messages": asked(*parts), "stream": stream, **long}).encode()
-        for parts in (["x"], [PICTURE, QUESTION], [VECTOR, VECTOR, QUESTION])
+        for parts in (["x"], [IMAGE, QUESTION], [VECTOR, VECTOR, QUESTION])
         for stream in (False, True)
     ]
     moments: list[str] = []
@@ -116,7 +116,7 @@ def test_after_a_thousand_clients_have_left_no_request_is_inside_and_no_slot_is_
         running(served_model, max_batch=4, max_queue=100) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        before = content_of(post(http, asked(PICTURE, QUESTION)))
+        before = content_of(post(http, asked(IMAGE, QUESTION)))
         asyncio.run(leave_all(server.url))
         assert len(moments) == NUM_LEAVERS
         assert {"connected", "half sent", "sent", "waiting", "read"} <= set(moments)
@@ -135,7 +135,7 @@ def test_after_a_thousand_clients_have_left_no_request_is_inside_and_no_slot_is_
             seconds=20,
         )
         assert is_empty, http.get("/metrics").text
-        assert content_of(post(http, asked(PICTURE, QUESTION))) == before
+        assert content_of(post(http, asked(IMAGE, QUESTION))) == before
         text = http.get("/metrics").text
     assert "multi_token_num_requests_admitted 0.0" in text
     assert "multi_token_num_requests_running 0.0" in text

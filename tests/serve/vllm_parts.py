@@ -1,4 +1,4 @@
-"""Engines of the vllm backend before stand-ins, with a golden request made in process."""
+"""vLLM engines with stand-ins as servers, and a golden request made in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEALTH_INTERVAL_S = 0.05
 
 @torch.no_grad()
 def golden_of(model: Any, num_new: int = 6) -> GoldenRequest:
-    """What an export of the model would hold."""
+    """The golden request that an export of the model contains."""
     ids = smoke_prompt(model).input_ids[None]
     num_prompt, logprobs = ids.shape[1], []
     for _ in range(num_new):
@@ -39,7 +39,7 @@ def golden_of(model: Any, num_new: int = 6) -> GoldenRequest:
 
 @contextmanager
 def started(model: Any, *stand_ins: StandIn, **options: Any) -> Iterator[VllmEngine]:
-    """A running engine before some stand-ins, which end with it."""
+    """A running engine with stand-ins that end with the engine."""
     fields = {"health_interval_s": HEALTH_INTERVAL_S, **options}
     engine = VllmEngine(model, golden_of(model), [s.url for s in stand_ins], **fields)
     try:
@@ -52,10 +52,10 @@ def started(model: Any, *stand_ins: StandIn, **options: Any) -> Iterator[VllmEng
 
 
 class VllmWithStandIn(VllmEngine):
-    """An engine with a stand-in of its own, which has the same model and ends with it."""
+    """An engine with a stand-in of its own: the same model, and the same end."""
 
     def __init__(self, model: Any, *, max_batch: int = 8, max_tokens: int | None = None) -> None:
-        """`max_batch`: prompts that the stand-in answers at once."""
+        """`max_batch`: number of requests that the stand-in runs at once."""
         self.stand_in = StandIn(model.language_model, max_num_seqs=max_batch)
         super().__init__(
             model,

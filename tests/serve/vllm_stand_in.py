@@ -24,7 +24,7 @@ from multi_token.serve.engines.sampler import sample
 
 
 class Refused(Exception):
-    """An answer with this status, in vLLM's form."""
+    """An error response with this status, in vLLM's form."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -47,9 +47,10 @@ class StandIn:
         multiplies_ids: float = 1.0,
         start: bool = True,
     ) -> None:
-        """`max_inside`: that are answered or wait (`--max-num-queued-reqs`). `multiplies`:
-        embeddings that come are multiplied before the first layer, as vLLM does for some families.
-        `multiplies_ids`: what is looked up, behind the look-up.
+        """`max_inside`: limit of running and waiting requests (`--max-num-queued-reqs`).
+
+        `multiplies`: factor of received embeddings before the first layer, as vLLM applies it for
+        some families. `multiplies_ids`: the same for embeddings of ids, after the lookup.
         """
         self.language_model = language_model
         self.key = key
@@ -61,11 +62,11 @@ class StandIn:
         self.multiplies_ids = multiplies_ids
         self.is_healthy = True
         self.fails_with: int | None = None
-        """A status that every completion is answered with."""
+        """Status of the response to every completion request."""
         self.breaks_at: int | None = None
-        """After so many tokens the engine fails."""
+        """Number of tokens after which the engine fails."""
         self.bodies: list[dict[str, Any]] = []
-        """What it was asked, golden requests left out."""
+        """Bodies of the requests, without golden requests."""
         self.num_asked = 0
         self.num_running = self.num_waiting = 0
         self.port = 0
@@ -81,7 +82,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen, on the port that it had."""
+        """Listen; after a `die`, on the same port."""
         app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -131,7 +132,7 @@ class StandIn:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing is answered within it: what is asked waits for its first token."""
+        """Inside the context, requests wait for their first token."""
         self._is_free.clear()
         try:
             yield
@@ -139,7 +140,7 @@ class StandIn:
             self._is_free.set()
 
     def wait_until(self, holds: Any, seconds: float = 10.0) -> bool:
-        """Whether something comes to hold in time."""
+        """Return True as soon as a condition holds, False if it does not in time."""
         end = threading.Event()
         for _ in range(int(seconds / 0.005)):
             if holds():
@@ -184,7 +185,7 @@ class StandIn:
         )
 
     def _prompt(self, body: dict[str, Any]) -> Tensor:
-        """What the layers get, [1, time, hidden]."""
+        """Input of the first layer, [1, time, hidden]."""
         if body.get("prompt_embeds") is None:
             ids = body.get("prompt")
             if not ids or not all(type(id) is int for id in ids):
@@ -275,7 +276,7 @@ def _logprobs(scores: Tensor, id: int, num_top: int | None) -> dict[str, Any] | 
         return None
     own = scores.float().log_softmax(-1)
     values, ids = own.topk(num_top)
-    # the chosen one stands first, as in vLLM
+    # the chosen token comes first, as in vLLM
     top = {f"token_id:{id}": float(own[id])}
     top |= {
         f"token_id:{other}": value

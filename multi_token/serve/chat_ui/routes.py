@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -71,28 +71,28 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
     folder = settings.run_folder
     report = None if folder is None else folder / "report.html"
     secret = secrets.token_bytes(32)
-    loading: asyncio.Task[tuple[list[dict[str, Any]], Examples]] | None = None
+    modalities = [
+        {
+            "name": name,
+            "type": modality.type,
+            "takes": [dataclasses.asdict(kind) for kind in modality.file_kinds()],
+        }
+        for name, modality in service.prompts.modalities.items()
+    ]
+    loading: asyncio.Task[Examples] | None = None
 
-    def load() -> tuple[list[dict[str, Any]], Examples]:
-        modalities = [
-            {
-                "name": name,
-                "type": modality.type,
-                "takes": [dataclasses.asdict(kind) for kind in modality.file_kinds()],
-            }
-            for name, modality in service.prompts.modalities.items()
-        ]
+    def load() -> Examples:
         if not settings.show_examples:
-            return modalities, Examples()
+            return Examples()
         try:
-            return modalities, read_examples(folder, service.prompts.modalities)
+            return read_examples(folder, service.prompts.modalities)
         # Data moves and changes after a run; whatever it raises, the page works without examples.
         except Exception as error:
             LOG.error("the chat page has no examples", exc_info=error)
-            return modalities, Examples()
+            return Examples()
 
-    async def page_data() -> tuple[list[dict[str, Any]], Examples]:
-        """Load modalities and examples once, at the page's first request."""
+    async def load_once() -> Examples:
+        """Load the examples at the page's first request."""
         nonlocal loading
         if loading is None:
             loading = asyncio.create_task(asyncio.to_thread(load))
@@ -111,13 +111,15 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/facts", include_in_schema=False)
     async def facts() -> JSONResponse:
-        modalities, examples = await page_data()
+        examples = await load_once()
+        systems = {row["system"] for row in examples.rows}
         has_report = report is not None and report.is_file()
         described = {
             "name": settings.name,
             "modalities": modalities,
             "examples": list(examples.rows),
-            "system": examples.system,
+            # The page fills in a system message only where all examples have the same one.
+            "system": systems.pop() if len(systems) == 1 else None,
             "report": f"page/report?ticket={_ticket(secret)}" if has_report else None,
             "max_body_bytes": settings.max_body_bytes,
             "max_media": settings.max_media,
@@ -127,7 +129,7 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/examples/{item:int}", include_in_schema=False)
     async def example(item: int) -> Response:
-        _, examples = await page_data()
+        examples = await load_once()
         if item >= len(examples.items):
             raise ServeError("unknown example", status=404, code="unknown_example")
         content = examples.items[item]
@@ -141,9 +143,9 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
                 status=401,
                 code="invalid_ticket",
             )
-        content = await asyncio.to_thread(_read_report, report)
-        if content is None:
+        if report is None or not report.is_file() or report.stat().st_size > _MAX_REPORT_BYTES:
             raise ServeError("this run has no report", status=404, code="no_report")
+        content = await asyncio.to_thread(report.read_bytes)
         return Response(content, media_type=_HTML, headers=_REPORT_HEADERS)
 
 
@@ -165,12 +167,6 @@ def _is_valid(ticket: str, secret: bytes) -> bool:
 
 def _signature(secret: bytes, text: str) -> str:
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
-
-
-def _read_report(report: Path | None) -> bytes | None:
-    if report is None or not report.is_file() or report.stat().st_size > _MAX_REPORT_BYTES:
-        return None
-    return report.read_bytes()
 
 
 def _page_file(name: str) -> str:

@@ -1,12 +1,10 @@
 """Limits of uploaded media: of one item, and of all items of a request together.
 
 `Modality.with_limits` applies the limits of one item, and decoders refuse an item while decoding.
-The worker measures each decoded item, and `RequestMediaBudget` adds up the sizes of a request.
+The worker measures each decoded item, and `RequestMediaBudget` sums the sizes of a request.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -15,7 +13,7 @@ from multi_token.serve.errors import ServeError
 
 
 class MediaLimits(BaseModel):
-    """Limits of one media item."""
+    """Limits of one media item; `Modality.with_limits` finds a limit by the name of its field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,7 +22,7 @@ class MediaLimits(BaseModel):
     max_pixels: PositiveInt = 25_000_000
     """Pixels of an image or a video frame, read from the header."""
     max_frames: PositiveInt = 64
-    """Frames sampled from a video, where their number grows with its length."""
+    """Frames sampled from a video, if a longer video has more of them."""
     max_video_pixels: PositiveInt = 256_000_000
     """Pixels of all frames sampled from a video."""
     max_seconds: PositiveFloat = 600.0
@@ -60,20 +58,7 @@ class RequestMediaLimits(BaseModel):
     """Media embeddings in the prompt; the language model's context is often shorter."""
 
 
-@dataclass(frozen=True)
-class MediaSize:
-    """Measured size of an item; each field has its limit in `RequestMediaLimits`."""
-
-    bytes: int = 0
-    pixels: int = 0
-    frames: int = 0
-    seconds: float = 0.0
-    characters: int = 0
-    prepared_bytes: int = 0
-    tokens: int = 0
-
-
-_UNITS = {
+SIZE_UNITS = {
     "bytes": "bytes",
     "pixels": "pixels",
     "frames": "frames",
@@ -82,6 +67,7 @@ _UNITS = {
     "prepared_bytes": "bytes of encoder input",
     "tokens": "tokens",
 }
+"""Name of a measured size -> its unit in messages; `max_<name>` of a request is its limit."""
 
 
 class RequestMediaBudget:
@@ -90,21 +76,21 @@ class RequestMediaBudget:
     def __init__(self, limits: RequestMediaLimits, num_items: int) -> None:
         self.limits = limits
         self.num_items = num_items
-        self._sums: dict[str, float] = {field.name: 0 for field in fields(MediaSize)}
+        self._sums = dict.fromkeys(SIZE_UNITS, 0.0)
 
-    def add(self, size: MediaSize) -> None:
-        """Add a measured size. Raises ServeError (413) when a sum exceeds its limit."""
+    def add(self, **sizes: float) -> None:
+        """Add sizes of one item by name. Raises ServeError (413) when a sum exceeds its limit."""
         # Called as soon as each size is known, so the sum of a few items already refuses the
         # request, and the other items are not decoded.
-        for name in self._sums:
-            self._sums[name] += getattr(size, name)
-            most = getattr(self.limits, f"max_{name}")
-            if self._sums[name] > most and self.num_items > 1:
+        for name, size in sizes.items():
+            self._sums[name] += size
+            limit = getattr(self.limits, f"max_{name}")
+            if self._sums[name] > limit and self.num_items > 1:
+                total = f"{round(self._sums[name], 1):,.15g} {SIZE_UNITS[name]}"
                 raise ServeError(
-                    f"the {self.num_items} media items of this request have at least "
-                    f"{round(self._sums[name], 1):,.15g} {_UNITS[name]} together, and the limit is "
-                    f"{most:,.15g}; send fewer or smaller items, or split them into several "
-                    "requests",
+                    f"the {self.num_items} media items of this request have at least {total} "
+                    f"together, and the limit is {limit:,.15g}; send fewer or smaller items, or "
+                    "split them into several requests",
                     status=413,
                     param="messages",
                     code="media_too_large_together",

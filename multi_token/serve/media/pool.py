@@ -1,6 +1,6 @@
 """Pool of media workers: media items of requests -> encoder input, decoded under limits.
 
-    item -> reader threads (download, data: URLs) -> queue -> one thread per worker process
+    item -> reader threads (download, data: URLs) -> queue -> decoder threads -> worker processes
 
 Workers never get a path or a URL, only bytes. An item that kills its worker fails alone.
 """
@@ -16,29 +16,26 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.fetch import Fetch
+from multi_token.media.errors import missing_file, undecodable
+from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media.limits import MediaLimits, MediaSize, RequestMediaBudget
+from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
 from multi_token.serve.media.protocol import encode_frame, serialize_source
 from multi_token.serve.media.sandbox import CAN_FORK
 from multi_token.serve.media.worker import warm_up
 from multi_token.serve.media.worker_process import (
-    DecodeRequest,
-    DecodeResult,
+    DecodedItem,
     WorkerProcess,
     media_error,
     stopped_error,
 )
 from multi_token.types import Media, Prepared
 
-GIB = 1024**3
 _MAX_WAITING_PER_WORKER = 16
 """Items of the largest size that may wait for each worker."""
 _JSON_BYTES_PER_NUMBER = 32
@@ -51,12 +48,6 @@ _MAX_DEPTH = 16
 _ADDRESS = re.compile("data:|https?://", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _DecodeJob:
-    item: DecodeRequest
-    result: Future[DecodeResult] = field(default_factory=Future)
 
 
 class MediaPool:
@@ -73,7 +64,7 @@ class MediaPool:
         *,
         num_workers: int = 2,
         timeout_s: float = 20.0,
-        memory_bytes: int = 2 * GIB,
+        memory_bytes: int = 2048 * MIB,
         limits: MediaLimits | None = None,
         urls: UrlPolicy | None = None,
         fork: bool | None = None,
@@ -81,13 +72,18 @@ class MediaPool:
         self.limits = limits or MediaLimits()
         limits_by_name = self.limits.model_dump()
         self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
-        self.timeout_s = timeout_s
         self._fetch = Fetch(
             max_bytes=self.limits.max_bytes, allow_paths=False, url_policy=urls or UrlPolicy()
         )
+        # Sent as JSON to each worker when it starts; forks inherit it.
         self._setup = {
             "modalities": {n: m.model_dump(mode="json") for n, m in self.modalities.items()},
-            "classes": _unregistered_classes(self.modalities.values()),
+            # For classes that a call of this process registered: a worker finds no entry point.
+            "classes": [
+                (kind, thing.type, f"{type(thing).__module__}:{type(thing).__qualname__}")
+                for modality in self.modalities.values()
+                for kind, thing in (("modality", modality), ("projector", modality.projector))
+            ],
             "path": [os.path.abspath(entry) for entry in sys.path],
             "readable": _readable_folders(self.modalities.values()),
             "timeout_s": timeout_s,
@@ -101,21 +97,23 @@ class MediaPool:
         self._lock = threading.Lock()
         self._num_queued_bytes = 0
         self._max_queued_bytes = _MAX_WAITING_PER_WORKER * self.limits.max_bytes
-        self._jobs: queue.Queue[_DecodeJob | None] = queue.Queue()
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
-        self._threads: list[threading.Thread] = []
-        self._reader_pool: ThreadPoolExecutor | None = None
+        self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+        self._items: set[Future[DecodedItem]] = set()
+        # Both stop accepting work before the first start and after a stop.
+        self._readers: ThreadPoolExecutor | None = None
+        self._decoders: ThreadPoolExecutor | None = None
 
     @property
     def num_waiting(self) -> int:
         """Items waiting for a worker."""
-        return self._jobs.qsize()
+        return sum(not (item.running() or item.done()) for item in list(self._items))
 
     def start(self) -> None:
         """Start the workers and wait until the first is ready. Raises MultiTokenError."""
         if not CAN_FORK:
             _log.warning("memory of media workers is not limited on %s", sys.platform)
-        # The others start in their threads once the first is ready: loading libraries in all of
+        # The others start in decoder threads once the first is ready: loading libraries in all of
         # them at once would take the cores from the engine, which starts at the same time.
         self._workers[0].launch()
         for modality in self.modalities.values():
@@ -128,33 +126,21 @@ class MediaPool:
         except MultiTokenError:
             self.stop()
             raise
-        self._reader_pool = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
-        self._threads = [
-            threading.Thread(
-                target=self._worker_loop, args=(worker,), name="media-worker", daemon=True
-            )
-            for worker in self._workers
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
+        self._decoders = ThreadPoolExecutor(len(self._workers), thread_name_prefix="media-worker")
+        self._idle_workers.put(self._workers[0])
+        for worker in self._workers[1:]:
+            self._decoders.submit(self._start_worker, worker)
 
     def stop(self) -> None:
         """End the workers; waiting and running items fail with 503."""
-        for _ in self._threads:
-            self._jobs.put(None)
         for worker in self._workers:
             worker.stop()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        with suppress(queue.Empty):
-            while True:
-                job = self._jobs.get_nowait()
-                if job is not None and job.result.set_running_or_notify_cancel():
-                    job.result.set_exception(stopped_error())
-        if self._reader_pool is not None:
-            self._reader_pool.shutdown(wait=False, cancel_futures=True)
-            self._reader_pool = None
+        if self._decoders is not None and self._readers is not None:
+            # Waits: each item that is left fails at once, since its worker has been stopped.
+            self._decoders.shutdown()
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._decoders = self._readers = None
 
     async def prepare(self, item: Media, totals: RequestMediaBudget | None = None) -> Prepared:
         """One item -> encoder input. `totals`: budget of its request, sent bytes counted already.
@@ -164,29 +150,25 @@ class MediaPool:
         if the queue is full, 503 if the pool is stopped. Cancelling takes a waiting item out of the
         queue; the result of a running one is dropped.
         """
-        if self._reader_pool is None or not self._threads:
+        if self._readers is None or self._decoders is None:
             raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
-        loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(self._reader_pool, self._build_job, item)
+        decoders, loop = self._decoders, asyncio.get_running_loop()
+        frame = await loop.run_in_executor(self._readers, self._build_frame, item)
         # Bytes that came in the body were counted before; a download is known only now.
         if totals is not None and not isinstance(item.source, bytes):
-            totals.add(MediaSize(bytes=len(job.item.data)))
-        self._reserve(job)
-        self._jobs.put(job)
-        # stop() empties the queue once: a job put after it would wait for ever.
-        if not self._threads:
-            job.result.cancel()
-            raise stopped_error()
-        decoded = await asyncio.wrap_future(job.result)
+            totals.add(bytes=len(frame))
+        decoded = await asyncio.wrap_future(self._submit(decoders, item.modality, frame))
         if totals is not None:
-            totals.add(decoded.size)
+            totals.add(**decoded.sizes)
         return decoded.prepared
 
-    def _reserve(self, job: _DecodeJob) -> None:
-        """Count the job's bytes until it ends. Raises ServeError (429) when too many wait."""
-        num_bytes = len(job.item.data)
+    def _submit(
+        self, decoders: ThreadPoolExecutor, modality: str, frame: bytes
+    ) -> Future[DecodedItem]:
+        """Queue an item, and count its bytes until it ends. Raises ServeError (429, 503)."""
+        num_bytes = len(frame)
         with self._lock:
             # An empty queue takes any item: one item may be larger than the queue's share.
             if (
@@ -199,27 +181,32 @@ class MediaPool:
                     code="busy",
                     retry_after=1.0,
                 )
+            try:
+                future = decoders.submit(self._decode, modality, frame)
+            except RuntimeError:  # shut down since `prepare` began
+                raise stopped_error() from None
             self._num_queued_bytes += num_bytes
+            self._items.add(future)
 
-        def release(_: Future[DecodeResult]) -> None:
+        def release(future: Future[DecodedItem]) -> None:
             with self._lock:
                 self._num_queued_bytes -= num_bytes
+                self._items.discard(future)
 
-        job.result.add_done_callback(release)
+        future.add_done_callback(release)
+        return future
 
-    def _build_job(self, item: Media) -> _DecodeJob:
+    def _build_frame(self, item: Media) -> bytes:
         """Resolve the item's URLs to bytes and build its frame. Raises ServeError (400)."""
         try:
             source = self._resolve_source(item.source, self.modalities[item.modality])
             tree, blobs = serialize_source(source, max_numbers=self.limits.max_numbers)
             if sum(map(len, blobs)) > self.limits.max_bytes:
-                raise MediaError(
+                raise undecodable(
                     f"the item has {sum(map(len, blobs)):,} bytes, and the limit is "
-                    f"{self.limits.max_bytes:,}; send a smaller one",
-                    kind="undecodable",
+                    f"{self.limits.max_bytes:,}; send a smaller one"
                 )
-            data = encode_frame({"modality": item.modality, "source": tree}, blobs)
-            return _DecodeJob(DecodeRequest(item.modality, data))
+            return encode_frame({"modality": item.modality, "source": tree}, blobs)
         except (MediaError, ValueError, RecursionError) as error:
             raise media_error(item.modality, str(error)) from None
 
@@ -252,36 +239,28 @@ class MediaPool:
 
     def _fetch_address(self, address: Any) -> bytes:
         if not isinstance(address, str) or not _ADDRESS.match(address):
-            raise MediaError(
-                "expected bytes or a data: URL; the server never reads its own files",
-                kind="missing_file",
+            raise missing_file(
+                "expected bytes or a data: URL; the server never reads its own files"
             )
         return self._fetch.read(address)
 
-    def _worker_loop(self, worker: WorkerProcess) -> None:
-        if not worker.is_ready:
-            worker.try_start()
-        while (job := self._jobs.get()) is not None:
-            if not job.result.set_running_or_notify_cancel():
-                continue  # cancelled: the client has disconnected
-            try:
-                job.result.set_result(worker.prepare(job.item))
-            except ServeError as error:
-                job.result.set_exception(error)
-            # An error here must not end the thread: its worker would never be used again.
-            except Exception as error:  # noqa: BLE001
-                _log.exception("the reply of a media worker could not be parsed")
-                job.result.set_exception(media_error(job.item.modality, type(error).__name__))
+    def _start_worker(self, worker: WorkerProcess) -> None:
+        worker.try_start()
+        self._idle_workers.put(worker)
 
-
-def _unregistered_classes(modalities: Any) -> list[tuple[str, str, str]]:
-    """(kind, name, module:class) of each class, for those registered by a call in this process."""
-    found: list[tuple[str, str, str]] = []
-    for modality in modalities:
-        for kind, thing in (("modality", modality), ("projector", modality.projector)):
-            cls = type(thing)
-            found.append((kind, thing.type, f"{cls.__module__}:{cls.__qualname__}"))
-    return found
+    def _decode(self, modality: str, frame: bytes) -> DecodedItem:
+        """Decode one item in an idle worker. Raises ServeError."""
+        worker = self._idle_workers.get()
+        try:
+            return worker.prepare(modality, frame)
+        except ServeError:
+            raise
+        # A decoder that was taken over may send any reply.
+        except Exception as error:  # noqa: BLE001
+            _log.exception("the reply of a media worker could not be parsed")
+            raise media_error(modality, type(error).__name__) from None
+        finally:
+            self._idle_workers.put(worker)
 
 
 def _readable_folders(modalities: Any) -> list[str]:

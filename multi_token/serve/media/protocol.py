@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from multi_token.errors import MediaError
+from multi_token.media.errors import undecodable
 
 _LENGTH = struct.Struct(">Q")
 _CHUNK_BYTES = 1024 * 1024
@@ -80,18 +80,18 @@ def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]
     def pack(value: Any, depth: int) -> Any:
         nonlocal num_left
         if depth > _MAX_DEPTH:
-            raise _frame_error(f"lists are nested more than {_MAX_DEPTH} levels deep")
+            raise undecodable(f"lists are nested more than {_MAX_DEPTH} levels deep")
         if isinstance(value, (bytes, bytearray, memoryview)):
             blobs.append(bytes(value))
             return {"bytes": len(blobs) - 1}
         if isinstance(value, Mapping):
             if not all(isinstance(key, str) for key in value):
-                raise _frame_error("expected strings as keys of an object")
+                raise undecodable("expected strings as keys of an object")
             return {"object": {key: pack(inner, depth + 1) for key, inner in value.items()}}
         if isinstance(value, (list, tuple)):
             num_left -= len(value)
             if num_left < 0:
-                raise _frame_error(
+                raise undecodable(
                     f"the item has more than {max_numbers:,} numbers, the limit; send a part of it"
                 )
             # Long series: one check instead of a call of `pack` for each number.
@@ -100,7 +100,7 @@ def serialize_source(source: Any, *, max_numbers: int) -> tuple[Any, list[bytes]
             return [pack(inner, depth + 1) for inner in value]
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
-        raise _frame_error(
+        raise undecodable(
             f"expected bytes, text, numbers, lists or objects of them, got {type(value).__name__}"
         )
 
@@ -116,7 +116,3 @@ def deserialize_source(tree: Any, blobs: Sequence[bytes]) -> Any:
     if "bytes" in tree:
         return blobs[tree["bytes"]]
     return {key: deserialize_source(inner, blobs) for key, inner in tree["object"].items()}
-
-
-def _frame_error(message: str) -> MediaError:
-    return MediaError(message, kind="undecodable")

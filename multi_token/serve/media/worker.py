@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import gc
 import os
-import selectors
+import select
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import Any
 
+import torch
+from safetensors.torch import save
+
+from multi_token import registry
+from multi_token.errors import MediaError, MultiTokenError
+from multi_token.media.errors import undecodable
+from multi_token.media.fetch import Fetch
+from multi_token.modalities.base import Modality
 from multi_token.serve.media.protocol import (
     decode_frame,
     deserialize_source,
@@ -32,7 +40,6 @@ from multi_token.serve.media.sandbox import MAX_FILES, enter_sandbox, limit_cpu
 
 _ITEMS_PER_FORK = 1_000
 """Items after which a fork is replaced, so that leaks of decoders do not add up."""
-_PIPE_CHUNK_BYTES = 1024 * 1024
 _INBOX, _OUTBOX = MAX_FILES - 2, MAX_FILES - 1
 """Pipe descriptors of a fork, far from 0 to 2, which libraries print to."""
 _SLACK_BYTES = 1024 * 1024
@@ -43,7 +50,11 @@ _NO_REPLY = encode_frame({"nothing": True})
 
 def main() -> int:
     """Load the modalities, report `ready`, then decode item after item until the input ends."""
-    inbox, outbox = _claim_pipes()
+    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # A library that prints would write into a frame: its output goes to /dev/null.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
     first = read_frame(inbox.read, most=_SLACK_BYTES)
     if first is None:
         return 0
@@ -70,13 +81,8 @@ def main() -> int:
     return 0
 
 
-def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
+def build_modalities(setup: Mapping[str, Any]) -> dict[str, Modality]:
     """Build the modalities and load their processors and decoders before the first item."""
-    import torch
-
-    from multi_token import registry
-    from multi_token.modalities.base import Modality
-
     sys.path[:] = setup["path"]
     torch.set_num_threads(1)
     # Pillow's AVIF decoder starts a thread for each core, and each thread takes address space.
@@ -101,10 +107,8 @@ def build_modalities(setup: Mapping[str, Any]) -> dict[str, Any]:
     return modalities
 
 
-def warm_up(modality: Any) -> None:
+def warm_up(modality: Modality) -> None:
     """Decode the modality's examples, which loads its processor and the decoders."""
-    from multi_token.media.fetch import Fetch
-
     for source in modality.example_sources():
         modality.prepare(modality.load(source, Fetch(allow_paths=False)))
 
@@ -112,7 +116,7 @@ def warm_up(modality: Any) -> None:
 class ForkedWorker:
     """A sandboxed fork of this process that decodes; replaced after an item that harmed it."""
 
-    def __init__(self, modalities: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
+    def __init__(self, modalities: Mapping[str, Modality], setup: Mapping[str, Any]) -> None:
         self.modalities = modalities
         self.setup = setup
         self.max_bytes = setup["max_prepared_bytes"] + _SLACK_BYTES
@@ -130,26 +134,28 @@ class ForkedWorker:
             self._fork()
         reply, continues = None, False
         try:
-            _write_all(self.writer, request)
-            reply = read_frame(
-                lambda size: _read_before(deadline, self.reader, size), most=self.max_bytes
-            )
+            # memoryview: os.write may write a part, and slices of bytes would copy the rest.
+            left = memoryview(request)
+            while left:
+                left = left[os.write(self.writer, left) :]
+            reply = read_frame(lambda size: self._read(deadline, size), most=self.max_bytes)
             # The fork sends one more byte if it goes on; a complete reply alone does not say so.
-            continues = reply is not None and self._continues()
+            if reply is not None:
+                continues = self._read(time.monotonic() + 1.0, 1) == _CONTINUES
         except TimeoutError:
-            reply = encode_frame({"fault": "time"})
+            reply = reply or encode_frame({"fault": "time"})
         except (OSError, EOFError, ValueError):
-            pass  # the fork died and left half a frame or none: there is no reply
+            pass  # the fork died and left half a frame or none
         if not continues:
             self.kill()
             self._fork()
         return reply or encode_frame({"fault": "died"})
 
-    def _continues(self) -> bool:
-        try:
-            return _read_before(time.monotonic() + 1.0, self.reader, 1) == _CONTINUES
-        except TimeoutError:
-            return False
+    def _read(self, deadline: float, size: int) -> bytes:
+        seconds = max(0.0, deadline - time.monotonic())
+        if not select.select([self.reader], [], [], seconds)[0]:
+            raise TimeoutError
+        return os.read(self.reader, size)
 
     def _fork(self) -> None:
         inbox, self.writer = os.pipe()
@@ -171,7 +177,7 @@ class ForkedWorker:
 
     def _child_loop(self) -> None:
         """Inside the fork: decode item after item until one goes wrong."""
-        inbox = os.fdopen(_INBOX, "rb")
+        inbox, outbox = os.fdopen(_INBOX, "rb"), os.fdopen(_OUTBOX, "wb")
         for num_left in reversed(range(_ITEMS_PER_FORK)):
             request = read_frame(inbox.read, most=self.setup["max_request_bytes"])
             if request is None:
@@ -180,10 +186,12 @@ class ForkedWorker:
             reply, is_well = decode_item(self.modalities, request, self.setup)
             # Two items at once would not fit the memory limit: this one goes before the next.
             del request
-            _write_all(_OUTBOX, reply)
-            if not is_well or not num_left:
+            continues = is_well and num_left > 0
+            outbox.write(reply)
+            outbox.write(_CONTINUES if continues else b"")
+            outbox.flush()
+            if not continues:
                 return
-            _write_all(_OUTBOX, _CONTINUES)
 
     def kill(self) -> None:
         """End the fork, reap it and close its pipes."""
@@ -197,17 +205,12 @@ class ForkedWorker:
 
 
 def decode_item(
-    modalities: Mapping[str, Any], request: bytes, setup: Mapping[str, Any]
+    modalities: Mapping[str, Modality], request: bytes, setup: Mapping[str, Any]
 ) -> tuple[bytes, bool]:
     """Decode one item -> its reply frame, and whether this process may take another item.
 
     A refused item is a normal reply. Every error becomes a frame, so nothing is raised.
     """
-    from safetensors.torch import save
-
-    from multi_token.errors import MediaError, MultiTokenError
-    from multi_token.media.fetch import Fetch
-
     try:
         header, blobs = decode_frame(request)
         modality = modalities[header["modality"]]
@@ -217,10 +220,9 @@ def decode_item(
         prepared = modality.prepare(raw)
         num_bytes = sum(t.numel() * t.element_size() for t in prepared.inputs.values())
         if num_bytes > setup["max_prepared_bytes"]:
-            raise MediaError(
+            raise undecodable(
                 f"the item becomes {num_bytes:,} bytes of encoder input, and the limit is "
-                f"{setup['max_prepared_bytes']:,}; send a smaller one",
-                kind="undecodable",
+                f"{setup['max_prepared_bytes']:,}; send a smaller one"
             )
         # clone: safetensors refuses tensors that share memory
         tensors = {key: t.detach().contiguous().clone() for key, t in prepared.inputs.items()}
@@ -239,31 +241,6 @@ def decode_item(
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             return encode_frame({"fault": "memory"}), False
         return encode_frame({"fault": "error", "message": type(error).__name__}), False
-
-
-def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Take standard input and output for frames; what a library prints goes to /dev/null."""
-    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    return inbox, outbox
-
-
-def _read_before(deadline: float, descriptor: int, size: int) -> bytes:
-    """Read up to `size` bytes of a pipe. Raises TimeoutError after `deadline` (monotonic)."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        if not selector.select(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
-    return os.read(descriptor, min(size, _PIPE_CHUNK_BYTES))
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    # memoryview: os.write may write a part, and slices of bytes would copy the rest each time
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view[:_PIPE_CHUNK_BYTES]) :]
 
 
 if __name__ == "__main__":

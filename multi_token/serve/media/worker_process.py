@@ -15,23 +15,22 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from safetensors.torch import load
 
 from multi_token.errors import MultiTokenError
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
-from multi_token.serve.media.limits import MediaSize
 from multi_token.serve.media.protocol import decode_frame, encode_frame, read_frame
 from multi_token.types import Prepared
 
 _START_S = 300.0
 """Time limit for loading libraries and processors."""
 _GRACE_S = 5.0
-"""Added to the item's time limit where the worker enforces that limit on its fork itself."""
+"""Added to an item's time limit if the worker enforces that limit on its fork itself."""
 _MAX_HEADER = 1024 * 1024
 _KEPT_ENVIRONMENT = (
     "PATH",
@@ -56,29 +55,21 @@ _KEPT_ENVIRONMENT_PREFIXES = (
     "TRANSFORMERS_",
     "TORCH_",
 )
-"""Environment a worker inherits: what finds libraries and caches, and no key or token."""
+"""Environment variables that a worker inherits: they locate libraries and caches. Variables with
+keys and tokens are left out."""
 
 _PATH_IN_MESSAGE = re.compile(r"\S*[/\\]\S+")
 """Words of a decoder's message that may be a path or an address."""
-_PACKAGE_PARENT = str(Path(media_worker.__file__).resolve().parents[2])
+_PACKAGE_PARENT = Path(media_worker.__file__).resolve().parents[3]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DecodeRequest:
-    """One item: the name of its modality, and its frame."""
-
-    modality: str
-    data: bytes
-
-
-@dataclass(frozen=True)
-class DecodeResult:
-    """Encoder input of one item, and the measured size of the item."""
+class DecodedItem(NamedTuple):
+    """Encoder input of one item, and the item's measured sizes by name."""
 
     prepared: Prepared
-    size: MediaSize
+    sizes: dict[str, float]
 
 
 class WorkerProcess:
@@ -143,7 +134,7 @@ class WorkerProcess:
                 _log.error("%s", error)
         return self.is_ready
 
-    def prepare(self, item: DecodeRequest) -> DecodeResult:
+    def prepare(self, modality: str, frame: bytes) -> DecodedItem:
         """Decode one item in the process. Raises ServeError."""
         if self._is_stopped:
             raise stopped_error()
@@ -152,15 +143,15 @@ class WorkerProcess:
             if not self.try_start():
                 raise ServeError("the media decoder does not start; try again later", status=503)
         seconds = self._setup["timeout_s"] + (_GRACE_S if self._setup["fork"] else 0.0)
-        answer = self._exchange(item.data, seconds)
+        answer = self._exchange(frame, seconds)
         if answer is None:
             self.stop_process()
             if self._is_stopped:
                 raise stopped_error()
-            raise self._error_of(item, {"fault": "time" if self._timed_out else "died"})
+            raise self._error_of(modality, {"fault": "time" if self._timed_out else "died"})
         header, blobs = answer
         if "fault" in header:
-            raise self._error_of(item, header)
+            raise self._error_of(modality, header)
         return _parse_result(header, blobs)
 
     def _exchange(self, data: bytes, seconds: float) -> tuple[dict[str, Any], list[bytes]] | None:
@@ -189,34 +180,34 @@ class WorkerProcess:
         finally:
             timer.cancel()
 
-    def _error_of(self, item: DecodeRequest, header: Mapping[str, Any]) -> ServeError:
+    def _error_of(self, modality: str, header: Mapping[str, Any]) -> ServeError:
         kind, message = header.get("fault"), str(header.get("message", ""))
         if kind == "media":
-            return media_error(item.modality, message)
+            return media_error(modality, message)
         if kind == "time":
             return ServeError(
-                f"the item for {item.modality} took longer than {self._setup['timeout_s']:g} s to "
+                f"the item for {modality} took longer than {self._setup['timeout_s']:g} s to "
                 "decode; send a smaller one",
                 status=422,
                 code="media_too_slow",
             )
         if kind == "memory":
             return ServeError(
-                f"the item for {item.modality} needs more memory than one item may use; send a "
-                "smaller one",
+                f"the item for {modality} needs more memory than one item may use; send a smaller "
+                "one",
                 status=422,
                 code="media_too_large",
             )
         if kind == "setup":
-            _log.error("%s cannot prepare items: %s", item.modality, message)
+            _log.error("%s cannot prepare items: %s", modality, message)
             return ServeError(
-                f"this server cannot prepare input for the modality {item.modality}; its log "
-                "says why",
+                f"this server cannot prepare input for the modality {modality}; the server's log "
+                "has the reason",
                 status=500,
             )
-        _log.warning("decoding an item for %s failed: %s", item.modality, message or kind)
+        _log.warning("decoding an item for %s failed: %s", modality, message or kind)
         return ServeError(
-            f"the item for {item.modality} cannot be decoded; it is damaged, or of a type that "
+            f"the item for {modality} cannot be decoded; it is damaged, or of a type that "
             "this modality does not support",
             status=400 if kind == "error" else 422,
             code="invalid_media",
@@ -249,21 +240,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodeResult:
-    from safetensors.torch import load
-
+def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodedItem:
+    """Check the reply of a decoder, which untrusted bytes may have taken over."""
     try:
-        size_fields = header["size"]
-        size = MediaSize(
-            pixels=int(size_fields.get("pixels", 0)),
-            frames=int(size_fields.get("frames", 0)),
-            seconds=float(size_fields.get("seconds", 0)),
-            characters=int(size_fields.get("characters", 0)),
-            prepared_bytes=len(blobs[0]),
-        )
-        return DecodeResult(
-            Prepared(load(blobs[0]), num_features=int(header["num_features"])), size
-        )
+        measured = ("pixels", "frames", "seconds", "characters")
+        sizes = {name: float(header["size"].get(name, 0)) for name in measured}
+        sizes["prepared_bytes"] = len(blobs[0])
+        prepared = Prepared(load(blobs[0]), num_features=int(header["num_features"]))
+        return DecodedItem(prepared, sizes)
+    # Any of these shows a reply that the worker's own code did not write.
     except (AttributeError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ServeError("the item cannot be decoded", status=422, code="invalid_media") from error
 

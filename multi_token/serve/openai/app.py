@@ -8,10 +8,9 @@ A client that disconnects cancels its request in the engine.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -19,7 +18,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from multi_token import __version__
-from multi_token.errors import MultiTokenError
 from multi_token.serve.admission import Deadline
 from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, add_chat_routes
 from multi_token.serve.engines.base import SupportsReplicas
@@ -36,8 +34,8 @@ from multi_token.serve.openai.protocol import (
 )
 from multi_token.serve.openai.responses import (
     SSE_DONE,
+    Completion,
     ResponseBuilder,
-    completion_choice,
     error_body,
     error_headers,
     sse_event,
@@ -46,10 +44,7 @@ from multi_token.serve.service import Service
 from multi_token.types import Conversation
 
 T = TypeVar("T")
-LOG = logging.getLogger("multi_token.serve")
 _SSE = "text/event-stream; charset=utf-8"
-_GENERATE_MAX_TOKENS = 128
-"""`max_tokens` of `/generate`, as in sshh12/multi_token."""
 _SMALL_BODY_BYTES = 64 * 1024
 """Bodies up to this size are parsed on the event loop: cheaper than the switch to a thread."""
 
@@ -79,9 +74,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(
         GuardMiddleware, settings=settings, on_end=service.count_request, public_paths=PUBLIC_PATHS
     )
-    app.add_exception_handler(ServeError, _error_handler)
-    app.add_exception_handler(MultiTokenError, _error_handler)
-    app.add_exception_handler(HTTPException, _error_handler)
+    app.add_exception_handler(HTTPException, _routing_error)
     _add_generation_routes(app, service)
     _add_status_routes(app, service)
     add_chat_routes(app, service)
@@ -96,56 +89,49 @@ def build_app(service: Service) -> FastAPI:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    settings = service.settings
+
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request) -> Response:
         """Chat completion in OpenAI's format, as JSON or as a stream of events."""
         service.check_capacity()  # a full server refuses before it parses a large body
-        body = await _json_body(request)
-        chat, ignored = await _parse_chat_request(body, service)
-        _check_model(chat.model, service)
         record: RequestLog = request.scope[RECORD]
-        conversation = await _in_thread_if_large(
-            len(body), lambda: service.message_parser.parse_messages(chat.messages, id=record.id)
-        )
-        params = request_params(chat, service.settings)
-        headers = {"x-multi-token-ignored": ", ".join(ignored)[:500]} if ignored else {}
-        running = _submit(request, service, conversation, params)
-        builder = ResponseBuilder(f"chatcmpl-{record.id}", int(time.time()), service.settings.name)
-        if not chat.stream:
-            return await cancel_on_disconnect(
-                request.receive, _complete_response(running, builder, record, headers)
-            )
-        stack = AsyncExitStack()
-        output = await cancel_on_disconnect(
-            request.receive, _first_token_or_error(service, running, stack)
-        )
+
+        def parse(body: bytes) -> tuple[ChatRequest, tuple[str, ...], Conversation]:
+            chat, ignored = parse_chat(parse_json(body, max_values=settings.max_json_values))
+            _check_model(chat.model, service)
+            return chat, ignored, service.message_parser.parse_messages(chat.messages, id=record.id)
+
+        chat, ignored, conversation = await _parse_body(request, parse)
+        running = _submit(request, service, conversation, request_params(chat, settings))
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = _sse_stream(output, builder, record, with_usage=with_usage)
-        return _EventStream(events, stack, headers)
+        builder = ResponseBuilder(
+            f"chatcmpl-{record.id}", int(time.time()), settings.name, with_usage=with_usage
+        )
+        headers = {"x-multi-token-ignored": ", ".join(ignored)[:500]} if ignored else {}
+        if not chat.stream:
+            completions, usage = await _complete(request, running)
+            return JSONResponse(builder.completion(completions, usage), headers=headers)
+        # Remote engines may refuse a prompt after `submit`: wait for their first token.
+        wait = isinstance(service.engine, SupportsReplicas)
+        events = _sse_stream(running, builder, record, wait_for_token=wait)
+        await cancel_on_disconnect(request.receive, anext(events))
+        return _EventStream(events, headers)
 
     @app.post("/generate", tags=["answers"])
     async def generate(request: Request) -> Response:
         """Completion in the format of sshh12/multi_token: `{"output": ...}`."""
         service.check_capacity()
-        body = await _json_body(request)
-        record: RequestLog = request.scope[RECORD]
-        limit = service.settings.max_json_values
-        conversation = await _in_thread_if_large(
-            len(body),
-            lambda: service.message_parser.parse_row(
-                parse_json(body, max_values=limit), id=record.id
-            ),
-        )
-        params = RequestParams(max_tokens=_GENERATE_MAX_TOKENS)
-        running = _submit(request, service, conversation, params)
 
-        async def respond() -> Response:
-            async with running as output:
-                (completion,) = await output.completions()
-                record.fields |= output.log_fields()
-            return JSONResponse({"output": completion.text.strip()})
+        def parse(body: bytes) -> Conversation:
+            fields = parse_json(body, max_values=settings.max_json_values)
+            return service.message_parser.parse_row(fields, id=request.scope[RECORD].id)
 
-        return await cancel_on_disconnect(request.receive, respond())
+        conversation = await _parse_body(request, parse)
+        # As many tokens as sshh12/multi_token generates.
+        running = _submit(request, service, conversation, RequestParams(max_tokens=128))
+        (completion,), _ = await _complete(request, running)
+        return JSONResponse({"output": completion.text.strip()})
 
 
 def _add_status_routes(app: FastAPI, service: Service) -> None:
@@ -185,8 +171,8 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"version": __version__})
 
 
-async def _json_body(request: Request) -> bytes:
-    """Return the body of a request with `Content-Type: application/json`. Raises ServeError."""
+async def _parse_body(request: Request, parse: Callable[[bytes], T]) -> T:
+    """Parse a body of `Content-Type: application/json`; a large one in a thread."""
     # A website's script may send text/plain to any host. For application/json the browser asks
     # first (CORS preflight), and this server does not allow it.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -196,18 +182,8 @@ async def _json_body(request: Request) -> bytes:
             status=415,
             code="unsupported_content_type",
         )
-    return await request.body()
-
-
-async def _parse_chat_request(body: bytes, service: Service) -> tuple[ChatRequest, tuple[str, ...]]:
-    limit = service.settings.max_json_values
-    return await _in_thread_if_large(
-        len(body), lambda: parse_chat(parse_json(body, max_values=limit))
-    )
-
-
-async def _in_thread_if_large(num_bytes: int, work: Callable[[], T]) -> T:
-    return work() if num_bytes <= _SMALL_BODY_BYTES else await asyncio.to_thread(work)
+    body = await request.body()
+    return parse(body) if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(parse, body)
 
 
 def _check_model(name: str | None, service: Service) -> None:
@@ -225,108 +201,82 @@ def _submit(
 ) -> AbstractAsyncContextManager[RequestOutput]:
     record: RequestLog = request.scope[RECORD]
     header = request.headers.get("x-request-timeout")
-    deadline = Deadline.of(header, service.settings.deadline_s)
     return service.submit(
         conversation,
         params,
         request_id=record.id,
         tenant=record.tenant,
-        deadline=deadline,
+        deadline=Deadline.of(header, service.settings.deadline_s),
         arrived=record.started,
     )
 
 
-async def _first_token_or_error(
-    service: Service, running: AbstractAsyncContextManager[RequestOutput], stack: AsyncExitStack
-) -> RequestOutput:
-    """Start a request whose output is streamed, and enter it into `stack`. Raises ServeError."""
-    output = await stack.enter_async_context(running)
-    # Remote engines may refuse a prompt after it was submitted. Once a stream has begun, its status
-    # is sent, so wait for the first token: an error before it still becomes a status.
-    if isinstance(service.engine, SupportsReplicas):
-        try:
-            await output.first_event()
-        except BaseException:
-            await stack.aclose()
-            raise
-    return output
+async def _complete(
+    request: Request, running: AbstractAsyncContextManager[RequestOutput]
+) -> tuple[list[Completion], dict[str, Any]]:
+    """Wait for all choices; returns them and OpenAI's `usage`."""
 
+    async def run() -> tuple[list[Completion], dict[str, Any]]:
+        async with running as output:
+            completions = await output.completions()
+            request.scope[RECORD].fields |= output.log_fields()
+            return completions, output.usage()
 
-async def _complete_response(
-    running: AbstractAsyncContextManager[RequestOutput],
-    builder: ResponseBuilder,
-    record: RequestLog,
-    headers: dict[str, str],
-) -> Response:
-    async with running as output:
-        completions = await output.completions()
-        choices = [
-            completion_choice(i, completion.text, completion.finish, completion.logprobs)
-            for i, completion in enumerate(completions)
-        ]
-        record.fields |= output.log_fields()
-        return JSONResponse(builder.completion(choices, output.usage()), headers=headers)
+    return await cancel_on_disconnect(request.receive, run())
 
 
 async def _sse_stream(
-    output: RequestOutput, builder: ResponseBuilder, record: RequestLog, *, with_usage: bool
-) -> AsyncIterator[bytes]:
-    """Events in OpenAI's order: role, text and finish of each choice, usage, [DONE]."""
-    try:
-        for index in range(output.num_choices):
-            role_delta = {"role": "assistant", "content": ""}
-            yield sse_event(builder.chunk(index, role_delta, with_usage=with_usage))
-        async for delta in output.deltas():
-            if delta.text or delta.logprobs is not None:
-                chunk = builder.chunk(
-                    delta.index,
-                    {"content": delta.text},
-                    logprobs=delta.logprobs,
-                    with_usage=with_usage,
-                )
-                yield sse_event(chunk)
-            if delta.finish is not None:
-                yield sse_event(
-                    builder.chunk(delta.index, {}, finish=delta.finish, with_usage=with_usage)
-                )
-        if with_usage:
-            yield sse_event(builder.usage_chunk(output.usage()))
-    # Status 200 has been sent, so an error becomes an event: the stream must not just end.
-    except ServeError as error:
-        record.fields["code"] = error.code or error.type
-        yield sse_event(error.as_json(record.id))
-    # A bug of ours: the log has the traceback, the client an error without details.
-    except Exception as error:
-        LOG.error("request %s failed", record.id, exc_info=error)
-        record.fields["code"] = "internal_error"
-        yield sse_event(ServeError("internal server error", status=500).as_json(record.id))
-    finally:
-        # In `finally`: a client that disconnects closes this generator at a `yield`.
-        record.fields |= output.log_fields()
-    yield SSE_DONE
+    running: AbstractAsyncContextManager[RequestOutput],
+    builder: ResponseBuilder,
+    record: RequestLog,
+    *,
+    wait_for_token: bool,
+) -> AsyncGenerator[bytes, None]:
+    """Yield b"" once the request runs, then OpenAI's events: role, text, finish, usage, [DONE]."""
+    async with running as output:
+        if wait_for_token:
+            await output.first_event()
+        try:
+            # The route takes this item before it sends status 200, so an error up to here still
+            # becomes a status.
+            yield b""
+            for index in range(output.num_choices):
+                role_delta = {"role": "assistant", "content": ""}
+                yield sse_event(builder.chunk(index, role_delta))
+            async for delta in output.deltas():
+                if delta.text or delta.logprobs is not None:
+                    content = {"content": delta.text}
+                    yield sse_event(builder.chunk(delta.index, content, logprobs=delta.logprobs))
+                if delta.finish is not None:
+                    yield sse_event(builder.chunk(delta.index, {}, finish=delta.finish))
+            if builder.with_usage:
+                yield sse_event(builder.usage_chunk(output.usage()))
+        # Status 200 has been sent, so an error becomes an event: the stream must not just end.
+        except Exception as error:  # noqa: BLE001
+            yield sse_event(record.refuse(error).as_json(record.id))
+        finally:
+            # In `finally`: a client that disconnects closes this generator at a `yield`.
+            record.fields |= output.log_fields()
+        yield SSE_DONE
 
 
 class _EventStream(StreamingResponse):
-    """Stream of events that closes its request however the stream ends."""
+    """Stream of events that closes its generator, and so its request, however the stream ends."""
 
-    def __init__(
-        self, events: AsyncIterator[bytes], stack: AsyncExitStack, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         super().__init__(events, media_type=_SSE, headers={"cache-control": "no-cache", **headers})
-        self._stack = stack
+        self._events = events
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        # Starlette does not close its iterator when the client disconnects; the request inside
-        # `stack` would go on generating.
+        # Starlette does not close its iterator when the client disconnects; the request would go on
+        # generating.
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._stack.aclose()
+            await self._events.aclose()
 
 
-async def cancel_on_disconnect(
-    receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]
-) -> T:
+async def cancel_on_disconnect(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
     """Return the result of `work`. If the client disconnects: cancel it and raise ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -346,24 +296,19 @@ async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def _error_handler(request: Request, error: Exception) -> Response:
-    """Turn errors of this package and of routing into OpenAI's error object."""
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """Turn the router's 404 and 405 into OpenAI's error object."""
+    assert isinstance(error, HTTPException)
     record: RequestLog = request.scope[RECORD]
-    headers: dict[str, str] = {}
-    if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})  # Allow: the methods of the route
-        is_missing = error.status_code == 404
-        error = ServeError(
+    is_missing = error.status_code == 404
+    refused = record.refuse(
+        ServeError(
             # Not request.url: it contains the Host header, which the client writes.
             "unknown route" if is_missing else f"{error.detail}: {request.method}",
             status=error.status_code,
             code="unknown_route" if is_missing else None,
         )
-    elif not isinstance(error, ServeError):
-        # Modalities and chat templates raise MultiTokenError, whose text may contain paths:
-        # ServeError removes them.
-        LOG.warning("request %s refused: %s", record.id, type(error).__name__)
-        error = ServeError(str(error), param="messages")
-    record.fields["code"] = error.code or error.type
-    headers |= dict(error_headers(error))
-    return Response(error_body(error, record.id), error.status, headers=headers)
+    )
+    # The router's headers: `Allow` with the methods of the route.
+    headers = {**(error.headers or {}), **dict(error_headers(refused))}
+    return Response(error_body(refused, record.id), refused.status, headers=headers)

@@ -1,6 +1,6 @@
-"""OpenAPI document of the routes, and the same as one HTML page without scripts.
+"""OpenAPI document of the routes, and a reference page in HTML without scripts.
 
-Both are generated from the routes and request schemas; FastAPI's own pages load scripts from a CDN.
+Both are generated from the routes and request schemas. FastAPI's own pages load scripts from a CDN.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from multi_token.serve.openai.protocol import CONTENT_PART_MODELS, ChatRequest
 
@@ -71,8 +71,9 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for model in (ChatRequest, *CONTENT_PART_MODELS.values()):
-        _add_schema(schemas, model)
+    models = (ChatRequest, *CONTENT_PART_MODELS.values())
+    _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
+    schemas |= definitions["$defs"]
     # The schema of ChatMessage takes any object as a part, since a run adds `<name>_url` parts. The
     # document lists the parts that every run has.
     parts: list[dict[str, Any]] = [
@@ -85,18 +86,13 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     schemas["Error"] = _ERROR_SCHEMA
     schemas["GenerateRequest"] = _GENERATE_SCHEMA
     bodies = {"/v1/chat/completions": "ChatRequest", "/generate": "GenerateRequest"}
+    # The routes take a bare Request, so FastAPI knows neither their bodies nor their errors.
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _add_body(operation, bodies.get(path), is_open=path == "/health")
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = document
     return document
-
-
-def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
-    schema = model.model_json_schema(ref_template=_REF)
-    schemas.update(schema.pop("$defs", {}))
-    schemas[model.__name__] = schema
 
 
 def _add_body(operation: dict[str, Any], body: str | None, *, is_open: bool) -> None:
@@ -110,10 +106,10 @@ def _add_body(operation: dict[str, Any], body: str | None, *, is_open: bool) -> 
     responses = operation["responses"]
     error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
     for status, meaning in _ERRORS.items():
-        if status == "503" and operation.get("tags") == ["state"]:
-            responses[status] = {"description": meaning}
-        else:
-            responses[status] = {"description": meaning, "content": error}
+        responses[status] = {"description": meaning, "content": error}
+    if operation.get("tags") == ["state"]:
+        # /health and /ready report 503 by a status of their own, not by an error object.
+        del responses["503"]["content"]
     if body == "ChatRequest":  # `stream: true` answers with events
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     if "metrics" in operation["operationId"]:
@@ -144,14 +140,12 @@ def reference_page(document: dict[str, Any]) -> str:
 
 
 def _type_text(schema: dict[str, Any]) -> str:
-    """Describe a schema by its types and bounds."""
-    branches = schema.get("anyOf", [schema])
     names = []
-    for branch in branches:
+    for branch in schema.get("anyOf", [schema]):
         name = branch.get("type") or str(branch.get("$ref", "")).rpartition("/")[2]
         bounds = [
             f"{sign} {branch[key]}"
-            for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="))
+            for key, sign in (("minimum", ">="), ("maximum", "<="))
             if key in branch
         ]
         names.append(" ".join([name, *bounds]))

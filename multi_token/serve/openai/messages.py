@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from multi_token.serve.openai.protocol import (
     MediaPart,
     TextPart,
     UrlField,
+    invalid_field,
     unknown_field_error,
     validate,
 )
@@ -100,21 +101,14 @@ class MessageParser:
             raise ServeError(
                 'the body should be a JSON object: {"messages": [...], "images": [...]}'
             )
+        # An `id` would name the row in error messages, and a client could write anything there.
+        fields = {key: value for key, value in fields.items() if key != "id"}
         try:
-            # `id` would name a row in error messages; a client's text must not.
-            row = to_conversation(
-                {k: v for k, v in fields.items() if k != "id"},
-                list(self.modalities),
-                row_id="request",
-            )
+            row = to_conversation(fields, list(self.modalities), row_id="request")
         except RowError as error:
-            raise ServeError(str(error).removeprefix("row request: "), param="messages") from None
+            raise invalid_field(error.sentence, "messages", code=None) from None
         messages = tuple(
-            Message(
-                m.role,
-                tuple(self._parse_legacy_item(p) if isinstance(p, Media) else p for p in m.parts),
-            )
-            for m in row.messages
+            Message(m.role, tuple(map(self._parse_legacy_part, m.parts))) for m in row.messages
         )
         return self._check_counts(Conversation(messages, id=id))
 
@@ -129,62 +123,60 @@ class MessageParser:
             ("content parts", sum(len(m.parts) for m in messages), MAX_PARTS),
             ("characters of text", num_characters, self.max_characters),
         )
-        for what, number, limit in counts:
+        for things, number, limit in counts:
             if number > limit:
-                raise ServeError(
-                    f"the request has {number} {what}, and the limit is {limit}",
-                    param="messages",
-                    code="invalid_value",
+                raise invalid_field(
+                    f"the request has {number} {things}, and the limit is {limit}", "messages"
                 )
+        # The generation prompt followed a user message in every training row; after another role a
+        # template may raise.
         if messages[-1].role != "user":
-            raise ServeError(
+            raise invalid_field(
                 f"the last message has the role {messages[-1].role}; it must have the role user",
-                param="messages",
-                code="invalid_value",
+                "messages",
             )
         for index, message in enumerate(messages):
             if message.role != "user" and any(isinstance(p, Media) for p in message.parts):
-                raise ServeError(
+                raise invalid_field(
                     f"messages.{index} has the role {message.role} and contains media; only user "
                     "messages may contain media",
-                    param=f"messages.{index}.content",
-                    code="invalid_value",
+                    f"messages.{index}.content",
                 )
         return conversation
 
     def _parse_message(self, message: ChatMessage, where: str) -> Message:
         role: Role = "system" if message.role == "developer" else message.role
-        content = message.content
+        # Texts are valid Unicode here: `parse_json` refuses anything else.
+        content, at = message.content, f"{where}.content"
         if content is None:
             if role != "assistant":
-                raise ServeError(f"{where}.content is missing", param=f"{where}.content")
+                raise invalid_field(f"{at} is missing", at, code=None)
             content = ""
         if isinstance(content, str):
-            return Message(role, (Text(_check_unicode(content, f"{where}.content")),))
+            return Message(role, (Text(content),))
         if not content:
-            raise ServeError(f"{where}.content has no parts", param=f"{where}.content")
-        parts = (self._parse_part(p, f"{where}.content.{i}") for i, p in enumerate(content))
-        return Message(role, tuple(parts))
+            raise invalid_field(f"{at} has no parts", at, code=None)
+        return Message(role, tuple(self._parse_part(p, f"{at}.{i}") for i, p in enumerate(content)))
 
     def _parse_part(self, fields: dict[str, Any], where: str) -> Part:
         type = fields.get("type")
         if not isinstance(type, str):
-            raise ServeError(
-                f"{where}.type is missing; {self._part_types()}", param=f"{where}.type"
+            raise invalid_field(
+                f"{where}.type is missing; {self._part_types()}", f"{where}.type", code=None
             )
         # `<name>_url` names the modality. It comes first: a run may call an instance `image`.
         name = type.removesuffix("_url")
         if name != type and name in self.modalities:
             return Media(name, self._source_of_url(fields, type, where))
         if type not in CONTENT_PART_MODELS:
-            raise ServeError(
+            raise invalid_field(
                 f"unknown content part {type[:40]!r}; {self._part_types()}",
-                param=f"{where}.type",
+                f"{where}.type",
                 code="unknown_part",
             )
         part = validate(CONTENT_PART_MODELS[type], fields, where=where)
         if isinstance(part, TextPart):
-            return Text(_check_unicode(part.text, f"{where}.text"))
+            return Text(part.text)
         if isinstance(part, MediaPart):
             return self._parse_media(part, where)
         address, kind = _ADDRESSES[type](part)
@@ -202,11 +194,9 @@ class MessageParser:
         extra = [key for key in fields if key not in ("type", kind)]
         if extra:
             raise unknown_field_error(extra[0], ("type", kind), where=f"{where}.{extra[0]}")
-        value = fields.get(kind)
-        address = (
-            value if isinstance(value, str) else validate(UrlField, value, where=f"{where}.{kind}")
-        )
-        return self._resolve_source(_url_of(address), f"{where}.{kind}")
+        value, at = fields.get(kind), f"{where}.{kind}"
+        url = value if isinstance(value, str) else validate(UrlField, value, where=at).url
+        return self._resolve_source(url, at)
 
     def _modality_for(self, kind: OpenAIKind, where: str) -> str:
         """Name of the only modality that takes this kind. Raises ServeError for none or several."""
@@ -217,46 +207,44 @@ class MessageParser:
         names = ", ".join(f"{name} ({types[name]})" for name in fitting or types) or "none"
         example = (fitting or [*types, "NAME"])[0]
         found = f"several modalities for {kind}: " if fitting else f"no modality for {kind}, only: "
-        raise ServeError(
+        raise invalid_field(
             f"this model has {found}{names}. Name one: "
             f'{{"type": "media", "modality": "{example}", "data": "<base64>"}}',
-            param=where,
+            where,
             code="ambiguous_part" if fitting else "unknown_modality",
         )
 
     def _parse_media(self, part: MediaPart, where: str) -> Media:
         if part.modality not in self.modalities:
             near = did_you_mean(part.modality, self.modalities)
-            raise ServeError(
+            raise invalid_field(
                 f"unknown modality {part.modality[:40]!r}{near}; this model has "
                 f"{', '.join(self.modalities) or 'none'}",
-                param=f"{where}.modality",
+                f"{where}.modality",
                 code="unknown_modality",
             )
         if (part.data is None) == (part.url is None):
-            raise ServeError("a media part needs either data or url", param=where)
+            raise invalid_field("a media part needs either data or url", where, code=None)
         if part.url is not None:
             return Media(part.modality, self._resolve_source(part.url, f"{where}.url"))
-        at = f"{where}.data"
-        if isinstance(part.data, list):
-            return Media(part.modality, _check_numbers(part.data, at))
-        assert part.data is not None
-        if part.format == "text":
-            return Media(part.modality, _check_unicode(part.data, at).encode())
-        return Media(part.modality, self._resolve_source(part.data, at, may_be_base64=True))
+        if part.format == "text" and isinstance(part.data, str):
+            return Media(part.modality, part.data.encode())
+        return Media(part.modality, self._source_of_data(part.data, f"{where}.data"))
 
-    def _parse_legacy_item(self, item: Media) -> Media:
-        where = f"{item.modality}s"
-        source = item.source
-        if isinstance(source, str):
-            return Media(item.modality, self._resolve_source(source, where, may_be_base64=True))
-        if isinstance(source, list):
-            return Media(item.modality, _check_numbers(source, where))
-        raise ServeError(
-            f"each item of {where} must be a data: URL, base64 or a list of numbers",
-            param=where,
-            code="invalid_value",
-        )
+    def _parse_legacy_part(self, part: Part) -> Part:
+        if isinstance(part, Text):
+            return part
+        where = f"{part.modality}s"
+        if not isinstance(part.source, (str, list)):
+            raise invalid_field(
+                f"each item of {where} must be a data: URL, base64 or a list of numbers", where
+            )
+        return Media(part.modality, self._source_of_data(part.source, where))
+
+    def _source_of_data(self, data: Any, where: str) -> Any:
+        if isinstance(data, list):
+            return _check_numbers(data, where)
+        return self._resolve_source(data, where, may_be_base64=True)
 
     def _resolve_source(self, address: str, where: str, may_be_base64: bool = False) -> bytes | str:
         """Decode a `data:` URL or base64 to bytes; return an http(s) URL if URLs are allowed.
@@ -265,28 +253,23 @@ class MessageParser:
         """
         if address[:5].lower() == "data:":
             header, comma, body = address.partition(",")
-            if not comma or not header.lower().endswith(";base64"):
-                raise _address_error(where)
-            return _decode_base64(body, where)
-        if _WEB_SCHEME.match(address):
+            if comma and header.lower().endswith(";base64"):
+                return _decode_base64(body, where)
+        elif _WEB_SCHEME.match(address):
             if not self.allow_urls:
-                raise ServeError(
+                raise invalid_field(
                     f"{where}: this server fetches no URLs; send a data: URL",
-                    param=where,
+                    where,
                     code="urls_not_allowed",
                 )
             return address
-        if not may_be_base64 or "://" in address[:16]:
-            raise _address_error(where)
-        return _decode_base64(address, where)
-
-
-def _address_error(where: str) -> ServeError:
-    return ServeError(
-        f"{where}: expected data:<type>;base64,<data>; the server never reads its own files",
-        param=where,
-        code="invalid_address",
-    )
+        elif may_be_base64 and "://" not in address[:16]:
+            return _decode_base64(address, where)
+        raise invalid_field(
+            f"{where}: expected data:<type>;base64,<data>; the server never reads its own files",
+            where,
+            code="invalid_address",
+        )
 
 
 def _url_of(value: UrlField | str) -> str:
@@ -294,33 +277,28 @@ def _url_of(value: UrlField | str) -> str:
 
 
 def _decode_base64(letters: str, where: str) -> bytes:
+    # `base64` of the shell and MIME wrap lines; `validate=True` alone would refuse the line breaks.
     try:
         data = base64.b64decode("".join(letters.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ServeError(
-            f"{where} is not valid base64; it may be cut off",
-            param=where,
-            code="invalid_base64",
+        raise invalid_field(
+            f"{where} is not valid base64; it may be cut off", where, code="invalid_base64"
         ) from None
     if not data:
-        raise ServeError(f"{where} is empty", param=where, code="empty_media")
+        raise invalid_field(f"{where} is empty", where, code="empty_media")
     return data
 
 
 def _check_numbers(numbers: list[Any], where: str) -> list[Any]:
-    """Return a list of numbers, or of equally long lists of them. Raises ServeError (400).
-
-    It stays a list, as rows have it: every modality that reads numbers takes lists.
-    """
+    """Return a list of numbers, or of equally long lists of them. Raises ServeError (400)."""
+    # It stays a list, as rows have it: every modality that reads numbers takes lists.
     try:
         array = np.asarray(numbers)
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.dtype.kind not in "iuf" or not 1 <= array.ndim <= 2 or not array.size:
-        raise ServeError(
-            f"{where}: expected a list of numbers, or of equally long lists of numbers",
-            param=where,
-            code="invalid_value",
+        raise invalid_field(
+            f"{where}: expected a list of numbers, or of equally long lists of numbers", where
         )
     return numbers
 
@@ -329,21 +307,9 @@ def _file_kind(file: FileField) -> OpenAIKind:
     """Kind of a file: by the type of its `data:` URL, else by its name, else a document."""
     if file.file_data[:5].lower() == "data:":
         kind = file.file_data[5:64].partition("/")[0].lower()
-        for known in get_args(OpenAIKind):
-            if kind == known:
-                return known
+        if kind in get_args(OpenAIKind):
+            return cast(OpenAIKind, kind)
     return _KIND_OF_SUFFIX.get(Path(file.filename or "").suffix.lower(), "document")
-
-
-def _check_unicode(text: str, where: str) -> str:
-    """Return the text. Raises ServeError for half a surrogate pair, which JSON can contain."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ServeError(
-            f"{where} contains half a surrogate pair, which is not valid Unicode", param=where
-        ) from None
-    return text
 
 
 class SpecialTokenEscaper:
@@ -367,14 +333,14 @@ class SpecialTokenEscaper:
             parts: list[Part] = []
             for part in message.parts:
                 found = self._escape_text(part.text) if isinstance(part, Text) else [part]
+                # Each special token cuts the text once: n placeholders between n + 1 texts.
                 num_found += len(found) // 2
                 parts += found
             messages.append(Message(message.role, tuple(parts)))
         if num_found > _MAX_ESCAPED:
-            raise ServeError(
+            raise invalid_field(
                 f"the messages contain {num_found} special tokens, and the limit is {_MAX_ESCAPED}",
-                param="messages",
-                code="invalid_value",
+                "messages",
             )
         return replace(conversation, messages=tuple(messages))
 
@@ -400,6 +366,7 @@ class SpecialTokenEscaper:
         media_spans = []
         for span, item in zip(sample.media_spans, items, strict=True):
             if item.modality == LITERAL:
+                # It fits: the placeholder was tokenized as `len(letter_ids)` filler ids.
                 letter_ids = torch.tensor(self.letter_ids(item.source), dtype=input_ids.dtype)
                 input_ids[span.start : span.start + span.length] = letter_ids
             else:

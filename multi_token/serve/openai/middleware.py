@@ -1,7 +1,6 @@
 """ASGI middleware before the routes: API key, Host header, body size, time limits, access log.
 
-Every request passes here first, and its body is read here under limits. So the routes get complete
-bodies, and what they read of a request is bounded.
+The middleware reads the complete body under limits, so every input of a route is bounded.
 """
 
 from __future__ import annotations
@@ -9,19 +8,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from multi_token.errors import MultiTokenError
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.responses import error_body, error_headers
-from multi_token.serve.settings import ServeSettings
+from multi_token.serve.settings import ServeSettings, is_loopback
 
 Scope = MutableMapping[str, Any]
 Messages = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -52,6 +52,21 @@ class RequestLog:
     fields: dict[str, Any] = field(default_factory=dict)
     """Token counts, modalities, the code of an error."""
 
+    def refuse(self, error: Exception) -> ServeError:
+        """Log an error that ends the request, and return the error that the client gets."""
+        if isinstance(error, MultiTokenError):
+            if not isinstance(error, ServeError):
+                LOG.warning("request %s refused: %s", self.id, type(error).__name__)
+                # Modalities and chat templates raise MultiTokenError. Its text may contain paths;
+                # ServeError removes them.
+                error = ServeError(str(error), param="messages")
+            self.fields["code"] = error.code or error.type
+            return error
+        # A bug of ours: the log has the traceback, the client an error without details.
+        LOG.error("request %s failed", self.id, exc_info=error)
+        self.fields["code"] = "internal_error"
+        return ServeError("internal server error", status=500)
+
 
 class ClientGone(Exception):
     """The client has disconnected."""
@@ -77,11 +92,6 @@ class GuardMiddleware:
         self._num_buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
-        # uvicorn runs without websockets; another ASGI server may hand one in.
-        if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})
-            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -93,17 +103,11 @@ class GuardMiddleware:
             await self._handle(scope, receive, timed_send)
         except ClientGone:
             record.fields["code"] = "client_gone"
-        except ServeError as error:
-            record.fields["code"] = error.code
-            await timed_send.send_error(error, receive)
-        # Outermost frame: a bug of ours ends one request with 500; the log has the traceback.
-        except Exception as error:
-            record.fields["code"] = "internal_error"
-            LOG.error("request %s failed", record.id, exc_info=error)
+        # Outermost frame: whatever a route raises ends one request only.
+        except Exception as error:  # noqa: BLE001
+            refused = record.refuse(error)
             if not record.status:
-                await timed_send.send_error(
-                    ServeError("internal server error", status=500), receive
-                )
+                await timed_send.send_error(refused, receive)
         finally:
             _log_request(scope, record)
             if self._on_end is not None:
@@ -115,25 +119,19 @@ class GuardMiddleware:
             self._check_host(scope)
             if scope["path"] not in self._public_paths:
                 record.tenant = self._authenticate(scope)
-        body = await self._read_body(scope, receive)
-        replayed = False
+        unread = [await self._read_body(scope, receive)]
+        timed_send.is_body_read = True
 
         async def replay() -> MutableMapping[str, Any]:
-            nonlocal replayed, body
-            if replayed:
+            if not unread:
                 return await receive()
-            replayed = True
-            # Released here: generating may take minutes, and a body may have 32 MiB.
-            sent, body = body, b""
-            return {"type": "http.request", "body": sent, "more_body": False}
+            # Popped, so it is released: generating may take minutes, and a body may have 32 MiB.
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
         await self.app(scope, replay, timed_send.send)
 
     def _check_host(self, scope: Scope) -> None:
-        """Without API keys, accept only Host headers that name this machine.
-
-        Raises ServeError (421).
-        """
+        """Raise ServeError (421) for another machine's Host header if no API key is needed."""
         # DNS rebinding: a website whose name resolves to 127.0.0.1 could read answers through the
         # user's browser. Its requests carry the website's name in Host. A key stops it as well.
         if self._digests:
@@ -141,7 +139,7 @@ class GuardMiddleware:
         host = _header(scope, b"host")
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         name = name.strip("[]").lower()
-        if name not in ("localhost", self.settings.host) and not _is_loopback(name):
+        if name != self.settings.host and not is_loopback(name):
             raise ServeError(
                 "the Host header does not name this machine; to serve under another name, start "
                 "the server with an API key",
@@ -211,31 +209,30 @@ class GuardMiddleware:
             self._num_buffered_bytes -= num_bytes
 
 
+@dataclass
 class _TimedSend:
     """ASGI `send` with a time limit; records the status and adds headers to every response."""
 
-    def __init__(
-        self, send: Send, record: RequestLog, timeout_s: float, abort: Callable[[], None] | None
-    ) -> None:
-        self._send = send
-        self._record = record
-        self._timeout_s = timeout_s
-        self._abort = abort
+    asgi_send: Send
+    record: RequestLog
+    timeout_s: float
+    abort: Callable[[], None] | None
+    is_body_read: bool = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self._record.status = message["status"]
+            self.record.status = message["status"]
             message["headers"] = [
                 *message.get("headers", []),
-                (b"x-request-id", self._record.id.encode()),
+                (b"x-request-id", self.record.id.encode()),
                 (b"x-content-type-options", b"nosniff"),
             ]
         try:
-            await asyncio.wait_for(self._send(message), self._timeout_s)
+            await asyncio.wait_for(self.asgi_send(message), self.timeout_s)
         except asyncio.TimeoutError:
             # Abort, not close: closing flushes the buffer first, which this client does not read.
-            if self._abort is not None:
-                self._abort()
+            if self.abort is not None:
+                self.abort()
                 await asyncio.sleep(0)
             raise ClientGone from None
         except OSError:
@@ -243,9 +240,10 @@ class _TimedSend:
 
     async def send_error(self, error: ServeError, receive: Messages) -> None:
         """Send an error response; the client's disconnect is recorded, not raised."""
-        body = error_body(error, self._record.id)
+        body = error_body(error, self.record.id)
         headers = [*error_headers(error), ("content-length", str(len(body)))]
-        if error.status in (408, 413, 429):
+        is_cut_off = not self.is_body_read and error.status in (408, 413, 429)
+        if is_cut_off:
             headers.append(("connection", "close"))
         pairs = [(name.encode(), value.encode()) for name, value in headers]
         try:
@@ -254,23 +252,22 @@ class _TimedSend:
             )
             await self.send({"type": "http.response.body", "body": body, "more_body": True})
             # A socket closed with unread input sends RST, and the client may lose the response.
-            if error.status == 413:
+            if is_cut_off and error.status == 413:
                 await _drain(receive)
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
-            self._record.fields["code"] = "client_gone"
+            self.record.fields["code"] = "client_gone"
 
 
 async def _drain(receive: Messages) -> None:
     """Read and drop what a client still sends, for up to `_DRAIN_S`."""
-    until = time.monotonic() + _DRAIN_S
-    while (left := until - time.monotonic()) > 0:
-        try:
-            message = await asyncio.wait_for(receive(), left)
-        except asyncio.TimeoutError:
-            return
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
+
+    async def read_rest() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read_rest(), _DRAIN_S)
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -278,15 +275,7 @@ def _header(scope: Scope, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
 def _log_request(scope: Scope, record: RequestLog) -> None:
-    """Log one line of JSON per request."""
     line = {
         "id": record.id,
         "method": scope["method"],

@@ -1,7 +1,7 @@
 """Output of one request: engine events of its choices -> text deltas and completions.
 
-The engine's thread puts events into a queue; the event loop turns token ids into text, applies stop
-strings and the deadline, and hands out deltas as they come or completions at the end.
+The engine's thread puts events into a queue. The event loop turns token ids into text, and applies
+stop strings and the deadline. It yields deltas at once, or completions at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from multi_token.serve.admission import Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.serve.engines.base import EngineEvent, ErrorEvent, FinishEvent, TokenEvent
 from multi_token.serve.errors import ServeError
-from multi_token.serve.openai.responses import FinishReason, TokenText, Usage
+from multi_token.serve.openai.responses import Completion, FinishReason, TokenText, Usage
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,6 @@ class TextDelta:
     text: str
     logprobs: dict[str, Any] | None = None
     finish: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One complete choice."""
-
-    text: str
-    finish: FinishReason
-    logprobs: dict[str, Any] | None
 
 
 @dataclass
@@ -160,7 +151,12 @@ class RequestOutput:
     def _delta_of(self, index: int, event: EngineEvent) -> TextDelta | None:
         choice = self._choices[index]
         if isinstance(event, ErrorEvent):
-            error = _as_serve_error(event.error)
+            error = event.error
+            if not isinstance(error, ServeError):
+                # The engine has logged the error; its text may hold paths or prompts.
+                error = ServeError(
+                    "generation failed in the engine", status=500, code="engine_failed"
+                )
             self.failure = error.code or error.type
             raise error
         # After a stop string the engine may emit tokens until it sees the cancellation.
@@ -192,10 +188,3 @@ class RequestOutput:
         if self._token_text is not None and tokens:
             logprobs = self._token_text.logprobs(tokens)
         return TextDelta(index, text, logprobs, finish)
-
-
-def _as_serve_error(error: Exception) -> ServeError:
-    if isinstance(error, ServeError):
-        return error
-    # The engine has logged the error; its text may hold paths or prompts.
-    return ServeError("generation failed in the engine", status=500, code="engine_failed")

@@ -1,9 +1,9 @@
-"""Request schema of OpenAI's chat completions, with bounds on every number, and its parameters.
+"""Request schema of OpenAI's chat completions; every number and text has bounds.
 
     bytes -> `parse_json` (bounded) -> `parse_chat` (checked) -> `request_params` -> SamplingParams
 
-A field that would change the output and is not supported is refused, never ignored. Fields without
-an effect are accepted and reported in a response header.
+An unsupported field that would change the output is refused, never ignored. Fields without an
+effect are accepted, and a response header lists them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from multi_token.registry import did_you_mean
+from multi_token.registry import did_you_mean, fields_at
 from multi_token.serve.engines.base import SamplingParams
 from multi_token.serve.errors import ServeError
 from multi_token.serve.settings import ServeSettings
@@ -224,6 +224,7 @@ IGNORED_FIELDS = frozenset(
 )
 """Fields that clients send by default: ignored, and listed in a response header."""
 
+# Chat templates have no place for the name of an author.
 _IGNORED_MESSAGE_FIELDS = frozenset({"name"})
 _NULL_MESSAGE_FIELDS = frozenset(
     {"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"}
@@ -255,6 +256,7 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
         raise ServeError("the body should be a JSON object with `messages`", code="invalid_type")
     ignored = []
     kept = {}
+    # Sorted out before pydantic, which knows one kind of extra field only: the forbidden one.
     for name, value in fields.items():
         if name in ChatRequest.model_fields:
             kept[name] = value
@@ -269,29 +271,24 @@ def parse_chat(fields: Any) -> tuple[ChatRequest, tuple[str, ...]]:
         kept["messages"] = [
             _strip_message(message, i, ignored) for i, message in enumerate(kept["messages"])
         ]
+    # Clients of structured outputs send it; pydantic would only report that 'text' was expected.
     if isinstance(kept.get("response_format"), dict):
         kind = kept["response_format"].get("type")
         if isinstance(kind, str) and kind != "text":
-            raise ServeError(
+            raise invalid_field(
                 f"response_format {kind} is not supported; the output is text",
-                param="response_format",
+                "response_format",
                 code="unsupported_parameter",
             )
     request = validate(ChatRequest, kept)
     if request.stream_options is not None and not request.stream:
-        raise ServeError(
-            "stream_options needs stream: true", param="stream_options", code="invalid_value"
-        )
+        raise invalid_field("stream_options needs stream: true", "stream_options")
     if request.top_logprobs is not None and not request.logprobs:
-        raise ServeError(
-            "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
-        )
+        raise invalid_field("top_logprobs needs logprobs: true", "top_logprobs")
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
-        raise ServeError(
-            "max_tokens and max_completion_tokens differ; give one of them",
-            param="max_tokens",
-            code="invalid_value",
+        raise invalid_field(
+            "max_tokens and max_completion_tokens differ; give one of them", "max_tokens"
         )
     return request, tuple(dict.fromkeys(ignored))
 
@@ -308,27 +305,27 @@ def validate(cls: type[Model], fields: Any, *, where: str = "") -> Model:
     loc = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
     param = ".".join([*([where] if where else []), *loc])
     if fault["type"] == "extra_forbidden":
-        raise unknown_field_error(loc[-1], _model_at(cls, loc[:-1]).model_fields, where=param)
+        raise unknown_field_error(loc[-1], fields_at(cls, loc[:-1]), where=param)
     if fault["type"] == "missing":
-        message = f"{param} is missing"
-    else:
-        message = f"{param}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-    raise ServeError(message, param=param, code="invalid_value")
+        raise invalid_field(f"{param} is missing", param)
+    raise invalid_field(f"{param}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", param)
+
+
+def invalid_field(message: str, param: str, *, code: str | None = "invalid_value") -> ServeError:
+    """Build a 400 for one field of the request."""
+    return ServeError(message, param=param, code=code)
 
 
 def unknown_field_error(name: str, known: Iterable[str], *, where: str) -> ServeError:
     """Build a 400 that suggests the nearest known field."""
     near = did_you_mean(name, known) or f"; known fields: {', '.join(known)}"
-    return ServeError(f"unknown field {where[:80]!r}{near}", param=where, code="unknown_field")
+    return invalid_field(f"unknown field {where[:80]!r}{near}", where, code="unknown_field")
 
 
 def _unsupported_error(name: str, neutral: tuple[Any, ...]) -> ServeError:
     values = [repr(value) for value in neutral if value is not None]
-    return ServeError(
-        f"{name} is not supported" + (f" (only {' or '.join(values)})" if values else ""),
-        param=name,
-        code="unsupported_parameter",
-    )
+    only = f" (only {' or '.join(values)})" if values else ""
+    return invalid_field(f"{name} is not supported{only}", name, code="unsupported_parameter")
 
 
 def _is_neutral(value: Any, neutral: Any) -> bool:
@@ -345,9 +342,9 @@ def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
     where = f"messages.{index}"
     role = message.get("role")
     if role in ("tool", "function"):
-        raise ServeError(
+        raise invalid_field(
             f"{where}.role: tools are not supported, so the role {role} is not either",
-            param=f"{where}.role",
+            f"{where}.role",
             code="unsupported_value",
         )
     kept = {}
@@ -356,36 +353,19 @@ def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
             ignored.append(f"messages.{name}")
         elif name in _NULL_MESSAGE_FIELDS:
             if value not in (None, [], ""):
-                raise ServeError(
-                    f"{where}.{name} is not supported",
-                    param=f"{where}.{name}",
-                    code="unsupported_parameter",
-                )
+                at = f"{where}.{name}"
+                raise invalid_field(f"{at} is not supported", at, code="unsupported_parameter")
         else:
             kept[name] = value
     return kept
 
 
+_UNION_BRANCHES = {"str", "constrained-str", *(c.__name__ for c in _StrictModel.__subclasses__())}
+
+
 def _is_union_branch(part: str | int) -> bool:
     """Return True for a step of a pydantic error location that names a union branch."""
-    return isinstance(part, str) and (
-        part in ("str", "constrained-str") or "[" in part or part in _MODELS
-    )
-
-
-_MODELS = {cls.__name__ for cls in _StrictModel.__subclasses__()}
-
-
-def _model_at(cls: type[BaseModel], loc: list[str]) -> type[BaseModel]:
-    """Find the model at an error location, through lists and unions."""
-    for part in loc:
-        field = cls.model_fields.get(part)
-        if field is not None:
-            inner = [
-                m for m in _StrictModel.__subclasses__() if m.__name__ in str(field.annotation)
-            ]
-            cls = inner[0] if inner else cls
-    return cls
+    return isinstance(part, str) and (part in _UNION_BRANCHES or "[" in part)
 
 
 @dataclass(frozen=True)
@@ -393,7 +373,7 @@ class RequestParams:
     """Sampling parameters of a request, shared by all of its choices."""
 
     max_tokens: int | None = None
-    """None: the server's default, or the room that the prompt leaves."""
+    """None: the server's default, or what the context length leaves after the prompt."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -421,10 +401,8 @@ def request_params(request: ChatRequest, settings: ServeSettings) -> RequestPara
     """Checked request -> sampling parameters. Raises ServeError for too high `max_tokens`."""
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is not None and max_tokens > settings.max_tokens:
-        raise ServeError(
-            f"max_tokens is {max_tokens}, and the limit is {settings.max_tokens}",
-            param="max_tokens",
-            code="invalid_value",
+        raise invalid_field(
+            f"max_tokens is {max_tokens}, and the limit is {settings.max_tokens}", "max_tokens"
         )
     top_p = 1.0 if request.top_p is None else request.top_p
     temperature = request.temperature
@@ -433,6 +411,7 @@ def request_params(request: ChatRequest, settings: ServeSettings) -> RequestPara
         top_p, temperature = 1.0, 0.0
     top_k = max(0, request.top_k or 0)
     n = request.n or 1
+    # Sampling is what these ask for: greedy decoding would ignore them, and give n equal choices.
     is_sampled = top_p < 1 or top_k > 1 or n > 1
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return RequestParams(

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from multi_token.serve.engines.base import TokenEvent
 from multi_token.serve.errors import ServeError
 
@@ -32,22 +34,31 @@ class Usage:
 
         `num_cached`: prompt tokens served from the prefix cache.
         """
-        of_kind = {
-            kind: sum(n for name, n in self.media.items() if self.kinds.get(name) == kind)
-            for kind in ("image", "audio")
-        }
+
+        def num_of(kind: str) -> int:
+            return sum(n for name, n in self.media.items() if self.kinds.get(name) == kind)
+
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_completion,
             "total_tokens": self.num_prompt_tokens + num_completion,
             "prompt_tokens_details": {
                 "text_tokens": self.num_prompt_tokens - sum(self.media.values()),
-                "image_tokens": of_kind["image"],
-                "audio_tokens": of_kind["audio"],
+                "image_tokens": num_of("image"),
+                "audio_tokens": num_of("audio"),
                 "cached_tokens": num_cached,
                 "media_tokens": dict(self.media),
             },
         }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One complete choice."""
+
+    text: str
+    finish: FinishReason
+    logprobs: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class ResponseBuilder:
     id: str
     created: int
     model: str
+    with_usage: bool = False
+    """True if a stream ends with a usage chunk."""
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -68,10 +81,19 @@ class ResponseBuilder:
         }
 
     def completion(
-        self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]
+        self, completions: Sequence[Completion], usage: dict[str, Any]
     ) -> dict[str, Any]:
         """Build a complete response."""
-        return {**self._envelope("chat.completion", list(choices)), "usage": usage}
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "logprobs": completion.logprobs,
+                "finish_reason": completion.finish,
+            }
+            for index, completion in enumerate(completions)
+        ]
+        return {**self._envelope("chat.completion", choices), "usage": usage}
 
     def chunk(
         self,
@@ -80,34 +102,16 @@ class ResponseBuilder:
         *,
         finish: FinishReason | None = None,
         logprobs: dict[str, Any] | None = None,
-        with_usage: bool = False,
     ) -> dict[str, Any]:
-        """Build a stream chunk of one choice. `with_usage`: the stream ends with a usage chunk."""
-        completion_choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish,
-        }
-        fields = self._envelope("chat.completion.chunk", [completion_choice])
+        """Build a stream chunk of one choice."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        fields = self._envelope("chat.completion.chunk", [choice])
         # With include_usage, OpenAI sends "usage": null in every chunk before the last.
-        return {**fields, "usage": None} if with_usage else fields
+        return {**fields, "usage": None} if self.with_usage else fields
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """Build the last chunk of a stream with usage: no choices."""
         return {**self._envelope("chat.completion.chunk", []), "usage": usage}
-
-
-def completion_choice(
-    index: int, text: str, finish: FinishReason, logprobs: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Build one complete choice."""
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": logprobs,
-        "finish_reason": finish,
-    }
 
 
 def sse_event(fields: Mapping[str, Any]) -> bytes:
@@ -146,7 +150,9 @@ class TokenText:
         self.tokenizer = tokenizer
         decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", []))}
-        self._byte_of_letter = _byte_of_letter() if "ByteLevel" in kinds else None
+        # Byte-level BPE writes each byte as a printable letter; this is the inverse.
+        letters = bytes_to_unicode() if "ByteLevel" in kinds else {}
+        self._byte_of_letter = {letter: byte for byte, letter in letters.items()}
         self._cached_bytes = functools.lru_cache(maxsize=65_536)(self._token_bytes)
 
     def logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any]:
@@ -165,31 +171,16 @@ class TokenText:
     def _entry(self, id: int, logprob: float | None) -> dict[str, Any]:
         data = self._cached_bytes(id)
         value = _LOWEST_LOGPROB if logprob is None else max(logprob, _LOWEST_LOGPROB)
-        return {
-            "token": data.decode("utf-8", "replace"),
-            "logprob": value,
-            "bytes": list(data),
-        }
+        return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
 
     def _token_bytes(self, id: int) -> bytes:
-        """Return the bytes of one token."""
         # Not `decode`: a token may be a part of a character, and would decode to U+FFFD.
         piece = self.tokenizer.convert_ids_to_tokens(id) or ""
         if id in self.tokenizer.added_tokens_decoder:
             return piece.encode("utf-8", "replace")
-        if self._byte_of_letter is not None and all(
-            letter in self._byte_of_letter for letter in piece
-        ):
+        if piece and all(letter in self._byte_of_letter for letter in piece):
             return bytes(self._byte_of_letter[letter] for letter in piece)
         # SentencePiece: <0xE2> is a byte that no piece covers, and U+2581 marks a space.
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode("utf-8", "replace")
-
-
-@functools.cache
-def _byte_of_letter() -> dict[str, int]:
-    """Inverse of byte-level BPE's map: printable letter -> byte."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -1,4 +1,4 @@
-"""The chat page in a real Chromium, in front of a real server on a tiny model."""
+"""The chat page in a real Chromium, served by a real server with a tiny model."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def asked(browser: Any) -> Iterator[list[str]]:
-    """Every address that any page of a test asked for."""
+    """Every URL that a page of any test requested."""
     yield []
 
 
 @pytest.fixture
 def page(browser: Any, page_server: RunningServer, asked: list[str]) -> Iterator[Any]:
-    """The page, just opened; nothing that it asks for may leave the server, and nothing break."""
+    """The page, just opened; it may request only this server, and log no error."""
     context = browser.new_context()
     context.set_default_timeout(10_000)
     page = context.new_page()
@@ -88,7 +88,7 @@ def page(browser: Any, page_server: RunningServer, asked: list[str]) -> Iterator
 
 @pytest.fixture
 def opened(page: Any) -> Any:
-    """The page behind its key, with short answers."""
+    """The page after its key was typed, with short answers."""
     give_key(page, KEY)
     page.wait_for_selector("#modalities li")
     page.evaluate(f"document.getElementById('max-tokens').value = {NUM_TOKENS}")
@@ -133,7 +133,9 @@ def generated(model: Any, *messages: Message) -> str:
     return answer
 
 
-def test_a_dropped_image_is_asked_about(opened: Any, served_model: Any, asked: list[str]) -> None:
+def test_a_dropped_image_is_sent_with_the_question(
+    opened: Any, served_model: Any, asked: list[str]
+) -> None:
     drop(opened, ("red.png", "image/png", RED))
     opened.wait_for_selector("#waiting img[alt='red.png']")
     answer = ask(opened, "What is this?")
@@ -192,14 +194,14 @@ def test_wrong_files_are_refused_before_anything_is_sent(
     assert not any("/v1/" in url for url in asked)
 
 
-def test_what_the_server_refuses_is_shown_in_its_words(opened: Any) -> None:
+def test_an_error_of_the_server_is_shown_with_its_message(opened: Any) -> None:
     drop(opened, ("short.json", "", b"[1, 2]"))
     opened.wait_for_selector("#waiting li")
     ask(opened, "What is it?")
     said = opened.text_content(".fault")
     assert "5" in said and "2" in said and said.endswith(".")
     assert opened.is_visible("button.again")
-    # what failed is no part of the conversation that goes on
+    # a failed turn is not sent again with the next one
     assert ask(opened, "Hello") != ""
 
 
@@ -243,7 +245,7 @@ def test_a_wrong_key_is_asked_for_again(page: Any) -> None:
     give_key(page, KEY)
     page.wait_for_selector("#modalities li")
     assert not page.locator("dialog[open]").count()
-    page.reload()  # the tab keeps it
+    page.reload()  # the tab keeps the key
     page.wait_for_selector("#modalities li")
     assert page.evaluate("localStorage.length") == 0
     assert KEY not in page.content()
@@ -300,7 +302,7 @@ def test_audio_is_recorded_as_wav(opened: Any, page_server: RunningServer) -> No
     assert 8_000 < len(wave) < 80_000 and abs(wave).max() > 0.01  # the fake device beeps
 
 
-def test_it_fits_a_phone(opened: Any) -> None:
+def test_the_page_fits_a_phone(opened: Any) -> None:
     opened.set_viewport_size({"width": 360, "height": 640})
     drop(opened, ("a-very-long-name-" * 9 + ".png", "image/png", RED))
     opened.wait_for_selector("#waiting li")
@@ -331,11 +333,11 @@ def test_the_demos_own_images_are_named(browser: Any) -> None:
         page.wait_for_selector("#modalities li")
         answers = []
         for name in names:
-            picture = (run / "data" / "images" / name / "held_out_000.png").read_bytes()
-            drop(page, ("what.png", "image/png", picture))
+            image = (run / "data" / "images" / name / "held_out_000.png").read_bytes()
+            drop(page, ("what.png", "image/png", image))
             page.wait_for_selector("#waiting img")
             answers.append(ask(page, "What is this?").strip())
             page.click("#new")
         page.close()
     right = sum(map(str.__eq__, answers, names))
-    assert right >= 2, answers  # of its held-out images it names 97 in 100
+    assert right >= 2, answers  # it names 97 of 100 held-out images

@@ -1,4 +1,4 @@
-"""The chat page's routes: what needs a key, what a number reaches, which rows become examples."""
+"""Routes of the chat page: which need a key, which example a number opens, which rows are shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_folder(
 
 
 class Asked:
-    """The application, asked without a socket."""
+    """A client of the application, without a socket."""
 
     def __init__(self, model: Any, **settings: Any) -> None:
         self.app = build_app(Service(model, ServeSettings(**settings)))
@@ -75,10 +75,10 @@ def test_a_ticket_that_was_changed_opens_nothing(keyed: Asked, served_model: Any
     assert "sandbox" in opened.headers["content-security-policy"]
     assert [answer.status_code for answer in refused] == [401] * 4
     (other,) = Asked(served_model, api_keys=(KEY,)).get(link)
-    assert other.status_code == 401  # of another server
+    assert other.status_code == 401  # a ticket of another server
 
 
-def test_a_ticket_ends(keyed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ticket_expires(keyed: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     link = "/" + keyed.get("/page/facts", **HEADERS)[0].json()["report"]
     monkeypatch.setattr("time.time", lambda: 4e9)
     assert keyed.get(link)[0].status_code == 401
@@ -89,18 +89,18 @@ def test_an_example_is_reached_by_its_number_alone(item: str, keyed: Asked) -> N
     assert keyed.get(f"/page/examples/{item}", **HEADERS)[0].status_code == 404
 
 
-def test_an_example_is_what_its_row_says(keyed: Asked, data: Path) -> None:
+def test_an_example_has_the_text_and_the_items_of_its_row(keyed: Asked, data: Path) -> None:
     (facts,) = keyed.get("/page/facts", **HEADERS)
     hostile, *named = facts.json()["examples"]
     assert hostile["answer"] == "a vector" and hostile["system"] == "You name things."
     assert hostile["held_out"] and not any(row["held_out"] for row in named)
     assert sorted(row["answer"] for row in named) == ["blue", "green", "red", "white"]
     (red,) = (row for row in named if row["answer"] == "red")
-    words, picture, end = red["parts"]
+    words, image, end = red["parts"]
     assert (words, end) == ({"text": "What is "}, {"text": "?"})
-    assert picture["modality"] == "image" and picture["shown"] == "image"
+    assert image["modality"] == "image" and image["shown"] == "image"
     item, vector = keyed.get(
-        f"/page/examples/{picture['item']}",
+        f"/page/examples/{image['item']}",
         f"/page/examples/{hostile['parts'][1]['item']}",
         **HEADERS,
     )
@@ -109,11 +109,9 @@ def test_an_example_is_what_its_row_says(keyed: Asked, data: Path) -> None:
     assert vector.content == npy(1, 2, 3, 4, 5)
 
 
-def test_rows_that_are_gone_give_no_examples(
-    run_folder: Path, served_model: Any, tmp_path: Path
-) -> None:
+def test_missing_rows_give_no_examples(run_folder: Path, served_model: Any, tmp_path: Path) -> None:
     found = read_examples(run_folder, served_model.modalities)
-    assert len(found.rows) == 5  # of six: the images of one are not there
+    assert len(found.rows) == 5  # of six rows: the images of one are missing
     fields = yaml.safe_load((run_folder / "recipe.yaml").read_text())
     fields["data"] = {"train": [{"rows": str(tmp_path / "gone.jsonl")}, {"rows": "owner/name"}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))

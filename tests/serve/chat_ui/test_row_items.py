@@ -1,4 +1,4 @@
-"""Rows as requests: which bytes stand for an item, and where a row's question ends."""
+"""Rows as requests: the bytes of an item, and the end of a row's question."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NUMBERS = npy(1, 2, 3)
         ((1.0, 2.0, 3.0), NUMBERS),
         (np.array([1, 2, 3], dtype=np.int64), NUMBERS),
         (torch.tensor([1.0, 2.0, 3.0]), NUMBERS),
-        ({"bytes": b"picture", "path": None}, b"picture"),
-        ({"bytes": b"picture", "path": "a.png"}, b"picture"),
+        ({"bytes": b"pixels", "path": None}, b"pixels"),
+        ({"bytes": b"pixels", "path": "a.png"}, b"pixels"),
         ({"text": "a red lamp"}, b"a red lamp"),
-        ({"image": b"picture"}, b"picture"),
-        ("data:image/png;base64," + b64(b"picture"), b"picture"),
+        ({"image": b"pixels"}, b"pixels"),
+        ("data:image/png;base64," + b64(b"pixels"), b"pixels"),
     ],
 )
 def test_an_item_is_the_bytes_that_a_client_would_send(source: Any, expected: bytes) -> None:
@@ -49,10 +49,10 @@ def test_a_path_is_read_and_a_text_is_not(tmp_path: Path) -> None:
     assert bytes_of("a.txt", fetch, is_text=True) == b"a.txt"
 
 
-def test_a_picture_in_memory_becomes_a_png() -> None:
-    picture = Image.new("RGB", (3, 2), (1, 2, 3))
-    opened = Image.open(io.BytesIO(bytes_of(picture, HERE)))
-    assert opened.format == "PNG" and opened.tobytes() == picture.tobytes()
+def test_a_pil_image_becomes_a_png() -> None:
+    image = Image.new("RGB", (3, 2), (1, 2, 3))
+    opened = Image.open(io.BytesIO(bytes_of(image, HERE)))
+    assert opened.format == "PNG" and opened.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_picture_in_memory_becomes_a_png() -> None:
         "https://example.org/a.png",
     ],
 )
-def test_what_no_file_says_is_refused(source: Any) -> None:
+def test_an_item_that_no_single_file_holds_is_refused(source: Any) -> None:
     with pytest.raises(MediaError):
         bytes_of(source, HERE)
 

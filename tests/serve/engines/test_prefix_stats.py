@@ -13,10 +13,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from multi_token.cli.serve import _settings
-from multi_token.errors import MultiTokenError
 from multi_token.serve.settings import ServeSettings
-from tests.serve.asking import PICTURE, asked, post
+from tests.serve.asking import IMAGE, asked, post
 from tests.serve.running_server import RunningServer, running
 
 LONG = {"type": "text", "text": "What is a fruit? " * 12}
@@ -46,12 +44,12 @@ def test_usage_and_metrics_count_the_cached_tokens_of_each_prompt(http: httpx.Cl
         return found["prompt_tokens"], found["prompt_tokens_details"]["cached_tokens"]
 
     before = [gauge(http, f"prefix_cache_{name}_total") or 0 for name in ("queries", "hits")]
-    num_prompt, num_cached = usage(PICTURE, LONG)
+    num_prompt, num_cached = usage(IMAGE, LONG)
     assert num_cached == 0
-    again, num_again = usage(PICTURE, LONG)
+    again, num_again = usage(IMAGE, LONG)
     # never the complete prompt: prefill runs on its last token at least
     assert (again, num_again) == (num_prompt, num_prompt - 1)
-    other, num_other = usage(LONG, PICTURE)
+    other, num_other = usage(LONG, IMAGE)
     assert num_other < num_again
     after = [gauge(http, f"prefix_cache_{name}_total") for name in ("queries", "hits")]
     assert after[0] == before[0] + 2 * num_prompt + other
@@ -78,7 +76,7 @@ def test_a_prefix_cache_of_no_tokens_counts_nothing(served_model: Any) -> None:
         running(served_model, prefix_cache_tokens=0) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
-        usages = [post(http, asked(PICTURE, LONG)).json()["usage"] for _ in range(2)]
+        usages = [post(http, asked(IMAGE, LONG)).json()["usage"] for _ in range(2)]
         assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 0]
         assert gauge(http, "prefix_cache_queries_total") == 0
         assert gauge(http, "prefix_cache_hits_total") == 0
@@ -89,5 +87,5 @@ def test_the_size_of_the_prefix_cache_is_a_setting_of_the_local_engine() -> None
     assert ServeSettings(prefix_cache_tokens=4096).prefix_cache_tokens == 4096
     with pytest.raises(ValidationError, match="leave out --prefix-cache-tokens"):
         ServeSettings(engine_urls=("http://x:1",), prefix_cache_tokens=4096)
-    with pytest.raises(MultiTokenError, match="prefix_cache_tokens"):
-        _settings(prefix_cache_tokens=-1)
+    with pytest.raises(ValidationError, match="prefix_cache_tokens"):
+        ServeSettings(prefix_cache_tokens=-1)

@@ -22,7 +22,7 @@ from multi_token.serve.engines.base import FinishEvent, SamplingParams
 from multi_token.serve.engines.vllm.engine import PromptEmbedder
 from multi_token.serve.engines.vllm.golden import read_golden
 from multi_token.serve.settings import ServeSettings
-from tests.serve.asking import BLUE, PICTURE, QUESTION, VECTOR, asked, content_of, post
+from tests.serve.asking import BLUE, IMAGE, QUESTION, VECTOR, asked, content_of, post
 from tests.serve.engine_parts import VECTORS, Client, composed, prompt_of, sample_of
 from tests.serve.running_server import data_url, running
 from tests.serve.vllm_parts import started
@@ -76,16 +76,16 @@ SENSOR = {"type": "media", "modality": "sensor", "data": [[float(i % 7), 1.0] fo
 BLUE_PICTURE = {"type": "image_url", "image_url": {"url": data_url(BLUE)}}
 CASES: dict[str, list[dict[str, Any]]] = {
     "text": asked("What is a cat?"),
-    "picture": asked(PICTURE, QUESTION),
+    "picture": asked(IMAGE, QUESTION),
     "another picture": asked(BLUE_PICTURE, QUESTION),
     "vector": asked(VECTOR, QUESTION),
     "sensor": asked(SENSOR, QUESTION),
-    "all senses": asked(PICTURE, VECTOR, SENSOR, BLUE_PICTURE, QUESTION),
+    "all senses": asked(IMAGE, VECTOR, SENSOR, BLUE_PICTURE, QUESTION),
     "several turns": [
         {"role": "system", "content": "You answer briefly."},
         *asked(VECTOR, QUESTION),
         {"role": "assistant", "content": "A vector."},
-        *asked({"type": "text", "text": "<image> and <|im_end|>, "}, PICTURE),
+        *asked({"type": "text", "text": "<image> and <|im_end|>, "}, IMAGE),
     ],
 }
 

@@ -17,7 +17,7 @@ from multi_token.cli import app
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
 from multi_token.errors import MultiTokenError
 from multi_token.types import Conversation, Media, Message, Text
-from tests.serve.asking import PICTURE, QUESTION, RED, asked, content_of, post
+from tests.serve.asking import IMAGE, QUESTION, RED, asked, content_of, post
 from tests.serve.serve_process import serve_process
 from tests.serve.vllm_stand_in import StandIn
 
@@ -52,18 +52,18 @@ def test_an_exported_run_is_served_before_two_engines(
         httpx.Client(base_url=url, timeout=60) as http,
     ):
         for _ in range(4):
-            found = content_of(post(http, asked(PICTURE, QUESTION), temperature=0))
+            found = content_of(post(http, asked(IMAGE, QUESTION), temperature=0))
             assert found.strip() == expected
         assert sum(len(engine.bodies) for engine in engines) == 4
         assert http.get("/health").status_code == 200
         for engine in engines:
             engine.die()
         assert engines[0].wait_until(lambda: http.get("/health").status_code == 503)
-        lost = post(http, asked(PICTURE, QUESTION))
+        lost = post(http, asked(IMAGE, QUESTION))
         assert lost.status_code == 503 and lost.json()["error"]["code"] == "no_engine"
         engines[1].start()
         assert engines[1].wait_until(lambda: http.get("/health").status_code == 200)
-        assert content_of(post(http, asked(PICTURE, QUESTION))).strip() == expected
+        assert content_of(post(http, asked(IMAGE, QUESTION))).strip() == expected
         assert KEY not in "".join(printed)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -1,4 +1,4 @@
-"""What the tasks beside this file read of a row: its images, or its whole message."""
+"""Functions by which the tasks of this folder read a row: its images, or its complete message."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from PIL import Image
 
 
-def pictures_of(row: dict[str, Any]) -> list[Image.Image]:
+def images_of(row: dict[str, Any]) -> list[Image.Image]:
     """All images of a row."""
-    return [picture.convert("RGB") for picture in row["pictures"]]
+    return [image.convert("RGB") for image in row["images"]]
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The user's turn, each image where the question says `<image>`."""
+    """The user's turn, with each image at its `<image>` in the question."""
     first, *texts = row["question"].split("<image>")
     content: list[dict[str, Any]] = [{"type": "text", "text": first}]
-    for picture, text in zip(pictures_of(row), texts, strict=True):
-        content += [{"type": "image", "url": picture}, {"type": "text", "text": text}]
+    for image, text in zip(images_of(row), texts, strict=True):
+        content += [{"type": "image", "url": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]

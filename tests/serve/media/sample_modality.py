@@ -1,6 +1,6 @@
-"""A plug-in whose items are orders to the process that decodes them.
+"""A plug-in modality whose items are commands to the process that decodes them.
 
-`test_pool.py` copies this file to another folder, so it is found as a plug-in of a user would be.
+`test_pool.py` copies this file to another folder, so that the file is found like a user's plug-in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ num_asked = 0
 
 
 class TrialModality(Modality):
-    """Its items are orders: `spin`, `abort`, `read PATH`, ..."""
+    """Items are commands: `spin`, `abort`, `read PATH`, ..."""
 
     type: Literal["trial"] = "trial"
 
@@ -55,12 +55,12 @@ class TrialModality(Modality):
         if order == "fill_torch":
             return str(torch.ones(int(rest), dtype=torch.uint8).max())
         if order == "raise":
-            raise RuntimeError(f"<object at 0x7fffdeadbeef> of /home/somebody/{rest}")
+            raise RuntimeError(f"<object at 0x7fffdeadbeef> of /home/user/{rest}")
         if order == "interrupt":
             raise KeyboardInterrupt
         if order == "refuse":
-            told = f"<object at 0x7fffdeadbeef> of /home/somebody/{rest}: \x1b[31m\u00e9"
-            raise MediaError(told, "undecodable")
+            message = f"<object at 0x7fffdeadbeef> of /home/user/{rest}: \x1b[31m\u00e9"
+            raise MediaError(message, "undecodable")
         if order == "read":
             with open(rest, "rb") as file:
                 return file.read().decode("latin-1")

@@ -1,4 +1,4 @@
-"""Claims about images, sounds and videos that are larger inside than outside: none goes off."""
+"""Decompression bombs: images, audio and videos of few bytes that decode to many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from multi_token.errors import MediaError
 from multi_token.testing.audio import tone
 from multi_token.testing.video import noise_frames, write_video
-from tests.serve.strangers import MIB, little_memory, prepare, refusal
+from tests.serve.untrusted import MIB, little_memory, prepare, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *extra: bytes) -> bytes:
-    """A grey image whose header may say anything."""
+    """A grey image with any size in its header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     rows = zlib.compress(bytes((width + 1) * min(height, 100_000_000 // (width + 1))), 9)
     return (
@@ -43,7 +43,7 @@ def gif(num_frames: int) -> bytes:
     return head + b"".join(frames) + b"\x3b"
 
 
-def test_a_picture_of_65500_by_65500_is_refused_by_its_header(
+def test_an_image_of_65500_by_65500_is_refused_by_its_header(
     all_modalities: dict[str, Any],
 ) -> None:
     bomb = png(65_500, 65_500)
@@ -53,16 +53,16 @@ def test_a_picture_of_65500_by_65500_is_refused_by_its_header(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 3), (3, 50), (2, 2)])
-def test_a_tiny_picture_is_a_picture(all_modalities: dict[str, Any], size: tuple[int, int]) -> None:
+def test_a_tiny_image_is_decoded(all_modalities: dict[str, Any], size: tuple[int, int]) -> None:
     pixels = prepare(all_modalities["image"], png(*size)).inputs["pixel_values"]
     assert torch.equal(pixels, prepare(all_modalities["image"], png(64, 64)).inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("size", [(1, 301), (90_000, 1), (2, 500_000)])
 def test_a_line_of_pixels_is_refused(all_modalities: dict[str, Any], size: tuple[int, int]) -> None:
-    """Scaled until its short side is that of an encoder it would be gigabytes."""
+    """Scaled so that its short side fits an encoder, the image would take gigabytes."""
     with little_memory(4):
-        assert "a line rather than a picture" in refusal(all_modalities["image"], png(*size))
+        assert "a line rather than a" in refusal(all_modalities["image"], png(*size))
 
 
 def test_of_10000_frames_the_first_is_decoded(all_modalities: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def test_of_10000_frames_the_first_is_decoded(all_modalities: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
-def test_a_bomb_in_the_margin_of_a_picture_does_not_go_off(
+def test_a_bomb_in_the_metadata_of_an_image_is_not_unpacked(
     all_modalities: dict[str, Any], kind: bytes
 ) -> None:
     packed_mib = zlib.compress(bytes(100 * MIB), 9)
@@ -83,7 +83,7 @@ def test_a_bomb_in_the_margin_of_a_picture_does_not_go_off(
         with little_memory(8):
             prepare(all_modalities["image"], png(8, 8, chunk(kind, start + packed_mib)))
     except MediaError:
-        pass  # refused is as good
+        pass  # a refusal is as good
 
 
 def test_formats_that_start_programs_or_hold_others_are_not_opened(
@@ -104,7 +104,7 @@ def test_formats_that_start_programs_or_hold_others_are_not_opened(
         refusal(all_modalities["image"], data)
 
 
-# --- sounds
+# --- audio
 
 
 def wav(num_channels: int, rate: int, num_frames: int, said_frames: int | None = None) -> bytes:
@@ -124,7 +124,7 @@ def wav(num_channels: int, rate: int, num_frames: int, said_frames: int | None =
 
 
 @pytest.mark.parametrize("name", ["speech", "sound"])
-def test_a_sound_over_the_limit_is_refused(all_modalities: dict[str, Any], name: str) -> None:
+def test_audio_over_the_limit_is_refused(all_modalities: dict[str, Any], name: str) -> None:
     assert prepare(all_modalities[name], wav(1, 8_000, 8_000)).num_features > 0
     assert "the limit is 3 s" in refusal(all_modalities[name], wav(1, 8_000, 25_000))
 
@@ -155,11 +155,11 @@ def test_a_header_that_lies_about_its_length_costs_nothing(
 
 
 @pytest.mark.parametrize("rate", [1, 999, 1_000_000_000])
-def test_a_rate_that_cannot_be_is_refused(all_modalities: dict[str, Any], rate: int) -> None:
+def test_an_impossible_sampling_rate_is_refused(all_modalities: dict[str, Any], rate: int) -> None:
     refusal(all_modalities["speech"], wav(1, rate, 8_000))
 
 
-def test_a_file_has_eight_channels_at_most(all_modalities: dict[str, Any]) -> None:
+def test_audio_may_have_up_to_eight_channels(all_modalities: dict[str, Any]) -> None:
     assert prepare(all_modalities["speech"], wav(8, 8_000, 8_000)).num_features > 0
     assert "9 channels" in refusal(all_modalities["speech"], wav(9, 8_000, 8_000))
     assert "1,000 channels" in refusal(all_modalities["speech"], wav(1_000, 8_000, 100))
@@ -168,20 +168,20 @@ def test_a_file_has_eight_channels_at_most(all_modalities: dict[str, Any]) -> No
 # --- videos
 
 
-def film(tmp_path: Path, name: str = "a.mp4", num_frames: int = 20, **options: Any) -> bytes:
+def video_bytes(tmp_path: Path, name: str = "a.mp4", num_frames: int = 20, **options: Any) -> bytes:
     return Path(write_video(tmp_path / name, noise_frames(num_frames), **options)).read_bytes()
 
 
-def test_a_film_has_so_many_frames_seconds_and_pixels(
+def test_a_video_has_limits_of_frames_seconds_and_pixels(
     all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
     video = all_modalities["video"]
-    data = film(tmp_path, num_frames=30, fps=15)
-    assert prepare(video, data).inputs["pixel_values"].shape[0] == 8  # four of each second
+    data = video_bytes(tmp_path, num_frames=30, fps=15)
+    assert prepare(video, data).inputs["pixel_values"].shape[0] == 8  # four frames of each second
     many = video.model_copy(update={"fps": 100.0})
     assert prepare(many, data).inputs["pixel_values"].shape[0] == 16
-    assert "the limit is 3 s" in refusal(video, film(tmp_path, num_frames=40, fps=10))
-    # 16 frames at most: 10,000 pixels each
+    assert "the limit is 3 s" in refusal(video, video_bytes(tmp_path, num_frames=40, fps=10))
+    # up to 16 frames of 10,000 pixels each
     large = write_video(tmp_path / "large.mp4", noise_frames(4, height=102, width=102))
     assert "102 x 102" in refusal(video, Path(large).read_bytes())
 
@@ -189,7 +189,7 @@ def test_a_film_has_so_many_frames_seconds_and_pixels(
 def test_a_codec_that_is_not_on_the_list_is_not_opened(
     all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
-    data = film(tmp_path, "a.mkv", codec="jpeg2000")
+    data = video_bytes(tmp_path, "a.mkv", codec="jpeg2000")
     assert "jpeg2000" in refusal(all_modalities["video"], data)
 
 

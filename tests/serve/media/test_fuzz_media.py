@@ -1,6 +1,6 @@
-"""Claims about damaged and hostile media in real workers: an answer or a plain 4xx, and no growth.
+"""Damaged and hostile media in real workers: decoded or refused with 4xx, without memory growth.
 
-5,000 mutated files (`slow`), and 200 of the same kind for every day.
+5,000 mutated files (`slow`), and 200 of the same kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 MIB = 1024 * 1024
 GROWTH = 1.05
-"""Of the workers' memory over the second half, at most."""
+"""Largest ratio of the workers' memory after the second half to that after the first."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def pool(all_modalities: dict[str, Any]) -> Iterator[MediaPool]:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
-    """A modality and a sound file for it, of each kind that is read."""
+    """(modality, valid file) for each file format."""
     folder = tmp_path_factory.mktemp("seeds")
     found: list[tuple[str, bytes]] = []
     noise = Image.effect_noise((48, 32), 80).convert("RGB")
@@ -60,7 +60,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
         file = io.BytesIO()
         noise.save(file, kind)
         found.append(("image", file.getvalue()))
-        if kind != "PPM":  # whose first bytes could begin a text
+        if kind != "PPM":  # its first bytes could begin a text
             found.append(("joint", file.getvalue()))
     import soundfile
 
@@ -103,11 +103,11 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
 
 
 def mutated(data: bytes, chance: random.Random, others: list[tuple[str, bytes]]) -> bytes:
-    """The file with one to four faults of the kinds that fuzzers know."""
+    """The file with one to four random faults, as fuzzers make them."""
     out = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(out)) if out else 0
-        # headers decide most, so half of the faults are there
+        # half of the faults are in the header, which decides most
         at = min(at, chance.randrange(128)) if chance.random() < 0.5 else at
         end = at + chance.choice((1, 2, 4, 8, 64))
         kind = chance.randrange(8)
@@ -132,8 +132,8 @@ def mutated(data: bytes, chance: random.Random, others: list[tuple[str, bytes]])
     return bytes(out)
 
 
-def told(error: ServeError) -> str:
-    """The status; a client is told nothing of the machine."""
+def refusal_of(error: ServeError) -> str:
+    """Status and code; the message must contain no path and no memory address."""
     message = str(error)
     assert 400 <= error.status < 500, message
     assert re.fullmatch(r"[\x20-\x7e]{1,300}", message), message
@@ -158,7 +158,7 @@ async def decode(pool: MediaPool, name: str, data: bytes) -> str:
     try:
         await pool.prepare(Media(name, data))
     except ServeError as error:
-        return told(error)
+        return refusal_of(error)
     return "read"
 
 
@@ -177,7 +177,7 @@ def fuzz(
     return asyncio.run(all_of_them())
 
 
-def test_the_files_are_sound_before_they_are_mutated(
+def test_the_files_are_valid_before_they_are_mutated(
     pool: MediaPool, seeds: list[tuple[str, bytes]]
 ) -> None:
     for name, data in seeds:
@@ -241,13 +241,13 @@ def pdf_of(objects: list[bytes]) -> bytes:
     return data + b"xref\n0 %d\n0000000000 65535 f \n" % size + table + end
 
 
-def test_a_document_that_never_ends_is_ended(pool: MediaPool) -> None:
+def test_a_document_without_an_end_is_stopped(pool: MediaPool) -> None:
     for data in (pages_within_pages(9), form_within_itself()):
         assert asyncio.run(decode(pool, "document", data)) != "read"
     assert asyncio.run(decode(pool, "document", b"Still here.")) == "read"
 
 
-def test_a_nest_of_15000_tags_is_read_or_refused(pool: MediaPool) -> None:
+def test_15000_nested_tags_are_refused(pool: MediaPool) -> None:
     page = b"<html><body>" + b"<div>" * 15_000
     assert asyncio.run(decode(pool, "document", page)) != "read"
     assert asyncio.run(decode(pool, "document", b"Still here.")) == "read"

@@ -1,6 +1,4 @@
-"""Claims about limits.py and the decoders under it: what is too much is refused before or
-while it is decoded, in one plain sentence.
-"""
+"""Limits of one media item: decoders refuse it early, with one sentence for the client."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ from multi_token.serve.media.worker import decode_item
 from multi_token.serve.media_embeddings import content_key
 from multi_token.testing.text import write_pdf
 from multi_token.types import Prepared
-from tests.serve.strangers import MIB, little_memory, prepare, refusal
+from tests.serve.untrusted import MIB, little_memory, prepare, refusal
 
 SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
 
 
-# --- how limits are put onto a modality
+# --- limits of a modality
 
 
 def test_limits_lower_what_a_modality_allows_and_raise_nothing(
@@ -42,29 +40,29 @@ def test_limits_lower_what_a_modality_allows_and_raise_nothing(
     assert vector.with_limits(low) == vector
 
 
-def test_every_limit_of_a_built_in_modality_has_one_above_it(
+def test_every_limit_of_a_built_in_modality_is_lowered_by_the_server(
     all_modalities: dict[str, Any],
 ) -> None:
-    """A new field `max_...` has the name of a limit, stands in its class's `limit_fields`, or is
-    named here with the reason."""
+    """A new field `max_...` has the name of a limit, is in its class's `limit_fields`, or is named
+    here with the reason."""
     lowest = MediaLimits(**dict.fromkeys(MediaLimits.model_fields, 1)).model_dump()
-    bounded_by_others = {"max_chunks"}  # of max_characters
+    bounded_by_others = {"max_chunks"}  # by max_characters
     for modality in all_modalities.values():
         fields = type(modality).model_fields
-        if "num_frames" in fields:  # which the frames taken are never less than
+        if "num_frames" in fields:  # the limit is never below `num_frames`
             modality = modality.model_copy(update={"num_frames": 1})
         for name in fields:
             if name.startswith("max_") and name not in bounded_by_others:
                 assert getattr(modality.with_limits(lowest), name) == 1, (modality.type, name)
 
 
-def test_a_film_keeps_the_number_of_frames_that_its_encoder_takes(
+def test_a_video_keeps_the_number_of_frames_that_its_encoder_takes(
     all_modalities: dict[str, Any],
 ) -> None:
-    film = all_modalities["video"].model_copy(
+    video = all_modalities["video"].model_copy(
         update={"fps": None, "num_frames": 8, "max_frames": 128}
     )
-    low = film.with_limits(MediaLimits(max_frames=4, max_video_pixels=8_000).model_dump())
+    low = video.with_limits(MediaLimits(max_frames=4, max_video_pixels=8_000).model_dump())
     assert (low.num_frames, low.max_frames) == (8, 8)
     assert low.max_pixels == 1_000
     assert type(low).model_validate(low.model_dump()) == low
@@ -96,10 +94,8 @@ def secret_sources(path: str) -> list[Any]:
     return shapes
 
 
-def test_a_worker_that_were_handed_a_path_would_not_read_it(
-    all_modalities: dict[str, Any], tmp_path: Path
-) -> None:
-    """The wall behind that of the pool, which hands none on (test_media_pool.py)."""
+def test_a_worker_does_not_read_a_path(all_modalities: dict[str, Any], tmp_path: Path) -> None:
+    """The second check: the pool sends no path to a worker (test_pool.py)."""
     (tmp_path / "real").write_bytes(b"word " * 100)
     path = str(tmp_path / "link")
     os.symlink(tmp_path / "real", path)
@@ -128,15 +124,15 @@ def test_a_text_that_looks_like_a_path_is_a_text(
         _, (blob,) = decode_frame(decode_item(all_modalities, request, SETUP)[0])
         from safetensors.torch import load
 
-        told = load(blob)[ids[0]]
-        assert torch.equal(told, prepare(all_modalities[name], source).inputs[ids[0]])
-        assert told.numel() < 100  # the letters of the path, not the hundred words behind it
+        found = load(blob)[ids[0]]
+        assert torch.equal(found, prepare(all_modalities[name], source).inputs[ids[0]])
+        assert found.numel() < 100  # the letters of the path, not the file's hundred words
 
 
 # --- documents
 
 
-def test_a_pdf_has_so_many_pages_and_letters(
+def test_a_pdf_has_limits_of_pages_and_characters(
     all_modalities: dict[str, Any], tmp_path: Path
 ) -> None:
     few = write_pdf(tmp_path / "few.pdf", ["one two three"] * 5).read_bytes()
@@ -185,7 +181,7 @@ def npy(array: Any, **header: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["vector", "timeseries"])
-def test_an_array_is_believed_only_where_its_bytes_are(
+def test_an_array_whose_header_claims_missing_bytes_is_refused(
     all_modalities: dict[str, Any], name: str
 ) -> None:
     array = np.zeros((8, 4 if name == "vector" else 2), np.float32)
@@ -224,22 +220,22 @@ def test_an_array_holds_finite_numbers_and_nothing_else(
     ):
         refusal(all_modalities[name], data)
     for same in (np.asfortranarray(good), good.astype(">f4"), good.astype(np.float64)):
-        told = prepare(all_modalities[name], npy(same)).inputs
+        found = prepare(all_modalities[name], npy(same)).inputs
         here = prepare(all_modalities[name], npy(good)).inputs
-        assert all(torch.allclose(told[key], here[key]) for key in here)
+        assert all(torch.allclose(found[key], here[key]) for key in here)
 
 
-# --- what tells one item from another
+# --- cache keys of items
 
 
-def test_what_differs_only_in_its_palette_or_its_shape_has_another_key(
+def test_items_that_differ_only_in_palette_or_shape_have_different_keys(
     all_modalities: dict[str, Any],
 ) -> None:
     def palette(colour: tuple[int, int, int]) -> bytes:
-        picture = Image.new("P", (8, 8))
-        picture.putpalette(colour * 256)
+        image = Image.new("P", (8, 8))
+        image.putpalette(colour * 256)
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         return file.getvalue()
 
     def key(name: str, source: Any) -> str:

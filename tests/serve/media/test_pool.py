@@ -1,7 +1,6 @@
-"""Claims about serve/media/pool.py: an item is decoded in a process of its own kind, under limits,
-and takes nothing with it.
+"""serve/media/pool.py: worker processes decode items under limits, and a bad item fails alone.
 
-The modality `trial` is a plug-in whose items are orders to the process that decodes them.
+The modality `trial` is a plug-in whose items are commands to the process that decodes them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
 from multi_token.types import Media, Prepared
-from tests.serve.strangers import children, is_gone
+from tests.serve.untrusted import children, is_gone
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ TIMEOUT_S = 2.0
 SECRET = "a-secret-of-the-server"
 
 
-def said(prepared: Prepared) -> str:
+def text_of(prepared: Prepared) -> str:
     return bytes(prepared.inputs["values"].tolist()).decode("latin-1")
 
 
@@ -47,7 +46,7 @@ def ask(pool: MediaPool, source: Any, modality: str = "trial") -> Prepared:
 
 
 def refusal(pool: MediaPool, source: Any, modality: str = "trial") -> ServeError:
-    """The error, which tells nothing of the machine."""
+    """The error; its message contains nothing about the machine."""
     with pytest.raises(ServeError) as caught:
         ask(pool, source, modality)
     message = str(caught.value)
@@ -101,7 +100,9 @@ def png(size: tuple[int, int] = (40, 30)) -> bytes:
     return file.getvalue()
 
 
-def test_an_item_becomes_what_it_becomes_here(pool: MediaPool, modalities: dict[str, Any]) -> None:
+def test_a_worker_prepares_an_item_like_this_process(
+    pool: MediaPool, modalities: dict[str, Any]
+) -> None:
     for name, source in (("image", png()), ("vector", [1, 2.5, -3]), ("trial", b"hello")):
         modality = modalities[name]
         here = modality.prepare(modality.load(source, Fetch()))
@@ -111,7 +112,7 @@ def test_an_item_becomes_what_it_becomes_here(pool: MediaPool, modalities: dict[
         assert all(torch.equal(there.inputs[key], here.inputs[key]) for key in here.inputs)
 
 
-def test_many_items_at_once_come_back_each_to_its_own(pool: MediaPool) -> None:
+def test_concurrent_items_get_their_own_results(pool: MediaPool) -> None:
     async def all_of_them() -> list[Prepared]:
         items = [Media("vector", [i, i, i]) for i in range(40)]
         return await asyncio.gather(*map(pool.prepare, items))
@@ -130,44 +131,44 @@ def test_an_item_that_ends_its_decoder_fails_alone(pool: MediaPool, order: str) 
     first, ended, *others = asyncio.run(both())
     assert isinstance(ended, ServeError)
     assert (ended.status, ended.code) == (422, "invalid_media")
-    assert [said(prepared) for prepared in (first, *others)] == ["hello"] * 3
+    assert [text_of(prepared) for prepared in (first, *others)] == ["hello"] * 3
 
 
-def test_an_item_that_takes_too_long_is_ended(pool: MediaPool) -> None:
+def test_an_item_over_the_time_limit_is_stopped(pool: MediaPool) -> None:
     error = refusal(pool, b"spin")
     assert (error.status, error.code) == (422, "media_too_slow")
     assert "longer than 2 s" in str(error)
-    assert said(ask(pool, b"hello")) == "hello"
+    assert text_of(ask(pool, b"hello")) == "hello"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
 @pytest.mark.parametrize("order", ["fill", "fill_torch"])
-def test_an_item_that_takes_too_much_memory_is_refused(pool: MediaPool, order: str) -> None:
+def test_an_item_over_the_memory_limit_is_refused(pool: MediaPool, order: str) -> None:
     error = refusal(pool, f"{order} {400 * MIB}".encode())
     assert (error.status, error.code) == (422, "media_too_large")
     assert ask(pool, f"{order} {50 * MIB}".encode()).num_features > 0
 
 
 @pytest.mark.parametrize("order", ["raise secret", "interrupt", "recurse"])
-def test_an_error_of_a_decoder_is_a_400_that_says_nothing_of_it(
+def test_an_exception_of_a_decoder_becomes_a_400_without_its_text(
     pool: MediaPool, order: str
 ) -> None:
     error = refusal(pool, order.encode())
     assert error.status == 400
     assert "Error" not in str(error)
-    assert said(ask(pool, b"hello")) == "hello"
+    assert text_of(ask(pool, b"hello")) == "hello"
 
 
-def test_a_refusal_is_a_400_without_paths_addresses_and_odd_letters(pool: MediaPool) -> None:
+def test_a_refusal_is_a_400_without_paths_and_control_characters(pool: MediaPool) -> None:
     error = refusal(pool, b"refuse secret")
     assert (error.status, error.code) == (400, "invalid_media")
 
 
-def test_what_a_library_prints_is_not_taken_for_an_answer(pool: MediaPool) -> None:
-    assert said(ask(pool, b"print 200000")) == "print"
+def test_output_of_a_library_is_not_part_of_a_reply(pool: MediaPool) -> None:
+    assert text_of(ask(pool, b"print 200000")) == "print"
 
 
-def test_an_answer_over_the_limit_is_refused(pool: MediaPool) -> None:
+def test_encoder_input_over_the_limit_is_refused(pool: MediaPool) -> None:
     assert "the limit is 1,048,576" in str(refusal(pool, b"letters 1048577"))
     assert ask(pool, b"letters 1000000").num_features == 1_000_000
 
@@ -214,11 +215,11 @@ def test_fetch_in_a_decoder_reads_neither_files_nor_addresses(
 ) -> None:
     for source in (secret_file, secret_file.as_uri(), "http://127.0.0.1/", "https://example.org/"):
         assert refusal(pool, f"fetch {source}".encode()).status == 400
-    assert said(ask(pool, b"fetch data:,hello")) == "hello"
+    assert text_of(ask(pool, b"fetch data:,hello")) == "hello"
 
 
-def test_a_decoder_is_not_told_keys_and_tokens(pool: MediaPool) -> None:
-    environment = said(ask(pool, b"environment"))
+def test_a_decoder_inherits_no_keys_and_tokens(pool: MediaPool) -> None:
+    environment = text_of(ask(pool, b"environment"))
     assert "PATH=" in environment
     assert SECRET not in environment
 
@@ -241,34 +242,36 @@ def test_a_path_never_gets_to_a_decoder(pool: MediaPool, secret_file: Path) -> N
                 assert "the server never reads its own files" in str(error)
 
 
-def test_texts_that_are_no_sources_pass(pool: MediaPool) -> None:
-    assert said(ask(pool, "do hello")) == "hello"  # for this modality such a string is a text
+def test_texts_that_are_not_sources_pass(pool: MediaPool) -> None:
+    assert text_of(ask(pool, "do hello")) == "hello"  # this modality takes a string as a text
     source = {"lead": "II", "unit": "mV", "bytes": b"\x00\xff", "also": [None, True, {"a": [1.5]}]}
-    assert said(ask(pool, source)) == repr(source)
+    assert text_of(ask(pool, source)) == repr(source)
 
 
-def test_data_addresses_are_decoded_before_they_are_handed_on(pool: MediaPool) -> None:
-    assert said(ask(pool, "data:;base64,aGVsbG8=")) == "hello"
+def test_data_urls_are_decoded_before_the_worker(pool: MediaPool) -> None:
+    assert text_of(ask(pool, "data:;base64,aGVsbG8=")) == "hello"
     source = {"path": "data:,a", "list": ["data:,b", {"bytes": "data:,c"}]}
-    assert said(ask(pool, source)) == repr({"path": b"a", "list": [b"b", {"bytes": b"c"}]})
+    assert text_of(ask(pool, source)) == repr({"path": b"a", "list": [b"b", {"bytes": b"c"}]})
 
 
-def test_a_decoder_is_replaced_after_1000_items_and_nobody_notices(pool: MediaPool) -> None:
+def test_a_decoder_is_replaced_after_1000_items_without_an_error(pool: MediaPool) -> None:
     async def counts() -> list[int]:
         items = [Media("trial", b"count")] * 1_001
-        return [int(said(prepared)) for prepared in await asyncio.gather(*map(pool.prepare, items))]
+        return [
+            int(text_of(prepared)) for prepared in await asyncio.gather(*map(pool.prepare, items))
+        ]
 
     ask(pool, b"count")
     numbers = asyncio.run(counts())
-    assert numbers.count(1) == 1  # there a new one began
+    assert numbers.count(1) == 1  # a new fork starts to count at 1
     assert max(numbers) <= 1_000
 
 
-def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaPool) -> None:
+def test_too_large_and_invalid_sources_are_refused_before_a_worker(pool: MediaPool) -> None:
     deep: list[Any] = []
     for _ in range(5000):
         deep = [deep]
-    for source, told in (
+    for source, words in (
         (b"x" * (4 * MIB + 1), "4,194,305 bytes"),
         ([b"x" * (3 * MIB)] * 2, "6,291,456 bytes"),
         ("data:," + "x" * (4 * MIB + 1), "the limit is 4,194,304"),
@@ -282,7 +285,7 @@ def test_what_is_too_much_or_no_source_is_refused_before_any_worker(pool: MediaP
     ):
         error = refusal(pool, source)
         assert error.status == 400
-        assert told in str(error)
+        assert words in str(error)
 
 
 def test_an_unknown_modality_is_a_400(pool: MediaPool) -> None:
@@ -294,32 +297,32 @@ def test_numbers_of_any_kind_are_refused_or_finite(pool: MediaPool) -> None:
         assert refusal(pool, source, "vector").status == 400
 
 
-def test_an_item_whose_client_left_is_not_decoded(pool: MediaPool) -> None:
+def test_a_waiting_item_of_a_disconnected_client_is_not_decoded(pool: MediaPool) -> None:
     async def leave() -> int:
-        before = int(said(await pool.prepare(Media("trial", b"count"))))
+        before = int(text_of(await pool.prepare(Media("trial", b"count"))))
         busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.3")))
         left = [asyncio.ensure_future(pool.prepare(Media("trial", b"count"))) for _ in range(5)]
-        while pool.num_waiting < 5:  # the one worker is busy, and the five stand behind
+        while pool.num_waiting < 5:  # the only worker is busy, and five items wait
             await asyncio.sleep(0.001)
         for future in left:
             future.cancel()
         await busy
-        return int(said(await pool.prepare(Media("trial", b"count")))) - before
+        return int(text_of(await pool.prepare(Media("trial", b"count")))) - before
 
     assert asyncio.run(leave()) == 1
 
 
-def test_what_a_worker_has_begun_for_a_client_that_left_is_thrown_away(pool: MediaPool) -> None:
+def test_the_result_for_a_disconnected_client_is_dropped(pool: MediaPool) -> None:
     async def leave() -> str:
         busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.2")))
         await asyncio.sleep(0.1)
         busy.cancel()
-        return said(await pool.prepare(Media("trial", b"hello")))
+        return text_of(await pool.prepare(Media("trial", b"hello")))
 
     assert asyncio.run(leave()) == "hello"
 
 
-def test_what_waits_takes_so_much_memory_at_most(pool: MediaPool) -> None:
+def test_waiting_items_have_a_limit_of_bytes(pool: MediaPool) -> None:
     async def many() -> list[Any]:
         items = [Media("trial", b"sleep 0.2"), *[Media("trial", b"x" * (4 * MIB))] * 20]
         return await asyncio.gather(*map(pool.prepare, items), return_exceptions=True)
@@ -331,12 +334,12 @@ def test_what_waits_takes_so_much_memory_at_most(pool: MediaPool) -> None:
     assert pool._num_queued_bytes == 0
 
 
-def test_a_stopped_pool_says_503(modalities: dict[str, Any]) -> None:
+def test_a_stopped_pool_raises_503(modalities: dict[str, Any]) -> None:
     pool = MediaPool(modalities)
     assert refusal(pool, b"hello").status == 503
 
 
-def test_limits_are_put_onto_the_modalities_of_a_pool(pool: MediaPool) -> None:
+def test_a_pool_lowers_the_limits_of_its_modalities(pool: MediaPool) -> None:
     assert pool.modalities["image"].max_pixels == MediaLimits().max_pixels  # type: ignore[reportAttributeAccessIssue]
 
 
@@ -347,7 +350,7 @@ def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None
     try:
         for order, code in (("abort", "invalid_media"), ("spin", "media_too_slow")):
             assert refusal(pool, order.encode()).code == code
-            assert said(ask(pool, b"hello")) == "hello"
+            assert text_of(ask(pool, b"hello")) == "hello"
         refusal(pool, b"read /etc/passwd")
 
         async def many() -> list[Prepared]:
@@ -359,7 +362,7 @@ def test_without_forks_a_process_that_ended_is_started_again(trial: Any) -> None
         pool.stop()
 
 
-def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
+def test_stopping_fails_waiting_items_and_leaves_no_process(trial: Any) -> None:
     pool = MediaPool({"trial": trial()}, num_workers=1)
     pool.start()
 
@@ -380,7 +383,7 @@ def test_stopping_fails_what_waits_and_leaves_no_process(trial: Any) -> None:
 
 
 def test_a_modality_that_a_worker_cannot_build_is_named_at_the_start(trial: Any) -> None:
-    class Local(trial):  # in a function: no other process finds it
+    class Local(trial):  # defined in a function, so no other process can import it
         type: Any = "local"
 
     registry.register_modality("local", Local)

@@ -1,4 +1,4 @@
-"""Claims about protocol.py: what goes in comes out, and nothing else is taken for it."""
+"""Frames between server and media workers: round trips, and damaged frames that are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from multi_token.serve.media.protocol import (
 )
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-# "bytes" and "object" are words of the wire as well
+# "bytes" and "object" are keys of the protocol too
 KEYS = st.sampled_from(["bytes", "object", "sizes", "a"]) | st.text(max_size=3)
 SOURCES = st.recursive(
     LEAVES | st.binary(),
@@ -68,6 +68,6 @@ def test_blobs_that_are_not_there_are_not_made_up() -> None:
 
 
 @pytest.mark.parametrize("source", [object(), {1: 2}, {"a": {3, 4}}, [1.0] * 11, [[0] * 6] * 2])
-def test_what_is_no_source_is_refused(source: Any) -> None:
+def test_invalid_sources_are_refused(source: Any) -> None:
     with pytest.raises(MediaError):
         serialize_source(source, max_numbers=10)

@@ -1,4 +1,4 @@
-"""Claims about worker_process.py: killed workers come back, and end with their server."""
+"""worker_process.py: killed workers are started again, and workers end with their server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import pytest
 
 from multi_token.modalities.vector import VectorModality
+from multi_token.serve.media import worker_process
 from multi_token.serve.media.pool import MediaPool
 from multi_token.types import Media
-from tests.serve.strangers import children, is_gone
+from tests.serve.untrusted import children, is_gone
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +50,11 @@ def pool() -> Iterator[MediaPool]:
     made.stop()
 
 
-def test_the_start_waits_for_one_worker_and_the_others_come_by_themselves() -> None:
+def test_workers_start_in_the_folder_that_holds_the_package() -> None:
+    assert (worker_process._PACKAGE_PARENT / "multi_token" / "__init__.py").is_file()
+
+
+def test_the_start_waits_for_one_worker_and_the_others_follow() -> None:
     pool = MediaPool({"vector": VectorModality(dim=2)}, num_workers=3)
     pool.start()
     try:
@@ -64,7 +69,7 @@ def test_the_start_waits_for_one_worker_and_the_others_come_by_themselves() -> N
         pool.stop()
 
 
-def test_a_pool_that_is_stopped_while_workers_load_leaves_none() -> None:
+def test_a_pool_stopped_while_workers_load_leaves_no_process() -> None:
     pool = MediaPool({"vector": VectorModality(dim=2)}, num_workers=3)
     pool.start()
     pool.stop()
@@ -83,7 +88,7 @@ def is_read(pool: MediaPool) -> bool:
     return asyncio.run(pool.prepare(Media("vector", [1, 2]))).num_features == 1
 
 
-def test_a_fork_that_was_killed_between_items_is_not_missed(pool: MediaPool) -> None:
+def test_a_fork_killed_between_items_is_replaced(pool: MediaPool) -> None:
     assert is_read(pool)
     (fork,) = children(worker(pool))
     os.kill(fork, signal.SIGKILL)
@@ -92,7 +97,7 @@ def test_a_fork_that_was_killed_between_items_is_not_missed(pool: MediaPool) -> 
     assert children(worker(pool)) != [fork]
 
 
-def test_a_process_that_was_killed_between_items_is_not_missed(pool: MediaPool) -> None:
+def test_a_process_killed_between_items_is_replaced(pool: MediaPool) -> None:
     before = worker(pool)
     os.killpg(before, signal.SIGKILL)
     assert is_gone(before)

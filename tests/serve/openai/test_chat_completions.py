@@ -1,4 +1,4 @@
-"""Answers over HTTP, asked for by the `openai` client and by httpx."""
+"""Chat completions over HTTP, requested by the `openai` client and by httpx."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from multi_token.types import Conversation, Media, Message, Text
 from tests.serve.asking import (
     BLUE,
+    IMAGE,
     NUM_TOKENS,
     NUMBERS,
-    PICTURE,
     QUESTION,
     RED,
     VECTOR,
@@ -32,8 +32,8 @@ def generated(model: Any, *messages: Message) -> str:
 
 CASES: dict[str, tuple[list[dict[str, Any]], tuple[Message, ...]]] = {
     "text": (asked("Is it a cat?"), (Message("user", (Text("Is it a cat?"),)),)),
-    "picture": (
-        asked(PICTURE, QUESTION),
+    "image": (
+        asked(IMAGE, QUESTION),
         (Message("user", (Media("image", RED), Text("What is this?"))),),
     ),
     "several modalities": (
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], tuple[Message, ...]]] = {
             VECTOR,
             {"type": "image_url", "image_url": data_url(BLUE)},
             {"type": "text", "text": " and "},
-            PICTURE,
+            IMAGE,
         ),
         (
             Message(
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], tuple[Message, ...]]] = {
     "in the middle of a conversation": (
         [
             {"role": "system", "content": "You are a helpful assistant."},
-            *asked(PICTURE, QUESTION),
+            *asked(IMAGE, QUESTION),
             {"role": "assistant", "content": "a red square", "refusal": None, "tool_calls": []},
             {"role": "user", "content": [VECTOR, {"type": "text", "text": "And this?"}]},
         ],
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], tuple[Message, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_greedy_answer_is_what_generate_says(
+def test_a_greedy_answer_is_that_of_generate(
     case: str, http: httpx.Client, served_model: Any
 ) -> None:
     messages, expected = CASES[case]
@@ -100,9 +100,9 @@ def test_concurrent_requests_get_the_same_answers(served_model: Any) -> None:
             assert text.strip() == generated(served_model, *expected)
 
 
-def test_an_answer_depends_on_its_picture(http: httpx.Client) -> None:
+def test_an_answer_depends_on_its_image(http: httpx.Client) -> None:
     blue = {"type": "image_url", "image_url": {"url": data_url(BLUE), "detail": "low"}}
-    assert content_of(post(http, asked(PICTURE, QUESTION))) != content_of(
+    assert content_of(post(http, asked(IMAGE, QUESTION))) != content_of(
         post(http, asked(blue, QUESTION))
     )
 
@@ -118,11 +118,11 @@ def test_an_answer_depends_on_its_picture(http: httpx.Client) -> None:
     ],
     ids=["plain address", "data", "url", "file by its type", "file by its name"],
 )
-def test_every_way_to_send_a_picture_gives_one_answer(
+def test_every_way_to_send_an_image_gives_one_answer(
     part: dict[str, Any], http: httpx.Client
 ) -> None:
     assert content_of(post(http, asked(part, QUESTION))) == content_of(
-        post(http, asked(PICTURE, QUESTION))
+        post(http, asked(IMAGE, QUESTION))
     )
 
 
@@ -146,7 +146,7 @@ def test_every_way_to_send_a_vector_gives_one_answer(
 def test_the_openai_client_gets_an_answer_with_usage(openai_client: Any) -> None:
     answer = openai_client.chat.completions.create(
         model="tiny-run",
-        messages=asked(PICTURE, VECTOR, QUESTION),
+        messages=asked(IMAGE, VECTOR, QUESTION),
         max_completion_tokens=NUM_TOKENS,
         extra_body={"ignore_eos": True},
     )
@@ -213,7 +213,7 @@ def test_an_answer_ends_before_its_stop_string(http: httpx.Client) -> None:
     assert text == whole[: whole.index(stop)]
 
 
-def test_habits_of_clients_are_ignored_and_named(http: httpx.Client) -> None:
+def test_ignored_fields_are_listed_in_a_header(http: httpx.Client) -> None:
     answer = post(
         http,
         asked("x"),
@@ -226,7 +226,9 @@ def test_habits_of_clients_are_ignored_and_named(http: httpx.Client) -> None:
     assert answer.headers["x-multi-token-ignored"] == "media_io_kwargs, metadata"
 
 
-def test_models_tell_their_length_and_modalities(openai_client: Any, http: httpx.Client) -> None:
+def test_models_report_context_length_and_modalities(
+    openai_client: Any, http: httpx.Client
+) -> None:
     (model,) = openai_client.models.list().data
     assert model.id == "tiny-run" and model.object == "model"
     assert model.max_model_len == 512
@@ -235,7 +237,7 @@ def test_models_tell_their_length_and_modalities(openai_client: Any, http: httpx
     assert http.get("/v1/models/other").status_code == 404
 
 
-def test_states_and_metrics_are_told(http: httpx.Client) -> None:
+def test_states_and_metrics_are_reported(http: httpx.Client) -> None:
     content_of(post(http, asked(VECTOR, QUESTION)))
     for route in ("/health", "/ready", "/version", "/docs", "/openapi.json"):
         assert http.get(route).status_code == 200, route
@@ -257,7 +259,9 @@ def test_states_and_metrics_are_told(http: httpx.Client) -> None:
         assert f"multi_token_{name}" in text, name
 
 
-def test_generate_takes_the_originals_rows(http: httpx.Client, served_model: Any) -> None:
+def test_generate_takes_rows_of_the_original_multi_token(
+    http: httpx.Client, served_model: Any
+) -> None:
     row = {"messages": [{"role": "user", "content": "What is <image>?"}], "images": [b64(RED)]}
     answer = http.post("/generate", json=row)
     assert answer.status_code == 200, answer.text

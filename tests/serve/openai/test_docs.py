@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the routes take, and requests made up from it do no harm."""
+"""The OpenAPI document describes the routes, and requests generated from it do no harm."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES, ids=str)
-def test_made_up_requests_get_an_answer_or_a_sentence(
+def test_generated_requests_get_an_answer_or_an_error(
     method: str, path: str, open_server: RunningServer
 ) -> None:
     schema = schemathesis.openapi.from_url(f"{open_server.url}/openapi.json")
     statuses: set[int] = set()
 
-    # strategies, not schemathesis' plug-in, which reads what pytest no longer has
+    # strategies, since schemathesis' plug-in needs what newer pytest lacks
     @given(case=schema[path][method].as_strategy())
     @settings(
         max_examples=40 if method == "POST" else 5,
@@ -67,7 +67,7 @@ def test_made_up_requests_get_an_answer_or_a_sentence(
     assert statuses
 
 
-def test_every_route_is_asked_made_up_requests(open_server: RunningServer) -> None:
+def test_generated_requests_cover_every_route(open_server: RunningServer) -> None:
     document = httpx.get(f"{open_server.url}/openapi.json").json()
     described = [(m.upper(), path) for path, ops in document["paths"].items() for m in ops]
     assert sorted(described) == sorted(ROUTES)
@@ -91,7 +91,7 @@ def test_the_page_of_routes_loads_nothing(open_server: RunningServer) -> None:
     assert "<script" not in page and "http://" not in page and "https://" not in page
 
 
-def test_a_public_server_describes_itself_to_nobody(served_model: Any) -> None:
+def test_a_public_server_has_no_description_of_its_routes(served_model: Any) -> None:
     from fastapi.testclient import TestClient
 
     from multi_token.serve.openai.app import build_app

@@ -27,7 +27,7 @@ def modalities(**types: str) -> dict[str, Modality]:
 
 
 EVERYTHING = modalities(
-    image="image", voice="speech", film="video", page="document", heart="timeseries"
+    image="image", talk="speech", clip="video", page="document", heart="timeseries"
 )
 
 
@@ -50,13 +50,13 @@ def refused(reader: MessageParser, *content: Any, role: str = "user") -> ServeEr
     ("part", "name"),
     [
         ({"type": "image_url", "image_url": {"url": data_url(b"abc")}}, "image"),
-        ({"type": "input_audio", "input_audio": {"data": b64(b"abc"), "format": "wav"}}, "voice"),
-        ({"type": "audio_url", "audio_url": {"url": data_url(b"abc")}}, "voice"),
-        ({"type": "video_url", "video_url": {"url": data_url(b"abc")}}, "film"),
+        ({"type": "input_audio", "input_audio": {"data": b64(b"abc"), "format": "wav"}}, "talk"),
+        ({"type": "audio_url", "audio_url": {"url": data_url(b"abc")}}, "talk"),
+        ({"type": "video_url", "video_url": {"url": data_url(b"abc")}}, "clip"),
         ({"type": "file", "file": {"file_data": data_url(b"abc", "application/pdf")}}, "page"),
         ({"type": "file", "file": {"file_data": b64(b"abc"), "filename": "a.pdf"}}, "page"),
-        ({"type": "file", "file": {"file_data": data_url(b"abc", "audio/wav")}}, "voice"),
-        ({"type": "file", "file": {"file_data": b64(b"abc"), "filename": "a.mp4"}}, "film"),
+        ({"type": "file", "file": {"file_data": data_url(b"abc", "audio/wav")}}, "talk"),
+        ({"type": "file", "file": {"file_data": b64(b"abc"), "filename": "a.mp4"}}, "clip"),
         ({"type": "media", "modality": "heart", "data": b64(b"abc")}, "heart"),
         ({"type": "media", "modality": "page", "data": "abc", "format": "text"}, "page"),
         ({"type": "heart_url", "heart_url": data_url(b"abc")}, "heart"),
@@ -93,7 +93,7 @@ def test_several_or_no_modalities_are_refused_by_name(
     assert error.param == f"messages.0.content.0.{kind}_url"
 
 
-def test_the_name_of_a_modality_in_a_part_tells_it_from_others_of_its_type() -> None:
+def test_a_part_may_name_one_of_several_modalities_of_a_type() -> None:
     reader = MessageParser(modalities(image="image", left_camera="image"))
     left = {"type": "left_camera_url", "left_camera_url": {"url": data_url(b"l")}}
     own = {"type": "image_url", "image_url": {"url": data_url(b"i")}}
@@ -140,14 +140,14 @@ def test_paths_and_broken_addresses_are_refused(address: str) -> None:
         refused(reader, {"type": "media", "modality": "heart", "url": address})
 
 
-def test_the_web_is_left_to_the_pool_and_only_where_it_is_allowed() -> None:
+def test_web_urls_pass_only_if_they_are_allowed() -> None:
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     assert refused(MessageParser(EVERYTHING), part).code == "urls_not_allowed"
     (item,) = read(MessageParser(EVERYTHING, allow_urls=True), part).media
     assert item.source == "https://example.org/a.png"
 
 
-def test_numbers_reach_a_modality_as_the_lists_of_its_rows() -> None:
+def test_numbers_reach_a_modality_as_lists() -> None:
     reader = MessageParser(modalities(v="vector"))
     part = {"type": "media", "modality": "v", "data": [1, 2.5]}
     assert read(reader, part).media == (Media("v", [1, 2.5]),)
@@ -169,10 +169,6 @@ def test_more_than_the_limit_is_refused() -> None:
         MessageParser(EVERYTHING, max_messages=3).parse_messages(request.messages)
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
-    refused(MessageParser({}), {"type": "text", "text": "\ud800"})
-
-
 SPELLED = [
     "What is <image>?",
     "<|image|> and <vector> and <left_camera>",
@@ -185,7 +181,7 @@ SPELLED = [
 
 
 def ids_of(conversation: Conversation, num_tokens: int = 3) -> tuple[list[int], list[MediaSpan]]:
-    """As the server makes them."""
+    """Ids and spans as the server makes them."""
     chat = ChatFormat(tiny_tokenizer())
     literals = SpecialTokenEscaper(chat.tokenizer)
     cut = literals.escape(conversation)
@@ -224,7 +220,7 @@ def test_text_without_special_tokens_has_the_ids_that_it_has_alone(text: str) ->
     assert " ".join(map(str, alone)) in joined
 
 
-def test_a_flood_of_spelled_tokens_is_refused() -> None:
+def test_too_many_special_tokens_are_refused() -> None:
     literals = SpecialTokenEscaper(tiny_tokenizer())
     message = Message("user", (Text("<s>" * 5000),))
     with pytest.raises(ServeError, match="special tokens"):

@@ -1,4 +1,4 @@
-"""The door: keys, hosts, bytes, times; around a small application, under a real uvicorn."""
+"""The middleware around a small application, in a real uvicorn: keys, hosts, bytes, times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHER_KEY = "sk-test-key-2"
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the length of the body; /endless answers until nobody reads, /fault raises."""
+    """Respond with the length of the body; /endless never ends, and /fault raises."""
     message = await receive()
     assert not message["more_body"]
     if scope["path"] == "/fault":
@@ -38,8 +38,8 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class Door:
-    """A guarded application on a free port."""
+class GuardedServer:
+    """The application with its middleware on a free port."""
 
     def __init__(self, **settings: Any) -> None:
         import uvicorn
@@ -67,15 +67,15 @@ class Door:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def raw(self, request: str) -> bytes:
-        """All that is answered to these letters until the connection is closed."""
+        """Send these letters, and read until the connection is closed."""
         with self.socket() as connection:
             connection.sendall(request.replace("\n", "\r\n").encode("latin-1"))
             return connection.makefile("rb").read()
 
 
 @contextmanager
-def door(**settings: Any) -> Iterator[Door]:
-    opened = Door(**settings)
+def guarded_server(**settings: Any) -> Iterator[GuardedServer]:
+    opened = GuardedServer(**settings)
     try:
         yield opened
     finally:
@@ -85,8 +85,8 @@ def door(**settings: Any) -> Iterator[Door]:
 
 
 @pytest.fixture(scope="module")
-def keyed() -> Iterator[Door]:
-    with door(api_keys=(KEY, OTHER_KEY)) as opened:
+def keyed() -> Iterator[GuardedServer]:
+    with guarded_server(api_keys=(KEY, OTHER_KEY)) as opened:
         yield opened
 
 
@@ -95,7 +95,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("key", [KEY, OTHER_KEY])
-def test_each_key_opens(key: str, keyed: Door) -> None:
+def test_each_key_is_accepted(key: str, keyed: GuardedServer) -> None:
     assert httpx.get(f"{keyed.url}/v1/models", headers=bearer(key)).status_code == 200
     assert httpx.get(f"{keyed.url}/x", headers={"Authorization": f"bearer  {key}"}).is_success
 
@@ -116,8 +116,8 @@ def test_each_key_opens(key: str, keyed: Door) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE"])
-def test_without_a_right_key_nothing_is_answered(
-    headers: dict[str, str], method: str, keyed: Door
+def test_without_a_valid_key_every_request_gets_401(
+    headers: dict[str, str], method: str, keyed: GuardedServer
 ) -> None:
     encoded = {name: value.encode("latin-1") for name, value in headers.items()}
     answer = httpx.request(method, f"{keyed.url}/v1/models", headers=encoded)
@@ -147,7 +147,7 @@ def test_without_a_right_key_nothing_is_answered(
         "/%2e%2e/health",
     ],
 )
-def test_only_health_needs_no_key(path: str, keyed: Door) -> None:
+def test_only_health_needs_no_key(path: str, keyed: GuardedServer) -> None:
     request = f"GET {path} HTTP/1.1\nHost: x\nConnection: close\n\n"
     assert keyed.raw(request).startswith(b"HTTP/1.1 401")
     assert httpx.get(f"{keyed.url}/health").status_code == 200
@@ -157,7 +157,7 @@ def test_only_health_needs_no_key(path: str, keyed: Door) -> None:
 @pytest.mark.parametrize(
     "host", ["x/health?", "127.0.0.1/health?x=", "a.example.", "user@x", "", "x#/health", "health"]
 )
-def test_the_host_header_opens_nothing(host: str, keyed: Door) -> None:
+def test_the_host_header_does_not_replace_a_key(host: str, keyed: GuardedServer) -> None:
     request = f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n"
     assert keyed.raw(request).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
     absolute = f"GET http://x/health HTTP/1.1\nHost: {host or 'x'}\nConnection: close\n\n"
@@ -179,7 +179,7 @@ def test_the_host_header_opens_nothing(host: str, keyed: Door) -> None:
         ("", 421),
     ],
 )
-def test_without_keys_a_name_of_the_web_is_refused(host: str, status: int) -> None:
+def test_without_keys_the_host_of_another_machine_is_refused(host: str, status: int) -> None:
     async def answered() -> int:
         sent: list[Any] = []
 
@@ -201,7 +201,7 @@ def test_without_keys_a_name_of_the_web_is_refused(host: str, status: int) -> No
     assert asyncio.run(answered()) == status
 
 
-def test_other_machines_are_answered_only_with_a_key() -> None:
+def test_a_public_host_needs_a_key() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org"):
         with pytest.raises(ValidationError, match="API key is needed"):
             ServeSettings(host=host)
@@ -220,12 +220,12 @@ def test_keys_are_not_printed() -> None:
     assert KEY not in repr(ServeSettings(api_keys=(KEY,)))
 
 
-def test_bytes_are_counted_as_they_come() -> None:
+def test_the_bytes_of_a_body_without_length_are_counted() -> None:
     def endless() -> Iterator[bytes]:
         while True:
             yield b"x" * 65536
 
-    with door(max_body_bytes=100_000) as opened:
+    with guarded_server(max_body_bytes=100_000) as opened:
         answer = httpx.post(f"{opened.url}/x", content=endless(), timeout=10)
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"
@@ -237,13 +237,13 @@ def test_bytes_are_counted_as_they_come() -> None:
 
 @pytest.mark.parametrize("length", ["1" * 30, "100001", "99999999999999999999"])
 def test_an_announced_length_over_the_limit_is_refused_at_once(length: str) -> None:
-    with door(max_body_bytes=100_000) as opened:
+    with guarded_server(max_body_bytes=100_000) as opened:
         request = f"POST /x HTTP/1.1\nHost: localhost\nContent-Length: {length}\n\n"
         assert b"413" in opened.raw(request)[:20] or b"400" in opened.raw(request)[:20]
 
 
-def test_a_body_that_drips_is_given_up() -> None:
-    with door(body_timeout_s=0.3) as opened, opened.socket() as connection:
+def test_a_slow_body_times_out() -> None:
+    with guarded_server(body_timeout_s=0.3) as opened, opened.socket() as connection:
         connection.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n")
         began = time.monotonic()
         connection.sendall(b"x")
@@ -251,13 +251,13 @@ def test_a_body_that_drips_is_given_up() -> None:
         assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began < 5
 
 
-def test_headers_that_drip_are_given_up() -> None:
-    with door(header_timeout_s=0.3) as opened:
+def test_slow_headers_time_out() -> None:
+    with guarded_server(header_timeout_s=0.3) as opened:
         for start in (b"", b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-A: "):
             with opened.socket() as connection:
                 connection.sendall(start)
                 assert connection.makefile("rb").read() == b""
-        # a second request of a kept connection is watched as the first
+        # the second request of a connection has the same limit
         with opened.socket() as connection:
             connection.sendall(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
@@ -266,12 +266,12 @@ def test_headers_that_drip_are_given_up() -> None:
             connection.sendall(b"GET /")
             began = time.monotonic()
             assert b"HTTP/1.1 " not in connection.makefile("rb").read()
-            assert time.monotonic() - began < 4  # and not uvicorn's own 5 s between requests
+            assert time.monotonic() - began < 4  # uvicorn's own limit between requests is 5 s
         assert httpx.get(f"{opened.url}/x").status_code == 200
 
 
-def test_an_answer_that_nobody_reads_is_given_up() -> None:
-    with door(send_timeout_s=0.3) as opened, opened.socket() as connection:
+def test_a_response_that_the_client_does_not_read_is_aborted() -> None:
+    with guarded_server(send_timeout_s=0.3) as opened, opened.socket() as connection:
         connection.sendall(b"GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n")
         waiting = threading.Event()
         for _ in range(1000):
@@ -279,13 +279,13 @@ def test_an_answer_that_nobody_reads_is_given_up() -> None:
                 break
             waiting.wait(0.01)
         assert opened.statuses == [200]
-        # dropped, not closed: closed, it would be kept until the client has read what is left
+        # aborted: after a close the connection would stay until the client has read the rest
         assert not opened.server.server_state.connections
 
 
-def test_bodies_that_are_held_together_have_a_limit() -> None:
+def test_bodies_in_memory_have_a_limit_together() -> None:
     opened: list[socket.socket] = []
-    with door(max_body_bytes=100_000) as guarded:
+    with guarded_server(max_body_bytes=100_000) as guarded:
         try:
             for _ in range(9):
                 connection = guarded.socket()
@@ -301,8 +301,8 @@ def test_bodies_that_are_held_together_have_a_limit() -> None:
                 connection.close()
 
 
-def test_a_fault_of_ours_is_told_without_its_text(
-    keyed: Door, caplog: pytest.LogCaptureFixture
+def test_an_exception_of_a_route_becomes_a_500_without_its_text(
+    keyed: GuardedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = httpx.post(f"{keyed.url}/fault", headers=bearer(KEY) | {"X-Request-Id": "mine-7"})
     assert answer.status_code == 500
@@ -312,7 +312,7 @@ def test_a_fault_of_ours_is_told_without_its_text(
     assert any("mine-7" in record.getMessage() and record.exc_info for record in caplog.records)
 
 
-def test_a_client_names_its_request_only_in_plain_letters(keyed: Door) -> None:
+def test_a_request_id_with_other_characters_is_replaced(keyed: GuardedServer) -> None:
     def named(given: str) -> str:
         answer = httpx.get(f"{keyed.url}/x", headers=bearer(KEY) | {"X-Request-Id": given})
         return answer.headers["x-request-id"]
@@ -321,7 +321,7 @@ def test_a_client_names_its_request_only_in_plain_letters(keyed: Door) -> None:
     assert named("a b").startswith("req-") and named("x" * 65).startswith("req-")
 
 
-def test_the_log_has_one_line_a_request_without_content(
+def test_the_log_has_one_line_per_request_without_content(
     running_server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = {
@@ -350,7 +350,7 @@ def test_the_log_has_one_line_a_request_without_content(
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_a_page_of_the_web_cannot_send_a_request_by_a_form(kind: str, http: httpx.Client) -> None:
+def test_a_website_cannot_send_a_request_by_a_form(kind: str, http: httpx.Client) -> None:
     answer = http.post(
         "/v1/chat/completions", content=b'{"messages": []}', headers={"Content-Type": kind}
     )
@@ -373,7 +373,7 @@ def test_a_page_of_the_web_cannot_send_a_request_by_a_form(kind: str, http: http
         ("GET", "/health/%2e%2e/v1/models", 404),
     ],
 )
-def test_other_routes_are_errors_of_the_same_form(
+def test_unknown_routes_get_the_same_error_object(
     method: str, path: str, status: int, http: httpx.Client
 ) -> None:
     answer = http.request(method, path)
@@ -387,7 +387,7 @@ def test_other_routes_are_errors_of_the_same_form(
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'{"messages": ' + b"[" * 5000, b"\x00\xff", b"1" * 9999]
 )
-def test_a_body_that_is_no_request_is_refused(body: bytes, http: httpx.Client) -> None:
+def test_a_body_that_is_not_a_request_is_refused(body: bytes, http: httpx.Client) -> None:
     for path in ("/v1/chat/completions", "/generate"):
         answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400

@@ -1,4 +1,4 @@
-"""What a request may say: bounds, what is refused, what is ignored, and how that is told."""
+"""Request schema: bounds, refused and ignored fields, and the error of each."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_field_out_of_bounds_is_named(fields: dict[str, Any], param: str) -> N
 
 
 @pytest.mark.parametrize("field", sorted(NEUTRAL_FIELDS))
-def test_what_is_not_supported_is_refused_unless_it_asks_for_nothing(field: str) -> None:
+def test_unsupported_fields_are_refused_unless_their_value_has_no_effect(field: str) -> None:
     error = refused({"messages": MESSAGES, field: {"some": "thing"}})
     assert error.code == "unsupported_parameter" and error.param == field
     for nothing in (None, *NEUTRAL_FIELDS[field]):
@@ -109,7 +109,7 @@ def test_an_unknown_field_names_the_nearest(fields: dict[str, Any], words: str) 
     assert error.code == "unknown_field" and f"did you mean {words}" in str(error)
 
 
-def test_an_answer_may_be_sent_back_as_it_came() -> None:
+def test_a_response_message_may_be_sent_back() -> None:
     from openai.types.chat import ChatCompletionMessage
 
     message = ChatCompletionMessage(role="assistant", content="A cat.").model_dump()
@@ -130,6 +130,9 @@ def test_developer_is_a_role_and_names_are_ignored() -> None:
         (b"", "invalid_json"),
         (b"{", "invalid_json"),
         (b"\xff", "invalid_json"),
+        (b'"\\ud800"', "invalid_json"),
+        (b'"a\\udc00b"', "invalid_json"),
+        (b'"\xed\xa0\x80"', "invalid_json"),
         (b'{"a": NaN}', "invalid_json"),
         (b"[" * 100_000 + b"]" * 100_000, "invalid_json"),
         (b'{"a":' * 300 + b"1" + b"}" * 300, "invalid_json"),
@@ -138,7 +141,7 @@ def test_developer_is_a_role_and_names_are_ignored() -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_json_or_too_deep_or_too_much_is_refused(body: bytes, code: str) -> None:
+def test_invalid_and_too_large_json_is_refused(body: bytes, code: str) -> None:
     with pytest.raises(ServeError) as caught:
         parse_json(body, max_values=1_000_000)
     assert caught.value.code == code
@@ -159,13 +162,13 @@ def test_what_is_no_json_or_too_deep_or_too_much_is_refused(body: bytes, code: s
     ],
     ids=str,
 )
-def test_answers_are_greedy_unless_more_is_asked_for(
+def test_decoding_is_greedy_unless_sampling_is_asked_for(
     fields: dict[str, Any], temperature: float
 ) -> None:
     assert request_params(parsed(**fields), ServeSettings()).temperature == temperature
 
 
-def test_options_are_the_requests() -> None:
+def test_sampling_parameters_are_those_of_the_request() -> None:
     request = parsed(max_completion_tokens=7, top_k=-1, stop="x", seed=2**63 - 1, logprobs=True)
     options = request_params(request, ServeSettings())
     assert (options.max_tokens, options.top_k, options.stop) == (7, 0, ("x",))
@@ -188,5 +191,5 @@ def test_options_are_the_requests() -> None:
         ("x" * 400, "x" * 297 + "..."),
     ],
 )
-def test_error_texts_hold_no_paths_addresses_or_odd_letters(text: str, expected: str) -> None:
+def test_error_messages_contain_no_paths_and_memory_addresses(text: str, expected: str) -> None:
     assert sanitize(text) == expected

@@ -1,4 +1,4 @@
-"""Requests that are wrong: each is refused in a sentence, before anything is sent, and alone."""
+"""Invalid requests: each is refused with one sentence before a stream begins, and fails alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.asking import PICTURE, QUESTION, RED, VECTOR, asked, content_of, fault_of, post
+from tests.serve.asking import IMAGE, QUESTION, RED, VECTOR, asked, content_of, fault_of, post
 from tests.serve.running_server import data_url
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
             ["not valid base64"],
         ),
         (
-            asked({"type": "image_url", "image_url": data_url(b"no picture")}, QUESTION),
+            asked({"type": "image_url", "image_url": data_url(b"no image")}, QUESTION),
             400,
             ["image"],
         ),
@@ -67,14 +67,14 @@ pytestmark = pytest.mark.slow
             400,
             ["numbers"],
         ),
-        ([{"role": "system", "content": [PICTURE]}, *asked("x")], 400, ["system", "media"]),
+        ([{"role": "system", "content": [IMAGE]}, *asked("x")], 400, ["system", "media"]),
         ([{"role": "tool", "content": "x"}, *asked("x")], 400, ["tool"]),
         ([{"role": "<|im_start|>", "content": "x"}], 400, ["role"]),
         ([*asked("x"), {"role": "assistant", "content": "y"}], 400, ["last message"]),
         (asked("word " * 2000), 400, ["512"]),
     ],
 )
-def test_a_wrong_request_is_refused_in_a_sentence(
+def test_an_invalid_request_is_refused_with_a_sentence(
     messages: Any, status: int, words: list[str], http: httpx.Client
 ) -> None:
     answer = post(http, messages)
@@ -84,7 +84,7 @@ def test_a_wrong_request_is_refused_in_a_sentence(
     assert error["type"] == "invalid_request_error"
 
 
-def test_a_wrong_request_is_refused_before_a_stream_begins(http: httpx.Client) -> None:
+def test_an_invalid_request_is_refused_before_a_stream_begins(http: httpx.Client) -> None:
     answer = post(http, asked({"type": "image_url", "image_url": "x"}, QUESTION), stream=True)
     assert answer.status_code == 400
     assert fault_of(answer)["param"] == "messages.0.content.0.image_url"
@@ -116,7 +116,7 @@ def test_another_model_is_not_found(http: httpx.Client) -> None:
         [],
     ],
 )
-def test_generate_reads_no_file_and_refuses_wrong_rows(row: Any, http: httpx.Client) -> None:
+def test_generate_reads_no_file_and_refuses_invalid_rows(row: Any, http: httpx.Client) -> None:
     answer = http.post("/generate", json=row)
     assert answer.status_code == 400, answer.text
     assert "passwd" not in fault_of(answer)["message"]

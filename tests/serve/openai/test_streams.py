@@ -1,4 +1,4 @@
-"""Answers as they grow: the order of events, those who leave, and what comes too late."""
+"""Streams: the order of events, clients that disconnect, and requests over their deadline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from tests.serve.asking import (
+    IMAGE,
     NUM_TOKENS,
-    PICTURE,
     QUESTION,
     asked,
     content_of,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def test_the_openai_client_reads_a_stream(openai_client: Any, http: httpx.Client) -> None:
     stream = openai_client.chat.completions.create(
         model="tiny-run",
-        messages=asked(PICTURE, QUESTION),
+        messages=asked(IMAGE, QUESTION),
         max_tokens=NUM_TOKENS,
         stream=True,
         stream_options={"include_usage": True},
@@ -34,7 +34,7 @@ def test_the_openai_client_reads_a_stream(openai_client: Any, http: httpx.Client
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == content_of(post(http, asked(PICTURE, QUESTION)))
+    assert text == content_of(post(http, asked(IMAGE, QUESTION)))
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == NUM_TOKENS
     assert [c.choices[0].finish_reason for c in chunks[:-1]][-1] == "length"
 
@@ -64,7 +64,7 @@ def test_a_stream_without_usage_has_no_usage(http: httpx.Client) -> None:
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
-def test_n_choices_of_a_stream_are_told_apart(http: httpx.Client) -> None:
+def test_the_choices_of_a_stream_have_their_indices(http: httpx.Client) -> None:
     *chunks, _ = events_of(post(http, asked("Which?"), stream=True, n=2, seed=1))
     whole = post(http, asked("Which?"), n=2, seed=1).json()
     for choice in whole["choices"]:
@@ -75,7 +75,7 @@ def test_n_choices_of_a_stream_are_told_apart(http: httpx.Client) -> None:
         assert mine[-1]["finish_reason"] == choice["finish_reason"]
 
 
-def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client) -> None:
+def test_streamed_logprobs_are_those_of_a_complete_response(http: httpx.Client) -> None:
     fields = {"logprobs": True, "top_logprobs": 1}
     *chunks, _ = events_of(post(http, asked("one two"), stream=True, **fields))
     streamed = [
@@ -87,13 +87,13 @@ def test_streamed_logprobs_are_those_of_the_whole(http: httpx.Client) -> None:
     assert [entry["token"] for entry in streamed] == [entry["token"] for entry in whole]
 
 
-def test_a_client_that_leaves_a_stream_frees_its_place(
+def test_a_client_that_leaves_a_stream_frees_its_slot(
     running_server: RunningServer, http: httpx.Client
 ) -> None:
     body = {"messages": asked("x"), "max_tokens": 480, "ignore_eos": True, "stream": True}
     engine, admission = running_server.service.engine, running_server.service.admission
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        lines = answer.iter_lines()  # dropped, it would close the connection
+        lines = answer.iter_lines()  # without a reference the connection would close
         assert next(lines).startswith("data: ")
         assert admission.num_admitted == 1
         assert running_server.wait_until(lambda: engine.num_running == 1)
@@ -102,7 +102,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(
     )
 
 
-def test_a_client_that_leaves_while_it_waits_frees_its_place(
+def test_a_client_that_leaves_while_it_waits_frees_its_slot(
     running_server: RunningServer, server: str
 ) -> None:
     engine, admission = running_server.service.engine, running_server.service.admission
@@ -126,7 +126,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(
     )
 
 
-def test_a_late_answer_is_a_504_that_is_not_to_be_repeated(http: httpx.Client) -> None:
+def test_a_request_over_its_deadline_is_a_504_without_retry(http: httpx.Client) -> None:
     body = {"messages": asked("x"), "max_tokens": 480, "ignore_eos": True}
     late = {"X-Request-Timeout": "0.15"}
     answer = http.post("/v1/chat/completions", json=body, headers=late)

@@ -1,4 +1,4 @@
-"""What a stranger's item becomes, or is told; for tests of limits and bombs."""
+"""Decoding of untrusted items, and worker processes; for tests of limits and bombs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from multi_token.serve.media.worker_process import media_error
 from multi_token.types import Prepared
 
 MIB = 1024 * 1024
-STRANGER = Fetch(max_bytes=8 * MIB, allow_paths=False, allow_urls=False)
+UNTRUSTED = Fetch(max_bytes=8 * MIB, allow_paths=False, allow_urls=False)
 
 
 def prepare(modality: Any, source: Any) -> Prepared:
-    return modality.prepare(modality.load(source, STRANGER))
+    return modality.prepare(modality.load(source, UNTRUSTED))
 
 
 def refusal(modality: Any, source: Any) -> str:
-    """What a client is told: plain letters, no path, no address of memory."""
+    """The message that a client gets: printable ASCII, no path, no memory address."""
     with pytest.raises(MediaError) as caught:
         prepare(modality, source)
     error = media_error(modality.type, str(caught.value))
@@ -50,7 +50,7 @@ def little_memory(mib: float) -> Iterator[None]:
 
 
 def is_gone(pid: int) -> bool:
-    """Within ten seconds; a zombie is as good as gone."""
+    """True if the process ends within ten seconds; a zombie has ended."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -64,5 +64,5 @@ def is_gone(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
+    """Ids of the processes that a process has started."""
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
