@@ -46,7 +46,7 @@ TUNING_SEED = 7
 
 @dataclass(frozen=True)
 class Score:
-    """What one training gave."""
+    """Result of one training."""
 
     start: str
     learn: dict[str, float]

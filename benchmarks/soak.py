@@ -93,7 +93,7 @@ class Found:
 
 
 def growth_percent(values: Sequence[float]) -> float:
-    """Of the second half: of the line through the medians of its two quarters."""
+    """Return the growth of the second half, by the line through the medians of its two quarters."""
     half = values[len(values) // 2 :]
     middle = len(half) // 2
     if not middle:

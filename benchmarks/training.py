@@ -55,7 +55,7 @@ NUM_ROWS = 8
 TEXT_TOKENS = (20, 30, 105, 35, 45, 55, 115, 65)
 """Roughly, by row; a quarter is long."""
 SUPERVISED = 0.5
-"""Of a row's text; the rest is its question."""
+"""Supervised share of a row's text; the rest is its question."""
 VOCABULARY = 16_000
 
 

@@ -147,7 +147,7 @@ def test_a_shared_prefix_ends_before_an_item_that_is_not_shared() -> None:
 
 
 def test_items_are_compared_by_all_of_their_values() -> None:
-    """Of 100 values the one that differs is none of the few that are looked at first."""
+    """The value that differs, of 100, is not among the few that are compared first."""
     one, other = torch.zeros(1, 100), torch.zeros(1, 100)
     other[0, 99] = 1.0
     samples = [shown([1, 0, 0, 2, 3, 4], 1, (1, 0.0)) for _ in range(3)]

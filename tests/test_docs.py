@@ -1,4 +1,4 @@
-"""What the documents say is so: tree, commands, recipes, links, versions, decisions."""
+"""The documents are true: tree, commands, recipes, links, versions, decisions."""
 
 from __future__ import annotations
 

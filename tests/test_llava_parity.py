@@ -66,7 +66,7 @@ class Pair:
         return collate([self.sample(row) for row in rows])
 
     def inputs(self, rows: list[Any], *, ask: bool = False) -> dict[str, Any]:
-        """What transformers' processor makes of the rows, padded as a batch of ours is."""
+        """Return the rows as transformers' processor makes them, padded as a batch of ours is."""
         turns = [messages(row)[: 1 if ask else 2] for row in rows]
         texts = self.processor.apply_chat_template(turns, add_generation_prompt=ask)
         images = [image(i) for numbers, _, _ in rows for i in numbers]
