@@ -110,7 +110,8 @@ def _asked_with(family: Any, messages: list[dict[str, str]]) -> str:
     trials = part("trials")
     shape = trials.shape_of(family)
     own = shape.render(messages, add_generation_prompt=True)
-    ours = shape.prompt(messages)
+    text, end = shape.render_prompt(messages)
+    ours = text[:end]
     if own == ours:
         return "its own prompt"
     return f"its own without {_code(own.removeprefix(ours))}"

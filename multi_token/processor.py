@@ -40,7 +40,11 @@ class FeatureLookup(Protocol):
 
 @dataclass(frozen=True)
 class MultiTokenProcessor:
-    """Turns conversations into samples. Callable, picklable and without weights."""
+    """Turns conversations into samples: `processor(conversation)`.
+
+    The same object serves training, generation and the server, so all three see the same ids. It is
+    picklable and holds no weights. `dataclasses.replace` makes variants, such as `lengths_only`.
+    """
 
     chat: ChatFormat
     """Tokenizer and chat template of the language model."""
@@ -91,6 +95,7 @@ class MultiTokenProcessor:
                 row_id=row_id,
             )
         try:
+            # A cached item has its length already, so a header need not be read for it.
             if self.cache is not None:
                 cached = self.cache.find(item, modality, self.fetch)
                 if cached is not None:
@@ -131,6 +136,7 @@ class MultiTokenProcessor:
         answers = [m for m in conversation.messages if m.role == "assistant"]
         if (last or self.chat.train_on_turns) == "last":
             answers = answers[-1:]
+        # Before media are decoded: a video of a row that cannot be trained on takes seconds.
         if rejected is not None and not _has_text(rejected.messages[-1]):
             raise RowError(
                 "has an empty `rejected` answer, expected a text; write one, or remove the row",
@@ -163,6 +169,7 @@ class MultiTokenProcessor:
         except ChatTemplateError as error:
             raise RowError(str(error), kind="chat_template", row_id=row_id) from error
         sample.media = media
+        # Both answers of a pair go through the model, so the longer one counts.
         longest = max(len(s.input_ids) for s in (sample, sample.rejected) if s is not None)
         if self.max_tokens is not None and longest > self.max_tokens:
             raise RowError(
@@ -232,11 +239,18 @@ def _has_text(message: Message) -> bool:
 
 
 def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenProcessor:
-    """Return the processor of a recipe; loads the tokenizer, no weights.
+    """Build the processor of a recipe; loads the tokenizer, no weights.
 
     Args:
         recipe: Model, data and stages of a run.
         root: Folder that relative media paths start from.
+
+    Returns:
+        A processor with the recipe's limits, and without a feature cache.
+
+    Raises:
+        LanguageModelError: If the tokenizer cannot be loaded.
+        ChatTemplateError: If the tokenizer or the chat template cannot be used.
     """
     from multi_token.language_model.loading import load_tokenizer
 

@@ -12,20 +12,28 @@ from multi_token.errors import SpliceError
 
 @dataclass(frozen=True)
 class MediaEmbeds:
-    """All media embeddings of one modality in a batch.
-
-    `embeds` [num_embeds, dim]; `positions` int64 [num_embeds], in the flat [batch * time] view.
-    """
+    """All media embeddings of one modality in a batch."""
 
     name: str
+    """Modality, named by errors."""
     embeds: Tensor
+    """[num_embeds, dim]"""
     positions: Tensor
+    """int64 [num_embeds], in the flat [batch * time] view of the batch."""
 
 
 def splice(text: Tensor, media_embeds: Sequence[MediaEmbeds]) -> Tensor:
-    """Return text [batch, time, dim] with the media embeddings at their positions.
+    """Write media embeddings over text embeddings, at positions that the collator recorded.
 
-    Raises SpliceError if counts or widths disagree: anything else would train on noise.
+    Args:
+        text: Embeddings of the ids [batch, time, dim]; filler ids at the positions of media.
+        media_embeds: One entry per modality of the batch.
+
+    Returns:
+        Embeddings [batch, time, dim], in the dtype of `text`; `text` itself is unchanged.
+
+    Raises:
+        SpliceError: If counts or widths disagree: anything else would train on noise.
     """
     batch, time, dim = text.shape
     flat = text.reshape(batch * time, dim)

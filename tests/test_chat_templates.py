@@ -62,12 +62,12 @@ def in_turns(family: Any, num_turns: int, first: str, last: str) -> list[str]:
     return [last if last and i == num_turns - 1 else first for i in range(num_turns)]
 
 
-def to_be_learned(family: Any, answers: list[str]) -> list[str]:
+def to_be_supervised(family: Any, answers: list[str]) -> list[str]:
     """Head, answer and end of turn, as the published format has them."""
     heads = in_turns(family, len(answers), family.head, family.last_head)
     ends = in_turns(family, len(answers), family.end, family.last_end)
-    behind = family.more[1] if trials.shape_of(family).is_tagged else ""  # as its own tags say
-    return [h + a + e + behind for h, a, e in zip(heads, answers, ends, strict=True)]
+    after = family.more[1] if trials.shape_of(family).is_tagged else ""  # as its own tags say
+    return [h + a + e + after for h, a, e in zip(heads, answers, ends, strict=True)]
 
 
 def comparable(family: Any, texts: list[str]) -> list[str]:
@@ -96,8 +96,8 @@ def test_more_than_forty_families_have_an_oracle_or_a_published_format() -> None
 def test_supervised_text_is_the_answers_and_their_ends_wherever_media_stand(family: Any) -> None:
     chat = trials.chat_of(family)
     for talk in talks_with_media(family):
-        texts = trials.learned_texts(chat, talk)
-        expected = to_be_learned(family, answers_of(talk))
+        texts = trials.supervised_texts(chat, talk)
+        expected = to_be_supervised(family, answers_of(talk))
         assert comparable(family, texts) == comparable(family, expected)
 
 
@@ -149,18 +149,19 @@ def test_what_is_supervised_is_what_trls_twin_marks_but_for_what_is_named(family
         for answer in answers[:-1]:
             text = text.replace(answer, family.twin_head + answer)
         assert twin.text == text
-        ours = to_be_learned(family, answers)
+        ours = to_be_supervised(family, answers)
         assert [shape.render_with_spans(messages)[0][s.start : s.end] for s in spans] == ours
-        before, behind = ("", "") if shape.is_tagged else family.more
+        before, after = ("", "") if shape.is_tagged else family.more
         befores = [family.twin_head or before] * (len(answers) - 1) + [before]
-        behinds = in_turns(family, len(answers), behind, family.last_more)
-        assert twin.marks == [b + o + a for b, o, a in zip(befores, ours, behinds, strict=True)]
+        afters = in_turns(family, len(answers), after, family.last_more)
+        assert twin.marks == [b + o + a for b, o, a in zip(befores, ours, afters, strict=True)]
 
 
 @of_each_twin
 def test_what_the_twin_marks_before_a_turn_is_the_end_of_the_prompt(family: Any) -> None:
     messages = trials.plain(trials.conversation(1))[:-1]
-    assert trials.shape_of(family).prompt(messages).endswith(family.more[0])
+    text, end = trials.shape_of(family).render_prompt(messages)
+    assert text[:end].endswith(family.more[0])
 
 
 @of_each_twin
@@ -208,7 +209,7 @@ def test_a_tool_message_is_shown_and_not_supervised_or_refused(family: Any) -> N
     sample = chat.tokenize(talk, [])
     said = "Question 0 of the tool?"
     assert said in chat.tokenizer.decode(sample.input_ids)
-    texts = trials.learned_texts(chat, talk)
+    texts = trials.supervised_texts(chat, talk)
     assert len(texts) == 2
     assert said not in "".join(texts)
 
@@ -219,8 +220,8 @@ def test_an_answer_in_the_templates_own_words_is_not_taken_for_them(family: Any)
     chat = trials.chat_of(family)
     for answer in ("assistant", "final", "think", "Assistant"):
         talk = trials.conversation(3, answer=answer)
-        texts = trials.learned_texts(chat, talk)
-        expected = to_be_learned(family, [answer] * 3)
+        texts = trials.supervised_texts(chat, talk)
+        expected = to_be_supervised(family, [answer] * 3)
         assert comparable(family, texts) == comparable(family, expected)
 
 
@@ -229,7 +230,7 @@ def test_only_the_last_turn_is_supervised_where_that_is_asked_for(family: Any) -
     every = trials.chat_of(family)
     last = ChatFormat(every.tokenizer, every.template, train_on_turns="last")
     talk = trials.conversation(3, media_at=1)
-    assert trials.learned_texts(last, talk) == trials.learned_texts(every, talk)[-1:]
+    assert trials.supervised_texts(last, talk) == trials.supervised_texts(every, talk)[-1:]
     ids = last.tokenize(talk, [3, 2]).input_ids
     assert torch.equal(ids, every.tokenize(talk, [3, 2]).input_ids)
 
@@ -241,7 +242,7 @@ KEEP_LAST = ["qwen3", "qwen3_5_think", "qwen3_6", "glm4moe", "lfm2_2_5", "lfm2_2
 @needs_trl
 @pytest.mark.parametrize("name", KEEP_LAST)
 def test_reasoning_is_supervised_where_the_template_shows_it_the_last_turn(name: str) -> None:
-    texts = trials.learned_texts(
+    texts = trials.supervised_texts(
         trials.chat_of(FAMILIES[name]), trials.conversation(3, answer=REASONED)
     )
     assert len(texts) == 3
@@ -265,8 +266,8 @@ def test_one_turn_with_reasoning_is_what_the_twin_marks(name: str) -> None:
 @pytest.mark.parametrize("name", ["chatml", "phi4", "granite", "mistral_v7", "default"])
 def test_reasoning_is_text_like_any_other_where_the_template_knows_none(name: str) -> None:
     family = FAMILIES[name]
-    texts = trials.learned_texts(trials.chat_of(family), trials.conversation(2, answer=REASONED))
-    assert texts == to_be_learned(family, [REASONED.format(i) for i in range(2)])
+    texts = trials.supervised_texts(trials.chat_of(family), trials.conversation(2, answer=REASONED))
+    assert texts == to_be_supervised(family, [REASONED.format(i) for i in range(2)])
 
 
 @needs_trl
@@ -283,8 +284,8 @@ def test_an_empty_think_block_in_the_row_is_not_written_twice(name: str) -> None
     empty = trials.conversation(2, answer="<think>\n\n</think>\n\nIt is cat {}.")
     text, _ = trials.shape_of(family).render_with_spans(trials.plain(empty))
     assert text.count("</think>") <= 2
-    learned = trials.learned_texts(trials.chat_of(family), empty)
-    assert [text.count("It is cat") for text in learned] == [1, 1]
+    found = trials.supervised_texts(trials.chat_of(family), empty)
+    assert [text.count("It is cat") for text in found] == [1, 1]
 
 
 @needs_trl

@@ -30,11 +30,11 @@ def paired(rejected: str, **fields: Any) -> Conversation:
     return replace(one, rejected=other)
 
 
-def reader(model: Any, **changes: Any) -> Any:
+def processor(model: Any, **changes: Any) -> Any:
     return replace(model.processor, **changes)
 
 
-def learned(model: Any, sample: Sample) -> str:
+def supervised(model: Any, sample: Sample) -> str:
     ids = sample.labels[sample.labels != IGNORE_INDEX]
     return model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -43,9 +43,9 @@ def text(model: Any, sample: Sample) -> str:
     return model.processor.tokenizer.decode(sample.input_ids)
 
 
-def refusal(reader: Any, conversation: Conversation) -> RowError:
+def refusal(refusing: Any, conversation: Conversation) -> RowError:
     with pytest.raises(RowError) as caught:
-        reader(conversation)
+        refusing(conversation)
     assert caught.value.row_id == "r7"
     return caught.value
 
@@ -55,9 +55,9 @@ def refusal(reader: Any, conversation: Conversation) -> RowError:
 
 @pytest.mark.parametrize("pairs", ["required", "optional"])
 def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: Any) -> None:
-    sample = reader(model, preference=pairs)(paired("blue", answers=("one", "red")))
-    assert learned(model, sample) == "red", "the last answer alone, in either"
-    assert learned(model, sample.rejected) == "blue"
+    sample = processor(model, preference=pairs)(paired("blue", answers=("one", "red")))
+    assert supervised(model, sample) == "red", "the last answer alone, in either"
+    assert supervised(model, sample.rejected) == "blue"
     assert sample.rejected.media is sample.media and len(sample.media) == 1
     assert sample.rejected.media_spans == sample.media_spans
 
@@ -65,26 +65,26 @@ def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: 
 def test_a_pair_is_its_chosen_answer_where_no_pairs_are_asked_for(model: Any) -> None:
     sample = model.processor(paired("blue", answers=("one", "red")))
     assert sample.rejected is None
-    assert "one" in learned(model, sample) and "red" in learned(model, sample)
+    assert "one" in supervised(model, sample) and "red" in supervised(model, sample)
 
 
 def test_a_row_without_a_pair_is_refused_only_where_one_is_required(model: Any) -> None:
     single = asked(Text("What?"))
-    assert reader(model, preference="optional")(single).rejected is None
-    error = refusal(reader(model, preference="required"), single)
+    assert processor(model, preference="optional")(single).rejected is None
+    error = refusal(processor(model, preference="required"), single)
     assert error.kind == "format" and "no `chosen` and `rejected` answers" in str(error)
     question = Conversation(single.messages[:1], id="r7")
-    assert reader(model, preference="required")(question, prompt_only=True).rejected is None
+    assert processor(model, preference="required")(question, prompt_only=True).rejected is None
 
 
 def test_nothing_is_read_of_a_pair_that_is_only_asked(model: Any) -> None:
     pair = paired("blue")
     question = replace(pair, messages=pair.messages[:-1])
-    assert reader(model, preference="optional")(question, prompt_only=True).rejected is None
+    assert processor(model, preference="optional")(question, prompt_only=True).rejected is None
 
 
 def test_an_empty_answer_on_either_side_of_a_pair_is_refused(model: Any) -> None:
-    both = reader(model, preference="optional")
+    both = processor(model, preference="optional")
     error = refusal(both, paired(" "))
     assert error.kind == "no_target" and "an empty `rejected` answer" in str(error)
     error = refusal(both, paired(" ", answers=("one", "red")))
@@ -92,16 +92,16 @@ def test_an_empty_answer_on_either_side_of_a_pair_is_refused(model: Any) -> None
     error = refusal(both, paired("blue", answers=("one", " ")))
     assert error.kind == "no_target" and "its assistant turns are empty" in str(error)
     assert refusal(model.processor, asked(Text("x"), answers=("", " "))).kind == "no_target"
-    assert learned(model, model.processor(asked(Text("x"), answers=("one", "")))) == "one"
+    assert supervised(model, model.processor(asked(Text("x"), answers=("one", "")))) == "one"
 
 
 def test_the_longer_answer_of_a_pair_has_to_fit(model: Any) -> None:
     pair = paired("blue and a long way further")
-    sample = reader(model, preference="optional")(pair)
+    sample = processor(model, preference="optional")(pair)
     length = len(sample.rejected.input_ids)
     assert length > len(sample.input_ids)
-    assert reader(model, preference="optional", max_tokens=length)(pair).rejected is not None
-    error = refusal(reader(model, preference="optional", max_tokens=length - 1), pair)
+    assert processor(model, preference="optional", max_tokens=length)(pair).rejected is not None
+    error = refusal(processor(model, preference="optional", max_tokens=length - 1), pair)
     assert error.kind == "too_long" and f"is {length} tokens long (2 of them media)" in str(error)
 
 
@@ -113,29 +113,29 @@ UNSAID = asked(Text("Look: "), Media("vector", VECTOR))
 
 @pytest.mark.parametrize("teacher", ["required", "optional"])
 def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any) -> None:
-    sample = reader(model, distillation=teacher)(SAID)
+    sample = processor(model, distillation=teacher)(SAID)
     assert "Look: a wave!" in text(model, sample.teacher)
     assert sample.teacher.media_spans == [] and sample.teacher.media == []
-    assert learned(model, sample.teacher) == learned(model, sample)
+    assert supervised(model, sample.teacher) == supervised(model, sample)
     assert len(sample.media_spans) == 1 and "a wave" not in text(model, sample)
 
 
 def test_a_teacher_is_not_read_where_none_is_asked_for_or_nothing_is_supervised(model: Any) -> None:
     assert model.processor(SAID).teacher is None
     question = Conversation(SAID.messages[:1], id="r7")
-    assert reader(model, distillation="required")(question, prompt_only=True).teacher is None
+    assert processor(model, distillation="required")(question, prompt_only=True).teacher is None
 
 
 def test_a_row_without_a_text_is_refused_only_where_one_is_required(model: Any) -> None:
-    assert reader(model, distillation="optional")(UNSAID).teacher is None
-    error = refusal(reader(model, distillation="required"), UNSAID)
+    assert processor(model, distillation="optional")(UNSAID).teacher is None
+    error = refusal(processor(model, distillation="required"), UNSAID)
     assert error.kind == "format" and "in place of its vector; give one" in str(error)
 
 
 def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> None:
     refuses = "{% if 'smell' in m['content'] %}{{ raise_exception('no smells') }}{% endif %}"
     template = TEMPLATES["chatml"].replace("%}", "%}" + refuses, 1)
-    strict = reader(model, chat=ChatFormat(tiny_tokenizer(), template), distillation="required")
+    strict = processor(model, chat=ChatFormat(tiny_tokenizer(), template), distillation="required")
     assert strict(SAID).teacher is not None
     error = refusal(strict, asked(Text("Look: "), Media("vector", VECTOR, "a smell")))
     assert error.kind == "chat_template" and "no smells" in str(error)
@@ -145,18 +145,18 @@ def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> N
 
 def test_an_empty_text_is_a_text(model: Any) -> None:
     said = asked(Text("Look: "), Media("vector", VECTOR, ""), Text("!"))
-    assert "Look: !" in text(model, reader(model, distillation="required")(said).teacher)
+    assert "Look: !" in text(model, processor(model, distillation="required")(said).teacher)
 
 
 def test_a_row_without_media_is_its_own_teachers(model: Any) -> None:
-    sample = reader(model, distillation="required")(asked(Text("What?")))
+    sample = processor(model, distillation="required")(asked(Text("What?")))
     assert torch.equal(sample.teacher.input_ids, sample.input_ids)
 
 
 def test_only_the_last_answer_of_a_pair_is_supervised_from_a_teacher(model: Any) -> None:
-    both = reader(model, distillation="optional", preference="optional")
+    both = processor(model, distillation="optional", preference="optional")
     pair = replace(SAID, rejected=replace(SAID, messages=(*SAID.messages[:-1], SAID.messages[1])))
-    assert learned(model, both(pair).teacher) == learned(model, both(pair)) == "red"
+    assert supervised(model, both(pair).teacher) == supervised(model, both(pair)) == "red"
 
 
 # --- cached features and header lengths ---
@@ -174,26 +174,26 @@ class Kept:
 
 def test_cached_features_take_the_place_of_decoding(model: Any) -> None:
     kept = Prepared({"features": torch.ones(3, 5)}, num_features=3)
-    unreadable = Media("vector", "no numbers")
-    assert reader(model, cache=Kept(kept)).prepare(unreadable) is kept
-    decoded = reader(model, cache=Kept(None)).prepare(Media("vector", VECTOR))
+    unreadable = Media("vector", "not a number")
+    assert processor(model, cache=Kept(kept)).prepare(unreadable) is kept
+    decoded = processor(model, cache=Kept(None)).prepare(Media("vector", VECTOR))
     assert decoded.num_features == 1 and decoded.inputs
 
 
-def test_a_header_that_tells_the_length_is_all_that_is_read(
+def test_with_lengths_only_an_item_whose_header_has_its_length_is_not_decoded(
     model: Any, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data)
-    picture = Media("image", "red.png")
-    told = reader(model, lengths_only=True).prepare(picture)
-    whole = model.processor.prepare(picture)
-    assert told.num_features == whole.num_features
-    assert told.inputs == {} and whole.inputs != {}
+    image = Media("image", "red.png")
+    by_header = processor(model, lengths_only=True).prepare(image)
+    decoded = model.processor.prepare(image)
+    assert by_header.num_features == decoded.num_features
+    assert by_header.inputs == {} and decoded.inputs != {}
 
 
-def test_a_single_item_is_named_by_the_readers_own_row(model: Any) -> None:
+def test_an_error_of_a_single_item_names_the_processors_own_row(model: Any) -> None:
     bad = Media("vector", [1.0])
     for given, expected in (("", "rows[3]"), ("r9", "r9")):
         with pytest.raises(RowError) as caught:
-            reader(model, row_id="rows[3]").prepare(bad, row_id=given)
+            processor(model, row_id="rows[3]").prepare(bad, row_id=given)
         assert caught.value.row_id == expected

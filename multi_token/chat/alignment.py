@@ -6,6 +6,7 @@ A marker is a short run of private-use characters that no text of the conversati
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,27 +38,24 @@ class Marker:
 def unused_marker_id(messages: Sequence[ChatMessage]) -> str:
     """Return an id whose markers occur in none of the texts."""
     text = "".join(message["content"] for message in messages)
-    number = 0
-    while f"\ue100{number}." in text:
-        number += 1
-    return str(number)
+    return next(str(number) for number in itertools.count() if f"\ue100{number}." not in text)
 
 
-def marker_text(salt: str, message: int, *, is_reasoning: bool = False) -> str:
-    """Return the characters of a message's marker; `salt` is an `unused_marker_id`."""
-    return f"\ue100{salt}.{message}{'r' if is_reasoning else ''}\ue101"
+def marker_text(marker_id: str, message: int, *, is_reasoning: bool = False) -> str:
+    """Return the characters of a message's marker; `marker_id` is an `unused_marker_id`."""
+    return f"\ue100{marker_id}.{message}{'r' if is_reasoning else ''}\ue101"
 
 
-def find_markers(text: str, salt: str) -> list[Marker]:
+def find_markers(text: str, marker_id: str) -> list[Marker]:
     """Return all markers of a rendering, in order."""
     return [
         Marker(int(found[1]), bool(found[2]), found.start(), found.end())
-        for found in re.finditer(f"\ue100{salt}\\.(\\d+)(r?)\ue101", text)
+        for found in re.finditer(f"\ue100{marker_id}\\.(\\d+)(r?)\ue101", text)
     ]
 
 
 def replace_with_markers(
-    messages: Sequence[ChatMessage], salt: str, roles: Sequence[str] | None = None
+    messages: Sequence[ChatMessage], marker_id: str, roles: Sequence[str] | None = None
 ) -> list[ChatMessage]:
     """Return the messages with markers for texts; `roles` leaves messages of other roles alone."""
     out = []
@@ -66,14 +64,14 @@ def replace_with_markers(
         if roles is None or message["role"] in roles:
             # From the back: a replacement would move the positions after it.
             for is_reasoning, span in reversed(_message_texts(content).items()):
-                marker = marker_text(salt, i, is_reasoning=is_reasoning)
+                marker = marker_text(marker_id, i, is_reasoning=is_reasoning)
                 content = content[: span.start] + marker + content[span.end :]
         out.append({**message, "content": content})
     return out
 
 
 def match_markers(
-    rendering: str, text: str, messages: Sequence[ChatMessage], salt: str
+    rendering: str, text: str, messages: Sequence[ChatMessage], marker_id: str
 ) -> dict[int, list[CharSpan]] | None:
     """Return the span in `text` of every marker of `rendering`, by message.
 
@@ -81,7 +79,7 @@ def match_markers(
     """
     spans: dict[int, list[CharSpan]] = {}
     rebuilt, at = "", 0
-    for marker in find_markers(rendering, salt):
+    for marker in find_markers(rendering, marker_id):
         rebuilt += rendering[at : marker.start]
         content = messages[marker.message]["content"]
         source = _message_texts(content)[marker.is_reasoning]
@@ -108,11 +106,6 @@ def text_after(rendering: str, markers: Sequence[Marker], message: int) -> str:
     if at is None:
         return ""
     return rendering[markers[at].end : markers[at + 1].start if at + 1 < len(markers) else None]
-
-
-def has_reasoning(content: str) -> bool:
-    """Return True if the text has a reasoning part, which gets a marker of its own."""
-    return True in _message_texts(content)
 
 
 def _message_texts(content: str) -> dict[bool, CharSpan]:

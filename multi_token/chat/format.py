@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.train_on_turns: TrainOnTurns = train_on_turns
         self.template: str = _template_source(tokenizer, chat_template)
+        # Layers that look ids up (Gemma3n) get the filler too, so the id without content is first.
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
             raise ChatTemplateError(
@@ -118,6 +120,7 @@ class ChatFormat:
             text, spans = self._chat_template.render_with_spans(
                 messages, last_only=(train_on_turns or self.train_on_turns) == "last"
             )
+        # After a dropped slot, every item would be written at the span of the next one.
         if text.count(slot) != len(num_tokens):
             raise ChatTemplateError(
                 f"the chat template kept {text.count(slot)} of {len(num_tokens)} media slots: it "
@@ -125,6 +128,7 @@ class ChatFormat:
             )
         self._chat_template.check_all_messages_rendered(messages, prompt_only=prompt_only)
         slotted, slot_id = self._slot_tokenizer(slot)
+        # The template has written BOS itself, where the model wants one.
         encoded = slotted(text, add_special_tokens=False, return_offsets_mapping=True)
 
         input_ids: list[int] = []
@@ -141,7 +145,7 @@ class ChatFormat:
                 continue
             span = _find_span(spans, start, end, text)
             if prompt_only and span is not None:
-                break
+                break  # the letter after the prompt, see `render_prompt`
             input_ids.append(token_id)
             labels.append(IGNORE_INDEX if span is None else token_id)
             if span is not None:
@@ -164,10 +168,15 @@ class ChatFormat:
         return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
 
     def decode(self, ids: Sequence[int], *, partial: bool = False) -> str:
-        """Return the answer in generated ids, without special tokens.
+        """Decode generated ids to the text of the answer.
 
-        Text that the template has the model write before an answer (an empty `<think>` block, the
-        name of a channel) is removed. `partial`: the ids are a prefix of an answer.
+        Args:
+            ids: Ids that the model generated after a prompt.
+            partial: The ids are a prefix of an answer that is still generated.
+
+        Returns:
+            The text without special tokens, and without text that the template has the model write
+            before an answer (an empty `<think>` block, the name of a channel).
         """
         answer_prefix = self._chat_template.answer_prefix.strip()
         if answer_prefix:
@@ -214,6 +223,7 @@ class ChatFormat:
 
 def _template_source(tokenizer: Any, chat_template: str | None) -> str:
     """Return the Jinja text: the recipe's, the tokenizer's own, or the default."""
+    # Jinja text without a brace would render one text for every conversation.
     if chat_template is not None and "{" not in chat_template:
         path = Path(chat_template)
         if not path.is_file():
@@ -222,6 +232,7 @@ def _template_source(tokenizer: Any, chat_template: str | None) -> str:
             )
         chat_template = path.read_text(encoding="utf-8")
     source = chat_template or tokenizer.chat_template
+    # Command-R's tokenizer has a template for each of its tasks, by name.
     if isinstance(source, dict):
         if "default" not in source:
             raise ChatTemplateError(
@@ -243,6 +254,7 @@ def _default_template(tokenizer: Any) -> str:
             "of the default template; set `chat_template` in the recipe to Jinja text or to a file "
             "with it"
         )
+    # By its effect: most tokenizers that add BOS have no attribute that tells.
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
 
@@ -252,10 +264,8 @@ def _unused_slot(conversation: Conversation) -> str:
     text = "".join(
         part.text for m in conversation.messages for part in m.parts if not isinstance(part, Media)
     )
-    number = 0
-    while (slot := f"\ue000{number}\ue001") in text:
-        number += 1
-    return slot
+    slots = (f"\ue000{number}\ue001" for number in itertools.count())
+    return next(slot for slot in slots if slot not in text)
 
 
 def _to_chat_messages(conversation: Conversation, slot: str) -> list[ChatMessage]:

@@ -31,7 +31,6 @@ from multi_token.chat.alignment import (
     ChatMessage,
     Marker,
     find_markers,
-    has_reasoning,
     marker_text,
     match_markers,
     replace_with_markers,
@@ -158,15 +157,16 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return RenderedTurns(text, text, [], [], {})
-        salt = unused_marker_id(messages)
-        rendering = self.render(replace_with_markers(messages, salt))
-        spans = match_markers(rendering, text, messages, salt)
+        marker_id = unused_marker_id(messages)
+        marked = replace_with_markers(messages, marker_id)
+        rendering = self.render(marked)
+        spans = match_markers(rendering, text, messages, marker_id)
         if spans is None:
             # Some templates branch on the texts of other roles (a system message, a tool result);
             # with those left as they are, the answers can still be located.
-            answers = replace_with_markers(messages, salt, roles=("assistant",))
-            spans = match_markers(self.render(answers), text, messages, salt)
-        markers = find_markers(rendering, salt)
+            answers = replace_with_markers(messages, marker_id, roles=("assistant",))
+            spans = match_markers(self.render(answers), text, messages, marker_id)
+        markers = find_markers(rendering, marker_id)
         shown = [m.message for m in markers if m.message in turns and not m.is_reasoning]
         if spans is None or shown != turns:
             raise ChatTemplateError(
@@ -175,7 +175,8 @@ class ChatTemplate:
                 "`chat_template` in the recipe to a template that writes {{ message['content'] }} "
                 "of an answer as it is"
             )
-        if has_reasoning(messages[turns[-1]]["content"]) and len(spans[turns[-1]]) == 1:
+        # A reasoning part has a marker of its own, which the template did not render.
+        if len(find_markers(marked[turns[-1]]["content"], marker_id)) > len(spans[turns[-1]]):
             raise ChatTemplateError(
                 "the chat template drops the reasoning (the text before </think>) of the last "
                 "answer, so it would not be trained on; remove it from the row, or set "
@@ -226,11 +227,6 @@ class ChatTemplate:
                 rendered.text, rendered.text_spans[i][0].start, before[given:]
             )
         return starts
-
-    def prompt(self, messages: Sequence[ChatMessage]) -> str:
-        """Return the text up to where the assistant answers. Raises ChatTemplateError."""
-        text, end = self.render_prompt(messages)
-        return text[:end]
 
     def render_prompt(self, messages: Sequence[ChatMessage]) -> tuple[str, int]:
         """Return a text that begins with the prompt, and the prompt's length in it.
@@ -358,25 +354,13 @@ class ChatTemplate:
                 if j > i and text_spans[j][0].end <= around[0].end
             ]
             spans[i] = CharSpan(first, end if later else around[0].end)
-        self._check_tags_hold_answers_only(messages, rendered, spans)
+        for other in (span for i in text_spans if i not in ends for span in text_spans[i]):
+            if any(s.start < other.end and other.start < s.end for s in spans.values()):
+                raise ChatTemplateError(
+                    "the template's {% generation %} tags hold more than the assistant's turns: "
+                    f"{text[other.start : other.end][:80]!r}; {_GENERATION_TAG_HINT}"
+                )
         return spans
-
-    def _check_tags_hold_answers_only(
-        self,
-        messages: Sequence[ChatMessage],
-        rendered: RenderedTurns,
-        spans: dict[int, CharSpan],
-    ) -> None:
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                continue
-            for other in rendered.text_spans.get(i, []):
-                if any(s.start < other.end and other.start < s.end for s in spans.values()):
-                    raise ChatTemplateError(
-                        "the template's {% generation %} tags hold more than the assistant's "
-                        f"turns: {rendered.text[other.start : other.end][:80]!r}; "
-                        f"{_GENERATION_TAG_HINT}"
-                    )
 
     def _role_layout(self, messages: Sequence[ChatMessage]) -> _RoleLayout:
         # A template's text around messages depends on the roles alone, so that a layout is

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import PrefillMode
@@ -34,17 +35,12 @@ _LIMITATIONS = {
 }
 
 
-class Probe(Protocol):
-    """Runs a few tokens through a language model to find one capability."""
-
-    def has(self, capability: LazyCapability) -> bool:
-        """Return True if the language model has the capability."""
-        ...
-
-
 @dataclass
 class Capabilities:
-    """Findings about one language model. `probe.probe` raises for a model that cannot be used."""
+    """Findings of the startup probe about one language model.
+
+    `probe.probe` makes them, and raises LanguageModelError for a model that cannot be used.
+    """
 
     name: str
     """Class of the model."""
@@ -60,8 +56,8 @@ class Capabilities:
     """The head computes logits at supervised positions only."""
     max_batched_length: int | None
     """Rows of a batch with a longer row change: see `forward.max_batched_length`."""
-    probe: Probe | None = field(default=None, repr=False, compare=False)
-    """Finds the lazy capabilities; None for a model without layers, which has none of them."""
+    probe: Callable[[LazyCapability], bool] | None = field(default=None, repr=False, compare=False)
+    """Finds a lazy capability by running a few tokens; None without layers: it has none of them."""
     _found: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -81,11 +77,15 @@ class Capabilities:
 
     def _has(self, capability: LazyCapability) -> bool:
         if capability not in self._found:
-            self._found[capability] = self.probe is not None and self.probe.has(capability)
+            self._found[capability] = self.probe is not None and self.probe(capability)
         return self._found[capability]
 
     def require(self, capability: Literal["supports_packing", "supports_shared_prefix"]) -> None:
-        """Raise LanguageModelError, with the reason and the setting to change, if it is missing."""
+        """Check a capability that a setting of the recipe needs.
+
+        Raises:
+            LanguageModelError: If it is missing, with the reason and the setting to change.
+        """
         if not self._has(capability):
             raise LanguageModelError(_LIMITATIONS[capability].format(name=self.name))
 
@@ -112,7 +112,8 @@ class Capabilities:
     def can_batch_lengths(self, longest: int) -> bool:
         """Return True if prompts of several lengths may be padded to one batch.
 
-        `longest`: tokens of the longest prompt with its answer.
+        Args:
+            longest: Number of tokens of the longest prompt with its answer.
         """
         return self.supports_left_padding and (
             self.max_batched_length is None or longest <= self.max_batched_length

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.loading import LOAD_FAULTS, gguf_arguments, load_language_model
-
-if TYPE_CHECKING:
-    from multi_token.recipe.model import Quantization
 
 
 class EmbeddingsOnly(nn.Module):
@@ -37,12 +34,7 @@ class EmbeddingsOnly(nn.Module):
 
 
 def load_embeddings(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    attn_implementation: str | None = None,
-    quantization: Quantization | None = None,
+    name: str, *, revision: str | None = None, dtype: str = "auto", **options: Any
 ) -> EmbeddingsOnly:
     """Load the input embeddings of a language model; arguments as in `load_language_model`.
 
@@ -50,15 +42,10 @@ def load_embeddings(
     """
     # A model of zero layers reads only embeddings and head from the files. Where a class cannot be
     # built so, or misses its embeddings, the complete model is loaded and the rest freed.
-    less = _load_without_layers(name, revision, dtype) if quantization is None else None
+    is_quantized = options.get("quantization") is not None
+    less = None if is_quantized else _load_without_layers(name, revision, dtype)
     if less is None:
-        complete: Any = load_language_model(
-            name,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization=quantization,
-        )
+        complete: Any = load_language_model(name, revision=revision, dtype=dtype, **options)
         less = (complete, complete.config)
     model, config = less
     found = EmbeddingsOnly(model.get_input_embeddings(), config, model.generation_config)

@@ -110,6 +110,7 @@ def supervised_loss(
     scales apply. Without `supports_logits_to_keep` all logits are computed, then selected.
     """
     keep = shift_labels != -100
+    labels = shift_labels[keep]
     inputs |= {
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
@@ -121,24 +122,23 @@ def supervised_loss(
         # Some classes have no `logits_to_keep`, or take a number there but no mask.
         output = language_model(**inputs)
         output.logits = output.logits[keep]
-        total = nn.functional.cross_entropy(
-            output.logits.float(), shift_labels[keep], reduction="sum"
-        )
+        total = nn.functional.cross_entropy(output.logits.float(), labels, reduction="sum")
         output.loss = total / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
         return output
     # Already shifted labels skip the model's own shift, which a selection of positions would
     # break; `labels` only switch the loss on.
     output = language_model(
         labels=shift_labels,
-        shift_labels=shift_labels[keep],
+        shift_labels=labels,
         logits_to_keep=keep,
         num_items_in_batch=num_items_in_batch,
         **inputs,
     )
-    if output.logits.shape[0] != int(keep.sum()):
+    # A length, since `keep.sum()` would make the host wait for the device.
+    if len(output.logits) != len(labels):
         raise LanguageModelError(
             f"{type(base_language_model(language_model)).__name__} ignores a boolean "
-            f"logits_to_keep (got logits {tuple(output.logits.shape)} for {int(keep.sum())} "
+            f"logits_to_keep (got logits {tuple(output.logits.shape)} for {len(labels)} "
             "supervised positions)"
         )
     return output

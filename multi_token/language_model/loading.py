@@ -84,7 +84,7 @@ def load_language_model(
         _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -96,7 +96,11 @@ def load_language_model(
             f"of a decoder-only model is expected): {first_line(error)}"
         ) from None
     if "gguf_file" in options:
-        _clear_gguf_quantizer(model)
+        # GGUF weights are dequantized while they load. With transformers' mark of a quantized
+        # model, training and saving would refuse the model.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
     if quantization is not None and not quantized_parameters(model):
         raise LanguageModelError(
             f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
@@ -130,14 +134,6 @@ def gguf_arguments(name: str) -> tuple[str, dict[str, Any]]:
             'pip install "multi_token[gguf]"'
         )
     return str(file.parent), {"gguf_file": file.name}
-
-
-def _clear_gguf_quantizer(model: Any) -> None:
-    """Remove the mark of a quantized model: GGUF weights are dequantized while they load."""
-    # With the mark, training and saving would refuse the model as a quantized one.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
 
 
 def _check_not_quantized(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -79,18 +79,18 @@ def probe(language_model: Any) -> Capabilities:
             logits for embeddings than for their ids, lets a position attend to later ones, or
             cannot generate from a prompt of embeddings.
     """
-    with _started(language_model) as trial:
-        trial.measure_rounding()
-        prefill_mode, supports_left_padding = trial.find_prefill_mode()
+    with _started(language_model) as run:
+        run.measure_rounding()
+        prefill_mode, supports_left_padding = run.find_prefill_mode()
         return Capabilities(
-            name=trial.name,
-            embedding_scale=trial.scale,
-            needs_input_ids=bool(per_layer_inputs(language_model, trial.ids)),
+            name=run.name,
+            embedding_scale=run.scale,
+            needs_input_ids=bool(per_layer_inputs(language_model, run.ids)),
             prefill_mode=prefill_mode,
             supports_left_padding=supports_left_padding,
-            supports_logits_to_keep=trial.supports_logits_to_keep,
+            supports_logits_to_keep=run.supports_logits_to_keep,
             max_batched_length=max_batched_length(language_model),
-            probe=_LazyProbe(language_model),
+            probe=partial(_has_lazy, language_model),
         )
 
 
@@ -102,23 +102,23 @@ def check_trainable(language_model: Any) -> None:
     """
     was_training = language_model.training
     fault = ""
-    trial = _Trial(language_model)
+    run = _ProbeRun(language_model)
     try:
-        embeds = trial.embed(trial.ids).detach().requires_grad_(True)
+        embeds = run.embed(run.ids).detach().requires_grad_(True)
         language_model.eval()
-        before = trial.logits_from_embeds(embeds, trial.ids).detach()
+        before = run.logits_from_embeds(embeds, run.ids).detach()
         # Dropout draws random numbers; a run's own sequence must not depend on this check.
         with torch.enable_grad(), torch.random.fork_rng():
             language_model.train()
-            logits = trial.logits_from_embeds(embeds, trial.ids).float()
+            logits = run.logits_from_embeds(embeds, run.ids).float()
             (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
         # 4-bit kernels may repack weights in a forward pass, so the logits are computed again.
         language_model.eval()
-        after = trial.logits_from_embeds(embeds, trial.ids).detach()
-        trial.spread = float(before.std())
+        after = run.logits_from_embeds(embeds, run.ids).detach()
+        run.spread = float(before.std())
         if not gradient.abs().max() > 0:  # also true for NaN
             fault = "the gradient is zero or NaN"
-        elif trial.distance(after, before) > _ROUNDING:
+        elif run.distance(after, before) > _ROUNDING:
             fault = "its frozen weights change"
     except MODEL_FAULTS as error:
         fault = first_line(error)
@@ -126,37 +126,31 @@ def check_trainable(language_model: Any) -> None:
         language_model.train(was_training)
     if fault:
         fix = "; set model.quantization to null" if quantized_parameters(language_model) else ""
-        raise LanguageModelError(f"{trial.name} cannot be trained through: {fault}{fix}")
+        raise LanguageModelError(f"{run.name} cannot be trained through: {fault}{fix}")
 
 
-class _LazyProbe:
-    """Probes one capability at a time, of the model as it is when it is asked for."""
-
-    def __init__(self, language_model: Any) -> None:
-        self.language_model = language_model
-
-    def has(self, capability: LazyCapability) -> bool:
-        # Started again each time: by now the model may be on another device or have an adapter.
-        with _started(self.language_model) as trial:
-            return _succeeds(getattr(trial, capability))
+def _has_lazy(language_model: Any, capability: LazyCapability) -> bool:
+    # Started again each time: by now the model may be on another device or have an adapter.
+    with _started(language_model) as run:
+        return _succeeds(getattr(run, capability))
 
 
 @contextmanager
-def _started(language_model: Any) -> Iterator[_Trial]:
-    """Yield a trial that has checked embeddings; the model is in eval mode until the end."""
+def _started(language_model: Any) -> Iterator[_ProbeRun]:
+    """Yield a run that has checked embeddings; the model is in eval mode until the end."""
     was_training = language_model.training
     language_model.eval()
     try:
         with torch.no_grad():
-            trial = _Trial(language_model)
-            trial.check_embeddings()
-            yield trial
+            run = _ProbeRun(language_model)
+            run.check_embeddings()
+            yield run
     finally:
         language_model.train(was_training)
 
 
-class _Trial:
-    """Six ids, six others after them, and what the model makes of them.
+class _ProbeRun:
+    """One run of the probe: six ids, six others after them, and the logits of both.
 
     `check_embeddings` sets `embeds` [1, 6, dim], the embeddings of `ids` with one that is no
     token's, and `reference` [12, vocabulary], the logits of `embeds` followed by `others`.
@@ -340,9 +334,7 @@ class _Trial:
         )
 
     def _generation_distance(self, mode: PrefillMode, *, padded: bool) -> float:
-        """Return the distance from the reference over two new tokens; `padded`: beside a longer
-        row.
-        """
+        """Return the distance from the reference over two new tokens, maybe beside a longer row."""
         ids, embeds = self.ids, self.embeds
         mask = torch.ones_like(ids)
         if padded:
@@ -419,9 +411,9 @@ class _Trial:
             return self.is_close(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
 
 
-def _succeeds(trial: Callable[[], bool]) -> bool:
-    """Return the trial's result, or False where the model refuses it."""
+def _succeeds(check: Callable[[], bool]) -> bool:
+    """Return the result of the check, or False where the model refuses it."""
     try:
-        return trial()
+        return check()
     except MODEL_FAULTS:
         return False

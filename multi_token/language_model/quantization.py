@@ -42,19 +42,15 @@ def quantization_config(spec: Quantization, *, dtype: str) -> Any:
 
     if spec.kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    if dtype == "auto":
+        # `auto` is the precision of files, which says nothing about products with 4-bit weights.
+        dtype = "bfloat16" if torch.accelerator.is_available() else "float32"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=spec.double_quant is not False,
-        bnb_4bit_compute_dtype=_compute_dtype(spec.compute_dtype, dtype),
+        bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype or dtype),
     )
-
-
-def _compute_dtype(asked: str | None, dtype: str) -> torch.dtype:
-    """Return the dtype of products with 4-bit weights: asked for, the recipe's, or a fast one."""
-    if asked is not None or dtype != "auto":
-        return getattr(torch, asked or dtype)
-    return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
 
 
 def keep_backward_layout(model: nn.Module) -> None:

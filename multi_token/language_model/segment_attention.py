@@ -46,8 +46,8 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment and to its prefixes -> [1, time, heads, dim].
 
-    query [1, heads, time, dim], key and value [1, key_heads, time, dim]. `attention_mask`: a
-    segment table, or a mask of transformers, which then does the work alone.
+    query [1, heads, time, dim], keys, values [1, key_heads, time, dim]. `attention_mask`: a segment
+    table, or a mask of transformers, which then does the work alone.
     """
     if not _is_segment_table(attention_mask):
         return sdpa_attention_forward(
@@ -84,37 +84,20 @@ def segment_attention(
     return torch.cat(outputs, 1), None
 
 
-def segment_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Tensor],
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Tensor | None:
+def segment_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Tensor | None:
     """Return a segment table for a packed row, on the CPU; else transformers' own mask.
 
     The table has no prefixes: rows that share one come with a table of their own, which
     transformers passes on as it is.
     """
-    packed = batch_size == 1 and attention_mask is None and q_length == kv_length
-    if packed and not use_vmap:
-        table = _find_segments(mask_function, q_length, device)
+    time = options["q_length"]
+    is_whole = time == options["kv_length"] and options.get("attention_mask") is None
+    # With `use_vmap`, a mask function takes single positions, not the tensors that we pass.
+    if options["batch_size"] == 1 and is_whole and not options.get("use_vmap"):
+        table = _find_segments(mask_function, time, options.get("device", "cpu"))
         if table is not None:
             return table
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        use_vmap=use_vmap,
-        device=device,
-        **options,
-    )
+    return sdpa_mask(mask_function=mask_function, **options)
 
 
 def _is_segment_table(mask: Tensor | None) -> bool:
@@ -201,13 +184,11 @@ def recording_mask_reach() -> Iterator[list[bool]]:
     """
     reach: list[bool] = []
 
-    def recording_mask(
-        *, mask_function: Callable[..., Tensor], use_vmap: bool = False, **options: Any
-    ) -> Tensor | None:
-        device = options.get("device", "cpu")
-        far, zero = (torch.tensor([n], device=device) for n in (_FAR, 0))
-        reach.append(not use_vmap and bool(mask_function(zero, zero, far, zero).all()))
-        return segment_mask(mask_function=mask_function, use_vmap=use_vmap, **options)
+    def recording_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Tensor | None:
+        far, zero = (torch.tensor([n], device=options.get("device")) for n in (_FAR, 0))
+        sees_far = not options.get("use_vmap") and bool(mask_function(zero, zero, far, zero).all())
+        reach.append(sees_far)
+        return segment_mask(mask_function=mask_function, **options)
 
     _register()
     AttentionMaskInterface.register(SEGMENT_ATTENTION, recording_mask)

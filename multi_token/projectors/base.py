@@ -21,9 +21,10 @@ from multi_token.types import Features
 
 
 class ProjectorSpec(BaseModel, ABC):
-    """Kind of projector: its fields are its config.
+    """Kind of projector: its fields are its config, its checkpoint entry and its help text.
 
-    A plug-in overrides `num_tokens`, `group` and `build_network`, or `num_tokens` and `build`.
+    A kind overrides `num_tokens` and `build_network`; one that joins features also `group` and
+    `group_dim`, one that makes several embeddings of a group also `tokens_per_group`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,7 @@ class ProjectorSpec(BaseModel, ABC):
 
     @model_validator(mode="after")
     def _check_line_break(self) -> ProjectorSpec:
+        # A line end is one feature; joined with others, it would have no embedding of its own.
         grouped = type(self).group is not ProjectorSpec.group or self.tokens_per_group != 1
         if self.line_break and grouped:
             raise ValueError(
@@ -49,7 +51,14 @@ class ProjectorSpec(BaseModel, ABC):
 
     @abstractmethod
     def num_tokens(self, num_features: int) -> int:
-        """Return the number of media embeddings of an item with `num_features` features."""
+        """Return the number of media embeddings of an item: the only place that decides it.
+
+        Args:
+            num_features: Features of the item, without padding and line ends.
+
+        Raises:
+            MultiTokenError: For a number of features that this kind cannot take.
+        """
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Arrange features before the network, without parameters.
@@ -64,24 +73,33 @@ class ProjectorSpec(BaseModel, ABC):
         return values, mask
 
     def group_dim(self, in_dim: int) -> int:
-        """Return the width of a group."""
+        """Return the width of a group; `in_dim`: width of a feature."""
         return in_dim
 
     @property
     def tokens_per_group(self) -> int:
-        """Media embeddings that the network makes of one group."""
+        """Number of media embeddings that the network makes of one group."""
         return 1
 
     @abstractmethod
     def build_network(self, in_dim: int, out_dim: int) -> nn.Module:
-        """Return the network: [..., group_dim] -> [..., tokens_per_group * out_dim].
+        """Build the trained network, without the steps that all kinds share.
 
-        A network that `cross_attends` takes values [items, length, in_dim] and mask [items, length]
-        instead, and returns [items, groups, tokens_per_group * out_dim].
+        Args:
+            in_dim: Width of a group; with `cross_attends`, of a feature.
+            out_dim: Width of the language model's embeddings.
+
+        Returns:
+            A module [..., group_dim] -> [..., tokens_per_group * out_dim]. With `cross_attends`,
+            it takes values [items, length, in_dim] and mask [items, length], and returns
+            [items, groups, tokens_per_group * out_dim].
+
+        Raises:
+            RecipeError: For fields that do not fit `in_dim`.
         """
 
     def build(self, in_dim: int, out_dim: int) -> Projector:
-        """Return the module to train."""
+        """Return the projector for features of width `in_dim` and embeddings of `out_dim`."""
         return Projector(self, in_dim, out_dim)
 
 
@@ -98,22 +116,31 @@ class ParallelHeads(nn.Module):
 
 
 class Projector(nn.Module):
-    """Projector: standardize, group, network and closed form.
+    """Projector: features are standardized, grouped, and mapped by network and closed form.
 
     The closed-form part (train/closed_form.py) is fitted by ridge regression, then frozen; the
     network trains the difference to it.
     """
 
     def __init__(self, spec: ProjectorSpec, in_dim: int, out_dim: int) -> None:
+        """Build the module with random weights.
+
+        Args:
+            spec: Kind of projector with its fields.
+            in_dim: Width of the encoder's features.
+            out_dim: Width of the language model's embeddings.
+        """
         super().__init__()
         self.spec = spec
         self.out_dim = out_dim
         self.group_dim = spec.group_dim(in_dim)
         self.tokens_per_group = spec.tokens_per_group
         self.network = spec.build_network(self.group_dim, out_dim)
+        # Buffers: saved with the weights, but no optimizer or weight decay may change them.
         self.register_buffer("feature_mean", torch.zeros(in_dim))
         self.register_buffer("feature_scale", torch.ones(in_dim))
         self.closed_form: nn.Linear | None = None
+        # About unit length, as LLaVA-NeXT starts `image_newline`.
         self.line_break = (
             nn.Parameter(torch.randn(out_dim) / math.sqrt(out_dim)) if spec.line_break else None
         )
@@ -123,6 +150,7 @@ class Projector(nn.Module):
 
     def standardize_features(self, features: Features) -> tuple[Tensor, Tensor]:
         """Return values [items, length, in_dim], zero where masked, and mask [items, length]."""
+        # In float32: bfloat16 features lose digits when a large mean is subtracted.
         values = (features.values.float() - self.feature_mean) * self.feature_scale
         mask = features.mask
         if mask is None:
@@ -133,16 +161,25 @@ class Projector(nn.Module):
         return values, mask
 
     def arrange(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Return groups [items, groups, group_dim] and mask [items, groups]."""
+        """Return groups [items, groups, group_dim] and their mask [items, groups]."""
         return self.spec.group(*self.standardize_features(features))
 
     def forward(self, features: Features) -> Tensor:
-        """Return the media embeddings [num_embeds, out_dim] of the real (unmasked) groups.
+        """Map features to media embeddings.
 
-        Raises MultiTokenError for features with line ends if the spec has no `line_break`.
+        Args:
+            features: Values [items, length, in_dim], with a mask if lengths differ.
+
+        Returns:
+            Embeddings [num_embeds, out_dim] of the real (unmasked) groups, item by item; as many
+            for each item as `spec.num_tokens` says.
+
+        Raises:
+            MultiTokenError: For features with line ends, if the spec has no `line_break`.
         """
         values, present = self.standardize_features(features)
         groups, mask = self.spec.group(values, present)
+        # The closed form is added to each group, so both parts make the same number of embeddings.
         tokens = self.network(values, present) if self.spec.cross_attends else self.network(groups)
         if self.closed_form is not None:
             tokens = tokens + self.closed_form(groups)
@@ -158,11 +195,17 @@ class Projector(nn.Module):
         return tokens[mask].reshape(-1, self.out_dim)
 
     def add_closed_form(self) -> nn.Linear:
-        """Add a frozen linear map beside the network, whose output is set to zero."""
+        """Add a frozen linear map beside the network, and set the network's output to zero.
+
+        Returns:
+            The map [group_dim -> tokens_per_group * out_dim], to be filled with the solution.
+        """
+        # On the network's device: this is called after the model was moved.
         like = next(self.network.parameters())
         self.closed_form = nn.Linear(
             self.group_dim, self.tokens_per_group * self.out_dim, device=like.device
         ).requires_grad_(False)
+        # Only the last layers: with all weights at zero, no gradient would reach any of them.
         for layer in self.final_layers():
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -170,20 +213,19 @@ class Projector(nn.Module):
 
     def final_layers(self) -> list[nn.Linear]:
         """Return the linear layers whose outputs are the media embeddings."""
-        branches = (
-            list(self.network.branches)
-            if isinstance(self.network, ParallelHeads)
-            else [self.network]
-        )
-        return [
-            [m for m in branch.modules() if isinstance(m, nn.Linear)][-1] for branch in branches
-        ]
+        network = self.network
+        branches = network.branches if isinstance(network, ParallelHeads) else [network]
+        return [[m for m in b.modules() if isinstance(m, nn.Linear)][-1] for b in branches]
 
     @torch.no_grad()
     def scale_output(self, features: Features, rms: float) -> None:
         """Scale the last layers so that embeddings of these features have this root mean square.
 
         Embeddings far larger or smaller than the text's stall the first steps of training.
+
+        Args:
+            features: Encoded features of some items.
+            rms: Root mean square of the language model's input embeddings.
         """
         # The line-break embedding is scaled by itself: its size must not depend on their number.
         if self.line_break is not None:

@@ -13,7 +13,10 @@ from multi_token.projectors.base import ParallelHeads, ProjectorSpec
 
 
 class Linear(ProjectorSpec):
-    """One linear map; one media embedding per feature."""
+    """One linear map (LLaVA, arXiv:2304.08485): a media embedding per feature.
+
+    Features [items, length, in_dim] -> embeddings [items * length, out_dim].
+    """
 
     type: Literal["linear"] = "linear"  # type: ignore[reportIncompatibleVariableOverride]
 
@@ -25,7 +28,10 @@ class Linear(ProjectorSpec):
 
 
 class Mlp(ProjectorSpec):
-    """Perceptron with GELU, one media embedding per feature (LLaVA-1.5, arXiv:2310.03744)."""
+    """Perceptron with GELU (LLaVA-1.5, arXiv:2310.03744): a media embedding per feature.
+
+    Features [items, length, in_dim] -> embeddings [items * length, out_dim].
+    """
 
     type: Literal["mlp"] = "mlp"  # type: ignore[reportIncompatibleVariableOverride]
     num_layers: int = Field(default=2, ge=1)
@@ -39,7 +45,10 @@ class Mlp(ProjectorSpec):
 
 
 class Expand(ProjectorSpec):
-    """`factor` media embeddings per feature, one perceptron each (sshh12/multi_token)."""
+    """`factor` media embeddings per feature, by a perceptron each (github.com/sshh12/multi_token).
+
+    Features [items, length, in_dim] -> embeddings [items * length * factor, out_dim].
+    """
 
     type: Literal["expand"] = "expand"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=4, ge=1)
@@ -59,7 +68,11 @@ class Expand(ProjectorSpec):
 
 
 class Stack(ProjectorSpec):
-    """`factor` neighbouring features joined into one media embedding (Ultravox); zeros fill up."""
+    """`factor` neighbouring features joined into one media embedding.
+
+    Features [items, length, in_dim] -> embeddings [items * ceil(length / factor), out_dim]; zeros
+    fill the last group. Source: Ultravox's stacked frames (github.com/fixie-ai/ultravox).
+    """
 
     type: Literal["stack"] = "stack"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=8, ge=1)
@@ -82,7 +95,12 @@ class Stack(ProjectorSpec):
 
 
 class Pool(ProjectorSpec):
-    """`factor` neighbours averaged into one media embedding; with `grid`, squares of factor²."""
+    """`factor` neighbouring features averaged into one media embedding.
+
+    Features [items, length, in_dim] -> embeddings [items * ceil(length / factor), out_dim]; with
+    `grid`, a square of side s becomes one of side ceil(s / factor), as LLaVA-NeXT-Video pools its
+    frames (github.com/LLaVA-VL/LLaVA-NeXT).
+    """
 
     type: Literal["pool"] = "pool"  # type: ignore[reportIncompatibleVariableOverride]
     factor: int = Field(default=2, ge=1)
@@ -100,6 +118,7 @@ class Pool(ProjectorSpec):
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.grid:
             image = _as_grid(values, mask, _POOL_GRID).permute(0, 3, 1, 2)
+            # `ceil_mode` averages the real features of a cut square alone, without zeros around it.
             pooled = nn.functional.avg_pool2d(image, self.factor, ceil_mode=True)
             values = pooled.flatten(2).transpose(1, 2)
             return values, mask.new_ones(values.shape[:2])
@@ -115,7 +134,8 @@ class Pool(ProjectorSpec):
 class PixelShuffle(ProjectorSpec):
     """Squares of `factor` x `factor` patches joined into one (InternVL, arXiv:2404.16821).
 
-    The patches of a square are joined in reading order, as in Idefics3 and SmolVLM.
+    Features [items, length, in_dim] -> embeddings [items * length / factor², out_dim]. The patches
+    of a square are joined in reading order, as in Idefics3 and SmolVLM.
     """
 
     type: Literal["pixel_shuffle"] = "pixel_shuffle"  # type: ignore[reportIncompatibleVariableOverride]
@@ -134,6 +154,7 @@ class PixelShuffle(ProjectorSpec):
         return (side // self.factor) ** 2
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # The mask is all true, see `_as_grid`, so that lengths of single items do not matter here.
         side = math.isqrt(self.num_tokens(values.shape[1]))
         squares = _as_grid(values, mask, self.type).unflatten(2, (side, self.factor))
         squares = squares.unflatten(1, (side, self.factor))  # [items, side, f, side, f, dim]
@@ -149,6 +170,7 @@ class PixelShuffle(ProjectorSpec):
 
 def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
     """Return linear layers with GELU between them; every hidden layer is `out_dim` wide."""
+    # The first layer already has the language model's width, as in LLaVA-1.5.
     layers: list[nn.Module] = [nn.Linear(in_dim, out_dim)]
     for _ in range(num_layers - 1):
         layers += [nn.GELU(), nn.Linear(out_dim, out_dim)]
@@ -157,6 +179,7 @@ def mlp(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
 
 def _group(values: Tensor, mask: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """[items, length, dim] -> [items, groups, factor, dim] and mask [items, groups, factor]."""
+    # Padded as a batch: a short item then ends in masked groups, which make no embedding.
     missing = -values.shape[1] % factor
     values = nn.functional.pad(values, (0, 0, 0, missing))
     mask = nn.functional.pad(mask, (0, missing))

@@ -15,8 +15,9 @@ from multi_token.projectors.base import ProjectorSpec
 class Resample(ProjectorSpec):
     """`num_queries` media embeddings per item (Flamingo's perceiver resampler, arXiv:2204.14198).
 
-    Queries see a set: features must carry their position themselves, as most encoders' do. The
-    closed-form part is fitted to the mean of an item's features.
+    Features [items, length, in_dim] -> embeddings [items * num_queries, out_dim]. Queries see a
+    set: features must carry their position themselves, as most encoders' do. The closed-form part
+    is fitted to the mean of an item's features.
     """
 
     cross_attends: ClassVar[bool] = True
@@ -43,6 +44,7 @@ class Resample(ProjectorSpec):
         return self.num_queries
 
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # An item may be all padding (a rank without this modality); it must not divide by zero.
         num_real = mask.sum(1, keepdim=True).clamp(min=1)  # [items, 1]
         return (values.sum(1) / num_real)[:, None], torch.ones_like(num_real, dtype=torch.bool)
 
@@ -57,38 +59,24 @@ class Resample(ProjectorSpec):
                 f"resample with {self.num_heads} heads cannot divide features of width {in_dim}; "
                 "set `num_heads` to a divisor of it, or a `hidden_size`"
             )
-        return Perceiver(
-            in_dim,
-            width,
-            out_dim,
-            num_queries=self.num_queries,
-            depth=self.depth,
-            num_heads=self.num_heads,
-        )
+        return Perceiver(self, in_dim, width, out_dim)
 
 
 class Perceiver(nn.Module):
     """Trained queries, layers of cross-attention to the features, and a map to embeddings."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        width: int,
-        out_dim: int,
-        *,
-        num_queries: int,
-        depth: int,
-        num_heads: int,
-    ) -> None:
+    def __init__(self, spec: Resample, in_dim: int, width: int, out_dim: int) -> None:
         super().__init__()
         self.embed = nn.Linear(in_dim, width)
-        self.queries = nn.Parameter(torch.randn(num_queries, width))
-        self.layers = nn.ModuleList(PerceiverLayer(width, num_heads) for _ in range(depth))
+        self.queries = nn.Parameter(torch.randn(spec.num_queries, width))
+        layers = (PerceiverLayer(width, spec.num_heads) for _ in range(spec.depth))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.to_tokens = nn.Linear(width, out_dim)
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """values [items, length, in_dim], mask [items, length] -> [items, 1, queries * out_dim]"""
+        # One group per item, as `Resample.group` makes, so that the closed form can be added.
         features = self.embed(values)
         queries = self.queries.expand(len(values), -1, -1)
         for layer in self.layers:
@@ -111,7 +99,9 @@ class PerceiverLayer(nn.Module):
     def forward(self, queries: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         """queries [items, queries, width], features [items, length, width] -> queries"""
         asking = self.norm_queries(queries)
+        # As in Flamingo, the queries are among the keys, so that they can divide the features.
         seen = torch.cat([self.norm_features(features), asking], dim=1)
+        # torch's mask is True for keys to leave out; queries are never left out.
         hidden = nn.functional.pad(~mask, (0, queries.shape[1]))
         attended, _ = self.attention(
             asking, seen, seen, key_padding_mask=hidden, need_weights=False

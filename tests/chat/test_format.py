@@ -41,7 +41,7 @@ def conversation(num_turns: int, *, system: bool = False, media_at: int = 0) -> 
     return Conversation(tuple(messages), id="row")
 
 
-def learned_runs(labels: torch.Tensor) -> list[list[int]]:
+def supervised_runs(labels: torch.Tensor) -> list[list[int]]:
     runs: list[list[int]] = []
     previous = False
     for label in labels.tolist():
@@ -69,7 +69,7 @@ def test_supervised_tokens_are_exactly_the_assistants_turns_and_their_end(
     chat = ChatFormat(tiny_tokenizer(template))
     at = 0 if media_at == "first" else num_turns - 1
     sample = chat.tokenize(conversation(num_turns, system=system, media_at=at), [3, 2])
-    texts = [chat.tokenizer.decode(run).strip() for run in learned_runs(sample.labels)]
+    texts = [chat.tokenizer.decode(run).strip() for run in supervised_runs(sample.labels)]
     assert texts == [f"answer {i} is a cat.{end_of_turn(template)}" for i in range(num_turns)]
 
 
@@ -83,10 +83,10 @@ def test_the_prompt_that_is_asked_is_what_training_saw_before_the_last_answer(
     trained = chat.tokenize(whole, [3, 2])
     asked = chat.tokenize(Conversation(whole.messages[:-1]), [3, 2], prompt_only=True)
     assert torch.equal(trained.input_ids[: len(asked.input_ids)], asked.input_ids)
-    first_learned = len(trained.labels) - len(learned_runs(trained.labels)[-1])
+    first_supervised = len(trained.labels) - len(supervised_runs(trained.labels)[-1])
     if template in ("chatml", "smollm2", "marked", "gemma"):
-        first_learned -= 1  # a line break stands behind the last end of turn
-    assert first_learned == len(asked.input_ids)
+        first_supervised -= 1  # a line break follows the last end of turn
+    assert first_supervised == len(asked.input_ids)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -112,8 +112,8 @@ def test_blanks_at_the_end_of_a_question_are_not_supervised(template: str, end: 
     again = Message("user", (Media("image", "x"), Text("And now?" + end)))
     answer = Message("assistant", (Text("A cat."),))
     sample = chat.tokenize(Conversation((question, answer, again, answer)), [3, 3])
-    learned = [chat.tokenizer.decode(run) for run in learned_runs(sample.labels)]
-    assert [text.strip() for text in learned] == ["A cat." + end_of_turn(template)] * 2
+    texts = [chat.tokenizer.decode(run) for run in supervised_runs(sample.labels)]
+    assert [text.strip() for text in texts] == ["A cat." + end_of_turn(template)] * 2
 
 
 def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> None:
@@ -248,7 +248,7 @@ def test_only_the_last_answer_is_supervised_where_that_is_asked_for(template: st
     every = ChatFormat(tiny_tokenizer(template)).tokenize(talk, [3, 2])
     last = ChatFormat(tiny_tokenizer(template), train_on_turns="last").tokenize(talk, [3, 2])
     assert torch.equal(every.input_ids, last.input_ids)
-    assert learned_runs(last.labels) == learned_runs(every.labels)[-1:]
+    assert supervised_runs(last.labels) == supervised_runs(every.labels)[-1:]
 
 
 def test_a_template_can_come_from_a_file(tmp_path: Any) -> None:

@@ -27,7 +27,7 @@ def talk(*turns: tuple[Role, str]) -> Conversation:
 TWO = talk(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
 
 
-def learned(chat: ChatFormat, conversation: Conversation) -> str:
+def supervised(chat: ChatFormat, conversation: Conversation) -> str:
     """Return the supervised text of all turns."""
     labels = chat.tokenize(conversation, [1] * len(conversation.media)).labels
     return chat.tokenizer.decode(labels[labels != IGNORE_INDEX])
@@ -73,11 +73,11 @@ def test_tags_that_hold_a_question_are_refused() -> None:
 
 def test_tags_are_followed_to_the_letter() -> None:
     chat = ChatFormat(tiny_tokenizer(), with_tags("", "<|im_end|>\n{% endgeneration %}"))
-    assert learned(chat, TWO) == "1<|im_end|>\n2<|im_end|>\n"
+    assert supervised(chat, TWO) == "1<|im_end|>\n2<|im_end|>\n"
     assert chat.tokenizer.decode(chat.end_of_turn_ids) == "<|im_end|>"
 
 
-def test_two_turns_inside_one_tag_are_told_apart() -> None:
+def test_two_turns_inside_one_tag_get_a_span_each() -> None:
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>user\n{{ m['content'] }}"
         "<|im_end|>{% else %}{% generation %}<|im_start|>assistant\n{{ m['content'] }}<|im_end|>"
@@ -86,15 +86,15 @@ def test_two_turns_inside_one_tag_are_told_apart() -> None:
     row = talk(("user", "Two?"), ("assistant", "1"), ("assistant", "2"))
     tokenizer = tiny_tokenizer()
     every = ChatFormat(tokenizer, template)
-    assert learned(every, row) == f"{HEADER}1<|im_end|>{HEADER}2<|im_end|>"
+    assert supervised(every, row) == f"{HEADER}1<|im_end|>{HEADER}2<|im_end|>"
     last = ChatFormat(tokenizer, template, train_on_turns="last")
-    assert learned(last, row) == f"{HEADER}2<|im_end|>"
+    assert supervised(last, row) == f"{HEADER}2<|im_end|>"
 
 
 def test_a_header_is_not_supervised_where_the_template_has_no_generation_prompt() -> None:
     template = CHATML[: CHATML.index("{% if add_generation_prompt %}")]
     chat = ChatFormat(tiny_tokenizer(), template)
-    assert learned(chat, TWO) == "1<|im_end|>2<|im_end|>"
+    assert supervised(chat, TWO) == "1<|im_end|>2<|im_end|>"
     assert asked(chat, TWO).endswith(f"Two?<|im_end|>\n{HEADER}")
     refuse_mismatch(chat, TWO)
 
@@ -107,7 +107,7 @@ def test_a_prompt_that_ends_in_a_blank_is_asked_as_it_was_trained() -> None:
     )
     chat = ChatFormat(tiny_tokenizer(), template)
     row = talk(("user", "What?"), ("assistant", "a cat"))
-    assert learned(chat, row) == " a cat<|im_end|>"
+    assert supervised(chat, row) == " a cat<|im_end|>"
     assert asked(chat, row) == "user: What?\nassistant:"
     refuse_mismatch(chat, row)
 
@@ -127,7 +127,7 @@ def test_a_question_is_never_supervised_where_an_answer_has_no_end() -> None:
         "{{ '<|im_end|>' if loop.last else '' }}{% endfor %}"
     )
     chat = ChatFormat(tiny_tokenizer(), template)
-    assert learned(chat, Conversation(TWO.messages[:2])) == " 1\n<|im_end|>"
+    assert supervised(chat, Conversation(TWO.messages[:2])) == " 1\n<|im_end|>"
     with pytest.raises(ChatTemplateError, match="0 of 2 assistant turns with an end"):
         chat.tokenize(TWO, [])
 
@@ -177,7 +177,7 @@ def test_a_template_may_look_into_a_system_message() -> None:
     )
     chat = ChatFormat(tiny_tokenizer(), template)
     row = Conversation((Message("system", (Text("Be brief. /no_think"),)), *TWO.messages))
-    assert learned(chat, row) == "1<|im_end|>2<|im_end|>"
+    assert supervised(chat, row) == "1<|im_end|>2<|im_end|>"
     assert asked(chat, row).endswith(f"{HEADER}<s></s>\n")
     refuse_mismatch(chat, row)
 
@@ -189,24 +189,24 @@ def test_a_template_may_look_into_a_system_message() -> None:
 def test_texts_that_look_like_marks_or_markup_are_supervised_as_they_are(answer: str) -> None:
     chat = ChatFormat(tiny_tokenizer())
     row = talk(("user", answer), ("assistant", answer), ("user", "One?"), ("assistant", answer))
-    assert learned(chat, row) == f"{answer}<|im_end|>" * 2
+    assert supervised(chat, row) == f"{answer}<|im_end|>" * 2
 
 
 @pytest.mark.parametrize("answer", ["  def f():\n      return 1\n\n", "a\n\n\nb", " \t x"])
 def test_blanks_of_an_answer_are_supervised_where_the_template_keeps_them(answer: str) -> None:
     row = talk(("user", "What?"), ("assistant", answer))
-    assert learned(ChatFormat(tiny_tokenizer()), row) == f"{answer}<|im_end|>"
+    assert supervised(ChatFormat(tiny_tokenizer()), row) == f"{answer}<|im_end|>"
 
 
 def test_a_conversation_may_begin_with_the_assistant() -> None:
     row = talk(("assistant", "Hello."), ("user", "What?"), ("assistant", "a cat"))
-    assert learned(ChatFormat(tiny_tokenizer()), row) == "Hello.<|im_end|>a cat<|im_end|>"
+    assert supervised(ChatFormat(tiny_tokenizer()), row) == "Hello.<|im_end|>a cat<|im_end|>"
 
 
 def test_media_inside_an_answer_are_not_supervised_but_the_words_around_are() -> None:
     answer = Message("assistant", (Text("This one: "), Media("image", 0), Text(" it is.")))
     row = Conversation((Message("user", (Text("Which?"),)), answer))
-    assert learned(ChatFormat(tiny_tokenizer()), row) == "This one:  it is.<|im_end|>"
+    assert supervised(ChatFormat(tiny_tokenizer()), row) == "This one:  it is.<|im_end|>"
 
 
 def test_text_that_a_tokenizer_normalizes_is_supervised() -> None:
@@ -215,7 +215,7 @@ def test_text_that_a_tokenizer_normalizes_is_supervised() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     row = talk(("user", "Where?"), ("assistant", "cafe\u0301"))
-    assert learned(ChatFormat(tokenizer), row) == "caf\u00e9<|im_end|>"
+    assert supervised(ChatFormat(tokenizer), row) == "caf\u00e9<|im_end|>"
 
 
 def test_text_that_a_tokenizer_cannot_spell_is_refused() -> None:
@@ -264,7 +264,7 @@ def test_many_sequences_of_roles_do_not_fill_the_memory() -> None:
     shape = ChatTemplate(CHATML, tiny_tokenizer())
     for length in range(600):
         roles = [("user", "assistant")[int(bit)] for bit in f"{length:b}"]
-        shape.prompt([{"role": role, "content": "a"} for role in roles])
+        shape.render_prompt([{"role": role, "content": "a"} for role in roles])
     assert len(pickle.dumps(shape)) < 300_000  # 560,000 if all were kept
 
 
@@ -282,8 +282,8 @@ def test_the_recipe_says_which_turns_training_learns(
         recipe = Recipe.model_validate(fields)
         model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
         assert model.processor is not None
-        texts[train_on_turns] = learned(model.processor.chat, TWO)
-        assert learned(build_processor(recipe).chat, TWO) == texts[train_on_turns]
+        texts[train_on_turns] = supervised(model.processor.chat, TWO)
+        assert supervised(build_processor(recipe).chat, TWO) == texts[train_on_turns]
         assert model.config.model["train_on_turns"] == train_on_turns
     assert texts == {"all": "1<|im_end|>2<|im_end|>", "last": "2<|im_end|>"}
 

@@ -16,7 +16,9 @@ from multi_token.data.packing import (
     group_into_steps,
     pack_buffer,
     packing_plan,
+    shared_prefix_groups,
 )
+from multi_token.data.sources import TrainingSource
 from multi_token.errors import RecipeError
 from multi_token.recipe.train import TrainSpec
 from multi_token.types import Conversation, Media, Message, Text
@@ -44,6 +46,38 @@ def test_a_row_as_large_as_a_budget_is_taken() -> None:
         PackingPlan([10, 1], max_tokens=9)
     with pytest.raises(RecipeError, match=r"pack_items is 2, but a row has 3 items"):
         PackingPlan([10, 1], max_tokens=10, num_items=[0, 3], max_items=2)
+
+
+def test_without_rows_there_are_no_packs() -> None:
+    assert best_fit(PackingPlan([], max_tokens=10), []) == []
+
+
+def test_packs_that_are_full_of_items_are_passed_over() -> None:
+    rows = PackingPlan([8, 7, 6, 2], max_tokens=10, num_items=[1, 1, 0, 1], max_items=1)
+    assert best_fit(rows, range(4)) == [(0,), (1,), (2, 3)]
+
+
+def test_rows_are_dealt_into_packs_that_are_full_to_the_last_token() -> None:
+    plan = PackingPlan([6, 4, 6, 4], max_tokens=10)
+    dealt = balance(plan, range(4), 2)
+    assert dealt is not None
+    assert [plan.tokens_of(pack) for pack in dealt] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_items", "max_items", "num_packs"),
+    [
+        ([1, 2, 9], [3, 1, 0], 3, 2),  # dealing would need a pack for each row
+        ([1, 7, 9, 3], [2, 0, 0, 1], 2, 2),  # tokens fill two packs exactly, dealing needs three
+        ([1, 1, 1, 7, 8], [0, 1, 2, 1, 0], 2, 3),  # dealing needs one pack more than the items do
+    ],
+)
+def test_a_buffer_with_many_items_takes_no_more_packs_than_needed(
+    lengths: list[int], num_items: list[int], max_items: int, num_packs: int
+) -> None:
+    plan = PackingPlan(lengths, 10, num_items, max_items)
+    packs, emptiest = pack_buffer(plan, range(len(lengths)))
+    assert len([*packs, emptiest]) == num_packs
 
 
 def test_packs_are_filled_to_the_last_token_and_item() -> None:
@@ -135,6 +169,36 @@ def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
     packs = [rows.dataset_rows(pack) for pack in best_fit(rows, range(4))]
     assert sorted(row for pack in packs for row in pack) == list(range(7))
     assert [0, 2] in packs and [1, 3, 4] in packs
+
+
+def test_an_item_that_a_group_shares_counts_once_against_the_budget_of_items() -> None:
+    spec = TrainSpec.model_validate(
+        {
+            "output_dir": "run",
+            "stages": [{"name": "one", "learn": {"projectors": 1e-3}}],
+            "packing": {"share": True},
+            "pack_tokens": 100,
+            "pack_items": 1,
+        }
+    )
+    group = SharedPrefixGroup((0, 1, 2), 10, 1)
+    rows = packing_plan(spec, [20, 20, 20], [1, 1, 1], num_rows=4, groups=[group])
+    assert rows is not None and list(rows.units) == [(0, 1, 2)]
+    assert list(rows.num_items) == [1] and list(rows.lengths) == [40]
+
+
+def test_the_first_media_item_of_a_row_is_compared_by_content(model: Any, tmp_path: Path) -> None:
+    def row(value: float | None) -> dict[str, Any]:
+        vector = {} if value is None else {"vector": [[value] * 5]}
+        question = "Is it one?" if value is None else "<vector> Is it one?"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        return {"messages": turns, **vector}
+
+    rows = [row(1.0), row(None), row(2.0), row(1.0), row(None)]
+    source = TrainingSource(rows, model.processor, "rows.jsonl")
+    samples = [model.processor(c) for c, _ in source.conversations()]
+    (group,) = shared_prefix_groups([source], samples)
+    assert group.rows == (0, 3) and group.num_items == 1
 
 
 def test_rows_are_a_group_only_if_their_samples_begin_with_the_same_media(

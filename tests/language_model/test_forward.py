@@ -86,7 +86,7 @@ def test_only_models_that_look_up_by_id_get_something_for_their_layers(
         torch.testing.assert_close(given, looks_up(input_ids=ids).logits)
 
 
-def test_positions_and_segments_are_told_to_those_that_take_them(
+def test_positions_and_segments_are_passed_to_models_that_take_them(
     families: ModuleType, llama: Any
 ) -> None:
     class Alone(nn.Module):

@@ -34,20 +34,20 @@ def question(*parts: Any, answer: str) -> Conversation:
     return Conversation((Message("user", turn), Message("assistant", (Text(answer),))), id=answer)
 
 
-def picture(colour: str) -> Media:
+def image(colour: str) -> Media:
     return Media("image", Image.new("RGB", (40, 40), colour))
 
 
 MIXED = [
-    question("What is this?", picture("red"), answer="a red square"),
-    question(picture("blue"), " or ", picture("green"), "?", answer="two"),
+    question("What is this?", image("red"), answer="a red square"),
+    question(image("blue"), " or ", image("green"), "?", answer="two"),
     question("No media at all, only a much longer question about nothing", answer="yes"),
-    question(Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("white"), answer="eight nine"),
+    question(Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), image("white"), answer="eight nine"),
 ]
 
 
 @pytest.fixture
-def learning(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
+def trainable(recipe_fields: Callable[..., Any], tmp_path: Path) -> Iterator[Any]:
     """Yield a model with trainable projectors and LoRA, for images and vectors."""
     from multi_token.language_model.lora import adapter_parameters, attach_adapter
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -83,8 +83,8 @@ def loss_and_gradients(model: Any, batches: list[Any]) -> tuple[Tensor, dict[str
         loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
         loss.backward()
         total += loss.detach()
-    learned = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return total, learned
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return total, gradients
 
 
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -95,8 +95,8 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(learning: Any) -> None:
-    model = learning
+def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(trainable: Any) -> None:
+    model = trainable
     collate = collator_of(model)
     samples = [model.processor(c) for c in MIXED]
     alone = loss_and_gradients(model, [collate([s]) for s in samples])
@@ -117,8 +117,8 @@ def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(learning: 
         assert apart(gradients, alone[1]) < 1e-5, name
 
 
-def test_activation_checkpointing_runs_layers_again_by_segment_too(learning: Any) -> None:
-    model, batch = learning, packed(learning, MIXED)
+def test_activation_checkpointing_runs_layers_again_by_segment_too(trainable: Any) -> None:
+    model, batch = trainable, packed(trainable, MIXED)
     plain = loss_and_gradients(model, [batch])
     base = model.language_model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})
@@ -128,13 +128,13 @@ def test_activation_checkpointing_runs_layers_again_by_segment_too(learning: Any
 
 
 @pytest.mark.parametrize("by_segment", [False, True], ids=["mask", "by segment"])
-def test_what_stands_in_one_segment_changes_nothing_in_the_others(
-    learning: Any, by_segment: bool
+def test_the_content_of_a_segment_changes_nothing_in_the_others(
+    trainable: Any, by_segment: bool
 ) -> None:
-    model = learning.eval()
+    model = trainable.eval()
     others = [
         MIXED[0],
-        question("Which of all these is it?", picture("white"), answer="seven"),
+        question("Which of all these is it?", image("white"), answer="seven"),
         *MIXED[2:],
     ]
 
@@ -225,19 +225,17 @@ def test_a_model_that_runs_on_something_else_is_left_as_it_is(families: Any) -> 
 
 
 SHARED = [
-    question("Look at ", picture("red"), " and say: ", "is it red?", answer="yes"),
+    question("Look at ", image("red"), " and say: ", "is it red?", answer="yes"),
+    question("Look at ", image("red"), " and say: ", "which colour is it?", answer="a red square"),
+    question("Look at ", image("red"), " and say: ", "is it blue?", answer="no"),
+    question("Look at ", image("blue"), " and say: ", "is it blue?", answer="yes"),
+    question("What is this?", image("red"), answer="a red square"),
     question(
-        "Look at ", picture("red"), " and say: ", "which colour is it?", answer="a red square"
-    ),
-    question("Look at ", picture("red"), " and say: ", "is it blue?", answer="no"),
-    question("Look at ", picture("blue"), " and say: ", "is it blue?", answer="yes"),
-    question("What is this?", picture("red"), answer="a red square"),
-    question(
-        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("white"), "?"),
+        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), image("white"), "?"),
         answer="one",
     ),
     question(
-        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("green"), "?"),
+        *("Here: ", Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), image("green"), "?"),
         answer="two",
     ),
 ]
@@ -245,10 +243,10 @@ SHARED = [
 
 @pytest.mark.parametrize("system", [None, "You are a helpful assistant of few words."])
 def test_rows_that_share_prefixes_are_a_tree_with_the_loss_and_gradients_of_rows_one_by_one(
-    learning: Any, system: str | None
+    trainable: Any, system: str | None
 ) -> None:
     """All rows share a system message; some share an image after it as well."""
-    model = learning
+    model = trainable
     first = () if system is None else (Message("system", (Text(system),)),)
     samples = [model.processor(replace(c, messages=(*first, *c.messages))) for c in SHARED]
     alone = loss_and_gradients(model, [collator_of(model)([s]) for s in samples])
@@ -270,13 +268,13 @@ def test_rows_that_share_prefixes_are_a_tree_with_the_loss_and_gradients_of_rows
 
 
 def test_a_shared_prefix_ends_before_the_first_supervised_token(model: Any) -> None:
-    seen = Message("user", (picture("red"), Text("?")))
+    seen = Message("user", (image("red"), Text("?")))
     said = Message("assistant", (Text("a red square"),))
-    asked = [Message("user", (Text(t),)) for t in ("one", "a picture")]
+    asked = [Message("user", (Text(t),)) for t in ("one", "an image")]
     rows = [Conversation((seen, said, again, said), id="row") for again in asked]
     samples = [model.processor(row) for row in rows]
-    first_learned = int((samples[0].labels != IGNORE_INDEX).nonzero()[0])
-    assert shared_prefix(samples) == (first_learned - 1, 1)
+    first_supervised = int((samples[0].labels != IGNORE_INDEX).nonzero()[0])
+    assert shared_prefix(samples) == (first_supervised - 1, 1)
     texts = [model.processor(Conversation((again, said), id="row")) for again in asked]
     assert shared_prefix(texts)[1] == 0
 

@@ -110,9 +110,9 @@ def embeddings(subject: Subject) -> str:
     assert same(full_logits(model, model.embed(ids), ids), by_ids)
     with_media = full_logits(model, model.embed(ids, batch["media"]), ids)
     media = batch["media"]["vector"]["positions"]
-    first, behind = int(media.min()), int(media.max()) + 1
+    first, after = int(media.min()), int(media.max()) + 1
     assert same(with_media[:, :first], by_ids[:, :first])
-    assert not same(with_media[:, behind], by_ids[:, behind], within=1e-2)
+    assert not same(with_media[:, after], by_ids[:, after], within=1e-2)
     return YES
 
 
@@ -120,14 +120,14 @@ def batch_equals_single(subject: Subject) -> str:
     """Rows of several lengths, answered together, are answered as each alone."""
     model, options = subject.model, {"max_new_tokens": 4, "min_new_tokens": 4}
     samples = prompts(model)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         together = generate_ids(model, samples, **options)
     alone = [generate_ids(model, [sample], **options)[0] for sample in samples]
     for ours, single in zip(together, alone, strict=True):
         assert torch.equal(ours, single), (ours, single)
     assert len({tuple(ids.tolist()) for ids in alone}) > 1, "all answers are the same"
-    by_length = any("one length after another" in str(w.message) for w in told)
+    by_length = any("one length after another" in str(w.message) for w in warned)
     longest = max(len(sample.input_ids) for sample in samples) + 4
     assert by_length != model.capabilities.can_batch_lengths(longest)
     return f"{YES}, by length" if by_length else YES
@@ -262,9 +262,9 @@ def attached(subject: Subject, heading: str, model: Any) -> str:
 
 def trained(model: Any, *, num_steps: int) -> list[float]:
     """Losses of a few steps on the rows, then eval mode again."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in learned} == {torch.float32}
-    optimizer = torch.optim.Adam(learned, lr=1e-2)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.float32}
+    optimizer = torch.optim.Adam(trainable, lr=1e-2)
     batch = batch_of(model, ROWS)
     losses = []
     model.train()

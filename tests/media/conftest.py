@@ -36,6 +36,9 @@ class Canary(BaseHTTPRequestHandler):
     def _to(self) -> None:
         self._send(302, b"", Location=unquote(self.path.removeprefix("/to/")))
 
+    def _moved(self) -> None:
+        self._send(int(self.path.rpartition("/")[2]), b"", Location="/file")
+
     def _relative(self) -> None:
         self._send(307, b"", Location="file")
 

@@ -15,11 +15,12 @@ from dataclasses import FrozenInstanceError
 from ipaddress import ip_address
 from typing import Any
 
+import httpcore
 import pytest
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
-from multi_token.media.safe_http import UrlPolicy, is_public
+from multi_token.media.safe_http import UrlPolicy, _DeadlineStream, is_public
 
 CONTENT = b"the bytes of a picture"
 HOST = "pictures.example"
@@ -264,6 +265,12 @@ def test_a_listed_redirect_is_followed_without_its_cookies(canary: Any) -> None:
     assert all("cookie" not in headers for _, headers in canary.hits)
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_every_status_of_a_redirect_is_followed(status: int, canary: Any) -> None:
+    address = f"http://{HOST}:{canary.port}/moved/{status}"
+    assert open_policy(canary).download(address, max_bytes=MIB) == CONTENT
+
+
 def test_three_redirects_are_followed_and_four_are_not(canary: Any) -> None:
     address = f"http://{HOST}:{canary.port}/chain"
     policy = open_policy(canary)
@@ -355,3 +362,17 @@ def test_a_host_that_nobody_answers_for_is_refused(canary: Any) -> None:
 
 def test_rows_of_ones_own_are_read_as_before(canary: Any) -> None:
     assert Fetch().read(f"http://127.0.0.1:{canary.port}/file") == CONTENT
+
+
+def test_sending_gets_the_time_that_is_left_until_the_deadline() -> None:
+    timeouts: list[float | None] = []
+
+    class Recording(httpcore.NetworkStream):
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            timeouts.append(timeout)
+
+    stream = _DeadlineStream(Recording(), time.monotonic() + 5)
+    stream.write(b"GET / HTTP/1.1", timeout=60)
+    assert timeouts[0] is not None and 4 < timeouts[0] <= 5
+    with pytest.raises(httpcore.ReadTimeout):
+        _DeadlineStream(Recording(), time.monotonic() - 1).write(b"GET / HTTP/1.1")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tokenize
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import libcst as cst
@@ -28,7 +30,7 @@ _OPERATORS: list[tuple[type, Callable[[Any], Any]]] = [
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the line that it is in, and the code in its place."""
+    """One change of a file: its line, without a trailing comment, and the change in that line."""
 
     module: str
     number: int
@@ -38,7 +40,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """The same after a move of the line, or a change elsewhere in the file."""
+        """Name of the mutant; stays when lines move or comments change."""
         return f"{self.module}|{self.line}|{self.change}"
 
     def __str__(self) -> str:
@@ -46,19 +48,33 @@ class Mutant:
 
 
 def mutants_of(module: str, source: str) -> list[Mutant]:
-    """Every change of a file, in an order that stays as it is when lines move."""
+    """Return every change of a file, in an order that stays when lines move."""
     tree = MetadataWrapper(cst.parse_module(source), unsafe_skip_copy=True)
     finder = _Finder()
     tree.visit(finder)
-    lines = source.splitlines()
+    lines = _lines_of(source)
     found: dict[str, Mutant] = {}
     for old, new, words, number in finder.found:
         changed = tree.module.deep_replace(old, new)
         change = words or f"{_code(tree.module, old)} -> {_code(tree.module, new)}"
         if changed.code != source:
-            mutant = Mutant(module, number, lines[number - 1].strip(), change, changed.code)
+            mutant = Mutant(module, number, lines[number - 1], change, changed.code)
+            while mutant.key in found and found[mutant.key].source != changed.code:
+                # The same change at another place in this line, or in an equal line.
+                nth = int(mutant.change[len(change) :].strip(" ()#") or 1) + 1
+                mutant = replace(mutant, change=f"{change} (#{nth})")
             found.setdefault(mutant.key, mutant)
     return sorted(found.values(), key=lambda m: hashlib.sha256(m.key.encode()).hexdigest())
+
+
+def _lines_of(source: str) -> list[str]:
+    """Return the lines, without blanks around them and without trailing comments."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            number, column = token.start
+            lines[number - 1] = lines[number - 1][:column]
+    return [line.strip() for line in lines]
 
 
 class _Finder(cst.CSTVisitor):
@@ -81,7 +97,7 @@ class _Finder(cst.CSTVisitor):
         return True
 
     def _is_raised(self, node: cst.CSTNode) -> bool:
-        """Return True if a text is the message of an error."""
+        """Return True for a text that is the message of an error."""
         at: cst.CSTNode | None = node
         while at is not None and not isinstance(at, (cst.Raise, cst.BaseCompoundStatement)):
             at = self.get_metadata(ParentNodeProvider, at, None)
@@ -89,7 +105,7 @@ class _Finder(cst.CSTVisitor):
 
 
 def _changes(node: cst.CSTNode) -> Iterator[tuple[cst.CSTNode, str]]:
-    """Yield replacements of a node, with words for those whose code would be too long."""
+    """Yield replacements of a node, each with a description if its code would be too long."""
     for kind, operator in _OPERATORS:
         if isinstance(node, kind):
             yield from ((new, "") for new in operator(node))
@@ -104,7 +120,7 @@ def _changes(node: cst.CSTNode) -> Iterator[tuple[cst.CSTNode, str]]:
 
 
 def _is_assertion(node: cst.CSTNode) -> bool:
-    """`strict=True` of a zip: what it refuses does not occur, so that nothing tells it apart."""
+    """Return True for `strict=True` of a zip: it refuses what never occurs, so no test sees it."""
     return matchers.matches(node, matchers.Arg(keyword=matchers.Name("strict")))
 
 

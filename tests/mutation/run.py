@@ -1,14 +1,14 @@
-"""`make mutate`: does a test notice when one thing in the code is changed?
+"""`make mutate`: changes single things in the code and counts the changes that a test notices.
 
-Each mutant is written into a copy of the repository, and the tests that guard its file are run on
-it in a forked process, which finds torch and the like already loaded. Outcomes are kept
-in `runs/mutation.jsonl`: an interrupted run continues, and a mutant that lived is tried again when
-its tests have changed.
+Each mutant is written into a copy of the repository, and the tests of its file run on it in a
+forked process, which finds torch and other libraries loaded. `runs/mutation.jsonl` keeps the
+results: an interrupted run goes on, and a mutant that lived is tried again when its tests change.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -35,7 +35,7 @@ from tests.mutation.mutants import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parent.parent.parent
 TARGETS = Path(__file__).with_name("targets.yaml")
 RESULTS = ROOT / "runs" / "mutation.jsonl"
-# Plugins of pytest that are loaded before pytest can rewrite them cause a warning; ours are.
+# pytest warns about plugins that are loaded before it can rewrite them, as preloaded ones are.
 ARGS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist"]
 ARGS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 NOT_PRELOADED = ("multi_token", "tests", "conftest", "_pytest", "pytest", "__main__", "__mp_main__")
@@ -53,10 +53,10 @@ def copied(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def tried(tests: list[str], folder: Path, limit_s: float, loaded: Path | None = None) -> str:
-    """Run the tests in a fork of this process; return `passed`, `failed` or `late`.
+def outcome_of(tests: list[str], folder: Path, limit_s: float, loaded: Path | None = None) -> str:
+    """Run the tests in a fork of this process: `passed`, `failed` or `late`.
 
-    `loaded`: a file for the names of the modules that the tests loaded, to load them once here.
+    `loaded`: a file for the names of the modules that the tests load, to load them once here.
     """
     pid = os.fork()
     if pid == 0:
@@ -78,7 +78,7 @@ def tried(tests: list[str], folder: Path, limit_s: float, loaded: Path | None = 
 
 
 def _run_tests(tests: list[str], folder: Path, loaded: Path | None) -> int:
-    os.setsid()  # so that processes that a broken test leaves running are ended with it
+    os.setsid()  # so that processes which a broken test leaves running can be ended with it
     quiet = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -96,19 +96,27 @@ def _end_group(pid: int) -> None:
 
 
 def preload(loaded: Path) -> None:
-    """Load here what the tests load, our own code left out: forks then begin with it."""
+    """Import the modules that the tests import, except our own code, so that forks have them."""
     for name in loaded.read_text().splitlines():
         if name not in sys.modules and not name.startswith(NOT_PRELOADED):
-            with contextlib.suppress(Exception):  # parts that cannot be imported by their names
+            with contextlib.suppress(Exception):  # modules that cannot be imported by their names
                 importlib.import_module(name)
 
 
 def digest(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+    """Return a hash of Python files that stays when comments or docstrings change."""
+    code = ""
+    for path in paths:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None
+        code += ast.dump(tree)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 class Results:
-    """Known outcomes of mutants: one line of JSON each, the last one of a key counts."""
+    """Known outcomes of mutants, one line of JSON each; the last one of a key counts."""
 
     def __init__(self) -> None:
         RESULTS.parent.mkdir(exist_ok=True)
@@ -116,7 +124,7 @@ class Results:
         self.known = {entry["key"]: entry for entry in map(json.loads, lines)}
 
     def of(self, mutant: Mutant, code: str, tests: str) -> str | None:
-        """`failed` and `late` hold while the code is the same, `passed` while the tests are too."""
+        """Return the known outcome, or None if the code changed, or the tests of one that lived."""
         entry = self.known.get(mutant.key)
         if entry is None or entry["code"] != code:
             return None
@@ -145,22 +153,22 @@ def outcomes(
             if not limit_s:
                 limit_s = _limit_s(module, tests, folder)
             path.write_text(mutant.source, encoding="utf-8")
-            # compiled files are known by the second, in which several mutants may come
+            # Python knows compiled files by the second, in which several mutants may be written.
             os.utime(path, (1_000_000_000 + place,) * 2)
-            outcome = tried(tests, folder, limit_s)
+            outcome = outcome_of(tests, folder, limit_s)
             results.add(mutant, code, guards, outcome)
             path.write_text(source, encoding="utf-8")
         yield mutant, outcome
 
 
 def _limit_s(module: str, tests: list[str], folder: Path) -> float:
-    """Return the time limit of the tests on a mutant, from their time on the unchanged code."""
+    """Return the seconds that the tests may take on a mutant: 10, and 4 times those they need."""
     loaded = folder / "loaded.txt"
     for _ in range(2):  # the second time with everything loaded
         start = time.monotonic()
-        if tried(tests, folder, 600, loaded) != "passed":
+        if outcome_of(tests, folder, 600, loaded) != "passed":
             console.print((folder / "output.txt").read_text()[-3000:], markup=False)
-            raise SystemExit(f"the tests of {module} fail on the unchanged code")
+            raise SystemExit(f"the tests of {module} fail on the code as it is")
         seconds = time.monotonic() - start
         preload(loaded)
     console.print(f"{module}: its tests take {seconds:.1f} s", style="dim")
@@ -177,6 +185,7 @@ def main() -> None:
     targets: dict[str, Any] = yaml.safe_load(TARGETS.read_text(encoding="utf-8"))
     accepted = {f"{e['file']}|{e['line']}|{e['change']}": e["why"] for e in targets["accepted"]}
     results = Results()
+    stale: set[str] = set()
     table = Table("mutants", "noticed", "no change", "lived", "of the rest", "file")
     lived: list[Mutant] = []
     sums = [0, 0, 0, 0]
@@ -190,6 +199,8 @@ def main() -> None:
             if args.modules and not any(part in module for part in args.modules):
                 continue
             counts = [0, 0, 0, 0]
+            existing = {mutant.key for mutant in mutants_of(module, (folder / module).read_text())}
+            stale |= {key for key in accepted if key.startswith(f"{module}|")} - existing
             for mutant, outcome in outcomes(module, tests, args.n or 10**6, folder, results):
                 kind = 3 if mutant.key not in accepted else 2
                 kind = 1 if outcome != "passed" else kind
@@ -202,6 +213,8 @@ def main() -> None:
             table.add_row(*map(str, counts), percent(counts), module.removeprefix("multi_token/"))
     table.add_row(*map(str, sums), percent(sums), "all", style="bold")
     console.print(table)
+    if stale:
+        raise SystemExit("\n".join(["accepted in targets.yaml, but no mutant:", *sorted(stale)]))
     if sums[0] - sums[2] and 100 * sums[1] / (sums[0] - sums[2]) < args.bar:
         raise SystemExit(f"under {args.bar:g} %: see the mutants that lived, above")
 

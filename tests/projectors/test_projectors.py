@@ -73,7 +73,7 @@ def test_items_of_mixed_lengths_equal_one_by_one(spec: ProjectorSpec, closed_for
         projector.add_closed_form()
     lengths = [5, 1, 8]
     items = [torch.randn(n, 6) for n in lengths]
-    padded = torch.full((3, 8, 6), 7.0)  # what lies behind an item must not matter
+    padded = torch.full((3, 8, 6), 7.0)  # padding after an item must not matter
     mask = torch.zeros(3, 8, dtype=torch.bool)
     for row, item in enumerate(items):
         padded[row, : len(item)] = item

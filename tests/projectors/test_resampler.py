@@ -29,7 +29,7 @@ SMALL = Resample(num_queries=3, depth=2, num_heads=2)
 def model_with(recipe_fields: Any, folder: Path, modality: dict[str, Any]) -> Any:
     fields = recipe_fields(folder)
     spec = {"projector": SMALL.model_dump(), **modality}
-    fields["model"]["modalities"] = {"sense": spec}
+    fields["model"]["modalities"] = {"signal": spec}
     torch.manual_seed(0)
     return MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
 
@@ -40,7 +40,7 @@ def vectors(lengths: list[int]) -> list[torch.Tensor]:
 
 def padded(items: list[torch.Tensor]) -> Features:
     longest = max(map(len, items))
-    values = torch.full((len(items), longest, 6), 9.0)  # what lies behind an item must not matter
+    values = torch.full((len(items), longest, 6), 9.0)  # padding after an item must not matter
     mask = torch.zeros(len(items), longest, dtype=torch.bool)
     for row, item in enumerate(items):
         values[row, : len(item)] = item
@@ -139,17 +139,17 @@ def test_stage_zero_fits_its_tokens_to_the_caption_s_embeddings(
     rows = []
     for i in range(40):
         values = centres[i % 4] + numbers.normal(size=(1 + i % 3, 6)) * 0.01
-        user = Message("user", (Text("What is "), Media("sense", values)))
+        user = Message("user", (Text("What is "), Media("signal", values)))
         answer = Message("assistant", (Text(words[i % 4]),))
         rows.append((Conversation((user, answer), id=str(i)), model.processor))
     items = list(captioned_items(rows))
-    projector = model.projector("sense")
-    calibrate(model, "sense", [(i.item, i.processor) for i in items], batch_size=40)
+    projector = model.projector("signal")
+    calibrate(model, "signal", [(i.item, i.processor) for i in items], batch_size=40)
     values = [torch.tensor(i.item.source).float() for i in items]
     rms = float(projector(padded(values)).detach().square().mean().sqrt())
     assert rms == pytest.approx(embedding_rms(model.language_model), rel=1e-4)
 
-    fit_closed_form(model, "sense", items, spec=ClosedFormSpec(penalty=1e-4))
+    fit_closed_form(model, "signal", items, spec=ClosedFormSpec(penalty=1e-4))
     embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = tokenizer(" ").input_ids[-1:]
     for word, value in zip(words, values[:4], strict=True):
@@ -163,7 +163,7 @@ def test_it_takes_patches_and_comes_back_from_a_checkpoint_to_the_bit(
 ) -> None:
     image = {"type": "image", "encoder": str(parts / "clip")}
     model = model_with(recipe_fields, tmp_path, image)
-    model.projector("sense").add_closed_form()
+    model.projector("signal").add_closed_form()
     with torch.no_grad():
         for parameter in model.projectors.parameters():
             parameter.normal_(std=0.1)
@@ -171,10 +171,10 @@ def test_it_takes_patches_and_comes_back_from_a_checkpoint_to_the_bit(
     again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
 
     items = [
-        again.processor.prepare(Media("sense", str(data / f"{c}.png"))) for c in ("red", "blue")
+        again.processor.prepare(Media("signal", str(data / f"{c}.png"))) for c in ("red", "blue")
     ]
     assert items[0].num_features == 16
-    inputs = Collator(model.modalities, pad_id=0).inputs("sense", items)
-    tokens = again.projectors["sense"](again.encode("sense", inputs))
+    inputs = Collator(model.modalities, pad_id=0).inputs("signal", items)
+    tokens = again.projectors["signal"](again.encode("signal", inputs))
     assert tokens.shape == (6, 32)
-    assert torch.equal(tokens, model.projectors["sense"](model.encode("sense", inputs)))
+    assert torch.equal(tokens, model.projectors["signal"](model.encode("signal", inputs)))

@@ -16,12 +16,12 @@ class Family:
     are others. `head`: what the model writes before an answer, by the template; `last_head`: before
     the last one, where it is another.
 
-    `more`: what TRL's hand-made twin marks beside that, before and behind a turn: a part of the
-    generation prompt, and what stands behind the end of turn; `last_more`: behind the last one.
+    `more`: what TRL's hand-made twin marks beside that, before and after a turn: a part of the
+    generation prompt, and the text after the end of turn; `last_more`: after the last one.
     `twin_head`: what the twin writes before every answer but the last, and the template does not.
-    `system`: whether a system message is accepted; `closes`: whether turns have an end at all.
+    `system`: a system message is accepted; `closes`: turns have an end.
 
-    `kind`: of the tokenizer (see trials.py); `rstrip`: its special tokens swallow blanks behind.
+    `kind`: of the tokenizer (see trials.py); `rstrip`: special tokens swallow blanks after them.
     """
 
     name: str

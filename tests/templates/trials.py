@@ -69,9 +69,9 @@ def twin(name: str) -> str | None:
 def _core(kind: str) -> str:
     """A trained tokenizer as JSON.
 
-    bytes: byte-level BPE; nfc: the same behind Unicode's NFC; llama: BPE with a leading blank put
+    bytes: byte-level BPE; nfc: the same after Unicode's NFC; llama: BPE with a leading blank put
     before every piece of text and single bytes for the rest; gemma: without that blank; unigram:
-    pieces with Metaspace, whose blank stands before the first piece only.
+    pieces with Metaspace, with its blank before the first piece alone.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -209,12 +209,12 @@ def num_tokens(talk: Conversation) -> list[int]:
 
 def runs_of(sample: Sample) -> list[tuple[int, int]]:
     """Return start and end of each run of supervised tokens."""
-    learned = [False, *(sample.labels != IGNORE_INDEX).tolist(), False]
-    edges = [i for i in range(len(learned) - 1) if learned[i] != learned[i + 1]]
+    supervised = [False, *(sample.labels != IGNORE_INDEX).tolist(), False]
+    edges = [i for i in range(len(supervised) - 1) if supervised[i] != supervised[i + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def learned_texts(chat: ChatFormat, talk: Conversation) -> list[str]:
+def supervised_texts(chat: ChatFormat, talk: Conversation) -> list[str]:
     """Return the text of each run of supervised tokens."""
     sample = chat.tokenize(talk, num_tokens(talk))
     return [

@@ -10,13 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tokenizers.normalizers import Prepend
 from tokenizers.processors import TemplateProcessing
 
 from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
-from multi_token.train.closed_form import CaptionedItem, calibrate, captioned_items, fit_closed_form
+from multi_token.train.closed_form import (
+    CaptionedItem,
+    calibrate,
+    captioned_items,
+    encode_items,
+    fit_closed_form,
+)
 from multi_token.types import Conversation, Features, Media, Message, Text
 
 KINDS: list[dict[str, Any]] = [
@@ -47,20 +55,23 @@ def examples(model: Any, length: int = 1) -> list[Any]:
     return conversations
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
 def test_the_closed_form_is_the_ridge_solution_of_its_targets(
-    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path, calibrated: bool
 ) -> None:
     model = model_with(recipe_fields, tmp_path, {"type": "expand", "factor": 3})
     conversations = examples(model)
     items = list(captioned_items(conversations))
-    calibrate(model, "vector", [(i.item, i.processor) for i in items])
+    if calibrated:
+        calibrate(model, "vector", [(i.item, i.processor) for i in items])
     assert (
         fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=2.0), batch_size=7)
         == 40
     )
 
     values = torch.tensor(np.concatenate([i.item.source for i in items]))
-    x = (values - values.mean(0)) / values.std(0, correction=0)
+    mean = values.mean(0)
+    x = (values - mean) / values.std(0, correction=0) if calibrated else values - mean
     embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = embed(torch.tensor(tokenizer(" ").input_ids))[-1:]
     targets = [
@@ -73,7 +84,8 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
     weight = torch.linalg.solve(x.T @ x + 2.0 * torch.eye(5).double(), x.T @ (y - y.mean(0)))
     closed_form = model.projector("vector").closed_form
     torch.testing.assert_close(closed_form.weight.double(), weight.T, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(closed_form.bias.double(), y.mean(0), rtol=1e-4, atol=1e-5)
+    bias = y.mean(0) if calibrated else y.mean(0) - mean @ weight
+    torch.testing.assert_close(closed_form.bias.double(), bias, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["type"])
@@ -148,12 +160,15 @@ def test_statistics_are_those_of_all_real_features_however_they_are_batched(
 ) -> None:
     model = model_with(recipe_fields, tmp_path, {"type": "linear"})
     numbers = np.random.default_rng(0)
-    values = [numbers.normal(loc=3.0, scale=7.0, size=(length, 5)) for length in lengths]
+    scale = np.array([7.0, 7.0, 0.01, 7.0, 7.0])  # one of them varies little
+    values = [numbers.normal(loc=3.0, scale=scale, size=(length, 5)) for length in lengths]
     items = [(Media("vector", value), model.processor) for value in values]
     assert calibrate(model, "vector", items, batch_size=7) == sum(lengths)
     projector, every = model.projector("vector"), torch.tensor(np.concatenate(values)).float()
     torch.testing.assert_close(projector.feature_mean, every.mean(0))
-    torch.testing.assert_close(projector.feature_scale, 1 / every.std(0, correction=0))
+    torch.testing.assert_close(
+        projector.feature_scale, (1 / every.double().std(0, correction=0)).float()
+    )
 
 
 def test_nothing_is_fitted_to_nothing(model: Any) -> None:
@@ -180,6 +195,38 @@ def test_one_item_is_brought_to_its_caption_without_special_tokens(
     space = tokenizer(" ", add_special_tokens=False).input_ids[-1:]
     aimed = model.get_input_embeddings()(torch.tensor((expected + space)[:2]))
     torch.testing.assert_close(tokens, aimed)
+
+
+def test_a_short_caption_is_filled_with_spaces_alone_where_a_space_has_several_ids(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    model = model_with(recipe_fields, tmp_path, {"type": "expand", "factor": 9})
+    tokenizer = model.processor.tokenizer
+    tokenizer.backend_tokenizer.normalizer = Prepend("#")  # as SentencePiece's blank before a text
+    first, space = tokenizer(" ", add_special_tokens=False).input_ids
+    assert first != space
+    captions = [CaptionedItem(Media("vector", [1.0] * 5), "cat", model.processor)]
+    fit_closed_form(model, "vector", captions, spec=ClosedFormSpec())
+    tokens = model.projector("vector")(Features(torch.ones(1, 1, 5)))
+    caption = tokenizer(" cat", add_special_tokens=False).input_ids
+    aimed = (caption + [space] * 9)[:9]
+    torch.testing.assert_close(tokens, model.get_input_embeddings()(torch.tensor(aimed)))
+
+
+def test_features_without_a_mask_are_all_counted(
+    recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    fields = recipe_fields(tmp_path)
+    fields["model"]["modalities"]["image"]["features"] = "patches"
+    model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
+    images = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    items = [(Media("image", image), model.require_processor()) for image in images]
+    num_features = calibrate(model, "image", items)
+    features = [next(encode_items(model, "image", [item], batch_size=1)) for item in items]
+    assert all(f.mask is None for f in features)
+    every = torch.cat([f.values[0] for f in features])
+    assert num_features == len(every)
+    torch.testing.assert_close(model.projector("image").feature_mean, every.mean(0))
 
 
 def test_a_caption_is_the_words_of_the_answer_and_not_its_blanks(model: Any) -> None:

@@ -51,11 +51,11 @@ _log = logging.getLogger(__name__)
 
 
 class MediaPool:
-    """Worker processes that load and prepare items, each with its own memory and time limit.
+    """Worker processes that load and prepare items, with a memory and a time limit for each item.
 
     `timeout_s`: time limit of one item in a worker. `memory_bytes`: memory limit of one item,
-    libraries not counted (Linux; not enforced elsewhere). `urls`: hosts that may be fetched from.
-    `fork`: decode in a fork of each worker; None: where the system supports it. Starts once.
+    without libraries (Linux only). `urls`: hosts that media may be fetched from. `fork`: decode in
+    a fork of each worker; None: if the system supports it. A pool can be started once.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MediaPool:
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._items: set[Future[DecodedItem]] = set()
-        # Both stop accepting work before the first start and after a stop.
+        # None before the start and after a stop.
         self._readers: ThreadPoolExecutor | None = None
         self._decoders: ThreadPoolExecutor | None = None
 
@@ -137,7 +137,7 @@ class MediaPool:
         for worker in self._workers:
             worker.stop()
         if self._decoders is not None and self._readers is not None:
-            # Waits: each item that is left fails at once, since its worker has been stopped.
+            # Waits for all items: each one that is left fails at once, since its worker is stopped.
             self._decoders.shutdown()
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._decoders = self._readers = None

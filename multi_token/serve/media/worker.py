@@ -45,7 +45,6 @@ _INBOX, _OUTBOX = MAX_FILES - 2, MAX_FILES - 1
 _SLACK_BYTES = 1024 * 1024
 """Bytes a reply may have beyond its tensors: header, safetensors metadata."""
 _CONTINUES = b"+"
-_NO_REPLY = encode_frame({"nothing": True})
 
 
 def main() -> int:
@@ -63,7 +62,7 @@ def main() -> int:
         modalities = build_modalities(setup)
         fork = ForkedWorker(modalities, setup) if setup["fork"] else None
         # Containers may forbid setrlimit: the fork dies then, and should at startup, not later.
-        if fork and decode_frame(fork.decode(_NO_REPLY))[0].get("fault") == "died":
+        if fork and decode_frame(fork.decode(encode_frame({})))[0].get("fault") == "died":
             raise OSError("this system does not let a fork limit its own resources")
     # Any error at all, even SystemExit of a plug-in: the parent logs the frame and refuses to
     # start. stderr goes to /dev/null, so a traceback would be lost.
