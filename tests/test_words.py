@@ -145,6 +145,13 @@ def test_docstrings_name_the_thing_first() -> None:
     assert not faults, f"{len(faults)} docstrings\n" + "\n".join(faults)
 
 
+@pytest.mark.parametrize("word", NEVER)
+def test_the_glossary_has_every_word_that_is_refused(word: str) -> None:
+    lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+    never = "\n".join(line.split("|")[-2] for line in lines if line.startswith("|"))
+    assert re.search(rf"\b(?:{word})\b", never, re.IGNORECASE)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
