@@ -103,7 +103,7 @@ def _preference_rows(
         )
     if not lengths:
         return None
-    reading = [source.with_distillation(None).with_preference("required") for source in found]
+    reading = [s.with_processor(distillation=None, preference="required") for s in found]
     return found, PreferenceDataset(build_dataset(reading, model.modalities), lengths)
 
 

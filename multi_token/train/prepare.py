@@ -178,16 +178,16 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         console=console,
     )
     if cache is not None:
-        sources = [source.with_feature_cache(cache) for source in sources]
+        sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
             fill_cache(model.modalities, encoders, sources, cache, console)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
     # rejected answer is found now and not in the middle of a later stage.
-    sources = [source.with_distillation(spec.distillation_mode) for source in sources]
-    sources = [source.with_preference(spec.preference_mode) for source in sources]
-    sources = [source.with_preference(None) for source in good_rows(sources, recipe, console)]
+    sources = [source.with_processor(distillation=spec.distillation_mode) for source in sources]
+    sources = [source.with_processor(preference=spec.preference_mode) for source in sources]
+    sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
     report = RunReport(Path(spec.output_dir), recipe, parts)
@@ -228,5 +228,5 @@ def _held_out(
         fill_cache(model.modalities, encoders, sources, cache, console)
     # a held-out row without a rejected answer is no fault: it is evaluated by cross entropy
     mode = recipe.train.preference_mode and "optional"
-    sources = [source.with_preference(mode) for source in sources]
-    return [source.with_preference(None) for source in good_rows(sources, recipe, console)]
+    sources = [source.with_processor(preference=mode) for source in sources]
+    return [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
