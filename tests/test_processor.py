@@ -75,7 +75,7 @@ def test_a_truncated_image_and_a_bomb_are_reported_with_the_row(
         )
 
 
-def test_a_row_that_just_fits_is_kept_whole(model: Any, data: Path) -> None:
+def test_a_row_that_just_fits_is_kept_complete(model: Any, data: Path) -> None:
     fields = row("<image> again <image>", images=["red.png", "blue.png"])
     length = len(read(model, data, fields).input_ids)
     assert len(read(model, data, fields, max_tokens=length).input_ids) == length
@@ -117,7 +117,7 @@ def test_a_question_ends_where_the_answer_begins_and_nothing_is_supervised(model
     assert asked.input_ids.tolist() == whole.input_ids[:first].tolist()
 
 
-def test_a_reader_is_built_of_what_the_recipe_says(
+def test_a_processor_is_built_from_the_settings_of_the_recipe(
     recipe_fields: Any, data: Path, tmp_path: Path
 ) -> None:
     fields = recipe_fields(tmp_path)
