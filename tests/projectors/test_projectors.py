@@ -1,4 +1,4 @@
-"""projectors/base.py: each kind makes exactly the tokens it promises, alone or in a mixed batch."""
+"""projectors/: each kind makes exactly `num_tokens` embeddings, alone or in a mixed batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECS: list[ProjectorSpec] = [
 SEQUENCES = [s for s in SPECS if s.type != "pixel_shuffle" and not getattr(s, "grid", False)]
 
 
-def test_what_a_recipe_leaves_out_means_the_same_as_ever() -> None:
+def test_the_defaults_of_a_projector_are_fixed() -> None:
     given = [Linear(), Mlp(), Expand(), Stack(), Pool(), PixelShuffle()]
     assert all(spec.standardize and not spec.line_break for spec in given)
     numbers = [(getattr(s, "factor", None), getattr(s, "num_layers", None)) for s in given]
@@ -35,7 +35,7 @@ def test_what_a_recipe_leaves_out_means_the_same_as_ever() -> None:
     assert not Pool().grid
 
 
-def test_a_kind_takes_its_own_fields_alone_and_keeps_them() -> None:
+def test_a_kind_accepts_only_its_own_fields_and_is_frozen() -> None:
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         Linear.model_validate({"factor": 2})
     with pytest.raises(ValidationError, match="frozen"):
@@ -52,7 +52,7 @@ def test_a_projector_has_at_least_one_layer_and_joins_or_makes_at_least_one(kind
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 @pytest.mark.parametrize("num_features", [1, 4, 9, 16, 36])
-def test_a_projector_makes_the_number_of_tokens_it_promises(
+def test_a_projector_makes_num_tokens_embeddings_per_item(
     spec: ProjectorSpec, num_features: int
 ) -> None:
     if spec == PixelShuffle(factor=3) and num_features not in (9, 36):
@@ -92,7 +92,7 @@ def test_stack_joins_neighbours_in_order_and_fills_the_last_with_zeros() -> None
     assert mask.tolist() == [[True, True]]
 
 
-def test_pool_averages_only_what_is_real() -> None:
+def test_pool_averages_only_real_features() -> None:
     groups, _ = Pool(factor=2).group(
         torch.tensor([[[1.0], [2.0], [3.0]]]), torch.ones(1, 3, dtype=torch.bool)
     )
@@ -119,7 +119,7 @@ def test_pixel_shuffle_joins_as_idefics3_does(factor: int) -> None:
 
 
 @pytest.mark.parametrize("spec", [Pool(grid=True), PixelShuffle(factor=1)], ids=repr)
-def test_a_grid_that_is_no_square_is_refused(spec: ProjectorSpec) -> None:
+def test_a_number_of_features_that_is_no_square_is_refused(spec: ProjectorSpec) -> None:
     with pytest.raises(MultiTokenError, match="needs a square number of features, got 5"):
         spec.num_tokens(5)
 
@@ -131,13 +131,13 @@ def test_grids_of_several_sizes_in_a_batch_are_refused(spec: ProjectorSpec) -> N
         spec.build(6, 8)(Features(torch.randn(2, 16, 6), mask))
 
 
-def test_pixel_shuffle_says_which_factors_a_grid_takes() -> None:
+def test_pixel_shuffle_names_the_factors_that_a_grid_takes() -> None:
     with pytest.raises(MultiTokenError, match="got 27 x 27 features; choose a divisor of 27"):
         PixelShuffle(factor=2).num_tokens(27 * 27)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_the_closed_form_part_never_learns_and_the_network_starts_silent(
+def test_the_closed_form_is_frozen_and_the_network_starts_at_zero(
     spec: ProjectorSpec,
 ) -> None:
     projector = spec.build(6, 8)
