@@ -143,6 +143,14 @@ def test_a_media_text_that_the_template_refuses_is_an_error_of_its_row(model: An
     assert error.kind == "chat_template" and "no smells" in str(error)
 
 
+def test_a_row_whose_answer_has_other_ids_for_the_teacher_is_refused(model: Any) -> None:
+    """A media text inside the answer is supervised, the media themselves are not."""
+    parts = (Text("Look: "), Media("vector", VECTOR, "a wave"))
+    row = Conversation((Message("user", (Text("Show one"),)), Message("assistant", parts)), id="r7")
+    error = refusal(processor(model, distillation="optional"), row)
+    assert error.kind == "chat_template" and "tokenized differently" in str(error)
+
+
 def test_an_empty_text_is_a_text(model: Any) -> None:
     said = asked(Text("Look: "), Media("vector", VECTOR, ""), Text("!"))
     assert "Look: !" in text(model, processor(model, distillation="required")(said).teacher)

@@ -125,14 +125,15 @@ def test_media_spans_cover_their_filler_ids_in_reading_order() -> None:
         Media("image", 2),
     )
     messages = (Message("user", parts), Message("assistant", (Text("yes"),)))
-    sample = chat.tokenize(Conversation(messages), [4, 1, 2])
+    sample = chat.tokenize(Conversation(messages, id="row 7"), [4, 1, 2])
+    assert sample.id == "row 7"
     assert [(p.modality, p.length) for p in sample.media_spans] == [
         ("image", 4),
         ("vector", 1),
         ("image", 2),
     ]
-    for place in sample.media_spans:
-        span = slice(place.start, place.start + place.length)
+    for media_span in sample.media_spans:
+        span = slice(media_span.start, media_span.start + media_span.length)
         assert (sample.input_ids[span] == chat.filler_id).all()
         assert (sample.labels[span] == IGNORE_INDEX).all()
     assert sample.media_spans[2].start == sample.media_spans[1].start + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import (
+    GREEDY,
     ScaledEmbedding,
     accepts_position_ids,
     base_language_model,
@@ -99,8 +101,6 @@ def test_positions_and_segments_are_passed_to_models_that_take_them(
 
 
 def test_the_base_language_model_is_found_inside_an_adapter(llama: Any) -> None:
-    from copy import deepcopy
-
     from peft import LoraConfig, get_peft_model
 
     inner = deepcopy(llama)
@@ -138,6 +138,14 @@ def test_the_loss_of_all_logits_is_that_of_the_selected_ones(llama: Any, num_ite
     assert one.past_key_values is other.past_key_values is None
 
 
+@pytest.mark.parametrize("selects", [True, False])
+def test_other_inputs_of_the_loss_reach_the_model(llama: Any, selects: bool) -> None:
+    positions = torch.tensor([[0, 1, 0, 1, 2]] * 2)
+    packed = loss_of(llama, supports_logits_to_keep=selects, position_ids=positions)
+    alone = loss_of(llama, supports_logits_to_keep=selects)
+    assert not torch.allclose(packed.logits, alone.logits)
+
+
 def test_a_model_that_ignores_logits_to_keep_is_refused(llama: Any) -> None:
     class AllLogits(nn.Module):
         config = llama.config
@@ -156,9 +164,12 @@ MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 def continued(
     model: Any, start: Any, ids: Tensor = IDS, mask: Tensor = MASK, **options: Any
 ) -> Any:
+    embeds = model.get_input_embeddings()(ids).detach().clone()
+    media = torch.randn(embeds[:, :-1].shape, generator=torch.Generator().manual_seed(2))
+    embeds[:, :-1] += embeds.std() * media  # all but the last position are no token's
     return generate_from_embeds(
         model,
-        inputs_embeds=model.get_input_embeddings()(ids),
+        inputs_embeds=embeds,
         input_ids=ids,
         attention_mask=mask,
         prefill_mode=start,
@@ -172,8 +183,10 @@ def test_the_prefill_modes_ids_and_embeds_generate_the_same(llama: Any, length: 
     expected = continued(llama, "embeds", ids, mask)
     assert expected.shape == (2, 6)
     assert torch.equal(continued(llama, "ids", ids, mask), expected)
-    whole = continued(llama, "ids", ids, mask, return_dict_in_generate=True)
-    assert torch.equal(whole.sequences, expected)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    by_ids, by_embeds = (continued(llama, m, ids, mask, **options) for m in ("ids", "embeds"))
+    assert torch.equal(by_ids.sequences, expected)
+    torch.testing.assert_close(torch.stack(by_ids.logits), torch.stack(by_embeds.logits))
 
 
 def test_a_prefilled_kv_cache_is_refused_for_several_answers(llama: Any) -> None:
@@ -182,6 +195,14 @@ def test_a_prefilled_kv_cache_is_refused_for_several_answers(llama: Any) -> None
             continued(llama, "ids", **{option: 2})
     one = continued(llama, "ids", num_beams=1, num_return_sequences=1)
     assert torch.equal(one, continued(llama, "ids"))
+
+
+def test_greedy_options_override_the_models_own_generation_config(llama: Any) -> None:
+    model = deepcopy(llama)
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    model.generation_config.update(do_sample=True, temperature=9.0, num_return_sequences=3)
+    found = model.generate(IDS, max_new_tokens=4, eos_token_id=None, **GREEDY)
+    assert torch.equal(found, expected)
 
 
 class Heard:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from multi_token.errors import MultiTokenError
-from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec, mask_without_newlines
 from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
 from multi_token.types import Features
 
@@ -204,3 +205,32 @@ def test_scaling_gives_line_ends_the_same_root_mean_square() -> None:
     projector.scale_output(features, 0.125)
     for tokens in projector(features)[breaks.flatten()], projector(features)[~breaks.flatten()]:
         torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(0.125))
+
+
+def test_features_are_standardized_and_their_padding_stays_zero() -> None:
+    projector = Linear().build(2, 8)
+    projector.feature_mean.copy_(torch.tensor([1.0, 2.0]))
+    projector.feature_scale.copy_(torch.tensor([4.0, 0.5]))
+    features = Features(torch.tensor([[[2.0, 4.0], [9.0, 9.0]]]), torch.tensor([[True, False]]))
+    values, mask = projector.standardize_features(features)
+    assert values.tolist() == [[[4.0, 1.0], [0.0, 0.0]]]
+    assert mask.tolist() == [[True, False]]
+
+
+def test_line_ends_and_padding_are_no_features() -> None:
+    values = torch.zeros(1, 4, 2)
+    mask = torch.tensor([[True, True, True, False]])
+    breaks = torch.tensor([[False, True, False, False]])
+    assert mask_without_newlines(Features(values)) is None
+    assert mask_without_newlines(Features(values, mask)) is mask
+    of_breaks = mask_without_newlines(Features(values, None, breaks))
+    assert of_breaks is not None and of_breaks.tolist() == [[True, False, True, True]]
+    both = mask_without_newlines(Features(values, mask, breaks))
+    assert both is not None and both.tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_perceptron_has_num_layers_linear_layers(num_layers: int) -> None:
+    network = Mlp(num_layers=num_layers).build(6, 8).network
+    widths = [m.in_features for m in network.modules() if isinstance(m, nn.Linear)]
+    assert widths == [6, 8, 8][:num_layers]
