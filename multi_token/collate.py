@@ -2,9 +2,8 @@
 
 The last step on the CPU that sees samples; modalities batch their own inputs.
 
-A pack that shares prefixes is a tree. What rows begin with alike stands once, and each row's rest
-is a segment that attends to the segments before it (rows A, B and C share `system`, A and B also
-an image):
+A pack that shares prefixes is a tree. A common prefix is laid once, and the rest of each row is a
+segment that attends to its ancestors (rows A, B and C share `system`, A and B also an image):
 
     system | image | rest of A | rest of B | rest of C
        ^-------'^--------'         |           |
@@ -34,11 +33,11 @@ from multi_token.types import (
 )
 
 FEATURES_KEY = "features"
-"""Input of an item that carries features from the cache instead of encoder inputs."""
+"""Key of an item's inputs: cached features in place of encoder inputs."""
 NEWLINES_KEY = "breaks"
-"""Input beside it, for items that have lines: bool [length], true where a line ends."""
+"""Key beside it, for items with lines: bool [length], true where a line ends."""
 _MIN_SHARED_TOKENS = 8
-"""Shortest text prefix that is shared. Every segment costs each layer one more attention call."""
+"""Shortest text prefix that is shared: each segment costs one attention call in every layer."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Collator:
     """Lay prefixes that samples of a pack share only once (`train.packing: {share: true}`)."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Samples -> Batch of [batch, longest]. All items of a modality are batched together."""
+        """Pad samples to one length -> Batch of [batch, longest]; items are batched by modality."""
         lengths = [len(s.input_ids) for s in samples]
         time = max(lengths)
         left = self.padding_side == "left"
@@ -68,6 +67,7 @@ class Collator:
             input_ids[row, span] = sample.input_ids
             labels[row, span] = sample.labels
             attention_mask[row, span] = 1
+        # shifted here: a shift inside the model would cross the borders of packed samples
         shift_labels = torch.full_like(labels, IGNORE_INDEX)
         shift_labels[:, :-1] = labels[:, 1:]
         return Batch(
@@ -93,7 +93,7 @@ class Collator:
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         labels = [s.sample.labels[s.start : s.stop].clone() for s in segments]
         for of_segment in labels:
-            # or the last token of the segment before, of another sample, would predict it
+            # the token before it is of another sample or of the prefix, and must not predict it
             of_segment[:1] = IGNORE_INDEX
         joined = torch.cat(labels)[None]
         begins = borders[:-1].tolist()
@@ -101,15 +101,18 @@ class Collator:
             input_ids=torch.cat([s.sample.input_ids[s.start : s.stop] for s in segments])[None],
             labels=joined,
             shift_labels=torch.nn.functional.pad(joined[:, 1:], (0, 1), value=IGNORE_INDEX),
+            # positions within each sample, so that a packed row computes what its own batch would
             position_ids=torch.cat([torch.arange(s.start, s.stop) for s in segments])[None],
             cu_seq_lens_q=borders,
             cu_seq_lens_k=borders,
+            # ints and not tensors: the attention kernel would read them back from the device
             max_length_q=max(lengths),
             max_length_k=max(lengths),
             media=self._media(
                 (span, item, begin - segment.start)
                 for segment, begin in zip(segments, begins, strict=True)
                 for span, item in zip(segment.sample.media_spans, segment.sample.media, strict=True)
+                # a shared item belongs to the segment of the prefix alone, so it is encoded once
                 if segment.start <= span.start < segment.stop
             ),
         )
@@ -135,9 +138,7 @@ class Collator:
         return [_PackSegment(sample, 0, len(sample.input_ids)) for sample in samples]
 
     def _media(self, placed: Iterable[tuple[MediaSpan, Prepared, int]]) -> dict[str, MediaBatch]:
-        """Items with their places and where their samples begin in the flattened batch, by
-        modality.
-        """
+        """Batch (span, item, start of its sample in the flattened batch) by modality."""
         items: dict[str, list[Prepared]] = {}
         positions: dict[str, list[Tensor]] = {}
         for place, item, begin in placed:
@@ -154,7 +155,7 @@ class Collator:
         }
 
     def inputs(self, name: str, items: Sequence[Prepared]) -> dict[str, Tensor]:
-        """Items of one modality -> its encoder's inputs, or their cached features.
+        """Batch the items of a modality -> encoder inputs, or cached features.
 
         Raises MultiTokenError if only some have cached features: neither could carry the others.
         """
@@ -178,7 +179,7 @@ class Collator:
 
 @dataclass(frozen=True)
 class _PackSegment:
-    """`sample[start:stop]` of a pack, which attends to segment number `parent` and its parents."""
+    """`sample[start:stop]` in a pack; attends to segment number `parent` and its ancestors."""
 
     sample: Sample
     start: int
@@ -188,7 +189,7 @@ class _PackSegment:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """The part of a sample that another one may share, in units that are shared whole or not.
+    """Part of a sample that another sample may share, in units that are not cut.
 
     `units`: a token id, or (modality, item number, length) of a media span. `ends`: tokens up to
     the end of each unit.
@@ -200,14 +201,14 @@ class _Prefix:
 
 
 class _ItemNumbers:
-    """Numbers for media items: items with equal encoder inputs have the same number."""
+    """Numbers of media items: items with equal encoder inputs have the same number."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, list[tuple[int, Prepared]]] = {}
         self._num_known = 0
 
     def number(self, modality: str, item: Prepared) -> int:
-        """Return the number of an item, a new one for content not seen before."""
+        """Return the number of an item; new content gets a new number."""
         # a few values decide between most items; only what agrees in these is compared in full
         inputs = sorted(item.inputs.items())
         few = [
@@ -223,8 +224,9 @@ class _ItemNumbers:
 
 
 def _prefix(sample: Sample, numbers: _ItemNumbers) -> _Prefix:
-    """The tokens before a sample's last one and before any that predicts a supervised token."""
+    """Return the tokens before the last one, and before any that predicts a supervised token."""
     supervised = (sample.labels[1:] != IGNORE_INDEX).nonzero()[:1].flatten().tolist()
+    # hidden states of the prefix are shared, so no loss may be computed on its last token
     stop = min([len(sample.input_ids) - 1, *supervised])
     ids = sample.input_ids[:stop].tolist()
     units: list[Hashable] = []
@@ -243,7 +245,7 @@ def _prefix(sample: Sample, numbers: _ItemNumbers) -> _Prefix:
 
 
 def _num_common(prefixes: Sequence[_Prefix], begin: int = 0) -> int:
-    """Number of leading units that all prefixes have in common; the first `begin` are known."""
+    """Count the first units that all prefixes have in common; the first `begin` are known."""
     first = prefixes[0].units
     for i in range(begin, min(len(prefix.units) for prefix in prefixes)):
         if any(prefix.units[i] != first[i] for prefix in prefixes):
@@ -266,7 +268,7 @@ def shared_prefix(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def _tree(samples: Sequence[Sample]) -> list[_PackSegment]:
-    """Segments of a pack whose common prefixes stand once, each parent before its children."""
+    """Return the segments of a pack that lays common prefixes once, parents before children."""
     numbers = _ItemNumbers()
     segments: list[_PackSegment] = []
     # (rows with the first `depth` units in common, depth, tokens that are laid already, parent);

@@ -100,7 +100,7 @@ class Sample:
     with
     texts in place of its media, if that was asked for and they are there. `rejected`: the same
     prompt and media with the answer that is not preferred, likewise. `error`: what is wrong with
-    the row, where that is found only now; the numbers then stand for nothing (HeaderLengthDataset).
+    the row, where that is found only now; the numbers then stand for nothing (ConversationDataset).
     """
 
     input_ids: Tensor

@@ -50,6 +50,7 @@ ALLOWED = re.compile(
     r"|behind (?:a|the|your) (?:reverse )?prox(?:y|ies)"
     r"|in the house of|Which colour is behind it"  # sentences that examples train on
     r"|^USER nobody"  # Docker
+    r"|\"surrogates\"|`surrogates` is now called"  # a key of rows of earlier versions
     # Seeds of random numbers: others would give other rows than those of the published results.
     r"|\"(?:held_out/|things/)?two_pictures\"|^f?\"?pictures/\{thing"
     # Questions of the golden records and their names.

@@ -1,11 +1,11 @@
-"""`multi-token data check`, `data show`, `data encode`: tables and exit codes for data/."""
+"""`multi-token data check`, `data show`, `data encode`: options, tables and exit codes."""
 
 from __future__ import annotations
 
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from multi_token.data.feature_cache.encode import EncodeReport
     from multi_token.data.rows import Row
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from multi_token.modalities.base import Encoder
     from multi_token.processor import MultiTokenProcessor
     from multi_token.recipe.recipe import Recipe
-    from multi_token.types import Conversation
+    from multi_token.types import Conversation, Sample
+
+PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Check rows, show them, and encode their media before training."
@@ -90,6 +93,7 @@ def check(
     from multi_token.recipe.recipe import load_recipe
 
     share, num_shares = _shard_of(shard, num_shards)
+    # before the rows, which may take an hour to read
     if clean is not None:
         _check_target(clean)
     processor = _processor(data, recipe, override)
@@ -107,6 +111,7 @@ def check(
         num_workers=num_workers,
         known=known,
     )
+    # every n-th row: neighbours often cost alike, so blocks would end at different times
     report = look(indices=range(share, len(rows), num_shares))
 
     console = Console(highlight=False)
@@ -145,7 +150,6 @@ def show(
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
     from multi_token.data.scan import sample_length
-    from multi_token.data.show import render_sample
 
     processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
@@ -226,7 +230,9 @@ def encode(
         for s in sources
     ]
     modalities = loaded.model.modalities
-    reason = random_preprocessing(sample_items(row_sources, modalities), modalities)
+    first, _ = sample_items(row_sources, modalities)
+    # before the encoders are loaded, which takes longer
+    reason = random_preprocessing(first, modalities)
     if reason is not None:
         raise RecipeError(reason)
     encoders = frozen_encoders(loaded, partial(_initial_encoders, loaded))
@@ -298,7 +304,9 @@ def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
 
 def _print_encode_report(console: Console, report: EncodeReport, examples: int) -> None:
     for problem in report.problems[:examples]:
-        console.print(f"skipped {problem.message}", markup=False, soft_wrap=True)
+        console.print(
+            f"skipped row {problem.row_id}: {problem.message}", markup=False, soft_wrap=True
+        )
     if 0 < examples < len(report.problems):
         console.print(f"and {len(report.problems) - examples:,} more")
 
@@ -332,7 +340,7 @@ def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
 
 
 def _check_target(clean: str) -> None:
-    """Raise MultiTokenError for a target that cannot be written, before an hour of reading."""
+    """Raise MultiTokenError for a file that `--clean` cannot write."""
     from multi_token.errors import MultiTokenError
 
     target = Path(clean)
@@ -356,6 +364,7 @@ def _write_clean_rows(
     from multi_token.errors import MultiTokenError
 
     start = Path(media_root(data) or "").resolve()
+    # relative paths start at the folder of the file that names them
     if Path(clean).resolve().parent != start:
         lost = first_relative_path(rows, good_indices, modalities=processor.modalities)
         if lost is not None:
@@ -373,12 +382,13 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
         console.print(_problem_table(report, examples))
     if report.lengths:
         console.print(_length_table(histogram([n.num_tokens for n in report.lengths])))
-    share = report.num_supervised / report.num_tokens if report.num_tokens else 0.0
+    total = report.total
+    share = total.num_supervised / total.num_tokens if total.num_tokens else 0.0
     console.print(
         f"{report.num_rows:,} rows: {len(report.good_indices):,} good, "
         f"{len(report.problems):,} bad\n"
-        f"{report.num_tokens:,} tokens in good rows: {report.num_supervised:,} supervised "
-        f"({share:.1%}), {report.num_media:,} media"
+        f"{total.num_tokens:,} tokens in good rows: {total.num_supervised:,} supervised "
+        f"({share:.1%}), {total.num_media:,} media"
     )
     if not report.num_rows:
         console.print("There are no rows.")
@@ -414,6 +424,47 @@ def _length_table(bins: Sequence[Bin]) -> Table:
         bar = "█" * max(round(30 * b.count / highest), 1 if b.count else 0)
         table.add_row(f"{b.low:,} - {b.high:,}", f"{b.count:,}", bar)
     return table
+
+
+def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Text:
+    """Render a sample as the model gets it: prompt dim, supervised text green, `[image x 4]`.
+
+    With `marks`, supervised text also is between `⟦` and `⟧`, for terminals without colour.
+    """
+    from rich.text import Text
+
+    from multi_token.types import IGNORE_INDEX
+
+    ids: list[int] = sample.input_ids.tolist()
+    supervised: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
+    starts = {span.start: span for span in sample.media_spans}
+    opening, closing = ("⟦", "⟧") if marks else ("", "")
+    text = Text.assemble(
+        ("prompt", PROMPT_STYLE),
+        "  ",
+        (f"{opening}supervised{closing}", SUPERVISED_STYLE),
+        "  ",
+        ("[media x tokens]", MEDIA_STYLE),
+        "\n\n",
+    )
+    position = 0
+    while position < len(ids):
+        if span := starts.get(position):
+            text.append(f"[{span.modality} x {span.length}]", style=MEDIA_STYLE)
+            # a span of no tokens still must not loop for ever
+            position += max(span.length, 1)
+            continue
+        end = position + 1
+        while end < len(ids) and end not in starts and supervised[end] == supervised[position]:
+            end += 1
+        # a run of ids at a time: one token alone may be half of a UTF-8 letter
+        decoded = str(tokenizer.decode(ids[position:end]))
+        if supervised[position]:
+            text.append(f"{opening}{decoded}{closing}", style=SUPERVISED_STYLE)
+        else:
+            text.append(decoded, style=PROMPT_STYLE)
+        position = end
+    return text
 
 
 def _media_table(conversation: Conversation, lengths: Sequence[int]) -> Table:

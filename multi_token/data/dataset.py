@@ -5,9 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row, row_id_of
@@ -29,8 +30,12 @@ def row_to_sample(
 class ConversationDataset(Dataset[Sample]):
     """Rows as samples: `dataset[i]` reads the i-th good row.
 
-    Picklable if `rows` and `processor` are. A row that cannot be read raises RowError, since `scan`
-    has selected the good rows before.
+    Picklable if `rows` and `processor` are. Where rows were decoded by the scan, a row that cannot
+    be read raises RowError.
+
+    With `lengths`, rows are decoded here for the first time. A bad row, or one of another length,
+    then returns a placeholder with `Sample.error`, and the step that contains it ends the run in
+    all processes. A data worker that raised would end the other processes by a lost connection.
     """
 
     def __init__(
@@ -41,52 +46,28 @@ class ConversationDataset(Dataset[Sample]):
         modalities: Collection[str],
         good_indices: Sequence[int] | None = None,
         source: str = "rows",
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        """`good_indices`: rows to use, by their index in `rows`; None for all."""
+        """`good_indices`: rows to use, by their index in `rows`; None for all.
+
+        `lengths`: number of tokens of each good row, predicted from the headers of its media.
+        """
         self.rows = rows
         self.processor = processor
         self.modalities = tuple(modalities)
         # an array, not a list: reference counts of list items make forked workers copy its pages
         self.good_indices = array("q", range(len(rows)) if good_indices is None else good_indices)
         self.source = source
+        self.lengths = None if lengths is None else array("q", lengths)
 
     def __len__(self) -> int:
         return len(self.good_indices)
 
     def __getitem__(self, index: int) -> Sample:
-        row_index = self.good_indices[index]
-        row = self.rows[row_index]
-        row_id = row_id_of(row_index, row, self.source)
-        return row_to_sample(row, row_id, processor=self.processor, modalities=self.modalities)
-
-
-class HeaderLengthDataset(ConversationDataset):
-    """Dataset that checks each decoded row against the length predicted from its media headers.
-
-    A bad row returns a placeholder sample with `Sample.error` set, and never raises. The step that
-    contains it ends the run in all processes. An exception from a data worker would reach its own
-    process as a formatted traceback, and the other processes as a lost connection.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        processor: Callable[[Conversation], Sample],
-        *,
-        modalities: Collection[str],
-        good_indices: Sequence[int] | None = None,
-        source: str = "rows",
-        lengths: Sequence[int],
-    ) -> None:
-        """`lengths`: predicted number of tokens of each good row."""
-        super().__init__(
-            rows, processor, modalities=modalities, good_indices=good_indices, source=source
-        )
-        self.lengths = array("q", lengths)
-
-    def __getitem__(self, index: int) -> Sample:
+        if self.lengths is None:
+            return self._read(index)
         try:
-            sample = super().__getitem__(index)
+            sample = self._read(index)
             if len(sample.input_ids) != self.lengths[index]:
                 raise RowError(
                     f"is {len(sample.input_ids)} tokens long, but by the headers of its media it "
@@ -98,6 +79,31 @@ class HeaderLengthDataset(ConversationDataset):
         except RowError as error:
             return placeholder_sample(error)
         return sample
+
+    def _read(self, index: int) -> Sample:
+        row_index = self.good_indices[index]
+        row = self.rows[row_index]
+        row_id = row_id_of(row_index, row, self.source)
+        return row_to_sample(row, row_id, processor=self.processor, modalities=self.modalities)
+
+
+def worker_loader(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Return a loader of the dataset's items, one by one, as data workers return them."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        # DataLoader draws a seed from its generator. From torch's global one, the draw would change
+        # the random numbers of training, and those after a resume
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def _identity(item: Any) -> Any:
+    # a function of the module, since spawned workers unpickle it
+    return item
 
 
 def placeholder_sample(error: RowError) -> Sample:

@@ -1,10 +1,10 @@
-"""One row in, one Conversation out: every accepted row shape ends here."""
+"""Row of any accepted shape -> Conversation."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -23,17 +23,17 @@ ROLES: Mapping[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
 }
-"""Every accepted name of a speaker, and what it becomes."""
+"""Accepted names of a speaker -> its role."""
 
 _NOT_MEDIA = ("id", "messages", "conversations", "media_texts", "chosen", "rejected")
 _OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
-"""Fields of the original's rows that are not called as their slot, with or without an s."""
+"""Slot -> its field in rows of the original multi_token, where that is no plural of the slot."""
 
 
 def to_conversation(
     row: Mapping[str, Any], modalities: Collection[str], *, row_id: str
 ) -> Conversation:
-    """The conversation in `row`; `modalities` are the names of the recipe's instances.
+    """Convert a row; `modalities` are the names of the recipe's instances.
 
     | the row has                                  | shape         | a slot is                     |
     |----------------------------------------------|---------------|-------------------------------|
@@ -42,18 +42,18 @@ def to_conversation(
     | `messages`, at least one `content` a list    | content parts | a part whose `type` is a name |
 
     Text slots, and parts without a source of their own, are filled in reading order from the row's
-    field `<name>` or `<name>s` (the original's `speech_audios` is that of `speech`): a list of
-    items, or one item. A flat list of numbers is one item, and so is an array in `<name>`; an array
-    of two or more axes in `<name>s` is many, along its first. In a row of content parts no text is
-    a slot: `<image>` stays text in all its messages.
+    field `<name>` or `<name>s` (for `speech`, also the original's `speech_audios`): a list of
+    items, or one item. A flat list of numbers is one item, and so is an array in `<name>`. An array
+    of two or more axes in `<name>s` is split along its first axis. In a row of content parts,
+    `<image>` in a text stays text in all messages.
 
-    `distillation_mode`, if given, holds a text for each item of a name, in reading order:
+    `media_texts` holds a text for each item of a name, in reading order:
     `{"speech": ["turn on the light"]}`.
 
-    A row with `chosen` and `rejected` answers (data/preferences.py) is the conversation with the
-    chosen one, which has the other one under `rejected`.
+    A row with `chosen` and `rejected` answers (data/preferences.py) becomes the conversation with
+    the chosen answer; its `rejected` is the conversation with the other one.
 
-    An `id` in the row wins over `row_id`. Raises `RowError` of kind `format` or `item_count`.
+    An `id` in the row replaces `row_id`. Raises RowError of kind `format` or `item_count`.
     """
     reader = _RowParser(row, modalities, row_id=str(row_id))
     if not is_preference_row(row):
@@ -62,6 +62,7 @@ def to_conversation(
         _RowParser(branch, modalities, row_id=reader.row_id).parse()
         for branch in split_preference_row(row, ROLES, reader.error)
     )
+    # compared once parsed: a text and a list with that text are the same answer
     if chosen.messages[-1] == rejected.messages[-1]:
         raise reader.error(
             "has the same answer under `chosen` and `rejected`, so there is nothing to prefer; "
@@ -71,7 +72,7 @@ def to_conversation(
 
 
 class _RowParser:
-    """The state of reading one row: its name, and the items that its fields still have to give."""
+    """Parser of one row: its id, the items of its fields, and the slots that were read."""
 
     def __init__(self, row: Mapping[str, Any], modalities: Collection[str], *, row_id: str) -> None:
         self.row_id = row_id
@@ -85,6 +86,7 @@ class _RowParser:
             self.row_id = str(row["id"])
         self.row = row
         alternatives = "|".join(re.escape(name) for name in self.names)
+        # an empty alternative would match `<>`
         self.slot = re.compile(f"<({alternatives})>") if self.names else None
         self.items: dict[str, list[Any]] = {}
         self.fields: dict[str, str] = {}
@@ -94,7 +96,7 @@ class _RowParser:
         return RowError(sentence, kind=kind, row_id=self.row_id)
 
     def shapes(self) -> str:
-        """The three shapes, spelled with a name of the recipe where it has one."""
+        """Describe the accepted shapes, with a name of the recipe where it has one."""
         name = min(self.names, default="image")
         return (
             f'the accepted shapes are {{"{name}s": [...], "messages": [{{"role": "user", '
@@ -109,6 +111,8 @@ class _RowParser:
         turns, role_key, content_key = self._turns()
         for name in self.names:
             self._read_field(name)
+        # for the row, not for each message: else `<image>` in one text would be a slot, and not in
+        # the next
         text_slots = all(as_list(turn.get(content_key)) is None for turn in turns)
         messages: list[Message] = []
         for index, turn in enumerate(turns):
@@ -121,7 +125,7 @@ class _RowParser:
         return self._with_media_texts(Conversation(tuple(messages), id=self.row_id))
 
     def _with_media_texts(self, conversation: Conversation) -> Conversation:
-        """The same conversation, each item with its text of the row's `media_texts`."""
+        """Return the conversation with the texts of the row's `media_texts` in its items."""
         if "surrogates" in self.row:
             raise self.error("the key `surrogates` is now called `media_texts`; rename the key")
         given = self.row.get("media_texts")
@@ -132,10 +136,10 @@ class _RowParser:
                 f"`media_texts` is {type_name(given)}, expected an object with a list of texts for "
                 f"each of {', '.join(sorted(self.names))}"
             )
-        texts: dict[str, list[Any]] = {}
+        texts: dict[str, Iterator[Any]] = {}
         for name, value in given.items():
             if value is None:
-                continue  # a column of a table
+                continue  # a null field of a table is an absent one
             found: list[Any] | None = [value] if isinstance(value, str) else as_list(value)
             if (
                 name not in self.names
@@ -153,19 +157,18 @@ class _RowParser:
                     f"{num_items} items of it; give one for each, in reading order",
                     kind="item_count",
                 )
-            texts[name] = found[::-1]
+            texts[name] = iter(found)
+
+        # parts are in reading order, which is the order of the texts
+        def with_text(part: Part) -> Part:
+            if isinstance(part, Media) and part.modality in texts:
+                return replace(part, media_text=next(texts[part.modality]))
+            return part
+
         return replace(
             conversation,
             messages=tuple(
-                replace(
-                    message,
-                    parts=tuple(
-                        replace(part, media_text=texts[part.modality].pop())
-                        if isinstance(part, Media) and part.modality in texts
-                        else part
-                        for part in message.parts
-                    ),
-                )
+                replace(message, parts=tuple(map(with_text, message.parts)))
                 for message in conversation.messages
             ),
         )
@@ -200,7 +203,7 @@ class _RowParser:
         return turns, role_key, content_key
 
     def _read_field(self, name: str) -> None:
-        """Fill `items[name]` from the row's field `<name>` or `<name>s`, if it has one."""
+        """Fill `items[name]` from the row's field `<name>` or `<name>s`, if there is one."""
         keys = [name]
         others = [f"{name}s", *([_OTHER_FIELDS[name]] if name in _OTHER_FIELDS else [])]
         keys += [key for key in others if key not in self.names]  # one may be an instance's name
@@ -217,8 +220,9 @@ class _RowParser:
         ]
 
     def _source(self, item: Any, where: str) -> Any:
-        """One item as `Media.source`: of the {"bytes", "path"} of `datasets`, one of the two."""
+        """Return an item as `Media.source`; for {"bytes", "path"} of `datasets`, one of the two."""
         if isinstance(item, Mapping) and item and set(item) <= {"bytes", "path"}:
+            # bytes first: the path is one on the machine that wrote the table
             data, path = item.get("bytes"), item.get("path")
             item = data if data is not None else path
         if item is None:
@@ -315,6 +319,7 @@ class _RowParser:
     def _check_counts(self, *, text_slots: bool) -> None:
         differing: list[str] = []
         for name in self.names:
+            # only names that differ are listed, each with its own remedy
             num_items, num_slots = len(self.items.get(name, [])), self.num_slots[name]
             if num_items == num_slots:
                 continue
@@ -322,24 +327,25 @@ class _RowParser:
             field = self.fields.get(name)
             items = f"{num_items} in `{field}`" if field else f"no field `{name}` or `{name}s`"
             if num_items > num_slots:
-                mend = f"write {slot} where each item belongs, or leave items out"
+                fix = f"write {slot} where each item belongs, or leave items out"
                 if isinstance(self.items[name][0], (list, tuple)):
-                    mend += "; a single item of several lists needs a list of its own around it"
+                    fix += "; a single item of several lists needs a list of its own around it"
             elif text_slots:
-                mend = (
+                fix = (
                     f"give one item for each slot (if the letters <{name}> are meant, write the "
                     "row in content parts, where text is never a slot)"
                 )
             else:
-                mend = f"give each part its source under `{name}`, or one item in `{name}s`"
+                fix = f"give each part its source under `{name}`, or one item in `{name}s`"
             slots = f"{num_slots} slot{'' if num_slots == 1 else 's'}"
-            differing.append(f"{slots} {slot} but {items}; {mend}")
+            differing.append(f"{slots} {slot} but {items}; {fix}")
         if differing:
             raise self.error("; also ".join(sorted(differing)), kind="item_count")
 
 
 def _split_items(value: Any, *, plural: bool) -> list[Any]:
-    """The items in a media field; see the table of `to_conversation`."""
+    """Return the items of a media field; see `to_conversation`."""
+    # `image: array` of three axes is one image, `images: array` of four axes a batch of them
     if isinstance(value, (np.ndarray, Tensor)):
         many = plural and value.ndim > 1
         return [value[i] for i in range(value.shape[0])] if many else [value]

@@ -1,4 +1,4 @@
-"""How long rows are, remembered in a folder, so that a second look at them opens no media."""
+"""Lengths of rows, stored in a folder, so that a second scan opens no media."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,28 +18,27 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from multi_token import __version__
+from multi_token.checkpoint.atomic import atomic_file
 from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.hashing import content_bytes, digest
-from multi_token.types import Conversation, Media
+from multi_token.types import Conversation, Media, Part
 
 if TYPE_CHECKING:
     from multi_token.media.fetch import Fetch
     from multi_token.processor import MultiTokenProcessor
 
-_FIELDS = ("num_tokens", "num_supervised", "num_media")
 _BY_HEADER = "by_header"
-"""A file holds it whose lengths were told by headers."""
+"""Key in a file whose lengths are header lengths."""
 _NOT_LENGTHS = frozenset(("chat", "modalities", "fetch", "cache", "lengths_only", "row_id"))
-"""Fields of a reader that are looked at otherwise, or that lengths do not hang on."""
-_APART = 30.0
-"""Seconds between two savings while rows are read."""
+"""Fields of a processor that are digested separately, or that lengths do not depend on."""
+_SAVE_INTERVAL_S = 30.0
+"""Time between two saves during a scan: the work that a kill may lose."""
 
 
-@dataclass(frozen=True)
-class Length:
+class Length(NamedTuple):
     """Length of one good row: all tokens, supervised tokens, media tokens."""
 
     num_tokens: int
@@ -48,24 +47,23 @@ class Length:
 
 
 class LengthStore:
-    """Lengths of good rows in a folder, which any number of processes may fill at once.
+    """Lengths of good rows in a folder that any number of processes may fill at once.
 
-    A row is known by its content, by size and time of change of the local files that it names, and
-    by how it is read (`processor_fingerprint`). What changed is read again, and so is each bad row:
-    it may
-    have been fixed. An address counts as its text, so that what lies there is not looked at again.
-    Lengths that headers told are kept apart: only a reader that asks headers too knows them, since
-    nobody has seen those rows to be good.
+    The key of a row is a digest of its content, size and time of change of the local files that it
+    names, and the processor (`processor_fingerprint`). A row that changed is read again, and so is
+    each bad row, since it may have been fixed. A URL counts as its text: a changed file there is
+    not noticed. Header lengths have files of their own, which only a processor with `lengths_only`
+    reads: no process has decoded those rows.
     """
 
     def __init__(self, folder: str | os.PathLike[str], processor: MultiTokenProcessor) -> None:
-        """Raises MultiTokenError for a file in the folder that is damaged."""
+        """Raises MultiTokenError for a damaged file in the folder."""
         self.folder = Path(folder)
         self.names = tuple(processor.modalities)
         self.fetch = processor.fetch
         self.identity = processor_fingerprint(processor)
         self.lengths_only = processor.lengths_only
-        self._table = KeyTable([(name, "i4") for name in _FIELDS])
+        self._table = KeyTable([(name, "i4") for name in Length._fields])
         self._new: dict[str, Length] = {}
         self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
         self._saved = time.monotonic()
@@ -75,16 +73,17 @@ class LengthStore:
         return len(self._table)
 
     def refresh(self) -> None:
-        """Also know what other processes have saved since."""
+        """Read the lengths that other processes have saved since."""
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 found = load_file(path)
                 keys, lengths = found["keys"], found["lengths"]
+                # no process has decoded those rows, and a run that decodes must find bad ones
                 if _BY_HEADER in found and not self.lengths_only:
                     continue
             except (SafetensorError, KeyError) as error:
                 raise MultiTokenError(
-                    f"{path} is damaged ({error}); remove it: its rows are then read once more"
+                    f"{path} is damaged ({error}); remove it, and its rows are read again"
                 ) from error
             for key, length in zip(keys, lengths.tolist(), strict=True):
                 self._table.add(key.tobytes().hex(), tuple(length))
@@ -92,45 +91,40 @@ class LengthStore:
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
-            conversation = to_conversation(row, self.names, row_id=row_id)
-        except RowError:
-            return None
-        turns = self._turns(conversation)
-        if turns is None:
+            turns = self._turns(to_conversation(row, self.names, row_id=row_id))
+        except (RowError, _NoStamp):
+            # a bad row has no length, and may be fixed before the next start
             return None
         text = json.dumps(turns, ensure_ascii=False)
+        # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
         return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
 
-    def _turns(self, conversation: Conversation) -> list[Any] | None:
-        turns: list[Any] = []
-        for message in conversation.messages:
-            parts: list[Any] = []
-            for part in message.parts:
-                if not isinstance(part, Media):
-                    parts.append(part.text)
-                    continue
-                mark = _source_stamp(part.source, self.fetch)
-                if mark is None:
-                    return None
-                parts.append([part.modality, mark, part.media_text])
-            turns.append([message.role, parts])
-        if conversation.rejected is None:
-            return turns
-        others = self._turns(conversation.rejected)
-        return None if others is None else [*turns, others]
+    def _turns(self, conversation: Conversation) -> list[Any]:
+        turns: list[Any] = [
+            [message.role, [self._part(part) for part in message.parts]]
+            for message in conversation.messages
+        ]
+        other = conversation.rejected
+        return turns if other is None else [*turns, self._turns(other)]
+
+    def _part(self, part: Part) -> Any:
+        if not isinstance(part, Media):
+            return part.text
+        return [part.modality, _source_stamp(part.source, self.fetch), part.media_text]
 
     def get(self, key: str) -> Length | None:
-        """The length of a row, if it is known."""
+        """Return the length of a row, or None."""
         found = self._table.get(key)
         return None if found is None else Length(*map(int, found))
 
     def add(self, key: str, length: Length) -> None:
-        """Know a length from now on; saved from time to time, and by `save`."""
+        """Add a length. It is saved within 30 seconds of further calls, or by `save`."""
+        # rows of equal content share a key, and are stored once
         if self._table.get(key) is not None:
             return
-        self._table.add(key, astuple(length))
+        self._table.add(key, length)
         self._new[key] = length
-        if time.monotonic() - self._saved > _APART:
+        if time.monotonic() - self._saved > _SAVE_INTERVAL_S:
             self.save()
 
     def save(self) -> None:
@@ -138,24 +132,25 @@ class LengthStore:
         self._saved = time.monotonic()
         if not self._new:
             return
+        # all lengths of this process, in a file of its own: no two writers, so no lock
         keys = b"".join(map(bytes.fromhex, self._new))
         arrays = {
             "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
-            "lengths": np.array([astuple(length) for length in self._new.values()], np.int32),
+            "lengths": np.array(list(self._new.values()), np.int32),
         }
         if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_suffix(".unfinished")
-        save_file(arrays, unfinished)
-        unfinished.replace(self._file)
+        with atomic_file(self._file) as partial:
+            save_file(arrays, partial)
 
     def finish(self, share: int, num_shares: int, *, of: str) -> bool:
-        """Save, and say that a share is done; returns whether all shares now are.
+        """Save, mark a share as done, and return True if all shares are.
 
-        `of`: what is shared out, in words; the last one wipes the marks out again.
+        `of`: name of the rows that are shared. The last share removes the marks.
         """
         self.save()
+        # processes of different machines have no connection here, only the folder
         self.folder.mkdir(parents=True, exist_ok=True)
         name = digest(self.identity.encode(), of.encode())
         marks = [self.folder / f"{name}-{i}-of-{num_shares}.done" for i in range(num_shares)]
@@ -170,13 +165,14 @@ class LengthStore:
 def processor_fingerprint(processor: MultiTokenProcessor) -> str:
     """Digest of everything but the row that lengths depend on: 32 hexadecimal digits.
 
-    Tokenizer, template, which turns are learned, settings of each modality with its projector and
-    the small files of its encoder's folder, limits, and the version of this package.
+    It covers tokenizer, template, supervised turns, limits, settings of each modality with its
+    projector and the small files of its encoder's folder, and the version of this package.
     """
     tokenizer = json.loads(processor.chat.tokenizer.backend_tokenizer.to_str())
-    for passing in ("padding", "truncation"):  # of the last call, not of the tokenizer
+    for passing in ("padding", "truncation"):  # set by the last call
         tokenizer.pop(passing, None)
     settings: dict[str, Any] = {
+        # another version may count tokens in another way
         "version": __version__,
         "tokenizer": tokenizer,
         "template": processor.chat.template,
@@ -189,13 +185,14 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
     return digest(json.dumps(settings, sort_keys=True).encode())
 
 
+class _NoStamp(Exception):
+    """A source without a value that changes with its content."""
+
+
 def _source_stamp(source: Any, fetch: Fetch) -> Any:
-    """Words and numbers that change when what is behind a source does; None if there are none."""
+    """Return a value for JSON that changes with the content of a source. Raises _NoStamp."""
     if isinstance(source, (str, os.PathLike)):
-        return [
-            os.fspath(source) if isinstance(source, os.PathLike) else source,
-            *_file(source, fetch),
-        ]
+        return [os.fspath(source), *_file_stamp(source, fetch)]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
@@ -203,20 +200,19 @@ def _source_stamp(source: Any, fetch: Fetch) -> Any:
     if isinstance(source, (bool, int, float)):
         return repr(source)
     if isinstance(source, Mapping):
+        # tables write every column into every row, so a null field is an absent one
         pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
-        marks: list[Any] = [[key, _source_stamp(value, fetch)] for key, value in pairs]
-        return None if any(mark is None for _, mark in marks) else marks
+        return [[key, _source_stamp(value, fetch)] for key, value in pairs]
     if isinstance(source, (list, tuple)):
         try:
             return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
-        except (TypeError, ValueError):
-            each = [None if value is None else _source_stamp(value, fetch) for value in source]
-            return None if None in each else each
-    return None
+        except (TypeError, ValueError):  # a list of paths or mappings
+            return [_source_stamp(value, fetch) for value in source]
+    raise _NoStamp
 
 
-def _file(source: Any, fetch: Fetch) -> list[Any]:
-    """Path, size and time of change of the local file that a source names, if it does."""
+def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
+    """Return path, size and time of change of the local file that a source names, or []."""
     path = fetch.local_path(source)
     try:
         found = None if path is None else path.stat()

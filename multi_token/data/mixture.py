@@ -65,6 +65,7 @@ class Mixture:
         for source, before in enumerate(self._before(number)):
             own = drawn == source
             numbers[own] = before + np.arange(own.sum())
+        # within the window alone: its rows can then be read ahead, in the order of the files
         order = permutation(self.window, self.seed, _ORDER, number)
         return [RowRef(int(drawn[i]), int(numbers[i])) for i in order]
 
@@ -89,6 +90,7 @@ class Mixture:
 
 def random_integers(size: int, seed: int, purpose: int, number: int) -> NDArray[np.uint64]:
     """Return uint64 [size], the same for the same arguments on every machine."""
+    # Philox is defined by its key and counter; numpy keeps `random_raw` stable across versions
     key = np.array([seed % 2**64, purpose], dtype=np.uint64)
     counter = np.array([0, 0, 0, number], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(size)
@@ -96,5 +98,6 @@ def random_integers(size: int, seed: int, purpose: int, number: int) -> NDArray[
 
 def permutation(size: int, seed: int, purpose: int, number: int) -> list[int]:
     """Return the numbers below `size` in random order."""
+    # stable: should two words be equal, every machine still sorts alike
     words = random_integers(size, seed, purpose, number)
     return np.argsort(words, kind="stable").tolist()

@@ -1,10 +1,10 @@
-"""Packs: rows that stand one after the other in one row of tokens, chosen by best fit.
+"""Packs: rows laid one after the other in one row of tokens, chosen by best fit.
 
 Rows become packs buffer by buffer (`pack_buffer`), for an epoch and for a stream alike:
 
 1. Rows of the buffer come longest first, after those that the buffer before left over.
-2. Each row goes into the fullest pack that has room for its tokens and media items.
-3. Where no pack has room, a new one begins.
+2. Each row goes into the fullest pack that its tokens and media items fit.
+3. If a row fits no pack, a new pack begins.
 4. Where media items fill packs sooner than tokens do, rows are dealt evenly to as few packs as the
    items need.
 5. The emptiest pack is left over, and its rows come with the next buffer.
@@ -35,7 +35,7 @@ Pack = tuple[int, ...]
 """Indices of the rows that share a pack."""
 
 _MAX_IMBALANCE = 0.03
-"""Largest accepted difference between the packs of one step, as a part of the longest."""
+"""Largest accepted difference between the packs of one step, as a fraction of the longest."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ def pack_buffer(
     longest_first = sorted(rows, key=lambda row: -order[row])
     packs = _balanced_by_items(plan, longest_first) or best_fit(plan, longest_first)
     packs.sort(key=plan.tokens_of)
+    # the emptiest pack would waste most of its budget: a later buffer fills it
     return packs[1:], packs[0] if packs else ()
 
 
 def best_fit(plan: PackingPlan, rows: Sequence[int]) -> list[Pack]:
-    """Pack rows: each, in the order given, into the fullest pack that has room for it.
+    """Pack rows: each, in the order given, into the fullest pack that it fits.
 
     With the longest first this is best-fit decreasing, which needs at most 11/9 of the fewest
     possible packs plus one (Johnson et al., Worst-case performance bounds for simple
@@ -116,26 +117,26 @@ def best_fit(plan: PackingPlan, rows: Sequence[int]) -> list[Pack]:
     """
     packs: list[list[int]] = []
     items: list[int] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    space: list[tuple[int, int]] = []  # (tokens left, pack), ascending
     for row in rows:
         length, num = plan.lengths[row], plan.items_of([row])
-        at = bisect_left(room, (length, 0))
-        # packs with tokens left may be full of items, which the order of `room` does not know
+        at = bisect_left(space, (length, 0))
+        # packs with tokens left may be full of items, which the order of `space` does not know
         while (
             plan.max_items is not None
-            and at < len(room)
-            and items[room[at][1]] + num > plan.max_items
+            and at < len(space)
+            and items[space[at][1]] + num > plan.max_items
         ):
             at += 1
-        if at < len(room):
-            left, pack = room.pop(at)
+        if at < len(space):
+            left, pack = space.pop(at)
         else:
             left, pack = plan.max_tokens, len(packs)
             packs.append([])
             items.append(0)
         packs[pack].append(row)
         items[pack] += num
-        insort(room, (left - length, pack))
+        insort(space, (left - length, pack))
     return [tuple(pack) for pack in packs]
 
 
@@ -147,6 +148,7 @@ def balance(plan: PackingPlan, rows: Sequence[int], num_packs: int) -> list[Pack
     """
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     tokens, items = [0] * num_packs, [0] * num_packs
+    # a heap: the emptiest pack changes with every row
     emptiest = [(0.0, pack) for pack in range(num_packs)]
     mean_tokens = plan.tokens_of(rows) / num_packs
     mean_items = max(plan.items_of(rows), 1) / num_packs
@@ -160,6 +162,7 @@ def balance(plan: PackingPlan, rows: Sequence[int], num_packs: int) -> list[Pack
 
     for row in sorted(rows, key=size, reverse=True):
         length, num = plan.lengths[row], plan.items_of([row])
+        # packs that a row exceeds go back into the heap, for smaller rows
         tried = []
         while emptiest:
             tried.append(heappop(emptiest))
@@ -182,11 +185,13 @@ def _balanced_by_items(plan: PackingPlan, rows: Sequence[int]) -> list[Pack] | N
     """Deal rows evenly to as few packs as their media items need; None where tokens bind."""
     if plan.max_items is None:
         return None
+    # best fit by tokens would fill some packs with items, and close them with few tokens
     num_packs = math.ceil(plan.items_of(rows) / plan.max_items)
     while num_packs * plan.max_tokens > plan.tokens_of(rows) and num_packs < len(rows):
         packs = balance(plan, rows, num_packs)
         if packs is not None:
             return packs
+        # by 2 %: each attempt deals all rows, and the first ones mostly fail
         num_packs += 1 + num_packs // 50
     return None
 
@@ -208,6 +213,7 @@ def group_into_steps(plan: PackingPlan, packs: Sequence[Pack], per_step: int) ->
         if len(step) % per_step == 0 and min(sizes) >= (1 - _MAX_IMBALANCE) * max(sizes):
             done.append(step)
             continue
+        # rounded up: every process needs a pack in every step
         num_packs = -(-len(step) // per_step) * per_step
         dealt = balance(plan, [row for pack in step for row in pack], num_packs)
         if dealt is not None:
@@ -243,6 +249,7 @@ def packing_plan(
     """
     if spec.packing is None:
         return None
+    # tokens that packs hold once instead of once for each row
     num_shared = sum(group.num_tokens * (len(group.rows) - 1) for group in groups)
     mean = (sum(lengths) - num_shared) / len(lengths)
     default = max(round(num_rows * mean), max(lengths))
@@ -271,6 +278,7 @@ def _split_group(plan: PackingPlan, group: SharedPrefixGroup) -> list[Pack]:
     parts: list[list[int]] = []
     num_tokens = num_items = 0
     for row in group.rows:
+        # the first row of a part brings the prefix; each further row adds what is its own
         own_tokens = plan.lengths[row] - group.num_tokens
         own_items = plan.items_of([row]) - (group.num_items if plan.max_items is not None else 0)
         if not parts or not plan.fits(num_tokens + own_tokens, num_items + own_items):
@@ -296,6 +304,7 @@ def shared_prefix_groups(
                 keys.append(None)
                 continue
             first = conversation.media[0]
+            # the content, not the name: two files may hold the same image
             content = processor.modalities[first.modality].content(first.source, processor.fetch)
             keys.append((first.modality, digest(content)))
     return find_shared_prefix_groups(keys, dataset.__getitem__)

@@ -113,6 +113,7 @@ class ShardedRows:
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """Locate a row -> (epoch, file, index in that file)."""
+        # sizes of files that no row was read from are unknown, and so is the length of an epoch
         epoch, rest = 0, number
         if len(self._sizes) == len(self.files):
             epoch, rest = divmod(number, self._num_rows())
@@ -135,6 +136,7 @@ class ShardedRows:
             order = permutation(len(self.files), self.seed, _SHARDS + self.number, epoch)
             self._at = (epoch, order, [0])
         _, order, starts = self._at
+        # opens files only up to the wanted row
         while starts[-1] <= rest and len(starts) <= len(order):
             starts.append(starts[-1] + self._size(order[len(starts) - 1]))
         if starts[-1] <= rest:
@@ -181,6 +183,7 @@ class SequentialRows:
 
     def row(self, number: int) -> NumberedRow:
         """Return a row; see RowStream."""
+        # a pickled copy keeps the position, but not the iterator: it begins again
         if number < self._next - len(self._kept) or (self._rows is None and self._next):
             self._begin()
         while self._next <= number:
@@ -195,6 +198,7 @@ class SequentialRows:
         for row in self._rows or ():
             return row
         if self._rows is not None:
+            # the end of an epoch: indexes in messages start from 0 again
             self._first, self._epoch = self._next, self._epoch + 1
         self._rows = iter(self._open_rows())
         for row in self._rows:

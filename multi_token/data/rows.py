@@ -1,16 +1,33 @@
-"""Rows as JSON, Arrow and pandas give them: their name in messages, and tests on single values."""
+"""Rows as JSON, Arrow and pandas return them: access by index, ids, and tests on single values."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 Row = Mapping[str, Any]
 """One row of a data set: field -> value, as its file has it."""
+
+
+class IndexedRows(Sequence[Row]):
+    """Rows of a file that are read on access; a format implements `__len__` and `row`."""
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """Read the row at an index from 0 to `len(self) - 1`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        numbers = range(len(self))[index]  # negative indexes, and IndexError where there is no row
+        return [self.row(i) for i in numbers] if isinstance(numbers, range) else self.row(numbers)
 
 
 def row_id_of(index: int, row: Row | None, source: str) -> str:

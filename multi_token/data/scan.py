@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import Dataset
 
+from multi_token.data.dataset import worker_loader
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import Length, LengthStore
 from multi_token.data.rows import Row, row_id_of
@@ -22,8 +25,6 @@ from multi_token.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
     from multi_token.modalities.base import Modality
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Problem:
     row_id: str
     kind: RowKind
     message: str
+    """The fault, without the row's id."""
+
+    @classmethod
+    def of(cls, index: int, error: RowError) -> Problem:
+        """Return the problem that an error is about."""
+        # a line that is not JSON has no id of its own, and only the error knows its file
+        return cls(index, error.row_id, error.kind, error.sentence)
+
+    def error(self, message: str) -> RowError:
+        """Return an error on this row with another message."""
+        return RowError(message, kind=self.kind, row_id=self.row_id)
 
 
 @dataclass
@@ -52,25 +64,13 @@ class ScanReport:
     @property
     def by_kind(self) -> dict[RowKind, list[Problem]]:
         """The problems by kind, in the order of `RowKind`; kinds without a problem are absent."""
-        found: dict[RowKind, list[Problem]] = {kind: [] for kind in get_args(RowKind)}
-        for problem in self.problems:
-            found[problem.kind].append(problem)
+        found = {kind: [p for p in self.problems if p.kind == kind] for kind in get_args(RowKind)}
         return {kind: problems for kind, problems in found.items() if problems}
 
     @property
-    def num_tokens(self) -> int:
-        """Total tokens of the good rows."""
-        return sum(length.num_tokens for length in self.lengths)
-
-    @property
-    def num_supervised(self) -> int:
-        """Total supervised tokens of the good rows."""
-        return sum(length.num_supervised for length in self.lengths)
-
-    @property
-    def num_media(self) -> int:
-        """Total media tokens of the good rows."""
-        return sum(length.num_media for length in self.lengths)
+    def total(self) -> Length:
+        """Sums over the good rows."""
+        return Length(*map(sum, zip(Length(0, 0, 0), *self.lengths, strict=True)))
 
 
 def scan(
@@ -103,18 +103,19 @@ def scan(
     """
     indices = range(len(rows)) if indices is None else indices
     # one row at a time to each worker: rows differ too much in cost for equal batches of them
-    results: Iterable[_Result] = DataLoader(
-        _ScanDataset(rows, read, source, indices, known),
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        # a loader draws a seed from torch's global generator, and a scan must not change training
-        generator=torch.Generator(),
+    loader = worker_loader(_ScanDataset(rows, read, source, indices, known), num_workers)
+    console = Console(stderr=True)
+    results: Iterable[_Result] = track(
+        loader,
+        description="Reading rows",
+        total=len(indices),
+        console=console,
+        disable=not progress or not console.is_terminal,
+        transient=True,
     )
     report = ScanReport(num_rows=len(indices))
     try:
-        found = zip(indices, _with_progress(results, len(indices), progress), strict=True)
-        for index, (key, result, how) in found:
+        for index, (key, result, how) in zip(indices, results, strict=True):
             if isinstance(result, Problem):
                 report.problems.append(result)
                 continue
@@ -123,8 +124,10 @@ def scan(
             report.good_indices.append(index)
             report.lengths.append(result)
             if known is not None and key is not None:
+                # in the main process: data workers would write a file each
                 known.add(key, result)
     finally:
+        # an interrupted scan continues after the rows that were read
         if known is not None:
             known.save()
     return report
@@ -133,6 +136,7 @@ def scan(
 def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     """Join the reports on shares of the same rows, as if one process had scanned them all."""
     pairs = [pair for r in reports for pair in zip(r.good_indices, r.lengths, strict=True)]
+    # by row, so that the number of processes does not change the order of training
     good = sorted(pairs, key=lambda pair: pair[0])
     return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
@@ -145,27 +149,20 @@ def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
 
 
 class _Result(NamedTuple):
-    """Key of a row in the length store, if it has one; its length or problem; and the origin."""
+    """Result of one row: its key in the length store, length or problem, and origin."""
 
     key: str | None
     found: Length | Problem
     how: Literal["read", "decoded", "remembered"] = "read"
 
 
+@dataclass
 class _ScanDataset(Dataset[_Result]):
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        read: Callable[[Row, str], Sample],
-        source: str,
-        indices: Sequence[int],
-        known: LengthStore | None,
-    ) -> None:
-        self.rows = rows
-        self.read = read
-        self.source = source
-        self.indices = indices
-        self.known = known
+    rows: Sequence[Row]
+    read: Callable[[Row, str], Sample]
+    source: str
+    indices: Sequence[int]
+    known: LengthStore | None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -182,11 +179,11 @@ class _ScanDataset(Dataset[_Result]):
                 if length is not None:
                     return _Result(key, length, "remembered")
             sample = self.read(row, row_id)
+            # an item with a header length has no inputs
             decoded = any(item.inputs for item in sample.media)
             return _Result(key, sample_length(sample), "decoded" if decoded else "read")
         except RowError as error:
-            # a line that is not JSON has no id of its own, and only the error knows its file
-            return _Result(None, Problem(index, error.row_id, error.kind, error.sentence))
+            return _Result(None, Problem.of(index, error))
         except MediaError as error:
             return _Result(None, Problem(index, row_id, error.kind, str(error)))
         except ChatTemplateError as error:
@@ -199,25 +196,6 @@ def sample_length(sample: Sample) -> Length:
         num_tokens=int(sample.input_ids.numel()),
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
         num_media=sum(span.length for span in sample.media_spans),
-    )
-
-
-def _identity(result: Any) -> Any:
-    return result
-
-
-def _with_progress(results: Iterable[T], total: int, progress: bool) -> Iterable[T]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(
-        results,
-        description="Reading rows",
-        total=total,
-        console=console,
-        disable=not progress or not console.is_terminal,
-        transient=True,
     )
 
 
@@ -235,13 +213,12 @@ def histogram(lengths: Sequence[int], *, num_bins: int = 10) -> list[Bin]:
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
+    # whole tokens: fewer bins than asked where lengths hardly differ
     width = math.ceil((high - low + 1) / num_bins)
-    counts = [0] * math.ceil((high - low + 1) / width)
-    for length in lengths:
-        counts[(length - low) // width] += 1
+    counts = Counter((length - low) // width for length in lengths)
     return [
-        Bin(low + i * width, min(low + (i + 1) * width - 1, high), count)
-        for i, count in enumerate(counts)
+        Bin(start, min(start + width - 1, high), counts[i])
+        for i, start in enumerate(range(low, high + 1, width))
     ]
 
 
@@ -253,6 +230,7 @@ def first_relative_path(
         for media in to_conversation(rows[index], modalities, row_id="").media:
             name = modalities[media.modality].named_file(media.source)
             text = "" if name is None else os.fspath(name)
+            # addresses and data URIs do not depend on a folder
             if not text or "://" in text or text[:5].lower() == "data:":
                 continue
             if not os.path.isabs(os.path.expanduser(text)):

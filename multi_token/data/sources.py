@@ -9,18 +9,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from torch.utils.data import ConcatDataset
 
-from multi_token.data.dataset import ConversationDataset, HeaderLengthDataset, row_to_sample
+from multi_token.data.dataset import ConversationDataset, row_to_sample
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
 from multi_token.data.rows import row_id_of
-from multi_token.data.scan import Problem, ScanReport, merge_reports, scan
+from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.distributed import all_gather, check_same_values, num_processes, rank
 from multi_token.errors import RecipeError, RowError
 from multi_token.media.fetch import Fetch
@@ -32,7 +32,7 @@ from multi_token.types import Conversation, Media
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """Rows of one place with the processor that opens their media."""
+    """Rows of one source with the processor that opens their media."""
 
     rows: Sequence[Any]
     processor: MultiTokenProcessor
@@ -70,17 +70,9 @@ class TrainingSource:
             for item in conversation.media:
                 yield item, processor
 
-    def with_feature_cache(self, cache: FeatureCache) -> TrainingSource:
-        """Return the same rows; items in the cache come with features."""
-        return replace(self, processor=replace(self.processor, cache=cache))
-
-    def with_distillation(self, teacher: Literal["required", "optional"] | None) -> TrainingSource:
-        """Return the same rows, with or without the teacher's sample in each sample."""
-        return replace(self, processor=replace(self.processor, distillation=teacher))
-
-    def with_preference(self, pairs: Literal["required", "optional"] | None) -> TrainingSource:
-        """Return the same rows, with or without the rejected answer in each sample."""
-        return replace(self, processor=replace(self.processor, preference=pairs))
+    def with_processor(self, **fields: Any) -> TrainingSource:
+        """Return the same rows with other fields of the processor, such as `cache`."""
+        return replace(self, processor=replace(self.processor, **fields))
 
 
 def open_source(
@@ -95,6 +87,7 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
+    # media paths are relative to the folder of the rows, which differs between sources
     processor = replace(processor, fetch=Fetch(root=media_root(source.rows)), cache=cache)
     headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
     rows = load_rows(source.rows, split=source.split)
@@ -113,37 +106,24 @@ def good_rows(
         RowError: a row is bad, and `data.on_bad_row` is `raise`.
         RecipeError: no row is good, or the processes of this run see different rows.
     """
+    # before the scan: with other rows, the processes would report other shares as bad
     _check_same_rows(sources)
-    scanned: list[TrainingSource] = []
-    problems: list[Problem] = []
-    num_rows = num_tokens = num_supervised = 0
-    predicted = ScanReport(0)
-    for source in sources:
-        report = _scan_source(source, recipe, console)
-        if source.lengths_only:
-            predicted = merge_reports([predicted, report])
-        num_rows += report.num_rows
-        num_tokens += report.num_tokens
-        num_supervised += report.num_supervised
-        problems += report.problems
-        lengths = [length.num_tokens for length in report.lengths]
-        scanned.append(replace(source, good_indices=report.good_indices, lengths=lengths))
+    reports = [_scan_source(source, recipe, console) for source in sources]
+    problems = [problem for report in reports for problem in report.problems]
+    num_rows = sum(report.num_rows for report in reports)
     if problems and recipe.data.on_bad_row == "raise":
-        first = problems[0]
-        raise RowError(
-            f"{first.message} ({len(problems)} of {num_rows} rows are bad; see them all with "
-            "`multi-token data check`, or set data.on_bad_row=skip to leave them out)",
-            kind=first.kind,
-            row_id=first.row_id,
+        raise problems[0].error(
+            f"{problems[0].message} ({len(problems)} of {num_rows} rows are bad; see them all with "
+            "`multi-token data check`, or set data.on_bad_row=skip to leave them out)"
         )
     names = ", ".join(source.name for source in sources)
     if num_rows == len(problems):
-        first = problems[0] if problems else None
-        example = f", the first, row {first.row_id}: {first.message}" if first else ""
+        example = "".join(f", the first, row {p.row_id}: {p.message}" for p in problems[:1])
         raise RecipeError(
             f"no row of {names} can be trained on: {num_rows} rows, {len(problems)} skipped"
             f"{example}; see them all with `multi-token data check`"
         )
+    num_tokens, num_supervised, _ = map(sum, zip(*(r.total for r in reports), strict=True))
     console.print(
         f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
         f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",
@@ -151,9 +131,13 @@ def good_rows(
         sep="\n",
         highlight=False,
     )
-    if predicted.num_rows:
+    predicted = [r for s, r in zip(sources, reports, strict=True) if s.lengths_only]
+    if predicted:
         console.print(_length_counts(predicted), highlight=False)
-    return scanned
+    return [
+        replace(source, good_indices=r.good_indices, lengths=[n.num_tokens for n in r.lengths])
+        for source, r in zip(sources, reports, strict=True)
+    ]
 
 
 def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
@@ -191,6 +175,7 @@ def _check_same_rows(sources: Sequence[TrainingSource]) -> None:
     if num_processes() == 1:
         return
     for source in sources:
+        # evenly spread: files often differ at the end, where a copy was cut off
         step = max(1, -(-len(source.rows) // _NUM_COMPARED_ROWS))
         some = [_row_or_problem(source.rows, i) for i in range(0, len(source.rows), step)]
         check_same_values(
@@ -207,18 +192,20 @@ def _row_or_problem(rows: Sequence[Any], index: int) -> Any:
         return [error.row_id, error.kind]
 
 
-def _length_counts(report: ScanReport) -> str:
-    num_good, num_decoded = len(report.good_indices), report.num_decoded
-    num_known = report.num_known_before
-    lengths_only = num_good - num_decoded - num_known
+def _length_counts(reports: Sequence[ScanReport]) -> str:
+    num_good = sum(len(report.good_indices) for report in reports)
+    num_decoded = sum(report.num_decoded for report in reports)
+    num_known = sum(report.num_known_before for report in reports)
     known = f", {num_known:,} remembered" if num_known else ""
     return (
-        f"lengths of {num_good:,} rows: {lengths_only:,} by header, {num_decoded:,} decoded{known}"
+        f"lengths of {num_good:,} rows: {num_good - num_decoded - num_known:,} by header, "
+        f"{num_decoded:,} decoded{known}"
     )
 
 
 def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> ScanReport:
     """Scan this process' share of the rows; returns the merged report of all processes."""
+    # only for the scan: in training, items without inputs would reach the encoder
     processor = replace(source.processor, lengths_only=source.lengths_only)
     read = partial(row_to_sample, processor=processor, modalities=list(processor.modalities))
     known = LengthStore(lengths_folder(recipe), processor)
@@ -251,20 +238,16 @@ def build_dataset(
     sources: Sequence[TrainingSource], modalities: Collection[str]
 ) -> ConcatDataset[Any]:
     """Return the good rows of all sources, in their order, as a dataset of samples."""
-    return ConcatDataset([_source_dataset(source, list(modalities)) for source in sources])
-
-
-def _source_dataset(source: TrainingSource, modalities: list[str]) -> ConversationDataset:
-    processor, good, name = source.processor, source.good_indices, source.name
-    if not source.lengths_only:
-        return ConversationDataset(
-            source.rows, processor, modalities=modalities, good_indices=good, source=name
-        )
-    return HeaderLengthDataset(
-        source.rows,
-        processor,
-        modalities=modalities,
-        good_indices=good,
-        source=name,
-        lengths=source.lengths,
+    return ConcatDataset(
+        [
+            ConversationDataset(
+                source.rows,
+                source.processor,
+                modalities=modalities,
+                good_indices=source.good_indices,
+                source=source.name,
+                lengths=source.lengths if source.lengths_only else None,
+            )
+            for source in sources
+        ]
     )

@@ -15,26 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from multi_token.data.dataset import worker_loader
 from multi_token.data.mixture import permutation
 from multi_token.data.packing import PackingPlan, pack_buffer
 from multi_token.data.scan import Problem
 from multi_token.data.streaming import (
-    CollateGroup,
     PackedShard,
     PaddedShard,
     SampleOrProblem,
     ShardReader,
     StreamDataset,
-    return_group,
 )
 from multi_token.distributed import all_gather
-from multi_token.errors import MultiTokenError, RowError
+from multi_token.errors import MultiTokenError
 from multi_token.types import Sample
 
 _PACKS = 1 << 32
@@ -71,6 +67,7 @@ def load_state(folder: Path, process: int, num_processes: int) -> tuple[int, Str
     """
     facts = json.loads((folder / _STATES).read_text(encoding="utf-8"))
     states = [StreamState(**state) for state in facts["processes"]]
+    # packs belong to the process that read their rows, and other processes read other rows
     if len(states) != num_processes:
         num_bad = sum(state.num_bad for state in states)
         return facts["step"], StreamState(num_bad if process == 0 else 0)
@@ -121,16 +118,12 @@ class StreamLoader:
 
     def _groups(self, reading: ShardReader) -> Iterator[Any]:
         args = self.args
-        loader: DataLoader[Any] = DataLoader(
+        loader = worker_loader(
             reading,
-            batch_size=None,
-            collate_fn=_identity,
-            num_workers=args.dataloader_num_workers,
+            args.dataloader_num_workers,
+            # packs are collated later, so pinned samples would be copied once more
             pin_memory=args.dataloader_pin_memory and self.packing is None,
             prefetch_factor=args.dataloader_prefetch_factor,
-            # DataLoader draws a seed: from the global generator, it would change what follows a
-            # resume
-            generator=torch.Generator(),
         )
         for group in loader:
             if isinstance(group, MultiTokenError):
@@ -145,8 +138,9 @@ class StreamLoader:
             args.world_size,
             args.process_index,
         )
+        # arithmetic in place of a state: the batch number tells the rows
         start = self.step * args.gradient_accumulation_steps
-        reading = ShardReader(self.streams, shard, CollateGroup(self.collate), start=start)
+        reading = ShardReader(self.streams, shard, self.collate, start=start)
         for number, (batch, problems) in enumerate(self._groups(reading), start):
             window = shard.positions(number)[-1] // self.streams.mixture.window
             self._report_skipped(window)
@@ -163,20 +157,18 @@ class StreamLoader:
         # samples are not kept in a checkpoint: rows of unfinished packs are read again
         replay = [position for pack in [*state.packs, state.carried] for position in pack]
         chunks = PackedShard(args.world_size, args.process_index, window, state.window, replay)
-        rows = self._rows(ShardReader(self.streams, chunks, return_group))
+        rows = self._rows(ShardReader(self.streams, chunks))
         samples = {}
         for position, read in (next(rows) for _ in replay):
             if isinstance(read, Problem):
-                raise RowError(
-                    "was good before the run was interrupted, and is bad now: "
-                    + read.message.removeprefix(f"row {read.row_id}: "),
-                    kind=read.kind,
-                    row_id=read.row_id,
+                raise read.error(
+                    f"was good before the run was interrupted, and is bad now: {read.message}"
                 )
             samples[position] = read
         num_bad_on_end = 0
         position, read = next(rows)
         while True:
+            # popped before the yield: a checkpoint is written after the step on this pack
             while state.packs:
                 chosen = state.packs.pop(0)
                 yield self.collate([samples.pop(p) for p in chosen])
@@ -214,6 +206,7 @@ class StreamLoader:
         )
         packs, emptiest = pack_buffer(rows, range(len(chosen)))
         seed, process = self.streams.mixture.seed, self.args.process_index
+        # pack_buffer sorts packs by length, and training takes them in random order
         order = permutation(len(packs), seed, _PACKS + process, self.state.window)
         return [[positions[i] for i in packs[at]] for at in order], [positions[i] for i in emptiest]
 
@@ -225,23 +218,20 @@ class StreamLoader:
         shared = self.args.dataloader_num_workers > 0
         for group in self._groups(reading):
             for position, read in group.items():
-                yield position, _copy_from_shared_memory(read) if shared else read
+                yield position, deepcopy(read) if shared else read
 
     def _handle_problems(self, problems: Sequence[Problem]) -> None:
         """Count bad rows, or raise RowError for the first one (`data.on_bad_row`)."""
         if problems and not self.streams.skip_bad:
-            first = problems[0]
-            raise RowError(
-                first.message.removeprefix(f"row {first.row_id}: ")
-                + "; set data.on_bad_row=skip to leave such rows out",
-                kind=first.kind,
-                row_id=first.row_id,
+            raise problems[0].error(
+                f"{problems[0].message}; set data.on_bad_row=skip to leave such rows out"
             )
         self.state.num_bad += len(problems)
 
     def _report_skipped(self, window: int) -> None:
         """Report the rows that were left out, once for each window."""
         last, num_bad = self._reported
+        # a line for each window, since a line for each row would flood the terminal
         if window > last:
             if self.state.num_bad > num_bad:
                 self.print_fn(
@@ -249,27 +239,6 @@ class StreamLoader:
                     f"skipped, {self.state.num_bad} since the stage began (in this process)"
                 )
             self._reported = (window, self.state.num_bad)
-
-
-def _copy_from_shared_memory(value: Any) -> Any:
-    """Copy a nest of tensors, so that no worker's memory stays in use."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, list):
-        return [_copy_from_shared_memory(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _copy_from_shared_memory(one) for key, one in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            f.name: _copy_from_shared_memory(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-        }
-        return dataclasses.replace(value, **fields)
-    return value
-
-
-def _identity(result: Any) -> Any:
-    return result
 
 
 class StreamProgress:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -41,31 +40,21 @@ _CHUNK = 8
 """Rows that a data worker reads at a time where they will be packed."""
 
 
+@dataclass(eq=False)
 class StreamDataset(IterableDataset[Sample]):
     """All sources of a recipe as one endless order of rows, the same in every process.
 
     Picklable, for data workers.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[RowStream],
-        names: Sequence[str],
-        processors: Sequence[MultiTokenProcessor],
-        mixture: Mixture,
-        *,
-        skip_bad: bool = False,
-        max_items: int | None = None,
-    ) -> None:
-        """`skip_bad`: leave bad rows out and count them; without it, they stop the run.
-        `max_items`: a row with more media items is bad (`train.pack_items`).
-        """
-        self.streams = list(streams)
-        self.names = list(names)
-        self.processors = list(processors)
-        self.mixture = mixture
-        self.skip_bad = skip_bad
-        self.max_items = max_items
+    streams: Sequence[RowStream]
+    names: Sequence[str]
+    processors: Sequence[MultiTokenProcessor]
+    mixture: Mixture
+    skip_bad: bool = False
+    """Leave bad rows out and count them; without it, they stop the run."""
+    max_items: int | None = None
+    """A row with more media items is bad (`train.pack_items`)."""
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the good rows."""
@@ -83,20 +72,14 @@ class StreamDataset(IterableDataset[Sample]):
                 found = self.streams[ref.source].row(ref.number)
             except RowError:
                 continue  # reported, or counted, when training reaches it
+            # a small source comes several times in these positions
             if found.epoch == 0:
                 rows[ref.source].append({**found.row, "id": found.row_id})
-        return [
-            TrainingSource(rows_of_source, processor, name)
-            for rows_of_source, processor, name in zip(
-                rows, self.processors, self.names, strict=True
-            )
-        ]
+        return list(map(TrainingSource, rows, self.processors, self.names))
 
     def with_sources(self, sources: Sequence[TrainingSource]) -> StreamDataset:
         """Return a copy that reads rows with the processors of these sources."""
-        same = copy(self)
-        same.processors = [source.processor for source in sources]
-        return same
+        return dataclasses.replace(self, processors=[source.processor for source in sources])
 
     def raw_rows(self, positions: Iterable[int]) -> dict[int, Any]:
         """Read rows of these positions -> row by position; a RowError in place of a bad one."""
@@ -119,7 +102,7 @@ class StreamDataset(IterableDataset[Sample]):
         """
         found = self._row(position) if raw is None else raw
         if isinstance(found, RowError):
-            return Problem(position, found.row_id, found.kind, str(found))
+            return Problem.of(position, found)
         processor = self.processors[self.mixture.row_ref(position).source]
         # random preprocessing draws by position, so it is the same with any number of workers
         with torch.random.fork_rng(devices=[]):
@@ -131,7 +114,7 @@ class StreamDataset(IterableDataset[Sample]):
                 )
                 self._check_num_items(sample)
             except RowError as error:
-                return Problem(position, error.row_id, error.kind, str(error))
+                return Problem.of(position, error)
         return sample
 
     def _check_num_items(self, sample: Sample) -> None:
@@ -186,6 +169,7 @@ class PaddedShard:
 
         A step takes the same rows with any number of processes.
         """
+        # processes take consecutive batches of a step, so a step has the same rows with any number
         step, batch = divmod(number, self.num_accumulated)
         first = step * self.rows_per_step
         first += (batch * self.num_processes + self.process) * self.batch_size
@@ -205,6 +189,7 @@ class PackedShard:
 
     def positions(self, number: int) -> Sequence[int]:
         """Return the positions of chunk `number`; one worker reads a chunk."""
+        # a chunk holds replayed or new rows, never both, so that workers share them evenly
         num_replayed = -(-len(self.replay) // _CHUNK)
         if number < num_replayed:
             return self.replay[number * _CHUNK : (number + 1) * _CHUNK]
@@ -223,15 +208,17 @@ class ShardReader(IterableDataset[Any]):
     def __init__(
         self,
         streams: StreamDataset,
-        share: PaddedShard | PackedShard,
-        finish: Callable[[StreamDataset, dict[int, SampleOrProblem]], Any],
+        shard: PaddedShard | PackedShard,
+        collate: Callable[[list[Sample]], Any] | None = None,
         *,
         start: int = 0,
     ) -> None:
-        """`finish`: turns a group into what is yielded. `start`: number of the first group."""
+        """`collate`: yields (batch or None, problems) for each group. Without it, groups are
+        yielded: the main process packs their rows. `start`: number of the first group.
+        """
         self.streams = streams
-        self.share = share
-        self.finish = finish
+        self.shard = shard
+        self.collate = collate
         self.start = start
 
     def __iter__(self) -> Iterator[Any]:
@@ -241,13 +228,14 @@ class ShardReader(IterableDataset[Any]):
         for number in count(self.start + worker, num_workers):
             group: dict[int, SampleOrProblem] = {}
             try:
-                for position in self.share.positions(number):
+                for position in self.shard.positions(number):
+                    # read ahead up to the end of the window, in the order of the files
                     if position not in waiting:
                         waiting |= self.streams.raw_rows(
                             self._in_window(number, position, num_workers)
                         )
                     group[position] = self.streams.read(position, waiting.pop(position))
-                yield self.finish(self.streams, group)
+                yield group if self.collate is None else self._batch(self.collate, group)
             except MultiTokenError as error:
                 # raised by the main process: torch would wrap it in a worker's traceback
                 yield error
@@ -258,7 +246,7 @@ class ShardReader(IterableDataset[Any]):
         window = self.streams.mixture.window
         found: list[int] = []
         for later in count(number, num_workers):
-            mine = list(self.share.positions(later))
+            mine = list(self.shard.positions(later))
             if later == number:
                 mine = mine[mine.index(position) :]
             inside = [p for p in mine if p // window == position // window]
@@ -267,39 +255,23 @@ class ShardReader(IterableDataset[Any]):
                 break
         return found
 
-
-@dataclass(frozen=True)
-class CollateGroup:
-    """Collates the good rows of a group, and lists the problems of the bad ones.
-
-    Where no row is good, the next good one of the window takes their place: a process without a
-    batch would leave the others waiting. The batch is None where the window has no good row.
-    """
-
-    collate: Callable[[list[Sample]], Any]
-
-    def __call__(
-        self, streams: StreamDataset, group: dict[int, SampleOrProblem]
+    def _batch(
+        self, collate: Callable[[list[Sample]], Any], group: dict[int, SampleOrProblem]
     ) -> tuple[Any, list[Problem]]:
-        """-> (batch or None, problems)."""
+        """Collate a group -> (batch, problems). The batch is None if its window has no good row."""
         samples = [read for read in group.values() if not isinstance(read, Problem)]
         problems = [read for read in group.values() if isinstance(read, Problem)]
         if not samples:
-            samples = self._replacement_sample(streams, max(group))
-        return self.collate(samples) if samples else None, problems
+            # without a batch, this process would leave the others waiting in a collective call
+            samples = self._replacement_sample(max(group))
+        return collate(samples) if samples else None, problems
 
-    def _replacement_sample(self, streams: StreamDataset, last: int) -> list[Sample]:
-        window = streams.mixture.window
+    def _replacement_sample(self, last: int) -> list[Sample]:
+        """Return the next good row of the window of a position, or [] where there is none."""
+        window = self.streams.mixture.window
         start = last - last % window
         for i in range(1, window):
-            read = streams.read(start + (last - start + i) % window)
+            read = self.streams.read(start + (last - start + i) % window)
             if not isinstance(read, Problem):
                 return [read]
         return []
-
-
-def return_group(
-    streams: StreamDataset, group: dict[int, SampleOrProblem]
-) -> dict[int, SampleOrProblem]:
-    """Return the group unchanged: packs are made of it in the main process."""
-    return group

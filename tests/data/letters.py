@@ -1,4 +1,4 @@
-"""Rows, a processor and a tokenizer of one token a letter, for tests that need no model."""
+"""Rows, processor and tokenizer with one token for each letter, for tests without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: reads the rows of a job file as training does and writes what each process read.
+"""Script for torchrun: reads the rows of a job file as training does, and writes what it read.
 
 {"out": FILE, "fields": ..., "folders": [FOLDER of each process]}
 """
@@ -26,18 +26,18 @@ from multi_token.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Counting(Fetch):
-    """Remembers what it was asked to read."""
+    """Fetch that lists the sources it read."""
 
     opened: list[str] = field(default_factory=list)
 
     def read(self, source: Any) -> bytes:
-        """As Fetch's."""
+        """Read a source; see Fetch."""
         self.opened.append(Path(source).stem)
         return super().read(source)
 
 
 def main(job: dict[str, Any]) -> None:
-    """Twice, as a run that is started again."""
+    """Scan twice, as a run that is started again."""
     torch.distributed.init_process_group("gloo")
     os.chdir(job["folders"][rank()])
     recipe = Recipe.model_validate(job["fields"])

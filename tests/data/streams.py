@@ -10,7 +10,7 @@ BAD = {"id": "bad", "messages": []}
 
 
 def row_of(number: int, data: Path) -> dict[str, Any]:
-    """Naming rows, one in four without an image, of several lengths."""
+    """Return a row that names itself; one in four has no image, and lengths differ."""
     colour = WORDS[number % 4]
     shown = "" if number % 4 == 3 else "<image>"
     row: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""data/dataset.py and data/files/: sources of rows, names of rows, rows as samples."""
+"""data/dataset.py and data/files/: sources of rows, row ids, rows as samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"Wörter {i}"}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are copied to the cache of `datasets`: not into that of whoever runs the tests."""
+    """`datasets` copies tables into its cache: a temporary one, not the user's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
 
@@ -39,7 +39,7 @@ def jsonl(path: Path, rows: Sequence[Any]) -> str:
 
 
 def num_letters(conversation: Conversation) -> Sample:
-    """A reader: as many tokens as the conversation has letters."""
+    """Processor with one token for each letter of the conversation."""
     text = str(conversation.messages[0].parts)
     ids = torch.arange(len(text))
     return Sample(ids, ids.clone(), id=conversation.id)
@@ -98,7 +98,7 @@ def test_a_broken_json_file_is_named_with_its_line(tmp_path: Path) -> None:
     assert caught.value.kind == "format"
 
 
-def test_lines_in_a_json_file_are_recognised_in_the_sentence(tmp_path: Path) -> None:
+def test_lines_in_a_json_file_are_recognised_in_the_error(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text('{"id": 1}\n{"id": 2}\n', encoding="utf-8")
     with pytest.raises(RowError, match=r"name the file \.jsonl"):
@@ -118,7 +118,7 @@ def test_a_parquet_file_gives_rows(tmp_path: Path) -> None:
     assert (len(rows), rows[3]) == (5, ROWS[3])
 
 
-def test_a_file_that_is_no_parquet_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"hello")
     with pytest.raises(MultiTokenError, match="cannot be read as parquet"):
         load_rows(str(tmp_path / "rows.parquet"))
@@ -144,13 +144,13 @@ def test_a_saved_folder_gives_rows_with_splits_or_without(tmp_path: Path) -> Non
         load_rows(str(tmp_path / "splits"), split="dev")
 
 
-def test_another_folder_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MultiTokenError, match="save_to_disk"):
         load_rows(str(tmp_path))
 
 
-def test_pictures_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> None:
-    damaged = b"not a picture"
+def test_images_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> None:
+    damaged = b"not an image"
     columns = {
         "image": [{"bytes": damaged, "path": "a.png"}],
         "images": [[{"bytes": png(), "path": None}, {"bytes": damaged, "path": None}]],
@@ -169,7 +169,7 @@ def test_pictures_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> Non
     for source in ("saved", "rows.parquet"):
         row = load_rows(str(tmp_path / source))[0]
         assert row["image"]["bytes"] == damaged
-        assert [picture["bytes"] for picture in row["images"]] == [png(), damaged]
+        assert [image["bytes"] for image in row["images"]] == [png(), damaged]
         assert row["messages"][0]["part"]["image"]["bytes"] == damaged
 
 
@@ -180,7 +180,7 @@ def test_pictures_in_tables_stay_undecoded_however_nested(tmp_path: Path) -> Non
     "name",
     ["rows.jsonl", "data/rows.json", "./owner/name", "../name", "a/b/c", "/x/y", "owner/", "", "."],
 )
-def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(
+def test_a_name_that_looks_like_a_path_is_never_searched_on_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -204,8 +204,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "rows.csv"))
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing-of-that-name", "hf://nobody/nothing/config"])
-def test_a_name_that_the_hub_cannot_give_is_refused_with_a_sentence(
+@pytest.mark.parametrize("name", ["no-owner/no-such-name", "hf://no-owner/nothing/config"])
+def test_a_name_that_the_hub_does_not_have_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -216,7 +216,7 @@ def test_a_name_that_the_hub_cannot_give_is_refused_with_a_sentence(
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://owner/", "hf://owner/name/config/more"])
-def test_a_hub_address_that_is_none_is_refused(name: str) -> None:
+def test_an_invalid_hub_name_is_refused(name: str) -> None:
     with pytest.raises(MultiTokenError, match="expected hf://owner/name"):
         load_rows(name)
 
@@ -240,7 +240,7 @@ def test_a_row_is_named_by_its_id_or_by_file_and_index() -> None:
 # --- the torch dataset ---
 
 
-def test_the_dataset_gives_good_rows_only_and_names_them(tmp_path: Path) -> None:
+def test_the_dataset_has_good_rows_only_and_names_them(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", [{**row, "id": None} for row in ROWS])
     dataset = ConversationDataset(
         load_rows(source), num_letters, modalities=["image"], good_indices=[4, 1], source=source
@@ -257,7 +257,7 @@ def test_a_bad_row_raises_with_its_name_rather_than_being_replaced() -> None:
         dataset[1]
 
 
-def test_the_dataset_travels_into_data_workers(tmp_path: Path) -> None:
+def test_the_dataset_is_read_in_data_workers(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", ROWS)
     dataset = ConversationDataset(load_rows(source), num_letters, modalities=(), source=source)
     copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - our own

@@ -1,4 +1,4 @@
-"""Claims about data/formats.py: three row shapes, one Conversation, one sentence for the rest."""
+"""data/formats.py: three row shapes become one Conversation; other rows are one error."""
 
 from __future__ import annotations
 
@@ -180,22 +180,22 @@ def test_an_array_is_one_item_alone_and_many_along_its_first_axis_in_the_plural(
         assert flat[0].source.shape == (3,)
 
 
-def test_an_open_picture_is_one_item() -> None:
-    picture = Image.new("RGB", (2, 2))
-    assert read({"image": picture, "messages": turns("<image>")}).media[0].source is picture
+def test_an_open_image_is_one_item() -> None:
+    image = Image.new("RGB", (2, 2))
+    assert read({"image": image, "messages": turns("<image>")}).media[0].source is image
 
 
 def test_in_a_row_of_content_parts_no_text_is_a_slot_in_any_message() -> None:
     row = {
         "messages": [
-            {"role": "system", "content": "Write <image> for pictures."},
+            {"role": "system", "content": "Write <image> for images."},
             {"role": "user", "content": [{"type": "text", "text": "What does <image> mean?"}]},
-            {"role": "assistant", "content": "<image> means a picture."},
+            {"role": "assistant", "content": "<image> means an image."},
         ]
     }
     conversation = read(row)
     assert conversation.media == ()
-    assert conversation.messages[2].parts == (Text("<image> means a picture."),)
+    assert conversation.messages[2].parts == (Text("<image> means an image."),)
 
 
 def test_a_slot_of_no_modality_of_the_recipe_is_text() -> None:
@@ -231,7 +231,7 @@ def test_slots_and_items_that_differ_are_counted(
     assert counts in message
 
 
-def test_each_modality_is_counted_alone_and_all_differences_are_told() -> None:
+def test_each_modality_is_counted_alone_and_all_differences_are_reported() -> None:
     row = {"images": ["a", "b"], "messages": turns("<image><vector>")}
     message = refusal(row, "item_count")
     assert "1 slot <image> but 2 in `images`" in message
@@ -252,7 +252,7 @@ def test_a_sequence_of_vectors_is_one_item_inside_a_list() -> None:
 # --- texts that say the same as the media ---
 
 
-def test_each_item_gets_the_text_that_says_the_same_in_reading_order() -> None:
+def test_each_item_gets_its_media_text_in_reading_order() -> None:
     row = {
         "images": ["a", "b"],
         "left_camera": "c",
@@ -266,13 +266,13 @@ def test_each_item_gets_the_text_that_says_the_same_in_reading_order() -> None:
     )
 
 
-def test_a_row_without_such_texts_or_with_a_null_column_of_them_has_none() -> None:
+def test_a_row_without_media_texts_or_with_a_null_column_has_none() -> None:
     row = {"images": ["a"], "media_texts": None, "messages": turns("<image>")}
     assert read(row).media == (Media("image", "a"),)
 
 
 @pytest.mark.parametrize("texts", [[], ["a"], ["a", "b", "c"], "a"])
-def test_as_many_texts_as_items_are_asked_for(texts: Any) -> None:
+def test_one_media_text_for_each_item_is_required(texts: Any) -> None:
     row = {"images": ["1", "2"], "media_texts": {"image": texts}, "messages": turns("<image>" * 2)}
     message = refusal(row, "item_count")
     assert f"{len(texts)} texts under 'image', but the row has 2 items" in message
@@ -287,7 +287,7 @@ def test_as_many_texts_as_items_are_asked_for(texts: Any) -> None:
         ({"audio": ["a"]}, "under one of image, image_left, left_camera, vector"),
     ],
 )
-def test_texts_that_cannot_be_read_are_refused(given: Any, sentence: str) -> None:
+def test_media_texts_of_another_type_are_refused(given: Any, sentence: str) -> None:
     row = {"images": ["1"], "media_texts": given, "messages": turns("<image>")}
     assert sentence in refusal(row)
 
@@ -372,7 +372,7 @@ def test_a_row_of_no_shape_names_its_fields_and_the_three_shapes() -> None:
         ),
     ],
 )
-def test_a_row_that_cannot_be_read_says_why(row: Any, sentence: str) -> None:
+def test_a_bad_row_is_an_error_with_the_reason(row: Any, sentence: str) -> None:
     message = refusal(row)
     assert sentence in message
     assert "  " not in message

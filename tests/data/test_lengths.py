@@ -1,4 +1,4 @@
-"""Claims about data/lengths.py: what is known is not read again, and what changed is."""
+"""data/lengths.py: stored rows are not read again, and changed rows are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Fields = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
-    """Pictures and seven rows, of which the third and the fifth are bad."""
+    """Images and seven rows; the third and the fifth are bad."""
     for name in ("red", "blue", "green"):
         (tmp_path / f"{name}.png").write_bytes((data / f"{name}.png").read_bytes())
     rows: list[dict[str, Any]] = [
@@ -60,7 +60,7 @@ def processor(recipe_fields: Fields, folder: Path) -> MultiTokenProcessor:
 def look(
     folder: Path, processor: MultiTokenProcessor, *, known: bool = True, **options: Any
 ) -> tuple[ScanReport, list[str]]:
-    """The report, and the rows that were read for it."""
+    """Return the report, and the rows that were read for it."""
     opened: list[str] = []
 
     def read(row: Any, row_id: str) -> Any:
@@ -90,23 +90,23 @@ def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
     assert with_workers == plain
 
 
-def test_what_changed_is_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
+def test_changed_rows_are_read_again(folder: Path, processor: MultiTokenProcessor) -> None:
     look(folder, processor)
-    picture = folder / "blue.png"
-    before = picture.stat()
-    Image.new("RGB", (60, 60)).save(picture)
-    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    image = folder / "blue.png"
+    before = image.stat()
+    Image.new("RGB", (60, 60)).save(image)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert look(folder, processor)[1] == ["blue", *BAD], "no other"
     (folder / "red.png").rename(folder / "lost.png")
     report, opened = look(folder, processor)
-    assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was mended"
+    assert opened == ["red", *BAD, "again"], "a file that is gone, and the row that was fixed"
     assert [p.row_id for p in report.problems] == ["red", "rows.jsonl[4]", "text", "again"]
     rows = folder / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"content": "green"', '"content": "greener"', 1))
     assert look(folder, processor)[1] == ["red", "green", "text", "again"]
 
 
-def test_another_way_of_reading_knows_nothing(
+def test_a_processor_with_other_settings_reads_all_rows(
     recipe_fields: Fields, folder: Path, processor: MultiTokenProcessor
 ) -> None:
     look(folder, processor)
@@ -144,7 +144,7 @@ def test_shares_make_the_report_of_one(
     assert look(folder, processor)[1] == BAD
 
 
-def test_a_scan_that_breaks_off_goes_on(folder: Path, processor: MultiTokenProcessor) -> None:
+def test_an_interrupted_scan_continues(folder: Path, processor: MultiTokenProcessor) -> None:
     rows = load_rows(str(folder / "rows.jsonl"))
 
     def read(row: Any, row_id: str) -> Any:
@@ -167,11 +167,11 @@ def row_with(source: Any) -> dict[str, Any]:
     }
 
 
-def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
+def test_sources_of_all_kinds_are_distinguished_by_their_content(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     known = LengthStore(folder / "lengths", processor)
-    pictures = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
+    images = [Image.new("RGB", (3, 3), c) for c in ("red", "blue")]
     sources: list[Any] = [
         "red.png",
         "./red.png",
@@ -179,7 +179,7 @@ def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
         "https://example.org/red.png",
         b"one",
         b"two",
-        *pictures,
+        *images,
         np.zeros(3),
         np.ones(3),
         torch.ones(4),
@@ -199,7 +199,7 @@ def test_sources_of_all_kinds_are_told_apart_by_what_is_in_them(
     assert known.key({"messages": 3}, "row") is None
 
 
-def test_lengths_of_others_are_known_after_a_look_and_a_damaged_file_is_named(
+def test_lengths_of_other_processes_are_known_after_a_refresh_and_a_damaged_file_is_named(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     one, two = (LengthStore(folder / "lengths", processor) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`data.lengths: headers`: nothing is decoded before training, and what it learns is the same."""
+"""`data.lengths: headers`: nothing is decoded before training, and training is the same."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ DECODED: list[str] = []
 
 
 class Watched(ImageModality):
-    """Pictures of which is remembered which were decoded."""
+    """Images; the list of those that were decoded is kept."""
 
     type: str = "watched"  # type: ignore[assignment]
 
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
-        """As of images."""
+        """See ImageModality."""
         DECODED.append(str(source))
         return super().load(source, fetch)
 
     def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
-        """As of images."""
+        """See ImageModality."""
         return super().num_features_from_header(source, fetch)
 
 
 def write_rows(folder: Path, *, damaged: int | None = None) -> Path:
-    """Eight rows with a JPEG of its own size each; of one, the pixels are cut off."""
+    """Write eight rows with JPEGs of different sizes; the pixels of one are cut off."""
     folder.mkdir(exist_ok=True)
     lines = []
     for number, size in enumerate(SIZES):
@@ -84,7 +84,7 @@ def write_rows(folder: Path, *, damaged: int | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: Any) -> str:
-    """An encoder whose number of patches hangs on the picture's proportions."""
+    """Encoder with a number of patches that depends on the image's proportions."""
     register_modality("watched", Watched)
     return tiny_image_encoder(tmp_path_factory.mktemp("native"), "siglip2")
 
@@ -140,7 +140,7 @@ def test_a_scan_by_headers_decodes_nothing_and_finds_the_lengths_of_decoding(
     assert len({length.num_media for length in decoded.lengths}) > 2, "they are of many lengths"
 
 
-def test_a_picture_damaged_behind_its_header_passes_a_scan_by_headers_alone(
+def test_an_image_damaged_after_its_header_passes_a_scan_by_headers_alone(
     processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
     whole = look(processor, tmp_path / "rows")
@@ -156,7 +156,7 @@ def test_a_picture_damaged_behind_its_header_passes_a_scan_by_headers_alone(
     ], "what headers show is found as ever"
 
 
-def test_lengths_by_header_are_not_taken_for_those_of_decoded_rows(
+def test_header_lengths_are_not_used_for_decoded_rows(
     processor: MultiTokenProcessor, tmp_path: Path
 ) -> None:
     asking = replace(processor, lengths_only=True)
@@ -173,7 +173,7 @@ def test_lengths_by_header_are_not_taken_for_those_of_decoded_rows(
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
-    """What was logged of each step, without times."""
+    """Return the logs of all steps, without times."""
     done = json.loads((folder / "stages" / "1-projector" / "done.json").read_text())
     kept = ("step", "loss", "grad_norm", "padding_fraction", "supervised_fraction", "pack_use")
     return [{k: v for k, v in entry.items() if k in kept} for entry in done["log_history"]]
@@ -188,7 +188,7 @@ def learned(folder: Path) -> list[dict[str, Any]]:
         {"packing": True, "args": {"dataloader_num_workers": 1}},
     ],
 )
-def test_a_run_learns_the_same_whether_headers_or_decoding_told_the_lengths(
+def test_header_lengths_and_decoded_lengths_train_the_same(
     fields_of: Fields, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     said = {}
@@ -210,7 +210,7 @@ def test_a_run_learns_the_same_whether_headers_or_decoding_told_the_lengths(
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes_on(
+def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_continues(
     fields_of: Fields, tmp_path: Path, num_workers: int, packing: bool
 ) -> None:
     args = {"dataloader_num_workers": num_workers, "save_steps": 1}
@@ -232,7 +232,7 @@ def test_a_damaged_file_ends_the_run_with_row_and_file_and_the_same_command_goes
 
 
 @pytest.mark.slow
-def test_what_is_decoded_before_training_names_its_row_too(fields_of: Fields) -> None:
+def test_items_decoded_before_training_name_their_row_too(fields_of: Fields) -> None:
     fields = fields_of("run", "headers", damaged=6)
     fields["train"] |= {"closed_form": {}, "calibration_items": 8}
     with pytest.raises(RowError, match=r"^row row 6: image: 6\.jpg .* is truncated"):
@@ -249,7 +249,7 @@ def test_with_a_feature_cache_every_item_is_decoded_and_bad_rows_are_found_first
 
 
 @pytest.mark.slow
-def test_held_out_rows_are_decoded_always(fields_of: Fields, tmp_path: Path) -> None:
+def test_held_out_rows_are_always_decoded(fields_of: Fields, tmp_path: Path) -> None:
     fields = fields_of("run", "headers")
     damaged = write_rows(tmp_path / "held_out", damaged=1)
     fields["data"]["eval"] = [{"rows": str(damaged)}]
@@ -282,7 +282,7 @@ destroy_process_group()
 
 
 @pytest.mark.slow
-def test_a_damaged_file_ends_all_processes_in_the_same_words(
+def test_a_damaged_file_ends_all_processes_with_the_same_error(
     fields_of: Fields, tmp_path: Path
 ) -> None:
     args = {"dataloader_num_workers": 1, "ddp_backend": "gloo"}
@@ -325,11 +325,11 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_both_fields(
         parse_recipe(text, [more, "train.stages.0.args.max_steps=1"])
 
 
-def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
+def test_a_scan_that_decodes_many_rows_suggests_headers(
     fields_of: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources_module, "_MANY_ROWS", 7)
-    for lengths, told in (("decode", True), ("headers", False)):
+    for lengths, suggested in (("decode", True), ("headers", False)):
         recipe = Recipe.model_validate(fields_of(lengths, lengths))
         processor = build_processor(recipe, root=str(tmp_path / "rows"))
         rows = load_rows(str(tmp_path / "rows" / "rows.jsonl"))
@@ -339,8 +339,8 @@ def test_many_rows_that_are_decoded_are_told_what_would_spare_it(
         for _ in range(2):  # the second time all are remembered
             out = io.StringIO()
             sources_module.good_rows([source], recipe, Console(file=out, width=300))
-            assert ("would read headers alone" in out.getvalue()) == told
-            told = False
+            assert ("would read headers alone" in out.getvalue()) == suggested
+            suggested = False
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_named_where_the_reference_of_preferences_is_computed(
         train(Recipe.model_validate(fields), console=Console(quiet=True))
 
 
-def test_rows_that_headers_do_not_tell_are_decoded_and_counted(
+def test_rows_without_header_lengths_are_decoded_and_counted(
     fields_of: Fields, tmp_path: Path
 ) -> None:
     recipe = Recipe.model_validate(fields_of("run", "headers"))

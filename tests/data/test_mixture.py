@@ -1,4 +1,4 @@
-"""data/mixture.py: which row of which source comes where is known without reading any."""
+"""data/mixture.py: the row of each position is known without reading any row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def first(mixture: Mixture, num: int) -> list[RowRef]:
     return [mixture.row_ref(position) for position in range(num)]
 
 
-def test_sources_come_as_often_as_their_weights_say() -> None:
+def test_sources_are_drawn_by_their_weights() -> None:
     places = first(Mixture([1, 3, 6], seed=0, window=128), 20 * 128)
     shares = Counter(place.source for place in places)
     for source, share in enumerate((0.1, 0.3, 0.6)):
@@ -42,7 +42,7 @@ def test_windows_are_shuffled_each_in_its_own_way_and_a_window_of_one_is_not() -
     assert [place.number for place in alone] == list(range(50))
 
 
-def test_a_jump_forward_and_back_finds_what_walking_there_finds() -> None:
+def test_a_jump_forward_or_back_finds_the_same_rows_as_walking() -> None:
     walked = first(Mixture([1, 2, 5], seed=7, window=8), 400)
     jumping = Mixture([1, 2, 5], seed=7, window=8)
     for position in (399, 0, 250, 3, 251, 120):
@@ -71,6 +71,6 @@ def test_the_mixture_is_the_same_on_every_machine_and_version() -> None:
     assert len(set(places)) == 16, "no row comes twice"
 
 
-def test_a_source_may_weigh_next_to_nothing() -> None:
+def test_a_source_may_have_a_tiny_weight() -> None:
     places = first(Mixture([1.0, 1e-30], seed=5, window=4), 8)
     assert {place.source for place in places} == {0}

@@ -24,7 +24,7 @@ from multi_token.recipe.train import TrainSpec
 from multi_token.types import Conversation, Media, Message, Text
 
 
-def test_a_pack_holds_what_both_budgets_allow_and_no_more() -> None:
+def test_a_pack_stays_within_both_budgets() -> None:
     rows = PackingPlan([1], max_tokens=10, num_items=[1], max_items=3)
     assert rows.fits(10, 3)
     assert not rows.fits(11, 3)
@@ -102,14 +102,14 @@ def test_rows_are_dealt_into_packs_of_equally_many_items_though_lengths_are_the_
     assert [rows.items_of(pack) for pack in dealt] == [6, 6]
 
 
-def test_what_does_not_fit_or_leaves_a_pack_empty_is_not_dealt() -> None:
+def test_rows_that_do_not_fit_or_leave_a_pack_empty_are_not_dealt() -> None:
     rows = PackingPlan([6, 6, 6], max_tokens=10)
     assert balance(rows, range(3), 2) is None
     assert balance(rows, range(3), 3) is not None
     assert balance(rows, range(3), 4) is None
 
 
-def test_a_row_goes_into_the_fullest_pack_that_has_room() -> None:
+def test_a_row_goes_into_the_fullest_pack_it_fits() -> None:
     rows = PackingPlan([6, 5, 4, 3, 2], max_tokens=10)
     assert best_fit(rows, range(5)) == [(0, 2), (1, 3, 4)]
 
@@ -204,10 +204,10 @@ def test_the_first_media_item_of_a_row_is_compared_by_content(model: Any, tmp_pa
 def test_rows_are_a_group_only_if_their_samples_begin_with_the_same_media(
     model: Any, data: Path
 ) -> None:
-    def row(picture: str, *texts: str) -> Any:
-        parts = (Text(texts[0]), Media("image", str(data / picture)), Text(texts[1]))
+    def row(image: str, *texts: str) -> Any:
+        parts = (Text(texts[0]), Media("image", str(data / image)), Text(texts[1]))
         said = Message("assistant", (Text("yes"),))
-        return model.processor(Conversation((Message("user", parts), said), id=picture))
+        return model.processor(Conversation((Message("user", parts), said), id=image))
 
     samples = [
         row("red.png", "Look: ", " is it red?"),

@@ -1,4 +1,4 @@
-"""data/preferences.py: every shape of a pair is one prompt with two answers, or a sentence."""
+"""data/preferences.py: every shape of a pair is one prompt with two answers, or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 RED = {"role": "assistant", "content": "red"}
 BLUE = {"role": "assistant", "content": "blue"}
 LLAVA = [{"from": "human", "value": "What is <image>?"}]
-PICTURES = {"images": ["red.png"]}
+IMAGES = {"images": ["red.png"]}
 
 
 def parts(content: str) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def conversation(row: Any) -> Any:
     ],
 )
 def test_every_shape_is_the_same_prompt_with_two_answers(row: dict[str, Any]) -> None:
-    found = conversation({**PICTURES, **row})
+    found = conversation({**IMAGES, **row})
     assert [m.role for m in found.messages] == ["user", "assistant"]
     assert found.messages[0].parts == (Text("What is "), Media("image", "red.png"), Text("?"))
     assert found.messages[-1].parts == (Text("red"),)
@@ -78,12 +78,12 @@ def test_a_common_start_of_several_turns_with_arrays_is_the_prompt() -> None:
     assert len(found.messages) == len(found.rejected.messages) == 5
     assert found.rejected.messages[-1].parts == (Text("blue"),)
     row["rejected"][1]["content"][0]["pulse"] = np.arange(5.0) + 1
-    with pytest.raises(RowError, match="`chosen` has 4 turns behind the prompt, expected one"):
+    with pytest.raises(RowError, match="`chosen` has 4 turns after the prompt, expected one"):
         conversation(row)
 
 
 def test_columns_of_a_table_that_are_null_leave_an_ordinary_row() -> None:
-    row = {**PICTURES, "messages": [USER, RED], "chosen": None, "rejected": None}
+    row = {**IMAGES, "messages": [USER, RED], "chosen": None, "rejected": None}
     assert conversation(row).rejected is None
 
 
@@ -113,11 +113,11 @@ def test_columns_of_a_table_that_are_null_leave_an_ordinary_row() -> None:
         ),
         (
             {"messages": [USER], "chosen": [RED], "rejected": []},
-            "`rejected` has 0 turns behind the prompt, expected one of the assistant",
+            "`rejected` has 0 turns after the prompt, expected one of the assistant",
         ),
         (
             {"messages": [USER], "chosen": [RED], "rejected": [BLUE, USER, RED]},
-            "`rejected` has 3 turns behind the prompt, expected one of the assistant",
+            "`rejected` has 3 turns after the prompt, expected one of the assistant",
         ),
         (
             {"messages": [USER], "chosen": [USER], "rejected": "blue"},
@@ -141,8 +141,6 @@ def test_columns_of_a_table_that_are_null_leave_an_ordinary_row() -> None:
         ),
     ],
 )
-def test_what_is_no_pair_is_a_sentence_with_the_rows_name(
-    row: dict[str, Any], sentence: str
-) -> None:
+def test_a_row_that_is_no_pair_is_an_error_with_its_id(row: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RowError, match=f"row seven: .*{sentence}"):
-        conversation({**PICTURES, **row, "id": "seven"})
+        conversation({**IMAGES, **row, "id": "seven"})

@@ -31,7 +31,7 @@ def row_of(number: int) -> dict[str, Any]:
             {"role": "user", "content": "What is <image>?"},
             {"role": "assistant", "content": str(number)},
         ],
-        "image": {"bytes": b"picture %d" % number, "path": None},
+        "image": {"bytes": b"image %d" % number, "path": None},
     }
 
 
@@ -58,7 +58,7 @@ def write_tar_of(path: Path, numbers: range) -> None:
     files: dict[str, bytes] = {}
     for n in numbers:
         row = row_of(n) | {"image": ".png"}
-        files |= {f"{n:03}.json": json.dumps(row).encode(), f"{n:03}.png": b"picture %d" % n}
+        files |= {f"{n:03}.json": json.dumps(row).encode(), f"{n:03}.png": b"image %d" % n}
     write_tar(path, files)
 
 
@@ -67,7 +67,7 @@ WRITE = {"jsonl": write_jsonl, "parquet": write_parquet, "tar": write_tar_of}
 
 @pytest.fixture(params=list(WRITE))
 def shards(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Ten rows in four files, one of which is empty, as a pattern."""
+    """Pattern of four files with ten rows; one file is empty."""
     start = 0
     for i, size in enumerate(SIZES):
         WRITE[request.param](tmp_path / f"{i}.{request.param}", range(start, start + size))
@@ -115,7 +115,7 @@ def test_the_folder_is_the_pattern_and_rows_are_named_by_file_and_index(shards: 
     assert open_stream(folder).root == str(Path(folder).resolve())
 
 
-def test_a_stream_goes_into_a_worker_in_the_middle(shards: str) -> None:
+def test_a_stream_is_pickled_into_a_worker_in_the_middle(shards: str) -> None:
     stream = open_stream(shards)
     stream.row(4)
     assert numbers(copy.deepcopy(stream), range(30)) == numbers(stream, range(30))
@@ -141,7 +141,7 @@ def test_a_saved_folder_is_a_stream(tmp_path: Path) -> None:
 
 
 class Counting:
-    """Rows that come in their order, and how often they were begun."""
+    """Rows in their order, with the number of times that reading began."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -152,7 +152,7 @@ class Counting:
         return iter([{"number": n} for n in range(self.size)])
 
 
-def test_rows_that_come_in_order_only_are_kept_for_a_window_and_begun_anew_for_older_ones() -> None:
+def test_sequential_rows_are_kept_for_a_window_and_restart_for_older_ones() -> None:
     rows = Counting(10)
     stream = SequentialRows("stream", rows, keep=4)
     assert [stream.row(n).row["number"] for n in (5, 2, 4, 7, 4)] == [5, 2, 4, 7, 4]
@@ -164,7 +164,7 @@ def test_rows_that_come_in_order_only_are_kept_for_a_window_and_begun_anew_for_o
     assert numbers(there, range(5)) == [0, 1, 2, 3, 4]
 
 
-def test_a_stream_of_datasets_is_such_rows() -> None:
+def test_a_stream_of_datasets_is_read_as_sequential_rows() -> None:
     import datasets
 
     def generate() -> Iterator[dict[str, Any]]:
@@ -182,7 +182,7 @@ def test_sources_without_rows_are_refused(open_rows: Any, tmp_path: Path) -> Non
             stream.row(0)
 
 
-def test_names_that_stand_for_no_files_are_refused_with_what_was_expected(tmp_path: Path) -> None:
+def test_names_without_files_are_refused_with_the_expected_ones(tmp_path: Path) -> None:
     with pytest.raises(MultiTokenError, match="and there are no files of rows in it; expected"):
         open_stream(str(tmp_path)).row(0)
     with pytest.raises(MultiTokenError, match="names no files of rows; expected files that end in"):
@@ -209,13 +209,13 @@ def test_names_that_stand_for_no_files_are_refused_with_what_was_expected(tmp_pa
         open_stream(str(tmp_path / "**" / "*.jsonl"))
 
 
-def test_a_hub_name_without_a_hub_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_without_a_hub_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        MultiTokenError, match=r"cannot load nobody/none \(split 'train'\) from the"
+        MultiTokenError, match=r"cannot load no-owner/none \(split 'train'\) from the"
     ):
-        open_stream("nobody/none").row(0)
+        open_stream("no-owner/none").row(0)
 
 
 def sample(tmp_path: Path, files: dict[str, Any]) -> Any:
@@ -270,7 +270,7 @@ def test_files_that_a_row_does_not_name_are_fields(tmp_path: Path) -> None:
     assert other["id"] == 5
 
 
-def test_samples_that_are_no_rows_are_bad_rows_that_say_why(tmp_path: Path) -> None:
+def test_samples_without_a_row_are_bad_rows_with_the_reason(tmp_path: Path) -> None:
     rows = sample(
         tmp_path,
         {

@@ -55,7 +55,7 @@ def test_a_scan_never_stops_and_names_every_problem_by_kind(
 def test_a_scan_measures_good_rows(image_path: str) -> None:
     report = scan([row("<image>ab", image=image_path), row("abc", "no")], read, progress=False)
     assert report.lengths == [Length(9, 3, 4), Length(5, 2, 0)]
-    assert (report.num_tokens, report.num_supervised, report.num_media) == (14, 5, 4)
+    assert report.total == Length(14, 5, 4)
 
 
 def test_a_scan_with_workers_finds_the_same() -> None:
@@ -120,9 +120,9 @@ def test_a_relative_path_is_found_before_it_is_lost() -> None:
 
 
 def test_a_relative_path_is_found_inside_a_mapping_and_not_in_a_text_of_the_row() -> None:
-    part = [row("<film>", film={"path": "a.mp4", "start": 2})]
-    film: dict[str, Modality] = {"film": VideoModality(encoder="an/encoder")}
-    assert first_relative_path(part, [0], modalities=film) == "a.mp4"
+    part = [row("<clip>", clip={"path": "a.mp4", "start": 2})]
+    clip: dict[str, Modality] = {"clip": VideoModality(encoder="an/encoder")}
+    assert first_relative_path(part, [0], modalities=clip) == "a.mp4"
     text = [row("<page>", page="A text."), row("<page>", page={"text": "Another."})]
     for strings, found in (("path", "A text."), ("text", None)):
         page = DocumentModality(encoder="an/encoder", strings=strings)  # type: ignore[arg-type]

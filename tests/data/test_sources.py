@@ -28,7 +28,7 @@ NUM = 80
 
 
 def write_rows(folder: Path) -> None:
-    """80 rows with an image each, of which the twelfth has none that could be read."""
+    """Write 80 rows with an image each; the twelfth image cannot be read."""
     folder.mkdir()
     lines = []
     for number in range(NUM):
@@ -73,7 +73,7 @@ def test_a_second_start_opens_no_media(
     assert list(third.good_indices or ()) == [i for i in range(NUM) if i not in (3, 11)]
 
 
-def test_a_run_that_goes_on_remembers_its_rows_and_a_bad_one_is_still_refused(
+def test_a_resumed_run_remembers_its_rows_and_still_refuses_a_bad_one(
     recipe_fields: Fields, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "rows")

@@ -1,4 +1,4 @@
-"""data/streaming.py and stream_loader.py: which rows a process reads, and in which batches."""
+"""data/streaming.py and stream_loader.py: rows of a process, and their batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.data.streams import BAD, row_of
 
 
 class Rows:
-    """Rows of a list as a stream, and which of them were asked for."""
+    """Stream over a list of rows that records the rows it returned."""
 
     root: str | None = None
 
@@ -106,7 +106,7 @@ def test_rows_of_a_window_come_in_random_order_and_each_once_an_epoch(bench: Ben
         assert sorted(order[start : start + 6]) == list(range(start, start + 6))
 
 
-def test_going_on_reads_no_row_before(bench: Bench) -> None:
+def test_a_resumed_stream_reads_no_earlier_row(bench: Bench) -> None:
     every = first(bench(), 10)
     bench.stream.asked.clear()
     assert first(bench(step=6), 4) == every[6:]
@@ -137,7 +137,7 @@ def length_of(bench: Bench, number: int) -> int:
     return len(sample.input_ids)
 
 
-def test_packs_go_on_exactly_from_any_of_them(bench: Bench, tmp_path: Path) -> None:
+def test_packs_resume_exactly_from_any_of_them(bench: Bench, tmp_path: Path) -> None:
     def loader(**more: Any) -> StreamLoader:
         return bench(window=10, packing=PackingPlan([], 150), **more)
 

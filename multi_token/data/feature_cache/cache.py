@@ -1,4 +1,7 @@
-"""Features of frozen encoders, kept by content: every item is encoded once."""
+"""Features of frozen encoders by content of the item, so that each item is encoded once.
+
+item -> _key (name or content, encoder, settings, dtype) -> features in memory or in store.py
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,7 @@ import torch
 
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
 from multi_token.data.feature_cache.keys import KeyTable, encoder_fingerprint, source_name
-from multi_token.data.feature_cache.store import (
-    FeatureStore,
-    StoredFeatures,
-    stored_bytes,
-    stored_dtype,
-)
+from multi_token.data.feature_cache.store import FeatureStore, StoredFeatures
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.hashing import digest
@@ -25,14 +23,14 @@ from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
 
 _MAX_WAIT_S = 300.0
-"""A shard is written at the latest after so long, however small: what a kill may lose."""
+"""Longest time between two shards, however small: the work that a kill may lose."""
 
 
 class FeatureCache:
-    """Content, encoder and its settings -> features, in memory or in a folder of shards.
+    """Features by content, encoder and settings, in memory or in a folder of shards.
 
-    With a folder, features are memory-mapped: what a process holds in memory is the index, not the
-    features. Picklable into data workers.
+    With a folder, features are memory-mapped, and memory holds the index alone. Picklable into data
+    workers.
     """
 
     def __init__(
@@ -42,39 +40,39 @@ class FeatureCache:
         dtype: Literal["float32", "bfloat16"] = "float32",
         max_shard_bytes: int = 256 * MIB,
     ) -> None:
-        """`path`: the folder where features lie between runs; None keeps them in memory.
+        """`path`: folder that keeps features between runs; None keeps them in memory.
 
-        `dtype`: precision of stored features; they are handed out as float32.
+        `dtype`: precision of stored features; `find` returns float32.
         """
         self.path = path
-        self.dtype = stored_dtype(dtype)
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self._shards = None if path is None else FeatureStore(path, max_bytes=max_shard_bytes)
         self._recent: dict[str, StoredFeatures] = {}
         self._num_recent_bytes = 0
         self._written_at = time.monotonic()
-        self._keys = KeyTable("S32")  # of sources that have a name
+        self._keys = KeyTable("S32")  # keys of content, by name of the source
         self._fingerprints: dict[str, tuple[Modality, str]] = {}
         self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # what was identified stays known; encoders do not travel
+        # fingerprints travel to data workers; encoders do not
         return {**self.__dict__, "_versions": {}}
 
     def __len__(self) -> int:
-        """Number of items whose features are here."""
+        """Number of items with features."""
         return len(self._recent) + (0 if self._shards is None else len(self._shards))
 
     @property
     def damaged(self) -> list[str]:
-        """Faults of files in the folder; their items are encoded again."""
+        """Faults of files in the folder. Their items are encoded again."""
         return [] if self._shards is None else self._shards.damaged
 
     def register_encoder(self, name: str, modality: Modality, encoder: Encoder) -> None:
-        """Say whose features those of the instance `name` are, before any is looked for.
+        """Set the encoder of the instance `name`, whose fingerprint becomes part of the keys.
 
-        Costs a look at every weight, once; `fill` does it too.
+        Hashes every weight once. `fill` calls this method for all its encoders.
         """
-        # torch counts changes in place, so weights are not read again as long as they are the same
+        # `_version` counts changes in place, so unchanged weights are not hashed again
         tensors = encoder.state_dict().values()
         version = [modality, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
         known, before = self._versions.get(name, (None, None))
@@ -83,10 +81,10 @@ class FeatureCache:
             self._versions[name] = (weakref.ref(encoder), version)
 
     def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
-        """The item with its features float32 [length, dim], if it was encoded.
+        """Return an item with its features float32 [length, dim], or None if it is not cached.
 
-        Raises MediaError for an item that cannot be read, MultiTokenError for an instance that
-        was never identified.
+        Raises MediaError for an item that cannot be read, MultiTokenError for an instance without
+        a registered encoder.
         """
         key = self._key(item, modality, fetch)
         stored = self._recent.get(key)
@@ -107,20 +105,25 @@ class FeatureCache:
         encoders: Mapping[str, Encoder],
         *,
         batch_size: int | None = None,
-        on_items: Callable[[int], None] | None = None,
         on_bad: Callable[[Media, MediaError], None] | None = None,
     ) -> int:
-        """Encode what is not there yet; returns how many items were encoded.
+        """Encode the items that the cache lacks, and return their number.
 
-        An item that cannot be read is passed over here (`on_bad` is told): reading its row names
-        it. `batch_size`: items encoded together; by default few on a CPU, whose caches a large
-        batch would leave. With a folder, every full shard is kept whatever comes after it.
+        Args:
+            items: Items, each with the access to its source.
+            modalities: Modalities by instance name.
+            encoders: Encoders by instance name.
+            batch_size: Items encoded together; default: 4 on a CPU, whose caches a larger batch
+                exceeds, else 32.
+            on_bad: Called for an item that cannot be read. The item is skipped, since reading its
+                row names it.
         """
         for name, modality in modalities.items():
             self.register_encoder(name, modality, encoders[name])
         if batch_size is None:
             on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
             batch_size = 4 if on_cpu else 32
+        # one batch for each modality, since each has its own encoder
         waiting: dict[str, dict[str, Prepared]] = {name: {} for name in modalities}
         num_encoded = 0
         self._written_at = time.monotonic()
@@ -129,6 +132,7 @@ class FeatureCache:
                 name, modality = item.modality, modalities[item.modality]
                 try:
                     key = self._key(item, modality, fetch)
+                    # rows of one batch may name the same item
                     if not self._has(key) and key not in waiting[name]:
                         prepared = modality.prepare(modality.load(item.source, fetch))
                         waiting[name][key] = prepared
@@ -136,9 +140,6 @@ class FeatureCache:
                     if on_bad is not None:
                         on_bad(item, error)
                     continue
-                finally:
-                    if on_items is not None:
-                        on_items(1)
                 if len(waiting[name]) == batch_size:
                     num_encoded += self._encode(modality, encoders[name], waiting[name])
                     waiting[name] = {}
@@ -146,13 +147,14 @@ class FeatureCache:
                 if rest:
                     num_encoded += self._encode(modalities[name], encoders[name], rest)
         except KeyboardInterrupt:
+            # the next start continues after these features
             self._flush()
             raise
         self._flush()
         return num_encoded
 
     def refresh(self) -> None:
-        """See what other processes have written into the folder meanwhile."""
+        """Read the index of shards that other processes have written since."""
         if self._shards is not None:
             self._shards.refresh()
 
@@ -165,12 +167,14 @@ class FeatureCache:
         inputs = modality.collate(list(items.values()))
         features = encoder(**{key: value.to(device) for key, value in inputs.items()})
         for i, key in enumerate(items):
+            # without padding, so that the features of an item do not depend on its batch
             real = slice(None) if features.mask is None else features.mask[i]
-            # a clone: a view would keep the whole batch in memory, and shards refuse shared ones
+            # a clone: a view would keep the whole batch in memory, and safetensors refuses tensors
+            # that share memory
             values = features.values[i][real].to(self.dtype).cpu().clone()
             breaks = None if features.newlines is None else features.newlines[i][real].cpu().clone()
             self._recent[key] = (values.contiguous(), breaks)
-            self._num_recent_bytes += stored_bytes(self._recent[key])
+            self._num_recent_bytes += values.nbytes + (0 if breaks is None else breaks.nbytes)
         if self._shards is not None and (
             self._num_recent_bytes >= self._shards.max_bytes
             or time.monotonic() - self._written_at > _MAX_WAIT_S
@@ -188,14 +192,15 @@ class FeatureCache:
         known = self._fingerprints.get(item.modality)
         if known is None or known[0] != modality:
             raise MultiTokenError(
-                f"the feature cache does not know whose features those of {item.modality!r} are"
+                f"the feature cache has no encoder for {item.modality!r}"
                 + (" with these settings" if known else "")
-                + "; call `fill` or `identify` with the encoder first"
+                + "; call `fill` or `register_encoder` with its encoder first"
             )
         text = source_name(item.source)
         if text is None:
             return self._digest(known[1], modality.content(item.source, fetch))
-        # by name, so that a file is not read again in every epoch
+        # by name, so that a file is not read and hashed again in every epoch
+        # the root too: a relative path names another file in another folder
         place = digest(
             known[1].encode(), repr(fetch.root).encode(), text.encode(errors="surrogatepass")
         )

@@ -1,4 +1,4 @@
-"""Every item of some rows into a feature cache, in any number of processes at once."""
+"""Encodes the items of rows into a feature cache, in any number of processes at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from multi_token.types import Media
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of one place, and where their media lie."""
+    """Rows of one source, with the access to their media."""
 
     rows: Sequence[Any]
     fetch: Fetch
@@ -35,7 +35,7 @@ class EncodeReport:
 
     num_rows: int = 0
     num_items: int = 0
-    """Items of this share, each as often as rows name it."""
+    """Items of this share; an item counts once for each row that names it."""
     num_encoded: int = 0
     problems: list[Problem] = field(default_factory=list)
     """Rows that are no conversation (in all shares), and items that cannot be read."""
@@ -60,11 +60,12 @@ def encode_rows(
     num_shares: int = 1,
     on_row: Callable[[], None] | None = None,
 ) -> EncodeReport:
-    """Encode one share of the items of all rows; what is in the cache already is passed over.
+    """Encode the items of one share that the cache lacks.
 
-    `share` of `num_shares`: items are dealt out by their source, so that one that many rows name
-    is encoded by one process. All shares together are all items.
+    `share` of `num_shares`: items are distributed by their source, so that one process encodes an
+    item that many rows name. All shares together are all items.
     """
+    # the row that is being read, for messages about its items
     report = EncodeReport()
     at: tuple[int, str] = (0, "")
 
@@ -80,11 +81,12 @@ def encode_rows(
                     at = (index, row_id_of(index, row, place.name))
                     conversation = to_conversation(row, list(modalities), row_id=at[1])
                 except RowError as error:
-                    report.problems.append(Problem(*at, error.kind, str(error)))
+                    report.problems.append(Problem.of(index, error))
                     continue
                 finally:
                     if on_row is not None:
                         on_row()
+                # counted before the share is chosen: the number must be the same in every process
                 for item in conversation.media:
                     num_seen += 1
                     if share_of(item, num_seen, num_shares) == share:
@@ -92,8 +94,8 @@ def encode_rows(
                         yield item, place.fetch
 
     def on_bad(item: Media, error: MediaError) -> None:
-        # an item is opened as soon as it was asked for, so `at` is its row
-        report.problems.append(Problem(*at, error.kind, f"row {at[1]}: {item.modality}: {error}"))
+        # `fill` opens an item before it takes the next one, so `at` is the item's row
+        report.problems.append(Problem(*at, error.kind, f"{item.modality}: {error}"))
 
     report.num_encoded = cache.fill(items(), modalities, encoders, on_bad=on_bad)
     return report
@@ -101,37 +103,40 @@ def encode_rows(
 
 def sample_items(
     sources: Sequence[RowSource], modalities: Mapping[str, Modality], num: int = 8
-) -> list[tuple[Media, Fetch]]:
-    """The first items of the rows."""
+) -> tuple[list[tuple[Media, Fetch]], int]:
+    """Return the first items of the rows, and the number of rows that were read for them."""
     found: list[tuple[Media, Fetch]] = []
+    num_rows = 0
     for place in sources:
         for index in range(len(place.rows)):
+            num_rows += 1
             try:
-                row = place.rows[index]
-                row_id = row_id_of(index, row, place.name)
-                conversation = to_conversation(row, list(modalities), row_id=row_id)
-            except RowError:
+                conversation = to_conversation(place.rows[index], list(modalities), row_id="")
+            except RowError:  # the scan names it
                 continue
             found += [(item, place.fetch) for item in conversation.media]
             if len(found) >= num:
-                return found[:num]
-    return found
+                return found[:num], num_rows
+    return found, num_rows
 
 
 def share_of(item: Media, number: int, num_shares: int) -> int:
-    """Which share an item falls to: by its source if that has a name, else by its number."""
+    """Return the share of an item: by the name of its source, or else by its number."""
     text = source_name(item.source)
     if text is None:
+        # all processes walk the same rows, so they agree on the number of an item
         return number % num_shares
+    # not `hash`, which Python seeds differently in each process
     return zlib.crc32(f"{item.modality}\0{text}".encode(errors="surrogatepass")) % num_shares
 
 
 def random_preprocessing(
     items: Sequence[tuple[Media, Fetch]], modalities: Mapping[str, Modality]
 ) -> str | None:
-    """Why features cannot be kept, if an item that is prepared twice gives two different inputs.
+    """Return the reason not to cache features where preprocessing is random, or None.
 
-    They would be those of one draw for ever.
+    Each item is prepared twice: with random preprocessing, the cache would repeat one draw for
+    ever.
     """
     for item, fetch in items:
         modality = modalities[item.modality]

@@ -16,60 +16,66 @@ from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
 
 _NOT_FEATURES = {"projector", "micro_batch", "dtype"}
-"""Fields of a modality that features do not hang on, or that the encoder's weights tell."""
+"""Fields of a modality that features do not depend on, or that follow from the weights."""
 _SETTINGS = (".json", ".txt", ".model", ".vocab", ".py")
-"""Suffixes of a model folder's files that are no weights: config, preprocessor, tokenizer."""
+"""Suffixes of a model folder's files without weights: config, preprocessor, tokenizer."""
 _DIGITS = 32
-"""Hexadecimal digits of a key: 128 bits, at which no two of any real number of items collide."""
+"""Hexadecimal digits of a key: 128 bits, enough that no two items of any data set collide."""
 
 
 def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:
     """Digest of encoder and settings that features depend on: 32 hexadecimal digits.
 
-    Every weight of the encoder as it is in memory (an encoder that a run has trained is another
-    than the one it began as), the files beside the weights of its folder (config, preprocessor,
-    tokenizer) or its hub name with the commit, and the modality's settings without the projector.
+    It covers every weight of the encoder in memory (training changes them), the files beside the
+    weights in its folder (config, preprocessor, tokenizer) or its hub name with the commit, and the
+    modality's settings without the projector.
     """
-    settings = modality.model_dump(mode="json", exclude=_NOT_FEATURES)
-    name = settings.get("encoder")
-    if isinstance(name, str):
-        settings["encoder"] = _origin(name, settings.pop("revision", None))
-    kind = [f"{type(part).__module__}.{type(part).__qualname__}" for part in (modality, encoder)]
-    text = json.dumps([kind, settings], sort_keys=True)
-    return digest(text.encode(), weights_digest(encoder).encode())
+    facts = [_class_name(modality), _class_name(encoder)], _settings(modality, _NOT_FEATURES)
+    return digest(json.dumps(facts, sort_keys=True).encode(), weights_digest(encoder).encode())
 
 
 def settings_fingerprint(modality: Modality) -> str:
     """Digest of the settings that an item's number of tokens depends on: 32 hexadecimal digits.
 
-    All settings with the projector, and where the encoder comes from; no weights.
+    It covers all settings with the projector, and the origin of the encoder, but no weights.
     """
-    settings = modality.model_dump(mode="json", exclude={"micro_batch", "dtype"})
+    facts = _class_name(modality), _settings(modality, _NOT_FEATURES - {"projector"})
+    return digest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _class_name(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _settings(modality: Modality, excluded: set[str]) -> dict[str, Any]:
+    settings = modality.model_dump(mode="json", exclude=excluded)
     name = settings.get("encoder")
     if isinstance(name, str):
         settings["encoder"] = _origin(name, settings.pop("revision", None))
-    kind = f"{type(modality).__module__}.{type(modality).__qualname__}"
-    return digest(json.dumps([kind, settings], sort_keys=True).encode())
+    return settings
 
 
 @torch.no_grad()
 def weights_digest(encoder: Encoder) -> str:
-    """A digest of all parameters and buffers: names, shapes, precision and every byte."""
+    """Digest of all parameters and buffers: names, shapes, precision and every byte."""
     whole = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
+        # as bytes, since numpy has no bfloat16
         whole.update(values.view(torch.uint8).numpy().data)
     return whole.hexdigest()[:_DIGITS]
 
 
 def _origin(name: str, revision: str | None) -> list[Any]:
-    """Return the origin of an encoder: files of its folder (not its path), or name and commit."""
+    """Return the origin of an encoder: files of its folder without its path, or name and commit."""
     folder = Path(name)
     if not folder.is_dir():
         return [name, revision, _commit(name, revision)]
+    # no weights, which `weights_digest` reads in memory, and no index of their shards
     files = {
         path.relative_to(folder).as_posix(): digest(path.read_bytes())
+        # one folder down as well: sentence-transformers keeps a config for each module there
         for pattern in ("*", "*/*")
         for path in folder.glob(pattern)
         if path.suffix in _SETTINGS and not path.name.endswith(".index.json") and path.is_file()
@@ -78,21 +84,21 @@ def _origin(name: str, revision: str | None) -> list[Any]:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that a hub name was fetched at, or None: then its weights alone tell it."""
+    """Return the commit of a hub name in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # a name of something else than the hub
+    except HFValidationError:  # not a hub name
         return None
     return Path(found).parent.name if isinstance(found, str) else None
 
 
 def source_name(source: Any) -> str | None:
-    """A source that is named in words (a path, an address, a mapping of such) as text, or None.
+    """Return the name of a source (a path, a URL, a mapping of these) as text, or None.
 
-    Equal texts are equal sources in every process.
+    Equal names are equal sources in every process.
     """
     if isinstance(source, (str, PurePath)):
         return str(source)
@@ -107,7 +113,7 @@ class KeyTable:
     """Keys of 32 hexadecimal digits -> numbers or keys, in sorted arrays.
 
     A dict would take four times the memory, and forked workers would copy its pages by counting
-    references. What was added first stays.
+    references. The first value of a key stays.
     """
 
     _MAX_NEW = 8192
@@ -121,7 +127,7 @@ class KeyTable:
         return len(self._keys) + len(self._new)
 
     def get(self, key: str) -> Any:
-        """The value, or None."""
+        """Return the value, or None."""
         if key in self._new:
             return self._new[key]
         wanted = np.array(key.encode(), self._keys.dtype)
@@ -131,10 +137,10 @@ class KeyTable:
         return None
 
     def add(self, key: str, value: Any) -> None:
-        """Remember a value, unless there is one."""
+        """Store a value, unless the key has one."""
         if self.get(key) is None:
             self._new[key] = value
-            # in steps that grow with the table, so that n keys cost n log n
+            # merged in steps that grow with the table, so that n keys cost n log n
             if len(self._new) >= max(self._MAX_NEW, len(self._keys) // 8):
                 self._merge()
 

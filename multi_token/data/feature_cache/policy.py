@@ -1,4 +1,4 @@
-"""Feature cache of a run: whether to use one (`auto` measures), where it is, and filling it.
+"""Feature cache of a run: the decision to use one (`auto` measures), its folder, and filling it.
 
 `auto` decides in three steps, in the main process for all:
 
@@ -13,8 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.encode import random_preprocessing, share_of
+from multi_token.data.feature_cache.encode import (
+    RowSource,
+    encode_rows,
+    random_preprocessing,
+    sample_items,
+)
 from multi_token.data.sources import TrainingSource
 from multi_token.distributed import (
     all_gather,
@@ -71,19 +75,17 @@ def frozen_encoders(
 ) -> dict[str, Encoder]:
     """Return the encoders that training will use, frozen, on the device of this process.
 
-    Args:
-        recipe: Its stages tell which encoders are trained.
-        build: Loads the encoders as training starts with them; called after the cheap checks.
-
-    Raises:
-        RecipeError: a stage trains one of them, so its features would change.
+    `build` loads them as training starts with them, after the cheap checks. Raises RecipeError if a
+    stage trains one of them, since its features would change.
     """
+    # before `build`, which may take minutes
     for stage in recipe.train.stages:
         for name in stage.learn.encoders:
             raise RecipeError(_trained_reason(name, stage.name, named=True))
     encoders = dict(build())
     for name, encoder in encoders.items():
         for stage in recipe.train.stages:
+            # an encoder with random weights is trained with its projector (parameter_groups.py)
             if is_randomly_initialized(encoder) and stage.learn.projector(name) is not None:
                 raise RecipeError(_trained_reason(name, stage.name, named=False))
         encoder.requires_grad_(False).eval().to(_device(recipe))
@@ -116,32 +118,26 @@ def choose_feature_cache(
 ) -> FeatureCache | None:
     """Open the feature cache of a run, or return None if it has none.
 
-    `auto` turns the cache off and prints the reason in the cases that a recipe with
-    `feature_cache: true` is refused for.
+    `sources` are opened without a cache. `trained` has the names of the encoders that each stage
+    trains, `arguments` the transformers.TrainingArguments of each stage.
 
-    Args:
-        recipe: Its `train.feature_cache` is off, on or `auto`.
-        modalities: Modalities of the model, by instance name.
-        encoders: Encoders of the model, by instance name.
-        sources: Rows, opened without a cache.
-        trained: For each stage, the names of the encoders that it trains.
-        arguments: transformers.TrainingArguments of each stage.
-        console: Where the decision is printed.
-
-    Raises:
-        RecipeError: the cache is required, but an encoder is trained or preprocessing is random.
+    Where an encoder is trained or preprocessing is random, `auto` turns the cache off and prints
+    the reason, and `true` raises RecipeError.
     """
     spec = recipe.train.feature_cache
     if spec is None:
         return None
-    first, num_items = _first_items(sources)
+    # a few items decide, since a start must not decode the data set
+    places = _row_sources(sources)
+    first, num_seen = sample_items(places, modalities, _NUM_MEASURED)
+    num_items = round(sum(len(place.rows) for place in places) * len(first) / max(num_seen, 1))
     reason = broadcast_from_main(
         lambda: _trained_encoder(recipe, trained) or random_preprocessing(first, modalities)
     )
     if reason is not None and not spec.auto:
         raise RecipeError(f"{reason}; set train.feature_cache to false")
     if reason is not None:
-        _print_decision(console, on=False, why=reason)
+        console.print(f"feature_cache auto is off: {reason}", highlight=False, soft_wrap=True)
         return None
     cache = open_cache(cache_folder(recipe), spec, console)
     if not spec.auto:
@@ -152,7 +148,9 @@ def choose_feature_cache(
             modalities, encoders, cache, first, num_items, _num_uses(sources, arguments)
         )
     )
-    _print_decision(console, on=on, why=why)
+    console.print(
+        f"feature_cache auto is {'on' if on else 'off'}: {why}", highlight=False, soft_wrap=True
+    )
     return cache if on else None
 
 
@@ -164,43 +162,38 @@ def fill_cache(
     console: Console,
 ) -> None:
     """Encode all items that the cache lacks; each process of a run encodes its share."""
-    num_rows = sum(len(source.rows) for source in sources)
+    places = _row_sources(sources)
+    num_rows = sum(len(place.rows) for place in places)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Encoding items", total=num_rows)
 
-        def items(share: int, num_shares: int) -> Iterator[MediaItem]:
-            number = 0
-            for source in sources:
-                for conversation, processor in source.conversations():
-                    for item in conversation.media:
-                        number += 1
-                        if share_of(item, number, num_shares) == share:
-                            yield item, processor.fetch
-                    progress.advance(task)
+        def encode(share: int, num_shares: int) -> int:
+            return encode_rows(
+                places,
+                modalities,
+                encoders,
+                cache,
+                share=share,
+                num_shares=num_shares,
+                on_row=lambda: progress.advance(task),
+            ).num_encoded
 
-        num_encoded = cache.fill(items(rank(), num_processes()), modalities, encoders)
+        num_encoded = encode(rank(), num_processes())
         if num_processes() > 1:
+            # after the barrier, all shards of all processes are in the folder
             barrier()
             cache.refresh()
             # encodes nothing, unless the folder is not the same one on all machines
             progress.reset(task)
-            num_encoded += cache.fill(items(0, 1), modalities, encoders)
+            num_encoded += encode(0, 1)
     num_encoded = sum(all_gather(num_encoded))
     console.print(
         f"features: {num_encoded} items encoded, {len(cache)} in the cache", highlight=False
     )
 
 
-def _first_items(sources: Sequence[TrainingSource]) -> tuple[list[MediaItem], int]:
-    """Return a few items, and an estimate of the number of all, from their number in first rows."""
-    first: list[MediaItem] = []
-    num_rows = sum(len(source.rows) for source in sources)
-    pairs = (pair for source in sources for pair in source.conversations())
-    for num_seen, (conversation, processor) in enumerate(pairs, 1):
-        first += [(item, processor.fetch) for item in conversation.media]
-        if len(first) >= _NUM_MEASURED:
-            return first[:_NUM_MEASURED], round(num_rows * len(first) / num_seen)
-    return first, len(first)
+def _row_sources(sources: Sequence[TrainingSource]) -> list[RowSource]:
+    return [RowSource(source.rows, source.processor.fetch, source.name) for source in sources]
 
 
 def _trained_encoder(recipe: Recipe, trained: Sequence[Collection[str]]) -> str | None:
@@ -219,19 +212,22 @@ def _decide(
     num_items: int,
     num_uses: float,
 ) -> tuple[bool, str]:
-    measured = _time_cache(modalities, encoders, cache, first)
-    if measured is None:
+    """Decide for a recipe with `auto` -> (on or off, reason)."""
+    assert cache.path is not None
+    register_encoders(cache, modalities, encoders)
+    readable = [pair for pair in first if _is_readable(pair, modalities)]
+    if not readable:
         return False, "no item of the first rows can be read"
-    if measured.all_there:
-        return True, f"the first {measured.num_items} items are in {cache.path} already"
+    if all(cache.find(item, modalities[item.modality], fetch) for item, fetch in readable):
+        return True, f"the first {len(readable)} items are in {cache.path} already"
+    encode_ms, read_ms, num_bytes = _time_cache(modalities, encoders, cache.path, readable)
     costs = (
-        f"an item takes {measured.encode_ms:.1f} ms to load and encode and {measured.read_ms:.1f} "
-        f"ms to read from the cache, and is used about {num_uses:.1f} times"
+        f"an item takes {encode_ms:.1f} ms to load and encode and {read_ms:.1f} ms to read from "
+        f"the cache, and is used about {num_uses:.1f} times"
     )
     # filling the cache encodes every item once, so a single use wins nothing
-    pays = measured.encode_ms * num_uses > measured.encode_ms + measured.read_ms * num_uses
-    needed = measured.num_bytes * num_items
-    assert cache.path is not None
+    pays = encode_ms * num_uses > encode_ms + read_ms * num_uses
+    needed = num_bytes * num_items
     free = shutil.disk_usage(_existing(cache.path)).free
     if pays and needed > free:
         return False, (
@@ -241,30 +237,13 @@ def _decide(
     return pays, costs
 
 
-@dataclass(frozen=True)
-class _CacheTimings:
-    num_items: int
-    all_there: bool
-    encode_ms: float = 0.0
-    read_ms: float = 0.0
-    num_bytes: float = 0.0
-    """Size of one item in the cache."""
-
-
 def _time_cache(
     modalities: Mapping[str, Modality],
     encoders: Mapping[str, Encoder],
-    cache: FeatureCache,
-    first: Sequence[MediaItem],
-) -> _CacheTimings | None:
-    """Time the first items with and without the cache, as means; None if none can be read."""
-    register_encoders(cache, modalities, encoders)
-    readable = [pair for pair in first if _is_readable(pair, modalities)]
-    if not readable:
-        return None
-    found = [cache.find(item, modalities[item.modality], fetch) for item, fetch in readable]
-    if all(prepared is not None for prepared in found):
-        return _CacheTimings(len(readable), all_there=True)
+    path: Path,
+    items: Sequence[MediaItem],
+) -> tuple[float, float, float]:
+    """Measure items -> mean (ms to load and encode, ms to read from the cache, bytes)."""
 
     def registered(folder: Path | None) -> FeatureCache:
         # a run hashes all weights once, so the hashing must not count as time of these few items
@@ -277,28 +256,28 @@ def _time_cache(
     for _ in range(2):
         fresh = registered(None)
         began = time.perf_counter()
-        fresh.fill(readable, modalities, encoders)
+        fresh.fill(items, modalities, encoders)
         encoded = time.perf_counter() - began
-    # on the disk of the real cache, whose speed is what is asked for
-    with tempfile.TemporaryDirectory(dir=_existing(cache.path), prefix=".measure-") as folder:
-        FeatureCache(Path(folder)).fill(readable, modalities, encoders)
+    # on the disk of the real cache, since disks differ in speed
+    with tempfile.TemporaryDirectory(dir=_existing(path), prefix=".measure-") as folder:
+        FeatureCache(Path(folder)).fill(items, modalities, encoders)
         num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
         stored = registered(Path(folder))
         began = time.perf_counter()
-        for item, fetch in readable:
+        for item, fetch in items:
             prepared = stored.find(item, modalities[item.modality], fetch)
             if prepared is not None:
                 for tensor in prepared.inputs.values():
                     tensor.clone()  # a view of a mapped file costs nothing until it is touched
         read = time.perf_counter() - began
-    num = len(readable)
-    return _CacheTimings(num, False, 1e3 * encoded / num, 1e3 * read / num, num_bytes / num)
+    num = len(items)
+    return 1e3 * encoded / num, 1e3 * read / num, num_bytes / num
 
 
 def register_encoders(
     cache: FeatureCache, modalities: Mapping[str, Modality], encoders: Mapping[str, Encoder]
 ) -> None:
-    """Tell a cache which encoders its features are of, if nothing is filled (streams)."""
+    """Register all encoders in a cache, for a run that fills nothing before it starts (streams)."""
     for name, modality in modalities.items():
         cache.register_encoder(name, modality, encoders[name])
 
@@ -328,13 +307,6 @@ def _num_uses(sources: Sequence[TrainingSource], arguments: Sequence[Any]) -> fl
     )
 
 
-def _print_decision(console: Console, *, on: bool, why: str) -> None:
-    console.print(
-        f"feature_cache auto is {'on' if on else 'off'}: {why}", highlight=False, soft_wrap=True
-    )
-
-
-def _existing(folder: Path | None) -> Path:
+def _existing(folder: Path) -> Path:
     """Return the folder, or its nearest parent that exists."""
-    assert folder is not None
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

@@ -32,6 +32,7 @@ def stream_hub(source: str, *, split: str = "train") -> Iterable[Row]:
 
     Raises MultiTokenError if the hub does not have it, or cannot be reached.
     """
+    # undecoded, as `load_hub` returns them
     return _open_hub(source, split, streaming=True).decode(False)
 
 
@@ -63,6 +64,7 @@ def load_parquet(path: Path) -> Sequence[Row]:
     import pyarrow
     from datasets.exceptions import DatasetGenerationError
 
+    # copies the file into the cache of `datasets` once, which later runs map
     try:
         table = datasets.load_dataset("parquet", data_files=str(path), split="train")
     except (DatasetGenerationError, pyarrow.ArrowException) as error:

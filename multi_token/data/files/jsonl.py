@@ -10,16 +10,17 @@ from array import array
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from multi_token.data.rows import Row, row_id_of
+from multi_token.checkpoint.atomic import atomic_file
+from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError, RowError
 
 
-class JsonLines(Sequence[Row]):
+class JsonLines(IndexedRows):
     """Lines of a .jsonl file, each parsed on access; blank lines are no rows.
 
     Memory holds only the offset of each line, so a file may be larger than memory.
@@ -40,13 +41,8 @@ class JsonLines(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
         # opened for each row: forked workers would share the file position of one handle
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
@@ -58,20 +54,19 @@ class JsonLines(Sequence[Row]):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             # json counts lines in this one line; its "line 1" would read as the file's
             reason = str(error).replace("line 1 ", "")
-            raise RowError(
-                f"line {number} of {self.path} is not JSON ({reason}); "
-                "write one object on each line",
-                kind="format",
-                row_id=row_id_of(index % len(self), None, str(self.path)),
+            raise self._error(
+                index, f"is not JSON ({reason}); write one object on each line"
             ) from error
         if not isinstance(row, Mapping):
-            raise RowError(
-                f"line {number} of {self.path} is a {type(row).__name__}, "
-                "expected an object with fields",
-                kind="format",
-                row_id=row_id_of(index % len(self), None, str(self.path)),
-            )
+            raise self._error(index, f"is a {type(row).__name__}, expected an object with fields")
         return cast("Row", row)
+
+    def _error(self, index: int, fault: str) -> RowError:
+        return RowError(
+            f"line {self.line_numbers[index]} of {self.path} {fault}",
+            kind="format",
+            row_id=row_id_of(index, None, str(self.path)),
+        )
 
 
 def load_json(path: Path) -> Sequence[Row]:
@@ -81,6 +76,7 @@ def load_json(path: Path) -> Sequence[Row]:
         RowError: the file is not JSON.
         MultiTokenError: the file holds no list of rows.
     """
+    # .json is parsed as one value, so all rows are in memory
     text = path.read_bytes()
     try:
         content: Any = json.loads(text.decode("utf-8-sig"))
@@ -110,18 +106,13 @@ def write_jsonl(rows: Sequence[Row], indices: Sequence[int], path: str | os.Path
     The file is replaced atomically, so it may be the one that `rows` come from. Relative media
     paths stay as they are. Raises RowError for a value that JSON cannot hold.
     """
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for index in indices:
-                row = rows[index]
-                default = partial(_jsonable, row_id=row_id_of(index, row, "rows"))
-                json.dump(row, file, ensure_ascii=False, default=default)
-                file.write("\n")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # row by row, since `rows` may be larger than memory
+    with atomic_file(Path(path)) as partial_path, partial_path.open("w", encoding="utf-8") as file:
+        for index in indices:
+            row = rows[index]
+            default = partial(_jsonable, row_id=row_id_of(index, row, "rows"))
+            json.dump(row, file, ensure_ascii=False, default=default)
+            file.write("\n")
 
 
 def _jsonable(value: Any, *, row_id: str) -> Any:

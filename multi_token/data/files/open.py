@@ -22,13 +22,12 @@ from multi_token.data.files.webdataset import TarRows
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 
-_SINGLE_FILES: dict[str, Callable[[Path], Sequence[Row]]] = {
+_FORMATS: dict[str, Callable[[Path], Sequence[Row]]] = {
     ".json": load_json,
     ".jsonl": JsonLines,
-    ".parquet": load_parquet,
+    ".parquet": ParquetRows,
+    ".tar": TarRows,
 }
-_SHARD_SUFFIXES = (*_SINGLE_FILES, ".tar")
-_GLOB_SIGNS = "*?["
 _ACCEPTED = (
     "a .json, .jsonl, .parquet or .tar file, a pattern (shards/*.parquet) or folder of such files, "
     "a folder written by datasets' save_to_disk, or a name on the Hugging Face hub "
@@ -60,42 +59,23 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
         RowError: a .json file is not JSON.
     """
-    kind = _source_kind(source)
-    if kind == "hub":
-        return load_hub(source, split)
+    files = resolve_files(source)
     path = Path(source).expanduser()
-    if kind == "folder":
-        if not is_saved_folder(path):
-            raise MultiTokenError(
-                f"{path.resolve()} is a folder, but not one that datasets' save_to_disk wrote, and "
-                f"there are no files of rows in it; expected {_ACCEPTED}"
-            )
-        return load_saved_folder(path, split)
-    if kind == "many":
-        return all_rows(source, split=split)
-    if split != "train":
-        raise MultiTokenError(
-            f"{path} is one file, which has no split {split!r}; "
-            "leave the split out, or name the file that holds it"
-        )
-    return _SINGLE_FILES[kind](path)
-
-
-def all_rows(source: str, *, split: str = "train") -> Sequence[Row]:
-    """Concatenate the rows of all files of a pattern or folder. Raises MultiTokenError."""
+    if files is None:
+        return load_saved_folder(path, split) if path.is_dir() else load_hub(source, split)
     check_no_split(source, split)
-    files: Any = [open_file(path) for path in resolve_files(source) or ()]
+    if files == [path]:
+        # by the cache of datasets: a shuffle within a large file would thrash row groups
+        return load_parquet(path) if path.suffix.lower() == ".parquet" else open_file(path)
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
-    rows: Any = ConcatDataset([rows for rows in files if len(rows)]) if any(map(len, files)) else []
+    found: Any = [rows for rows in map(open_file, files) if len(rows)]
+    rows: Any = ConcatDataset(found) if found else []
     return rows
 
 
 def open_file(path: Path) -> Sequence[Row]:
     """Open one file of many; memory holds its index and, for .json, its rows."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":  # by row group: datasets would copy every shard into its cache
-        return ParquetRows(path)
-    return TarRows(path) if suffix == ".tar" else load_rows(str(path))
+    return _FORMATS[path.suffix.lower()](path)
 
 
 def check_no_split(source: str, split: str) -> None:
@@ -131,63 +111,55 @@ def resolve_files(source: str) -> list[Path] | None:
 
     Raises MultiTokenError if there are none, or if their kinds differ.
     """
-    kind = _source_kind(source)
-    path = Path(source).expanduser()
-    if kind in _SINGLE_FILES or path.is_file():
-        return [path]
-    if kind != "many":
-        return None
-    given = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    found = sorted(p for p in given if p.is_file() and (not path.is_dir() or _is_shard(p)))
-    kinds = sorted({p.suffix.lower() for p in found})
-    if not found or not set(kinds) <= set(_SHARD_SUFFIXES):
-        raise MultiTokenError(
-            f"{source} (seen from {Path.cwd()}) names no files of rows"
-            + (f", but files that end in {', '.join(kinds)}" if found else "")
-            + f"; expected files that end in {', '.join(_SHARD_SUFFIXES)}"
-        )
-    if len(kinds) > 1:
-        raise MultiTokenError(
-            f"{source} has files of several kinds ({', '.join(kinds)}), expected one; name those "
-            f"that hold the rows, such as {path if path.is_dir() else path.parent}/*{kinds[0]}"
-        )
-    return found
-
-
-def _is_shard(path: Path) -> bool:
-    return path.suffix.lower() in _SHARD_SUFFIXES
-
-
-def _source_kind(source: str) -> str:
-    """Return a suffix of a single file, "many" (files or .tar), "folder" (saved) or "hub"."""
     if source.startswith(HUB_PREFIX):
-        return "hub"
+        return None
     path = Path(source).expanduser()
-    where = path.resolve()
+    where, suffix = path.resolve(), path.suffix.lower()
     if path.is_dir():
-        shards = not is_saved_folder(path) and any(map(_is_shard, path.iterdir()))
-        return "many" if shards else "folder"
-    suffix = path.suffix.lower()
-    if (suffix == ".tar" and path.is_file()) or (
-        any(sign in source for sign in _GLOB_SIGNS) and not path.exists()
-    ):
-        return "many"
-    if suffix in _SINGLE_FILES:
-        if not path.is_file():
-            raise MultiTokenError(f"no file at {where}; check the name, or the folder you are in")
-        return suffix
+        if is_saved_folder(path):
+            return None
+        files = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in _FORMATS]
+        if not files:
+            raise MultiTokenError(
+                f"{where} is a folder, but not one that datasets' save_to_disk wrote, and "
+                f"there are no files of rows in it; expected {_ACCEPTED}"
+            )
+        return _check_one_kind(source, sorted(files))
+    if suffix in _FORMATS and path.is_file():
+        return [path]
     if path.exists():
         raise MultiTokenError(f"{where} has the suffix {suffix!r}; expected {_ACCEPTED}")
+    if any(sign in source for sign in "*?["):
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        return _check_one_kind(source, sorted(p for p in matches if p.is_file()))
+    if suffix in _FORMATS:
+        raise MultiTokenError(f"no file at {where}; check the name, or the folder you are in")
     # `owner/name` is a hub name only if nothing here suggests that a path was meant: asking the
     # hub for a mistyped path ends in a message about the network
     names = source.split("/")
-    looks_like_path = (
+    if (
         len(names) > 2
         or not all(names)
         or "\\" in source
         or names[0] in (".", "..", "~")
         or (len(names) == 2 and Path(names[0]).is_dir())
-    )
-    if looks_like_path:
+    ):
         raise MultiTokenError(f"nothing at {where}; expected {_ACCEPTED}")
-    return "hub"
+    return None
+
+
+def _check_one_kind(source: str, files: list[Path]) -> list[Path]:
+    """Return the files, or raise MultiTokenError if they are not rows of one kind."""
+    kinds = sorted({file.suffix.lower() for file in files})
+    if not files or not set(kinds) <= set(_FORMATS):
+        raise MultiTokenError(
+            f"{source} (seen from {Path.cwd()}) names no files of rows"
+            + (f", but files that end in {', '.join(kinds)}" if files else "")
+            + f"; expected files that end in {', '.join(_FORMATS)}"
+        )
+    if len(kinds) > 1:
+        raise MultiTokenError(
+            f"{source} has files of several kinds ({', '.join(kinds)}), expected one; name those "
+            f"that hold the rows, such as {files[0].parent}/*{kinds[0]}"
+        )
+    return files

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, cast
 
-from multi_token.data.rows import Row
+from multi_token.data.rows import IndexedRows, Row
 from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ _NUM_GROUPS = 2
 """Row groups that stay in memory: the rows of a shuffle window may lie in two."""
 
 
-class ParquetRows(Sequence[Row]):
+class ParquetRows(IndexedRows):
     """Rows of a .parquet file; opening reads the footer, access reads one row group.
 
     `datasets` would convert the complete file into its cache first.
@@ -44,16 +43,8 @@ class ParquetRows(Sequence[Row]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
         group = bisect_right(self.starts, index) - 1
         table = self._group(group)
         return cast("Row", table.slice(index - self.starts[group], 1).to_pylist()[0])

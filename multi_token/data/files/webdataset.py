@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from multi_token.data.rows import Row
+from multi_token.data.rows import IndexedRows, Row
 from multi_token.errors import MultiTokenError, RowError
 
 _ROW = "json"
@@ -17,7 +17,7 @@ _NOT_MEDIA = ("id", "media_texts")
 _TURNS = ("messages", "conversations", "chosen", "rejected")
 
 
-class TarRows(Sequence[Row]):
+class TarRows(IndexedRows):
     """Rows of a .tar: `0001.json` is the row of sample `0001`, `0001.jpg` one of its media.
 
     Key and extension split at the first dot of the member's name, as in WebDataset
@@ -55,13 +55,9 @@ class TarRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
+        # opened for each row: forked workers would share the file position of one handle
         key, members = self.keys[index], self.samples[index]
         row_id = f"{self.path.name}/{key}"
         with self.path.open("rb") as file:
@@ -71,9 +67,10 @@ class TarRows(Sequence[Row]):
                 contents[extension] = {"bytes": file.read(size), "path": name}
         given = contents.pop(_ROW, None)
         if given is None:
+            names = ", ".join(name for name, _, _ in members.values())
             raise RowError(
-                f"has the files {', '.join(name for name, _, _ in members.values())} and no "
-                f"{posixpath.basename(key)}.{_ROW}, which must be the row",
+                f"has the files {names} and no {posixpath.basename(key)}.{_ROW}, which must be "
+                "the row",
                 kind="format",
                 row_id=row_id,
             )
@@ -132,6 +129,7 @@ def _with_members(
         else:
             full[key] = value if key in _NOT_MEDIA else filled(value)
     for extension, member in members.items():
+        # a member that the row names has its place already
         if member["path"] in named:
             continue
         field = extension.rpartition(".")[0] or extension

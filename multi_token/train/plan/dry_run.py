@@ -119,6 +119,8 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
             model.zero_grad(set_to_none=True)
         kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         inputs = _largest(trainer, next(batches))
+        # the batch at hand may be smaller than the largest of the stage: a stream is not read
+        # ahead, and half of the rows may be all that fits
         scale = max(largest / inputs["input_ids"].numel(), 1.0)
         with peak_memory(device) as peak:
             _forward_backward(trainer, inputs)
@@ -159,6 +161,7 @@ def largest_batch(trainer: MultiTokenTrainer) -> int:
 
 def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
     model = trainer.multi_token_model
+    # dropout and activation checkpointing take memory in train mode only
     model.train()
     trainer.training_step(model, inputs, (inputs["labels"] != IGNORE_INDEX).sum())
 
@@ -176,6 +179,7 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
     """
     rows: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
+    # known rows of a stream are its first ones, which may be shorter than later ones
     if trainer.batches.streamed:
         return other
     chosen = trainer.batches.fullest_pack(trainer.args.seed)
@@ -258,6 +262,7 @@ def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
         yield peak
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: Any = profile.profiler.kineto_results.events()
+    # the events come by thread, not by time
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     taken = 0
     for _, num_bytes in changes:

@@ -1,4 +1,4 @@
-"""The feature cache: what makes a key, what lies in the folder, who may read and write it."""
+"""Feature cache: keys, files of the folder, several readers and writers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_encoder_with_other_weights_makes_other_features(
     assert num_new(FeatureCache(tmp_path / "cache"), modality, data, encoder) == 0
 
 
-def test_a_key_hangs_on_preprocessing_and_not_on_the_projector_or_the_place_of_the_folder(
+def test_a_key_depends_on_preprocessing_and_not_on_the_projector_or_the_path_of_the_folder(
     clip: Path, data: Path, tmp_path: Path
 ) -> None:
     def new(modality: ImageModality) -> int:
@@ -180,16 +180,16 @@ def test_half_an_index_and_a_shard_without_one_are_encoded_again(tmp_path: Path)
     assert fill(cache, items) == 8
 
 
-def test_what_a_dead_writer_left_is_removed_and_what_a_live_one_writes_is_not(
+def test_unfinished_files_of_dead_writers_are_removed_and_those_of_live_ones_kept(
     tmp_path: Path,
 ) -> None:
-    old, new = (tmp_path / f"features-{n}.safetensors.partial" for n in ("old", "new"))
+    old, new = (tmp_path / f".features-{n}.safetensors.x1" for n in ("old", "new"))
     for partial in (old, new):
         partial.write_bytes(b"half")
     yesterday = time.time() - 86_400
     os.utime(old, (yesterday, yesterday))
     fill(FeatureCache(tmp_path), vectors(1))
-    assert [p.name for p in tmp_path.glob("*.partial")] == [new.name]
+    assert [p.name for p in tmp_path.glob(".features-*")] == [new.name]
 
 
 def test_two_caches_that_write_at_once_are_one_after_a_refresh(tmp_path: Path) -> None:
@@ -231,12 +231,12 @@ def test_data_workers_read_the_mapped_files_for_themselves(tmp_path: Path) -> No
     assert len(sent) < 6_000
 
 
-def test_a_cache_that_was_never_told_of_an_encoder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MultiTokenError, match="whose features those of 'vector' are; call `fill`"):
+def test_a_cache_without_a_registered_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MultiTokenError, match="no encoder for 'vector'; call `fill`"):
         FeatureCache(tmp_path).find(vectors(1)[0][0], VECTOR, FETCH)
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = FeatureCache(tmp_path / "file")
     with pytest.raises(MultiTokenError, match="cannot write features to .*/file"):
@@ -253,7 +253,7 @@ def test_ctrl_c_keeps_what_is_encoded(tmp_path: Path) -> None:
     assert len(FeatureCache(tmp_path)) == 8
 
 
-def test_a_key_table_holds_many_keys_and_keeps_what_came_first() -> None:
+def test_a_key_table_holds_many_keys_and_keeps_first_values() -> None:
     table = KeyTable("i8")
     keys = [digest(str(i).encode()) for i in range(20_000)]
     for i, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""Encoding all items of some rows: counts, shares, a killed process, and what cannot be kept."""
+"""Encoding the items of rows: counts, shares, a killed process, random preprocessing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_item_is_encoded_once_and_the_rest_is_counted(
     assert (second.num_encoded, second.num_already_cached, second.problems) == (0, 18, [])
 
 
-def test_what_cannot_be_read_is_named_with_its_row_and_the_rest_is_encoded(
+def test_unreadable_items_are_named_with_their_row_and_the_rest_is_encoded(
     place: RowSource, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
@@ -149,7 +149,7 @@ encode(RowSource(Killed(), Fetch(root=root), "rows"), Path(root, "cache"))
 
 
 class Jittered(VectorModality):
-    """Adds noise to what it reads, as augmentation does."""
+    """Modality that adds noise, as augmentation does."""
 
     type: Literal["jittered"] = "jittered"  # type: ignore[assignment]
 
@@ -158,7 +158,7 @@ class Jittered(VectorModality):
 
 
 def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: RowSource) -> None:
-    items = sample_items([place], MODALITIES)
+    items, _ = sample_items([place], MODALITIES)
     assert len(items) == 8
     assert random_preprocessing(items, MODALITIES) is None
     reason = random_preprocessing(items, {"vector": Jittered(dim=5)})
@@ -167,5 +167,5 @@ def test_random_preprocessing_is_found_by_preparing_an_item_twice(place: RowSour
 
 def test_first_items_are_those_of_rows_that_can_be_read(place: RowSource) -> None:
     rows: Sequence[Any] = [{"id": "x"}, *place.rows]
-    found = sample_items([RowSource(rows, place.fetch, "rows")], MODALITIES, num=2)
-    assert [item.source for item, _ in found] == ["0.npy", "1.npy"]
+    found, num_rows = sample_items([RowSource(rows, place.fetch, "rows")], MODALITIES, num=2)
+    assert [item.source for item, _ in found] == ["0.npy", "1.npy"] and num_rows == 3

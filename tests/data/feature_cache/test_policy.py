@@ -1,4 +1,4 @@
-"""Whether a run keeps features: `auto` measures and says, and what changes is never kept."""
+"""Feature cache of a run: `auto` measures and reports; features that change are never cached."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_processes_that_train_together_share_the_encoding(
     assert len(list(folder.glob("*.safetensors"))) == 2
 
 
-def test_a_torn_shard_is_said_and_encoded_again(
+def test_a_torn_shard_is_reported_and_encoded_again(
     recipe_fields: Fields, tmp_path: Path, capsys: Any
 ) -> None:
     cache = {"path": str(tmp_path / "features")}
@@ -97,7 +97,7 @@ def test_a_torn_shard_is_said_and_encoded_again(
     assert "features: 4 items encoded, 4 in the cache" in shown
 
 
-def test_auto_says_what_it_measured_and_that_one_use_wins_nothing(
+def test_auto_reports_its_measurements_and_is_off_for_a_single_use(
     recipe_fields: Fields, tmp_path: Path, capsys: Any
 ) -> None:
     fields = recipe_fields(tmp_path / "run", feature_cache="auto")
@@ -127,7 +127,7 @@ def test_auto_is_on_where_items_are_used_often(
     assert not list((tmp_path / "run").glob(".measure-*"))
 
 
-def test_auto_is_off_with_a_reason_where_an_encoder_learns(
+def test_auto_is_off_with_a_reason_where_an_encoder_is_trained(
     recipe_fields: Fields, mixed_fields: Fields, tmp_path: Path, capsys: Any
 ) -> None:
     fields = recipe_fields(tmp_path / "named", feature_cache="auto")
@@ -140,7 +140,7 @@ def test_auto_is_off_with_a_reason_where_an_encoder_learns(
 
 
 class Shaken(VectorModality):
-    """Another vector each time it is read, as augmentation makes it."""
+    """Vectors that differ at each read, as under augmentation."""
 
     type: Literal["shaken"] = "shaken"  # type: ignore[assignment]
     dim: int = 5

@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from multi_token.generate import eos_token_ids
 from multi_token.serve.engines.base import (
     EngineEvent,
@@ -93,8 +91,6 @@ class LocalEngine:
         self._batch: DecodeBatch | None = None
         self._thread: threading.Thread | None = None
         self._is_stopping = False
-        # read here, once: a restarted engine thread would otherwise give up one more core
-        self._num_threads = max(1, torch.get_num_threads() - 1)
 
     def start(self) -> None:
         """Run the startup checks and start the thread.
@@ -178,7 +174,6 @@ class LocalEngine:
                 while requests := self._next_requests(None):
                     self._generate_batch(requests)
             else:
-                self._leave_a_core()
                 self._batch = self._new_batch()
                 self._decode_loop(self._batch)
         # any fault here is the model's or a defect: every client must receive its end
@@ -188,16 +183,6 @@ class LocalEngine:
                 self._is_stopping = True
             for request in self._scheduler.unfinished():
                 request.fail(ServeError("the engine has failed", status=503))
-
-    def _leave_a_core(self) -> None:
-        """Leave one CPU core to HTTP, tokenization and media.
-
-        torch's threads wait for each other at the end of every operation. If one of them loses its
-        core to another thread of the server, all wait: on two cores a step of 8 rows then takes 1.4
-        times as long (docs/benchmarks/serving.md).
-        """
-        if self.model.device.type == "cpu":
-            torch.set_num_threads(self._num_threads)
 
     def _new_batch(self) -> DecodeBatch:
         """Return an empty batch with an empty prefix cache: the weights may have changed."""

@@ -1,8 +1,8 @@
-"""data/show.py: a sample is rendered by role, with media as one span."""
+"""`data show`: a sample is rendered by role, with media as one span."""
 
 from __future__ import annotations
 
-from multi_token.data.show import MEDIA_STYLE, PROMPT_STYLE, SUPERVISED_STYLE, render_sample
+from multi_token.cli.data import MEDIA_STYLE, PROMPT_STYLE, SUPERVISED_STYLE, render_sample
 from multi_token.types import Sample
 from tests.data.letters import Letters, read, row
 

@@ -1,4 +1,4 @@
-"""HeaderLengthDataset: a row of another length than predicted raises nothing in the worker."""
+"""ConversationDataset with predicted lengths: bad rows raise nothing in a data worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from multi_token.collate import Collator
-from multi_token.data.dataset import HeaderLengthDataset, placeholder_sample, row_to_sample
+from multi_token.data.dataset import ConversationDataset, placeholder_sample, row_to_sample
 from multi_token.data.files.open import load_rows
 from multi_token.errors import RowError
 from multi_token.processor import MultiTokenProcessor, build_processor
@@ -34,7 +34,7 @@ def rows(data: Path) -> Any:
     return load_rows(str(data / "rows.jsonl"))
 
 
-def test_a_row_of_another_length_comes_with_what_is_wrong(
+def test_a_row_of_another_length_comes_with_its_error(
     rows: Any, processor: MultiTokenProcessor
 ) -> None:
     read = [
@@ -42,8 +42,8 @@ def test_a_row_of_another_length_comes_with_what_is_wrong(
     ]
     lengths = [len(sample.input_ids) for sample in read]
 
-    def dataset(lengths: list[int]) -> HeaderLengthDataset:
-        return HeaderLengthDataset(rows, processor, modalities=["image"], lengths=lengths)
+    def dataset(lengths: list[int]) -> ConversationDataset:
+        return ConversationDataset(rows, processor, modalities=["image"], lengths=lengths)
 
     assert all(sample.error is None for sample in map(dataset(lengths).__getitem__, range(4)))
     sample = dataset([lengths[0] + 1, *lengths[1:]])[0]
@@ -51,7 +51,7 @@ def test_a_row_of_another_length_comes_with_what_is_wrong(
     assert sample.id == "red"
 
 
-def test_what_stands_in_for_a_bad_row_goes_through_every_collator(
+def test_the_placeholder_of_a_bad_row_goes_through_every_collator(
     rows: Any, processor: MultiTokenProcessor
 ) -> None:
     good = row_to_sample(rows[0], "red", processor=processor, modalities=["image"])
@@ -70,7 +70,7 @@ def test_what_stands_in_for_a_bad_row_goes_through_every_collator(
         assert batch[ROW_IDS] == ["red", error] and len(batch["input_ids"]) == 4
 
 
-def test_bad_rows_of_a_step_are_said_in_one_sentence_whatever_its_loss_is() -> None:
+def test_bad_rows_of_a_step_are_one_error_with_any_loss() -> None:
     first = RowError("is bad", kind="undecodable", row_id="blue")
     other = RowError("is worse", kind="missing_file", row_id="red")
     for loss in (1.0, float("nan")):
