@@ -141,12 +141,10 @@ class Collator:
         """Batch (span, item, start of its sample in the flattened batch) by modality."""
         items: dict[str, list[Prepared]] = {}
         positions: dict[str, list[Tensor]] = {}
-        for place, item, begin in placed:
-            first = begin + place.start
-            items.setdefault(place.modality, []).append(item)
-            positions.setdefault(place.modality, []).append(
-                torch.arange(first, first + place.length)
-            )
+        for span, item, begin in placed:
+            first = begin + span.start
+            items.setdefault(span.modality, []).append(item)
+            positions.setdefault(span.modality, []).append(torch.arange(first, first + span.length))
         return {
             name: MediaBatch(
                 inputs=self.inputs(name, items[name]), positions=torch.cat(positions[name])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from multi_token.data.feature_cache.encode import EncodeReport
     from multi_token.data.rows import Row
@@ -83,7 +83,6 @@ def check(
     Several processes and machines may share the rows; the last one to finish reports on all rows.
     Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
-    from rich.console import Console
 
     from multi_token.data.dataset import row_to_sample
     from multi_token.data.files.open import load_rows
@@ -131,6 +130,7 @@ def check(
     if clean is not None:
         _write_clean_rows(rows, report.good_indices, clean, data=data, processor=processor)
         console.print(f"{len(report.good_indices):,} good rows written to {clean}", markup=False)
+    # for scripts: a training job should not start on bad rows
     if report.problems or not report.num_rows:
         raise typer.Exit(1)
 
@@ -144,7 +144,6 @@ def show(
     override: Override = None,
 ) -> None:
     """Print one row as the model gets it: prompt, supervised text, media with their tokens."""
-    from rich.console import Console
 
     from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
@@ -153,6 +152,7 @@ def show(
 
     processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
+    # by index or id: messages about rows name either
     index = _find_row(rows, row, data)
     conversation = to_conversation(
         rows[index], tuple(processor.modalities), row_id=row_id_of(index, rows[index], data)
@@ -203,8 +203,6 @@ def encode(
     Several processes and machines may write into one folder. Exit code 1: an item or a row could
     not be read.
     """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from multi_token.data.feature_cache.encode import (
         RowSource,
@@ -252,6 +250,7 @@ def encode(
             on_row=lambda: progress.advance(task),
         )
     _print_encode_report(console, report, examples)
+    # other processes may have written meanwhile, and the count below is the folder's
     cache.refresh()
     of = "" if num_shares == 1 else f" (shard {share} of {num_shares})"
     console.print(
@@ -395,9 +394,6 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
 
 
 def _problem_table(report: ScanReport, examples: int) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table("problem", "rows", "row", "what is wrong", title="Problems", show_lines=True)
     for kind, problems in report.by_kind.items():
         shown = problems[:examples] or [None]
@@ -415,8 +411,6 @@ def _problem_table(report: ScanReport, examples: int) -> Table:
 
 
 def _length_table(bins: Sequence[Bin]) -> Table:
-    from rich.table import Table
-
     table = Table("tokens", "rows", "", title="Length of good rows")
     highest = max(b.count for b in bins)
     for b in bins:
@@ -431,8 +425,6 @@ def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Tex
 
     With `marks`, supervised text also is between `⟦` and `⟧`, for terminals without colour.
     """
-    from rich.text import Text
-
     from multi_token.types import IGNORE_INDEX
 
     ids: list[int] = sample.input_ids.tolist()
@@ -468,9 +460,6 @@ def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Tex
 
 
 def _media_table(conversation: Conversation, lengths: Sequence[int]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
     from multi_token.media.fetch import shorten
 
     table = Table("modality", "tokens", "source")

@@ -20,7 +20,7 @@ from multi_token.data.dataset import worker_loader
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import Length, LengthStore
 from multi_token.data.rows import Row, row_id_of
-from multi_token.errors import ChatTemplateError, MediaError, RowError, RowKind
+from multi_token.errors import RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
 if TYPE_CHECKING:
@@ -169,7 +169,6 @@ class _ScanDataset(Dataset[_Result]):
 
     def __getitem__(self, number: int) -> _Result:
         index = self.indices[number]
-        row_id = row_id_of(index, None, self.source)
         try:
             row = self.rows[index]
             row_id = row_id_of(index, row, self.source)
@@ -184,10 +183,6 @@ class _ScanDataset(Dataset[_Result]):
             return _Result(key, sample_length(sample), "decoded" if decoded else "read")
         except RowError as error:
             return _Result(None, Problem.of(index, error))
-        except MediaError as error:
-            return _Result(None, Problem(index, row_id, error.kind, str(error)))
-        except ChatTemplateError as error:
-            return _Result(None, Problem(index, row_id, "chat_template", str(error)))
 
 
 def sample_length(sample: Sample) -> Length:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from multi_token.data.dataset import row_to_sample
-from multi_token.errors import ChatTemplateError, RowError
+from multi_token.errors import MediaError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.media.image import decode_image
 from multi_token.types import IGNORE_INDEX, Conversation, Media, MediaSpan, Sample
@@ -18,13 +18,17 @@ FETCH = Fetch()
 
 def processor(conversation: Conversation, *, fetch: Fetch = FETCH) -> Sample:
     """Return a token for each letter, four for each image; answers are supervised."""
+    row_id = conversation.id
     ids: list[int] = []
     labels: list[int] = []
     spans: list[MediaSpan] = []
     for message in conversation.messages:
         for part in message.parts:
             if isinstance(part, Media):
-                decode_image(fetch.read(part.source))
+                try:
+                    decode_image(fetch.read(part.source))
+                except MediaError as error:
+                    raise RowError(str(error), kind=error.kind, row_id=row_id) from error
                 spans.append(MediaSpan(part.modality, len(ids), 4))
                 new = [0] * 4
             else:
@@ -32,9 +36,9 @@ def processor(conversation: Conversation, *, fetch: Fetch = FETCH) -> Sample:
             ids += new
             labels += new if message.role == "assistant" else [IGNORE_INDEX] * len(new)
     if "{{" in str(conversation):
-        raise ChatTemplateError("the template stumbles")
+        raise RowError("the template stumbles", kind="chat_template", row_id=row_id)
     if not any(label != IGNORE_INDEX for label in labels):
-        raise RowError("nothing to learn", kind="no_target", row_id=conversation.id)
+        raise RowError("nothing to learn", kind="no_target", row_id=row_id)
     return Sample(torch.tensor(ids), torch.tensor(labels), spans, id=conversation.id)
 
 

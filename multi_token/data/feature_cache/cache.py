@@ -72,7 +72,7 @@ class FeatureCache:
 
         Hashes every weight once. `fill` calls this method for all its encoders.
         """
-        # `_version` counts changes in place, so unchanged weights are not hashed again
+        # `_version` counts changes in name_key, so unchanged weights are not hashed again
         tensors = encoder.state_dict().values()
         version = [modality, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
         known, before = self._versions.get(name, (None, None))
@@ -201,13 +201,13 @@ class FeatureCache:
             return self._digest(known[1], modality.content(item.source, fetch))
         # by name, so that a file is not read and hashed again in every epoch
         # the root too: a relative path names another file in another folder
-        place = digest(
+        name_key = digest(
             known[1].encode(), repr(fetch.root).encode(), text.encode(errors="surrogatepass")
         )
-        found = self._keys.get(place)
+        found = self._keys.get(name_key)
         if found is None:
             found = self._digest(known[1], modality.content(item.source, fetch))
-            self._keys.add(place, found)
+            self._keys.add(name_key, found)
         return found if isinstance(found, str) else found.decode()
 
     def _digest(self, identity: str, content: bytes) -> str:

@@ -65,20 +65,20 @@ def encode_rows(
     `share` of `num_shares`: items are distributed by their source, so that one process encodes an
     item that many rows name. All shares together are all items.
     """
-    # the row that is being read, for messages about its items
     report = EncodeReport()
+    # the row that is being read, for messages about its items
     at: tuple[int, str] = (0, "")
 
     def items() -> Iterator[tuple[Media, Fetch]]:
         nonlocal at
         num_seen = 0
-        for place in sources:
-            for index in range(len(place.rows)):
+        for source in sources:
+            for index in range(len(source.rows)):
                 report.num_rows += 1
-                at = (index, row_id_of(index, None, place.name))
+                at = (index, row_id_of(index, None, source.name))
                 try:
-                    row = place.rows[index]
-                    at = (index, row_id_of(index, row, place.name))
+                    row = source.rows[index]
+                    at = (index, row_id_of(index, row, source.name))
                     conversation = to_conversation(row, list(modalities), row_id=at[1])
                 except RowError as error:
                     report.problems.append(Problem.of(index, error))
@@ -91,7 +91,7 @@ def encode_rows(
                     num_seen += 1
                     if share_of(item, num_seen, num_shares) == share:
                         report.num_items += 1
-                        yield item, place.fetch
+                        yield item, source.fetch
 
     def on_bad(item: Media, error: MediaError) -> None:
         # `fill` opens an item before it takes the next one, so `at` is the item's row
@@ -107,14 +107,14 @@ def sample_items(
     """Return the first items of the rows, and the number of rows that were read for them."""
     found: list[tuple[Media, Fetch]] = []
     num_rows = 0
-    for place in sources:
-        for index in range(len(place.rows)):
+    for source in sources:
+        for index in range(len(source.rows)):
             num_rows += 1
             try:
-                conversation = to_conversation(place.rows[index], list(modalities), row_id="")
+                conversation = to_conversation(source.rows[index], list(modalities), row_id="")
             except RowError:  # the scan names it
                 continue
-            found += [(item, place.fetch) for item in conversation.media]
+            found += [(item, source.fetch) for item in conversation.media]
             if len(found) >= num:
                 return found[:num], num_rows
     return found, num_rows

@@ -128,9 +128,11 @@ def choose_feature_cache(
     if spec is None:
         return None
     # a few items decide, since a start must not decode the data set
-    places = _row_sources(sources)
-    first, num_seen = sample_items(places, modalities, _NUM_MEASURED)
-    num_items = round(sum(len(place.rows) for place in places) * len(first) / max(num_seen, 1))
+    row_sources = _row_sources(sources)
+    first, num_seen = sample_items(row_sources, modalities, _NUM_MEASURED)
+    num_items = round(
+        sum(len(source.rows) for source in row_sources) * len(first) / max(num_seen, 1)
+    )
     reason = broadcast_from_main(
         lambda: _trained_encoder(recipe, trained) or random_preprocessing(first, modalities)
     )
@@ -162,14 +164,14 @@ def fill_cache(
     console: Console,
 ) -> None:
     """Encode all items that the cache lacks; each process of a run encodes its share."""
-    places = _row_sources(sources)
-    num_rows = sum(len(place.rows) for place in places)
+    row_sources = _row_sources(sources)
+    num_rows = sum(len(source.rows) for source in row_sources)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Encoding items", total=num_rows)
 
         def encode(share: int, num_shares: int) -> int:
             return encode_rows(
-                places,
+                row_sources,
                 modalities,
                 encoders,
                 cache,
