@@ -174,8 +174,7 @@ def sample_answers(
         truths = [_text(c, "assistant") for c, _ in rows]
         processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
-        # 8 more than the longest true answer: an answer that does not end is seen as such, and
-        # costs no more than that
+        # 8 tokens over the longest true answer: enough to see an answer that does not end
         new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
         answers = [text for ids in new_ids for text in decode(processor, ids[None])]
     finally:
