@@ -142,9 +142,12 @@ def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
 class DpoLoss(Objective):
     """DPO, IPO or hinge loss of one batch at a time, with metrics under TRL's names.
 
-    Logged are means over pairs since the last log: `rewards/chosen` and `rewards/rejected` (`beta`
-    times the log-ratios), `rewards/margins` between them, `rewards/accuracies` (share of pairs with
-    a positive margin), `logps/chosen`, `logps/rejected`.
+    Metrics are means over pairs since the last log:
+
+        rewards/chosen, rewards/rejected    `beta` times the log-ratios
+        rewards/margins                     chosen less rejected
+        rewards/accuracies                  share of pairs with a positive margin
+        logps/chosen, logps/rejected        log-probabilities of the answers
     """
 
     _NAMES = (

@@ -133,21 +133,17 @@ class EvaluationCallback(TrainerCallback):
         self.report.write(at_once=True)
 
     def _blind(self, num_rows: int) -> BlindReport | None:
-        if not self.blind:
+        if not self.blind or self.trainer is None:
             return None
+        batch_size = self.trainer.args.per_device_eval_batch_size
         try:
             rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
-            return blind(self.model, rows, batch_size=self.batch_size)
+            return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
             # rows that the test cannot use (all media alike, say) must not end a training run
             self.blind = False
             self.console.print(f"no blind test: {error}", highlight=False, markup=False)
             return None
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of an evaluation batch."""
-        return self.trainer.args.per_device_eval_batch_size if self.trainer is not None else 8
 
 
 def blind_lines(found: BlindReport) -> list[str]:
@@ -178,8 +174,7 @@ def sample_answers(
         truths = [_text(c, "assistant") for c, _ in rows]
         processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
-        # 8 more than the longest true answer: an answer that does not end is seen as such, and
-        # costs no more than that
+        # 8 tokens over the longest true answer: enough to see an answer that does not end
         new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
         answers = [text for ids in new_ids for text in decode(processor, ids[None])]
     finally:

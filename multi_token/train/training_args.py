@@ -56,10 +56,10 @@ _ELSEWHERE: dict[str, str] = {
 def training_arguments(
     output_dir: Path, fields: Mapping[str, Any], *, seed: int, learning_rate: float
 ) -> TrainingArguments:
-    """TrainingArguments of a stage.
+    """Return the TrainingArguments of a stage.
 
-    Raises RecipeError for a field that transformers does not have, that is fixed or is set
-    elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
+    Raises RecipeError for a field that transformers does not have, and for one that is fixed or set
+    elsewhere in a recipe. A DeepSpeed configuration that cannot be used raises it too.
     """
     _check_reserved_fields(fields)
     _check_deepspeed(fields.get("deepspeed"))

@@ -65,9 +65,8 @@ def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
         try:
             with _batch_size(trainer, size):
                 return _timed_steps(trainer, largest, size / num_rows)
-        except (
-            Exception
-        ) as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
+        except Exception as error:
+            # MemoryError, torch's own and RuntimeError; all others are raised again
             if not is_out_of_memory(error):
                 raise
         # after `except`, which keeps the traceback and with it the tensors of the failed step
@@ -244,9 +243,7 @@ def _state_restored(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
-    """Yield a list whose one entry is then the peak of tensor memory in bytes, beyond what tensors
-    took before.
-    """
+    """Yield a list of one number: after the block, its peak of new tensor memory in bytes."""
     peak = [0]
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

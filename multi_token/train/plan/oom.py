@@ -103,7 +103,8 @@ def explain_oom(facts: Callable[[], OomFacts], stage: str) -> Iterator[None]:
     try:
         yield
         return
-    except Exception as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
+    except Exception as error:
+        # MemoryError, torch's own and RuntimeError; all others are raised again
         if not is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())[:200]
