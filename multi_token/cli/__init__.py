@@ -120,9 +120,9 @@ def main() -> None:
 
 
 def _exit_one_of_several(code: int, error: Exception | None = None) -> None:
-    # not imported for a command that had no use for it
-    if met := sys.modules.get("multi_token.distributed"):
-        met.exit_without_teardown(code, error)
+    # loaded only by commands that use torch; an import here would take seconds in all others
+    if distributed := sys.modules.get("multi_token.distributed"):
+        distributed.exit_without_teardown(code, error)
 
 
 def _run_command(console: Console) -> int:
