@@ -75,7 +75,7 @@ def test_a_truncated_image_and_a_bomb_are_reported_with_the_row(
         )
 
 
-def test_a_row_that_just_fits_is_kept_complete(model: Any, data: Path) -> None:
+def test_a_row_that_just_fits_is_kept_whole(model: Any, data: Path) -> None:
     fields = row("<image> again <image>", images=["red.png", "blue.png"])
     length = len(read(model, data, fields).input_ids)
     assert len(read(model, data, fields, max_tokens=length).input_ids) == length
