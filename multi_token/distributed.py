@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -40,12 +43,29 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def destroy_process_group(*, after_fault: bool = False) -> None:
+def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
-    # After a fault too: otherwise a gloo thread now and then ends the process with an abort, which
-    # hides its exit code. NCCL is left alone then, since it would wait for processes elsewhere.
-    if _is_initialized() and not (after_fault and distributed.get_backend() == "nccl"):
+    if _is_initialized():
         distributed.destroy_process_group()
+
+
+def exit_without_teardown(code: int, error: Exception | None = None) -> None:
+    """End this process at once if it is one of several; with one process, do nothing.
+
+    `error` is printed as the interpreter would print it.
+    """
+    if num_processes() == 1:
+        return
+    # After a fault, collectives may still run in threads of gloo. `destroy_process_group` only
+    # drops references, and a mesh, DDP or a traceback may hold others. A thread that needs the GIL
+    # while the interpreter ends is unwound through C++, which aborts: exit code -6 instead of
+    # `code`. With NCCL, destroying the group would wait for processes that are gone.
+    if error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
@@ -113,7 +133,7 @@ def _digest(values: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
         text = json.dumps(value, sort_keys=True, default=_jsonable, ensure_ascii=False)
-        # surrogatepass: JSON of a row may hold a lone surrogate, which UTF-8 refuses
+        # JSON of a row may hold half of a UTF-16 pair, which UTF-8 refuses without surrogatepass
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 

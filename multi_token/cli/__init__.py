@@ -103,27 +103,43 @@ def main() -> None:
     """Run the command line; what a user can fix is printed as a sentence."""
     # the tokenizers' threads warn about data workers being forked, which is harmless here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT asks transformers by an old name, which whoever types a command can do nothing about
+    # PEFT reads a deprecated attribute of transformers, which a user cannot change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # the profiler, by which `--plan` measures memory, would announce its start and its end
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    # PEFT imports it for everybody, and it then misses a kernel that only 4 bits would use
+    # PEFT imports bitsandbytes in every run, and it warns of a kernel that only 4 bits would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    console = Console(stderr=True)
+    try:
+        code = _run_command(Console(stderr=True))
+    except Exception as error:
+        _exit_one_of_several(1, error)
+        raise
+    if code:
+        _exit_one_of_several(code)
+    sys.exit(code)
+
+
+def _exit_one_of_several(code: int, error: Exception | None = None) -> None:
+    # not imported for a command that had no use for it
+    if met := sys.modules.get("multi_token.distributed"):
+        met.exit_without_teardown(code, error)
+
+
+def _run_command(console: Console) -> int:
+    """Run the command of `sys.argv`, print what a user can fix, and return the exit code."""
     try:
         app()
+    except SystemExit as leave:  # typer ends every command with it, whose code is a number
+        return int(leave.code or 0)
     except Interrupted as error:
         console.print(str(error), highlight=False, markup=False)
-        sys.exit(130)
+        return 130
     except MultiTokenError as error:
-        # in one piece, since several processes may have the same to say at once
-        said = Text.assemble(("error: ", "bold red"), str(error))
-        console.print(said, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        # one call, so that lines of several processes do not mix
+        text = Text.assemble(("error: ", "bold red"), str(error))
+        console.print(text, highlight=False, soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         console.print("stopped")
-        sys.exit(130)
-    finally:
-        # not imported for a command that had no use for it
-        if met := sys.modules.get("multi_token.distributed"):
-            met.destroy_process_group(after_fault=True)
+        return 130
+    return 0

@@ -13,10 +13,10 @@ def train(
         None, help="key=value, e.g. train.seed=1 train.stages.0.args.max_steps=100"
     ),
     plan: bool = typer.Option(
-        False, "--plan", help="Say what it will do, need and take, and train nothing."
+        False, "--plan", help="Print the steps, memory and time of every stage, and train nothing."
     ),
 ) -> None:
-    """Train the stages of a recipe. The same command again goes on where it stopped."""
+    """Train the stages of a recipe. The same command continues an interrupted run."""
     from rich.console import Console
 
     from multi_token.recipe.recipe import load_recipe

@@ -131,7 +131,7 @@ class PackedBatches(BatchPlan):
             ),
         )
         # The sampler has dealt the packs to processes already. accelerate would do so once more
-        # and drop packs, so it is told of one process.
+        # and drop packs, so it gets one process.
         return prepare_data_loader(
             loader,
             accelerator.device,
@@ -209,6 +209,7 @@ class StreamedBatches(BatchPlan):
         return {"bad_rows": float(bad if reduce is None else reduce(bad))}
 
     def gather_state(self) -> list[StreamState]:
+        # each process reads rows of its own, so a resume needs the position of every one
         return all_gather(self.progress.state)
 
     def save_state(self, folder: Path, step: int, state: Any) -> None:

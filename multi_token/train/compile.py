@@ -68,6 +68,7 @@ def compiled_layers(language_model: Any, *, backend: str = "inductor") -> Iterat
     disabled: Any = torch.compiler.disable(segment_attention)
     AttentionInterface.register(SEGMENT_ATTENTION, disabled)
     for layer in layers:
+        # in place: `torch.compile(layer)` returns a wrapper, under which weights have other names
         layer.compile(backend=backend)
     try:
         with torch.compiler.set_stance("force_eager"):

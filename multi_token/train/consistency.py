@@ -52,6 +52,7 @@ def check_weights_finite(model: torch.nn.Module, step: int) -> None:
     """
     broken = []
     for name, p in model.named_parameters():
+        # each process checks its own shard: a gather would need the memory of the full weight
         mine = p.to_local() if isinstance(p, DTensor) else p
         if p.requires_grad and not bool(mine.isfinite().all()):
             broken.append(name)

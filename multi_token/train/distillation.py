@@ -6,7 +6,7 @@ media item replaced by its text (`media_texts` of a row). Both see the same answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +48,7 @@ class DistillationCollator:
             # the teacher's logits are matched by position, so its rows keep the order of `samples`
             plain = replace(self.collator, share=False)
             inputs: dict[str, Any] = {**self._batch(plain, texts)}
+            # the rows are text alone, and with labels forward would compute a loss that is not used
             del inputs["media"], inputs["labels"]
             each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]
             batch[TEACHER] = {_MASK: torch.cat(each), **inputs}
@@ -94,9 +95,6 @@ class DistillationLoss(Objective):
             self.logits = teacher_logits(model, texts)
         return {key: value for key, value in inputs.items() if key != TEACHER}
 
-    def loss_function(self) -> Callable[..., Tensor]:
-        return self.loss
-
     def loss(
         self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -123,6 +121,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tenso
     Times the squared temperature, so that gradients keep their size (Hinton et al.,
     arXiv:1503.02531). As a loss for modalities: Ultravox (fixie.ai).
     """
+    # in float32: 16 bits would round small probabilities to zero
     theirs = (teacher.float() / temperature).log_softmax(-1)
     ours = (student.float() / temperature).log_softmax(-1)
     return (theirs.exp() * (theirs - ours)).sum(-1) * temperature**2

@@ -6,7 +6,7 @@ probabilities of the reference are computed before the stage begins: `train.dpo_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -93,9 +93,9 @@ class PreferenceCollator:
         # the model writes the same embeddings a second time (`copies`).
         again: dict[str, list[Tensor]] = {name: [] for name in batch["media"]}
         for row, sample in enumerate(rejected, start=len(chosen)):
-            for place in sample.media_spans:
-                first = row * time + place.start
-                again[place.modality].append(torch.arange(first, first + place.length))
+            for span in sample.media_spans:
+                first = row * time + span.start
+                again[span.modality].append(torch.arange(first, first + span.length))
         for name, media in batch["media"].items():
             media["positions"] = torch.cat([media["positions"], *again[name]])
             media["copies"] = 2
@@ -142,9 +142,12 @@ def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
 class DpoLoss(Objective):
     """DPO, IPO or hinge loss of one batch at a time, with metrics under TRL's names.
 
-    Logged are means over pairs since the last log: `rewards/chosen` and `rewards/rejected` (`beta`
-    times the log-ratios), `rewards/margins` between them, `rewards/accuracies` (share of pairs with
-    a positive margin), `logps/chosen`, `logps/rejected`.
+    Metrics are means over pairs since the last log:
+
+        rewards/chosen, rewards/rejected    `beta` times the log-ratios
+        rewards/margins                     chosen less rejected
+        rewards/accuracies                  share of pairs with a positive margin
+        logps/chosen, logps/rejected        log-probabilities of the answers
     """
 
     _NAMES = (
@@ -175,9 +178,6 @@ class DpoLoss(Objective):
         self.reference, self.shift_labels = inputs.get(REFERENCE), inputs["shift_labels"]
         return {key: value for key, value in inputs.items() if key != REFERENCE}
 
-    def loss_function(self) -> Callable[..., Tensor]:
-        return self.loss
-
     def loss(
         self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -187,7 +187,9 @@ class DpoLoss(Objective):
         devices. A batch without pairs has the model's own loss.
         """
         if self.reference is None:
+            # an evaluation of rows without two answers
             return outputs.loss
+        # the collator puts all chosen answers before all rejected ones
         logps = sequence_logps(outputs.logits, self.shift_labels).view(2, -1).T
         num_tokens = (self.shift_labels != IGNORE_INDEX).sum(-1).view(2, -1).T
         logratios = logps - self.reference
@@ -213,6 +215,7 @@ class DpoLoss(Objective):
         # its gather drops them again
         if self._gather is not None:
             facts = self._gather(facts)
+        # stays on the device: it is read only when metrics are logged
         sums = facts.sum(0)
         self._sums = sums if self._sums is None else self._sums + sums
 

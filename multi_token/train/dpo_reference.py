@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from multi_token.checkpoint.atomic import atomic_file
 from multi_token.data.sources import TrainingSource, build_dataset
 from multi_token.distributed import (
     all_gather,
@@ -143,10 +144,9 @@ def _load_or_compute(
         logps, lengths = _compute_reference(trainer, pairs, console)
         if is_main_process():
             with raise_on_write_error(folder):
-                partial = file.with_name(f".{file.name}")
                 tensors = {"logps": logps, "lengths": lengths}
-                save_file(tensors, partial, metadata={"rows": _rows_fingerprint(pairs)})
-                partial.replace(file)
+                with atomic_file(file) as partial:
+                    save_file(tensors, partial, metadata={"rows": _rows_fingerprint(pairs)})
         barrier()
     with safe_open(file, framework="pt") as stored:
         known = (stored.metadata() or {}).get("rows")
@@ -172,6 +172,7 @@ def _compute_reference(
     """Return float32 [pairs, 2] log-probabilities and int64 [pairs, 2] lengths, in eval mode."""
     args, model = trainer.args, trainer.model
     assert model is not None
+    # every n-th pair: neighbours are often of about one length, so all ranks end together
     mine = range(rank(), len(pairs), num_processes())
     loader = DataLoader(
         Subset(pairs, mine),
@@ -197,6 +198,7 @@ def _compute_reference(
                 inputs: Any = send_to_device(
                     {k: v for k, v in batch.items() if k not in (ROW_IDS, REFERENCE)}, args.device
                 )
+                # under the autocast of training, or rounding alone would count as a preference
                 with trainer.accelerator.autocast():
                     logits = model(**inputs).logits
                 logps = sequence_logps(logits, inputs["shift_labels"]).cpu()
@@ -209,6 +211,7 @@ def _compute_reference(
     empty = (torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.long))
     own = tuple(torch.cat(parts) for parts in zip(*(found or [empty]), strict=True))
     for process, (their_logps, their_lengths) in enumerate(all_gather(own)):
+        # the order of `mine`
         logps[process :: num_processes()] = their_logps
         lengths[process :: num_processes()] = their_lengths
     return logps, lengths

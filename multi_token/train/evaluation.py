@@ -28,11 +28,6 @@ _BLIND_DURING, _BLIND_AFTER = 64, 256
 _LONGEST_ANSWER = 128
 
 
-def evaluation_defaults(spec_has_rows: bool) -> dict[str, Any]:
-    """Return training arguments for a recipe with held-out rows; the recipe's own come first."""
-    return {"eval_strategy": "steps", "eval_steps": 200} if spec_has_rows else {}
-
-
 class EvaluationCallback(TrainerCallback):
     """Callback of a run, to which each stage attaches its trainer.
 
@@ -82,6 +77,7 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         """Evaluate after the last step, whatever `eval_steps` is."""
         if self.dataset is not None and args.eval_strategy != "no":
+            # otherwise the result of a stage would be the one state that is never evaluated
             control.should_evaluate |= state.global_step >= state.max_steps
 
     def on_log(
@@ -108,6 +104,7 @@ class EvaluationCallback(TrainerCallback):
                 )
         found = self._blind(_BLIND_DURING)
         if found is not None:
+            # through the trainer, so that loggers and the curves of the report get them too
             self.trainer.log(
                 {
                     "eval_exact_answers": found["original"].accuracy,
@@ -126,6 +123,8 @@ class EvaluationCallback(TrainerCallback):
         """Run the blind test on more rows after the last stage, and print and report it."""
         if self.trainer is None or not is_main_process():
             return
+        # a stage with FSDP leaves shards in the model it was attached with; this one was loaded
+        # since
         self.model = model
         found = self._blind(_BLIND_AFTER)
         if found is not None:
@@ -134,21 +133,17 @@ class EvaluationCallback(TrainerCallback):
         self.report.write(at_once=True)
 
     def _blind(self, num_rows: int) -> BlindReport | None:
-        if not self.blind:
+        if not self.blind or self.trainer is None:
             return None
+        batch_size = self.trainer.args.per_device_eval_batch_size
         try:
             rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
-            return blind(self.model, rows, batch_size=self.batch_size)
+            return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
             # rows that the test cannot use (all media alike, say) must not end a training run
             self.blind = False
             self.console.print(f"no blind test: {error}", highlight=False, markup=False)
             return None
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of an evaluation batch."""
-        return self.trainer.args.per_device_eval_batch_size if self.trainer is not None else 8
 
 
 def blind_lines(found: BlindReport) -> list[str]:
@@ -179,6 +174,7 @@ def sample_answers(
         truths = [_text(c, "assistant") for c, _ in rows]
         processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
+        # 8 tokens over the longest true answer: enough to see an answer that does not end
         new_ids = generate_ids(model, prompts, max_new_tokens=min(longest + 8, _LONGEST_ANSWER))
         answers = [text for ids in new_ids for text in decode(processor, ids[None])]
     finally:

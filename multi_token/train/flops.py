@@ -70,12 +70,16 @@ class LanguageModelCost:
     def forward(self, work: TokenCounts) -> int:
         """Return the FLOPs of the forward pass."""
         linear = 2 * (self.num_body * work.num_tokens + self.num_head * work.num_logits)
+        # scores and weighted values are two products, each 2 FLOPs a pair and unit of width; the
+        # causal half is not taken off, as in torch's flop counter
         return linear + 4 * self.attention_width * work.num_pairs
 
     def backward(self, work: TokenCounts) -> int:
         """Return the FLOPs of the backward pass: through activations, and for trained weights."""
         if not self.differentiated:
             return 0
+        # gradients of activations cost a forward pass again; attention has two factors with
+        # gradients, so its products count twice
         activations = self.forward(work) + 4 * self.attention_width * work.num_pairs
         weights = 2 * (
             self.num_body_trainable * work.num_tokens + self.num_head_trainable * work.num_logits
@@ -89,6 +93,7 @@ def _weights(
     """Yield (weights that a token is multiplied by, trainable) for every matrix inside."""
     seen: set[int] = set()
     for part in module.modules():
+        # an embedding is a lookup and no product
         if part is leave_out or isinstance(part, nn.Embedding):
             continue
         if isinstance(part, nn.Linear):
@@ -121,6 +126,7 @@ def _attention_width(config: Any) -> int:
     kinds = getattr(config, "layer_types", None)
     num_layers = config.num_hidden_layers
     if kinds:
+        # layers of linear attention or convolution compute no pairs
         num_layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
     return num_layers * num_heads * width
 
@@ -163,6 +169,7 @@ class ModuleCost:
         flops = 2 * args[0].numel() * part.out_features
         self._linear[0] += flops
         if torch.is_grad_enabled():
+            # one product for the gradient of the input, one for that of the weight
             self._linear[1] += flops * (int(args[0].requires_grad) + int(part.weight.requires_grad))
 
     def total(self, num_elements: int) -> float:

@@ -31,8 +31,8 @@ class FsdpShards:
     """Shards of a model's language model (Zhao et al., PyTorch FSDP, VLDB 2023).
 
     A layer is gathered for its forward and backward. Embeddings, last norm and head belong to the
-    unit of the model, not of the language model: the model looks embeddings up before the language
-    model's forward, which would leave them sharded.
+    unit of the model, not of the language model. The model looks embeddings up before the language
+    model's forward, so they would still be sharded then.
     """
 
     def __init__(self, model: MultiTokenForConditionalGeneration, *, replicas: int = 1) -> None:
@@ -53,27 +53,26 @@ class FsdpShards:
             # filled by `gather` for each save: one copy on the CPU, no second one on the device
             self._whole = copy.deepcopy(model.language_model).cpu()
         sharded = {id(p) for p in _language_model_parameters(model)}
+        # Replicated parts stay outside: a rank whose rows lack a modality never calls them, and
+        # would be missing in the gather of their shards.
         beside = {p for p in model.parameters() if id(p) not in sharded}
         mesh = _mesh(model.device.type, replicas)
+        # layers first: the unit of the model takes only parameters that no inner unit owns
         for layer in decoder_layers(model.language_model):
             fully_shard(layer, mesh=mesh, ignored_params=beside)
         fully_shard(model, mesh=mesh, ignored_params=beside)
-
-    @property
-    def num_sharded(self) -> int:
-        """Number of sharded parameters."""
-        return sum(isinstance(p, DTensor) for p in self.model.parameters())
 
     @torch.no_grad()
     def average_gradients(self) -> None:
         """Average the gradients of the replicated parameters.
 
-        All at once, in the order of the parameters: a rank whose rows lack a modality computes
-        gradients in another order, and would hang the others in an all-reduce for each of them.
+        All at once, in the order of the parameters. With one all-reduce for each gradient, a rank
+        whose rows lack a modality would come in another order, and all ranks would hang.
         """
         trained = [
             p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)
         ]
+        # sorted, since a set has another order in each process
         for dtype in sorted({p.dtype for p in trained}, key=str):
             some = [p for p in trained if p.dtype == dtype]
             for parameter in some:
@@ -92,6 +91,7 @@ class FsdpShards:
         if not self.model.trained_language_model:
             return  # a frozen language model is referenced by a checkpoint, not saved
         for name, tensor in self.model.language_model.state_dict().items():
+            # every rank takes part in each gather; one full tensor at a time is on a device
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if whole:
                 whole[name].data.copy_(full)
@@ -137,6 +137,7 @@ def shard_optimizer_state(
         if not isinstance(parameter, DTensor):
             continue
         for key, value in entries.items():
+            # moments have the shape of their parameter; step counters are scalars and stay
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 entries[key] = distribute_tensor(
                     value.to(parameter.device), parameter.device_mesh, parameter.placements

@@ -11,6 +11,7 @@ from multi_token.checkpoint.save import CONFIG
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.recipe import differences
 from multi_token.recipe.train import TrainSpec
 from multi_token.registry import validate_fields
 
@@ -37,12 +38,12 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
         )
     described = absolutize(theirs.model_dump(mode="json"))["modalities"]
     for name in names:
-        key = _difference(described[name], model.config.model["modalities"][name])
-        if key is not None:
+        changed = differences(described[name], model.config.model["modalities"][name])
+        # `type` first: modalities of different types differ in nearly every other field too
+        for key, before, now in sorted(changed, key=lambda change: change[0] != "type")[:1]:
             raise RecipeError(
-                f"train.init_from: {name}.{key} is {_at(described[name], key)!r} in {run} and "
-                f"{_at(model.config.model['modalities'][name], key)!r} in the recipe; the "
-                "settings of its modalities have to stay the same"
+                f"train.init_from: {name}.{key} is {before!r} in {run} and {now!r} in the recipe; "
+                "the settings of its modalities have to stay the same"
             )
     in_full = [stage.name for stage in spec.stages if stage.learn.language_model is not None]
     if fields["adapter"] and in_full:
@@ -52,27 +53,9 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
             "merged`) and name that folder"
         )
     load_trained(model, folder, fields)
+    # after loading, which attaches the adapter of the run
     _check_same_adapter(model, spec)
     return names
-
-
-def _difference(theirs: Any, ours: Any, at: str = "") -> str | None:
-    """Return the dotted name of the first field that differs, if any."""
-    if not isinstance(theirs, dict) or not isinstance(ours, dict):
-        return at if theirs != ours else None
-    # `type` first: modalities of different types differ in nearly every other field too
-    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (key != "type", key)):
-        inner = f"{at}.{key}" if at else key
-        found = _difference(theirs.get(key), ours.get(key), inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _at(fields: Any, key: str) -> Any:
-    for part in key.split("."):
-        fields = fields.get(part) if isinstance(fields, dict) else None
-    return fields
 
 
 def _check_same_adapter(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> None:

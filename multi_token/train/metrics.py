@@ -71,8 +71,9 @@ class StepMetrics(TrainerCallback):
         self.norms: dict[str, Tensor] = {}
         self.cost: LanguageModelCost | None = None
         self._began: float | None = None
-        self._in_step = False
-        self._media_flops = 0.0
+        # hooks count inside a training step alone, not in evaluations and samples
+        self.in_step = False
+        self.media_flops = 0.0
         self._hooks: list[ForwardHook] = []
 
     def attach(self) -> None:
@@ -82,13 +83,9 @@ class StepMetrics(TrainerCallback):
         self.cost = LanguageModelCost.of(
             self.model.language_model, trains_before=any(p.requires_grad for p in parts)
         )
-        self._hooks = [
-            *(ForwardHook(encoder, self, timed=True) for encoder in self.model.encoders.values()),
-            *(
-                ForwardHook(projector, self, timed=False)
-                for projector in self.model.projectors.values()
-            ),
-        ]
+        encoders, projectors = self.model.encoders.values(), self.model.projectors.values()
+        self._hooks = [ForwardHook(encoder, self, timed=True) for encoder in encoders]
+        self._hooks += [ForwardHook(projector, self, timed=False) for projector in projectors]
 
     def reset(self) -> None:
         """Set all counts to zero, for another stage."""
@@ -116,11 +113,12 @@ class StepMetrics(TrainerCallback):
         if self.cost is None:
             self.attach()
         assert self.cost is not None
-        self._in_step, self._media_flops = True, 0.0
+        self.in_step, self.media_flops = True, 0.0
         try:
             yield
         finally:
-            self._in_step = False
+            self.in_step = False
+        # after forward and backward are queued: reading counts waits for the device
         lengths = row_lengths(inputs)
         num_supervised = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
         segments = inputs.get("segments")
@@ -139,7 +137,7 @@ class StepMetrics(TrainerCallback):
             num_answers = int((texts["shift_labels"] != IGNORE_INDEX).sum())
             taught = self.cost.forward(count_tokens(row_lengths(texts), num_answers))
         self.last_flops = (
-            taught + self.cost.forward(work) + self.cost.backward(work) + self._media_flops
+            taught + self.cost.forward(work) + self.cost.backward(work) + self.media_flops
         )
         self.sums["flops"] += self.last_flops
         self.last_tokens = sum(lengths)
@@ -175,6 +173,7 @@ class StepMetrics(TrainerCallback):
             sums, num_devices = dict(zip(sums, totals, strict=True)), round(devices)
         if not sums["step_s"] or not sums["positions"]:
             return {}
+        # devices step together, so the mean of their times is the time of a step
         seconds = sums["step_s"] / num_devices
         fill = sums["tokens"] / sums["positions"]
         tflops = sums["flops"] / seconds / num_devices / 1e12
@@ -234,15 +233,6 @@ class StepMetrics(TrainerCallback):
     ) -> None:
         self.detach()
 
-    def add_media_flops(self, flops: float) -> None:
-        """Add the FLOPs of one encoder or projector call inside a training step."""
-        self._media_flops += flops
-
-    @property
-    def in_step(self) -> bool:
-        """True inside a training step; evaluations and samples are not counted."""
-        return self._in_step
-
 
 class ForwardHook:
     """Hooks of an encoder or projector: FLOPs, and with `timed` the time of its forward."""
@@ -255,6 +245,7 @@ class ForwardHook:
         self._spans: list[tuple[Any, Any]] = []
         self._handles = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
+            # always_call: a forward that raises must not leave its start open
             module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
@@ -291,7 +282,7 @@ class ForwardHook:
         start = self._open.pop()
         if self.timed:
             self._spans.append((start, self._now()))
-        self.step_metrics.add_media_flops(self.cost.total(size))
+        self.step_metrics.media_flops += self.cost.total(size)
 
     def _now(self) -> Any:
         """Return a time; on a GPU, which works asynchronously, an event that will have one."""
@@ -341,6 +332,7 @@ def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         gradients.setdefault(group.get("name", "all"), []).extend(found)
     norms = {}
     for name, found in gradients.items():
+        # in float32: squares of 16-bit gradients overflow or vanish
         parts = [_full_norm(torch.linalg.vector_norm(g.detach().float())) for g in found]
         norms[name] = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
     return norms

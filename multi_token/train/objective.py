@@ -5,7 +5,7 @@ The trainer calls an objective in this order for each batch:
     collator(...)         samples -> batch, with tensors of the objective's own     data worker
     countable(batches)    batches whose labels are counted: the loss's divisor
     before_forward(...)   batch -> inputs of the model; own tensors are kept aside
-    loss_function()       the model's outputs -> loss []
+    loss(...)             the model's outputs -> loss []
     metrics()             means since the last log
 
 `train.distillation` and `train.dpo` are the other two objectives.
@@ -31,8 +31,13 @@ Reduce = Callable[[Tensor], Tensor]
 class Objective:
     """Interface of a stage's loss; every default is that of cross entropy."""
 
+    loss: Callable[..., Tensor] | None = None
+    """`(outputs, labels, num_items_in_batch)` -> loss [], the `compute_loss_func` of transformers'
+    Trainer; None where the model's own forward returns the loss."""
+
     def collator(self, collator: Collator, *, packed: bool) -> Any:
         """Return the callable that turns samples into a batch."""
+        # a bound method, not a lambda: data workers pickle the collator
         return collator.pack if packed else collator
 
     def countable(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -45,17 +50,13 @@ class Objective:
         """Return a batch as the model takes it, without the objective's own tensors."""
         return dict(inputs)
 
-    def loss_function(self) -> Callable[..., Tensor] | None:
-        """Return the loss [] of `(outputs, labels, num_items_in_batch)`, the `compute_loss_func` of
-        transformers' Trainer; None if the model's forward returns the loss."""
-        return None
-
     @contextmanager
     def evaluation_mode(self, gather: Reduce) -> Iterator[None]:
         """Count what is evaluated apart from training.
 
         `gather`: tensor [rows, ...] of this device -> of all devices, each row once.
         """
+        # an evaluation comes between two logs of training, whose sums it must not enter
         yield
 
     def metrics(self, reduce: Reduce | None = None) -> dict[str, float]:

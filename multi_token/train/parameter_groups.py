@@ -36,16 +36,16 @@ def parameter_groups(
     """Return the groups of a stage. `weight_decay`: default for groups without their own."""
     groups: list[ParameterGroup] = []
 
-    def add(name: str, pace: LearningRate, parameters: list[nn.Parameter]) -> None:
-        decay = weight_decay if pace.weight_decay is None else pace.weight_decay
-        groups.append(ParameterGroup(name, pace.lr, decay, parameters))
+    def add(name: str, setting: LearningRate, parameters: list[nn.Parameter]) -> None:
+        decay = weight_decay if setting.weight_decay is None else setting.weight_decay
+        groups.append(ParameterGroup(name, setting.lr, decay, parameters))
 
     biases: list[nn.Parameter] = []
     # one group for all projectors, or one for each where the recipe names them
     rest: dict[str, tuple[LearningRate, list[nn.Parameter]]] = {}
     for name, projector in model.projectors.items():
-        pace = learn.projector(name)
-        if pace is None:
+        setting = learn.projector(name)
+        if setting is None:
             continue
         apart: set[int] = set()
         if isinstance(projector, Projector):
@@ -57,19 +57,23 @@ def parameter_groups(
                 apart |= {id(p) for p in last}
                 biases += last
         group = f"projector {name}" if isinstance(learn.projectors, dict) else "projectors"
-        rest.setdefault(group, (pace, []))[1].extend(
+        rest.setdefault(group, (setting, []))[1].extend(
             p for p in projector.parameters() if id(p) not in apart
         )
     if learn.projector_biases is not None:
-        pace = learn.projector_biases
+        setting = learn.projector_biases
         groups.append(
             # biases are vectors: a decay that the recipe gives this group is meant for them
             ParameterGroup(
-                "projector_biases", pace.lr, pace.weight_decay or 0.0, biases, decays_vectors=True
+                "projector_biases",
+                setting.lr,
+                setting.weight_decay or 0.0,
+                biases,
+                decays_vectors=True,
             )
         )
-    for group, (pace, parameters) in rest.items():
-        add(group, pace, parameters)
+    for group, (setting, parameters) in rest.items():
+        add(group, setting, parameters)
     if learn.adapter is not None:
         add("adapter", learn.adapter, adapter_parameters(model.language_model))
     if learn.language_model is not None:
@@ -104,13 +108,15 @@ def trainable_encoders(
     """
     found = {}
     for name in model.modalities:
-        encoder, pace = model.encoder(name), learn.projector(name)
+        encoder, setting = model.encoder(name), learn.projector(name)
         if name in learn.encoders:
             found[name] = learn.encoders[name]
         elif (
-            pace is not None and not encoder.pretrained and any(True for _ in encoder.parameters())
+            setting is not None
+            and not encoder.pretrained
+            and any(True for _ in encoder.parameters())
         ):
-            found[name] = TrainableEncoder(lr=pace.lr, weight_decay=pace.weight_decay)
+            found[name] = TrainableEncoder(lr=setting.lr, weight_decay=setting.weight_decay)
     return found
 
 
@@ -120,6 +126,7 @@ def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Traina
     Raises MultiTokenError for a group without parameters, and for a language model whose weights
     cannot be trained.
     """
+    # all at first: an earlier stage may have trained parts that this one freezes
     model.requires_grad_(False)
     for name, spec in trainable_encoders(model, learn).items():
         model.trained_encoders[name] = unfreeze(

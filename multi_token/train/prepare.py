@@ -19,6 +19,7 @@ from rich.console import Console
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
+from multi_token.checkpoint.atomic import atomic_file
 from multi_token.checkpoint.load import load_trained
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
@@ -36,10 +37,11 @@ from multi_token.data.sources import (
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
+from multi_token.recipe.data import DataSource
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Stage
 from multi_token.train.compile import apply_kernels
-from multi_token.train.evaluation import EvaluationCallback, evaluation_defaults
+from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.init_from import init_from_run
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.run_report import RunReport
@@ -60,6 +62,7 @@ class StageRun:
     @property
     def is_done(self) -> bool:
         """True in all processes if the stage has its result."""
+        # the main process decides: on shared storage a file may appear later for others
         return broadcast_from_main((self.folder / _DONE).is_file)
 
 
@@ -99,10 +102,11 @@ def closed_form_folder(recipe: Recipe) -> Path:
 def open_stages(recipe: Recipe) -> list[StageRun]:
     """Return the stages of a recipe; processes that were started together meet here."""
     train = recipe.train
+    defaults = {"eval_strategy": "steps", "eval_steps": 200} if recipe.data.eval else {}
     stages = []
     for number, stage in enumerate(train.stages, 1):
         folder = Path(train.output_dir) / "stages" / f"{number}-{stage.name}"
-        fields = {**evaluation_defaults(bool(recipe.data.eval)), **train.args, **stage.args}
+        fields = {**defaults, **train.args, **stage.args}
         args = training_arguments(
             folder, fields, seed=train.seed, learning_rate=stage.learn.logged_lr
         )
@@ -113,10 +117,9 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
     """Mark a stage as done; from now on the run takes its result instead of training it."""
-    partial = folder / f".{_DONE}"
     # by rename: a stage that is killed here must not count as done
-    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    partial.replace(folder / _DONE)
+    with atomic_file(folder / _DONE) as partial:
+        partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def has_mark(folder: Path) -> bool:
@@ -157,7 +160,10 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     console.print(*parts, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
-    _check_capabilities(model, recipe)
+    if spec.packing is not None:
+        model.capabilities.require("supports_packing")
+        if spec.packing.share:
+            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [
@@ -206,11 +212,19 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     )
 
 
-def _check_capabilities(model: MultiTokenForConditionalGeneration, recipe: Recipe) -> None:
-    if recipe.train.packing is not None:
-        model.capabilities.require("supports_packing")
-        if recipe.train.packing.share:
-            model.capabilities.require("supports_shared_prefix")
+def open_rows(
+    model: MultiTokenForConditionalGeneration,
+    recipe: Recipe,
+    specs: Sequence[DataSource],
+    cache: FeatureCache | None,
+    console: Console,
+) -> list[TrainingSource]:
+    """Open sources beside the training rows; their media are added to the feature cache."""
+    sources = [open_source(source, model.processor, recipe, cache) for source in specs]
+    if cache is not None:
+        encoders = {name: model.encoder(name) for name in model.modalities}
+        fill_cache(model.modalities, encoders, sources, cache, console)
+    return sources
 
 
 def _held_out(
@@ -220,12 +234,9 @@ def _held_out(
     console: Console,
 ) -> list[TrainingSource]:
     """Return the good rows of `data.eval`."""
-    sources = [open_source(source, model.processor, recipe, cache) for source in recipe.data.eval]
-    if not sources:
+    if not recipe.data.eval:
         return []
-    if cache is not None:
-        encoders = {name: model.encoder(name) for name in model.modalities}
-        fill_cache(model.modalities, encoders, sources, cache, console)
+    sources = open_rows(model, recipe, recipe.data.eval, cache, console)
     # a held-out row without a rejected answer is no fault: it is evaluated by cross entropy
     mode = recipe.train.preference_mode and "optional"
     sources = [source.with_processor(preference=mode) for source in sources]

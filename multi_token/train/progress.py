@@ -30,6 +30,7 @@ class ProgressBarCallback(TrainerCallback):
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
             console=console,
+            # a bar redraws its line, which would fill a log file
             disable=not console.is_terminal,
         )
         self.title = title
@@ -78,6 +79,7 @@ class ProgressBarCallback(TrainerCallback):
         )
         self.progress.update(self.task, facts=text)
         if self.progress.disable:
+            # by the speed since the last log, which follows a run that slows down
             left = (state.max_steps - state.global_step) * (now - then) / args.logging_steps
             self.console.print(
                 f"{self.title} {state.global_step}/{state.max_steps} · {text} · "
@@ -113,6 +115,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def _on_signal(self, number: int, *_: Any) -> None:
         by_hand = number == signal.SIGINT
+        # a handler runs in the middle of any line, so it sets a flag that the next step reads
         if self.interrupted and by_hand:
             raise KeyboardInterrupt
         if not self.interrupted:

@@ -13,6 +13,8 @@ import torch
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Put back all random states after the block, those of GPUs included."""
+    # `fork_rng` covers torch on all devices, not the generators of Python and NumPy, which data
+    # augmentation and seeds of workers may use
     of_python, of_numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:

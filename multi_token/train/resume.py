@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import distributed
 
+from multi_token.checkpoint.atomic import atomic_file
 from multi_token.checkpoint.save import CONFIG
 from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import CheckpointError, RecipeError
@@ -75,9 +76,8 @@ def claim_run_folder(out: Path, recipe: Recipe) -> None:
             )
     with raise_on_write_error(out):
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".{RECIPE}"
-        recipe.save(partial)
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            recipe.save(partial)
 
 
 def _changes(before: Any, now: Any) -> list[str]:
@@ -109,8 +109,9 @@ def raise_on_write_error(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} could not be written: {_error_reason(error)}; make room or choose another "
-            "`train.output_dir`, and start the same command again: it continues from what is there"
+            f"{folder} could not be written: {_error_reason(error)}; free some space or choose "
+            "another `train.output_dir`, and start the same command again: it continues from what "
+            "is there"
         ) from error
 
 
@@ -157,6 +158,8 @@ def atomic_checkpoint(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _check_no_fault(folder: Path, fault: Exception | None) -> None:
+    # gathered before anyone raises: the others would wait in the next collective for a process that
+    # has left
     reasons = [
         r for r in all_gather(None if fault is None else _error_reason(fault)) if r is not None
     ]
@@ -167,7 +170,7 @@ def _check_no_fault(folder: Path, fault: Exception | None) -> None:
     barrier()
     last = last_checkpoint(folder.parent)
     raise CheckpointError(
-        f"{folder} could not be written: {reasons[0]}; make room on that disk and start the same "
+        f"{folder} could not be written: {reasons[0]}; free space on that disk and start the same "
         + (
             f"command again: it continues from {last.name}, which is complete"
             if last is not None
@@ -195,12 +198,8 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    partial = folder / f".{COMPLETE}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / COMPLETE)
+    with atomic_file(folder / COMPLETE, sync=True) as partial:
+        partial.write_text(json.dumps({**facts, "files": sizes}, indent=1), encoding="utf-8")
 
 
 def last_checkpoint(folder: Path, print_fn: Callable[[str], object] | None = None) -> Path | None:
@@ -254,6 +253,7 @@ def _incomplete_reason(path: Path) -> str | None:
         return f"writing it was cut off: no {COMPLETE}"
     except (ValueError, KeyError, TypeError):
         return f"{COMPLETE} is damaged"
+    # sizes, not hashes: hashing gigabytes would delay every start by minutes
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():

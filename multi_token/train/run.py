@@ -8,8 +8,7 @@ from rich.console import Console
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import CONFIG, save
-from multi_token.data.feature_cache.policy import fill_cache
-from multi_token.data.sources import good_rows, open_source
+from multi_token.data.sources import good_rows
 from multi_token.distributed import (
     all_gather,
     barrier,
@@ -33,6 +32,7 @@ from multi_token.train.prepare import (
     compose_model,
     has_mark,
     mark_done,
+    open_rows,
     open_stages,
     prepare,
 )
@@ -156,11 +156,6 @@ def _captions(run: Run) -> list[CaptionedItem]:
     """Return items with captions: of `rows` of the closed form, or of the training rows."""
     spec, sources = run.recipe.train.closed_form, run.sources
     if spec is not None and spec.rows is not None:
-        sources = [
-            open_source(source, run.model.processor, run.recipe, run.cache) for source in spec.rows
-        ]
-        if run.cache is not None:
-            encoders = {name: run.model.encoder(name) for name in run.model.modalities}
-            fill_cache(run.model.modalities, encoders, sources, run.cache, run.console)
+        sources = open_rows(run.model, run.recipe, spec.rows, run.cache, run.console)
         sources = good_rows(sources, run.recipe, run.console)
     return [item for source in sources for item in captioned_items(source.conversations())]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from multi_token.checkpoint.atomic import atomic_file
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.chart import chart
 from multi_token.report.html import columns, facts_table, page
@@ -99,15 +100,16 @@ class RunReport:
 
     def write(self, *, at_once: bool = False) -> None:
         """Write both files atomically, at most once in `_APART` seconds unless `at_once`."""
+        # monotonic: the time of day may be set back, which would stop the updates
         if not at_once and time.monotonic() - self._written < _APART:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         # JSON has no NaN, and a diverged run needs its report most
         text = json.dumps(_plain(self.facts), indent=1, allow_nan=False)
+        # a reader (the browser, a poller) must never see half a file
         for name, content in ((JSON, text), (HTML, render_page(self.facts))):
-            partial = self.folder / f"{name}.partial"
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(self.folder / name)
+            with atomic_file(self.folder / name) as partial:
+                partial.write_text(content, encoding="utf-8")
         self._written = time.monotonic()
 
 
@@ -140,6 +142,7 @@ def hardware() -> dict[str, str]:
 def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """Return (step, value) of one key of a log, without NaN."""
     found = [(int(e["step"]), e[key]) for e in log if key in e and "step" in e]
+    # NaN is the one value that differs from itself
     return [(step, float(value)) for step, value in found if value is not None and value == value]
 
 

@@ -24,10 +24,10 @@ _ATTEMPTS = 4
 class PackSampler(Sampler[list[int]]):
     """Batch sampler: the packs of one process, in another order with other companions each epoch.
 
-    The plan depends on seed, epoch and the packs of a step alone: all processes have the same one,
-    and so has a resumed run, which skips the packs it has seen. Two processes with a pack each take
-    what one process takes with two packs a step (`num_accumulated`). Every epoch has the same
-    number of packs, from which transformers counts its steps.
+    The plan depends on seed, epoch and the packs of a step alone. All processes have the same plan,
+    and so does a resumed run, which skips the packs that are trained on. Two processes with a pack
+    each take what one process takes with two packs a step (`num_accumulated`). Every epoch has the
+    same number of packs, from which transformers counts its steps.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PackSampler(Sampler[list[int]]):
         self.buffer = buffer
         self.epoch = 0
         self._planned: tuple[int, list[list[Pack]]] | None = None
-        # packs of a step must be equally long: a percent of room lets their rows be dealt again
+        # packs of a step must be equally long: a spare percent lets their rows be dealt again
         aim = plan.max_tokens if self.num_packs == 1 else round(0.99 * plan.max_tokens)
         self._tight = dataclasses.replace(plan, max_tokens=max(aim, max(plan.lengths)))
         self.first = self._plan_epoch(0, 0)

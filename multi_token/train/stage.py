@@ -28,7 +28,7 @@ from multi_token.train.dpo_reference import (
 )
 from multi_token.train.objective import CrossEntropy, Objective
 from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
-from multi_token.train.plan.estimate import plan_stage, print_summary
+from multi_token.train.plan.estimate import plan_stage, print_plan
 from multi_token.train.plan.oom import explain_oom
 from multi_token.train.prepare import Run, StageRun, mark_done
 from multi_token.train.progress import ProgressBarCallback, StopOnInterrupt
@@ -63,6 +63,7 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
         sources, dataset = preference_dataset(sources, stage.spec, model)
         if held_out is not None:
             rows = run.evaluation.held_out
+            # without any pair the held-out rows stay as they are, for cross entropy
             held_out = held_out_preference_dataset(rows, model, run.console) or held_out
     objective, batches = _objective(stage.spec), _batch_plan(run, stage, sources, dataset)
     share = spec.packing is not None and spec.packing.share
@@ -148,7 +149,7 @@ def fit(run: Run, stage: StageRun) -> None:
     """
     console, name, folder = run.console, stage.spec.name, stage.folder
     trainer = build_trainer(run, stage)
-    print_summary(plan_stage(trainer, name, try_steps=False), trainer, console)
+    print_plan(plan_stage(trainer, name, try_steps=False), trainer, console)
     run.evaluation.attach(trainer, name, _trainable_groups(run, stage))
     check_trainable(run.model.language_model)
     # transformers adds it where tqdm is off; it would print every log a second time

@@ -78,6 +78,7 @@ def describe_loggers(args: TrainingArguments) -> str:
 def describe_data_wait(trainer: MultiTokenTrainer, spec: TrainSpec) -> str:
     """Share of a stage that was spent waiting for data, and the remedy in this recipe."""
     encoders = trainer.multi_token_model.encoders.values()
+    # a cache spares nothing where encoders have no weights, and is wrong where they are trained
     encoded = any(p.numel() for encoder in encoders for p in encoder.parameters())
     trained = any(stage.learn.encoders for stage in spec.stages)
     return data_wait_line(

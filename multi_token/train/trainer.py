@@ -6,7 +6,6 @@ transformers that are overridden here are listed in docs/decisions/0003.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class MultiTokenTrainer(Trainer):
         self.sharding: FsdpShards | None = None
         self._full_optimizer_state: dict[str, Any] | None = None
         self._losses: list[tuple[Tensor, list[str]]] = []
-        options["compute_loss_func"] = self.objective.loss_function()
+        options["compute_loss_func"] = self.objective.loss
         if "data_collator" in options:
             options["data_collator"] = WithRowIds(options["data_collator"])
         super().__init__(model=model, **options)
@@ -121,12 +120,10 @@ class MultiTokenTrainer(Trainer):
             loader = self.batches.loader(args, dataset, self.data_collator, accelerator)
         return super().get_train_dataloader() if loader is None else loader
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """As transformers', with the wait for data measured."""
         with self.step_metrics.timing_data_wait():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+            return super().get_batch_samples(*args, **options)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         return super()._get_num_items_in_batch(self.objective.countable(batch_samples), device)
@@ -183,22 +180,12 @@ class MultiTokenTrainer(Trainer):
         # deferred, each process would hold the gradients of the unsharded language model
         return nullcontext()
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.sharding is None:
-            return super()._clip_grad_norm(model)
-        return self._mixed_mesh_grad_norm(model, self.args.max_grad_norm)
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf, with the
         ids of its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
         with self.step_metrics.timing_step(inputs), compile_enabled(self.compile_layers):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, *args, **options)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
         # checked once per optimizer step and not per batch: the check costs a host sync
@@ -213,16 +200,10 @@ class MultiTokenTrainer(Trainer):
         inputs = self.objective.before_forward(self.multi_token_model, inputs)
         return super().compute_loss(model, inputs, *args, **kw)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         """As transformers', without row ids, which the model does not accept."""
         inputs.pop(ROW_IDS, None)
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, *args, **options)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """As transformers', with the objective's metrics of the held-out rows."""

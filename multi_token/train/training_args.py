@@ -32,14 +32,16 @@ _DEFAULTS: dict[str, Any] = {
     "save_steps": 200,
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine",
+    # below 1 it is a share of all steps (transformers 5)
     "warmup_steps": 0.03,
     "max_grad_norm": 1.0,
 }
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
+_LOWEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
 # transformers applies these to the whole model -> the recipe key that applies it to the right part
 _ELSEWHERE: dict[str, str] = {
     "fsdp": "set `train.fsdp: true`, which shards the language model",
@@ -54,10 +56,10 @@ _ELSEWHERE: dict[str, str] = {
 def training_arguments(
     output_dir: Path, fields: Mapping[str, Any], *, seed: int, learning_rate: float
 ) -> TrainingArguments:
-    """TrainingArguments of a stage.
+    """Return the TrainingArguments of a stage.
 
-    Raises RecipeError for a field that transformers does not have, that is fixed or is set
-    elsewhere in a recipe, and for a DeepSpeed configuration that cannot be used.
+    Raises RecipeError for a field that transformers does not have, and for one that is fixed or set
+    elsewhere in a recipe. A DeepSpeed configuration that cannot be used raises it too.
     """
     _check_reserved_fields(fields)
     _check_deepspeed(fields.get("deepspeed"))
@@ -100,22 +102,19 @@ def _check_field_types(fields: Mapping[str, Any]) -> None:
     hints = get_type_hints(TrainingArguments)
     for key, value in fields.items():
         kinds = {hints[key], *get_args(hints[key])}
-        of_numbers = kinds & {int, float, bool}
-        if not of_numbers or kinds & {str, list} or (value is None and type(None) in kinds):
+        numeric = kinds & {int, float, bool} and not kinds & {str, list}
+        if not numeric or (value is None and type(None) in kinds):
             continue
-        expected = "true or false"
         if bool in kinds:
-            fits = isinstance(value, bool)
-        elif isinstance(value, bool):
-            fits, expected = False, "a number"
-        elif float in kinds:
-            fits, expected = isinstance(value, (int, float)), "a number"
-        elif key in _AT_LEAST_ONE:
-            fits, expected = isinstance(value, int) and value > 0, "a whole number from 1 on"
-        elif key == "dataloader_num_workers":
-            fits, expected = isinstance(value, int) and value >= 0, "a whole number from 0 on"
+            fits, expected = isinstance(value, bool), "true or false"
+        elif float in kinds or isinstance(value, bool):
+            # to Python, true is the number 1
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            expected = "a number"
         else:
-            fits, expected = isinstance(value, int), "a whole number"
+            lowest = _LOWEST.get(key)
+            fits = isinstance(value, int) and (lowest is None or value >= lowest)
+            expected = "a whole number" + ("" if lowest is None else f" from {lowest} on")
         if not fits:
             raise RecipeError(f"train args: expected {expected} for {key!r}, got {value!r}")
 

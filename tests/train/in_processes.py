@@ -1,9 +1,9 @@
-"""Run by torchrun: trains the recipes of a job file one after the other and writes what was seen.
+"""Run by torchrun: trains the recipes of a job file in turn and writes the observations.
 
     {"out": FILE, "runs": [{"name": ..., "fields": ..., "stop_at": 2, "other": {"train.seed": 1}}]}
 
-`stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors are no numbers
-from this step on. `other`: fields of the last process alone.
+`stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors hold NaN from
+this step on. `other`: fields of the last process alone.
 `folders`: where each process looks for files that the recipe names by a relative path.
 """
 
@@ -42,7 +42,7 @@ QUIET = Console(quiet=True)
 
 
 class WaveringEncoder(Encoder):
-    """Features that would hang on the batch and on chance if BatchNorm and dropout were at work."""
+    """Features that depend on the batch and on chance if BatchNorm and dropout are active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class WaveringEncoder(Encoder):
 
 
 class Wavering(VectorModality):
-    """A vector with an encoder of layers that know two modes."""
+    """A vector whose encoder has layers that differ between train and eval mode."""
 
     type: Literal["wavering"] = "wavering"  # type: ignore[assignment]
     dim: int = 5
@@ -71,7 +71,7 @@ class Wavering(VectorModality):
 
 
 class Watch(TrainerCallback):
-    """Looks at the model while it learns, and ends it at a step."""
+    """Observes the model while it trains, and stops the run at a step."""
 
     def __init__(self, trainer: Any, seen: dict[str, Any], job: dict[str, Any]) -> None:
         self.trainer = trainer
@@ -96,7 +96,7 @@ class Watch(TrainerCallback):
 
 
 def main(job: dict[str, Any]) -> None:
-    """Train, and write what each process saw."""
+    """Train, and write the observations of each process."""
     register_modality("wavering", Wavering)
     if job.get("deepspeed"):
         import deepspeed  # type: ignore[import-not-found]

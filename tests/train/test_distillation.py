@@ -33,7 +33,7 @@ NAMES = ("red", "blue", "green", "white")
 
 
 def row(
-    name: str, text: str | None = "a picture of {}", answer: str | None = None
+    name: str, text: str | None = "an image of {}", answer: str | None = None
 ) -> dict[str, Any]:
     return {
         "id": name,
@@ -82,7 +82,7 @@ class _Says(nn.Module):
 
 
 def says_its_text(model: Any, data: Path) -> tuple[list[Sample], Any]:
-    """A sample whose picture's three tokens are the embeddings of the three of its text."""
+    """A sample whose image's three tokens are the embeddings of the three of its text."""
     samples = read(model, data, [row("red", "uvw")])
     sample = samples[0]
     (place,) = sample.media_spans

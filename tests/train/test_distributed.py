@@ -39,7 +39,7 @@ ONE = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
 TWO = {"per_device_train_batch_size": 2}
 FOUR = {"per_device_train_batch_size": 1}
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-# packs have the tokens of so many rows of mean length, whoever computes them
+# packs have the tokens of two rows of mean length, in any number of processes
 PACKS_OF_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 RANDOM = {"train_sampling_strategy": "random"}
 
@@ -59,7 +59,7 @@ def tied(parts: Path, tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: Any) -> Fields:
-    """Fields of a run: what learns, how rows are shared out, and more."""
+    """Fields of a run: trainable parts, batches, and more."""
     register_modality("wavering", Wavering)
     folder = tmp_path_factory.mktemp("sixteen")
     lines = []

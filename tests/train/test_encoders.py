@@ -239,7 +239,7 @@ def test_an_encoder_that_no_gradient_comes_through_is_refused(
 
 
 def resnet(folder: Path) -> str:
-    """A random encoder with BatchNorm behind each of its convolutions."""
+    """A random encoder with BatchNorm after each of its convolutions."""
     config = hf.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
     )

@@ -158,7 +158,7 @@ def test_an_adapter_goes_on_the_trained_language_model_and_both_are_saved(
     assert same(load_file(out / "adapter" / "adapter_model.safetensors"), adapter)
 
 
-def test_another_run_takes_it_over_and_stands_alone(
+def test_another_run_takes_it_over_and_needs_no_first_run(
     mixed_fields: Fields, run: Path, base: Path, data: Path, tmp_path: Path
 ) -> None:
     old = Path(shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("stages")))

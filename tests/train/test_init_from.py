@@ -36,13 +36,13 @@ def run(recipe_fields: Fields, tmp_path_factory: Any) -> Path:
     return out
 
 
-def tensors(folder: Path, sense: str) -> dict[str, torch.Tensor]:
+def tensors(folder: Path, modality: str) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds of a modality, and of the adapter."""
     return {
         key: tensor
         for file in FILES
         for key, tensor in load_file(folder / file).items()
-        if key.startswith((f"{sense}.", "base_model."))
+        if key.startswith((f"{modality}.", "base_model."))
     }
 
 
@@ -151,7 +151,7 @@ def test_a_run_initialized_from_another_resumes_and_needs_it_no_more(
     shutil.rmtree(old)
     MultiTokenForConditionalGeneration.from_pretrained(out)
     (out / "config.json").unlink()
-    shutil.rmtree(out / "stages" / "1-new")  # as if it had been stopped behind stage zero
+    shutil.rmtree(out / "stages" / "1-new")  # as if it had been stopped after stage zero
     train(recipe, console=QUIET)
     assert same(tensors(run, "image"), tensors(out, "image"))
     assert same(learned, tensors(out, "pulse"))

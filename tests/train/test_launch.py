@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.train.launchers import accelerate_launch, launched, torchrun
+from tests.train.launchers import ROOT, accelerate_launch, launched, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -74,15 +75,19 @@ def test_processes_with_other_recipes_end_with_a_message_and_an_exit_code(
     assert not (text_recipe.parent / "run").exists()
 
 
-def test_a_failed_command_leaves_no_process_group(text_recipe: Path) -> None:
-    # else gloo's threads abort a process in ten at its end, which hides its exit code
-    code = (
-        "import sys; from multi_token.cli import main; from torch import distributed\n"
-        "try: main()\n"
-        "finally: print('left behind:', distributed.is_initialized(), file=sys.stderr)"
+@pytest.mark.parametrize(
+    ("error", "code"), [("MultiTokenError", 1), ("Interrupted", 130), ("ValueError", 1)]
+)
+def test_a_pending_collective_does_not_change_the_exit_code(
+    tmp_path: Path, error: str, code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.broken_group", "fail", str(tmp_path / "meet"), error],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    start = f'{sys.executable} -c "{code}" train {text_recipe} train.seed=$RANK'
-    shown = launched(2, ["--no-python", "bash", "-c", start], fails=True)
-    assert "error: the recipe of process 1 differs from that of process 0" in shown
-    assert "left behind: False" in shown
-    assert "left behind: True" not in shown
+    assert done.returncode == code, done.stderr
+    assert "lost another process" in done.stderr
+    assert ("Traceback" in done.stderr) == (error == "ValueError")

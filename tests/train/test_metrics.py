@@ -159,7 +159,7 @@ def test_a_packed_batch_has_the_lengths_of_its_samples() -> None:
 
 
 class _Poison(TrainerCallback):
-    """Makes the weights no numbers before a step."""
+    """Sets the weights to NaN before a step."""
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any

@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [(e["loss"], e["epoch"]) for e in ours] == [(e["loss"], e["epoch"]) for e in theirs]
 
 
-def test_a_run_that_was_killed_behind_its_last_step_does_no_more(
+def test_a_run_that_was_killed_after_its_last_step_does_no_more(
     fields_of: Fields, tmp_path: Path, whole: Path
 ) -> None:
     out = tmp_path / "run"
@@ -204,9 +204,9 @@ def test_features_that_were_kept_before_stand_in_for_media(
     recipe = Recipe.model_validate(fields)
     whole_model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
     kept = FeatureCache(tmp_path / "features")
-    pictures = [Media("image", (data / f"{c}.png").read_bytes()) for c in WORDS[:3]]
+    images = [Media("image", (data / f"{c}.png").read_bytes()) for c in WORDS[:3]]
     encoders: Any = whole_model.encoders
-    kept.fill([(item, Fetch()) for item in pictures], whole_model.modalities, encoders)
+    kept.fill([(item, Fetch()) for item in images], whole_model.modalities, encoders)
     at(1, lambda: monkeypatch.setattr(ImageModality, "load", None))  # no image is opened then
     trained(fields)
     assert len(FeatureCache(tmp_path / "features")) == 3

@@ -65,9 +65,8 @@ def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
         try:
             with _batch_size(trainer, size):
                 return _timed_steps(trainer, largest, size / num_rows)
-        except (
-            Exception
-        ) as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
+        except Exception as error:
+            # MemoryError, torch's own and RuntimeError; all others are raised again
             if not is_out_of_memory(error):
                 raise
         # after `except`, which keeps the traceback and with it the tensors of the failed step
@@ -119,6 +118,8 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
             model.zero_grad(set_to_none=True)
         kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         inputs = _largest(trainer, next(batches))
+        # the batch at hand may be smaller than the largest of the stage: a stream is not read
+        # ahead, and half of the rows may be all that fits
         scale = max(largest / inputs["input_ids"].numel(), 1.0)
         with peak_memory(device) as peak:
             _forward_backward(trainer, inputs)
@@ -159,6 +160,7 @@ def largest_batch(trainer: MultiTokenTrainer) -> int:
 
 def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
     model = trainer.multi_token_model
+    # dropout and activation checkpointing take memory in train mode only
     model.train()
     trainer.training_step(model, inputs, (inputs["labels"] != IGNORE_INDEX).sum())
 
@@ -176,6 +178,7 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
     """
     rows: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
+    # known rows of a stream are its first ones, which may be shorter than later ones
     if trainer.batches.streamed:
         return other
     chosen = trainer.batches.fullest_pack(trainer.args.seed)
@@ -240,9 +243,7 @@ def _state_restored(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
-    """Yield a list whose one entry is then the peak of tensor memory in bytes, beyond what tensors
-    took before.
-    """
+    """Yield a list of one number: after the block, its peak of new tensor memory in bytes."""
     peak = [0]
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -258,6 +259,7 @@ def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
         yield peak
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: Any = profile.profiler.kineto_results.events()
+    # the events come by thread, not by time
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     taken = 0
     for _, num_bytes in changes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -94,11 +94,10 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
         num_rows = round(num_tokens * len(lengths) / sum(lengths))
     mean = num_tokens / num_batches / args.world_size  # of a batch on one device
     per_device = mean * args.gradient_accumulation_steps
-    trial = dry_run(trainer) if try_steps else None
+    measured = dry_run(trainer) if try_steps else None
     memory = estimate_memory(trainer)
-    if trial is not None:
-        activations = max(trial.num_bytes - memory.gradients, 0)
-        memory = MemoryEstimate(memory.weights, memory.gradients, memory.optimizer, activations)
+    if measured is not None:
+        memory = replace(memory, activations=max(measured.num_bytes - memory.gradients, 0))
     return StagePlan(
         name,
         num_rows,
@@ -107,7 +106,7 @@ def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> Sta
         per_device * args.world_size,
         per_device,
         memory,
-        trial,
+        measured,
     )
 
 
@@ -129,10 +128,14 @@ def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
     numel = sum(p.numel() for p in trainable)
     own = sum(p.numel() * p.element_size() for p in trainable)
     if "8bit" in optim:
+        # two moments of one byte; the scales of their blocks are left out
         return 2 * numel
     if optim == "adafactor":
         return sum(
-            4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1]) for p in trainable if p.ndim
+            # a row and a column of second moments, in float32, in place of a matrix
+            4 * (p.numel() // max(p.shape[-1], 1) + p.shape[-1])
+            for p in trainable
+            if p.ndim
         )
     if optim == "sgd":
         return 0
@@ -141,49 +144,37 @@ def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
     return 2 * own  # Adam's two moments, in the precision of the parameters
 
 
-def summary_lines(plan: StagePlan) -> list[str]:
-    """Steps, tokens and memory in two lines."""
-    memory = plan.memory
-    return [
-        f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
-        f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
-        f"  memory per device: {format_bytes(memory.fixed)} before any batch (weights "
-        f"{format_bytes(sum(memory.weights.values()))}, gradients "
-        f"{format_bytes(memory.gradients)}, optimizer "
-        f"{format_bytes(memory.optimizer)})",
-    ]
-
-
-def print_summary(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
-    """Print the two lines with which every stage starts, and warnings."""
-    _print_lines(summary_lines(plan), plan, trainer, console)
-
-
-def print_details(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
-    """Print the whole plan of a stage whose steps were tried, and warnings."""
-    _print_lines(detail_lines(plan), plan, trainer, console)
-
-
-def _print_lines(
-    lines: Sequence[str], plan: StagePlan, trainer: MultiTokenTrainer, console: Console
-) -> None:
+def print_plan(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
+    """Print steps, tokens and memory, details if steps were tried, and warnings."""
+    lines = [*summary_lines(plan), *detail_lines(plan)]
     warnings = plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
     console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
-def detail_lines(plan: StagePlan) -> list[str]:
-    """All lines of a plan; those of time and activations need a dry run."""
-    memory, trial = plan.memory, plan.dry_run
-    lines = summary_lines(plan)
-    lines += [f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()]
-    if trial is None or plan.seconds is None or plan.seconds_per_step is None:
-        return lines
-    flops = trial.flops_per_token * plan.tokens_per_step
+def summary_lines(plan: StagePlan) -> list[str]:
+    """Return the two lines with which every stage starts."""
+    memory = plan.memory
+    weights, gradients, optimizer = map(
+        format_bytes, (sum(memory.weights.values()), memory.gradients, memory.optimizer)
+    )
     return [
-        *lines,
-        f"    activations of the largest batch: about "
-        f"{format_bytes(memory.activations or 0)}, in all "
-        f"{format_bytes(memory.total)}",
+        f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
+        f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
+        f"  memory per device: {format_bytes(memory.fixed)} before any batch (weights {weights}, "
+        f"gradients {gradients}, optimizer {optimizer})",
+    ]
+
+
+def detail_lines(plan: StagePlan) -> list[str]:
+    """Return weights by part, activations, FLOPs and time; nothing if no step was tried."""
+    memory, measured = plan.memory, plan.dry_run
+    if measured is None or plan.seconds is None or plan.seconds_per_step is None:
+        return []
+    flops = measured.flops_per_token * plan.tokens_per_step
+    return [
+        *(f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()),
+        f"    activations of the largest batch: about {format_bytes(memory.activations or 0)}, "
+        f"in all {format_bytes(memory.total)}",
         f"  {format_count(flops)}FLOP a step, {format_count(flops * plan.num_steps)}FLOP in all",
         f"  about {plan.seconds_per_step:.3g} s a step ({NUM_TIMED} steps were tried), "
         f"{format_duration(plan.seconds)} in all without evaluation and saving",
@@ -192,22 +183,19 @@ def detail_lines(plan: StagePlan) -> list[str]:
 
 def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
     """Warn of more than `capacity` bytes, with the lines of the recipe to change."""
-    memory, trial = plan.memory, plan.dry_run
-    fitted = 1.0 if trial is None else trial.fitted_fraction
+    memory, measured = plan.memory, plan.dry_run
+    fitted = 1.0 if measured is None else measured.fitted_fraction
     if memory.total <= _FULL * capacity and fitted == 1.0:
         return []
     part = None
     if memory.activations:
         part = min(max(_FULL * capacity - memory.fixed, 0) / memory.activations, fitted)
-    verdict = (
-        f"needs about {format_bytes(memory.total)} a device, which has "
-        f"{format_bytes(capacity)}; it will not fit"
-    )
+    needed, present = format_bytes(memory.total), format_bytes(capacity)
+    verdict = f"needs about {needed} a device, which has {present}; it will not fit"
     if memory.total <= _FULL * capacity:
         verdict = (
-            f"needs about {format_bytes(memory.total)} a device, and of its "
-            f"{format_bytes(capacity)} there was not "
-            "enough left when it was tried"
+            f"needs about {needed} a device, and of its {present} there was not enough left when "
+            "it was tried"
         )
     return [
         f"warning: stage {plan.name} {verdict}. Change in the recipe:"
@@ -217,11 +205,10 @@ def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int)
 
 def format_bytes(num: float) -> str:
     """`1.5 GiB`, `700 bytes`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num < 1024 or unit == "GiB":
-            return f"{num:,.0f} {unit}" if unit == "bytes" else f"{num:,.1f} {unit}"
-        num /= 1024
-    return ""
+    if num < 1024:
+        return f"{num:,.0f} bytes"
+    power = min((int(num).bit_length() - 1) // 10, 3)
+    return f"{num / 1024**power:,.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def format_duration(seconds: float) -> str:

@@ -103,12 +103,14 @@ def explain_oom(facts: Callable[[], OomFacts], stage: str) -> Iterator[None]:
     try:
         yield
         return
-    except Exception as error:  # MemoryError, torch's own and RuntimeError; others go on upwards
+    except Exception as error:
+        # MemoryError, torch's own and RuntimeError; all others are raised again
         if not is_out_of_memory(error):
             raise
         cause = " ".join(str(error).split())[:200]
     # Raised outside of `except`: the traceback of the first error keeps the step's tensors alive.
     known = facts()
+    # The activations are not known here, so half of the batch is suggested.
     raise MultiTokenError(
         f"memory was not enough in step {known.step} of stage {stage}, on {known.device} with "
         f"{memory_capacity(known.device) / 2**30:,.1f} GiB ({cause}). With only "

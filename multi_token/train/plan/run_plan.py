@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
 from multi_token.data.feature_cache.keys import source_name
-from multi_token.data.sources import TrainingSource, open_source
+from multi_token.data.sources import open_source
 from multi_token.distributed import num_processes
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.closed_form import captioned_items, encode_items
-from multi_token.train.plan.estimate import format_duration, plan_stage, print_details
+from multi_token.train.plan.estimate import format_duration, plan_stage, print_plan
 from multi_token.train.prepare import Run, open_stages, prepare
 from multi_token.train.stage import attach_adapters, build_trainer
 from multi_token.types import Media
@@ -46,20 +46,19 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> None:
         fields["train"] |= {"output_dir": folder, "feature_cache": False}
         tried = Recipe.model_validate(fields)
         stages = open_stages(tried)
+        # after `open_stages`, in which transformers joins the process group: before it, every
+        # process counts one
         if num_processes() > 1:
             raise RecipeError("a plan is made by one process; start `--plan` without torchrun")
-        print_plan(prepare(tried, stages, console or Console(stderr=True)), recipe)
-
-
-def print_plan(run: Run, recipe: Recipe) -> None:
-    """Print the plan of a prepared run; `recipe`: as it was given, with its feature cache."""
-    for one in estimate_encodings(run.model, run.sources, recipe, initialized=run.initialized):
-        run.console.print(str(one), highlight=False)
-    for stage in run.stages:
-        attach_adapters(run, stage)
-        trainer = build_trainer(run, stage)
-        plan = plan_stage(trainer, stage.spec.name, try_steps=True)
-        print_details(plan, trainer, run.console)
+        run = prepare(tried, stages, console or Console(stderr=True))
+        # the recipe as it was given, with its feature cache
+        for one in estimate_encodings(run, recipe):
+            run.console.print(str(one), highlight=False)
+        for stage in run.stages:
+            attach_adapters(run, stage)
+            trainer = build_trainer(run, stage)
+            plan = plan_stage(trainer, stage.spec.name, try_steps=True)
+            print_plan(plan, trainer, run.console)
 
 
 @dataclass(frozen=True)
@@ -74,32 +73,21 @@ class EncodingEstimate:
     seconds_per_item: float
     num_timed: int
 
-    @property
-    def seconds(self) -> float:
-        """Time of all, if the timed items are like the others."""
-        return self.num_items * self.seconds_per_item
-
     def __str__(self) -> str:
         why = "for the feature cache, each once" if self.cached else "for the closed form"
         return (
             f"  {self.name}: {self.num_items:,} encodings before the first step ({why}), about "
             f"{1000 * self.seconds_per_item:.3g} ms each ({self.num_timed} were tried): about "
-            f"{format_duration(self.seconds)}"
+            f"{format_duration(self.num_items * self.seconds_per_item)}"
         )
 
 
-def estimate_encodings(
-    model: MultiTokenForConditionalGeneration,
-    sources: Sequence[TrainingSource],
-    recipe: Recipe,
-    *,
-    initialized: Collection[str] = (),
-) -> list[EncodingEstimate]:
+def estimate_encodings(run: Run, recipe: Recipe) -> list[EncodingEstimate]:
     """Return one for each modality that has something to encode before the first step.
 
-    `sources`: the training rows, whose good ones are known. `initialized`: modalities from another
-    run, which are neither calibrated nor fitted. A cache is counted as if it were empty.
+    A cache is counted as if it were empty.
     """
+    model, sources = run.model, run.sources
     spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
     aligned = (
         [open_source(s, model.processor, recipe, None) for s in (spec.rows or [])] if spec else []
@@ -117,13 +105,14 @@ def estimate_encodings(
             fitted = []
         if cached:
             num = _num_different([*items, *(fitted if aligned else [])])
-        elif name in initialized:
+        elif name in run.initialized:  # neither calibrated nor fitted
             num = 0
         else:
             step = max(1, -(-len(items) // recipe.train.calibration_items))
             num = len(items[::step]) + len(fitted)
         if num:
             some = items or fitted
+            # evenly spaced, since items of one kind often come one after the other
             tried = some[:: max(1, len(some) // _NUM_TIMED)][:_NUM_TIMED]
             seconds = _seconds_per_item(model, name, tried)
             found.append(EncodingEstimate(name, num, cached, seconds, len(tried)))
