@@ -34,7 +34,7 @@ from multi_token.types import (
 
 FEATURES_KEY = "features"
 """Key of an item's inputs: cached features in place of encoder inputs."""
-NEWLINES_KEY = "breaks"
+NEWLINES_KEY = "newlines"
 """Key beside it, for items with lines: bool [length], true where a line ends."""
 _MIN_SHARED_TOKENS = 8
 """Shortest text prefix that is shared: each segment costs one attention call in every layer."""

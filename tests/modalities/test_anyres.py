@@ -226,4 +226,4 @@ def test_the_cache_gives_back_features_and_line_ends_from_its_file(
     assert found is not None and found.num_features == prepared.num_features
     assert torch.equal(found.inputs["features"], fresh.values[0])
     assert fresh.newlines is not None
-    assert torch.equal(found.inputs["breaks"], fresh.newlines[0])
+    assert torch.equal(found.inputs["newlines"], fresh.newlines[0])

@@ -72,7 +72,7 @@ class FeatureCache:
 
         Hashes every weight once. `fill` calls this method for all its encoders.
         """
-        # `_version` counts changes in name_key, so unchanged weights are not hashed again
+        # `_version` counts in-place changes, so unchanged weights are not hashed again
         tensors = encoder.state_dict().values()
         version = [modality, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
         known, before = self._versions.get(name, (None, None))
@@ -92,10 +92,10 @@ class FeatureCache:
             stored = self._shards.read(key)
         if stored is None:
             return None
-        values, breaks = stored
+        values, newlines = stored
         inputs = {FEATURES_KEY: values.float()}
-        if breaks is not None:
-            inputs[NEWLINES_KEY] = breaks
+        if newlines is not None:
+            inputs[NEWLINES_KEY] = newlines
         return Prepared(inputs, num_features=len(values))
 
     def fill(
@@ -172,9 +172,11 @@ class FeatureCache:
             # a clone: a view would keep the whole batch in memory, and safetensors refuses tensors
             # that share memory
             values = features.values[i][real].to(self.dtype).cpu().clone()
-            breaks = None if features.newlines is None else features.newlines[i][real].cpu().clone()
-            self._recent[key] = (values.contiguous(), breaks)
-            self._num_recent_bytes += values.nbytes + (0 if breaks is None else breaks.nbytes)
+            newlines = (
+                None if features.newlines is None else features.newlines[i][real].cpu().clone()
+            )
+            self._recent[key] = (values.contiguous(), newlines)
+            self._num_recent_bytes += values.nbytes + (0 if newlines is None else newlines.nbytes)
         if self._shards is not None and (
             self._num_recent_bytes >= self._shards.max_bytes
             or time.monotonic() - self._written_at > _MAX_WAIT_S

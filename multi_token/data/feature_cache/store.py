@@ -25,7 +25,8 @@ from multi_token.data.feature_cache.keys import KeyTable
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB
 
-_BREAKS = ".breaks"
+# names in files, which older versions wrote as well
+_NEWLINES, _WITH_NEWLINES = ".breaks", "with_breaks"
 _STALE_SECONDS = 3600
 """No shard takes that long to write: a writer that died left an older unfinished file."""
 _MAX_OPEN = 256
@@ -72,13 +73,13 @@ class FeatureStore:
             if name in known:
                 continue
             try:
-                keys, with_breaks = _checked_keys(part)
+                keys, with_newlines = _checked_keys(part)
             except _Damaged as damage:
                 # its items are encoded again, which costs less than a run that cannot start
                 self.damaged.append(str(damage))
                 self._damaged_names.add(name)
                 continue
-            self._add(name, keys, with_breaks)
+            self._add(name, keys, with_newlines)
 
     def read(self, key: str) -> StoredFeatures | None:
         """Return the features of a key, mapped from the file, or None. Raises MultiTokenError."""
@@ -87,7 +88,7 @@ class FeatureStore:
             return None
         shard = self._shard(int(number) // 2)
         # the last bit of the number, since asking the shard would list all its names
-        return shard.get_tensor(key), shard.get_tensor(key + _BREAKS) if number % 2 else None
+        return shard.get_tensor(key), shard.get_tensor(key + _NEWLINES) if number % 2 else None
 
     def write(self, features: Mapping[str, StoredFeatures]) -> None:
         """Write a shard atomically. Raises MultiTokenError (a full disk, missing permission)."""
@@ -95,8 +96,8 @@ class FeatureStore:
         name = f"features-{uuid.uuid4().hex[:12]}"
         shard = self.folder / f"{name}.safetensors"
         tensors = {key: values for key, (values, _) in features.items()}
-        with_breaks = {key: b for key, (_, b) in features.items() if b is not None}
-        tensors |= {key + _BREAKS: breaks for key, breaks in with_breaks.items()}
+        with_newlines = {key: ends for key, (_, ends) in features.items() if ends is not None}
+        tensors |= {key + _NEWLINES: ends for key, ends in with_newlines.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
@@ -106,7 +107,7 @@ class FeatureStore:
             part = {
                 "num_bytes": shard.stat().st_size,
                 "keys": list(features),
-                "with_breaks": list(with_breaks),
+                _WITH_NEWLINES: list(with_newlines),
             }
             # after the shard, so that a part of the index never names a missing one
             with atomic_file(shard.with_suffix(".json"), sync=True) as path:
@@ -116,12 +117,12 @@ class FeatureStore:
                 f"cannot write features to {self.folder}: {error}; complete shards are kept, so "
                 "free disk space there (or name another folder) and start again"
             ) from None
-        self._add(name, features, with_breaks)
+        self._add(name, features, with_newlines)
 
-    def _add(self, name: str, keys: Iterable[str], with_breaks: Collection[str]) -> None:
+    def _add(self, name: str, keys: Iterable[str], with_newlines: Collection[str]) -> None:
         for key in keys:
             # the number of the shard and, in the last bit, whether the item has line ends
-            self._index.add(key, 2 * len(self._names) + (key in with_breaks))
+            self._index.add(key, 2 * len(self._names) + (key in with_newlines))
         self._names.append(name)
 
     def _clean(self) -> None:
@@ -166,7 +167,7 @@ def _checked_keys(part: Path) -> tuple[list[str], set[str]]:
     try:
         fields = json.loads(part.read_text())
         stored_bytes, keys = int(fields["num_bytes"]), [str(key) for key in fields["keys"]]
-        with_breaks = {str(key) for key in fields["with_breaks"]}
+        with_newlines = {str(key) for key in fields[_WITH_NEWLINES]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _Damaged(f"{part.name} is no index of features ({error})") from None
     try:
@@ -178,4 +179,4 @@ def _checked_keys(part: Path) -> tuple[list[str], set[str]]:
         safe_open(shard, framework="pt")  # reads the header alone
     except (OSError, SafetensorError) as error:
         raise _Damaged(f"{shard.name} cannot be read ({error})") from None
-    return keys, with_breaks
+    return keys, with_newlines
