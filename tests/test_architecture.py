@@ -1,4 +1,4 @@
-"""Rules of the code that a machine can check. A failure names the file and the rule."""
+"""Rules of the repository that a machine can check. A failure names the file and the rule."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_pickles_are_opened_only_in_convert() -> None:
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             if name == "torch.load" and not (inside and keywords.get("weights_only") == "True"):
                 faults.append(
-                    f"{name_of(path)}:{call.lineno}: torch.load is only for convert/, with "
+                    f"{name_of(path)}:{call.lineno}: torch.load is allowed in convert/ only, with "
                     "weights_only=True; weights of ours are safetensors"
                 )
             if keywords.get("allow_pickle") == "True":

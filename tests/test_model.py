@@ -1,4 +1,4 @@
-"""model.py: an untouched language model, one loss, and gradients only where something learns."""
+"""model.py: an untouched language model, one loss, gradients for trainable parameters only."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_all_items_of_a_modality_go_through_its_encoder_in_one_call_of_bounded_s
         hook.remove()
 
 
-def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
+def test_a_trainable_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
     from multi_token.recipe.train import Trainable
     from multi_token.train.parameter_groups import freeze_and_unfreeze
 
@@ -184,7 +184,7 @@ def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) ->
     model.requires_grad_(False).eval()
 
 
-def test_a_learning_encoder_whose_modality_is_absent_takes_part_in_the_backward_pass(
+def test_a_trainable_encoder_whose_modality_is_absent_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
     from multi_token.recipe.train import Trainable
