@@ -1,4 +1,4 @@
-"""processor.py: a bad row is one sentence with a kind and the row's id; nothing is cut."""
+"""processor.py: a bad row is an error with a kind and the row's id; nothing is cut."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_row_that_just_fits_is_kept_whole(model: Any, data: Path) -> None:
         read(model, data, fields, max_tokens=length - 1)
 
 
-def test_an_image_mark_in_a_content_part_row_stays_text(model: Any, data: Path) -> None:
+def test_an_image_placeholder_in_a_content_part_stays_text(model: Any, data: Path) -> None:
     parts = [{"type": "text", "text": "I wrote <image>"}, {"type": "image", "image": "red.png"}]
     sample = read(model, data, row(parts))
     assert len(sample.media_spans) == 1
@@ -117,7 +117,7 @@ def test_a_question_ends_where_the_answer_begins_and_nothing_is_supervised(model
     assert asked.input_ids.tolist() == whole.input_ids[:first].tolist()
 
 
-def test_a_reader_is_built_of_what_the_recipe_says(
+def test_a_processor_is_built_from_the_recipe(
     recipe_fields: Any, data: Path, tmp_path: Path
 ) -> None:
     fields = recipe_fields(tmp_path)

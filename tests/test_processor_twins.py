@@ -1,4 +1,4 @@
-"""processor.py: twins of a row: its text for the teacher, and its rejected answer."""
+"""processor.py: further samples of a row: for the teacher, and of its rejected answer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refusal(refusing: Any, conversation: Conversation) -> RowError:
 
 
 @pytest.mark.parametrize("pairs", ["required", "optional"])
-def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: Any) -> None:
+def test_both_answers_of_a_pair_are_tokenized_with_the_same_media(model: Any, pairs: Any) -> None:
     sample = processor(model, preference=pairs)(paired("blue", answers=("one", "red")))
     assert supervised(model, sample) == "red", "the last answer alone, in either"
     assert supervised(model, sample.rejected) == "blue"
@@ -62,7 +62,7 @@ def test_both_answers_of_a_pair_are_read_with_the_same_media(model: Any, pairs: 
     assert sample.rejected.media_spans == sample.media_spans
 
 
-def test_a_pair_is_its_chosen_answer_where_no_pairs_are_asked_for(model: Any) -> None:
+def test_without_preference_a_pair_is_its_chosen_answer(model: Any) -> None:
     sample = model.processor(paired("blue", answers=("one", "red")))
     assert sample.rejected is None
     assert "one" in supervised(model, sample) and "red" in supervised(model, sample)
@@ -77,7 +77,7 @@ def test_a_row_without_a_pair_is_refused_only_where_one_is_required(model: Any) 
     assert processor(model, preference="required")(question, prompt_only=True).rejected is None
 
 
-def test_nothing_is_read_of_a_pair_that_is_only_asked(model: Any) -> None:
+def test_a_prompt_of_a_pair_has_no_rejected_answer(model: Any) -> None:
     pair = paired("blue")
     question = replace(pair, messages=pair.messages[:-1])
     assert processor(model, preference="optional")(question, prompt_only=True).rejected is None
@@ -112,7 +112,7 @@ UNSAID = asked(Text("Look: "), Media("vector", VECTOR))
 
 
 @pytest.mark.parametrize("teacher", ["required", "optional"])
-def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any) -> None:
+def test_the_teachers_sample_has_texts_in_place_of_media(model: Any, teacher: Any) -> None:
     sample = processor(model, distillation=teacher)(SAID)
     assert "Look: a wave!" in text(model, sample.teacher)
     assert sample.teacher.media_spans == [] and sample.teacher.media == []
@@ -120,7 +120,7 @@ def test_a_teacher_reads_the_text_in_place_of_the_media(model: Any, teacher: Any
     assert len(sample.media_spans) == 1 and "a wave" not in text(model, sample)
 
 
-def test_a_teacher_is_not_read_where_none_is_asked_for_or_nothing_is_supervised(model: Any) -> None:
+def test_without_distillation_or_in_a_prompt_there_is_no_teachers_sample(model: Any) -> None:
     assert model.processor(SAID).teacher is None
     question = Conversation(SAID.messages[:1], id="r7")
     assert processor(model, distillation="required")(question, prompt_only=True).teacher is None
@@ -132,7 +132,7 @@ def test_a_row_without_a_text_is_refused_only_where_one_is_required(model: Any) 
     assert error.kind == "format" and "in place of its vector; give one" in str(error)
 
 
-def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> None:
+def test_a_media_text_that_the_template_refuses_is_an_error_of_its_row(model: Any) -> None:
     refuses = "{% if 'smell' in m['content'] %}{{ raise_exception('no smells') }}{% endif %}"
     template = TEMPLATES["chatml"].replace("%}", "%}" + refuses, 1)
     strict = processor(model, chat=ChatFormat(tiny_tokenizer(), template), distillation="required")
@@ -141,6 +141,14 @@ def test_a_text_that_the_template_refuses_is_a_fault_of_its_row(model: Any) -> N
     assert error.kind == "chat_template" and "no smells" in str(error)
     error = refusal(strict, asked(Text("a smell")))
     assert error.kind == "chat_template" and "no smells" in str(error)
+
+
+def test_a_row_whose_answer_has_other_ids_for_the_teacher_is_refused(model: Any) -> None:
+    """A media text inside the answer is supervised, the media themselves are not."""
+    parts = (Text("Look: "), Media("vector", VECTOR, "a wave"))
+    row = Conversation((Message("user", (Text("Show one"),)), Message("assistant", parts)), id="r7")
+    error = refusal(processor(model, distillation="optional"), row)
+    assert error.kind == "chat_template" and "tokenized differently" in str(error)
 
 
 def test_an_empty_text_is_a_text(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""splice.py: every disagreement is refused, and gradients go where they should."""
+"""splice.py: every disagreement is refused, and gradients reach the right tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_tokens_are_written_at_their_positions_and_nowhere_else() -> None:
     assert torch.equal(spliced, expected)
 
 
-def test_the_text_that_came_in_is_not_changed() -> None:
+def test_the_text_embeddings_are_not_changed() -> None:
     text = torch.zeros(1, 3, 2)
     splice(text, [MediaEmbeds("image", torch.ones(1, 2), torch.tensor([0]))])
     assert torch.equal(text, torch.zeros(1, 3, 2))

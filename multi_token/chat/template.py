@@ -255,10 +255,9 @@ class ChatTemplate:
         self, messages: Sequence[ChatMessage], *, prompt_only: bool
     ) -> None:
         """Raise ChatTemplateError if the text to train on (or the prompt) lacks a message."""
+        answer = [_message("assistant")] if prompt_only else []
         try:
-            layout = self._role_layout(
-                [*messages, _message("assistant")] if prompt_only else messages
-            )
+            layout = self._role_layout([*messages, *answer])
         except ChatTemplateError:
             layout = self._role_layout(messages)
         shown = {marker.message for marker in layout.markers}
@@ -348,12 +347,8 @@ class ChatTemplate:
             # Two assistant turns in a row may share a tag: the second starts where the first ends,
             # and only the last one takes what the tag holds after its end of turn.
             first = max([around[0].start, *(e for e in ends.values() if e <= start)])
-            later = [
-                text_spans[j][0].start
-                for j in ends
-                if j > i and text_spans[j][0].end <= around[0].end
-            ]
-            spans[i] = CharSpan(first, end if later else around[0].end)
+            is_last = all(j <= i or text_spans[j][0].end > around[0].end for j in ends)
+            spans[i] = CharSpan(first, around[0].end if is_last else end)
         for other in (span for i in text_spans if i not in ends for span in text_spans[i]):
             if any(s.start < other.end and other.start < s.end for s in spans.values()):
                 raise ChatTemplateError(

@@ -74,7 +74,7 @@ def test_supervised_tokens_are_exactly_the_assistants_turns_and_their_end(
 
 
 @pytest.mark.parametrize(("template", "num_turns", "system", "media_at"), CASES)
-def test_the_prompt_that_is_asked_is_what_training_saw_before_the_last_answer(
+def test_the_prompt_equals_the_training_text_before_the_last_answer(
     template: str, num_turns: int, system: bool, media_at: str
 ) -> None:
     chat = ChatFormat(tiny_tokenizer(template))
@@ -116,7 +116,7 @@ def test_blanks_at_the_end_of_a_question_are_not_supervised(template: str, end: 
     assert [text.strip() for text in texts] == ["A cat." + end_of_turn(template)] * 2
 
 
-def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> None:
+def test_media_spans_cover_their_filler_ids_in_reading_order() -> None:
     chat = ChatFormat(tiny_tokenizer())
     parts: tuple[Part, ...] = (
         Media("image", 0),
@@ -125,14 +125,15 @@ def test_places_cover_the_promised_number_of_filler_ids_in_reading_order() -> No
         Media("image", 2),
     )
     messages = (Message("user", parts), Message("assistant", (Text("yes"),)))
-    sample = chat.tokenize(Conversation(messages), [4, 1, 2])
+    sample = chat.tokenize(Conversation(messages, id="row 7"), [4, 1, 2])
+    assert sample.id == "row 7"
     assert [(p.modality, p.length) for p in sample.media_spans] == [
         ("image", 4),
         ("vector", 1),
         ("image", 2),
     ]
-    for place in sample.media_spans:
-        span = slice(place.start, place.start + place.length)
+    for media_span in sample.media_spans:
+        span = slice(media_span.start, media_span.start + media_span.length)
         assert (sample.input_ids[span] == chat.filler_id).all()
         assert (sample.labels[span] == IGNORE_INDEX).all()
     assert sample.media_spans[2].start == sample.media_spans[1].start + 1
@@ -174,7 +175,7 @@ def test_a_template_that_drops_media_is_refused() -> None:
         ChatFormat(tiny_tokenizer(), template).tokenize(conversation(1), [1, 1])
 
 
-def test_a_template_that_changes_the_answer_is_refused_loudly() -> None:
+def test_a_template_that_changes_the_answer_is_refused() -> None:
     template = TEMPLATES["chatml"].replace("m['content'] }}", "m['content'] | upper }}")
     with pytest.raises(ChatTemplateError, match="chat_template"):
         ChatFormat(tiny_tokenizer(), template).tokenize(conversation(1), [1, 1])
@@ -243,7 +244,7 @@ def test_one_of_several_templates_has_to_be_the_default() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_only_the_last_answer_is_supervised_where_that_is_asked_for(template: str) -> None:
+def test_with_train_on_turns_last_only_the_last_answer_is_supervised(template: str) -> None:
     talk = conversation(3)
     every = ChatFormat(tiny_tokenizer(template)).tokenize(talk, [3, 2])
     last = ChatFormat(tiny_tokenizer(template), train_on_turns="last").tokenize(talk, [3, 2])
@@ -257,7 +258,7 @@ def test_a_template_can_come_from_a_file(tmp_path: Any) -> None:
     assert ChatFormat(tiny_tokenizer(), str(path)).template == TEMPLATES["llama3"]
 
 
-def test_a_chat_format_can_be_sent_to_a_data_worker() -> None:
+def test_a_chat_format_can_be_pickled_for_a_data_worker() -> None:
     chat = ChatFormat(tiny_tokenizer())
     before = chat.tokenize(conversation(2), [3, 2])
     after = pickle.loads(pickle.dumps(chat)).tokenize(conversation(2), [3, 2])  # noqa: S301
@@ -289,7 +290,7 @@ THINKING = (
         ("", "", ""),
     ],
 )
-def test_what_the_template_writes_before_an_answer_is_not_said(
+def test_text_that_the_template_writes_before_an_answer_is_removed(
     written: str, said: str, said_while_it_grows: str
 ) -> None:
     chat = ChatFormat(tiny_tokenizer(), THINKING)
@@ -298,7 +299,7 @@ def test_what_the_template_writes_before_an_answer_is_not_said(
     assert chat.decode(ids, partial=True) == said_while_it_grows
 
 
-def test_special_tokens_are_not_said() -> None:
+def test_special_tokens_are_removed_from_an_answer() -> None:
     chat = ChatFormat(tiny_tokenizer())
     ids = chat.tokenizer("yes<|im_end|>", add_special_tokens=False).input_ids
     assert chat.decode(ids) == chat.decode(ids, partial=True) == "yes"

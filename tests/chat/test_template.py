@@ -99,7 +99,7 @@ def test_a_header_is_not_supervised_where_the_template_has_no_generation_prompt(
     refuse_mismatch(chat, TWO)
 
 
-def test_a_prompt_that_ends_in_a_blank_is_asked_as_it_was_trained() -> None:
+def test_a_prompt_that_ends_in_a_blank_equals_the_training_text() -> None:
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
         "{{ '<|im_end|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -112,8 +112,8 @@ def test_a_prompt_that_ends_in_a_blank_is_asked_as_it_was_trained() -> None:
     refuse_mismatch(chat, row)
 
 
-def test_line_breaks_before_an_answer_are_asked_as_they_were_trained() -> None:
-    """At the end of a text this tokenizer makes one token of both, before a word it makes two."""
+def test_line_breaks_before_an_answer_equal_those_of_training() -> None:
+    """This tokenizer makes one token of both at the end of a text, and two before a word."""
     tokenizer = tiny_tokenizer("llama3")
     tokenizer.add_tokens(["\n\n"])
     refuse_mismatch(ChatFormat(tokenizer), TWO)
@@ -141,7 +141,7 @@ SYSTEM_IN_THE_LAST_QUESTION = (
 
 
 def test_a_system_message_that_only_an_open_question_shows_is_refused_on_both_sides() -> None:
-    """Published templates do so; training would never see what asking shows."""
+    """Published templates do so; training would never see what the prompt shows."""
     chat = ChatFormat(tiny_tokenizer(), SYSTEM_IN_THE_LAST_QUESTION)
     row = talk(("system", "Be brief."), ("user", "One?"), ("assistant", "1"))
     with pytest.raises(ChatTemplateError, match=r"drops message 1 of 3 \(role system\)"):
@@ -186,7 +186,7 @@ def test_a_template_may_look_into_a_system_message() -> None:
     "answer",
     ["\ue1000.1\ue101", "\ue1000.1r\ue101 \ue1001.0\ue101", "One?", "<|im_end|>", "</think>", ""],
 )
-def test_texts_that_look_like_marks_or_markup_are_supervised_as_they_are(answer: str) -> None:
+def test_texts_that_look_like_markers_or_markup_are_supervised_unchanged(answer: str) -> None:
     chat = ChatFormat(tiny_tokenizer())
     row = talk(("user", answer), ("assistant", answer), ("user", "One?"), ("assistant", answer))
     assert supervised(chat, row) == f"{answer}<|im_end|>" * 2
@@ -268,7 +268,7 @@ def test_many_sequences_of_roles_do_not_fill_the_memory() -> None:
     assert len(pickle.dumps(shape)) < 300_000  # 560,000 if all were kept
 
 
-def test_the_recipe_says_which_turns_training_learns(
+def test_the_recipe_sets_which_turns_are_supervised(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -288,7 +288,7 @@ def test_the_recipe_says_which_turns_training_learns(
     assert texts == {"all": "1<|im_end|>2<|im_end|>", "last": "2<|im_end|>"}
 
 
-def test_a_row_whose_last_answer_is_empty_has_nothing_to_learn_if_only_that_is_supervised(
+def test_with_train_on_turns_last_a_row_with_an_empty_last_answer_is_refused(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from multi_token.errors import RowError

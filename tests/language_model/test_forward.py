@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import (
+    GREEDY,
     ScaledEmbedding,
     accepts_position_ids,
     base_language_model,
@@ -49,14 +51,14 @@ PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
         ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, None),
     ],
 )
-def test_the_length_up_to_which_positions_are_exact_is_the_one_before_scaling(
+def test_the_maximum_batched_length_is_the_one_before_scaling(
     llama: Any, rope: dict[str, Any], length: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama.config, "rope_parameters", rope)
     assert max_batched_length(llama) == length
 
 
-def test_of_several_kinds_of_layers_the_shortest_length_counts(
+def test_the_shortest_length_of_several_layer_types_counts(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = {
@@ -72,7 +74,7 @@ def test_a_model_without_rotary_positions_is_exact_at_any_length(families: Modul
     assert max_batched_length(families.tiny_model("GPT-2")) is None
 
 
-def test_only_models_that_look_up_by_id_get_something_for_their_layers(
+def test_only_models_whose_layers_look_ids_up_get_per_layer_inputs(
     families: ModuleType, llama: Any
 ) -> None:
     ids = torch.tensor([[3, 4, 5]])
@@ -98,9 +100,7 @@ def test_positions_and_segments_are_passed_to_models_that_take_them(
     assert accepts_position_ids(llama) and not accepts_position_ids(Alone())
 
 
-def test_an_adapter_is_looked_through(llama: Any) -> None:
-    from copy import deepcopy
-
+def test_the_base_language_model_is_found_inside_an_adapter(llama: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     inner = deepcopy(llama)
@@ -138,7 +138,15 @@ def test_the_loss_of_all_logits_is_that_of_the_selected_ones(llama: Any, num_ite
     assert one.past_key_values is other.past_key_values is None
 
 
-def test_a_model_that_ignores_which_logits_are_asked_for_is_refused(llama: Any) -> None:
+@pytest.mark.parametrize("selects", [True, False])
+def test_other_inputs_of_the_loss_reach_the_model(llama: Any, selects: bool) -> None:
+    positions = torch.tensor([[0, 1, 0, 1, 2]] * 2)
+    packed = loss_of(llama, supports_logits_to_keep=selects, position_ids=positions)
+    alone = loss_of(llama, supports_logits_to_keep=selects)
+    assert not torch.allclose(packed.logits, alone.logits)
+
+
+def test_a_model_that_ignores_logits_to_keep_is_refused(llama: Any) -> None:
     class AllLogits(nn.Module):
         config = llama.config
 
@@ -156,9 +164,12 @@ MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 def continued(
     model: Any, start: Any, ids: Tensor = IDS, mask: Tensor = MASK, **options: Any
 ) -> Any:
+    embeds = model.get_input_embeddings()(ids).detach().clone()
+    media = torch.randn(embeds[:, :-1].shape, generator=torch.Generator().manual_seed(2))
+    embeds[:, :-1] += embeds.std() * media  # all but the last position are no token's
     return generate_from_embeds(
         model,
-        inputs_embeds=model.get_input_embeddings()(ids),
+        inputs_embeds=embeds,
         input_ids=ids,
         attention_mask=mask,
         prefill_mode=start,
@@ -167,18 +178,18 @@ def continued(
 
 
 @pytest.mark.parametrize("length", [4, 1])
-def test_going_on_from_ids_gives_what_going_on_from_embeddings_gives(
-    llama: Any, length: int
-) -> None:
+def test_the_prefill_modes_ids_and_embeds_generate_the_same(llama: Any, length: int) -> None:
     ids, mask = IDS[:, -length:], MASK[:, -length:]
     expected = continued(llama, "embeds", ids, mask)
     assert expected.shape == (2, 6)
     assert torch.equal(continued(llama, "ids", ids, mask), expected)
-    whole = continued(llama, "ids", ids, mask, return_dict_in_generate=True)
-    assert torch.equal(whole.sequences, expected)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    by_ids, by_embeds = (continued(llama, m, ids, mask, **options) for m in ("ids", "embeds"))
+    assert torch.equal(by_ids.sequences, expected)
+    torch.testing.assert_close(torch.stack(by_ids.logits), torch.stack(by_embeds.logits))
 
 
-def test_a_cache_of_the_prompt_is_not_shared_by_several_answers(llama: Any) -> None:
+def test_a_prefilled_kv_cache_is_refused_for_several_answers(llama: Any) -> None:
     for option in ("num_beams", "num_return_sequences"):
         with pytest.raises(LanguageModelError, match="must be 1"):
             continued(llama, "ids", **{option: 2})
@@ -186,8 +197,16 @@ def test_a_cache_of_the_prompt_is_not_shared_by_several_answers(llama: Any) -> N
     assert torch.equal(one, continued(llama, "ids"))
 
 
+def test_greedy_options_override_the_models_own_generation_config(llama: Any) -> None:
+    model = deepcopy(llama)
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    model.generation_config.update(do_sample=True, temperature=9.0, num_return_sequences=3)
+    found = model.generate(IDS, max_new_tokens=4, eos_token_id=None, **GREEDY)
+    assert torch.equal(found, expected)
+
+
 class Heard:
-    """A streamer that notes what it is given."""
+    """A streamer that keeps the ids it is given."""
 
     def __init__(self) -> None:
         self.pieces: list[list[int]] = []
@@ -201,7 +220,7 @@ class Heard:
 
 
 @pytest.mark.parametrize("start", ["embeds", "ids"])
-def test_a_streamer_hears_the_new_ids_and_no_prompt(llama: Any, start: Any) -> None:
+def test_a_streamer_gets_the_new_ids_and_no_prompt(llama: Any, start: Any) -> None:
     heard = Heard()
     answer = continued(llama, start, IDS[1:], MASK[1:], streamer=heard)
     assert heard.pieces == [[], *([i] for i in answer[0].tolist())]

@@ -162,7 +162,7 @@ def test_a_gguf_file_beside_ordinary_weights_is_left_alone(parts: Path, tmp_path
     assert load_language_model(str(folder)).config.model_type == "llama"
 
 
-def test_gguf_faults_are_sentences(
+def test_faults_of_gguf_files_are_errors_with_a_remedy(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(LanguageModelError, match="expected a GGUF file, found nothing at"):

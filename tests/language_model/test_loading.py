@@ -24,7 +24,7 @@ def test_the_precision_of_the_recipe_is_that_of_the_weights(parts: Path) -> None
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_what_is_no_language_model_is_refused_with_what_was_expected(
+def test_a_name_without_a_language_model_is_refused_with_the_expected_forms(
     tmp_path: Path, parts: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -35,7 +35,7 @@ def test_what_is_no_language_model_is_refused_with_what_was_expected(
         load_tokenizer(str(tmp_path / "empty"))
 
 
-def test_a_language_model_that_is_cut_off_is_refused(parts: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(parts: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(parts / "language_model", tmp_path / "cut")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -43,7 +43,7 @@ def test_a_language_model_that_is_cut_off_is_refused(parts: Path, tmp_path: Path
         load_language_model(str(folder))
 
 
-def test_the_size_of_embeddings_is_taken_after_the_module(parts: Path) -> None:
+def test_the_rms_of_embeddings_includes_the_scale_of_their_module(parts: Path) -> None:
     model = load_language_model(str(parts / "language_model"))
     weight: Any = model.get_input_embeddings().weight
     assert embedding_rms(model) == pytest.approx(float(weight.square().mean().sqrt()), rel=1e-5)

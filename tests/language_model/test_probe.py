@@ -85,14 +85,14 @@ def llama(kind: Any = LlamaForCausalLM) -> Any:
     return kind(families.tiny_config("Llama", initializer_range=0.2)).eval()
 
 
-def test_a_plain_model_has_nothing_unusual() -> None:
+def test_a_plain_model_has_all_capabilities_and_no_notes() -> None:
     found = probe(llama())
     assert found.notes() == []
     assert found.supports_packing
     found.require("supports_packing")
 
 
-def test_it_takes_five_forwards_of_a_dozen_tokens() -> None:
+def test_the_probe_takes_five_forwards_of_a_dozen_tokens() -> None:
     model, widths = llama(), []
     model.register_forward_pre_hook(
         lambda _, args, inputs: widths.append(
@@ -111,7 +111,7 @@ def test_it_takes_five_forwards_of_a_dozen_tokens() -> None:
     assert found.supports_packing and len(widths) == num_forwards, "and only once"
 
 
-def test_it_leaves_no_trace() -> None:
+def test_the_probe_leaves_the_model_unchanged() -> None:
     model = llama().train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_be_trained_through_is_refused(kind: Any, message: s
         check_trainable(llama(kind))
 
 
-def test_what_a_model_lacks_is_a_sentence_where_it_is_asked_for() -> None:
+def test_a_missing_capability_is_refused_with_the_setting_to_change() -> None:
     found = probe(families.tiny_model("Mamba2"))
     with pytest.raises(LanguageModelError, match="Mamba2ForCausalLM cannot take packed rows"):
         found.require("supports_packing")
@@ -204,7 +204,7 @@ def test_layers_that_take_no_lora_are_refused_with_those_that_do_and_nothing_is_
 
 @pytest.fixture(scope="module")
 def by_ids(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model that goes on from a cache of the prompt."""
+    """A model that generates from a prefilled KV cache."""
     folder = tmp_path_factory.mktemp("by_ids")
     families.save_tiny_model("Gemma3n", folder)
     model = trials.composed(folder)
@@ -213,7 +213,7 @@ def by_ids(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Heard(TextStreamer):
-    """Keeps what it is handed."""
+    """A streamer that keeps the ids it is given."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
@@ -223,7 +223,7 @@ class Heard(TextStreamer):
         self.text += text
 
 
-def test_a_streamer_hears_the_answer_without_the_prompt(by_ids: Any) -> None:
+def test_a_streamer_gets_the_answer_without_the_prompt(by_ids: Any) -> None:
     tokenizer = by_ids.processor.tokenizer
     streamer = Heard(tokenizer)
     (answer,) = generate_ids(
@@ -233,7 +233,7 @@ def test_a_streamer_hears_the_answer_without_the_prompt(by_ids: Any) -> None:
     assert streamer.text == tokenizer.decode(answer)
 
 
-def test_what_going_on_by_ids_cannot_do_is_refused(by_ids: Any) -> None:
+def test_options_that_the_prefill_mode_ids_cannot_serve_are_refused(by_ids: Any) -> None:
     sample = trials.prompts(by_ids)[0]
     with pytest.raises(LanguageModelError, match="num_beams and num_return_sequences must be 1"):
         generate_ids(by_ids, [sample], max_new_tokens=2, num_beams=2)

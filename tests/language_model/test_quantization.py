@@ -96,7 +96,7 @@ def test_scales_of_quantized_weights_are_counted() -> None:
 def test_a_quantized_model_is_trained_saved_and_loaded_as_it_was(
     kind: str, recipe_fields: Callable[..., dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
-    """First the projector alone, which transformers' Trainer refuses a bare model; then LoRA."""
+    """Train the projector alone, then LoRA; the Trainer of transformers refuses a bare model."""
     need(kind)
     fields = recipe_fields(
         tmp_path / "run",
@@ -130,7 +130,7 @@ def test_a_quantized_model_is_trained_saved_and_loaded_as_it_was(
 def test_gradients_through_quantized_weights_are_the_same_after_an_answer(
     kind: Any, tmp_path: Path
 ) -> None:
-    """bitsandbytes packs 4 bits for answers on some CPUs, in a form without a backward pass."""
+    """On some CPUs, bitsandbytes repacks 4-bit weights for inference, without a backward pass."""
     need(kind)
     fields = kind if isinstance(kind, dict) else {"kind": kind}
     wide = tiny_language_model(tmp_path / "wide", hidden_size=64)  # 32 cannot be packed
@@ -183,7 +183,7 @@ def test_a_model_that_is_quantized_already_is_not_quantized_again(
         ({"kind": "int8", "compute_dtype": "bfloat16"}, "`compute_dtype` is for 4bit"),
     ],
 )
-def test_a_quantization_that_cannot_be_is_refused_by_its_field(fields: Any, message: str) -> None:
+def test_an_invalid_quantization_is_refused_by_its_field(fields: Any, message: str) -> None:
     vector = {"type": "vector", "dim": 5}
     with pytest.raises(RecipeError, match=message):
         validate_fields(

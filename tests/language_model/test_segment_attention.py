@@ -117,7 +117,7 @@ def test_packed_equals_padded_equals_one_by_one_in_loss_and_gradients(trainable:
         assert apart(gradients, alone[1]) < 1e-5, name
 
 
-def test_activation_checkpointing_runs_layers_again_by_segment_too(trainable: Any) -> None:
+def test_activation_checkpointing_recomputes_layers_by_segment(trainable: Any) -> None:
     model, batch = trainable, packed(trainable, MIXED)
     plain = loss_and_gradients(model, [batch])
     base = model.language_model.get_base_model()
@@ -160,7 +160,9 @@ def test_the_content_of_a_segment_changes_nothing_in_the_others(
 @pytest.mark.parametrize(
     "family", ["Llama", "Mistral", "Qwen3", "Gemma3", "Phi-3", "GPT-2", "Granite", "SmolLM3"]
 )
-def test_families_are_by_segment_what_they_are_row_by_row(families: Any, family: str) -> None:
+def test_segment_attention_gives_each_family_the_logits_of_single_rows(
+    families: Any, family: str
+) -> None:
     """Rows are longer than the sliding windows, so that these matter."""
     model = families.tiny_model(family)
     assert probe(model).supports_segment_attention
@@ -174,7 +176,7 @@ def test_families_are_by_segment_what_they_are_row_by_row(families: Any, family:
 
 
 @pytest.mark.parametrize(("window", "by_segment"), [(None, True), (25, True), (24, False)])
-def test_the_whole_mask_is_made_only_where_a_window_cuts_a_segment(
+def test_a_full_mask_is_made_only_where_a_window_cuts_a_segment(
     families: Any, window: int | None, by_segment: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, int]] = []
@@ -194,7 +196,7 @@ def test_the_whole_mask_is_made_only_where_a_window_cuts_a_segment(
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Mamba2", "LFM2"])
-def test_models_that_cannot_attend_by_segment_are_found(families: Any, family: str) -> None:
+def test_models_without_segment_attention_are_found(families: Any, family: str) -> None:
     model = families.tiny_model(family)
     before = model.config._attn_implementation
     found = probe(model)
@@ -205,7 +207,7 @@ def test_models_that_cannot_attend_by_segment_are_found(families: Any, family: s
             found.require("supports_packing")
 
 
-def test_answers_are_the_same_during_and_after_attending_by_segment(model: Any) -> None:
+def test_answers_are_the_same_during_and_after_segment_attention(model: Any) -> None:
     questions = [Conversation(c.messages[:1], id=c.id) for c in MIXED]
     before = model.generate(questions, max_new_tokens=6, batch_size=2)
     with segment_attention_enabled(model.language_model):
@@ -216,7 +218,7 @@ def test_answers_are_the_same_during_and_after_attending_by_segment(model: Any) 
     assert model.generate(questions, max_new_tokens=6, batch_size=2) == before
 
 
-def test_a_model_that_runs_on_something_else_is_left_as_it_is(families: Any) -> None:
+def test_a_model_on_another_attention_is_left_unchanged(families: Any) -> None:
     model = families.tiny_model("Llama")
     model.set_attn_implementation("eager")
     with segment_attention_enabled(model) as by_segment:
@@ -286,10 +288,10 @@ def test_a_shared_prefix_ends_before_the_first_supervised_token(model: Any) -> N
         *((family, False) for family in ("Mistral", "Gemma3", "Gemma2", "LFM2")),
     ],
 )
-def test_models_that_go_on_from_a_start_several_times_are_found(
+def test_models_that_can_share_a_prefix_are_found(
     families: Any, family: str, branches: bool
 ) -> None:
-    """A window of any length is in the way: here one that no trial could reach."""
+    """A window of any length prevents sharing, even one longer than the probe's text."""
     window = {"sliding_window": 10_000} if family in ("Mistral", "Gemma3") else {}
     found = probe(families.tiny_model(family, **window))
     assert found.supports_shared_prefix == branches
@@ -298,7 +300,7 @@ def test_models_that_go_on_from_a_start_several_times_are_found(
             found.require("supports_shared_prefix")
 
 
-def test_a_tree_outside_of_attending_by_segment_is_refused(model: Any) -> None:
+def test_a_tree_without_segment_attention_is_refused(model: Any) -> None:
     tree = replace(collator_of(model), share=True).pack([model.processor(c) for c in SHARED])
     with pytest.raises(LanguageModelError, match="run it inside of `segment_attention_enabled`"):
         model(**tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -125,4 +126,5 @@ def _is_assertion(node: cst.CSTNode) -> bool:
 
 
 def _code(module: cst.Module, node: cst.CSTNode) -> str:
-    return " ".join(module.code_for_node(node).split())
+    code = module.code_for_node(node)
+    return " ".join(re.sub(r"^\s*#.*$", "", code, flags=re.MULTILINE).split())

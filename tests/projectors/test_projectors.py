@@ -1,4 +1,4 @@
-"""projectors/base.py: each kind makes exactly the tokens it promises, alone or in a mixed batch."""
+"""projectors/: each kind makes exactly `num_tokens` embeddings, alone or in a mixed batch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from multi_token.errors import MultiTokenError
-from multi_token.projectors.base import ProjectorSpec
+from multi_token.projectors.base import ProjectorSpec, mask_without_newlines
 from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
 from multi_token.types import Features
 
@@ -27,7 +28,7 @@ SPECS: list[ProjectorSpec] = [
 SEQUENCES = [s for s in SPECS if s.type != "pixel_shuffle" and not getattr(s, "grid", False)]
 
 
-def test_what_a_recipe_leaves_out_means_the_same_as_ever() -> None:
+def test_the_defaults_of_a_projector_are_fixed() -> None:
     given = [Linear(), Mlp(), Expand(), Stack(), Pool(), PixelShuffle()]
     assert all(spec.standardize and not spec.line_break for spec in given)
     numbers = [(getattr(s, "factor", None), getattr(s, "num_layers", None)) for s in given]
@@ -35,7 +36,7 @@ def test_what_a_recipe_leaves_out_means_the_same_as_ever() -> None:
     assert not Pool().grid
 
 
-def test_a_kind_takes_its_own_fields_alone_and_keeps_them() -> None:
+def test_a_kind_accepts_only_its_own_fields_and_is_frozen() -> None:
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         Linear.model_validate({"factor": 2})
     with pytest.raises(ValidationError, match="frozen"):
@@ -52,7 +53,7 @@ def test_a_projector_has_at_least_one_layer_and_joins_or_makes_at_least_one(kind
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 @pytest.mark.parametrize("num_features", [1, 4, 9, 16, 36])
-def test_a_projector_makes_the_number_of_tokens_it_promises(
+def test_a_projector_makes_num_tokens_embeddings_per_item(
     spec: ProjectorSpec, num_features: int
 ) -> None:
     if spec == PixelShuffle(factor=3) and num_features not in (9, 36):
@@ -92,7 +93,7 @@ def test_stack_joins_neighbours_in_order_and_fills_the_last_with_zeros() -> None
     assert mask.tolist() == [[True, True]]
 
 
-def test_pool_averages_only_what_is_real() -> None:
+def test_pool_averages_only_real_features() -> None:
     groups, _ = Pool(factor=2).group(
         torch.tensor([[[1.0], [2.0], [3.0]]]), torch.ones(1, 3, dtype=torch.bool)
     )
@@ -119,7 +120,7 @@ def test_pixel_shuffle_joins_as_idefics3_does(factor: int) -> None:
 
 
 @pytest.mark.parametrize("spec", [Pool(grid=True), PixelShuffle(factor=1)], ids=repr)
-def test_a_grid_that_is_no_square_is_refused(spec: ProjectorSpec) -> None:
+def test_a_number_of_features_that_is_no_square_is_refused(spec: ProjectorSpec) -> None:
     with pytest.raises(MultiTokenError, match="needs a square number of features, got 5"):
         spec.num_tokens(5)
 
@@ -131,13 +132,13 @@ def test_grids_of_several_sizes_in_a_batch_are_refused(spec: ProjectorSpec) -> N
         spec.build(6, 8)(Features(torch.randn(2, 16, 6), mask))
 
 
-def test_pixel_shuffle_says_which_factors_a_grid_takes() -> None:
+def test_pixel_shuffle_names_the_factors_that_a_grid_takes() -> None:
     with pytest.raises(MultiTokenError, match="got 27 x 27 features; choose a divisor of 27"):
         PixelShuffle(factor=2).num_tokens(27 * 27)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
-def test_the_closed_form_part_never_learns_and_the_network_starts_silent(
+def test_the_closed_form_is_frozen_and_the_network_starts_at_zero(
     spec: ProjectorSpec,
 ) -> None:
     projector = spec.build(6, 8)
@@ -204,3 +205,32 @@ def test_scaling_gives_line_ends_the_same_root_mean_square() -> None:
     projector.scale_output(features, 0.125)
     for tokens in projector(features)[breaks.flatten()], projector(features)[~breaks.flatten()]:
         torch.testing.assert_close(tokens.square().mean().sqrt(), torch.tensor(0.125))
+
+
+def test_features_are_standardized_and_their_padding_stays_zero() -> None:
+    projector = Linear().build(2, 8)
+    projector.feature_mean.copy_(torch.tensor([1.0, 2.0]))
+    projector.feature_scale.copy_(torch.tensor([4.0, 0.5]))
+    features = Features(torch.tensor([[[2.0, 4.0], [9.0, 9.0]]]), torch.tensor([[True, False]]))
+    values, mask = projector.standardize_features(features)
+    assert values.tolist() == [[[4.0, 1.0], [0.0, 0.0]]]
+    assert mask.tolist() == [[True, False]]
+
+
+def test_line_ends_and_padding_are_no_features() -> None:
+    values = torch.zeros(1, 4, 2)
+    mask = torch.tensor([[True, True, True, False]])
+    breaks = torch.tensor([[False, True, False, False]])
+    assert mask_without_newlines(Features(values)) is None
+    assert mask_without_newlines(Features(values, mask)) is mask
+    of_breaks = mask_without_newlines(Features(values, None, breaks))
+    assert of_breaks is not None and of_breaks.tolist() == [[True, False, True, True]]
+    both = mask_without_newlines(Features(values, mask, breaks))
+    assert both is not None and both.tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_perceptron_has_num_layers_linear_layers(num_layers: int) -> None:
+    network = Mlp(num_layers=num_layers).build(6, 8).network
+    widths = [m.in_features for m in network.modules() if isinstance(m, nn.Linear)]
+    assert widths == [6, 8, 8][:num_layers]

@@ -1,4 +1,4 @@
-"""resampler.py: any item becomes the same number of tokens, and all the machinery takes it."""
+"""resampler.py: any item becomes the same number of media embeddings, in training and loading."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def padded(items: list[torch.Tensor]) -> Features:
     return Features(values, mask)
 
 
-def test_the_registry_knows_it() -> None:
+def test_resample_is_registered() -> None:
     spec = build("projector", {"type": "resample", "num_queries": 5}, ProjectorSpec)
     assert isinstance(spec, Resample) and spec.num_tokens(1) == spec.num_tokens(99) == 5
 
 
 @pytest.mark.parametrize("length", range(1, 8))
 @pytest.mark.parametrize("hidden_size", [None, 4])
-def test_an_item_of_any_length_becomes_the_promised_tokens(
+def test_an_item_of_any_length_becomes_num_queries_embeddings(
     length: int, hidden_size: int | None
 ) -> None:
     spec = Resample(num_queries=3, num_heads=2, hidden_size=hidden_size)
@@ -96,7 +96,7 @@ def test_the_gradient_reaches_the_queries_and_every_layer() -> None:
     assert without == []
 
 
-def test_a_closed_form_part_silences_the_network_and_never_learns() -> None:
+def test_the_closed_form_of_a_resampler_is_frozen_and_its_network_starts_at_zero() -> None:
     projector = SMALL.build(6, 8)
     closed_form = projector.add_closed_form()
     items = vectors([4, 2])
@@ -124,12 +124,12 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
         Resample(num_heads=4).build(6, 8)
 
 
-def test_it_has_no_line_break() -> None:
+def test_resample_has_no_line_break() -> None:
     with pytest.raises(ValueError, match="one embedding per feature"):
         Resample(line_break=True)
 
 
-def test_stage_zero_fits_its_tokens_to_the_caption_s_embeddings(
+def test_the_closed_form_fits_its_embeddings_to_the_captions(
     recipe_fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     model = model_with(recipe_fields, tmp_path, {"type": "vector", "dim": 6})
@@ -158,7 +158,7 @@ def test_stage_zero_fits_its_tokens_to_the_caption_s_embeddings(
         torch.testing.assert_close(projector(Features(value[None])), expected, atol=0.02, rtol=0)
 
 
-def test_it_takes_patches_and_comes_back_from_a_checkpoint_to_the_bit(
+def test_a_resampler_of_patches_is_loaded_bit_for_bit_from_a_checkpoint(
     recipe_fields: Callable[..., dict[str, Any]], parts: Path, data: Path, tmp_path: Path
 ) -> None:
     image = {"type": "image", "encoder": str(parts / "clip")}
