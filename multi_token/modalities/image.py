@@ -103,6 +103,7 @@ class ImageEncoder(Encoder):
         values = values[:, num_prefix:]
         if self.features == "mean":
             mask = inputs.get("pixel_attention_mask")
+            # The mean of real patches alone; padding patches have values too.
             weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
             weight = weight[..., None]
             return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
@@ -111,6 +112,7 @@ class ImageEncoder(Encoder):
     def _pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
         # The pooling head reads the last layer, so a deeper state has no pooled output.
         deep = self.layer is not None
+        # The tower runs only if its own pooled output can be meant.
         pooled = None if deep else getattr(self.run(inputs), "pooler_output", None)
         if pooled is None:
             raise MultiTokenError(
