@@ -112,7 +112,6 @@ class ImageEncoder(Encoder):
     def _pooled(self, inputs: Mapping[str, Tensor]) -> Tensor:
         # The pooling head reads the last layer, so a deeper state has no pooled output.
         deep = self.layer is not None
-        # The tower runs only if its own pooled output can be meant.
         pooled = None if deep else getattr(self.run(inputs), "pooler_output", None)
         if pooled is None:
             raise MultiTokenError(
