@@ -247,6 +247,7 @@ class Modality(BaseModel, ABC):
             limits: Name of a limit (`max_pixels`, `max_seconds`, ...) -> its value. A numeric
                 field of the same name is lowered to it; `limit_fields` names the others.
         """
+        # Copied without validation: lower numbers are as valid as those before.
         lowered: dict[str, Any] = {}
         for name in type(self).model_fields:
             own, most = getattr(self, name), limits.get(self.limit_fields.get(name, name))

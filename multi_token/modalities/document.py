@@ -145,6 +145,7 @@ class DocumentModality(PretrainedModality):
         """Return the bytes of a text or of a file; the key of cached features."""
         kind, value = self._kind(source)
         data = value.encode(errors="surrogatepass") if kind == "text" else fetch.read(value)
+        # With the kind, because a text and a file may have the same bytes.
         return kind.encode() + b"\0" + data
 
     def _kind(self, source: Any) -> tuple[Literal["path", "text"], Any]:

@@ -83,6 +83,7 @@ def _record_outputs(layers: Sequence[nn.Module]) -> tuple[dict[nn.Module, Tensor
     def keep(module: nn.Module, _: Any, output: Any) -> None:
         outputs[module] = output[0] if isinstance(output, tuple) else output
 
+    # A layer that is taken twice needs one hook.
     for layer in dict.fromkeys(layers):
         stack.callback(layer.register_forward_hook(keep).remove)
     return outputs, stack

@@ -103,6 +103,7 @@ class ImageEncoder(Encoder):
         values = values[:, num_prefix:]
         if self.features == "mean":
             mask = inputs.get("pixel_attention_mask")
+            # The mean of real patches alone; padding patches have values too.
             weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values.dtype)
             weight = weight[..., None]
             return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)

@@ -316,6 +316,7 @@ class JointModality(PretrainedModality):
         if kind is None or isinstance(inner, (Image.Image, Mapping)):
             return super().content(inner, fetch)
         text = kind == "text" and isinstance(inner, str)
+        # With the kind, because one file may be an item of two kinds.
         data = inner.encode() if text else super().content(inner, fetch)
         return f"{kind}{text}".encode() + data
 

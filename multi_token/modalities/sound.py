@@ -48,6 +48,7 @@ class SoundEncoder(Encoder):
         """Features [windows, length, dim]."""
         output = self.tower(**inputs)
         if self.modality.features == "pooled":
+            # CLAP compares normalized embeddings.
             projected = self.projection(output.pooler_output)
             return nn.functional.normalize(projected, dim=-1)[:, None]
         # [windows, dim, bands, time] -> time first: the bands of one moment are neighbours, so a

@@ -146,6 +146,7 @@ class SpeechModality(AudioModality):
             starts = range(0, num_samples, window)
             lengths = [-(-min(window, num_samples - start) // hop) for start in starts]
         num_frames = [_num_frames(self.encoder, self.revision, length) for length in lengths]
+        # One feature per chunk, and none for a chunk of less than a frame.
         return [min(n, 1) for n in num_frames] if self.features == "start" else num_frames
 
     def prepare(self, raw: np.ndarray) -> Prepared:

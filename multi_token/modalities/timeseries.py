@@ -333,6 +333,7 @@ def normalized(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     moves = deviation > 1e-6 * np.abs(values).max(0)
     deviation = np.where(moves, deviation, 1.0)
     scaled = np.where(moves, (values - mean) / deviation, 0.0)
+    # asinh and log bring values of any unit near 1.
     level = np.concatenate([np.arcsinh(mean / deviation), np.log(deviation)])
     return scaled.astype(np.float32), level.astype(np.float32)
 

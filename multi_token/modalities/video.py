@@ -227,6 +227,7 @@ class VideoModality(PretrainedModality):
         if self.read_as == "clip":
             inputs, num_each = self._prepare_clips(raw)
         else:
+            # Once, since building it validates its fields.
             image = self._image
             items = [image.prepare(frame) for frame in raw]
             inputs, num_each = image.collate(items), items[0].num_features
@@ -264,6 +265,7 @@ class VideoModality(PretrainedModality):
             layer=self.layer,
             micro_batch=self.micro_batch,
         ).eval()
+        # A blank clip shows which modules run, and the width of the features.
         blank = [Image.new("RGB", (64, 64))] * self.num_frames
         clips.drop_unused(prepare_clip(blank, self.encoder, self.revision)[None])
         return VideoEncoder(clips, normalize=self.normalize).eval()

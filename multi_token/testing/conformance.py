@@ -210,6 +210,7 @@ def _batches(subject: Subject) -> str:
 
 
 def _is_deterministic(subject: Subject) -> str:
+    # From the source again, since `load` may choose frames or crops at random.
     for source, first in zip(subject.sources, subject.items, strict=True):
         again = subject.prepare(source)
         for key, value in first.inputs.items():
@@ -326,6 +327,7 @@ def _header_length_is_exact(subject: Subject) -> str:
 
 
 def _examples_are_read(subject: Subject) -> str:
+    # The examples of a server, and not those of the kit.
     sources = subject.modality.example_sources()
     for index, source in enumerate(sources):
         # As the media worker of a server, which opens no file.
