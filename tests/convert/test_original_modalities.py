@@ -24,7 +24,7 @@ from multi_token.testing.video import noise_frames, tiny_video_encoder, write_vi
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 WIDTH = 64
-"""Of the reference's language model."""
+"""Hidden size of the reference's language model."""
 
 Feature = Callable[[str, Any], Tensor]
 
