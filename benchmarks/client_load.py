@@ -193,6 +193,7 @@ async def _ask(http: httpx.AsyncClient, load: LoadSpec, messages: Messages) -> R
                 await _read(answer, request, began)
     except httpx.HTTPError as error:
         request.fault = type(error).__name__
+    # Any server may be measured, so events may have any shape: a fault of one request, not an end.
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         request.fault = f"not a stream of chat completions ({type(error).__name__})"
     request.seconds = time.perf_counter() - began
@@ -214,10 +215,12 @@ async def _read(answer: httpx.Response, request: RequestTiming, began: float) ->
             if text:
                 request.pieces.append(time.perf_counter() - began)
                 request.text += text
+        # The last chunk has the usage and no choices. Chunks are no tokens: servers join several.
         usage = event.get("usage")
         if usage:
             request.num_prompt = usage["prompt_tokens"]
             request.num_tokens = usage["completion_tokens"]
+    # A connection that breaks off looks like an end: only [DONE] tells a complete answer.
     request.fault = request.fault or "the stream ended without [DONE]"
 
 
@@ -301,6 +304,7 @@ def written_prompts(
     known = _WORDS.split()
     prompts: list[Messages] = []
     for i in range(number):
+        # Other words from the first one on, so that a prefix cache finds nothing to reuse.
         words = [known[(i * 7 + j * (i + 11)) % len(known)] for j in range(num_words)]
         text = f"Question {i}: {' '.join(words)}?"
         content = [*media, {"type": "text", "text": text}] if media else text
@@ -401,9 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="limit of a request, seconds")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(arguments)
+    # From the environment by preference: arguments are visible to other users of the machine.
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     numbers = _levels(args.clients)
     model = served_model(args.url, key)
+    # At least four a client: the first come all at once, the last leave the batch half empty.
     counts = {number: args.requests or max(16, 4 * number) for number in numbers}
     prompts = _prompts(args, model, max(counts.values()))
     load = LoadSpec(

@@ -46,7 +46,7 @@ TUNING_SEED = 7
 
 @dataclass(frozen=True)
 class Score:
-    """What one training gave."""
+    """Result of one training."""
 
     start: str
     learn: dict[str, float]
@@ -91,6 +91,7 @@ class Bench:
         data = self.data(seed)
         out = self.folder / f"run-{len(self.scores)}"
         features = self.folder / f"features-{seed}"
+        # Encoding takes as long as a short training and is the same for every run of a seed.
         if features.is_dir():
             shutil.copytree(features, out / "cache")
         quiet = Console(quiet=True)
@@ -125,6 +126,7 @@ def plan(
     fields["train"]["stages"][0]["learn"] = learn
     if start == "random":
         fields["train"]["closed_form"] = None
+    # Checkpoints on disk would be counted as time of the training.
     fields["train"]["args"]["save_strategy"] = "no"
     return Recipe.model_validate(fields)
 
@@ -151,6 +153,7 @@ def compare(bench: Bench, lengths: dict[str, list[int]], seeds: int, target: flo
     for seed in range(seeds):
         waiting: list[str] = list(STARTS)
         for steps in every:
+            # In turns, so that a slow hour of the machine does not fall on one start alone.
             for start in [s for s in waiting if steps in lengths[s]]:
                 score = bench.score(start, RATES[start], steps=steps, seed=seed)
                 if score.accuracy >= target:
@@ -168,6 +171,7 @@ def compare(bench: Bench, lengths: dict[str, list[int]], seeds: int, target: flo
                     f"{statistics.median(s.loss for s in runs):.3f}",
                     f"{statistics.median(s.seconds for s in runs):.0f}",
                 )
+    # By seed, not as a mean: a start that misses the target with one seed has no number of steps.
     bench.console.print(table)
     for start in STARTS:
         first = [

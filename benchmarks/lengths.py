@@ -49,6 +49,7 @@ def write_rows(folder: Path, num_rows: int, size: tuple[int, int]) -> int:
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for number in range(num_rows):
             path = folder / f"{number}.jpg"
+            # Plain noise would give files far larger than photographs, and one color far smaller.
             noise = Image.effect_noise((size[0] // 4, size[1] // 4), 90).resize(size)
             noise.filter(ImageFilter.BoxBlur(1)).convert("RGB").save(path, quality=90)
             num_bytes += path.stat().st_size
@@ -111,10 +112,12 @@ def main() -> None:
             processors = {"decode": processor, "headers": replace(processor, lengths_only=True)}
             seconds: dict[str, list[float]] = {name: [] for name in processors}
             reports: dict[str, ScanReport] = {}
+            # In turns: the first reading of a file fills the system's cache for both.
             for _ in range(options.rounds):
                 for name, one in processors.items():
                     took, reports[name] = scanned(one, rows)
                     seconds[name].append(took)
+            # A faster reading that gives other lengths would be no gain.
             assert reports["headers"] == reports["decode"], "headers give other lengths"
             assert reports["headers"].num_decoded == 0
             decode, headers = (statistics.median(seconds[name]) for name in processors)

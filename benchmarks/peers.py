@@ -117,6 +117,7 @@ def with_sft_trainer(
     folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]
 ) -> Any:
     """Return TRL's trainer on the same rows, without its own preparation of them."""
+    # Imported here: the rest of the table needs no TRL.
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 

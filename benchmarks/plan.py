@@ -124,6 +124,7 @@ def main() -> None:
                 "largest": max(ratios),
             }
         )
+    # The ratio of each pair, not of the medians: both halves of a pair meet the same machine.
     table = Table(
         "what is trained",
         "planned, ms a step",

@@ -97,7 +97,7 @@ def composed(folder: Path, *, with_images: bool = False) -> None:
 
 
 def made_up(number: int) -> list[Conversation]:
-    """Questions of several lengths, each about a vector of its own."""
+    """Return questions of several lengths, each about a vector of its own."""
     generator = torch.Generator().manual_seed(0)
     conversations = []
     for i in range(number):
@@ -110,7 +110,7 @@ def made_up(number: int) -> list[Conversation]:
 
 
 def of_rows(rows: str, names: Sequence[str], number: int) -> list[Conversation]:
-    """Questions of the first rows, their items as bytes."""
+    """Return questions of the first rows, with their items as bytes."""
     every = load_rows(rows)
     fetch = Fetch(root=media_root(rows))
 
@@ -130,7 +130,7 @@ def of_rows(rows: str, names: Sequence[str], number: int) -> list[Conversation]:
 
 
 def bare_answers(model: Any, conversations: Sequence[Conversation], max_tokens: int) -> Bare:
-    """Every question by itself."""
+    """Ask `model.generate` every question by itself."""
     bare = Bare()
     for conversation in conversations:
         watch = Watch()
@@ -154,7 +154,7 @@ class Served:
 
 @contextmanager
 def served(run: Path, *options: str) -> Iterator[Served]:
-    """A server in a process of its own, on a free port; the model is called `measured`."""
+    """Start a server in a process of its own, on a free port; its model is called `measured`."""
     command = [sys.executable, "-m", "multi_token", "serve", str(run), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--no-examples", "--name", "measured", *options],
@@ -172,6 +172,7 @@ def served(run: Path, *options: str) -> Iterator[Served]:
             break
     if url is None:
         raise SystemExit("the server did not start:\n" + "".join(printed[-20:]))
+    # Bounded: a server that fails at every request would fill the memory of a long soak.
     faults: deque[str] = deque(maxlen=1000)
 
     def read() -> None:
@@ -189,7 +190,7 @@ def served(run: Path, *options: str) -> Iterator[Served]:
 
 
 def answered(measured: LoadResult) -> list[str]:
-    """All answers in the order of asking. Ends the benchmark if one is missing."""
+    """Return all answers in the order of asking. Exits if one is missing."""
     faults = [request.fault for request in measured.requests if request.fault is not None]
     if faults:
         raise SystemExit(f"{len(faults)} requests failed: {', '.join(sorted(set(faults)))}")
@@ -211,6 +212,8 @@ def compared(
     prompts = [request_messages(c.messages, Fetch()) for c in conversations]
     few, few_prompts = conversations[: args.num_alone], prompts[: args.num_alone]
     options = ["--max-batch", str(args.clients), "--max-queue", "10000"]
+    # No media cache, and a key per round, since the prefix cache is per key: a second round of the
+    # same questions would measure the caches.
     options += ["--media-cache-mb", "0", "--workers", "1"]
     keys = [f"sk-measured-{i}" for i in range(1 + 3 * args.rounds)]
     options += [part for key in keys for part in ("--api-key", key)]
@@ -226,7 +229,7 @@ def compared(
         asked(replace(work, prompts=few_prompts[:1]), 1)
         tick()
         rounds = []
-        for _ in range(args.rounds):  # in turns, so that a slow minute is everybody's
+        for _ in range(args.rounds):  # in turns, so that a slow minute slows both
             rounds.append((bare_answers(model, few, args.max_tokens), asked(alone, 1)))
             tick()
         ones, manies = [], []
@@ -236,6 +239,7 @@ def compared(
             tick()
     bare_first = statistics.median(t for bare, _ in rounds for t in bare.first)
     first = statistics.median(r.pieces[0] for _, m in rounds for r in m.requests if r.pieces)
+    # Rates of whole rounds: single answers have too few tokens for a rate each.
     bare_rate = statistics.median(sum(b.num_tokens) / sum(b.seconds) for b, _ in rounds)
     rate = statistics.median(
         sum(r.num_tokens for r in m.requests) / sum(r.seconds for r in m.requests)
@@ -243,6 +247,7 @@ def compared(
     )
     one = statistics.median(m.as_json()["tokens_per_second"] for m in ones)
     many = statistics.median(m.as_json()["tokens_per_second"] for m in manies)
+    # Answers are compared too: a faster server that answers something else has gained nothing.
     texts = answered(ones[0])
     return {
         "one_client": {

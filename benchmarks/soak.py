@@ -93,7 +93,7 @@ class Found:
 
 
 def growth_percent(values: Sequence[float]) -> float:
-    """Of the second half: of the line through the medians of its two quarters."""
+    """Return the growth of the second half, by the line through the medians of its two quarters."""
     half = values[len(values) // 2 :]
     middle = len(half) // 2
     if not middle:
@@ -205,6 +205,7 @@ async def soaked(
             answered = await alone(http, question)
             good += [] if answered is None else [answered]
             progress.advance(task)
+        # An answer that hangs on rounding may differ in a batch, so only the others are compared.
         if len(good) < len(asked) / 2:
             raise SystemExit(f"only {len(good)} of {len(asked)} answers do not hang on rounding")
         broken = broken_requests(modalities)
@@ -242,6 +243,7 @@ def missed(found: Found, *, is_judged: bool) -> list[str]:
         "not freed": len(found.not_freed),
     }
     names = [f"{number} {name}" for name, number in bars.items() if number]
+    # By the trend of medians: single samples move with the garbage collector and batches in flight.
     growth = growth_percent([total for _, _, total in found.memory])
     if is_judged and growth > MOST_GROWTH_PERCENT:
         names.append(f"memory grew by {growth:.1f} %")

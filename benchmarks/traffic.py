@@ -101,6 +101,7 @@ def questions(modalities: Mapping[str, Mapping[str, Any]]) -> list[Question]:
 
 def image(width: int, height: int) -> bytes:
     """Return an image unlike that of any other size: PNG if small, JPEG if not."""
+    # Smooth waves: noise hardly compresses, and uploads would take most of the time.
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / (9 + width % 7)), np.cos(y / 11), np.sin((x + y) / 17)], -1)
     file = io.BytesIO()
@@ -187,6 +188,7 @@ async def ask(http: httpx.AsyncClient, question: Question, *, stream: bool) -> R
         return Reply(f"{answer.status_code} {_code(answer)}", wait_s=wait_s)
     if not stream:
         return Reply("200", answer.json()["choices"][0]["message"]["content"])
+    # Read at once: times are not measured here, only that the stream is complete.
     *events, last, end = answer.text.split("\n\n")
     if (last, end) != ("data: [DONE]", ""):
         return Reply("200 without [DONE]")
@@ -209,6 +211,7 @@ async def ask_patiently(
         if not reply.status.startswith("429"):
             return reply, num_refused
         num_refused += 1
+        # Spread over half of the time again, or all refused clients would come back at once.
         await asyncio.sleep(min(reply.wait_s, _MOST_WAIT_S) * random.uniform(1.0, 1.5))
 
 
@@ -254,6 +257,7 @@ async def leave(url: str, content: bytes, random: Random, *, headers: Sequence[s
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):
         when = f"{when}, cut off"  # refused before all was sent, or no data within the timeout
     finally:
+        # A reset and an orderly end of the connection reach the server in different ways.
         if random.random() < 0.5:
             writer.transport.abort()
         else:

@@ -55,7 +55,7 @@ NUM_ROWS = 8
 TEXT_TOKENS = (20, 30, 105, 35, 45, 55, 115, 65)
 """Roughly, by row; a quarter is long."""
 SUPERVISED = 0.5
-"""Of a row's text; the rest is its question."""
+"""Supervised share of a row's text; the rest is its question."""
 VOCABULARY = 16_000
 
 
@@ -148,7 +148,7 @@ def read(
     given: Sequence[dict[str, Any]],
     cache: FeatureCache | None = None,
 ) -> list[Sample]:
-    """Rows as samples, with features in place of pixels where there is a cache."""
+    """Return rows as samples, with features in place of pixels where there is a cache."""
     assert model.processor is not None
     processor = replace(model.processor, fetch=Fetch(root=str(folder)), cache=cache)
     conversations = [
@@ -163,7 +163,7 @@ def read(
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the same rows."""
+    """One combination of levers for the same rows."""
 
     name: str
     learn: str = "projector"
@@ -176,12 +176,12 @@ class Variant:
 
 @dataclass
 class Result:
-    """What a way cost: seconds a step in the median, loss and the projector's gradient."""
+    """Cost of a variant: median seconds of a step, FLOPs, loss and the projector's gradient."""
 
     name: str
     seconds: float
     gflops: float
-    """Of matrix products and attention, by torch's counter: these do not wobble."""
+    """FLOPs of matrix products and attention by torch's counter: the same in every run."""
     loss: float
     grad_norm: float
     ratio: float = 1.0
@@ -220,8 +220,9 @@ SHARED = [
 
 
 def composed(fields: dict[str, Any]) -> MultiTokenForConditionalGeneration:
-    """A model with the same new projector each time, tried before any step is counted."""
+    """Return a model with the same new projector each time, probed before any step counts."""
     torch.manual_seed(0)
+    # The seed before each: all models have the same projector, so their losses can be compared.
     model = MultiTokenForConditionalGeneration.from_spec(ModelSpec.model_validate(fields)).train()
     assert model.capabilities
     return model
@@ -252,6 +253,8 @@ class Levers:
         model = composed(spec)
         self.models = {("projector", False): model, ("all", False): model}
         if lowered:
+            # `projector`: all frozen parts in bfloat16. `all`: the encoder alone, since the
+            # language model is trained.
             halves = {**spec, "modalities": {"image": {**image, "dtype": "bfloat16"}}}
             self.models["projector", True] = composed({**halves, "dtype": "bfloat16"})
             self.models["all", True] = composed(halves)
@@ -286,9 +289,10 @@ class Levers:
         model.language_model.requires_grad_(variant.learn == "all")
         model.projectors.requires_grad_(True)
         if which not in self.optimizers:
-            learned = [p for p in model.parameters() if p.requires_grad]
+            # Kept over steps: building the optimizer's state is no part of a step.
+            trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizers[which] = torch.optim.AdamW(
-                learned, lr=0.0, weight_decay=0.0, fused=True
+                trainable, lr=0.0, weight_decay=0.0, fused=True
             )
         optimizer = self.optimizers[which]
         layout = "tree" if variant.tree else "packed" if variant.packed else "padded"
@@ -298,6 +302,7 @@ class Levers:
             if variant.supervised:
                 loss = model(**batch).loss
             else:
+                # With labels, the model would compute logits at supervised positions only.
                 wanted = batch.pop("shift_labels")
                 del batch["labels"]
                 logits = model(use_cache=False, **batch).logits.float()
@@ -314,6 +319,7 @@ def take_turns(names: Sequence[str], run: Callable[[str], Any], rounds: int) -> 
     """Median seconds of each, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
+        # In turns within a round: a slow minute then slows every variant.
         for name in names:
             started = time.perf_counter()
             run(name)
@@ -323,7 +329,7 @@ def take_turns(names: Sequence[str], run: Callable[[str], Any], rounds: int) -> 
 
 
 def measure(levers: Levers, variants: Sequence[Variant], rounds: int) -> list[Result]:
-    """All variants in turns; ratios are to the first with the same parts learning."""
+    """Measure all variants in turns; ratios are to the first that trains the same parts."""
     by_name = {variant.name: variant for variant in variants}
     found: dict[str, tuple[float, float]] = {}
 
@@ -332,6 +338,7 @@ def measure(levers: Levers, variants: Sequence[Variant], rounds: int) -> list[Re
 
     gflops: dict[str, float] = {}
     for name in by_name:
+        # Before the clock starts: counting slows every operation.
         with FlopCounterMode(display=False) as counter:
             run(name)
         gflops[name] = counter.get_total_flops() / 1e9

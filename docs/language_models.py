@@ -68,7 +68,7 @@ def rendered(page: str) -> str:
 
 
 def on_page(page: str, family: str) -> tuple[dict[str, str], list[str]]:
-    """What the page says of a family: as `answers`, for all columns."""
+    """Return cells and sentences of a family as `answers` does, for all columns."""
     lines = page.split(MARK)[1].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     header, *body = [row for row in rows if len(row) == len(rows[0])]

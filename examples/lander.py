@@ -107,6 +107,8 @@ def record(folder: Path, num_decisions: int, *, seed: int) -> Recorded:
             actions.append(action)
             paths.append(f"screenshots/{len(paths):05d}.png")
             screenshot(flight).save(folder / paths[-1], compress_level=1)
+            # The row has the pilot's action, the game often a random one: so rows hold states that
+            # the pilot never gets into, with the way out.
             flight.act(int(chance.integers(4)) if chance.random() < NOISE else action)
     for view in VIEWS:
         with (folder / f"{view}.jsonl").open("w", encoding="utf-8") as file:
@@ -172,6 +174,7 @@ class ModelPilot:
         """Answers that are none of the four words; they fire no engine."""
 
     def __call__(self, flights: Sequence[Flight]) -> list[int]:
+        # Drawing a frame takes longer than a game step, so it is drawn only where it is shown.
         sees = self.view != "state"
         asked = [
             row(self.view, state=f.state, screenshot=screenshot(f) if sees else None)
@@ -238,6 +241,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
             f"of {len(seeds)} landed ({time.perf_counter() - started:.0f} s)",
             highlight=False,
         )
+    # The first landing, or any flight: with few steps the model lands none.
     filmed = next((flight for flight in flown["state"] if flight.landed), flown["state"][0])
     write_video(filmed, out / "landing.mp4")
 

@@ -109,7 +109,8 @@ class Answers:
 def split_sentences(num_training: int, numbers: random.Random) -> tuple[list[str], list[str]]:
     """Training and held-out sentences; every word of the grammar is in the training ones."""
     grid = list(product(range(len(VERBS)), range(len(PLACES)), range(len(THINGS))))
-    first = [(i, i, i) for i in range(len(VERBS))]  # each word once
+    # Each word of the grammar occurs in training, or a held-out sentence could not be written.
+    first = [(i, i, i) for i in range(len(VERBS))]
     rest = [cell for cell in grid if cell not in first]
     numbers.shuffle(rest)
     texts = [f"{VERBS[v]} the {PLACES[p]} {THINGS[t]}" for v, p, t in first + rest]
@@ -144,6 +145,7 @@ def record_all(folder: Path, size: Size, seed: int) -> tuple[list[Utterance], li
     known, new = split_sentences(size.num_sentences, numbers)
     speakers = numbers.sample(SPEAKERS, len(SPEAKERS))
     heard, unheard = speakers[: size.num_speakers], speakers[size.num_speakers :]
+    # One booth, in a fixed order: the synthesizer carries state from one sentence to the next.
     booth = Booth(folder, seed)
     training = [
         booth.record(known[i % len(known)], heard[i % len(heard)], "training")
@@ -244,6 +246,7 @@ def whispered(data: Path, asked: Sequence[Utterance], model: Any) -> Answers:
 
     folder = speech_encoder_folder()
     whisper: Any = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    # As many new tokens as the trained model may write, beside Whisper's own prompt.
     whisper.generation_config.max_length = _MAX_NEW_TOKENS + 4
     processor: Any = WhisperProcessor.from_pretrained(folder)
     fetch = Fetch(root=str(data))
@@ -278,6 +281,7 @@ def run(out: Path, size: Size, seed: int, console: Console) -> dict[str, Any]:
     ear = Ear(model, data, cache)
     ear.hear([*training, *asked])
     assert model.processor is not None
+    # The features of the baseline serve the model, too: each utterance is encoded once.
     model.processor = replace(model.processor, cache=cache)
     texts = model.generate(
         [u.row for u in asked], root=str(data), max_new_tokens=_MAX_NEW_TOKENS, batch_size=25

@@ -149,6 +149,7 @@ def held_out_questions(num_chunks: int, size: Size, seed: int) -> list[Question]
     """Questions about new documents, several about each where it has them."""
     numbers = random.Random(f"{seed}/{num_chunks}")
     questions: list[Question] = []
+    # A generator per length: other lengths of the table leave these questions as they are.
     while len(questions) < size.num_asked:
         about = write_document(num_chunks, numbers, held_out=True)
         questions += numbers.sample(about, min(size.num_questions, len(about)))
@@ -219,9 +220,11 @@ class Exam:
     def ask(self, num_chunks: int, questions: Sequence[Question]) -> tuple[Length, list[str]]:
         """The numbers for documents of one length, and every answer."""
         documents = list(dict.fromkeys(q.document for q in questions))
+        # A chunk is exactly a sentence, or "the nearest chunk" would not be the fact.
         for document in documents:
             assert len(self.modality.chunks(document)) == num_chunks, document
         started = time.perf_counter()
+        # Before the clock of the answers: a document is encoded once for many questions.
         self._encode(documents)
         encoded = time.perf_counter()
         asked = [row([q], answered=False) for q in questions]

@@ -157,6 +157,7 @@ class World:
         for new_combination in (False, True):
             for i in range(self.size.num_asked):
                 thing = self.things[i % len(self.things)]
+                # Kinds that were asked of this thing in training, or the one that never was.
                 never = self.never_asked[thing.name]
                 kinds: list[Kind] = [k for k in QUESTIONS if (k == never) == new_combination]
                 kind = kinds[i // len(self.things) % len(kinds)]
@@ -244,6 +245,7 @@ def exchanged(questions: Sequence[Asked], field: str) -> list[Asked]:
     mixed = []
     for i, q in enumerate(questions):
         others = [*questions[i + 1 :], *questions[:i]]
+        # The next question with another answer, round the list: the same one in every run.
         other = next(
             o for o in others if (o.kind != q.kind if field == "speechs" else o.truth != q.truth)
         )

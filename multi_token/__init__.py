@@ -1,11 +1,11 @@
-"""multi_token gives any language model new modalities. The public names.
+"""multi_token gives any language model new modalities: its public names.
 
     from multi_token import load_recipe, train
 
     model = train(load_recipe("recipe.yaml"))
     print(model.generate([{"images": ["cat.png"], "messages": [...]}]))
 
-Users, notebooks and plug-ins import from here alone; every other module may move.
+Users, notebooks and plug-ins import from this module alone; all other modules may move.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Every error we raise on purpose.
+"""Errors that multi_token raises on purpose.
 
 MultiTokenError
-|- RecipeError         a recipe key or value that cannot be
+|- RecipeError         a recipe with an unknown key, a wrong value or a conflict
 |- RegistryError       an unknown, duplicate or broken modality or projector
 |- RowError            a row that cannot become a sample: has `kind` and `row_id`
 |- MediaError          a source that cannot be read or decoded: has `kind`
 |- ChatTemplateError   a template that cannot be rendered or masked exactly
-|- SpliceError         tokens and places disagree
-|- LanguageModelError  a language model that cannot do what was asked
-|- CheckpointError     a folder that is not ours, or not whole
-|- ConvertError        another format that cannot become ours, or ours another
+|- SpliceError         media embeddings and their positions disagree
+|- LanguageModelError  a language model that cannot be loaded or lacks a capability
+|- CheckpointError     a folder that is no checkpoint, or an incomplete one
+|- ConvertError        a checkpoint that cannot be imported or exported
 '- Interrupted         training was stopped by Ctrl-C, its state is saved
 """
 
@@ -23,30 +23,29 @@ RowKind = Literal[
     "missing_file",
     "undecodable",  # not an image, truncated, over the pixel limit, NaN in a vector
     "chat_template",  # the language model's template refuses the conversation
-    "no_target",  # nothing would be learned from the row
+    "no_target",  # no supervised token
     "too_long",  # longer than max_tokens
 ]
 
 
 class MultiTokenError(Exception):
-    """The root. The command line prints its message as one sentence and exits with 1."""
+    """Base class. The command line prints the message without a traceback and exits with 1."""
 
 
 class RecipeError(MultiTokenError):
-    """A recipe that cannot be used."""
+    """A recipe that cannot be used: the message names the key, and what to change."""
 
 
 class RegistryError(MultiTokenError):
-    """A name that stands for no modality or projector, or for two."""
+    """A name of no modality or projector, or of two."""
 
 
 class MediaError(MultiTokenError):
-    """A source that cannot be read or decoded.
+    """A media source that cannot be read or decoded.
 
     Args:
-        message: One sentence: the item, what is wrong with it, and what to change.
-        kind: `missing_file` if the bytes cannot be read; `undecodable` if they cannot be decoded,
-            or are over a limit.
+        message: The source, the fault and the remedy.
+        kind: `missing_file`, or `undecodable` for damaged, empty and oversized media.
     """
 
     def __init__(self, message: str, kind: Literal["missing_file", "undecodable"]) -> None:
@@ -59,7 +58,13 @@ class MediaError(MultiTokenError):
 
 
 class RowError(MultiTokenError):
-    """A row that cannot become a sample. The message opens with the row's id."""
+    """A row that cannot become a sample. The message begins with the row's id.
+
+    Args:
+        message: The fault and the remedy.
+        kind: Kind of the fault, by which `data check` groups rows.
+        row_id: The row's `id`, or its source and index.
+    """
 
     def __init__(self, message: str, *, kind: RowKind, row_id: str) -> None:
         super().__init__(f"row {row_id}: {message}")
@@ -82,27 +87,27 @@ def _row_error(message: str, kind: RowKind, row_id: str) -> RowError:
 
 
 class ChatTemplateError(MultiTokenError):
-    """A chat template that cannot be rendered, or whose learned part cannot be found exactly."""
+    """A chat template that cannot be rendered, or whose answers cannot be located exactly."""
 
 
 class SpliceError(MultiTokenError):
-    """Projected tokens and their places disagree."""
+    """Media embeddings and their positions disagree in number or width."""
 
 
 class LanguageModelError(MultiTokenError):
-    """A language model that cannot be loaded or driven by embeddings."""
+    """A language model that cannot be loaded, or lacks a capability that the run needs."""
 
 
 class CheckpointError(MultiTokenError):
-    """A folder that is not a checkpoint of ours, or one that is not whole."""
+    """A folder that is no checkpoint of multi_token, or an incomplete one."""
 
 
 class ConvertError(MultiTokenError):
-    """Something in another format that cannot be mapped exactly onto ours, or the reverse."""
+    """A checkpoint that cannot be mapped exactly from or to another format."""
 
 
 class Interrupted(MultiTokenError):
-    """Training was stopped by Ctrl-C, after its state was saved. The exit code is 130."""
+    """Training was stopped by Ctrl-C or SIGTERM; its state is saved. The exit code is 130."""
 
 
 def first_line(error: Exception) -> str:

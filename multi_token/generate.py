@@ -1,4 +1,4 @@
-"""Conversations in, text out."""
+"""Generation: conversations -> batches -> the language model's own `generate` -> texts."""
 
 from __future__ import annotations
 
@@ -31,18 +31,29 @@ def generate(
     on_batch: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[str]:
-    """Answers, one a conversation, in their order.
+    """Generate the assistant's answer to each conversation, greedily by default.
 
-    `conversations`: Conversation objects or rows of any accepted shape, each ending with a user
-    turn (a last assistant turn is left out: it is what is asked for). Greedy unless `options`,
-    which go to transformers' `generate`, say otherwise. `root`: the folder where relative media
-    paths start (default: the current one). `streamer`: a transformers streamer, with
-    one conversation. `on_batch`: told how many conversations have been answered. A language model
-    that answers otherwise in a padded batch is given prompts of one length at a time.
+    A language model whose answers change with padding gets prompts of one length at a time.
 
-    Raises RowError for a row that cannot be read, before anything is generated for its batch.
+    Args:
+        model: The model, with its processor.
+        conversations: `Conversation` objects, or rows of any accepted shape. A last assistant turn
+            is left out.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Conversations generated together.
+        root: Folder of relative media paths; default: the current one.
+        streamer: A streamer of transformers, for a single conversation.
+        on_batch: Called after each batch with the number of finished conversations.
+        **options: Passed to transformers' `generate` (`do_sample`, `temperature`, ...).
+
+    Returns:
+        Texts without special tokens, in the order of `conversations`.
+
+    Raises:
+        RowError: If a row cannot be read, before its batch is generated.
     """
     processor = replace(model.require_processor(), fetch=Fetch(root=root))
+    # all rows are parsed before the first batch, so that a bad row costs no generation
     prompts = [
         drop_last_answer(conversation, model, i) for i, conversation in enumerate(conversations)
     ]
@@ -67,7 +78,7 @@ def drop_last_answer(
     model: ComposedModel,
     index: int = 0,
 ) -> Conversation:
-    """A conversation that ends where the assistant is to speak."""
+    """The conversation of a row, without a last assistant turn."""
     if not isinstance(conversation, Conversation):
         conversation = to_conversation(conversation, list(model.modalities), row_id=f"[{index}]")
     if conversation.messages and conversation.messages[-1].role == "assistant":
@@ -78,7 +89,16 @@ def drop_last_answer(
 def single_question(
     text: str, media: Sequence[Media] = (), *, system: str | None = None
 ) -> Conversation:
-    """One question about some items: the items first, then the text."""
+    """Conversation of one question: the media items first, then the text.
+
+    Args:
+        text: The question.
+        media: Items that it is about.
+        system: A system message.
+
+    Returns:
+        A conversation of one user turn, for `generate`.
+    """
     parts: list[Part] = [part for item in media for part in (item, Text("\n"))]
     messages = [Message("user", (*parts, Text(text)))]
     if system is not None:
@@ -87,7 +107,7 @@ def single_question(
 
 
 def collate_prompts(processor: MultiTokenProcessor, conversations: Sequence[Conversation]) -> Batch:
-    """Conversations -> a left-padded batch, nothing learned."""
+    """Conversations -> a left-padded batch of prompts."""
     return _left_pad(processor, [processor(c, prompt_only=True) for c in conversations])
 
 
@@ -96,7 +116,7 @@ def _left_pad(processor: MultiTokenProcessor, samples: Sequence[Sample]) -> Batc
 
 
 def decode(processor: MultiTokenProcessor, ids: Tensor) -> list[str]:
-    """New ids [batch, time] -> what the assistant says: no special tokens, no header."""
+    """New ids [batch, time] -> texts of the answers, without special tokens and header."""
     return [processor.chat.decode(row) for row in ids.tolist()]
 
 
@@ -108,8 +128,9 @@ def generate_ids(
     streamer: Any = None,
     **options: Any,
 ) -> list[Tensor]:
-    """Prompts, read -> the new ids of each [new], in their order, as if each were asked alone."""
+    """New ids [num_new] of each prompt, in order, equal to those of each prompt alone."""
     processor = model.require_processor()
+    # one batch, unless padding changes the answers of this model
     groups = [list(range(len(samples)))]
     longest = max(len(sample.input_ids) for sample in samples) + max_new_tokens
     if not model.capabilities.can_batch_lengths(longest):
@@ -119,8 +140,8 @@ def generate_ids(
         groups = list(by_length.values())
     if len(groups) > 1:
         warnings.warn(
-            f"{model.capabilities.name} answers otherwise when prompts of different lengths are "
-            "padded to one batch: they are answered one length after another, which is slower",
+            f"{model.capabilities.name} gives other answers when prompts of different lengths are "
+            "padded to one batch, so each length is a batch of its own, which is slower",
             stacklevel=2,
         )
     answers: dict[int, Tensor] = {}
@@ -142,10 +163,10 @@ def _generate_batch(
     streamer: Any,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """New ids [batch, time]. The prompt is embedded once; the child generates by itself."""
-    device = model.device
-    moved: Any = send_to_device(batch, device)
+    """New ids [batch, time]. The prompt is embedded once; the language model generates."""
+    moved: Any = send_to_device(batch, model.device)
     embeds = model.embed(moved["input_ids"], moved["media"])
+    # explicit None: the generation config of many chat models samples, and warns if greedy
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.get("do_sample") or options.get("temperature"):
         sampling = {"do_sample": True}
@@ -169,15 +190,17 @@ def _generate_batch(
 def _check_text_is_last(model: ComposedModel, batch: Batch) -> None:
     time = batch["input_ids"].shape[1]
     for name, media in batch["media"].items():
+        # positions are in the flat [batch * time] view, and prompts are padded on the left
         if bool((media["positions"] % time == time - 1).any()):
             raise LanguageModelError(
-                f"the prompt ends with an item of {name!r}, but {model.capabilities.name} goes on "
-                "by ids, so text must stand last; use a chat template with a generation prompt"
+                f"the prompt ends with an item of {name!r}, but {model.capabilities.name} decodes "
+                "from ids, so a prompt must end with text; use a chat template with a generation "
+                "prompt"
             )
 
 
 def eos_token_ids(model: ComposedModel) -> list[int]:
-    """The ids that end an answer: the language model's own, and the template's ends of turn."""
+    """Ids that end an answer: the language model's own, and the template's end of turn."""
     own = model.language_model.generation_config.eos_token_id
     ids = [] if own is None else [own] if isinstance(own, int) else list(own)
     return sorted({*ids, *model.require_processor().chat.end_of_turn_ids})

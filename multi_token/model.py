@@ -48,11 +48,17 @@ from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector
 from multi_token.recipe.model import ModelSpec
 from multi_token.splice import MediaEmbeds, splice
-from multi_token.types import Features, MediaBatch
+from multi_token.types import IGNORE_INDEX, Features, MediaBatch
 
 
 class MultiTokenConfig(PreTrainedConfig):
-    """The fields of a checkpoint's config.json (see checkpoint/save.py)."""
+    """Fields of a checkpoint's config.json.
+
+    Args:
+        identity: Fingerprint of the language model (checkpoint/fingerprint.py).
+        base_identity: Fingerprint before training, if all of the language model was trained.
+        base_model: Hub name of the language model that one inside the run was made from.
+    """
 
     model_type = MODEL_TYPE
     identity: dict[str, Any] | None = None
@@ -61,7 +67,20 @@ class MultiTokenConfig(PreTrainedConfig):
 
 
 class MultiTokenForConditionalGeneration(PreTrainedModel):
-    """encode -> project -> splice -> the language model, which it does not subclass."""
+    """Encoders and projectors beside an `AutoModelForCausalLM`: encode, project, splice, forward.
+
+    The language model keeps its own class and weights. Media features are projected to its
+    embedding width and written into `inputs_embeds` at the media spans (as in LLaVA, Liu et al.,
+    arXiv:2304.08485). `from_spec` and `from_pretrained` build the model with its processor.
+
+    Args:
+        config: Fields of the checkpoint's config.json.
+        language_model: A decoder-only model of transformers, with or without a PEFT adapter.
+        modalities: Instance name -> modality.
+        encoders: Instance name -> encoder; all are frozen.
+        projectors: Instance name -> projector to the language model's embedding width.
+        processor: Turns conversations into samples; None for a model that gets batches alone.
+    """
 
     config_class = MultiTokenConfig
     base_model_prefix = "multi_token"
@@ -95,14 +114,17 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.modalities = dict(modalities)
         self.processor = processor
         self._capabilities: Capabilities | None = None
+        # transformers' constructor leaves the training mode on
         self.train(False)
 
     def train(self, mode: bool = True) -> MultiTokenForConditionalGeneration:
-        """As torch's, but what is frozen of an encoder stays in eval.
+        """Set the training mode; frozen parts of encoders stay in eval mode.
 
-        The trainer calls this before each step.
+        Args:
+            mode: True for training, False for evaluation.
         """
         super().train(mode)
+        # the trainer calls this before each step, so frozen dropout and batch norms are set here
         self.encoders.eval()
         for name in self.encoders:
             set_train_mode(self.encoder(name), mode)
@@ -112,7 +134,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
     def capabilities(self) -> Capabilities:
         """Capabilities of the language model, probed on first use and then cached.
 
-        Raises LanguageModelError if it cannot be driven by embeddings at all.
+        Raises:
+            LanguageModelError: If the language model cannot run from embeddings at all.
         """
         if self._capabilities is None:
             self._capabilities = probe(self.language_model)
@@ -120,35 +143,53 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     @capabilities.setter
     def capabilities(self, found: Capabilities) -> None:
-        """For a language model that runs elsewhere, which cannot be tried here."""
+        """Set capabilities of a language model whose layers are not loaded here."""
         self._capabilities = found
 
     def get_input_embeddings(self) -> nn.Module:
-        """ids -> what the language model makes of them before its first layer."""
+        """The module from ids [..., time] to embeddings [..., time, dim], in the model's scale."""
         embedding = self.language_model.get_input_embeddings()
         scale = self.capabilities.embedding_scale
         return embedding if scale == 1.0 else ScaledEmbedding(embedding, scale)
 
     def encode(self, name: str, inputs: Mapping[str, Tensor]) -> Features:
-        """All items of one modality through its encoder, or their cached features.
+        """Encode all items of one modality; without gradients, unless the encoder is trained.
 
-        Without gradients, unless something of the encoder learns.
+        Args:
+            name: Instance name.
+            inputs: Inputs of its encoder, batch axis first, or cached features.
+
+        Returns:
+            Features [items, length, dim].
         """
         if FEATURES_KEY in inputs:
             return Features(inputs[FEATURES_KEY], inputs["mask"], inputs.get(NEWLINES_KEY))
+        # frozen encoders keep no activations, even when gradients are on for the projector
         encoder = self.encoder(name)
-        learns = any(p.requires_grad for p in encoder.parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        trained = any(p.requires_grad for p in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return encoder(**inputs)
 
     def embed(self, input_ids: Tensor, media: Mapping[str, MediaBatch] | None = None) -> Tensor:
-        """input_ids [batch, time] -> inputs_embeds [batch, time, dim], media written in."""
+        """Embed ids and media.
+
+        Args:
+            input_ids: int64 [batch, time]; ids at media spans are fillers.
+            media: Modality name -> its items and their positions.
+
+        Returns:
+            inputs_embeds [batch, time, dim].
+
+        Raises:
+            SpliceError: If media embeddings and positions disagree in number or width.
+        """
         embeds = self.get_input_embeddings()(input_ids)
         media = media or {}
         pieces = [
             MediaEmbeds(name, self._media_embeds(name, m), m["positions"])
             for name, m in media.items()
         ]
+        # before the splice, where a sum of zero changes no media embedding
         if self.training:
             embeds = embeds + self._touch_absent(media).to(embeds.dtype)
         return splice(embeds, pieces)
@@ -160,11 +201,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return tokens if copies == 1 else tokens.repeat(copies, 1)
 
     def _touch_absent(self, media: Mapping[str, MediaBatch]) -> Tensor:
-        """A zero that depends on all that learns of the modalities that this batch does not use.
-
-        Without it a rank whose rows lack a modality would hang the others in the gradient's
-        all-reduce.
-        """
+        """A zero that depends on every trainable parameter of the modalities that are absent."""
+        # DDP's all-reduce waits for a gradient of each parameter on every rank, so a rank whose
+        # rows lack a modality would hang the others
         zero = torch.zeros((), device=self.device)
         for name, projector in self.projectors.items():
             if name not in media:
@@ -184,13 +223,23 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """With labels: loss, and logits [num_supervised, vocabulary]; without: the child's output.
+        """Run the language model on ids and media.
 
-        input_ids, attention_mask, labels, shift_labels: int64 [batch, time]. `shift_labels` is
-        made of `labels` if absent. `num_items_in_batch`: supervised positions over all devices and
-        accumulation steps, by which the summed loss is divided. `segments`: as in `PackedBatch`.
-        All other arguments go to the language model, such as a `PackedBatch`'s positions and
-        borders.
+        Args:
+            input_ids: int64 [batch, time].
+            attention_mask: int64 [batch, time]; None for a packed row.
+            labels: int64 [batch, time], `IGNORE_INDEX` where not supervised.
+            shift_labels: int64 [batch, time], the id to predict at each position; default: `labels`
+                shifted by one.
+            media: Modality name -> its items and their positions.
+            num_items_in_batch: Supervised positions over all devices and accumulation steps, by
+                which the summed loss is divided.
+            segments: int64 [num_segments, 4], as in `PackedBatch`.
+            **kwargs: Passed to the language model, such as the positions of a `PackedBatch`.
+
+        Returns:
+            With labels, loss and logits [num_supervised, vocabulary]; without, the language
+            model's own output.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if segments is not None:
@@ -204,7 +253,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
                 **kwargs,
             )
         if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         assert shift_labels is not None
         return supervised_loss(
             self.language_model,
@@ -218,14 +267,29 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         )
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
-        """Answers to a batch of conversations or rows; see `multi_token.generate.generate`."""
+        """Generate the assistant's answer to each conversation, greedily by default.
+
+        Args:
+            conversations: `Conversation` objects, or rows of any accepted shape. A last assistant
+                turn is left out.
+            **options: `max_new_tokens` (default 128), `batch_size` (default 8), `root` (folder of
+                relative media paths), `streamer`, `on_batch`; all others go to the language
+                model's `generate`.
+
+        Returns:
+            Texts without special tokens, in the order of `conversations`.
+
+        Raises:
+            RowError: If a row cannot be read, before its batch is generated.
+            MultiTokenError: If the model has no processor.
+        """
         return generate(self, conversations, **options)
 
     def require_processor(self) -> MultiTokenProcessor:
         """The processor, without a limit on the length of a prompt.
 
         Raises:
-            MultiTokenError: If the model has none, since it was made by its constructor.
+            MultiTokenError: If the model was built without one.
         """
         if self.processor is None:
             raise MultiTokenError("this model has no processor; load it with from_pretrained(RUN)")
@@ -244,20 +308,24 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return module
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
-        """Write the trained tensors, and references to all other parts; see checkpoint/save.py."""
+        """Write trained tensors, and references with fingerprints to all other parts.
+
+        Args:
+            save_directory: Folder of the checkpoint, made if it is missing.
+        """
         save(self, save_directory)
 
     @classmethod
     def from_spec(
         cls, spec: ModelSpec, *, max_tokens: int | None = None, embeddings_only: bool = False
     ) -> MultiTokenForConditionalGeneration:
-        """The model of a recipe before any training: frozen parts loaded, projectors new.
+        """The model of a recipe before training: frozen parts loaded, projectors initialized.
 
         Args:
             spec: The `model` section of a recipe.
             max_tokens: Limit of a conversation's length for the processor; None: no limit.
             embeddings_only: Load the input embeddings of the language model and none of its layers,
-                for a gateway whose prompts are answered elsewhere.
+                for a gateway before an external engine.
 
         Returns:
             The model with its processor, on the CPU, in eval mode.
@@ -265,6 +333,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         Raises:
             LanguageModelError: If the language model cannot be loaded.
         """
+        # a gateway needs ids -> embeddings only, and the layers may not fit its machine
         load_child = load_embeddings if embeddings_only else load_language_model
         child: Any = load_child(
             spec.language_model,
@@ -273,6 +342,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             attn_implementation=spec.attn_implementation,
             quantization=spec.quantization,
         )
+        # from the weights, since configs name the embedding width differently
         width = int(child.get_input_embeddings().weight.shape[1])
         encoders = build_encoders(spec.modalities)
         projectors = {
@@ -314,7 +384,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         device: str | None = None,
         embeddings_only: bool = False,
     ) -> MultiTokenForConditionalGeneration:
-        """A trained run with its processor, in eval mode.
+        """Load a trained run.
 
         Args:
             folder: The run's folder or hub name (`user/run@revision` names a revision too).
@@ -322,6 +392,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             language_model: Path or hub name of the frozen language model, if it has moved.
             device: Device of the model; default: the CPU.
             embeddings_only: As for `from_spec`.
+
+        Returns:
+            The model with its processor, in eval mode.
 
         Raises:
             CheckpointError: If the folder is not a checkpoint of multi_token, is incomplete, or

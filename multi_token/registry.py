@@ -51,26 +51,43 @@ class Entry:
 
     name: str
     owner: str
-    """The package that it comes from."""
+    """The package of the class."""
     state: Literal["ready", "missing extra", "broken"]
     summary: str = ""
     """The first line of the class's docstring."""
     fault: str = ""
-    """Why it is not ready, and what to do."""
+    """Reason why it is not ready, and the remedy."""
 
 
 def register_modality(name: str, cls: type) -> None:
-    """Make `type: name` mean `cls` in this process. Raises RegistryError if the name is taken."""
+    """Register a modality in this process, as a notebook does; packages use entry points.
+
+    Args:
+        name: The `type` in recipes.
+        cls: A subclass of `Modality`. Registering the same class again changes nothing.
+
+    Raises:
+        RegistryError: If another class has the name.
+    """
     _register("modality", name, cls)
 
 
 def register_projector(name: str, cls: type) -> None:
-    """Make `projector: {type: name}` mean `cls` in this process; a taken name is refused."""
+    """Register a projector in this process, as a notebook does; packages use entry points.
+
+    Args:
+        name: The `type` of a `projector` in recipes.
+        cls: A subclass of `ProjectorSpec`. Registering the same class again changes nothing.
+
+    Raises:
+        RegistryError: If another class has the name.
+    """
     _register("projector", name, cls)
 
 
 def _register(kind: Kind, name: str, cls: type) -> None:
     owner = _owner(kind, name)
+    # the same class again is no fault: a notebook's cell may run twice
     if owner is not None and _registered[kind].get(name) is not cls:
         raise RegistryError(
             f"{kind} {name!r} is already owned by {owner}; {cls.__module__}.{cls.__qualname__} "
@@ -97,19 +114,20 @@ def _installed(kind: Kind) -> dict[str, list[EntryPoint]]:
 
 
 def registered_names(kind: Kind) -> list[str]:
-    """Every name that can be asked for, sorted."""
+    """All registered names, sorted."""
     return sorted({*_BUILT_INS[kind], *_registered[kind], *_installed(kind)})
 
 
 def resolve(kind: Kind, name: str) -> type:
-    """The class behind a name.
+    """The class of a name.
 
     Raises RegistryError for an unknown name (with the nearest one) or a name with two owners. A
-    broken plug-in raises its own traceback.
+    broken plug-in raises its own error.
     """
     if name in _registered[kind]:
         return _registered[kind][name]
     installed = _installed(kind).get(name, [])
+    # entry points are compared by target, since an editable install may list one twice
     owners = [point.value for point in installed]
     if name in _BUILT_INS[kind]:
         owners.insert(0, _BUILT_INS[kind][name])
@@ -165,9 +183,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def build(kind: Kind, fields: Any, base: type[Model]) -> Model:
-    """A mapping with `type` -> an object of the class that the name stands for.
+    """An object from a mapping with `type`; an object is returned as it is.
 
-    Objects that are built already pass through. Raises RecipeError or RegistryError.
+    Raises RecipeError or RegistryError.
     """
     if isinstance(fields, base):
         return fields
@@ -183,16 +201,13 @@ def build(kind: Kind, fields: Any, base: type[Model]) -> Model:
 
 
 def validate_fields(cls: type[Model], fields: Mapping[str, Any], *, where: str) -> Model:
-    """`cls(**fields)`, with every fault as a sentence: where, what was expected, what came.
-
-    Raises RecipeError.
-    """
+    """`cls(**fields)`. Raises RecipeError with a sentence for every fault: key, expected, given."""
     try:
         return cls.model_validate(dict(fields))
     except ValidationError as error:
         sentences = [_sentence(cls, dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{where}: " + "; ".join(sentences)) from None
-    except RecipeError as error:  # of a validator of ours, which knows no file
+    except RecipeError as error:  # from one of our validators, which knows no file
         raise RecipeError(f"{where}: {error}") from None
 
 
@@ -206,7 +221,7 @@ def _sentence(cls: type[BaseModel], fault: dict[str, Any]) -> str:
         return f"{key!r} is required and missing"
     said = f"{key!r}: " * bool(key) + fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
-        return said  # keys that contradict each other, which the message names
+        return said  # the fault of a section, whose fields would say nothing
     return f"{said}, got {fault['input']!r}"
 
 
@@ -216,8 +231,9 @@ def fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
     for part in loc:
         field = current.model_fields.get(part)
         if field is None:
-            continue  # an index in a list or a key in a mapping: the model stays the one inside
+            continue  # an index of a list or a key of a mapping
         inner = [a for a in _walk(field.annotation) if issubclass(a, BaseModel)]
+        # of a union (section or None), the section
         if inner:
             current = inner[0]
     return sorted(current.model_fields)

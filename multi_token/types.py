@@ -1,4 +1,4 @@
-"""The vocabulary of the house: every type that travels from one room to the next."""
+"""Types that packages exchange: conversations, samples, batches, features."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ Role = Literal["system", "user", "assistant", "tool"]
 """Role of a message. Other names (`human`, `gpt`) are translated when a row is read."""
 
 TrainOnTurns = Literal["all", "last"]
-"""Which assistant turns of a conversation are learned."""
+"""Supervised assistant turns of a conversation."""
 
 IGNORE_INDEX = -100
-"""The label of a position that is not learned (the convention of torch's cross entropy)."""
+"""The label of a position that is not supervised (the default of torch's cross entropy)."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text inside a message, exactly as the user wrote it."""
+    """A text part of a message.
+
+    Args:
+        text: The text, exactly as the user wrote it. Special tokens in it stay text.
+    """
 
     text: str
 
 
 @dataclass(frozen=True)
 class Media:
-    """One item of a modality inside a message.
+    """A media part of a message: one item of a modality.
 
-    `modality` is the instance name in the recipe (`image`, `left_camera`), `source` what the row
-    gave for it: a path, URL, data URI, bytes, PIL image, list or array of numbers. `media_text`:
-    the same as text (a transcript, a caption), for the teacher of a distillation.
+    Args:
+        modality: Instance name in the recipe (`image`, `left_camera`).
+        source: Path, URL, data URI, bytes, PIL image, list or array of numbers.
+        media_text: The item as text (a transcript, a caption), for the teacher of a distillation.
     """
 
     modality: str
@@ -46,7 +51,12 @@ Part = Text | Media
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: a role and its parts in reading order."""
+    """One turn of a conversation.
+
+    Args:
+        role: `system`, `user`, `assistant` or `tool`.
+        parts: Texts and media items, in reading order.
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -54,10 +64,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Conversation of a row, in any accepted shape. `id` names the row in every error message.
+    """A conversation, whatever the shape of its row.
 
-    `rejected`: the same with another last answer, to which this one's is preferred, if the row has
-    two.
+    Args:
+        messages: Turns in order.
+        id: Name of the row in error messages.
+        rejected: The same conversation with the last answer that is not preferred (DPO), or None.
     """
 
     messages: tuple[Message, ...]
@@ -72,11 +84,11 @@ class Conversation:
 
 @dataclass
 class Prepared:
-    """One item, ready for its encoder.
+    """One media item as tensors, the result of `Modality.prepare`.
 
-    Attributes:
+    Args:
         inputs: Keyword arguments of the encoder, without a batch axis.
-        num_features: Number of feature vectors that the encoder returns for the item.
+        num_features: Number of feature vectors that the encoder will return for the item.
     """
 
     inputs: dict[str, Tensor]
@@ -94,14 +106,13 @@ class MediaSpan:
 
 @dataclass
 class Sample:
-    """One conversation as numbers.
+    """One tokenized conversation.
 
-    `input_ids`, `labels`: int64 [length]; labels are not shifted, `IGNORE_INDEX` where not learned.
-    `media_spans` and `media` run in parallel, in reading order. `teacher`: the same conversation
-    with
-    texts in place of its media, if that was asked for and they are there. `rejected`: the same
-    prompt and media with the answer that is not preferred, likewise. `error`: what is wrong with
-    the row, where that is found only now; the numbers then stand for nothing (ConversationDataset).
+    `input_ids`, `labels`: int64 [length]; labels are not shifted, and `IGNORE_INDEX` where not
+    supervised. `media_spans` and `media` run in parallel, in reading order. `teacher`: the same
+    conversation with texts in place of its media, for distillation. `rejected`: the same prompt and
+    media with the answer that is not preferred. `error`: the fault of a row whose length came from
+    headers (ConversationDataset); the tensors are then placeholders.
     """
 
     input_ids: Tensor
@@ -117,11 +128,10 @@ class Sample:
 class MediaBatch(TypedDict):
     """All items of one modality in a batch.
 
-    `inputs`: what `Modality.collate` made of the items, batch axis first (of items, or of the parts
-    that items were cut into).
-    `positions`: int64 [num_tokens], places in the flattened [batch * time] view, in item order.
-    `copies`: into how many rows each item goes; `positions` are then [copies * num_tokens], all
-    items once and then all of them again.
+    `inputs`: result of `Modality.collate`, batch axis first (items, or chunks of items).
+    `positions`: int64 [num_tokens], indices in the flattened [batch * time] view, in item order.
+    `copies`: number of batch rows that each item goes into; `positions` are then
+    [copies * num_tokens], all items once and then all of them again.
     """
 
     inputs: dict[str, Tensor]
@@ -133,7 +143,7 @@ class Batch(TypedDict):
     """Padded samples, as keyword arguments of the model's forward.
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
-    `shift_labels[:, t]` is the id to be predicted at t, so that packing never crosses a border.
+    `shift_labels[:, t]` is the id to predict at t.
     """
 
     input_ids: Tensor
@@ -144,19 +154,19 @@ class Batch(TypedDict):
 
 
 class PackedBatch(TypedDict):
-    """Several samples one after the other in one row; the model's forward takes it as well.
+    """Several samples one after the other in one row, as keyword arguments of the model's forward.
 
     `input_ids`, `labels`, `shift_labels`, `position_ids`: int64 [1, time]. Positions begin again
-    with each sample, and the last one of a sample predicts nothing. There is no attention mask:
-    with one, even of ones, transformers would not look for samples in the positions.
-    `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], where samples begin, and the end.
-    `max_length_q`, `max_length_k`: the longest sample. Flash attention asks for these four.
-    `segments`: int64 [num_segments, 4], where samples share a start (segment_attention.py): from
-    where to
-    where each segment goes, and from where to where what stands before it (0, 0 for nothing). Then
-    the four above count segments, and positions go on from the shared start.
+    with each sample, and the last position of a sample predicts nothing.
+    `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], starts of the samples, and the end.
+    `max_length_q`, `max_length_k`: length of the longest sample. These four are flash attention's.
+    `segments`: int64 [num_segments, 4], if samples share a prefix (segment_attention.py): start and
+    end of each segment, start and end of its parent (0, 0 for none). The four fields above then
+    count segments, and positions continue from the prefix.
     """
 
+    # No attention mask: with one, even of ones, transformers does not look for samples in the
+    # positions, and samples would attend to each other.
     input_ids: Tensor
     labels: Tensor
     shift_labels: Tensor
@@ -171,13 +181,13 @@ class PackedBatch(TypedDict):
 
 @dataclass
 class Features:
-    """Output of an encoder for a batch of items.
+    """Output of an encoder.
 
-    Attributes:
-        values: Feature vectors [items, length, dim].
-        mask: bool [items, length], True for real features; None if all are real.
-        newlines: bool [items, length], True where a line of an image in tiles ends; None without
-            tiles. The projector writes its trained `line_break` embedding there.
+    Args:
+        values: Features, [items, length, dim].
+        mask: bool [items, length], false for padding; None: all items have the same length.
+        newlines: bool [items, length], true where a line of an image ends instead of a feature;
+            the projector writes its trained `line_break` there. None: there are no lines.
     """
 
     values: Tensor

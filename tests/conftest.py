@@ -165,18 +165,18 @@ def mixed_fields(
     folder = tmp_path_factory.mktemp("mixed")
     lines = []
     for number, (answer, shown) in enumerate(ROWS.items()):
-        pictures = [str(data / f"{name}.png") for name in ("red", "blue")][: shown.count("image")]
+        images = [str(data / f"{name}.png") for name in ("red", "blue")][: shown.count("image")]
         row: dict[str, Any] = {
             "id": answer,
-            "images": pictures,
+            "images": images,
             "pulse": [float(number == i) for i in range(5)],
             "messages": [
                 {"role": "user", "content": "What is " + " ".join(f"<{s}>" for s in shown) + "?"},
                 {"role": "assistant", "content": answer},
             ],
         }
-        for key, sense in (("images", "image"), ("pulse", "pulse")):
-            if sense not in shown:
+        for key, modality in (("images", "image"), ("pulse", "pulse")):
+            if modality not in shown:
                 del row[key]
         lines.append(json.dumps(row) + "\n")
     (folder / "rows.jsonl").write_text("".join(lines))

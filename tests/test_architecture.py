@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check. A failure names the file and the rule."""
+"""Rules of the repository that a machine can check. A failure names the file and the rule."""
 
 from __future__ import annotations
 
@@ -45,14 +45,13 @@ CONVERT_USERS = {"convert", "demo", "cli"}
 
 MAX_LINES = 500
 MIN_LINES = 100
-# Plug-ins, storage formats and commands: one file each, however short.
+# Commands, plug-ins and formats: one file each, however short.
 MAY_BE_SHORT = (
     "multi_token/cli/",
     "multi_token/modalities/",
     "multi_token/projectors/",
     "multi_token/data/files/",
-    "multi_token/convert/",
-    "multi_token/testing/",
+    "multi_token/convert/efficientnet_lite.py",  # a pickle, which only convert/ may open
 )
 NAMELESS = {"utils", "util", "helpers", "helper", "manager", "managers", "misc", "common"}
 NETWORK = {"aiohttp", "ftplib", "http", "httpcore", "httpx", "requests", "socket", "ssl"}
@@ -207,7 +206,7 @@ def test_only_the_edges_import_convert() -> None:
 
 
 def test_no_file_is_a_splinter() -> None:
-    """A short module with one importer belongs into it."""
+    """A short module with one importer belongs into it; a package that exports it is none."""
     importers: dict[str, set[str]] = {}
     for name, imports in file_graph().items():
         for other in imports:
@@ -218,7 +217,7 @@ def test_no_file_is_a_splinter() -> None:
         if path.name == "__init__.py" or name.startswith(MAY_BE_SHORT):
             continue
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
-        users = importers.get(module_of(path), set())
+        users = importers.get(module_of(path), set()) - {module_of(path.parent / "__init__.py")}
         if num_lines < MIN_LINES and len(users) == 1:
             faults.append(f"{name}: {num_lines} lines and only {min(users)} imports it; merge them")
     refuse(faults)
@@ -275,7 +274,7 @@ def test_pickles_are_opened_only_in_convert() -> None:
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             if name == "torch.load" and not (inside and keywords.get("weights_only") == "True"):
                 faults.append(
-                    f"{name_of(path)}:{call.lineno}: torch.load stands only in convert/, with "
+                    f"{name_of(path)}:{call.lineno}: torch.load is allowed in convert/ only, with "
                     "weights_only=True; weights of ours are safetensors"
                 )
             if keywords.get("allow_pickle") == "True":
@@ -342,7 +341,7 @@ def test_the_repository_holds_no_path_of_a_machine() -> None:
             continue  # removed but still in the index, or an image
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if found := MACHINE_PATH.search(line):
-                faults.append(f"{name}:{number}: {found[0]} is a folder of somebody's machine")
+                faults.append(f"{name}:{number}: {found[0]} is a folder of one machine")
     refuse(faults)
 
 

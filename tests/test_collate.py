@@ -28,20 +28,20 @@ def test_items_of_which_only_some_are_cached_are_refused(model: Any) -> None:
             collate.inputs("vector", items)
 
 
-def sample(ids: list[int], num_learned: int, place: int | None = None) -> Sample:
-    """So many last ids are learned; a vector of two tokens stands at `place`."""
-    labels = torch.tensor([IGNORE_INDEX] * (len(ids) - num_learned) + ids[-num_learned:])
+def sample(ids: list[int], num_supervised: int, start: int | None = None) -> Sample:
+    """Return a sample whose last ids are supervised, with a vector of two tokens at `start`."""
+    labels = torch.tensor([IGNORE_INDEX] * (len(ids) - num_supervised) + ids[-num_supervised:])
     media = Prepared({FEATURES_KEY: torch.full((1, 5), float(ids[0]))}, num_features=1)
     return Sample(
         torch.tensor(ids),
         labels,
-        media_spans=[] if place is None else [MediaSpan("vector", place, 2)],
-        media=[] if place is None else [media],
+        media_spans=[] if start is None else [MediaSpan("vector", start, 2)],
+        media=[] if start is None else [media],
     )
 
 
-def test_a_pack_is_one_row_whose_positions_begin_anew(model: Any) -> None:
-    samples = [sample([1, 2, 3, 4], 1, place=1), sample([5, 6], 1), sample([7, 8, 9], 1, place=0)]
+def test_a_pack_is_one_row_whose_positions_begin_again_at_zero(model: Any) -> None:
+    samples = [sample([1, 2, 3, 4], 1, start=1), sample([5, 6], 1), sample([7, 8, 9], 1, start=0)]
     batch = Collator(model.modalities, 0).pack(samples)
     assert batch["input_ids"].tolist() == [list(range(1, 10))]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
@@ -65,7 +65,7 @@ def test_the_last_token_of_a_sample_does_not_predict_the_first_of_the_next(model
 
 
 def test_rows_are_padded_on_either_side_and_media_are_placed_in_the_flat_batch(model: Any) -> None:
-    samples = [sample([1, 2, 3, 4], 1, place=1), sample([5, 6], 1, place=0)]
+    samples = [sample([1, 2, 3, 4], 1, start=1), sample([5, 6], 1, start=0)]
     right = Collator(model.modalities, 9)(samples)
     left = Collator(model.modalities, 9, padding_side="left")(samples)
     no = IGNORE_INDEX
@@ -96,14 +96,16 @@ def test_line_ends_of_cached_features_are_padded_beside_them(model: Any) -> None
     assert NEWLINES_KEY not in collate.inputs("vector", [plain])
 
 
-def shown(ids: list[int], num_learned: int, *places: tuple[int, float]) -> Sample:
-    """Two tokens for each vector, which stands at a place and holds one number."""
-    labels = torch.tensor([IGNORE_INDEX] * (len(ids) - num_learned) + ids[len(ids) - num_learned :])
+def shown(ids: list[int], num_supervised: int, *vectors: tuple[int, float]) -> Sample:
+    """Return a sample with vectors: (start, number in all of its values), two tokens each."""
+    labels = torch.tensor(
+        [IGNORE_INDEX] * (len(ids) - num_supervised) + ids[len(ids) - num_supervised :]
+    )
     return Sample(
         torch.tensor(ids),
         labels,
-        media_spans=[MediaSpan("vector", start, 2) for start, _ in places],
-        media=[Prepared({"values": torch.full((1, 5), number)}, 1) for _, number in places],
+        media_spans=[MediaSpan("vector", start, 2) for start, _ in vectors],
+        media=[Prepared({"values": torch.full((1, 5), number)}, 1) for _, number in vectors],
     )
 
 
@@ -145,7 +147,7 @@ def test_a_shared_prefix_ends_before_an_item_that_is_not_shared() -> None:
 
 
 def test_items_are_compared_by_all_of_their_values() -> None:
-    """Of 100 values the one that differs is none of the few that are looked at first."""
+    """The value that differs, of 100, is not among the few that are compared first."""
     one, other = torch.zeros(1, 100), torch.zeros(1, 100)
     other[0, 99] = 1.0
     samples = [shown([1, 0, 0, 2, 3, 4], 1, (1, 0.0)) for _ in range(3)]
@@ -175,7 +177,7 @@ def test_samples_with_the_same_prefix_become_a_tree_in_a_pack(model: Any) -> Non
     assert "segments" not in plain and len(plain["input_ids"][0]) == 15
 
 
-def test_media_behind_a_shared_start_are_placed_where_they_stand_in_the_pack(model: Any) -> None:
+def test_media_after_a_shared_prefix_have_their_positions_in_the_pack(model: Any) -> None:
     ids = [1, 0, 0, 2, 0, 0, 3, 4]
     samples = [shown(ids, 1, (1, 7.0), (4, 8.0)), shown(ids, 1, (1, 7.0), (4, 9.0))]
     batch = Collator(model.modalities, 0, share=True).pack(samples)

@@ -1,4 +1,4 @@
-"""What the documents say is so: tree, commands, recipes, links, versions, decisions."""
+"""The documents are true: tree, commands, recipes, links, versions, decisions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def code_of(text: str) -> list[str]:
-    """Lines that a reader may type: those of plain fenced blocks, and what stands in backticks."""
+    """Return the lines that a reader may type: of plain fenced blocks, and between backticks."""
     lines = [line for body in blocks(text, "") for line in body.splitlines()]
     return lines + CODE.findall(FENCE.sub("", text))
 

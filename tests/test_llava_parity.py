@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 SIZES = [(50, 30), (33, 33), (20, 64), (100, 17), (7, 90), (64, 32), (200, 150), (1, 300)]
 
 
-def picture(index: int) -> Image.Image:
+def image(index: int) -> Image.Image:
     noise = torch.Generator().manual_seed(index)
     width, height = SIZES[index]
     pixels = torch.randint(0, 256, (height, width, 3), generator=noise, dtype=torch.uint8)
@@ -41,7 +41,7 @@ def picture(index: int) -> Image.Image:
 QUESTIONS = [
     ([0], "What is this?", "a red square"),
     ([1, 2], "Which of these is a fruit?", "the second"),
-    ([], "Look and say what you see.", "no picture at all"),
+    ([], "Look and say what you see.", "no image at all"),
     ([3, 4, 5], "yes or no?", "yes"),
     ([6, 7], "one two", "three four five"),
 ]
@@ -66,10 +66,10 @@ class Pair:
         return collate([self.sample(row) for row in rows])
 
     def inputs(self, rows: list[Any], *, ask: bool = False) -> dict[str, Any]:
-        """What transformers' processor makes of the rows, padded as a batch of ours is."""
+        """Return the rows as transformers' processor makes them, padded as a batch of ours is."""
         turns = [messages(row)[: 1 if ask else 2] for row in rows]
         texts = self.processor.apply_chat_template(turns, add_generation_prompt=ask)
-        images = [picture(i) for numbers, _, _ in rows for i in numbers]
+        images = [image(i) for numbers, _, _ in rows for i in numbers]
         return self.processor(
             images=images or None,
             text=texts,
@@ -81,16 +81,16 @@ class Pair:
 
 def conversation(row: Any) -> Conversation:
     numbers, question, answer = row
-    parts = [part for i in numbers for part in (Media("image", picture(i)), Text("\n"))]
+    parts = [part for i in numbers for part in (Media("image", image(i)), Text("\n"))]
     user = Message("user", (*parts, Text(question)))
     return Conversation((user, Message("assistant", (Text(answer),))), id=question)
 
 
 def messages(row: Any) -> list[dict[str, Any]]:
     numbers, question, answer = row
-    pictures = [{"type": "image"} for _ in numbers]
+    slots = [{"type": "image"} for _ in numbers]
     return [
-        {"role": "user", "content": [*pictures, {"type": "text", "text": question}]},
+        {"role": "user", "content": [*slots, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
 
@@ -109,7 +109,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Pair:
     )
 
 
-def test_ids_are_the_processors_and_every_picture_takes_as_many_places(pair: Pair) -> None:
+def test_ids_are_the_processors_and_every_image_takes_as_many_positions(pair: Pair) -> None:
     image_id = pair.theirs.config.image_token_id
     for row, ask in [(row, ask) for row in QUESTIONS for ask in (False, True)]:
         sample = pair.sample(row, ask=ask)
@@ -137,7 +137,7 @@ def test_logits_and_loss_are_the_references_single_and_batched(pair: Pair) -> No
 
 
 @torch.no_grad()
-def test_another_picture_gives_other_logits(pair: Pair) -> None:
+def test_another_image_gives_other_logits(pair: Pair) -> None:
     """Or the equality above would say nothing of encoder and projector."""
     logits = []
     for index in (2, 4):

@@ -1,4 +1,4 @@
-"""docs/modalities: every modality has its page, and what a page says to try works as it stands."""
+"""docs/modalities: every modality has its page, and the commands of a page work unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(folder: Path, *words: str) -> None:
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
 
 
-def test_every_built_in_sense_has_its_page_and_its_line_in_the_index() -> None:
+def test_every_built_in_modality_has_its_page_and_its_line_in_the_index() -> None:
     names = {page.stem for page in PAGES}
     assert names >= set(registry._BUILT_INS["modality"])
     index = (PAGES_FOLDER / "README.md").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_the_numbers_of_tokens_of_images_are_those_of_the_projectors() -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if TRY in p.read_text("utf-8")], ids=lambda page: page.stem
 )
-def test_what_a_page_says_to_try_works_as_it_stands(page: Path, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_work_unchanged(page: Path, tmp_path: Path) -> None:
     trial = page.read_text(encoding="utf-8").partition(TRY)[2]
     (code,) = blocks(trial, "python")
     run(tmp_path, sys.executable, "-c", code)

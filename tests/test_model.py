@@ -1,4 +1,4 @@
-"""model.py: an untouched language model, one loss, and gradients only where something learns."""
+"""model.py: an untouched language model, one loss, gradients for trainable parameters only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from multi_token.generate import collate_prompts, drop_last_answer
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
 
 
-def picture(colour: str) -> Media:
+def image(colour: str) -> Media:
     return Media("image", Image.new("RGB", (40, 40), colour))
 
 
@@ -25,10 +25,10 @@ def question(*parts: Any, answer: str = "a red square") -> Conversation:
 
 
 MIXED = [
-    question("What is this?", picture("red")),
-    question(picture("blue"), " or ", picture("green"), "?", answer="two"),
+    question("What is this?", image("red")),
+    question(image("blue"), " or ", image("green"), "?", answer="two"),
     question("No media at all, only a much longer question about nothing", answer="yes"),
-    question(Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), picture("white"), answer="eight nine"),
+    question(Media("vector", [0.1, 2.0, -1.0, 0.5, 3.0]), image("white"), answer="eight nine"),
 ]
 
 
@@ -136,7 +136,7 @@ def test_frozen_encoders_stay_in_eval_mode_when_the_model_trains(model: Any) -> 
     model.eval()
 
 
-def test_all_items_of_a_sense_go_through_its_encoder_in_one_call_of_bounded_size(
+def test_all_items_of_a_modality_go_through_its_encoder_in_one_call_of_bounded_size(
     model: Any,
 ) -> None:
     calls: list[str] = []
@@ -165,7 +165,7 @@ def test_all_items_of_a_sense_go_through_its_encoder_in_one_call_of_bounded_size
         hook.remove()
 
 
-def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
+def test_a_trainable_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) -> None:
     from multi_token.recipe.train import Trainable
     from multi_token.train.parameter_groups import freeze_and_unfreeze
 
@@ -184,7 +184,7 @@ def test_a_learning_encoder_gets_the_gradients_of_rows_one_by_one(model: Any) ->
     model.requires_grad_(False).eval()
 
 
-def test_a_learning_encoder_whose_sense_is_absent_takes_part_in_the_backward_pass(
+def test_a_trainable_encoder_whose_modality_is_absent_takes_part_in_the_backward_pass(
     model: Any,
 ) -> None:
     from multi_token.recipe.train import Trainable

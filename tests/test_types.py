@@ -32,9 +32,7 @@ MESSAGE = Message("user", (Media("image", "a"), Text("or"), Media("sound", "b"))
         (MediaSpan("image", 0, 1), MediaSpan("image", 0, 1), "start"),
     ],
 )
-def test_what_was_read_is_known_by_what_it_says_and_cannot_be_changed(
-    one: Any, same: Any, field: str
-) -> None:
+def test_conversations_are_equal_by_content_and_immutable(one: Any, same: Any, field: str) -> None:
     assert one == same and hash(one) == hash(same)
     with pytest.raises(FrozenInstanceError):
         setattr(one, field, None)
@@ -46,7 +44,7 @@ def test_media_are_listed_in_reading_order_over_all_turns() -> None:
     assert [item.source for item in conversation.media] == ["a", "b", "c"]
 
 
-def test_what_is_left_out_is_empty_and_each_samples_own() -> None:
+def test_defaults_are_empty_and_not_shared_between_samples() -> None:
     one, other = (Sample(torch.tensor([1]), torch.tensor([1])) for _ in range(2))
     assert one.media_spans == [] and one.media == [] and one.id == ""
     assert one.teacher is one.rejected is one.error is None
@@ -57,5 +55,5 @@ def test_what_is_left_out_is_empty_and_each_samples_own() -> None:
     assert Conversation(()).id == "" and Conversation(()).rejected is None
 
 
-def test_what_is_not_learned_is_what_torch_leaves_out() -> None:
+def test_unsupervised_positions_have_the_ignore_index_of_torch() -> None:
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX

@@ -38,6 +38,7 @@ def run_command(
             f"--{flag}", action="store_const", const=size, dest="size", default=full, help=help_text
         )
     options = parser.parse_args()
+    # Progress goes to stderr, so that stdout stays free for pipes.
     console = Console(stderr=True)
     report = run(options.out, options.size, options.seed, console)
     for key, value in report.items():
@@ -53,6 +54,7 @@ def stage_losses(run_folder: Path) -> list[tuple[int, float]]:
     stages = run_folder / "stages"
     for stage in sorted(stages.iterdir(), key=lambda path: int(path.name.partition("-")[0])):
         done = json.loads((stage / "done.json").read_text(encoding="utf-8"))
+        # Steps of a stage begin at 1; the curve goes on from the last step of the one before.
         before = losses[-1][0] if losses else 0
         losses += [
             (before + log["step"], log["loss"])

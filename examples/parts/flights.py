@@ -96,6 +96,7 @@ def write_video(flight: Flight, path: Path) -> None:
         def add_frame() -> None:
             image = again.frame()
             ImageDraw.Draw(image).text((16, 12), ACTIONS[again.actions[-1]], "white", font)
+            # Frame by frame: a flight in memory would take hundreds of megabytes.
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
 
         for action in flight.actions:
@@ -107,6 +108,7 @@ def _environment() -> Any:
     for package in ("gymnasium", "Box2D", "pygame"):
         if importlib.util.find_spec(package) is None:
             raise MultiTokenError(f"the games need the package {package}: {INSTALL_EXAMPLES}")
+    # Not at the top: the environment's packages are an extra of the examples.
     import gymnasium
 
     # Frames are drawn without a display.

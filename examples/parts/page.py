@@ -90,6 +90,7 @@ def loss_figures(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 def video_figure(path: Path, caption: str) -> str:
     """Return an .mp4 as a figure, within the page."""
+    # Within the page, so that it can be moved or sent as one file.
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
         f"<figure><figcaption>{escape(caption)}</figcaption>"

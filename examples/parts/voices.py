@@ -50,6 +50,7 @@ def speak(text: str, voice: Voice) -> np.ndarray[Any, Any]:
     library.espeak_SetParameter(_RATE, voice.rate, 0)
     library.espeak_SetParameter(_PITCH, voice.pitch, 0)
     raw = text.encode()
+    # With the zero at its end, which ctypes adds to the bytes.
     size = ctypes.c_size_t(len(raw) + 1)
     if library.espeak_Synth(raw, size, 0, 0, 0, _UTF8, None, None) != 0 or not chunks:
         raise MultiTokenError(f"eSpeak NG did not speak {text!r}")
@@ -71,6 +72,7 @@ def _library() -> tuple[Any, list[np.ndarray[Any, Any]]]:
     import espeakng_loader
 
     library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
+    # The wheel brings its own voices; a system's eSpeak NG may have others.
     data = espeakng_loader.get_data_path().encode()
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
     if rate != SAMPLE_RATE:

@@ -70,10 +70,12 @@ def convert(model_bin: Path, out: Path) -> None:
             shape = None if found is None else tuple(found.shape)
             raise ConvertError(f"{model_bin}: {name} is {shape} instead of {tuple(tensor.shape)}")
     model.model.load_state_dict(tensors, strict=True)
+    # The file has the embeddings once, as the alias of the output projection.
     model.tie_weights()
     model.generation_config = _generation_config(model_bin.with_name("config.json"))
     tokenizer = _tokenizer(model_bin.with_name("tokenizer.json"))
     model.eval().save_pretrained(out)
+    # The format has no settings of the mel spectrogram: Whisper's are all defaults but its size.
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -202,6 +204,7 @@ def _config(source: _Variables) -> WhisperConfig:
     for name, expected in _SETTINGS.items():
         if (found := source.setting(name)) != expected:
             raise ConvertError(f"{source.path}: {name} is {found}, Whisper's is {expected}")
+    # Taken out, so that `check_all_taken` does not refuse them.
     for name in _UNUSED_VARIABLES:
         source.arrays.pop(name, None)
     num_tokens, width = source.shape("decoder/embeddings/weight", 2)
@@ -297,6 +300,7 @@ def _attention(
             for letter, part in zip(
                 letters, source.weight(name).tensor_split(len(letters)), strict=True
             ):
+                # Whisper's keys have no bias; CTranslate2 joins q, k and v and writes zeros for it.
                 if (letter, kind) != ("k", "bias"):
                     yield f"{new}.{letter}_proj.{kind}", part
                 elif part.any():

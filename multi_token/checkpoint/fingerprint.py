@@ -13,19 +13,19 @@ from torch import Tensor
 from multi_token.errors import CheckpointError
 
 _NUM_ROWS = 64
-"""Rows of the input embeddings that a fingerprint looks at, evenly spread."""
+"""Number of rows of the input embeddings in a fingerprint, evenly spread."""
 _NUM_COLUMNS = 256
-"""Columns of a matrix that a fingerprint looks at."""
+"""Number of columns of each matrix in a fingerprint."""
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_ids")
 
 
 def fingerprint(language_model: Any) -> dict[str, Any]:
     """Fingerprint of a language model: its shape, and hashes of a few weights.
 
-    `weights`: rows of the input embeddings and all vectors (norms, biases), parts that a
-    quantization leaves as they are. `layers`: a piece of every matrix, which a merged adapter
-    changes; one that stands beside it changes nothing. A hash is None where it cannot be made: on
-    the meta device, of quantized layers, or where they were not loaded.
+    `weights`: hash of some rows of the input embeddings and of all vectors (norms, biases), which
+    quantization does not change. `layers`: hash of the first and last row of every matrix, which a
+    merged adapter changes and an attached one does not. A hash is None on the meta device, for
+    quantized layers, and for layers that are not loaded.
     """
     config = language_model.config.get_text_config()
     embeddings = language_model.get_input_embeddings().weight
@@ -34,6 +34,7 @@ def fingerprint(language_model: Any) -> dict[str, Any]:
         p for _, p in sorted(base_model_tensors(language_model.named_parameters()).items())
     ]
     vectors = [p for p in parameters if p.ndim == 1 and p.is_floating_point()]
+    # an embeddings-only model has rows of the embeddings, but no norms to hash with them
     is_complete = not getattr(language_model, "embeddings_only", False)
     return {
         "model_type": config.model_type,
@@ -47,7 +48,7 @@ def fingerprint(language_model: Any) -> dict[str, Any]:
 
 
 def base_model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Those of the language model itself by its own names, whether PEFT has wrapped it or not."""
+    """Tensors of the language model itself under its own names, with or without PEFT's wrapper."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for name, tensor in named
@@ -56,10 +57,11 @@ def base_model_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 
 def _first_and_last_rows(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The first and last row of every matrix, or nothing if some are quantized."""
+    """The first and last row of every matrix; an empty list if some are quantized."""
     matrices = [p for p in parameters if p.ndim > 1]
     if not all(m.is_floating_point() and type(m.data) is Tensor for m in matrices):
         return []
+    # rows at both ends: a few kilobytes per matrix, even of a large model on a device
     return [m.flatten(0, -2)[[0, -1], :_NUM_COLUMNS] for m in matrices]
 
 
@@ -69,6 +71,7 @@ def _hash(tensors: list[Tensor]) -> str | None:
         return None
     digest = hashlib.sha256()
     for tensor in tensors:
+        # bytes, since numpy has no bfloat16
         values = tensor.detach().cpu().contiguous()
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -77,11 +80,8 @@ def _hash(tensors: list[Tensor]) -> str | None:
 def check_fingerprint(
     expected: Mapping[str, Any], found: Mapping[str, Any], *, folder: Path, name: str
 ) -> None:
-    """Raise CheckpointError if the language model `found` is not the one `expected` was made of.
-
-    Weights of another precision are not compared: rounding tells them apart as well.
-    """
-    mend = "name the right one (`language_model=`, or --language-model on the command line)"
+    """Raise CheckpointError if two fingerprints are not of the same language model."""
+    remedy = "name the right one (`language_model=`, or --language-model on the command line)"
     differing = [
         f"{key} {found[key]} instead of {expected[key]}"
         for key in _SHAPE
@@ -90,11 +90,12 @@ def check_fingerprint(
     if differing:
         raise CheckpointError(
             f"{folder} belongs to another language model than {name}, which has "
-            f"{', '.join(differing)}; {mend}"
+            f"{', '.join(differing)}; {remedy}"
         )
     same = all(len({expected[part], found[part]} - {None}) <= 1 for part in ("weights", "layers"))
+    # in another precision, rounding alone changes the hashes
     if expected["dtype"] == found["dtype"] and not same:
         raise CheckpointError(
             f"{folder} belongs to another language model than {name}, which has the same shape but "
-            f"other weights; {mend}"
+            f"other weights; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""A hub name becomes a folder on this machine."""
+"""Local folder of a hub name."""
 
 from __future__ import annotations
 
@@ -18,31 +18,28 @@ def local_folder(
     revision: str | None = None,
     only: Sequence[str] | None = None,
 ) -> Path:
-    """A folder, or a hub name (`user/run`, `user/run@revision`) -> the folder it is or becomes.
+    """The folder of a path, or of a hub name (`user/run`, `user/run@revision`) after its download.
 
-    A folder that is there wins over a repository of the same name. `only`: patterns of the files to
-    fetch. What is neither is handed back as it came, for the caller to say what it expected there.
+    An existing folder wins over a repository of the same name. `only`: patterns of the files to
+    download. A name that is neither is returned as a path, whose absence the caller reports.
 
-    Raises CheckpointError.
+    Raises CheckpointError for a download that fails or a revision of a folder.
     """
-    # as it was typed: Path would make user/run of ./user/run
+    # the text as typed, since Path makes user/run of ./user/run, which is a hub name
     path, text = Path(name), name if isinstance(name, str) else Path(name).as_posix()
     repository, at, named = text.partition("@")
     if path.exists() or not _NAME.fullmatch(repository) or (at and not named):
         if revision is not None:
             raise CheckpointError(
-                f"a revision ({revision}) belongs to a hub name such as user/run, and {text} is "
-                f"{'a folder here' if path.exists() else 'none'}"
+                f"a revision ({revision}) is for a hub name such as user/run, and {text} is "
+                f"{'a folder' if path.exists() else 'none'}; leave the revision out"
             )
         return path
     if revision and named and revision != named:
-        raise CheckpointError(f"{text} names one revision, and {revision!r} is another")
-    return _download(repository, revision or named or None, only)
-
-
-def _download(repository: str, revision: str | None, only: Sequence[str] | None) -> Path:
+        raise CheckpointError(f"{text} names another revision than {revision!r}; leave one out")
     from huggingface_hub import snapshot_download
 
+    revision = revision or named or None
     try:
         return Path(
             snapshot_download(

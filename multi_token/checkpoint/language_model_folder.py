@@ -15,27 +15,25 @@ from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.loading import load_language_model
 
 LANGUAGE_MODEL = "language_model"
-"""Its name in a run."""
+"""Name of the folder in a run."""
 
 
 def with_saved_language_model(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a run that holds its language model, as it was written."""
+    """The `model` section of a run that holds its language model."""
     return {
         **fields,
         "language_model": f"./{LANGUAGE_MODEL}",
         "revision": None,
         "quantization": None,
-        "chat_template": None,  # the tokenizer's own now
+        "chat_template": None,  # in the tokenizer's files
     }
 
 
 def write_language_model(
     language_model: Any, tokenizer: Any, chat_template: str, folder: Path
 ) -> None:
-    """The language model without its adapter, its tokenizer and template, in safetensors.
-
-    The folder changes whole: the one that was there may be what the weights were read from.
-    """
+    """Write the language model without its adapter, its tokenizer and its chat template."""
+    # atomic, because the weights may be memory-mapped from the folder that is replaced
     with atomic_folder(folder) as partial:
         tensors = base_model_tensors(language_model.state_dict().items())
         base_language_model(language_model).save_pretrained(partial, state_dict=tensors)
@@ -45,11 +43,12 @@ def write_language_model(
 
 
 def read_language_model(folder: Path, expected: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Its tensors in float32, by their names in memory: files of some families have others.
+    """The folder's tensors in float32.
 
-    Raises LanguageModelError for a folder that cannot be read, CheckpointError for one that is not
-    of the identity `expected` (checkpoint/fingerprint.py).
+    Raises LanguageModelError for a folder that cannot be read, and CheckpointError for one with
+    another fingerprint than `expected`.
     """
+    # loaded as a model, since in the files of some families tensors have other names
     found = load_language_model(str(folder), dtype="float32")
     check_fingerprint(expected, fingerprint(found), folder=folder.parent, name=str(folder))
     return found.state_dict()

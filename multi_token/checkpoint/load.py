@@ -1,4 +1,4 @@
-"""Reads a checkpoint, strictly, into a model that was composed before.
+"""Reads a checkpoint into a composed model.
 
 Loading raises for every tensor that is missing, unknown or of another shape. The model is any
 object with the parts of `ComposedModel`: this folder imports no model.
@@ -43,7 +43,7 @@ from multi_token.types import ComposedModel
 
 
 def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
-    """The checked `config.json` of a checkpoint of ours, in a folder or on the hub.
+    """The checked `config.json` of a checkpoint, in a folder or on the hub.
 
     Raises CheckpointError.
     """
@@ -53,7 +53,7 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
     if not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} has no {CONFIG}: it is not a checkpoint of multi_token, or its training has "
-            "not finished (run `multi-token train` again with the same recipe to go on)"
+            "not finished (to resume it, run `multi-token train` again with the same recipe)"
         )
     try:
         fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -62,8 +62,8 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != MODEL_TYPE:
         raise CheckpointError(
-            f"{path} holds a model of type {kind!r}, made by something else; expected one of type "
-            f"{MODEL_TYPE!r}, written by `multi-token train`"
+            f"{path} holds a model of type {kind!r}; expected one of type {MODEL_TYPE!r}, written "
+            "by `multi-token train`"
         )
     if fields.get("schema") != SCHEMA:
         raise CheckpointError(
@@ -80,9 +80,9 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
 def read_spec(
     folder: Path, fields: Mapping[str, Any], *, language_model: str | None = None
 ) -> ModelSpec:
-    """The model section of a checkpoint, with the paths of its parts as they are now.
+    """The model section of a checkpoint, with absolute paths. Raises RecipeError.
 
-    `language_model`: path or hub name of the frozen one, if it has moved. Raises RecipeError.
+    `language_model`: path or hub name of the frozen language model, if it has moved.
     """
     section = dict(fields["model"])
     if language_model is not None:
@@ -95,18 +95,20 @@ def load_trained(
     folder: str | os.PathLike[str],
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Read the trained parts of a checkpoint into a composed model, strictly.
+    """Read the trained parts of a checkpoint into a composed model.
 
-    Modalities that the model has beside those of the checkpoint stay as they are.
+    Modalities that only the model has keep their weights. Raises CheckpointError.
     """
     fields = fields or read_config(folder)
     path = Path(folder)
     name = model.config.model["language_model"]
+    # nothing to copy if the recipe names the trained language model itself (`RUN/language_model`)
     if fields.get("base_identity") and Path(name) != (path / LANGUAGE_MODEL).absolute():
         check_fingerprint(fields["base_identity"], base_fingerprint(model), folder=path, name=name)
         _load_language_model(model, path, fields)
     elif fields.get("identity"):
         check_fingerprint(fields["identity"], model.config.identity, folder=path, name=name)
+    # the closed-form part is a module that only a fitted projector has
     for name in fields["closed_form"]:
         if model.projector(name).closed_form is None:
             model.projector(name).add_closed_form()
@@ -117,13 +119,14 @@ def load_trained(
 
 
 def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:
-    """Read a language model that was trained over the one that it was trained from."""
+    """Copy a fully trained language model into its base."""
     if quantized_parameters(model.language_model):
         raise CheckpointError(
-            f"{path} holds a language model all of which was trained, and that of the recipe is "
-            f"quantized; set model.language_model to {path / LANGUAGE_MODEL} and quantize that"
+            f"{path} holds a fully trained language model, and that of the recipe is quantized; "
+            f"set model.language_model to {path / LANGUAGE_MODEL} and quantize that"
         )
     found = read_language_model(path / LANGUAGE_MODEL, fields["identity"])
+    # trained weights are float32, whatever the precision of the base
     model.language_model.float()
     expected = base_model_tensors(model.language_model.state_dict(keep_vars=True).items())
     _copy_into(expected, found, path / LANGUAGE_MODEL)
@@ -132,7 +135,7 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
 
 
 def _load_encoders(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:
-    """Read what of the encoders was trained, and only that."""
+    """Read the trained tensors of encoders."""
     trained = {
         name: validate_fields(
             TrainedEncoderState, entry, where=f"{path / CONFIG}, encoder of {name}"
@@ -142,21 +145,22 @@ def _load_encoders(model: ComposedModel, path: Path, fields: Mapping[str, Any]) 
     for name in fields["model"]["modalities"]:
         if name in model.trained_encoders and name not in trained:
             raise CheckpointError(
-                f"{path} lacks the weights of the encoder of {name!r}, which are nowhere else: it "
-                "starts from random ones"
+                f"{path} lacks the weights of the encoder of {name!r}, which starts from random "
+                "weights, so no other file has them; copy the run again, or train it again"
             )
-    for name, what in trained.items():
-        if what.lora is None:
-            model.encoder(name).float()  # as it was when it learned
+    for name, state in trained.items():
+        if state.lora is None:
+            model.encoder(name).float()  # its precision in training
         else:
-            attach_lora(name, model.encoder(name), what.lora)
+            attach_lora(name, model.encoder(name), state.lora)
+    # also a file that nothing refers to, so that it is reported as unknown tensors
     if trained or (path / ENCODER_WEIGHTS).exists():
         _read_into(encoder_tensors(model, trained), path / ENCODER_WEIGHTS)
     model.trained_encoders |= trained
 
 
 def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a file's tensors into those of a model. Raises CheckpointError if any is amiss."""
+    """Copy a file's tensors into those of a model. Raises CheckpointError unless all fit."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -172,9 +176,9 @@ def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path
 
 
 def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None) -> None:
-    """Put the adapter of a PEFT folder (safetensors) on the language model, frozen.
+    """Attach the adapter of a PEFT folder (safetensors) to the language model, frozen.
 
-    `where`: what a fault is said of, if not of this folder. Raises CheckpointError.
+    `where`: folder that errors name; default: `path`. Raises CheckpointError.
     """
     from peft import PeftConfig, PeftModel, get_peft_model
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -183,8 +187,8 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
         tensors = load_file(path / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(path))
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    # where the base is now, not where it was when the adapter was saved
+        raise CheckpointError(f"{where or path} cannot be read: {error}") from None
+    # the base's path now: PEFT would warn about the one at the time of saving
     config.base_model_name_or_path = getattr(model.language_model, "name_or_path", None)
     if not isinstance(model.language_model, PeftModel):
         model.language_model = get_peft_model(model.language_model, config)
@@ -198,7 +202,7 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
 def check_state_dict(
     path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
-    """Raise CheckpointError, with every tensor that is missing, unknown or of other shape."""
+    """Raise CheckpointError with every tensor that is missing, unknown or of another shape."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     shapes = [

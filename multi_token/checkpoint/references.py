@@ -10,16 +10,12 @@ from multi_token.errors import CheckpointError
 
 
 def absolute_name(name: str) -> str:
-    """A file or folder by its absolute path, a hub name as it is."""
+    """The absolute path of a file or folder; a hub name unchanged."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def relativize(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The `model` section as it is written into `folder`: what lies inside begins with `./`.
-
-    All else is absolute already, so that a checkpoint is true wherever it is saved again: it goes
-    on naming the parts where they are, and copies none of them.
-    """
+    """The `model` section for the config.json of `folder`: paths inside begin with `./`."""
 
     def relative(name: str) -> str:
         path = Path(name)
@@ -31,21 +27,22 @@ def relativize(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resolve(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The `model` section as it was read from `folder`: `./` names become absolute paths.
+    """The `model` section from the config.json of `folder`: `./` names become absolute paths.
 
-    Raises CheckpointError for a part that is not there, or one outside the folder.
+    Raises CheckpointError for a part that is missing or outside the folder.
     """
 
     def found(name: str) -> str:
         if not name.startswith("./"):
             return name
         path = (folder / name).absolute()
+        # a run from the hub must not name files elsewhere on this machine
         if ".." in Path(name).parts:
             raise CheckpointError(f"{folder} names {name}, which is outside of it")
         if not path.exists():
             raise CheckpointError(
-                f"{folder} says that {name} lies in it, and there is nothing: it is half-written "
-                "or was copied in part"
+                f"{folder} lacks {name}, which its config.json names: it is half-written or was "
+                "copied in part"
             )
         return str(path)
 
@@ -53,7 +50,7 @@ def resolve(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def absolutize(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section with every part that is on this machine by its absolute path."""
+    """The `model` section with the absolute path of every part on this machine."""
     return _map_names(fields, absolute_name)
 
 

@@ -41,22 +41,19 @@ ENCODER_WEIGHTS = "encoders.safetensors"
 def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
     """Write the trained tensors, and references to all other parts.
 
-    References to parts inside the folder are relative (`./language_model`), so the folder may be
-    moved. All others stay as they are.
-
-    Args:
-        model: The model to save; frozen weights are never copied.
-        folder: Folder of the checkpoint, made if it is missing.
+    References to parts inside the folder are relative (`./language_model`), so that the folder may
+    be moved. All others are unchanged.
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    # config.json goes first and comes last: a folder without it is incomplete, and read as such
+    # config.json is removed first and written last: a folder without it is read as incomplete
     (out / CONFIG).unlink(missing_ok=True)
     _write(out / PROJECTORS, projector_tensors(model, model.modalities))
     if model.trained_encoders:
         _write(out / ENCODER_WEIGHTS, encoder_tensors(model, model.trained_encoders))
     else:
         (out / ENCODER_WEIGHTS).unlink(missing_ok=True)
+    # PEFT's own attribute, which a model without wrapper does not have
     has_adapter = hasattr(model.language_model, "peft_config")
     if has_adapter:
         model.language_model.save_pretrained(out / ADAPTER)
@@ -69,6 +66,7 @@ def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
         write_language_model(
             model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL
         )
+        # the hub name is kept for the model card; the weights are in the run now
         if not Path(described["language_model"]).exists():
             base_model = base_model or described["language_model"]
         described = {**with_saved_language_model(described), "dtype": "auto"}
@@ -118,8 +116,8 @@ def encoder_tensors(
 ) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
-        for name, what in trained.items()
-        for key, tensor in trained_tensors(model.encoder(name), what).items()
+        for name, state in trained.items()
+        for key, tensor in trained_tensors(model.encoder(name), state).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""The command `multi-token`: one file a group of commands, heavy imports inside them."""
+"""The command `multi-token`: one file per group of commands, heavy imports inside them."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; what a user can fix is printed as a sentence."""
-    # the tokenizers' threads warn about data workers being forked, which is harmless here
+    """Run the command line; an error that the user can fix is printed without a traceback."""
+    # tokenizers warn about forked data workers, which is harmless here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT reads a deprecated attribute of transformers, which a user cannot change
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # the profiler, by which `--plan` measures memory, would announce its start and its end
+    # the profiler that `--plan` measures memory with would log its start and its end
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # PEFT imports bitsandbytes in every run, and it warns of a kernel that only 4 bits would use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -120,9 +120,9 @@ def main() -> None:
 
 
 def _exit_one_of_several(code: int, error: Exception | None = None) -> None:
-    # not imported for a command that had no use for it
-    if met := sys.modules.get("multi_token.distributed"):
-        met.exit_without_teardown(code, error)
+    # loaded only by commands that use torch; an import here would take seconds in all others
+    if distributed := sys.modules.get("multi_token.distributed"):
+        distributed.exit_without_teardown(code, error)
 
 
 def _run_command(console: Console) -> int:

@@ -1,4 +1,4 @@
-"""`multi-token chat`, `ask` and `predict`: a trained run answers."""
+"""`multi-token chat`, `ask` and `predict`: generation with a trained run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
-_LANGUAGE_MODEL = typer.Option(None, help="Where the frozen language model is, if it has moved.")
-_DEVICE = typer.Option(None, help="cpu, cuda, mps; default: the best there is.")
+LANGUAGE_MODEL = typer.Option(
+    None, help="Path or hub name of the frozen language model, if it has moved."
+)
+DEVICE = typer.Option(None, help="cpu, cuda, mps; default: an accelerator, if there is one.")
 _MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
-_TEMPERATURE = typer.Option(0.0, help="0 answers greedily; above it, answers are sampled.")
+_TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
 _SYSTEM = typer.Option(None, help="A system message.")
 
 
-def _load(
+def load_run(
     run: Path, language_model: str | None, device: str | None, *, embeddings_only: bool = False
 ) -> MultiTokenForConditionalGeneration:
     import torch
@@ -30,12 +32,9 @@ def _load(
     from multi_token.checkpoint.load import read_config
     from multi_token.model import MultiTokenForConditionalGeneration
 
-    read_config(run)  # a folder that is not ours is refused before anything heavy is loaded
-    if device is None:
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        device = str(found) if found is not None else "cpu"
+    read_config(run)  # a folder that is no run is refused before anything heavy is loaded
+    if device is None and torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
     return MultiTokenForConditionalGeneration.from_pretrained(
         run, language_model=language_model, device=device, embeddings_only=embeddings_only
     )
@@ -63,19 +62,21 @@ def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
 def ask(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     question: str = typer.Argument(..., help="What to ask."),
-    image: list[Path] = typer.Option(None, help="A picture; may be given several times."),
-    media: list[str] = typer.Option(None, help="NAME=SOURCE for any modality of the run."),
+    image: list[Path] = typer.Option(None, help="Path of an image; repeatable."),
+    media: list[str] = typer.Option(
+        None, help="NAME=SOURCE, for any modality of the run; repeatable."
+    ),
     system: str = _SYSTEM,
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Ask one question about some items and print the answer."""
     from multi_token.generate import single_question as as_conversation
 
     items = _items(media, image)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     answers = model.generate(
         [as_conversation(question, items, system=system)],
         max_new_tokens=max_new_tokens,
@@ -89,8 +90,8 @@ def chat(
     system: str = _SYSTEM,
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
     from rich.console import Console
@@ -99,10 +100,10 @@ def chat(
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     names = list(model.modalities)
     slash = ", ".join(f"/{name} SOURCE" for name in names)
-    console.print(f"[dim]{slash} adds an item; /reset starts anew; /exit leaves[/dim]")
+    console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")
     start = [Message("system", (Text(system),))] if system else []
     messages: list[Message] = list(start)
     waiting: list[Media] = []
@@ -134,7 +135,7 @@ def chat(
 
 
 class _TerminalStreamer:
-    """A streamer of transformers: writes an answer while it grows, and nothing twice."""
+    """A streamer of transformers: prints an answer while it is generated."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self.chat = chat
@@ -142,15 +143,15 @@ class _TerminalStreamer:
         self.shown = ""
 
     def put(self, value: Any) -> None:
-        """One new id [1], as `generate` hands it over; a prompt by embeddings comes empty."""
+        """Print the text of one more id [1]; the ids of a prompt of embeddings are empty."""
         self.ids += value.flatten().tolist()
         text = self.chat.decode(self.ids, partial=True)
-        # the bytes of a character may come in several tokens, and until then read as U+FFFD
+        # a character whose bytes are in several tokens decodes to U+FFFD until the last of them
         if not text.endswith("\ufffd") and text.startswith(self.shown):
             self._write(text)
 
     def end(self) -> None:
-        """The answer is whole."""
+        """Print the rest of the answer."""
         self._write(self.chat.decode(self.ids))
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -186,24 +187,25 @@ def _checked_item(
             f"{', '.join(names)}"
         )
     item = Media(name, source)
-    model.require_processor().prepare(
-        item, row_id="chat"
-    )  # a bad path is told now, not with the question
+    # a path that cannot be read is reported now, and not with the question
+    model.require_processor().prepare(item, row_id="chat")
     return item
 
 
 def predict(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
-    rows: str = typer.Argument(..., help="Rows of any accepted shape; a last answer is left out."),
-    out: Path = typer.Option(..., help="Where answers go, one JSON line a row, in their order."),
-    split: str = typer.Option("train", help="Which split, where the source has several."),
-    batch_size: int = typer.Option(8, help="Rows answered together."),
+    rows: str = typer.Argument(
+        ..., help="Rows of any accepted shape; a last assistant turn is left out."
+    ),
+    out: Path = typer.Option(..., help="File of the answers, one JSON line per row, in order."),
+    split: str = typer.Option("train", help="Split to read, if there are several."),
+    batch_size: int = typer.Option(8, help="Rows per batch."),
     max_new_tokens: int = _MAX_NEW_TOKENS,
     temperature: float = _TEMPERATURE,
-    language_model: str = _LANGUAGE_MODEL,
-    device: str = _DEVICE,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
-    """Answer a file of rows in batches. The same command again goes on after the last answer."""
+    """Answer a file of rows in batches. The same command resumes after the last answer."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -211,6 +213,7 @@ def predict(
     from multi_token.data.rows import row_id_of
 
     source, root = load_rows(rows, split=split), media_root(rows)
+    # checked before the model is loaded, which takes longer than reading rows
     ids = [row_id_of(i, source[i], rows) for i in range(len(source))]
     num_done = _resume_position(out, ids)
     console = Console(stderr=True)
@@ -218,7 +221,7 @@ def predict(
         console.print(f"{num_done} of {len(source)} rows are answered already", highlight=False)
     if num_done == len(source):
         return
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     with (
         out.open("a", encoding="utf-8") as file,
         Progress(console=console, disable=not console.is_terminal) as progress,
@@ -233,6 +236,7 @@ def predict(
                 root=root,
                 **_sampling(temperature),
             )
+            # whole batches, flushed: after a kill, the same command resumes after the last of them
             for i, answer in enumerate(answers, start):
                 file.write(json.dumps({"id": ids[i], "answer": answer}, ensure_ascii=False) + "\n")
             file.flush()
@@ -241,12 +245,13 @@ def predict(
 
 
 def _resume_position(out: Path, ids: list[str]) -> int:
-    """How many rows the file answers already; a line that was cut off is taken away."""
+    """Number of rows that the file answers already; an incomplete last line is removed."""
     from multi_token.errors import MultiTokenError
 
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         return 0
+    # a killed run may have written half a line
     kept = [
         line for line in out.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
     ]

@@ -1,11 +1,20 @@
-"""`multi-token import`, `export` and `push`: runs from and to other formats, and to the hub."""
+"""`multi-token import`, `export` and `push`: foreign formats, and the hub."""
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 
 import typer
+
+# no README, images or optimizer states, which repositories of the hub hold too
+_NEEDED_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
+_EXPECTED = (
+    "expected one of: a folder that sshh12/multi_token trained (config.json with `modality_builder`"
+    "), LLaVA in transformers' format (config.json of type llava or llava_next), or in LLaVA's own "
+    "(mm_projector.bin, or LoRA beside a config.json with `mm_vision_tower`)"
+)
 
 
 class ExportFormat(str, Enum):
@@ -18,27 +27,30 @@ class ExportFormat(str, Enum):
 
 def import_run(
     source: str = typer.Argument(
-        ..., help="Folder or hub name: sshh12/multi_token's, LLaVA in transformers' or its own."
+        ...,
+        help="Folder or hub name: of sshh12/multi_token, or LLaVA (of transformers, or its own).",
     ),
     out: Path = typer.Option(..., help="The new run's folder."),
     language_model: str = typer.Option(
-        None, help="The base model, where the name in the source is not the right place."
+        None,
+        help="Path or hub name of the base model, if the source's name for it cannot be loaded.",
     ),
-    encoder: str = typer.Option(None, help="The encoder, where its own name is not in reach."),
+    encoder: str = typer.Option(
+        None, help="Path or hub name of the encoder, if its own name cannot be loaded."
+    ),
     chat_template: str = typer.Option(
-        None, help="A file with a template, where the base model's own cannot be used."
+        None, help="File with a chat template, if the base model's own cannot be used."
     ),
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
-    """Make a run of a checkpoint in another format. What it is, is told by its files."""
+    """Make a run of a checkpoint in another format, which is recognized by its files."""
     from rich.console import Console
 
     from multi_token.checkpoint.load import read_config
-    from multi_token.convert.detect import import_run as convert
 
     console = Console(stderr=True, highlight=False)
     with console.status(f"importing {source}"):
-        convert(
+        import_source(
             source,
             out,
             revision=revision,
@@ -47,27 +59,75 @@ def import_run(
             chat_template=chat_template,
         )
     fields = read_config(out)
-    senses = ", ".join(f"<{name}>" for name in fields["model"]["modalities"])
-    learned = "projectors and an adapter" if fields["adapter"] else "projectors"
+    slots = ", ".join(f"<{name}>" for name in fields["model"]["modalities"])
+    trained = "projectors and an adapter" if fields["adapter"] else "projectors"
     console.print(
-        f"{out}: {senses}; {learned} on {fields['model']['language_model']}",
+        f"{out}: {slots}; {trained} on {fields['model']['language_model']}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def import_source(
+    source: str | os.PathLike[str],
+    out: Path,
+    *,
+    revision: str | None = None,
+    language_model: str | None = None,
+    encoder: str | None = None,
+    chat_template: str | None = None,
+) -> None:
+    """Import a folder or hub name; its files decide the format, never its name.
+
+    Nothing is written unless everything can be mapped. Raises ConvertError or CheckpointError.
+    """
+    from multi_token.checkpoint.hub import local_folder
+    from multi_token.checkpoint.save import MODEL_TYPE
+    from multi_token.convert.llava import import_llava, is_llava
+    from multi_token.convert.original import import_original, is_original
+    from multi_token.convert.tensors import read_json
+    from multi_token.errors import ConvertError
+
+    folder = local_folder(source, revision=revision, only=_NEEDED_FILES)
+    if not folder.is_dir():
+        raise ConvertError(
+            f"there is no folder {folder}, and the name is not one of a hub repository (user/name)"
+        )
+    fields = read_json(folder / "config.json")
+    kind = fields.get("model_type")
+    parts = {"language_model": language_model, "encoder": encoder}
+    if kind == MODEL_TYPE:
+        raise ConvertError(f"{folder} is a run of multi_token already; it needs no import")
+    if is_original(fields):
+        import_original(folder, out, chat_template=chat_template, **parts)
+    elif is_llava(fields) or (folder / "mm_projector.bin").is_file():
+        if chat_template is not None:
+            raise ConvertError("--chat-template is for folders of sshh12/multi_token, not LLaVA's")
+        import_llava(folder, out, **parts)
+    else:
+        held = sorted(path.name for path in folder.iterdir())
+        shown = ", ".join(held[:8]) + (", ..." if len(held) > 8 else "")
+        raise ConvertError(
+            f"{folder} has no format that can be imported: it holds {shown or 'nothing'}"
+            + (f", and config.json is of type {kind!r}" if kind else "")
+            + f"; {_EXPECTED}"
+        )
 
 
 def export(
     run: str = typer.Argument(..., help="The folder or hub name of a run."),
     to: ExportFormat = typer.Option(
         ...,
-        help="merged: a run with its language model inside. language-model: what vLLM and other "
-        "engines need. llava: transformers' LLaVA.",
+        help="merged: a run with its language model inside. language-model: the same, for vLLM and "
+        "other engines. llava: transformers' LLaVA.",
     ),
     out: Path = typer.Option(..., help="A new or empty folder."),
-    language_model: str = typer.Option(None, help="Where the language model is, if it has moved."),
+    language_model: str = typer.Option(
+        None, help="Path or hub name of the language model, if it has moved."
+    ),
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
-    """Write a run in a format that others load."""
+    """Write a run in a format that other software loads."""
     from rich.console import Console
 
     from multi_token.convert.export import export as convert
@@ -83,9 +143,9 @@ def push(
     run: Path = typer.Argument(..., help="The folder of a run."),
     name: str = typer.Argument(..., help="The repository: user/name."),
     private: bool = typer.Option(False, "--private", help="Make a new repository private."),
-    revision: str = typer.Option(None, help="A branch to upload to; made if it is not there."),
+    revision: str = typer.Option(None, help="Branch to upload to; made if it is missing."),
     dry_run: bool = typer.Option(
-        False, "--dry-run", help="Write the card and list the files, upload nothing."
+        False, "--dry-run", help="Write the card and list the files; upload nothing."
     ),
 ) -> None:
     """Upload a run's result to the hub, with a model card."""

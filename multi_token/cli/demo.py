@@ -9,12 +9,12 @@ import typer
 
 
 def demo(
-    out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
+    out: Path = typer.Option(Path("runs/demo"), help="Folder of the run and its report."),
     seed: int = typer.Option(0, help="Seed of images, rows and training."),
     names: int = typer.Option(None, help="Number of things to name, 100 by default."),
-    quick: bool = typer.Option(False, "--quick", help="Run a small version in about two minutes."),
+    quick: bool = typer.Option(False, "--quick", help="Run a small version in about a minute."),
 ) -> None:
-    """Teach SmolLM2-135M-Instruct to name images, ask it about new ones, write a report."""
+    """Train a text-only language model to name images, ask it about new ones, write a report."""
     from rich.console import Console
 
     from multi_token.demo.run import QUICK, DemoSize, run

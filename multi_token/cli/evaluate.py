@@ -1,4 +1,4 @@
-"""`multi-token evaluate`: how a trained run does on rows whose answers are known."""
+"""`multi-token evaluate`: metrics of a trained run on rows with answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,27 +28,24 @@ def _evaluate() -> None:
 @evaluate_app.command("blind")
 def blind_command(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
-    rows: str = typer.Option(..., help="Rows that were not trained on: a file, folder, hub name."),
-    split: str = typer.Option("train", help="Which split, where there are several."),
-    num_rows: int = typer.Option(256, min=2, help="At most so many, evenly over all of them."),
-    batch_size: int = typer.Option(8, min=1, help="Rows at a time."),
-    seed: int = typer.Option(0, help="Decides which items rows exchange."),
+    rows: str = typer.Option(..., help="Held-out rows: a file, folder or hub name."),
+    split: str = typer.Option("train", help="Split to read, if there are several."),
+    num_rows: int = typer.Option(256, min=2, help="Most rows, evenly spaced over all."),
+    batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
+    seed: int = typer.Option(0, help="Seed of the shuffled media."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
-    language_model: str = typer.Option(
-        None, help="Where the frozen language model is, if it has moved."
-    ),
-    device: str = typer.Option(None, help="cpu, cuda, mps; default: the best there is."),
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
-    """Does it use its media? Loss and exact match with original, shuffled and ablated media."""
+    """Test whether a run uses its media: loss and exact match with shuffled and ablated media."""
     from rich.console import Console
 
-    from multi_token.cli.ask import _load
     from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
     every = load_rows(rows, split=split)
-    model = _load(run, language_model, device)
+    model = load_run(run, language_model, device)
     chosen = with_processor(every, model, source=rows, indices=evenly_spaced(len(every), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
     if as_json:
@@ -59,7 +58,7 @@ def blind_command(
 
 
 def table_of(report: BlindReport) -> Table:
-    """A line for each way in which the media were shown."""
+    """A table with a row per condition: original, shuffled and ablated media."""
     from rich.table import Table
 
     left_out = f", {report.num_left_out} left out" if report.num_left_out else ""

@@ -84,7 +84,7 @@ def serve(
         )
     from rich.console import Console
 
-    from multi_token.cli.ask import _load
+    from multi_token.cli.ask import load_run
     from multi_token.media.fetch import MIB
     from multi_token.registry import validate_fields
     from multi_token.serve.server import DrainingServer
@@ -122,7 +122,7 @@ def serve(
         from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # refuses a folder that was not exported, before loading any weights
-    model = _load(run, language_model, device, embeddings_only=uses_vllm)
+    model = load_run(run, language_model, device, embeddings_only=uses_vllm)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()

@@ -1,1 +1,1 @@
-"""Other formats become ours, and ours theirs: the only room where pickles may be read."""
+"""Imports and exports of foreign formats; the only package that reads pickles."""

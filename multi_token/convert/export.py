@@ -1,8 +1,8 @@
-"""A run becomes something that others load: `merged`, `language-model` or `llava`.
+"""Exports a run to a format that other software loads: `merged`, `language-model`, `llava`.
 
 merged          RUN with its language model inside, the adapter merged: nothing else is needed
-language-model  the same, and the language model's folder as an external engine wants it
-llava           LLaVA as transformers keeps it (export_llava.py)
+language-model  the same, with the language model's folder as an external engine needs it
+llava           LLaVA in transformers' format (export_llava.py)
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from multi_token.checkpoint.language_model_folder import (
     write_language_model,
 )
 from multi_token.checkpoint.save import CONFIG, PROJECTORS, save
+from multi_token.convert.chat_templates import accept_content_parts, part_placeholder
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.errors import ConvertError
 from multi_token.language_model.forward import per_layer_inputs
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -48,27 +48,24 @@ def export(
 
     Nothing is written unless all of it can be. Raises ConvertError or CheckpointError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvertError(f"{out} is there already and not empty; choose another --out")
-    model = MultiTokenForConditionalGeneration.from_pretrained(
-        run, revision=revision, language_model=language_model
-    )
-    if to == "llava":
-        from multi_token.convert.export_llava import export_llava
-
-        export_llava(model, out)
-        return
     with staged_folder(out) as partial:
+        model = MultiTokenForConditionalGeneration.from_pretrained(
+            run, revision=revision, language_model=language_model
+        )
+        if to == "llava":
+            from multi_token.convert.export_llava import export_llava
+
+            export_llava(model, partial)
+            return
         _write_merged(model, partial)
         if to == "language-model":
             _write_for_engines(model, partial)
 
 
 def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
-    """The run with everything inside that is not on the hub already."""
-    assert model.processor is not None
+    """Write the run with everything inside that is not on the hub already."""
+    chat = model.require_processor().chat
     merge(model)
-    chat = model.processor.chat
     write_language_model(model.language_model, chat.tokenizer, chat.template, out / LANGUAGE_MODEL)
     fields = model.config.model
     base, modalities = fields["language_model"], {}
@@ -78,28 +75,28 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
         if isinstance(encoder, str) and Path(encoder).is_dir():
             shutil.copytree(encoder, out / ENCODERS / name)
             modalities[name]["encoder"] = f"./{ENCODERS}/{name}"
+    # a hub name stays in the card as the base; a local path means nothing elsewhere
     if not Path(base).exists():
         model.config.base_model = base
-    model.config.model = {
-        **with_saved_language_model(fields),
-        "modalities": modalities,
-    }
-    model.trained_language_model = False  # from here on it is a language model like any other
+    model.config.model = {**with_saved_language_model(fields), "modalities": modalities}
+    # the merged weights are its base now: `save` would write them a second time as trained ones
+    model.trained_language_model = False
     save(model, out)
 
 
 def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> None:
-    """Return what an engine of language models needs beside the weights."""
-    assert model.processor is not None
-    tokenizer = model.processor.tokenizer
+    """Write the chat template for content parts, and the manifest."""
+    chat = model.require_processor().chat
+    tokenizer = chat.tokenizer
     question = [{"role": "user", "content": "What is this?"}]
     plain = _render(tokenizer, question)
-    tokenizer.chat_template = accept_content_parts(model.processor.chat.template)
+    tokenizer.chat_template = accept_content_parts(chat.template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
+    # some engines pass messages in parts and others as texts, which must give the same prompt
     if not plain == _render(tokenizer, question) == _render(tokenizer, parts):
         raise ConvertError(
-            "the language model's chat template renders parts otherwise than the text that they "
-            "make, so an engine would ask in other words; set another `chat_template`"
+            "the language model's chat template renders content parts differently from their "
+            "joined text, so an engine would get another prompt; set another `chat_template`"
         )
     tokenizer.save_pretrained(out / LANGUAGE_MODEL)
     manifest = _manifest(model, _golden(model, plain))
@@ -113,11 +110,8 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, Any]:
-    """A question and its answer in ids: what a served copy is checked against.
-
-    The likeliest ids of the model itself, whatever its generation config asks for besides.
-    """
-
+    """A prompt and the model's greedy answer in ids, which a served copy has to reproduce."""
+    # argmax of the logits and not `generate`, whose result depends on the generation config
     tokenizer = model.require_processor().tokenizer
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     num_prompt, logprobs = ids.shape[1], []
@@ -139,8 +133,7 @@ def _golden(model: MultiTokenForConditionalGeneration, text: str) -> dict[str, A
 
 
 def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any]) -> dict[str, Any]:
-    assert model.processor is not None
-    template = model.processor.tokenizer.chat_template
+    template = model.require_processor().tokenizer.chat_template
     hidden_size = int(model.config.identity["hidden_size"])  # type: ignore[index]
     return {
         "schema": MANIFEST_SCHEMA,
@@ -171,7 +164,7 @@ def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any])
             "--chat-template-content-format openai",
             "part": {"type": "prompt_embeds", "data": "<base64 of torch.save(tokens)>"},
             "dtype": "bfloat16 or float16; the server casts to its own",
-            "note": "one part for an item, where the item stands in the message; texts must not "
+            "note": "one part for an item, at the item's place in the message; texts must not "
             "hold <prompt_embeds>, which is the engine's own mark",
         },
         "golden": golden,
@@ -186,6 +179,7 @@ def _num_tokens(modality: Any) -> int | None:
 
     if not isinstance(modality, ImageModality):
         return None
+    # a square and both orientations: a number that depends on the size differs in one of them
     counts = {
         modality.num_tokens(modality.prepare(Image.new("RGB", size)).num_features)
         for size in ((64, 64), (96, 48), (48, 96))

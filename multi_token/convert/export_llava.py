@@ -1,4 +1,4 @@
-"""A run of LLaVA's shape becomes transformers' LlavaForConditionalGeneration, or LlavaNext's."""
+"""Exports a run of LLaVA's shape to transformers' Llava or LlavaNext."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multi_token.checkpoint.atomic import staged_folder
+from multi_token.convert.chat_templates import accept_content_parts, part_placeholder
 from multi_token.convert.llava import num_prefix_tokens
 from multi_token.convert.merge import merge
-from multi_token.convert.parts_template import accept_content_parts, part_placeholder
 from multi_token.encoders import has_lora, merge_lora
 from multi_token.errors import ConvertError
 
@@ -26,19 +25,17 @@ IMAGE_TOKEN = part_placeholder("image")
 
 
 def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
-    """Write `out`, which transformers' Auto classes load: model, processor and tokenizer.
+    """Write model, processor and tokenizer to `out`, for transformers' Auto classes.
 
     LoRA (the language model's and the vision tower's) is merged into copies, feature statistics
-    are folded into the first linear layer, and `<image>` joins the vocabulary (its row is the mean
-    of all, so that it is never the likeliest). Everything has the language model's precision. What
-    was built is compared with the run on an image and a question before it is written.
+    are folded into the first linear layer, and `<image>` joins the vocabulary. Everything has the
+    language model's precision. The result is compared with the run on an image and a question
+    before anything is written.
 
-    Raises ConvertError if the run has not LLaVA's shape, with the reason.
+    Raises ConvertError, with the reason, if the run does not have LLaVA's shape.
     """
-    if model.processor is None:
-        raise ConvertError("this model has no reader; load it with from_pretrained(RUN)")
+    tokenizer = copy.deepcopy(model.require_processor().tokenizer)
     name = _exportable_modality(model)
-    tokenizer = copy.deepcopy(model.processor.tokenizer)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         from tokenizers import AddedToken
 
@@ -51,17 +48,14 @@ def export_llava(model: MultiTokenForConditionalGeneration, out: Path) -> None:
         processor = _processor(model, name, tokenizer, built.config)
         _check_parity(model, name, built, processor)
     built.to(built.model.language_model.dtype)
-    with staged_folder(out) as partial:
-        built.save_pretrained(partial)
-        processor.save_pretrained(partial)
+    built.save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 @contextmanager
 def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
-    """The model around copies of its parts: float32, of plain numbers and with LoRA merged.
-
-    Of a projector nothing is changed, so it is the model's own.
-    """
+    """The model around copies of its language model and encoders: float32, with LoRA merged."""
+    # projectors are not copied, since nothing changes them
     own = model.language_model, model.encoders, model.config.identity
     model.language_model, model.encoders = copy.deepcopy(own[:2])
     try:
@@ -73,7 +67,7 @@ def _merged_copy(model: MultiTokenForConditionalGeneration) -> Iterator[None]:
 
 
 def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
-    """The one modality's name. Raises ConvertError with everything that LLaVA has no place for."""
+    """The one modality's name. Raises ConvertError with everything that LLaVA does not have."""
     from multi_token.modalities.image import ImageModality
     from multi_token.projectors.kinds import Mlp
 
@@ -81,7 +75,7 @@ def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     modality = model.modalities[name]
     if others or not isinstance(modality, ImageModality):
         kinds = ", ".join(f"{key} ({m.type})" for key, m in model.modalities.items())
-        raise ConvertError(f"LLaVA has one sense, pictures; this run has {kinds}")
+        raise ConvertError(f"LLaVA has one modality, image; this run has {kinds}")
     faults = []
     spec = modality.projector
     if not isinstance(spec, Mlp) or spec.num_layers != 2:
@@ -94,7 +88,7 @@ def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
     if modality.features not in ("patches", "all"):
         faults.append(f"it takes `features: {modality.features}`, LLaVA patches")
     if faults:
-        raise ConvertError(f"this run has not LLaVA's shape: {'; '.join(faults)}")
+        raise ConvertError(f"this run does not have LLaVA's shape: {'; '.join(faults)}")
     return name
 
 
@@ -108,7 +102,8 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     inner = getattr(causal, causal.base_model_prefix, None)
     if inner is None or not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConvertError(
-            f"{type(causal).__name__} has no plain linear head over its base model, LLaVA has"
+            f"LLaVA needs a linear head without bias on the base model; {type(causal).__name__} "
+            "has none"
         )
     encoder: Any = copy.deepcopy(model.encoder(name))
     if has_lora(encoder):
@@ -117,7 +112,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
     _check_tower(tower)
     text_config = copy.deepcopy(causal.config.get_text_config())
     for config in (tower.config, text_config):
-        config._name_or_path = ""  # or the file would tell where this machine keeps its parts
+        config._name_or_path = ""  # a local path, which the file would publish
     anyres = modality.tile_grids is not None
     layer = _last_layer(model, name) if modality.layer is None else modality.layer
     fields: dict[str, Any] = {
@@ -133,6 +128,7 @@ def _build(model: MultiTokenForConditionalGeneration, name: str, image_id: int) 
         side = tower.config.image_size
         fields["image_grid_pinpoints"] = [[r * side, c * side] for r, c in modality.tile_grids]
     kind = "LlavaNext" if anyres else "Llava"
+    # on the meta device: every module is replaced by one of the run below
     with torch.device("meta"):
         built: Any = getattr(hf, f"{kind}ForConditionalGeneration")(
             getattr(hf, f"{kind}Config")(**fields)
@@ -155,32 +151,33 @@ def _check_tower(tower: Any) -> None:
 
     with torch.device("meta"):
         theirs = AutoModel.from_config(tower.config)
+    # the class that LLaVA will choose by the config need not be the run's (CLIP's full model, say)
     sizes = [getattr(tower.config, key, None) for key in ("image_size", "patch_size")]
     if type(theirs) is not type(tower) or not all(isinstance(size, int) for size in sizes):
         raise ConvertError(
             f"LLaVA would load {type(theirs).__name__} where this run has {type(tower).__name__}, "
-            f"of pictures of {sizes[0]} and patches of {sizes[1]} pixels; it takes vision towers "
-            "of one picture size such as CLIP and SigLIP"
+            f"for images of {sizes[0]} and patches of {sizes[1]} pixels; it takes vision towers "
+            "of one image size, such as CLIP and SigLIP"
         )
 
 
 @torch.no_grad()
 def _last_layer(model: MultiTokenForConditionalGeneration, name: str) -> int:
-    """LLaVA counts hidden states; what a tower returns may have passed a norm behind the last."""
+    """LLaVA's index of the tower's output. Raises ConvertError if a norm follows the last layer."""
     modality: Any = model.modalities[name]
     tower: Any = model.encoders[name].tower  # type: ignore[union-attr]
     inputs = modality.collate([modality.prepare(_noise_image())])
     output = tower(inputs["pixel_values"].to(model.device), output_hidden_states=True)
     if not torch.equal(output.last_hidden_state, output.hidden_states[-1]):
         raise ConvertError(
-            f"this run takes what {type(tower).__name__} returns, which has passed a norm behind "
-            "its last layer; LLaVA takes hidden states, so train with `layer: -1` or `-2`"
+            f"this run takes the output of {type(tower).__name__}, which has a norm after its "
+            "last layer; LLaVA takes hidden states, so train with `layer: -1` or `-2`"
         )
     return -1
 
 
 def _strategy(modality: ImageModality) -> str:
-    """LLaVA's `default` leaves out the first feature, `full` nothing."""
+    """LLaVA's feature selection: `default` leaves out the first feature, `full` none."""
     prefix = num_prefix_tokens(modality)
     if modality.features == "all" or prefix == 0:
         return "full"
@@ -195,9 +192,11 @@ def _strategy(modality: ImageModality) -> str:
 def _fold_standardization(
     model: MultiTokenForConditionalGeneration, name: str
 ) -> tuple[nn.Linear, nn.Linear]:
-    """The two layers, with the features' standardization inside the first."""
+    """Copies of the projector's two layers, the standardization folded into the first."""
     projector = model.projector(name)
     first, second = copy.deepcopy([m for m in projector.network if isinstance(m, nn.Linear)])  # type: ignore[union-attr]
+    # W (x - mean) * scale + b = (W * scale) x + (b - (W * scale) mean); in float64, because the
+    # parity check compares logits
     weight = first.weight.double() * projector.feature_scale.double()
     first.bias.copy_(first.bias.double() - weight @ projector.feature_mean.double())
     first.weight.copy_(weight)
@@ -206,9 +205,10 @@ def _fold_standardization(
 
 @torch.no_grad()
 def _grow_vocabulary(built: Any, num_ids: int) -> None:
-    """More rows in the vocabulary, each the mean of those that were there."""
+    """Add rows to embeddings and head, each the mean of the existing rows."""
     before = built.get_input_embeddings().weight.shape[0]
     built.resize_token_embeddings(num_ids, mean_resizing=False)
+    # the mean is never the likeliest, so the new id is never generated; a set, for tied matrices
     for matrix in {built.get_input_embeddings().weight, built.lm_head.weight}:
         matrix[before:] = matrix[:before].mean(0)
 
@@ -221,11 +221,11 @@ def _processor(
 
     from multi_token.chat.template import ChatTemplate
 
-    assert model.processor is not None
     modality: Any = model.modalities[name]
     cutter: Any = modality.auto("AutoImageProcessor")
     side = config.vision_config.image_size
     fields = cutter.to_dict()
+    # names of the encoder's own processor classes
     for key in ("image_processor_type", "processor_class"):
         fields.pop(key, None)
     kind = "Llava"
@@ -238,9 +238,9 @@ def _processor(
         )
     elif modality.pad_to_square:
         cutter = hf.LlavaImageProcessorPil(**{**fields, "do_pad": True})
-    template = model.processor.chat.template
+    template = model.require_processor().chat.template
     if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
-        template = template.removeprefix("{{ bos_token }}")  # the tokenizer writes it here
+        template = template.removeprefix("{{ bos_token }}")  # this tokenizer writes it by itself
     if not ChatTemplate(template, tokenizer).takes_content_parts:
         template = accept_content_parts(template)
     tokenizer.chat_template = template
@@ -256,10 +256,7 @@ def _processor(
 
 @torch.no_grad()
 def _check_parity(
-    model: MultiTokenForConditionalGeneration,
-    name: str,
-    built: Any,
-    processor: Any,
+    model: MultiTokenForConditionalGeneration, name: str, built: Any, processor: Any
 ) -> None:
     """Compare ids, pixels and logits with the run's, on an image and a question."""
     from accelerate.utils import send_to_device
@@ -268,17 +265,18 @@ def _check_parity(
     from multi_token.generate import collate_prompts, single_question
     from multi_token.types import Conversation, Media, Message, Text
 
-    assert model.processor is not None
+    ours_processor = model.require_processor()
     question = "\nWhat is this?"
     batch = collate_prompts(
-        model.processor, [single_question(question[1:], [Media(name, _noise_image())])]
+        ours_processor, [single_question(question[1:], [Media(name, _noise_image())])]
     )
     positions = batch["media"][name]["positions"]
     image_id = built.config.image_token_id
     ids = batch["input_ids"].view(-1).clone()
+    # one placeholder text in the prompt, expanded to the run's number of tokens: so ids compare
     ids[positions] = image_id
     spelled = Conversation((Message("user", (Text(IMAGE_TOKEN + question),)),))
-    exported = ChatFormat(processor.tokenizer, model.processor.chat.template)
+    exported = ChatFormat(processor.tokenizer, ours_processor.chat.template)
     short = exported.tokenize(spelled, [], prompt_only=True).input_ids.tolist()
     inputs = dict(processor(images=[_noise_image()], text=IMAGE_TOKEN, return_tensors="pt"))
     places = [i for i in inputs["input_ids"].view(-1).tolist() if i == image_id]
@@ -286,24 +284,25 @@ def _check_parity(
     if [*short[:at], *places, *short[at + 1 :]] != ids.tolist():
         raise ConvertError(
             "transformers' processor gives other ids than this run: its tokenizer does not keep "
-            f"the texts around {IMAGE_TOKEN} apart, or a picture has not as many places"
+            f"the texts around {IMAGE_TOKEN} apart, or gives an image another number of tokens"
         )
     pixels = inputs["pixel_values"].flatten(0, -4)
     expected = batch["media"][name]["inputs"]["pixel_values"]
     if pixels.shape != expected.shape or not torch.allclose(pixels, expected, atol=1e-5):
         raise ConvertError(
             "transformers' image processor for LLaVA gives other pixels than this run's encoder: "
-            "it resizes or cuts in another way"
+            "it resizes or crops differently"
         )
     inputs |= {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
     theirs = built(**send_to_device(inputs, model.device)).logits.float()
     batch = send_to_device(batch, model.device)
     ours = model(input_ids=batch["input_ids"], media=batch["media"]).logits.float()
     difference = float((ours - theirs[..., : ours.shape[-1]]).abs().max())
+    # float32 on both sides: rounding stays far below a thousandth of the logits' spread
     if difference > 1e-3 * float(theirs.std()):
         raise ConvertError(
             f"LLaVA around {type(model.language_model).__name__} gives other logits than this run "
-            f"(by up to {difference:.3g}): the model does more to them than a linear head does"
+            f"(by up to {difference:.3g}): the model changes logits after its linear head"
         )
 
 

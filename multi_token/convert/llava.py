@@ -1,8 +1,7 @@
-"""LLaVA becomes a run of ours: LLaVA-1.5 and LLaVA-NeXT as transformers keeps them."""
+"""Imports LLaVA-1.5 and LLaVA-NeXT in transformers' format."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import nn
 from multi_token.checkpoint.atomic import staged_folder
 from multi_token.convert.chat_templates import VICUNA, prepend_bos
 from multi_token.convert.llava_legacy import import_legacy, is_legacy
+from multi_token.convert.tensors import read_json
 from multi_token.errors import ConvertError, MultiTokenError
 from multi_token.projectors.kinds import Mlp
 
@@ -23,26 +23,25 @@ IMAGE = "image"
 """The modality's name in an imported run: rows say `<image>`, as LLaVA's do."""
 
 
-def is_llava(source: Path) -> bool:
-    """Return True if a folder holds LLaVA, in transformers' format or in LLaVA's own."""
-    fields = _config(source)
-    return fields is not None and (_is_transformers(fields) or is_legacy(fields))
+def is_llava(fields: Mapping[str, Any]) -> bool:
+    """Return True if a config.json is LLaVA's, in transformers' format or in LLaVA's own."""
+    return _is_transformers(fields) or is_legacy(fields)
 
 
 def import_llava(
     source: Path, out: Path, *, language_model: str | None = None, encoder: str | None = None
 ) -> None:
-    """Write the run `out` (checkpoint/load.py) with the weights of `source`.
+    """Write the run `out` with the weights of `source`.
 
-    In transformers' format `source` holds the language model and the vision tower too: they are
+    In transformers' format, `source` holds the language model and the vision tower too: they are
     copied to `out`/language_model and `out`/encoders/image. LLaVA's own folders only name them;
-    `language_model` and `encoder` say where they are if those names cannot be loaded.
+    `language_model` and `encoder` replace names that cannot be loaded.
 
     Nothing is written unless everything fits. Raises ConvertError, which names every tensor and
-    setting that has no place in a run.
+    setting that a run cannot hold, or CheckpointError for tensors that do not fit.
     """
-    fields = _config(source)
-    if fields is None or not (_is_transformers(fields) or is_legacy(fields)):
+    fields = read_json(source / "config.json")
+    if not is_llava(fields):
         raise ConvertError(
             f"{source} is not LLaVA: expected a config.json of type llava or llava_next with "
             "`vision_config` and `text_config`, or LLaVA's own with `mm_vision_tower`"
@@ -52,21 +51,11 @@ def import_llava(
             import_legacy(source, fields, partial, language_model=language_model, encoder=encoder)
         elif language_model is not None or encoder is not None:
             raise ConvertError(
-                f"{source} holds its language model and its vision tower, so none can be named"
+                f"{source} holds its language model and its vision tower; leave out "
+                "--language-model and --encoder"
             )
         else:
             _import_transformers(source, fields, partial)
-
-
-def _config(source: Path) -> Mapping[str, Any] | None:
-    path = source / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
-    return fields if isinstance(fields, dict) else None
 
 
 def _is_transformers(fields: Mapping[str, Any]) -> bool:
@@ -82,6 +71,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
+    # transformers' processor renders the template and lets the tokenizer add the BOS
     tokenizer.chat_template = prepend_bos(template or VICUNA, tokenizer)
     language_model = _text_model(model)
     language_model.save_pretrained(out / "language_model")
@@ -101,7 +91,7 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
     found = dict(model.model.multi_modal_projector.state_dict())
     tensors = {f"network.{i}.weight": found[f"linear_{n}.weight"] for n, i in ((1, 0), (2, 2))}
     tensors |= {
-        # one without biases is one whose biases are zero
+        # `multimodal_projector_bias: false`: zeros compute the same
         f"network.{i}.bias": found.get(f"linear_{n}.bias", torch.zeros(projector.out_dim))
         for n, i in ((1, 0), (2, 2))
     }
@@ -109,17 +99,18 @@ def _import_transformers(source: Path, fields: Mapping[str, Any], out: Path) -> 
         tensors["line_break"] = model.model.image_newline
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
     projector.load_state_dict(tensors)
-    save(run, out)  # it writes `./language_model` and `./encoders/image`, which lie in `out`
+    save(run, out)
 
 
 def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
-    """The model with every tensor accounted for, and its processor."""
+    """The model, all of whose tensors the folder holds, and its processor."""
     import transformers as hf
 
     name = "LlavaNext" if is_next else "Llava"
     cls = getattr(hf, f"{name}ForConditionalGeneration")
     try:
         processor = getattr(hf, f"{name}Processor").from_pretrained(source)
+        # ignore_mismatched_sizes: wrong shapes are then in the report, with all other faults
         model, report = cls.from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -145,12 +136,14 @@ def _load(source: Path, *, is_next: bool) -> tuple[Any, Any]:
 
 
 def _text_model(model: Any) -> Any:
-    """The language model alone, of the very modules that LLaVA holds."""
+    """The language model alone, around the modules of LLaVA."""
     from transformers import AutoModelForCausalLM
 
     config = model.config.get_text_config()
     inner, head = model.model.language_model, model.lm_head
+    # from the tensors: LLaVA's text_config need not say that head and embeddings are tied
     config.tie_word_embeddings = head.weight is inner.get_input_embeddings().weight
+    # built on the meta device, since all of its tensors are replaced
     with torch.device("meta"):
         causal: Any = AutoModelForCausalLM.from_config(config)
     setattr(causal, causal.base_model_prefix, inner)
@@ -165,7 +158,7 @@ def _text_model(model: Any) -> Any:
 
 
 def _without_tiles(processor: Any) -> Any:
-    """NeXT's image processor cuts tiles; the one that makes the image of a single tile."""
+    """The image processor of a single tile, from NeXT's, which cuts tiles."""
     if not hasattr(processor, "image_grid_pinpoints"):
         return processor
     from transformers import CLIPImageProcessorPil
@@ -199,9 +192,10 @@ def _spec(config: Any, image_processor: Any, out: Path) -> Any:
 
 
 def _feature_selection(fields: Mapping[str, Any], strategy: str) -> str:
-    """LLaVA's `default` leaves out the first feature, whatever it is; ours leaves out the CLS."""
+    """Our `features` for LLaVA's strategy."""
     from multi_token.modalities.image import ImageModality
 
+    # LLaVA's `default` drops the first feature, whatever it is; ours drops prefix tokens alone
     prefix = num_prefix_tokens(ImageModality.model_validate(fields))
     if strategy == "full":
         return "all" if prefix else "patches"
@@ -209,7 +203,7 @@ def _feature_selection(fields: Mapping[str, Any], strategy: str) -> str:
         raise ConvertError(
             "`vision_feature_select_strategy: default` leaves out the first feature, but this "
             f"vision tower has {prefix} tokens before its patches: a patch would be lost or a "
-            "token left, and a recipe cannot say that"
+            "token left, which no setting of a recipe does"
         )
     return "patches"
 

@@ -1,9 +1,8 @@
-"""LLaVA's own folders become a run: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`."""
+"""Imports LLaVA's own folders: `mm_projector.bin`, or LoRA with `non_lora_trainables.bin`."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from multi_token.convert.chat_templates import VICUNA
-from multi_token.convert.tensors import read_tensors
+from multi_token.convert.tensors import load_foreign_adapter, read_json, read_tensors
 from multi_token.errors import ConvertError, MultiTokenError
 
 IMAGE = "image"
-PROJECTOR, ADAPTER, MM_PROJECTOR_FILE = (
-    "mm_projector.bin",
-    "adapter_config.json",
-    "non_lora_trainables.bin",
-)
+PROJECTOR = "mm_projector.bin"
+ADAPTER, BESIDE_ADAPTER = "adapter_config.json", "non_lora_trainables.bin"
 _FEATURES = {"patch": "patches", "cls_patch": "all"}
 
 
@@ -38,24 +34,24 @@ def import_legacy(
     encoder: str | None,
 ) -> None:
     """Write a run that names `language_model` and `encoder` (default: what the folder names)."""
+    from multi_token.checkpoint.load import check_state_dict
     from multi_token.checkpoint.save import save
     from multi_token.language_model.loading import load_tokenizer
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.recipe.model import ModelSpec
     from multi_token.registry import validate_fields
 
-    adapter = source / ADAPTER
-    if adapter.is_file() and (source / MM_PROJECTOR_FILE).is_file():
-        found = read_tensors(source / MM_PROJECTOR_FILE)
-        named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    adapter = read_json(source / ADAPTER)
+    if adapter and (source / BESIDE_ADAPTER).is_file():
+        found = read_tensors(source / BESIDE_ADAPTER)
+        named = adapter.get("base_model_name_or_path")
     elif (source / PROJECTOR).is_file():
         found, named = read_tensors(source / PROJECTOR), fields.get("_name_or_path")
     else:
         raise ConvertError(
             f"{source} is LLaVA's own, but holds neither {PROJECTOR} nor {ADAPTER} with "
-            f"{MM_PROJECTOR_FILE}; "
-            "a whole model is imported from transformers' format, which transformers' "
-            "convert_llava_weights_to_hf.py makes of it"
+            f"{BESIDE_ADAPTER}; convert a complete model to transformers' format first, with "
+            "transformers' convert_llava_weights_to_hf.py"
         )
     base = language_model or named
     if not base:
@@ -69,6 +65,7 @@ def import_legacy(
             "anyres, and anyres with a newline"
         )
     try:
+        # LLaVA-1.5 names Vicuna, whose tokenizer has no template
         template = None if load_tokenizer(base).chat_template else VICUNA
         spec = {"language_model": base, "chat_template": template, "modalities": {IMAGE: modality}}
         run = MultiTokenForConditionalGeneration.from_spec(
@@ -76,17 +73,18 @@ def import_legacy(
         )
     except (MultiTokenError, OSError, ValueError) as error:
         raise ConvertError(
-            f"{source} cannot become a run: {str(error).splitlines()[0]}. Where its parts are is "
-            "said by --language-model and --encoder"
+            f"{source} cannot become a run: {str(error).splitlines()[0]}. Name its parts with "
+            "--language-model and --encoder"
         ) from error
     projector = run.projector(IMAGE)
     if line_break is not None:
         tensors["line_break"] = line_break
+    # LLaVA does not standardize: mean 0 and scale 1, as the projector is built
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
-    _check_names(source, projector.state_dict(), tensors)
+    check_state_dict(source, projector.state_dict(), tensors)
     projector.load_state_dict(tensors)
-    if adapter.is_file():
-        run.language_model = _with_lora(run.language_model, source)
+    if adapter:
+        load_foreign_adapter(run, source, out)
     save(run, out)
 
 
@@ -98,6 +96,7 @@ def _to_our_names(
     line_break: Tensor | None = None
     left = []
     for name, tensor in found.items():
+        # prefixes of PEFT, of the causal model and of its base, depending on how it was saved
         short = re.sub(r"^(base_model\.)?(model\.)+", "", name)
         if short == "image_newline":
             line_break = tensor.float()
@@ -106,7 +105,7 @@ def _to_our_names(
         else:
             left.append(f"{name} {tuple(tensor.shape)}")
     if left:
-        raise ConvertError(f"{source} holds what a run has no place for: {', '.join(sorted(left))}")
+        raise ConvertError(f"{source} holds tensors that a run does not: {', '.join(sorted(left))}")
     return tensors, line_break
 
 
@@ -124,13 +123,14 @@ def _modality(
     if select not in _FEATURES:
         faults.append(f"`mm_vision_select_feature` {select!r}")
     if fields.get("mm_use_im_start_end"):
-        faults.append("`mm_use_im_start_end`: tokens of its own around a picture")
+        faults.append("`mm_use_im_start_end`: tokens of its own around an image")
     if aspect not in ("square", "pad", "anyres"):
         faults.append(f"`image_aspect_ratio` {aspect!r}")
+    # other merge types keep the padding of a tile, which our tiles have cut off
     if aspect == "anyres" and fields.get("mm_patch_merge_type", "flat") != "spatial_unpad":
         faults.append("`image_aspect_ratio: anyres` without `mm_patch_merge_type: spatial_unpad`")
     if faults:
-        raise ConvertError(f"this LLaVA cannot be said in a recipe: {'; '.join(faults)}")
+        raise ConvertError(f"a recipe has no such settings as this LLaVA: {'; '.join(faults)}")
     projector: dict[str, Any] = {"type": "linear", "standardize": False}
     if perceptron is not None:
         projector |= {"type": "mlp", "num_layers": int(perceptron[1])}
@@ -152,6 +152,7 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
     """LLaVA's own pinpoints are pixels (width, height), as a list or as text."""
     from multi_token.modalities.image import Tower, tile_shape
 
+    # NeXT's own training wrote the argument's text into config.json
     try:
         listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         sizes = [(int(width), int(height)) for width, height in listed]
@@ -163,42 +164,10 @@ def _tile_grids(pinpoints: Any, modality: Mapping[str, Any]) -> list[list[int]]:
         side, _ = tile_shape(Tower(modality["encoder"], None, "patches", modality["layer"]))
     except (OSError, ValueError) as error:
         raise ConvertError(
-            f"no vision encoder could be loaded from {modality['encoder']!r}; say where it is with "
+            f"no vision encoder could be loaded from {modality['encoder']!r}; name it with "
             f"--encoder: {str(error).splitlines()[0]}"
         ) from None
     wrong = [size for size in sizes if size[0] % side or size[1] % side]
     if wrong:
         raise ConvertError(f"`image_grid_pinpoints` {wrong} are no multiples of {side} pixels")
     return [[height // side, width // side] for width, height in sizes]
-
-
-def _with_lora(language_model: Any, source: Path) -> Any:
-    """The language model with LLaVA's LoRA on it, strictly."""
-    from peft import PeftConfig, get_peft_model
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-
-    path = source / "adapter_model.safetensors"
-    found = read_tensors(path if path.is_file() else path.with_suffix(".bin"))
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-        config.base_model_name_or_path = getattr(language_model, "name_or_path", None)
-        adapted: Any = get_peft_model(language_model, config)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConvertError(f"{source}: the adapter cannot be read: {error}") from error
-    _check_names(source, get_peft_model_state_dict(adapted), found)
-    set_peft_model_state_dict(adapted, found)
-    return adapted.requires_grad_(False).eval()
-
-
-def _check_names(source: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    faults = [
-        *(f"lacks {key}" for key in sorted(expected.keys() - found.keys())),
-        *(f"has {key}, which has no place" for key in sorted(found.keys() - expected.keys())),
-        *(
-            f"has {key} of shape {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in sorted(expected.keys() & found.keys())
-            if expected[key].shape != found[key].shape
-        ),
-    ]
-    if faults:
-        raise ConvertError(f"{source} does not fit its parts: it {'; it '.join(faults)}")

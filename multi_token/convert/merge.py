@@ -1,4 +1,4 @@
-"""The adapter becomes part of the language model, whatever precision its base is kept in."""
+"""Merges the adapter into the language model, and dequantizes its base."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from multi_token.model import MultiTokenForConditionalGeneration
 
 
 def merge(model: MultiTokenForConditionalGeneration) -> None:
-    """Fold LoRA into the language model and make its weights plain numbers again.
+    """Merge LoRA into the language model, with floating-point weights.
 
-    A quantized base is dequantized first, and the adapter is merged into the result: merging into
-    quantized weights would round the sum a second time.
-
-    Raises ConvertError where a quantization cannot be undone.
+    Raises ConvertError for a quantization that cannot be undone.
     """
-    from peft.utils import get_peft_model_state_dict
+    from peft import get_peft_model
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     language_model: Any = model.language_model
     adapter = None
@@ -28,13 +26,18 @@ def merge(model: MultiTokenForConditionalGeneration) -> None:
         if not _is_quantized(language_model):
             model.language_model = language_model.merge_and_unload()
         else:
+            # merged after dequantization: into quantized weights, the sum would be rounded again
             adapter = (config, get_peft_model_state_dict(language_model))
             model.language_model = language_model.unload()
     if _is_quantized(model.language_model):
         model.language_model = _dequantize(model.language_model)
     if adapter is not None:
-        model.language_model = _merged_copy(model.language_model, *adapter)
+        config, tensors = adapter
+        peft_model: Any = get_peft_model(model.language_model, config)
+        set_peft_model_state_dict(peft_model, tensors)
+        model.language_model = peft_model.merge_and_unload()
     model.language_model.requires_grad_(False).eval()
+    # merging changes every matrix, and so the fingerprint that loading compares
     model.config.identity = fingerprint(model.language_model)
 
 
@@ -61,15 +64,6 @@ def _dequantize(language_model: Any) -> Any:
         method = getattr(language_model.config.quantization_config, "quant_method", "some method")
         raise ConvertError(
             f"the language model is quantized ({getattr(method, 'value', method)}) and cannot be "
-            f"made plain again: {str(error).partition(chr(10))[0]}; export the run on the language "
-            "model as it was before that (--language-model NAME)"
+            f"dequantized: {str(error).partition(chr(10))[0]}; export the run on the language "
+            "model before its quantization (--language-model NAME)"
         ) from None
-
-
-def _merged_copy(language_model: Any, config: Any, tensors: dict[str, Any]) -> Any:
-    from peft import get_peft_model
-    from peft.utils import set_peft_model_state_dict
-
-    peft_model = get_peft_model(language_model, config)
-    set_peft_model_state_dict(peft_model, tensors)
-    return peft_model.merge_and_unload()

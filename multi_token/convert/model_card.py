@@ -1,14 +1,14 @@
-"""The model card of a run: what it modalities, how to ask, data, recipe, hardware, evaluation."""
+"""The model card of a run: modalities, usage, data, recipe, hardware, evaluation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from multi_token.convert.tensors import read_json
 from multi_token.errors import ConvertError
 
 GENERATED_MARK = (
@@ -30,13 +30,13 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
     """
     model = fields["model"]
     recipe = read_recipe(run, name)
-    report = _read_json(run / "report.json")
+    report = read_json(run / "report.json")
     sections = [
         "---\n" + yaml.safe_dump(_header(fields, recipe), sort_keys=False).rstrip() + "\n---",
         GENERATED_MARK,
         f"# {name.partition('/')[2] or name}",
         _claim_section(fields),
-        "## What it senses",
+        "## Modalities",
         _modalities_section(model["modalities"]),
         "## How to ask",
         _usage_section(name, model["modalities"]),
@@ -79,16 +79,6 @@ def _strip_local_paths(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
-
-
 def _is_inside(reference: str) -> bool:
     return reference.startswith("./")
 
@@ -98,10 +88,12 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
     base = fields.get("base_model") or model["language_model"]
     encoders = [m["encoder"] for m in model["modalities"].values() if m.get("encoder")]
     parents = [name for name in dict.fromkeys([base, *encoders]) if not _is_inside(name)]
+    # the hub knows pipelines for one or two modalities; all others are any-to-any
     types = frozenset(m["type"] for m in model["modalities"].values())
     datasets = [
         source["rows"]
         for source in (recipe or {}).get("data", {}).get("train", [])
+        # a hub name: one slash and no suffix
         if Path(source["rows"]).suffix == "" and source["rows"].count("/") == 1
     ]
     return {
@@ -115,7 +107,7 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
 
 
 def _base_model_relation(fields: Mapping[str, Any]) -> str | None:
-    """In the hub's words."""
+    """Relation to the base model, as the hub names it."""
     if fields.get("base_identity"):
         return "finetune"
     return "adapter" if fields["adapter"] else None
@@ -125,17 +117,17 @@ def _claim_section(fields: Mapping[str, Any]) -> str:
     model = fields["model"]
     base = fields.get("base_model") or model["language_model"]
     names = ", ".join(f"`<{name}>`" for name in model["modalities"])
-    known = "a language model that lies in this repository" if _is_inside(base) else f"`{base}`"
+    known = "a language model in this repository" if _is_inside(base) else f"`{base}`"
     parts = [
         "projectors",
-        *(["the language model, all of it trained"] if fields.get("base_identity") else []),
+        *(["the fully trained language model"] if fields.get("base_identity") else []),
         *(["a LoRA adapter"] if fields["adapter"] else []),
     ]
-    learned = " and ".join(parts)
+    trained = " and ".join(parts)
     return (
-        f"{known[0].upper()}{known[1:]} with senses: {names}. This repository holds {learned}, "
-        f"made with multi_token {fields['multi_token_version']}; frozen parts are named by it "
-        "where they are not inside."
+        f"{known[0].upper()}{known[1:]} with modalities: {names}. This repository holds {trained}, "
+        f"made with multi_token {fields['multi_token_version']}; it names the frozen parts that it "
+        "does not hold."
     )
 
 
@@ -195,7 +187,7 @@ print(model.generate([row])[0])
 def _data_section(recipe: Mapping[str, Any] | None) -> str:
     sources = (recipe or {}).get("data", {}).get("train", [])
     if not sources:
-        return "Not recorded: the run has no recipe, as one that was imported from another format."
+        return "Not recorded: the run has no recipe, for example after an import."
     return "\n".join(f"- `{source['rows']}`, split `{source['split']}`" for source in sources)
 
 
@@ -209,7 +201,7 @@ def _recipe_section(recipe: Mapping[str, Any] | None) -> str:
 def _hardware_section(run: Path, report: Mapping[str, Any]) -> str:
     seconds = 0.0
     for path in sorted(run.glob("stages/*/done.json")):
-        for entry in _read_json(path).get("log_history", []):
+        for entry in read_json(path).get("log_history", []):
             seconds += entry.get("train_runtime", 0.0)
     machine = report.get("machine") or {}
     facts = {**machine, **({"training": f"{seconds:.0f} s"} if seconds else {})}

@@ -1,31 +1,35 @@
-"""A folder that sshh12/multi_token trained becomes a run of ours, tensor by tensor."""
+"""Imports a folder that sshh12/multi_token trained, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from multi_token.chat.format import ChatFormat
 from multi_token.checkpoint.atomic import staged_folder
-from multi_token.checkpoint.load import check_state_dict, load_adapter
-from multi_token.checkpoint.save import ADAPTER, save
+from multi_token.checkpoint.load import check_state_dict
+from multi_token.checkpoint.save import save
 from multi_token.convert.original_builders import BUILDERS, OriginalBuilder
-from multi_token.convert.tensors import model_files, read_tensors
-from multi_token.convert.tokenizers import check_maskable, check_tokenizer_packages
-from multi_token.errors import ConvertError, MultiTokenError
+from multi_token.convert.tensors import (
+    load_foreign_adapter,
+    model_files,
+    read_json,
+    read_tensors,
+)
+from multi_token.errors import ChatTemplateError, ConvertError, MultiTokenError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.model import ModelSpec
 from multi_token.registry import did_you_mean, validate_fields
+from multi_token.types import Conversation, Message, Text
 
 _SUFFIX = "-lmm"
-"""The original's configurations are a language model's own with this behind their type."""
+"""Added to the language model's type in the original's configurations."""
 _WRAPPER = "base_model.model."
 """PEFT's prefix, where the model was wrapped when its tensors were saved."""
 _OWN_KEYS = ("modalities", "modality_builder", "model_cls", "_name_or_path", "architectures")
@@ -34,15 +38,9 @@ _SAME = (
     *("num_key_value_heads", "vocab_size"),
 )
 _LANGUAGE_MODEL = "language_model"
-
-
-@dataclass
-class _OriginalTensors:
-    """The tensors of a folder, by what they belong to, under the names that they have there."""
-
-    projector: dict[str, Tensor] = field(default_factory=dict)
-    adapter: dict[str, Tensor] = field(default_factory=dict)
-    language_model: dict[str, Tensor] = field(default_factory=dict)
+_ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+"""Module -> the package that holds it."""
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:
@@ -60,18 +58,18 @@ def import_original(
 ) -> None:
     """Write the run `out` with the projector, and the adapter or language model, of `source`.
 
-    `language_model` and `encoder` say where those are if the names in the folder, and in the
-    original's code, cannot be loaded. Nothing is written unless every tensor has its place.
+    `language_model` and `encoder` replace the names in the folder and in the original's code, if
+    those cannot be loaded. Nothing is written unless every tensor fits.
 
     Raises ConvertError, or CheckpointError for tensors that do not fit; both name them.
     """
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(source / "config.json")
     builder = _find_builder(fields, source)
-    found = _read_tensors(source, builder)
+    projector, whole_model = _read_tensors(source, builder)
     named = language_model or _base_name(source, fields)
     with staged_folder(out) as partial:
-        if found.language_model:
-            base = _write_language_model(source, partial, fields, found.language_model, named)
+        if whole_model:
+            base = _write_language_model(source, partial, fields, whole_model, named)
         else:
             base = _check_base(source, fields, named, given=language_model is not None)
         encoder = encoder or builder.encoder
@@ -90,16 +88,15 @@ def import_original(
         model = MultiTokenForConditionalGeneration.from_spec(
             validate_fields(ModelSpec, spec, where="the imported recipe")
         )
-        assert model.processor is not None
-        check_maskable(model.processor.chat)
+        _check_maskable(model.require_processor().chat)
         network = model.projector(builder.name).network
         names = {_original_name(name, builder): name for name in network.state_dict()}
         expected = {theirs: network.state_dict()[name] for theirs, name in names.items()}
-        check_state_dict(source, expected, found.projector)
-        # feature_mean and feature_scale stay 0 and 1: features are taken as they come
-        network.load_state_dict({names[key]: value for key, value in found.projector.items()})
-        if found.adapter:
-            _attach_lora(model, found.adapter, source, partial)
+        check_state_dict(source, expected, projector)
+        # feature_mean and feature_scale stay 0 and 1: the original did not standardize
+        network.load_state_dict({names[key]: value for key, value in projector.items()})
+        if (source / _ADAPTER_CONFIG).is_file():
+            load_foreign_adapter(model, source, partial)
         save(model, partial)
 
 
@@ -119,32 +116,25 @@ def _find_builder(fields: Mapping[str, Any], source: Path) -> OriginalBuilder:
     return builder
 
 
-def _read_tensors(source: Path, builder: OriginalBuilder) -> _OriginalTensors:
-    """Every tensor of the folder, sorted. Raises ConvertError if there is no projector."""
-    found = _OriginalTensors()
-    if (source / "adapter_config.json").is_file():
-        names = ("adapter_model.safetensors", "adapter_model.bin")
-        files = [source / name for name in names if (source / name).is_file()]
-        if not files:
-            raise ConvertError(
-                f"{source} has adapter_config.json, and neither {names[0]} nor {names[1]}: it is "
-                "half-written or was copied in part"
-            )
-        found.adapter = read_tensors(files[0])
+def _read_tensors(
+    source: Path, builder: OriginalBuilder
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The folder's tensors of projectors, and those of a language model that was trained whole."""
+    projector: dict[str, Tensor] = {}
+    language_model: dict[str, Tensor] = {}
     beside = source / "non_lora_trainables.bin"
-    files = [*model_files(source), *([beside] if beside.is_file() else [])]
-    for path in files:
+    for path in (*model_files(source), *([beside] if beside.is_file() else [])):
         for key, tensor in read_tensors(path).items():
             plain = key.removeprefix(_WRAPPER)
-            # a projector of another modality too: it is named as unknown, not taken for a layer
-            of = found.projector if "_lmm_projector." in plain else found.language_model
+            # a projector of another modality too, so that it is reported as unknown
+            of = projector if "_lmm_projector." in plain else language_model
             of[plain] = tensor
-    if not found.projector:
+    if not projector:
         raise ConvertError(
             f"{source} holds no tensor of {builder.modality}_lmm_projector: it should be in "
-            "non_lora_trainables.bin, or with the weights of the whole model"
+            "non_lora_trainables.bin, or with the weights of the complete model"
         )
-    return found
+    return projector, language_model
 
 
 def _original_name(name: str, builder: OriginalBuilder) -> str:
@@ -155,10 +145,8 @@ def _original_name(name: str, builder: OriginalBuilder) -> str:
 
 
 def _base_name(source: Path, fields: Mapping[str, Any]) -> str | None:
-    adapter = source / "adapter_config.json"
-    if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return fields.get("_name_or_path")
+    adapter = read_json(source / _ADAPTER_CONFIG)
+    return adapter.get("base_model_name_or_path") if adapter else fields.get("_name_or_path")
 
 
 def _check_base(source: Path, fields: Mapping[str, Any], name: str | None, *, given: bool) -> str:
@@ -180,6 +168,7 @@ def _check_base(source: Path, fields: Mapping[str, Any], name: str | None, *, gi
             "name a folder or hub name of the same model with --language-model"
         ) from None
     expected = {"model_type": str(fields.get("model_type")).removesuffix(_SUFFIX)}
+    # sizes alone, since a hub name or a path says nothing about the weights
     expected |= {key: fields[key] for key in _SAME if key in fields}
     differing = [
         f"{key} {config.get(key)} instead of {value}"
@@ -191,7 +180,7 @@ def _check_base(source: Path, fields: Mapping[str, Any], name: str | None, *, gi
             f"{source} was trained on another language model than {name}, which has "
             f"{', '.join(differing)}; name the right one with --language-model"
         )
-    check_tokenizer_packages(name)
+    _check_tokenizer_packages(name)
     return name
 
 
@@ -202,7 +191,7 @@ def _write_language_model(
     tensors: Mapping[str, Tensor],
     named: str | None,
 ) -> str:
-    """A language model that was trained as a whole -> `out`/language_model, with a tokenizer."""
+    """Write a fully trained language model to `out`/language_model, with a tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from multi_token.language_model.loading import load_tokenizer
@@ -212,9 +201,11 @@ def _write_language_model(
     own = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
     own["model_type"] = str(own["model_type"]).removesuffix(_SUFFIX)
     (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
+    # on the meta device: all tensors come from the folder, and none is initialized
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     expected = dict(model.state_dict())
+    # a tied head is in state_dict, but its file may leave it out
     tied = set(expected) - {name for name, _ in model.named_parameters()}
     check_state_dict(
         source, {k: v for k, v in expected.items() if k in tensors or k not in tied}, tensors
@@ -223,11 +214,12 @@ def _write_language_model(
     model.tie_weights()
     model.config.dtype = next(iter(tensors.values())).dtype
     model.save_pretrained(folder)
+    # a folder without a tokenizer uses that of its base
     has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     place = str(source) if has_tokenizer else named
     if place is None:
         raise ConvertError(f"{source} has no tokenizer; name a model with it by --language-model")
-    check_tokenizer_packages(place)
+    _check_tokenizer_packages(place)
     try:
         load_tokenizer(place).save_pretrained(folder)
     except MultiTokenError as error:
@@ -250,14 +242,36 @@ def _check_encoder_loadable(name: str, source: Path) -> None:
         ) from None
 
 
-def _attach_lora(model: Any, tensors: Mapping[str, Tensor], source: Path, partial: Path) -> None:
-    """LoRA as PEFT reads it: its settings as they are, its tensors as safetensors."""
-    staging = partial / ADAPTER
-    staging.mkdir()
-    shutil.copy(source / "adapter_config.json", staging)
-    save_file(
-        {key: tensor.contiguous() for key, tensor in tensors.items()},
-        staging / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    load_adapter(model, staging, where=source)
+def _check_tokenizer_packages(name: str) -> None:
+    """Raise ConvertError for a SentencePiece tokenizer that this installation cannot read."""
+    # without this check, transformers raises an error about tiktoken
+    folder = Path(name)
+    if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
+        return
+    missing = [
+        package for module, package in _TOKENIZER_PACKAGES.items() if not _is_installed(module)
+    ]
+    if missing:
+        raise ConvertError(
+            f"the tokenizer of {name} is a SentencePiece model, and reading it needs "
+            f"{' and '.join(missing)}: pip install 'multi_token[convert]'"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around the module is missing
+        return False
+
+
+def _check_maskable(chat: ChatFormat) -> None:
+    """Raise ConvertError for a template whose answers cannot be located exactly."""
+    turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day"),)))
+    try:
+        chat.tokenize(Conversation(turns, id="a sample"), [])
+    except ChatTemplateError as error:
+        raise ConvertError(
+            f"the language model's chat template cannot be used: {error}; give one with "
+            "--chat-template FILE"
+        ) from None

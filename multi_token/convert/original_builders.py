@@ -1,4 +1,4 @@
-"""The modality builders of sshh12/multi_token (commit 6eb9813), and what each becomes here."""
+"""The modality builders of sshh12/multi_token (commit 6eb9813), and the fields of each here."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class OriginalBuilder:
     """Features that the original took from the encoder."""
     in_dim: int
     """Width of a feature, with that encoder."""
-    projector: Literal["mlp", "expand"]
-    """`mlp`: each feature a token. `expand`: a perceptron for each token, all of one feature."""
     num_tokens: int
     """Tokens of one item, with that encoder."""
     modality_type: str
-    """The type of modality that it is here."""
+    """Type of the modality in an imported run."""
     fields: dict[str, Any] | None = None
     """Fields of that modality, or None for a builder that cannot be imported."""
     reason: str = ""
-    """Why it cannot."""
+    """Reason why the builder cannot be imported."""
+    projector: Literal["mlp", "expand"] = "expand"
+    """`mlp`: each feature a token. `expand`: a perceptron for each token, all of one feature."""
 
     @property
     def projector_fields(self) -> dict[str, Any]:
@@ -41,6 +41,7 @@ class OriginalBuilder:
 
 
 _CLIP = "openai/clip-vit-large-patch14-336"
+# The original cut documents at 512 tokens; as chunks of that size, the rest is read too.
 _GTE = OriginalBuilder(
     modality="document_gte",
     name="document",
@@ -48,7 +49,6 @@ _GTE = OriginalBuilder(
     encoder="thenlper/gte-large",
     features="mean of the last layer",
     in_dim=1024,
-    projector="expand",
     num_tokens=4,
     modality_type="document",
     fields={"chunk_tokens": 512, "strings": "text"},
@@ -74,7 +74,6 @@ BUILDERS: dict[str, OriginalBuilder] = {
         encoder=_CLIP,
         features="pooled vector of the vision tower",
         in_dim=1024,
-        projector="expand",
         num_tokens=10,
         modality_type="image",
         fields={"features": "pooled"},
@@ -86,7 +85,6 @@ BUILDERS: dict[str, OriginalBuilder] = {
         encoder="openai/whisper-small",
         features="decoder's last layer at the start token",
         in_dim=768,
-        projector="expand",
         num_tokens=10,
         modality_type="speech",
         fields={"features": "start"},
@@ -98,7 +96,6 @@ BUILDERS: dict[str, OriginalBuilder] = {
         encoder="laion/clap-htsat-fused",
         features="audio embedding",
         in_dim=512,
-        projector="expand",
         num_tokens=5,
         modality_type="sound",
         fields={"features": "pooled", "long_audio": "fusion"},
@@ -110,7 +107,6 @@ BUILDERS: dict[str, OriginalBuilder] = {
         encoder="microsoft/xclip-base-patch32",
         features="video embedding of 8 frames",
         in_dim=512,
-        projector="expand",
         num_tokens=10,
         modality_type="video",
         fields={"read_as": "clip", "num_frames": 8, "features": "pooled", "normalize": True},
@@ -122,7 +118,6 @@ BUILDERS: dict[str, OriginalBuilder] = {
         encoder="imagebind_huge",
         features="joint embedding",
         in_dim=1024,
-        projector="expand",
         num_tokens=4,
         modality_type="joint",
         reason="its encoder, ImageBind, is neither part of transformers nor an installable package "

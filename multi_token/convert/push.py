@@ -1,4 +1,4 @@
-"""A run goes to the hub: its result and a model card, and nothing else of the folder."""
+"""Uploads a run to the hub: its result and a model card, and nothing else of the folder."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def push(
 ) -> dict[str, int]:
     """Write the run's card and upload the result to `name`; returns each file's bytes.
 
-    A README.md that somebody wrote stays as it is. `dry_run`: write the card, upload nothing.
+    A README.md that `push` did not write stays as it is. `dry_run`: write the card, upload nothing.
 
     Raises ConvertError for a run that names folders of this machine, or an upload that fails, and
-    CheckpointError for a folder that is not a whole run.
+    CheckpointError for a folder that is not a complete run.
     """
     fields = read_config(run)
     _check_no_local_references(run, fields["model"])
@@ -61,8 +61,9 @@ def _check_no_local_references(run: Path, model: Mapping[str, Any]) -> None:
     local = [f"{key} is {value}" for key, value in references.items() if Path(value).is_absolute()]
     if local:
         raise ConvertError(
-            f"{run} names folders of this machine, which nobody else has ({'; '.join(local)}): "
-            f"`multi-token export {run} --to merged` puts them inside, or train it by hub names"
+            f"{run} names folders of this machine, which other machines do not have "
+            f"({'; '.join(local)}): copy them inside with `multi-token export {run} --to merged`, "
+            "or train with hub names"
         )
 
 
@@ -80,6 +81,7 @@ def _files(run: Path, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[st
             if not file.is_file() or any(part.startswith(".") for part in path.parts):
                 continue
             if path.as_posix() == _ADAPTER_CONFIG:
+                # PEFT wrote the local path of the base
                 adapter = json.loads(file.read_text(encoding="utf-8"))
                 adapter["base_model_name_or_path"] = fields["model"]["language_model"]
                 yield path.as_posix(), json.dumps(adapter, indent=2).encode()
@@ -99,6 +101,7 @@ def _upload(
     ]
     try:
         hub.create_repo(name, private=private, exist_ok=True)
+        # create_commit does not create a branch
         if revision is not None:
             hub.create_branch(name, branch=revision, exist_ok=True)
         # one commit: a repository is never half a run
@@ -108,6 +111,6 @@ def _upload(
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise ConvertError(
-            f"the run could not be uploaded to {name}: {reason}; is the hub in reach, and are you "
-            "logged in (`hf auth login`)?"
+            f"the run could not be uploaded to {name}: {reason}; check the connection, and log in "
+            "with `hf auth login`"
         ) from None

@@ -47,13 +47,14 @@ def render(
     position: tuple[float, float] = (0.5, 0.5),
     background: Color | Image.Image = (255, 255, 255),
 ) -> Image.Image:
-    """An RGB image of `size` x `size` pixels.
+    """Return an RGB image of `size` x `size` pixels.
 
-    `rotation`: degrees against the clock. `scale`: the longer side of what is drawn, as a part of
-    `size`. `position`: 0 to 1 across and down; the drawing is always wholly inside.
+    `rotation`: degrees, counterclockwise. `scale`: longer side of the drawing as a part of `size`.
+    `position`: 0 to 1 across and down; the drawing is always completely inside.
     """
     drawing = _glyph(character)
     if rotation:
+        # Cropped again: a rotated canvas has empty corners, which would count for the scale.
         drawing = drawing.rotate(rotation, Image.Resampling.BILINEAR, expand=True)
         drawing = drawing.crop(drawing.getchannel("A").getbbox())
     factor = scale * size / max(drawing.size)
@@ -69,7 +70,7 @@ def render(
 
 
 def random_background(random_numbers: random.Random, *, size: int = SIZE) -> Color | Image.Image:
-    """Plain (half of them), a gradient between two colours, or coarse noise around one."""
+    """Return a plain color (half of the time), a gradient, or coarse noise around one color."""
     kind = random_numbers.choice(("plain", "plain", "gradient", "noise"))
     if kind == "plain":
         return _random_color(random_numbers)
@@ -81,7 +82,8 @@ def random_background(random_numbers: random.Random, *, size: int = SIZE) -> Col
 
 @lru_cache(maxsize=512)
 def _glyph(character: str) -> Image.Image:
-    """The emoji on transparent ground, cut to what is drawn."""
+    """Return the emoji on transparent ground, cropped to the drawing."""
+    # Drawn with a margin: glyphs of some emoji reach beyond their font size.
     canvas = Image.new("RGBA", (2 * _GLYPH_SIZE, 2 * _GLYPH_SIZE))
     ImageDraw.Draw(canvas).text(
         (_GLYPH_SIZE // 4, _GLYPH_SIZE // 4), character, font=_font(), embedded_color=True
@@ -103,7 +105,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _random_color(random_numbers: random.Random) -> Color:
-    """Mostly pastel, one in four saturated."""
+    """Return a color: mostly pastel, one in four saturated."""
     hue = random_numbers.random()
     if random_numbers.random() < 0.25:
         saturation, value = random_numbers.uniform(0.5, 0.8), random_numbers.uniform(0.6, 1.0)

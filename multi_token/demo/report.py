@@ -62,6 +62,7 @@ def write_report(
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.group, []).append(example)
+    # Of the report's keys, tables show scalars; the lists are drawn as curve and cards.
     numbers = {k: v for k, v in report.items() if isinstance(v, (bool, int, float, str))}
     html = page(
         "demo",
@@ -118,6 +119,7 @@ def _tiles(report: Mapping[str, Any]) -> list[Tile]:
 
 def _question_text(question: str) -> str:
     """Return the question without its image slot; slots inside a sentence are numbered."""
+    # The card shows the images above the question, so a slot at its start is left out.
     text = question.removeprefix("<image>").strip()
     if text.count("<image>") == 1:
         return text.replace("<image>", "this")
@@ -189,6 +191,7 @@ def _draw_card(example: Example, folder: Path, size: tuple[int, int]) -> Image.I
     )
     draw.text((12, width + 28), *_fit_text(draw, example.answer.strip(), "#1b1f24", 22, width))
     draw.rectangle((0, height - 30, width, height), ground)
+    # Drawn, not written: Pillow's default font may lack both signs.
     mark = [(12, -15), (17, -9), (27, -21)] if example.right else [(13, -21), (25, -9)]
     draw.line([(x, height + y) for x, y in mark], color, 3)
     if not example.right:
@@ -205,6 +208,7 @@ def _fit_text(
     font = ImageFont.load_default(size)
     text = " ".join(text.split()) or "(no answer)"
     if draw.textlength(text, font) > width - 24:
+        # Letter by letter: widths of letters differ, so no length in letters is known to fit.
         while draw.textlength(f"{text}...", font) > width - 24:
             text = text[:-1]
         text = f"{text.rstrip()}..."
@@ -228,6 +232,7 @@ def _card(example: Example, folder: Path) -> str:
         f'{base64.b64encode((folder / path).read_bytes()).decode("ascii")}"></audio>'
         for path in example.audio
     )
+    # In words as well: colors alone say nothing to some readers and to screen readers.
     verdict = "Right"
     if not example.right:
         verdict = f'<span class="hidden">Wrong.</span> Truth: {escape(example.truth)}'
@@ -252,6 +257,7 @@ def _alt(example: Example, index: int) -> str:
 def _jpeg(path: Path) -> str:
     with Image.open(path) as image:
         thumb = image.convert("RGB").resize((_THUMB, _THUMB), Image.Resampling.LANCZOS)
+    # JPEG: a page holds hundreds of images, and PNGs of noise are several times larger.
     data = io.BytesIO()
     thumb.save(data, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -103,6 +103,7 @@ def build_rows(
     A folder that is already finished with the same arguments is left alone.
     """
     arguments = {k: v for k, v in locals().items() if k != "out"} | {"version": _VERSION}
+    # Held-out things follow the trained ones in the table: clear images, of mixed categories.
     known = things(num_names + num_held_out_things)
     trained, held_out = known[:num_names], known[num_names:]
     data = DemoData(out, tuple(t.name for t in trained), tuple(t.name for t in held_out))
@@ -198,6 +199,7 @@ def _naming(
     renderings: _Renderings, random_numbers: random.Random | None
 ) -> Iterator[DemoQuestion]:
     """Ask for every image once; without random numbers always in the same words."""
+    # Renderings outside, things inside: any first N rows hold all names about equally often.
     for index in range(len(renderings.numbers)):
         for thing in renderings.things:
             text = WHAT_IS_THIS
@@ -268,6 +270,7 @@ def _two_images(
             (fitting.pick(right, random_numbers), right.name),
             (other.pick(wrong, random_numbers), wrong.name),
         ]
+        # Each side has the answer equally often, or its position would give the answer away.
         if i // len(sides) % 2:
             pair.reverse()
         yield DemoQuestion(

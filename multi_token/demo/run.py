@@ -85,11 +85,14 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
         "train": {
             "output_dir": str(out),
             "seed": seed,
+            # Naming rows alone: their answers are captions of one image.
             "closed_form": {
                 "rows": [{"rows": str(data.file("naming"))}],
                 "caption_format": " {caption}\n{caption}",
             },
             "feature_cache": True,
+            # The system message and the template's header (13 of about 33 tokens of a row) are
+            # computed once per pack.
             "packing": {"share": True},
             "stages": [
                 {
@@ -101,6 +104,7 @@ def recipe(data: DemoData, out: Path, size: DemoSize, *, seed: int) -> Recipe:
             "args": {
                 "per_device_train_batch_size": size.batch_size,
                 "logging_steps": 2,
+                # The README's numbers are of a CPU; a GPU rounds differently.
                 "use_cpu": True,
             },
         },
@@ -138,7 +142,8 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
     model = train(plan, console=console)
     train_seconds = time.perf_counter() - started
     times = out / "train_seconds.json"
-    if known and times.is_file():  # it was trained by an earlier run of the same command
+    if known and times.is_file():
+        # An earlier run of the same command trained it: `train` only loaded it now.
         train_seconds = json.loads(times.read_text(encoding="utf-8"))
     times.write_text(json.dumps(train_seconds), encoding="utf-8")
 
@@ -161,6 +166,7 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
     ]
     shuffled = asker.ask(mixed, "the same with the images shuffled")
     identical = text_is_untouched(model)
+    # The model before any gradient step.
     start = MultiTokenForConditionalGeneration.from_spec(plan.model)
     load_trained(start, out / "stages" / "0-closed-form")
     begun = BatchGenerator(start.eval(), data, out, console).ask(naming[:half], "no gradient step")
@@ -208,6 +214,7 @@ class BatchGenerator:
 
     def __post_init__(self) -> None:
         assert self.model.processor is not None
+        # A folder of its own: held-out images never enter the features of the training run.
         cache = FeatureCache(self.out / "cache" / "held_out")
         self.model.processor = replace(self.model.processor, cache=cache)
         self.cache = cache
@@ -250,6 +257,7 @@ class BatchGenerator:
 def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
     """Return True if a text-only prompt gives the untrained language model's logits, to the bit."""
     spec = model.config.model
+    # Loaded again from its folder: the run's own copy could not show a change.
     bare: Any = load_language_model(spec["language_model"], dtype=spec["dtype"])
     bare.to(model.device)
     ids = model.processor.tokenizer("The capital of France is", return_tensors="pt").input_ids  # type: ignore[union-attr]

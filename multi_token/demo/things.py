@@ -50,7 +50,8 @@ class Thing:
         """Name with its article: "a dog", "an owl", "corn"."""
         if self.name in _WITHOUT_ARTICLE:
             return self.name
-        vowel = self.name[0] in "aeio" or self.name in ("hourglass", "umbrella")  # "a unicorn"
+        # By sound: "an hourglass", but "a unicorn".
+        vowel = self.name[0] in "aeio" or self.name in ("hourglass", "umbrella")
         return f"{'an' if vowel else 'a'} {self.name}"
 
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,23 +101,24 @@ def blind(
             f"expected at least 2 rows whose media can be exchanged for others, got {len(chosen)} "
             f"of {len(rows)}; give rows with media that are not all the same"
         )
-
-    def score(samples: list[Sample]) -> RowScores:
-        return score_rows(model, samples, batch_size=batch_size)
-
+    score = partial(score_rows, model, batch_size=batch_size)
     original = [rows[i][1](rows[i][0]) for i in chosen]
     base = score(original)
     conditions = [Condition("original", _mean(base.loss), _mean(base.accuracy))]
     shuffled = score([shuffle.sample(i, modality_names) for i in chosen])
     conditions.append(_compare("shuffled", shuffled, base))
+    # The same samples as original ones: only the projectors' input differs.
     with ablated(model, modality_names):
         conditions.append(_compare("ablated", score(original), base))
+    # Judged by shuffled media: they are ordinary items, while a mean is an input that the projector
+    # was never trained on, whose loss may be higher for that reason alone.
     warnings = _warnings(conditions[1], "its media")
     for name in modality_names if len(modality_names) > 1 else ():
         some = [k for k, i in enumerate(chosen) if shuffle.donors(i, [name])]
         if len(some) < 2:
             continue
         alone = score([shuffle.sample(chosen[k], [name]) for k in some])
+        # Other rows have no replacement in this modality, so the base leaves them out as well.
         same_rows = RowScores(base.loss[some], base.accuracy[some])
         conditions.append(_compare(f"{name} shuffled", alone, same_rows))
         warnings += _warnings(conditions[-1], repr(name))
@@ -184,11 +186,11 @@ class MediaShuffle:
             # Sorted by modality, rows with equal numbers of each have them at equal indices.
             if [name for name, _ in mine] == [name for name, _ in theirs]:
                 pairs = [(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True)]
-                if all(self._differ(index, a, other, b) for a, b in pairs):
+                if all(self._digest(index, a) != self._digest(other, b) for a, b in pairs):
                     return {a: (other, b) for a, b in pairs}
             for name, a in mine:
                 for their_name, b in theirs if a not in singles else ():
-                    if name == their_name and self._differ(index, a, other, b):
+                    if name == their_name and self._digest(index, a) != self._digest(other, b):
                         singles[a] = (other, b)
                         break
         return singles if len(singles) == len(mine) else {}
@@ -219,9 +221,6 @@ class MediaShuffle:
         media = enumerate(self.rows[index][0].media)
         return sorted((item.modality, i) for i, item in media if item.modality in modality_names)
 
-    def _differ(self, index: int, item_index: int, other: int, other_index: int) -> bool:
-        return self._digest(index, item_index) != self._digest(other, other_index)
-
     def _digest(self, index: int, item_index: int) -> bytes:
         # By content, not by path: data sets hold copies of one file under several names.
         if (index, item_index) not in self._digests:
@@ -247,6 +246,7 @@ def ablated(
         if isinstance(projector, Projector) and projector.spec.standardize:
             mean = projector.feature_mean.to(features.values.dtype)
         else:
+            # Without line breaks, which are no content of an item.
             mask = mask_without_newlines(features)
             values = features.values
             mean = values.flatten(0, 1).mean(0) if mask is None else values[mask].mean(0)

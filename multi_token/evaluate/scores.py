@@ -66,6 +66,7 @@ def score_rows(
     Raises MultiTokenError for a sample without supervised tokens.
     """
     collate = Collator(model.modalities, model.require_processor().chat.filler_id)
+    # Also called within a run, which trains on with the mode as it was.
     was_training = model.training
     model.eval()
     losses: list[Tensor] = []
@@ -74,6 +75,7 @@ def score_rows(
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             batch: Any = send_to_device(dict(collate(chunk)), model.device)
+            # float32: rounded to bfloat16, losses of a row under two conditions come out equal.
             logits = model(**batch).logits.float()
             loss, accuracy = _by_row(logits, batch["shift_labels"], [s.id for s in chunk])
             losses.append(loss)
@@ -98,6 +100,7 @@ def _by_row(logits: Tensor, shift_labels: Tensor, ids: Sequence[str]) -> tuple[T
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[1:] = (rows[1:] != rows[:-1]) | (times[1:] != times[:-1] + 1)
     answer = begins.cumsum(0) - 1
+    # Sums by index instead of a loop over rows: a host sync for all answers, not one for each.
     num_wrong = torch.zeros(int(begins.sum()), device=logits.device)
     num_wrong.index_add_(0, answer, (logits.argmax(-1) != labels).float())
     row_of_answer = rows[begins]

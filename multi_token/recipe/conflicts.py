@@ -57,6 +57,8 @@ class Conflict:
 
 def check_conflicts(model: ModelSpec, data: DataSpec, train: TrainSpec) -> None:
     """Raise RecipeError with a line for every conflict in the sections of a recipe."""
+    # every row sees every stage: `args` of a stage override those of the run, so that a conflict of
+    # the run's settings may hold in one stage only
     stages = [Settings(model, data, train, stage) for stage in train.stages]
     sentences = [conflict.sentence(stage) for conflict in CONFLICTS for stage in stages]
     # a conflict of settings outside `stages` is found in every stage
@@ -66,6 +68,7 @@ def check_conflicts(model: ModelSpec, data: DataSpec, train: TrainSpec) -> None:
 
 
 def _holds(settings: Settings, setting: str) -> bool:
+    # a misspelled key never holds; the test that makes every row fire finds it
     key, _, values = setting.partition(": ")
     value = reduce(_value_at, key.split("."), settings)
     if values in ("", "null", "false"):
@@ -152,6 +155,7 @@ CONFLICTS = (
             and (cache.path is None or cache.auto)
         ),
     ),
+    # the longest row is unknown, so a pack has to hold any row that `max_tokens` allows
     Conflict(
         ("data.stream", "train.packing", "train.pack_tokens < data.max_tokens"),
         "train.pack_tokens is {train.pack_tokens}, but a stream may bring a row of "
@@ -173,6 +177,7 @@ CONFLICTS = (
         ("train.pack_items", "train.packing: null"),
         "`pack_items` needs `packing: true`; set that, or leave `pack_items` out",
     ),
+    # FSDP2 shards parameters by `DTensor`, and quantized weights are not parameters of floats
     Conflict(
         ("train.fsdp", "model.quantization"),
         "train.fsdp shards floating-point weights, and model.quantization "
@@ -187,11 +192,14 @@ CONFLICTS = (
         ("train.fsdp", "args.deepspeed"),
         "`train.fsdp` and `deepspeed` of `args` exclude each other; keep one",
     ),
+    # a sharded forward is a collective: a process that skips it stops all others
     Conflict(
         ("train.fsdp", "stage.distillation.missing: cross_entropy"),
         "with `fsdp` the teacher of stage {stage.name!r} must run in every step of every process, "
         "or the others wait for it; set `distillation.missing` to raise",
     ),
+    # DPO has padded batches of pairs alone, and computes the reference before the first step from a
+    # complete model and all rows
     Conflict(
         ("stage.dpo", "train.fsdp"),
         "`fsdp` and the `dpo` of stage {stage.name!r} exclude each other; keep one, or give that "
@@ -237,6 +245,7 @@ CONFLICTS = (
         "({model.quantization.kind}) stores in integers; train an `adapter` on it (QLoRA), or set "
         "model.quantization to null",
     ),
+    # DoRA needs the norm of each weight; PEFT dequantizes 4 bits for it, but not LLM.int8
     Conflict(
         ("stage.learn.adapter", "train.adapter.use_dora", "model.quantization.kind: 8bit"),
         "train.adapter: `use_dora` reads complete weights, which 8bit does not keep; use 4bit, or "
@@ -251,6 +260,7 @@ CONFLICTS = (
         "`last_layers` and `lora` of the encoder of {found!r} exclude each other; keep one",
         when=_with_layers_and_lora,
     ),
+    # the checkpoint holds one state per encoder: LoRA or plain tensors
     Conflict(
         ("stage.learn.encoders.*.lora", "another stage's lora of the same encoder"),
         "the encoder of {found!r} is trained by other means in stage {stage.name!r} than before; "

@@ -9,26 +9,25 @@ from pydantic import Field, field_validator, model_validator
 
 from multi_token.modalities.base import AnyModality, Modality
 from multi_token.recipe.data import StrictModel
+from multi_token.recipe.renamed import RENAMED_WORDS
 from multi_token.types import TrainOnTurns
 
-_RESERVED_NAMES = frozenset(
-    {"id", "text", "message", "messages", "conversation", "conversations", "lr", "media_texts"}
-    | {"prompt", "chosen", "rejected"}
-    # keys of earlier versions: a modality of that name would be taken for one
-    | {"rate", "surrogates"}
-)
+_RESERVED_NAMES = RENAMED_WORDS | {
+    *("id", "text", "message", "messages", "conversation", "conversations", "lr", "media_texts"),
+    *("prompt", "chosen", "rejected"),
+}
 
 
 class Quantization(StrictModel):
-    """How the frozen language model's weights are stored; what is trained stays float32."""
+    """Storage of the frozen language model's weights; trained parameters stay float32."""
 
     kind: Literal["4bit", "8bit", "int8"]
     """`4bit` (nf4) and `8bit` by bitsandbytes, `int8` (weight-only) by torchao."""
     double_quant: bool | None = None
-    """4bit: the scales are quantized too, which saves another 0.4 bits a weight (default: true)."""
+    """4bit: quantize the scales too, which saves another 0.4 bits a weight (default: true)."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """4bit: what weights are multiplied in (default: `model.dtype` if it names one, else bfloat16
-    on an accelerator and float32 without)."""
+    """4bit: precision of products (default: `model.dtype` if that names one, else bfloat16 on an
+    accelerator and float32 without)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -45,7 +44,12 @@ class Quantization(StrictModel):
 
 
 class ModelSpec(StrictModel):
-    """The language model and its modalities."""
+    """The `model` section of a recipe, and of a checkpoint's config.json.
+
+    Raises:
+        ValueError: For a modality name that rows or recipes use, or a field of another kind of
+            quantization.
+    """
 
     language_model: str
     """Hub name or folder of a decoder-only model of transformers, or a GGUF file or folder."""

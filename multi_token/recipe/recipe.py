@@ -1,4 +1,4 @@
-"""Recipe of a run: model, data, training. YAML and `key=value` overrides -> checked objects."""
+"""Recipe of a run: YAML and `key=value` overrides -> checked model, data and training sections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from multi_token.registry import did_you_mean, validate_fields
 
 
 class Recipe(StrictModel):
-    """The tree of a run."""
+    """Settings of a run, frozen and checked: `load_recipe` reads them from YAML.
+
+    Args:
+        model: The language model and its modalities.
+        data: Training rows, held-out rows, and their order.
+        train: Stages, trainable parts and learning rates, output folder.
+
+    Raises:
+        RecipeError: If settings exclude each other (recipe/conflicts.py), or a stage trains an
+            unknown modality.
+    """
 
     model: ModelSpec
     data: DataSpec
@@ -47,14 +57,26 @@ class Recipe(StrictModel):
         return self
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
+        """Write the recipe as YAML, with all defaults.
+
+        Args:
+            path: The file.
+        """
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), "utf-8")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `key=value` overrides (`train.stages.0.args.max_steps=10`).
+    """Read a YAML recipe and apply overrides.
 
-    Raises RecipeError with the file, the key and the nearest known name.
+    Args:
+        path: The file.
+        overrides: `key=value` with dotted keys (`train.stages.0.args.max_steps=10`).
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        RecipeError: With the file, the key, and the nearest known name.
     """
     path = Path(path)
     try:
@@ -67,13 +89,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
-    """YAML text -> Recipe. Raises RecipeError."""
+    """As `load_recipe`, from YAML text; `where`: name of the text in errors."""
     fields = _read_yaml(text, where)
     if not isinstance(fields, Mapping):
         raise RecipeError(f"{where}: expected keys model, data and train, got {fields!r}")
     tree = dict(fields)
+    # overrides before validation, so that `train.closed_form=null` and unknown keys are checked too
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = override.partition("=")  # the first: values may hold `=`
         if not equals:
             raise RecipeError(f"expected key=value (train.seed=1), got {override!r}")
         _set_override(tree, key.split("."), _read_yaml(value, override), override)
@@ -95,6 +118,7 @@ def _set_override(tree: Any, keys: list[str], value: Any, override: str) -> None
         if last:
             tree[at] = value
         else:
+            # a missing section is created: validation then reports an unknown name with its path
             tree = tree[at] if isinstance(tree, list) else tree.setdefault(at, {})
 
 
@@ -110,7 +134,7 @@ def differences(a: Any, b: Any, at: str = "") -> list[tuple[str, Any, Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in Python and YAML 1.2."""
+    """YAML 1.2's floats: PyYAML follows YAML 1.1, in which 1e-3 is a text."""
 
 
 _Loader.add_implicit_resolver(
@@ -118,7 +142,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$"),
     list("-+0123456789."),
 )
-_Loader.add_implicit_resolver(  # after the float's, so that whole numbers stay whole
+_Loader.add_implicit_resolver(  # after the float's, which matches integers too
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789")
 )
 

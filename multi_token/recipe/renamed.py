@@ -26,6 +26,9 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {("train.closed_form.targets", "in_order"): "by_position"}
 """(Path, value of an earlier version) -> its value now."""
 
+RENAMED_WORDS = frozenset({"rate", "surrogates"})
+"""Keys of earlier versions beside names of modalities: a modality cannot have such a name."""
+
 _PATTERNS = {
     re.compile(re.escape(old).replace(r"\*", r"[^.]+")): new for old, new in RENAMED_KEYS.items()
 }
@@ -38,6 +41,7 @@ def check_renamed(fields: Any, at: str = "") -> None:
         fields: A recipe, or a section of one, as YAML gives it.
         at: Path of that section in a recipe: `model` for the one that a checkpoint holds.
     """
+    # all at once, so that an old recipe needs one correction and not one per start
     sentences = []
     for path, value in _walk(fields, at):
         new = next((new for old, new in _PATTERNS.items() if old.fullmatch(path)), None)

@@ -8,9 +8,6 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from multi_token.recipe.data import DataSource, StrictModel
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-"""A learning rate."""
-
 
 class ClosedFormSpec(StrictModel):
     """The closed-form start: ridge regression from features to caption embeddings."""
@@ -18,18 +15,19 @@ class ClosedFormSpec(StrictModel):
     penalty: float = Field(default=100.0, gt=0)
     """Ridge penalty on standardized features."""
     caption_format: str = Field(default=" {caption}", pattern=r"\{caption\}")
-    """Target of an item's tokens. A leading space makes a word's own token; a second time on
-    a line of its own (" {caption}\\n{caption}") also gives the tokens that start an answer."""
+    """Text whose embeddings are the target of an item's tokens. With the leading space, a word
+    has the token that it has inside a sentence; " {caption}\\n{caption}" adds the tokens at the
+    start of an answer."""
     targets: Literal["mean", "by_position"] = "mean"
-    """Target of each token of an item: the `mean` of its caption's embeddings, or, for
-    speech and whatever else goes through its caption from first word to last, the caption's token
-    at the same part of the way (`by_position`)."""
+    """Target of each token of an item: the `mean` of its caption's embeddings, or the caption's
+    token at the same relative position (`by_position`), for speech and other media in the order
+    of their caption."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
 
 
 class LoraSpec(StrictModel):
-    """LoRA (PEFT): the rank, the scale and the dropout of what is learned beside frozen layers."""
+    """LoRA (PEFT): rank, scale and dropout."""
 
     r: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
@@ -40,20 +38,19 @@ class AdapterSpec(LoraSpec):
     """LoRA on the language model."""
 
     target_modules: str | list[str] = "all-linear"
-    """Inside the language model only; encoders and projectors are never touched."""
+    """Layers of the language model; never those of encoders or projectors."""
     use_dora: bool = False
-    """DoRA: each weight's length is learned apart from its direction (Liu et al.,
+    """DoRA: each weight's magnitude is trained apart from its direction (Liu et al.,
     arXiv:2402.09353); slower, and with a few more parameters."""
     use_rslora: bool = False
     """rsLoRA: scaled by lora_alpha / sqrt(r) instead of lora_alpha / r (Kalajdzievski,
-    arXiv:2312.03732), so that higher ranks pay; set `lora_alpha` lower with it."""
+    arXiv:2312.03732), for high ranks; it needs a lower `lora_alpha`."""
 
 
 class LearningRate(StrictModel):
-    """How fast something learns; `2.0e-6` stands for `{lr: 2.0e-6}`."""
+    """Learning rate and weight decay; `2.0e-6` is short for `{lr: 2.0e-6}`."""
 
-    lr: PositiveFloat
-    """Learning rate."""
+    lr: float = Field(gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of its matrices; default: `weight_decay` of `args` (transformers': 0)."""
 
@@ -64,7 +61,8 @@ class LearningRate(StrictModel):
 
 
 def _lr_kind(fields: Any) -> str:
-    """Return True if a value is one learning rate, and not a mapping from instances to theirs."""
+    """`all` for one learning rate, `each` for a mapping from instances to theirs."""
+    # no modality can be named `lr` (recipe/model.py), so the key decides
     by_instance = isinstance(fields, dict) and "lr" not in fields
     return "each" if by_instance else "all"
 
@@ -79,9 +77,9 @@ class TrainableEncoder(LearningRate):
     """Trainable part of an encoder: all of it, its last layers, or LoRA on its linear layers."""
 
     last_layers: int | None = Field(default=None, ge=1)
-    """So many of its last layers, and nothing before or behind them (a final norm stays)."""
+    """Number of its last layers to train; a norm after them stays frozen."""
     lora: LoraSpec | None = None
-    """LoRA on all of its linear layers, which stay as they are."""
+    """LoRA on all of its linear layers, which stay frozen."""
 
 
 class Trainable(StrictModel):
@@ -92,15 +90,15 @@ class Trainable(StrictModel):
 
     projectors: LearningRates | None = None
     """The projectors, or some of them by instance (`{sound: 1.0e-3}`). An encoder that starts from
-    random weights learns with its projector."""
+    random weights is trained with its projector."""
     projector_biases: LearningRate | None = None
-    """Their last biases, the part of a token that all items share (a soft prompt), which are
-    decayed only if a `weight_decay` is given here; default: they learn as `projectors`. After a
+    """Their last biases, the part of a token that all items share (a soft prompt). They are
+    decayed only if a `weight_decay` is set here; default: as `projectors`. After a
     closed-form start ten times the rate pays: see benchmarks/closed_form.py."""
     encoders: dict[str, TrainableEncoder] = Field(default_factory=dict)
-    """Encoders that learn, by instance: a rate, or a section with more."""
+    """Trainable encoders, by instance: a learning rate, or a section with more."""
     adapter: LearningRate | None = None
-    """LoRA on the language model, as `train.adapter` says."""
+    """LoRA on the language model, with the settings of `train.adapter`."""
     language_model: LearningRate | None = None
     """All weights of the language model, in float32. It is then saved inside the run."""
 
@@ -108,47 +106,50 @@ class Trainable(StrictModel):
     def _check_anything_trains(self) -> Trainable:
         if not (self.projectors or self.encoders or self.adapter or self.language_model):
             raise ValueError(
-                "a stage must learn something: set `projectors`, `encoders`, `adapter` or "
+                "a stage must train something: set `projectors`, `encoders`, `adapter` or "
                 "`language_model`"
             )
         return self
 
     def projector(self, name: str) -> LearningRate | None:
-        """How fast an instance's projector learns, or None if it is frozen."""
+        """Learning rate of an instance's projector, or None if it is frozen."""
         return self.projectors.get(name) if isinstance(self.projectors, dict) else self.projectors
 
     @property
     def logged_lr(self) -> float:
-        """The rate that stands for the stage where there is room for one."""
+        """The learning rate that the log and transformers show for the stage."""
         of_projectors = (
             self.projectors.values() if isinstance(self.projectors, dict) else [self.projectors]
         )
-        paces = (*of_projectors, self.adapter, self.language_model, *self.encoders.values())
-        return next(pace.lr for pace in paces if pace is not None)
+        rates = (*of_projectors, self.adapter, self.language_model, *self.encoders.values())
+        return next(rate.lr for rate in rates if rate is not None)
 
 
 class DistillationSpec(StrictModel):
-    """The language model without its adapter, which reads texts in place of media (Ultravox)."""
+    """Distillation from the language model without adapter, on texts in place of media.
+
+    The loss is Ultravox's: KL(teacher, student) at the supervised tokens.
+    """
 
     weight: float = Field(default=1.0, gt=0, le=1)
-    """Share of the divergence from the teacher's answer in the loss; the rest is cross entropy."""
+    """Share of the KL divergence in the loss; the rest is cross entropy."""
     temperature: float = Field(default=1.0, gt=0)
-    """Both answers' logits are divided by it (Hinton et al., arXiv:1503.02531)."""
+    """Divisor of both logits (Hinton et al., arXiv:1503.02531)."""
     missing: Literal["raise", "cross_entropy"] = "raise"
-    """A row with an item that has no text: bad, or learned by cross entropy alone."""
+    """A row with an item without text: a bad row, or trained by cross entropy alone."""
 
 
 class DpoSpec(StrictModel):
-    """Learn to prefer a row's `chosen` answer to its `rejected` one; see docs/preferences.md."""
+    """Preference training on `chosen` and `rejected` answers (DPO); see docs/preferences.md."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How much the model is held to what it was when the stage began."""
+    """Strength of the pull towards the model at the start of the stage."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """The formulas are in train/dpo.py."""
+    """Loss; train/dpo.py has the formulas."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """With `sigmoid`: the share of rows whose answers may have been swapped by mistake."""
+    """With `sigmoid`: assumed share of rows whose two answers are swapped."""
     missing: Literal["raise", "skip"] = "raise"
-    """A row without the two answers: bad, or left out of this stage."""
+    """A row without the two answers: a bad row, or left out of this stage."""
 
 
 class Stage(StrictModel):
@@ -157,9 +158,9 @@ class Stage(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     learn: Trainable
     distillation: DistillationSpec | None = None
-    """Aim at what the language model answers to the rows' `media_texts`; `{}` for the defaults."""
+    """Train on the language model's answers to the rows' `media_texts`; `{}`: the defaults."""
     dpo: DpoSpec | None = None
-    """Learn from pairs of answers (`chosen`, `rejected`); `{}` for the defaults."""
+    """Train on pairs of answers (`chosen`, `rejected`); `{}`: the defaults."""
     args: dict[str, Any] = Field(default_factory=dict)
     """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
 
@@ -168,24 +169,24 @@ class FeatureCacheSpec(StrictModel):
     """Feature cache of frozen encoders: folder and precision."""
 
     path: str | None = None
-    """The folder, which runs and machines may share; default: `cache` in the run's own."""
+    """Folder, which runs and machines may share; default: `cache` in the run's folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of stored features; bfloat16 halves them, and rounds what the encoder gave."""
+    """Precision of stored features; bfloat16 takes half the space, and rounds them."""
     shard_megabytes: int = Field(default=256, ge=1)
-    """A file of the folder is closed once it holds so much."""
+    """Size of a file of the folder."""
     auto: bool = False
-    """Measure on the first items whether keeping features pays, and only then do it."""
+    """Measure on the first items whether caching is faster, and cache only then."""
 
 
 class FsdpSpec(StrictModel):
-    """How the language model is shared out among processes; see docs/scale-out.md."""
+    """Sharding of the language model over processes (FSDP2); see docs/scale-out.md."""
 
     replicas: int = Field(default=1, ge=1)
-    """Groups of processes with all pieces each (HSDP), for several machines: the number of them."""
+    """Number of replicas, each sharded over a group of processes (HSDP): that of machines."""
 
 
 class PackingSpec(StrictModel):
-    """How rows of a batch share one row of tokens."""
+    """Packing: several rows in one row of tokens."""
 
     share: bool = False
     """Compute a prefix that rows of a pack share (a system message, an image, or both) once. Rows
@@ -193,40 +194,40 @@ class PackingSpec(StrictModel):
 
 
 class TrainSpec(StrictModel):
-    """How it is learned."""
+    """The `train` section of a recipe."""
 
     output_dir: str
     init_from: str | None = None
-    """A trained run (folder or hub name) whose projectors, trained encoders, adapter and trained
-    language model are taken over as they are; instances that it does not have start again."""
+    """A trained run (folder or hub name) to initialize from: projectors, trained encoders, adapter,
+    fully trained language model. Modalities that it does not have are new."""
     seed: int = 0
     closed_form: ClosedFormSpec | None = Field(default_factory=ClosedFormSpec)
-    """Stage zero; `null` turns it off."""
+    """Closed-form start before the first stage; `null` turns it off."""
     feature_cache: FeatureCacheSpec | None = None
     """Run frozen encoders once and keep every item's features on disk: `true`, `false`, `auto`, or
     a section with more. See docs/feature-cache.md."""
     packing: PackingSpec | None = None
-    """Rows of a batch stand one after the other in one row of tokens, without padding; each attends
-    to itself alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size`
+    """Lay rows one after the other in one row of tokens, without padding; each attends to itself
+    alone. A batch is then one pack (`pack_tokens`), not `per_device_train_batch_size`
     rows. The loss stays the same. `true`, `false`, or `{share: true}`."""
     pack_tokens: int | None = Field(default=None, ge=1)
     """Tokens of a pack; default: `per_device_train_batch_size` times the mean length of a row, and
     at least the longest row."""
     pack_items: int | None = Field(default=None, ge=1)
-    """The most media items in a pack, where encoders need the memory; default: no limit."""
+    """Most media items in a pack, a limit on the encoders' memory; default: none."""
     fsdp: FsdpSpec | None = None
-    """Each process holds a piece of the language model's weights, gradients and optimizer state
-    (FSDP2): `true`, or a section. Needs several processes; one alone trains without."""
+    """Shard the language model's weights, gradients and optimizer state over the processes
+    (FSDP2): `true`, or a section. A single process trains without."""
     compile_layers: bool = False
-    """Each layer of the language model is compiled by torch (inductor); see docs/scale-out.md."""
+    """Compile each layer of the language model (torch, inductor); see docs/scale-out.md."""
     liger: bool = False
-    """Liger's kernels in the language model's layers; needs a GPU and the package liger-kernel."""
+    """Use Liger's kernels in the language model; needs a GPU and the package liger-kernel."""
     calibration_items: int = Field(default=4096, ge=1)
     """Items of each modality whose features fix the projector's statistics."""
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
     stages: list[Stage] = Field(min_length=1)
     num_samples: int = Field(default=4, ge=0)
-    """Rows of `data.eval` whose answers are shown at each evaluation."""
+    """Number of `data.eval` rows whose answers are shown at each evaluation."""
     blind: bool = True
     """Test at each evaluation and at the end whether the model uses its media: rows of `data.eval`
     with original, shuffled and ablated media."""
@@ -243,6 +244,7 @@ class TrainSpec(StrictModel):
     @field_validator("feature_cache", mode="before")
     @classmethod
     def _feature_cache_from_word(cls, value: Any) -> Any:
+        # `model_dump` writes the section, so a saved recipe comes back as it was
         words: dict[Any, Any] = {True: {}, False: None, "auto": {"auto": True}, None: None}
         if isinstance(value, (bool, str)):
             if value not in words:
@@ -255,7 +257,7 @@ class TrainSpec(StrictModel):
 
     @property
     def distillation_mode(self) -> Literal["required", "optional"] | None:
-        """How rows are also read with texts in place of their media, for distillation."""
+        """Processor's mode for the teacher's samples; None without distillation."""
         teachers = [stage.distillation for stage in self.stages if stage.distillation is not None]
         if not teachers:
             return None
@@ -263,7 +265,7 @@ class TrainSpec(StrictModel):
 
     @property
     def preference_mode(self) -> Literal["required", "optional"] | None:
-        """How rows are also read with their rejected answers, for stages with `dpo`."""
+        """Processor's mode for rejected answers; None without a stage with `dpo`."""
         missing = [stage.dpo.missing for stage in self.stages if stage.dpo is not None]
         return None if not missing else "required" if "raise" in missing else "optional"
 

@@ -42,7 +42,10 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: 
         _value_tick(value, down(value), percent=share and not log)
         for value in _value_ticks(low, high, log=log)
     ]
-    marks += [_step_tick(step, across(step)) for step in _step_ticks(first, last)]
+    marks += [
+        f'<text x="{across(step):.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{step}</text>'
+        for step in _step_ticks(first, last)
+    ]
     if log:
         curve = line(points, "raw") + line(_smoothed(points), "smooth")
     else:
@@ -65,11 +68,13 @@ def _value_range(values: Sequence[float], *, log: bool, share: bool) -> tuple[fl
         bottom = width * math.floor(low / width)
         return bottom, width * math.ceil(high / width) if high > bottom else bottom + 4 * width
     low, high = min(values), max(values)
+    # Space around the curve; at least a factor of 1.5, so that noise does not fill the axis.
     return low / 1.15, max(high, low * 1.5) * 1.15
 
 
 def _value_ticks(low: float, high: float, *, log: bool) -> list[float]:
     if not log:
+        # The range is whole widths already; the margin keeps rounding from doubling the width.
         width = _round_up((high - low) / 4 * 0.999)
         return [low + width * i for i in range(round((high - low) / width) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -102,16 +107,10 @@ def _value_tick(value: float, y: float, *, percent: bool) -> str:
     )
 
 
-def _step_tick(step: int, x: float) -> str:
-    return f'<text x="{x:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{step}</text>'
-
-
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return running means over a tenth of the curve, of logarithms, as the axis shows them."""
     logs = [math.log(value) for _, value in points]
     reach = len(points) // 20
-    smoothed: list[tuple[int, float]] = []
-    for i, (step, _) in enumerate(points):
-        window = logs[max(0, i - reach) : i + reach + 1]
-        smoothed.append((step, math.exp(sum(window) / len(window))))
-    return smoothed
+    windows = [logs[max(0, i - reach) : i + reach + 1] for i in range(len(logs))]
+    means = [math.exp(sum(window) / len(window)) for window in windows]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]

@@ -32,6 +32,7 @@ def page(
 
     `kind`: type of the page, shown above the title. `own_style`: CSS after the common style.
     """
+    # Template, not format: braces in style sheets and content would be fields.
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         kind=escape(kind),
@@ -52,6 +53,7 @@ def tile_list(tiles: Sequence[Tile]) -> str:
 def _tile(tile: Tile) -> str:
     meter = ""
     if tile.part is not None:
+        # Clipped: a part above 1 would be drawn outside of the tile.
         width = 100 * min(1.0, max(0.0, tile.part))
         meter = f'<span class="meter" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
     return (

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from multi_token.serve.errors import ServeError
 
@@ -17,13 +17,12 @@ _INITIAL_SERVICE_S = 2.0
 
 
 class ServiceTime:
-    """Moving average of how long a request takes, and the Retry-After computed from it."""
+    """Moving average of the service time of a request, and the Retry-After computed from it."""
 
     def __init__(self) -> None:
         self.mean_s = _INITIAL_SERVICE_S
 
     def record(self, seconds: float) -> None:
-        """Count one completed request."""
         self.mean_s += _EMA_WEIGHT * (seconds - self.mean_s)
 
     def retry_after_s(self, num_rounds: float) -> int:
@@ -47,27 +46,27 @@ class Admission:
         self._empty.set()
 
     @contextmanager
-    def admit(self, num_answers: int = 1) -> Iterator[None]:
-        """Hold `num_answers` places for one request.
+    def admit(self, num_choices: int = 1) -> Iterator[None]:
+        """Admit one request with `num_choices` choices, until the context ends.
 
-        Raises ServeError: 503 while draining, 429 if too few places are free, 400 if the server
-        does not have that many.
+        Raises ServeError: 503 while draining, 429 if the server is full, 400 if the capacity is
+        smaller than `num_choices`.
         """
-        self.check_capacity(num_answers)
-        self.num_admitted += num_answers
+        self.check_capacity(num_choices)
+        self.num_admitted += num_choices
         self._empty.clear()
         started = time.monotonic()
         try:
             yield
-            # not in `finally`: a request that fails early says nothing about how long one takes
+            # Not in `finally`: a request that fails early would shorten the mean.
             self._service_time.record(time.monotonic() - started)
         finally:
-            self.num_admitted -= num_answers
+            self.num_admitted -= num_choices
             if not self.num_admitted:
                 self._empty.set()
 
-    def check_capacity(self, num_answers: int = 1) -> None:
-        """Raise what `admit` would raise now: cheap, so it comes before a body is parsed."""
+    def check_capacity(self, num_choices: int = 1) -> None:
+        """Raise what `admit` would raise now. Cheap, so a body need not be parsed first."""
         if self.is_draining:
             raise ServeError(
                 "the server is shutting down and takes no new requests",
@@ -75,36 +74,33 @@ class Admission:
                 code="shutting_down",
                 retry=True,
             )
-        if num_answers > self.capacity:
+        if num_choices > self.capacity:
             raise ServeError(
-                f"n is {num_answers}, and this server writes at most {self.capacity} answers",
+                f"n is {num_choices}, over the {self.capacity} choices of this server; lower n",
                 param="n",
                 code="invalid_value",
             )
-        if self.num_admitted + num_answers > self.capacity:
+        if self.num_admitted + num_choices > self.capacity:
             raise ServeError(
-                f"rate limit: all {self.capacity} places of this server are taken; try again later",
+                f"rate limit: this server runs {self.capacity} requests already; try again later",
                 status=429,
                 code="queue_full",
                 retry_after=self.estimated_wait_s(),
             )
 
     def estimated_wait_s(self) -> int:
-        """Return whole seconds until a place should be free, 1 to 60."""
+        """Return whole seconds until a request should be admitted, 1 to 60."""
         num_waiting = max(0, self.num_admitted - self.max_batch)
         return self._service_time.retry_after_s(1 + num_waiting / self.max_batch)
 
     def drain(self) -> None:
-        """Refuse all new requests."""
         self.is_draining = True
 
     async def wait_until_empty(self, timeout_s: float) -> bool:
         """Wait until all admitted requests have ended; False after `timeout_s`."""
-        try:
+        with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        return self._empty.is_set()
 
 
 class Deadline:
@@ -123,7 +119,7 @@ class Deadline:
             seconds = float(header)
         except ValueError:
             seconds = math.nan
-        # a comparison with NaN is false, so NaN is refused too
+        # A comparison with NaN is false, so NaN is refused too.
         if not 0 < seconds < math.inf:
             raise ServeError(
                 "X-Request-Timeout should be a number of seconds over 0",
@@ -138,7 +134,7 @@ class Deadline:
         return max(0.0, self._expires_at - time.monotonic())
 
     def error(self) -> ServeError:
-        """Return a 504 that clients should not repeat: the request would take as long again."""
+        """Return a 504; clients should not send the request again, as it would take as long."""
         return ServeError(
             f"the request took longer than {self.seconds:g} s",
             status=504,

@@ -1,7 +1,7 @@
 """Detokenizer: token ids, one by one -> text as soon as it is certain.
 
-Text is held back while it may still change: an incomplete UTF-8 character, or the beginning of a
-stop string.
+Text is held back while it may still change: an incomplete UTF-8 character, or the start of a stop
+string.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from multi_token.chat.format import ChatFormat
 
 _REPLACEMENT = "\ufffd"
-"""Decoded form of bytes that are no complete character yet."""
+"""Decoded form of bytes that are not a complete character yet."""
 _NUM_CONTEXT_IDS = 4
 """Ids decoded again with each new one: decoders drop or add a space at the start of a text."""
 
@@ -25,7 +25,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
-        """`stop`: strings that end the text; they are not part of it."""
+        """`stop`: strings that end the text, and are not part of it."""
         self.is_stopped = False
         """A stop string has been found: further ids are ignored."""
         self._chat = chat
@@ -49,12 +49,10 @@ class IncrementalDetokenizer:
         return self._until_stop(self._new_text(is_last=True), is_last=True)
 
     def _new_text(self, *, is_last: bool) -> str:
-        """Return the text of the new ids, if its last character is complete.
-
-        Decodes only the last ids, so the cost per token does not grow with the text (the method of
-        vLLM's `detokenize_incrementally`).
-        """
-        # the chat template's answer prefix is no text of the answer, and only `ChatFormat` knows it
+        """Return the text of the new ids, if its last character is complete."""
+        # Only the last ids are decoded, so the cost per token does not grow with the text (as in
+        # vLLM's `detokenize_incrementally`). The first text goes through `ChatFormat`, which drops
+        # the chat template's answer prefix.
         if self._start is None:
             text = self._chat.decode(self._ids, partial=not is_last)
         else:
@@ -82,8 +80,6 @@ class IncrementalDetokenizer:
 
 
 def _num_chars_of_stop(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

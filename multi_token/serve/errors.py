@@ -19,10 +19,17 @@ ErrorType = Literal[
     "timeout_error",
 ]
 
+_TYPES: dict[int, ErrorType] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
 MAX_MESSAGE_CHARS = 300
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
-# A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word is left
-# alone: and/or, image/png, org/model.
+# A word that starts with /, ./, ../ or ~/, or with a drive letter. A slash inside of a word stays:
+# and/or, image/png, org/model.
 _PATH = re.compile(r"(?<![\w:/])(?:~|\.{1,2})?/[\w.\-~+]+(?:/[\w.\-~+]*)*|\b[A-Za-z]:\\\S+")
 
 
@@ -30,8 +37,8 @@ class ServeError(MultiTokenError):
     """A request is refused or fails. `message` is cleaned.
 
     `status`: HTTP status. `type`, `param`, `code`: fields of OpenAI's error object. `retry_after`:
-    seconds until the same request may succeed, if known. `retry`: whether clients should repeat the
-    request (`x-should-retry`); None leaves that to the client.
+    seconds until the same request may succeed, if known. `retry`: value of `x-should-retry`; None
+    leaves the decision to the client.
     """
 
     def __init__(
@@ -48,7 +55,8 @@ class ServeError(MultiTokenError):
         self.message = sanitize(message)
         super().__init__(self.message)
         self.status = status
-        self.type: ErrorType = type or _type_of(status)
+        default: ErrorType = "invalid_request_error" if status < 500 else "server_error"
+        self.type: ErrorType = type or _TYPES.get(status, default)
         self.param = param
         self.code = code
         self.retry_after = retry_after
@@ -65,18 +73,6 @@ class ServeError(MultiTokenError):
         if error_id is not None:
             fields["error_id"] = error_id
         return {"error": fields}
-
-
-def _type_of(status: int) -> ErrorType:
-    if status == 401:
-        return "authentication_error"
-    if status == 404:
-        return "not_found_error"
-    if status == 429:
-        return "rate_limit_error"
-    if status in (408, 504):
-        return "timeout_error"
-    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def sanitize(text: str) -> str:

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from multi_token.serve.engines.base import Engine, SupportsPrefixStats, SupportsReplicas
+from multi_token.serve.engines.engine import Engine
 
 if TYPE_CHECKING:
     from multi_token.serve.admission import Admission
@@ -29,27 +29,21 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
-@dataclass(frozen=True)
-class _CallbackCounter(Collector):
-    name: str
-    help: str
-    value: Callable[[], float]
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        yield CounterMetricFamily(self.name, self.help, value=self.value())
-
-
 @dataclass(frozen=True, eq=False)
-class _LabelledCallbackCounter(Collector):
+class _CallbackCounter(Collector):
+    """Counter whose values, by label, are read at each scrape; prometheus_client has none."""
+
     name: str
     help: str
-    label: str
-    values: Mapping[str, float]
+    values: Callable[[], Mapping[str, float]]
+    label: str | None = None
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(self.name, self.help, labels=[self.label])
-        for kind, value in sorted(dict(self.values).items()):
-            family.add_metric([kind], value)
+        labels = [self.label] if self.label else []
+        family = CounterMetricFamily(f"{_PREFIX}_{self.name}", self.help, labels=labels)
+        # A copy: other threads add labels while this one iterates.
+        for value, number in sorted(dict(self.values()).items()):
+            family.add_metric([value] if self.label else [], number)
         yield family
 
 
@@ -61,88 +55,87 @@ class Metrics:
     def __init__(self, modalities: Collection[str]) -> None:
         self.registry = CollectorRegistry()
         self._modalities = frozenset(modalities)
-        common = {"namespace": _PREFIX, "registry": self.registry}
-        self.requests = Counter("requests", "Requests by HTTP status.", ["status"], **common)
-        self.rejections = Counter(
-            "admission_rejections",
-            "Requests refused at admission, by reason.",
-            ["reason"],
-            **common,
+        counter, seconds = self._counter, self._histogram
+        self.requests = counter("requests", "Requests by HTTP status.", "status")
+        self.rejections = counter(
+            "admission_rejections", "Requests refused at admission, by reason.", "reason"
         )
-        self.aborted = Counter(
-            "requests_aborted", "Requests that did not complete, by reason.", ["reason"], **common
+        self.aborted = counter(
+            "requests_aborted", "Requests that did not complete, by reason.", "reason"
         )
-        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens, media included.", **common)
-        self.generation_tokens = Counter("generation_tokens", "Generated tokens.", **common)
-        self.media_tokens = Counter(
-            "media_tokens", "Media embeddings in prompts, by modality.", ["modality"], **common
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, media included.")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self.media_tokens = counter(
+            "media_tokens", "Media embeddings in prompts, by modality.", "modality"
         )
-        self.engine_restarts = Counter("engine_restarts", "Restarts of a dead engine.", **common)
-        self.first_token = Histogram(
-            "time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            buckets=_SECONDS,
-            **common,
+        self.engine_restarts = counter("engine_restarts", "Restarts of a dead engine.")
+        self.first_token = seconds(
+            "time_to_first_token_seconds", "From a request's arrival to its first token."
         )
-        self.per_token = Histogram(
+        self.per_token = seconds(
             "time_per_output_token_seconds",
             "Mean time of a request's tokens after its first.",
             buckets=_TOKEN_SECONDS,
-            **common,
         )
-        self.latency = Histogram(
-            "e2e_request_latency_seconds",
-            "From a request's arrival to its end.",
-            buckets=_SECONDS,
-            **common,
+        self.latency = seconds(
+            "e2e_request_latency_seconds", "From a request's arrival to its end."
         )
-        self.queue_time = Histogram(
-            "request_queue_time_seconds",
-            "From a prompt's submission to its first token.",
-            buckets=_SECONDS,
-            **common,
+        self.queue_time = seconds(
+            "request_queue_time_seconds", "From a prompt's submission to its first token."
         )
-        self.media_decode = Histogram(
-            "media_decode_seconds",
-            "From an item's bytes to its encoder's inputs.",
-            ["modality"],
-            buckets=_SECONDS,
-            **common,
+        self.media_decode = seconds(
+            "media_decode_seconds", "From an item's bytes to its encoder's inputs.", "modality"
         )
-        self.encoder = Histogram(
-            "encoder_seconds",
-            "From encoder inputs to media embeddings, of one request.",
-            buckets=_SECONDS,
-            **common,
+        self.encoder = seconds(
+            "encoder_seconds", "From encoder inputs to media embeddings, of one request."
         )
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(name, help, labels, namespace=_PREFIX, registry=self.registry)
+
+    def _histogram(
+        self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
+    ) -> Histogram:
+        return Histogram(
+            name, help, labels, namespace=_PREFIX, registry=self.registry, buckets=buckets
+        )
+
+    def _watch_gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
+        Gauge(name, help, namespace=_PREFIX, registry=self.registry).set_function(value)
+
+    def _watch_counter(self, name: str, help: str, value: Callable[[], float]) -> None:
+        self.registry.register(_CallbackCounter(name, help, lambda: {"": value()}))
 
     def watch(
         self,
         engine: Engine,
         admission: Admission,
         media_pool: MediaPool,
-        media_embedder: MediaEmbedder,
+        cache: MediaEmbedder,
     ) -> None:
         """Add gauges and counters that read a server's parts at each scrape."""
-        gauge, counter = self.add_gauge, self.add_counter
+        gauge, counter = self._watch_gauge, self._watch_counter
         gauge("num_requests_running", "Requests in the engine.", lambda: engine.num_running)
         gauge("num_requests_waiting", "Requests in its queue.", lambda: engine.num_waiting)
         gauge("num_requests_admitted", "Admitted requests.", lambda: admission.num_admitted)
         gauge("num_media_waiting", "Items to be decoded.", lambda: media_pool.num_waiting)
-        cache = media_embedder
         gauge("media_cache_bytes", "Cached media embeddings.", lambda: cache.num_bytes)
         counter("media_cache_queries", "Items looked up.", lambda: cache.num_queries)
         counter("media_cache_hits", "Items found in the cache.", lambda: cache.num_hits)
-        if isinstance(engine, SupportsPrefixStats):
+        if engine.is_remote:
+            gauge("engines_alive", "vLLM servers that are up.", lambda: engine.num_replicas)
+            retries = _CallbackCounter(
+                "engine_retries",
+                "Prompts sent to a second server.",
+                lambda: engine.retries,
+                "reason",
+            )
+            self.registry.register(retries)
+        else:
             stats = engine.prefix_stats
             gauge("kv_cache_usage_perc", "Share in use, 0 to 1.", lambda: engine.cache_usage)
             counter("prefix_cache_queries", "Prompt tokens.", lambda: stats.num_queries)
             counter("prefix_cache_hits", "Prompt tokens in the cache.", lambda: stats.num_hits)
-        if isinstance(engine, SupportsReplicas):
-            gauge("engines_alive", "vLLM servers that are up.", lambda: engine.num_replicas)
-            self.add_labelled_counter(
-                "engine_retries", "Prompts sent to a second server.", "reason", engine.retries
-            )
 
     def record_output(self, output: RequestOutput, *, arrived: float, submitted: float) -> None:
         """Count a request that has ended.
@@ -162,26 +155,11 @@ class Metrics:
             return
         self.first_token.observe(output.first_token_time - arrived)
         self.queue_time.observe(output.first_token_time - submitted)
-        # the choices of one request are generated side by side, so their tokens share the time
+        # The choices of one request are generated side by side, so their tokens share the time.
         if output.num_tokens > output.num_choices:
             seconds = now - output.first_token_time
             per_choice = output.num_tokens / output.num_choices
             self.per_token.observe(seconds / max(1.0, per_choice - 1))
-
-    def add_gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Add a gauge whose value is read at each scrape."""
-        gauge = Gauge(name, help, namespace=_PREFIX, registry=self.registry)
-        gauge.set_function(value)
-
-    def add_counter(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Add a counter whose value is read at each scrape."""
-        self.registry.register(_CallbackCounter(f"{_PREFIX}_{name}", help, value))
-
-    def add_labelled_counter(
-        self, name: str, help: str, label: str, values: Mapping[str, float]
-    ) -> None:
-        """Add counters by label, read from a mapping at each scrape."""
-        self.registry.register(_LabelledCallbackCounter(f"{_PREFIX}_{name}", help, label, values))
 
     def modality_label(self, name: str) -> str:
         """Return a modality's label: one of the run's names, or `other`."""

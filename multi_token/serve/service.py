@@ -11,17 +11,19 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from multi_token.errors import ChatTemplateError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
-from multi_token.serve.engines.base import Engine, Prompt
+from multi_token.serve.engines.base import Prompt
+from multi_token.serve.engines.engine import Engine
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
@@ -43,7 +45,6 @@ from multi_token.types import Conversation, Media, Prepared, Sample
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
-T = TypeVar("T")
 LOG = logging.getLogger("multi_token.serve")
 _MAX_CHARACTERS_PER_TOKEN = 64
 _WATCHDOG_INTERVAL_S = 0.5
@@ -165,7 +166,11 @@ class Service:
             allow_urls=bool(settings.allowed_url_hosts),
             max_media=settings.max_media,
             max_messages=settings.max_messages,
-            max_characters=_max_characters(self.engine.max_tokens),
+            # More than fits the context, so a long text is refused before it is tokenized.
+            max_characters=min(
+                MAX_CHARACTERS,
+                _MAX_CHARACTERS_PER_TOKEN * (self.engine.max_tokens or MAX_CHARACTERS),
+            ),
         )
         self.prompts = PromptBuilder(model, settings, self.metrics)
         self.metrics.watch(
@@ -190,7 +195,7 @@ class Service:
     async def start(self) -> None:
         """Start the engine and the media workers. Raises MultiTokenError if one fails."""
         starting = [asyncio.to_thread(self.engine.start), asyncio.to_thread(self.prompts.start)]
-        # return_exceptions: stop() must not run while the other one still starts.
+        # With return_exceptions: stop() must not run while the other one still starts.
         for result in await asyncio.gather(*starting, return_exceptions=True):
             if isinstance(result, Exception):
                 self.start_error = result
@@ -228,7 +233,6 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        """True if the engine runs."""
         return self.engine.is_alive
 
     @property
@@ -273,7 +277,10 @@ class Service:
             building = self.prompts.build(
                 conversation, tenant, lambda length: self._max_new_tokens(length, 1)
             )
-            prompt = await self._with_deadline(building, deadline)
+            try:
+                prompt = await asyncio.wait_for(building, deadline.remaining_s)
+            except asyncio.TimeoutError:
+                raise deadline.error() from None
             max_new_tokens = self._max_new_tokens(len(prompt.input_ids), params.max_tokens)
             # A client chooses X-Request-Id, so two requests may have the same.
             ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(params.n)]
@@ -300,17 +307,11 @@ class Service:
                     self.engine.cancel(id)
                 self.metrics.record_output(output, arrived=arrived, submitted=submitted)
 
-    async def _with_deadline(self, work: Coroutine[Any, Any, T], deadline: Deadline) -> T:
-        try:
-            return await asyncio.wait_for(work, deadline.remaining_s)
-        except asyncio.TimeoutError:
-            raise deadline.error() from None
-
     def _max_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """Maximum number of new tokens. Raises ServeError if they do not fit the context."""
         limit = self.engine.max_tokens
-        room = None if limit is None else limit - num_prompt
-        if room is not None and room < (asked or 1):
+        num_left = None if limit is None else limit - num_prompt
+        if num_left is not None and num_left < (asked or 1):
             raise ServeError(
                 f"the prompt has {num_prompt} tokens"
                 + (f" and asks for {asked} more" if asked and asked > 1 else "")
@@ -321,12 +322,12 @@ class Service:
         if asked is not None:
             return asked
         default = self.settings.default_max_tokens
-        return default if room is None else min(default, room)
+        return default if num_left is None else min(default, num_left)
 
     def _usage(self, prompt: Prompt) -> Usage:
-        media: dict[str, int] = {}
+        media: Counter[str] = Counter()
         for span in prompt.media_spans:
-            media[span.modality] = media.get(span.modality, 0) + span.length
+            media[span.modality] += span.length
         return Usage(len(prompt.input_ids), media, self._openai_kinds)
 
     def check_capacity(self, num_choices: int = 1) -> None:
@@ -351,13 +352,6 @@ class Service:
                 await asyncio.to_thread(self.engine.start)
             except Exception as error:
                 LOG.error("the engine did not restart", exc_info=error)
-
-
-def _max_characters(max_tokens: int | None) -> int:
-    """Limit of a request's text: more than fits the context, so it refuses before tokenizing."""
-    if max_tokens is None:
-        return MAX_CHARACTERS
-    return min(MAX_CHARACTERS, max_tokens * _MAX_CHARACTERS_PER_TOKEN)
 
 
 def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSettings) -> Engine:

@@ -46,12 +46,11 @@ class ServeSettings(BaseModel):
     """Hosts that media may be fetched from; empty: media come in the request only."""
 
     engine_urls: tuple[str, ...] = ()
-    """Addresses of vLLM servers, without `/v1`, that generate for the prompts; none: the local
-    engine of this process does."""
+    """Addresses of vLLM servers, without `/v1`; empty: the local engine generates."""
     engine_key: str | None = Field(default=None, repr=False)
     """The vLLM servers' `--api-key`."""
     engine_startup_timeout_s: float = Field(default=0.0, ge=0)
-    """Time that the start waits for the first vLLM server."""
+    """Time to wait for the first vLLM server at the start."""
     max_batch: PositiveInt = 8
     """Concurrent generations; each choice of `n` counts."""
     max_queue: NonNegativeInt | None = None
@@ -103,7 +102,7 @@ class ServeSettings(BaseModel):
                 "prefix_cache_tokens is a setting of the local engine, and with --engine-url vLLM "
                 "servers keep their own prefix cache: leave out --prefix-cache-tokens"
             )
-        check_engine_settings(self.engine_urls, self.engine_key)
+        self._check_engine_settings()
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError(
@@ -124,8 +123,24 @@ class ServeSettings(BaseModel):
 
     @property
     def max_waiting(self) -> int:
-        """Generations that may wait for a place in the batch."""
+        """Generations that may wait."""
         return 4 * self.max_batch if self.max_queue is None else self.max_queue
+
+    def _check_engine_settings(self) -> None:
+        for url in self.engine_urls:
+            if not _ENGINE_URL.fullmatch(url):
+                shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # hides a password
+                raise ValueError(
+                    f"engine_urls: {shown!r} should be http://HOST:PORT or https://HOST:PORT of an "
+                    "engine, without a path, user or password (its key: MULTI_TOKEN_ENGINE_KEY)"
+                )
+        addresses = [url.rstrip("/") for url in self.engine_urls]
+        if len(set(addresses)) < len(addresses):
+            raise ValueError(f"engine_urls: {addresses} names an engine twice; name each once")
+        if self.engine_key is not None and not _ENGINE_KEY.fullmatch(self.engine_key):
+            raise ValueError(
+                "engine_key must be 1 to 512 printable ASCII characters, without spaces"
+            )
 
 
 def is_loopback(host: str) -> bool:
@@ -134,19 +149,3 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def check_engine_settings(urls: tuple[str, ...], key: str | None) -> None:
-    """Raise ValueError for invalid addresses or an invalid key of vLLM servers."""
-    for url in urls:
-        if not _ENGINE_URL.fullmatch(url):
-            shown = re.sub(r"//[^/]*@", "//...@", url[:200])  # hides a password
-            raise ValueError(
-                f"engine_urls: {shown!r} should be http://HOST:PORT or https://HOST:PORT of an "
-                "engine, without a path, user or password (its key: MULTI_TOKEN_ENGINE_KEY)"
-            )
-    addresses = [url.rstrip("/") for url in urls]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError(f"engine_urls: {addresses} names an engine twice; name each once")
-    if key is not None and not _ENGINE_KEY.fullmatch(key):
-        raise ValueError("engine_key should have printable ASCII characters and no blanks only")

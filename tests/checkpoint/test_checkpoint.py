@@ -109,9 +109,9 @@ def test_a_missing_tensor_is_named(copy: Path, file: str) -> None:
 @pytest.mark.parametrize("file", ["projectors.safetensors", "adapter/adapter_model.safetensors"])
 def test_an_extra_tensor_is_named(copy: Path, file: str) -> None:
     tensors = load_file(copy / file)
-    tensors["image.stranger"] = torch.zeros(2)
+    tensors["image.other"] = torch.zeros(2)
     save_file(tensors, copy / file)
-    with pytest.raises(CheckpointError, match="has unknown image.stranger"):
+    with pytest.raises(CheckpointError, match="has unknown image.other"):
         MultiTokenForConditionalGeneration.from_pretrained(copy)
 
 
@@ -131,7 +131,7 @@ def test_a_file_cut_off_while_written_is_refused(copy: Path) -> None:
 
 
 def test_a_model_folder_made_by_something_else_is_refused(parts: Path) -> None:
-    with pytest.raises(CheckpointError, match="type 'llama', made by something else"):
+    with pytest.raises(CheckpointError, match="type 'llama'; expected one of type"):
         MultiTokenForConditionalGeneration.from_pretrained(parts / "language_model")
 
 

@@ -100,23 +100,21 @@ def test_predict_answers_in_order_and_goes_on_where_it_stopped(
 
 def test_predict_refuses_answers_of_other_rows(run: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    out.write_text('{"id": "stranger", "answer": "x"}\n')
+    out.write_text('{"id": "other", "answer": "x"}\n')
     done = command("predict", run, data / "rows.jsonl", "--out", out)
     assert done.returncode == 1 and "belongs to other rows" in done.stderr
-    assert out.read_text() == '{"id": "stranger", "answer": "x"}\n'
+    assert out.read_text() == '{"id": "other", "answer": "x"}\n'
 
 
 @pytest.mark.slow
-def test_chat_takes_pictures_streams_answers_and_survives_a_wrong_path(
-    run: Path, data: Path
-) -> None:
+def test_chat_takes_images_streams_answers_and_survives_a_wrong_path(run: Path, data: Path) -> None:
     typed = (
-        f"/image {data / 'none.png'}\n/picture x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"
+        f"/image {data / 'none.png'}\n/photo x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"
     )
     done = command("chat", run, "--max-new-tokens", "4", stdin=typed)
     assert done.returncode == 0, done.stderr
     assert "no file at" in done.stdout
-    assert "unknown command /picture" in done.stdout
+    assert "unknown command /photo" in done.stdout
     assert "1 item(s) go with the next message" in done.stdout
 
 
@@ -133,10 +131,10 @@ def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("ask", "{parts}/language_model", "?"), "made by something else"),
+        (("ask", "{parts}/language_model", "?"), "expected one of type"),
         (("ask", "{data}/nowhere", "?"), "found nothing at"),
         (("ask", "{run}", "?", "--image", "{data}/none.png"), "no file at"),
-        (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "not an image"),
+        (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "; expected one of"),
         (("ask", "{run}", "?", "--media", "vector"), "expected --media NAME=SOURCE"),
         (("ask", "{run}", "?", "--media", "smell=x"), "'smell', but the recipe has image"),
         (("train", "{data}/none.yaml"), "expected a recipe file"),

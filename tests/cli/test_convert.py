@@ -50,10 +50,10 @@ def test_from_the_original_s_folder_to_a_repository(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (("import", "{tmp}/none", "--out", "{tmp}/run"), "there is no folder"),
-        (("import", "nobody/x", "--out", "{tmp}/run"), "no folder nobody/x here"),
+        (("import", "ada/x", "--out", "{tmp}/run"), "no folder ada/x here"),
         (("export", "{tmp}/none", "--to", "merged", "--out", "{tmp}/run"), "found nothing at"),
         (("push", "{tmp}/none", "ada/seer"), "found nothing at"),
-        (("ask", "nobody/run", "?"), "no folder nobody/run here"),
+        (("ask", "ada/run", "?"), "no folder ada/run here"),
     ],
 )
 def test_bad_input_is_one_of_our_errors_and_writes_nothing(

@@ -61,7 +61,7 @@ def test_the_last_share_reports_what_one_process_would(
 ) -> None:
     alone = check(rows, "--recipe", recipe)
     assert alone.exit_code == 1 and "12 rows: 9 good, 3 bad" in alone.output
-    assert not (tmp_path / "run").exists(), "one process leaves nothing behind"
+    assert not (tmp_path / "run").exists(), "one process leaves no files"
     for attempt in range(2):  # the second time all good rows are known
         kept = tmp_path / "kept"
         for share in (2, 0, 1):
@@ -88,7 +88,7 @@ def test_training_reads_no_media_of_rows_that_were_checked(
         env = {"RANK": str(share), "WORLD_SIZE": "2"}
         done = check(rows, "--recipe", recipe, **env)
     assert "4 rows: 4 good, 0 bad" in done.output
-    for name in ("red", "blue"):  # no image any more, but none that could be told without a look
+    for name in ("red", "blue"):  # no image any more, which only a reading of the file finds
         path = tmp_path / f"{name}.png"
         before = path.stat()
         path.write_bytes(b"x" * before.st_size)

@@ -139,7 +139,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     from multi_token.cli import app
 
-    # by its name: in the package the command stands before its own module
+    # by its name: in the package, the command `serve` hides the module of that name
     module = sys.modules["multi_token.cli.serve"]
     monkeypatch.setattr(module, "_PACKAGES", ("no_such_package",))
     result = CliRunner().invoke(app, ["serve", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""convert/parts_template.py: the same text for texts, and parts as their joined text."""
+"""convert/chat_templates.py: texts render as before, and parts as their joined text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from multi_token.convert.parts_template import accept_content_parts, part_placeholder
+from multi_token.convert.chat_templates import accept_content_parts, part_placeholder
 from multi_token.testing import TEMPLATES, tiny_tokenizer
 
 TURNS: list[dict[str, Any]] = [

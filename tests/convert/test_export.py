@@ -87,7 +87,7 @@ def test_a_merged_run_is_whole_wherever_it_lies_and_gives_the_same_logits(
     assert json.loads((moved / "config.json").read_text()) == fields
 
 
-def test_the_language_model_s_folder_stands_alone_and_says_how_it_is_served(
+def test_the_language_model_s_folder_is_complete_and_its_manifest_has_the_serve_command(
     run: Path, for_engines: Path, data: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,16 +139,16 @@ def test_a_run_of_another_shape_than_llava_s_is_refused_with_the_reason(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fault_on_the_way_leaves_nothing_behind(run: Path, tmp_path: Path, parts: Path) -> None:
+def test_an_export_that_fails_leaves_no_files(run: Path, tmp_path: Path, parts: Path) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "broken"))
     fields = json.loads((broken / "config.json").read_text())
-    # parts that this template does not join as it joins texts
+    # this template renders parts differently from their joined text
     template = "{% if messages[0]['content'] is string %}{{ range(3) | random }}{% endif %}"
     fields["model"]["chat_template"] = (
         template + "{{ cycler('a', 'b').next() }}{{ lipsum(n=1, min=2, max=5) }}"
     )
     (broken / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(MultiTokenError, match="renders parts otherwise"):
+    with pytest.raises(MultiTokenError, match="renders content parts differently"):
         export(broken, tmp_path / "out", to="language-model")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 

@@ -65,7 +65,7 @@ def reloaded(folder: Path) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     noise = torch.Generator().manual_seed(0)
     sizes = ((30, 50, 3), (64, 20, 3))
     pixels = [torch.randint(0, 256, s, generator=noise, dtype=torch.uint8) for s in sizes]
@@ -84,8 +84,8 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
     theirs, processor = reloaded(tmp_path / "out")
     assert theirs.config.model_type == ("llava_next" if kind == "next" else "llava")
 
-    images = pictures()
-    question = single_question("Which is red?", [Media("photo", image) for image in images])
+    two_images = images()
+    question = single_question("Which is red?", [Media("photo", image) for image in two_images])
     assert model.processor is not None
     batch = collate_prompts(model.processor, [question])
     turn = {
@@ -98,7 +98,7 @@ def test_transformers_gives_the_runs_ids_logits_and_text(
         ],
     }
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = processor(images=images, text=text, return_tensors="pt")
+    inputs = processor(images=two_images, text=text, return_tensors="pt")
     ids = batch["input_ids"].clone().view(-1)
     ids[batch["media"]["photo"]["positions"]] = theirs.config.image_token_id
     assert inputs["input_ids"].view(-1).tolist() == ids.tolist()
@@ -127,7 +127,7 @@ def test_a_vision_tower_that_was_trained_is_written_as_it_is_now(
     if spec.lora is not None:
         attach_lora("photo", model.encoder("photo"), spec.lora)
     batch = collate_prompts(
-        model.require_processor(), [single_question("?", [Media("photo", pictures()[0])])]
+        model.require_processor(), [single_question("?", [Media("photo", images()[0])])]
     )
     before = model(input_ids=batch["input_ids"], media=batch["media"]).logits
     for parameter in trainable_parameters("photo", model.encoder("photo"), spec):
@@ -154,7 +154,7 @@ def test_what_was_imported_is_exported_to_the_bit(tmp_path: Path, anyres: bool) 
     left, right = before.state_dict(), after.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
     assert asks.chat_template == asked.chat_template
-    fields = {"images": pictures(), "text": "<image> or <image>?", "return_tensors": "pt"}
+    fields = {"images": images(), "text": "<image> or <image>?", "return_tensors": "pt"}
     theirs, ours = asked(**fields), asks(**fields)
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_run_of_another_shape_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_closed_form_part_and_a_second_sense_are_refused(
+def test_a_closed_form_part_and_a_second_modality_are_refused(
     parts: Path, tmp_path: Path, recipe_fields: Callable[..., dict[str, Any]], model: Any
 ) -> None:
     fitted = composed(parts)
@@ -192,9 +192,9 @@ def test_a_closed_form_part_and_a_second_sense_are_refused(
 @pytest.mark.parametrize(
     ("kind", "image", "reason"),
     [
-        ("siglip", {}, "passed a norm behind its last layer"),
+        ("siglip", {}, "has a norm after its last layer"),
         ("dinov2_with_registers", {"layer": -2}, "5 tokens before its patches"),
-        ("efficientnet", {"layer": -2}, "one picture size such as CLIP and SigLIP"),
+        ("efficientnet", {"layer": -2}, "one image size, such as CLIP and SigLIP"),
     ],
 )
 def test_a_vision_tower_that_llava_has_no_place_for_is_refused(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.convert.llava import import_llava, is_llava
-from multi_token.errors import ConvertError, RowError
+from multi_token.convert.tensors import read_json
+from multi_token.errors import CheckpointError, ConvertError, RowError
 from multi_token.generate import collate_prompts, single_question
 from multi_token.testing import tiny_image_encoder, tiny_llava
 from multi_token.types import Media, Message, Text
@@ -71,12 +72,14 @@ def noise() -> Image.Image:
 def test_llava_is_recognized_by_its_files_and_not_by_its_name(
     source: Path, parts: Path, tmp_path: Path
 ) -> None:
-    assert is_llava(Path(shutil.copytree(source, tmp_path / "something")))
-    assert is_llava(own_folder(tmp_path / "own", parts, {}))
+    assert is_llava(
+        read_json(Path(shutil.copytree(source, tmp_path / "something")) / "config.json")
+    )
+    assert is_llava(read_json(own_folder(tmp_path / "own", parts, {}) / "config.json"))
     shutil.copytree(parts / "language_model", tmp_path / "llava")
     (tmp_path / "llava-v1.5").mkdir()
-    assert not is_llava(tmp_path / "llava")
-    assert not is_llava(tmp_path / "llava-v1.5")
+    assert not is_llava(read_json(tmp_path / "llava" / "config.json"))
+    assert not is_llava(read_json(tmp_path / "llava-v1.5" / "config.json"))
 
 
 @pytest.mark.parametrize(("kind", "num_layers"), [("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
@@ -210,14 +213,14 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
     import_llava(copy, tmp_path / "run")
     model = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
     assert model.processor is not None
-    picture = noise()
-    question = single_question("What is this?", [Media("image", picture)])
+    image = noise()
+    question = single_question("What is this?", [Media("image", image)])
     turn = {
         "role": "user",
         "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}],
     }
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    theirs = processor(images=[picture], text=text, return_tensors="pt")["input_ids"][0]
+    theirs = processor(images=[image], text=text, return_tensors="pt")["input_ids"][0]
     batch = collate_prompts(model.processor, [question])
     ids = batch["input_ids"].view(-1).clone()
     ids[batch["media"]["image"]["positions"]] = processor.image_token_id
@@ -230,7 +233,7 @@ def test_the_published_template_of_llava_1_5_asks_as_its_processor_and_says_why_
         model.processor(taught)
 
 
-class Stranger:
+class CodeInPickle:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.write_text, (Path("ran.txt"), "code of a pickle has run")
 
@@ -239,11 +242,11 @@ class Stranger:
     ("change", "reason"),
     [
         ({"model.embed_tokens.weight": torch.zeros(3, 2)}, r"embed_tokens.weight \(3, 2\)"),
-        ({"model.mm_projector.4.weight": torch.zeros(2, 2)}, "has network.4.weight"),
+        ({"model.mm_projector.4.weight": torch.zeros(2, 2)}, "has unknown network.4.weight"),
         ({"model.mm_projector.2.weight": torch.zeros(2, 2)}, r"\(2, 2\) instead of \(32, 32\)"),
         ({"model.mm_projector.2.bias": None}, "lacks network.2.bias"),
         ({"model.image_newline": torch.zeros(32)}, "has an image_newline"),
-        ({"model.stranger": Stranger()}, "nothing in it was run"),
+        ({"model.code": CodeInPickle()}, "nothing in it was run"),
         ({"mm_projector_type": "cabstractor"}, "`mm_projector_type` 'cabstractor'"),
         ({"mm_use_im_start_end": True}, "`mm_use_im_start_end`"),
         ({"image_aspect_ratio": "anyres_max_9"}, "`image_aspect_ratio` 'anyres_max_9'"),
@@ -265,7 +268,7 @@ def test_what_cannot_be_mapped_is_named_and_nothing_is_written(
     folder = own_folder(
         tmp_path / "own", parts, {k: v for k, v in tensors.items() if v is not None}, **fields
     )
-    with pytest.raises(ConvertError, match=reason):
+    with pytest.raises((ConvertError, CheckpointError), match=reason):
         import_own(folder, parts, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
@@ -278,7 +281,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_named_tensor_by_tensor(
     gone = sorted(tensors)[0]
     del tensors[gone]
     torch.save(tensors, folder / "adapter_model.bin")
-    with pytest.raises(ConvertError, match=f"lacks {gone}"):
+    with pytest.raises(CheckpointError, match=f"lacks {gone}"):
         import_own(folder, parts, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -296,7 +299,7 @@ def test_a_whole_model_in_llavas_own_form_is_refused_with_what_converts_it(
     ("change", "reason"),
     [
         ("lack", "it lacks model.multi_modal_projector.linear_2.weight"),
-        ("stranger", "it has stranger.weight, which has no place"),
+        ("unknown", "it has unknown.weight, which has no place"),
         ("shape", r"linear_1.bias of shape \(3,\) instead of \(32,\)"),
         ("cut off", "cannot be read as Llava"),
     ],
@@ -311,8 +314,8 @@ def test_a_broken_folder_of_transformers_is_refused_and_nothing_is_written(
         del tensors[first.replace("linear_1.bias", "linear_2.weight")]
     elif change == "shape":
         tensors[first] = torch.zeros(3)
-    elif change == "stranger":
-        tensors["stranger.weight"] = torch.zeros(2)
+    elif change == "unknown":
+        tensors["unknown.weight"] = torch.zeros(2)
     save_file(tensors, path, {"format": "pt"})
     if change == "cut off":
         path.write_bytes(path.read_bytes()[:1000])

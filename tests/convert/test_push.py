@@ -1,4 +1,4 @@
-"""convert/push.py and card.py: the card says what the run is, and only the result goes up."""
+"""convert/push.py, model_card.py: the card describes the run, and only the result is uploaded."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_trained_encoders_go_up_with_the_run(run: Path) -> None:
     assert files["encoders.safetensors"] == (run / "encoders.safetensors").stat().st_size > 10_000
 
 
-def test_the_card_says_what_who_asks_needs(run: Path) -> None:
+def test_the_card_has_a_command_and_code_that_run(run: Path) -> None:
     push(run, "ada/seer", dry_run=True)
     card = (run / "README.md").read_text()
     header, _, body = card.removeprefix("---\n").partition("\n---\n")
@@ -124,12 +124,12 @@ def test_nothing_that_goes_up_holds_a_path_of_this_machine(run: Path, tmp_path: 
         assert str(tmp_path.parent).encode() not in data, name
 
 
-def test_a_card_that_somebody_wrote_stays(run: Path) -> None:
+def test_a_card_that_push_did_not_write_stays(run: Path) -> None:
     (run / "README.md").write_text("my own words")
     assert push(run, "ada/seer", dry_run=True)["README.md"] == len("my own words")
 
 
-def test_folders_that_nobody_else_has_are_refused(local_run: Path) -> None:
+def test_folders_of_this_machine_are_refused(local_run: Path) -> None:
     with pytest.raises(MultiTokenError, match="language_model is .*--to merged"):
         push(local_run, "ada/seer", dry_run=True)
     assert not (local_run / "README.md").exists()
@@ -161,7 +161,7 @@ def test_an_adapter_goes_up_with_the_base_model_s_own_name(
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP contract as an upload needs; remembers what came."""
+    """The part of the hub's HTTP contract that an upload needs; records the requests."""
 
     requests: list[tuple[str, bytes]]
 
@@ -217,9 +217,9 @@ def test_the_upload_is_one_commit_of_the_result(run: Path, hub: type[Hub]) -> No
     assert yaml.safe_load(sent["recipe.yaml"])["train"]["output_dir"] == "runs/seer"
 
 
-def test_without_the_hub_in_reach_the_fault_is_a_sentence(
+def test_an_upload_without_a_connection_is_refused_with_the_remedy(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(MultiTokenError, match="could not be uploaded to ada/seer: .*logged in"):
+    with pytest.raises(MultiTokenError, match="could not be uploaded to ada/seer: .*log in"):
         push(run, "ada/seer")

@@ -50,7 +50,7 @@ class Bench:
 
 
 def invoked(*words: str, **options: Any) -> str:
-    """What the command line prints when it is given these words, in this process."""
+    """Return the output of the command line for these arguments, run in this process."""
     from multi_token.cli import app
 
     done = CliRunner().invoke(app, list(words), **options)

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).with_name("records")
 
 
 def run_record(bench: Bench, name: str) -> dict[str, Any]:
-    """The losses of a golden run, and what its weights add up to."""
+    """Return the losses of a golden run, and the sums of its weights."""
     run = bench.run(name)
     return {"losses": losses_of(run), "sums": sums_of(run)}
 
@@ -39,7 +39,7 @@ def log_keys(bench: Bench) -> dict[str, list[str]]:
 
 
 def folder(bench: Bench) -> dict[str, list[str]]:
-    """What the run with an adapter and evaluation left: files, and keys of two of them."""
+    """Return the files of the run with an adapter and evaluation, and the keys of two of them."""
     run = bench.run("adapter")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))

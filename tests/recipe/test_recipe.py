@@ -69,11 +69,11 @@ def test_overrides_reach_lists_and_free_form_sections(text: str) -> None:
         ("train.stages.5.name=x", "'5' is no index of a list of 1"),
         ("train.seed.deeper=1", "'train.seed': .*integer"),
         ("train.seed", "expected key=value"),
-        ("train.stages.0.learn={}", "must learn something"),
+        ("train.stages.0.learn={}", "must train something"),
         ("model.modalities.text={type: vector, dim: 2}", "'text' cannot name a modality"),
         ("train.stages.0.learn.encoders={imge: 1e-5}", "`encoders` of 'imge'.*mean 'image'"),
         ("train.stages.0.learn.projectors={imge: 1e-5}", "`projectors` of 'imge'.*mean 'image'"),
-        ("train.stages.0.learn.projectors={}", "must learn something"),
+        ("train.stages.0.learn.projectors={}", "must train something"),
         ("train.stages.0.learn.projectors={image: 0}", "greater than 0"),
         ("train.stages.0.learn.encoders={image: -1}", "'train.*encoders.image.lr': .*than 0"),
         (
@@ -177,7 +177,7 @@ def test_packing_is_a_word_or_a_section(text: str) -> None:
     assert parse_recipe(text, ["train.packing=false"]).train.packing is None
 
 
-def test_a_rate_stands_for_itself_or_comes_with_a_weight_decay(text: str) -> None:
+def test_a_learning_rate_is_a_number_or_a_section_with_its_weight_decay(text: str) -> None:
     for part in ("projectors", "adapter", "language_model"):
         for value, expected in (
             ("1e-3", LearningRate(lr=1e-3)),

@@ -15,13 +15,13 @@ from multi_token.generate import single_question
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.model import ModelSpec
 from multi_token.serve.engines.base import (
-    Engine,
     EngineEvent,
     FinishEvent,
     Prompt,
     SamplingParams,
     TokenEvent,
 )
+from multi_token.serve.engines.engine import Engine
 from multi_token.types import Media, Sample
 
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0], [0.1, 2.2, -1.9, 0.4, -1.2]]

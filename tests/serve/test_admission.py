@@ -1,4 +1,4 @@
-"""Too many, too long, too late: what a server under load says, and what it does when it ends."""
+"""A server under load: full queues, limits, disconnects, a failed engine, and draining."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 
 
 def without_modalities(model: Any) -> Any:
-    """The same model that reads only text: its server starts no media workers."""
+    """The same model for text alone: its server starts no media workers."""
     found = copy.copy(model)
     found.modalities = {}
     return found
@@ -39,7 +39,7 @@ def text_model(served_model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def small(text_model: Any) -> Iterator[RunningServer]:
-    """A server with one place for an answer and one to wait."""
+    """A server for one running and one waiting generation."""
     with running(text_model, max_batch=1, max_queue=1) as server:
         yield server
 
@@ -48,14 +48,14 @@ def chat(server: RunningServer, body: dict[str, Any], **headers: str) -> httpx.R
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
-def test_a_model_without_modalities_answers_and_says_so(small: RunningServer) -> None:
+def test_a_model_without_modalities_answers_text_and_refuses_media(small: RunningServer) -> None:
     assert chat(small, SHORT).status_code == 200
     part = {"type": "image_url", "image_url": "data:,x"}
     answer = chat(small, {"messages": [{"role": "user", "content": [part]}]})
     assert answer.status_code == 400 and "none" in answer.json()["error"]["message"]
 
 
-def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: RunningServer) -> None:
+def test_a_full_queue_is_a_429_with_retry_after(small: RunningServer) -> None:
     admission = small.service.admission
     with httpx.stream(
         "POST", f"{small.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=30
@@ -73,17 +73,17 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: RunningServer
         assert error["type"] == "rate_limit_error" and "rate limit" in error["message"]
         assert httpx.get(f"{small.url}/health").status_code == 200
     second.join()
-    assert statuses == [200]  # it waited for the place that the first one left
+    assert statuses == [200]  # it started when the first one ended
     assert chat(small, SHORT).status_code == 200
     assert 'rejections_total{reason="queue_full"}' in httpx.get(f"{small.url}/metrics").text
 
 
-def test_more_answers_than_places_can_never_be_given(small: RunningServer) -> None:
+def test_more_choices_than_the_capacity_are_a_400(small: RunningServer) -> None:
     answer = chat(small, {**SHORT, "n": 3})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
 
 
-def test_the_openai_client_comes_again_after_a_429(small: RunningServer) -> None:
+def test_the_openai_client_retries_after_a_429(small: RunningServer) -> None:
     from openai import OpenAI
 
     with (
@@ -101,7 +101,7 @@ def test_the_openai_client_comes_again_after_a_429(small: RunningServer) -> None
         leave.join()
 
 
-def test_a_client_that_never_reads_its_stream_loses_its_places(
+def test_a_client_that_never_reads_its_stream_is_aborted(
     text_model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     many = {**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20}
@@ -118,7 +118,7 @@ def test_a_client_that_never_reads_its_stream_loses_its_places(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_two_clients_may_choose_one_id(text_model: Any) -> None:
+def test_several_clients_may_send_the_same_request_id(text_model: Any) -> None:
     with running(text_model) as server:
         statuses: list[httpx.Response] = []
 
@@ -133,7 +133,7 @@ def test_two_clients_may_choose_one_id(text_model: Any) -> None:
     assert [answer.status_code for answer in statuses] == [200] * 3
 
 
-def test_more_text_than_any_prompt_holds_is_refused_before_it_is_tokenized(
+def test_text_beyond_any_prompt_is_refused_before_it_is_tokenized(
     small: RunningServer,
 ) -> None:
     body = {"messages": [{"role": "user", "content": "a" * (512 * 64 + 1)}]}
@@ -141,7 +141,7 @@ def test_more_text_than_any_prompt_holds_is_refused_before_it_is_tokenized(
     assert answer.status_code == 400 and "32768" in answer.json()["error"]["message"]
 
 
-def test_many_leavers_leave_nothing_behind(small: RunningServer) -> None:
+def test_disconnected_clients_leave_no_request_running(small: RunningServer) -> None:
     service = small.service
 
     def leave(_: int) -> None:
@@ -164,7 +164,7 @@ def test_many_leavers_leave_nothing_behind(small: RunningServer) -> None:
     assert chat(small, SHORT).status_code == 200
 
 
-def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
+def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
     broken = threading.Event()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
         with running(text_model) as server:
             service, loop = server.service, server.server._loop
             assert chat(server, SHORT).status_code == 200
-            # nobody looks after it for a while, or it would be started again between two lines
+            # no watchdog for a while, or it would start the engine again between two lines
             loop.call_soon_threadsafe(service._watchdog.cancel)
             broken.set()
             answer = chat(server, SHORT)
@@ -196,7 +196,7 @@ def test_a_dead_engine_is_told_and_started_again(text_model: Any) -> None:
         hook.remove()
 
 
-def test_a_server_that_drains_answers_those_inside_and_nobody_else(text_model: Any) -> None:
+def test_a_draining_server_completes_running_requests_and_refuses_new_ones(text_model: Any) -> None:
     with running(text_model) as server:
         answers: list[httpx.Response] = []
         inside = threading.Thread(target=lambda: answers.append(chat(server, LONG)))
@@ -212,7 +212,7 @@ def test_a_server_that_drains_answers_those_inside_and_nobody_else(text_model: A
         assert [answer.status_code for answer in answers] == [200]
 
 
-def test_answers_that_are_cut_off_are_told_so(text_model: Any) -> None:
+def test_a_stream_that_is_cut_off_ends_with_an_error(text_model: Any) -> None:
     with running(text_model) as server:
         loop = server.server._loop
         with httpx.stream(

@@ -1,4 +1,4 @@
-"""Who comes in, who is sent away and until when: counts and clocks alone, without a server."""
+"""Admission and deadlines: counts and clocks alone, without a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multi_token.serve.errors import ServeError
 
 @pytest.fixture
 def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Stops the clock; returns what moves it on by some seconds."""
+    """Stops the clock; the result moves it on by some seconds."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -24,9 +24,9 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def refused(admission: Admission, num_answers: int = 1) -> ServeError:
-    with pytest.raises(ServeError) as caught, admission.admit(num_answers):
-        raise AssertionError("it was let in")
+def refused(admission: Admission, num_choices: int = 1) -> ServeError:
+    with pytest.raises(ServeError) as caught, admission.admit(num_choices):
+        raise AssertionError("it was admitted")
     return caught.value
 
 
@@ -35,7 +35,7 @@ def answer(admission: Admission, pass_time: Callable[[float], None], seconds: fl
         pass_time(seconds)
 
 
-def test_so_many_are_inside_and_no_more() -> None:
+def test_running_and_waiting_requests_are_bounded() -> None:
     admission = Admission(2, 1)
     with admission.admit(2):
         assert refused(admission, 2).code == "queue_full"
@@ -47,7 +47,7 @@ def test_so_many_are_inside_and_no_more() -> None:
     assert admission.num_admitted == 0
 
 
-def test_one_place_is_asked_for_unless_more_are_named() -> None:
+def test_a_request_needs_one_generation_by_default() -> None:
     admission = Admission(1, 0)
     admission.check_capacity()
     with admission.admit():
@@ -56,7 +56,7 @@ def test_one_place_is_asked_for_unless_more_are_named() -> None:
             admission.check_capacity()
 
 
-def test_as_many_answers_as_there_are_places_may_come_at_once_and_one_more_never() -> None:
+def test_one_request_may_use_the_complete_capacity_and_no_more() -> None:
     admission = Admission(2, 1)
     with admission.admit(3):
         assert admission.num_admitted == 3
@@ -64,7 +64,7 @@ def test_as_many_answers_as_there_are_places_may_come_at_once_and_one_more_never
     assert (error.status, error.code, error.param) == (400, "invalid_value", "n")
 
 
-def test_a_place_is_given_back_by_a_request_that_fails() -> None:
+def test_a_failed_request_frees_its_capacity() -> None:
     admission = Admission(1, 0)
     for _ in range(3):
         with pytest.raises(RuntimeError), admission.admit():
@@ -72,10 +72,10 @@ def test_a_place_is_given_back_by_a_request_that_fails() -> None:
     assert admission.num_admitted == 0
 
 
-def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
+def test_no_request_is_admitted_while_draining_and_the_last_one_ends_it() -> None:
     async def drain() -> None:
         admission = Admission(2, 0)
-        assert await admission.wait_until_empty(10)  # nobody has come yet
+        assert await admission.wait_until_empty(10)  # no request yet
         first, second = admission.admit(), admission.admit()
         with first:
             with second:
@@ -90,18 +90,18 @@ def test_nobody_comes_in_while_it_drains_and_the_last_one_ends_it() -> None:
     asyncio.run(drain())
 
 
-def test_the_wait_that_is_told_follows_how_long_answers_take(
+def test_the_estimated_wait_follows_the_mean_service_time(
     pass_time: Callable[[float], None],
 ) -> None:
     admission = Admission(2, 10)
-    assert admission.estimated_wait_s() == 2  # a guess, before there was an answer
+    assert admission.estimated_wait_s() == 2  # the initial value
     answer(admission, pass_time, 12)
     assert admission.estimated_wait_s() == 4  # a fifth of the way from 2 to 12
     answer(admission, pass_time, 14)
     assert admission.estimated_wait_s() == 6
 
 
-def test_an_answer_that_failed_says_nothing_of_how_long_answers_take(
+def test_a_failed_request_does_not_change_the_mean_service_time(
     pass_time: Callable[[float], None],
 ) -> None:
     admission = Admission(2, 10)
@@ -111,17 +111,17 @@ def test_an_answer_that_failed_says_nothing_of_how_long_answers_take(
     assert admission.estimated_wait_s() == 2
 
 
-def test_the_wait_that_is_told_is_a_round_of_answers_more_for_each_batch_that_waits() -> None:
+def test_the_estimated_wait_grows_by_one_service_time_for_each_waiting_batch() -> None:
     admission = Admission(2, 100)
-    told = []
+    estimates = []
     with ExitStack() as inside:
         for num_more in (1, 1, 1, 1, 2, 6):
             inside.enter_context(admission.admit(num_more))
-            told.append(admission.estimated_wait_s())
-    assert told == [2, 2, 3, 4, 6, 12]
+            estimates.append(admission.estimated_wait_s())
+    assert estimates == [2, 2, 3, 4, 6, 12]
 
 
-def test_a_refused_client_is_told_to_wait_from_one_second_to_a_minute(
+def test_retry_after_is_from_one_second_to_a_minute(
     pass_time: Callable[[float], None],
 ) -> None:
     quick, slow = Admission(1, 0), Admission(1, 0)
@@ -149,7 +149,7 @@ def test_a_client_can_only_lower_the_deadline() -> None:
     assert Deadline.of("1e9", 300).seconds == 300
 
 
-def test_what_is_left_of_a_deadline_goes_down_to_nothing_and_stays_there(
+def test_the_remaining_time_of_a_deadline_ends_at_zero(
     pass_time: Callable[[float], None],
 ) -> None:
     deadline = Deadline(3)
@@ -160,7 +160,7 @@ def test_what_is_left_of_a_deadline_goes_down_to_nothing_and_stays_there(
     assert deadline.remaining_s == 0
 
 
-def test_a_request_that_took_too_long_should_not_be_repeated() -> None:
+def test_a_request_that_took_too_long_should_not_be_sent_again() -> None:
     error = Deadline(1.5).error()
     assert (error.status, error.code, error.retry) == (504, "deadline_exceeded", False)
     assert "longer than 1.5 s" in str(error)

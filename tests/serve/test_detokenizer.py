@@ -1,4 +1,4 @@
-"""Text grows without half characters, and ends at stop strings."""
+"""Text is emitted in complete characters, and ends at stop strings."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def ids_of(chat: ChatFormat, text: str) -> list[int]:
     return chat.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_pieces_are_whole_characters_and_make_the_text(chat: ChatFormat) -> None:
+def test_deltas_are_complete_characters_and_add_up_to_the_text(chat: ChatFormat) -> None:
     ids = ids_of(chat, TEXT)
-    assert len(ids) > len(TEXT), "characters must be cut into several ids"
+    assert len(ids) > len(TEXT), "characters must be split into several ids"
     pieces = pieces_of(IncrementalDetokenizer(chat), ids)
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum(bool(piece) for piece in pieces) > 20, "the text must come in many pieces"
 
 
-def test_any_ids_give_what_decoding_all_of_them_gives(chat: ChatFormat) -> None:
+def test_deltas_of_any_ids_add_up_to_the_decoded_text(chat: ChatFormat) -> None:
     chance = random.Random(0)
     for _ in range(50):
         ids = [chance.randrange(len(chat.tokenizer)) for _ in range(40)]
         assert "".join(pieces_of(IncrementalDetokenizer(chat), ids)) == chat.decode(ids)
 
 
-def test_the_end_hands_out_what_never_became_a_character(chat: ChatFormat) -> None:
+def test_flush_emits_an_incomplete_character(chat: ChatFormat) -> None:
     ids = ids_of(chat, "a 猫")[:-1]
     stream = IncrementalDetokenizer(chat)
     assert "".join(stream.add(i) for i in ids) == "a "
     assert stream.flush() == chat.decode(ids)[2:] != ""
 
 
-def test_blanks_that_a_decoder_drops_at_the_beginning_stay_between_pieces() -> None:
+def test_spaces_that_a_decoder_drops_at_the_start_stay_between_deltas() -> None:
     known = {"<pad>": 0, "</s>": 1, "▁yes": 2, "▁and": 3, "▁no": 4}
     words = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -64,13 +64,13 @@ def test_blanks_that_a_decoder_drops_at_the_beginning_stay_between_pieces() -> N
     assert "".join(pieces) == chat.decode(ids) == "yes and no and yes and no and yes"
 
 
-def test_special_tokens_are_no_text(chat: ChatFormat) -> None:
+def test_special_tokens_give_no_text(chat: ChatFormat) -> None:
     end = chat.end_of_turn_ids
     ids = [*ids_of(chat, "yes"), *end, *ids_of(chat, " no"), *end]
     assert "".join(pieces_of(IncrementalDetokenizer(chat), ids)) == "yes no"
 
 
-def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
+def test_the_answer_prefix_of_the_template_gives_no_text() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -97,21 +97,21 @@ def test_what_the_template_writes_before_an_answer_is_no_text() -> None:
         ("one two", [""], "one two"),
     ],
 )
-def test_an_answer_ends_before_its_stop_string(
+def test_the_text_ends_before_its_stop_string(
     chat: ChatFormat, text: str, stop: list[str], expected: str
 ) -> None:
     stream = IncrementalDetokenizer(chat, stop)
     handed = ""
     for token_id in ids_of(chat, text):
         handed += stream.add(token_id)
-        assert expected.startswith(handed), "nothing may be handed out that the answer lacks"
+        assert expected.startswith(handed), "no text after the stop string may be emitted"
     assert handed + stream.flush() == expected
     assert stream.is_stopped == (expected != text)
     if stream.is_stopped:
         assert stream.add(ids_of(chat, " more")[0]) == stream.flush() == ""
 
 
-def test_of_two_stop_strings_in_one_piece_the_first_ends_the_answer(chat: ChatFormat) -> None:
+def test_of_two_stop_strings_in_one_delta_the_first_ends_the_text(chat: ChatFormat) -> None:
     texts = {i: chat.tokenizer.decode([i]) for i in range(len(chat.tokenizer))}
     twice = next(i for i, text in texts.items() if len(text) > len(set(text)) and "<" not in text)
     letter = next(c for c in texts[twice] if texts[twice].count(c) > 1)
@@ -120,8 +120,8 @@ def test_of_two_stop_strings_in_one_piece_the_first_ends_the_answer(chat: ChatFo
     assert stream.is_stopped
 
 
-def test_only_a_beginning_of_a_stop_string_is_held_back(chat: ChatFormat) -> None:
+def test_only_a_possible_stop_string_is_held_back(chat: ChatFormat) -> None:
     stream = IncrementalDetokenizer(chat, ["<end>"])
     pieces = [stream.add(i) for i in ids_of(chat, "a<e") + ids_of(chat, "x b")]
     assert pieces[:3] == ["a", "", ""]
-    assert "".join(pieces) == "a<ex b", "nothing waits for the end"
+    assert "".join(pieces) == "a<ex b", "nothing is held back to the end"

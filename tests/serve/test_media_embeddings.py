@@ -1,4 +1,4 @@
-"""Projected tokens: together or alone the same, each content once, a bad item fails alone."""
+"""Media embeddings: equal in any batch, computed once for each content, isolated faults."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def make(model: Any) -> Iterator[Callable[..., MediaEmbedder]]:
         return made[-1]
 
     yield build
-    for projection in made:
-        projection.stop()
+    for embedder in made:
+        embedder.stop()
 
 
 @pytest.fixture
 def batches(model: Any) -> Iterator[list[int]]:
-    """How many items went through the projector of vectors in each batch."""
+    """Number of items in each batch of the vector projector."""
     seen: list[int] = []
     hook = model.projectors["vector"].register_forward_pre_hook(
         lambda _, inputs: seen.append(len(inputs[0].values))
@@ -55,8 +55,8 @@ def alone(model: Any, prepared: Prepared) -> Tensor:
         return model.projectors["vector"](model.encode("vector", inputs))
 
 
-def held(projection: MediaEmbedder, model: Any) -> Callable[[], None]:
-    """Keep the thread at an item, so that others meet behind it; returns what lets it go."""
+def held(embedder: MediaEmbedder, model: Any) -> Callable[[], None]:
+    """Hold the thread at one item, so that the next ones queue; the result releases it."""
     go, is_at_it = threading.Event(), threading.Event()
 
     def hold(*_: Any) -> None:
@@ -66,20 +66,20 @@ def held(projection: MediaEmbedder, model: Any) -> Callable[[], None]:
 
     hook = model.projectors["vector"].register_forward_pre_hook(hold)
     (item,) = sample_of(model, [9.0] * 5).media
-    projection.embed("vector", item, "held")
+    embedder.embed("vector", item, "held")
     assert is_at_it.wait(30)
     return go.set
 
 
-def test_prompts_get_what_each_item_gives_alone(model: Any, make: Any) -> None:
+def test_prompts_get_the_embeddings_that_each_item_has_alone(model: Any, make: Any) -> None:
     samples = [
         sample_of(model, VECTORS[0], VECTORS[1:]),
         sample_of(model),
         sample_of(model, VECTORS[2]),
     ]
 
-    async def all_at_once(projection: MediaEmbedder) -> list[Any]:
-        return await asyncio.gather(*(projection.build_prompt(sample) for sample in samples))
+    async def all_at_once(embedder: MediaEmbedder) -> list[Any]:
+        return await asyncio.gather(*(embedder.build_prompt(sample) for sample in samples))
 
     prompts = asyncio.run(all_at_once(make()))
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -90,11 +90,11 @@ def test_prompts_get_what_each_item_gives_alone(model: Any, make: Any) -> None:
             torch.testing.assert_close(tokens, alone(model, item))
 
 
-def test_what_waits_goes_together(model: Any, make: Any, batches: list[int]) -> None:
-    projection = make(max_items=3)
-    go = held(projection, model)
+def test_queued_items_are_one_batch(model: Any, make: Any, batches: list[int]) -> None:
+    embedder = make(max_items=3)
+    go = held(embedder, model)
     items = [sample_of(model, [float(i)] * 5).media[0] for i in range(5)]
-    asked = [projection.embed("vector", item, str(i)) for i, item in enumerate(items)]
+    asked = [embedder.embed("vector", item, str(i)) for i, item in enumerate(items)]
     go()
     results = [future.result(30) for future in asked]
     assert batches == [1, 3, 2]
@@ -102,30 +102,30 @@ def test_what_waits_goes_together(model: Any, make: Any, batches: list[int]) -> 
         torch.testing.assert_close(result, alone(model, item))
 
 
-def test_one_content_asked_twice_is_computed_once(
+def test_a_content_requested_twice_is_computed_once(
     model: Any, make: Any, batches: list[int]
 ) -> None:
-    projection = make()
-    go = held(projection, model)
+    embedder = make()
+    go = held(embedder, model)
     item = sample_of(model, VECTORS[0]).media[0]
-    first, second = (projection.embed("vector", item, "key") for _ in range(2))
+    first, second = (embedder.embed("vector", item, "key") for _ in range(2))
     go()
     assert torch.equal(first.result(30), second.result(30))
-    assert torch.equal(projection.embed("vector", item, "key").result(30), first.result(30))
+    assert torch.equal(embedder.embed("vector", item, "key").result(30), first.result(30))
     assert batches == [1, 1]
-    assert (projection.num_queries, projection.num_hits) == (4, 2)
+    assert (embedder.num_queries, embedder.num_hits) == (4, 2)
 
 
-def test_what_was_not_asked_for_longest_is_forgotten_first(model: Any, make: Any) -> None:
+def test_the_least_recently_used_embeddings_are_dropped_first(model: Any, make: Any) -> None:
     items = [sample_of(model, vector).media[0] for vector in VECTORS]
     num_bytes = alone(model, items[0]).nbytes
-    projection = make(cache_bytes=2 * num_bytes)
+    embedder = make(cache_bytes=2 * num_bytes)
 
     def is_here(index: int) -> bool:
-        before = projection.num_hits
-        projection.embed("vector", items[index], str(index)).result(30)
-        assert projection.num_bytes <= 2 * num_bytes
-        return projection.num_hits > before
+        before = embedder.num_hits
+        embedder.embed("vector", items[index], str(index)).result(30)
+        assert embedder.num_bytes <= 2 * num_bytes
+        return embedder.num_hits > before
 
     assert [is_here(i) for i in (0, 1, 0, 2)] == [False, False, True, False]
     assert [is_here(i) for i in (0, 2, 1)] == [True, True, False]
@@ -135,10 +135,10 @@ def test_what_was_not_asked_for_longest_is_forgotten_first(model: Any, make: Any
     assert none.num_hits == none.num_bytes == 0
 
 
-@pytest.mark.parametrize("fault", ["no numbers", "too many", "raises", "ours"])
+@pytest.mark.parametrize("fault", ["NaN", "too many", "raises", "ours"])
 def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
-    projection = make()
-    go = held(projection, model)
+    embedder = make()
+    go = held(embedder, model)
     samples = [sample_of(model, vector) for vector in VECTORS]
     bad = samples[1].media[0].inputs["values"]
 
@@ -152,11 +152,11 @@ def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
             if fault == "too many":
                 return torch.cat([tokens, tokens])
         where = (inputs[0].values == bad).all(-1).flatten().repeat_interleave(2)
-        return tokens.masked_fill(where[:, None], torch.nan) if fault == "no numbers" else tokens
+        return tokens.masked_fill(where[:, None], torch.nan) if fault == "NaN" else tokens
 
     hook = model.projectors["vector"].register_forward_hook(break_on_it)
     try:
-        asked = [projection.embed("vector", s.media[0], str(i)) for i, s in enumerate(samples)]
+        asked = [embedder.embed("vector", s.media[0], str(i)) for i, s in enumerate(samples)]
         go()
         with pytest.raises(ServeError) as failed:
             asked[1].result(30)
@@ -166,20 +166,20 @@ def test_a_bad_item_fails_alone(model: Any, make: Any, fault: str) -> None:
     assert failed.value.status == {"raises": 500}.get(fault, 400)
     for i in (0, 2):
         torch.testing.assert_close(asked[i].result(30), alone(model, samples[i].media[0]))
-    again = projection.embed("vector", samples[1].media[0], "1").result(30)
+    again = embedder.embed("vector", samples[1].media[0], "1").result(30)
     torch.testing.assert_close(again, alone(model, samples[1].media[0]))
 
 
-def test_a_client_that_leaves_takes_nothing_from_the_others(model: Any, make: Any) -> None:
-    projection = make()
+def test_a_client_that_disconnects_takes_nothing_from_the_others(model: Any, make: Any) -> None:
+    embedder = make()
     sample = sample_of(model, VECTORS[0])
-    (key,) = projection.content_keys(sample)
+    key = content_key("vector", sample.media[0], "")
 
     async def leave() -> Any:
-        go = held(projection, model)
-        leaver = asyncio.ensure_future(projection.build_prompt(sample))
-        stayer = asyncio.ensure_future(projection.build_prompt(sample))
-        while key not in projection._in_flight or projection.num_hits == 0:
+        go = held(embedder, model)
+        leaver = asyncio.ensure_future(embedder.build_prompt(sample))
+        stayer = asyncio.ensure_future(embedder.build_prompt(sample))
+        while key not in embedder._in_flight or embedder.num_hits == 0:
             await asyncio.sleep(0)
         leaver.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -208,11 +208,11 @@ def test_keys_are_equal_for_equal_content_of_one_tenant_only(model: Any) -> None
     assert len({key, *others}) == 7
 
 
-def test_stopping_refuses_what_waits(model: Any, make: Any) -> None:
-    projection = make()
-    go = held(projection, model)
-    waiting = projection.embed("vector", sample_of(model, VECTORS[0]).media[0], "waits")
-    stopping = threading.Thread(target=projection.stop)
+def test_stop_refuses_queued_items(model: Any, make: Any) -> None:
+    embedder = make()
+    go = held(embedder, model)
+    waiting = embedder.embed("vector", sample_of(model, VECTORS[0]).media[0], "waits")
+    stopping = threading.Thread(target=embedder.stop)
     stopping.start()
     with pytest.raises(ServeError) as refused:
         waiting.result(30)

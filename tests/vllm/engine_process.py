@@ -1,4 +1,4 @@
-"""A real vLLM in a process of its own, with the flags that deploy/compose.yaml gives it."""
+"""A real vLLM in its own process, with the flags of deploy/compose.yaml."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import yaml
 
 COMPOSE = Path(__file__).resolve().parents[2] / "deploy" / "compose.yaml"
 PYTHON = os.environ.get("MULTI_TOKEN_VLLM")
-"""The Python that has vLLM; `make test-vllm` names it."""
+"""Python executable with vLLM; set by `make test-vllm`."""
 KEY = "sk-engine-key-1"
-# Of the tiny model: numbers as they are, little memory, and no compiler.
+# For the tiny model: full precision, little memory, and no compiler.
 TINY = [
     "--dtype",
     "float32",
@@ -31,11 +31,11 @@ TINY = [
     "4",
 ]
 START_S = 900.0
-"""Some 100 s on two idle cores: three processes import vLLM one after another."""
+"""Takes about 100 s on two idle cores: three processes import vLLM one after another."""
 
 
 def composed_flags() -> list[str]:
-    """What deploy/compose.yaml has behind `vllm serve MODEL`, but for its address and size."""
+    """Flags after `vllm serve MODEL` in deploy/compose.yaml, without address and size."""
     service: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["x-engine"]
     words = [str(word) for word in service["command"]][1:]
     for option in ("--host", "--port", "--max-num-seqs", "--max-num-queued-reqs"):
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
-    """Whether something comes to hold in time."""
+    """Return True as soon as a condition holds, False if it does not in time."""
     end = threading.Event()
     for _ in range(int(seconds / 0.05)):
         if holds():
@@ -61,7 +61,7 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 class Engine:
-    """One running engine."""
+    """One running vLLM server."""
 
     def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.url, self.process, self.log = url, process, log
@@ -79,10 +79,10 @@ class Engine:
             return False
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Sum of a metric over its labels."""
         text = self.http.get("/metrics").text
         found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-        assert found, f"vLLM tells no {name}"
+        assert found, f"vLLM has no metric {name}"
         return sum(map(float, found))
 
     def tail(self) -> str:
@@ -91,7 +91,7 @@ class Engine:
 
 @contextmanager
 def engine(language_model: Path, log: Path, *, name: str | None = None) -> Iterator[Engine]:
-    """vLLM on the folder of a language model, until it is healthy and as long as it is needed."""
+    """Start vLLM on the folder of a language model, and end it after the context."""
     assert PYTHON is not None
     port = free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(language_model)]
@@ -106,7 +106,7 @@ def engine(language_model: Path, log: Path, *, name: str | None = None) -> Itera
         "HF_HUB_OFFLINE": "1",
     }
     with log.open("wb") as file:
-        # a session of its own: its workers end with it, whatever becomes of their parent
+        # a new session: its workers end with it, even if their parent has died
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env=environment, start_new_session=True
         )

@@ -1,4 +1,4 @@
-"""Our server as people start it before an engine: `multi-token serve OUT --engine-url URL`."""
+"""Our server in front of vLLM, as users start it: `multi-token serve OUT --engine-url URL`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def environment(**changed: str) -> dict[str, str]:
 
 @contextmanager
 def gateway(exported: Path, *urls: str, options: tuple[str, ...] = ()) -> Iterator[httpx.Client]:
-    """A client of a gateway that has started before these engines."""
+    """A client of a gateway that has started with these engines."""
     process = subprocess.Popen(
         command(exported, *urls, options=("--name", "tiny", *options)),
         stdout=subprocess.PIPE,
@@ -80,33 +80,33 @@ def gateway(exported: Path, *urls: str, options: tuple[str, ...] = ()) -> Iterat
 
 
 def content(*parts: tuple[str, Any] | str) -> list[dict[str, Any]]:
-    """What a client sends for a question: texts, and pairs of a modality and its item."""
+    """Content of a user message: texts, and pairs of a modality and its item."""
     return [
         {"type": "text", "text": part} if isinstance(part, str) else _item(*part) for part in parts
     ]
 
 
-def _item(sense: str, item: Any) -> dict[str, Any]:
-    if sense == "image":
-        url = f"data:image/png;base64,{_letters(item)}"
+def _item(modality: str, item: Any) -> dict[str, Any]:
+    if modality == "image":
+        url = f"data:image/png;base64,{_base64(item)}"
         return {"type": "image_url", "image_url": {"url": url}}
-    if sense == "sound":
-        return {"type": "input_audio", "input_audio": {"data": _letters(item), "format": "wav"}}
-    return {"type": "media", "modality": sense, "data": item}
+    if modality == "sound":
+        return {"type": "input_audio", "input_audio": {"data": _base64(item), "format": "wav"}}
+    return {"type": "media", "modality": modality, "data": item}
 
 
-def _letters(path: str) -> str:
+def _base64(path: str) -> str:
     return base64.b64encode(Path(path).read_bytes()).decode()
 
 
 def body(*parts: tuple[str, Any] | str, max_tokens: int, **fields: Any) -> dict[str, Any]:
-    """A request for one greedy answer."""
+    """Body of a chat completion request."""
     messages = [{"role": "user", "content": content(*parts)}]
     return {"model": "tiny", "messages": messages, "max_tokens": max_tokens, **fields}
 
 
 def text_of(lines: list[str]) -> str:
-    """The text of a stream's lines, put together."""
+    """Text of a stream's lines, concatenated."""
     assert lines[-1] == "data: [DONE]", lines[-1]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert not any("error" in chunk for chunk in chunks), chunks[-1]

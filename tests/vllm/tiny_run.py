@@ -1,4 +1,4 @@
-"""A tiny run with three modalities and an adapter, its media, and a reader of its answers."""
+"""A tiny run with three modalities and an adapter, its media, and the tokens of `generate`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from PIL import Image
 from multi_token.types import Conversation, Media, Message, Part, Text
 
 CONTEXT = 2048
-"""Tokens of a prompt and its answer together."""
+"""Limit of prompt and new tokens together."""
 VECTORS = [[1.0, -1.0, 0.5, 2.0, 0.0], [-2.0, 0.3, 1.5, -0.7, 1.0]]
 
 
 def tiny_run(folder: Path, *, seed: int = 0) -> Path:
     """A run with the modalities `image`, `sound` and `vector`, saved; another one for each seed.
 
-    Heads of 32 numbers: vLLM's attention for CPUs takes no smaller ones. Tokens of media weigh as
-    much as text, so that answers differ by them.
+    A head has dim 32, the smallest that vLLM's attention for CPUs takes. Media embeddings are as
+    large as those of text, so answers depend on the media.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,18 +88,18 @@ def media(folder: Path) -> dict[str, list[str | list[float]]]:
     """Two items of each modality: files, and lists of numbers."""
     from multi_token.testing.files import write_tone
 
-    pictures = []
+    images = []
     for number, colour in enumerate([(220, 30, 30), (30, 60, 220)]):
         Image.radial_gradient("L").convert("RGB").resize((40, 40)).save(folder / "base.png")
-        picture = Image.blend(
+        image = Image.blend(
             Image.open(folder / "base.png"), Image.new("RGB", (40, 40), colour), alpha=0.6
         )
-        picture.save(folder / f"{number}.png")
-        pictures.append(str(folder / f"{number}.png"))
+        image.save(folder / f"{number}.png")
+        images.append(str(folder / f"{number}.png"))
     sounds = [
         str(write_tone(folder / f"{hertz}.wav", 0.8, 48_000, hertz=hertz)) for hertz in (300, 1200)
     ]
-    return {"image": pictures, "sound": sounds, "vector": list(VECTORS)}
+    return {"image": images, "sound": sounds, "vector": list(VECTORS)}
 
 
 def question(*parts: tuple[str, Any] | str) -> Conversation:
@@ -113,7 +113,7 @@ def _part(part: tuple[str, Any] | str) -> Part:
 
 @torch.no_grad()
 def embedded(model: Any, conversation: Conversation) -> torch.Tensor:
-    """float [time, hidden], the prompt as the language model gets it."""
+    """Prompt embeddings, float [time, hidden]."""
     from multi_token.generate import collate_prompts
 
     batch = collate_prompts(model.require_processor(), [conversation])
@@ -121,7 +121,7 @@ def embedded(model: Any, conversation: Conversation) -> torch.Tensor:
 
 
 def greedy(model: Any, conversations: Sequence[Conversation], num_new: int) -> list[list[int]]:
-    """What `generate` says to each, alone, in ids; an end of turn is the last of them."""
+    """Ids that `generate` gives for each conversation alone, with the end of turn."""
     from multi_token.generate import generate_ids
 
     processor = model.require_processor()

@@ -1,14 +1,14 @@
 """Fallback: a complete batch through transformers' own `generate`, and isolation of faults.
 
-`generate` runs greedily; a logits processor samples each row's token before it and forces that
-token. So sampling, log-probabilities and streaming are those of the other modes, and a finished row
-stays in the batch as ballast until the last one ends.
+`generate` runs greedily. A logits processor samples the token of each row and leaves `generate` no
+other choice, so sampling, log-probabilities and streaming are those of the other modes. A finished
+row stays in the batch until the last one ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +24,7 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from multi_token.serve.engines.request import (
-    GenerationRequest,
-    fail_request,
-    nan_error,
-    sample_batch,
-)
+from multi_token.serve.engines.request import GenerationRequest, fail_request, sample_batch
 from multi_token.serve.engines.sampler import force_tokens
 from multi_token.serve.errors import ServeError
 from multi_token.splice import MediaEmbeds, splice
@@ -43,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 @torch.no_grad()
 def generate_batch(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
+    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
 ) -> None:
     """Run requests to their end through `generate`; each token is emitted when it is chosen.
 
@@ -54,12 +49,10 @@ def generate_batch(
         return
     for request in requests:
         request.start_prefill()
-    embeds, input_ids, attention_mask = pad_prompts(model, requests, filler_id)
+    embeds, input_ids, attention_mask = pad_prompts(model, requests)
 
-    def choose_all(_: Tensor, scores: Tensor) -> Tensor:
-        ids, bad, all_greedy = sample_batch(requests, scores)
-        for request in bad:
-            request.fail(nan_error())
+    def choose_all(input_ids: Tensor, scores: Tensor) -> Tensor:
+        ids, _, all_greedy = sample_batch(requests, scores)
         return scores if all_greedy else force_tokens(scores, ids)
 
     def all_finished(ids: Tensor, *_: Tensor, **__: object) -> Tensor:
@@ -73,22 +66,23 @@ def generate_batch(
         prefill_mode=model.capabilities.prefill_mode,
         max_new_tokens=max(request.options.max_new_tokens for request in requests),
         **GREEDY,
-        # the requests' own end ids decide (`ignore_eos`), so `generate` must know none
+        # The requests' own end ids decide (`ignore_eos`), so `generate` must know none.
         eos_token_id=None,
-        pad_token_id=filler_id,
+        pad_token_id=model.require_processor().chat.filler_id,
         logits_processor=[choose_all],
         stopping_criteria=[all_finished],
     )
     for request in requests:
-        request.fail(ServeError("the model ended the answer before it was complete", status=500))
+        request.fail(ServeError("the model ended the response before it was complete", status=500))
 
 
 def pad_prompts(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest], filler_id: int
+    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return embeddings [batch, time, dim] with media, ids and mask [batch, time], left-padded."""
     embedding = model.get_input_embeddings()
     weight: Tensor = embedding.weight  # type: ignore[assignment]
+    filler_id = model.require_processor().chat.filler_id
     time = max(len(request.prompt.input_ids) for request in requests)
     input_ids = torch.full((len(requests), time), filler_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -114,10 +108,10 @@ def pad_prompts(
 def generate_one(
     model: MultiTokenForConditionalGeneration, prompt: Prompt, options: SamplingParams
 ) -> list[TokenEvent]:
-    """Return the tokens that `generate` gives for one prompt. Raises its fault."""
+    """Return the tokens that `generate` gives for one prompt. Raises the error of a failure."""
     events: list[EngineEvent] = []
     request = GenerationRequest("", prompt, options, events.append, frozenset(eos_token_ids(model)))
-    generate_batch(model, [request], model.require_processor().chat.filler_id)
+    generate_batch(model, [request])
     return collect_tokens(events)
 
 
@@ -131,11 +125,7 @@ def collect_tokens(events: Sequence[EngineEvent]) -> list[TokenEvent]:
 
 
 def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens: int = 0) -> Prompt:
-    """Return a short question, optionally with one media span of `num_media_tokens`.
-
-    Each media embedding is the mean of two text embeddings: in the model's usual range, and equal
-    to no token, so a path that looks ids up instead gives other logits.
-    """
+    """Return a short question, optionally with one media span of `num_media_tokens`."""
     chat = model.require_processor().chat
     conversation = Conversation((Message("user", (Text("Hello! Who are you?"),)),))
     ids = chat.tokenize(conversation, [], prompt_only=True).input_ids
@@ -147,6 +137,8 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
         weight: Tensor = embedding.weight  # type: ignore[assignment]
         spread = torch.linspace(1, weight.shape[0] // 2, 2 * num_media_tokens).long()
         text_embeds = embedding(spread.to(weight.device))
+    # Means of two text embeddings: in the model's usual range, and equal to no token. A path that
+    # looks ids up instead gives other logits.
     media_embeds = (text_embeds[::2] + text_embeds[1::2]) / 2
     span = MediaSpan("media", 1, num_media_tokens)
     return Prompt(
@@ -157,20 +149,21 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
 def retry_individually(
     model: MultiTokenForConditionalGeneration,
     requests: Sequence[GenerationRequest],
-    filler_id: int,
+    run: Callable[[Sequence[GenerationRequest]], None],
     cause: Exception,
 ) -> None:
-    """Restart each request alone after `cause` broke their batch.
+    """Restart each request and `run` it alone, after `cause` broke their batch.
 
     A request fails by its own fault if the model still generates for a plain prompt; otherwise
     `cause` is raised.
     """
+    _LOG.error("a batch of %d requests failed; each runs alone", len(requests), exc_info=cause)
     check_model_alive(model, cause)
     for request in requests:
         request.restart()
         try:
-            generate_batch(model, [request], filler_id)
-        # any fault of one request, even an unknown one, must leave the others running
+            run([request])
+        # Any fault of one request, even an unknown one, must leave the others running.
         except Exception as error:  # noqa: BLE001
             check_model_alive(model, error)
             fail_request(request, error)
@@ -180,7 +173,7 @@ def check_model_alive(model: MultiTokenForConditionalGeneration, cause: Exceptio
     """Raise `cause` if the model generates nothing for a plain prompt either."""
     try:
         generate_one(model, smoke_prompt(model), SamplingParams(max_new_tokens=1))
-    # whatever it raises, the model is broken, and `cause` is the first symptom
+    # Whatever it raises, the model is broken, and `cause` is the first symptom.
     except Exception as error:  # noqa: BLE001
         _LOG.error("the language model fails on a plain prompt", exc_info=error)
         raise cause from None

@@ -1,7 +1,7 @@
-"""Startup checks: does a faster path give the tokens and log-probabilities of `generate`?
+"""Startup checks: a faster path must give the tokens and log-probabilities of `generate`.
 
     1. `generate` runs a few short prompts, each alone: the reference.
-    2. The path under test runs the same prompts as it will run those of clients.
+    2. The path under test runs the same prompts in batches, as it does for clients.
     3. `logprob_mismatch` compares each step until the ids differ.
     4. The first batching mode without a mismatch is used; `generate` itself always remains.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -41,23 +42,19 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 BatchingMode = Literal["continuous", "shrinking", "static"]
-"""`continuous`: requests join and leave between steps. `shrinking`: they only leave. `static`: the
-batch runs to its end through `generate`."""
-FLOAT32_TOLERANCE = 1e-3
-HALF_TOLERANCE = 0.2
-"""Tolerances of log-probabilities within one process: kernels and batch shapes differ."""
-REMOTE_FLOAT32_TOLERANCE = 0.02
-REMOTE_HALF_TOLERANCE = 0.5
-"""Between two machines: another device and another inference library as well."""
+"""`continuous`: requests join and leave between decode steps. `shrinking`: they only leave, and the
+next batch starts when all have left. `static`: the batch runs to its end through `generate`."""
 _LOG = logging.getLogger(__name__)
 _NUM_TOP = 3
 
 
 def logprob_tolerance(dtype: torch.dtype, *, is_remote: bool = False) -> float:
     """Return the allowed difference of log-probabilities for weights of a dtype."""
+    # Within one process kernels and batch shapes differ; between two machines device and inference
+    # library differ as well.
     if dtype in (torch.float32, torch.float64):
-        return REMOTE_FLOAT32_TOLERANCE if is_remote else FLOAT32_TOLERANCE
-    return REMOTE_HALF_TOLERANCE if is_remote else HALF_TOLERANCE
+        return 0.02 if is_remote else 1e-3
+    return 0.5 if is_remote else 0.2
 
 
 def logprob_mismatch(
@@ -67,30 +64,31 @@ def logprob_mismatch(
 
     Log-probabilities are compared up to the first step with another id. There the expected id must
     be as probable as the chosen one within the tolerance; later steps continue another text and are
-    not compared. Ids alone are not enough: a different model that starts alike would pass (the one
-    from before an adapter was merged, say).
+    not compared.
     """
+    # Ids alone are not enough: a model that differs a little, such as the one before an adapter was
+    # merged, often starts with the same ids.
     if len(tokens) != len(expected):
-        return f"{len(tokens)} tokens came, expected {len(expected)}"
+        return f"got {len(tokens)} tokens, expected {len(expected)}"
     for token, other in zip(tokens, expected, strict=True):
         if token.logprob is None or other.logprob is None:
-            return "no log-probabilities came"
-        # `not <=` instead of `>`: NaN is a mismatch
+            return "got no log-probabilities"
+        # `not <=` instead of `>`: NaN is a mismatch.
         for (_, value), (_, expected_value) in zip(token.top, other.top, strict=False):
             if not abs(value - expected_value) <= tolerance:
                 return (
-                    f"a log-probability of {value:.3f} came among the most probable ids, expected "
-                    f"{expected_value:.3f}"
+                    f"got log-probability {value:.3f} among the most probable ids, "
+                    f"expected {expected_value:.3f}"
                 )
         if token.id != other.id:
             runner_up = dict(token.top).get(other.id, -torch.inf)
             if token.logprob - runner_up <= tolerance:
                 return None
             ids, expected_ids = [t.id for t in tokens], [t.id for t in expected]
-            return f"ids {ids} came, expected {expected_ids}"
+            return f"got ids {ids}, expected {expected_ids}"
         if not abs(token.logprob - other.logprob) <= tolerance:
             return (
-                f"id {other.id} came with log-probability {token.logprob:.3f}, "
+                f"got id {other.id} with log-probability {token.logprob:.3f}, "
                 f"expected {other.logprob:.3f}"
             )
     return None
@@ -116,7 +114,7 @@ class ParityCase:
         )
 
 
-def find_batching_mode(model: MultiTokenForConditionalGeneration, filler_id: int) -> BatchingMode:
+def find_batching_mode(model: MultiTokenForConditionalGeneration) -> BatchingMode:
     """Return the best batching mode that reproduces `generate` on three short prompts.
 
     The prompts have several lengths where the model supports left padding. Each mode runs as for
@@ -126,19 +124,18 @@ def find_batching_mode(model: MultiTokenForConditionalGeneration, filler_id: int
     if not _passes("generate", lambda: _generate_expected(model, cases)):
         return "static"
 
-    def check(run: Callable[[DecodeBatch, Sequence[ParityCase]], str | None], *, add: bool) -> bool:
-        def mismatch() -> str | None:
-            params = DecodeParams.of(model, filler_id, allow_add=add)
-            return run(DecodeBatch(model, params), cases) or _mismatch(model, cases)
+    def check(what: str, *groups: Sequence[ParityCase], add: bool) -> bool:
+        # The parameters are read inside of the check: that may raise a fault of the model too.
+        return _passes(what, lambda: _mismatch(DecodeParams(model, allow_add=add), *groups))
 
-        return _passes(f"{'continuous' if add else 'shrinking'} batches", mismatch)
-
-    if model.capabilities.supports_left_padding and check(_run_joining, add=True):
+    if model.capabilities.supports_left_padding and check(
+        "continuous batches", *([case] for case in cases), add=True
+    ):
         return "continuous"
-    return "shrinking" if check(_run_leaving, add=False) else "static"
+    return "shrinking" if check("shrinking batches", cases, add=False) else "static"
 
 
-def supports_prefix_cache(model: MultiTokenForConditionalGeneration, filler_id: int) -> bool:
+def supports_prefix_cache(model: MultiTokenForConditionalGeneration) -> bool:
     """True if prompts with a cached prefix reproduce `generate`. For the mode `continuous`.
 
     Three batches: a prompt that fills the cache; one that extends it, beside a shorter one without
@@ -152,15 +149,12 @@ def supports_prefix_cache(model: MultiTokenForConditionalGeneration, filler_id: 
         _generate_expected(model, [short, full, extended])
         stats = PrefixCacheStats()
         cache = PrefixCache(4 * len(ids), stats)
+        params = DecodeParams(model, allow_add=True, prefix_cache=cache)
         for cases in ([full], [short, extended], [extended]):
-            params = DecodeParams.of(model, filler_id, allow_add=True, prefix_cache=cache)
-            batch = DecodeBatch(model, params)
-            batch.add([case.new_request() for case in cases])
-            _run_to_end(batch)
-            if (reason := _mismatch(model, cases)) is not None:
+            if (reason := _mismatch(params, cases)) is not None:
                 return reason
-        # the last prompt hits on all tokens but its last, or nothing was stored and the check
-        # has shown nothing
+        # The last prompt hits on all tokens but its last. Otherwise nothing was stored, and the
+        # check has shown nothing.
         expected_hits = len(extended.prompt.input_ids) - 1
         if stats.num_hits < expected_hits:
             return f"{stats.num_hits} prompt tokens were cached, expected {expected_hits} or more"
@@ -176,7 +170,7 @@ def _passes(what: str, check: Callable[[], str | None]) -> bool:
     except (*MODEL_FAULTS, ServeError):
         _LOG.warning("startup check of %s raised", what, exc_info=True)
         return False
-    # a property of the language model, not a fault: a recurrent state, say
+    # A property of the language model, not a fault: a recurrent state, for example.
     if reason is not None:
         _LOG.info("startup check of %s: %s", what, reason)
     return reason is None
@@ -188,17 +182,29 @@ def _generate_expected(
     """Fill in the tokens of `generate`; return a reason why they are no reference."""
     for case in cases:
         case.expected = generate_one(model, case.prompt, case.options)
-    # started by ids, `generate` applies its processors to the prompt's ids too, which the decode
-    # loop does not have: a prompt is embeddings there
+    # Started by ids, `generate` applies its processors to the prompt's ids too. The decode loop
+    # has no ids of a prompt, only embeddings.
     if model.capabilities.prefill_mode == "ids" and logits_processors(model.language_model):
         return "the generation config looks at the prompt's ids"
     return None
 
 
-def _mismatch(model: MultiTokenForConditionalGeneration, cases: Sequence[ParityCase]) -> str | None:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+def _mismatch(params: DecodeParams, *groups: Sequence[ParityCase]) -> str | None:
+    """Run groups of prompts, each of which joins after a step of the previous ones.
+
+    Returns the first difference from `generate`, or None.
+    """
+    batch = DecodeBatch(params)
+    for cases in groups:
+        batch.add([case.new_request() for case in cases])
+        if params.allow_add and not batch.is_paddable:
+            return "the KV cache has layers that cannot be padded"
+        batch.decode_step()
+    while batch.requests:
+        batch.decode_step()
+    weight: Tensor = params.model.get_input_embeddings().weight  # type: ignore[assignment]
     tolerance = logprob_tolerance(weight.dtype)
-    for case in cases:
+    for case in chain(*groups):
         reason = logprob_mismatch(collect_tokens(case.events), case.expected, tolerance)
         if reason is not None:
             return reason
@@ -215,26 +221,3 @@ def _parity_cases(model: MultiTokenForConditionalGeneration) -> list[ParityCase]
         parts = [ids.roll(1), ids.roll(2)]
     short, middle = (Prompt(part, (), (), ()) for part in parts)
     return [ParityCase(short, 5), ParityCase(full, 2), ParityCase(middle, 4)]
-
-
-def _run_joining(batch: DecodeBatch, cases: Sequence[ParityCase]) -> str | None:
-    """Add each request after a step of the previous ones."""
-    for case in cases:
-        batch.add([case.new_request()])
-        if not batch.is_paddable:
-            return "the KV cache has layers that cannot be padded"
-        batch.decode_step()
-    _run_to_end(batch)
-    return None
-
-
-def _run_leaving(batch: DecodeBatch, cases: Sequence[ParityCase]) -> str | None:
-    """Add all requests at once."""
-    batch.add([case.new_request() for case in cases])
-    _run_to_end(batch)
-    return None
-
-
-def _run_to_end(batch: DecodeBatch) -> None:
-    while batch.requests:
-        batch.decode_step()

@@ -1,10 +1,10 @@
-"""Generation requests: state, emitted tokens and the end of one request.
+"""Generation request: state, emitted tokens and end of one request.
 
-    waiting --prefill()--> prefill --first token--> decoding --> finished
+    waiting --prefill--> prefill --first token--> decoding --> finished
        ^----------------------- restart() -----------------'
 
-A request that is restarted generates from its first token again. Tokens that were emitted before
-are compared with the new ones and not emitted twice, so the client sees one stream.
+A restarted request generates from its first token again. Tokens that were emitted before are
+compared with the new ones and not emitted twice, so the client sees one stream.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class GenerationRequest:
         end_ids: frozenset[int],
         on_finish: Callable[[GenerationRequest], None] | None = None,
     ) -> None:
-        """`end_ids`: ids that end generation. `on_finish`: called once, before the last event."""
+        """`end_ids` end generation. `on_finish` is called once, before the last event."""
         self.id = request_id
         self.prompt = prompt
         self.options = options
         self.end_ids = frozenset() if options.ignore_eos else end_ids
         self.state: RequestState = "waiting"
         self.num_cached: int | None = None
-        """Prompt tokens that the prefix cache held at the first prefill; None before it."""
+        """Prompt tokens that the prefix cache held at the first prefill; None before that."""
         self._emit = emit
         self._on_finish = on_finish
-        # reentrant: `emit` may cancel this very request from inside of an event
+        # Reentrant: `emit` may cancel this very request from inside of an event.
         self._lock = threading.RLock()
-        # drawn even where the client sent no seed: a restart must sample the same tokens again
+        # Drawn even where the client sent no seed: a restart must sample the same tokens again.
         self._seed = secrets.randbits(63) if options.seed is None else options.seed % 2**63
         self._emitted: list[int] = []
         self.restart()
@@ -82,11 +82,9 @@ class GenerationRequest:
                 self.state = "prefill"
 
     def mark_prefilled(self, num_cached: int) -> bool:
-        """Set `num_cached` and return True at the first prefill.
-
-        A later prefill (after a restart) finds entries that this request stored itself, which would
-        count as hits of other prompts.
-        """
+        """Set `num_cached` and return True at the first prefill."""
+        # Only then: a prefill after a restart finds entries that this request stored itself, which
+        # would count as hits of other prompts.
         with self._lock:
             if self.num_cached is not None:
                 return False
@@ -100,6 +98,7 @@ class GenerationRequest:
                 return
             self.state = "decoding"
             self._position += 1
+            # After a restart, tokens that the client has are compared and not emitted again.
             if self._position <= len(self._emitted):
                 if self._emitted[self._position - 1] != token.id:
                     self.fail(
@@ -119,15 +118,12 @@ class GenerationRequest:
                 self.finish("length")
 
     def finish(self, reason: Literal["stop", "length"]) -> None:
-        """End generation regularly."""
         self._finish(FinishEvent(reason))
 
     def cancel(self) -> None:
-        """End generation early."""
         self._finish(FinishEvent("cancelled"))
 
     def fail(self, error: Exception) -> None:
-        """End generation with an error."""
         self._finish(ErrorEvent(error))
 
     def _finish(self, event: FinishEvent | ErrorEvent) -> None:
@@ -135,47 +131,47 @@ class GenerationRequest:
             if self.is_finished:
                 return
             self.state = "finished"
-            # before the event: a client that reacts to the end may use the request id again
+            # Before the event: a client that reacts to the end may use the request id again.
             if self._on_finish is not None:
                 self._on_finish(self)
             self._emit(event)
 
 
 def sample_batch(
-    requests: Sequence[GenerationRequest | None], scores: Tensor
+    requests: Sequence[GenerationRequest], scores: Tensor
 ) -> tuple[list[int], list[GenerationRequest], bool]:
-    """scores float32 [rows, vocabulary] of one step -> the token id of each row, emitted.
+    """Sample and emit one token of each unfinished request.
 
-    Also returns the requests whose scores are NaN or inf, which receive no token, and whether all
-    ids are the greedy ones. None stands for a row without a running request.
+    `scores`: logits float32 [rows, vocabulary] of one step. Returns the token id of each row, the
+    requests that fail here because of NaN or inf, and whether all ids are the greedy ones.
     """
+    # The only transfer of a greedy step: ids and finiteness of all rows together.
     ids, finite = greedy(scores)
-    bad: list[GenerationRequest] = []
+    failed: list[GenerationRequest] = []
     all_greedy = True
     for i, request in enumerate(requests):
-        if request is None or request.is_finished:
+        if request.is_finished:
             continue
         if not finite[i]:
-            bad.append(request)
+            request.fail(
+                ServeError(
+                    "the model produced NaN or inf for the media in this prompt; send other media",
+                    status=400,
+                    retry=False,
+                )
+            )
+            failed.append(request)
             continue
         options = request.options
         if options.temperature > MIN_TEMPERATURE:
             ids[i] = sample(scores[i], options, request.generator)
             all_greedy = False
+        # Without log-probabilities the row's scores stay on the device: no host sync for them.
         if options.num_logprobs is None:
             request.emit_token(TokenEvent(ids[i]))
         else:
             request.emit_token(token_event(scores[i], ids[i], options.num_logprobs))
-    return ids, bad, all_greedy
-
-
-def nan_error() -> ServeError:
-    """Error for requests whose logits are NaN or inf."""
-    return ServeError(
-        "the model produced NaN or inf for the media in this prompt; send other media",
-        status=400,
-        retry=False,
-    )
+    return ids, failed, all_greedy
 
 
 def fail_request(request: GenerationRequest, error: Exception) -> None:

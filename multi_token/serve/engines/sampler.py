@@ -1,4 +1,4 @@
-"""Sampler: logits of one decode step -> one token per request, by its own parameters and seed."""
+"""Sampler: logits of one decode step -> one token per request, with its parameters and seed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch import Tensor
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
 
 MIN_TEMPERATURE = 1e-5
-"""Temperatures up to this are greedy: dividing logits by less overflows float32."""
+"""Temperatures up to this value are greedy: division by a smaller one overflows float32."""
 _NUM_TOP_P_CANDIDATES = 1024
 """Ids considered for top-p before the complete vocabulary is sorted."""
 
 
 def greedy(scores: Tensor) -> tuple[list[int], list[bool]]:
-    """scores [rows, vocabulary] -> most probable id of each row, and whether its score is finite.
-
-    `max` propagates NaN, so the maximum alone tells whether a row contains one.
-    """
+    """scores [rows, vocabulary] -> most probable id of each row, and True where it is finite."""
+    # `max` propagates NaN, so a finite maximum means that the row holds no NaN.
     values, ids = scores.max(-1)
-    # one transfer for both: each `tolist` waits for the device. float32 holds ids up to 2**24
+    # One transfer for both: each `tolist` waits for the device. float32 holds ids up to 2**24.
     both = torch.stack([values.float(), ids.float()]).tolist()
     return [int(i) for i in both[1]], [abs(value) < float("inf") for value in both[0]]
 
@@ -29,8 +27,8 @@ def greedy(scores: Tensor) -> tuple[list[int], list[bool]]:
 def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
     """scores [vocabulary] -> an id, sampled with temperature, then top-k, then top-p.
 
-    Order and meaning are those of transformers' logits warpers. Each token uses one uniform number
-    of `generator` on the CPU, so a seed gives the same tokens on every device.
+    Order and meaning are those of transformers' logits warpers. Each token takes one uniform number
+    from `generator` on the CPU, so a seed gives the same tokens on every device.
     """
     probabilities = torch.softmax(scores.float() / options.temperature, -1)
     num_ids = len(probabilities)
@@ -40,8 +38,8 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
         probabilities = probabilities / probabilities.sum()
     if options.top_p < 1.0:
         if ids is None:
-            # a sort of 150,000 ids costs more than a decode step of a small model; top-p rarely
-            # needs more than the first candidates
+            # A sort of 150,000 ids costs more than a decode step of a small model; top-p rarely
+            # needs more than the first candidates.
             first, ids = probabilities.topk(min(_NUM_TOP_P_CANDIDATES, num_ids))
             if float(first.sum()) < options.top_p:
                 first, ids = probabilities.sort(descending=True)
@@ -49,10 +47,10 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
         before = probabilities.cumsum(0) - probabilities
         num_kept = max(1, int((before < options.top_p).sum()))
         probabilities = probabilities[:num_kept]
-    # float64: in float32 the sum over a large vocabulary loses the least probable ids
+    # float64: in float32 the sum over a large vocabulary loses the least probable ids.
     total = probabilities.cpu().double().cumsum(0)
     wanted = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    # rounding must not select an id of probability 0 after the last possible one
+    # Rounding must not select an id of probability 0 after the last possible one.
     last = torch.searchsorted(total, total[-1])
     index = int(torch.searchsorted(total, wanted, right=True).minimum(last))
     return index if ids is None else int(ids[index])

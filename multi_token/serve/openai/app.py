@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 from multi_token import __version__
 from multi_token.serve.admission import Deadline
 from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, add_chat_routes
-from multi_token.serve.engines.base import SupportsReplicas
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.docs import REFERENCE, openapi_document, reference_page
 from multi_token.serve.openai.middleware import RECORD, ClientGone, GuardMiddleware, RequestLog
@@ -113,7 +112,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             completions, usage = await _complete(request, running)
             return JSONResponse(builder.completion(completions, usage), headers=headers)
         # Remote engines may refuse a prompt after `submit`: wait for their first token.
-        wait = isinstance(service.engine, SupportsReplicas)
+        wait = service.engine.is_remote
         events = _sse_stream(running, builder, record, wait_for_token=wait)
         await cancel_on_disconnect(request.receive, anext(events))
         return _EventStream(events, headers)

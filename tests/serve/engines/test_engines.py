@@ -1,4 +1,4 @@
-"""All engines keep the contract of serve/engines/base.py, on tiny models of four families."""
+"""Every engine keeps the contract of serve/engines/engine.py, on tiny models of four families."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
-    Engine,
     EngineEvent,
     ErrorEvent,
     FinishEvent,
@@ -21,6 +20,7 @@ from multi_token.serve.engines.base import (
     SamplingParams,
     TokenEvent,
 )
+from multi_token.serve.engines.engine import Engine
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.types import Sample
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 FAMILIES = ["Llama", "Qwen2", "Gemma3", "Phi-3"]
 HERE: dict[str, Callable[..., Any]] = {"local": LocalEngine}
 ENGINES = {**HERE, "vllm": VllmWithStandIn}
-"""The last one has its model answered elsewhere: its faults are not the engine's."""
+"""In `vllm` the model runs in a stand-in, so the faults of a model are not the engine's."""
 NUM_NEW = 10
 
 
@@ -51,14 +51,14 @@ def any_family(request: pytest.FixtureRequest, families: ModuleType, tmp_path_fa
 
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Builds and starts the engine, with what it is given; all are stopped at the end."""
+    """Builds and starts engines with the given options; all are stopped at the end."""
     with engines(ENGINES[request.param]) as build:
         yield build
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, llama: Any) -> Iterator[Any]:
-    """One engine for the tests that leave it as it is."""
+    """One engine for the tests that do not change it."""
     started = ENGINES[request.param](llama)
     started.start()
     yield started
@@ -74,7 +74,7 @@ def submitted(
 
 
 def samples_of(model: Any) -> list[Sample]:
-    """Text alone, media, several media, of several lengths."""
+    """Text alone, one media item, and two, in several lengths."""
     return [
         sample_of(model, "What is a fruit?"),
         sample_of(model, "What is this?", VECTORS[0]),
@@ -84,7 +84,7 @@ def samples_of(model: Any) -> list[Sample]:
     ]
 
 
-def test_greedy_answers_equal_those_of_generate(
+def test_greedy_tokens_equal_those_of_generate(
     any_family: Any, make: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = samples_of(any_family)
@@ -97,24 +97,24 @@ def test_greedy_answers_equal_those_of_generate(
     assert [client.ids for client in submitted(engine, prompts)] == alone
     assert [submitted(engine, [prompt])[0].ids for prompt in prompts] == alone
     assert (engine.num_running, engine.num_waiting) == (0, 0)
-    assert not caplog.records, "a batch that fails is answered one by one, and would hide a fault"
+    assert not caplog.records, "a failed batch is retried one by one, which would hide a fault"
 
 
-def test_ends_say_why(llama: Any, make: Any) -> None:
+def test_the_finish_event_has_the_reason(llama: Any, make: Any) -> None:
     engine = make(llama)
     prompt = prompt_of(llama, sample_of(llama, "What is a fruit?"))
     deaf, long = SamplingParams(30, ignore_eos=True), SamplingParams(30)
     (client,) = submitted(engine, [prompt], deaf)
     ids = client.ids
     assert len(ids) == 30 and client.wait() == FinishEvent("length")
-    engine._end_ids = frozenset([ids[4]])  # this random model says none of its own
+    engine._end_ids = frozenset([ids[4]])  # this random model generates none of its own
     hears, is_deaf = Client(), Client()
     together(engine, [prompt, prompt], [long, deaf], [hears, is_deaf])
     assert hears.ids == ids[: ids.index(ids[4]) + 1] and hears.wait() == FinishEvent("stop")
     assert is_deaf.ids == ids and is_deaf.wait() == FinishEvent("length")
 
 
-def test_a_seed_says_the_same_in_any_company(llama: Any, engine: Any) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(llama: Any, engine: Any) -> None:
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
     warm = SamplingParams(NUM_NEW, temperature=1.5, seed=7, ignore_eos=True)
     alone = submitted(engine, [prompts[1]], warm)[0].ids
@@ -153,31 +153,31 @@ def test_logprobs_are_of_the_models_own_distribution(llama: Any, engine: Any) ->
         assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_cancelling_ends_at_once_and_leaves_the_others(llama: Any, engine: Any) -> None:
+def test_cancelling_ends_one_request_at_once_and_no_other(llama: Any, engine: Any) -> None:
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)]
     long = SamplingParams(100, ignore_eos=True)
-    num_said: list[int] = []
+    num_emitted: list[int] = []
 
     def cancel_at_third(event: EngineEvent) -> None:
         if len(leaver.events) == 3:
             engine.cancel("r1")
         elif isinstance(event, FinishEvent):
-            num_said.append(len(other.events))
+            num_emitted.append(len(other.events))
 
     leaver, other = Client(cancel_at_third), Client()
     together(engine, prompts[:2], [long, long], [other, leaver])
     assert leaver.wait() == FinishEvent("cancelled")
     assert len(leaver.events) == 4
-    assert num_said[0] < 10, "the other one goes on"
+    assert num_emitted[0] < 10, "the other request goes on"
     assert len(other.ids) == 100
     engine.cancel("r1")
-    engine.cancel("nobody")
+    engine.cancel("unknown")
     assert engine.num_running == 0
     (again,) = submitted(engine, [prompts[1]])
     assert len(again.ids) > 0
 
 
-def test_who_waits_can_be_cancelled(llama: Any, make: Any) -> None:
+def test_a_waiting_request_can_be_cancelled(llama: Any, make: Any) -> None:
     engine = make(llama, max_batch=1)
     prompt = prompt_of(llama, sample_of(llama, "yes"))
     waiting = Client()
@@ -197,7 +197,7 @@ def test_who_waits_can_be_cancelled(llama: Any, make: Any) -> None:
     assert len(first.ids) == 100
 
 
-def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(llama: Any, make: Any) -> None:
+def test_an_invalid_prompt_is_refused_before_it_is_queued(llama: Any, make: Any) -> None:
     engine = make(llama, max_tokens=48)
     good = prompt_of(llama, sample_of(llama, "What is this?", VECTORS[0]))
     nan = replace(good, media_embeds=(torch.full_like(good.media_embeds[0], torch.nan),))
@@ -215,10 +215,10 @@ def test_what_is_wrong_by_itself_is_refused_before_it_is_queued(llama: Any, make
 
 
 @pytest.mark.parametrize("engine", HERE, indirect=True)
-@pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
+@pytest.mark.parametrize("fault", ["raises", "gives NaN"])
 def test_a_prompt_that_breaks_the_model_fails_alone(llama: Any, engine: Any, fault: str) -> None:
     samples = samples_of(llama)[:4]
-    # a tenant of whom nothing has been read: what is kept already breaks nothing
+    # a new tenant: a cached prefix would skip the layer that breaks
     prompts = [replace(prompt_of(llama, sample), tenant=fault) for sample in samples]
     alone = [generate_ids(llama, [s], max_new_tokens=NUM_NEW)[0].tolist() for s in samples]
     unlucky = prompts[2].media_embeds[0][0, 0]
@@ -245,10 +245,10 @@ def test_a_prompt_that_breaks_the_model_fails_alone(llama: Any, engine: Any, fau
 
 
 @pytest.mark.parametrize("make", HERE, indirect=True)
-def test_a_broken_model_ends_the_thread_and_start_begins_anew(llama: Any, make: Any) -> None:
+def test_a_broken_model_ends_the_thread_and_start_runs_it_again(llama: Any, make: Any) -> None:
     engine = make(llama)
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)[:2]]
-    whole = [client.ids for client in submitted(engine, prompts)]
+    expected = [client.ids for client in submitted(engine, prompts)]
     hooks: list[Any] = []
 
     def broken(*_: Any) -> None:
@@ -271,10 +271,10 @@ def test_a_broken_model_ends_the_thread_and_start_begins_anew(llama: Any, make: 
     assert refused.value.status == 503
     engine.start()
     assert engine.is_alive
-    assert [client.ids for client in submitted(engine, prompts)] == whole
+    assert [client.ids for client in submitted(engine, prompts)] == expected
 
 
-def test_stopping_cancels_all(llama: Any, make: Any) -> None:
+def test_stop_cancels_all_requests(llama: Any, make: Any) -> None:
     engine = make(llama, max_batch=1)
     prompts = [prompt_of(llama, sample) for sample in samples_of(llama)[:2]]
     clients = submitted(engine, prompts, SamplingParams(200, ignore_eos=True))

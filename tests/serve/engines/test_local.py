@@ -1,6 +1,6 @@
 """The local engine: requests join and leave the batch between decode steps.
 
-What is computed, and when; that the tokens are right is tested for all engines in test_engines.py.
+Tests of batches and their order; test_engines.py tests the tokens of all engines.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXTS = ["What is a fruit?", "yes or no", "Which of these is a red square, and w
 
 @contextmanager
 def watched(model: Any) -> Iterator[list[tuple[int, int]]]:
-    """Of each forward: rows, and positions that are computed of each."""
+    """For each forward: number of rows, and positions computed in each row."""
     seen: list[tuple[int, int]] = []
 
     def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -71,31 +71,29 @@ def alone(engine: Any, prompt: Prompt, options: SamplingParams) -> list[int]:
     return client.ids
 
 
-def test_a_newcomer_is_answered_while_a_longer_answer_is_being_written(
-    llama: Any, start_local: Any
-) -> None:
+def test_a_new_request_is_decoded_beside_a_longer_one(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompts = prompts_of(llama)
     short = SamplingParams(5, ignore_eos=True)
     expected = [alone(engine, prompts[0], LONG), *(alone(engine, p, short) for p in prompts[1:])]
-    num_said: list[int] = []
-    newcomers = [Client(lambda event: counted(event)) for _ in prompts[1:]]
+    num_emitted: list[int] = []
+    joining = [Client(lambda event: counted(event)) for _ in prompts[1:]]
 
     def counted(event: EngineEvent) -> None:
         if isinstance(event, FinishEvent):
-            num_said.append(len(first.events))
+            num_emitted.append(len(first.events))
 
     def come() -> None:
-        for number, (prompt, client) in enumerate(zip(prompts[1:], newcomers, strict=True)):
+        for number, (prompt, client) in enumerate(zip(prompts[1:], joining, strict=True)):
             engine.submit(f"new {number}", prompt, short, client)
 
     first = at_token(10, come)
     engine.submit("first", prompts[0], LONG, first)
-    assert [client.ids for client in (first, *newcomers)] == expected
-    assert all(number <= 20 for number in num_said), "both end soon after the tenth token"
+    assert [client.ids for client in (first, *joining)] == expected
+    assert all(number <= 20 for number in num_emitted), "both end soon after the tenth token"
 
 
-def test_an_ended_row_is_computed_no_more(llama: Any, start_local: Any) -> None:
+def test_a_finished_row_is_not_computed_again(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompts = prompts_of(llama)
     lengths = [4, 30, 11]
@@ -105,8 +103,8 @@ def test_an_ended_row_is_computed_no_more(llama: Any, start_local: Any) -> None:
         together(engine, prompts, options, clients)
         assert [len(client.ids) for client in clients] == lengths
     steps = [num_rows for num_rows, num_positions in seen if num_positions == 1]
-    assert sum(steps) == sum(length - 1 for length in lengths), "the first comes of the prompt"
-    assert len(steps) == max(lengths) - 1, "all of them are answered together"
+    assert sum(steps) == sum(length - 1 for length in lengths), "prefill gives the first token"
+    assert len(steps) == max(lengths) - 1, "all requests are decoded together"
 
 
 def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_local: Any) -> None:
@@ -122,8 +120,8 @@ def test_a_cancelled_row_leaves_before_the_next_step(llama: Any, start_local: An
     assert steps == [2] * 4 + [1] * 55
 
 
-def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_local: Any) -> None:
-    """Else a row that joined a longer one would carry its padding to the end."""
+def test_padding_that_no_row_needs_is_cut_off(llama: Any, start_local: Any) -> None:
+    """Otherwise a row that joined a longer one would keep its padding to the end."""
     engine = start_local(llama)
     prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     widths: list[int] = []
@@ -142,23 +140,24 @@ def test_the_padding_that_nobody_needs_is_cut_off(llama: Any, start_local: Any) 
     assert widths[-1] == len(prompts[0].input_ids) + 58
 
 
-def test_a_seed_says_the_same_to_a_newcomer(llama: Any, start_local: Any) -> None:
+def test_a_seed_gives_the_same_tokens_to_a_request_that_joins(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompts = prompts_of(llama)
     warm = SamplingParams(12, temperature=1.5, seed=3, ignore_eos=True)
     expected = alone(engine, prompts[1], warm)
-    newcomer = Client()
-    first = at_token(4, lambda: engine.submit("new", prompts[1], warm, newcomer))
+    joining = Client()
+    first = at_token(4, lambda: engine.submit("new", prompts[1], warm, joining))
     engine.submit("first", prompts[2], replace(LONG, temperature=1.0, seed=4), first)
-    assert newcomer.ids == expected
+    assert joining.ids == expected
     assert len(first.ids) == 60
 
 
-@pytest.mark.parametrize("fault", ["raises", "makes no numbers"])
-def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
+@pytest.mark.parametrize("fault", ["raises", "gives NaN"])
+def test_a_joining_request_that_breaks_the_model_fails_alone_and_at_once(
     llama: Any, start_local: Any, fault: str
 ) -> None:
-    engine = start_local(llama, prefix_cache_tokens=0)  # else they have been read already
+    # a cached prefix would skip the layer that breaks
+    engine = start_local(llama, prefix_cache_tokens=0)
     prompts = prompts_of(llama)
     expected = [alone(engine, p, SamplingParams(12, ignore_eos=True)) for p in prompts]
     unlucky = prompts[1].media_embeds[0][0, 0]
@@ -169,41 +168,41 @@ def test_a_newcomer_that_breaks_the_model_fails_alone_and_at_once(
             raise RuntimeError("out of luck")
         return (inputs[0].masked_fill(is_it, torch.nan),)
 
-    newcomers = [Client(), Client()]
-    num_said: list[int] = []
+    joining = [Client(), Client()]
+    num_emitted: list[int] = []
 
     def come() -> None:
-        for number, client in enumerate(newcomers):
+        for number, client in enumerate(joining):
             options = SamplingParams(12, ignore_eos=True)
             engine.submit(f"new {number}", prompts[1 + number], options, client)
 
     def failed(event: EngineEvent) -> None:
         assert isinstance(event, ErrorEvent)
-        num_said.append(len(first.events))
+        num_emitted.append(len(first.events))
 
-    newcomers[0] = Client(failed)
+    joining[0] = Client(failed)
     first = at_token(4, come)
     hook = llama.language_model.model.layers[0].register_forward_pre_hook(break_on_it)
     try:
         with watched(llama) as seen:
             engine.submit("first", prompts[0], LONG, first)
-            assert isinstance(newcomers[0].wait(), ErrorEvent)
-            assert newcomers[1].ids == expected[2]
+            assert isinstance(joining[0].wait(), ErrorEvent)
+            assert joining[1].ids == expected[2]
             assert first.ids[:12] == expected[0]
     finally:
         hook.remove()
-    assert num_said == [4]
-    num_read = sum(
+    assert num_emitted == [4]
+    num_prefills = sum(
         num_positions == len(prompts[0].input_ids) and num_rows == 1
         for num_rows, num_positions in seen
     )
-    assert num_read == 1, "who is being answered is not read again"
+    assert num_prefills == 1, "a running request is not prefilled again"
 
 
-def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_local: Any) -> None:
+def test_a_waiting_request_is_not_overtaken_by_smaller_ones(llama: Any, start_local: Any) -> None:
     prompts = sorted(prompts_of(llama), key=lambda p: len(p.input_ids))
     small, big = prompts[0], prompts[-1]
-    # room for two small ones, or for the big one alone
+    # the budget is two small prompts, or the big one alone
     engine = start_local(llama, max_batch_tokens=2 * (len(small.input_ids) + 60))
     long = SamplingParams(engine.max_tokens - len(big.input_ids), ignore_eos=True)
     ended: list[str] = []
@@ -211,17 +210,17 @@ def test_who_waits_is_not_overtaken_by_those_that_fit(llama: Any, start_local: A
     def client(name: str) -> Client:
         return Client(lambda event: ended.append(name) if isinstance(event, FinishEvent) else None)
 
-    waits, behind = client("big"), client("behind")
+    waiting, later = client("big"), client("later")
     options = SamplingParams(3, ignore_eos=True)
 
     def come() -> None:
-        engine.submit("big", big, long, waits)
-        engine.submit("behind", small, options, behind)
+        engine.submit("big", big, long, waiting)
+        engine.submit("later", small, options, later)
 
     first = at_token(2, come)
     engine.submit("first", small, LONG, first)
-    assert len(behind.ids) == 3 and len(first.ids) == 60
-    assert ended == ["big", "behind"]
+    assert len(later.ids) == 3 and len(first.ids) == 60
+    assert ended == ["big", "later"]
 
 
 def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_local: Any) -> None:
@@ -247,7 +246,7 @@ def test_a_batch_never_holds_more_tokens_than_allowed(llama: Any, start_local: A
 
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
+def test_the_models_own_logits_processors_apply_to_each_row(
     families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "Llama")
@@ -266,7 +265,7 @@ def test_what_the_models_own_settings_do_to_scores_is_done_to_each_row(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the family's own code
-def test_rows_leave_also_where_nobody_can_join(
+def test_rows_leave_a_batch_that_no_request_can_join(
     families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     model = composed(tmp_path_factory.mktemp("lm"), families, "LFM2")
@@ -285,13 +284,13 @@ def test_rows_leave_also_where_nobody_can_join(
 
 
 SHRINKING = {"Falcon-H1", "LFM2", "Qwen3-Next"}
-"""A recurrent state beside keys and values."""
+"""Families with a recurrent state beside the KV cache."""
 STATIC = {"Mamba2", "RWKV", "xLSTM"}
-"""No keys and values at all."""
+"""Families without any KV cache."""
 
 
 def staggered(engine: LocalEngine, prompts: Sequence[Prompt], num_new: int) -> list[list[int]]:
-    """The second comes at the third token of the first, the third at the third of the second."""
+    """Submit the second at the third token of the first, and the third at that of the second."""
     third = Client()
     options = SamplingParams(num_new, ignore_eos=True)
     second = at_token(3, lambda: engine.submit("third", prompts[2], options, third))
@@ -302,11 +301,11 @@ def staggered(engine: LocalEngine, prompts: Sequence[Prompt], num_new: int) -> l
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
-def test_who_comes_late_is_answered_as_by_generate_in_every_family(
+def test_requests_that_join_get_the_tokens_of_generate_in_every_family(
     families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     served = families.FAMILIES.keys() - {"BERT"}
-    ways: dict[str, set[str]] = {"continuous": set(), "shrinking": set(), "static": set()}
+    modes: dict[str, set[str]] = {"continuous": set(), "shrinking": set(), "static": set()}
     for family in sorted(served):
         model = composed(tmp_path_factory.mktemp("lm"), families, family)
         samples = [
@@ -318,11 +317,11 @@ def test_who_comes_late_is_answered_as_by_generate_in_every_family(
         engine = start_local(model)
         prompts = [prompt_of(model, sample) for sample in samples]
         for ids, own in zip(staggered(engine, prompts, 14), expected, strict=True):
-            assert ids[: len(own)] == own, family  # `generate` ends where the model says so
+            assert ids[: len(own)] == own, family  # `generate` stops at the end of turn
         assert engine._mode is not None
-        ways[engine._mode].add(family)
+        modes[engine._mode].add(family)
         engine.stop()
-    assert ways == {
+    assert modes == {
         "continuous": served - SHRINKING - STATIC,
         "shrinking": SHRINKING,
         "static": STATIC,
@@ -360,7 +359,7 @@ def test_a_prefill_touches_no_running_batch(llama: Any, start_local: Any) -> Non
     running = engine._new_batch()
     running.add(requests[:1])
     width = running.width
-    other = prefill(llama, running.params, requests[1:])
+    other = prefill(running.params, requests[1:])
     assert (running.width, running.requests) == (width, requests[:1])
     assert other.requests == requests[1:]
     running.extend(other)
@@ -370,7 +369,7 @@ def test_a_prefill_touches_no_running_batch(llama: Any, start_local: Any) -> Non
     assert [client.ids for client in clients] == expected
 
 
-def test_the_engine_uses_as_many_threads_as_torch_however_often_it_starts(
+def test_the_engine_uses_the_threads_of_torch_after_any_number_of_starts(
     llama: Any, start_local: Any
 ) -> None:
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Startup checks: which differences from `generate` count, and what a failed check leads to."""
+"""Startup checks: the differences from `generate` that count, and the result of a failed check."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.serve.engine_parts import Client, composed, prompt_of, sample_of
 
 
 def tokens(*pairs: tuple[int, float | None], top: Sequence[float] = ()) -> list[TokenEvent]:
-    likeliest = tuple((100 + rank, value) for rank, value in enumerate(top))
-    return [TokenEvent(id, logprob, likeliest) for id, logprob in pairs]
+    most_probable = tuple((100 + rank, value) for rank, value in enumerate(top))
+    return [TokenEvent(id, logprob, most_probable) for id, logprob in pairs]
 
 
 def test_tokens_within_the_tolerance_are_equal() -> None:
     expected = tokens((5, -0.1), (6, -0.2))
     assert logprob_mismatch(tokens((5, -0.1005), (6, -0.2)), expected, 1e-3) is None
-    assert "id 6 came with log-probability -0.300, expected -0.200" in str(
+    assert "id 6 with log-probability -0.300, expected -0.200" in str(
         logprob_mismatch(tokens((5, -0.1), (6, -0.3)), expected, 1e-3)
     )
-    assert "1 tokens came, expected 2" in str(logprob_mismatch(expected[:1], expected, 1e-3))
+    assert "got 1 tokens, expected 2" in str(logprob_mismatch(expected[:1], expected, 1e-3))
     assert "no log-probabilities" in str(logprob_mismatch(tokens((5, None)), expected[:1], 1e-3))
 
 
@@ -48,7 +48,7 @@ def test_another_id_is_equal_only_in_a_tie_and_ends_the_comparison() -> None:
     tie = [TokenEvent(9, -0.7, ((9, -0.7), (5, -0.7001))), TokenEvent(3, -4.0)]
     assert logprob_mismatch(tie, expected, 1e-3) is None
     parted = [TokenEvent(9, -0.6, ((9, -0.6), (5, -0.7))), TokenEvent(3, -4.0)]
-    assert "ids [9, 3] came, expected [5, 6]" in str(logprob_mismatch(parted, expected, 1e-3))
+    assert "got ids [9, 3], expected [5, 6]" in str(logprob_mismatch(parted, expected, 1e-3))
     absent = [TokenEvent(9, -0.7, ((9, -0.7),)), TokenEvent(3, -4.0)]
     assert "expected [5, 6]" in str(logprob_mismatch(absent, expected, 1e-3))
 
@@ -57,7 +57,7 @@ def test_the_most_probable_ids_are_compared_where_both_have_them() -> None:
     expected = tokens((5, -0.1), top=[-0.1, -2.5, -3.0])
     assert logprob_mismatch(tokens((5, -0.1), top=[-0.1, -2.5]), expected, 1e-3) is None
     wrong = logprob_mismatch(tokens((5, -0.1), top=[-0.1, -2.7]), expected, 1e-3)
-    assert "-2.700 came among the most probable ids, expected -2.500" in str(wrong)
+    assert "-2.700 among the most probable ids, expected -2.500" in str(wrong)
 
 
 def test_tolerances_grow_with_rounding_and_distance() -> None:
@@ -78,21 +78,20 @@ def own_llama(families: ModuleType, tmp_path_factory: Any) -> Any:
 def test_a_model_whose_rows_see_each_other_is_not_batched_continuously(
     own_llama: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each row gets a part of the batch's mean: right alone, wrong beside others."""
+    """Each row gets a part of the batch's mean: right alone, wrong in a batch."""
 
     def mix(_: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
         return (inputs[0] + 0.5 * (inputs[0].mean(0, keepdim=True) - inputs[0]),)
 
-    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.model.norm.register_forward_pre_hook(mix)
     try:
         with caplog.at_level(logging.INFO, "multi_token.serve"):
-            assert find_batching_mode(own_llama, filler_id) == "static"
+            assert find_batching_mode(own_llama) == "static"
     finally:
         hook.remove()
     messages = [record.getMessage() for record in caplog.records]
     assert [m for m in messages if "continuous batches" in m and "expected" in m]
-    assert find_batching_mode(own_llama, filler_id) == "continuous"
+    assert find_batching_mode(own_llama) == "continuous"
 
 
 def test_a_check_that_raises_is_logged_with_its_traceback(
@@ -105,12 +104,11 @@ def test_a_check_that_raises_is_logged_with_its_traceback(
         if past is not None and past.get_seq_length():
             raise RuntimeError("no cache here")
 
-    filler_id = own_llama.require_processor().chat.filler_id
     hook = own_llama.language_model.register_forward_pre_hook(refuse, with_kwargs=True)
     try:
         with caplog.at_level(logging.WARNING, "multi_token.serve"):
-            assert find_batching_mode(own_llama, filler_id) == "static"
-            assert not supports_prefix_cache(own_llama, filler_id)
+            assert find_batching_mode(own_llama) == "static"
+            assert not supports_prefix_cache(own_llama)
     finally:
         hook.remove()
     raised = [record for record in caplog.records if record.exc_info]
@@ -126,7 +124,7 @@ def test_a_defect_of_ours_is_not_swallowed(own_llama: Any, monkeypatch: Any) -> 
 
     monkeypatch.setattr(own_llama.language_model, "forward", broken)
     with pytest.raises(Defect):
-        find_batching_mode(own_llama, own_llama.require_processor().chat.filler_id)
+        find_batching_mode(own_llama)
 
 
 def test_a_static_batch_gives_the_tokens_of_generate(

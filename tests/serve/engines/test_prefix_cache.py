@@ -1,4 +1,4 @@
-"""What prompts begin with is read once by the static engine, and answers stay as they are."""
+"""The prefix of prompts is prefilled once by the local engine, and the tokens stay the same."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ OPTIONS = SamplingParams(NUM_NEW, ignore_eos=True)
 
 
 @contextmanager
-def reading(model: Any) -> Iterator[list[int]]:
-    """Positions of each forward that reads prompts."""
+def prefills(model: Any) -> Iterator[list[int]]:
+    """Number of positions of each prefill."""
     seen: list[int] = []
 
     def note(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -60,17 +60,17 @@ def of(model: Any, text: str, *vectors: Sequence[float]) -> Prompt:
     return prompt_of(model, sample_of(model, text, *vectors))
 
 
-def num_alike(marks: Tensor, others: Tensor) -> int:
-    num = min(len(marks), len(others))
-    return int((marks[:num] == others[:num]).long().cumprod(0).sum())
+def num_common(key: Tensor, other: Tensor) -> int:
+    num = min(len(key), len(other))
+    return int((key[:num] == other[:num]).long().cumprod(0).sum())
 
 
-def about(model: Any, before: str, vector: Sequence[float], behind: str) -> Any:
-    parts = (Text(before), Media("vector", list(vector)), Text(behind))
+def about(model: Any, before: str, vector: Sequence[float], after: str) -> Any:
+    parts = (Text(before), Media("vector", list(vector)), Text(after))
     return model.require_processor()(Conversation((Message("user", parts),)), prompt_only=True)
 
 
-def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_local: Any) -> None:
+def test_only_the_new_part_of_a_prompt_is_prefilled(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     samples = [
         about(llama, "Here it is: ", VECTORS[0], "What is a fruit?"),
@@ -78,22 +78,22 @@ def test_only_what_is_new_in_a_prompt_is_read(llama: Any, start_local: Any) -> N
         about(llama, "Here it is: ", VECTORS[1], "What is a fruit?"),
     ]
     prompts = [prompt_of(llama, sample) for sample in samples]
-    marks = [prefix_key(prompt) for prompt in prompts]
+    keys = [prefix_key(prompt) for prompt in prompts]
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    num_there = [0, num_alike(marks[0], marks[1]), prompts[2].media_spans[0].start]
-    assert num_there[1] > num_there[2] + 3 and num_there[2] >= 4
-    assert num_alike(marks[0], marks[2]) == num_there[2], "other media, so all behind it is new"
-    with reading(llama) as seen:
+    num_cached = [0, num_common(keys[0], keys[1]), prompts[2].media_spans[0].start]
+    assert num_cached[1] > num_cached[2] + 3 and num_cached[2] >= 4
+    assert num_common(keys[0], keys[2]) == num_cached[2], "other media, so all after it is new"
+    with prefills(llama) as seen:
         found = [asked(engine, prompt) for prompt in prompts]
-    assert seen == [length - num for length, num in zip(lengths, num_there, strict=True)]
+    assert seen == [length - num for length, num in zip(lengths, num_cached, strict=True)]
     assert (engine.prefix_stats.num_queries, engine.prefix_stats.num_hits) == (
         sum(lengths),
-        sum(num_there),
+        sum(num_cached),
     )
     assert found == [by_generate(llama, sample) for sample in samples]
 
 
-def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
+def test_a_longer_conversation_is_prefilled_after_the_cached_turns(
     llama: Any, start_local: Any
 ) -> None:
     engine = start_local(llama)
@@ -105,23 +105,23 @@ def test_a_conversation_that_goes_on_is_read_behind_what_was_said(
     more = Message("user", (Text("And what is a square?"),))
     sample = processor(Conversation((first, said, more)), prompt_only=True)
     prompt = prompt_of(llama, sample)
-    kept = torch.cat([prefix_key(begun), torch.tensor(ids[:-1])])
-    num_there = num_alike(kept, prefix_key(prompt))
-    assert num_there > begun.media_spans[0].start + begun.media_spans[0].length + 4
-    with reading(llama) as seen:
+    cached = torch.cat([prefix_key(begun), torch.tensor(ids[:-1])])
+    num_cached = num_common(cached, prefix_key(prompt))
+    assert num_cached > begun.media_spans[0].start + begun.media_spans[0].length + 4
+    with prefills(llama) as seen:
         found = asked(engine, prompt)
-    assert seen == [len(prompt.input_ids) - num_there]
+    assert seen == [len(prompt.input_ids) - num_cached]
     assert found == by_generate(llama, sample)
 
 
-def test_a_prompt_that_comes_again_is_read_at_its_last_token_alone(
+def test_a_repeated_prompt_is_prefilled_at_its_last_token_alone(
     llama: Any, start_local: Any
 ) -> None:
     engine = start_local(llama)
     prompt = of(llama, "What is a fruit?", VECTORS[0])
     client = Client()
     first = asked(engine, prompt)
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         engine.submit("again", prompt, OPTIONS, client)
         assert client.ids == first
     assert seen == [1]
@@ -133,13 +133,13 @@ def test_tenants_share_nothing(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompt = of(llama, "What is a fruit?")
     asked(engine, replace(prompt, tenant="a"))
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         asked(engine, replace(prompt, tenant="b"))
         asked(engine, replace(prompt, tenant="a"))
     assert seen == [len(prompt.input_ids), 1]
 
 
-def test_prompts_that_share_unlike_much_are_right_when_they_are_read_at_once(
+def test_prompts_with_prefixes_of_several_lengths_are_right_in_one_prefill(
     llama: Any, start_local: Any
 ) -> None:
     engine = start_local(llama)
@@ -152,14 +152,14 @@ def test_prompts_that_share_unlike_much_are_right_when_they_are_read_at_once(
     ]
     clients = [Client() for _ in samples]
     prompts = [prompt_of(llama, sample) for sample in samples]
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         together(engine, prompts, [OPTIONS] * 4, clients)
         assert [client.ids for client in clients] == [by_generate(llama, s) for s in samples]
     longest = max(len(prompt.input_ids) for prompt in prompts)
     assert 1 < seen[-1] < longest
 
 
-def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
+def test_no_more_tokens_are_cached_than_allowed_and_the_oldest_go_first(
     llama: Any, start_local: Any
 ) -> None:
     prompts = [replace(of(llama, "What is a fruit?"), tenant=str(i)) for i in range(3)]
@@ -167,73 +167,75 @@ def test_no_more_tokens_are_kept_than_allowed_and_the_oldest_go_first(
     engine = start_local(llama, prefix_cache_tokens=2 * length)
     for prompt in prompts:
         asked(engine, prompt)
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         for prompt in (prompts[2], prompts[1], prompts[0]):
             asked(engine, prompt)
     engine.stop()
-    kept = engine._batch.params.prefix_cache
-    assert kept.num_tokens == 2 * length == kept.max_tokens
+    cache = engine._batch.params.prefix_cache
+    assert cache.num_tokens == 2 * length == cache.max_tokens
     assert seen == [1, 1, len(prompts[0].input_ids)]
 
 
-def test_with_no_room_every_prompt_is_read_whole(llama: Any, start_local: Any) -> None:
+def test_without_a_prefix_cache_complete_prompts_are_prefilled(
+    llama: Any, start_local: Any
+) -> None:
     engine = start_local(llama, prefix_cache_tokens=0)
     prompt = of(llama, "What is a fruit?")
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         assert asked(engine, prompt) == asked(engine, prompt)
     assert seen == [len(prompt.input_ids)] * 2
     assert engine.prefix_stats.num_hits == 0
 
 
-def test_an_engine_that_starts_anew_has_kept_nothing(llama: Any, start_local: Any) -> None:
+def test_an_engine_that_starts_again_has_cached_nothing(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompt = of(llama, "What is a fruit?")
     asked(engine, prompt)
     engine.stop()
     engine.start()
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         asked(engine, prompt)
     assert seen == [len(prompt.input_ids)]
 
 
-def test_what_no_numbers_came_of_is_not_kept(llama: Any, start_local: Any) -> None:
+def test_a_prefix_with_nan_is_not_cached(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     prompt = of(llama, "What is a fruit?", VECTORS[0])
     unlucky = prompt.media_embeds[0][0, 0]
 
-    def no_numbers(_: Any, inputs: tuple[Tensor, ...]) -> Any:
+    def give_nan(_: Any, inputs: tuple[Tensor, ...]) -> Any:
         return (inputs[0].masked_fill(inputs[0][..., :1] == unlucky, torch.nan),)
 
-    hook = llama.language_model.model.layers[0].register_forward_pre_hook(no_numbers)
+    hook = llama.language_model.model.layers[0].register_forward_pre_hook(give_nan)
     client = Client()
     try:
         engine.submit("bad", prompt, OPTIONS, client)
         assert isinstance(client.wait(), ErrorEvent)
     finally:
         hook.remove()
-    with reading(llama) as seen:
+    with prefills(llama) as seen:
         assert len(asked(engine, prompt)) == NUM_NEW
     assert seen == [len(prompt.input_ids)]
 
 
-WHOLE = {"Falcon-H1", "LFM2", "Qwen3-Next", "Mamba2", "RWKV", "xLSTM"}
-"""Rows do not join, so nothing is kept."""
+WITHOUT_CACHE = {"Falcon-H1", "LFM2", "Qwen3-Next", "Mamba2", "RWKV", "xLSTM"}
+"""Requests cannot join a batch, so nothing is cached."""
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of families' own code
-def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
+def test_prompts_with_a_common_prefix_get_the_tokens_of_generate_in_every_family(
     families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     served = sorted(families.FAMILIES.keys() - {"BERT"})
-    whole: set[str] = set()
+    without: set[str] = set()
     for family in served:
         has_window = "sliding_window" in families.FAMILIES[family][1]
         changes = {"sliding_window": 256} if has_window else {}  # prompts stay within it
         model = composed(tmp_path_factory.mktemp("lm"), families, family, **changes)
         engine = start_local(model)
         if not engine._use_prefix_cache:
-            whole.add(family)
+            without.add(family)
         samples = [
             sample_of(model, "What is a fruit?", VECTORS[0]),
             sample_of(model, "What is a fruit? And this?", VECTORS[0], VECTORS[1]),
@@ -248,10 +250,10 @@ def test_prompts_that_begin_alike_are_answered_as_by_generate_in_every_family(
             assert client.ids[: len(expected)] == expected, family
         assert (engine.prefix_stats.num_hits > 0) == engine._use_prefix_cache, family
         engine.stop()
-    assert whole == WHOLE
+    assert without == WITHOUT_CACHE
 
 
-def test_what_a_window_has_let_go_is_not_kept(
+def test_a_prefix_that_a_window_has_dropped_is_not_cached(
     families: ModuleType, tmp_path_factory: Any, start_local: Any
 ) -> None:
     window = 48
@@ -260,9 +262,9 @@ def test_what_a_window_has_let_go_is_not_kept(
     samples = [sample_of(model, "What is a fruit?" * num) for num in (1, 12)]
     short, long = (prompt_of(model, sample) for sample in samples)
     lengths = [len(prompt.input_ids) for prompt in (short, long)]
-    num_there = num_alike(prefix_key(short), prefix_key(long))
-    assert lengths[0] + NUM_NEW < window < lengths[1] and num_there >= 4
-    with reading(model) as seen:
+    num_cached = num_common(prefix_key(short), prefix_key(long))
+    assert lengths[0] + NUM_NEW < window < lengths[1] and num_cached >= 4
+    with prefills(model) as seen:
         found = [asked(engine, prompt) for prompt in (long, short, long, short)]
-    assert seen == [lengths[1], lengths[0], lengths[1] - num_there, 1]
+    assert seen == [lengths[1], lengths[0], lengths[1] - num_cached, 1]
     assert found == [by_generate(model, sample) for sample in (*reversed(samples),) * 2]

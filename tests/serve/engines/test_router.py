@@ -1,4 +1,4 @@
-"""Several engines behind one gateway: who is asked, who dies, who is full, who comes back."""
+"""Several replicas of one gateway: choice, failure, full replicas, and their return."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prompts(llama: Any) -> list[Any]:
 
 @pytest.fixture
 def two(llama: Any) -> Iterator[tuple[VllmEngine, StandIn, StandIn]]:
-    """A gateway before two engines."""
+    """A gateway with two replicas."""
     first, second = StandIn(llama.language_model), StandIn(llama.language_model)
     with started(llama, first, second) as engine:
         assert first.wait_until(lambda: engine.num_replicas == 2)
@@ -52,7 +52,7 @@ def error_of(client: Client) -> ServeError:
     return end.error
 
 
-def test_prompts_go_to_the_engine_with_the_fewest(two: Any, prompts: list[Any]) -> None:
+def test_prompts_go_to_the_replica_with_the_fewest_in_flight(two: Any, prompts: list[Any]) -> None:
     engine, first, second = two
     with first.held(), second.held():
         clients = [submitted(engine, prompts[0], LONG, f"r{i}") for i in range(6)]
@@ -61,7 +61,7 @@ def test_prompts_go_to_the_engine_with_the_fewest(two: Any, prompts: list[Any]) 
     assert len({tuple(client.ids) for client in clients}) == 1
 
 
-def test_an_engine_that_dies_before_the_first_token_loses_nothing(
+def test_a_replica_that_dies_before_the_first_token_loses_no_request(
     two: Any, llama: Any, prompts: list[Any]
 ) -> None:
     engine, first, second = two
@@ -82,7 +82,7 @@ def test_an_engine_that_dies_before_the_first_token_loses_nothing(
     assert submitted(engine, prompts[0]).ids == expected[0]
 
 
-def test_an_engine_that_dies_within_an_answer_ends_it_with_an_error(
+def test_a_replica_that_dies_after_the_first_token_ends_the_request_with_an_error(
     llama: Any, prompts: list[Any]
 ) -> None:
     dying = StandIn(llama.language_model)
@@ -100,7 +100,7 @@ def test_an_engine_that_dies_within_an_answer_ends_it_with_an_error(
         assert (refused.value.status, refused.value.code) == (503, "no_engine")
 
 
-def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
+def test_a_failure_within_a_stream_reaches_the_client_as_an_error_event(
     llama: Any, prompts: list[Any]
 ) -> None:
     breaking = StandIn(llama.language_model)
@@ -120,7 +120,7 @@ def test_a_failure_within_an_answer_is_told_to_clients_of_streams(
     breaking.die()
 
 
-def test_an_engine_that_comes_back_is_proved_and_used_again(
+def test_a_replica_that_returns_is_verified_and_used_again(
     two: Any, llama: Any, families: ModuleType, prompts: list[Any]
 ) -> None:
     engine, first, second = two
@@ -132,7 +132,7 @@ def test_an_engine_that_comes_back_is_proved_and_used_again(
     second.language_model = families.tiny_model("Llama", seed=1)
     num_asked = second.num_asked
     second.start()
-    # it lives, but has other weights now
+    # it runs, but has other weights now
     assert second.wait_until(lambda: second.num_asked > num_asked)
     assert not engine.is_alive and came.is_alive()
     first.start()
@@ -147,7 +147,7 @@ def test_an_engine_that_comes_back_is_proved_and_used_again(
     assert second.wait_until(lambda: engine.num_replicas == 2)
 
 
-def test_an_engine_that_hangs_is_given_up_and_another_one_answers(
+def test_a_replica_that_hangs_is_given_up_and_another_one_generates(
     two: Any, prompts: list[Any]
 ) -> None:
     engine, first, second = two
@@ -161,7 +161,7 @@ def test_an_engine_that_hangs_is_given_up_and_another_one_answers(
         assert first.wait_until(lambda: first.num_waiting == 0)
 
 
-def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
+def test_a_full_replica_passes_prompts_on_and_full_replicas_are_a_429_with_retry_after(
     llama: Any, prompts: list[Any]
 ) -> None:
     one, other = (StandIn(llama.language_model, max_num_seqs=1, max_inside=1) for _ in range(2))
@@ -182,7 +182,7 @@ def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
             stream = post(http, asked("What is a cat?"), stream=True)
             assert (stream.status_code, "retry-after" in stream.headers) == (429, True)
         assert [client.wait() for client in clients] == [FinishEvent("length")] * 2
-        # as soon as one place is free, it is found
+        # free capacity is used at once
         assert one.wait_until(lambda: not any(e.num_in_flight for e in engine._router.replicas))
         with one.held():
             waiting = submitted(engine, prompts[1], id="a")
@@ -195,7 +195,7 @@ def test_a_full_engine_hands_on_and_full_engines_are_a_429_with_a_time(
     other.die()
 
 
-def test_errors_of_an_engine_put_it_out_until_it_is_right_again(
+def test_a_replica_with_errors_is_down_until_it_is_verified_again(
     two: Any, prompts: list[Any]
 ) -> None:
     engine, first, _ = two
@@ -207,7 +207,7 @@ def test_errors_of_an_engine_put_it_out_until_it_is_right_again(
     assert first.wait_until(lambda: engine.num_replicas == 2)
 
 
-def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
+def test_a_prompt_that_fails_twice_is_not_sent_to_every_replica(
     llama: Any, prompts: list[Any]
 ) -> None:
     engines = [StandIn(llama.language_model) for _ in range(3)]
@@ -219,7 +219,7 @@ def test_a_prompt_that_fails_twice_is_not_carried_to_every_engine(
         assert sum(len(stand_in.bodies) for stand_in in engines) == 2
 
 
-def test_a_prompt_that_the_engine_does_not_take_is_a_400(llama: Any, prompts: list[Any]) -> None:
+def test_a_prompt_that_a_replica_rejects_is_a_400(llama: Any, prompts: list[Any]) -> None:
     short = StandIn(llama.language_model)
     with started(llama, short) as engine:
         short.max_model_len = 20
@@ -228,7 +228,9 @@ def test_a_prompt_that_the_engine_does_not_take_is_a_400(llama: Any, prompts: li
         assert engine.is_alive
 
 
-def test_the_shortest_engine_says_how_long_prompts_may_be(llama: Any, prompts: list[Any]) -> None:
+def test_the_shortest_context_of_all_replicas_limits_prompts(
+    llama: Any, prompts: list[Any]
+) -> None:
     long, short = StandIn(llama.language_model), StandIn(llama.language_model, max_model_len=48)
     with started(llama, long, short) as engine:
         assert long.wait_until(lambda: engine.num_replicas == 2)
@@ -237,7 +239,7 @@ def test_the_shortest_engine_says_how_long_prompts_may_be(llama: Any, prompts: l
             submitted(engine, prompts[0], SamplingParams(48))
 
 
-def test_the_start_waits_for_the_first_engine_if_it_is_told_to(llama: Any) -> None:
+def test_the_start_waits_for_the_first_replica_up_to_its_timeout(llama: Any) -> None:
     late = StandIn(llama.language_model)
     late.die()
     engine = VllmEngine(

@@ -1,4 +1,4 @@
-"""A token is drawn as transformers would, and by the seed alone."""
+"""Tokens are sampled as in transformers, and depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def scores(num_ids: int, seed: int = 0) -> Tensor:
 
 
 def by_transformers(logits: Tensor, options: SamplingParams) -> Tensor:
-    """The probabilities [vocabulary] that its warpers leave."""
+    """Probabilities [vocabulary] after transformers' warpers."""
     rows = TemperatureLogitsWarper(options.temperature)(None, logits[None])  # type: ignore[arg-type]
     if options.top_k:
         rows = TopKLogitsWarper(options.top_k)(None, rows)  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ def by_transformers(logits: Tensor, options: SamplingParams) -> Tensor:
     ("top_k", "top_p", "temperature"),
     [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.8, 1.3), (7, 0.6, 1.0), (0, 0.01, 1.0), (1, 1.0, 2.0)],
 )
-def test_tokens_come_as_often_as_transformers_says(
+def test_frequencies_of_tokens_are_those_of_transformers(
     top_k: int, top_p: float, temperature: float
 ) -> None:
     options = SamplingParams(1, temperature, top_p, top_k)
@@ -43,8 +43,8 @@ def test_tokens_come_as_often_as_transformers_says(
     assert float((often - expected).abs().max()) < 0.03
 
 
-def test_a_flat_distribution_is_sorted_as_a_whole_for_top_p() -> None:
-    """More ids are needed than are looked at first."""
+def test_a_flat_distribution_is_sorted_completely_for_top_p() -> None:
+    """Top-p needs more ids here than the first candidates."""
     logits = torch.zeros(5000)
     logits[:10] = -20.0
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +54,7 @@ def test_a_flat_distribution_is_sorted_as_a_whole_for_top_p() -> None:
     assert min(drawn) >= 10
 
 
-def test_a_seed_alone_says_what_is_drawn() -> None:
+def test_the_seed_alone_decides_the_tokens() -> None:
     options = SamplingParams(1, 1.0)
     first, second = (
         [sample(scores(300, i), options, generator) for i in range(20)]
@@ -65,16 +65,16 @@ def test_a_seed_alone_says_what_is_drawn() -> None:
     assert [sample(scores(300, i), options, other) for i in range(20)] != first
 
 
-def test_the_likeliest_is_named_and_rows_without_numbers_are_known() -> None:
+def test_greedy_gives_the_most_probable_id_and_marks_nan() -> None:
     rows = torch.stack([scores(50), scores(50, 1), scores(50, 2), torch.full((50,), -torch.inf)])
     rows[1, 7] = torch.nan
     rows[2, 3] = -torch.inf
-    ids, are_numbers = greedy(rows)
-    assert are_numbers == [True, False, True, False]
+    ids, finite = greedy(rows)
+    assert finite == [True, False, True, False]
     assert [ids[0], ids[2]] == [int(rows[0].argmax()), int(rows[2].argmax())]
 
 
-def test_logprobs_are_of_all_ids() -> None:
+def test_logprobs_are_over_all_ids() -> None:
     logits = scores(50)
     token = token_event(logits, 9, 2)
     expected = logits.log_softmax(-1)

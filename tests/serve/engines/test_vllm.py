@@ -1,4 +1,4 @@
-"""The backend vllm over real HTTP: a gateway before stand-ins of vLLM with tiny models."""
+"""The vLLM engine over real HTTP: a gateway, and stand-ins of vLLM with tiny models."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def exported(recipe_fields: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def whole(exported: Path) -> Any:
-    """The exported run with all of its language model."""
+def complete(exported: Path) -> Any:
+    """The exported run with its complete language model."""
     from multi_token.model import MultiTokenForConditionalGeneration
 
     return MultiTokenForConditionalGeneration.from_pretrained(exported)
@@ -73,14 +73,14 @@ def settings_of(exported: Path, *urls: str, **fields: Any) -> dict[str, Any]:
 
 
 SENSOR = {"type": "media", "modality": "sensor", "data": [[float(i % 7), 1.0] for i in range(64)]}
-BLUE_PICTURE = {"type": "image_url", "image_url": {"url": data_url(BLUE)}}
+BLUE_IMAGE = {"type": "image_url", "image_url": {"url": data_url(BLUE)}}
 CASES: dict[str, list[dict[str, Any]]] = {
     "text": asked("What is a cat?"),
-    "picture": asked(IMAGE, QUESTION),
-    "another picture": asked(BLUE_PICTURE, QUESTION),
+    "image": asked(IMAGE, QUESTION),
+    "another image": asked(BLUE_IMAGE, QUESTION),
     "vector": asked(VECTOR, QUESTION),
     "sensor": asked(SENSOR, QUESTION),
-    "all senses": asked(IMAGE, VECTOR, SENSOR, BLUE_PICTURE, QUESTION),
+    "all modalities": asked(IMAGE, VECTOR, SENSOR, BLUE_IMAGE, QUESTION),
     "several turns": [
         {"role": "system", "content": "You answer briefly."},
         *asked(VECTOR, QUESTION),
@@ -90,17 +90,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def test_a_gateway_without_layers_answers_as_the_whole_model_does(
-    exported: Path, whole: Any
+def test_a_gateway_without_layers_gives_the_answers_of_the_complete_model(
+    exported: Path, complete: Any
 ) -> None:
     gateway = only_embeddings(exported)
     num_held = sum(p.numel() for p in gateway.language_model.parameters())
-    assert num_held == whole.language_model.get_input_embeddings().weight.numel()
-    stand_in = StandIn(whole.language_model)
+    assert num_held == complete.language_model.get_input_embeddings().weight.numel()
+    stand_in = StandIn(complete.language_model)
     fields = {"temperature": 0, "logprobs": True, "top_logprobs": 3}
     with (
         running(gateway, **settings_of(exported, stand_in.url)) as far,
-        running(whole) as near,
+        running(complete) as near,
         httpx.Client(base_url=far.url, timeout=30) as here,
         httpx.Client(base_url=near.url, timeout=30) as there,
     ):
@@ -134,10 +134,10 @@ def embeds_of(body: dict[str, Any]) -> torch.Tensor:
     return torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
 
 
-def test_each_tenant_has_a_salt_of_its_own(exported: Path, whole: Any) -> None:
-    stand_in = StandIn(whole.language_model)
+def test_each_tenant_has_its_own_salt(exported: Path, complete: Any) -> None:
+    stand_in = StandIn(complete.language_model)
     keys = ("sk-test-key-1", "sk-test-key-2")
-    with running(whole, **settings_of(exported, stand_in.url, api_keys=keys)) as server:
+    with running(complete, **settings_of(exported, stand_in.url, api_keys=keys)) as server:
         for key in (*keys, keys[0]):
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=server.url, headers=headers, timeout=30) as http:
@@ -148,7 +148,7 @@ def test_each_tenant_has_a_salt_of_its_own(exported: Path, whole: Any) -> None:
     assert not any(key in salt for key in keys for salt in salts)
 
 
-def test_a_client_that_leaves_frees_the_place_in_the_engine(model: Any) -> None:
+def test_a_client_that_disconnects_ends_the_request_in_the_replica(model: Any) -> None:
     stand_in = StandIn(model.language_model)
     prompt = prompt_of(model, sample_of(model, "What is this?", VECTORS[0]))
     with started(model, stand_in) as engine:
@@ -167,10 +167,10 @@ def test_a_client_that_leaves_frees_the_place_in_the_engine(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of families' own code
-def test_families_that_multiply_embeddings_are_answered_wherever_the_engine_does_it(
+def test_families_that_scale_embeddings_are_right_wherever_vllm_scales_them(
     families: ModuleType, tmp_path: Path
 ) -> None:
-    """Inside its look-up, so that it must come multiplied, or behind it, so that it must not."""
+    """Within its look-up, so prompts must be scaled already, or after it, so they must not be."""
     for family in ("Gemma3", "Gemma2", "Granite", "Falcon-H1"):
         model = composed(tmp_path / family, families, family)
         scale = PromptEmbedder.of(model).scale
@@ -185,17 +185,15 @@ def test_families_that_multiply_embeddings_are_answered_wherever_the_engine_does
                 assert client.ids == alone, (family, multiplies)
 
 
-def test_an_engine_that_is_wrong_is_refused_with_the_reason(
-    model: Any, families: ModuleType
-) -> None:
+def test_a_wrong_replica_is_refused_with_the_reason(model: Any, families: ModuleType) -> None:
     other = families.tiny_model("Llama", seed=1)
     wide = families.tiny_model("Llama", hidden_size=64)
     right = model.language_model
     cases: list[tuple[StandIn, str]] = [
-        (StandIn(other), r"asked the golden request by ids, 'stand-in' .* it has other weights"),
+        (StandIn(other), r"the golden request by ids, 'stand-in' .* it has other weights"),
         (StandIn(wide), "it has other weights"),
         (StandIn(right, takes_embeds=False), "by embeddings.*--enable-prompt-embeds"),
-        (StandIn(right, multiplies=2.0), "by embeddings, .* another answer .* right one by ids"),
+        (StandIn(right, multiplies=2.0), "by embeddings, .* other tokens .* right ones by ids"),
         (StandIn(right, key="sk-engine"), "HTTP 401: Unauthorized"),
     ]
     for stand_in, words in cases:
@@ -203,16 +201,16 @@ def test_an_engine_that_is_wrong_is_refused_with_the_reason(
             pass
         assert str(refused.value).startswith(f"no engine can be used: {stand_in.url} ")
         assert "\n" not in str(refused.value)
-    nobody = StandIn(right, start=False)
-    nobody.port = 9
-    with pytest.raises(LanguageModelError, match="does not answer /health"), started(model, nobody):
+    absent = StandIn(right, start=False)
+    absent.port = 9
+    with pytest.raises(LanguageModelError, match="does not answer /health"), started(model, absent):
         pass
     locked = StandIn(right, key="sk-engine")
     with started(model, locked, key="sk-engine") as engine:
         assert engine.is_alive
 
 
-def test_log_probabilities_tell_a_model_that_only_begins_alike() -> None:
+def test_log_probabilities_reveal_a_model_with_the_same_first_ids() -> None:
     from multi_token.serve.engines.base import TokenEvent
     from multi_token.serve.engines.vllm.golden import GoldenRequest
 
@@ -220,12 +218,12 @@ def test_log_probabilities_tell_a_model_that_only_begins_alike() -> None:
     same = [TokenEvent(5, -1.01), TokenEvent(6, -2.0), TokenEvent(7, -0.5)]
     assert golden.mismatch(same, 0.02) is None
     assert "log-probability" in str(golden.mismatch([*same[:2], TokenEvent(7, -0.9)], 0.02))
-    # equally likely within rounding: the other one was chosen, and what follows says nothing
+    # a tie within rounding: the other id was chosen, and later tokens are not compared
     tied = [same[0], TokenEvent(8, -1.99, ((8, -1.99), (6, -2.0))), TokenEvent(9, -4.0)]
     assert golden.mismatch(tied, 0.02) is None
     parted = [same[0], replace(tied[1], top=((8, -1.99), (6, -2.5))), tied[2]]
     assert "expected [5, 6, 7]" in str(golden.mismatch(parted, 0.02))
-    assert "2 tokens came" in str(golden.mismatch(same[:2], 0.02))
+    assert "got 2 tokens" in str(golden.mismatch(same[:2], 0.02))
 
 
 def test_a_folder_that_is_no_export_is_refused_with_the_command(
@@ -244,10 +242,10 @@ def test_a_model_that_looks_ids_up_in_its_layers_is_refused(
     families: ModuleType, tmp_path: Path
 ) -> None:
     model = composed(tmp_path, families, "Gemma3n")
-    nobody = StandIn(model.language_model, start=False)
+    absent = StandIn(model.language_model, start=False)
     with (
         pytest.raises(LanguageModelError, match="looks ids up in its layers.*without --engine-url"),
-        started(model, nobody),
+        started(model, absent),
     ):
         pass
 
@@ -272,13 +270,13 @@ def test_addresses_of_engines_are_checked(fields: dict[str, Any], words: str) ->
 
 
 @pytest.mark.filterwarnings("ignore")  # of families' own code
-def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_right(
+def test_embeddings_of_every_family_are_right_with_or_without_layers(
     families: ModuleType, tmp_path: Path
 ) -> None:
     from multi_token.language_model.embeddings_only import _load_without_layers, load_embeddings
     from multi_token.language_model.loading import load_language_model
 
-    whole = set()
+    complete = set()
     for family in families.FAMILIES:
         name = str(tmp_path / family)
         families.save_tiny_model(family, tmp_path / family)
@@ -290,5 +288,5 @@ def test_the_embeddings_of_every_family_are_loaded_without_layers_or_at_least_ri
         assert found.config.to_dict() == expected.config.to_dict(), family
         assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
         assert sum(p.numel() for p in found.parameters()) < 0.9 * expected.num_parameters()
-        whole |= {family} if _load_without_layers(name, None, "auto") is None else set()
-    assert whole == {"Mamba2", "Falcon-H1", "Gemma3n", "Gemma4", "xLSTM"}
+        complete |= {family} if _load_without_layers(name, None, "auto") is None else set()
+    assert complete == {"Mamba2", "Falcon-H1", "Gemma3n", "Gemma4", "xLSTM"}

@@ -1,4 +1,4 @@
-"""`multi-token export`, engines, `multi-token serve --engine-url URL`: as people start them."""
+"""`multi-token export`, then `multi-token serve --engine-url URL`, as users start them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ KEY = "sk-of-the-engines"
 def gateway(
     *arguments: str,
 ) -> AbstractContextManager[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, its URL, and what it has printed."""
+    """The process, its URL, and its output."""
     return serve_process(*arguments, env={ENGINE_KEY_VARIABLE: KEY})
 
 
-def test_an_exported_run_is_served_before_two_engines(
+def test_an_exported_run_is_served_with_two_replicas(
     served_run: Path, served_model: Any, tmp_path: Path
 ) -> None:
     from typer.testing import CliRunner
@@ -68,7 +68,7 @@ def test_an_exported_run_is_served_before_two_engines(
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     engines[1].die()
-    # a start that fails is the last line, and the only one about it
+    # a failed start is reported in the last line alone
     command = [sys.executable, "-m", "multi_token", "serve", str(out), "--port", "0"]
     done_early = subprocess.run(
         [*command, "--engine-url", engines[1].url],
@@ -76,9 +76,9 @@ def test_an_exported_run_is_served_before_two_engines(
         text=True,
         timeout=120,
     )
-    said = done_early.stdout + done_early.stderr
-    assert done_early.returncode == 1 and "Traceback" not in said, said
-    assert "no engine can be used" in said and engines[1].url in said, said
+    output = done_early.stdout + done_early.stderr
+    assert done_early.returncode == 1 and "Traceback" not in output, output
+    assert "no engine can be used" in output and engines[1].url in output, output
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_exported_run_is_served_before_two_engines(
         ),
     ],
 )
-def test_what_cannot_be_served_so_is_refused_before_anything_is_loaded(
+def test_invalid_options_are_refused_before_anything_is_loaded(
     options: list[str], words: str, served_run: Path
 ) -> None:
     from typer.testing import CliRunner

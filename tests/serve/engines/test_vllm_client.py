@@ -1,4 +1,4 @@
-"""Events of vLLM 0.32 as they came over the wire, parsed; and what is no such event."""
+"""Recorded events of vLLM 0.32 are parsed, and other events are refused."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
-from multi_token.serve.engines.vllm.client import EngineError, completion_body, read_event
+from multi_token.serve.engines.vllm.client import EngineError, completion_body, parse_event
 
 
 def event(**choice: Any) -> dict[str, Any]:
     return {"id": "cmpl-1", "object": "text_completion", "choices": [{"index": 0, **choice}]}
 
 
-def test_events_become_tokens_with_the_likeliest_ids() -> None:
+def test_events_become_tokens_with_the_most_probable_ids() -> None:
     logprobs = {
         "text_offset": [0],
         "token_logprobs": [-3.5],
@@ -26,16 +26,16 @@ def test_events_become_tokens_with_the_likeliest_ids() -> None:
         "top_logprobs": [{"token_id:60": -3.5, "token_id:361": -1.25, "token_id:7": -2.0}],
     }
     fields = event(text="S", token_ids=[60], logprobs=logprobs, finish_reason=None)
-    delta = read_event(fields, num_top=2)
+    delta = parse_event(fields, num_top=2)
     assert delta is not None and delta.finish is None
     assert delta.tokens == (TokenEvent(60, -3.5, ((361, -1.25), (7, -2.0))),)
-    none = read_event(fields)
+    none = parse_event(fields)
     assert none is not None and none.tokens == (TokenEvent(60, -3.5),)
-    several = read_event(event(token_ids=[5, 6], finish_reason="stop", stop_reason=6))
+    several = parse_event(event(token_ids=[5, 6], finish_reason="stop", stop_reason=6))
     assert several is not None
     assert several.tokens == (TokenEvent(5), TokenEvent(6))
     assert (several.finish, several.stop_id) == ("stop", 6)
-    assert read_event({"choices": [], "usage": {"prompt_tokens": 18}}) is None
+    assert parse_event({"choices": [], "usage": {"prompt_tokens": 18}}) is None
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_events_become_tokens_with_the_likeliest_ids() -> None:
         (event(token_ids=[], finish_reason="abort"), "failed"),
     ],
 )
-def test_what_is_no_event_of_an_answer_is_a_fault(fields: dict[str, Any], reason: str) -> None:
+def test_an_invalid_event_is_an_error_with_its_reason(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(EngineError) as fault:
-        read_event(fields)
+        parse_event(fields)
     assert fault.value.reason == reason
 
 
@@ -70,10 +70,10 @@ def test_a_body_names_every_field_that_vllm_would_fill_from_a_generation_config(
     assert json.loads(completion_body([1], on, model="m", end_ids={4}))["stop_token_ids"] == []
 
 
-def test_embeddings_are_written_in_their_own_precision_and_nothing_beside_them() -> None:
+def test_embeddings_are_sent_in_their_own_precision_and_without_the_rest_of_their_storage() -> None:
     rows = torch.randn(1000, 64, dtype=torch.bfloat16)
     body = json.loads(completion_body(rows[:2], SamplingParams(1), model="m", end_ids=()))
     data = base64.b64decode(body["prompt_embeds"])
-    assert len(data) < 4096, "a part of a tensor must not bring the whole of it"
+    assert len(data) < 4096, "a view must not bring its complete storage"
     found = torch.load(io.BytesIO(data), weights_only=True)
     assert found.dtype == torch.bfloat16 and torch.equal(found, rows[:2])

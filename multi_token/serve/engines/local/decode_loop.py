@@ -1,13 +1,13 @@
 """Decode loop: prefill and decode steps of one batch over a left-padded KV cache.
 
     prefill(requests)   one forward over the new prompts, after their cached prefix;
-                        samples the first token of each -> a batch of its own
+                        sample the first token of each -> a batch of its own
     batch.extend(new)   pad the shorter KV cache on the left, concatenate rows
     batch.decode_step() drop finished rows, one forward over one token a row, sample
     dropped rows        go to the prefix cache; padding that no row needs is cut off
 
-The position ids of each row start at its own first token, so padding changes no row's result.
-`parity` checks at startup whether that holds for a language model.
+Position ids of a row start at its own first token, so padding changes no result. `parity` checks at
+startup whether that holds for a language model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,51 +36,39 @@ from multi_token.serve.engines.local.kv_cache import (
     trim_left,
 )
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
-from multi_token.serve.engines.request import GenerationRequest, nan_error, sample_batch
+from multi_token.serve.engines.request import GenerationRequest, sample_batch
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
 
-@dataclass(frozen=True)
 class DecodeParams:
     """Everything that batches of one model share."""
 
-    filler_id: int
-    allow_add: bool
-    """Requests may join a running batch, and padding is cut off when the longest row has left (see
-    `is_paddable`). Otherwise all requests start together."""
-    device: torch.device
-    accepts_position_ids: bool
-    forward_kwargs: Mapping[str, Any]
-    logits_processors: Any
-    """See `logits_processors`."""
-    prefix_cache: PrefixCache | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: MultiTokenForConditionalGeneration,
-        filler_id: int,
         *,
         allow_add: bool,
         prefix_cache: PrefixCache | None = None,
-    ) -> DecodeParams:
-        """Read the language model's settings, once for all batches."""
-        language_model = model.language_model
-        parameters = inspect.signature(base_language_model(language_model).forward).parameters
+    ) -> None:
+        """Read the language model's settings, once for all batches.
+
+        `allow_add`: requests may join a running batch, and padding is cut off when the longest row
+        has left (see `is_paddable`). Otherwise all requests start together.
+        """
+        self.model = model
+        self.allow_add = allow_add
+        self.prefix_cache = prefix_cache
         weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        return cls(
-            filler_id=filler_id,
-            allow_add=allow_add,
-            device=weight.device,
-            accepts_position_ids=accepts_position_ids(language_model),
-            # a prompt needs logits at its last position only; for all positions they would be
-            # the largest tensor of the prefill (time x vocabulary)
-            forward_kwargs={"logits_to_keep": 1} if "logits_to_keep" in parameters else {},
-            logits_processors=logits_processors(language_model),
-            prefix_cache=prefix_cache,
-        )
+        self.device = weight.device
+        self.accepts_position_ids = accepts_position_ids(model.language_model)
+        forward = base_language_model(model.language_model).forward
+        # A prompt needs logits at its last position only. For all positions they would be the
+        # largest tensor of the prefill (time x vocabulary).
+        takes_keep = "logits_to_keep" in inspect.signature(forward).parameters
+        self.forward_kwargs = {"logits_to_keep": 1} if takes_keep else {}
+        self.logits_processors = logits_processors(model.language_model)
 
 
 @dataclass
@@ -97,8 +85,7 @@ class _BatchRow:
 class DecodeBatch:
     """Running requests as rows of one KV cache, left-padded to `width` tokens."""
 
-    def __init__(self, model: MultiTokenForConditionalGeneration, params: DecodeParams) -> None:
-        self.model = model
+    def __init__(self, params: DecodeParams) -> None:
         self.params = params
         self.width = 0
         self._rows: list[_BatchRow] = []
@@ -121,15 +108,12 @@ class DecodeBatch:
             if not row.request.is_finished:
                 num_left = row.request.options.max_new_tokens - len(row.output_ids)
                 ends.append((row.num_cached, num_left))
-        # not the maximum of the sums: the longest row sets the width, and any row may outlive it
+        # Not the maximum of the sums: the longest row sets the width, and any row may outlive it.
         return max(length for length, _ in ends) + max(num_left for _, num_left in ends)
 
     def add(self, requests: Sequence[GenerationRequest]) -> None:
-        """Prefill requests, emit their first tokens, and decode them with the running ones.
-
-        Raises what the model raises; the running requests are then unchanged.
-        """
-        self.extend(prefill(self.model, self.params, requests))
+        """Prefill requests, and decode them with the running ones. Raises what `prefill` raises."""
+        self.extend(prefill(self.params, requests))
 
     @torch.no_grad()
     def extend(self, other: DecodeBatch) -> None:
@@ -140,7 +124,7 @@ class DecodeBatch:
             return
         if self._rows:
             width = max(self.width, other.width)
-            # first: if it raises, this batch is unchanged
+            # Before the rows are taken over: if it raises, this batch is unchanged.
             concat_rows(self._cache, other._cache, width)
             self._rows, self.width = [*self._rows, *other._rows], width
         else:
@@ -156,7 +140,7 @@ class DecodeBatch:
         device = self.params.device
         lengths = [row.num_cached for row in self._rows]
         attention_mask = None
-        # without padding no mask: attention kernels are faster then, and some refuse a mask
+        # Without padding no mask: attention kernels are faster then, and some refuse a mask.
         if min(lengths) < self.width:
             padding = torch.tensor([self.width - length for length in lengths])
             attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
@@ -171,17 +155,16 @@ class DecodeBatch:
         for row in self._rows:
             row.num_cached += 1
         self._sample(output.logits)
-        # now rather than at the next step, which may be long in coming: the prefix cache gets the
-        # rows, and the memory is free
+        # Now rather than at the next step, which may come much later: the prefix cache gets the
+        # rows, and their memory is free.
         if not self.requests:
             self._drop_finished()
 
     def clear(self) -> None:
-        """Drop all rows and the KV cache."""
         self._rows, self._cache, self.width = [], None, 0
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> None:
-        embeds, input_ids, attention_mask = pad_prompts(self.model, requests, self.params.filler_id)
+        embeds, input_ids, attention_mask = pad_prompts(self.params.model, requests)
         self._rows = [_BatchRow(request, len(request.prompt.input_ids)) for request in requests]
         self.width = embeds.shape[1]
         is_padded = min(row.num_cached for row in self._rows) < self.width
@@ -189,44 +172,43 @@ class DecodeBatch:
         output = self._forward(
             inputs_embeds=embeds[:, first:],
             attention_mask=attention_mask if is_padded else None,
-            # padding has no position; 0 keeps it within the rotary table
+            # Padding has no position; 0 keeps it within the rotary table.
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, first:],
             **({} if cache is None else {"past_key_values": cache}),
-            **per_layer_inputs(self.model.language_model, input_ids[:, first:]),
+            **per_layer_inputs(self.params.model.language_model, input_ids[:, first:]),
         )
         self._cache = output.past_key_values
         self._sample(output.logits)
-        self._store_prefixes(self._rows)
+        self._store_prefixes(range(len(self._rows)))
 
     def _prefix_lookup(self, requests: Sequence[GenerationRequest]) -> tuple[int, Any]:
-        """Return how many of `width` positions are cached, and a KV cache that holds them.
-
-        All rows start prefill at the same position. A row that is shorter, or has a longer cached
-        prefix than the others, uses only the part of its prefix before that position.
-        """
+        """Return how many of `width` positions are cached, and a KV cache that holds them."""
+        # All rows start prefill at the same position. A row that is shorter, or has a longer cached
+        # prefix than the others, uses only the part of its prefix before that position.
         prefix_cache = self.params.prefix_cache
         if prefix_cache is None:
             return 0, None
         found = [prefix_cache.find(request.prompt) for request in requests]
         lengths = [len(request.prompt.input_ids) for request in requests]
-        num_read = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
+        num_prefilled = max(length - num for length, (_, num) in zip(lengths, found, strict=True))
         prefixes = [
-            (entry, max(0, length - num_read))
+            (entry, max(0, length - num_prefilled))
             for length, (entry, _) in zip(lengths, found, strict=True)
         ]
         for request, length, (_, num) in zip(requests, lengths, prefixes, strict=True):
             if request.mark_prefilled(num):
                 prefix_cache.stats.record(length, num)
-        first = self.width - num_read
+        first = self.width - num_prefilled
         return first, prefix_cache.build_kv_cache(prefixes, first) if first else None
 
-    def _store_prefixes(self, rows: Sequence[_BatchRow]) -> None:
-        """Copy these rows' KV cache into the prefix cache."""
+    def _store_prefixes(self, indices: Iterable[int]) -> None:
+        """Copy the KV cache of these rows into the prefix cache."""
         prefix_cache = self.params.prefix_cache
         if prefix_cache is None:
             return
-        for index, row in enumerate(self._rows):
-            if row in rows and not row.is_bad:
+        for index in indices:
+            row = self._rows[index]
+            if not row.is_bad:
                 prompt = row.request.prompt
                 output_ids = row.output_ids[: row.num_cached - len(prompt.input_ids)]
                 prefix_cache.add(prompt, output_ids, self._cache, index, row.num_cached)
@@ -234,17 +216,17 @@ class DecodeBatch:
     def _forward(self, *, position_ids: Tensor, **inputs: Any) -> Any:
         if self.params.accepts_position_ids:
             inputs["position_ids"] = position_ids
-        return self.model.language_model(
+        return self.params.model.language_model(
             use_cache=True, return_dict=True, **self.params.forward_kwargs, **inputs
         )
 
     def _sample(self, logits: Tensor) -> None:
         """logits [rows, time, vocabulary] -> a token of each row from its last position."""
-        # float32: a log-softmax over a large vocabulary in half precision is off by 0.1 and more
+        # float32: a log-softmax over a large vocabulary in half precision is off by 0.1 and more.
         scores = logits[:, -1].float()
         processors = self.params.logits_processors
         if processors:
-            # row by row: rows have generated unequally many ids, which have no common tensor
+            # Row by row: rows differ in their number of new ids, so no tensor holds all of them.
             scores = torch.cat(
                 [
                     processors(
@@ -253,42 +235,36 @@ class DecodeBatch:
                     for row, own in zip(self._rows, scores.split(1), strict=True)
                 ]
             )
-        ids, bad, _ = sample_batch([row.request for row in self._rows], scores)
-        for request in bad:
-            request.fail(nan_error())
+        ids, failed, _ = sample_batch([row.request for row in self._rows], scores)
         for row, token_id in zip(self._rows, ids, strict=True):
             row.output_ids.append(token_id)
-            row.is_bad = row.is_bad or row.request in bad
+            row.is_bad = row.request in failed
 
     @torch.no_grad()
     def _drop_finished(self) -> None:
         kept = [i for i, row in enumerate(self._rows) if not row.request.is_finished]
         if len(kept) == len(self._rows):
             return
-        self._store_prefixes([row for row in self._rows if row.request.is_finished])
+        self._store_prefixes(set(range(len(self._rows))).difference(kept))
         if not kept:
             self.clear()
             return
         select_rows(self._cache, kept)
         self._rows = [self._rows[i] for i in kept]
         width = max(row.num_cached for row in self._rows)
-        # a cache that is not paddable may keep a state of the complete width: leave it
+        # A cache that is not paddable may keep a state of the complete width: leave it.
         if self.params.allow_add and width < self.width:
             trim_left(self._cache, width)
             self.width = width
 
 
 @torch.no_grad()
-def prefill(
-    model: MultiTokenForConditionalGeneration,
-    params: DecodeParams,
-    requests: Sequence[GenerationRequest],
-) -> DecodeBatch:
+def prefill(params: DecodeParams, requests: Sequence[GenerationRequest]) -> DecodeBatch:
     """Run prompts through the model, emit their first tokens, and return them as a new batch.
 
     Raises what the model raises; no other batch is touched.
     """
-    batch = DecodeBatch(model, params)
+    batch = DecodeBatch(params)
     running = [request for request in requests if not request.is_finished]
     if running:
         for request in running:
@@ -301,16 +277,16 @@ def prefill(
 def logits_processors(language_model: Any) -> Any:
     """Return the logits processors that `generate` would apply before the greedy choice.
 
-    By the model's own generation config, a repetition penalty say; empty if there are none. Each
-    takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
+    They follow from the model's generation config (a repetition penalty, for example); often empty.
+    Each takes new ids int64 [1, num_new] and scores float32 [1, vocabulary].
     """
     model = base_language_model(language_model)
     config = copy.deepcopy(model.generation_config)
     for name, value in {**GREEDY, "eos_token_id": None}.items():
         setattr(config, name, value)
     with warnings.catch_warnings():
-        # transformers warns that prompts of embeddings have no ids to penalize
+        # transformers warns that prompts of embeddings have no ids to penalize.
         warnings.simplefilter("ignore")
-        # private in transformers 5.23, and the only way to the list that `generate` itself builds
+        # Private in transformers 5.23, and the only way to the list that `generate` itself builds.
         model._prepare_special_tokens(config, device=model.device)
         return model._get_logits_processor(config, input_ids_seq_length=0, device=model.device)

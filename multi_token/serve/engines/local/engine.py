@@ -1,7 +1,7 @@
 """Local engine: iteration-level (continuous) batching of any language model, in one thread.
 
-start:  find the batching mode and whether the prefix cache reproduces `generate` (parity.py)
-loop:   1. take waiting requests that fit the token budget; none running: wait for one
+start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py)
+loop:   1. schedule waiting requests that fit the token budget; wait for one if none is running
         2. prefill them as a batch, and extend the running batch by it
         3. one decode step for all running requests; finished ones leave
 fault:  the requests concerned are retried alone, the others go on (fallback.py)
@@ -14,17 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from multi_token.generate import eos_token_ids
-from multi_token.serve.engines.base import (
-    EngineEvent,
-    PrefixCacheStats,
-    Prompt,
-    SamplingParams,
-    check_prompt,
-    context_length,
-    min_limit,
-)
-from multi_token.serve.engines.fallback import check_model_alive, generate_batch, retry_individually
+from multi_token.serve.engines.engine import Engine
+from multi_token.serve.engines.fallback import generate_batch, retry_individually
 from multi_token.serve.engines.local.decode_loop import DecodeBatch, DecodeParams
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
 from multi_token.serve.engines.parity import (
@@ -32,9 +23,7 @@ from multi_token.serve.engines.parity import (
     find_batching_mode,
     supports_prefix_cache,
 )
-from multi_token.serve.engines.request import GenerationRequest, fail_request
-from multi_token.serve.engines.scheduler import Scheduler
-from multi_token.serve.errors import ServeError
+from multi_token.serve.engines.request import GenerationRequest
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -44,13 +33,11 @@ _MAX_PREFILL_TOKENS = 512
 """Prompt tokens of one prefill, so that running requests do not wait long for their next token."""
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """Generates in process, for every language model that `generate` supports.
 
-    Mode `continuous`: requests join and leave the batch between decode steps. `shrinking`: requests
-    only leave, and waiting ones start with the next batch. `static`: a batch runs to its end
-    through `generate`. The first mode that reproduces `generate` at startup is used. Where padding
-    changes results, only prompts of one length share a batch.
+    The first `BatchingMode` that reproduces `generate` at startup is used. Where padding changes
+    results, only prompts of one length share a batch.
 
     In mode `continuous`, prompts reuse the KV cache of earlier prompts of the same tenant with the
     same prefix: a system message, an image that is asked about again, a longer conversation.
@@ -69,43 +56,28 @@ class LocalEngine:
     ) -> None:
         """Prepare the engine; `start` runs it.
 
-        Args:
-            model: with its processor.
-            max_batch: largest number of running requests.
-            max_batch_tokens: bound of rows times width of the KV cache, padding and the longest
-                possible output included.
-            max_tokens: see `Engine`; by default the language model's context length.
-            prefix_cache_tokens: tokens of finished requests kept in the prefix cache; 0 disables.
+        `max_batch_tokens` bounds rows times width of the KV cache, with padding and the longest
+        possible output. `prefix_cache_tokens`: tokens of finished requests to keep; 0 disables.
         """
-        self.model = model
+        super().__init__(model, max_tokens, max_batch_tokens)
         self.max_batch = max_batch
         self.max_batch_tokens = max_batch_tokens
-        self.max_tokens = min_limit(max_tokens, context_length(model), max_batch_tokens)
-        self._filler_id = model.require_processor().chat.filler_id
-        self._end_ids = frozenset(eos_token_ids(model))
         self.prefix_cache_tokens = prefix_cache_tokens
-        self.prefix_stats = PrefixCacheStats()
-        self._scheduler = Scheduler()
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
         self._batch: DecodeBatch | None = None
-        self._thread: threading.Thread | None = None
-        self._is_stopping = False
 
     def start(self) -> None:
-        """Run the startup checks and start the thread.
-
-        Raises LanguageModelError for a model that cannot generate.
-        """
+        """Run the startup checks and start the thread; see `Engine`."""
         if self.is_alive:
             return
         if self._thread is not None:
             self._thread.join()
-        # before the thread starts, so no request waits for the checks
+        # Before the thread starts, so no request waits for the checks.
         if self._mode is None:
-            self._mode = find_batching_mode(self.model, self._filler_id)
+            self._mode = find_batching_mode(self.model)
             if self._mode == "continuous" and self.prefix_cache_tokens:
-                self._use_prefix_cache = supports_prefix_cache(self.model, self._filler_id)
+                self._use_prefix_cache = supports_prefix_cache(self.model)
             _LOG.info(
                 "batching mode %s, prefix cache %s",
                 self._mode,
@@ -115,43 +87,6 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._engine_loop, name="local engine", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Cancel all requests and end the thread after its current step."""
-        with self._scheduler.condition:
-            self._is_stopping = True
-            self._scheduler.condition.notify_all()
-        for request in self._scheduler.unfinished():
-            request.cancel()
-        if self._thread is not None:
-            self._thread.join()
-
-    def submit(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        options: SamplingParams,
-        emit: Callable[[EngineEvent], None],
-    ) -> None:
-        """Queue a prompt; see `Engine`."""
-        check_prompt(self.model, prompt, options, self.max_tokens)
-        request = GenerationRequest(
-            request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
-        )
-        # under the lock: a thread that dies fails all queued requests, and one that is queued
-        # after that would wait forever
-        with self._scheduler.condition:
-            if not self.is_alive:
-                raise ServeError("the engine is not running", status=503)
-            self._scheduler.add(request)
-
-    def cancel(self, request_id: str) -> None:
-        """End a request early; see `Engine`."""
-        self._scheduler.cancel(request_id)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive() and not self._is_stopping
-
     @property
     def cache_usage(self) -> float:
         """Share of `max_batch_tokens` in the KV cache, padding included, 0 to 1."""
@@ -160,121 +95,89 @@ class LocalEngine:
             return 0.0
         return len(batch.requests) * batch.width / self.max_batch_tokens
 
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self._scheduler.num_waiting
-
     def _engine_loop(self) -> None:
         try:
             if self._mode == "static":
-                while requests := self._next_requests(None):
-                    self._generate_batch(requests)
+                while not self._is_stopping:
+                    self._run(self._next_requests(None), self._generate)
             else:
                 self._batch = self._new_batch()
                 self._decode_loop(self._batch)
-        # any fault here is the model's or a defect: every client must receive its end
+        # Any fault here is the model's or a defect: every client must receive its end.
         except Exception as error:  # noqa: BLE001
             _LOG.error("the engine thread ends", exc_info=error)
-            with self._scheduler.condition:
+            with self._condition:
                 self._is_stopping = True
-            for request in self._scheduler.unfinished():
-                request.fail(ServeError("the engine has failed", status=503))
+            self._fail_unfinished()
 
     def _new_batch(self) -> DecodeBatch:
         """Return an empty batch with an empty prefix cache: the weights may have changed."""
-        prefix_cache = (
-            PrefixCache(self.prefix_cache_tokens, self.prefix_stats)
-            if self._use_prefix_cache
-            else None
-        )
-        params = DecodeParams.of(
-            self.model,
-            self._filler_id,
-            allow_add=self._mode == "continuous",
-            prefix_cache=prefix_cache,
-        )
-        return DecodeBatch(self.model, params)
+        prefix_cache = None
+        if self._use_prefix_cache:
+            prefix_cache = PrefixCache(self.prefix_cache_tokens, self.prefix_stats)
+        allow_add = self._mode == "continuous"
+        return DecodeBatch(DecodeParams(self.model, allow_add=allow_add, prefix_cache=prefix_cache))
 
-    def _generate_batch(self, requests: list[GenerationRequest]) -> None:
-        """Mode `static`: run a batch to its end."""
-        try:
-            generate_batch(self.model, requests, self._filler_id)
-        # one prompt must not end the others, whatever it makes the model raise
-        except Exception as error:  # noqa: BLE001
-            _LOG.error("a batch of %d requests failed", len(requests), exc_info=error)
-            retry_individually(self.model, requests, self._filler_id, error)
+    def _generate(self, requests: Sequence[GenerationRequest]) -> None:
+        generate_batch(self.model, requests)
 
     def _decode_loop(self, batch: DecodeBatch) -> None:
         while not self._is_stopping:
-            if batch.params.allow_add or not batch.requests:
-                self._add(batch, self._next_requests(batch))
+            # A fault of prefill concerns the new requests only: the running batch is unchanged.
+            if batch.params.allow_add:
+                self._run(self._next_requests(batch), batch.add)
+            elif not batch.requests:
+                self._run(self._next_requests(batch), batch.add, retry=self._generate)
             try:
                 batch.decode_step()
-            # one request must not end the others, whatever it makes the model raise
+            # One request must not end the others, whatever it makes the model raise.
             except Exception as error:  # noqa: BLE001
                 requests = batch.requests
-                # the KV cache may be half written: no row of it can go on
+                # The KV cache may be half written: no row of it can go on.
                 batch.clear()
-                _LOG.error("a step of %d requests failed", len(requests), exc_info=error)
-                retry_individually(self.model, requests, self._filler_id, error)
+                retry_individually(self.model, requests, self._generate, error)
 
-    def _add(self, batch: DecodeBatch, requests: list[GenerationRequest]) -> None:
-        """Prefill requests. A fault concerns these only: the running batch is unchanged."""
-        try:
-            batch.add(requests)
-        # one prompt must not end the others, whatever it makes the model raise
-        except Exception as cause:  # noqa: BLE001
-            _LOG.error("prefill of %d requests failed", len(requests), exc_info=cause)
-            if batch.params.allow_add:
-                self._add_individually(batch, requests, cause)
-            else:
-                retry_individually(self.model, requests, self._filler_id, cause)
-
-    def _add_individually(
-        self, batch: DecodeBatch, requests: list[GenerationRequest], cause: Exception
+    def _run(
+        self,
+        requests: list[GenerationRequest],
+        run: Callable[[Sequence[GenerationRequest]], None],
+        *,
+        retry: Callable[[Sequence[GenerationRequest]], None] | None = None,
     ) -> None:
-        """Prefill one request after the other, after `cause` broke them together."""
-        check_model_alive(self.model, cause)
-        for request in requests:
-            request.restart()
-            try:
-                batch.add([request])
-            # as in `retry_individually`
-            except Exception as error:  # noqa: BLE001
-                check_model_alive(self.model, error)
-                fail_request(request, error)
+        """Run requests together; after a fault, each alone through `retry`, by default `run`."""
+        try:
+            run(requests)
+        # One request must not end the others, whatever it makes the model raise.
+        except Exception as error:  # noqa: BLE001
+            retry_individually(self.model, requests, retry or run, error)
 
     def _next_requests(self, batch: DecodeBatch | None) -> list[GenerationRequest]:
-        """Return the requests to start now; wait for one if none is running.
+        """Schedule: return the requests to start now; wait for one if none is running.
 
-        Empty if nothing fits, or if the engine is stopping.
+        First come, first served, as long as `_fits` holds. Empty if the first one does not fit.
         """
-        running = [] if batch is None else batch.requests
-        scheduler = self._scheduler
-        with scheduler.condition:
-            if not running:
-                scheduler.condition.wait_for(lambda: scheduler.waiting or self._is_stopping)
-            if self._is_stopping:
-                return []
-            return scheduler.take_next(
-                lambda requests: self._fits(batch, len(running), requests),
-                max_requests=self.max_batch - len(running),
-                # the other modes fill a batch once, with prompts of one length where they must
-                allow_overtaking=self._mode != "continuous",
-            )
+        num_running = 0 if batch is None else len(batch.requests)
+        with self._condition:
+            if not num_running:
+                self._condition.wait_for(lambda: self.num_waiting or self._is_stopping)
+            waiting = [request for request in self._unfinished() if request.state == "waiting"]
+        taken: list[GenerationRequest] = []
+        for request in waiting:
+            if self._is_stopping or num_running + len(taken) == self.max_batch:
+                break
+            if self._fits(batch, num_running, [*taken, request]):
+                taken.append(request)
+            # In mode `continuous` no request overtakes, or a stream of small prompts would starve a
+            # large one. The other modes fill a batch once, with prompts of one length if they must.
+            elif self._mode == "continuous":
+                break
+        return taken
 
     def _fits(
-        self,
-        batch: DecodeBatch | None,
-        num_running: int,
-        requests: Sequence[GenerationRequest],
+        self, batch: DecodeBatch | None, num_running: int, requests: Sequence[GenerationRequest]
     ) -> bool:
         """True if these requests may start together: within the token budget, and exact."""
-        # a single prompt always fits: `max_tokens` is not above `max_batch_tokens`
+        # A single prompt always fits: `max_tokens` is not above `max_batch_tokens`.
         if not num_running and len(requests) == 1:
             return True
         lengths = [len(request.prompt.input_ids) for request in requests]

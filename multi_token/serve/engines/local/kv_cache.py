@@ -1,8 +1,8 @@
-"""KV cache rows: select, trim, pad and concatenate rows of transformers' cache objects.
+"""KV cache: select, trim, pad and concatenate batch rows of transformers' cache objects.
 
-Keys and values of a layer are [rows, heads, time, dim]. Padding is on the left, so the newest
-position of every row is at the same index and new tokens need no gather. A sliding-window layer
-keeps the last `window - 1` positions only.
+A layer has two tensors [rows, heads, time, dim]. Padding is on the left, so the newest position of
+every row is at the same index and new tokens need no gather. A sliding-window layer keeps the last
+`window - 1` positions only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ _SEEN_TOKENS = "cumulative_length"
 def is_paddable(cache: Any, num_rows: int, num_tokens: int) -> bool:
     """True if `concat_rows` and `trim_left` are valid for this cache.
 
-    Every layer must hold keys and values [num_rows, heads, time, dim] of all tokens, or of the last
-    ones within a window, and nothing else. A recurrent layer has a state that padding would change,
-    and a quantized layer hides its tensors. Layers without tensors of their own (shared KV) are
-    ignored.
+    Every layer must hold tensors [num_rows, heads, time, dim] of all tokens, or of the last ones
+    within a window, and nothing else. A recurrent layer has a state that padding would change, and
+    a quantized layer hides its tensors. Layers that share the tensors of others are ignored.
     """
     layers = getattr(cache, "layers", None)
     if not layers or getattr(cache, "offloading", False):
@@ -39,10 +38,8 @@ def is_paddable(cache: Any, num_rows: int, num_tokens: int) -> bool:
 
 
 def select_rows(cache: Any, rows: Sequence[int]) -> None:
-    """Keep only these rows, in this order. Raises what a cache without that operation raises.
-
-    By the cache's own method (made for beam search), which recurrent states have too.
-    """
+    """Keep only these rows, in this order. Raises what a cache without that operation raises."""
+    # transformers' own method (made for beam search): recurrent states have it too.
     cache.reorder_cache(torch.tensor(rows))
 
 
@@ -51,8 +48,8 @@ def trim_left(cache: Any, num_tokens: int) -> None:
     for layer in cache.layers:
         if layer.keys is not None:
             first = max(0, layer.keys.shape[2] - _num_cached_positions(layer, num_tokens))
-            # views: a copy would cost more than the padding it frees, and the next update
-            # concatenates into new tensors anyway
+            # Views: a copy would cost more than the padding it frees, and the next update
+            # concatenates into new tensors anyway.
             layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
             set_seen_tokens(layer, num_tokens)
 
@@ -69,7 +66,7 @@ def concat_rows(cache: Any, other: Any, num_tokens: int) -> None:
             keys = _stack_left_padded((layer.keys, more.keys), time)
             values = _stack_left_padded((layer.values, more.values), time)
             joined.append((layer, keys, values))
-    # in a second loop: running out of memory at a later layer must not leave layers of two sizes
+    # In a second loop: running out of memory at a later layer must not leave layers of two sizes.
     for layer, keys, values in joined:
         layer.keys, layer.values = keys, values
         set_seen_tokens(layer, num_tokens)
@@ -84,7 +81,7 @@ def set_seen_tokens(layer: Any, num_tokens: int) -> None:
 def _stack_left_padded(parts: Sequence[Tensor], time: int) -> Tensor:
     """Each [rows, heads, up to time, dim] -> [all rows, heads, time, dim], zeros on the left."""
     _, num_heads, _, dim = parts[0].shape
-    # zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN
+    # Zeros, not empty: masked positions are multiplied by 0, and 0 x NaN is NaN.
     stacked = parts[0].new_zeros(sum(map(len, parts)), num_heads, time, dim)
     for rows, part in zip(stacked.split([len(part) for part in parts]), parts, strict=True):
         rows[:, :, time - part.shape[2] :] = part
@@ -98,8 +95,8 @@ def _layer_state(layer: Any) -> dict[str, Any]:
 
 
 def _is_plain_kv_layer(layer: Any, num_rows: int, num_tokens: int) -> bool:
-    # by attributes instead of classes: a model's own cache class may add a state to a known one,
-    # and an attribute that is unknown here must refuse
+    # By attributes instead of classes: a model's own cache class may add a state to a known one,
+    # and an attribute that is unknown here must refuse.
     state = _layer_state(layer)
     window = layer.get_max_length()
     for name, value in state.items():
@@ -118,8 +115,8 @@ def _is_plain_kv_layer(layer: Any, num_rows: int, num_tokens: int) -> bool:
 
 
 def _keeps_sliding_window(layer: Any, window: int) -> bool:
-    """Probe: does a window layer keep exactly the positions that the next token can see?"""
-    # a shallow copy: `update` assigns new tensors and leaves the original's alone
+    """Probe: True if a window layer keeps exactly the positions that the next token can see."""
+    # A shallow copy: `update` assigns new tensors and leaves the original's alone.
     trial = copy.copy(layer)
     seen = layer.get_seq_length()
     shape = (*layer.keys.shape[:2], window + 2, layer.keys.shape[3])

@@ -1,9 +1,9 @@
 """Prefix cache: KV cache of earlier prompts, reused by prompts with the same prefix.
 
-An entry is one row of a KV cache, copied, under the key of its tokens: ids of text, and in media
-spans negative numbers from a digest of the content. A lookup compares keys position by position,
-so any common prefix counts, not only complete prompts. Entries are dropped least recently used
-first, and no tenant finds the entries of another.
+An entry is a copy of one KV cache row, under the key of its tokens: ids of text, and in media spans
+negative numbers from a digest of the content. A lookup compares keys position by position, so any
+common prefix counts, not only complete prompts. The least recently used entry is dropped first, and
+no tenant finds the entries of another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CachedPrefix:
     key: Tensor
     """int64 [time]: see `prefix_key`."""
     layers: tuple[tuple[Tensor, Tensor] | None, ...]
-    """For each layer keys and values [heads, time, dim]; None for a layer that shares another's."""
+    """For each layer two tensors [heads, time, dim]; None for a layer that shares another's."""
 
 
 class PrefixCache:
@@ -50,12 +50,11 @@ class PrefixCache:
 
     @property
     def num_tokens(self) -> int:
-        """Number of cached tokens."""
         return sum(len(entry.key) for entry in self._entries)
 
     def find(self, prompt: Prompt) -> tuple[CachedPrefix | None, int]:
         """Return the entry with the longest common prefix, and the length of that prefix."""
-        # without the last token: its logits are needed, so prefill must run at least on it
+        # Without the last token: its logits are needed, so prefill must run at least on it.
         key = prefix_key(prompt)[:-1]
         best: CachedPrefix | None = None
         best_length = 0
@@ -92,19 +91,19 @@ class PrefixCache:
             layers = tuple(
                 None
                 if layer.keys is None
-                # clones: a view would keep the complete batch's KV cache in memory
+                # Clones: a view would keep the complete batch's KV cache in memory.
                 else tuple(x[row, :, first:last].clone() for x in (layer.keys, layer.values))
                 for layer in cache.layers
             )
             if self._layer_template is None:
                 self._layer_template = _empty_copy(cache)
-            # entries that are prefixes of the new one can never be the best match again
-            covered = [
+            # Entries that are prefixes of the new one can never be the best match again.
+            self._entries = [
                 entry
-                for entry in own_entries
-                if common_prefix_length(entry.key, key) == len(entry.key)
+                for entry in self._entries
+                if entry.tenant != prompt.tenant
+                or common_prefix_length(entry.key, key) < len(entry.key)
             ]
-            self._entries = [entry for entry in self._entries if entry not in covered]
             self._entries.append(CachedPrefix(prompt.tenant, key, layers))
             while self.num_tokens > self.max_tokens:
                 self._entries.pop(0)
@@ -119,7 +118,7 @@ class PrefixCache:
             held = given.layers[number]
             if held is None:
                 continue
-            # sizes of keys and values separately: some models have other head dims for values
+            # One size for each of the two: some models have another head dim for values.
             layer.keys, layer.values = (
                 x.new_zeros(len(rows), x.shape[0], num_tokens, x.shape[2]) for x in held
             )
@@ -136,7 +135,7 @@ def prefix_key(prompt: Prompt) -> Tensor:
     """Return int64 [time]: text ids, and in media spans negative numbers from the content's key."""
     key = prompt.input_ids.cpu().clone()
     for span, media_key in zip(prompt.media_spans, prompt.media_keys, strict=True):
-        # 56 bits, so that adding the position cannot overflow int64
+        # 56 bits, so that adding the position cannot overflow int64.
         base = int(digest(media_key.encode())[:14], 16)
         key[span.start : span.start + span.length] = -1 - base - torch.arange(span.length)
     return key

@@ -1,7 +1,7 @@
-"""vLLM client: the HTTP contract of `/v1/completions`, its streams and its errors.
+"""vLLM client: the HTTP contract of `/v1/completions`, with its streams and errors (vLLM 0.32).
 
-The only file that knows vLLM's fields (measured on 0.32) and that opens sockets to its servers.
-Responses are parsed as JSON only.
+Only this file knows vLLM's fields and opens sockets to its servers. Responses are parsed as JSON,
+never unpickled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ _CONNECT_S = 5.0
 _HEALTH_S = 5.0
 _MAX_EVENT_BYTES = 4 * 1024 * 1024
 _MAX_FAULT_BYTES = 64 * 1024
+_JSON = {"Content-Type": "application/json"}
 _TOKEN_ID = "token_id:"
 _STATUSES_OF_BAD_PROMPTS = (400, 413, 422)
 
@@ -32,8 +34,8 @@ _STATUSES_OF_BAD_PROMPTS = (400, 413, 422)
 class EngineError(MultiTokenError):
     """A vLLM server did not complete a request.
 
-    `reason`: no connection (`unreachable`), no free place (`full`), an error in response
-    (`failed`), a stream that broke off (`lost`), a prompt that it refuses (`rejected`).
+    `reason`: no connection (`unreachable`), no capacity (`full`), an error response (`failed`), a
+    stream that broke off (`lost`), or a prompt that the server refuses (`rejected`).
     """
 
     def __init__(self, message: str, reason: FaultReason) -> None:
@@ -46,7 +48,7 @@ class ServedModel:
     """First entry of a server's `/v1/models`."""
 
     name: str
-    """Name of its model in requests."""
+    """Name of the model in requests."""
     max_tokens: int | None
     """Limit of prompt and new tokens together."""
 
@@ -59,7 +61,7 @@ class StreamDelta:
     finish: str | None = None
     """Finish reason of the last event: `stop` or `length`."""
     stop_id: int | None = None
-    """Id that ended generation, where vLLM reports it."""
+    """Id that ended generation, if vLLM reports one."""
 
 
 def completion_body(
@@ -72,15 +74,11 @@ def completion_body(
 ) -> bytes:
     """Return a request body.
 
-    Args:
-        prompt: ids, or embeddings [time, hidden] of the complete prompt.
-        options: sampling parameters.
-        model: name of the served model.
-        end_ids: ids that end generation.
-        salt: prompts of different salts share no prefix cache.
+    `prompt`: ids, or embeddings [time, hidden] of the complete prompt. `end_ids` end generation.
+    Prompts of different `salt` share no prefix cache.
     """
-    # every sampling field is named: vLLM fills absent ones from the generation config in its
-    # model's folder
+    # Every sampling field is named: vLLM fills absent ones from the generation config in its
+    # model's folder.
     fields: dict[str, Any] = {
         "model": model,
         "max_tokens": options.max_new_tokens,
@@ -92,7 +90,7 @@ def completion_body(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "ignore_eos": options.ignore_eos,
-        # with `ignore_eos` vLLM ignores the model's own end ids, but not these
+        # With `ignore_eos` vLLM ignores the model's own end ids, but not these.
         "stop_token_ids": [] if options.ignore_eos else sorted(end_ids),
         "stream": True,
         "return_token_ids": True,
@@ -113,7 +111,7 @@ def completion_body(
 
 def _base64(embeds: Tensor) -> str:
     file = io.BytesIO()
-    # a clone: of a view torch.save writes the complete storage
+    # A clone: torch.save writes the complete storage of a view.
     torch.save(embeds.detach().cpu().contiguous().clone(), file)
     return base64.b64encode(file.getvalue()).decode()
 
@@ -127,7 +125,7 @@ class VllmClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            # no read timeout: a queued prompt may be silent for minutes; health checks end it
+            # No read timeout: a queued prompt may be silent for minutes; health checks end it.
             timeout=httpx.Timeout(None, connect=_CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
@@ -164,20 +162,19 @@ class VllmClient:
     async def complete(self, body: bytes, num_top: int = 0) -> AsyncIterator[StreamDelta]:
         """Stream the response to a request. Raises EngineError.
 
-        `num_top`: number of most probable ids with each token. Closing the iterator early closes
-        the connection, and vLLM frees the place.
+        `num_top`: number of most probable ids with each token. If the iterator is closed early, the
+        connection closes too, and vLLM ends the request.
         """
         has_begun = False
-        headers = {"Content-Type": "application/json"}
         try:
             async with self._http.stream(
-                "POST", "/v1/completions", content=body, headers=headers
+                "POST", "/v1/completions", content=body, headers=_JSON
             ) as response:
                 if response.status_code != 200:
                     raise _engine_error(response.status_code, await _first_bytes(response))
                 has_begun = True
                 async for fields in _sse_events(response):
-                    delta = read_event(fields, num_top)
+                    delta = parse_event(fields, num_top)
                     if delta is not None:
                         yield delta
         except httpx.HTTPError as error:
@@ -189,7 +186,7 @@ class VllmClient:
             ) from None
 
 
-def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
+def parse_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | None:
     """Parse one event of a stream; None for one without a choice. Raises EngineError."""
     try:
         if "error" in fields:
@@ -205,7 +202,7 @@ def read_event(fields: Mapping[str, Any], num_top: int = 0) -> StreamDelta | Non
     except (LookupError, TypeError, ValueError, AttributeError):
         raise EngineError("an event in another format than vLLM's", "failed") from None
     if finish not in (None, "stop", "length"):
-        raise EngineError(f"the engine ended the answer ({finish})", "failed")
+        raise EngineError(f"vLLM ended the response ({finish})", "failed")
     return StreamDelta(tokens, finish, stop if isinstance(stop, int) else None)
 
 
@@ -222,7 +219,7 @@ def _tokens(
     ):
         top_ids = [(_id(key), float(value)) for key, value in (entry or {}).items()]
         top_ids.sort(key=lambda pair: -pair[1])
-        # vLLM adds the chosen id even if it is not among the most probable ones
+        # vLLM adds the chosen id even if it is not among the most probable ones.
         top = tuple(top_ids[:num_top])
         tokens.append(TokenEvent(id, None if own is None else float(own), top))
     return tokens
@@ -244,7 +241,7 @@ async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, An
         for line in lines:
             text = line.strip().removeprefix(b"data:").strip()
             if text == b"[DONE]":
-                # and read on: only a body that is read to its end leaves its connection for reuse
+                # No `break`: httpx reuses only a connection whose body was read to its end.
                 is_done = True
             if is_done or not text or not line.startswith(b"data:"):
                 continue
@@ -256,11 +253,12 @@ async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, An
                 raise EngineError("an event that is not a JSON object", "failed")
             yield fields
     if not is_done:
-        raise EngineError("the answer broke off", "lost")
+        raise EngineError("the response broke off", "lost")
 
 
 async def _first_bytes(response: httpx.Response) -> bytes:
-    """Return the start of a body: an error page may be endless."""
+    """Return the start of a body."""
+    # Bounded: an error page may be endless.
     found = b""
     async for data in response.aiter_bytes():
         found += data
@@ -271,18 +269,17 @@ async def _first_bytes(response: httpx.Response) -> bytes:
 
 def _engine_error(status: int, body: bytes) -> EngineError:
     message = body[:500].decode("utf-8", "replace")
-    try:
+    # Without vLLM's error object the raw body is the message.
+    with suppress(ValueError, AttributeError):
         fields = json.loads(body)
         error = fields.get("error", fields)
         message = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass  # not vLLM's error object: the raw body is the message
     reason = _reason(status)
     return EngineError(message if reason == "rejected" else f"HTTP {status}: {message}", reason)
 
 
 def _reason(status: Any) -> FaultReason:
-    """Map a status; a stream that has begun with 200 carries it in an event."""
+    """Map an HTTP status, or the code in an event of a stream that began with 200."""
     if status in (429, 503):
         return "full"
     return "rejected" if status in _STATUSES_OF_BAD_PROMPTS else "failed"

@@ -3,9 +3,9 @@
     submit -> prompt embeddings (text looked up, media written in) -> router -> vLLM replica
            <- token events <-------------------------------------- SSE <-
 
-Complete prompts are built here, so chat template, tokens and media spans are those of the run. The
-gateway needs the language model's embeddings, not its layers. A replica is used once it has given
-the golden tokens of the run's export, by ids and by embeddings.
+The gateway builds complete prompts, so chat template, tokens and media spans are those of the run.
+It needs the language model's embeddings, not the layers. A replica is used once it has given the
+golden tokens of the run's export, by ids and by embeddings.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,21 +24,12 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import LanguageModelError, MultiTokenError
-from multi_token.generate import eos_token_ids
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.embeddings_only import EmbeddingsOnly
-from multi_token.serve.engines.base import (
-    EngineEvent,
-    Prompt,
-    SamplingParams,
-    TokenEvent,
-    check_prompt,
-    context_length,
-    min_limit,
-)
+from multi_token.serve.engines.base import Prompt, TokenEvent
+from multi_token.serve.engines.engine import Engine, min_limit
 from multi_token.serve.engines.parity import logprob_tolerance
 from multi_token.serve.engines.request import GenerationRequest, fail_request
-from multi_token.serve.engines.scheduler import Scheduler
 from multi_token.serve.engines.vllm.client import (
     EngineError,
     ServedModel,
@@ -47,7 +37,12 @@ from multi_token.serve.engines.vllm.client import (
     completion_body,
 )
 from multi_token.serve.engines.vllm.golden import GoldenRequest, read_golden
-from multi_token.serve.engines.vllm.router import EngineMismatch, Replica, Router
+from multi_token.serve.engines.vllm.router import (
+    EngineMismatch,
+    Replica,
+    Router,
+    no_engine_error,
+)
 from multi_token.serve.errors import ServeError
 from multi_token.splice import MediaEmbeds, splice
 
@@ -62,17 +57,16 @@ _NUM_SCALE_IDS = 64
 """Ids from which the scale of token embeddings is measured."""
 
 EmbedsForm = Literal["inputs", "weights"]
-"""`inputs`: as transformers' `inputs_embeds`. `weights`: as rows of the embedding matrix."""
+"""`inputs`: like transformers' `inputs_embeds`. `weights`: like rows of the embedding matrix."""
 
 
 @dataclass(frozen=True)
 class PromptEmbedder:
     """Builds prompt embeddings in the language model's precision.
 
-    Some language models multiply embeddings after the look-up (by the root of the width, say). For
-    some of them vLLM multiplies within its own look-up, so prompt embeddings must be scaled
-    already; for others it multiplies afterwards, so they must not be. In the form `weights` all
-    embeddings are divided by the scale, media too: projectors are trained for transformers' inputs.
+    Some language models multiply embeddings after the look-up, for example by the root of the
+    width. Where vLLM multiplies within its own look-up, prompt embeddings must be scaled already
+    (`inputs`); where vLLM multiplies afterwards, they must not be (`weights`).
     """
 
     model: MultiTokenForConditionalGeneration
@@ -88,15 +82,10 @@ class PromptEmbedder:
         stride = max(1, len(weight) // _NUM_SCALE_IDS)
         ids = torch.arange(0, len(weight), stride, device=weight.device)
         rows, inputs = weight[ids].float(), embedding(ids).float()
-        # least squares over all elements: a single quotient would be rounding in half precision
+        # Least squares over all elements: a single quotient would be rounding in half precision.
         scale = float((rows * inputs).sum() / rows.square().sum().clamp_min(1e-12))
         close = torch.allclose(rows * scale, inputs, rtol=2e-2, atol=1e-6)
         return cls(model, scale if close else 1.0)
-
-    @property
-    def forms(self) -> tuple[EmbedsForm, ...]:
-        """Forms that differ, the more common one first."""
-        return ("inputs",) if abs(self.scale - 1.0) < 1e-4 else ("inputs", "weights")
 
     @torch.no_grad()
     def __call__(self, prompt: Prompt, form: EmbedsForm) -> Tensor:
@@ -104,21 +93,16 @@ class PromptEmbedder:
         embedding: Any = self.model.get_input_embeddings()
         weight: Tensor = embedding.weight
         ids = prompt.input_ids.to(weight.device)
-        if form == "inputs":
-            text, divisor = embedding(ids), 1.0
-        else:
-            text, divisor = weight[ids], self.scale
-        pieces = [
-            MediaEmbeds(
-                span.modality,
-                # division in float32: two roundings in half precision would be visible
-                embeds.to(weight.device, weight.dtype)
-                if divisor == 1.0
-                else (embeds.float() / divisor).to(weight.device, weight.dtype),
-                torch.arange(span.start, span.start + span.length, device=weight.device),
-            )
-            for span, embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True)
-        ]
+        text = embedding(ids) if form == "inputs" else weight[ids]
+        pieces = []
+        for span, embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True):
+            if form == "weights":
+                # Media too: projectors are trained for transformers' inputs. In float32: rounding
+                # twice in half precision would change log-probabilities.
+                embeds = embeds.float() / self.scale
+            positions = torch.arange(span.start, span.start + span.length, device=weight.device)
+            values = embeds.to(weight.device, weight.dtype)
+            pieces.append(MediaEmbeds(span.modality, values, positions))
         return splice(text.to(weight.dtype)[None], pieces)[0].cpu()
 
 
@@ -131,10 +115,11 @@ class VerifiedServer:
     """Form of prompt embeddings that it takes."""
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Sends prompts to vLLM's completions: text as ids, prompts with media as embeddings."""
 
     name = "vllm"
+    is_remote = True
 
     def __init__(
         self,
@@ -149,42 +134,26 @@ class VllmEngine:
     ) -> None:
         """Prepare the engine; `start` runs it.
 
-        Args:
-            model: with its processor; its language model may hold embeddings only.
-            golden: request that verifies the replicas.
-            urls: addresses of the replicas, without `/v1`.
-            key: API key of all replicas.
-            max_tokens: see `Engine`; by default the language model's context length, and never
-                more than a replica takes.
-            startup_timeout_s: time that `start` waits for the first replica.
-            health_interval_s: time between two health checks of a replica.
+        The language model may hold embeddings only. `golden` verifies the replicas, whose addresses
+        (`urls`) have no `/v1`. `max_tokens` is lowered to the limit of each verified replica.
         """
-        self.model = model
+        super().__init__(model, max_tokens)
         self.golden = golden
         self.urls = tuple(urls)
-        self.retries: Counter[str] = Counter()
-        """See `SupportsReplicas`."""
         self._key = key
-        self._model_max_tokens = min_limit(max_tokens, context_length(model))
+        self._model_max_tokens = self.max_tokens
         self._server_max_tokens: dict[str, int | None] = {}
-        self.max_tokens = self._model_max_tokens
         self._startup_timeout_s = startup_timeout_s
         self._health_interval_s = health_interval_s
-        self._end_ids = frozenset(eos_token_ids(model))
-        self._scheduler = Scheduler()
         self._futures: dict[GenerationRequest, Future[None]] = {}
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._router: Router | None = None
-        self._is_stopping = False
 
     def start(self) -> None:
-        """Find the replicas; if all are down later, wait until one is up again.
-
-        Raises LanguageModelError if none can be used.
-        """
-        if self._thread is not None and self._thread.is_alive():
-            self._run_on_loop(self._any_alive())
+        """Find the replicas; if all are down later, wait until one is up again; see `Engine`."""
+        router = self._router
+        if router is not None and self._thread is not None and self._thread.is_alive():
+            self._run_on_loop(router.wait_until(lambda: router.num_alive > 0))
             return
         if self.model.capabilities.needs_input_ids:
             raise LanguageModelError(
@@ -202,29 +171,20 @@ class VllmEngine:
         assert self._router is not None
         self._run_on_loop(self._first_check_done(self._router))
         if not self._router.num_alive and not self._is_stopping:
-            report = self._router.report()
             self.stop()
-            raise LanguageModelError(f"no engine can be used: {report}")
+            raise LanguageModelError(f"no engine can be used: {self._router.report()}")
 
-    def _run_on_loop(self, work: Any) -> None:
-        """Run a coroutine on the loop; ends early when the engine is stopped."""
+    def _run_on_loop(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop, until it or the engine ends."""
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(self._until_stopped(work), self._loop)
-        with suppress(CancelledError):  # the loop has ended
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with suppress(CancelledError):  # by `_loop_main`
             future.result()
-
-    async def _until_stopped(self, work: Any) -> None:
-        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._stopped.wait())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _first_check_done(self, router: Router) -> None:
         """Wait until each replica was checked, and one is up or the startup timeout has passed."""
         await router.wait_until(lambda: router.all_checked)
-        # a mismatch is final: waiting cannot change a server's weights
+        # A mismatch is final: waiting cannot change a server's weights.
         if router.num_alive or router.all_mismatched or not self._startup_timeout_s:
             return
         timeout = self._startup_timeout_s
@@ -234,11 +194,6 @@ class VllmEngine:
             await asyncio.wait_for(waiting, timeout)
         except asyncio.TimeoutError:
             _LOG.error("no engine is up after %g s", timeout)
-
-    async def _any_alive(self) -> None:
-        router = self._router
-        assert router is not None
-        await router.wait_until(lambda: router.num_alive > 0)
 
     async def _loop_main(self, has_begun: threading.Event) -> None:
         """Body of the thread: runs the router until the engine is stopped."""
@@ -255,106 +210,71 @@ class VllmEngine:
         try:
             await self._stopped.wait()
         finally:
-            running = [t for t in asyncio.all_tasks() if t.get_name() == self.name]
-            for task in running:
+            # Before the connections are closed: a request that ends by a closed connection would
+            # count as a fault of its replica.
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await router.close()
             self._serializers.shutdown(wait=False, cancel_futures=True)
-            for request in self._scheduler.unfinished():
-                request.fail(ServeError("the engine has failed", status=503))
-
-    def stop(self) -> None:
-        """Cancel all requests, which frees their places in the replicas, and end the thread."""
-        with self._scheduler.condition:
-            self._is_stopping = True
-        for request in self._scheduler.unfinished():
-            request.cancel()
-        if self._thread is not None and self._thread.is_alive():
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join()
-
-    def submit(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        options: SamplingParams,
-        emit: Callable[[EngineEvent], None],
-    ) -> None:
-        """Send a prompt to a replica; see `Engine`."""
-        if not self.is_alive:
-            raise ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
-        check_prompt(self.model, prompt, options, self.max_tokens)
-        request = GenerationRequest(
-            request_id, prompt, options, emit, self._end_ids, self._scheduler.remove
-        )
-        # one locked section: `cancel` must find the future of every request that it finds, and
-        # the loop must not end between the check and the call
-        with self._scheduler.condition:
-            if self._is_stopping or self._loop is None:
-                raise ServeError("the engine is not running", status=503)
-            self._scheduler.add(request)
-            self._futures[request] = asyncio.run_coroutine_threadsafe(
-                self._run_request(request), self._loop
-            )
-
-    def cancel(self, request_id: str) -> None:
-        """End a request early; see `Engine`. Closes its connection, which frees its place."""
-        request = self._scheduler.cancel(request_id)
-        if request is not None:
-            with self._scheduler.condition:
-                future = self._futures.pop(request, None)
-            if future is not None:
-                future.cancel()
+            self._fail_unfinished()
 
     @property
     def is_alive(self) -> bool:
-        """True while a replica is up."""
-        is_running = self._thread is not None and self._thread.is_alive()
-        return is_running and not self._is_stopping and self.num_replicas > 0
+        return super().is_alive and self.num_replicas > 0
 
     @property
     def num_replicas(self) -> int:
         return 0 if self._router is None or self._is_stopping else self._router.num_alive
 
-    @property
-    def num_running(self) -> int:
-        """Number of requests whose first token has come."""
-        return self._scheduler.num_running
+    def _start_request(self, request: GenerationRequest) -> None:
+        assert self._loop is not None
+        # In `submit`'s locked section: `cancel` must find the future of every request it finds.
+        self._futures[request] = asyncio.run_coroutine_threadsafe(
+            self._run_request(request), self._loop
+        )
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of requests whose first token has not come."""
-        return self._scheduler.num_waiting
+    def _cancel_request(self, request: GenerationRequest) -> None:
+        """Also close its connection, so its replica stops generating."""
+        request.cancel()
+        with self._condition:
+            future = self._futures.pop(request, None)
+        if future is not None:
+            future.cancel()
+
+    def _wake_thread(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stopped.set)
+
+    def _unavailable_error(self) -> ServeError:
+        return no_engine_error()
 
     async def _run_request(self, request: GenerationRequest) -> None:
         """Run one request to its end, on one replica or on a second one."""
-        task = asyncio.current_task()
-        assert task is not None and self._router is not None
-        task.set_name(self.name)
+        assert self._router is not None
         try:
             await self._router.dispatch(
                 lambda replica: self._stream_from(replica, request),
-                lambda: request.is_finished or not self._scheduler.is_waiting(request),
+                lambda: request.state != "waiting",
             )
         except MultiTokenError as error:
             request.fail(error)
         except asyncio.CancelledError:
             request.cancel()
             raise
-        # a defect of ours: the client must receive its end
+        # A defect of ours: the client must receive its end.
         except Exception as error:  # noqa: BLE001
             fail_request(request, error)
         finally:
-            # waits for `submit` to have stored the future, or it would stay forever
-            with self._scheduler.condition:
+            # Under the lock in which `submit` stores the future: a request may end before that, and
+            # its future would then stay here.
+            with self._condition:
                 self._futures.pop(request, None)
 
     async def _stream_from(self, replica: Replica, request: GenerationRequest) -> None:
         """Emit the tokens of one replica. Raises EngineError if it breaks off."""
         assert self._loop is not None
-        request.start_prefill()
         body = await self._loop.run_in_executor(
             self._serializers, self._request_body, replica.verified, request
         )
@@ -362,24 +282,23 @@ class VllmEngine:
         deltas = replica.client.complete(body, request.options.num_logprobs or 0)
         try:
             async for delta in deltas:
-                # vLLM may stream past an id that ends generation here
+                # vLLM may stream past an id that ends generation here.
                 if request.is_finished and delta.finish is None:
                     return
                 for token in delta.tokens:
-                    self._scheduler.mark_running(request)
                     request.emit_token(token)
                     last = token.id
                 if delta.finish is None or request.is_finished:
                     continue
-                # some releases of vLLM leave the stop token out of the ids
+                # Some releases of vLLM leave the stop token out of the ids.
                 if delta.stop_id is not None and delta.stop_id != last:
                     request.emit_token(TokenEvent(delta.stop_id))
                 request.finish("stop" if delta.finish == "stop" else "length")
         finally:
-            # closes the connection now; garbage collection would do it at some later time
+            # Closes the connection now, not at some later garbage collection.
             await deltas.aclose()  # type: ignore[attr-defined]
         if not request.is_finished:
-            raise EngineError("the answer ended without a reason", "failed")
+            raise EngineError("the response ended without a finish reason", "failed")
 
     def _request_body(self, verified: VerifiedServer, request: GenerationRequest) -> bytes:
         prompt, tenant = request.prompt, request.prompt.tenant
@@ -390,25 +309,27 @@ class VllmEngine:
             request.options,
             model=verified.served.name,
             end_ids=request.end_ids,
-            # hashed: a tenant is derived from an API key
+            # Hashed: a tenant is derived from an API key.
             salt=hashlib.sha256(tenant.encode()).hexdigest() if tenant else None,
         )
 
     async def _verify(self, client: VllmClient) -> VerifiedServer:
         """Send the golden request by ids, then by embeddings in each form until one matches.
 
-        Raises EngineMismatch, or EngineError if the server does not complete it.
+        Raises EngineMismatch, or EngineError if the server does not complete the request.
         """
         served = await client.served_model()
         golden, start = self.golden, f"`vllm serve {self.golden.folder} --enable-prompt-embeds`"
         wrong = await self._mismatch(client, served, list(golden.input_ids))
         if wrong is not None:
             raise EngineMismatch(
-                f"asked the golden request by ids, {served.name!r} gives another answer ({wrong}): "
-                f"it has other weights, or in another precision; start it with {start}"
+                f"for the golden request by ids, {served.name!r} gives other tokens ({wrong}): it "
+                f"has other weights, or another precision; start it with {start}"
             )
         faults = []
-        for form in self._embedder.forms:
+        forms: tuple[EmbedsForm, ...] = ("inputs", "weights")
+        # Without a scale both forms are the same; `inputs` is the more common one.
+        for form in forms if abs(self._embedder.scale - 1.0) >= 1e-4 else forms[:1]:
             embeds = self._embedder(golden.prompt, form)
             wrong = await self._mismatch(client, served, embeds)
             if wrong is None:
@@ -419,9 +340,9 @@ class VllmEngine:
                 return VerifiedServer(served, form)
             faults.append(wrong)
         raise EngineMismatch(
-            f"asked the golden request by embeddings, {served.name!r} gives another answer "
-            f"({'; '.join(faults)}), though the right one by ids; start it with {start}, or serve "
-            "without --engine-url if this language model takes no embeddings there"
+            f"for the golden request by embeddings, {served.name!r} gives other tokens "
+            f"({'; '.join(faults)}), but the right ones by ids; start it with {start}, or serve "
+            "without --engine-url if vLLM takes no embeddings for this language model"
         )
 
     async def _mismatch(self, client: VllmClient, served: ServedModel, prompt: Any) -> str | None:
@@ -431,7 +352,7 @@ class VllmEngine:
             async for delta in client.complete(body, self.golden.sampling_params.num_logprobs or 0):
                 tokens += delta.tokens
         except EngineError as error:
-            # a server without --enable-prompt-embeds rejects embeddings: final, not a failure
+            # A server without --enable-prompt-embeds rejects embeddings: a mismatch, no fault.
             if error.reason == "rejected":
                 return str(error)
             raise
@@ -450,7 +371,7 @@ def build_vllm_engine(
         raise LanguageModelError("--engine-url needs the folder of an exported run")
     golden = read_golden(settings.run_folder)
     language_model = model.language_model
-    # without layers nothing can be probed, so the capabilities come from the manifest
+    # Without layers nothing can be probed, so the capabilities come from the manifest.
     if isinstance(language_model, EmbeddingsOnly):
         model.capabilities = Capabilities(
             name=type(language_model).__name__,

@@ -1,7 +1,7 @@
-"""Golden request: does a vLLM server run the weights that a run was exported with?
+"""Golden request: verifies that a vLLM server runs the weights of an exported run.
 
 The export's manifest.json holds a prompt, the greedy ids of the exported language model and their
-log-probabilities. A server that gives others is not used.
+log-probabilities. A server that gives other ones is not used.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class GoldenRequest:
     logprobs: tuple[float, ...]
     """Log-probability of each of `greedy_ids`, given the previous ones."""
     embedding_scale: float = 1.0
-    """Factor by which the language model multiplies token embeddings outside of the look-up."""
+    """Factor of token embeddings that the language model applies outside of its look-up."""
     needs_ids: bool = False
     """The language model's layers look ids up, which prompts of embeddings do not have."""
     folder: str = "language_model"
-    """Folder to start a vLLM server with."""
+    """Folder for `vllm serve`."""
 
     @property
     def sampling_params(self) -> SamplingParams:
-        """Greedy, as long as the recorded continuation, past any end of turn."""
+        """Greedy, for the number of recorded ids."""
+        # `ignore_eos`: the recorded continuation may go on past an end of turn.
         return SamplingParams(len(self.greedy_ids), num_logprobs=_NUM_LOGPROBS, ignore_eos=True)
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt, without media."""
         return Prompt(torch.tensor(self.input_ids), (), (), ())
 
     def mismatch(self, tokens: Sequence[TokenEvent], tolerance: float) -> str | None:

@@ -1,11 +1,11 @@
 """Router: health checks of the vLLM replicas, and dispatch of each prompt to one of them.
 
     down --health check and golden request pass--> up --fails--> down
-      '--another answer than the golden one--> mismatch --health check fails--> down
+      '--other tokens than the golden ones--> mismatch --health check fails--> down
 
-A prompt goes to the replica that is up with the fewest in flight. If that one fails before the
-first token, a second one is tried; after the first token the request ends with an error, since two
-replicas need not sample alike. Everything here runs on one event loop.
+A prompt goes to the replica that is up and has the fewest prompts in flight. If that replica fails
+before the first token, a second one is tried. After the first token the request ends with an error,
+since two replicas need not sample alike. Everything here runs on one event loop.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from multi_token.serve.errors import ServeError
 
 LOG = logging.getLogger("multi_token.serve")
 _MAX_FAILED_CHECKS = 2
-"""Failed health checks in a row after which the prompts in flight are given up."""
+"""Failed health checks in a row, after which the prompts in flight are cancelled."""
 _MAX_ATTEMPTS = 2
-"""Replicas that may fail at one prompt: the prompt itself may be what kills them."""
+"""Replicas that may fail at one prompt: the prompt itself may be the cause."""
 _VERIFY_TIMEOUT_S = 120.0
 """Limit of the golden requests: a server's first prompts compile its kernels."""
 
@@ -35,7 +35,7 @@ ReplicaState = Literal["up", "down", "mismatch"]
 
 
 class EngineMismatch(LanguageModelError):
-    """A vLLM server that answers the golden request with other tokens."""
+    """A vLLM server gives other tokens than the golden ones."""
 
 
 @dataclass(eq=False)
@@ -44,12 +44,12 @@ class Replica:
 
     client: VllmClient
     state: ReplicaState = "down"
-    """`mismatch`: healthy, but with another answer to the golden request."""
-    reason_down: str = "was not asked yet"
+    """`mismatch`: healthy, but with other tokens than the golden ones."""
+    reason_down: str = "was not checked yet"
     verified: Any = None
     """Result of the verification."""
     num_in_flight: int = 0
-    """Prompts sent to it and not ended."""
+    """Prompts sent to the replica and not ended."""
     checked_once: bool = False
     failed_checks: int = 0
     """Failed health checks in a row."""
@@ -57,31 +57,23 @@ class Replica:
 
 
 class Router:
-    """Checks replicas, and dispatches each prompt to the least loaded one.
-
-    A replica is up once `verify` has passed, until it fails; then it is verified again. A replica
-    that mismatches is verified again only after it was down: its weights do not change while it
-    runs.
-    """
+    """Checks replicas, and dispatches each prompt to the least loaded one."""
 
     def __init__(
         self,
         clients: Sequence[VllmClient],
         verify: Callable[[VllmClient], Awaitable[Any]],
         *,
-        health_interval_s: float = 1.0,
-        retries: Counter[str] | None = None,
+        health_interval_s: float,
+        retries: Counter[str],
     ) -> None:
         """Prepare the router; `start` runs its checks.
 
-        Args:
-            clients: one for each replica.
-            verify: raises EngineMismatch or EngineError; its result becomes `Replica.verified`.
-            health_interval_s: time between two health checks of a replica.
-            retries: counts second attempts by reason.
+        `verify` raises EngineMismatch or EngineError; its result becomes `Replica.verified`.
+        `retries` counts second attempts by reason.
         """
         self.replicas = [Replica(client) for client in clients]
-        self.retries: Counter[str] = Counter() if retries is None else retries
+        self.retries = retries
         self._verify = verify
         self._health_interval_s = health_interval_s
         self._service_time = ServiceTime()
@@ -89,7 +81,6 @@ class Router:
         self._health_tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Start the health checks."""
         self._health_tasks = [
             asyncio.create_task(self._health_loop(replica)) for replica in self.replicas
         ]
@@ -104,7 +95,6 @@ class Router:
 
     @property
     def num_alive(self) -> int:
-        """Number of replicas that are up."""
         return sum(replica.state == "up" for replica in self.replicas)
 
     @property
@@ -113,7 +103,6 @@ class Router:
 
     @property
     def all_checked(self) -> bool:
-        """True once each replica has had a health check."""
         return all(replica.checked_once for replica in self.replicas)
 
     def report(self) -> str:
@@ -125,7 +114,6 @@ class Router:
         )
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition on the replicas holds."""
         async with self._changed:
             await self._changed.wait_for(condition)
 
@@ -136,7 +124,7 @@ class Router:
     ) -> None:
         """Run `attempt` on one replica, or on a second one if nothing has begun when it fails.
 
-        Raises ServeError: 429 if all replicas are full, 503 if none is up or the answer broke off,
+        Raises ServeError: 429 if all replicas are full, 503 if none is up or the stream broke off,
         400 for a prompt that a replica rejects.
         """
         tried: set[Replica] = set()
@@ -156,7 +144,7 @@ class Router:
                 return
             except EngineError as error:
                 LOG.warning("engine %s: %s: %s", replica.client.url, error.reason, error)
-                # another replica would reject the prompt as well
+                # Another replica would reject the prompt as well.
                 if error.reason == "rejected":
                     raise ServeError(
                         f"the engine does not take this prompt: {error}", param="messages"
@@ -165,11 +153,11 @@ class Router:
                     is_full = True
                 else:
                     await self._mark_down(replica, f"failed: {error}")
-                    # without a connection the prompt was never seen, so it cannot be the cause
+                    # Without a connection the prompt was never seen, so it cannot be the cause.
                     num_failures += error.reason != "unreachable"
                 if has_begun():
                     raise ServeError(
-                        "the engine was lost before the answer was complete; ask again",
+                        "the engine failed before the response was complete; send it again",
                         status=503,
                         code="engine_lost",
                         retry=True,
@@ -182,8 +170,8 @@ class Router:
 
     def _unavailable_error(self, is_full: bool) -> ServeError:
         if not is_full:
-            return ServeError("no engine can answer now", status=503, code="no_engine", retry=True)
-        # a place is free when any one of the prompts in flight has ended
+            return no_engine_error()
+        # Capacity is free as soon as any one of the prompts in flight has ended.
         num_in_flight = sum(replica.num_in_flight for replica in self.replicas)
         return ServeError(
             "rate limit: all engines are full; try again later",
@@ -196,8 +184,8 @@ class Router:
         self, replica: Replica, attempt: Callable[[Replica], Coroutine[Any, Any, None]]
     ) -> None:
         """Run one attempt; it ends with EngineError when the health check gives the replica up."""
-        # a task of its own: a connection to a hung server may stay silent forever, and the health
-        # check must be able to cancel the attempt without cancelling the request
+        # A task of its own: a connection to a hung server may stay silent forever, and the health
+        # check must be able to cancel the attempt without cancelling the request.
         task = asyncio.create_task(attempt(replica))
         replica.attempts.add(task)
         replica.num_in_flight += 1
@@ -210,14 +198,14 @@ class Router:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         if task.cancelled():
-            raise EngineError("it does not answer any more", "lost")
+            raise EngineError("it does not answer health checks any more", "lost")
         task.result()
 
     async def _health_loop(self, replica: Replica) -> None:
         while True:
             try:
                 await self._health_check(replica)
-            # a defect of ours must not end the checks, or the replica would stay as it is forever
+            # A defect of ours must not end the checks: the state of the replica would be final.
             except Exception as error:
                 LOG.error("the check of engine %s failed", replica.client.url, exc_info=error)
                 await self._mark_down(replica, f"cannot be checked: {type(error).__name__}")
@@ -230,12 +218,14 @@ class Router:
         if not await replica.client.is_healthy():
             replica.failed_checks += 1
             await self._mark_down(replica, "does not answer /health")
-            # not at the first: a busy server may miss one check and still complete its prompts
+            # Not at the first: a busy server may miss one check and still complete its prompts.
             if replica.failed_checks >= _MAX_FAILED_CHECKS:
                 for task in replica.attempts:
                     task.cancel()
             return
         replica.failed_checks = 0
+        # A replica that mismatched is verified again only after it was down: the weights of a
+        # server do not change while it runs.
         if replica.state != "down":
             return
         url = replica.client.url
@@ -262,3 +252,8 @@ class Router:
         async with self._changed:
             replica.state, replica.reason_down = "down", reason
             self._changed.notify_all()
+
+
+def no_engine_error() -> ServeError:
+    """Return the error of prompts while no replica is up."""
+    return ServeError("no engine is up; try again later", status=503, code="no_engine", retry=True)

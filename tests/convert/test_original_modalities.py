@@ -28,7 +28,7 @@ from multi_token.testing.files import noise_frames, tone, write_tone, write_vide
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 WIDTH = 64
-"""Of the reference's language model."""
+"""Hidden size of the reference's language model."""
 
 Feature = Callable[[str, Any], Tensor]
 
@@ -85,7 +85,7 @@ def audio_item(seconds: float, rate: int) -> dict[str, Any]:
 
 def cases(folder: Path) -> dict[str, tuple[str, Any, Feature]]:
     """Builder -> encoder, an item and the original's feature of it."""
-    text = "The crate is blue. It stands in the second hall, beside the green door."
+    text = "The crate is blue. It is in the second hall, beside the green door."
     sentence = tiny_sentence_encoder(folder / "sentences", max_tokens=512)
     clap = tiny_clap(folder / "clap", fused=True)
     rate = json.loads((Path(clap) / "preprocessor_config.json").read_text())["sampling_rate"]
@@ -156,11 +156,11 @@ def test_rows_of_the_original_are_read_as_they_are(
         encoder=known[name][0], projector=builder.projector_fields, **(builder.fields or {})
     )
     write_tone(tmp_path / "tone.wav", 0.5, 16_000)
-    write_video(tmp_path / "film.mp4", noise_frames(10))
+    write_video(tmp_path / "clip.mp4", noise_frames(10))
     given = {
         "speech": {"path": "tone.wav"},  # one of the ways in which the original names audio
         "sound": "tone.wav",
-        "video": "film.mp4",
+        "video": "clip.mp4",
         "document": "A text of the row's own.",
     }[builder.name]
     row = {
