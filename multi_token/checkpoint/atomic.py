@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from multi_token.errors import ConvertError
 
@@ -23,15 +23,13 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
     `sync`: fsync before the rename, so the content survives a crash of the machine as well.
     """
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    os.close(handle)
-    partial = Path(name)
+    partial = _temporary_sibling(path)
+    partial.touch(exist_ok=False)
     try:
         yield partial
         if sync:
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
-        partial.chmod(0o644)  # mkstemp's files are readable by their owner only
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -40,15 +38,23 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which replaces `path` at the end, vanishes on an error."""
-    partial = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
+    partial, old = _temporary_sibling(path), _temporary_sibling(path)
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are readable by their owner only
-        if path.exists():  # a rename replaces an empty folder only
-            shutil.rmtree(path)
+        # A rename replaces an empty folder only. The old folder goes after the new one is there: a
+        # crash in between leaves it under its temporary name.
+        if path.exists():
+            path.replace(old)
         partial.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    # not by `tempfile`, whose files and folders only their owner may read, whatever the umask
+    return path.absolute().parent / f".{path.name}.{uuid4().hex}"
 
 
 @contextmanager

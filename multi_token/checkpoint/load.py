@@ -186,12 +186,13 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
     try:
         tensors = load_file(path / "adapter_model.safetensors")
         config = PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError, SafetensorError) as error:
+        # the base's path now: PEFT would warn about the one at the time of saving
+        config.base_model_name_or_path = getattr(model.language_model, "name_or_path", None)
+        if not isinstance(model.language_model, PeftModel):
+            # raises for target modules that the language model does not have
+            model.language_model = get_peft_model(model.language_model, config)
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{where or path} cannot be read: {error}") from None
-    # the base's path now: PEFT would warn about the one at the time of saving
-    config.base_model_name_or_path = getattr(model.language_model, "name_or_path", None)
-    if not isinstance(model.language_model, PeftModel):
-        model.language_model = get_peft_model(model.language_model, config)
     expected = get_peft_model_state_dict(model.language_model)
     check_state_dict(where or path / "adapter_model.safetensors", expected, tensors)
     set_peft_model_state_dict(model.language_model, tensors)

@@ -129,8 +129,11 @@ def _run_command(console: Console) -> int:
     """Run the command of `sys.argv`, print what a user can fix, and return the exit code."""
     try:
         app()
-    except SystemExit as leave:  # typer ends every command with it, whose code is a number
-        return int(leave.code or 0)
+    except SystemExit as leave:  # typer ends every command with it
+        if isinstance(leave.code, str):  # a library or plug-in may give a sentence
+            console.print(leave.code, highlight=False, markup=False)
+            return 1
+        return leave.code or 0
     except Interrupted as error:
         console.print(str(error), highlight=False, markup=False)
         return 130

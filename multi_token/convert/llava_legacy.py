@@ -42,7 +42,8 @@ def import_legacy(
     from multi_token.registry import validate_fields
 
     adapter = read_json(source / ADAPTER)
-    if adapter and (source / BESIDE_ADAPTER).is_file():
+    has_adapter = (source / ADAPTER).is_file()
+    if has_adapter and (source / BESIDE_ADAPTER).is_file():
         found = read_tensors(source / BESIDE_ADAPTER)
         named = adapter.get("base_model_name_or_path")
     elif (source / PROJECTOR).is_file():
@@ -83,7 +84,7 @@ def import_legacy(
     tensors |= {"feature_mean": projector.feature_mean, "feature_scale": projector.feature_scale}
     check_state_dict(source, projector.state_dict(), tensors)
     projector.load_state_dict(tensors)
-    if adapter:
+    if has_adapter:
         load_foreign_adapter(run, source, out)
     save(run, out)
 

@@ -34,8 +34,12 @@ _WRAPPER = "base_model.model."
 """PEFT's prefix, where the model was wrapped when its tensors were saved."""
 _OWN_KEYS = ("modalities", "modality_builder", "model_cls", "_name_or_path", "architectures")
 _SAME = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "vocab_size"),
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
 )
 _LANGUAGE_MODEL = "language_model"
 _ADAPTER_CONFIG = "adapter_config.json"

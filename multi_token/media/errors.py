@@ -10,8 +10,16 @@ from typing import Any
 from multi_token.errors import MediaError, MultiTokenError
 
 DAMAGE = (
-    *(ArithmeticError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
-    *(ValueError, struct.error, zlib.error),
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
 )
 """Errors that decoders written in Python raise on damaged bytes; found by tests that damage bytes.
 A decoder may add its own."""

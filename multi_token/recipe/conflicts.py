@@ -137,7 +137,7 @@ CONFLICTS = (
         ("data.stream", "args.max_steps: null"),
         "stage {stage.name!r} trains on a stream (`data.stream`), which has no end; set "
         "`max_steps` in its `args`",
-        when=lambda s: s.data.stream and int(s.args.get("max_steps", -1)) < 1,
+        when=lambda s: s.data.stream and int(s.args.get("max_steps") or -1) < 1,
     ),
     Conflict(
         ("data.stream", "args.train_sampling_strategy: sequential, group_by_length"),

@@ -13,8 +13,17 @@ from multi_token.recipe.renamed import RENAMED_WORDS
 from multi_token.types import TrainOnTurns
 
 _RESERVED_NAMES = RENAMED_WORDS | {
-    *("id", "text", "message", "messages", "conversation", "conversations", "lr", "media_texts"),
-    *("prompt", "chosen", "rejected"),
+    "id",
+    "text",
+    "message",
+    "messages",
+    "conversation",
+    "conversations",
+    "lr",
+    "media_texts",
+    "prompt",
+    "chosen",
+    "rejected",
 }
 
 

@@ -76,13 +76,13 @@ class Admission:
             )
         if num_choices > self.capacity:
             raise ServeError(
-                f"n is {num_choices}, over the {self.capacity} choices of this server; lower n",
+                f"n is {num_choices}, but this server allows at most {self.capacity}; lower n",
                 param="n",
                 code="invalid_value",
             )
         if self.num_admitted + num_choices > self.capacity:
             raise ServeError(
-                f"rate limit: this server runs {self.capacity} requests already; try again later",
+                f"rate limit: {self.capacity} requests run or wait already; try again later",
                 status=429,
                 code="queue_full",
                 retry_after=self.estimated_wait_s(),

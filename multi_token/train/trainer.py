@@ -180,6 +180,13 @@ class MultiTokenTrainer(Trainer):
         # deferred, each process would hold the gradients of the unsharded language model
         return nullcontext()
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # transformers takes the norm over all shards only if gradients lie on more than one mesh;
+        # with the language model alone there is one, and the logged norm would be this rank's
+        if self.sharding is None:
+            return super()._clip_grad_norm(model)
+        return self._mixed_mesh_grad_norm(model, self.args.max_grad_norm)
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf, with the
         ids of its rows."""

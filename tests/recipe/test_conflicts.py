@@ -34,7 +34,7 @@ EXAMPLES: list[tuple[list[str], str, str]] = [
     ([], f"data.train={WEIGHTED}", "`weight` of 'rows.jsonl' under `data.train`"),
     ([], f"data.eval={WEIGHTED}", "`weight` of 'rows.jsonl' under `data.eval`"),
     ([], "train.args.eval_strategy=epoch", "eval_strategy=epoch needs rows"),
-    ([STREAM], "train.stages.0.args={}", "stage 'projector' trains on a stream"),
+    ([STREAM], "train.stages.0.args={max_steps: null}", "stage 'projector' trains on a stream"),
     ([STREAM], SORTED, "strategy is 'group_by_length', which needs the lengths"),
     ([STREAM], "train.feature_cache=auto", "as `path`, or set it to false"),
     ([STREAM, "data.max_tokens=120"], "train.packing=true", r"is None, .*max_tokens \(120\)"),

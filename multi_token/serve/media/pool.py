@@ -245,8 +245,13 @@ class MediaPool:
         return self._fetch.read(address)
 
     def _start_worker(self, worker: WorkerProcess) -> None:
-        worker.try_start()
-        self._idle_workers.put(worker)
+        try:
+            worker.try_start()
+        # the future of this call is never read, so the fault would be lost
+        except Exception:  # noqa: BLE001
+            _log.exception("a media worker could not be started")
+        finally:
+            self._idle_workers.put(worker)
 
     def _decode(self, modality: str, frame: bytes) -> DecodedItem:
         """Decode one item in an idle worker. Raises ServeError."""

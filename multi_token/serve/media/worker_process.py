@@ -7,6 +7,7 @@ next item starts a new process.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -245,6 +246,9 @@ def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodedItem:
     try:
         measured = ("pixels", "frames", "seconds", "characters")
         sizes = {name: float(header["size"].get(name, 0)) for name in measured}
+        # NaN is above no limit, and a negative size would make room for other items
+        if not all(0 <= size < math.inf for size in sizes.values()):
+            raise ValueError(f"sizes {sizes}")
         sizes["prepared_bytes"] = len(blobs[0])
         prepared = Prepared(load(blobs[0]), num_features=int(header["num_features"]))
         return DecodedItem(prepared, sizes)

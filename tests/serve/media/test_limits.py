@@ -12,16 +12,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
+from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.protocol import decode_frame, encode_frame, serialize_source
 from multi_token.serve.media.worker import decode_item
+from multi_token.serve.media.worker_process import _parse_result
 from multi_token.serve.media_embeddings import content_key
 from multi_token.testing.files import write_pdf
 from multi_token.types import Prepared
 from tests.serve.untrusted import MIB, little_memory, prepare, refusal
 
 SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -1.0])
+def test_a_size_that_is_no_size_is_refused(size: float) -> None:
+    blob = save({"values": torch.zeros(2)})
+    header = {"size": {"pixels": size}, "num_features": 1}
+    with pytest.raises(ServeError, match="cannot be decoded"):
+        _parse_result(header, [blob])
+    assert _parse_result({**header, "size": {"pixels": 4}}, [blob]).sizes["pixels"] == 4
 
 
 # --- limits of a modality

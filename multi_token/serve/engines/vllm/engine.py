@@ -188,6 +188,8 @@ class VllmEngine(Engine):
         if future.done():
             with suppress(CancelledError):  # by `_loop_main`
                 future.result()
+        else:
+            work.close()
 
     async def _first_check_done(self, router: Router) -> None:
         """Wait until each replica was checked, and one is up or the startup timeout has passed."""
