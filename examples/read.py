@@ -36,7 +36,7 @@ from multi_token.modalities.document import DocumentModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.report.machine import machine_facts
-from multi_token.train.plan.dry_run import peak_memory
+from multi_token.train.plan.estimate import peak_memory
 from multi_token.train.run import train
 from multi_token.types import Media
 

@@ -275,7 +275,7 @@ def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
         return build_encoders(recipe.model.modalities)
     # a run that trained encoders holds them in its checkpoint, which loads as one model
     from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.train.init_from import init_from_run
+    from multi_token.train.prepare import init_from_run
 
     model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
     init_from_run(model, recipe.train)

@@ -9,7 +9,7 @@ Rows become packs buffer by buffer (`pack_buffer`), for an epoch and for a strea
    items need.
 5. The emptiest pack is left over, and its rows come with the next buffer.
 
-`PackSampler` (train/samplers.py) calls it with the rows of an epoch, whose lengths are known, and
+`PackSampler` (train/batch_plan.py) calls it with the rows of an epoch, whose lengths are known, and
 deals the packs to processes in steps of equal size. `StreamLoader` (data/stream_loader.py) calls it
 with the rows of a window. collate.py lays the rows of a pack out as one row of tokens.
 """

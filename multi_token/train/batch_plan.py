@@ -1,11 +1,13 @@
-"""Batches of a stage: padded rows, packs, or a stream, each with its loader and resume state.
+"""Batches of a stage: padded rows, packs, or a stream, each with its order and resume state.
 
+Seed and epoch alone decide the order of rows and packs, so a resume repeats it.
 A `BatchPlan` is handed to the trainer, which therefore has no branch for how rows are grouped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,22 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
-from multi_token.data.packing import PackingPlan
+from multi_token.data.packing import Pack, PackingPlan, balance, group_into_steps, pack_buffer
 from multi_token.data.stream_loader import StreamProgress, StreamState, save_states
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import all_gather, is_main_process
 from multi_token.errors import RecipeError
-from multi_token.train.samplers import LengthGroupedSampler, PackSampler
+
+BUFFER = 4096
+"""Rows that are packed together. More make fuller packs, fewer keep the order more random."""
+_JITTER = 0.3
+"""Largest factor by which a row may count as longer when the longest are packed first. Without it
+few rows would meet other companions in another epoch."""
+_ATTEMPTS = 4
 
 
 class BatchPlan:
@@ -56,7 +65,10 @@ class BatchPlan:
 
     def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
         """Return the numbers that a resumed run must share with the one before."""
-        raise NotImplementedError
+        num_batches = args.world_size * args.gradient_accumulation_steps
+        if self.pack_tokens is None:
+            return {"rows_per_step": args.train_batch_size * num_batches}
+        return {"packs_per_step": num_batches, "tokens_per_pack": self.pack_tokens}
 
     def fullest_pack(self, seed: int) -> list[int] | None:
         """Return the rows of the largest pack of an epoch; None where rows are not packed."""
@@ -95,9 +107,6 @@ class PaddedBatches(BatchPlan):
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.data_seed or args.seed,
         )
-
-    def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
-        return _rows_per_step(args)
 
 
 class PackedBatches(BatchPlan):
@@ -141,12 +150,6 @@ class PackedBatches(BatchPlan):
             non_blocking=accelerator.non_blocking,
         )
 
-    def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
-        return {
-            "packs_per_step": args.world_size * args.gradient_accumulation_steps,
-            "tokens_per_pack": self.packing.max_tokens,
-        }
-
     def fullest_pack(self, seed: int) -> list[int] | None:
         packs = PackSampler(self.packing, seed=seed)
         return max(packs, key=lambda pack: sum(self.lengths[i] for i in pack))
@@ -183,14 +186,9 @@ class StreamedBatches(BatchPlan):
         return self.progress.loader(args, collate, self.packing)
 
     def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
-        if self.packing is None:
-            return _rows_per_step(args)
+        facts = super().batching_facts(args)
         # each process packs the rows that it reads, so another number of them makes other packs
-        return {
-            "processes": args.world_size,
-            "packs_per_step": args.world_size * args.gradient_accumulation_steps,
-            "tokens_per_pack": self.packing.max_tokens,
-        }
+        return facts if self.packing is None else {"processes": args.world_size, **facts}
 
     def resume(self, checkpoint: str, args: TrainingArguments) -> None:
         self.progress.resume(checkpoint, args)
@@ -217,14 +215,162 @@ class StreamedBatches(BatchPlan):
             save_states(folder, step, state)
 
 
-def _rows_per_step(args: TrainingArguments) -> dict[str, int]:
-    each = args.train_batch_size * args.gradient_accumulation_steps
-    return {"rows_per_step": each * args.world_size}
-
-
 def _check_one_device(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"a pack is one row, which {args.n_gpu} devices of one process cannot share; start "
             "a process for each device (torchrun), or set train.packing to false"
         )
+
+
+class PackSampler(Sampler[list[int]]):
+    """Batch sampler: the packs of one process, in another order with other companions each epoch.
+
+    The plan depends on seed, epoch and the packs of a step alone. All processes have the same plan,
+    and so does a resumed run, which skips the packs that are trained on. Two processes with a pack
+    each take what one process takes with two packs a step (`num_accumulated`). Every epoch has the
+    same number of packs, from which transformers counts its steps.
+    """
+
+    def __init__(
+        self,
+        plan: PackingPlan,
+        *,
+        seed: int,
+        num_processes: int = 1,
+        process: int = 0,
+        num_accumulated: int = 1,
+        buffer: int = BUFFER,
+    ) -> None:
+        """`num_accumulated`: packs of a step that a process takes one after the other.
+
+        Raises RecipeError with fewer rows than processes.
+        """
+        self.plan = plan
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process = process
+        # with fewer rows than packs in a step, an epoch is one smaller step
+        self.num_accumulated = min(num_accumulated, max(1, len(plan.lengths) // num_processes))
+        self.num_packs = num_processes * self.num_accumulated
+        self.buffer = buffer
+        self.epoch = 0
+        # packs of a step must be equally long: a spare percent lets their rows be dealt again
+        aim = plan.max_tokens if self.num_packs == 1 else round(0.99 * plan.max_tokens)
+        self._tight = dataclasses.replace(plan, max_tokens=max(aim, max(plan.lengths)))
+        self.first = self._plan_epoch(0, 0)
+
+    def __len__(self) -> int:
+        return len(self.first) * self.num_accumulated
+
+    @property
+    def sampler(self) -> PackSampler:
+        """The sampler itself: accelerate looks here for `set_epoch`, also when it skips batches."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = slice(self.process, None, self.num_processes)
+        return iter(
+            [self.plan.dataset_rows(p) for step in self.steps(self.epoch) for p in step[own]]
+        )
+
+    def steps(self, epoch: int) -> list[list[Pack]]:
+        """Return the packs of all processes for each step: as many steps as the first epoch has."""
+        num_steps = len(self.first)
+        for attempt in range(_ATTEMPTS):
+            steps = self._plan_epoch(epoch, attempt)
+            if len(steps) < num_steps:
+                steps = self._split(steps, num_steps)
+            if len(steps) == num_steps:
+                return steps
+        # the first epoch was luckier: its packs in another order, since transformers has already
+        # counted on their number
+        return _shuffled(self.first, self._generator(epoch, _ATTEMPTS))
+
+    def _plan_epoch(self, epoch: int, attempt: int) -> list[list[Pack]]:
+        generator = self._generator(epoch, attempt)
+        order = torch.randperm(len(self.plan.lengths), generator=generator).tolist()
+        jitter = 1 + _JITTER * torch.rand(len(order), generator=generator)
+        sizes = (jitter * torch.tensor(self.plan.lengths)).tolist()
+        packs: list[Pack] = []
+        carried: Pack = ()
+        for i in range(0, len(order), self.buffer):
+            rows = [*carried, *order[i : i + self.buffer]]
+            more, carried = pack_buffer(self._tight, rows, sizes=sizes)
+            packs += more
+        steps = group_into_steps(self.plan, [carried, *packs], self.num_packs)
+        return _shuffled(steps, generator)
+
+    def _split(self, steps: list[list[Pack]], num_steps: int) -> list[list[Pack]]:
+        """Deal the rows of one step after another to two steps, until there are enough."""
+        steps = list(steps)
+        for at in range(len(steps)):
+            if len(steps) == num_steps:
+                break
+            rows = [row for pack in steps[at] for row in pack]
+            dealt = balance(self.plan, rows, 2 * self.num_packs)
+            if dealt is not None:
+                dealt.sort(key=self.plan.tokens_of)
+                steps[at] = dealt[: self.num_packs]
+                steps.append(dealt[self.num_packs :])
+        return steps
+
+    def _generator(self, epoch: int, attempt: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * _ATTEMPTS + attempt)
+
+
+def _shuffled(steps: Sequence[list[Pack]], generator: torch.Generator) -> list[list[Pack]]:
+    """Shuffle the steps, and the packs within each: no rank always has the longest one."""
+    shuffled = []
+    for i in torch.randperm(len(steps), generator=generator).tolist():
+        step = steps[i]
+        order = torch.randperm(len(step), generator=generator).tolist()
+        shuffled.append([step[j] for j in order])
+    return shuffled
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Batches of rows of about one length, in random order; a resume repeats the order."""
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # transformers puts the longest of a megabatch first, which would be a curriculum
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        # an incomplete batch stays last, or it would shift the borders of all batches after it
+        full = [i for i in shuffled if len(batches[i]) == self.batch_size]
+        rest = [i for i in shuffled if len(batches[i]) < self.batch_size]
+        return iter([index for i in (*full, *rest) for index in batches[i]])
+
+
+class SetEpochCallback(TrainerCallback):
+    """Callback that hands the epoch to the sampler, at any depth below the loader.
+
+    accelerate's loader (1.15) looks three layers deep. A run of several processes that resumes
+    within an epoch has four (skip, shard, batch, sampler), and would repeat the first epoch's rows.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        at = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
+        while at is not None:
+            if hasattr(at, "set_epoch"):
+                # `state.epoch` has a fraction where a run resumes within an epoch
+                at.set_epoch(int(state.epoch or 0))
+            layers = (getattr(at, "batch_sampler", None), getattr(at, "sampler", None))
+            at = next((x for x in layers if x is not None and x is not at), None)

@@ -7,7 +7,7 @@ media item replaced by its text (`media_texts` of a row). Both see the same answ
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,19 +141,14 @@ def teacher_logits(model: MultiTokenForConditionalGeneration, texts: Mapping[str
 @contextmanager
 def _adapter_disabled(language_model: Any) -> Iterator[None]:
     """Eval mode, and no adapter if the language model has one."""
-    was_training = language_model.training
+    was_training, adapted = language_model.training, hasattr(language_model, "peft_config")
+    trainable = [(p, p.requires_grad) for p in adapter_parameters(language_model)]
     language_model.eval()
     try:
-        if not hasattr(language_model, "peft_config"):
+        with language_model.disable_adapter() if adapted else nullcontext():
             yield
-            return
-        trainable = [(p, p.requires_grad) for p in adapter_parameters(language_model)]
-        try:
-            with language_model.disable_adapter():
-                yield
-        finally:
-            # PEFT freezes an adapter that it disables, and unfreezes all of it when it enables it
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
     finally:
+        # PEFT freezes an adapter that it disables, and unfreezes all of it when it enables it
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
         language_model.train(was_training)

@@ -35,11 +35,6 @@ class PreferencePair:
     sample: Sample
     reference: Tensor
 
-    @property
-    def id(self) -> str:
-        """Id of the row."""
-        return self.sample.id
-
 
 class PreferenceDataset(Dataset[PreferencePair]):
     """Samples with rejected answers; `reference` is zero until `train.dpo_reference` fills it."""
@@ -63,11 +58,6 @@ class PreferenceDataset(Dataset[PreferencePair]):
     def num_tokens(self) -> list[int]:
         """Tokens of each pair: both answers with their prompts."""
         return [chosen + rejected for chosen, rejected in self.lengths]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer with its prompt."""
-        return max(map(max, self.lengths))
 
 
 @dataclass(frozen=True)
@@ -142,20 +132,15 @@ def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
 class DpoLoss(Objective):
     """DPO, IPO or hinge loss of one batch at a time, with metrics under TRL's names.
 
-    Metrics are means over pairs since the last log:
-
-        rewards/chosen, rewards/rejected    `beta` times the log-ratios
-        rewards/margins                     chosen less rejected
-        rewards/accuracies                  share of pairs with a positive margin
-        logps/chosen, logps/rejected        log-probabilities of the answers
+    Metrics are means over pairs since the last log.
     """
 
     _NAMES = (
         "loss",
-        "rewards/chosen",
+        "rewards/chosen",  # `beta` times the log-ratio
         "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
+        "rewards/margins",  # chosen less rejected
+        "rewards/accuracies",  # share of pairs with a positive margin
         "logps/chosen",
         "logps/rejected",
     )

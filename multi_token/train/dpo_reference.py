@@ -180,7 +180,8 @@ def _compute_reference(
         collate_fn=trainer.data_collator,
         num_workers=args.dataloader_num_workers,
     )
-    found: list[tuple[Tensor, Tensor]] = []
+    # with fewer pairs than processes, some have none
+    found = [(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.long))]
     was_training = model.training
     model.eval()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -208,8 +209,7 @@ def _compute_reference(
     finally:
         model.train(was_training)
     logps, lengths = torch.zeros(len(pairs), 2), torch.zeros(len(pairs), 2, dtype=torch.long)
-    empty = (torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.long))
-    own = tuple(torch.cat(parts) for parts in zip(*(found or [empty]), strict=True))
+    own = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
     for process, (their_logps, their_lengths) in enumerate(all_gather(own)):
         # the order of `mine`
         logps[process :: num_processes()] = their_logps

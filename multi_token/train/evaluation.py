@@ -80,16 +80,12 @@ class EvaluationCallback(TrainerCallback):
             # otherwise the result of a stage would be the one state that is never evaluated
             control.should_evaluate |= state.global_step >= state.max_steps
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:
             wait = None if self.trainer is None else self.trainer.step_metrics.data_wait
             self.report.log(state.log_history, state.max_steps, data_wait=wait)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if not self.runs_generation or self.trainer is None:
             return
         if self.spec.num_samples:
@@ -113,9 +109,7 @@ class EvaluationCallback(TrainerCallback):
                 }
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:
             self.report.write(at_once=True)
 
@@ -167,10 +161,10 @@ def sample_answers(
     training = model.training
     model.eval()
     try:
-        prompts = [
-            processor(replace(c, messages=_prompt_messages(c)), prompt_only=True)
-            for c, processor in rows
-        ]
+        prompts = []
+        for c, processor in rows:
+            last = max(i for i, m in enumerate(c.messages) if m.role == "assistant")
+            prompts.append(processor(replace(c, messages=c.messages[:last]), prompt_only=True))
         truths = [_text(c, "assistant") for c, _ in rows]
         processor = model.require_processor()
         longest = max(len(processor.tokenizer(truth).input_ids) for truth in truths)
@@ -183,11 +177,6 @@ def sample_answers(
         {"id": c.id, "question": _text(c, "user"), "answer": answer.strip(), "truth": truth}
         for (c, _), answer, truth in zip(rows, answers, truths, strict=True)
     ]
-
-
-def _prompt_messages(conversation: Conversation) -> tuple[Any, ...]:
-    last = max(i for i, m in enumerate(conversation.messages) if m.role == "assistant")
-    return conversation.messages[:last]
 
 
 def _text(conversation: Conversation, role: str) -> str:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -129,52 +128,6 @@ def _attention_width(config: Any) -> int:
         # layers of linear attention or convolution compute no pairs
         num_layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
     return num_layers * num_heads * width
-
-
-@dataclass
-class ModuleCost:
-    """FLOPs of an encoder or projector for each element of its input, from its first call."""
-
-    forward_per_element: float = 0.0
-    backward_share: float = 0.0
-    """Backward FLOPs as a part of the forward ones: 0 where frozen, 2 where all of it is trained
-    and passes gradients on."""
-    counted: bool = False
-    _mode: Any = None
-    _handles: list[Any] = field(default_factory=list)
-    _linear: list[int] = field(default_factory=lambda: [0, 0])
-
-    def begin(self, module: nn.Module) -> None:
-        """Start counting, before the module's first forward."""
-        self._linear = [0, 0]
-        for part in module.modules():
-            if isinstance(part, nn.Linear):
-                self._handles.append(part.register_forward_pre_hook(self._see))
-        # entered by hand: the hooks before and after a forward are two calls
-        self._mode = CountFlops()
-        self._mode.__enter__()
-
-    def end(self, num_elements: int) -> None:
-        """Stop counting, after the first forward, also if that raised."""
-        self._mode.__exit__(None, None, None)
-        for handle in self._handles:
-            handle.remove()
-        forward, backward = self._linear
-        self.forward_per_element = self._mode.total / max(num_elements, 1)
-        self.backward_share = backward / forward if forward else 0.0
-        self.counted = True
-        self._mode, self._handles = None, []
-
-    def _see(self, part: Any, args: tuple[Any, ...]) -> None:
-        flops = 2 * args[0].numel() * part.out_features
-        self._linear[0] += flops
-        if torch.is_grad_enabled():
-            # one product for the gradient of the input, one for that of the weight
-            self._linear[1] += flops * (int(args[0].requires_grad) + int(part.weight.requires_grad))
-
-    def total(self, num_elements: int) -> float:
-        """Return the FLOPs, forward and backward, for this number of input elements."""
-        return num_elements * self.forward_per_element * (1 + self.backward_share)
 
 
 class CountFlops(TorchDispatchMode):

@@ -52,9 +52,10 @@ class FsdpShards:
         if model.trained_language_model and is_main_process():
             # filled by `gather` for each save: one copy on the CPU, no second one on the device
             self._whole = copy.deepcopy(model.language_model).cpu()
-        sharded = {id(p) for p in _language_model_parameters(model)}
-        # Replicated parts stay outside: a rank whose rows lack a modality never calls them, and
-        # would be missing in the gather of their shards.
+        # Replicated parts (adapters too) stay outside: a rank whose rows lack a modality never
+        # calls them, and would be missing in the gather of their shards.
+        weights = model.language_model.named_parameters()
+        sharded = {id(p) for name, p in weights if ".lora_" not in name}
         beside = {p for p in model.parameters() if id(p) not in sharded}
         mesh = _mesh(model.device.type, replicas)
         # layers first: the unit of the model takes only parameters that no inner unit owns
@@ -157,11 +158,6 @@ def _mesh(device: str, replicas: int) -> DeviceMesh:
     return init_device_mesh(
         device, (replicas, num // replicas), mesh_dim_names=("replicas", "shards")
     )
-
-
-def _language_model_parameters(model: MultiTokenForConditionalGeneration) -> list[nn.Parameter]:
-    """Return the language model's own weights, without adapters, which stay replicated."""
-    return [p for name, p in model.language_model.named_parameters() if ".lora_" not in name]
 
 
 def decoder_layers(language_model: Any, asked_by: str = "train.fsdp") -> list[nn.Module]:

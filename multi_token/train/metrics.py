@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.dpo import PreferencePair
-from multi_token.train.flops import LanguageModelCost, ModuleCost, TokenCounts, num_elements
+from multi_token.train.flops import CountFlops, LanguageModelCost, TokenCounts, num_elements
 from multi_token.types import IGNORE_INDEX, Sample
 
 COUNTS: tuple[str, ...] = (
@@ -50,11 +50,6 @@ class WithRowIds:
         return {**self.collator(samples), ROW_IDS: names}
 
 
-def default_report_to() -> list[str]:
-    """Return TensorBoard where it is installed, else no logger."""
-    return ["tensorboard"] if find_spec("tensorboard") is not None else []
-
-
 class StepMetrics(TrainerCallback):
     """Sums over the steps since the last log, fed by the trainer around each batch."""
 
@@ -64,17 +59,15 @@ class StepMetrics(TrainerCallback):
         """`peak_tflops`: peak of one device, for `mfu`; without it there is none."""
         self.model = model
         self.peak_tflops = peak_tflops
-        self.sums = dict.fromkeys(COUNTS, 0.0)
-        self.totals = dict.fromkeys(COUNTS, 0.0)
         self.last_flops = 0.0
         self.last_tokens = 0
         self.norms: dict[str, Tensor] = {}
-        self.cost: LanguageModelCost | None = None
         self._began: float | None = None
         # hooks count inside a training step alone, not in evaluations and samples
         self.in_step = False
         self.media_flops = 0.0
         self._hooks: list[ForwardHook] = []
+        self.reset()
 
     def attach(self) -> None:
         """Hook encoders and projectors, and compute the language model's cost."""
@@ -90,7 +83,7 @@ class StepMetrics(TrainerCallback):
     def reset(self) -> None:
         """Set all counts to zero, for another stage."""
         self.detach()
-        self.cost = None
+        self.cost: LanguageModelCost | None = None
         self.sums = dict.fromkeys(COUNTS, 0.0)
         self.totals = dict.fromkeys(COUNTS, 0.0)
 
@@ -221,26 +214,29 @@ class StepMetrics(TrainerCallback):
         ):
             self.norms = group_norms(optimizer.param_groups)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._began is not None:
             self.sums["step_s"] += time.perf_counter() - self._began
             self._began = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.detach()
 
 
 class ForwardHook:
-    """Hooks of an encoder or projector: FLOPs, and with `timed` the time of its forward."""
+    """Hooks of an encoder or projector: FLOPs, and with `timed` the time of its forward.
+
+    FLOPs are counted in the first call, and scaled by the number of input elements from then on.
+    """
 
     def __init__(self, module: nn.Module, step_metrics: StepMetrics, *, timed: bool) -> None:
         self.step_metrics = step_metrics
         self.timed = timed
-        self.cost = ModuleCost()
+        self._counter: CountFlops | None = None
+        self._forward_per_element: float | None = None
+        # FLOPs of linear layers in the first call: forward, backward
+        self._linear = [0, 0]
+        self._linear_handles: list[Any] = []
         self._open: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
         self._handles = [
@@ -270,19 +266,38 @@ class ForwardHook:
         if not self.step_metrics.in_step:
             return
         self._open.append(self._now())
-        if not self.cost.counted:
-            self.cost.begin(module)
+        if self._forward_per_element is None:
+            linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+            self._linear_handles = [p.register_forward_pre_hook(self._count_linear) for p in linear]
+            # entered by hand: the hooks before and after a forward are two calls
+            self._counter = CountFlops()
+            self._counter.__enter__()
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._open:
             return
         size = num_elements(args) + num_elements(kwargs)
-        if not self.cost.counted:
-            self.cost.end(size)
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            for handle in self._linear_handles:
+                handle.remove()
+            self._forward_per_element = self._counter.total / max(size, 1)
+            self._counter = None
         start = self._open.pop()
         if self.timed:
             self._spans.append((start, self._now()))
-        self.step_metrics.media_flops += self.cost.total(size)
+        forward, backward = self._linear
+        # 0 where the module is frozen, 2 where all of it is trained and passes gradients on
+        backward_share = backward / forward if forward else 0.0
+        per_element = self._forward_per_element or 0.0
+        self.step_metrics.media_flops += size * per_element * (1 + backward_share)
+
+    def _count_linear(self, part: Any, args: tuple[Any, ...]) -> None:
+        flops = 2 * args[0].numel() * part.out_features
+        self._linear[0] += flops
+        if torch.is_grad_enabled():
+            # one product for the gradient of the input, one for that of the weight
+            self._linear[1] += flops * (int(args[0].requires_grad) + int(part.weight.requires_grad))
 
     def _now(self) -> Any:
         """Return a time; on a GPU, which works asynchronously, an event that will have one."""
@@ -333,14 +348,10 @@ def group_norms(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     norms = {}
     for name, found in gradients.items():
         # in float32: squares of 16-bit gradients overflow or vanish
-        parts = [_full_norm(torch.linalg.vector_norm(g.detach().float())) for g in found]
+        parts: list[Any] = [torch.linalg.vector_norm(g.detach().float()) for g in found]
+        parts = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in parts]
         norms[name] = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
     return norms
-
-
-def _full_norm(norm: Any) -> Tensor:
-    """Return the norm over all shards of a sharded gradient."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def group_lrs(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:

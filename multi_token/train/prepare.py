@@ -20,7 +20,10 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
 from multi_token.checkpoint.atomic import atomic_file
-from multi_token.checkpoint.load import load_trained
+from multi_token.checkpoint.hub import local_folder
+from multi_token.checkpoint.load import load_trained, read_config
+from multi_token.checkpoint.references import absolutize, resolve
+from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
     choose_feature_cache,
@@ -36,16 +39,18 @@ from multi_token.data.sources import (
 )
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
+from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.data import DataSource
-from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import Stage
+from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.recipe import Recipe, differences
+from multi_token.recipe.train import Stage, TrainSpec
+from multi_token.registry import validate_fields
 from multi_token.train.compile import apply_kernels
 from multi_token.train.evaluation import EvaluationCallback
-from multi_token.train.init_from import init_from_run
 from multi_token.train.parameter_groups import trainable_encoders
+from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
-from multi_token.train.summary import describe_parts
 from multi_token.train.training_args import training_arguments
 
 _DONE = "done.json"
@@ -58,12 +63,6 @@ class StageRun:
     spec: Stage
     folder: Path
     args: TrainingArguments
-
-    @property
-    def is_done(self) -> bool:
-        """True in all processes if the stage has its result."""
-        # the main process decides: on shared storage a file may appear later for others
-        return broadcast_from_main((self.folder / _DONE).is_file)
 
 
 @dataclass
@@ -82,16 +81,6 @@ class Run:
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
-
-    @property
-    def folder(self) -> Path:
-        """`train.output_dir`."""
-        return Path(self.recipe.train.output_dir)
-
-    @property
-    def closed_form(self) -> Path:
-        """Folder of the closed-form stage."""
-        return closed_form_folder(self.recipe)
 
 
 def closed_form_folder(recipe: Recipe) -> Path:
@@ -122,9 +111,10 @@ def mark_done(folder: Path, facts: dict[str, Any]) -> None:
         partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def has_mark(folder: Path) -> bool:
-    """True if a stage's folder has the mark, seen from this process alone."""
-    return (folder / _DONE).is_file()
+def is_done(folder: Path) -> bool:
+    """True in all processes if a stage's folder has the mark."""
+    # the main process decides: on shared storage a file may appear later for others
+    return broadcast_from_main((folder / _DONE).is_file)
 
 
 def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
@@ -149,7 +139,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     model = compose_model(recipe, args)
     initialized: Sequence[str] = ()
     start = closed_form_folder(recipe)
-    if broadcast_from_main(lambda: has_mark(start)):
+    if is_done(start):
         load_trained(model, start)
     elif spec.init_from is not None:
         initialized = init_from_run(model, spec)
@@ -191,8 +181,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
     # rejected answer is found now and not in the middle of a later stage.
-    sources = [source.with_processor(distillation=spec.distillation_mode) for source in sources]
-    sources = [source.with_processor(preference=spec.preference_mode) for source in sources]
+    modes = {"distillation": spec.distillation_mode, "preference": spec.preference_mode}
+    sources = [source.with_processor(**modes) for source in sources]
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
@@ -241,3 +231,53 @@ def _held_out(
     mode = recipe.train.preference_mode and "optional"
     sources = [source.with_processor(preference=mode) for source in sources]
     return [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
+
+
+def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:
+    """Load the trained parts of a run: projectors, encoders, adapter, language model.
+
+    Returns the names of the run's modalities. Raises RecipeError for a run with modalities that the
+    recipe lacks or whose settings differ, CheckpointError for another language model.
+    """
+    run = spec.init_from
+    assert run is not None
+    fields = read_config(run)
+    folder = local_folder(run)
+    theirs = validate_fields(
+        ModelSpec, resolve(fields["model"], folder), where=str(folder / CONFIG)
+    )
+    names = list(theirs.modalities)
+    lacking = [name for name in names if name not in model.modalities]
+    if lacking:
+        raise RecipeError(
+            f"train.init_from: {run} has {', '.join(lacking)}, which the recipe lacks; add "
+            "them to `model.modalities` under the same names"
+        )
+    described = absolutize(theirs.model_dump(mode="json"))["modalities"]
+    for name in names:
+        changed = differences(described[name], model.config.model["modalities"][name])
+        # `type` first: modalities of different types differ in nearly every other field too
+        for key, before, now in sorted(changed, key=lambda change: change[0] != "type")[:1]:
+            raise RecipeError(
+                f"train.init_from: {name}.{key} is {before!r} in {run} and {now!r} in the recipe; "
+                "the settings of its modalities have to stay the same"
+            )
+    in_full = [stage.name for stage in spec.stages if stage.learn.language_model is not None]
+    if fields["adapter"] and in_full:
+        raise RecipeError(
+            f"stage {in_full[0]!r} trains `language_model`, but {run} has an adapter, which fits "
+            f"only the weights it was trained with; merge it (`multi-token export {run} --to "
+            "merged`) and name that folder"
+        )
+    load_trained(model, folder, fields)
+    # after loading, which attaches the adapter of the run
+    adapters: Any = getattr(model.language_model, "peft_config", None)
+    if adapters and any(stage.learn.adapter is not None for stage in spec.stages):
+        for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora"):
+            before, now = getattr(adapters["default"], key), getattr(spec.adapter, key)
+            if before != now:
+                raise RecipeError(
+                    f"train.adapter.{key} is {now}, but the adapter of {run} has {before}, which "
+                    "cannot change; set it to that"
+                )
+    return names

@@ -66,8 +66,11 @@ def claim_run_folder(out: Path, recipe: Recipe) -> None:
     """
     path = out / RECIPE
     if path.is_file() and any((out / name).exists() for name in ("stages", CONFIG)):
-        before = load_recipe(path)
-        changed = _changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+        theirs = load_recipe(path).model_dump(mode="json")
+        found = differences(theirs, recipe.model_dump(mode="json"))
+        changed = [
+            f"{at}: {_short(a)} there, {_short(b)} here" for at, a, b in found if _matters(at)
+        ]
         if changed:
             raise RecipeError(
                 f"{out} holds a run of another recipe ({path}), which differs in "
@@ -78,15 +81,6 @@ def claim_run_folder(out: Path, recipe: Recipe) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             recipe.save(partial)
-
-
-def _changes(before: Any, now: Any) -> list[str]:
-    """`train.seed: 0 there, 1 here` for each value that differs and changes the result."""
-    return [
-        f"{at}: {_short(a)} there, {_short(b)} here"
-        for at, a, b in differences(before, now)
-        if _matters(at)
-    ]
 
 
 def _matters(at: str) -> bool:

@@ -29,8 +29,9 @@ from multi_token.train.closed_form import (
 from multi_token.train.consistency import check_same_recipe
 from multi_token.train.prepare import (
     Run,
+    closed_form_folder,
     compose_model,
-    has_mark,
+    is_done,
     mark_done,
     open_rows,
     open_stages,
@@ -63,40 +64,6 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     stages = open_stages(recipe)
     console = (console or Console(stderr=True)) if is_main_process() else Console(quiet=True)
     out = Path(recipe.train.output_dir)
-    _prepare_output_dir(out, recipe)
-    if broadcast_from_main(
-        lambda: (out / CONFIG).is_file() and all(has_mark(stage.folder) for stage in stages)
-    ):
-        console.print(f"{out} is trained already")
-        return MultiTokenForConditionalGeneration.from_pretrained(out)
-    return run_stages(prepare(recipe, stages, console))
-
-
-def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
-    """Run the closed-form stage and the recipe's stages, save the model, and return it."""
-    if not broadcast_from_main(lambda: has_mark(run.closed_form)):
-        closed_form_stage(run)
-    for stage in run.stages:
-        attach_adapters(run, stage)
-        if stage.is_done:
-            load_trained(run.model, stage.folder / "result")
-            continue
-        fit(run, stage)
-        if run.recipe.train.fsdp is not None and num_processes() > 1:
-            # sharded parameters stay sharded, and the next stage shards a model of its own
-            run.model = compose_model(run.recipe, stage.args)
-            load_trained(run.model, stage.folder / "result")
-    if is_main_process():
-        with raise_on_write_error(run.folder):
-            save(run.model, run.folder)
-    barrier()
-    run.evaluation.finish(run.model)
-    run.console.print(f"saved to {run.folder}")
-    return run.model.eval()
-
-
-def _prepare_output_dir(out: Path, recipe: Recipe) -> None:
-    """Claim the run's folder once for all processes."""
     # compared before anything is written: a process with another recipe must not claim the folder
     check_same_recipe(recipe)
     if is_main_process():
@@ -107,6 +74,34 @@ def _prepare_output_dir(out: Path, recipe: Recipe) -> None:
             f"train.output_dir {out.absolute()} is not the same folder for all processes; name one "
             "on storage that all machines share"
         )
+    if broadcast_from_main((out / CONFIG).is_file) and all(is_done(s.folder) for s in stages):
+        console.print(f"{out} is trained already")
+        return MultiTokenForConditionalGeneration.from_pretrained(out)
+    return run_stages(prepare(recipe, stages, console))
+
+
+def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
+    """Run the closed-form stage and the recipe's stages, save the model, and return it."""
+    if not is_done(closed_form_folder(run.recipe)):
+        closed_form_stage(run)
+    folder = Path(run.recipe.train.output_dir)
+    for stage in run.stages:
+        attach_adapters(run, stage)
+        if is_done(stage.folder):
+            load_trained(run.model, stage.folder / "result")
+            continue
+        fit(run, stage)
+        if run.recipe.train.fsdp is not None and num_processes() > 1:
+            # sharded parameters stay sharded, and the next stage shards a model of its own
+            run.model = compose_model(run.recipe, stage.args)
+            load_trained(run.model, stage.folder / "result")
+    if is_main_process():
+        with raise_on_write_error(folder):
+            save(run.model, folder)
+    barrier()
+    run.evaluation.finish(run.model)
+    run.console.print(f"saved to {folder}")
+    return run.model.eval()
 
 
 def closed_form_stage(run: Run) -> None:
@@ -142,14 +137,15 @@ def closed_form_stage(run: Run) -> None:
             else f"{name}: no captioned rows (one item, one answer), so it starts from random",
             highlight=False,
         )
+    folder = closed_form_folder(run.recipe)
     if is_main_process():
-        with raise_on_write_error(run.closed_form):
-            save(model, run.closed_form)
-            mark_done(run.closed_form, {})
+        with raise_on_write_error(folder):
+            save(model, folder)
+            mark_done(folder, {})
     barrier()
     if not is_main_process():
         # another machine may round sums otherwise, and projectors have to be equal everywhere
-        load_trained(model, run.closed_form)
+        load_trained(model, folder)
 
 
 def _captions(run: Run) -> list[CaptionedItem]:

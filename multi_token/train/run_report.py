@@ -47,11 +47,13 @@ class RunReport:
     def __init__(self, folder: Path, recipe: Recipe, parts: Sequence[str]) -> None:
         """`parts`: lines about the parts of the model."""
         self.folder = folder
+        file = folder / JSON
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self.facts: dict[str, Any] = {
             "hardware": hardware(),
             "parts": list(parts),
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "stages": _load_previous(folder),
+            "stages": before.get("stages", []),
         }
         self._written = 0.0
 
@@ -105,7 +107,8 @@ class RunReport:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         # JSON has no NaN, and a diverged run needs its report most
-        text = json.dumps(_plain(self.facts), indent=1, allow_nan=False)
+        plain = json.loads(json.dumps(self.facts), parse_constant=lambda _: None)
+        text = json.dumps(plain, indent=1, allow_nan=False)
         # a reader (the browser, a poller) must never see half a file
         for name, content in ((JSON, text), (HTML, render_page(self.facts))):
             with atomic_file(self.folder / name) as partial:
@@ -113,29 +116,12 @@ class RunReport:
         self._written = time.monotonic()
 
 
-def _load_previous(folder: Path) -> list[dict[str, Any]]:
-    path = folder / JSON
-    if not path.is_file():
-        return []
-    return json.loads(path.read_text(encoding="utf-8")).get("stages", [])
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN and inf, which JSON lacks, by None."""
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
-
-
 def hardware() -> dict[str, str]:
     """Return facts about the machine, and its accelerators by name and memory."""
     facts = dict(machine_facts())
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            facts[f"device {index}"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        facts[f"device {index}"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
     return facts
 
 

@@ -31,9 +31,14 @@ from multi_token.train.parameter_groups import parameter_groups, trainable_encod
 from multi_token.train.plan.estimate import plan_stage, print_plan
 from multi_token.train.plan.oom import explain_oom
 from multi_token.train.prepare import Run, StageRun, mark_done
-from multi_token.train.progress import ProgressBarCallback, StopOnInterrupt
+from multi_token.train.progress import (
+    ProgressBarCallback,
+    StopOnInterrupt,
+    describe_data_wait,
+    describe_groups,
+    describe_loggers,
+)
 from multi_token.train.resume import last_checkpoint, raise_on_write_error
-from multi_token.train.summary import describe_data_wait, describe_groups, describe_loggers
 from multi_token.train.trainer import MultiTokenTrainer
 
 
@@ -128,7 +133,6 @@ def _batch_plan(
 
 
 def _check_encoders(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:
-    """Raise if the gradient of an item does not reach an encoder that the stage trains."""
     for name, trainable in trainable_encoders(run.model, stage.spec.learn).items():
         one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
         if one is not None:

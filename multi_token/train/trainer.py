@@ -22,7 +22,7 @@ from multi_token.language_model.segment_attention import segment_attention_enabl
 from multi_token.modalities.base import PretrainedModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import FsdpSpec, Trainable
-from multi_token.train.batch_plan import BatchPlan
+from multi_token.train.batch_plan import BatchPlan, SetEpochCallback
 from multi_token.train.compile import compile_enabled, compiled_layers
 from multi_token.train.consistency import check_losses_finite, check_weights_finite
 from multi_token.train.fsdp import FsdpShards, full_optimizer_state, shard_optimizer_state
@@ -40,7 +40,6 @@ from multi_token.train.resume import (
     prune_checkpoints,
     raise_on_read_error,
 )
-from multi_token.train.samplers import SetEpochCallback
 
 
 class MultiTokenTrainer(Trainer):

@@ -16,7 +16,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from multi_token.errors import RecipeError
 from multi_token.registry import did_you_mean
-from multi_token.train.metrics import default_report_to
 
 # a run is wrong without these, so a recipe cannot set them
 _FIXED: dict[str, Any] = {
@@ -78,7 +77,8 @@ def training_arguments(
             )
     _check_field_types(fields)
     on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
-    ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": default_report_to()}
+    report_to = ["tensorboard"] if find_spec("tensorboard") is not None else []
+    ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": report_to}
     values = {**ours, **fields, **_FIXED}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         values.pop("ddp_backend", None)  # transformers would wait for other processes

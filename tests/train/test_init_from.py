@@ -1,4 +1,4 @@
-"""A modality is added to a trained model; the old ones stay equal (train/init_from.py)."""
+"""A modality is added to a trained model; the old ones stay equal (train/prepare.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines before and after a stage: parts, trainable groups, wait for data (train/summary.py)."""
+"""Lines before and after a stage: parts, trainable groups, wait for data (train/progress.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.lora import adapter_parameters
 from multi_token.recipe.recipe import Recipe
+from multi_token.train.progress import data_wait_line
 from multi_token.train.run import train
-from multi_token.train.summary import data_wait_line
 
 
 def save_tiny_model(family: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from multi_token.errors import RecipeError
-from multi_token.train.samplers import LengthGroupedSampler, SetEpochCallback
+from multi_token.train.batch_plan import LengthGroupedSampler, SetEpochCallback
 from multi_token.train.training_args import training_arguments
 
 

@@ -1,27 +1,66 @@
-"""Plan of a stage: steps, tokens, memory and time, from a trainer that is ready to start."""
+"""Plan of a stage that is ready to start: steps, tokens, memory and time, from a dry run.
+
+A dry run takes a few steps at learning rate zero:
+
+1. One step warms up: it makes the optimizer's state and whatever else is made once.
+2. One step has the largest batch of the stage: its peak of memory counts.
+3. `NUM_TIMED` ordinary steps: their median time counts.
+
+Weights, buffers, gradients and random state are the same afterwards.
+"""
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 from transformers.training_args import OptimizerNames
 
+from multi_token.errors import MultiTokenError
 from multi_token.language_model.quantization import module_bytes
+from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.flops import format_count
-from multi_token.train.plan.dry_run import NUM_TIMED, DryRunResult, dry_run
-from multi_token.train.plan.oom import bullet_list, memory_capacity, memory_suggestions
+from multi_token.train.plan.oom import (
+    bullet_list,
+    is_out_of_memory,
+    memory_capacity,
+    memory_suggestions,
+)
 from multi_token.train.random_state import preserve_rng_state
+from multi_token.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from multi_token.train.trainer import MultiTokenTrainer
 
+NUM_TIMED = 3
+"""Steps whose time is measured."""
 _FULL = 0.9
 """Share of a device's memory that a run may be planned for; fragmentation takes the rest."""
+
+
+@dataclass(frozen=True)
+class DryRunResult:
+    """Measurements on this device."""
+
+    seconds_per_token: float
+    """Waiting for a batch, forward and backward."""
+    seconds_per_update: float
+    """Clipping gradients and the optimizer's step, once per step."""
+    flops_per_token: float
+    num_bytes: int
+    """Peak of a step with the largest batch, without weights and optimizer state."""
+    fitted_fraction: float = 1.0
+    """Part of the largest batch that fitted into memory, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +99,6 @@ class StagePlan:
     """Tokens per step on one device."""
     memory: MemoryEstimate
     dry_run: DryRunResult | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of the stage; None where no step was tried."""
-        per_step = self.seconds_per_step
-        return None if per_step is None else per_step * self.num_steps
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        if self.dry_run is None:
-            return None
-        of_tokens = self.dry_run.seconds_per_token * self.tokens_per_device
-        return of_tokens + self.dry_run.seconds_per_update
 
 
 def plan_stage(trainer: MultiTokenTrainer, name: str, *, try_steps: bool) -> StagePlan:
@@ -145,40 +171,31 @@ def optimizer_bytes(optim: str, trainable: Sequence[Tensor]) -> int:
 
 
 def print_plan(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) -> None:
-    """Print steps, tokens and memory, details if steps were tried, and warnings."""
-    lines = [*summary_lines(plan), *detail_lines(plan)]
-    warnings = plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
-    console.print(*lines, *warnings, sep="\n", highlight=False, markup=False, soft_wrap=True)
-
-
-def summary_lines(plan: StagePlan) -> list[str]:
-    """Return the two lines with which every stage starts."""
-    memory = plan.memory
+    """Print steps, tokens and memory, warnings, and what the dry run measured if there was one."""
+    memory, measured = plan.memory, plan.dry_run
     weights, gradients, optimizer = map(
         format_bytes, (sum(memory.weights.values()), memory.gradients, memory.optimizer)
     )
-    return [
+    lines = [
         f"  {plan.num_steps:,} steps of about {plan.tokens_per_step:,.0f} tokens, from "
         f"{plan.num_rows:,} rows of {plan.num_tokens:,} tokens",
         f"  memory per device: {format_bytes(memory.fixed)} before any batch (weights {weights}, "
         f"gradients {gradients}, optimizer {optimizer})",
     ]
-
-
-def detail_lines(plan: StagePlan) -> list[str]:
-    """Return weights by part, activations, FLOPs and time; nothing if no step was tried."""
-    memory, measured = plan.memory, plan.dry_run
-    if measured is None or plan.seconds is None or plan.seconds_per_step is None:
-        return []
-    flops = measured.flops_per_token * plan.tokens_per_step
-    return [
-        *(f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()),
-        f"    activations of the largest batch: about {format_bytes(memory.activations or 0)}, "
-        f"in all {format_bytes(memory.total)}",
-        f"  {format_count(flops)}FLOP a step, {format_count(flops * plan.num_steps)}FLOP in all",
-        f"  about {plan.seconds_per_step:.3g} s a step ({NUM_TIMED} steps were tried), "
-        f"{format_duration(plan.seconds)} in all without evaluation and saving",
-    ]
+    if measured is not None:
+        flops = measured.flops_per_token * plan.tokens_per_step
+        seconds = measured.seconds_per_token * plan.tokens_per_device + measured.seconds_per_update
+        lines += [
+            *(f"    {name}: {format_bytes(num)}" for name, num in memory.weights.items()),
+            f"    activations of the largest batch: about {format_bytes(memory.activations or 0)}, "
+            f"in all {format_bytes(memory.total)}",
+            f"  {format_count(flops)}FLOP a step, "
+            f"{format_count(flops * plan.num_steps)}FLOP in all",
+            f"  about {seconds:.3g} s a step ({NUM_TIMED} steps were tried), "
+            f"{format_duration(seconds * plan.num_steps)} in all without evaluation and saving",
+        ]
+    lines += plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
+    console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_warnings(plan: StagePlan, trainer: MultiTokenTrainer, *, capacity: int) -> list[str]:
@@ -218,3 +235,200 @@ def format_duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     hours, rest = divmod(minutes, 60)
     return f"{hours} h {rest} min" if hours else f"{minutes} min"
+
+
+def dry_run(trainer: MultiTokenTrainer) -> DryRunResult:
+    """Run a few steps of a trainer that is ready to start.
+
+    Where a batch does not fit into memory, half of its rows are tried, and so on; the memory of all
+    rows is extrapolated. Raises MultiTokenError where one row, or a pack, does not fit.
+    """
+    args, is_pack = trainer.args, trainer.batches.pack_tokens is not None
+    num_rows = size = args.per_device_train_batch_size
+    largest = largest_batch(trainer)
+    while True:
+        try:
+            # transformers copies the argument into `_train_batch_size` when the trainer is made
+            args.per_device_train_batch_size = trainer._train_batch_size = size
+            return _timed_steps(trainer, largest, size / num_rows)
+        except Exception as error:
+            # MemoryError, torch's own and RuntimeError; all others are raised again
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            args.per_device_train_batch_size = num_rows
+            trainer._train_batch_size = args.train_batch_size
+        # after `except`, which keeps the traceback and with it the tensors of the failed step
+        trainer.step_metrics.reset()
+        gc.collect()
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if is_pack or size == 1:
+            batch = "a pack" if is_pack else "a batch of one row"
+            suggestions = memory_suggestions(trainer.oom_facts(), 0.5 if is_pack else 0.0)
+            raise MultiTokenError(
+                f"{batch} does not fit into the memory of {args.device}, with "
+                f"{memory_capacity(args.device) / 2**30:,.1f} GiB. Change in the recipe:"
+                f"{bullet_list(suggestions)}"
+            )
+        size //= 2
+
+
+def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> DryRunResult:
+    model, metrics, device = trainer.multi_token_model, trainer.step_metrics, trainer.args.device
+    batch_times: list[float] = []
+    update_times: list[float] = []
+    flops = num_tokens = 0
+    with _state_restored(model), trainer.attention_mode(), _activation_checkpointing(trainer):
+        optimizer = trainer.create_optimizer()
+        trainer.optimizer = None  # or the trainer would train with this one
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+        def update() -> None:
+            if trainer.args.max_grad_norm:
+                trainer._clip_grad_norm(model)
+            optimizer.step()
+
+        # from the first batch again after the last
+        batches = (batch for _ in itertools.count() for batch in trainer.get_train_dataloader())
+        _forward_backward(trainer, next(batches))
+        update()
+        # with accumulation the gradients of earlier batches are there when the largest one comes
+        if trainer.args.gradient_accumulation_steps == 1:
+            model.zero_grad(set_to_none=True)
+        kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        inputs = _largest(trainer, next(batches))
+        # the batch at hand may be smaller than the largest of the stage: a stream is not read
+        # ahead, and half of the rows may be all that fits
+        scale = max(largest / inputs["input_ids"].numel(), 1.0)
+        with peak_memory(device) as peak:
+            _forward_backward(trainer, inputs)
+            update()
+        model.zero_grad(set_to_none=True)
+        for _ in range(NUM_TIMED):
+            start = _now(device)
+            _forward_backward(trainer, next(batches))
+            middle = _now(device)
+            update()
+            model.zero_grad(set_to_none=True)
+            update_times.append(_now(device) - middle)
+            batch_times.append((middle - start) / max(metrics.last_tokens, 1))
+            flops += metrics.last_flops
+            num_tokens += metrics.last_tokens
+    metrics.reset()
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # gradients have one size, whatever the batch; only the rest grows with it
+    beside = max(kept + peak[0] - gradients, 0)
+    return DryRunResult(
+        median(batch_times),
+        median(update_times),
+        flops / max(num_tokens, 1),
+        gradients + round(beside * scale),
+        fitted,
+    )
+
+
+def largest_batch(trainer: MultiTokenTrainer) -> int:
+    """Positions of the largest batch of the stage; padded, its longest row sets the length."""
+    batches, rows = trainer.batches, trainer.train_dataset
+    if batches.pack_tokens is not None:
+        return batches.pack_tokens
+    size = min(trainer.args.per_device_train_batch_size, len(batches.lengths))
+    if isinstance(rows, PreferenceDataset):
+        return size * 2 * max(map(max, rows.lengths))
+    return size * max(batches.lengths)
+
+
+def _forward_backward(trainer: MultiTokenTrainer, inputs: dict[str, Any]) -> None:
+    model = trainer.multi_token_model
+    # dropout and activation checkpointing take memory in train mode only
+    model.train()
+    trainer.training_step(model, inputs, (inputs["labels"] != IGNORE_INDEX).sum())
+
+
+def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any]:
+    """The batch of the longest rows, or the fullest pack.
+
+    `other`: the batch to take of a stream, whose later rows are not read yet.
+    """
+    rows: Any = trainer.train_dataset
+    collate: Any = trainer.data_collator
+    # known rows of a stream are its first ones, which may be shorter than later ones
+    if trainer.batches.streamed:
+        return other
+    chosen = trainer.batches.fullest_pack(trainer.args.seed)
+    if chosen is None:
+        pairs = isinstance(rows, PreferenceDataset)
+        lengths = [max(pair) for pair in rows.lengths] if pairs else trainer.batches.lengths
+        by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        chosen = by_length[: trainer.args.per_device_train_batch_size]
+    return collate([rows[i] for i in chosen])
+
+
+@contextmanager
+def _activation_checkpointing(trainer: MultiTokenTrainer) -> Iterator[None]:
+    """Activation checkpointing, if the run uses it; transformers enables it only in `train()`."""
+    args, model = trainer.args, trainer.multi_token_model
+    if not args.activation_checkpointing:
+        yield
+        return
+    given: Any = args.activation_checkpointing_kwargs or {}
+    options: dict[str, Any] = dict(given)
+    model.activation_checkpointing_enable(
+        every_n_layers=options.pop("every_n_layers", 1),
+        offload=options.pop("offload", False),
+        activation_checkpointing_kwargs=options or None,
+    )
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _state_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Put back buffers (BatchNorm counts even at learning rate zero), mode and random state."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    try:
+        with preserve_rng_state():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+
+
+@contextmanager
+def peak_memory(device: torch.device | None = None) -> Iterator[list[int]]:
+    """Yield a list of one number: after the block, its peak of new tensor memory in bytes."""
+    peak = [0]
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    # On a CPU torch keeps no peak, but its profiler records every allocation. The process's own
+    # peak would not do: an earlier, larger moment hides all later ones.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        yield peak
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events: Any = profile.profiler.kineto_results.events()
+    # the events come by thread, not by time
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    taken = 0
+    for _, num_bytes in changes:
+        taken += num_bytes
+        peak[0] = max(peak[0], taken)

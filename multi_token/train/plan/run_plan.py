@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -52,8 +51,7 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> None:
             raise RecipeError("a plan is made by one process; start `--plan` without torchrun")
         run = prepare(tried, stages, console or Console(stderr=True))
         # the recipe as it was given, with its feature cache
-        for one in estimate_encodings(run, recipe):
-            run.console.print(str(one), highlight=False)
+        print_encodings(run, recipe)
         for stage in run.stages:
             attach_adapters(run, stage)
             trainer = build_trainer(run, stage)
@@ -61,38 +59,18 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> None:
             print_plan(plan, trainer, run.console)
 
 
-@dataclass(frozen=True)
-class EncodingEstimate:
-    """Encodings that the closed-form stage and the feature cache need of one encoder."""
+def print_encodings(run: Run, recipe: Recipe) -> None:
+    """Print the encodings of each modality before the first step.
 
-    name: str
-    num_items: int
-    """Before the first step: with a feature cache each different item once, else the items of the
-    calibration and of the closed form."""
-    cached: bool
-    seconds_per_item: float
-    num_timed: int
-
-    def __str__(self) -> str:
-        why = "for the feature cache, each once" if self.cached else "for the closed form"
-        return (
-            f"  {self.name}: {self.num_items:,} encodings before the first step ({why}), about "
-            f"{1000 * self.seconds_per_item:.3g} ms each ({self.num_timed} were tried): about "
-            f"{format_duration(self.num_items * self.seconds_per_item)}"
-        )
-
-
-def estimate_encodings(run: Run, recipe: Recipe) -> list[EncodingEstimate]:
-    """Return one for each modality that has something to encode before the first step.
-
-    A cache is counted as if it were empty.
+    With a feature cache each different item counts once, as if the cache were empty, else the items
+    of the calibration and of the closed form.
     """
     model, sources = run.model, run.sources
     spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
     aligned = (
         [open_source(s, model.processor, recipe, None) for s in (spec.rows or [])] if spec else []
     )
-    found = []
+    why = "for the feature cache, each once" if cached else "for the closed form"
     for name in model.modalities:
         items = [pair for source in sources for pair in source.items() if pair[0].modality == name]
         fitted = [
@@ -115,8 +93,12 @@ def estimate_encodings(run: Run, recipe: Recipe) -> list[EncodingEstimate]:
             # evenly spaced, since items of one kind often come one after the other
             tried = some[:: max(1, len(some) // _NUM_TIMED)][:_NUM_TIMED]
             seconds = _seconds_per_item(model, name, tried)
-            found.append(EncodingEstimate(name, num, cached, seconds, len(tried)))
-    return found
+            run.console.print(
+                f"  {name}: {num:,} encodings before the first step ({why}), about "
+                f"{1000 * seconds:.3g} ms each ({len(tried)} were tried): about "
+                f"{format_duration(num * seconds)}",
+                highlight=False,
+            )
 
 
 def _num_different(items: Sequence[tuple[Media, MultiTokenProcessor]]) -> int:

@@ -27,11 +27,12 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train import plan_run, train
 from multi_token.train.batch_plan import PaddedBatches
-from multi_token.train.plan.dry_run import dry_run, largest_batch
 from multi_token.train.plan.estimate import (
+    dry_run,
     estimate_memory,
     format_bytes,
     format_duration,
+    largest_batch,
     optimizer_bytes,
     plan_stage,
     plan_warnings,

@@ -19,8 +19,7 @@ from transformers import TrainerCallback
 from multi_token.recipe.recipe import Recipe
 from multi_token.train import stage as stage_module
 from multi_token.train.dpo import PreferenceDataset
-from multi_token.train.plan.dry_run import peak_memory
-from multi_token.train.plan.estimate import StagePlan, plan_stage
+from multi_token.train.plan.estimate import StagePlan, peak_memory, plan_stage
 from multi_token.train.run import train
 
 pytestmark = pytest.mark.slow
