@@ -43,9 +43,10 @@ def load_run(
     )
 
 
-def _sampling(temperature: float) -> dict[str, Any]:
+def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     # 0 means greedy here; transformers refuses it as a temperature
-    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    return {"max_new_tokens": max_new_tokens, **sampling}
 
 
 def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
@@ -80,12 +81,8 @@ def ask(
 
     items = _items(media, image)
     model = load_run(run, language_model, device)
-    answers = model.generate(
-        [as_conversation(question, items, system=system)],
-        max_new_tokens=max_new_tokens,
-        **_sampling(temperature),
-    )
-    typer.echo(answers[0])
+    conversation = as_conversation(question, items, system=system)
+    typer.echo(model.generate([conversation], **_options(max_new_tokens, temperature))[0])
 
 
 def chat(
@@ -122,9 +119,8 @@ def chat(
             turn = Message("user", (*parts, Text(line)))
             answers = model.generate(
                 [Conversation((*messages, turn), id="chat")],
-                max_new_tokens=max_new_tokens,
                 streamer=_TerminalStreamer(model.require_processor().chat),
-                **_sampling(temperature),
+                **_options(max_new_tokens, temperature),
             )
         except MultiTokenError as error:
             # waiting items are kept, and go with the question when it is asked again
@@ -161,7 +157,6 @@ class _TerminalStreamer:
 
 
 def _read_lines(console: Console) -> Iterator[str]:
-    """Yield the lines that the user types, until the end of input."""
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
@@ -217,6 +212,7 @@ def predict(
     if num_done == len(source):
         return
     model = load_run(run, language_model, device)
+    options = _options(max_new_tokens, temperature)
     with (
         out.open("a", encoding="utf-8") as file,
         Progress(console=console, disable=not console.is_terminal) as progress,
@@ -224,13 +220,7 @@ def predict(
         task = progress.add_task("Answering", total=len(source), completed=num_done)
         for start in range(num_done, len(source), batch_size):
             chunk = [source[i] for i in range(start, min(start + batch_size, len(source)))]
-            answers = model.generate(
-                chunk,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                root=root,
-                **_sampling(temperature),
-            )
+            answers = model.generate(chunk, batch_size=batch_size, root=root, **options)
             # whole batches, flushed: after a kill, the same command resumes after the last of them
             for i, answer in enumerate(answers, start):
                 file.write(json.dumps({"id": ids[i], "answer": answer}, ensure_ascii=False) + "\n")

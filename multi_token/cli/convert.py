@@ -53,14 +53,8 @@ def import_run(
 
     console = Console(stderr=True, highlight=False, markup=False)
     with console.status(f"importing {source}"):
-        import_source(
-            source,
-            out,
-            revision=revision,
-            language_model=language_model,
-            encoder=encoder,
-            chat_template=chat_template,
-        )
+        parts = {"language_model": language_model, "encoder": encoder}
+        import_source(source, out, revision=revision, chat_template=chat_template, **parts)
     fields = read_config(out)
     slots = ", ".join(f"<{name}>" for name in fields["model"]["modalities"])
     trained = "projectors and an adapter" if fields["adapter"] else "projectors"
@@ -73,12 +67,12 @@ def import_source(
     out: Path,
     *,
     revision: str | None = None,
-    language_model: str | None = None,
-    encoder: str | None = None,
     chat_template: str | None = None,
+    **parts: str | None,
 ) -> None:
     """Import a folder or hub name; its files decide the format, never its name.
 
+    `parts`: `language_model` and `encoder`, where the source's own names cannot be loaded.
     Nothing is written unless everything can be mapped. Raises ConvertError or CheckpointError.
     """
     from multi_token.checkpoint.hub import local_folder
@@ -94,7 +88,6 @@ def import_source(
         )
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
-    parts = {"language_model": language_model, "encoder": encoder}
     if kind == MODEL_TYPE:
         raise ConvertError(f"{folder} is a run of multi_token already; it needs no import")
     if is_original(fields):

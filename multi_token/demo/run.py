@@ -210,11 +210,9 @@ class BatchGenerator:
     console: Console
 
     def __post_init__(self) -> None:
-        assert self.model.processor is not None
         # A folder of its own: held-out images never enter the features of the training run.
-        cache = FeatureCache(self.out / "cache" / "held_out")
-        self.model.processor = replace(self.model.processor, cache=cache)
-        self.cache = cache
+        self.cache = FeatureCache(self.out / "cache" / "held_out")
+        self.model.processor = replace(self.model.require_processor(), cache=self.cache)
 
     def ask(self, questions: Sequence[DemoQuestion], what: str) -> list[Example]:
         """Greedy answers, right only if they *are* the expected one."""

@@ -103,12 +103,8 @@ def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> st
     `kind`: clip, siglip, siglip2 (native aspect), dinov2, dinov2_with_registers, efficientnet.
     """
     family, fields, processor, options = _IMAGE[kind]
-    return save_random(
-        folder,
-        seed,
-        lambda: _model(family, fields),
-        getattr(hf, f"{processor}ImageProcessorPil")(**options),
-    )
+    image_processor = getattr(hf, f"{processor}ImageProcessorPil")(**options)
+    return save_random(folder, seed, lambda: _model(family, fields), image_processor)
 
 
 def tiny_video_encoder(folder: Path, kind: str, *, num_frames: int = 8, seed: int = 0) -> str:
