@@ -28,7 +28,7 @@ from multi_token.testing.files import noise_frames, tone, write_tone, write_vide
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference" / "original"
 WIDTH = 64
-"""Of the reference's language model."""
+"""Hidden size of the reference's language model."""
 
 Feature = Callable[[str, Any], Tensor]
 

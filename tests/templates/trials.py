@@ -203,7 +203,7 @@ def shape_of(family: Any) -> ChatTemplate:
 
 
 def num_tokens(talk: Conversation) -> list[int]:
-    """Of the two items that a conversation may have."""
+    """Return the lengths of the two items that a conversation may have."""
     return [3, 2][: len(talk.media)]
 
 

@@ -1,4 +1,4 @@
-"""What a run has learned, to compare it with another bit by bit: for tests of going on."""
+"""Trained tensors of a run, to compare two runs bit by bit: for tests of resuming."""
 
 from __future__ import annotations
 

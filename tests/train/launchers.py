@@ -35,7 +35,7 @@ def launched(
     fails: bool = False,
     beside: Sequence[Path] = (),
 ) -> str:
-    """What `num` processes of a command print to stderr. `beside`: folders of more packages."""
+    """Return the stderr of `num` processes of a command. `beside`: folders of more packages."""
     places = os.pathsep.join(map(str, (ROOT, *beside)))
     done = subprocess.run(
         [*by(num), *command],

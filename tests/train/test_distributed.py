@@ -119,7 +119,7 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
 
 
 def processes(num: int, folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `num` processes saw: by run, a list with an entry of each."""
+    """Return the results of `num` processes: by run, a list with an entry of each."""
     job, out = folder / "job.json", folder / "seen.json"
     job.write_text(json.dumps({"out": str(out), "runs": runs}))
     launched(num, [str(SCRIPT), str(job)])

@@ -1,4 +1,4 @@
-"""What of encoders was trained is saved with the run, comes back to the bit, and nothing else."""
+"""Trained tensors of encoders are saved with the run and come back to the bit, and nothing else."""
 
 from __future__ import annotations
 

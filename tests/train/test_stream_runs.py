@@ -227,7 +227,7 @@ ONE = {**TWO, "per_device_train_batch_size": 4}
 
 @pytest.fixture(scope="module")
 def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
-    """What two processes learned, in one start of them."""
+    """Return the trained tensors of two processes, started once."""
     folder = tmp_path_factory.mktemp("two")
     quiet = {"adapter": {"r": 4}}
     job = folder / "job.json"
