@@ -69,7 +69,7 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         written = Path(scratch, target.name)
         written.mkdir()
-        # The GGUF reader's progress bar ignores transformers' setting for all other ones.
+        # No progress bars: transformers has a setting for its own, which the GGUF reader ignores.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             write(written)
         for file in written.iterdir():

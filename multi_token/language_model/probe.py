@@ -280,6 +280,7 @@ class _ProbeRun:
             is_loss_close = bool((found.loss - loss).abs() <= 0.05 * loss)
             self.supports_logits_to_keep = distance <= _OTHER_TEXT and is_loss_close
         except MODEL_FAULTS:
+            distance = float("inf")
             self.supports_logits_to_keep = False
         if not self.supports_logits_to_keep:
             distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
