@@ -57,12 +57,12 @@ class Shell:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Name -> text; folders are what pip and Python leave behind."""
+    """Name -> text; folders are what pip and Python leave."""
     return {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.is_file()}
 
 
 def steps() -> Iterator[tuple[str, str, str]]:
-    """What a reader does, in order: ("In" or "At the end of", a file, text) or ("", "", line)."""
+    """Steps of the walk, in order: ("In" or "At the end of", a file, text) or ("", "", line)."""
     for how, name, language, body in STEP.findall(WALK):
         if how:
             yield how, name, body
@@ -130,7 +130,7 @@ def test_the_walk_leads_from_nothing_to_a_model_that_has_learned(tmp_path: Path)
 def test_the_example_is_installed_from_its_folder_and_its_own_tests_pass(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     source = tmp_path / "source"
-    source.mkdir()  # a build leaves folders behind: not in the repository
+    source.mkdir()  # a build leaves folders, which the repository must not get
     for name, text in files(EXAMPLE).items():
         (source / name).write_text(text, encoding="utf-8")
     shell("pip", "install", str(source))

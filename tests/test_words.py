@@ -115,13 +115,11 @@ def faults_of_code(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}:{token.start[0]}: {word!r}: write {term}"
 
 
-@pytest.mark.xfail(reason="the last folders are being brought to these words", strict=False)
 def test_code_uses_the_terms_of_the_glossary() -> None:
     faults = [fault for path in tracked(".py") for fault in faults_of_code(path)]
     assert not faults, f"{len(faults)} words\n" + "\n".join(faults)
 
 
-@pytest.mark.xfail(reason="the last folders are being brought to these words", strict=False)
 def test_documents_use_the_terms_of_the_glossary() -> None:
     faults = [
         f"{path.relative_to(ROOT)}:{number}: {word!r}: write {term}"
@@ -132,7 +130,6 @@ def test_documents_use_the_terms_of_the_glossary() -> None:
     assert not faults, f"{len(faults)} words\n" + "\n".join(faults)
 
 
-@pytest.mark.xfail(reason="the last folders are being brought to these words", strict=False)
 def test_docstrings_name_the_thing_first() -> None:
     """Docstrings of fields included: a string below an assignment."""
     faults = [

@@ -134,7 +134,7 @@ def test_chat_answers_what_generate_answers(run: Path, data: Path) -> None:
         (("ask", "{parts}/language_model", "?"), "expected one of type"),
         (("ask", "{data}/nowhere", "?"), "found nothing at"),
         (("ask", "{run}", "?", "--image", "{data}/none.png"), "no file at"),
-        (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "not an image"),
+        (("ask", "{run}", "?", "--image", "{data}/rows.jsonl"), "; expected one of"),
         (("ask", "{run}", "?", "--media", "vector"), "expected --media NAME=SOURCE"),
         (("ask", "{run}", "?", "--media", "smell=x"), "'smell', but the recipe has image"),
         (("train", "{data}/none.yaml"), "expected a recipe file"),

@@ -77,7 +77,7 @@ def files(tmp_path_factory: Any) -> dict[str, str]:
 
 
 def sources(kind: str, files: dict[str, str]) -> list[Any]:
-    """Of the kind and of texts, mixed, of several sizes."""
+    """Items of the kind and texts, mixed, of several sizes."""
     more: dict[str, list[Any]] = {
         "image": [Image.new("RGB", (20, 64), "red"), {"image": files["image"]}],
         "audio": [{"array": tone(0.9, 48_000, hertz=300.0), "sampling_rate": 48_000}],

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,9 +177,17 @@ class VllmEngine(Engine):
     def _run_on_loop(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine on the loop, until it or the engine ends."""
         assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        with suppress(CancelledError):  # by `_loop_main`
-            future.result()
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop was closed by `stop` in another thread
+            work.close()
+            return
+        # a loop that ends right now may never start the coroutine, and its future would never end
+        while not future.done() and self._thread is not None and self._thread.is_alive():
+            wait([future], timeout=1)
+        if future.done():
+            with suppress(CancelledError):  # by `_loop_main`
+                future.result()
 
     async def _first_check_done(self, router: Router) -> None:
         """Wait until each replica was checked, and one is up or the startup timeout has passed."""
