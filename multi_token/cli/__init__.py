@@ -65,7 +65,6 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     name="multi-token",
     cls=CommandGroup,
-    help="Give any language model new senses: train, ask, and look at your data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Console
+
+from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from multi_token.chat.format import ChatFormat
@@ -40,12 +43,13 @@ def load_run(
     )
 
 
-def _sampling(temperature: float) -> dict[str, Any]:
-    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    # 0 means greedy here; transformers refuses it as a temperature
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    return {"max_new_tokens": max_new_tokens, **sampling}
 
 
 def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
-    from multi_token.errors import MultiTokenError
     from multi_token.types import Media
 
     items = [Media("image", str(path)) for path in images or []]
@@ -77,12 +81,8 @@ def ask(
 
     items = _items(media, image)
     model = load_run(run, language_model, device)
-    answers = model.generate(
-        [as_conversation(question, items, system=system)],
-        max_new_tokens=max_new_tokens,
-        **_sampling(temperature),
-    )
-    typer.echo(answers[0])
+    conversation = as_conversation(question, items, system=system)
+    typer.echo(model.generate([conversation], **_options(max_new_tokens, temperature))[0])
 
 
 def chat(
@@ -94,15 +94,11 @@ def chat(
     device: str = DEVICE,
 ) -> None:
     """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
-    from rich.console import Console
-
-    from multi_token.errors import MultiTokenError
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
     model = load_run(run, language_model, device)
-    names = list(model.modalities)
-    slash = ", ".join(f"/{name} SOURCE" for name in names)
+    slash = ", ".join(f"/{name} SOURCE" for name in model.modalities)
     console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")
     start = [Message("system", (Text(system),))] if system else []
     messages: list[Message] = list(start)
@@ -116,18 +112,18 @@ def chat(
             continue
         try:
             if command.startswith("/"):
-                waiting.append(_checked_item(model, command[1:], rest.strip(), names))
+                waiting.append(_checked_item(model, command[1:], rest.strip()))
                 console.print(f"[dim]{len(waiting)} item(s) go with the next message[/dim]")
                 continue
             parts: list[Part] = [p for item in waiting for p in (item, Text("\n"))]
             turn = Message("user", (*parts, Text(line)))
             answers = model.generate(
                 [Conversation((*messages, turn), id="chat")],
-                max_new_tokens=max_new_tokens,
                 streamer=_TerminalStreamer(model.require_processor().chat),
-                **_sampling(temperature),
+                **_options(max_new_tokens, temperature),
             )
         except MultiTokenError as error:
+            # waiting items are kept, and go with the question when it is asked again
             console.print(str(error), style="red", markup=False)
             continue
         messages += [turn, Message("assistant", (Text(answers[0]),))]
@@ -152,9 +148,7 @@ class _TerminalStreamer:
 
     def end(self) -> None:
         """Print the rest of the answer."""
-        self._write(self.chat.decode(self.ids))
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._write(self.chat.decode(self.ids) + "\n")
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text[len(self.shown) :])
@@ -162,8 +156,7 @@ class _TerminalStreamer:
         self.shown = text
 
 
-def _read_lines(console: Any) -> Iterator[str]:
-    """Yield the lines that the user types, until the end of input."""
+def _read_lines(console: Console) -> Iterator[str]:
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
@@ -174,13 +167,11 @@ def _read_lines(console: Any) -> Iterator[str]:
             yield line
 
 
-def _checked_item(
-    model: MultiTokenForConditionalGeneration, name: str, source: str, names: list[str]
-) -> Media:
-    from multi_token.errors import MultiTokenError
+def _checked_item(model: MultiTokenForConditionalGeneration, name: str, source: str) -> Media:
     from multi_token.registry import did_you_mean
     from multi_token.types import Media
 
+    names = list(model.modalities)
     if name not in names:
         raise MultiTokenError(
             f"unknown command /{name}{did_you_mean(name, [*names, 'reset', 'exit'])}; this run has "
@@ -206,7 +197,6 @@ def predict(
     device: str = DEVICE,
 ) -> None:
     """Answer a file of rows in batches. The same command resumes after the last answer."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from multi_token.data.files.open import load_rows, media_root
@@ -222,6 +212,7 @@ def predict(
     if num_done == len(source):
         return
     model = load_run(run, language_model, device)
+    options = _options(max_new_tokens, temperature)
     with (
         out.open("a", encoding="utf-8") as file,
         Progress(console=console, disable=not console.is_terminal) as progress,
@@ -229,13 +220,7 @@ def predict(
         task = progress.add_task("Answering", total=len(source), completed=num_done)
         for start in range(num_done, len(source), batch_size):
             chunk = [source[i] for i in range(start, min(start + batch_size, len(source)))]
-            answers = model.generate(
-                chunk,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                root=root,
-                **_sampling(temperature),
-            )
+            answers = model.generate(chunk, batch_size=batch_size, root=root, **options)
             # whole batches, flushed: after a kill, the same command resumes after the last of them
             for i, answer in enumerate(answers, start):
                 file.write(json.dumps({"id": ids[i], "answer": answer}, ensure_ascii=False) + "\n")
@@ -246,8 +231,6 @@ def predict(
 
 def _resume_position(out: Path, ids: list[str]) -> int:
     """Number of rows that the file answers already; an incomplete last line is removed."""
-    from multi_token.errors import MultiTokenError
-
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         return 0

@@ -7,6 +7,11 @@ from enum import Enum
 from pathlib import Path
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
+
+from multi_token.cli.ask import LANGUAGE_MODEL
+from multi_token.errors import ConvertError
 
 # no README, images or optimizer states, which repositories of the hub hold too
 _NEEDED_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
@@ -44,28 +49,17 @@ def import_run(
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
     """Make a run of a checkpoint in another format, which is recognized by its files."""
-    from rich.console import Console
-
     from multi_token.checkpoint.load import read_config
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     with console.status(f"importing {source}"):
-        import_source(
-            source,
-            out,
-            revision=revision,
-            language_model=language_model,
-            encoder=encoder,
-            chat_template=chat_template,
-        )
+        parts = {"language_model": language_model, "encoder": encoder}
+        import_source(source, out, revision=revision, chat_template=chat_template, **parts)
     fields = read_config(out)
     slots = ", ".join(f"<{name}>" for name in fields["model"]["modalities"])
     trained = "projectors and an adapter" if fields["adapter"] else "projectors"
-    console.print(
-        f"{out}: {slots}; {trained} on {fields['model']['language_model']}",
-        markup=False,
-        soft_wrap=True,
-    )
+    base = fields["model"]["language_model"]
+    console.print(f"{out}: {slots}; {trained} on {base}", soft_wrap=True)
 
 
 def import_source(
@@ -73,12 +67,12 @@ def import_source(
     out: Path,
     *,
     revision: str | None = None,
-    language_model: str | None = None,
-    encoder: str | None = None,
     chat_template: str | None = None,
+    **parts: str | None,
 ) -> None:
     """Import a folder or hub name; its files decide the format, never its name.
 
+    `parts`: `language_model` and `encoder`, where the source's own names cannot be loaded.
     Nothing is written unless everything can be mapped. Raises ConvertError or CheckpointError.
     """
     from multi_token.checkpoint.hub import local_folder
@@ -86,7 +80,6 @@ def import_source(
     from multi_token.convert.llava import import_llava, is_llava
     from multi_token.convert.original import import_original, is_original
     from multi_token.convert.tensors import read_json
-    from multi_token.errors import ConvertError
 
     folder = local_folder(source, revision=revision, only=_NEEDED_FILES)
     if not folder.is_dir():
@@ -95,7 +88,6 @@ def import_source(
         )
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
-    parts = {"language_model": language_model, "encoder": encoder}
     if kind == MODEL_TYPE:
         raise ConvertError(f"{folder} is a run of multi_token already; it needs no import")
     if is_original(fields):
@@ -122,21 +114,17 @@ def export(
         "other engines. llava: transformers' LLaVA.",
     ),
     out: Path = typer.Option(..., help="A new or empty folder."),
-    language_model: str = typer.Option(
-        None, help="Path or hub name of the language model, if it has moved."
-    ),
+    language_model: str = LANGUAGE_MODEL,
     revision: str = typer.Option(None, help="Branch, tag or commit of a hub name."),
 ) -> None:
     """Write a run in a format that other software loads."""
-    from rich.console import Console
-
     from multi_token.convert.export import export as convert
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     with console.status(f"exporting {run}"):
         convert(run, out, to=to.value, revision=revision, language_model=language_model)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    console.print(f"{out}: {to.value}, {_size(size)}", markup=False, soft_wrap=True)
+    console.print(f"{out}: {to.value}, {decimal(size)}", soft_wrap=True)
 
 
 def push(
@@ -149,25 +137,13 @@ def push(
     ),
 ) -> None:
     """Upload a run's result to the hub, with a model card."""
-    from rich.console import Console
-
     from multi_token.convert.push import push as upload
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     with console.status("reading the run" if dry_run else f"uploading to {name}"):
         files = upload(run, name, private=private, revision=revision, dry_run=dry_run)
+    # on stdout, for scripts; all else goes to stderr
     for path, size in files.items():
-        typer.echo(f"{_size(size):>10}  {path}")
-    if dry_run:
-        console.print(
-            f"the card is {run / 'README.md'}; nothing was uploaded", markup=False, soft_wrap=True
-        )
-    else:
-        console.print(f"uploaded to {name}", markup=False, soft_wrap=True)
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes} B"
+        typer.echo(f"{decimal(size):>10}  {path}")
+    card = f"the card is {run / 'README.md'}; nothing was uploaded"
+    console.print(card if dry_run else f"uploaded to {name}", soft_wrap=True)

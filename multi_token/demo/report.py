@@ -96,7 +96,6 @@ def write_report(
 
 
 def _tiles(report: Mapping[str, Any]) -> list[Tile]:
-    """Return the measured key numbers, each with its meaning."""
     chance = _percent(1 / report["num_names"])
     shares = {
         "held_out_accuracy": ("Held out", "of new renderings named exactly"),

@@ -49,15 +49,23 @@ class DemoQuestion:
     """One question with its images and the only answer that counts."""
 
     id: str
-    kind: str
-    """One of `Kind`."""
+    """Begins with its `Kind`."""
     text: str
     """Text of the row, with one `<image>` for each image."""
     images: tuple[str, ...]
     """Relative to the folder of the data."""
-    names: tuple[str, ...]
-    """Names of the things in the images, in the same order."""
     answer: str
+
+    @property
+    def kind(self) -> str:
+        """One of `Kind`."""
+        return self.id.split("/")[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the things in the images, in the same order."""
+        # each thing has a folder of images with its name
+        return tuple(Path(path).parent.name for path in self.images)
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,12 @@ class DemoData:
 
     def questions(self, split: Split) -> list[DemoQuestion]:
         """Return the questions of a split."""
-        lines = self.file(split).read_text(encoding="utf-8").splitlines()
-        return [_parse_question(json.loads(line)) for line in lines]
+        questions = []
+        for line in self.file(split).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            user, assistant = (message["content"] for message in row["messages"][-2:])
+            questions.append(DemoQuestion(row["id"], user, tuple(row["images"]), assistant))
+        return questions
 
 
 def build_rows(
@@ -127,7 +139,7 @@ def build_rows(
     asked = [c for c in CATEGORY_PHRASES if c in trained_categories]
 
     def write(split: Split, *parts: Iterable[DemoQuestion]) -> None:
-        rows = (json.dumps(_row(q, system), ensure_ascii=False) for part in parts for q in part)
+        rows = (json.dumps(to_row(q, system), ensure_ascii=False) for part in parts for q in part)
         data.file(split).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
     def numbers(kind: str) -> random.Random:
@@ -205,10 +217,8 @@ def _naming(
             text = WHAT_IS_THIS
             if random_numbers is not None and random_numbers.random() < 0.3:
                 text = _OTHER_PHRASING
-            path = renderings.path(thing, index)
-            yield DemoQuestion(
-                f"naming/{thing.name}/{index}", "naming", text, (path,), (thing.name,), thing.name
-            )
+            images = (renderings.path(thing, index),)
+            yield DemoQuestion(f"naming/{thing.name}/{index}", text, images, thing.name)
 
 
 def _yes_no(
@@ -219,14 +229,9 @@ def _yes_no(
     for i, asked in enumerate(islice(cycle(renderings.things), num_rows)):
         yes = (i // len(renderings.things) + i) % 2 == 0
         shown = asked if yes else _pick_other(asked, renderings.things, random_numbers)
-        yield DemoQuestion(
-            f"yes_no/{i}",
-            "yes_no",
-            f"<image>\nIs this {asked.phrase}?",
-            (renderings.pick(shown, random_numbers),),
-            (shown.name,),
-            "yes" if yes else "no",
-        )
+        text = f"<image>\nIs this {asked.phrase}?"
+        images = (renderings.pick(shown, random_numbers),)
+        yield DemoQuestion(f"yes_no/{i}", text, images, "yes" if yes else "no")
 
 
 def _pick_other(thing: Thing, among: Sequence[Thing], random_numbers: random.Random) -> Thing:
@@ -244,14 +249,9 @@ def _categories(
     for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
         yes = i // len(sides) % 2 == 0
         shown = random_numbers.choice(inside if yes else outside)
-        yield DemoQuestion(
-            f"category/{i}",
-            "category",
-            f"<image>\nIs this {CATEGORY_PHRASES[category]}?",
-            (renderings.pick(shown, random_numbers),),
-            (shown.name,),
-            "yes" if yes else "no",
-        )
+        text = f"<image>\nIs this {CATEGORY_PHRASES[category]}?"
+        images = (renderings.pick(shown, random_numbers),)
+        yield DemoQuestion(f"category/{i}", text, images, "yes" if yes else "no")
 
 
 def _two_images(
@@ -266,21 +266,12 @@ def _two_images(
     sides = _split_by_category(fitting, other, asked)
     for i, (category, inside, outside) in enumerate(islice(cycle(sides), num_rows)):
         right, wrong = random_numbers.choice(inside), random_numbers.choice(outside)
-        pair = [
-            (fitting.pick(right, random_numbers), right.name),
-            (other.pick(wrong, random_numbers), wrong.name),
-        ]
+        images = [fitting.pick(right, random_numbers), other.pick(wrong, random_numbers)]
         # Each side has the answer equally often, or its position would give the answer away.
         if i // len(sides) % 2:
-            pair.reverse()
-        yield DemoQuestion(
-            f"{kind}/{i}",
-            kind,
-            f"Which of <image> and <image> is {CATEGORY_PHRASES[category]}?",
-            tuple(path for path, _ in pair),
-            tuple(name for _, name in pair),
-            right.name,
-        )
+            images.reverse()
+        text = f"Which of <image> and <image> is {CATEGORY_PHRASES[category]}?"
+        yield DemoQuestion(f"{kind}/{i}", text, tuple(images), right.name)
 
 
 def _split_by_category(
@@ -296,20 +287,9 @@ def _split_by_category(
     return sides
 
 
-def _row(question: DemoQuestion, system: str | None) -> dict[str, Any]:
+def to_row(question: DemoQuestion, system: str | None) -> dict[str, Any]:
+    """Return a question with its answer as a row, after a system message if there is one."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": question.text})
     messages.append({"role": "assistant", "content": question.answer})
     return {"id": question.id, "images": list(question.images), "messages": messages}
-
-
-def _parse_question(row: dict[str, Any]) -> DemoQuestion:
-    user, assistant = row["messages"][-2:]
-    return DemoQuestion(
-        id=row["id"],
-        kind=row["id"].split("/")[0],
-        text=user["content"],
-        images=tuple(row["images"]),
-        names=tuple(Path(path).parent.name for path in row["images"]),
-        answer=assistant["content"],
-    )

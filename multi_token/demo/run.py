@@ -24,7 +24,7 @@ from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.demo.parts import encoder_folder, language_model_folder
 from multi_token.demo.report import Example, draw_sheet, write_report
-from multi_token.demo.rows import DemoData, DemoQuestion, build_rows
+from multi_token.demo.rows import DemoData, DemoQuestion, build_rows, to_row
 from multi_token.language_model.loading import load_language_model
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -160,10 +160,7 @@ def run(out: Path, *, size: DemoSize, seed: int, console: Console) -> dict[str, 
     console.rule("4 controls")
     # Each question gets the image of another name; its answer stays.
     order = shuffled_images([question.names[0] for question in naming], seed)
-    mixed = [
-        replace(question, images=naming[j].images, names=naming[j].names)
-        for question, j in zip(naming, order, strict=True)
-    ]
+    mixed = [replace(q, images=naming[j].images) for q, j in zip(naming, order, strict=True)]
     shuffled = asker.ask(mixed, "the same with the images shuffled")
     identical = text_is_untouched(model)
     # The model before any gradient step.
@@ -213,11 +210,9 @@ class BatchGenerator:
     console: Console
 
     def __post_init__(self) -> None:
-        assert self.model.processor is not None
         # A folder of its own: held-out images never enter the features of the training run.
-        cache = FeatureCache(self.out / "cache" / "held_out")
-        self.model.processor = replace(self.model.processor, cache=cache)
-        self.cache = cache
+        self.cache = FeatureCache(self.out / "cache" / "held_out")
+        self.model.processor = replace(self.model.require_processor(), cache=self.cache)
 
     def ask(self, questions: Sequence[DemoQuestion], what: str) -> list[Example]:
         """Greedy answers, right only if they *are* the expected one."""
@@ -230,7 +225,7 @@ class BatchGenerator:
         ) as progress:
             task = progress.add_task(what, total=len(questions))
             answers = self.model.generate(
-                [_row(question) for question in questions],
+                [to_row(question, SYSTEM) for question in questions],
                 root=folder,
                 max_new_tokens=_MAX_NEW_TOKENS,
                 batch_size=_BATCH_SIZE,
@@ -264,17 +259,6 @@ def text_is_untouched(model: MultiTokenForConditionalGeneration) -> bool:
     ids = ids.to(model.device)
     with torch.no_grad():
         return torch.equal(model(input_ids=ids).logits, bare(input_ids=ids).logits)
-
-
-def _row(question: DemoQuestion) -> dict[str, Any]:
-    return {
-        "id": question.id,
-        "images": list(question.images),
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": question.text},
-        ],
-    }
 
 
 def _share_right(examples: Sequence[Example]) -> float:

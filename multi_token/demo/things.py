@@ -67,13 +67,9 @@ def things(num_names: int) -> list[Thing]:
     return list(THINGS[:num_names])
 
 
-def _read_things() -> tuple[Thing, ...]:
-    # Categories are mixed in the table, so that any first N hold most of them, and so do the N
-    # after those: the first N are trained, the next ones held out.
-    with Path(__file__).with_name("things.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Thing(row["name"], row["emoji"], row["category"]) for row in csv.DictReader(file)
-        )
-
-
-THINGS = _read_things()
+# Categories are mixed in the table, so that any first N hold most of them, and so do the N
+# after those: the first N are trained, the next ones held out.
+with Path(__file__).with_name("things.csv").open(encoding="utf-8", newline="") as _file:
+    THINGS = tuple(
+        Thing(row["name"], row["emoji"], row["category"]) for row in csv.DictReader(_file)
+    )

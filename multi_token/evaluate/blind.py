@@ -161,7 +161,6 @@ class MediaShuffle:
         self.order = torch.randperm(len(rows), generator=generator).tolist()
         self.position = {index: position for position, index in enumerate(self.order)}
         self._digests: dict[tuple[int, int], bytes] = {}
-        self._donors: dict[tuple[int, tuple[str, ...]], dict[int, tuple[int, int]]] = {}
 
     def donors(self, index: int, modality_names: Collection[str]) -> dict[int, tuple[int, int]]:
         """Return (row, item) for each item of the row to replace; {} if one has no replacement.
@@ -169,14 +168,6 @@ class MediaShuffle:
         All items come from one row with as many items of these modalities, if there is one; else
         from different rows.
         """
-        key = (index, tuple(sorted(modality_names)))
-        if key not in self._donors:
-            self._donors[key] = self._find_donors(index, modality_names)
-        return self._donors[key]
-
-    def _find_donors(
-        self, index: int, modality_names: Collection[str]
-    ) -> dict[int, tuple[int, int]]:
         mine = self._items(index, modality_names)
         singles: dict[int, tuple[int, int]] = {}
         num_rows, position = len(self.order), self.position[index]

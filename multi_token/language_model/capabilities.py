@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from multi_token.errors import LanguageModelError
@@ -58,27 +59,25 @@ class Capabilities:
     """Rows of a batch with a longer row change: see `forward.max_batched_length`."""
     probe: Callable[[LazyCapability], bool] | None = field(default=None, repr=False, compare=False)
     """Finds a lazy capability by running a few tokens; None without layers: it has none of them."""
-    _found: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    # found once: each of the three runs the model, which may take seconds
+    @cached_property
     def supports_packing(self) -> bool:
         """Rows packed into one, with positions that restart at zero, do not see each other."""
         return self._has("supports_packing")
 
-    @property
+    @cached_property
     def supports_segment_attention(self) -> bool:
         """Packed rows are exact with segment_attention.py, which is faster than a full mask."""
         return self._has("supports_segment_attention")
 
-    @property
+    @cached_property
     def supports_shared_prefix(self) -> bool:
         """Packed rows may share a prefix that is computed once."""
         return self._has("supports_shared_prefix")
 
     def _has(self, capability: LazyCapability) -> bool:
-        if capability not in self._found:
-            self._found[capability] = self.probe is not None and self.probe(capability)
-        return self._found[capability]
+        return self.probe is not None and self.probe(capability)
 
     def require(self, capability: Literal["supports_packing", "supports_shared_prefix"]) -> None:
         """Check a capability that a setting of the recipe needs.
@@ -86,7 +85,7 @@ class Capabilities:
         Raises:
             LanguageModelError: If it is missing, with the reason and the setting to change.
         """
-        if not self._has(capability):
+        if not getattr(self, capability):
             raise LanguageModelError(_LIMITATIONS[capability].format(name=self.name))
 
     def notes(self) -> list[str]:

@@ -19,10 +19,6 @@ GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequen
     dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p"))
 )
 """Options of `generate` for greedy decoding, for any generation config of the model."""
-FLASH_ATTENTION_KWARGS = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-)
-"""Arguments by which transformers' flash attention gets the segments of a packed row."""
 
 
 def base_language_model(language_model: Any) -> Any:
@@ -80,9 +76,8 @@ def max_batched_length(language_model: Any) -> int | None:
 
 def accepts_position_ids(language_model: Any) -> bool:
     """Return True if forward has an argument `position_ids`."""
-    return (
-        "position_ids" in inspect.signature(base_language_model(language_model).forward).parameters
-    )
+    parameters = inspect.signature(base_language_model(language_model).forward).parameters
+    return "position_ids" in parameters
 
 
 def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +85,9 @@ def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]
     parameters = inspect.signature(base_language_model(language_model).forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return dict(inputs)
-    return {name: value for name, value in inputs.items() if name not in FLASH_ATTENTION_KWARGS}
+    # by these, transformers' flash attention gets the segments of a packed row
+    segments = ("cu_seq_lens_", "max_length_")
+    return {name: value for name, value in inputs.items() if not name.startswith(segments)}
 
 
 def supervised_loss(

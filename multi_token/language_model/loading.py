@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 LOAD_FAULTS = (
     ImportError,
     KeyError,
-    NotImplementedError,
     OSError,
     RuntimeError,
     SafetensorError,

@@ -29,15 +29,8 @@ def attach_adapter(language_model: PreTrainedModel, spec: AdapterSpec) -> Any:
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=spec.r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        target_modules=spec.target_modules,
-        use_dora=spec.use_dora,
-        use_rslora=spec.use_rslora,
-    )
+    # the section has PEFT's own names
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, **spec.model_dump())
     try:
         return get_peft_model(language_model, config, autocast_adapter_dtype=True)
     except ValueError as error:
@@ -74,7 +67,6 @@ def _lora_target_modules(language_model: PreTrainedModel) -> list[str]:
 
 
 def _remove_partial_adapter(language_model: nn.Module) -> None:
-    """Put the layers back that PEFT has wrapped."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(language_model.named_modules()):

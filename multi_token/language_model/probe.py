@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -53,10 +53,8 @@ _ROUNDING = 0.05
 MODEL_FAULTS = (
     AssertionError,
     AttributeError,
-    IndexError,
-    KeyError,
     LanguageModelError,
-    NotImplementedError,
+    LookupError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -200,7 +198,11 @@ class _ProbeRun:
             )
         self.spread = float(by_ids.std())
         # A lower bound: `measure_rounding` raises it to what this depth and precision amount to.
-        self.tolerance = 16 * max(torch.finfo(dtype).eps for dtype in self._precisions(by_ids))
+        dtypes = {by_ids.dtype, *(p.dtype for p in self.model.parameters())}
+        if quantized_parameters(self.model):
+            # Stored as integers, but multiplied with few bits: as coarse as bfloat16.
+            dtypes.add(torch.bfloat16)
+        self.tolerance = 16 * max(torch.finfo(d).eps for d in dtypes if d.is_floating_point)
         # Granite multiplies embeddings of ids by a factor, but takes `inputs_embeds` as they are.
         multiplier = getattr(base_language_model(self.model).config, "embedding_multiplier", None)
         distances = []
@@ -252,20 +254,13 @@ class _ProbeRun:
             )
         raise LanguageModelError(f"{self.name} cannot be driven by embeddings: {fault}")
 
-    def _precisions(self, logits: Tensor) -> set[torch.dtype]:
-        dtypes = {logits.dtype, *(p.dtype for p in self.model.parameters())}
-        if quantized_parameters(self.model):
-            # Stored as integers, but multiplied with few bits: as coarse as bfloat16.
-            dtypes.add(torch.bfloat16)
-        return {dtype for dtype in dtypes if dtype.is_floating_point}
+    def measure_rounding(self) -> None:
+        """Raise `tolerance` to this model's rounding between texts of two lengths.
 
-    @cached_property
-    def _short_text(self) -> tuple[bool, float]:
-        """Selection of logits by the loss, and distance of a prefix's logits from the text's.
-
-        In a causal model the logits of a prefix are those of the longer text, up to rounding.
-        Raises LanguageModelError for a model that is not causal.
+        Sets `supports_logits_to_keep` as well: True if the loss selects logits by a mask and
+        divides by `num_items_in_batch`. Raises LanguageModelError for a model that is not causal.
         """
+        # in a causal model the logits of a prefix are those of the longer text, up to rounding
         labels = torch.full_like(self.ids, -100)
         labels[:, 1:4] = self.others[:, 1:4]
         keep = labels[0] != -100
@@ -282,26 +277,18 @@ class _ProbeRun:
             )
             distance = self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
-            if distance <= _OTHER_TEXT and bool((found.loss - loss).abs() <= 0.05 * loss):
-                return True, distance
+            is_loss_close = bool((found.loss - loss).abs() <= 0.05 * loss)
+            self.supports_logits_to_keep = distance <= _OTHER_TEXT and is_loss_close
         except MODEL_FAULTS:
-            pass
-        distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
-        if distance > _OTHER_TEXT:
-            raise LanguageModelError(
-                f"{self.name} lets a position attend to later ones, so it cannot write text; a "
-                "decoder-only model is expected"
-            )
-        return False, distance
-
-    @property
-    def supports_logits_to_keep(self) -> bool:
-        """The loss selects logits by a mask and divides by `num_items_in_batch`."""
-        return self._short_text[0]
-
-    def measure_rounding(self) -> None:
-        """Raise `tolerance` to this model's rounding between texts of two lengths."""
-        _, distance = self._short_text
+            distance = float("inf")
+            self.supports_logits_to_keep = False
+        if not self.supports_logits_to_keep:
+            distance = self.distance(self.logits_from_embeds(self.embeds, self.ids)[0], expected)
+            if distance > _OTHER_TEXT:
+                raise LanguageModelError(
+                    f"{self.name} lets a position attend to later ones, so it cannot write text; "
+                    "a decoder-only model is expected"
+                )
         self.tolerance = max(self.tolerance, 8 * distance)
 
     def find_prefill_mode(self) -> tuple[PrefillMode, bool]:
@@ -309,9 +296,8 @@ class _ProbeRun:
 
         Raises LanguageModelError if neither mode gives the logits of repeated forwards.
         """
-        modes: tuple[PrefillMode, PrefillMode] = ("embeds", "ids")
         fault = ""
-        for mode in modes:
+        for mode in get_args(PrefillMode):
             padded = alone = float("inf")
             # Padded first: where it is exact, nothing else has to run.
             for is_padded in (True, False):

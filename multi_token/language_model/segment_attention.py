@@ -49,11 +49,11 @@ def segment_attention(
     query [1, heads, time, dim], keys, values [1, key_heads, time, dim]. `attention_mask`: a segment
     table, or a mask of transformers, which then does the work alone.
     """
-    if not _is_segment_table(attention_mask):
+    # transformers' own masks are bool or floating
+    if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
-    assert attention_mask is not None
     options["is_causal"] = True
     rows = attention_mask[0, 0].tolist()
     # split, not slices: autograd fills the gradient of a slice up to the length of the pack, once
@@ -98,10 +98,6 @@ def segment_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Ten
         if table is not None:
             return table
     return sdpa_mask(mask_function=mask_function, **options)
-
-
-def _is_segment_table(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int64  # transformers' masks: bool or floating
 
 
 def _find_segments(sees: Callable[..., Tensor], time: int, device: Any) -> Tensor | None:

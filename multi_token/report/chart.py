@@ -21,6 +21,7 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: 
     points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]
     if not points:
         return "<p>There is nothing to draw.</p>"
+    scale = math.log if log else float
     low, high = _value_range([y for _, y in points], log=log, share=share)
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
@@ -28,10 +29,7 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: 
         return _LEFT + (_RIGHT - _LEFT) * (step - first) / (last - first)
 
     def down(value: float) -> float:
-        if log:
-            part = math.log(value / low) / math.log(high / low)
-        else:
-            part = (value - low) / (high - low)
+        part = (scale(value) - scale(low)) / (scale(high) - scale(low))
         return _BOTTOM - (_BOTTOM - _TOP) * part
 
     def line(values: Sequence[tuple[int, float]], name: str) -> str:

@@ -151,8 +151,7 @@ def _predicts_num_features(subject: Subject) -> str:
 
 
 def _makes_embeddings(subject: Subject) -> str:
-    promised = [subject.modality.num_tokens(item.num_features) for item in subject.items]
-    return _project(subject, subject.modality.projector, promised)
+    return _project(subject, subject.modality.projector, subject.modality.num_tokens)
 
 
 def works_with_projector(subject: Subject, *, kind: str) -> str:
@@ -160,14 +159,14 @@ def works_with_projector(subject: Subject, *, kind: str) -> str:
     fields = {"type": kind, "line_break": subject.modality.projector.line_break}
     try:
         spec = registry.build("projector", fields, ProjectorSpec)
-        promised = [spec.num_tokens(item.num_features) for item in subject.items]
-        return _project(subject, spec, promised)
+        return _project(subject, spec, spec.num_tokens)
     except MultiTokenError as refusal:
         return f"does not fit: {refusal}"
 
 
-def _project(subject: Subject, spec: ProjectorSpec, promised: list[int]) -> str:
+def _project(subject: Subject, spec: ProjectorSpec, num_tokens: Callable[[int], int]) -> str:
     """Compare the embeddings of a batch with the promised number, and with one item at a time."""
+    promised = [num_tokens(item.num_features) for item in subject.items]
     projector = spec.build(subject.encoder.dim, _WIDTH).eval()
     with torch.no_grad():
         together = projector(subject.features)

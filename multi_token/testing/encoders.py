@@ -12,18 +12,10 @@ from typing import Any, Literal
 
 import torch
 import transformers as hf
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from multi_token.testing.language_models import tiny_tokenizer
+from multi_token.testing.language_models import tiny_llama_config, tiny_tokenizer
 
 SENTENCES = [
     "The warehouse in Oslo holds blue crates. Who keeps the red lamp? It is a secret!",
@@ -111,12 +103,8 @@ def tiny_image_encoder(folder: Path, kind: str = "clip", *, seed: int = 0) -> st
     `kind`: clip, siglip, siglip2 (native aspect), dinov2, dinov2_with_registers, efficientnet.
     """
     family, fields, processor, options = _IMAGE[kind]
-    return save_random(
-        folder,
-        seed,
-        lambda: _model(family, fields),
-        getattr(hf, f"{processor}ImageProcessorPil")(**options),
-    )
+    image_processor = getattr(hf, f"{processor}ImageProcessorPil")(**options)
+    return save_random(folder, seed, lambda: _model(family, fields), image_processor)
 
 
 def tiny_video_encoder(folder: Path, kind: str, *, num_frames: int = 8, seed: int = 0) -> str:
@@ -211,7 +199,12 @@ def tiny_sentence_encoder(
 
     `kind`: bert, roberta (byte-level tokens), t5 (its decoder is not needed).
     """
-    tokenizer = tiny_tokenizer() if kind == "roberta" else _word_tokenizer()
+    if kind == "roberta":
+        tokenizer = tiny_tokenizer()
+    else:
+        # WordPiece, which lowers letters and drops blanks
+        blank = hf.BertTokenizer()
+        tokenizer = blank.train_new_from_iterator(SENTENCES, vocab_size=200, show_progress=False)
     tokenizer.model_max_length = max_tokens
     fields: dict[str, Any] = {
         **_MLP,
@@ -229,29 +222,6 @@ def tiny_sentence_encoder(
         fields |= {"num_layers": 2, "num_heads": 4}
     family = {"bert": "Bert", "roberta": "Roberta", "t5": "T5"}[kind]
     return save_random(folder, seed, lambda: _model(family, fields), tokenizer)
-
-
-def _word_tokenizer() -> Any:
-    """A WordPiece tokenizer like BERT's, which lowers letters and drops blanks."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    core.decoder = decoders.WordPiece()  # type: ignore[assignment]
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
-    core.train_from_iterator(SENTENCES, trainer)
-    core.post_processor = TemplateProcessing(  # type: ignore[assignment]
-        single="[CLS] $A [SEP]",
-        special_tokens=[(name, special.index(name)) for name in ("[CLS]", "[SEP]")],
-    )
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
 
 
 def tiny_joint_clip(folder: Path, *, seed: int = 0) -> str:
@@ -312,20 +282,9 @@ def tiny_llava(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     vision = vision or hf.CLIPVisionConfig(**_VIT, initializer_range=0.5)
-    text = hf.LlamaConfig(
-        vocab_size=len(tokenizer),
-        **{**_SMALL, "num_hidden_layers": 2},
-        intermediate_size=64,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
     shared: dict[str, Any] = {
         "vision_config": vision,
-        "text_config": text,
+        "text_config": tiny_llama_config(tokenizer, max_length=1024),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "vision_feature_select_strategy": "default",
         **fields,

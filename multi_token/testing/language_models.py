@@ -98,32 +98,37 @@ def tiny_tokenizer(template: str = "chatml") -> Any:
     return tokenizer
 
 
+def tiny_llama_config(tokenizer: Any, *, hidden_size: int = 32, max_length: int = 512) -> Any:
+    """The configuration of a Llama of two layers, for this tokenizer."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        # With the usual 0.02 the answers of all prompts are nearly equal.
+        initializer_range=0.2,
+    )
+
+
 def tiny_language_model(
     folder: Path, *, template: str = "chatml", seed: int = 0, hidden_size: int = 32
 ) -> str:
     """A random two-layer Llama with its tokenizer, saved; returns the folder's name."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(template)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=hidden_size,
-                intermediate_size=2 * hidden_size,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                # With the usual 0.02 the answers of all prompts are nearly equal.
-                initializer_range=0.2,
-            )
-        )
+        model = LlamaForCausalLM(tiny_llama_config(tokenizer, hidden_size=hidden_size))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
