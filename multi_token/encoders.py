@@ -177,7 +177,6 @@ def has_lora(encoder: Encoder) -> bool:
 
 
 def _linear_layers(encoder: Encoder) -> list[str]:
-    """Return the names of linear layers whose forward runs."""
     # torch's fused attention reads the weights of its children directly; LoRA on such a child
     # would train without any effect.
     fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

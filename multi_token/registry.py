@@ -167,7 +167,6 @@ def entry(kind: Kind, name: str, base: type) -> Entry:
 
 
 def _package(kind: Kind, name: str) -> str:
-    """Return the owner of a name, for messages."""
     if name in _registered[kind]:
         return _registered[kind][name].__module__
     points = [point.dist for point in _installed(kind).get(name, [])]

@@ -441,7 +441,6 @@ class ChatTemplate:
 
 
 def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Return the length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

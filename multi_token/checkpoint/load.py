@@ -119,7 +119,6 @@ def load_trained(
 
 
 def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:
-    """Copy a fully trained language model into its base."""
     if quantized_parameters(model.language_model):
         raise CheckpointError(
             f"{path} holds a fully trained language model, and that of the recipe is quantized; "
@@ -135,7 +134,6 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
 
 
 def _load_encoders(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:
-    """Read the trained tensors of encoders."""
     trained = {
         name: validate_fields(
             TrainedEncoderState, entry, where=f"{path / CONFIG}, encoder of {name}"

@@ -85,7 +85,6 @@ def _write_merged(model: MultiTokenForConditionalGeneration, out: Path) -> None:
 
 
 def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> None:
-    """Write the chat template for content parts, and the manifest."""
     chat = model.require_processor().chat
     tokenizer = chat.tokenizer
     question = [{"role": "user", "content": "What is this?"}]

@@ -107,7 +107,6 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
 
 
 def _base_model_relation(fields: Mapping[str, Any]) -> str | None:
-    """Relation to the base model, as the hub names it."""
     if fields.get("base_identity"):
         return "finetune"
     return "adapter" if fields["adapter"] else None

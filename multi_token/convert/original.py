@@ -105,7 +105,6 @@ def import_original(
 
 
 def _find_builder(fields: Mapping[str, Any], source: Path) -> OriginalBuilder:
-    """The table's entry of a configuration. Raises ConvertError."""
     name = fields.get("modality_builder")
     if name not in BUILDERS:
         raise ConvertError(

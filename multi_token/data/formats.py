@@ -344,7 +344,6 @@ class _RowParser:
 
 
 def _split_items(value: Any, *, plural: bool) -> list[Any]:
-    """Return the items of a media field; see `to_conversation`."""
     # `image: array` of three axes is one image, `images: array` of four axes a batch of them
     if isinstance(value, (np.ndarray, Tensor)):
         many = plural and value.ndim > 1

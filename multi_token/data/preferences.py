@@ -91,7 +91,6 @@ def split_preference_row(
 
 
 def _answer(value: Any, name: str, error: ErrorOf) -> list[Any] | str:
-    """Return an answer as a text or as a list of turns."""
     if isinstance(value, str):
         return value
     turns = [value] if isinstance(value, Mapping) else as_list(value)

@@ -194,7 +194,6 @@ class SequentialRows:
         return self._kept[number - self._next]
 
     def _read(self) -> Row:
-        """Read the next row, which may be the first of another epoch."""
         for row in self._rows or ():
             return row
         if self._rows is not None:

@@ -229,7 +229,6 @@ class StreamLoader:
         self.state.num_bad += len(problems)
 
     def _report_skipped(self, window: int) -> None:
-        """Report the rows that were left out, once for each window."""
         last, num_bad = self._reported
         # a line for each window, since a line for each row would flood the terminal
         if window > last:

@@ -104,7 +104,6 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _random_color(random_numbers: random.Random) -> Color:
-    """Return a color: mostly pastel, one in four saturated."""
     hue = random_numbers.random()
     if random_numbers.random() < 0.25:
         saturation, value = random_numbers.uniform(0.5, 0.8), random_numbers.uniform(0.6, 1.0)

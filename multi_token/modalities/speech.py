@@ -188,7 +188,6 @@ class SpeechModality(AudioModality):
         return Prepared(inputs, num_features=num_features)
 
     def _longest(self, extractor: Any) -> int:
-        """Samples of the longest chunk of an encoder of raw waveforms."""
         return round((self.chunk_seconds or _DEFAULT_CHUNK_S) * extractor.sampling_rate)
 
     def _window(self, extractor: Any) -> tuple[int, int]:

@@ -104,7 +104,6 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
 
 
 def _set_override(tree: Any, keys: list[str], value: Any, override: str) -> None:
-    """Write `value` at a dotted path of mappings and list indices."""
     for i, key in enumerate(keys):
         last = i == len(keys) - 1
         if isinstance(tree, list):

@@ -339,7 +339,6 @@ class Service:
             raise
 
     async def _restart_engine_loop(self) -> None:
-        """Restart a dead engine until it runs."""
         while True:
             await asyncio.sleep(_WATCHDOG_INTERVAL_S)
             if self.engine.is_alive:

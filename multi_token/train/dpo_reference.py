@@ -109,7 +109,6 @@ def _preference_rows(
 
 
 def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcessor) -> int:
-    """Return the tokens by which the rejected answer is longer."""
     assert conversation.rejected is not None
     # both have the same media, whose numbers of tokens cancel out, so none are opened
     anything = [1] * len(conversation.media)

@@ -223,7 +223,6 @@ def _held_out(
     cache: FeatureCache | None,
     console: Console,
 ) -> list[TrainingSource]:
-    """Return the good rows of `data.eval`."""
     if not recipe.data.eval:
         return []
     sources = open_rows(model, recipe, recipe.data.eval, cache, console)

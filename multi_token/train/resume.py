@@ -240,7 +240,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _incomplete_reason(path: Path) -> str | None:
-    """Reason why a checkpoint is incomplete, or None."""
     try:
         sizes = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
     except OSError:

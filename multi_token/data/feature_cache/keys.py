@@ -84,7 +84,6 @@ def _origin(name: str, revision: str | None) -> list[Any]:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """Return the commit of a hub name in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -310,5 +310,4 @@ def _num_uses(sources: Sequence[TrainingSource], arguments: Sequence[Any]) -> fl
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

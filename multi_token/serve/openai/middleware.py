@@ -271,7 +271,6 @@ async def _drain(receive: Messages) -> None:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    """Return the first header of this name, or ""."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 

@@ -202,7 +202,6 @@ class DecodeBatch:
         return first, prefix_cache.build_kv_cache(prefixes, first) if first else None
 
     def _store_prefixes(self, indices: Iterable[int]) -> None:
-        """Copy the KV cache of these rows into the prefix cache."""
         prefix_cache = self.params.prefix_cache
         if prefix_cache is None:
             return

@@ -257,7 +257,6 @@ async def _sse_events(response: httpx.Response) -> AsyncIterator[Mapping[str, An
 
 
 async def _first_bytes(response: httpx.Response) -> bytes:
-    """Return the start of a body."""
     # Bounded: an error page may be endless.
     found = b""
     async for data in response.aiter_bytes():
