@@ -55,6 +55,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## Our gateway before a real vLLM: 3 GB, 
 
 golden: $(STAMP) ## Write the golden records again, on purpose; some by ARGS="runs/dpo"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record $(ARGS)
+
 mutate: $(STAMP) $(MUTMUT)/.installed ## Change single things: do tests notice? More by ARGS="chat -n 0"
 	@PYTHONPATH=$(MUTMUT) OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.run $(ARGS)
 

@@ -71,7 +71,7 @@ def read_size(
 ) -> tuple[int, int] | None:
     """Return width and height that `decode_image` would give of a file, from its header.
 
-    None if only decoding tells the rotation: a PNG with metadata after its pixels. Raises
+    None if only decoding gives the rotation: a PNG with metadata after its pixels. Raises
     MediaError if the header is not that of an image, or the image is over a limit.
     """
     label = name or "the image"

@@ -160,7 +160,7 @@ class Modality(BaseModel, ABC):
             size: Result of `size_from_header`.
 
         Returns:
-            `prepare(load(source, fetch)).num_features`, or None if only decoding tells.
+            `prepare(load(source, fetch)).num_features`, or None if it is known only after decoding.
         """
         return None
 
@@ -168,7 +168,7 @@ class Modality(BaseModel, ABC):
         """Return the number of features of an item without decoding it (`data.lengths: headers`).
 
         Returns:
-            The number, or None if only decoding tells.
+            The number, or None if it is known only after decoding.
 
         Raises:
             MediaError: The header shows that the item cannot be decoded.

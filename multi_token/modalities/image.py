@@ -232,7 +232,7 @@ class ImageModality(PretrainedModality):
         """Return width and height in pixels, after the rotation that EXIF asks for.
 
         Returns:
-            `ANY_SIZE` if only decoding tells the rotation. None for a PIL image, which costs
+            `ANY_SIZE` if only decoding gives the rotation. None for a PIL image, which costs
             nothing to decode.
 
         Raises:
