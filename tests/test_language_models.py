@@ -117,7 +117,7 @@ def test_positions_that_depend_on_the_longest_row_are_said_and_prompts_answered_
     assert "a row of more than 32 tokens" in said
     subject = trials.Subject(tmp_path, model)
     assert trials.batch_equals_single(subject) == "yes, by length"
-    with pytest.warns(UserWarning, match="one length after another"):
+    with pytest.warns(UserWarning, match="each length is a batch of its own"):
         model.generate(trials.ROWS, max_new_tokens=2)
     short = trials.prompts(model)[:1]
     assert model.capabilities.can_batch_lengths(len(short[0].input_ids) + 4)

@@ -127,7 +127,7 @@ def batch_equals_single(subject: Subject) -> str:
     for ours, single in zip(together, alone, strict=True):
         assert torch.equal(ours, single), (ours, single)
     assert len({tuple(ids.tolist()) for ids in alone}) > 1, "all answers are the same"
-    by_length = any("one length after another" in str(w.message) for w in warned)
+    by_length = any("each length is a batch of its own" in str(w.message) for w in warned)
     longest = max(len(sample.input_ids) for sample in samples) + 4
     assert by_length != model.capabilities.can_batch_lengths(longest)
     return f"{YES}, by length" if by_length else YES

@@ -327,7 +327,7 @@ def test_the_shape_of_datasets_is_read_with_the_path_as_its_name_only() -> None:
     ("fields", "message"),
     [
         ({"start": -1}, "`start` of the audio is -1, expected 0 seconds or more"),
-        ({"end": "2"}, "`end` of the audio is '2', expected seconds"),
+        ({"end": "2"}, "`end` of the audio is '2', expected 0 seconds or more"),
         ({"start": 0.5, "end": 0.5}, "has `end` 0.5 s, which must be after `start`"),
         ({"start": 7}, "is 1.00 s long, but the row asks for 7 s on"),
         ({"start": 0.5, "end": 9}, "is 1.00 s long, but the row asks for 0.5 to 9 s"),

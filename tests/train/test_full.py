@@ -239,7 +239,7 @@ def test_it_is_pushed_with_its_language_model_and_a_card_that_says_so(
     size = (export_of_parts / "language_model" / "model.safetensors").stat().st_size
     assert files["language_model/model.safetensors"] == size > 100_000
     card = (export_of_parts / "README.md").read_text()
-    assert "projectors and the language model, all of it trained" in card
+    assert "projectors and the fully trained language model" in card
     assert "base_model_relation: finetune" in card
     for path in (export_of_parts / "language_model").glob("*.json"):
         assert str(tmp_path) not in path.read_text(), path.name

@@ -246,7 +246,7 @@ def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodedItem:
     try:
         measured = ("pixels", "frames", "seconds", "characters")
         sizes = {name: float(header["size"].get(name, 0)) for name in measured}
-        # NaN is above no limit, and a negative size would make room for other items
+        # NaN is above no limit, and a negative size would raise the limit of other items
         if not all(0 <= size < math.inf for size in sizes.values()):
             raise ValueError(f"sizes {sizes}")
         sizes["prepared_bytes"] = len(blobs[0])
