@@ -119,7 +119,7 @@ def test_the_walk_leads_from_nothing_to_a_model_that_has_learned(tmp_path: Path)
             outputs.append((text, shell(*shlex.split(text))))
     checks = [output for line, output in outputs if "check heartbeat" in line]
     assert len(checks) == 2 and "BROKEN" not in "".join(checks)
-    assert "gated" not in checks[0] and "projector gated keeps its promise" in checks[1]
+    assert "gated" not in checks[0] and "projector gated makes the promised embeddings" in checks[1]
     (listed,) = [output for line, output in outputs if line == "multi-token modalities"]
     assert re.search(r"heartbeat .*multi-token-heartbeat 0\.1\.0.*ready", listed)
     answers = [output.strip() for line, output in outputs if " ask " in line]
