@@ -149,16 +149,20 @@ def test_a_pack_has_by_default_the_tokens_of_a_batch() -> None:
     assert budget([10, 20, 30], packing=True, pack_tokens=64).max_tokens == 64
 
 
-def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
-    spec = TrainSpec.model_validate(
+def sharing(pack_items: int) -> TrainSpec:
+    return TrainSpec.model_validate(
         {
             "output_dir": "run",
             "stages": [{"name": "one", "learn": {"projectors": 1e-3}}],
             "packing": {"share": True},
             "pack_tokens": 100,
-            "pack_items": 4,
+            "pack_items": pack_items,
         }
     )
+
+
+def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
+    spec = sharing(pack_items=4)
     lengths, num_items = [50, 40, 60, 70, 30, 80, 90], [1, 1, 1, 2, 1, 0, 1]
     groups = [SharedPrefixGroup((0, 2), 40, 1), SharedPrefixGroup((1, 3, 4, 6), 25, 1)]
     rows = packing_plan(spec, lengths, num_items, num_rows=4, groups=groups)
@@ -172,15 +176,7 @@ def test_rows_of_a_group_stay_together_and_their_prefix_counts_once() -> None:
 
 
 def test_an_item_that_a_group_shares_counts_once_against_the_budget_of_items() -> None:
-    spec = TrainSpec.model_validate(
-        {
-            "output_dir": "run",
-            "stages": [{"name": "one", "learn": {"projectors": 1e-3}}],
-            "packing": {"share": True},
-            "pack_tokens": 100,
-            "pack_items": 1,
-        }
-    )
+    spec = sharing(pack_items=1)
     group = SharedPrefixGroup((0, 1, 2), 10, 1)
     rows = packing_plan(spec, [20, 20, 20], [1, 1, 1], num_rows=4, groups=[group])
     assert rows is not None and list(rows.units) == [(0, 1, 2)]
