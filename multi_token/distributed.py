@@ -5,9 +5,9 @@ With one process every function is a no-op or returns its own value, so callers 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,26 +43,24 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def destroy_process_group() -> None:
-    """Leave the process group, if there is one."""
-    if _is_initialized():
-        distributed.destroy_process_group()
-
-
 def exit_without_teardown(code: int, error: Exception | None = None) -> None:
-    """End this process at once if it is one of several; with one process, do nothing.
+    """End this process if it is one of several, before the interpreter is torn down.
 
-    `error` is printed as the interpreter would print it.
+    With one process, do nothing. Functions registered with `atexit` run first, since trackers end
+    their run in one. `error` is printed as the interpreter would print it.
     """
     if num_processes() == 1:
         return
-    # After a fault, collectives may still run in threads of gloo. `destroy_process_group` only
-    # drops references, and a mesh, DDP or a traceback may hold others. A thread that needs the GIL
-    # while the interpreter ends is unwound through C++, which aborts: exit code -6 instead of
-    # `code`. With NCCL, destroying the group would wait for processes that are gone.
     if error is not None:
         sys.excepthook(type(error), error, error.__traceback__)
-    logging.shutdown()
+    if not code:
+        # after a fault NCCL would wait here for processes that are gone
+        distributed.destroy_process_group()
+    # Threads of gloo may still run: `destroy_process_group` only drops references, and DDP, a mesh,
+    # a traceback or a default argument of torch.distributed.nn may hold others. A thread that needs
+    # the GIL while the interpreter ends is unwound through C++, which aborts: exit code -6, not
+    # `code`.
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

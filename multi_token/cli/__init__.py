@@ -113,8 +113,7 @@ def main() -> None:
     except Exception as error:
         _exit_one_of_several(1, error)
         raise
-    if code:
-        _exit_one_of_several(code)
+    _exit_one_of_several(code)
     sys.exit(code)
 
 

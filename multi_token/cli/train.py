@@ -29,7 +29,7 @@ def train(
 
         plan_run(loaded, console=console)
         return
-    from multi_token.distributed import destroy_process_group, is_main_process
+    from multi_token.distributed import is_main_process
     from multi_token.train import train as train_recipe
 
     try:
@@ -41,5 +41,3 @@ def train(
         raise typer.Exit(130) from None
     if is_main_process():
         console.print(f"ask it: multi-token chat {loaded.train.output_dir}", highlight=False)
-    # torch warns of leaked resources if the group is still there at exit
-    destroy_process_group()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from multi_token.data.files.open import load_rows
 from multi_token.data.sources import TrainingSource, good_rows
-from multi_token.distributed import all_gather, destroy_process_group, is_main_process, rank
+from multi_token.distributed import all_gather, exit_without_teardown, is_main_process, rank
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.processor import build_processor
@@ -57,7 +57,7 @@ def main(job: dict[str, Any]) -> None:
     everyone = all_gather(seen)
     if is_main_process():
         Path(job["out"]).write_text(json.dumps(everyone))
-    destroy_process_group()
+    exit_without_teardown(0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from multi_token.distributed import (
     all_gather,
-    destroy_process_group,
+    exit_without_teardown,
     is_main_process,
     num_processes,
     rank,
@@ -132,7 +132,7 @@ def main(job: dict[str, Any]) -> None:
         found[one["name"]] = all_gather(seen)
     if is_main_process():
         Path(job["out"]).write_text(json.dumps(found))
-    destroy_process_group()
+    exit_without_teardown(0)
 
 
 if __name__ == "__main__":

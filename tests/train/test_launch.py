@@ -76,18 +76,19 @@ def test_processes_with_other_recipes_end_with_a_message_and_an_exit_code(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [("MultiTokenError", 1), ("Interrupted", 130), ("ValueError", 1)]
+    ("error", "code"), [("", 0), ("MultiTokenError", 1), ("Interrupted", 130), ("ValueError", 1)]
 )
 def test_a_pending_collective_does_not_change_the_exit_code(
     tmp_path: Path, error: str, code: int
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.broken_group", "fail", str(tmp_path / "meet"), error],
+        [sys.executable, "-m", "tests.train.broken_group", "end", str(tmp_path / "meet"), error],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == code, done.stderr
-    assert "lost another process" in done.stderr
+    assert ("lost another process" in done.stderr) == bool(error)
+    assert "a tracker ends its run" in done.stdout
     assert ("Traceback" in done.stderr) == (error == "ValueError")
