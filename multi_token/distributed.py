@@ -130,13 +130,13 @@ def check_same_values(name: str, values: Sequence[Any], remedy: str) -> None:
 def _digest(values: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
-        text = json.dumps(value, sort_keys=True, default=_jsonable, ensure_ascii=False)
+        text = json.dumps(value, sort_keys=True, default=_digestible, ensure_ascii=False)
         # JSON of a row may hold half of a UTF-16 pair, which UTF-8 refuses without surrogatepass
         digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
-def _jsonable(value: Any) -> str:
+def _digestible(value: Any) -> str:
     """Bytes by their hash, other objects (an opened image) by their type."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return hashlib.sha256(value).hexdigest()

@@ -21,7 +21,7 @@ from multi_token import __version__
 from multi_token.checkpoint.fingerprint import base_model_tensors, check_fingerprint
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL, read_language_model
-from multi_token.checkpoint.references import resolve
+from multi_token.checkpoint.references import resolve_references
 from multi_token.checkpoint.save import (
     ADAPTER,
     CONFIG,
@@ -87,7 +87,9 @@ def read_spec(
     section = dict(fields["model"])
     if language_model is not None:
         section |= {"language_model": language_model, "revision": None}
-    return validate_fields(ModelSpec, resolve(section, folder), where=str(folder / CONFIG))
+    return validate_fields(
+        ModelSpec, resolve_references(section, folder), where=str(folder / CONFIG)
+    )
 
 
 def load_trained(

@@ -26,7 +26,7 @@ def relativize(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return _map_names(fields, relative)
 
 
-def resolve(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def resolve_references(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The `model` section from the config.json of `folder`: `./` names become absolute paths.
 
     Raises CheckpointError for a part that is missing or outside the folder.

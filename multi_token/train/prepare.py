@@ -22,7 +22,7 @@ from transformers import TrainingArguments, set_seed
 from multi_token.checkpoint.atomic import atomic_file
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.load import load_trained, read_config
-from multi_token.checkpoint.references import absolutize, resolve
+from multi_token.checkpoint.references import absolutize, resolve_references
 from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.policy import (
@@ -243,7 +243,7 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
     fields = read_config(run)
     folder = local_folder(run)
     theirs = validate_fields(
-        ModelSpec, resolve(fields["model"], folder), where=str(folder / CONFIG)
+        ModelSpec, resolve_references(fields["model"], folder), where=str(folder / CONFIG)
     )
     names = list(theirs.modalities)
     lacking = [name for name in names if name not in model.modalities]

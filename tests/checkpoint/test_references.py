@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multi_token.checkpoint.fingerprint import check_fingerprint, fingerprint
-from multi_token.checkpoint.references import absolutize, relativize, resolve
+from multi_token.checkpoint.references import absolutize, relativize, resolve_references
 from multi_token.errors import CheckpointError
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
@@ -30,14 +30,14 @@ def test_what_lies_inside_the_folder_is_named_relative_to_it(tmp_path: Path) -> 
     written = relativize(section(str(inside), str(eye)), tmp_path)
     assert written == section("./language_model", "./encoders/image")
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-moved"))
-    found = resolve(written, moved)
+    found = resolve_references(written, moved)
     assert found == section(str(moved / "language_model"), str(moved / "encoders" / "image"))
 
 
 def test_other_folders_and_hub_names_stay_as_they_are(tmp_path: Path) -> None:
     for fields in (section("lab/model", "lab/eye"), section("/elsewhere/model"), section("gpt2")):
         assert relativize(fields, tmp_path) == fields
-        assert resolve(fields, tmp_path) == fields
+        assert resolve_references(fields, tmp_path) == fields
 
 
 def test_a_relative_folder_of_a_recipe_becomes_absolute(
@@ -50,9 +50,9 @@ def test_a_relative_folder_of_a_recipe_becomes_absolute(
 
 def test_a_part_that_is_missing_or_outside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="half-written or was copied in part"):
-        resolve(section("./language_model"), tmp_path)
+        resolve_references(section("./language_model"), tmp_path)
     with pytest.raises(CheckpointError, match="which is outside of it"):
-        resolve(section("./../other"), tmp_path)
+        resolve_references(section("./../other"), tmp_path)
 
 
 def test_a_copy_is_the_same_model_and_other_weights_are_another(tmp_path: Path) -> None:

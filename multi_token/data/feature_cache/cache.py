@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
-from multi_token.data.feature_cache.keys import KeyTable, encoder_fingerprint, source_name
+from multi_token.data.feature_cache.keys import KeyTable, canonical_source, encoder_fingerprint
 from multi_token.data.feature_cache.store import FeatureStore, StoredFeatures
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
@@ -198,7 +198,7 @@ class FeatureCache:
                 + (" with these settings" if known else "")
                 + "; call `fill` or `register_encoder` with its encoder first"
             )
-        text = source_name(item.source)
+        text = canonical_source(item.source)
         if text is None:
             return self._digest(known[1], modality.content(item.source, fetch))
         # by name, so that a file is not read and hashed again in every epoch

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.keys import source_name
+from multi_token.data.feature_cache.keys import canonical_source
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem
@@ -122,7 +122,7 @@ def sample_items(
 
 def share_of(item: Media, number: int, num_shares: int) -> int:
     """Return the share of an item: by the name of its source, or else by its number."""
-    text = source_name(item.source)
+    text = canonical_source(item.source)
     if text is None:
         # all processes walk the same rows, so they agree on the number of an item
         return number % num_shares

@@ -94,7 +94,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def source_name(source: Any) -> str | None:
+def canonical_source(source: Any) -> str | None:
     """Return the name of a source (a path, a URL, a mapping of these) as text, or None.
 
     Equal names are equal sources in every process.

@@ -38,7 +38,7 @@ from multi_token.distributed import (
 )
 from multi_token.encoders import is_randomly_initialized
 from multi_token.errors import MediaError, RecipeError
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import MIB, Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import FeatureCacheSpec
@@ -60,9 +60,7 @@ def cache_folder(recipe: Recipe) -> Path:
 
 def open_cache(folder: Path, spec: FeatureCacheSpec, console: Console) -> FeatureCache:
     """Open the cache in a folder; prints a line for each damaged file in it."""
-    cache = FeatureCache(
-        folder, dtype=spec.dtype, max_shard_bytes=spec.shard_megabytes * 1024 * 1024
-    )
+    cache = FeatureCache(folder, dtype=spec.dtype, max_shard_bytes=spec.shard_megabytes * MIB)
     for damage in cache.damaged:
         console.print(
             f"features in {folder}: {damage}; its items are encoded again", highlight=False

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from multi_token.media.errors import undecodable
+from multi_token.media.fetch import MIB
 
 _LENGTH = struct.Struct(">Q")
-_CHUNK_BYTES = 1024 * 1024
+_CHUNK_BYTES = MIB
 _MAX_DEPTH = 16
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save
 from multi_token import registry
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.errors import undecodable
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import MIB, Fetch
 from multi_token.modalities.base import Modality
 from multi_token.serve.media.protocol import (
     decode_frame,
@@ -42,7 +42,7 @@ _ITEMS_PER_FORK = 1_000
 """Items after which a fork is replaced, so that leaks of decoders do not add up."""
 _INBOX, _OUTBOX = MAX_FILES - 2, MAX_FILES - 1
 """Pipe descriptors of a fork, far from 0 to 2, which libraries print to."""
-_SLACK_BYTES = 1024 * 1024
+_SLACK_BYTES = MIB
 """Bytes a reply may have beyond its tensors: header, safetensors metadata."""
 _CONTINUES = b"+"
 

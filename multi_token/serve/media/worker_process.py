@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import MIB
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
 from multi_token.serve.media.protocol import decode_frame, encode_frame, read_frame
@@ -32,7 +33,7 @@ _START_S = 300.0
 """Time limit for loading libraries and processors."""
 _GRACE_S = 5.0
 """Added to an item's time limit if the worker enforces that limit on its fork itself."""
-_MAX_HEADER = 1024 * 1024
+_MAX_HEADER = MIB
 _KEPT_ENVIRONMENT = (
     "PATH",
     "HOME",

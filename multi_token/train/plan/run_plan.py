@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from multi_token.data.feature_cache.keys import source_name
+from multi_token.data.feature_cache.keys import canonical_source
 from multi_token.data.sources import open_source
 from multi_token.distributed import num_processes
 from multi_token.errors import RecipeError
@@ -103,7 +103,7 @@ def print_encodings(run: Run, recipe: Recipe) -> None:
 
 def _num_different(items: Sequence[tuple[Media, MultiTokenProcessor]]) -> int:
     """Number of items in a full cache; an item without a name differs from all others."""
-    names = [source_name(item.source) for item, _ in items]
+    names = [canonical_source(item.source) for item, _ in items]
     roots = [processor.fetch.root for _, processor in items]
     named = {pair for pair in zip(names, roots, strict=True) if pair[0] is not None}
     return len(named) + sum(name is None for name in names)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import MIB
 from multi_token.serve.engines.base import SamplingParams, TokenEvent
 
 FaultReason = Literal["unreachable", "full", "failed", "lost", "rejected"]
 _CONNECT_S = 5.0
 _HEALTH_S = 5.0
-_MAX_EVENT_BYTES = 4 * 1024 * 1024
+_MAX_EVENT_BYTES = 4 * MIB
 _MAX_FAULT_BYTES = 64 * 1024
 _JSON = {"Content-Type": "application/json"}
 _TOKEN_ID = "token_id:"
