@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from multi_token import __version__
 from multi_token.checkpoint.fingerprint import base_model_tensors, check_fingerprint
@@ -172,7 +173,13 @@ def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
 def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     check_state_dict(path, expected, found)
     for key, tensor in expected.items():
-        tensor.copy_(found[key])
+        full = found[key]
+        if isinstance(tensor, DTensor):
+            # every process has read the full tensor, so none has to send the others their shards
+            full = distribute_tensor(
+                full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
+        tensor.copy_(full)
 
 
 def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None) -> None:

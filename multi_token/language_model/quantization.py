@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from multi_token.errors import LanguageModelError
 
@@ -65,10 +66,12 @@ def keep_backward_layout(model: nn.Module) -> None:
 
 def quantized_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return parameters stored as integers, or as a tensor that wraps integers (torchao)."""
+    # a shard of FSDP2 wraps floats
     return [
         p
         for p in module.parameters()
-        if not p.is_floating_point() or hasattr(p, "__tensor_flatten__")
+        if not p.is_floating_point()
+        or (hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor))
     ]
 
 

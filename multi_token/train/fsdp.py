@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from multi_token.distributed import is_main_process, num_processes
@@ -86,11 +86,23 @@ class FsdpShards:
             for parameter, piece in zip(some, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
 
+    def reshard(self) -> None:
+        """Drop all gathered weights; every process calls it after forwards without a backward.
+
+        FSDP2 reshards the outermost unit in a backward only. A process that drops these weights
+        alone (`state_dict` does, as a save calls it) would gather in the next forward what the
+        others still hold, out of step with them.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def gather(self) -> None:
         """Gather the language model into the main process, for `unsharded`. A collective call."""
-        whole = dict(self._whole.state_dict(keep_vars=True)) if self._whole is not None else {}
+        self.reshard()  # before the main process calls `state_dict` alone, to write
         if not self.model.trained_language_model:
             return  # a frozen language model is referenced by a checkpoint, not saved
+        whole = dict(self._whole.state_dict(keep_vars=True)) if self._whole is not None else {}
         for name, tensor in self.model.language_model.state_dict().items():
             # every rank takes part in each gather; one full tensor at a time is on a device
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -179,6 +179,14 @@ def fit(run: Run, stage: StageRun) -> None:
         )
     line = describe_data_wait(trainer, run.recipe.train)
     console.print(line, highlight=False, soft_wrap=True)
+    if stage.args.load_best_model_at_end:
+        trainer.load_best()
+        metric, best = stage.args.metric_for_best_model, trainer.state.best_metric
+        console.print(
+            f"  the checkpoint of step {trainer.state.best_global_step} is the best by {metric} "
+            f"({best:.4g}), and is the stage's result",
+            highlight=False,
+        )
     # the mark comes last: a stage counts as done only with its result on the disk
     with raise_on_write_error(folder):
         trainer.save_result(folder / "result")

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
-from multi_token.distributed import barrier, is_main_process
+from multi_token.distributed import barrier, broadcast_from_main, is_main_process
+from multi_token.errors import CheckpointError, MultiTokenError, RecipeError
 from multi_token.language_model.segment_attention import segment_attention_enabled
 from multi_token.modalities.base import PretrainedModality
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -79,6 +81,8 @@ class MultiTokenTrainer(Trainer):
         options["compute_loss_func"] = self.objective.loss
         if "data_collator" in options:
             options["data_collator"] = WithRowIds(options["data_collator"])
+        # accelerate keeps the precision of the first trainer for all later ones of a process
+        AcceleratorState._reset_state()
         super().__init__(model=model, **options)
         self.batches.configure(self.args)
         self.add_callback(self.step_metrics)
@@ -111,6 +115,10 @@ class MultiTokenTrainer(Trainer):
         sampler = self.batches.sampler(self.args)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # by length, transformers would look for the lengths in the samples, which have none
+        return SequentialSampler(eval_dataset)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the batch plan. Raises RecipeError for arguments it excludes."""
         args, dataset, accelerator = self.args, self.train_dataset, self.accelerator
@@ -140,6 +148,10 @@ class MultiTokenTrainer(Trainer):
             if self.compile_layers:
                 stack.enter_context(compiled_layers(self.multi_token_model.language_model))
             output = super().train(*args, **options)
+        # accelerate leaves autocast around the forward, and a mark that keeps a later accelerator
+        # from putting its own there: the next stage would train in this one's precision
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(self.multi_token_model).pop("_is_accelerate_prepared", None)
         self.batches.finish()
         return output
 
@@ -217,6 +229,8 @@ class MultiTokenTrainer(Trainer):
         with self.objective.evaluation_mode(gather):
             output: Any = super().evaluation_loop(*args, **options)
             found = self.objective.metrics()
+        if self.sharding is not None:
+            self.sharding.reshard()
         prefix = options.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
@@ -305,7 +319,44 @@ class MultiTokenTrainer(Trainer):
         if is_main_process():
             prune_checkpoints(run, num_kept, best=self.state.best_model_checkpoint)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # the numbers of one process decide: rounded otherwise, some processes would save alone
+        metrics = broadcast_from_main(lambda: metrics)
+        try:
+            is_best = super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            # a stage with `dpo` may have held-out rows without any pair
+            raise RecipeError(
+                f"train args: this evaluation has no {self.args.metric_for_best_model!r}; set "
+                "metric_for_best_model to loss"
+            ) from None
+        # between two saves too, since only what is saved can be loaded at the end
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
+    def _load_best_model(self) -> None:
+        """Do nothing: `load_best` loads it, which knows this project's checkpoints."""
+
+    def load_best(self) -> None:
+        """Load the checkpoint of the best evaluation; a collective call.
+
+        Raises MultiTokenError if no evaluation gave a finite number.
+        """
+        step = broadcast_from_main(lambda: self.state.best_global_step)
+        if not step:
+            raise MultiTokenError(
+                f"load_best_model_at_end: no evaluation gave a finite "
+                f"{self.args.metric_for_best_model}, so no checkpoint is the best; lower the "
+                "learning rates under `learn`, or leave load_best_model_at_end out"
+            )
+        load_trained(self.multi_token_model, Path(str(self.args.output_dir), f"checkpoint-{step}"))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not any(Path(checkpoint).rglob("*optim*")):
+            raise CheckpointError(
+                f"{checkpoint} was saved with `save_only_model`, so it lacks the optimizer's state "
+                "and cannot be continued; remove the checkpoints beside it to begin the stage again"
+            )
         with raise_on_read_error(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -79,8 +79,14 @@ class Watch(TrainerCallback):
         self.stop_at = job.get("stop_at")
         self.poison_at = job.get("poison_at")
 
+    def _pieces(self) -> list[DTensor]:
+        return [p for p in self.trainer.model.parameters() if isinstance(p, DTensor)]
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.seen["num_pieces_after_evaluation"] = len(self._pieces())
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        pieces = [p for p in self.trainer.model.parameters() if isinstance(p, DTensor)]
+        pieces = self._pieces()
         self.seen["wrapper"] = type(self.trainer.model_wrapped).__name__
         self.seen["num_pieces"] = len(pieces)
         self.seen["share"] = sum(p.to_local().numel() for p in pieces) / max(

@@ -42,6 +42,18 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 # packs have the tokens of two rows of mean length, in any number of processes
 PACKS_OF_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 RANDOM = {"train_sampling_strategy": "random"}
+# evaluated after the steps 2, 4, 6 and 8, saved after 3, 6 and 8, and where the run is stopped
+WATCHED = {"max_steps": 8, "eval_steps": 2, "save_steps": 3}
+STOPPED_AT = 7
+NEXT_STEP = {"eval": 3, "save": 4, "eval then save": 7, "resume": 8}
+# the loss falls, so the highest one is that of the first evaluation
+BEST = {
+    "max_steps": 3,
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "greater_is_better": True,
+}
+HELD_OUT = {"held_out": True, "blind": False, "num_samples": 0}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +98,7 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
         *,
         is_tied: bool = False,
         quantization: str | None = None,
+        held_out: bool = False,
         **more: Any,
     ) -> dict[str, Any]:
         common = {
@@ -112,7 +125,8 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
             made["model"]["language_model"] = str(tied)
         if quantization is not None:
             made["model"]["quantization"] = quantization
-        made["data"] = {"train": [{"rows": str(folder / "rows.jsonl")}]}
+        rows = [{"rows": str(folder / "rows.jsonl")}]
+        made["data"] = {"train": rows, "eval": rows} if held_out else {"train": rows}
         return made
 
     return fields
@@ -164,21 +178,27 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
             **around,
         }
 
+    matrix = [
+        run(f"{learn} {fsdp} {part}", learn, {**TWO, **WATCHED}, fsdp=fsdp, **HELD_OUT, **more)
+        for learn in LEARN
+        for fsdp in (False, True)
+        for part, stop in (("begun", {"stop_at": STOPPED_AT}), ("ended", {}))
+        for more in ({**stop, "out": f"watched {learn} {fsdp}"},)
+    ]
     runs = [
-        run("ddp", "projector", {**TWO, "ddp_backend": "gloo"}),
+        *matrix,
+        *[
+            run(f"best {learn}", learn, {**TWO, **BEST}, fsdp=True, **HELD_OUT)
+            for learn in ("adapter", "full")
+        ],
         run("accumulated", "adapter", ACCUMULATED),
         run("cached", "projector", feature_cache=True),
-        run("adapter", "adapter", fsdp=True),
         run("adapter tied", "adapter", fsdp=True, is_tied=True),
-        run("full", "full", fsdp=True),
         run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True),
-        run("full ddp", "full"),
         run("packed", "adapter", packing=True),
         run("packed pieces", "adapter", packing=True, fsdp=True),
         run("ddp stopped", "adapter", stop_at=3),
         run("full stopped", "full", fsdp=True, stop_at=3),
-        run("full on", "full", fsdp=True, stop_at=3, out="full on two"),
-        run("full on again", "full", fsdp=True, out="full on two"),
         run("by length on", "projector", stop_at=5, out="by length"),
         run("by length on again", "projector", out="by length"),
         run("random on", "projector", {**TWO, **RANDOM}, stop_at=5, out="random"),
@@ -199,10 +219,13 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
     return folder, processes(2, folder, runs)
 
 
-def history(out: Path) -> list[tuple[float, float]]:
+def log(out: Path) -> list[dict[str, float]]:
     (done,) = (out / "stages").glob("1-*/done.json")
-    entries = json.loads(done.read_text())["log_history"]
-    return [(e["loss"], e["grad_norm"]) for e in entries if "loss" in e]
+    return json.loads(done.read_text())["log_history"]
+
+
+def history(out: Path) -> list[tuple[float, float]]:
+    return [(e["loss"], e["grad_norm"]) for e in log(out) if "loss" in e]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -212,9 +235,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}: {k}": v for f in files for k, v in load_file(f).items()}
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
+def assert_equal_runs(one: Path, other: Path, *, num_steps: int = 6) -> None:
     """Losses, gradient norms and final weights within 1e-5."""
-    assert len(history(one)) == 6
+    assert len(history(one)) == num_steps
     torch.testing.assert_close(
         torch.tensor(history(other)), torch.tensor(history(one)), atol=1e-5, rtol=1e-5
     )
@@ -222,12 +245,6 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
-
-
-def test_two_processes_train_like_one(two: Any, alone: Any) -> None:
-    folder, seen = two
-    assert [one["wrapper"] for one in seen["ddp"]] == ["DistributedDataParallel"] * 2
-    assert_equal_runs(alone("projector"), folder / "ddp")
 
 
 def test_gradient_accumulation_in_two_processes_trains_like_one(two: Any, alone: Any) -> None:
@@ -238,14 +255,52 @@ def test_a_feature_cache_that_two_processes_fill_changes_nothing(two: Any, alone
     assert_equal_runs(alone("projector"), two[0] / "cached")
 
 
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("after", NEXT_STEP)
+def test_two_processes_go_on_like_one_after(
+    two: Any, alone: Any, learn: str, fsdp: bool, after: str
+) -> None:
+    folder, seen = two
+    assert all("stopped at step 7 of 8" in one["error"] for one in seen[f"{learn} {fsdp} begun"])
+    assert [one["steps"] for one in seen[f"{learn} {fsdp} ended"]] == [1, 1]
+    wrapper = "FSDPMultiTokenForConditionalGeneration" if fsdp else "DistributedDataParallel"
+    assert {one["wrapper"] for one in seen[f"{learn} {fsdp} ended"]} == {wrapper}
+    one, other = alone(learn, WATCHED, **HELD_OUT), folder / f"watched {learn} {fsdp}"
+    before = NEXT_STEP[after] - 1
+    assert history(other)[before] == pytest.approx(history(one)[before], abs=1e-5, rel=1e-5)
+    if after == "resume":
+        assert_equal_runs(one, other, num_steps=8)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_no_process_keeps_weights_unsharded_after_an_evaluation(two: Any, learn: str) -> None:
+    folder, seen = two
+    for one in seen[f"{learn} True ended"]:
+        assert one["num_pieces_after_evaluation"] == one["num_pieces"] > 10
+        assert 0.4 < one["share"] < 0.6
+    # of shards and of copies, the evaluations after the same four steps find the same losses
+    ours, theirs = (
+        [e["eval_loss"] for e in log(folder / f"watched {learn} {fsdp}") if "eval_loss" in e]
+        for fsdp in (False, True)
+    )
+    assert len(ours) == 4
+    assert theirs == pytest.approx(ours, abs=1e-5, rel=1e-5)
+
+
 @pytest.mark.parametrize("learn", ["adapter", "full"])
-@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-def test_fsdp_trains_like_one_process(two: Any, alone: Any, learn: str, is_tied: bool) -> None:
-    name = f"{learn} tied" if is_tied else learn
-    for seen in two[1][name]:
-        assert seen["wrapper"] == "FSDPMultiTokenForConditionalGeneration"
-        assert seen["num_pieces"] > 10 and 0.4 < seen["share"] < 0.6
-    assert_equal_runs(alone(learn, is_tied=is_tied), two[0] / name)
+def test_the_best_checkpoint_is_the_result_of_shards_too(two: Any, learn: str) -> None:
+    folder = two[0] / f"best {learn}"
+    found = [e["eval_loss"] for e in log(folder) if "eval_loss" in e]
+    assert len(found) == 3 and max(found) == found[0]
+    best, result = weights(folder / "stages" / f"1-{learn}" / "checkpoint-1"), weights(folder)
+    assert best.keys() == result.keys()
+    assert all(torch.equal(result[key], best[key]) for key in best)
+
+
+@pytest.mark.parametrize("learn", ["adapter", "full"])
+def test_fsdp_of_tied_weights_trains_like_one_process(two: Any, alone: Any, learn: str) -> None:
+    assert_equal_runs(alone(learn, is_tied=True), two[0] / f"{learn} tied")
 
 
 def test_packs_of_two_processes_train_like_one_that_takes_both(two: Any, alone: Any) -> None:
@@ -273,8 +328,8 @@ def test_a_full_model_that_two_processes_trained_loads_in_one(two: Any) -> None:
     from multi_token.model import MultiTokenForConditionalGeneration
 
     folder, _ = two
-    (file,) = (folder / "full" / "language_model").glob("*.safetensors")
-    model = MultiTokenForConditionalGeneration.from_pretrained(folder / "full")
+    (file,) = (folder / "watched full True" / "language_model").glob("*.safetensors")
+    model = MultiTokenForConditionalGeneration.from_pretrained(folder / "watched full True")
     expected = load_file(file)["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(model.language_model.model.layers[0].mlp.up_proj.weight, expected)
 
@@ -313,13 +368,6 @@ def test_two_processes_resume_within_the_second_epoch_with_its_rows(
     assert all("stopped at step 5 of 6" in one["error"] for one in seen[before])
     assert [one["steps"] for one in seen[after]] == [1, 1]
     assert_equal_runs(alone(learn, args, **more), folder / name)
-
-
-def test_fsdp_resumes_from_a_checkpoint(two: Any, alone: Any) -> None:
-    folder, seen = two
-    assert all("stopped at step 3 of 6" in one["error"] for one in seen["full on"])
-    assert [one["steps"] for one in seen["full on again"]] == [3, 3]
-    assert_equal_runs(alone("full"), folder / "full on two")
 
 
 def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> None:
