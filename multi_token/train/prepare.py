@@ -51,7 +51,7 @@ from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
-from multi_token.train.training_args import training_arguments
+from multi_token.train.training_args import mixed_precision, training_arguments
 
 _DONE = "done.json"
 
@@ -124,6 +124,13 @@ def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForCondi
     )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
+    packing = recipe.train.packing
+    with mixed_precision(args):
+        capabilities = model.capabilities
+        if packing is not None:
+            capabilities.require("supports_packing")
+            if packing.share:
+                capabilities.require("supports_shared_prefix")
     return model
 
 
@@ -150,10 +157,6 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     console.print(*parts, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
-    if spec.packing is not None:
-        model.capabilities.require("supports_packing")
-        if spec.packing.share:
-            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [

@@ -40,6 +40,7 @@ from multi_token.train.progress import (
 )
 from multi_token.train.resume import last_checkpoint, raise_on_write_error
 from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train.training_args import mixed_precision
 
 
 def attach_adapters(run: Run, stage: StageRun) -> None:
@@ -155,7 +156,8 @@ def fit(run: Run, stage: StageRun) -> None:
     trainer = build_trainer(run, stage)
     print_plan(plan_stage(trainer, name, try_steps=False), trainer, console)
     run.evaluation.attach(trainer, name, _trainable_groups(run, stage))
-    check_trainable(run.model.language_model)
+    with mixed_precision(stage.args):
+        check_trainable(run.model.language_model)
     # transformers adds it where tqdm is off; it would print every log a second time
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
