@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
-    report = RunReport(Path(spec.output_dir), recipe, parts)
+    print_fn = partial(console.print, highlight=False, soft_wrap=True)
+    report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
     return Run(
         recipe,
         stages,

@@ -172,6 +172,7 @@ def fit(run: Run, stage: StageRun) -> None:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()
+        run.evaluation.save_report()
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "
