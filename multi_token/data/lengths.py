@@ -6,16 +6,13 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from multi_token import __version__
 from multi_token.checkpoint.atomic import atomic_file
@@ -23,11 +20,10 @@ from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import content_bytes, digest
+from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.types import Conversation, Media, Part
 
 if TYPE_CHECKING:
-    from multi_token.media.fetch import Fetch
     from multi_token.processor import MultiTokenProcessor
 
 _BY_HEADER = "by_header"
@@ -92,7 +88,7 @@ class LengthStore:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
             turns = self._turns(to_conversation(row, self.names, row_id=row_id))
-        except (RowError, _NoStamp):
+        except (RowError, NoStamp):
             # a bad row has no length, and may be fixed before the next start
             return None
         text = json.dumps(turns, ensure_ascii=False)
@@ -110,7 +106,7 @@ class LengthStore:
     def _part(self, part: Part) -> Any:
         if not isinstance(part, Media):
             return part.text
-        return [part.modality, _source_stamp(part.source, self.fetch), part.media_text]
+        return [part.modality, source_stamp(part.source, self.fetch), part.media_text]
 
     def get(self, key: str) -> Length | None:
         """Return the length of a row, or None."""
@@ -183,39 +179,3 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
         if field.name not in _NOT_LENGTHS:
             settings[field.name] = getattr(processor, field.name)
     return digest(json.dumps(settings, sort_keys=True).encode())
-
-
-class _NoStamp(Exception):
-    """A source without a value that changes with its content."""
-
-
-def _source_stamp(source: Any, fetch: Fetch) -> Any:
-    """Return a value for JSON that changes with the content of a source. Raises _NoStamp."""
-    if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *_file_stamp(source, fetch)]
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return digest(bytes(source))
-    if isinstance(source, (Image.Image, np.ndarray, Tensor)):
-        return digest(content_bytes(source, fetch))
-    if isinstance(source, (bool, int, float)):
-        return repr(source)
-    if isinstance(source, Mapping):
-        # tables write every column into every row, so a null field is an absent one
-        pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
-        return [[key, _source_stamp(value, fetch)] for key, value in pairs]
-    if isinstance(source, (list, tuple)):
-        try:
-            return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
-        except (TypeError, ValueError):  # a list of paths or mappings
-            return [_source_stamp(value, fetch) for value in source]
-    raise _NoStamp
-
-
-def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
-    """Return path, size and time of change of the local file that a source names, or []."""
-    path = fetch.local_path(source)
-    try:
-        found = None if path is None else path.stat()
-    except (OSError, ValueError):  # no such file, or a text too long for a name
-        return []
-    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

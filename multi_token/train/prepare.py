@@ -31,6 +31,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.data.sources import (
     TrainingSource,
     build_dataset,
@@ -82,6 +83,8 @@ class Run:
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
+    shared_prefixes: Sequence[SharedPrefixGroup] | None = None
+    """Rows that begin with the same media, once a stage has asked for them."""
 
 
 def closed_form_folder(recipe: Recipe) -> Path:

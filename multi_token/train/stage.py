@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
 from multi_token.collate import Collator
-from multi_token.data.packing import packing_plan, shared_prefix_groups
+from multi_token.data.packing import packing_plan
+from multi_token.data.shared_prefix import SharedPrefixGroup, shared_prefix_groups
 from multi_token.data.sources import TrainingSource
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import barrier, broadcast_from_main, is_main_process
@@ -121,7 +124,7 @@ def _batch_plan(
         lengths,
         num_items,
         num_rows=stage.args.per_device_train_batch_size,
-        groups=shared_prefix_groups(sources, dataset) if find_groups else (),
+        groups=_shared_prefixes(run) if find_groups else (),
     )
     if isinstance(dataset, StreamDataset):
         print_fn = partial(run.console.print, highlight=False, markup=False)
@@ -130,6 +133,18 @@ def _batch_plan(
         return PackedBatches(packing, lengths)
     pairs = isinstance(dataset, PreferenceDataset)
     return PaddedBatches(dataset.num_tokens if pairs else lengths)
+
+
+def _shared_prefixes(run: Run) -> Sequence[SharedPrefixGroup]:
+    """Return the rows that begin with the same media, found once for all stages of a start."""
+    if run.shared_prefixes is None:
+        run.shared_prefixes = shared_prefix_groups(
+            run.sources,
+            Path(run.recipe.train.output_dir),
+            num_workers=max(stage.args.dataloader_num_workers for stage in run.stages),
+            console=run.console,
+        )
+    return run.shared_prefixes
 
 
 def _check_encoders(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:
