@@ -44,6 +44,12 @@ class TarRows(IndexedRows):
                     if member.isfile() and key and dot:
                         entry = (name, member.offset_data, member.size)
                         samples.setdefault(posixpath.join(folder, key), {})[extension] = entry
+                end = file.offset
+            # tarfile takes a file that is cut between two members, or in a header, for a whole one
+            with self.path.open("rb") as opened:
+                opened.seek(end)
+                if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"it is cut short, at byte {end:,} there is no end")
         except (OSError, tarfile.TarError) as error:
             raise MultiTokenError(
                 f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "
