@@ -136,9 +136,15 @@ class LengthStore:
         }
         if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._file) as partial:
-            save_file(arrays, partial)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self._file) as partial:
+                save_file(arrays, partial)
+        except (OSError, SafetensorError) as error:
+            raise MultiTokenError(
+                f"the lengths of rows could not be written to {self.folder}: {error}; free some "
+                "space there, and start the same command again"
+            ) from error
 
     def finish(self, share: int, num_shares: int, *, of: str) -> bool:
         """Save, mark a share as done, and return True if all shares are.

@@ -180,7 +180,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     if cache is not None:
         sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
-            fill_cache(model.modalities, encoders, sources, cache, console)
+            num_workers = max(stage.args.dataloader_num_workers for stage in stages)
+            fill_cache(model.modalities, encoders, sources, cache, console, num_workers=num_workers)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a

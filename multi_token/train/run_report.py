@@ -124,7 +124,7 @@ class RunReport:
             # a resumed run repeats the steps after its checkpoint, and their answers
             reached = max((entry.get("step", 0) for entry in history), default=0)
             self._stage["samples"] = [s for s in self._stage["samples"] if s["step"] <= reached]
-            self._stage |= {"step": 0, "curves": {}}
+            self._stage.update(step=0, curves={})
             self._num_logged, self._curves, self._lines = 0, {}, []
             self._appends = False
         for entry in history[self._num_logged :]:
