@@ -70,7 +70,7 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
     """
     if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *file_stamp(source, fetch)]
+        return [os.fspath(source), *_file_stamp(source, fetch)]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
@@ -89,7 +89,7 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     raise NoStamp
 
 
-def file_stamp(source: Any, fetch: Fetch) -> list[Any]:
+def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
     """Return path, size and time of change of the local file that a source names, or []."""
     path = fetch.local_path(source)
     try:

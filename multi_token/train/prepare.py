@@ -49,11 +49,17 @@ from multi_token.recipe.recipe import Recipe, differences
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.registry import validate_fields
 from multi_token.train.compile import apply_kernels
+from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
-from multi_token.train.training_args import training_arguments
+from multi_token.train.training_args import (
+    check_metric,
+    data_seed,
+    training_arguments,
+    visible_devices_line,
+)
 
 _DONE = "done.json"
 
@@ -103,6 +109,7 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
         args = training_arguments(
             folder, fields, seed=train.seed, learning_rate=stage.learn.logged_lr
         )
+        check_metric(args, ("loss",) if stage.dpo is None else DpoLoss.METRICS)
         stages.append(StageRun(stage, folder, args))
     stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
     return stages
@@ -138,6 +145,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     skips them.
     """
     spec, args = recipe.train, stages[0].args
+    if (line := visible_devices_line(args)) is not None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     # before the model: projectors and encoders without weights draw theirs here
     set_seed(spec.seed)
     model = compose_model(recipe, args)
@@ -164,7 +173,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             open_source(source, model.processor, recipe, None) for source in recipe.data.train
         ]
     else:
-        streams = open_streams(model.require_processor(), recipe, seed=args.data_seed or spec.seed)
+        streams = open_streams(model.require_processor(), recipe, seed=data_seed(args))
         sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
     encoders = {name: model.encoder(name) for name in model.modalities}
@@ -180,8 +189,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     if cache is not None:
         sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
-            num_workers = max(stage.args.dataloader_num_workers for stage in stages)
-            fill_cache(model.modalities, encoders, sources, cache, console, num_workers=num_workers)
+            fill_cache(recipe, model.modalities, encoders, sources, cache, console)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
@@ -219,7 +227,7 @@ def open_rows(
     sources = [open_source(source, model.processor, recipe, cache) for source in specs]
     if cache is not None:
         encoders = {name: model.encoder(name) for name in model.modalities}
-        fill_cache(model.modalities, encoders, sources, cache, console)
+        fill_cache(recipe, model.modalities, encoders, sources, cache, console)
     return sources
 
 

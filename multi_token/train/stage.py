@@ -12,9 +12,14 @@ from transformers import PrinterCallback, set_seed
 from multi_token.collate import Collator
 from multi_token.data.packing import packing_plan
 from multi_token.data.shared_prefix import SharedPrefixGroup, shared_prefix_groups
-from multi_token.data.sources import TrainingSource
+from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.data.streaming import StreamDataset
-from multi_token.distributed import barrier, broadcast_from_main, is_main_process
+from multi_token.distributed import (
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+)
 from multi_token.encoders import attach_lora, check_gradients_reach
 from multi_token.errors import Interrupted
 from multi_token.language_model.lora import attach_adapter
@@ -141,7 +146,9 @@ def _shared_prefixes(run: Run) -> Sequence[SharedPrefixGroup]:
         run.shared_prefixes = shared_prefix_groups(
             run.sources,
             Path(run.recipe.train.output_dir),
-            num_workers=max(stage.args.dataloader_num_workers for stage in run.stages),
+            num_workers=num_readers(
+                run.recipe, sum(len(s.lengths) for s in run.sources) // num_processes()
+            ),
             console=run.console,
         )
     return run.shared_prefixes

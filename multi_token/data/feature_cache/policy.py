@@ -32,7 +32,7 @@ from multi_token.data.feature_cache.encode import (
     sample_items,
 )
 from multi_token.data.parallel import progress_bar, read_parallel, share_of
-from multi_token.data.sources import TrainingSource
+from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.distributed import (
     all_gather,
     broadcast_from_main,
@@ -159,21 +159,22 @@ def choose_feature_cache(
 
 
 def fill_cache(
+    recipe: Recipe,
     modalities: Mapping[str, Modality],
     encoders: Mapping[str, Encoder],
     sources: Sequence[TrainingSource],
     cache: FeatureCache,
     console: Console,
-    *,
-    num_workers: int = 0,
 ) -> None:
     """Encode all items that the cache lacks; collective.
 
-    Each process and each of its `num_workers` data workers looks at its share of the rows, and each
-    process encodes its share of the items. An item whose file is unchanged since an earlier start
-    is not read.
+    Each process and each of its data workers looks at its share of the rows, and each process
+    encodes its share of the items. An item whose file is unchanged since an earlier start is not
+    read.
     """
     row_sources = _row_sources(sources)
+    num_rows = sum(len(source.rows) for source in row_sources)
+    num_workers = num_readers(recipe, num_rows // num_processes())
     register_encoders(cache, modalities, encoders)
     look = partial(_missing_items, row_sources, modalities, cache, console, num_workers)
 

@@ -113,7 +113,7 @@ def test_processes_that_train_together_share_the_encoding(
         cache = FeatureCache(folder)
         source = open_source(recipe.data.train[0], model.processor, recipe, cache)
         out = Console(file=(tmp_path / f"said-{rank}").open("w"), width=200)
-        fill_cache(model.modalities, model.encoders, [source], cache, out)
+        fill_cache(recipe, model.modalities, model.encoders, [source], cache, out)
         assert all(
             source.processor.prepare(item).inputs.keys() == {"features"}
             for item, _ in source.items()
@@ -121,7 +121,7 @@ def test_processes_that_train_together_share_the_encoding(
         # another start with a full cache: each process looks at its half of the rows
         counted = CountedRows(source.rows)
         again = replace(source, rows=counted)
-        fill_cache(model.modalities, model.encoders, [again], FeatureCache(folder), out)
+        fill_cache(recipe, model.modalities, model.encoders, [again], FeatureCache(folder), out)
         assert counted.seen == [rank, rank + 2]
 
     monkeypatch.setattr(MissingItems, "PART", 1)
