@@ -126,6 +126,9 @@ def serve(
     # uvicorn only logs an error of the startup and returns
     if isinstance(service.start_error, MultiTokenError):
         raise service.start_error
+    # a supervisor replaces a process that failed
+    if service.engine_error is not None:
+        raise service.engine_error
     if not server.started:
         raise MultiTokenError(
             f"the server did not start on {settings.host}:{settings.port}; see the log lines above"

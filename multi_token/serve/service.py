@@ -2,7 +2,8 @@
 
     Conversation -> PromptBuilder (decode, tokenize, encode, project) -> engine -> RequestOutput
 
-`Service` admits requests, applies deadlines and context limits, and restarts a dead engine.
+`Service` admits requests, applies deadlines and context limits, and restarts a dead engine. A local
+engine that dies again and again stays dead, and the server exits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from multi_token.errors import ChatTemplateError
+from multi_token.errors import ChatTemplateError, LanguageModelError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
@@ -49,6 +50,8 @@ LOG = logging.getLogger("multi_token.serve")
 _MAX_CHARACTERS_PER_TOKEN = 64
 _WATCHDOG_INTERVAL_S = 0.5
 """Interval of the check that the engine is alive."""
+_MAX_RESTARTS = 3
+"""Restarts of a local engine without a complete response, after which it stays dead."""
 
 
 class PromptBuilder:
@@ -191,6 +194,9 @@ class Service:
         self._request_numbers = itertools.count()
         self.start_error: Exception | None = None
         """Error of a failed start."""
+        self.engine_error: LanguageModelError | None = None
+        """Set once the engine is given up; the server then exits."""
+        self._num_restarts = 0
 
     async def start(self) -> None:
         """Start the engine and the media workers. Raises MultiTokenError if one fails."""
@@ -306,6 +312,8 @@ class Service:
                 for id in ids:
                     self.engine.cancel(id)
                 self.metrics.record_output(output, arrived=arrived, submitted=submitted)
+                if output.is_complete:
+                    self._num_restarts = 0
 
     def _max_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """Maximum number of new tokens. Raises ServeError if they do not fit the context."""
@@ -339,17 +347,28 @@ class Service:
             raise
 
     async def _restart_engine_loop(self) -> None:
+        reason = "it died after each restart"
         while True:
             await asyncio.sleep(_WATCHDOG_INTERVAL_S)
             if self.engine.is_alive:
                 continue
+            # A process whose device context is lost cannot recover: it has to be replaced. A
+            # gateway waits instead, since its engines come back without it.
+            if self._num_restarts == _MAX_RESTARTS and not self.engine.is_remote:
+                self.engine_error = LanguageModelError(
+                    f"the engine was restarted {_MAX_RESTARTS} times without a complete response, "
+                    f"so this server ends ({reason}); start it again"
+                )
+                LOG.error("%s", self.engine_error)
+                return
             LOG.error("the engine %s died; restarting it", self.engine.name)
+            self._num_restarts += 1
             self.metrics.engine_restarts.inc()
-            # Any error of a restart is logged and tried again: /health reports 503 meanwhile, and
-            # an ended loop would leave the server without an engine for good.
+            # Any error of a restart is logged and tried again; /health reports 503 meanwhile.
             try:
                 await asyncio.to_thread(self.engine.start)
             except Exception as error:
+                reason = str(error)
                 LOG.error("the engine did not restart", exc_info=error)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from multi_token.serve.service import _MAX_RESTARTS
 from tests.serve.running_server import RunningServer, running
 
 pytestmark = pytest.mark.slow
@@ -192,6 +193,27 @@ def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
             metrics = httpx.get(f"{server.url}/metrics").text
             assert "multi_token_engine_restarts_total 1.0" in metrics
             watching.cancel()
+    finally:
+        hook.remove()
+
+
+def test_restarts_with_complete_responses_between_them_do_not_add_up(text_model: Any) -> None:
+    broken = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        if broken.is_set():
+            raise RuntimeError("out of memory")
+
+    hook = text_model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        with running(text_model) as server:
+            for _ in range(_MAX_RESTARTS + 1):
+                broken.set()
+                assert chat(server, SHORT).status_code == 503
+                broken.clear()
+                assert server.wait_until(lambda: server.service.is_healthy)
+                assert chat(server, SHORT).status_code == 200
+            assert server.service.engine_error is None
     finally:
         hook.remove()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
     EngineEvent,
@@ -387,3 +388,25 @@ def test_the_engine_uses_the_threads_of_torch_after_any_number_of_starts(
         assert set(seen) == {4}
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_engine_starts_only_if_the_model_generates_for_a_plain_prompt(
+    llama: Any, start_local: Any
+) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    engine = start_local(llama)
+    engine.stop()
+    hook = llama.language_model.register_forward_pre_hook(lost)
+    try:
+        for _ in range(2):
+            with pytest.raises(LanguageModelError, match="plain prompt.*the device is lost"):
+                engine.start()
+            assert not engine.is_alive
+        with pytest.raises(LanguageModelError, match="the device is lost"):
+            start_local(llama)
+    finally:
+        hook.remove()
+    engine.start()
+    assert engine.is_alive

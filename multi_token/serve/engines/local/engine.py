@@ -1,6 +1,7 @@
 """Local engine: iteration-level (continuous) batching of any language model, in one thread.
 
-start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py)
+start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py);
+        generate for a plain prompt
 loop:   1. schedule waiting requests that fit the token budget; wait for one if none is running
         2. prefill them as a batch, and extend the running batch by it
         3. one decode step for all running requests; finished ones leave
@@ -14,8 +15,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from multi_token.errors import LanguageModelError
 from multi_token.serve.engines.engine import Engine
-from multi_token.serve.engines.fallback import generate_batch, retry_individually
+from multi_token.serve.engines.fallback import (
+    check_plain_prompt,
+    generate_batch,
+    retry_individually,
+)
 from multi_token.serve.engines.local.decode_loop import DecodeBatch, DecodeParams
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
 from multi_token.serve.engines.parity import (
@@ -83,6 +89,16 @@ class LocalEngine(Engine):
                 self._mode,
                 "on" if self._use_prefix_cache else "off",
             )
+        # Also at every restart: after a sticky error of the device each forward raises, and an
+        # engine that is alive again would only fail its next requests.
+        try:
+            check_plain_prompt(self.model)
+        # Whatever the model raises, it generates for nobody.
+        except Exception as error:
+            raise LanguageModelError(
+                "the language model fails on a plain prompt, so nothing can be generated: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self._is_stopping = False
         self._thread = threading.Thread(target=self._engine_loop, name="local engine", daemon=True)
         self._thread.start()
@@ -108,6 +124,8 @@ class LocalEngine(Engine):
             _LOG.error("the engine thread ends", exc_info=error)
             with self._condition:
                 self._is_stopping = True
+            # The next start needs the memory of its KV cache.
+            self._batch = None
             self._fail_unfinished()
 
     def _new_batch(self) -> DecodeBatch:
