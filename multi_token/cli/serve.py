@@ -65,7 +65,9 @@ def serve(
         0.0, help="Time to wait at startup for the first vLLM server, in seconds."
     ),
     examples: bool = typer.Option(
-        True, help="Show rows of the run's data as examples on the chat page."
+        False,
+        help="Show rows of the run's data on the chat page, to every client: up to six as "
+        "examples, and the training report with its samples.",
     ),
     shutdown_timeout: float = typer.Option(
         30.0, help="Time for running requests to finish after SIGTERM, in seconds."

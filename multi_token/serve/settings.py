@@ -37,9 +37,9 @@ class ServeSettings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535)
     """0: a free port."""
     run_folder: Path | None = None
-    """Run folder whose report and example rows the chat page shows; None: neither."""
-    show_examples: bool = True
-    """Show rows of the run's data on the chat page, to clients with a key."""
+    """Run folder whose report and example rows the chat page may show; None: neither."""
+    show_examples: bool = False
+    """Show rows of the run's data on the chat page: examples, and the report with its samples."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Clients must send one of these as `Authorization: Bearer KEY`; empty: no key needed."""
     allowed_url_hosts: tuple[str, ...] = ()

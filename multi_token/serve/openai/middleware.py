@@ -36,8 +36,10 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPEN_PATHS = frozenset({"/health"})
 _MAX_BODIES_BUFFERED = 8
 """Bodies of the largest size that are held in memory at once."""
-_DRAIN_S = 1.0
-"""Time to read the rest of a refused body before its connection is closed."""
+_MIN_DRAIN_S = 1.0
+"""Time to read the rest of a refused body, if the time limit of the body has passed."""
+_MAX_BODIES_DRAINED = 8
+"""Bodies of the largest size that are read and dropped of one that is longer than the limit."""
 
 
 @dataclass
@@ -98,7 +100,7 @@ class GuardMiddleware:
         given = _header(scope, b"x-request-id")
         record = RequestLog(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
         scope[RECORD] = record
-        timed_send = _TimedSend(send, record, self.settings.send_timeout_s, scope.get(ABORT))
+        timed_send = _TimedSend(send, record, self.settings, scope.get(ABORT))
         try:
             await self._handle(scope, receive, timed_send)
         except ClientGone:
@@ -215,7 +217,7 @@ class _TimedSend:
 
     asgi_send: Send
     record: RequestLog
-    timeout_s: float
+    settings: ServeSettings
     abort: Callable[[], None] | None
     is_body_read: bool = False
 
@@ -228,7 +230,7 @@ class _TimedSend:
                 (b"x-content-type-options", b"nosniff"),
             ]
         try:
-            await asyncio.wait_for(self.asgi_send(message), self.timeout_s)
+            await asyncio.wait_for(self.asgi_send(message), self.settings.send_timeout_s)
         except asyncio.TimeoutError:
             # Abort, not close: closing flushes the buffer first, which this client does not read.
             if self.abort is not None:
@@ -251,23 +253,29 @@ class _TimedSend:
                 {"type": "http.response.start", "status": error.status, "headers": pairs}
             )
             await self.send({"type": "http.response.body", "body": body, "more_body": True})
-            # A socket closed with unread input sends RST, and the client may lose the response.
-            if is_cut_off and error.status == 413:
-                await _drain(receive)
+            # A socket closed with unread input sends RST, and a client that still sends its body
+            # would lose the response: it would retry where it should wait.
+            if is_cut_off:
+                until = self.record.started + self.settings.body_timeout_s
+                until = max(until, time.monotonic() + _MIN_DRAIN_S)
+                await _drain(receive, until, _MAX_BODIES_DRAINED * self.settings.max_body_bytes)
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
             self.record.fields["code"] = "client_gone"
 
 
-async def _drain(receive: Messages) -> None:
-    """Read and drop what a client still sends, for up to `_DRAIN_S`."""
+async def _drain(receive: Messages, until: float, max_bytes: int) -> None:
+    """Read and drop what a client still sends, up to a point in time and a number of bytes."""
 
     async def read_rest() -> None:
-        while (await receive()).get("more_body", False):
-            pass
+        num_bytes, more = 0, True
+        while more and num_bytes <= max_bytes:
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
 
     with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read_rest(), _DRAIN_S)
+        await asyncio.wait_for(read_rest(), until - time.monotonic())
 
 
 def _header(scope: Scope, name: bytes) -> str:

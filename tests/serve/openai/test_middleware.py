@@ -301,6 +301,29 @@ def test_bodies_in_memory_have_a_limit_together() -> None:
                 connection.close()
 
 
+@pytest.mark.parametrize("status", [413, 429])
+def test_a_client_that_still_sends_a_refused_body_reads_the_response(status: int) -> None:
+    """The body is larger than all buffers between the two, so it is sent only if it is read."""
+    size = 32 * 2**20
+    held: list[socket.socket] = []
+    limit = size if status == 429 else size // 4
+    head = f"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
+    with guarded_server(max_body_bytes=limit) as opened:
+        try:
+            for _ in range(8 if status == 429 else 0):
+                held.append(opened.socket())
+                held[-1].sendall(head + b"x" * (size - 1))
+            client = opened.socket()
+            held.append(client)
+            client.sendall(head + b"x" * size)  # it reads nothing before that
+            answer = client.makefile("rb").read()
+        finally:
+            for connection in held:
+                connection.close()
+    assert answer.startswith(f"HTTP/1.1 {status}".encode())
+    assert b"connection: close" in answer
+
+
 def test_an_exception_of_a_route_becomes_a_500_without_its_text(
     keyed: GuardedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
