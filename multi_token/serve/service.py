@@ -162,7 +162,9 @@ class Service:
         """`engine`: overrides the engine of the settings."""
         self.settings = settings
         self.engine = engine or build_engine(model, settings)
-        self.admission = Admission(settings.max_batch, settings.max_waiting)
+        self.admission = Admission(
+            settings.max_batch, settings.max_waiting, is_shared=len(settings.api_keys) > 1
+        )
         self.metrics = Metrics(list(model.modalities))
         self.message_parser = MessageParser(
             model.modalities,
@@ -278,8 +280,8 @@ class Service:
         arrival. Raises ServeError if the request cannot start.
         """
         arrived = time.monotonic() if arrived is None else arrived
-        self.check_capacity(params.n)
-        with self.admission.admit(params.n):
+        self.check_capacity(params.n, tenant)
+        with self.admission.admit(params.n, tenant):
             building = self.prompts.build(
                 conversation, tenant, lambda length: self._max_new_tokens(length, 1)
             )
@@ -338,10 +340,10 @@ class Service:
             media[span.modality] += span.length
         return Usage(len(prompt.input_ids), media, self._openai_kinds)
 
-    def check_capacity(self, num_choices: int = 1) -> None:
+    def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:
         """Raise ServeError, and count it, if a request with N choices would be refused now."""
         try:
-            self.admission.check_capacity(num_choices)
+            self.admission.check_capacity(num_choices, tenant)
         except ServeError as error:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise

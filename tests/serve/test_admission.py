@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -77,6 +78,25 @@ def test_a_full_queue_is_a_429_with_retry_after(small: RunningServer) -> None:
     assert statuses == [200]  # it started when the first one ended
     assert chat(small, SHORT).status_code == 200
     assert 'rejections_total{reason="queue_full"}' in httpx.get(f"{small.url}/metrics").text
+
+
+def test_one_key_cannot_fill_the_queue_of_another(text_model: Any) -> None:
+    keys = ("sk-greedy-key", "sk-other-key")
+    greedy, other = ({"Authorization": f"Bearer {key}"} for key in keys)
+    with running(text_model, api_keys=keys, max_batch=1, max_queue=3) as server:
+        url = f"{server.url}/v1/chat/completions"
+        with ExitStack() as streams:
+            statuses = []
+            for _ in range(4):
+                options = {"json": {**LONG, "stream": True}, "headers": greedy, "timeout": 30}
+                answer = streams.enter_context(httpx.stream("POST", url, **options))
+                statuses.append(answer.status_code)
+                if answer.is_success:
+                    next(answer.iter_lines())
+            assert statuses == [200, 200, 200, 429]
+            # it also starts before those that waited before it
+            assert chat(server, SHORT, **other).status_code == 200
+            assert server.service.engine.num_waiting > 0
 
 
 def test_more_choices_than_the_capacity_are_a_400(small: RunningServer) -> None:

@@ -1,8 +1,10 @@
 """Pool of media workers: media items of requests -> encoder input, decoded under limits.
 
-    item -> reader threads (download, data: URLs) -> queue -> decoder threads -> worker processes
+    item -> reader threads (data: URLs, bytes) -+-> queue -> decoder threads -> worker processes
+         -> download threads (web addresses) ---'
 
-Workers never get a path or a URL, only bytes. An item that kills its worker fails alone.
+Tenants take turns in the queue. Workers never get a path or a URL, only bytes. An item that kills
+its worker fails alone.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from multi_token.errors import MediaError, MultiTokenError
@@ -40,14 +44,23 @@ _MAX_WAITING_PER_WORKER = 16
 """Items of the largest size that may wait for each worker."""
 _JSON_BYTES_PER_NUMBER = 32
 """Upper bound of a number's length in JSON."""
-_MAX_READERS = 8
-"""Concurrent downloads."""
+_NUM_READERS = 2
+_MAX_DOWNLOADS = 8
+"""Concurrent downloads, in threads of their own: a slow host delays no other item."""
 _SOURCES = frozenset(("path", "bytes", "array", "image", "audio", "video"))
 """Keys of an object whose values are sources; a string under another key is plain text."""
 _MAX_DEPTH = 16
 _ADDRESS = re.compile("data:|https?://", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _DecodeJob:
+    tenant: str
+    modality: str
+    frame: bytes
+    result: Future[DecodedItem]
 
 
 class MediaPool:
@@ -100,8 +113,11 @@ class MediaPool:
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._items: set[Future[DecodedItem]] = set()
+        self._waiting: OrderedDict[str, deque[_DecodeJob]] = OrderedDict()
+        """Tenant -> its items; the first tenant is next."""
         # None before the start and after a stop.
         self._readers: ThreadPoolExecutor | None = None
+        self._downloads: ThreadPoolExecutor | None = None
         self._decoders: ThreadPoolExecutor | None = None
 
     @property
@@ -126,7 +142,8 @@ class MediaPool:
         except MultiTokenError:
             self.stop()
             raise
-        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="media-reader")
+        self._downloads = ThreadPoolExecutor(_MAX_DOWNLOADS, thread_name_prefix="media-download")
         self._decoders = ThreadPoolExecutor(len(self._workers), thread_name_prefix="media-worker")
         self._idle_workers.put(self._workers[0])
         for worker in self._workers[1:]:
@@ -136,13 +153,16 @@ class MediaPool:
         """End the workers; waiting and running items fail with 503."""
         for worker in self._workers:
             worker.stop()
-        if self._decoders is not None and self._readers is not None:
+        if self._decoders and self._readers and self._downloads:
             # Waits for all items: each one that is left fails at once, since its worker is stopped.
             self._decoders.shutdown()
-            self._readers.shutdown(wait=False, cancel_futures=True)
-            self._decoders = self._readers = None
+            for readers in (self._readers, self._downloads):
+                readers.shutdown(wait=False, cancel_futures=True)
+            self._decoders = self._readers = self._downloads = None
 
-    async def prepare(self, item: Media, totals: RequestMediaBudget | None = None) -> Prepared:
+    async def prepare(
+        self, item: Media, totals: RequestMediaBudget | None = None, *, tenant: str = ""
+    ) -> Prepared:
         """One item -> encoder input. `totals`: budget of its request, sent bytes counted already.
 
         Raises ServeError: 400 for media that cannot be read or decoded, 413 if the request's items
@@ -150,25 +170,27 @@ class MediaPool:
         if the queue is full, 503 if the pool is stopped. Cancelling takes a waiting item out of the
         queue; the result of a running one is dropped.
         """
-        if self._readers is None or self._decoders is None:
+        if self._readers is None or self._downloads is None or self._decoders is None:
             raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
         decoders, loop = self._decoders, asyncio.get_running_loop()
-        frame = await loop.run_in_executor(self._readers, self._build_frame, item)
+        try:
+            frame = await loop.run_in_executor(self._readers, self._build_frame, item)
+        except _NeedsDownload:
+            frame = await loop.run_in_executor(self._downloads, self._build_frame, item, True)
         # Bytes that came in the body were counted before; a download is known only now.
         if totals is not None and not isinstance(item.source, bytes):
             totals.add(bytes=len(frame))
-        decoded = await asyncio.wrap_future(self._submit(decoders, item.modality, frame))
+        job = _DecodeJob(tenant, item.modality, frame, Future())
+        decoded = await asyncio.wrap_future(self._submit(decoders, job))
         if totals is not None:
             totals.add(**decoded.sizes)
         return decoded.prepared
 
-    def _submit(
-        self, decoders: ThreadPoolExecutor, modality: str, frame: bytes
-    ) -> Future[DecodedItem]:
+    def _submit(self, decoders: ThreadPoolExecutor, job: _DecodeJob) -> Future[DecodedItem]:
         """Queue an item, and count its bytes until it ends. Raises ServeError (429, 503)."""
-        num_bytes = len(frame)
+        num_bytes, future = len(job.frame), job.result
         with self._lock:
             # An empty queue takes any item: one item may be larger than the queue's share.
             if (
@@ -182,11 +204,13 @@ class MediaPool:
                     retry_after=1.0,
                 )
             try:
-                future = decoders.submit(self._decode, modality, frame)
+                # A call for each item, which takes whichever item is next when a worker is free.
+                decoders.submit(self._decode_next)
             except RuntimeError:  # shut down since `prepare` began
                 raise stopped_error() from None
             self._num_queued_bytes += num_bytes
             self._items.add(future)
+            self._waiting.setdefault(job.tenant, deque()).append(job)
 
         def release(future: Future[DecodedItem]) -> None:
             with self._lock:
@@ -196,10 +220,14 @@ class MediaPool:
         future.add_done_callback(release)
         return future
 
-    def _build_frame(self, item: Media) -> bytes:
-        """Resolve the item's URLs to bytes and build its frame. Raises ServeError (400)."""
+    def _build_frame(self, item: Media, may_download: bool = False) -> bytes:
+        """Resolve the item's URLs to bytes and build its frame.
+
+        Raises ServeError (400), and _NeedsDownload for a web address if `may_download` is False.
+        """
         try:
-            source = self._resolve_source(item.source, self.modalities[item.modality])
+            fetch = self._fetch_address if may_download else self._fetch_data
+            source = self._resolve_source(item.source, self.modalities[item.modality], fetch)
             tree, blobs = serialize_source(source, max_numbers=self.limits.max_numbers)
             if sum(map(len, blobs)) > self.limits.max_bytes:
                 raise undecodable(
@@ -211,9 +239,15 @@ class MediaPool:
             raise media_error(item.modality, str(error)) from None
 
     def _resolve_source(
-        self, source: Any, modality: Modality, *, depth: int = 0, text: bool = False
+        self,
+        source: Any,
+        modality: Modality,
+        fetch: Callable[[Any], bytes],
+        *,
+        depth: int = 0,
+        text: bool = False,
     ) -> Any:
-        """Replace every URL in a source by its bytes; files of this machine are refused.
+        """Replace every URL in a source by the bytes that `fetch` returns for it.
 
         `text`: strings at this level are plain text, not addresses.
         """
@@ -221,23 +255,32 @@ class MediaPool:
         if isinstance(source, str) and depth == 0:
             text = modality.named_file(source) is None
         if isinstance(source, (str, os.PathLike)):
-            return source if text and isinstance(source, str) else self._fetch_address(source)
+            return source if text and isinstance(source, str) else fetch(source)
         if depth > _MAX_DEPTH:
             return source  # `serialize_source` refuses it with an error
         if isinstance(source, Mapping):
             return {
                 key: self._resolve_source(
-                    value, modality, depth=depth + 1, text=key not in _SOURCES
+                    value, modality, fetch, depth=depth + 1, text=key not in _SOURCES
                 )
                 for key, value in source.items()
             }
         if isinstance(source, (list, tuple)) and not all(
             isinstance(value, (int, float)) for value in source
         ):
-            return [self._resolve_source(value, modality, depth=depth + 1) for value in source]
+            return [
+                self._resolve_source(value, modality, fetch, depth=depth + 1) for value in source
+            ]
         return source
 
+    def _fetch_data(self, address: Any) -> bytes:
+        """Return the bytes of a data: URL. Raises _NeedsDownload for a web address."""
+        if isinstance(address, str) and address[:4].lower() == "http":
+            raise _NeedsDownload
+        return self._fetch_address(address)
+
     def _fetch_address(self, address: Any) -> bytes:
+        """Return the bytes of a URL; files of this machine are refused."""
         if not isinstance(address, str) or not _ADDRESS.match(address):
             raise missing_file(
                 "expected bytes or a data: URL; the server never reads its own files"
@@ -253,6 +296,20 @@ class MediaPool:
         finally:
             self._idle_workers.put(worker)
 
+    def _decode_next(self) -> None:
+        """Decode one item of the tenant whose turn it is."""
+        with self._lock:
+            tenant, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[tenant] = jobs
+        if not job.result.set_running_or_notify_cancel():
+            return
+        try:
+            job.result.set_result(self._decode(job.modality, job.frame))
+        except ServeError as error:
+            job.result.set_exception(error)
+
     def _decode(self, modality: str, frame: bytes) -> DecodedItem:
         """Decode one item in an idle worker. Raises ServeError."""
         worker = self._idle_workers.get()
@@ -266,6 +323,10 @@ class MediaPool:
             raise media_error(modality, type(error).__name__) from None
         finally:
             self._idle_workers.put(worker)
+
+
+class _NeedsDownload(Exception):
+    """The source names a web address."""
 
 
 def _readable_folders(modalities: Any) -> list[str]:

@@ -93,8 +93,9 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request) -> Response:
         """Chat completion in OpenAI's format, as JSON or as a stream of events."""
-        service.check_capacity()  # a full server refuses before it parses a large body
         record: RequestLog = request.scope[RECORD]
+        # A full server refuses before it parses a large body.
+        service.check_capacity(tenant=record.tenant)
 
         def parse(body: bytes) -> tuple[ChatRequest, tuple[str, ...], Conversation]:
             chat, ignored = parse_chat(parse_json(body, max_values=settings.max_json_values))
@@ -120,7 +121,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/generate", tags=["answers"])
     async def generate(request: Request) -> Response:
         """Completion in the format of sshh12/multi_token: `{"output": ...}`."""
-        service.check_capacity()
+        service.check_capacity(tenant=request.scope[RECORD].tenant)
 
         def parse(body: bytes) -> Conversation:
             fields = parse_json(body, max_values=settings.max_json_values)

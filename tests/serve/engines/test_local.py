@@ -329,6 +329,22 @@ def test_requests_that_join_get_the_tokens_of_generate_in_every_family(
     }
 
 
+def test_tenants_take_turns_in_the_queue(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama, max_batch=1)
+    names = ["a1", "a2", "a3", "b1", "a4", "b2"]
+    prompts = [replace(prompts_of(llama)[0], tenant=name[0]) for name in names]
+    ended: list[str] = []
+    clients = [
+        Client(lambda event, name=name: ended.append(name) if isinstance(event, FinishEvent) else 0)
+        for name in names
+    ]
+    together(engine, prompts, [SamplingParams(1, ignore_eos=True)] * len(names), clients)
+    for client in clients:
+        client.wait()
+    # the gate is of tenant a, so b is first
+    assert ended == ["b1", "a1", "b2", "a2", "a3", "a4"]
+
+
 def test_a_request_passes_through_its_states(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     states: list[str] = []

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
+from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
@@ -200,8 +202,6 @@ def test_a_decoder_changes_no_file(pool: MediaPool, tmp_path: Path, secret_file:
 
 
 def test_a_decoder_reaches_no_network_and_no_program(pool: MediaPool) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         refusal(pool, f"connect {server.getsockname()[1]}".encode())
@@ -310,6 +310,58 @@ def test_a_waiting_item_of_a_disconnected_client_is_not_decoded(pool: MediaPool)
         return int(text_of(await pool.prepare(Media("trial", b"count")))) - before
 
     assert asyncio.run(leave()) == 1
+
+
+def test_tenants_take_turns_at_the_workers(pool: MediaPool) -> None:
+    async def turns() -> list[int]:
+        before = int(text_of(await pool.prepare(Media("trial", b"count"))))
+        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.3")))
+        tenants = ["a"] * 5 + ["b"]
+        counts = [
+            asyncio.ensure_future(pool.prepare(Media("trial", b"count"), tenant=tenant))
+            for tenant in tenants
+        ]
+        while pool.num_waiting < len(counts):
+            await asyncio.sleep(0.001)
+        await busy
+        return [int(text_of(prepared)) - before for prepared in await asyncio.gather(*counts)]
+
+    assert asyncio.run(turns()) == [1, 3, 4, 5, 6, 2]
+
+
+def test_hosts_that_never_answer_delay_no_item_without_a_web_address(
+    modalities: dict[str, Any],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"slow.example:{silent.getsockname()[1]}"
+        policy = UrlPolicy(
+            allowed_hosts=(host,),
+            timeout_s=60,
+            resolve=lambda name, port: ["127.0.0.1"],
+            is_allowed_address=lambda address: True,
+        )
+        pool = MediaPool(modalities, num_workers=1, urls=policy)
+        pool.start()
+
+        async def others_while_hosts_are_silent() -> list[str]:
+            slow = [
+                asyncio.ensure_future(pool.prepare(Media("trial", f"http://{host}/{i}")))
+                for i in range(20)
+            ]
+            connections = [(await asyncio.to_thread(silent.accept))[0] for _ in range(8)]
+            sources = (b"hello", "data:,hello", "do hello")
+            texts = [text_of(await pool.prepare(Media("trial", s))) for s in sources]
+            assert not any(each.done() for each in slow)
+            for each in slow:
+                each.cancel()
+            for connection in connections:
+                connection.close()
+            return texts
+
+        try:
+            assert asyncio.run(others_while_hosts_are_silent()) == ["hello"] * 3
+        finally:
+            pool.stop()
 
 
 def test_the_result_for_a_disconnected_client_is_dropped(pool: MediaPool) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from multi_token.errors import LanguageModelError
-from multi_token.serve.engines.engine import Engine
+from multi_token.serve.admission import Turns
+from multi_token.serve.engines.engine import RUNNING, Engine
 from multi_token.serve.engines.fallback import (
     check_plain_prompt,
     generate_batch,
@@ -72,6 +74,7 @@ class LocalEngine(Engine):
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
         self._batch: DecodeBatch | None = None
+        self._turns = Turns()
 
     def start(self) -> None:
         """Run the startup checks and start the thread; see `Engine`."""
@@ -172,19 +175,29 @@ class LocalEngine(Engine):
     def _next_requests(self, batch: DecodeBatch | None) -> list[GenerationRequest]:
         """Schedule: return the requests to start now; wait for one if none is running.
 
-        First come, first served, as long as `_fits` holds. Empty if the first one does not fit.
+        Tenants in turn, each first come, first served, as long as `_fits` holds. Empty if the first
+        one does not fit.
         """
         num_running = 0 if batch is None else len(batch.requests)
         with self._condition:
             if not num_running:
                 self._condition.wait_for(lambda: self.num_waiting or self._is_stopping)
-            waiting = [request for request in self._unfinished() if request.state == "waiting"]
+            unfinished = self._unfinished()
+        num_of_tenant = Counter(
+            request.prompt.tenant for request in unfinished if request.state in RUNNING
+        )
+        waiting = self._turns.order(
+            [request for request in unfinished if request.state == "waiting"],
+            lambda request: request.prompt.tenant,
+            num_of_tenant,
+        )
         taken: list[GenerationRequest] = []
         for request in waiting:
             if self._is_stopping or num_running + len(taken) == self.max_batch:
                 break
             if self._fits(batch, num_running, [*taken, request]):
                 taken.append(request)
+                self._turns.take(request.prompt.tenant)
             # In mode `continuous` no request overtakes, or a stream of small prompts would starve a
             # large one. The other modes fill a batch once, with prompts of one length if they must.
             elif self._mode == "continuous":
