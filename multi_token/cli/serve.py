@@ -43,6 +43,11 @@ def serve(
         None, help="Maximum number of generations that wait; default: 4 x --max-batch."
     ),
     deadline: float = typer.Option(300.0, help="Time limit of a request, in seconds."),
+    media_memory_mb: int = typer.Option(
+        2048,
+        help="Memory of request bodies and media until the media are embedded, in MiB; requests "
+        "wait for it.",
+    ),
     media_cache_mb: int = typer.Option(
         256, min=0, help="Size of the cache of media embeddings, in MiB; 0 disables the cache."
     ),
@@ -97,6 +102,7 @@ def serve(
         "max_batch": max_batch,
         "max_queue": max_queue,
         "deadline_s": deadline,
+        "media_memory_bytes": media_memory_mb * MIB,
         "media_cache_bytes": media_cache_mb * MIB,
         "prefix_cache_tokens": prefix_cache_tokens,
         "num_workers": workers,

@@ -102,7 +102,7 @@ class Admission:
         own = self._num_by_tenant[tenant]
         # Dynamic thresholds, as in shared buffers of switches: one tenant alone may take three
         # quarters, two of them three sevenths each, and so on. No share is kept for a tenant that
-        # sends nothing, and there is always room for one that has nothing.
+        # sends nothing, and one that has nothing is refused only if the server is full.
         has_share = self.is_shared and own > 0 and own + num_choices > _SHARE_OF_FREE * num_left
         if num_left < 0 or has_share:
             is_full = num_left < 0

@@ -83,20 +83,32 @@ def test_a_full_queue_is_a_429_with_retry_after(small: RunningServer) -> None:
 def test_one_key_cannot_fill_the_queue_of_another(text_model: Any) -> None:
     keys = ("sk-greedy-key", "sk-other-key")
     greedy, other = ({"Authorization": f"Bearer {key}"} for key in keys)
+    go = threading.Event()
+
+    def hold(*_: Any, **__: Any) -> None:
+        assert go.wait(30)
+
     with running(text_model, api_keys=keys, max_batch=1, max_queue=3) as server:
-        url = f"{server.url}/v1/chat/completions"
-        with ExitStack() as streams:
-            statuses = []
-            for _ in range(4):
-                options = {"json": {**LONG, "stream": True}, "headers": greedy, "timeout": 30}
-                answer = streams.enter_context(httpx.stream("POST", url, **options))
-                statuses.append(answer.status_code)
-                if answer.is_success:
-                    next(answer.iter_lines())
-            assert statuses == [200, 200, 200, 429]
-            # it also starts before those that waited before it
-            assert chat(server, SHORT, **other).status_code == 200
-            assert server.service.engine.num_waiting > 0
+        hook = text_model.language_model.register_forward_pre_hook(hold, with_kwargs=True)
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(chat(server, SHORT, **other)))
+        try:
+            with ExitStack() as streams:
+                statuses = []
+                for _ in range(4):
+                    options = {"json": {**SHORT, "stream": True}, "headers": greedy, "timeout": 30}
+                    url = f"{server.url}/v1/chat/completions"
+                    answer = streams.enter_context(httpx.stream("POST", url, **options))
+                    statuses.append(answer.status_code)
+                assert statuses == [200, 200, 200, 429]
+                asking.start()
+                assert server.wait_until(lambda: server.service.admission.num_admitted == 4)
+                go.set()
+                asking.join()
+        finally:
+            go.set()
+            hook.remove()
+    assert [answer.status_code for answer in answers] == [200]
 
 
 def test_more_choices_than_the_capacity_are_a_400(small: RunningServer) -> None:

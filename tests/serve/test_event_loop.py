@@ -47,11 +47,12 @@ def test_many_items_and_choices_run_no_operation_of_torch_on_the_event_loop(
         loop.call_soon_threadsafe(ops.__enter__)
         try:
             # twice: the second request finds its items in the cache
-            for _ in range(2):
-                answer = post(client, question, n=NUM_CHOICES, max_tokens=2, temperature=1.0)
-                content_of(answer)
+            options = {"n": NUM_CHOICES, "max_tokens": 2, "temperature": 1.0}
+            answers = [post(client, question, **options) for _ in range(2)]
         finally:
             loop.call_soon_threadsafe(ops.__exit__, None, None, None)
-        usage = answer.json()["usage"]["prompt_tokens_details"]["media_tokens"]
-        assert usage == {"vector": 2 * NUM_ITEMS}
+        for answer in answers:
+            content_of(answer)
+            usage = answer.json()["usage"]["prompt_tokens_details"]["media_tokens"]
+            assert usage == {"vector": 2 * NUM_ITEMS}
     assert ops.names == []

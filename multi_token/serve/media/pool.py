@@ -3,6 +3,8 @@
     item -> reader threads (data: URLs, bytes) -+-> queue -> decoder threads -> worker processes
          -> download threads (web addresses) ---'
 
+Downloads and results wait for `MediaMemory` before they take memory of the server.
+
 Tenants take turns in the queue. Workers never get a path or a URL, only bytes. An item that kills
 its worker fails alone.
 """
@@ -17,8 +19,8 @@ import re
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +31,20 @@ from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
-from multi_token.serve.media.protocol import encode_frame, serialize_source
+from multi_token.serve.media.memory import MediaMemory, MemoryLease, Stage
+from multi_token.serve.media.protocol import Buffer, frame_parts, serialize_source
 from multi_token.serve.media.sandbox import CAN_FORK
 from multi_token.serve.media.worker import warm_up
 from multi_token.serve.media.worker_process import (
     DecodedItem,
+    Unwanted,
     WorkerProcess,
     media_error,
     stopped_error,
 )
 from multi_token.types import Media, Prepared
 
-_MAX_WAITING_PER_WORKER = 16
-"""Items of the largest size that may wait for each worker."""
+_DEFAULT_MEMORY = 2048 * MIB
 _JSON_BYTES_PER_NUMBER = 32
 """Upper bound of a number's length in JSON."""
 _NUM_READERS = 2
@@ -59,7 +62,9 @@ _log = logging.getLogger(__name__)
 class _DecodeJob:
     tenant: str
     modality: str
-    frame: bytes
+    frame: Sequence[Buffer]
+    memory: MemoryLease
+    """Takes the bytes of the result."""
     result: Future[DecodedItem]
 
 
@@ -67,8 +72,9 @@ class MediaPool:
     """Worker processes that load and prepare items, with a memory and a time limit for each item.
 
     `timeout_s`: time limit of one item in a worker. `memory_bytes`: memory limit of one item,
-    without libraries (Linux only). `urls`: hosts that media may be fetched from. `fork`: decode in
-    a fork of each worker; None: if the system supports it. A pool can be started once.
+    without libraries (Linux only). `urls`: hosts that media may be fetched from. `memory`: the
+    server's budget; None: one of the default size. `fork`: decode in a fork of each worker; None:
+    if the system supports it. A pool can be started once.
     """
 
     def __init__(
@@ -80,9 +86,11 @@ class MediaPool:
         memory_bytes: int = 2048 * MIB,
         limits: MediaLimits | None = None,
         urls: UrlPolicy | None = None,
+        memory: MediaMemory | None = None,
         fork: bool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
+        self.memory = memory or MediaMemory(_DEFAULT_MEMORY)
         limits_by_name = self.limits.model_dump()
         self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
         self._fetch = Fetch(
@@ -104,17 +112,19 @@ class MediaPool:
             "max_bytes": self.limits.max_bytes,
             "max_request_bytes": 2 * self.limits.max_bytes
             + _JSON_BYTES_PER_NUMBER * self.limits.max_numbers,
-            "max_prepared_bytes": self.limits.max_prepared_bytes,
+            # Two copies of it have to fit the memory: the item, and the batch to encode.
+            "max_prepared_bytes": min(
+                self.limits.max_prepared_bytes, self.memory.largest(Stage.PREPARED) // 2
+            ),
             "fork": CAN_FORK if fork is None else fork,
         }
         self._lock = threading.Lock()
-        self._num_queued_bytes = 0
-        self._max_queued_bytes = _MAX_WAITING_PER_WORKER * self.limits.max_bytes
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._items: set[Future[DecodedItem]] = set()
         self._waiting: OrderedDict[str, deque[_DecodeJob]] = OrderedDict()
         """Tenant -> its items; the first tenant is next."""
+        self._running: set[_DecodeJob] = set()
         # None before the start and after a stop.
         self._readers: ThreadPoolExecutor | None = None
         self._downloads: ThreadPoolExecutor | None = None
@@ -153,6 +163,11 @@ class MediaPool:
         """End the workers; waiting and running items fail with 503."""
         for worker in self._workers:
             worker.stop()
+        # An item that waits for memory would hold its thread up.
+        with self._lock:
+            running = list(self._running)
+        for job in running:
+            job.memory.release()
         if self._decoders and self._readers and self._downloads:
             # Waits for all items: each one that is left fails at once, since its worker is stopped.
             self._decoders.shutdown()
@@ -161,66 +176,70 @@ class MediaPool:
             self._decoders = self._readers = self._downloads = None
 
     async def prepare(
-        self, item: Media, totals: RequestMediaBudget | None = None, *, tenant: str = ""
+        self,
+        item: Media,
+        totals: RequestMediaBudget | None = None,
+        *,
+        tenant: str = "",
+        memory: MemoryLease | None = None,
     ) -> Prepared:
-        """One item -> encoder input. `totals`: budget of its request, sent bytes counted already.
+        """One item -> encoder input.
 
-        Raises ServeError: 400 for media that cannot be read or decoded, 413 if the request's items
-        exceed their budget, 422 for an item that exceeds time or memory or crashes its decoder, 429
-        if the queue is full, 503 if the pool is stopped. Cancelling takes a waiting item out of the
-        queue; the result of a running one is dropped.
+        `totals`: budget of its request, sent bytes counted already. `memory`: lease that takes the
+        bytes of the result, and that the caller releases, also after an error; None: the result is
+        not counted. Raises ServeError: 400 for media that cannot be read or decoded, 413 if the
+        request's items exceed their budget, 422 for an item that exceeds time or memory or crashes
+        its decoder, 503 if the pool is stopped. Cancelling takes a waiting item out of the queue;
+        the result of a running one is dropped.
         """
         if self._readers is None or self._downloads is None or self._decoders is None:
             raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
         decoders, loop = self._decoders, asyncio.get_running_loop()
+        download = self.memory.lease(Stage.DOWNLOAD, tenant)
+        result = memory or self.memory.lease(Stage.PREPARED, tenant)
         try:
-            frame = await loop.run_in_executor(self._readers, self._build_frame, item)
-        except _NeedsDownload:
-            frame = await loop.run_in_executor(self._downloads, self._build_frame, item, True)
-        # Bytes that came in the body were counted before; a download is known only now.
-        if totals is not None and not isinstance(item.source, bytes):
-            totals.add(bytes=len(frame))
-        job = _DecodeJob(tenant, item.modality, frame, Future())
-        decoded = await asyncio.wrap_future(self._submit(decoders, job))
-        if totals is not None:
-            totals.add(**decoded.sizes)
-        return decoded.prepared
+            try:
+                frame = await loop.run_in_executor(self._readers, self._build_frame, item)
+            except _NeedsDownload:
+                await asyncio.wrap_future(download.acquire(self.limits.max_bytes))
+                frame = await loop.run_in_executor(self._downloads, self._build_frame, item, True)
+                download.shrink(sum(map(len, frame)))
+            # Bytes that came in the body were counted before; a download is known only now.
+            if totals is not None and not isinstance(item.source, bytes):
+                totals.add(bytes=sum(map(len, frame)))
+            job = _DecodeJob(tenant, item.modality, frame, result, Future())
+            del frame
+            decoded = await asyncio.wrap_future(self._submit(decoders, job))
+            if totals is not None:
+                totals.add(**decoded.sizes)
+            return decoded.prepared
+        finally:
+            download.release()
+            if memory is None:
+                result.release()
 
     def _submit(self, decoders: ThreadPoolExecutor, job: _DecodeJob) -> Future[DecodedItem]:
-        """Queue an item, and count its bytes until it ends. Raises ServeError (429, 503)."""
-        num_bytes, future = len(job.frame), job.result
+        """Queue an item. Raises ServeError (503)."""
+        future = job.result
         with self._lock:
-            # An empty queue takes any item: one item may be larger than the queue's share.
-            if (
-                self._num_queued_bytes
-                and self._num_queued_bytes + num_bytes > self._max_queued_bytes
-            ):
-                raise ServeError(
-                    "too many media items wait for decoding; try again later",
-                    status=429,
-                    code="busy",
-                    retry_after=1.0,
-                )
             try:
                 # A call for each item, which takes whichever item is next when a worker is free.
                 decoders.submit(self._decode_next)
             except RuntimeError:  # shut down since `prepare` began
                 raise stopped_error() from None
-            self._num_queued_bytes += num_bytes
             self._items.add(future)
             self._waiting.setdefault(job.tenant, deque()).append(job)
 
         def release(future: Future[DecodedItem]) -> None:
             with self._lock:
-                self._num_queued_bytes -= num_bytes
                 self._items.discard(future)
 
         future.add_done_callback(release)
         return future
 
-    def _build_frame(self, item: Media, may_download: bool = False) -> bytes:
+    def _build_frame(self, item: Media, may_download: bool = False) -> list[Buffer]:
         """Resolve the item's URLs to bytes and build its frame.
 
         Raises ServeError (400), and _NeedsDownload for a web address if `may_download` is False.
@@ -234,7 +253,7 @@ class MediaPool:
                     f"the item has {sum(map(len, blobs)):,} bytes, and the limit is "
                     f"{self.limits.max_bytes:,}; send a smaller one"
                 )
-            return encode_frame({"modality": item.modality, "source": tree}, blobs)
+            return frame_parts({"modality": item.modality, "source": tree}, blobs)
         except (MediaError, ValueError, RecursionError) as error:
             raise media_error(item.modality, str(error)) from None
 
@@ -305,22 +324,37 @@ class MediaPool:
                 self._waiting[tenant] = jobs
         if not job.result.set_running_or_notify_cancel():
             return
+        with self._lock:
+            self._running.add(job)
         try:
-            job.result.set_result(self._decode(job.modality, job.frame))
+            job.result.set_result(self._decode(job))
         except ServeError as error:
             job.result.set_exception(error)
+        except Unwanted:
+            job.result.set_exception(stopped_error())
+        finally:
+            with self._lock:
+                self._running.discard(job)
 
-    def _decode(self, modality: str, frame: bytes) -> DecodedItem:
-        """Decode one item in an idle worker. Raises ServeError."""
+    def _decode(self, job: _DecodeJob) -> DecodedItem:
+        """Decode one item in an idle worker. Raises ServeError, and Unwanted if its client left."""
+
+        def reserve(num_bytes: int) -> None:
+            # The result, and its copy in the batch to encode.
+            try:
+                job.memory.acquire(2 * num_bytes).result()
+            except CancelledError:
+                raise Unwanted from None
+
         worker = self._idle_workers.get()
         try:
-            return worker.prepare(modality, frame)
-        except ServeError:
+            return worker.prepare(job.modality, job.frame, reserve)
+        except (ServeError, Unwanted):
             raise
         # A decoder that was taken over may send any reply.
         except Exception as error:  # noqa: BLE001
             _log.exception("the reply of a media worker could not be parsed")
-            raise media_error(modality, type(error).__name__) from None
+            raise media_error(job.modality, type(error).__name__) from None
         finally:
             self._idle_workers.put(worker)
 

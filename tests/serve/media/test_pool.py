@@ -28,6 +28,7 @@ from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
+from multi_token.serve.media.memory import MediaMemory, Stage
 from multi_token.serve.media.pool import MediaPool
 from multi_token.types import Media, Prepared
 from tests.serve.untrusted import children, is_gone
@@ -374,16 +375,60 @@ def test_the_result_for_a_disconnected_client_is_dropped(pool: MediaPool) -> Non
     assert asyncio.run(leave()) == "hello"
 
 
-def test_waiting_items_have_a_limit_of_bytes(pool: MediaPool) -> None:
-    async def many() -> list[Any]:
-        items = [Media("trial", b"sleep 0.2"), *[Media("trial", b"x" * (4 * MIB))] * 20]
-        return await asyncio.gather(*map(pool.prepare, items), return_exceptions=True)
+def test_a_result_is_read_once_there_is_memory_for_it(modalities: dict[str, Any]) -> None:
+    memory = MediaMemory(8 * 2 * MIB)
+    pool = MediaPool(modalities, num_workers=2, timeout_s=TIMEOUT_S, memory=memory)
+    pool.start()
 
-    results = asyncio.run(many())
-    refused = [result for result in results if getattr(result, "status", 0) == 429]
-    assert 4 <= len(refused) <= 6
-    assert all(error.retry_after for error in refused)
-    assert pool._num_queued_bytes == 0
+    async def many() -> list[str]:
+        """Results of 1 MiB each, 8 of which fill the memory."""
+        leases = [memory.lease(Stage.PREPARED) for _ in range(20)]
+        items = [
+            asyncio.ensure_future(
+                pool.prepare(Media("trial", f"letters {MIB - 1000}".encode()), memory=lease)
+            )
+            for lease in leases
+        ]
+        while not memory.num_waiting:
+            await asyncio.sleep(0.001)
+        assert sum(item.done() for item in items) <= 8
+        # a client that leaves while its result waits: the worker goes on
+        waiting = next(i for i, lease in enumerate(leases) if lease.num_wanted > lease.num_bytes)
+        items[waiting].cancel()
+        leases[waiting].release()
+        for number, (item, lease) in enumerate(zip(items, leases, strict=True)):
+            if number != waiting:
+                assert (await item).num_features == MIB - 1000
+                assert memory.num_bytes <= memory.capacity
+                lease.release()
+        return [text_of(await pool.prepare(Media("trial", b"hello"))) for _ in range(4)]
+
+    try:
+        assert asyncio.run(many()) == ["hello"] * 4
+        assert memory.num_bytes == 0 and memory.num_waiting == 0
+    finally:
+        pool.stop()
+
+
+def test_a_pool_stops_while_a_result_waits_for_memory(modalities: dict[str, Any]) -> None:
+    memory = MediaMemory(8 * MIB)
+    pool = MediaPool(modalities, num_workers=1, memory=memory)
+    pool.start()
+
+    async def stop() -> list[Any]:
+        full = memory.lease(Stage.PREPARED)
+        full.acquire(2 * MIB)
+        others = [memory.lease(Stage.PREPARED) for _ in range(3)]
+        for lease in others:
+            lease.acquire(2 * MIB)
+        item = asyncio.ensure_future(pool.prepare(Media("trial", b"letters 900000")))
+        while not memory.num_waiting:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(pool.stop)
+        return await asyncio.gather(item, return_exceptions=True)
+
+    (error,) = asyncio.run(stop())
+    assert isinstance(error, ServeError) and error.status == 503
 
 
 def test_a_stopped_pool_raises_503(modalities: dict[str, Any]) -> None:

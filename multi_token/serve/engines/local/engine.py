@@ -96,7 +96,7 @@ class LocalEngine(Engine):
         # engine that is alive again would only fail its next requests.
         try:
             check_plain_prompt(self.model)
-        # Whatever the model raises, it generates for nobody.
+        # Whatever the model raises, it generates for no request.
         except Exception as error:
             raise LanguageModelError(
                 "the language model fails on a plain prompt, so nothing can be generated: "
