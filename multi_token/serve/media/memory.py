@@ -92,8 +92,8 @@ class MediaMemory:
 
     def _give_back(self, lease: MemoryLease, num_left: int) -> None:
         with self._lock:
-            queue = self._waiting[lease.stage].get(lease.tenant, ())
-            if lease in queue:
+            queue = self._waiting[lease.stage].get(lease.tenant)
+            if queue is not None and lease in queue:
                 queue.remove(lease)
                 if not queue:
                     del self._waiting[lease.stage][lease.tenant]

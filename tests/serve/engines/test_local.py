@@ -334,10 +334,15 @@ def test_tenants_take_turns_in_the_queue(llama: Any, start_local: Any) -> None:
     names = ["a1", "a2", "a3", "b1", "a4", "b2"]
     prompts = [replace(prompts_of(llama)[0], tenant=name[0]) for name in names]
     ended: list[str] = []
-    clients = [
-        Client(lambda event, name=name: ended.append(name) if isinstance(event, FinishEvent) else 0)
-        for name in names
-    ]
+
+    def client_of(name: str) -> Client:
+        def look(event: EngineEvent) -> None:
+            if isinstance(event, FinishEvent):
+                ended.append(name)
+
+        return Client(look)
+
+    clients = [client_of(name) for name in names]
     together(engine, prompts, [SamplingParams(1, ignore_eos=True)] * len(names), clients)
     for client in clients:
         client.wait()

@@ -425,7 +425,7 @@ def test_a_pool_stops_while_a_result_waits_for_memory(modalities: dict[str, Any]
         while not memory.num_waiting:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(pool.stop)
-        return await asyncio.gather(item, return_exceptions=True)
+        return list(await asyncio.gather(item, return_exceptions=True))
 
     (error,) = asyncio.run(stop())
     assert isinstance(error, ServeError) and error.status == 503
