@@ -17,7 +17,7 @@ _READ = ("path", "bytes", "array")
 """Keys of a mapping whose values are sources; the others are settings."""
 
 
-def digest(*parts: bytes) -> str:
+def digest(*parts: bytes | memoryview) -> str:
     """Hash of several parts, as 32 hexadecimal digits: 128 bits, at which no two items collide."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:

@@ -201,8 +201,7 @@ class RunReport:
             with self._history.open("ab", buffering=0) as file:
                 size = file.tell()
                 if file.write(data) < len(data):
-                    # a disk takes what it has room for; the same lines come again with the next
-                    # write
+                    # a full disk may take a part; the same lines come again with the next write
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from multi_token.errors import CheckpointError
+from multi_token.errors import CheckpointError, Interrupted, MultiTokenError
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.chart import Curve
 from multi_token.train.run import train
@@ -209,28 +210,51 @@ def test_a_full_disk_stops_the_report_and_not_the_run_until_the_end(
     recipe = Recipe.model_validate(recipe_fields(tmp_path))
     report = RunReport(tmp_path, recipe, [], print_fn=said.append)
     report.start_stage("one", tmp_path / "one", [])
-    history = [{"step": 1, "loss": 1.0}]
-    report.log(history, 4)
-    # the largest file that this process may write: the report fits no more, nor does the history
+    history = [{"step": step, "loss": 1.0} for step in range(1, 5001)]
+    report.log(history, 9000)
+    size = (tmp_path / "one" / HISTORY).stat().st_size
+    assert size > (tmp_path / HTML).stat().st_size
+    # the largest file that this process may write: first no report fits, then only the history not
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for limit in (10, (tmp_path / JSON).stat().st_size * 4):
+    for limit, reached in ((10, 5000), (size + 10, 5002)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
             history.append({"step": len(history) + 1, "loss": 1.0})
-            report.log(history, 4)
+            report.log(history, 9000)
             report.write(at_once=True)
             report.write(at_once=True)
             with pytest.raises(CheckpointError, match=r"could not be written: .*; free some space"):
                 report.raise_if_unwritten()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        # the last complete state
+        assert json.loads((tmp_path / JSON).read_text())["stages"][0]["step"] == reached
+        assert len(entries(tmp_path / "one")) == 5000
     signal.signal(signal.SIGXFSZ, before)
     assert len(said) == 1 and "training goes on" in said[0]
-    assert json.loads((tmp_path / JSON).read_text())["stages"][0]["step"] == 1, "the last state"
     report.write(at_once=True)
     report.raise_if_unwritten()
-    assert [entry["step"] for entry in entries(tmp_path / "one")] == [1, 2, 3]
+    assert [entry["step"] for entry in entries(tmp_path / "one")] == [*range(1, 5003)]
+
+
+@pytest.mark.parametrize(("error", "reached"), [(Interrupted, 3), (MultiTokenError, 2)])
+def test_the_last_state_is_written_at_an_interrupt_and_after_a_fault(
+    recipe_fields: Fields, tmp_path: Path, at: Any, error: type[Exception], reached: int
+) -> None:
+    def act() -> None:
+        if error is MultiTokenError:
+            raise error("the device is gone")
+        os.kill(os.getpid(), signal.SIGTERM)  # this step is taken, and then the run stops
+
+    at(3, act)
+    with pytest.raises(error):
+        train(Recipe.model_validate(recipe_fields(tmp_path)), console=Console(quiet=True))
+    assert json.loads((tmp_path / JSON).read_text())["stages"][0]["step"] == reached
+    folder = tmp_path / "stages" / "1-projector"
+    assert [entry["step"] for entry in entries(folder) if "loss" in entry] == [
+        *range(1, reached + 1)
+    ]
 
 
 def test_a_damaged_report_is_one_sentence(recipe_fields: Fields, tmp_path: Path) -> None:
