@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.errors import LanguageModelError, first_line
 from multi_token.language_model.quantization import (
     keep_backward_layout,
@@ -40,6 +41,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
+    limit_hub_waits()
     source, options = gguf_arguments(name)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, **options)
@@ -76,6 +78,7 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
+    limit_hub_waits()
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
+from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
@@ -332,6 +333,7 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     """Return what `transformers.<auto_class>.from_pretrained` loads; callers must not change it."""
     import transformers
 
+    limit_hub_waits()
     return getattr(transformers, auto_class).from_pretrained(encoder, revision=revision)
 
 

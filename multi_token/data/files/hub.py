@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 
@@ -80,6 +81,7 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    limit_hub_waits()
     try:
         return datasets.load_dataset(
             "/".join(names[:2]),
