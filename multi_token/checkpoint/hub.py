@@ -1,4 +1,4 @@
-"""Local folder of a hub name, and a limit on the wait for a hub that stops answering."""
+"""Local folder of a hub name."""
 
 from __future__ import annotations
 
@@ -6,37 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from multi_token.errors import CheckpointError
+from multi_token.media.fetch import limit_hub_waits
 
-HUB_WAIT_S = 60.0
-"""Longest wait for the next bytes of the hub."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def limit_hub_waits(seconds: float = HUB_WAIT_S) -> None:
-    """Limit each wait of this process for the hub; huggingface_hub waits without end by default.
-
-    The limit is set in the client that huggingface_hub, transformers and datasets share. Requests
-    with a limit of their own keep it.
-    """
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if getattr(session, "multi_token_waits_s", None) == seconds:
-        return
-
-    def limit(request: Any) -> None:
-        # here, since huggingface_hub passes `timeout=None` with most requests
-        given = request.extensions.get("timeout") or {}
-        kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in kinds}
-
-    hooks = session.event_hooks
-    hooks["request"].append(limit)
-    session.event_hooks = hooks
-    session.multi_token_waits_s = seconds  # type: ignore[attr-defined]
 
 
 def local_folder(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.errors import LanguageModelError, first_line
 from multi_token.language_model.quantization import (
     keep_backward_layout,
     quantization_config,
     quantized_parameters,
 )
+from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

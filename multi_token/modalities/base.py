@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
-from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import Fetch, limit_hub_waits
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.projectors.base import ProjectorSpec

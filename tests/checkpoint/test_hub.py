@@ -14,10 +14,11 @@ import torch
 from huggingface_hub import close_session, get_session
 
 from multi_token import MultiTokenForConditionalGeneration
-from multi_token.checkpoint.hub import limit_hub_waits, local_folder
+from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.load import read_config
 from multi_token.checkpoint.save import save
 from multi_token.errors import CheckpointError
+from multi_token.media.fetch import limit_hub_waits
 from multi_token.recipe.recipe import Recipe
 
 

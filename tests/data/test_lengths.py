@@ -224,7 +224,7 @@ def test_lengths_of_other_processes_are_known_after_a_refresh_and_a_damaged_file
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, processor: MultiTokenProcessor) -> None:
-    store = LengthStore(tmp_path, processor)
+    store = LengthStore(tmp_path / "lengths", processor)
     store.add("0" * 32, Length(3, 2, 1))
     # the largest file that this process may write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -236,4 +236,4 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, processor: MultiTokenProces
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "lengths").iterdir()) == []

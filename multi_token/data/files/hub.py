@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from multi_token.checkpoint.hub import limit_hub_waits
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     import datasets
