@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.data.sources import (
     TrainingSource,
     build_dataset,
@@ -55,6 +57,7 @@ from multi_token.train.run_report import RunReport
 from multi_token.train.training_args import (
     check_metric,
     data_seed,
+    mixed_precision,
     training_arguments,
     visible_devices_line,
 )
@@ -87,6 +90,8 @@ class Run:
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
+    shared_prefixes: Sequence[SharedPrefixGroup] | None = None
+    """Rows that begin with the same media, once a stage has asked for them."""
 
 
 def closed_form_folder(recipe: Recipe) -> Path:
@@ -131,6 +136,13 @@ def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForCondi
     )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
+    packing = recipe.train.packing
+    with mixed_precision(args):
+        capabilities = model.capabilities
+        if packing is not None:
+            capabilities.require("supports_packing")
+            if packing.share:
+                capabilities.require("supports_shared_prefix")
     return model
 
 
@@ -159,10 +171,6 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     console.print(*parts, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
-    if spec.packing is not None:
-        model.capabilities.require("supports_packing")
-        if spec.packing.share:
-            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [
@@ -185,7 +193,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     if cache is not None:
         sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
-            fill_cache(model.modalities, encoders, sources, cache, console)
+            fill_cache(recipe, model.modalities, encoders, sources, cache, console)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
@@ -195,7 +203,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
-    report = RunReport(Path(spec.output_dir), recipe, parts)
+    print_fn = partial(console.print, highlight=False, soft_wrap=True)
+    report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
     return Run(
         recipe,
         stages,
@@ -222,7 +231,7 @@ def open_rows(
     sources = [open_source(source, model.processor, recipe, cache) for source in specs]
     if cache is not None:
         encoders = {name: model.encoder(name) for name in model.modalities}
-        fill_cache(model.modalities, encoders, sources, cache, console)
+        fill_cache(recipe, model.modalities, encoders, sources, cache, console)
     return sources
 
 
