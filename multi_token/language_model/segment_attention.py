@@ -13,6 +13,7 @@ and chunks are respected: where a pack is not causal attention per segment, the 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,14 +25,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from multi_token.errors import LanguageModelError
+from multi_token.language_model.capabilities import UNLIMITED_REACH
 from multi_token.language_model.forward import base_language_model
+from multi_token.types import BatchCounts
 
 SEGMENT_ATTENTION = "multi_token_segments"
 """Name of the attention implementation in transformers' registry."""
 _BASE_IMPLEMENTATION = "sdpa"
 """The implementation to replace. Another one was asked for, or the model needs it (soft caps)."""
-_FAR = 1 << 30
-"""A position that is out of reach of any sliding window."""
 
 
 def segment_attention(
@@ -158,32 +159,39 @@ def segment_attention_enabled(language_model: Any) -> Iterator[bool]:
             model.set_attn_implementation(previous)
 
 
-def segments_to_mask(language_model: Any, segments: Tensor) -> Tensor:
-    """Return `PackedBatch`'s segments [num_segments, 4] as a segment table.
+def segments_to_mask(
+    language_model: Any, counts: BatchCounts, find_reach: Callable[[], int]
+) -> Tensor | None:
+    """Return the segment table of a pack, or None if the model has to make its mask itself.
 
-    Raises LanguageModelError outside of `segment_attention_enabled`, since every other
+    `find_reach`: `Capabilities.segment_reach`. The table is made on the CPU of what the collator
+    counted, so that neither we nor transformers look for segments on the device. Raises
+    LanguageModelError for shared prefixes outside of `segment_attention_enabled`: every other
     implementation would take the table for a mask.
     """
     if base_language_model(language_model).config._attn_implementation != SEGMENT_ATTENTION:
+        if not counts.shares_prefix:
+            return None
         raise LanguageModelError(
             "a pack whose rows share a prefix was given to a language model without segment "
             "attention; run it inside of `segment_attention_enabled`, or pack without `share`"
         )
-    return segments[None, None].cpu()
+    if not counts.shares_prefix and max(counts.lengths) > find_reach():
+        return None
+    return torch.tensor(counts.segments, device="cpu")[None, None]
 
 
 @contextmanager
-def recording_mask_reach() -> Iterator[list[bool]]:
-    """Within, list for each mask made under segment attention if its reach is unlimited.
+def recording_mask_reach() -> Iterator[list[int]]:
+    """Within, list the reach of each mask made under segment attention.
 
-    False for a sliding window or a chunk of any length.
+    The reach is the largest length at which a causal segment sees all of itself, wherever it lies:
+    `UNLIMITED_REACH`, or that of a sliding window. It is 1 for chunks, whose borders cut segments.
     """
-    reach: list[bool] = []
+    reach: list[int] = []
 
     def recording_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Tensor | None:
-        far, zero = (torch.tensor([n], device=options.get("device")) for n in (_FAR, 0))
-        sees_far = not options.get("use_vmap") and bool(mask_function(zero, zero, far, zero).all())
-        reach.append(sees_far)
+        reach.append(0 if options.get("use_vmap") else _reach(mask_function, options.get("device")))
         return segment_mask(mask_function=mask_function, **options)
 
     _register()
@@ -192,3 +200,16 @@ def recording_mask_reach() -> Iterator[list[bool]]:
         yield reach
     finally:
         AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)
+
+
+def _reach(mask_function: Callable[..., Tensor], device: Any) -> int:
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+
+    def sees(query: int, key: int) -> bool:
+        return bool(mask_function(zero, zero, zero + query, zero + key).all())
+
+    if sees(UNLIMITED_REACH, 0):
+        return UNLIMITED_REACH
+    # one more than the last position that sees the first one
+    length = bisect_left(range(UNLIMITED_REACH), True, key=lambda query: not sees(query, 0))
+    return length if sees(length, 1) else min(length, 1)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multi_token.distributed import any_rank
+from multi_token.distributed import DelayedAny
 from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.parameter_groups import ParameterGroup
@@ -192,6 +192,7 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.interrupted = False
+        self.flag: DelayedAny | None = None
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -214,8 +215,13 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        # one reduction a step: a process that stops alone would leave the others in a collective
-        self.interrupted = any_rank(self.interrupted, args.device)
+        if args.world_size > 1:
+            # One reduction a step: a process that stops alone would leave the others in a
+            # collective. It is read one step late, so that no step waits for the device.
+            before, self.flag = self.flag, DelayedAny(self.interrupted, args.device)
+            if before is None or not before.read():
+                return
+            self.interrupted = True
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -24,7 +24,7 @@ from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import FsdpSpec, Trainable
 from multi_token.train.batch_plan import BatchPlan, SetEpochCallback
 from multi_token.train.compile import compile_enabled, compiled_layers
-from multi_token.train.consistency import check_losses_finite, check_weights_finite
+from multi_token.train.consistency import BatchResult, StepCheck, check_weights_finite
 from multi_token.train.fsdp import FsdpShards, full_optimizer_state, shard_optimizer_state
 from multi_token.train.metrics import ROW_IDS, StepMetrics, WithRowIds, group_lrs
 from multi_token.train.objective import CrossEntropy, Objective
@@ -75,7 +75,8 @@ class MultiTokenTrainer(Trainer):
         self.step_metrics = StepMetrics(model, peak_tflops=peak_tflops)
         self.sharding: FsdpShards | None = None
         self._full_optimizer_state: dict[str, Any] | None = None
-        self._losses: list[tuple[Tensor, list[str]]] = []
+        self._results: list[BatchResult] = []
+        self._step_check: StepCheck | None = None
         options["compute_loss_func"] = self.objective.loss
         if "data_collator" in options:
             options["data_collator"] = WithRowIds(options["data_collator"])
@@ -140,6 +141,7 @@ class MultiTokenTrainer(Trainer):
             if self.compile_layers:
                 stack.enter_context(compiled_layers(self.multi_token_model.language_model))
             output = super().train(*args, **options)
+        self.finish_step_check()
         self.batches.finish()
         return output
 
@@ -187,19 +189,31 @@ class MultiTokenTrainer(Trainer):
         return self._mixed_mesh_grad_norm(model, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf, with the
-        ids of its rows."""
+        """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf in the step
+        before, with the ids of its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.step_metrics.timing_step(inputs), compile_enabled(self.compile_layers):
+        with (
+            self.step_metrics.timing_step(inputs),
+            compile_enabled(self.compile_layers),
+            self.multi_token_model.count_checks_deferred() as counts,
+        ):
             loss = super().training_step(model, inputs, *args, **options)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
-        # checked once per optimizer step and not per batch: the check costs a host sync
-        self._losses.append((loss, row_ids))
+        self._results.append(BatchResult(loss, row_ids, counts))
         if self.accelerator.sync_gradients:
-            losses, self._losses = self._losses, []
-            check_losses_finite(losses, self.state.global_step + 1)
+            # Read one step late, so that the host queues this step while the device computes the
+            # one before. Whatever is written or logged in between asks for the check first.
+            self.finish_step_check()
+            results, self._results = self._results, []
+            self._step_check = StepCheck(results, self.state.global_step + 1)
         return loss
+
+    def finish_step_check(self) -> None:
+        """Finish the check of the last step, if it has not been; collective."""
+        check, self._step_check = self._step_check, None
+        if check is not None:
+            check.finish()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers', of inputs from which the objective took its own tensors."""
@@ -213,6 +227,7 @@ class MultiTokenTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """As transformers', with the objective's metrics of the held-out rows."""
+        self.finish_step_check()
         gather: Any = self.accelerator.gather_for_metrics
         with self.objective.evaluation_mode(gather):
             output: Any = super().evaluation_loop(*args, **options)
@@ -227,6 +242,7 @@ class MultiTokenTrainer(Trainer):
         """As transformers'; the log of a training step carries the step's metrics too."""
         self.batches.set_epoch(self.state)
         if "loss" in logs:
+            self.finish_step_check()
             reduce = self._sum_over_devices if self.args.world_size > 1 else None
             logs |= self.batches.metrics(reduce)
             logs |= self.step_metrics.pop(reduce)
@@ -270,6 +286,7 @@ class MultiTokenTrainer(Trainer):
 
     def save_result(self, folder: str | Path) -> None:
         """Write the trained model into a folder; collective, the main process writes."""
+        self.finish_step_check()
         check_weights_finite(self.multi_token_model, self.state.global_step)
         if self.sharding is not None:
             self.sharding.gather()
@@ -283,6 +300,7 @@ class MultiTokenTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but complete or not there at all. Raises CheckpointError."""
+        self.finish_step_check()
         check_weights_finite(self.multi_token_model, self.state.global_step)
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         # All collectives come before the first write: a process that cannot write (a full disk)
