@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
-from multi_token.data.dataset import worker_loader
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import Length, LengthStore
+from multi_token.data.parallel import read_parallel
 from multi_token.data.rows import Row, row_id_of
+from multi_token.distributed import is_main_process
 from multi_token.errors import RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Sample
 
@@ -103,15 +103,12 @@ def scan(
     """
     indices = range(len(rows)) if indices is None else indices
     # one row at a time to each worker: rows differ too much in cost for equal batches of them
-    loader = worker_loader(_ScanDataset(rows, read, source, indices, known), num_workers)
-    console = Console(stderr=True)
-    results: Iterable[_Result] = track(
-        loader,
+    results = read_parallel(
+        _ScanDataset(rows, read, source, indices, known),
+        num_workers=num_workers,
+        console=Console(stderr=True, quiet=not (progress and is_main_process())),
         description="Reading rows",
         total=len(indices),
-        console=console,
-        disable=not progress or not console.is_terminal,
-        transient=True,
     )
     report = ScanReport(num_rows=len(indices))
     try:
