@@ -258,7 +258,8 @@ class _ProbeRun:
         """Raise `tolerance` to this model's rounding between texts of two lengths.
 
         Sets `supports_logits_to_keep` as well: True if the head computes logits at chosen positions
-        only and the loss is divided by `num_items_in_batch`. Raises LanguageModelError for a model that is not causal.
+        only and the loss is divided by `num_items_in_batch`. Raises LanguageModelError for a model
+        that is not causal.
         """
         # in a causal model the logits of a prefix are those of the longer text, up to rounding
         labels = torch.full_like(self.ids, -100)

@@ -24,7 +24,7 @@ from multi_token.types import IGNORE_INDEX, Sample
 TEACHER = "teacher"
 """Key of a batch that holds the teacher's inputs."""
 _TAUGHT, _UNTAUGHT = "taught", "untaught"
-"""Keys of the teacher's inputs: the supervised tokens that the teacher predicted, and all others."""
+"""Keys of the teacher's inputs: supervised tokens that the teacher predicted, and all others."""
 
 
 @dataclass(frozen=True)

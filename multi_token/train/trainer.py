@@ -18,7 +18,10 @@ from transformers import Trainer
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
 from multi_token.distributed import barrier, is_main_process
-from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.language_model.segment_attention import (
+    describe_pack_attention,
+    segment_attention_enabled,
+)
 from multi_token.modalities.base import PretrainedModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import FsdpSpec, Trainable
@@ -104,7 +107,15 @@ class MultiTokenTrainer(Trainer):
         model = self.multi_token_model
         if self.batches.pack_tokens is None or not model.capabilities.supports_segment_attention:
             return nullcontext()
+        assert model.capabilities.segment_reach >= 0  # found here and not in a step
         return segment_attention_enabled(model.language_model)
+
+    def describe_attention(self) -> str:
+        """Return a line on how packs are attended to."""
+        model, args = self.multi_token_model, self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        dtype = dtype or next(model.language_model.parameters()).dtype
+        return describe_pack_attention(model.language_model, model.capabilities, args.device, dtype)
 
     # ---- batches
 
@@ -273,8 +284,10 @@ class MultiTokenTrainer(Trainer):
                 name
                 for name, modality in model.modalities.items()
                 if isinstance(modality, PretrainedModality)
-                and modality.dtype == "float32"
-                and not any(p.requires_grad for p in model.encoder(name).parameters())
+                and all(
+                    p.dtype == torch.float32 and not p.requires_grad
+                    for p in model.encoder(name).parameters()
+                )
             ),
             batch_size=self.args.per_device_train_batch_size,
             longest_row=max(self.batches.lengths, default=0),

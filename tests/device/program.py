@@ -1,4 +1,4 @@
-"""Program that trains, generates and serves on the simulated accelerator, and writes what it logged.
+"""Program that trains, generates and serves on the simulated accelerator, and writes its log.
 
     python tests/device/program.py MATERIAL OUT.json
 
@@ -8,10 +8,12 @@ folder of tests/golden/material.py. OUT.json: case -> `Found` as a mapping.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,17 @@ from tests.device import simulated  # isort: skip - before multi_token
 from rich.console import Console
 from transformers import TrainerCallback
 
-from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.generate import drop_last_answer
+from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.recipe import Recipe
+from multi_token.serve.engines.base import SamplingParams
+from multi_token.serve.engines.local.engine import LocalEngine
+from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.train.prepare import Run, open_stages, prepare
 from multi_token.train.run import closed_form_stage
 from multi_token.train.stage import attach_adapters, build_trainer
+from tests.golden.answers import NUM_NEW, QUESTIONS, row_of
+from tests.serve.engine_parts import Client
 
 QUIET = Console(quiet=True)
 ACCUMULATION = 2
@@ -146,11 +154,11 @@ def train_stages(run: Run, cases: dict[str, Found], mode: str) -> None:
         try:
             trainer.train()
             cases[f"{mode}-{stage.spec.name}"] = counter.found or Found(error="no step")
-        except Exception:
+        except Exception:  # noqa: BLE001 - any fault is the result of the case
             cases[f"{mode}-{stage.spec.name}"] = Found(error=traceback.format_exc())
 
 
-def training(material: Path, work: Path, mode: str) -> dict[str, Found]:
+def training(material: Path, work: Path, *, mode: str) -> dict[str, Found]:
     """Cases of one way to batch rows: each kind of stage."""
     cases: dict[str, Found] = {}
     rows = "one_image" if mode == "shared" else "naming"
@@ -168,6 +176,42 @@ def training(material: Path, work: Path, mode: str) -> dict[str, Found]:
     return cases
 
 
+def using(material: Path, work: Path) -> dict[str, Found]:
+    """Cases of a model that is used: `generate`, and the local engine from item to answer."""
+    cases: dict[str, Found] = {}
+    spec = recipe(material, work / "used", "padded", ["projector"], "naming")
+    model = MultiTokenForConditionalGeneration.from_spec(spec.model)
+    move_to_device(model, simulated.DEVICE).eval()
+    rows = [row_of(QUESTIONS[name], material) for name in ("a picture", "a vector")]
+    assert model.capabilities.name  # probed here, or its trials would be counted
+    simulated.LOG.reset()
+    model.generate(rows, max_new_tokens=NUM_NEW)
+    cases["generate"] = snapshot(NUM_NEW)
+
+    engine, embedder = LocalEngine(model, max_batch=4), MediaEmbedder(model, cache_bytes=10**6)
+    samples = [
+        model.require_processor()(drop_last_answer(row, model), prompt_only=True) for row in rows
+    ]
+    try:
+        engine.start()
+        simulated.LOG.reset()
+        prompts = [asyncio.run(embedder.build_prompt(sample)) for sample in samples]
+        cases["items of requests"] = snapshot(len(prompts))
+        simulated.LOG.reset()
+        clients = [Client() for _ in prompts]
+        for number, (prompt, client) in enumerate(zip(prompts, clients, strict=True)):
+            params = SamplingParams(NUM_NEW, ignore_eos=True)
+            engine.submit(str(number), prompt, params, client)
+        answers = [client.ids for client in clients]
+        cases["local engine"] = snapshot(NUM_NEW)
+        if [len(ids) for ids in answers] != [NUM_NEW] * len(prompts):
+            cases["local engine"].error = f"answers {answers}"
+    finally:
+        engine.stop()
+        embedder.stop()
+    return cases
+
+
 def main(material: Path, out: Path) -> None:
     from_spec = MultiTokenForConditionalGeneration.from_spec
 
@@ -179,9 +223,9 @@ def main(material: Path, out: Path) -> None:
     MultiTokenForConditionalGeneration.from_spec = from_spec_on_cpu  # type: ignore[method-assign]
     cases: dict[str, Found] = {}
     with simulated.simulated():
-        only = sys.argv[3:]
-        for mode in only or MODES:
-            cases |= training(material, out.parent / "runs", mode)
+        for mode in sys.argv[3:] or [*MODES, "using"]:
+            kind = using if mode == "using" else partial(training, mode=mode)
+            cases |= kind(material, out.parent / "runs")
     out.write_text(json.dumps({name: asdict(found) for name, found in cases.items()}, indent=1))
 
 

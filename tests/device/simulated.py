@@ -1,4 +1,4 @@
-"""Simulated accelerator: a device `sim` whose tensors compute on the CPU and whose borders are logged.
+"""Simulated accelerator: a device `sim` that computes on the CPU and logs its borders.
 
 A PrivateUse1 device of torch with a tensor subclass. Every operator runs on CPU memory, and `LOG`
 gets an entry, with the line that caused it, for each
@@ -314,9 +314,7 @@ def _attention(
         # a number and not a tensor: no sync on a real device either
         num = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(num, -3), value.repeat_interleave(num, -3)
-    scores = (query @ key.transpose(-2, -1)) * (
-        query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
