@@ -52,11 +52,17 @@ from multi_token.train.accelerator import (
     find_accelerator,
 )
 from multi_token.train.compile import apply_kernels
+from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
-from multi_token.train.training_args import training_arguments
+from multi_token.train.training_args import (
+    check_metric,
+    data_seed,
+    training_arguments,
+    visible_devices_line,
+)
 
 _DONE = "done.json"
 
@@ -104,6 +110,7 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
         args = training_arguments(
             folder, fields, seed=train.seed, learning_rate=stage.learn.logged_lr
         )
+        check_metric(args, ("loss",) if stage.dpo is None else DpoLoss.METRICS)
         stages.append(StageRun(stage, folder, args))
     stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
     return stages
@@ -139,6 +146,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     skips them.
     """
     spec, args = recipe.train, stages[0].args
+    if (line := visible_devices_line(args)) is not None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     # before the model: projectors and encoders without weights draw theirs here
     set_seed(spec.seed)
     model = compose_model(recipe, args)
@@ -168,7 +177,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             open_source(source, model.processor, recipe, None) for source in recipe.data.train
         ]
     else:
-        streams = open_streams(model.require_processor(), recipe, seed=args.data_seed or spec.seed)
+        streams = open_streams(model.require_processor(), recipe, seed=data_seed(args))
         sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
     encoders = {name: model.encoder(name) for name in model.modalities}
