@@ -107,7 +107,7 @@ class MultiTokenTrainer(Trainer):
         model = self.multi_token_model
         if self.batches.pack_tokens is None or not model.capabilities.supports_segment_attention:
             return nullcontext()
-        assert model.capabilities.segment_reach >= 0  # found here and not in a step
+        model.capabilities.segment_reach  # noqa: B018 - probed here, and not in a step
         return segment_attention_enabled(model.language_model)
 
     def describe_attention(self) -> str:
