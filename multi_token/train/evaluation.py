@@ -18,6 +18,7 @@ from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
 from multi_token.train.run_report import RunReport
+from multi_token.train.training_args import mixed_precision
 from multi_token.types import Conversation, Text
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class EvaluationCallback(TrainerCallback):
             return
         if self.spec.num_samples:
             chosen = evenly_spaced(len(self.rows), self.spec.num_samples)
-            shown = sample_answers(self.model, [self.rows[i] for i in chosen])
+            with mixed_precision(self.trainer.args):
+                shown = sample_answers(self.model, [self.rows[i] for i in chosen])
             self.report.add_samples(state.global_step, shown)
             for one in shown:
                 self.console.print(
@@ -132,7 +134,8 @@ class EvaluationCallback(TrainerCallback):
         batch_size = self.trainer.args.per_device_eval_batch_size
         try:
             rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
-            return blind(self.model, rows, batch_size=batch_size)
+            with mixed_precision(self.trainer.args):
+                return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
             # rows that the test cannot use (all media alike, say) must not end a training run
             self.blind = False

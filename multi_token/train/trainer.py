@@ -43,6 +43,7 @@ from multi_token.train.resume import (
     prune_checkpoints,
     raise_on_read_error,
 )
+from multi_token.train.training_args import mixed_precision
 
 
 class MultiTokenTrainer(Trainer):
@@ -105,17 +106,21 @@ class MultiTokenTrainer(Trainer):
     def attention_mode(self) -> AbstractContextManager[Any]:
         """Attend to packs segment by segment within, where the language model supports it."""
         model = self.multi_token_model
-        if self.batches.pack_tokens is None or not model.capabilities.supports_segment_attention:
+        if self.batches.pack_tokens is None:
             return nullcontext()
-        model.capabilities.segment_reach  # noqa: B018 - probed here, and not in a step
-        return segment_attention_enabled(model.language_model)
+        with mixed_precision(self.args):
+            supported = model.capabilities.supports_segment_attention
+            model.capabilities.segment_reach  # noqa: B018 - probed here, and not in a step
+        return segment_attention_enabled(model.language_model) if supported else nullcontext()
 
     def describe_attention(self) -> str:
         """Return a line on how packs are attended to."""
         model, args = self.multi_token_model, self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         dtype = dtype or next(model.language_model.parameters()).dtype
-        return describe_pack_attention(model.language_model, model.capabilities, args.device, dtype)
+        language_model, capabilities = model.language_model, model.capabilities
+        with mixed_precision(args):  # as its probes run in training
+            return describe_pack_attention(language_model, capabilities, args.device, dtype)
 
     # ---- batches
 
@@ -228,8 +233,12 @@ class MultiTokenTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers', of inputs from which the objective took its own tensors."""
-        inputs = self.objective.before_forward(self.multi_token_model, inputs)
-        return super().compute_loss(model, inputs, *args, **kw)
+        # Trial steps come before `train`, in which accelerate adds its own autocast. Entered twice:
+        # casts that the teacher makes without gradients must not be kept for the student.
+        with mixed_precision(self.args):
+            inputs = self.objective.before_forward(self.multi_token_model, inputs)
+        with mixed_precision(self.args):
+            return super().compute_loss(model, inputs, *args, **kw)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         """As transformers', without row ids, which the model does not accept."""

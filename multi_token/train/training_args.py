@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -183,6 +184,19 @@ def _check_optimizer(args: TrainingArguments) -> None:
         num_training_steps=num_steps,
         scheduler_specific_kwargs=options,
     )
+
+
+def mixed_precision(args: TrainingArguments) -> AbstractContextManager[Any]:
+    """Autocast of a stage, for all that runs its model beside the training step.
+
+    Probes, trials, samples, the blind test, the teacher and the reference then have the precision
+    of training. Leave it before weights change: autocast keeps their casts until its end.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    # as accelerate: DeepSpeed casts by itself, and the CPU has no loss scaling
+    if dtype is None or args.deepspeed or (args.device.type == "cpu" and dtype == torch.float16):
+        return nullcontext()
+    return torch.autocast(args.device.type, dtype=dtype)
 
 
 def _check_field_types(fields: Mapping[str, Any]) -> None:
