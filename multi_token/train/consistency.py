@@ -17,7 +17,7 @@ from multi_token.recipe.recipe import Recipe, differences
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What is checked of a batch after its step.
+    """Results of a batch that are checked after its step.
 
     Attributes:
         loss: Loss [].

@@ -336,7 +336,7 @@ def test_the_reach_of_a_model_is_its_shortest_window(
 def test_a_pack_has_its_segments_from_the_collator_unless_a_window_cuts_one(
     families: Any, window: int | None, has_table: bool
 ) -> None:
-    """Nobody looks for segments in the positions, for which the host would wait for the device."""
+    """Segments are not looked for in the positions, for which the host waits for the device."""
     model = families.tiny_model("Mistral", sliding_window=window)
     found = probe(model)
     bounds = [0, *accumulate(LENGTHS)]

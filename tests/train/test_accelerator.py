@@ -65,7 +65,7 @@ def precisions(model: Any) -> set[torch.dtype]:
 
 
 def on(device: str, *, bf16: bool) -> Any:
-    """What is asked of TrainingArguments."""
+    """Stand-in for TrainingArguments, of which two fields are read."""
     return SimpleNamespace(device=torch.device(device), bf16=bf16)
 
 
