@@ -87,7 +87,7 @@ def all_gather(value: T) -> list[T]:
 
 
 class DelayedAny:
-    """Agreement of processes on a flag without a host sync: started in one step, read in the next.
+    """Agreement of processes on a flag without a host sync: started now, read a step later.
 
     By then the device has computed it, so the host does not wait and the device is never idle.
     """

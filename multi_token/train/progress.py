@@ -212,17 +212,21 @@ class StopOnInterrupt(TrainerCallback):
             self.console.print(f"{what}: saving after this step{again} ...")
         self.interrupted = True
 
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        # One reduction a step: a process that stops alone would leave the others in a collective.
+        # Begun before the step and read after it, so that the host does not wait for its work.
+        if args.world_size > 1:
+            self.flag = DelayedAny(self.interrupted, args.device)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if args.world_size > 1:
-            # One reduction a step: a process that stops alone would leave the others in a
-            # collective. It is read one step late, so that no step waits for the device.
-            before, self.flag = self.flag, DelayedAny(self.interrupted, args.device)
-            if before is None or not before.read():
-                return
+        if self.flag is None:
+            is_agreed = self.interrupted
+        else:
+            is_agreed, self.flag = self.flag.read(), None
+        if is_agreed:
             self.interrupted = True
-        if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
 
