@@ -141,13 +141,8 @@ def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForCondi
     )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
-    packing = recipe.train.packing
     with mixed_precision(args):
-        capabilities = model.capabilities
-        if packing is not None:
-            capabilities.require("supports_packing")
-            if packing.share:
-                capabilities.require("supports_shared_prefix")
+        model.capabilities  # noqa: B018 - probed as it trains, and then cached
     return model
 
 
@@ -179,6 +174,11 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     console.print(*parts, *defaults, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
+    # after the model is described: the description says why packing is refused
+    if spec.packing is not None:
+        model.capabilities.require("supports_packing")
+        if spec.packing.share:
+            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [
