@@ -113,7 +113,7 @@ class Collator:
                 tuple(lengths),
                 len(supervised),
                 segments=tuple(
-                    (*own, *((0, 0) if segment.parent is None else bounds[segment.parent]))
+                    own + ((0, 0) if segment.parent is None else bounds[segment.parent])
                     for own, segment in zip(bounds, segments, strict=True)
                 ),
                 num_before=tuple(segment.start for segment in segments),

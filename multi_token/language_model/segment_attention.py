@@ -107,8 +107,8 @@ def _one_kernel(
         dtype = torch.get_autocast_dtype(query.device.type)
     if not has_varlen_kernel(query.device, dtype, query.shape[-1], value.shape[-1]):
         return None
-    flat = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]
-    return varlen_attention(*flat, borders, longest, scaling)[None]
+    queries, keys, values = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    return varlen_attention(queries, keys, values, borders, longest, scaling)[None]
 
 
 def has_varlen_kernel(

@@ -26,12 +26,13 @@ from transformers import TrainerCallback
 from multi_token.generate import drop_last_answer
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.recipe import Recipe
-from multi_token.serve.engines.base import SamplingParams
+from multi_token.serve.engines.base import Prompt, SamplingParams
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.media_embeddings import MediaEmbedder
 from multi_token.train.prepare import Run, open_stages, prepare
 from multi_token.train.run import closed_form_stage
 from multi_token.train.stage import attach_adapters, build_trainer
+from multi_token.types import Sample
 from tests.golden.answers import NUM_NEW, QUESTIONS, row_of
 from tests.serve.engine_parts import Client
 
@@ -176,6 +177,13 @@ def training(material: Path, work: Path, *, mode: str) -> dict[str, Found]:
     return cases
 
 
+async def prompt_of(embedder: MediaEmbedder, sample: Sample) -> Prompt:
+    placed = zip(sample.media_spans, sample.media, strict=True)
+    items = [await embedder.embed_item(span.modality, item) for span, item in placed]
+    embeds, keys = tuple(item.embeds for item in items), tuple(item.key for item in items)
+    return Prompt(sample.input_ids, tuple(sample.media_spans), embeds, keys)
+
+
 def using(material: Path, work: Path) -> dict[str, Found]:
     """Cases of a model that is used: `generate`, and the local engine from item to answer."""
     cases: dict[str, Found] = {}
@@ -195,7 +203,7 @@ def using(material: Path, work: Path) -> dict[str, Found]:
     try:
         engine.start()
         simulated.LOG.reset()
-        prompts = [asyncio.run(embedder.build_prompt(sample)) for sample in samples]
+        prompts = [asyncio.run(prompt_of(embedder, sample)) for sample in samples]
         cases["items of requests"] = snapshot(len(prompts))
         simulated.LOG.reset()
         clients = [Client() for _ in prompts]

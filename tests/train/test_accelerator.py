@@ -50,7 +50,8 @@ def test_a_run_on_the_cpu_has_none_of_the_defaults(tmp_path: Path) -> None:
     assert find_accelerator({"use_cpu": True}) is None
     args = training_arguments(tmp_path, {"use_cpu": True}, seed=0, learning_rate=1e-3)
     assert not args.bf16 and args.dataloader_num_workers == 0
-    assert args.accelerator_config.non_blocking is False
+    config: Any = args.accelerator_config
+    assert config.non_blocking is False
 
 
 def composed(recipe_fields: Any, tmp_path: Path, **image: Any) -> tuple[Any, Recipe]:
