@@ -289,9 +289,9 @@ class PretrainedModality(Modality):
     """Hub name or folder of the encoder."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen encoder. A trained encoder is always float32, and so are the
-    features that it returns."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the frozen encoder; default: float32, and bfloat16 while a run trains with bf16
+    on a GPU. A trained encoder is always float32, and so are the features that it returns."""
     micro_batch: PositiveInt = 32
     """Parts (images, tiles, clips, chunks of audio or text) that go through the encoder at once.
     The encoder's memory does not grow with the number of items in a batch."""

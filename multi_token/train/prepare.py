@@ -48,6 +48,11 @@ from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.recipe import Recipe, differences
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.registry import validate_fields
+from multi_token.train.accelerator import (
+    cast_frozen_encoders,
+    describe_defaults,
+    find_accelerator,
+)
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
@@ -162,8 +167,11 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         console.print(
             f"{', '.join(initialized)}: initialized from {spec.init_from}", highlight=False
         )
+    cast_frozen_encoders(model, spec, args)
     parts = describe_parts(model)
-    console.print(*parts, sep="\n", highlight=False)
+    fields = {**spec.args, **stages[0].spec.args}
+    defaults = describe_defaults(fields, find_accelerator(fields), model)
+    console.print(*parts, *defaults, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
     # after the model is described: the description says why packing is refused
@@ -272,7 +280,11 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
         )
     described = absolutize(theirs.model_dump(mode="json"))["modalities"]
     for name in names:
-        changed = differences(described[name], model.config.model["modalities"][name])
+        changed = [
+            change
+            for change in differences(described[name], model.config.model["modalities"][name])
+            if change[0] != "dtype"  # of a frozen encoder, which does not change what it computes
+        ]
         # `type` first: modalities of different types differ in nearly every other field too
         for key, before, now in sorted(changed, key=lambda change: change[0] != "type")[:1]:
             raise RecipeError(
