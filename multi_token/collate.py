@@ -25,6 +25,7 @@ from multi_token.modalities.base import Modality, stack_padded
 from multi_token.types import (
     IGNORE_INDEX,
     Batch,
+    BatchCounts,
     MediaBatch,
     MediaSpan,
     PackedBatch,
@@ -70,11 +71,14 @@ class Collator:
         # shifted here: a shift inside the model would cross the borders of packed samples
         shift_labels = torch.full_like(labels, IGNORE_INDEX)
         shift_labels[:, :-1] = labels[:, 1:]
+        supervised = supervised_positions(shift_labels)
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
             labels=labels,
             shift_labels=shift_labels,
+            supervised=supervised,
+            counts=BatchCounts(tuple(lengths), len(supervised)),
             media=self._media(
                 (span, item, begin)
                 for sample, begin in zip(samples, begins, strict=True)
@@ -97,10 +101,23 @@ class Collator:
             of_segment[:1] = IGNORE_INDEX
         joined = torch.cat(labels)[None]
         begins = borders[:-1].tolist()
-        batch = PackedBatch(
+        bounds = [(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+        shift_labels = torch.nn.functional.pad(joined[:, 1:], (0, 1), value=IGNORE_INDEX)
+        supervised = supervised_positions(shift_labels)
+        return PackedBatch(
             input_ids=torch.cat([s.sample.input_ids[s.start : s.stop] for s in segments])[None],
             labels=joined,
-            shift_labels=torch.nn.functional.pad(joined[:, 1:], (0, 1), value=IGNORE_INDEX),
+            shift_labels=shift_labels,
+            supervised=supervised,
+            counts=BatchCounts(
+                tuple(lengths),
+                len(supervised),
+                segments=tuple(
+                    own + ((0, 0) if segment.parent is None else bounds[segment.parent])
+                    for own, segment in zip(bounds, segments, strict=True)
+                ),
+                num_before=tuple(segment.start for segment in segments),
+            ),
             # positions within each sample, so that a packed row computes what its own batch would
             position_ids=torch.cat([torch.arange(s.start, s.stop) for s in segments])[None],
             cu_seq_lens_q=borders,
@@ -116,17 +133,6 @@ class Collator:
                 if segment.start <= span.start < segment.stop
             ),
         )
-        if any(segment.parent is not None for segment in segments):
-            bounds = [
-                (begin, begin + length) for begin, length in zip(begins, lengths, strict=True)
-            ]
-            batch["segments"] = torch.tensor(
-                [
-                    (*own, *((0, 0) if segment.parent is None else bounds[segment.parent]))
-                    for own, segment in zip(bounds, segments, strict=True)
-                ]
-            )
-        return batch
 
     def pack_order(self, samples: Sequence[Sample]) -> list[Sample]:
         """Return samples in the order in which `pack` lays them."""
@@ -173,6 +179,14 @@ class Collator:
         if NEWLINES_KEY in items[0].inputs:
             batch[NEWLINES_KEY] = stack_padded([item.inputs[NEWLINES_KEY] for item in items])
         return batch
+
+
+def supervised_positions(shift_labels: Tensor) -> Tensor:
+    """Return the supervised positions of the flattened labels, int64 [num_supervised].
+
+    Labels of a device make the host wait for it, so batches bring their positions along.
+    """
+    return (shift_labels.flatten() != IGNORE_INDEX).nonzero().flatten()
 
 
 @dataclass(frozen=True)

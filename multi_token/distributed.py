@@ -95,16 +95,32 @@ def all_gather(value: T) -> list[T]:
     return found
 
 
-def any_rank(flag: bool | Tensor, device: torch.device) -> bool:
-    """True if `flag` is true in any process. Signals reach processes at different steps.
+class DelayedAny:
+    """Agreement of processes on a flag without a host sync: started now, read a step later.
 
-    `flag` may be a bool tensor []; it is read only after the reduction, one host sync in all.
+    By then the device has computed it, so the host does not wait and the device is never idle.
     """
-    if num_processes() == 1:
-        return bool(flag)
-    reduced = torch.as_tensor(flag, device=device).int()
-    distributed.all_reduce(reduced, op=distributed.ReduceOp.MAX)
-    return bool(reduced)
+
+    def __init__(self, flag: bool | Tensor, device: torch.device) -> None:
+        """Start the reduction; collective."""
+        if not isinstance(flag, Tensor):
+            # filled on the device: a copy from the CPU would wait for it
+            flag = torch.full((), flag, device=device)
+        self._flag, self._copied = flag.int(), None
+        if num_processes() > 1:
+            distributed.all_reduce(self._flag, op=distributed.ReduceOp.MAX)
+        if device.type == "cuda":
+            pinned = torch.empty((), dtype=torch.int, pin_memory=True)
+            self._flag = pinned.copy_(self._flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> bool:
+        """True if the flag was true in any process."""
+        if self._copied is not None:
+            # this step alone is waited for, and not those that were queued after it
+            self._copied.synchronize()
+        return bool(self._flag)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def build_encoders(modalities: Mapping[str, Modality]) -> dict[str, Encoder]:
     """Return encoders by instance name, in the recipe's precision."""
     encoders = {name: modality.build_encoder() for name, modality in modalities.items()}
     for name, modality in modalities.items():
-        if isinstance(modality, PretrainedModality) and modality.dtype != "float32":
+        if isinstance(modality, PretrainedModality) and modality.dtype not in (None, "float32"):
             cast_encoder(encoders[name], getattr(torch, modality.dtype))
     return encoders
 

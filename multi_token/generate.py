@@ -172,7 +172,7 @@ def _generate_batch(
         sampling = {"do_sample": True}
     start = model.capabilities.prefill_mode
     if start == "ids":
-        _check_text_is_last(model, moved)
+        _check_text_is_last(model, batch)
     return generate_from_embeds(
         model.language_model,
         inputs_embeds=embeds,

@@ -7,7 +7,8 @@ Below `Batch` there are tensors only. Paths, texts and templates occur in the me
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.load import load_trained, read_config, read_spec
 from multi_token.checkpoint.references import absolutize
 from multi_token.checkpoint.save import MODEL_TYPE, SCHEMA, save
-from multi_token.collate import FEATURES_KEY, NEWLINES_KEY
+from multi_token.collate import FEATURES_KEY, NEWLINES_KEY, supervised_positions
 from multi_token.encoders import (
     TrainedEncoderState,
     build_encoders,
@@ -45,10 +46,10 @@ from multi_token.language_model.segment_attention import segments_to_mask
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.processor import MultiTokenProcessor
-from multi_token.projectors.base import Projector
+from multi_token.projectors.base import EmbedCount, Projector
 from multi_token.recipe.model import ModelSpec
 from multi_token.splice import MediaEmbeds, splice
-from multi_token.types import IGNORE_INDEX, Features, MediaBatch
+from multi_token.types import IGNORE_INDEX, BatchCounts, Features, MediaBatch
 
 
 class MultiTokenConfig(PreTrainedConfig):
@@ -114,6 +115,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.modalities = dict(modalities)
         self.processor = processor
         self._capabilities: Capabilities | None = None
+        self._count_checks: list[tuple[str, Tensor]] | None = None
         # transformers' constructor leaves the training mode on
         self.train(False)
 
@@ -194,10 +196,30 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             embeds = embeds + self._touch_absent(media).to(embeds.dtype)
         return splice(embeds, pieces)
 
+    @contextmanager
+    def count_checks_deferred(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Within, the counts of media embeddings are checked by the caller, without a host sync.
+
+        Yields a list of (modality, bool []) to which each forward adds the masked modalities of its
+        batch: True on the device if embeddings and positions disagree in number.
+        """
+        checks: list[tuple[str, Tensor]] = []
+        self._count_checks = checks
+        try:
+            yield checks
+        finally:
+            self._count_checks = None
+
     def _media_embeds(self, name: str, media: MediaBatch) -> Tensor:
         """All tokens of a modality's items [copies * num_tokens, dim], computed once."""
-        tokens = self.projectors[name](self.encode(name, media["inputs"]))
-        copies = media.get("copies", 1)
+        features, copies = self.encode(name, media["inputs"]), media.get("copies", 1)
+        if self._count_checks is None:
+            tokens = self.projectors[name](features)
+        else:
+            count = EmbedCount(len(media["positions"]) // copies)
+            tokens = self.projectors[name](features, count)
+            if count.is_wrong is not None:
+                self._count_checks.append((name, count.is_wrong))
         return tokens if copies == 1 else tokens.repeat(copies, 1)
 
     def _touch_absent(self, media: Mapping[str, MediaBatch]) -> Tensor:
@@ -218,9 +240,10 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
+        supervised: Tensor | None = None,
+        counts: BatchCounts | None = None,
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model on ids and media.
@@ -231,10 +254,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             labels: int64 [batch, time], `IGNORE_INDEX` where not supervised.
             shift_labels: int64 [batch, time], the id to predict at each position; default: `labels`
                 shifted by one.
+            supervised: int64 [num_supervised], as in `Batch`. Without it the host waits for the
+                device to count them.
+            counts: Numbers of the batch, by which a packed row is attended to in segments.
             media: Modality name -> its items and their positions.
             num_items_in_batch: Supervised positions over all devices and accumulation steps, by
                 which the summed loss is divided.
-            segments: int64 [num_segments, 4], as in `PackedBatch`.
             **kwargs: Passed to the language model, such as the positions of a `PackedBatch`.
 
         Returns:
@@ -242,8 +267,10 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             model's own output.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
-        if segments is not None:
-            attention_mask = segments_to_mask(self.language_model, segments)
+        if counts is not None and counts.segments:
+            attention_mask = segments_to_mask(
+                self.language_model, counts, lambda: self.capabilities.segment_reach
+            )
         embeds = self.embed(input_ids, media)
         if labels is None and shift_labels is None:
             return self.language_model(
@@ -260,6 +287,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             shift_labels=shift_labels,
+            supervised=supervised_positions(shift_labels) if supervised is None else supervised,
             num_items_in_batch=num_items_in_batch,
             supports_logits_to_keep=self.capabilities.supports_logits_to_keep,
             **per_layer_inputs(self.language_model, input_ids),

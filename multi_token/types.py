@@ -139,17 +139,46 @@ class MediaBatch(TypedDict):
     copies: NotRequired[int]
 
 
+@dataclass(frozen=True)
+class BatchCounts:
+    """Numbers of a batch that the host needs: counted by the collator, never read from a device.
+
+    Not a tensor and not a container, so that whatever moves a batch to a device leaves it alone.
+
+    Attributes:
+        lengths: Real tokens of each row, or of each segment of a packed row.
+        num_supervised: Positions of `shift_labels` that are not `IGNORE_INDEX`.
+        segments: Of a packed row (start, stop, first, past) of each segment, where `first` and
+            `past` are start and end of its parent, 0 and 0 for none; `()` for padded rows.
+        num_before: Tokens of the prefix that each segment continues; `()` for padded rows.
+    """
+
+    lengths: tuple[int, ...]
+    num_supervised: int
+    segments: tuple[tuple[int, int, int, int], ...] = ()
+    num_before: tuple[int, ...] = ()
+
+    @property
+    def shares_prefix(self) -> bool:
+        """True if a segment continues another one."""
+        return any(self.num_before)
+
+
 class Batch(TypedDict):
     """Padded samples, as keyword arguments of the model's forward.
 
     `input_ids`, `attention_mask`, `labels`, `shift_labels`: int64 [batch, time].
     `shift_labels[:, t]` is the id to predict at t.
+    `supervised`: int64 [num_supervised], the positions of the flattened `shift_labels` that are not
+    `IGNORE_INDEX`, ascending.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     shift_labels: Tensor
+    supervised: Tensor
+    counts: BatchCounts
     media: dict[str, MediaBatch]
 
 
@@ -157,12 +186,12 @@ class PackedBatch(TypedDict):
     """Several samples one after the other in one row, as keyword arguments of the model's forward.
 
     `input_ids`, `labels`, `shift_labels`, `position_ids`: int64 [1, time]. Positions begin again
-    with each sample, and the last position of a sample predicts nothing.
+    with each sample, and the last position of a sample predicts nothing. `supervised` is that of
+    `Batch`.
     `cu_seq_lens_q`, `cu_seq_lens_k`: int32 [num_samples + 1], starts of the samples, and the end.
     `max_length_q`, `max_length_k`: length of the longest sample. These four are flash attention's.
-    `segments`: int64 [num_segments, 4], if samples share a prefix (segment_attention.py): start and
-    end of each segment, start and end of its parent (0, 0 for none). The four fields above then
-    count segments, and positions continue from the prefix.
+    If samples share a prefix (`counts.shares_prefix`), these four count segments, and positions
+    continue from the prefix (segment_attention.py).
     """
 
     # No attention mask: with one, even of ones, transformers does not look for samples in the
@@ -170,13 +199,14 @@ class PackedBatch(TypedDict):
     input_ids: Tensor
     labels: Tensor
     shift_labels: Tensor
+    supervised: Tensor
+    counts: BatchCounts
     position_ids: Tensor
     cu_seq_lens_q: Tensor
     cu_seq_lens_k: Tensor
     max_length_q: int
     max_length_k: int
     media: dict[str, MediaBatch]
-    segments: NotRequired[Tensor]
 
 
 @dataclass

@@ -77,6 +77,8 @@ def test_rows_are_padded_on_either_side_and_media_are_placed_in_the_flat_batch(m
     assert left["labels"].tolist() == [[no, no, no, 4], [no, no, no, 6]]
     assert right["shift_labels"].tolist() == [[no, no, 4, no], [6, no, no, no]]
     assert left["shift_labels"].tolist() == [[no, no, 4, no], [no, no, 6, no]]
+    assert right["supervised"].tolist() == [2, 4] and left["supervised"].tolist() == [2, 6]
+    assert left["counts"] == right["counts"] and right["counts"].num_supervised == 2
     assert right["media"]["vector"]["positions"].tolist() == [1, 2, 4, 5]
     assert left["media"]["vector"]["positions"].tolist() == [1, 2, 6, 7]
     assert right["input_ids"].dtype == right["labels"].dtype == torch.long
@@ -164,17 +166,14 @@ def test_samples_with_the_same_prefix_become_a_tree_in_a_pack(model: Any) -> Non
     assert batch["input_ids"].tolist() == [[8, 9, 1, 0, 0, 2, 3, 4, 5, 9, 6]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 6, 4, 5]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 6, 9, 11]
-    segments = batch.get("segments")
-    assert segments is not None
-    assert segments.tolist() == [
-        [0, 2, 0, 0],
-        [2, 6, 0, 0],
-        [6, 9, 2, 6],
-        [9, 11, 2, 6],
-    ]
+    counts = batch["counts"]
+    assert counts.segments == ((0, 2, 0, 0), (2, 6, 0, 0), (6, 9, 2, 6), (9, 11, 2, 6))
+    assert counts.lengths == (2, 4, 3, 2) and counts.num_before == (0, 0, 4, 4)
+    assert counts.shares_prefix
     assert batch["media"]["vector"]["positions"].tolist() == [3, 4]
     plain = Collator(model.modalities, 0).pack([alone, FIRST, other])
-    assert "segments" not in plain and len(plain["input_ids"][0]) == 15
+    assert plain["counts"].segments == ((0, 2, 0, 0), (2, 9, 0, 0), (9, 15, 0, 0))
+    assert not plain["counts"].shares_prefix
 
 
 def test_media_after_a_shared_prefix_have_their_positions_in_the_pack(model: Any) -> None:
@@ -195,16 +194,15 @@ def test_text_is_shared_from_eight_tokens_on_and_media_after_it_once_more(model:
     batch = collate.pack([one, text, other])
     assert batch["input_ids"].tolist() == [[*system, 0, 0, 2, 3, 2, 4, 5, 6]]
     assert batch["position_ids"].tolist() == [[*range(12), 10, 11, 8, 9]]
-    segments = batch.get("segments")
-    assert segments is not None
-    assert segments.tolist() == [
-        [0, 8, 0, 0],
-        [8, 10, 0, 8],
-        [10, 12, 8, 10],
-        [12, 14, 8, 10],
-        [14, 16, 0, 8],
-    ]
+    assert batch["counts"].segments == (
+        (0, 8, 0, 0),
+        (8, 10, 0, 8),
+        (10, 12, 8, 10),
+        (12, 14, 8, 10),
+        (14, 16, 0, 8),
+    )
     assert batch["media"]["vector"]["positions"].tolist() == [8, 9]
-    assert "segments" not in collate.pack([short, text]), "seven tokens are too few"
+    counts = collate.pack([short, text])["counts"]
+    assert not counts.shares_prefix, "seven tokens are too few"
     order = collate.pack_order([one, text, other, short])
     assert [id(sample) for sample in order] == [id(s) for s in (one, other, text, short)]

@@ -248,6 +248,10 @@ class ChatFormat:
                 return re.sub("|".join(special), "", text[len(answer_prefix) :])
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def build_slot_tokenizer(self) -> None:
+        """Copy the tokenizer now, so that data workers which are forked later share the copy."""
+        self._slot_tokenizer(_unused_slot(Conversation(())))
+
     def _slot_tokenizer(self, slot: str) -> tuple[Any, int]:
         if slot not in self._slot_tokenizers:
             slotted = copy.deepcopy(self.tokenizer)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from multi_token.errors import CheckpointError
+from multi_token.media.fetch import limit_hub_waits
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,6 +40,7 @@ def local_folder(
         raise CheckpointError(f"{text} names another revision than {revision!r}; leave one out")
     from huggingface_hub import snapshot_download
 
+    limit_hub_waits()
     revision = revision or named or None
     try:
         return Path(

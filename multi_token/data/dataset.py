@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -123,11 +124,17 @@ def worker_loader(dataset: Dataset[Any], num_workers: int, **options: Any) -> Da
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
+        worker_init_fn=_freeze,
         # DataLoader draws a seed from its generator. From torch's global one, the draw would change
         # the random numbers of training, and those after a resume
         generator=torch.Generator(),
         **options,
     )
+
+
+def _freeze(_: int) -> None:
+    # a garbage collection writes into every object, and would copy all pages of the main process
+    gc.freeze()
 
 
 def _identity(item: Any) -> Any:

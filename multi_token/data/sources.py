@@ -227,6 +227,8 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
             "`data.lengths: headers` would read headers alone (docs/lengths.md)",
             highlight=False,
         )
+    # a copy of a tokenizer may take 100 MB, which would be made by each worker
+    processor.chat.build_slot_tokenizer()
     look = partial(scan, source.rows, read, source=source.name, known=known)
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED_MEDIA))))

@@ -13,8 +13,11 @@ from typing import Literal
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import PrefillMode
 
-LazyCapability = Literal["supports_packing", "supports_segment_attention", "supports_shared_prefix"]
+LazyCapability = Literal["supports_packing", "supports_segment_attention", "segment_reach"]
 """Capabilities that only some runs need; each is probed when it is first asked for."""
+
+UNLIMITED_REACH = 1 << 30
+"""A number of tokens that is out of reach of any sliding window."""
 
 _LIMITATIONS = {
     "supports_left_padding": (
@@ -22,8 +25,8 @@ _LIMITATIONS = {
         "length are batched"
     ),
     "supports_logits_to_keep": (
-        "{name} does not select logits by a mask, so all logits are computed and the supervised "
-        "ones taken, which needs more memory"
+        "{name} does not compute logits at chosen positions only, so all logits are computed and "
+        "the supervised ones taken, which needs more memory"
     ),
     "supports_packing": (
         "{name} cannot take packed rows: the content of one row changes the logits of the next; "
@@ -57,27 +60,36 @@ class Capabilities:
     """The head computes logits at supervised positions only."""
     max_batched_length: int | None
     """Rows of a batch with a longer row change: see `forward.max_batched_length`."""
-    probe: Callable[[LazyCapability], bool] | None = field(default=None, repr=False, compare=False)
+    probe: Callable[[LazyCapability], int] | None = field(default=None, repr=False, compare=False)
     """Finds a lazy capability by running a few tokens; None without layers: it has none of them."""
 
     # found once: each of the three runs the model, which may take seconds
     @cached_property
     def supports_packing(self) -> bool:
         """Rows packed into one, with positions that restart at zero, do not see each other."""
-        return self._has("supports_packing")
+        return bool(self._find("supports_packing"))
 
     @cached_property
     def supports_segment_attention(self) -> bool:
         """Packed rows are exact with segment_attention.py, which is faster than a full mask."""
-        return self._has("supports_segment_attention")
+        return bool(self._find("supports_segment_attention"))
 
     @cached_property
+    def segment_reach(self) -> int:
+        """Longest segment for which a table of segments may stand in place of a mask; 0: none.
+
+        `UNLIMITED_REACH` where all layers attend to everything before them; less with a sliding
+        window.
+        """
+        return self._find("segment_reach")
+
+    @property
     def supports_shared_prefix(self) -> bool:
         """Packed rows may share a prefix that is computed once."""
-        return self._has("supports_shared_prefix")
+        return self.segment_reach >= UNLIMITED_REACH
 
-    def _has(self, capability: LazyCapability) -> bool:
-        return self.probe is not None and self.probe(capability)
+    def _find(self, capability: LazyCapability) -> int:
+        return 0 if self.probe is None else self.probe(capability)
 
     def require(self, capability: Literal["supports_packing", "supports_shared_prefix"]) -> None:
         """Check a capability that a setting of the recipe needs.

@@ -17,6 +17,7 @@ from multi_token.language_model.quantization import (
     quantization_config,
     quantized_parameters,
 )
+from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
+    limit_hub_waits()
     source, options = gguf_arguments(name)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, **options)
@@ -76,6 +78,7 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
+    limit_hub_waits()
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation

@@ -88,7 +88,7 @@ def probe(language_model: Any) -> Capabilities:
             supports_left_padding=supports_left_padding,
             supports_logits_to_keep=run.supports_logits_to_keep,
             max_batched_length=max_batched_length(language_model),
-            probe=partial(_has_lazy, language_model),
+            probe=partial(_find_lazy, language_model),
         )
 
 
@@ -129,7 +129,7 @@ def check_trainable(language_model: Any) -> None:
         raise LanguageModelError(f"{run.name} cannot be trained through: {fault}{fix}")
 
 
-def _has_lazy(language_model: Any, capability: LazyCapability) -> bool:
+def _find_lazy(language_model: Any, capability: LazyCapability) -> int:
     # Started again each time: by now the model may be on another device or have an adapter.
     with _started(language_model) as run:
         return _succeeds(getattr(run, capability))
@@ -261,8 +261,9 @@ class _ProbeRun:
     def measure_rounding(self) -> None:
         """Raise `tolerance` to this model's rounding between texts of two lengths.
 
-        Sets `supports_logits_to_keep` as well: True if the loss selects logits by a mask and
-        divides by `num_items_in_batch`. Raises LanguageModelError for a model that is not causal.
+        Sets `supports_logits_to_keep` as well: True if the head computes logits at chosen positions
+        only and the loss is divided by `num_items_in_batch`. Raises LanguageModelError for a model
+        that is not causal.
         """
         # in a causal model the logits of a prefix are those of the longer text, up to rounding
         labels = torch.full_like(self.ids, -100)
@@ -275,6 +276,7 @@ class _ProbeRun:
                 inputs_embeds=self.embeds,
                 attention_mask=torch.ones_like(self.ids),
                 shift_labels=labels,
+                supervised=torch.arange(1, 4, device=labels.device),
                 # Twice the labels: a loss that ignores the number is twice too large.
                 num_items_in_batch=6,
                 **per_layer_inputs(self.model, self.ids),
@@ -377,16 +379,19 @@ class _ProbeRun:
         with segment_attention_enabled(self.model) as enabled:
             return enabled and self.supports_packing()
 
-    def supports_shared_prefix(self) -> bool:
-        """Pack two rows that share three tokens: each must have the logits it has alone."""
+    def segment_reach(self) -> int:
+        """Pack two rows that share three tokens: each must have the logits it has alone.
+
+        Returns the reach of the model's masks then, else 0.
+        """
         with recording_mask_reach() as reach, segment_attention_enabled(self.model) as enabled:
             if not enabled or not accepts_position_ids(self.model):
-                return False
+                return 0
             self.measure_rounding()
             self.logits_from_embeds(self.embeds, self.ids)
             # A sliding window is longer than this text, so the masks are asked about far positions.
-            if not (reach and all(reach)):
-                return False
+            if not min(reach, default=0):
+                return 0
             start, rest = slice(0, 3), slice(3, None)
             ids, embeds = (
                 torch.cat([a[:, start], b[:, start], a[:, rest]], 1)
@@ -398,12 +403,13 @@ class _ProbeRun:
                 position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=ids.device),
                 attention_mask=torch.tensor([[[[0, 3, 0, 0], [3, 6, 0, 3], [6, 9, 0, 3]]]]),
             )[0]
-            return self.is_close(torch.cat([found[:3], found[6:]]), self.reference[:_NUM_TOKENS])
+            row = torch.cat([found[:3], found[6:]])
+            return min(reach) if self.is_close(row, self.reference[:_NUM_TOKENS]) else 0
 
 
-def _succeeds(check: Callable[[], bool]) -> bool:
-    """Return the result of the check, or False where the model refuses it."""
+def _succeeds(check: Callable[[], int]) -> int:
+    """Return the result of the check, or 0 where the model refuses it."""
     try:
         return check()
     except MODEL_FAULTS:
-        return False
+        return 0

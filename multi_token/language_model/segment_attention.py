@@ -1,7 +1,9 @@
-"""Segment attention: packed rows attend inside their own segment, with one `sdpa` call for each.
+"""Segment attention: packed rows attend inside their own segment, without a mask.
 
 A pack [a a a | b b | c c c c] needs no mask of 9 x 9: three causal calls of 3, 2 and 4 positions
-give the same result. Segments come as a table int64 [1, 1, num_segments, 4] in place of a mask:
+give the same result. On CUDA one kernel of torch (`varlen_attn`) computes all of them. Elsewhere,
+and where segments share a prefix, each segment is a call of `sdpa`. Segments come as a table int64
+[1, 1, num_segments, 4] in place of a mask:
 
     start, stop     positions of the segment
     first, past     positions of the prefix that it continues; empty (0, 0) for a plain segment
@@ -13,8 +15,11 @@ and chunks are respected: where a pack is not causal attention per segment, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,14 +29,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from multi_token.errors import LanguageModelError
+from multi_token.language_model.capabilities import UNLIMITED_REACH, Capabilities
 from multi_token.language_model.forward import base_language_model
+from multi_token.types import BatchCounts
 
 SEGMENT_ATTENTION = "multi_token_segments"
 """Name of the attention implementation in transformers' registry."""
 _BASE_IMPLEMENTATION = "sdpa"
 """The implementation to replace. Another one was asked for, or the model needs it (soft caps)."""
-_FAR = 1 << 30
-"""A position that is out of reach of any sliding window."""
 
 
 def segment_attention(
@@ -54,8 +59,12 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
-    options["is_causal"] = True
     rows = attention_mask[0, 0].tolist()
+    if not dropout and not any(past for _, _, _, past in rows):
+        output = _one_kernel(query, key, value, scaling, options)
+        if output is not None:
+            return output, None
+    options["is_causal"] = True
     # split, not slices: autograd fills the gradient of a slice up to the length of the pack, once
     # per segment, which makes the backward pass quadratic in the number of segments.
     lengths = [stop - start for start, stop, _, _ in rows]
@@ -82,6 +91,107 @@ def segment_attention(
             )[0]
         )
     return torch.cat(outputs, 1), None
+
+
+def _one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """Return attention by `varlen_attn` [1, time, heads, dim], or None where it does not run."""
+    # transformers hands these on to each layer; they are on the device already
+    borders, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
+    if borders is None or longest is None or options.get("position_bias") is not None:
+        return None
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        # as autocast does for sdpa: norms of queries and keys may have left them in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+    if not has_varlen_kernel(query.device, dtype, query.shape[-1], value.shape[-1]):
+        return None
+    queries, keys, values = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    return varlen_attention(queries, keys, values, borders, longest, scaling)[None]
+
+
+def has_varlen_kernel(
+    device: torch.device, dtype: torch.dtype, width: int, value_width: int | None = None
+) -> bool:
+    """Return True if `varlen_attn` runs on this device for heads of this width and precision."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.float16, torch.bfloat16)
+        and _varlen_parameters() >= {"window_size", "scale"}
+        # the limits of its flash attention
+        and width % 8 == 0
+        and width <= 256
+        and value_width in (None, width)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    longest: int,
+    scaling: float | None = None,
+) -> Tensor:
+    """Causal attention inside each segment, by torch's kernel -> [time, heads, dim].
+
+    query [time, heads, dim], keys, values [time, key_heads, dim] in half precision; borders int32
+    [num_segments + 1], on their device; `longest`: length of the longest segment.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1 and "enable_gqa" in _varlen_parameters():
+        options["enable_gqa"] = True
+    elif num_groups > 1:
+        key, value = (x.repeat_interleave(num_groups, 1) for x in (key, value))
+    output: Any = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
+    return output
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    """Return the parameters of `varlen_attn`: none in a torch without it (before 2.10)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def describe_pack_attention(
+    language_model: Any, capabilities: Capabilities, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Return a line on how packs are attended to; `dtype`: that of the run's autocast.
+
+    A dense mask takes memory by the square of a pack's tokens, which nothing else would tell.
+    """
+    config = base_language_model(language_model).config
+    implementation = config._attn_implementation
+    if implementation.startswith("flash_attention"):
+        return "packs: one kernel a layer (flash attention)"
+    if implementation == "flex_attention":
+        return "packs: flex attention"
+    if not capabilities.supports_segment_attention:
+        return (
+            f"packs: a dense mask in each layer, since {capabilities.name} does not attend by "
+            f"segment (it runs on {implementation}); memory and time grow with the square of "
+            "train.pack_tokens"
+        )
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kernel = has_varlen_kernel(device, dtype, width)
+    how = "one kernel a layer (varlen_attn)" if kernel else "a call for each segment and layer"
+    if capabilities.segment_reach < UNLIMITED_REACH:
+        how += (
+            f"; with a row of more than {capabilities.segment_reach} tokens, the reach of its "
+            "layers, a dense mask"
+        )
+    return f"packs: {how}"
 
 
 def segment_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Tensor | None:
@@ -158,32 +268,39 @@ def segment_attention_enabled(language_model: Any) -> Iterator[bool]:
             model.set_attn_implementation(previous)
 
 
-def segments_to_mask(language_model: Any, segments: Tensor) -> Tensor:
-    """Return `PackedBatch`'s segments [num_segments, 4] as a segment table.
+def segments_to_mask(
+    language_model: Any, counts: BatchCounts, find_reach: Callable[[], int]
+) -> Tensor | None:
+    """Return the segment table of a pack, or None if the model has to make its mask itself.
 
-    Raises LanguageModelError outside of `segment_attention_enabled`, since every other
+    `find_reach`: `Capabilities.segment_reach`. The table is made on the CPU of what the collator
+    counted, so that neither we nor transformers look for segments on the device. Raises
+    LanguageModelError for shared prefixes outside of `segment_attention_enabled`: every other
     implementation would take the table for a mask.
     """
     if base_language_model(language_model).config._attn_implementation != SEGMENT_ATTENTION:
+        if not counts.shares_prefix:
+            return None
         raise LanguageModelError(
             "a pack whose rows share a prefix was given to a language model without segment "
             "attention; run it inside of `segment_attention_enabled`, or pack without `share`"
         )
-    return segments[None, None].cpu()
+    if not counts.shares_prefix and max(counts.lengths) > find_reach():
+        return None
+    return torch.tensor(counts.segments, device="cpu")[None, None]
 
 
 @contextmanager
-def recording_mask_reach() -> Iterator[list[bool]]:
-    """Within, list for each mask made under segment attention if its reach is unlimited.
+def recording_mask_reach() -> Iterator[list[int]]:
+    """Within, list the reach of each mask made under segment attention.
 
-    False for a sliding window or a chunk of any length.
+    The reach is the largest length at which a causal segment sees all of itself, wherever it lies:
+    `UNLIMITED_REACH`, or that of a sliding window. It is 1 for chunks, whose borders cut segments.
     """
-    reach: list[bool] = []
+    reach: list[int] = []
 
     def recording_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Tensor | None:
-        far, zero = (torch.tensor([n], device=options.get("device")) for n in (_FAR, 0))
-        sees_far = not options.get("use_vmap") and bool(mask_function(zero, zero, far, zero).all())
-        reach.append(sees_far)
+        reach.append(0 if options.get("use_vmap") else _reach(mask_function, options.get("device")))
         return segment_mask(mask_function=mask_function, **options)
 
     _register()
@@ -192,3 +309,16 @@ def recording_mask_reach() -> Iterator[list[bool]]:
         yield reach
     finally:
         AttentionMaskInterface.register(SEGMENT_ATTENTION, segment_mask)
+
+
+def _reach(mask_function: Callable[..., Tensor], device: Any) -> int:
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+
+    def sees(query: int, key: int) -> bool:
+        return bool(mask_function(zero, zero, zero + query, zero + key).all())
+
+    if sees(UNLIMITED_REACH, 0):
+        return UNLIMITED_REACH
+    # one more than the last position that sees the first one
+    length = bisect_left(range(UNLIMITED_REACH), True, key=lambda query: not sees(query, 0))
+    return length if sees(length, 1) else min(length, 1)

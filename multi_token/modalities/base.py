@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from multi_token import registry
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
-from multi_token.media.fetch import Fetch
+from multi_token.media.fetch import Fetch, limit_hub_waits
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.projectors.base import ProjectorSpec
@@ -289,9 +289,9 @@ class PretrainedModality(Modality):
     """Hub name or folder of the encoder."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen encoder. A trained encoder is always float32, and so are the
-    features that it returns."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the frozen encoder; default: float32, and bfloat16 while a run trains with bf16
+    on a GPU. A trained encoder is always float32, and so are the features that it returns."""
     micro_batch: PositiveInt = 32
     """Parts (images, tiles, clips, chunks of audio or text) that go through the encoder at once.
     The encoder's memory does not grow with the number of items in a batch."""
@@ -332,6 +332,7 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     """Return what `transformers.<auto_class>.from_pretrained` loads; callers must not change it."""
     import transformers
 
+    limit_hub_waits()
     return getattr(transformers, auto_class).from_pretrained(encoder, revision=revision)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -103,6 +104,20 @@ class ProjectorSpec(BaseModel, ABC):
         return Projector(self, in_dim, out_dim)
 
 
+@dataclass
+class EmbedCount:
+    """Number of media embeddings of a batch, known on the host.
+
+    Attributes:
+        num_embeds: Number of them, which the collator counted.
+        is_wrong: bool [], set by `Projector.forward`: True on the device if the features have
+            another number of them. None where the shapes alone decide.
+    """
+
+    num_embeds: int
+    is_wrong: Tensor | None = None
+
+
 class ParallelHeads(nn.Module):
     """Several networks with the same input, outputs side by side."""
 
@@ -164,11 +179,13 @@ class Projector(nn.Module):
         """Return groups [items, groups, group_dim] and their mask [items, groups]."""
         return self.spec.group(*self.standardize_features(features))
 
-    def forward(self, features: Features) -> Tensor:
+    def forward(self, features: Features, count: EmbedCount | None = None) -> Tensor:
         """Map features to media embeddings.
 
         Args:
             features: Values [items, length, in_dim], with a mask if lengths differ.
+            count: Number of embeddings that is expected; without it the host counts them, for which
+                it waits for the device.
 
         Returns:
             Embeddings [num_embeds, out_dim] of the real (unmasked) groups, item by item; as many
@@ -192,6 +209,14 @@ class Projector(nn.Module):
                 "the encoder marks line ends, but the projector has no embedding for them; set "
                 "`line_break: true` in the projector"
             )
+        if count is not None and count.num_embeds % self.tokens_per_group == 0:
+            num_groups = count.num_embeds // self.tokens_per_group
+            if features.mask is None and mask.numel() == num_groups:
+                return tokens.reshape(-1, self.out_dim)
+            if num_groups <= mask.numel():
+                index, num_real = _first_true(mask.flatten(), num_groups)
+                count.is_wrong = num_real != num_groups
+                return tokens.flatten(0, 1).index_select(0, index).reshape(-1, self.out_dim)
         return tokens[mask].reshape(-1, self.out_dim)
 
     def add_closed_form(self) -> nn.Linear:
@@ -235,6 +260,19 @@ class Projector(nn.Module):
         for layer in self.final_layers():
             layer.weight.mul_(rms / now)
             layer.bias.mul_(rms / now)
+
+
+def _first_true(mask: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of the first `num` true elements [num], and the number of all [].
+
+    As `nonzero`, without a host sync: the host knows `num`. Missing ones are position 0.
+    """
+    rank = mask.cumsum(0)
+    # each true element writes its position at its rank, all others at an extra last place
+    place = torch.where(mask, rank - 1, num).clamp(max=num)
+    index = torch.zeros(num + 1, dtype=torch.long, device=mask.device)
+    index.scatter_(0, place, torch.arange(len(mask), device=mask.device))
+    return index[:num], rank[-1]
 
 
 def mask_without_newlines(features: Features) -> Tensor | None:

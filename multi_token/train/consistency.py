@@ -4,45 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from multi_token.distributed import all_gather, any_rank
-from multi_token.errors import MultiTokenError, RecipeError, RowError
+from multi_token.distributed import DelayedAny, all_gather
+from multi_token.errors import MultiTokenError, RecipeError, RowError, SpliceError
 from multi_token.recipe.recipe import Recipe, differences
 
 
-def check_losses_finite(
-    batches: Sequence[tuple[Tensor, Sequence[str | RowError]]], step: int
-) -> None:
-    """Raise MultiTokenError in all processes if a loss of this step is NaN or inf in any of them.
+@dataclass(frozen=True)
+class BatchResult:
+    """Results of a batch that are checked after its step.
 
-    Raises RowError instead if a row of the step is bad in any process. `batches`: of each batch of
-    the step, the loss [] and its row ids, with a RowError in place of the id of a bad row.
+    Attributes:
+        loss: Loss [].
+        rows: Row ids, with a RowError in place of the id of a bad row.
+        counts: (modality, bool []), true where media embeddings and positions disagree in number.
     """
-    losses = torch.stack([loss.detach() for loss, _ in batches])
-    bad = [row for _, rows in batches for row in rows if isinstance(row, RowError)]
-    wrong = ~torch.isfinite(losses).all()
-    # One reduction of one number and one host sync a step: the ids below are exchanged only after
-    # a fault. All processes must take the same branch, or the next collective would hang.
-    if not any_rank(torch.ones_like(wrong) if bad else wrong, losses.device):
-        return
-    if everywhere := [row for of_process in all_gather(bad) for row in of_process]:
-        check_no_bad_rows(everywhere, f"step {step}")
-    values = losses.tolist()
-    mine = [
-        (value, list(rows))
-        for value, (_, rows) in zip(values, batches, strict=True)
-        if not math.isfinite(value)
-    ]
-    found = [one for of_process in all_gather(mine) for one in of_process]
-    rows = ", ".join(str(row) for _, some in found for row in some)
-    raise MultiTokenError(
-        f"the loss is {found[0][0]} at step {step}, in the batch of the rows {rows}; lower the "
-        "learning rates under `learn`, or look for extreme values in these rows"
-    )
+
+    loss: Tensor
+    rows: Sequence[str | RowError]
+    counts: Sequence[tuple[str, Tensor]] = ()
+
+
+class StepCheck:
+    """Check of the results of one step, started in the step and read later.
+
+    It starts one reduction of one number, and the host does not wait for it.
+    """
+
+    def __init__(self, batches: Sequence[BatchResult], step: int) -> None:
+        """Start the check; collective."""
+        self._batches, self._step = batches, step
+        self._losses = torch.stack([batch.loss.detach() for batch in batches])
+        self._bad = [row for b in batches for row in b.rows if isinstance(row, RowError)]
+        flags = [is_wrong for batch in batches for _, is_wrong in batch.counts]
+        wrong = torch.stack([~torch.isfinite(self._losses).all(), *flags]).any()
+        device = self._losses.device
+        self._any = DelayedAny(torch.ones_like(wrong) if self._bad else wrong, device)
+
+    def finish(self) -> None:
+        """Raise in all processes if a result of the step is wrong in any of them; collective.
+
+        Raises RowError for a bad row, SpliceError for media embeddings that are too many or too
+        few, MultiTokenError for a loss of NaN or inf.
+        """
+        # The ids below are exchanged only after a fault. All processes must take the same branch,
+        # or the next collective would hang.
+        if not self._any.read():
+            return
+        if everywhere := [row for of_process in all_gather(self._bad) for row in of_process]:
+            check_no_bad_rows(everywhere, f"step {self._step}")
+        miscounted = [
+            (name, list(batch.rows))
+            for batch in self._batches
+            for name, is_wrong in batch.counts
+            if bool(is_wrong)
+        ]
+        for name, rows in (one for of_process in all_gather(miscounted) for one in of_process):
+            raise SpliceError(
+                f"{name}: its encoder returned another number of features than `num_features` of "
+                f"its items, at step {self._step}, in the batch of the rows "
+                f"{', '.join(map(str, rows))}; `multi-token modalities check` tests a modality"
+            )
+        mine = [
+            (value, list(batch.rows))
+            for value, batch in zip(self._losses.tolist(), self._batches, strict=True)
+            if not math.isfinite(value)
+        ]
+        found = [one for of_process in all_gather(mine) for one in of_process]
+        rows = ", ".join(str(row) for _, some in found for row in some)
+        raise MultiTokenError(
+            f"the loss is {found[0][0]} at step {self._step}, in the batch of the rows {rows}; "
+            "lower the learning rates under `learn`, or look for extreme values in these rows"
+        )
 
 
 def check_weights_finite(model: torch.nn.Module, step: int) -> None:

@@ -23,8 +23,8 @@ from multi_token.types import IGNORE_INDEX, Sample
 
 TEACHER = "teacher"
 """Key of a batch that holds the teacher's inputs."""
-_MASK = "taught"
-"""Key of the teacher's inputs that holds `teacher_mask`."""
+_TAUGHT, _UNTAUGHT = "taught", "untaught"
+"""Keys of the teacher's inputs: supervised tokens that the teacher predicted, and all others."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class DistillationCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Samples -> their Batch or PackedBatch; under `teacher` another one, of their texts.
 
-        There `taught` bool [num_supervised] marks the supervised tokens, in the order of the batch,
-        that belong to samples with a text.
+        There `taught` int64 [num_taught] numbers the supervised tokens, in the order of the batch,
+        that belong to samples with a text, and `untaught` the others.
         """
         if self.packed:
             samples = self.collator.pack_order(samples)
@@ -51,7 +51,13 @@ class DistillationCollator:
             # the rows are text alone, and with labels forward would compute a loss that is not used
             del inputs["media"], inputs["labels"]
             each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]
-            batch[TEACHER] = {_MASK: torch.cat(each), **inputs}
+            taught = torch.cat(each)
+            # numbers and not the mask, which would make the host wait for the device
+            batch[TEACHER] = {
+                _TAUGHT: taught.nonzero().flatten(),
+                _UNTAUGHT: (~taught).nonzero().flatten(),
+                **inputs,
+            }
         return batch
 
     def _batch(self, collator: Collator, samples: Sequence[Sample]) -> Mapping[str, Any]:
@@ -73,8 +79,8 @@ class DistillationLoss(Objective):
         self.spec = spec
         self.ids = torch.zeros(0, dtype=torch.long)
         """Ids of the supervised tokens, [num_supervised]."""
-        self.teacher_mask = torch.zeros(0, dtype=torch.bool)
-        """True at supervised tokens that the teacher predicted too, [num_supervised]."""
+        self.taught = self.untaught = torch.zeros(0, dtype=torch.long)
+        """Numbers of the supervised tokens that the teacher predicted too, and of the others."""
         self.logits: Tensor | None = None
         """The teacher's logits, [num_taught, vocabulary]."""
 
@@ -85,13 +91,11 @@ class DistillationLoss(Objective):
         self, model: MultiTokenForConditionalGeneration, inputs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Run the teacher on a batch; return the batch without the teacher's inputs."""
-        shift_labels = inputs["shift_labels"]
-        keep = shift_labels != IGNORE_INDEX
-        self.ids = shift_labels[keep]
-        self.teacher_mask, self.logits = torch.zeros_like(self.ids, dtype=torch.bool), None
+        self.ids = inputs["shift_labels"].flatten().index_select(0, inputs["supervised"])
+        self.logits = None
         texts = inputs.get(TEACHER)
         if texts is not None:
-            self.teacher_mask = texts[_MASK].to(keep.device)
+            self.taught, self.untaught = texts[_TAUGHT], texts[_UNTAUGHT]
             self.logits = teacher_logits(model, texts)
         return {key: value for key, value in inputs.items() if key != TEACHER}
 
@@ -105,13 +109,14 @@ class DistillationLoss(Objective):
         """
         logits = outputs.logits.float()
         entropy = nn.functional.cross_entropy(logits, self.ids, reduction="none")
-        total = entropy[~self.teacher_mask].sum()
-        if self.logits is not None:
-            divergence = kl_divergence(
-                self.logits, logits[self.teacher_mask], self.spec.temperature
-            )
-            weight = self.spec.weight
-            total = total + ((1 - weight) * entropy[self.teacher_mask] + weight * divergence).sum()
+        if self.logits is None:
+            total = entropy.sum()
+        else:
+            total = entropy.index_select(0, self.untaught).sum()
+            found = logits.index_select(0, self.taught)
+            divergence = kl_divergence(self.logits, found, self.spec.temperature)
+            weight, taught = self.spec.weight, entropy.index_select(0, self.taught)
+            total = total + ((1 - weight) * taught + weight * divergence).sum()
         return total / (max(1, len(self.ids)) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -135,7 +140,8 @@ def teacher_logits(model: MultiTokenForConditionalGeneration, texts: Mapping[str
     """
     with _adapter_disabled(model.language_model):
         # through the model's own forward: FSDP gathers its shards only there
-        return model(**{key: value for key, value in texts.items() if key != _MASK}).logits
+        inputs = {key: v for key, v in texts.items() if key not in (_TAUGHT, _UNTAUGHT)}
+        return model(**inputs).logits
 
 
 @contextmanager

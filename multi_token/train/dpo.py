@@ -92,16 +92,17 @@ class PreferenceCollator:
         return {**batch, REFERENCE: torch.stack([pair.reference for pair in pairs])}
 
 
-def sequence_logps(logits: Tensor, shift_labels: Tensor) -> Tensor:
+def sequence_logps(logits: Tensor, shift_labels: Tensor, supervised: Tensor) -> Tensor:
     """Log-probability of each row's supervised tokens: [rows], in float32.
 
-    logits [num_supervised, vocabulary], of the positions of shift_labels int64 [rows, time] that
-    are not `IGNORE_INDEX`, row by row.
+    logits [num_supervised, vocabulary], of the positions `supervised` of the flattened
+    shift_labels int64 [rows, time].
     """
-    keep = shift_labels != IGNORE_INDEX
-    of_tokens = -nn.functional.cross_entropy(logits.float(), shift_labels[keep], reduction="none")
+    ids = shift_labels.flatten().index_select(0, supervised)
+    of_tokens = -nn.functional.cross_entropy(logits.float(), ids, reduction="none")
     # by position and then summed, not added by row: `index_add` on a GPU differs from run to run
-    return of_tokens.new_zeros(keep.shape).masked_scatter(keep, of_tokens).sum(-1)
+    places = of_tokens.new_zeros(shift_labels.numel()).index_copy(0, supervised, of_tokens)
+    return places.view(shift_labels.shape).sum(-1)
 
 
 def dpo_losses(logratios: Tensor, num_tokens: Tensor, spec: DpoSpec) -> Tensor:
@@ -150,6 +151,7 @@ class DpoLoss(Objective):
         self.reference: Tensor | None = None
         """Reference of the current batch, [pairs, 2]; None for a batch without pairs."""
         self.shift_labels = torch.zeros(0, 0, dtype=torch.long)
+        self.supervised = torch.zeros(0, dtype=torch.long)
         self._sums: Tensor | None = None
         self._gather: Reduce | None = None
 
@@ -161,6 +163,7 @@ class DpoLoss(Objective):
     ) -> dict[str, Any]:
         """Return a batch without the reference, which is kept for `loss`."""
         self.reference, self.shift_labels = inputs.get(REFERENCE), inputs["shift_labels"]
+        self.supervised = inputs["supervised"]
         return {key: value for key, value in inputs.items() if key != REFERENCE}
 
     def loss(
@@ -175,7 +178,7 @@ class DpoLoss(Objective):
             # an evaluation of rows without two answers
             return outputs.loss
         # the collator puts all chosen answers before all rejected ones
-        logps = sequence_logps(outputs.logits, self.shift_labels).view(2, -1).T
+        logps = sequence_logps(outputs.logits, self.shift_labels, self.supervised).view(2, -1).T
         num_tokens = (self.shift_labels != IGNORE_INDEX).sum(-1).view(2, -1).T
         logratios = logps - self.reference
         losses = dpo_losses(logratios, num_tokens, self.spec)

@@ -202,7 +202,8 @@ def _compute_reference(
                 # as in training, or rounding alone would count as a preference
                 with mixed_precision(args):
                     logits = model(**inputs).logits
-                logps = sequence_logps(logits, inputs["shift_labels"]).cpu()
+                shift_labels, supervised = inputs["shift_labels"], inputs["supervised"]
+                logps = sequence_logps(logits, shift_labels, supervised).cpu()
                 lengths = inputs["attention_mask"].sum(-1).cpu()
                 found.append((logps.view(2, -1).T, lengths.view(2, -1).T))
                 progress.advance(task, len(lengths) // 2)

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.dpo import PreferencePair
 from multi_token.train.flops import CountFlops, LanguageModelCost, TokenCounts, num_elements
-from multi_token.types import IGNORE_INDEX, Sample
+from multi_token.types import BatchCounts, Sample
 
 COUNTS: tuple[str, ...] = (
     "tokens",
@@ -111,31 +111,19 @@ class StepMetrics(TrainerCallback):
             yield
         finally:
             self.in_step = False
-        # after forward and backward are queued: reading counts waits for the device
-        lengths = row_lengths(inputs)
-        num_supervised = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
-        segments = inputs.get("segments")
-        work = count_tokens(
-            lengths,
-            num_supervised,
-            # a segment's first position is the number of tokens in the prefix that it shares
-            num_before=()
-            if segments is None
-            else inputs["position_ids"][0, segments[:, 0]].tolist(),
-            supports_logits_to_keep=self.model.capabilities.supports_logits_to_keep,
-        )
+        # of the collator's counts: reading the batch would wait for the device
+        counts: BatchCounts = inputs["counts"]
+        selects_logits = self.model.capabilities.supports_logits_to_keep
+        work = count_tokens(counts, supports_logits_to_keep=selects_logits)
         texts = inputs.get("teacher")  # the teacher's rows: a forward pass without a backward
-        taught = 0
-        if texts is not None:
-            num_answers = int((texts["shift_labels"] != IGNORE_INDEX).sum())
-            taught = self.cost.forward(count_tokens(row_lengths(texts), num_answers))
+        taught = 0 if texts is None else self.cost.forward(count_tokens(texts["counts"]))
         self.last_flops = (
             taught + self.cost.forward(work) + self.cost.backward(work) + self.media_flops
         )
         self.sums["flops"] += self.last_flops
-        self.last_tokens = sum(lengths)
+        self.last_tokens = work.num_tokens
         self.sums["tokens"] += self.last_tokens
-        self.sums["supervised"] += num_supervised
+        self.sums["supervised"] += counts.num_supervised
         self.sums["positions"] += inputs["input_ids"].numel()
 
     def total(self, name: str) -> float:
@@ -308,34 +296,14 @@ class ForwardHook:
         return event
 
 
-def row_lengths(inputs: Mapping[str, Any]) -> list[int]:
-    """Return the real tokens of each row of a batch, or of each segment of a packed one."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        return mask.sum(-1).tolist()
-    borders = inputs.get("cu_seq_lens_q")
-    if borders is not None:
-        return borders.diff().tolist()
-    num_rows, num_positions = inputs["input_ids"].shape
-    return [num_positions] * num_rows
-
-
-def count_tokens(
-    lengths: Sequence[int],
-    num_supervised: int,
-    *,
-    num_before: Sequence[int] = (),
-    supports_logits_to_keep: bool = True,
-) -> TokenCounts:
-    """Count the work of a batch with rows, or segments of a pack, of these lengths.
-
-    `num_before`: tokens of the shared prefix that each segment attends to as well.
-    """
+def count_tokens(counts: BatchCounts, *, supports_logits_to_keep: bool = True) -> TokenCounts:
+    """Count the work of a batch; a segment attends to the prefix that it continues as well."""
+    lengths, before = counts.lengths, counts.num_before
     return TokenCounts(
         num_tokens=sum(lengths),
         num_pairs=sum(length**2 for length in lengths)
-        + sum(a * b for a, b in zip(lengths, num_before, strict=bool(num_before))),
-        num_logits=num_supervised if supports_logits_to_keep else sum(lengths),
+        + sum(a * b for a, b in zip(lengths, before, strict=bool(before))),
+        num_logits=counts.num_supervised if supports_logits_to_keep else sum(lengths),
     )
 
 

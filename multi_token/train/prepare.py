@@ -48,6 +48,11 @@ from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.recipe import Recipe, differences
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.registry import validate_fields
+from multi_token.train.accelerator import (
+    cast_frozen_encoders,
+    describe_defaults,
+    find_accelerator,
+)
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
@@ -136,13 +141,8 @@ def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForCondi
     )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
-    packing = recipe.train.packing
     with mixed_precision(args):
-        capabilities = model.capabilities
-        if packing is not None:
-            capabilities.require("supports_packing")
-            if packing.share:
-                capabilities.require("supports_shared_prefix")
+        model.capabilities  # noqa: B018 - probed as it trains, and then cached
     return model
 
 
@@ -167,10 +167,18 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         console.print(
             f"{', '.join(initialized)}: initialized from {spec.init_from}", highlight=False
         )
+    cast_frozen_encoders(model, spec, args)
     parts = describe_parts(model)
-    console.print(*parts, sep="\n", highlight=False)
+    fields = {**spec.args, **stages[0].spec.args}
+    defaults = describe_defaults(fields, find_accelerator(fields), model)
+    console.print(*parts, *defaults, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
+    # after the model is described: the description says why packing is refused
+    if spec.packing is not None:
+        model.capabilities.require("supports_packing")
+        if spec.packing.share:
+            model.capabilities.require("supports_shared_prefix")
     streams = None
     if recipe.data.stream is None:
         sources = [
@@ -272,7 +280,11 @@ def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) ->
         )
     described = absolutize(theirs.model_dump(mode="json"))["modalities"]
     for name in names:
-        changed = differences(described[name], model.config.model["modalities"][name])
+        changed = [
+            change
+            for change in differences(described[name], model.config.model["modalities"][name])
+            if change[0] != "dtype"  # of a frozen encoder, which does not change what it computes
+        ]
         # `type` first: modalities of different types differ in nearly every other field too
         for key, before, now in sorted(changed, key=lambda change: change[0] != "type")[:1]:
             raise RecipeError(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multi_token.distributed import any_rank
+from multi_token.distributed import DelayedAny
 from multi_token.language_model.quantization import module_bytes, quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.train.parameter_groups import ParameterGroup
@@ -192,6 +192,7 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.interrupted = False
+        self.flag: DelayedAny | None = None
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -211,12 +212,21 @@ class StopOnInterrupt(TrainerCallback):
             self.console.print(f"{what}: saving after this step{again} ...")
         self.interrupted = True
 
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        # One reduction a step: a process that stops alone would leave the others in a collective.
+        # Begun before the step and read after it, so that the host does not wait for its work.
+        if args.world_size > 1:
+            self.flag = DelayedAny(self.interrupted, args.device)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        # one reduction a step: a process that stops alone would leave the others in a collective
-        self.interrupted = any_rank(self.interrupted, args.device)
-        if self.interrupted:
+        if self.flag is None:
+            is_agreed = self.interrupted
+        else:
+            is_agreed, self.flag = self.flag.read(), None
+        if is_agreed:
+            self.interrupted = True
             control.should_save = True
             control.should_training_stop = True
 

@@ -23,6 +23,7 @@ from multi_token.distributed import (
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
+from multi_token.train.accelerator import cast_frozen_encoders
 from multi_token.train.closed_form import (
     CaptionedItem,
     calibrate,
@@ -115,6 +116,7 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
             # sharded parameters stay sharded, and the next stage shards a model of its own
             run.model = compose_model(run.recipe, stage.args)
             load_trained(run.model, stage.folder / "result")
+            cast_frozen_encoders(run.model, run.recipe.train, stage.args)
     if is_main_process():
         with raise_on_write_error(folder):
             save(run.model, folder)

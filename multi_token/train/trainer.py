@@ -20,13 +20,16 @@ from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
 from multi_token.distributed import barrier, broadcast_from_main, is_main_process
 from multi_token.errors import CheckpointError, MultiTokenError, RecipeError
-from multi_token.language_model.segment_attention import segment_attention_enabled
+from multi_token.language_model.segment_attention import (
+    describe_pack_attention,
+    segment_attention_enabled,
+)
 from multi_token.modalities.base import PretrainedModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import FsdpSpec, Trainable
 from multi_token.train.batch_plan import BatchPlan, SetEpochCallback
 from multi_token.train.compile import compile_enabled, compiled_layers
-from multi_token.train.consistency import check_losses_finite, check_weights_finite
+from multi_token.train.consistency import BatchResult, StepCheck, check_weights_finite
 from multi_token.train.fsdp import FsdpShards, full_optimizer_state, shard_optimizer_state
 from multi_token.train.metrics import ROW_IDS, StepMetrics, WithRowIds, group_lrs
 from multi_token.train.objective import CrossEntropy, Objective
@@ -78,7 +81,8 @@ class MultiTokenTrainer(Trainer):
         self.step_metrics = StepMetrics(model, peak_tflops=peak_tflops)
         self.sharding: FsdpShards | None = None
         self._full_optimizer_state: dict[str, Any] | None = None
-        self._losses: list[tuple[Tensor, list[str]]] = []
+        self._results: list[BatchResult] = []
+        self._step_check: StepCheck | None = None
         options["compute_loss_func"] = self.objective.loss
         if "data_collator" in options:
             options["data_collator"] = WithRowIds(options["data_collator"])
@@ -110,7 +114,17 @@ class MultiTokenTrainer(Trainer):
             return nullcontext()
         with mixed_precision(self.args):
             supported = model.capabilities.supports_segment_attention
+            model.capabilities.segment_reach  # noqa: B018 - probed here, and not in a step
         return segment_attention_enabled(model.language_model) if supported else nullcontext()
+
+    def describe_attention(self) -> str:
+        """Return a line on how packs are attended to."""
+        model, args = self.multi_token_model, self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        dtype = dtype or next(model.language_model.parameters()).dtype
+        language_model, capabilities = model.language_model, model.capabilities
+        with mixed_precision(args):  # as its probes run in training
+            return describe_pack_attention(language_model, capabilities, args.device, dtype)
 
     # ---- batches
 
@@ -151,6 +165,7 @@ class MultiTokenTrainer(Trainer):
             if self.compile_layers:
                 stack.enter_context(compiled_layers(self.multi_token_model.language_model))
             output = super().train(*args, **options)
+        self.finish_step_check()
         # accelerate leaves autocast around the forward, and a mark that keeps a later accelerator
         # from putting its own there: the next stage would train in this one's precision
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -202,19 +217,31 @@ class MultiTokenTrainer(Trainer):
         return self._mixed_mesh_grad_norm(model, self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf, with the
-        ids of its rows."""
+        """As transformers', measured. Raises MultiTokenError for a loss of NaN or inf in the step
+        before, with the ids of its rows."""
         row_ids = inputs.pop(ROW_IDS, [])
-        with self.step_metrics.timing_step(inputs), compile_enabled(self.compile_layers):
+        with (
+            self.step_metrics.timing_step(inputs),
+            compile_enabled(self.compile_layers),
+            self.multi_token_model.count_checks_deferred() as counts,
+        ):
             loss = super().training_step(model, inputs, *args, **options)
             if self.sharding is not None and self.accelerator.sync_gradients:
                 self.sharding.average_gradients()
-        # checked once per optimizer step and not per batch: the check costs a host sync
-        self._losses.append((loss, row_ids))
+        self._results.append(BatchResult(loss, row_ids, counts))
         if self.accelerator.sync_gradients:
-            losses, self._losses = self._losses, []
-            check_losses_finite(losses, self.state.global_step + 1)
+            # Read one step late, so that the host queues this step while the device computes the
+            # one before. Whatever is written or logged in between asks for the check first.
+            self.finish_step_check()
+            results, self._results = self._results, []
+            self._step_check = StepCheck(results, self.state.global_step + 1)
         return loss
+
+    def finish_step_check(self) -> None:
+        """Finish the check of the last step, if it has not been; collective."""
+        check, self._step_check = self._step_check, None
+        if check is not None:
+            check.finish()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers', of inputs from which the objective took its own tensors."""
@@ -232,6 +259,7 @@ class MultiTokenTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """As transformers', with the objective's metrics of the held-out rows."""
+        self.finish_step_check()
         gather: Any = self.accelerator.gather_for_metrics
         with self.objective.evaluation_mode(gather):
             output: Any = super().evaluation_loop(*args, **options)
@@ -248,6 +276,7 @@ class MultiTokenTrainer(Trainer):
         """As transformers'; the log of a training step carries the step's metrics too."""
         self.batches.set_epoch(self.state)
         if "loss" in logs:
+            self.finish_step_check()
             reduce = self._sum_over_devices if self.args.world_size > 1 else None
             logs |= self.batches.metrics(reduce)
             logs |= self.step_metrics.pop(reduce)
@@ -278,8 +307,10 @@ class MultiTokenTrainer(Trainer):
                 name
                 for name, modality in model.modalities.items()
                 if isinstance(modality, PretrainedModality)
-                and modality.dtype == "float32"
-                and not any(p.requires_grad for p in model.encoder(name).parameters())
+                and all(
+                    p.dtype == torch.float32 and not p.requires_grad
+                    for p in model.encoder(name).parameters()
+                )
             ),
             batch_size=self.args.per_device_train_batch_size,
             longest_row=max(self.batches.lengths, default=0),
@@ -291,6 +322,7 @@ class MultiTokenTrainer(Trainer):
 
     def save_result(self, folder: str | Path) -> None:
         """Write the trained model into a folder; collective, the main process writes."""
+        self.finish_step_check()
         check_weights_finite(self.multi_token_model, self.state.global_step)
         if self.sharding is not None:
             self.sharding.gather()
@@ -304,6 +336,7 @@ class MultiTokenTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', but complete or not there at all. Raises CheckpointError."""
+        self.finish_step_check()
         check_weights_finite(self.multi_token_model, self.state.global_step)
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         # All collectives come before the first write: a process that cannot write (a full disk)

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from multi_token.errors import RecipeError
 from multi_token.registry import did_you_mean
+from multi_token.train.accelerator import accelerator_defaults, find_accelerator
 
 # a run is wrong without these, so a recipe cannot set them
 _FIXED: dict[str, Any] = {
@@ -96,13 +97,19 @@ def training_arguments(
     on_cpu = bool(fields.get("use_cpu")) or not torch.accelerator.is_available()
     report_to = ["tensorboard"] if find_spec("tensorboard") is not None else []
     ours = {**_DEFAULTS, "dataloader_pin_memory": not on_cpu, "report_to": report_to}
+    ours |= accelerator_defaults(fields, find_accelerator(fields))
     values = {**ours, **fields, **_FIXED}
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         values.pop("ddp_backend", None)  # transformers would wait for other processes
     elif on_cpu:
         values.setdefault("ddp_backend", "gloo")
-    # each rank reads its own rows: dispatching, rank 0 would read all and slice batches of media
-    values["accelerator_config"] = {**(fields.get("accelerator_config") or {}), **_ACCELERATOR}
+    values["accelerator_config"] = {
+        # a copy to the device would wait for all that was queued before it
+        "non_blocking": not on_cpu,
+        **(fields.get("accelerator_config") or {}),
+        # each rank reads its own rows: dispatching, rank 0 would read all and slice media
+        **_ACCELERATOR,
+    }
     if values.get("save_strategy") == "best":
         values.setdefault("metric_for_best_model", "loss")
     try:

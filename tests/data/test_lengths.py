@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import resource
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,3 +221,19 @@ def test_lengths_of_other_processes_are_known_after_a_refresh_and_a_damaged_file
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(MultiTokenError, match=f"{file.name} is damaged .*; remove it"):
         LengthStore(folder / "lengths", processor)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, processor: MultiTokenProcessor) -> None:
+    store = LengthStore(tmp_path / "lengths", processor)
+    store.add("0" * 32, Length(3, 2, 1))
+    # the largest file that this process may write
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(MultiTokenError, match="could not be written to .*; free some space"):
+            store.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list((tmp_path / "lengths").iterdir()) == []

@@ -16,7 +16,7 @@ from multi_token.data.files.open import load_rows
 from multi_token.errors import RowError
 from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.consistency import check_losses_finite, check_no_bad_rows
+from multi_token.train.consistency import BatchResult, StepCheck, check_no_bad_rows
 from multi_token.train.distillation import DistillationCollator
 from multi_token.train.dpo import PreferenceCollator, PreferencePair
 from multi_token.train.metrics import ROW_IDS, WithRowIds
@@ -77,7 +77,7 @@ def test_bad_rows_of_a_step_are_one_error_with_any_loss() -> None:
         with pytest.raises(
             RowError, match=r"^row blue: is bad \(found at step 3, and 1 more with it, since with"
         ) as caught:
-            check_losses_finite([(torch.tensor(loss), ["white", first, other])], 3)
+            StepCheck([BatchResult(torch.tensor(loss), ["white", first, other])], 3).finish()
         assert caught.value.row_id == "blue" and caught.value.kind == "undecodable"
-    check_losses_finite([(torch.tensor(1.0), ["white"])], 3)
+    StepCheck([BatchResult(torch.tensor(1.0), ["white"])], 3).finish()
     check_no_bad_rows(["white"], "step 3")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from multi_token.collate import supervised_positions
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import (
     GREEDY,
@@ -118,7 +119,12 @@ def loss_of(model: Any, **options: Any) -> Any:
     embeds = torch.randn(2, 5, model.config.hidden_size)
     mask = torch.ones(2, 5, dtype=torch.long)
     return supervised_loss(
-        model, inputs_embeds=embeds, attention_mask=mask, shift_labels=LABELS, **options
+        model,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        shift_labels=LABELS,
+        supervised=supervised_positions(LABELS),
+        **options,
     )
 
 
@@ -146,15 +152,27 @@ def test_other_inputs_of_the_loss_reach_the_model(llama: Any, selects: bool) -> 
     assert not torch.allclose(packed.logits, alone.logits)
 
 
-def test_a_model_that_ignores_logits_to_keep_is_refused(llama: Any) -> None:
+def test_a_model_that_does_not_call_its_head_is_refused(llama: Any) -> None:
     class AllLogits(nn.Module):
         config = llama.config
 
-        def forward(self, logits_to_keep: Any, **inputs: Any) -> Any:
+        def get_output_embeddings(self) -> Any:
+            return nn.Linear(1, 1)
+
+        def forward(self, **inputs: Any) -> Any:
             return llama(inputs_embeds=inputs["inputs_embeds"])
 
     with pytest.raises(LanguageModelError, match=r"\(2, 5, 40\) for 4 supervised positions"):
         loss_of(AllLogits())
+
+
+def test_the_head_of_a_model_is_as_before_after_a_loss_and_after_an_error(llama: Any) -> None:
+    loss_of(llama)
+    with pytest.raises(ValueError, match="input_ids"):
+        loss_of(llama, input_ids=torch.tensor([[1, 2]]))
+    head = llama.get_output_embeddings()
+    assert not head._forward_pre_hooks
+    assert llama(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 40)
 
 
 IDS = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from multi_token.collate import Collator, shared_prefix
 from multi_token.errors import LanguageModelError
 from multi_token.language_model import segment_attention as attention
+from multi_token.language_model.capabilities import UNLIMITED_REACH
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import (
     SEGMENT_ATTENTION,
@@ -24,7 +26,15 @@ from multi_token.language_model.segment_attention import (
 )
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.parameter_groups import freeze_and_unfreeze
-from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, PackedBatch, Text
+from multi_token.types import (
+    IGNORE_INDEX,
+    BatchCounts,
+    Conversation,
+    Media,
+    Message,
+    PackedBatch,
+    Text,
+)
 
 LENGTHS = (12, 1, 25)
 
@@ -304,3 +314,155 @@ def test_a_tree_without_segment_attention_is_refused(model: Any) -> None:
     tree = replace(collator_of(model), share=True).pack([model.processor(c) for c in SHARED])
     with pytest.raises(LanguageModelError, match="run it inside of `segment_attention_enabled`"):
         model(**tree)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reach"),
+    [
+        ("Llama", {}, UNLIMITED_REACH),
+        ("Mistral", {"sliding_window": 25}, 25),
+        ("Gemma3", {"sliding_window": 9}, 9),
+        ("Gemma2", {}, 0),  # soft caps need `eager`
+        ("LFM2", {}, 0),  # convolutions reach into the next segment
+    ],
+)
+def test_the_reach_of_a_model_is_its_shortest_window(
+    families: Any, family: str, options: dict[str, int], reach: int
+) -> None:
+    assert probe(families.tiny_model(family, **options)).segment_reach == reach
+
+
+@pytest.mark.parametrize(("window", "has_table"), [(None, True), (25, True), (24, False)])
+def test_a_pack_has_its_segments_from_the_collator_unless_a_window_cuts_one(
+    families: Any, window: int | None, has_table: bool
+) -> None:
+    """Segments are not looked for in the positions, for which the host waits for the device."""
+    model = families.tiny_model("Mistral", sliding_window=window)
+    found = probe(model)
+    bounds = [0, *accumulate(LENGTHS)]
+    segments = tuple((*pair, 0, 0) for pair in pairwise(bounds))
+    counts = BatchCounts(LENGTHS, 0, segments, (0, 0, 0))
+    ids = torch.arange(10, 10 + sum(LENGTHS))[None]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    assert attention.segments_to_mask(model, counts, lambda: found.segment_reach) is None
+    with segment_attention_enabled(model), torch.no_grad():
+        table = attention.segments_to_mask(model, counts, lambda: found.segment_reach)
+        assert (table is not None) == has_table
+        asked = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        given = model(
+            input_ids=ids, position_ids=positions, attention_mask=table, use_cache=False
+        ).logits
+    assert torch.equal(asked, given)
+
+
+def stand_in_kernel(calls: list[Any]) -> Any:
+    """`torch.nn.attention.varlen.varlen_attn` by its contract: it needs a GPU."""
+
+    def varlen_attn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert {x.dtype for x in (query, key, value)} == {torch.bfloat16}
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size == (-1, 0)
+        assert isinstance(max_q, int) and max_q == max_k == int(cu_seq_q.diff().max())
+        assert enable_gqa == (query.shape[1] != key.shape[1]) and query.stride(-1) == 1
+        calls.append(query.shape)
+        lengths = cu_seq_q.diff().tolist()
+        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat(
+            [
+                torch.nn.functional.scaled_dot_product_attention(
+                    *(x.transpose(0, 1) for x in part),
+                    is_causal=True,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                ).transpose(0, 1)
+                for part in parts
+            ]
+        )
+
+    return varlen_attn
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_packs_are_one_kernel_a_layer_where_torch_has_it(
+    families: Any, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
+    """With keys of two heads for four of queries, and in Qwen3 a norm that leaves float32."""
+    calls: list[Any] = []
+    model = families.tiny_model("Qwen3").to(torch.float32 if autocast else torch.bfloat16)
+    borders = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
+    inputs = {
+        "input_ids": torch.arange(10, 10 + sum(LENGTHS))[None],
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(LENGTHS),
+        "max_length_k": max(LENGTHS),
+        "use_cache": False,
+    }
+    with (
+        segment_attention_enabled(model),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        by_segment = model(**inputs).logits
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in_kernel(calls))
+            patch.setattr(attention, "has_varlen_kernel", lambda *_: True)
+            attention._varlen_parameters.cache_clear()
+            in_one = model(**inputs).logits
+        attention._varlen_parameters.cache_clear()
+    assert len(calls) == model.config.num_hidden_layers
+    assert float((in_one - by_segment).norm() / by_segment.norm()) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_of_a_gpu_has_the_attention_and_gradients_of_single_segments() -> None:
+    torch.manual_seed(0)
+    lengths = [300, 1, 77]
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    table = torch.tensor([[[(*pair, 0, 0) for pair in pairwise([0, *accumulate(lengths)])]]])
+    found = []
+    for options in ({}, {"cu_seq_lens_q": borders, "max_length_q": max(lengths)}):
+        torch.manual_seed(1)
+        query = torch.randn(1, 4, sum(lengths), 64, device="cuda", dtype=torch.bfloat16)
+        key, value = (query[:, :2].clone().flip(i + 2).requires_grad_() for i in range(2))
+        query.requires_grad_()
+        module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True)
+        output, _ = attention.segment_attention(module, query, key, value, table, **options)
+        output.float().square().sum().backward()
+        found.append([output, query.grad, key.grad, value.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "said"),
+    [
+        ("Llama", "sdpa", "packs: a call for each segment and layer"),
+        ("Llama", "eager", "memory and time grow with the square of train.pack_tokens"),
+        ("Gemma2", None, "a dense mask in each layer, since Gemma2ForCausalLM"),
+        ("Mistral", "sdpa", "with a row of more than 25 tokens, the reach of its layers, a dense"),
+    ],
+)
+def test_how_packs_are_attended_to_is_said(
+    families: Any, family: str, implementation: str | None, said: str
+) -> None:
+    model = families.tiny_model(family, **({"sliding_window": 25} if family == "Mistral" else {}))
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    line = attention.describe_pack_attention(
+        model, probe(model), torch.device("cpu"), torch.bfloat16
+    )
+    assert said in line

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from multi_token.errors import MultiTokenError
-from multi_token.projectors.base import ProjectorSpec, mask_without_newlines
+from multi_token.projectors.base import EmbedCount, ProjectorSpec, mask_without_newlines
 from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
 from multi_token.types import Features
 
@@ -234,3 +234,36 @@ def test_a_perceptron_has_num_layers_linear_layers(num_layers: int) -> None:
     network = Mlp(num_layers=num_layers).build(6, 8).network
     widths = [m.in_features for m in network.modules() if isinstance(m, nn.Linear)]
     assert widths == [6, 8, 8][:num_layers]
+
+
+@pytest.mark.parametrize("spec", SEQUENCES, ids=repr)
+def test_embeddings_that_are_counted_before_are_those_that_are_counted_after(
+    spec: ProjectorSpec,
+) -> None:
+    """With the number of the collator the host need not wait for the device to count them."""
+    torch.manual_seed(0)
+    projector = spec.build(6, 5)
+    values = torch.randn(3, 7, 6)
+    mask = torch.tensor([[True] * 7, [True] * 2 + [False] * 5, [True] * 5 + [False] * 2])
+    # padding between real features, as items in tiles have it
+    mask[2, 1] = spec.type == "pool" or spec.type == "stack"
+    for features in (Features(values), Features(values, mask)):
+        expected = projector(features)
+        count = EmbedCount(len(expected))
+        found = projector(features, count)
+        assert torch.equal(found, expected)
+        assert (count.is_wrong is None) == (features.mask is None)
+        assert count.is_wrong is None or not bool(count.is_wrong)
+        one = torch.autograd.grad(expected.square().sum(), list(projector.network.parameters()))
+        other = torch.autograd.grad(found.square().sum(), list(projector.network.parameters()))
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("off_by", [-1, 1, 30])
+def test_a_wrong_number_of_embeddings_is_marked_or_left_to_the_splice(off_by: int) -> None:
+    projector = Linear().build(6, 5)
+    mask = torch.tensor([[True] * 4, [True] * 2 + [False] * 2])
+    count = EmbedCount(6 + off_by)
+    embeds = projector(Features(torch.randn(2, 4, 6), mask), count)
+    # more than the shapes hold are found at once, by `splice`
+    assert len(embeds) == 6 if off_by == 30 else bool(count.is_wrong)

@@ -206,10 +206,10 @@ def test_a_pack_is_its_rows_padded(model: Any, data: Path, share: bool) -> None:
         teacher = DistillationLoss(spec)
         with segment_attention_enabled(model.language_model) as by_segment:
             batch = DistillationCollator(collator, packed=packed)(samples)
-            assert by_segment and ("segments" in batch) == (packed and share)
+            assert by_segment and batch["counts"].shares_prefix == (packed and share)
             assert ("cu_seq_lens_q" in batch["teacher"]) == packed
             inputs = teacher.before_forward(model, batch)
-            assert [int(n) for n in teacher.teacher_mask.long().bincount()] == [
+            assert [len(teacher.untaught), len(teacher.taught)] == [
                 sum(int((s.labels[1:] != -100).sum()) for s in samples if (s.teacher is None) == no)
                 for no in (True, False)
             ]

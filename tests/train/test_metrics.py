@@ -18,25 +18,26 @@ from transformers import PreTrainedModel, TrainerCallback
 from multi_token.collate import Collator
 from multi_token.data.dataset import ConversationDataset
 from multi_token.data.files.open import load_rows
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, SpliceError
 from multi_token.language_model.lora import attach_adapter
 from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import AdapterSpec, Trainable
 from multi_token.train.batch_plan import PaddedBatches
+from multi_token.train.consistency import BatchResult, StepCheck
 from multi_token.train.flops import format_count
 from multi_token.train.metrics import (
     StepMetrics,
     WithRowIds,
     count_tokens,
     group_norms,
-    row_lengths,
 )
 from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.train.run import train
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
+from multi_token.types import BatchCounts, MediaSpan, Prepared, Sample
 
 Fields = Callable[..., dict[str, Any]]
 
@@ -146,15 +147,10 @@ def test_norms_are_those_before_clipping(model: Any) -> None:
     assert norms == pytest.approx({"grad_norm/a": 10.0, "grad_norm/b": 24.0})
 
 
-def test_a_packed_batch_has_the_lengths_of_its_samples() -> None:
-    borders = torch.tensor([0, 3, 5], dtype=torch.int32)
-    assert row_lengths({"input_ids": torch.zeros(1, 5), "cu_seq_lens_q": borders}) == [3, 2]
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert row_lengths({"input_ids": torch.zeros(2, 3), "attention_mask": mask}) == [2, 3]
-    assert count_tokens([4, 2, 3], 2, num_before=[0, 4, 4]).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (
-        3 + 4
-    )
-    work = count_tokens([3, 5], 2)
+def test_work_is_counted_of_rows_and_of_segments_with_their_prefix() -> None:
+    shared = BatchCounts((4, 2, 3), 2, num_before=(0, 4, 4))
+    assert count_tokens(shared).num_pairs == 4 * 4 + 2 * (2 + 4) + 3 * (3 + 4)
+    work = count_tokens(BatchCounts((3, 5), 2))
     assert (work.num_tokens, work.num_pairs, work.num_logits) == (8, 3 * 3 + 5 * 5, 2)
 
 
@@ -170,9 +166,20 @@ class _Poison(TrainerCallback):
                     parameter.fill_(float("nan"))
 
 
-def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
-    recipe_fields: Fields, tmp_path: Path, data: Path
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_steps": 4},
+        {"max_steps": 4, "save_steps": 2},
+        {"max_steps": 4, "logging_steps": 2},
+        {"max_steps": 2, "save_strategy": "no", "logging_strategy": "no"},
+    ],
+    ids=["read in the next step", "before a save", "before a log", "after the last step"],
+)
+def test_a_loss_that_is_no_number_names_the_rows_of_its_batch_and_is_not_saved(
+    recipe_fields: Fields, tmp_path: Path, data: Path, given: dict[str, Any]
 ) -> None:
+    """The loss is read one step late, but before anything is made of the step's weights."""
     model = MultiTokenForConditionalGeneration.from_spec(
         Recipe.model_validate(recipe_fields(tmp_path)).model
     )
@@ -182,10 +189,11 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
         tmp_path,
         {
             "use_cpu": True,
-            "max_steps": 4,
             "per_device_train_batch_size": 2,
             "train_sampling_strategy": "sequential",
             "dataloader_num_workers": 1,
+            "report_to": [],
+            **given,
         },
         seed=0,
         learning_rate=1e-3,
@@ -202,6 +210,34 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(
     trainer.add_callback(_Poison())
     with pytest.raises(MultiTokenError, match="nan at step 2, in the batch of the rows green, wh"):
         trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert all(entry["step"] < 2 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_media_embeddings_that_were_miscounted_name_modality_and_rows(model: Any) -> None:
+    """As a loss of NaN: reported one step late, in all processes."""
+    vectors = [torch.zeros(2, 5), torch.ones(1, 5)]
+    prepared = [
+        Prepared({"values": values, "mask": torch.ones(len(values))}, len(values))
+        for values in vectors
+    ]
+    spans = [MediaSpan("vector", 1, 4), MediaSpan("vector", 0, 2)]
+    samples = [
+        Sample(torch.arange(6), torch.arange(6), [span], [item], id=name)
+        for span, item, name in zip(spans, prepared, ("red", "blue"), strict=True)
+    ]
+    batch: Any = Collator(model.modalities, 0)(samples)
+    for missing in (0, 1):
+        batch["media"]["vector"]["positions"] = batch["media"]["vector"]["positions"][2 * missing :]
+        with model.count_checks_deferred() as counts:
+            loss = model(**batch).loss
+        check = StepCheck([BatchResult(loss, ["red", "blue"], counts)], 7)
+        if not missing:
+            check.finish()
+    with pytest.raises(
+        SpliceError, match=r"^vector: .* at step 7, in the batch of the rows red, b"
+    ):
+        check.finish()
 
 
 def test_batches_name_their_rows_also_from_a_worker(model: Any, data: Path) -> None:

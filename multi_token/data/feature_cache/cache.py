@@ -56,6 +56,8 @@ class FeatureCache:
         self._written_at = time.monotonic()
         self._keys = KeyTable("S32")  # keys of content, by name of the source
         self._new_sources: dict[str, str] = {}
+        self._fills = False
+        """True while `fill` runs: nothing else stores keys by source, and they would pile up."""
         self._fingerprints: dict[str, tuple[Modality, str]] = {}
         self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
 
@@ -132,6 +134,7 @@ class FeatureCache:
         waiting: dict[str, dict[str, Prepared]] = {name: {} for name in modalities}
         num_encoded = 0
         self._written_at = time.monotonic()
+        self._fills = self._shards is not None
         try:
             for item, fetch in items:
                 name, modality = item.modality, modalities[item.modality]
@@ -155,6 +158,8 @@ class FeatureCache:
             # the next start continues after these features
             self._flush()
             raise
+        finally:
+            self._fills = False
         self._flush()
         return num_encoded
 
@@ -217,7 +222,7 @@ class FeatureCache:
         if key is None:
             content = modality.content(item.source, fetch)
             key = self._digest(self._fingerprints[item.modality][1], content)
-            if source is not None and self._shards is not None:
+            if source is not None and self._fills:
                 self._new_sources[source] = key
             self._remember(item, fetch, key)
         return key

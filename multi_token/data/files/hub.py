@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     import datasets
@@ -80,6 +81,7 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    limit_hub_waits()
     try:
         return datasets.load_dataset(
             "/".join(names[:2]),

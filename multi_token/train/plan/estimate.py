@@ -195,6 +195,8 @@ def print_plan(plan: StagePlan, trainer: MultiTokenTrainer, console: Console) ->
             f"  about {seconds:.3g} s a step ({NUM_TIMED} steps were tried), "
             f"{format_duration(seconds * plan.num_steps)} in all without evaluation and saving",
         ]
+    if trainer.batches.pack_tokens is not None:
+        lines.append(f"  {trainer.describe_attention()}")
     lines += plan_warnings(plan, trainer, capacity=memory_capacity(trainer.args.device))
     console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
@@ -317,6 +319,7 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
             batch_times.append((middle - start) / max(metrics.last_tokens, 1))
             flops += metrics.last_flops
             num_tokens += metrics.last_tokens
+    trainer.finish_step_check()
     metrics.reset()
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     # gradients have one size, whatever the batch; only the rest grows with it
