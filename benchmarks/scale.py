@@ -1,6 +1,6 @@
 """Size: time and memory of a start where a data set has hundreds of thousands of rows.
 
-    python benchmarks/scale.py [scan] [--rows 300000] [--images 2000] [--workers 2] [--out FILE]
+    python benchmarks/scale.py [scan] [stage-zero] [--rows 300000] [--images 2000] [--out FILE]
 
 Each measurement is a function of MEASUREMENTS, and runs in processes of its own, so that the peak
 of one does not hide that of another. Rows and images are written into a temporary folder.
@@ -9,6 +9,9 @@ of one does not hide that of another. Rows and images are written into a tempora
 start finds all lengths by headers. A second start trains one step with the lengths that the first
 has stored. Bars, on two cores: 3,000 rows/s; peak at most 500 MB above the model; 150 MB of private
 memory in a data worker; 30 s to the end of the second start, without loading the model.
+
+`stage-zero`: captions, each another one, about 2,000 vectors of width 768, for a language model of
+width 512. Bars: one encoding for each vector; peak at most 300 MB above the model.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -181,8 +185,69 @@ def start_again(folder: Path, kind: str, options: argparse.Namespace) -> dict[st
     return {"second_start_s": time.perf_counter() - began - model_s, "model_s": model_s}
 
 
+STAGE_ZERO: dict[str, tuple[int, dict[str, Any], str]] = {
+    "pooled, expand": (1, {"type": "expand", "factor": 4}, "mean"),
+    "64 groups, mean": (64, {"type": "mlp"}, "mean"),
+    "64 groups, by position": (64, {"type": "mlp"}, "by_position"),
+}
+"""Case of stage zero -> features of an item, projector, targets."""
+
+
+def write_captions(folder: Path, num_features: int, options: argparse.Namespace) -> None:
+    """Write vectors, and rows with a caption of their own about one of them each."""
+    draw, vocabulary = random.Random(0), WORDS.split()
+    numbers = np.random.default_rng(0)
+    for number in range(options.images):
+        values = numbers.normal(size=(num_features, 768)).astype(np.float32)
+        np.save(folder / f"{number}.npy", values)
+    with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(options.captions):
+            caption = f"{number} {' '.join(draw.choices(vocabulary, k=20))}"
+            row = {
+                "vector": f"{number % options.images}.npy",
+                "conversations": [
+                    {"from": "human", "value": "<vector>"},
+                    {"from": "gpt", "value": caption},
+                ],
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def stage_zero_once(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run in a process of its own: stage zero after the model is loaded and the rows are known."""
+    from multi_token.recipe.recipe import Recipe
+    from multi_token.train.prepare import open_stages, prepare
+    from multi_token.train.run import closed_form_stage
+
+    _, projector, targets = STAGE_ZERO[kind]
+    fields = recipe_of(folder, "jsonl", options).model_dump(mode="json")
+    vector = {"type": "vector", "dim": 768, "projector": projector}
+    fields["model"]["modalities"] = {"vector": vector}
+    fields["data"]["train"] = [{"rows": str(folder / "captions.jsonl")}]
+    fields["train"] |= {"closed_form": {"targets": targets}, "calibration_items": 4096}
+    recipe = Recipe.model_validate(fields)
+    run = prepare(recipe, open_stages(recipe), Console(stderr=True))
+    encoded = 0
+
+    def count(_module: Any, _args: Any, features: Any) -> None:
+        nonlocal encoded
+        encoded += len(features.values)
+
+    run.model.encoder("vector").register_forward_hook(count)
+    before = status_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    began = time.perf_counter()
+    closed_form_stage(run)
+    return {
+        "encodings": encoded,
+        "seconds": time.perf_counter() - began,
+        "peak_above_model_mb": status_mb("VmHWM") - before,
+    }
+
+
 CHILDREN: dict[str, Callable[[Path, str, argparse.Namespace], dict[str, Any]]] = {
     "scan_once": scan_once,
+    "stage_zero_once": stage_zero_once,
     "start_again": start_again,
 }
 
@@ -212,8 +277,24 @@ def measure_scan(folder: Path, options: argparse.Namespace) -> list[dict[str, An
     return results
 
 
+def measure_stage_zero(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure stage zero on captions, of which each is another one."""
+    from multi_token.testing import tiny_language_model
+
+    results = []
+    for kind, (num_features, _, _) in STAGE_ZERO.items():
+        inner = folder / kind.replace(" ", "-")
+        inner.mkdir()
+        tiny_language_model(inner / "language_model", hidden_size=512)
+        write_captions(inner, num_features, options)
+        facts = {"case": kind, "captions": options.captions, "items": options.images}
+        results.append({**facts, **in_own_process("stage_zero_once", inner, kind, options)})
+    return results
+
+
 MEASUREMENTS: dict[str, Callable[[Path, argparse.Namespace], list[dict[str, Any]]]] = {
     "scan": measure_scan,
+    "stage-zero": measure_stage_zero,
 }
 
 
@@ -227,6 +308,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--captions", type=int, default=50_000, help="rows of stage zero")
     parser.add_argument("--workers", type=int, default=2, help="data workers of a process")
     parser.add_argument("--language-model", help="a folder; default: a tiny model")
     parser.add_argument("--out", type=Path)

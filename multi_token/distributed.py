@@ -95,6 +95,12 @@ def all_gather(value: T) -> list[T]:
     return found
 
 
+def all_reduce_sum(total: Tensor) -> None:
+    """Add the tensors of all processes, in place."""
+    if num_processes() > 1:
+        distributed.all_reduce(total)
+
+
 class DelayedAny:
     """Agreement of processes on a flag without a host sync: started now, read a step later.
 

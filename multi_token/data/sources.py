@@ -52,17 +52,28 @@ class TrainingSource:
         # filling a feature cache decodes every item, so nothing is saved by reading headers
         return self.headers and self.processor.cache is None
 
+    @property
+    def num_rows(self) -> int:
+        """Number of good rows; before the scan, of all rows."""
+        return len(self.rows) if self.good_indices is None else len(self.good_indices)
+
+    def conversation(self, number: int) -> tuple[Conversation, MultiTokenProcessor]:
+        """Return a good row by its number, and the processor that opens its media.
+
+        Raises RowError for a row that is no conversation.
+        """
+        index = number if self.good_indices is None else self.good_indices[number]
+        row = self.rows[index]
+        row_id = row_id_of(index, row, self.name)
+        # undecoded rows may turn out bad; the processor then names the row in its error
+        processor = replace(self.processor, row_id=row_id) if self.lengths_only else self.processor
+        return to_conversation(row, list(processor.modalities), row_id=row_id), processor
+
     def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """Yield the good rows; before the scan, all rows that are conversations at all."""
-        for index in range(len(self.rows)) if self.good_indices is None else self.good_indices:
+        for number in range(self.num_rows):
             try:
-                row = self.rows[index]
-                row_id = row_id_of(index, row, self.name)
-                # undecoded rows may turn out bad; the processor then names the row in its error
-                processor = (
-                    replace(self.processor, row_id=row_id) if self.lengths_only else self.processor
-                )
-                yield to_conversation(row, list(processor.modalities), row_id=row_id), processor
+                yield self.conversation(number)
             except RowError:
                 continue
 

@@ -64,6 +64,9 @@ class ProjectorSpec(BaseModel, ABC):
     def group(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Arrange features before the network, without parameters.
 
+        Linear in `values`, item by item, each output from features of its own place in the width.
+        The closed form of any other arrangement is fitted too, but encodes its items twice.
+
         Args:
             values: Standardized features [items, length, dim], zero where masked.
             mask: bool [items, length], True for real features.
@@ -243,23 +246,21 @@ class Projector(nn.Module):
         return [[m for m in b.modules() if isinstance(m, nn.Linear)][-1] for b in branches]
 
     @torch.no_grad()
-    def scale_output(self, features: Features, rms: float) -> None:
-        """Scale the last layers so that embeddings of these features have this root mean square.
+    def scale_output(self, measured: float, rms: float) -> None:
+        """Scale the last layers, so that embeddings start in the size of the text's.
 
         Embeddings far larger or smaller than the text's stall the first steps of training.
 
         Args:
-            features: Encoded features of some items.
+            measured: Root mean square of the embeddings of some items, without line ends.
             rms: Root mean square of the language model's input embeddings.
         """
         # The line-break embedding is scaled by itself: its size must not depend on their number.
         if self.line_break is not None:
             self.line_break.mul_(rms / self.line_break.square().mean().sqrt())
-        tokens = self(Features(features.values, mask_without_newlines(features)))
-        now = tokens.square().mean().sqrt()
         for layer in self.final_layers():
-            layer.weight.mul_(rms / now)
-            layer.bias.mul_(rms / now)
+            layer.weight.mul_(rms / measured)
+            layer.bias.mul_(rms / measured)
 
 
 def _first_true(mask: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ class ClosedFormSpec(StrictModel):
     of their caption."""
     rows: list[DataSource] | None = None
     """Captioned rows (one item, one answer); default: those among the training rows."""
+    max_items: int = Field(default=50_000, ge=1)
+    """Most captioned rows of each modality that it is fitted to, spread evenly over all. A
+    regression of a few thousand unknowns gains nothing from more."""
 
 
 class LoraSpec(StrictModel):
@@ -223,7 +226,8 @@ class TrainSpec(StrictModel):
     liger: bool = False
     """Use Liger's kernels in the language model; needs a GPU and the package liger-kernel."""
     calibration_items: int = Field(default=4096, ge=1)
-    """Items of each modality whose features fix the projector's statistics."""
+    """Most items of each modality whose features fix the projector's statistics, spread evenly
+    over the training rows."""
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
     stages: list[Stage] = Field(min_length=1)
     num_samples: int = Field(default=4, ge=0)

@@ -24,12 +24,7 @@ from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.accelerator import cast_frozen_encoders
-from multi_token.train.closed_form import (
-    CaptionedItem,
-    calibrate,
-    captioned_items,
-    fit_closed_form,
-)
+from multi_token.train.closed_form import fit_projector
 from multi_token.train.consistency import check_same_recipe
 from multi_token.train.prepare import (
     Run,
@@ -44,6 +39,7 @@ from multi_token.train.prepare import (
 )
 from multi_token.train.resume import RECIPE, claim_run_folder, raise_on_write_error, run_lock
 from multi_token.train.stage import attach_adapters, fit
+from multi_token.train.stage_zero import ItemReader, find_items
 
 
 @peer_errors()
@@ -132,33 +128,29 @@ def closed_form_stage(run: Run) -> None:
     Modalities that come from another run keep their projectors.
     """
     model, spec, console = run.model, run.recipe.train.closed_form, run.console
-    pairs = [pair for source in run.sources for pair in source.conversations()]
-    captions = _captions(run)
-    for name in model.modalities:
-        if name in run.initialized:
-            continue
-        items = [(item, r) for c, r in pairs for item in c.media if item.modality == name]
-        # evenly spaced, since rows of one kind often come one after the other
-        step = max(1, -(-len(items) // run.recipe.train.calibration_items))
-        if calibrate(model, name, items[::step]) == 0:
+    captioned = None
+    if spec is not None and spec.rows is not None:
+        captioned = open_rows(model, run.recipe, spec.rows, run.cache, console)
+        captioned = good_rows(captioned, run.recipe, console)
+    names = [name for name in model.modalities if name not in run.initialized]
+    for name, items in find_items(run, captioned, names).items():
+        if not items.counts.any():
             console.print(f"{name}: no item in the training rows; its projector starts as it is")
             continue
-        if spec is None:
-            continue
-        if not model.encoder(name).pretrained:
+        fitted = spec if model.encoder(name).pretrained else None
+        report = fit_projector(model, name, ItemReader(items, fitted, run), spec=fitted)
+        if spec is not None and fitted is None:
             console.print(
                 f"{name}: no closed-form start, since its encoder starts from random weights",
                 highlight=False,
             )
-            continue
-        chosen = [c for c in captions if c.item.modality == name]
-        num_aligned = fit_closed_form(model, name, chosen, spec=spec)
-        console.print(
-            f"{name}: closed-form start from {num_aligned} captioned items"
-            if num_aligned
-            else f"{name}: no captioned rows (one item, one answer), so it starts from random",
-            highlight=False,
-        )
+        elif spec is not None:
+            console.print(
+                f"{name}: closed-form start from {report.num_captioned:,} captioned items"
+                if report.num_captioned
+                else f"{name}: no captioned rows (one item, one answer), so it starts from random",
+                highlight=False,
+            )
     folder = closed_form_folder(run.recipe)
     if is_main_process():
         with raise_on_write_error(folder):
@@ -168,12 +160,3 @@ def closed_form_stage(run: Run) -> None:
     if not is_main_process():
         # another machine may round sums otherwise, and projectors have to be equal everywhere
         load_trained(model, folder)
-
-
-def _captions(run: Run) -> list[CaptionedItem]:
-    """Return items with captions: of `rows` of the closed form, or of the training rows."""
-    spec, sources = run.recipe.train.closed_form, run.sources
-    if spec is not None and spec.rows is not None:
-        sources = open_rows(run.model, run.recipe, spec.rows, run.cache, run.console)
-        sources = good_rows(sources, run.recipe, run.console)
-    return [item for source in sources for item in captioned_items(source.conversations())]

@@ -20,9 +20,9 @@ from multi_token.language_model.probe import check_trainable
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import AdapterSpec, Trainable
-from multi_token.train.closed_form import calibrate
 from multi_token.train.parameter_groups import freeze_and_unfreeze
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Sample, Text
+from tests.train.fitting import calibrate
 
 YES = "yes"
 

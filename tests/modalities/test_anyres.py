@@ -23,9 +23,9 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.registry import validate_fields
 from multi_token.testing import tiny_image_encoder
-from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.train.run import train
 from multi_token.types import Conversation, Media, Message, Text
+from tests.train.fitting import calibrate, captioned_items, fit_closed_form
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 LINES = {"type": "linear", "line_break": True}

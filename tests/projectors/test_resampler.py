@@ -20,8 +20,8 @@ from multi_token.projectors.resampler import Resample
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.registry import build
-from multi_token.train.closed_form import calibrate, captioned_items, fit_closed_form
 from multi_token.types import Conversation, Features, Media, Message, Text
+from tests.train.fitting import calibrate, captioned_items, fit_closed_form
 
 SMALL = Resample(num_queries=3, depth=2, num_heads=2)
 
@@ -112,7 +112,7 @@ def test_the_closed_form_of_a_resampler_is_frozen_and_its_network_starts_at_zero
 def test_the_output_can_be_scaled_to_any_root_mean_square() -> None:
     projector = SMALL.build(6, 8)
     features = padded(vectors([9, 4, 1]))
-    projector.scale_output(features, 0.125)
+    projector.scale_output(float(projector(features).detach().square().mean().sqrt()), 0.125)
     rms = projector(features).square().mean().sqrt()
     torch.testing.assert_close(rms, torch.tensor(0.125))
 
@@ -144,8 +144,8 @@ def test_the_closed_form_fits_its_embeddings_to_the_captions(
         rows.append((Conversation((user, answer), id=str(i)), model.processor))
     items = list(captioned_items(rows))
     projector = model.projector("signal")
-    calibrate(model, "signal", [(i.item, i.processor) for i in items], batch_size=40)
-    values = [torch.tensor(i.item.source).float() for i in items]
+    calibrate(model, "signal", [(item, processor) for item, _, processor in items], batch_size=40)
+    values = [torch.tensor(item.source).float() for item, _, _ in items]
     rms = float(projector(padded(values)).detach().square().mean().sqrt())
     assert rms == pytest.approx(embedding_rms(model.language_model), rel=1e-4)
 

@@ -18,14 +18,9 @@ from multi_token.language_model.loading import embedding_rms
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import ClosedFormSpec
-from multi_token.train.closed_form import (
-    CaptionedItem,
-    calibrate,
-    captioned_items,
-    encode_items,
-    fit_closed_form,
-)
+from multi_token.train.closed_form import encode_items
 from multi_token.types import Conversation, Features, Media, Message, Text
+from tests.train.fitting import calibrate, captioned_items, fit_closed_form
 
 KINDS: list[dict[str, Any]] = [
     {"type": "linear"},
@@ -63,22 +58,22 @@ def test_the_closed_form_is_the_ridge_solution_of_its_targets(
     conversations = examples(model)
     items = list(captioned_items(conversations))
     if calibrated:
-        calibrate(model, "vector", [(i.item, i.processor) for i in items])
+        calibrate(model, "vector", [(item, processor) for item, _, processor in items])
     assert (
         fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=2.0), batch_size=7)
         == 40
     )
 
-    values = torch.tensor(np.concatenate([i.item.source for i in items]))
+    values = torch.tensor(np.concatenate([item.source for item, _, _ in items]))
     mean = values.mean(0)
     x = (values - mean) / values.std(0, correction=0) if calibrated else values - mean
     embed, tokenizer = model.get_input_embeddings(), model.processor.tokenizer
     space = embed(torch.tensor(tokenizer(" ").input_ids))[-1:]
     targets = [
-        torch.cat([embed(torch.tensor(tokenizer(" " + i.caption).input_ids)), space, space, space])[
+        torch.cat([embed(torch.tensor(tokenizer(" " + caption).input_ids)), space, space, space])[
             :3
         ]
-        for i in items
+        for _, caption, _ in items
     ]
     y = torch.stack([t.flatten() for t in targets]).double().detach()
     weight = torch.linalg.solve(x.T @ x + 2.0 * torch.eye(5).double(), x.T @ (y - y.mean(0)))
@@ -94,7 +89,7 @@ def test_every_kind_can_be_aligned_and_its_network_starts_silent(
 ) -> None:
     model = model_with(recipe_fields, tmp_path, kind)
     items = list(captioned_items(examples(model, length=4)))
-    calibrate(model, "vector", [(i.item, i.processor) for i in items])
+    calibrate(model, "vector", [(item, processor) for item, _, processor in items])
     fit_closed_form(model, "vector", items, spec=ClosedFormSpec(penalty=1.0))
     projector = model.projector("vector")
     groups, _ = projector.arrange(Features(torch.randn(2, 4, 5)))
@@ -151,7 +146,7 @@ def test_only_conversations_with_one_item_and_one_answer_are_captions(model: Any
     two = Conversation((Message("user", (item, item)), answer))
     longer = replace(one, messages=one.messages * 2)
     found = list(captioned_items((c, model.processor) for c in (one, two, longer)))
-    assert [c.caption for c in found] == ["cat"]
+    assert [caption for _, caption, _ in found] == ["cat"]
 
 
 @pytest.mark.parametrize("lengths", [[3] * 20, [1, 5, 2, 3] * 5], ids=["equal", "mixed"])
@@ -189,7 +184,7 @@ def test_one_item_is_brought_to_its_caption_without_special_tokens(
     tokenizer.backend_tokenizer.post_processor = first
     assert tokenizer(" cat").input_ids == [tokenizer.bos_token_id, *expected]
     item = Media("vector", [1.0, 2.0, 3.0, 4.0, 5.0])
-    captions = [CaptionedItem(item, "cat", model.processor)]
+    captions = [(item, "cat", model.processor)]
     assert fit_closed_form(model, "vector", captions, spec=ClosedFormSpec()) == 1
     tokens = model.projector("vector")(Features(torch.tensor([[item.source]])))
     space = tokenizer(" ", add_special_tokens=False).input_ids[-1:]
@@ -205,7 +200,7 @@ def test_a_short_caption_is_filled_with_spaces_alone_where_a_space_has_several_i
     tokenizer.backend_tokenizer.normalizer = Prepend("#")  # as SentencePiece's blank before a text
     first, space = tokenizer(" ", add_special_tokens=False).input_ids
     assert first != space
-    captions = [CaptionedItem(Media("vector", [1.0] * 5), "cat", model.processor)]
+    captions = [(Media("vector", [1.0] * 5), "cat", model.processor)]
     fit_closed_form(model, "vector", captions, spec=ClosedFormSpec())
     tokens = model.projector("vector")(Features(torch.ones(1, 1, 5)))
     caption = tokenizer(" cat", add_special_tokens=False).input_ids
@@ -235,4 +230,4 @@ def test_a_caption_is_the_words_of_the_answer_and_not_its_blanks(model: Any) -> 
         return Conversation((Message("user", (Media("image", "x"),)), answer))
 
     found = captioned_items((c, model.processor) for c in (said(" a ", "cat\n"), said(" "), said()))
-    assert [c.caption for c in found] == ["a cat"]
+    assert [caption for _, caption, _ in found] == ["a cat"]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 
 from multi_token.data.feature_cache.keys import canonical_source
-from multi_token.data.sources import open_source
+from multi_token.data.sources import TrainingSource, open_source
 from multi_token.distributed import num_processes
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.closed_form import captioned_items, encode_items
+from multi_token.train.closed_form import encode_items
 from multi_token.train.plan.estimate import format_duration, plan_stage, print_plan
 from multi_token.train.prepare import Run, open_stages, prepare
 from multi_token.train.stage import attach_adapters, build_trainer
+from multi_token.train.stage_zero import find_items
 from multi_token.types import Media
 
 _NUM_TIMED = 8
@@ -62,51 +64,46 @@ def plan_run(recipe: Recipe, *, console: Console | None = None) -> None:
 def print_encodings(run: Run, recipe: Recipe) -> None:
     """Print the encodings of each modality before the first step.
 
-    With a feature cache each different item counts once, as if the cache were empty, else the items
-    of the calibration and of the closed form.
+    With a feature cache these are all items, as if the cache were empty, else the items of the
+    calibration and of the closed form. Each different item counts once.
     """
-    model, sources = run.model, run.sources
-    spec, cached = recipe.train.closed_form, recipe.train.feature_cache is not None
-    aligned = (
-        [open_source(s, model.processor, recipe, None) for s in (spec.rows or [])] if spec else []
-    )
-    why = "for the feature cache, each once" if cached else "for the closed form"
-    for name in model.modalities:
-        items = [pair for source in sources for pair in source.items() if pair[0].modality == name]
-        fitted = [
-            (one.item, one.processor)
-            for source in (aligned or sources)
-            for one in captioned_items(source.conversations())
-            if one.item.modality == name
-        ]
-        if spec is None or not model.encoder(name).pretrained:
-            fitted = []
-        if cached:
-            num = _num_different([*items, *(fitted if aligned else [])])
-        elif name in run.initialized:  # neither calibrated nor fitted
-            num = 0
-        else:
-            step = max(1, -(-len(items) // recipe.train.calibration_items))
-            num = len(items[::step]) + len(fitted)
-        if num:
-            some = items or fitted
+    model, spec = run.model, recipe.train.closed_form
+    cached = recipe.train.feature_cache is not None
+    captioned = None
+    if spec is not None and spec.rows is not None:
+        captioned = [open_source(s, model.processor, recipe, None) for s in spec.rows]
+    why = "for the feature cache" if cached else "for the closed form"
+    # modalities of another run are neither calibrated nor fitted
+    names = [name for name in model.modalities if cached or name not in run.initialized]
+    found = find_items(run, captioned, names)
+    in_cache = _num_different([*run.sources, *(captioned or ())]) if cached else Counter()
+    for name, items in found.items():
+        num = in_cache[name] if cached else len(items)
+        if num and len(items):
             # evenly spaced, since items of one kind often come one after the other
-            tried = some[:: max(1, len(some) // _NUM_TIMED)][:_NUM_TIMED]
+            step = max(1, len(items) // _NUM_TIMED)
+            tried = [items.item(i) for i in range(0, len(items), step)][:_NUM_TIMED]
             seconds = _seconds_per_item(model, name, tried)
             run.console.print(
-                f"  {name}: {num:,} encodings before the first step ({why}), about "
+                f"  {name}: {num:,} encodings before the first step ({why}, each item once), about "
                 f"{1000 * seconds:.3g} ms each ({len(tried)} were tried): about "
                 f"{format_duration(num * seconds)}",
                 highlight=False,
             )
 
 
-def _num_different(items: Sequence[tuple[Media, MultiTokenProcessor]]) -> int:
-    """Number of items in a full cache; an item without a name differs from all others."""
-    names = [canonical_source(item.source) for item, _ in items]
-    roots = [processor.fetch.root for _, processor in items]
-    named = {pair for pair in zip(names, roots, strict=True) if pair[0] is not None}
-    return len(named) + sum(name is None for name in names)
+def _num_different(sources: Sequence[TrainingSource]) -> Counter[str]:
+    """Number of items in a full cache, by modality; one without a name differs from all others."""
+    named: set[str] = set()
+    found: Counter[str] = Counter()
+    for source in sources:
+        for item, processor in source.items():
+            text = canonical_source(item.source)
+            key = f"{item.modality} {processor.fetch.root} {text}"
+            found[item.modality] += text is None or key not in named
+            if text is not None:
+                named.add(key)
+    return found
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,13 +199,16 @@ def test_the_plan_counts_encodings_before_the_first_step(
         plan_run(Recipe.model_validate(fields), console=console)
         return console.export_text()
 
-    assert "image: 32 encodings before the first step (for the closed form), about " in said()
-    assert "image: 18 encodings" in said(closed_form=others)
-    assert "image: 16 encodings" in said(closed_form=None)
-    assert "image: 4 encodings" in said(closed_form=None, calibration_items=4)
+    # four names and one more for a file of theirs; 16 rows
+    line = "encodings before the first step (for the closed form, each item once), about "
+    assert f"image: 5 {line}" in said()
+    assert "image: 5 encodings" in said(closed_form=others), "encoded once for both uses"
+    assert "image: 5 encodings" in said(closed_form=None)
+    few_items = re.search(r"image: (\d) encodings", said(closed_form=None, calibration_items=2))
+    assert few_items is not None and int(few_items[1]) <= 2
     cached = said(feature_cache=True)
-    assert "image: 5 encodings before the first step (for the feature cache, each once)" in cached
-    assert "(8 were tried)" in cached
+    line = "image: 5 encodings before the first step (for the feature cache, each item once)"
+    assert line in cached and "(5 were tried)" in cached
 
 
 def test_a_run_after_its_plan_is_as_without_and_begins_with_a_short_one(
