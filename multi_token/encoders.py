@@ -6,7 +6,8 @@ Frozen by default. Learning rates are in `train/`, files in `checkpoint/`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -76,17 +77,23 @@ def is_randomly_initialized(encoder: Encoder) -> bool:
 
 
 def trainable_parameters(name: str, encoder: Encoder, spec: TrainableEncoder) -> list[nn.Parameter]:
-    """Return the parameters that `spec` trains; LoRA must be attached before.
+    """Return the parameters that `spec` trains and features depend on; LoRA is attached before.
 
     `name`: the instance, for errors. Raises RecipeError for more layers than the encoder has.
     """
     if spec.lora is not None:
-        return [p for key, p in encoder.named_parameters() if "lora_" in key]
+        lora = {id(p) for key, p in encoder.named_parameters() if "lora_" in key}
+        return [p for p in _used(encoder, encoder) if id(p) in lora]
     if spec.last_layers is None:
-        return list(encoder.parameters())
-    return [
-        p for layer in _last_layers(name, encoder, spec.last_layers) for p in layer.parameters()
-    ]
+        return _used(encoder, encoder)
+    layers = _last_layers(name, encoder, spec.last_layers)
+    return [p for layer in layers for p in _used(encoder, layer)]
+
+
+def _used(encoder: Encoder, module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module of an encoder that its features depend on."""
+    unused = {id(p) for key, p in encoder.named_parameters() if key in encoder.unused_parameters}
+    return [p for p in module.parameters() if id(p) not in unused]
 
 
 def _last_layers(name: str, encoder: Encoder, num_layers: int) -> list[nn.Module]:
@@ -217,7 +224,7 @@ def set_train_mode(encoder: Encoder, mode: bool) -> None:
     if not mode or not any(p.requires_grad for p in encoder.parameters()):
         return
     for module in encoder.modules():
-        parameters = list(module.parameters())
+        parameters = _used(encoder, module)
         if parameters and all(p.requires_grad for p in parameters):
             module.train()
         dropout = getattr(module, "lora_dropout", None)
@@ -230,27 +237,52 @@ def set_train_mode(encoder: Encoder, mode: bool) -> None:
             module.eval()
 
 
-def check_gradients_reach(
-    name: str, encoder: Encoder, spec: TrainableEncoder, features: Features
-) -> None:
-    """Raise RecipeError for trainable layers that get no gradient from these features."""
-    values = features.values
-    if spec.last_layers is None and not values.requires_grad:
+def find_unused_parameters(
+    name: str, encoder: Encoder, spec: TrainableEncoder, features: Iterable[Features]
+) -> frozenset[str]:
+    """Return the names of parameters that none of these features depends on.
+
+    DDP waits for the gradient of every trainable parameter, so those must stay frozen. The features
+    have to be computed in `gradients_enabled`. Raises RecipeError if no gradient reaches what
+    `spec` trains.
+    """
+    parameters = dict(encoder.named_parameters())
+    unused = {key for key, p in parameters.items() if p.is_floating_point()}
+    for one in features:
+        some = [(key, p) for key, p in parameters.items() if key in unused]
+        if not some or not one.values.requires_grad:
+            break
+        gradients = torch.autograd.grad(one.values.sum(), [p for _, p in some], allow_unused=True)
+        unused -= {key for (key, _), g in zip(some, gradients, strict=True) if g is not None}
+    used = {id(p) for key, p in parameters.items() if key not in unused}
+    if spec.last_layers is None and not used:
         raise RecipeError(
             f"learn.encoders.{name}: its encoder ({type(encoder).__name__}) runs without "
             "gradients, so it cannot be trained; leave it frozen"
         )
     for number, layer in enumerate(_last_layers(name, encoder, spec.last_layers or 0), 1):
-        parameters = list(layer.parameters())
-        reached = values.requires_grad and any(
-            gradient is not None
-            for gradient in torch.autograd.grad(
-                values.sum(), parameters, retain_graph=True, allow_unused=True
-            )
-        )
-        if parameters and not reached:
+        own = list(layer.parameters())
+        if own and not any(id(p) in used for p in own):
             raise RecipeError(
                 f"learn.encoders.{name}: no gradient reaches layer {number} of its `last_layers` "
                 f"{spec.last_layers}, because the features are taken before it or the encoder runs "
                 "without gradients; train all of it (`lr` alone), or use `lora`"
             )
+    return frozenset(unused)
+
+
+@contextmanager
+def gradients_enabled(encoder: Encoder) -> Iterator[None]:
+    """Within, all parameters of an encoder require gradients, in eval mode."""
+    before = [(p, p.requires_grad) for p in encoder.parameters()]
+    was_training = encoder.training
+    encoder.eval()
+    for parameter, _ in before:
+        parameter.requires_grad_(parameter.is_floating_point())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        set_train_mode(encoder, was_training)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import RowError
+from multi_token.processor import MultiTokenProcessor
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 
@@ -25,6 +27,34 @@ def row_to_sample(
 ) -> Sample:
     """Read one row into its sample: the same path for training, `data check` and plug-ins."""
     return processor(to_conversation(row, modalities, row_id=row_id))
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows as training does: `row_to_sample`, for one row or for several together."""
+
+    processor: Callable[[Conversation], Sample]
+    modalities: tuple[str, ...]
+
+    def __call__(self, row: Row, row_id: str) -> Sample:
+        """Read one row into its sample. Raises RowError."""
+        return self.processor(self.conversation(row, row_id))
+
+    def conversation(self, row: Row, row_id: str) -> Conversation:
+        """Convert one row. Raises RowError."""
+        return to_conversation(row, self.modalities, row_id=row_id)
+
+    def samples(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
+        """Return the samples of conversations; a RowError in place of a bad one."""
+        if isinstance(self.processor, MultiTokenProcessor):
+            return self.processor.many(conversations)
+        found: list[Sample | RowError] = []
+        for conversation in conversations:
+            try:
+                found.append(self.processor(conversation))
+            except RowError as error:
+                found.append(error)
+        return found
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -94,11 +124,17 @@ def worker_loader(dataset: Dataset[Any], num_workers: int, **options: Any) -> Da
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
+        worker_init_fn=_freeze,
         # DataLoader draws a seed from its generator. From torch's global one, the draw would change
         # the random numbers of training, and those after a resume
         generator=torch.Generator(),
         **options,
     )
+
+
+def _freeze(_: int) -> None:
+    # a garbage collection writes into every object, and would copy all pages of the main process
+    gc.freeze()
 
 
 def _identity(item: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -71,6 +72,13 @@ def to_conversation(
     return replace(chosen, rejected=rejected)
 
 
+@functools.lru_cache(maxsize=64)
+def _slot_pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Return the pattern of slots in a text; rows of a data set share it."""
+    # an empty alternative would match `<>`
+    return re.compile(f"<({'|'.join(map(re.escape, names))})>") if names else None
+
+
 class _RowParser:
     """Parser of one row: its id, the items of its fields, and the slots that were read."""
 
@@ -85,9 +93,7 @@ class _RowParser:
         if row.get("id") is not None:
             self.row_id = str(row["id"])
         self.row = row
-        alternatives = "|".join(re.escape(name) for name in self.names)
-        # an empty alternative would match `<>`
-        self.slot = re.compile(f"<({alternatives})>") if self.names else None
+        self.slot = _slot_pattern(tuple(self.names))
         self.items: dict[str, list[Any]] = {}
         self.fields: dict[str, str] = {}
         self.num_slots: dict[str, int] = dict.fromkeys(self.names, 0)

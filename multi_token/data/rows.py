@@ -39,9 +39,10 @@ def row_id_of(index: int, row: Row | None, source: str) -> str:
 
 def as_list(value: Any) -> list[Any] | None:
     """Return a list for a list, tuple or array; None for a text, bytes or single value."""
-    if isinstance(value, np.ndarray):
-        return list(value)
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview)):
+    # texts first: the test for a Sequence is slow, and nearly all values are texts
+    if isinstance(value, (str, bytes, bytearray, memoryview)):
+        return None
+    if isinstance(value, (np.ndarray, Sequence)):
         return list(value)
     return None
 

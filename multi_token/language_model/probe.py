@@ -106,7 +106,9 @@ def check_trainable(language_model: Any) -> None:
         language_model.eval()
         before = run.logits_from_embeds(embeds, run.ids).detach()
         # Dropout draws random numbers; a run's own sequence must not depend on this check.
-        with torch.enable_grad(), torch.random.fork_rng():
+        # Named: without names, torch saves the state of every GPU of the machine.
+        devices = {p.device for p in language_model.parameters()} - {torch.device("cpu")}
+        with torch.enable_grad(), torch.random.fork_rng(devices):
             language_model.train()
             logits = run.logits_from_embeds(embeds, run.ids).float()
             (gradient,) = torch.autograd.grad(logits.square().sum(), embeds)
@@ -202,6 +204,8 @@ class _ProbeRun:
         if quantized_parameters(self.model):
             # Stored as integers, but multiplied with few bits: as coarse as bfloat16.
             dtypes.add(torch.bfloat16)
+        if torch.is_autocast_enabled(by_ids.device.type):
+            dtypes.add(torch.get_autocast_dtype(by_ids.device.type))
         self.tolerance = 16 * max(torch.finfo(d).eps for d in dtypes if d.is_floating_point)
         # Granite multiplies embeddings of ids by a factor, but takes `inputs_embeds` as they are.
         multiplier = getattr(base_language_model(self.model).config, "embedding_multiplier", None)

@@ -49,6 +49,9 @@ class Encoder(nn.Module, ABC):
     pretrained: ClassVar[bool] = True
     """False for an encoder that starts from random weights. Such an encoder is trained together
     with the projector of its modality, and its weights are saved with the run."""
+    unused_parameters: frozenset[str] = frozenset()
+    """Names of parameters that the features do not depend on, such as those of layers after the one
+    that `layer` names. They are found before an encoder is trained, and stay frozen."""
 
     @abstractmethod
     def forward(self, **inputs: Tensor) -> Features:

@@ -98,6 +98,13 @@ def _with_another_lora(settings: Settings) -> str | None:
     return None
 
 
+def _with_other_process_settings(settings: Settings) -> str | None:
+    """An argument of the process, which another stage sets to another value."""
+    args = [{**settings.train.args, **stage.args} for stage in settings.train.stages]
+    keys = ("use_cpu", "ddp_backend", "ddp_timeout")
+    return next((key for key in keys if any(a.get(key) != args[0].get(key) for a in args)), None)
+
+
 def _adapter_before_full(settings: Settings) -> str | None:
     """A stage that trains an adapter before this stage trains all weights."""
     stages = settings.train.stages
@@ -134,6 +141,23 @@ CONFLICTS = (
         "rows under `data.eval`, or leave eval_strategy out",
     ),
     Conflict(
+        ("args.load_best_model_at_end", "data.eval: null"),
+        "train args: load_best_model_at_end needs evaluations to compare; name held-out rows under "
+        "`data.eval`, or leave load_best_model_at_end out",
+    ),
+    Conflict(
+        ("args.save_strategy: best", "data.eval: null"),
+        "train args: save_strategy=best needs evaluations to compare; name held-out rows under "
+        "`data.eval`, or leave save_strategy out",
+    ),
+    # devices and processes are joined once, before the first stage
+    Conflict(
+        ("args.use_cpu, ddp_backend or ddp_timeout", "another value in another stage"),
+        "train args: {found!r} is for all stages, and here they differ in it; set it under "
+        "`train.args` alone",
+        when=_with_other_process_settings,
+    ),
+    Conflict(
         ("data.stream", "args.max_steps: null"),
         "stage {stage.name!r} trains on a stream (`data.stream`), which has no end; set "
         "`max_steps` in its `args`",
@@ -163,6 +187,11 @@ CONFLICTS = (
         when=lambda s: (
             s.data.stream and s.train.packing and (s.train.pack_tokens or 0) < s.data.max_tokens
         ),
+    ),
+    Conflict(
+        ("train.packing", "args.auto_find_batch_size"),
+        "train args: `auto_find_batch_size` changes the rows of a batch, and a batch of "
+        "`train.packing` is one pack; set `pack_tokens`, and leave auto_find_batch_size out",
     ),
     Conflict(
         ("train.packing", "args.train_sampling_strategy: sequential, group_by_length"),

@@ -74,7 +74,7 @@ _VIDEO: dict[str, tuple[str, dict[str, Any], str]] = {
 def save_random(folder: Path, seed: int, build: Callable[[], Any], *parts: Any) -> str:
     """Save the model that `build` makes with this seed, and its processors; return the folder."""
     # fork_rng keeps the caller's random state, so a test does not depend on the parts built before.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
     for part in (model, *parts):

@@ -126,7 +126,7 @@ def tiny_language_model(
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(template)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(tokenizer, hidden_size=hidden_size))
     model.save_pretrained(folder)

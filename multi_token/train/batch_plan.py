@@ -25,7 +25,7 @@ from multi_token.data.packing import Pack, PackingPlan, balance, group_into_step
 from multi_token.data.stream_loader import StreamProgress, StreamState, save_states
 from multi_token.data.streaming import StreamDataset
 from multi_token.distributed import all_gather, is_main_process
-from multi_token.errors import RecipeError
+from multi_token.train.training_args import data_seed
 
 BUFFER = 4096
 """Rows that are packed together. More make fuller packs, fewer keep the order more random."""
@@ -57,10 +57,7 @@ class BatchPlan:
     def loader(
         self, args: TrainingArguments, dataset: Any, collate: Any, accelerator: Accelerator
     ) -> Any:
-        """Return the batches of this process, or None for transformers' own loader.
-
-        Raises RecipeError for arguments that this plan excludes.
-        """
+        """Return the batches of this process, or None for transformers' own loader."""
         return None
 
     def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
@@ -105,7 +102,7 @@ class PaddedBatches(BatchPlan):
         return LengthGroupedSampler(
             self.lengths,
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            seed=args.data_seed or args.seed,
+            seed=data_seed(args),
         )
 
 
@@ -120,12 +117,11 @@ class PackedBatches(BatchPlan):
     def loader(
         self, args: TrainingArguments, dataset: Any, collate: Any, accelerator: Accelerator
     ) -> Any:
-        _check_one_device(args)
         loader = DataLoader(
             dataset,
             batch_sampler=PackSampler(
                 self.packing,
-                seed=args.data_seed or args.seed,
+                seed=data_seed(args),
                 num_processes=args.world_size,
                 process=args.process_index,
                 num_accumulated=args.gradient_accumulation_steps,
@@ -181,8 +177,6 @@ class StreamedBatches(BatchPlan):
     def loader(
         self, args: TrainingArguments, dataset: Any, collate: Any, accelerator: Accelerator
     ) -> Any:
-        if self.packing is not None:
-            _check_one_device(args)
         return self.progress.loader(args, collate, self.packing)
 
     def batching_facts(self, args: TrainingArguments) -> dict[str, int]:
@@ -213,14 +207,6 @@ class StreamedBatches(BatchPlan):
     def save_state(self, folder: Path, step: int, state: Any) -> None:
         if is_main_process():
             save_states(folder, step, state)
-
-
-def _check_one_device(args: TrainingArguments) -> None:
-    if args.n_gpu > 1:
-        raise RecipeError(
-            f"a pack is one row, which {args.n_gpu} devices of one process cannot share; start "
-            "a process for each device (torchrun), or set train.packing to false"
-        )
 
 
 class PackSampler(Sampler[list[int]]):

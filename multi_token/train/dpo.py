@@ -135,7 +135,7 @@ class DpoLoss(Objective):
     Metrics are means over pairs since the last log.
     """
 
-    _NAMES = (
+    METRICS = (
         "loss",
         "rewards/chosen",  # `beta` times the log-ratio
         "rewards/rejected",
@@ -219,7 +219,7 @@ class DpoLoss(Objective):
             return {}
         *sums, num_pairs = (self._sums if reduce is None else reduce(self._sums)).tolist()
         self._sums = None
-        found = {name: total / num_pairs for name, total in zip(self._NAMES, sums, strict=True)}
+        found = {name: total / num_pairs for name, total in zip(self.METRICS, sums, strict=True)}
         if self._gather is None:
             del found["loss"]  # in training the trainer logs it
         return found

@@ -42,6 +42,7 @@ from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
 from multi_token.train.metrics import ROW_IDS
 from multi_token.train.random_state import preserve_rng_state
 from multi_token.train.resume import raise_on_write_error
+from multi_token.train.training_args import mixed_precision
 from multi_token.types import Conversation
 
 if TYPE_CHECKING:
@@ -198,8 +199,8 @@ def _compute_reference(
                 inputs: Any = send_to_device(
                     {k: v for k, v in batch.items() if k not in (ROW_IDS, REFERENCE)}, args.device
                 )
-                # under the autocast of training, or rounding alone would count as a preference
-                with trainer.accelerator.autocast():
+                # as in training, or rounding alone would count as a preference
+                with mixed_precision(args):
                     logits = model(**inputs).logits
                 logps = sequence_logps(logits, inputs["shift_labels"]).cpu()
                 lengths = inputs["attention_mask"].sum(-1).cpu()

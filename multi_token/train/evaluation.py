@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
 from multi_token.train.run_report import RunReport
+from multi_token.train.training_args import mixed_precision
 from multi_token.types import Conversation, Text
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class EvaluationCallback(TrainerCallback):
     def attach(self, trainer: MultiTokenTrainer, stage: str, trainable: Sequence[str]) -> None:
         """Add the callback to a stage's trainer; `trainable`: lines that name its groups."""
         self.trainer, self.model = trainer, trainer.multi_token_model
-        self.report.start_stage(stage, trainable)
+        self.report.start_stage(stage, Path(str(trainer.args.output_dir)), trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (
             num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
@@ -90,7 +92,8 @@ class EvaluationCallback(TrainerCallback):
             return
         if self.spec.num_samples:
             chosen = evenly_spaced(len(self.rows), self.spec.num_samples)
-            shown = sample_answers(self.model, [self.rows[i] for i in chosen])
+            with mixed_precision(self.trainer.args):
+                shown = sample_answers(self.model, [self.rows[i] for i in chosen])
             self.report.add_samples(state.global_step, shown)
             for one in shown:
                 self.console.print(
@@ -109,8 +112,9 @@ class EvaluationCallback(TrainerCallback):
                 }
             )
 
-    def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero:
+    def save_report(self) -> None:
+        """Write the last state of the report, however training ended."""
+        if is_main_process():
             self.report.write(at_once=True)
 
     def finish(self, model: MultiTokenForConditionalGeneration) -> None:
@@ -125,6 +129,7 @@ class EvaluationCallback(TrainerCallback):
             self.report.blind(found.to_json())
             self.console.print(*blind_lines(found), sep="\n", highlight=False, soft_wrap=True)
         self.report.write(at_once=True)
+        self.report.raise_if_unwritten()
 
     def _blind(self, num_rows: int) -> BlindReport | None:
         if not self.blind or self.trainer is None:
@@ -132,7 +137,8 @@ class EvaluationCallback(TrainerCallback):
         batch_size = self.trainer.args.per_device_eval_batch_size
         try:
             rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
-            return blind(self.model, rows, batch_size=batch_size)
+            with mixed_precision(self.trainer.args):
+                return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
             # rows that the test cannot use (all media alike, say) must not end a training run
             self.blind = False

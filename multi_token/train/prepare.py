@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.data.sources import (
     TrainingSource,
     build_dataset,
@@ -47,11 +49,18 @@ from multi_token.recipe.recipe import Recipe, differences
 from multi_token.recipe.train import Stage, TrainSpec
 from multi_token.registry import validate_fields
 from multi_token.train.compile import apply_kernels
+from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
-from multi_token.train.training_args import training_arguments
+from multi_token.train.training_args import (
+    check_metric,
+    data_seed,
+    mixed_precision,
+    training_arguments,
+    visible_devices_line,
+)
 
 _DONE = "done.json"
 
@@ -81,6 +90,8 @@ class Run:
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
+    shared_prefixes: Sequence[SharedPrefixGroup] | None = None
+    """Rows that begin with the same media, once a stage has asked for them."""
 
 
 def closed_form_folder(recipe: Recipe) -> Path:
@@ -99,6 +110,7 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
         args = training_arguments(
             folder, fields, seed=train.seed, learning_rate=stage.learn.logged_lr
         )
+        check_metric(args, ("loss",) if stage.dpo is None else DpoLoss.METRICS)
         stages.append(StageRun(stage, folder, args))
     stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
     return stages
@@ -124,6 +136,8 @@ def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForCondi
     )
     move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
+    with mixed_precision(args):
+        model.capabilities  # noqa: B018 - probed as it trains, and then cached
     return model
 
 
@@ -134,6 +148,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     skips them.
     """
     spec, args = recipe.train, stages[0].args
+    if (line := visible_devices_line(args)) is not None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     # before the model: projectors and encoders without weights draw theirs here
     set_seed(spec.seed)
     model = compose_model(recipe, args)
@@ -150,6 +166,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     console.print(*parts, sep="\n", highlight=False)
     if spec.fsdp is not None and num_processes() == 1:
         console.print("train.fsdp: one process trains, which shards nothing; start several")
+    # after the model is described: the description says why packing is refused
     if spec.packing is not None:
         model.capabilities.require("supports_packing")
         if spec.packing.share:
@@ -160,7 +177,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             open_source(source, model.processor, recipe, None) for source in recipe.data.train
         ]
     else:
-        streams = open_streams(model.require_processor(), recipe, seed=args.data_seed or spec.seed)
+        streams = open_streams(model.require_processor(), recipe, seed=data_seed(args))
         sources = streams.first_rows(max(recipe.data.stream.window, spec.calibration_items))
         console.print("data.stream: its first rows are read for statistics and the plan")
     encoders = {name: model.encoder(name) for name in model.modalities}
@@ -176,7 +193,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     if cache is not None:
         sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
-            fill_cache(model.modalities, encoders, sources, cache, console)
+            fill_cache(recipe, model.modalities, encoders, sources, cache, console)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
@@ -186,7 +203,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
-    report = RunReport(Path(spec.output_dir), recipe, parts)
+    print_fn = partial(console.print, highlight=False, soft_wrap=True)
+    report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
     return Run(
         recipe,
         stages,
@@ -213,7 +231,7 @@ def open_rows(
     sources = [open_source(source, model.processor, recipe, cache) for source in specs]
     if cache is not None:
         encoders = {name: model.encoder(name) for name in model.modalities}
-        fill_cache(model.modalities, encoders, sources, cache, console)
+        fill_cache(recipe, model.modalities, encoders, sources, cache, console)
     return sources
 
 

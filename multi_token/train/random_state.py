@@ -12,11 +12,12 @@ import torch
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Put back all random states after the block, those of GPUs included."""
+    """Put back all random states after the block, that of this process's GPU included."""
     # `fork_rng` covers torch on all devices, not the generators of Python and NumPy, which data
     # augmentation and seeds of workers may use
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    # of one device: access to the others would create a context on each
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield

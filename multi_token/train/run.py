@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +11,7 @@ from rich.console import Console
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import CONFIG, save
 from multi_token.data.sources import good_rows
+from multi_token.data.streaming import StreamDataset, without_media
 from multi_token.distributed import (
     all_gather,
     barrier,
@@ -29,6 +32,7 @@ from multi_token.train.closed_form import (
 from multi_token.train.consistency import check_same_recipe
 from multi_token.train.prepare import (
     Run,
+    StageRun,
     closed_form_folder,
     compose_model,
     is_done,
@@ -37,7 +41,7 @@ from multi_token.train.prepare import (
     open_stages,
     prepare,
 )
-from multi_token.train.resume import RECIPE, claim_run_folder, raise_on_write_error
+from multi_token.train.resume import RECIPE, claim_run_folder, raise_on_write_error, run_lock
 from multi_token.train.stage import attach_adapters, fit
 
 
@@ -57,7 +61,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         `recipe.train.output_dir`.
 
     Raises:
-        RecipeError: The recipe cannot be run, or its folder holds a run of another recipe.
+        RecipeError: The recipe cannot be run, its folder holds a run of another recipe, or
+            another process trains in that folder.
         RowError: A row is bad, and the recipe does not skip bad rows.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
     """
@@ -66,9 +71,21 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     out = Path(recipe.train.output_dir)
     # compared before anything is written: a process with another recipe must not claim the folder
     check_same_recipe(recipe)
-    if is_main_process():
-        claim_run_folder(out, recipe)
-    barrier()
+    with ExitStack() as held:
+        broadcast_from_main(lambda: _claim(out, recipe, console, held))
+        return _train_in(out, recipe, stages, console)
+
+
+def _claim(out: Path, recipe: Recipe, console: Console, held: ExitStack) -> None:
+    """Lock a run's folder for as long as `held`, and write the recipe into it."""
+    # locked before the recipe is written: a second start must change nothing
+    held.enter_context(run_lock(out, partial(console.print, highlight=False)))
+    claim_run_folder(out, recipe)
+
+
+def _train_in(
+    out: Path, recipe: Recipe, stages: list[StageRun], console: Console
+) -> MultiTokenForConditionalGeneration:
     if not all(all_gather((out / RECIPE).is_file())):
         raise RecipeError(
             f"train.output_dir {out.absolute()} is not the same folder for all processes; name one "
@@ -84,6 +101,9 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
     """Run the closed-form stage and the recipe's stages, save the model, and return it."""
     if not is_done(closed_form_folder(run.recipe)):
         closed_form_stage(run)
+    if isinstance(run.dataset, StreamDataset):
+        # the first rows of a stream hold the bytes of their media, which nothing reads again
+        run.sources = [without_media(source) for source in run.sources]
     folder = Path(run.recipe.train.output_dir)
     for stage in run.stages:
         attach_adapters(run, stage)

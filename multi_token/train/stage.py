@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
 from multi_token.collate import Collator
-from multi_token.data.packing import packing_plan, shared_prefix_groups
-from multi_token.data.sources import TrainingSource
+from multi_token.data.packing import packing_plan
+from multi_token.data.shared_prefix import SharedPrefixGroup, shared_prefix_groups
+from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.data.streaming import StreamDataset
-from multi_token.distributed import barrier, broadcast_from_main, is_main_process
-from multi_token.encoders import attach_lora, check_gradients_reach
+from multi_token.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+)
+from multi_token.encoders import attach_lora, find_unused_parameters, gradients_enabled
 from multi_token.errors import Interrupted
 from multi_token.language_model.lora import attach_adapter
 from multi_token.language_model.probe import check_trainable
@@ -40,6 +50,10 @@ from multi_token.train.progress import (
 )
 from multi_token.train.resume import last_checkpoint, raise_on_write_error
 from multi_token.train.trainer import MultiTokenTrainer
+from multi_token.train.training_args import mixed_precision
+
+_NUM_TRIED = 4
+"""Items by which a run finds the parameters of an encoder that features depend on."""
 
 
 def attach_adapters(run: Run, stage: StageRun) -> None:
@@ -73,6 +87,7 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
     objective, batches = _objective(stage.spec), _batch_plan(run, stage, sources, dataset)
     share = spec.packing is not None and spec.packing.share
     collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
+    _freeze_unused(run, stage, sources)
     trainer = MultiTokenTrainer(
         model,
         learn=learn,
@@ -86,7 +101,6 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
         peak_tflops=spec.peak_tflops,
         data_collator=objective.collator(collator, packed=batches.pack_tokens is not None),
     )
-    _check_encoders(run, stage, sources)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
     run.console.print(
@@ -121,7 +135,7 @@ def _batch_plan(
         lengths,
         num_items,
         num_rows=stage.args.per_device_train_batch_size,
-        groups=shared_prefix_groups(sources, dataset) if find_groups else (),
+        groups=_shared_prefixes(run) if find_groups else (),
     )
     if isinstance(dataset, StreamDataset):
         print_fn = partial(run.console.print, highlight=False, markup=False)
@@ -132,13 +146,42 @@ def _batch_plan(
     return PaddedBatches(dataset.num_tokens if pairs else lengths)
 
 
-def _check_encoders(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:
-    for name, trainable in trainable_encoders(run.model, stage.spec.learn).items():
-        one = next((pair for s in sources for pair in s.items() if pair[0].modality == name), None)
-        if one is not None:
-            # one item is enough: a part that a modality never calls gets no gradient from any
-            (features,) = encode_items(run.model, name, [one], batch_size=1)
-            check_gradients_reach(name, run.model.encoder(name), trainable, features)
+def _shared_prefixes(run: Run) -> Sequence[SharedPrefixGroup]:
+    """Return the rows that begin with the same media, found once for all stages of a start."""
+    if run.shared_prefixes is None:
+        run.shared_prefixes = shared_prefix_groups(
+            run.sources,
+            Path(run.recipe.train.output_dir),
+            num_workers=num_readers(
+                run.recipe, sum(len(s.lengths) for s in run.sources) // num_processes()
+            ),
+            console=run.console,
+        )
+    return run.shared_prefixes
+
+
+def _freeze_unused(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:
+    """Find the parameters of trained encoders that their features do not depend on."""
+    model = run.model
+    for name, spec in trainable_encoders(model, stage.spec.learn).items():
+        encoder, unused = model.encoder(name), None
+        items = (pair for s in sources for pair in s.items() if pair[0].modality == name)
+        tried = list(itertools.islice(items, _NUM_TRIED))
+        if tried:
+            with mixed_precision(stage.args), gradients_enabled(encoder):
+                features = encode_items(model, name, tried, batch_size=1)
+                unused = find_unused_parameters(name, encoder, spec, features)
+        # agreed, since ranks of a stream may begin with other items
+        found = [one for one in all_gather(unused) if one is not None]
+        encoder.unused_parameters = frozenset[str]().union(*found).intersection(*found)
+        sizes = dict(encoder.named_parameters())
+        num = sum(sizes[key].numel() for key in encoder.unused_parameters)
+        if num:
+            run.console.print(
+                f"{name}: the features do not depend on {num:,} parameters of the encoder, which "
+                "stay frozen",
+                highlight=False,
+            )
 
 
 def _trainable_groups(run: Run, stage: StageRun) -> list[str]:
@@ -155,7 +198,8 @@ def fit(run: Run, stage: StageRun) -> None:
     trainer = build_trainer(run, stage)
     print_plan(plan_stage(trainer, name, try_steps=False), trainer, console)
     run.evaluation.attach(trainer, name, _trainable_groups(run, stage))
-    check_trainable(run.model.language_model)
+    with mixed_precision(stage.args):
+        check_trainable(run.model.language_model)
     # transformers adds it where tqdm is off; it would print every log a second time
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)
@@ -172,6 +216,7 @@ def fit(run: Run, stage: StageRun) -> None:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()
+        run.evaluation.save_report()
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "

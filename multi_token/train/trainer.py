@@ -40,6 +40,7 @@ from multi_token.train.resume import (
     prune_checkpoints,
     raise_on_read_error,
 )
+from multi_token.train.training_args import mixed_precision
 
 
 class MultiTokenTrainer(Trainer):
@@ -101,9 +102,11 @@ class MultiTokenTrainer(Trainer):
     def attention_mode(self) -> AbstractContextManager[Any]:
         """Attend to packs segment by segment within, where the language model supports it."""
         model = self.multi_token_model
-        if self.batches.pack_tokens is None or not model.capabilities.supports_segment_attention:
+        if self.batches.pack_tokens is None:
             return nullcontext()
-        return segment_attention_enabled(model.language_model)
+        with mixed_precision(self.args):
+            supported = model.capabilities.supports_segment_attention
+        return segment_attention_enabled(model.language_model) if supported else nullcontext()
 
     # ---- batches
 
@@ -203,8 +206,12 @@ class MultiTokenTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """As transformers', of inputs from which the objective took its own tensors."""
-        inputs = self.objective.before_forward(self.multi_token_model, inputs)
-        return super().compute_loss(model, inputs, *args, **kw)
+        # Trial steps come before `train`, in which accelerate adds its own autocast. Entered twice:
+        # casts that the teacher makes without gradients must not be kept for the student.
+        with mixed_precision(self.args):
+            inputs = self.objective.before_forward(self.multi_token_model, inputs)
+        with mixed_precision(self.args):
+            return super().compute_loss(model, inputs, *args, **kw)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         """As transformers', without row ids, which the model does not accept."""

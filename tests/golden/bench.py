@@ -71,8 +71,8 @@ def losses_of(run: Path) -> list[float]:
     return [entry["loss"] for entry in log_of(run) if "loss" in entry]
 
 
-NO_RESULT = {"stages", "lengths", "cache"}
-"""Folders of a run that hold what training needed on its way."""
+NO_RESULT = {"stages", "lengths", "cache", "shared-prefixes.safetensors"}
+"""Folders and files of a run that hold what training needed on its way."""
 
 
 def sums_of(run: Path) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ from multi_token.generate import generate_ids
 from multi_token.language_model.lora import adapter_parameters, attach_adapter
 from multi_token.language_model.probe import check_trainable, probe
 from multi_token.recipe.train import AdapterSpec
+from multi_token.testing import tiny_image_encoder, tiny_language_model
 from multi_token.types import MediaSpan, Sample
 
 
@@ -174,6 +175,20 @@ def test_a_model_that_cannot_answer_is_refused(model_type: str, message: str) ->
 def test_a_model_that_cannot_be_trained_through_is_refused(kind: Any, message: str) -> None:
     with pytest.raises(LanguageModelError, match=f"cannot be trained through.*{message}"):
         check_trainable(llama(kind))
+
+
+def test_trials_leave_the_random_state_of_other_devices_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # the first access to a GPU creates a context there, which takes its memory
+    model, asked = families.tiny_model("Llama"), []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    check_trainable(model)
+    tiny_language_model(tmp_path / "language_model")
+    tiny_image_encoder(tmp_path / "clip", "clip")
+    assert asked == []
 
 
 def test_a_missing_capability_is_refused_with_the_setting_to_change() -> None:

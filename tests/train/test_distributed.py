@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
+from multi_token.train.resume import run_lock
 from multi_token.train.run import train
 from tests.train.in_processes import Wavering
 from tests.train.launchers import launched
@@ -35,12 +37,16 @@ LEARN = {
     "adapter": {"projectors": 3e-3, "adapter": 2e-3},
     "full": {"projectors": 3e-3, "language_model": 1e-3},
 }
+ENCODER = {"encoder": {"projectors": 3e-3, "encoders": {"image": 1e-3}}}
+# features of the layer before the last one, so that no gradient reaches the last layer and norm
+BEFORE_LAST = {"features": "patches", "layer": -2, "projector": {"type": "mlp"}}
 ONE = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
 TWO = {"per_device_train_batch_size": 2}
 FOUR = {"per_device_train_batch_size": 1}
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 # packs have the tokens of two rows of mean length, in any number of processes
 PACKS_OF_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+AGAIN = {"per_device_train_batch_size": 2, "activation_checkpointing": True}
 RANDOM = {"train_sampling_strategy": "random"}
 
 
@@ -86,6 +92,7 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
         *,
         is_tied: bool = False,
         quantization: str | None = None,
+        image: dict[str, Any] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
         common = {
@@ -102,12 +109,13 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
         if not more.get("packing"):
             order = "group_by_length" if learn == "projector" else "sequential"
             common["train_sampling_strategy"] = order
-        stages = [{"name": learn, "learn": LEARN[learn]}]
+        stages = [{"name": learn, "learn": (LEARN | ENCODER)[learn]}]
         made = recipe_fields(out, stages=stages, args={**common, **args}, **more)
         made["model"]["modalities"]["wavering"] = {
             "type": "wavering",
             "projector": {"type": "expand", "factor": 2},
         }
+        made["model"]["modalities"]["image"] |= image or {}
         if is_tied:
             made["model"]["language_model"] = str(tied)
         if quantization is not None:
@@ -173,6 +181,8 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("full", "full", fsdp=True),
         run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True),
         run("full ddp", "full"),
+        run("encoder", "encoder", image=BEFORE_LAST),
+        run("encoder again", "encoder", AGAIN, image=BEFORE_LAST),
         run("packed", "adapter", packing=True),
         run("packed pieces", "adapter", packing=True, fsdp=True),
         run("ddp stopped", "adapter", stop_at=3),
@@ -193,10 +203,12 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("no number in pieces", "adapter", fsdp=True, poison_at=3),
         *([run("qlora", "adapter", quantization="4bit")] if find_spec("bitsandbytes") else []),
         run("other recipe", "projector", other={"train.seed": 5}),
+        run("in use", "projector"),
         run("other rows", "projector", folders=[str(here), str(elsewhere)]),
     ]
     runs[-1]["fields"]["data"] = {"train": [{"rows": "rows.jsonl"}]}
-    return folder, processes(2, folder, runs)
+    with run_lock(folder / "in use", print):
+        return folder, processes(2, folder, runs)
 
 
 def history(out: Path) -> list[tuple[float, float]]:
@@ -207,6 +219,7 @@ def history(out: Path) -> list[tuple[float, float]]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     files = [out / "projectors.safetensors"]
+    files += out.glob("encoders.safetensors")
     files += (out / "adapter").glob("*.safetensors")
     files += (out / "language_model").glob("*.safetensors")
     return {f"{f.name}: {k}": v for f in files for k, v in load_file(f).items()}
@@ -246,6 +259,14 @@ def test_fsdp_trains_like_one_process(two: Any, alone: Any, learn: str, is_tied:
         assert seen["wrapper"] == "FSDPMultiTokenForConditionalGeneration"
         assert seen["num_pieces"] > 10 and 0.4 < seen["share"] < 0.6
     assert_equal_runs(alone(learn, is_tied=is_tied), two[0] / name)
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder again"])
+def test_a_whole_encoder_trains_in_two_processes_like_in_one(
+    two: Any, alone: Any, name: str
+) -> None:
+    assert [one["wrapper"] for one in two[1][name]] == ["DistributedDataParallel"] * 2
+    assert_equal_runs(alone("encoder", image=BEFORE_LAST), two[0] / name)
 
 
 def test_packs_of_two_processes_train_like_one_that_takes_both(two: Any, alone: Any) -> None:
@@ -320,6 +341,13 @@ def test_fsdp_resumes_from_a_checkpoint(two: Any, alone: Any) -> None:
     assert all("stopped at step 3 of 6" in one["error"] for one in seen["full on"])
     assert [one["steps"] for one in seen["full on again"]] == [3, 3]
     assert_equal_runs(alone("full"), folder / "full on two")
+
+
+def test_all_processes_leave_a_folder_that_another_run_uses(two: Any) -> None:
+    folder, seen = two
+    (sentence,) = {one["error"] for one in seen["in use"]}
+    assert f"/in use is in use by process {os.getpid()} on " in sentence
+    assert [path.name for path in (folder / "in use").iterdir()] == [".lock"]
 
 
 def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> None:

@@ -203,6 +203,23 @@ def test_an_encoder_without_what_was_asked_for_is_refused(
         opened(model, learn(LORA))
 
 
+def test_parameters_that_the_features_do_not_depend_on_stay_frozen_and_are_counted(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    fields = recipe_fields(tmp_path / "run", stages=[stage(1e-2)])
+    fields["model"]["modalities"]["image"] |= {"features": "patches", "layer": -2}
+    fresh = composed(fields).encoder("image")
+    console = Console(record=True, width=300, file=io.StringIO())
+    encoder = train(Recipe.model_validate(fields), console=console).encoder("image")
+    after = dict(encoder.named_parameters())
+    kept = {key for key, p in fresh.named_parameters() if torch.equal(p, after[key])}
+    last = {key for key in after if key.startswith((f"{BLOCK}.2.", "tower.post_layernorm."))}
+    assert kept == last == encoder.unused_parameters
+    num = sum(after[key].numel() for key in last)
+    said = f"image: the features do not depend on {num:,} parameters of the encoder"
+    assert said in console.export_text()
+
+
 class _Blind(nn.Module):
     """A tower that computes without gradients, as some packages' do."""
 

@@ -1,8 +1,9 @@
-"""Rows of .jsonl files (one object a line) and .json files (one list), read and written."""
+"""Rows of .jsonl files, one object a line, read and written."""
 
 from __future__ import annotations
 
 import base64
+import codecs
 import io
 import json
 import os
@@ -10,14 +11,15 @@ from array import array
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from multi_token.checkpoint.atomic import atomic_file
+from multi_token.data.files.json import parse_row
 from multi_token.data.rows import IndexedRows, Row, row_id_of
-from multi_token.errors import MultiTokenError, RowError
+from multi_token.errors import RowError
 
 
 class JsonLines(IndexedRows):
@@ -46,58 +48,15 @@ class JsonLines(IndexedRows):
         # opened for each row: forked workers would share the file position of one handle
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
-            line = file.readline()
+            line = file.readline().rstrip()  # a fault at its end belongs to this line
         number = self.line_numbers[index]
-        try:
+        return parse_row(
             # editors on Windows put a byte order mark before the first line
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            # json counts lines in this one line; its "line 1" would read as the file's
-            reason = str(error).replace("line 1 ", "")
-            raise self._error(
-                index, f"is not JSON ({reason}); write one object on each line"
-            ) from error
-        if not isinstance(row, Mapping):
-            raise self._error(index, f"is a {type(row).__name__}, expected an object with fields")
-        return cast("Row", row)
-
-    def _error(self, index: int, fault: str) -> RowError:
-        return RowError(
-            f"line {self.line_numbers[index]} of {self.path} {fault}",
-            kind="format",
+            line.removeprefix(codecs.BOM_UTF8) if number == 1 else line,
+            self.path,
+            first_line=lambda: number,
             row_id=row_id_of(index, None, str(self.path)),
         )
-
-
-def load_json(path: Path) -> Sequence[Row]:
-    """Read a .json file: a list of rows, or an object with that list under `data` or `rows`.
-
-    Raises:
-        RowError: the file is not JSON.
-        MultiTokenError: the file holds no list of rows.
-    """
-    # .json is parsed as one value, so all rows are in memory
-    text = path.read_bytes()
-    try:
-        content: Any = json.loads(text.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        hint = ""
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            hint = "; if there is a row on each line, name the file .jsonl"
-        raise RowError(
-            f"the file is not JSON ({error}){hint}", kind="format", row_id=str(path)
-        ) from error
-    if isinstance(content, Mapping):
-        found = [key for key in ("data", "rows") if isinstance(content.get(key), list)]
-        if not found:
-            raise MultiTokenError(
-                f"{path} is an object with the fields {', '.join(map(str, content)) or 'none'}; "
-                "expected a list of rows, or that list under `data` or `rows`"
-            )
-        content = content[found[0]]
-    if not isinstance(content, list):
-        raise MultiTokenError(f"{path} holds a {type(content).__name__}; expected a list of rows")
-    return content
 
 
 def write_jsonl(rows: Sequence[Row], indices: Sequence[int], path: str | os.PathLike[str]) -> None:

@@ -16,14 +16,16 @@ from multi_token.data.files.hub import (
     load_parquet,
     load_saved_folder,
 )
-from multi_token.data.files.jsonl import JsonLines, load_json
+from multi_token.data.files.json import JsonRows
+from multi_token.data.files.jsonl import JsonLines
 from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.webdataset import TarRows
+from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 
 _FORMATS: dict[str, Callable[[Path], Sequence[Row]]] = {
-    ".json": load_json,
+    ".json": JsonRows,
     ".jsonl": JsonLines,
     ".parquet": ParquetRows,
     ".tar": TarRows,
@@ -53,11 +55,11 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         split: The split of a hub data set or saved folder; files only have `train`.
 
     Returns:
-        The rows. All formats but .json stay on disk. Media in tables stay undecoded.
+        The rows, which stay on disk. Media in tables stay undecoded.
 
     Raises:
         MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
-        RowError: a .json file is not JSON.
+        RowError: a .json file has no end, or is not JSON as a whole.
     """
     files = resolve_files(source)
     path = Path(source).expanduser()
@@ -68,13 +70,17 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         # by the cache of datasets: a shuffle within a large file would thrash row groups
         return load_parquet(path) if path.suffix.lower() == ".parquet" else open_file(path)
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
-    found: Any = [rows for rows in map(open_file, files) if len(rows)]
+    found: Any = []
+    with progress_bar(pass_console(), f"Opening files of {Path(source).name}", len(files)) as step:
+        for file in files:
+            found += [rows] if len(rows := open_file(file)) else []
+            step(1)
     rows: Any = ConcatDataset(found) if found else []
     return rows
 
 
 def open_file(path: Path) -> Sequence[Row]:
-    """Open one file of many; memory holds its index and, for .json, its rows."""
+    """Open one file of many; memory holds its index."""
     return _FORMATS[path.suffix.lower()](path)
 
 

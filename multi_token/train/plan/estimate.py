@@ -37,6 +37,7 @@ from multi_token.train.plan.oom import (
     memory_suggestions,
 )
 from multi_token.train.random_state import preserve_rng_state
+from multi_token.train.training_args import data_seed
 from multi_token.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
     # known rows of a stream are its first ones, which may be shorter than later ones
     if trainer.batches.streamed:
         return other
-    chosen = trainer.batches.fullest_pack(trainer.args.seed)
+    chosen = trainer.batches.fullest_pack(data_seed(trainer.args))
     if chosen is None:
         pairs = isinstance(rows, PreferenceDataset)
         lengths = [max(pair) for pair in rows.lengths] if pairs else trainer.batches.lengths
