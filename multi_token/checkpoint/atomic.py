@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from multi_token.errors import ConvertError
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from multi_token.errors import ConvertError, MultiTokenError
 
 
 @contextmanager
@@ -33,6 +37,19 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    """Write arrays as safetensors, with the folders above. Raises MultiTokenError (a full disk)."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as partial:
+            save_file(dict(arrays), partial)
+    except (OSError, SafetensorError) as error:
+        raise MultiTokenError(
+            f"{file} could not be written ({error}); free some space there, and start the same "
+            "command again"
+        ) from error
 
 
 @contextmanager

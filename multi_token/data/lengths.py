@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from multi_token import __version__
-from multi_token.checkpoint.atomic import atomic_file
+from multi_token.checkpoint.atomic import save_arrays
 from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
@@ -204,15 +204,7 @@ class LengthStore:
         arrays = {"keys": keys, "lengths": lengths}
         if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self._file) as partial:
-                save_file(arrays, partial)
-        except (OSError, SafetensorError) as error:
-            raise MultiTokenError(
-                f"the lengths of rows could not be written to {self.folder}: {error}; free some "
-                "space there, and start the same command again"
-            ) from error
+        save_arrays(arrays, self._file)
 
     def finish(self, share: int, num_shares: int, *, of: str) -> bool:
         """Save, mark a share as done, and return True if all shares are.

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch.utils.data import Dataset
 
-from multi_token.checkpoint.atomic import atomic_file
+from multi_token.checkpoint.atomic import save_arrays
 from multi_token.collate import shared_prefix
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import processor_fingerprint
@@ -273,12 +273,4 @@ def _load(file: Path) -> dict[str, tuple[int, int]]:
 def _save(file: Path, sizes: dict[str, tuple[int, int]]) -> None:
     keys = np.frombuffer(bytes.fromhex("".join(sizes)), np.uint8).reshape(-1, _BYTES)
     arrays = {"keys": keys, "sizes": np.array(list(sizes.values()), np.int32)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as partial:
-            save_file(arrays, partial)
-    except (OSError, SafetensorError) as error:
-        raise MultiTokenError(
-            f"{file} could not be written ({error}); free some space there, and start the same "
-            "command again"
-        ) from error
+    save_arrays(arrays, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from multi_token.data.mixture import Mixture, RowRef, permutation
@@ -74,3 +75,13 @@ def test_the_mixture_is_the_same_on_every_machine_and_version() -> None:
 def test_a_source_may_have_a_tiny_weight() -> None:
     places = first(Mixture([1.0, 1e-30], seed=5, window=4), 8)
     assert {place.source for place in places} == {0}
+
+
+def test_each_lane_of_a_source_is_read_in_order_from_its_first_row() -> None:
+    window, num_windows = 512, 3
+    positions = np.arange(window * num_windows)
+    mixture = Mixture([1.0], seed=3, window=window).with_lanes([2], lambda at: at // 4)
+    numbers = np.array([ref.number for n in range(num_windows) for ref in mixture.row_refs(n)])
+    for lane in range(2):
+        found = numbers[positions // 4 % 2 == lane]
+        assert found.tolist() == list(range(lane, 2 * len(found), 2))

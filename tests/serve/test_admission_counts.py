@@ -158,6 +158,16 @@ def test_a_tenant_alone_leaves_a_quarter_of_the_capacity_to_others() -> None:
     assert admission.num_admitted == 0 and not admission._num_by_tenant
 
 
+def test_the_message_names_the_tenant_s_requests_while_a_place_is_left_and_all_after() -> None:
+    admission = Admission(8, 0, is_shared=True)
+    with ExitStack() as inside:
+        for tenant in ("first",) * 4 + ("second",) * 3:
+            inside.enter_context(admission.admit(tenant=tenant))
+        assert "3 requests of this API key" in str(refused(admission, tenant="second"))
+        inside.enter_context(admission.admit(tenant="third"))
+        assert "8 requests" in str(refused(admission, tenant="fourth"))
+
+
 def test_tenants_that_ask_for_more_than_there_is_get_equal_shares() -> None:
     admission = Admission(8, 32, is_shared=True)
     with ExitStack() as inside:
@@ -178,6 +188,10 @@ def test_a_small_shared_server_admits_the_first_request_of_each_tenant() -> None
     with ExitStack() as inside:
         assert num_admitted_of(admission, inside, "a") == {"a": 1}
         assert num_admitted_of(admission, inside, "b") == {"b": 1}
+
+
+def test_of_tenants_that_had_no_turn_the_one_that_waits_longest_is_first() -> None:
+    assert Turns().order(["second", "first"], str, {}) == ["second", "first"]
 
 
 def test_tenants_take_turns() -> None:

@@ -2,9 +2,9 @@
 
     body arrives -> parsed -> items downloaded -> encoder input, until embedded -> released
 
-Each stage takes a lease of its bytes and waits for it while the budget is used up. A later stage
-may fill the budget further than an earlier one, so requests that hold bodies cannot block each
-other: a part is left for the last stage, and its leases end without waiting for any other.
+Each stage has its part of the budget, takes a lease of its bytes, and waits for it while that part
+is used up. So requests cannot block each other: a lease waits only for leases of its own stage,
+whose requests go on to the next stage, and those of the last stage end without waiting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 from multi_token.types import Conversation
 
-_NUM_EIGHTHS = (4, 5, 6, 8)
+_NUM_EIGHTHS = (4, 1, 1, 2)
+"""Eighths of the budget by stage."""
 _BYTES_PER_NUMBER = 64
 """Memory of a number in a list, and of its letters in the frame to a worker."""
 
@@ -69,16 +70,12 @@ class MediaMemory:
             return sum(len(queue) for stage in Stage for queue in self._waiting[stage].values())
 
     def largest(self, stage: Stage) -> int:
-        """Return the bytes that a stage always gets in the end, and so its largest lease."""
-        return self._mark(stage) - (self._mark(Stage(stage - 1)) if stage else 0)
+        """Return the bytes of a stage's part, and so of its largest lease."""
+        return self.capacity * _NUM_EIGHTHS[stage] // 8
 
     def lease(self, stage: Stage, tenant: str = "") -> MemoryLease:
         """Return a lease of no bytes yet."""
         return MemoryLease(self, stage, tenant)
-
-    def _mark(self, stage: Stage) -> int:
-        """Bytes that this stage and those before it may have together."""
-        return self.capacity * _NUM_EIGHTHS[stage] // 8
 
     def _acquire(self, lease: MemoryLease, num_bytes: int) -> None:
         with self._lock:
@@ -132,12 +129,12 @@ class MediaMemory:
         return granted
 
     def _fits(self, lease: MemoryLease) -> bool:
-        mark, num_more = self._mark(lease.stage), lease.num_wanted
+        part, num_more = self.largest(lease.stage), lease.num_wanted
         if self.is_shared and lease.stage is Stage.BODY:
             own = self._num_by_tenant[lease.tenant]
-            if own and own + num_more > mark // 2:
+            if own and own + num_more > part // 2:
                 return False
-        return sum(self._num_bytes[s] for s in Stage if s <= lease.stage) + num_more <= mark
+        return self._num_bytes[lease.stage] + num_more <= part
 
 
 class MemoryLease:

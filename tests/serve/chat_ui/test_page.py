@@ -75,7 +75,7 @@ def asked(browser: Any) -> Iterator[list[str]]:
 def page(browser: Any, page_server: RunningServer, asked: list[str]) -> Iterator[Any]:
     """The page, just opened; it may request only this server, and log no error."""
     context = browser.new_context()
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     page = context.new_page()
     faults: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

@@ -39,10 +39,11 @@ def test_leases_wait_in_the_order_of_their_arrival() -> None:
     assert memory.num_bytes == 360
 
 
-def test_a_later_stage_always_gets_its_part() -> None:
+@pytest.mark.parametrize("order", [tuple(Stage), tuple(reversed(Stage))])
+def test_each_stage_gets_its_part_and_no_more_in_any_order(order: tuple[Stage, ...]) -> None:
     memory = MediaMemory(800)
     assert [memory.largest(stage) for stage in Stage] == [400, 100, 100, 200]
-    for stage in Stage:
+    for stage in order:
         for _ in range(9):
             acquired(memory, stage, memory.largest(stage) // 2)
     assert memory.num_bytes == memory.capacity
@@ -79,9 +80,9 @@ def test_tenants_take_turns_and_leave_a_half_to_each_other() -> None:
     other[0].release()
     assert greedy[2].granted.done() and other[2].granted.done() and not greedy[3].granted.done()
     turns = MediaMemory(800, is_shared=True)
-    full = acquired(turns, Stage.PREPARED, 200)
-    fill = [acquired(turns, Stage.PREPARED, 200) for _ in range(3)]
-    waiting = [acquired(turns, Stage.PREPARED, 200, name) for name in "aab"]
+    full = acquired(turns, Stage.PREPARED, 100)
+    fill = [acquired(turns, Stage.PREPARED, 100)]
+    waiting = [acquired(turns, Stage.PREPARED, 100, name) for name in "aab"]
     full.release()
     fill[0].release()
     assert [lease.granted.done() for lease in waiting] == [True, False, True]
