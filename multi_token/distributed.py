@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -60,6 +61,8 @@ def exit_without_teardown(code: int, error: Exception | None = None) -> None:
     # a traceback or a default argument of torch.distributed.nn may hold others. A thread that needs
     # the GIL while the interpreter ends is unwound through C++, which aborts: exit code -6, not
     # `code`.
+    if not code:
+        threading._shutdown()  # type: ignore[attr-defined] - waits for threads, as a normal exit
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

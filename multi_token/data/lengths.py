@@ -22,7 +22,7 @@ from multi_token.checkpoint.atomic import save_arrays
 from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
-from multi_token.errors import MultiTokenError, RowError
+from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.types import Conversation, Media, Part
 
@@ -49,6 +49,9 @@ class Length(NamedTuple):
     num_tokens: int
     num_supervised: int
     num_media: int
+
+
+_LENGTH = np.dtype([(name, "i4") for name in Length._fields])
 
 
 class Lengths(Sequence[Length]):
@@ -109,7 +112,7 @@ class LengthStore:
         self.fetch = processor.fetch
         self.identity = processor_fingerprint(processor)
         self.lengths_only = processor.lengths_only
-        self._table = KeyTable([(name, "i4") for name in Length._fields])
+        self._table = KeyTable(_LENGTH)
         self._new_keys, self._new_lengths = bytearray(), array("i")
         self._stamps: dict[str, list[Any]] = {}
         self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
@@ -121,6 +124,8 @@ class LengthStore:
 
     def refresh(self) -> None:
         """Read the lengths that other processes have saved since."""
+        new_keys: list[NDArray[np.uint8]] = []
+        new_lengths: list[NDArray[np.int32]] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 found = load_file(path)
@@ -132,8 +137,12 @@ class LengthStore:
                 raise MultiTokenError(
                     f"{path} is damaged ({error}); remove it, and its rows are read again"
                 ) from error
-            for key, length in zip(keys, lengths.tolist(), strict=True):
-                self._table.add(key.tobytes().hex(), tuple(length))
+            new_keys.append(keys)
+            new_lengths.append(lengths)
+        if new_keys:
+            values = np.concatenate(new_lengths, dtype=np.int32).view(_LENGTH).reshape(-1)
+            # at once: each merge sorts the table
+            self._table.add_arrays(np.concatenate(new_keys), values)
 
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
@@ -167,6 +176,12 @@ class LengthStore:
         return [part.modality, self._source_stamp(part.source), part.media_text]
 
     def _source_stamp(self, source: Any) -> Any:
+        try:
+            return self._known_stamp(source)
+        except MediaError as error:  # of an address of another machine; reading the row names it
+            raise NoStamp from error
+
+    def _known_stamp(self, source: Any) -> Any:
         if not isinstance(source, str) or len(source) > _MAX_NAME:
             return source_stamp(source, self.fetch)
         # many rows may share an image, and a pass over them looks at its file once

@@ -3,8 +3,8 @@
     rows -> reference of the first item: path, size and time of change | URL | hash of bytes
          -> groups of rows with one reference -> common prefix, from the texts of the rows
 
-Nothing is decoded. Processes and data workers share the rows. Prefixes are kept in the run's
-folder, so the next start tokenizes nothing.
+Media are decoded only where no header has their length. Processes and data workers share the rows.
+Prefixes are kept in the run's folder, so the next start tokenizes nothing.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ No step keeps state that a resume would need: any position can be computed at on
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -39,6 +40,8 @@ from multi_token.types import Sample
 SampleOrProblem = Sample | Problem
 """A row of a batch, or the reason why it is left out."""
 
+NUM_TRIED_ITEMS = 4
+"""Items by which a run finds the parameters of an encoder that features depend on."""
 _CHUNK = 8
 """Rows that a data worker reads at a time where they will be packed."""
 
@@ -133,11 +136,12 @@ class StreamDataset(IterableDataset[Sample]):
 
 
 def without_media(source: TrainingSource) -> TrainingSource:
-    """Return the first rows of a stream without the bytes of their media, but for one of each kind.
+    """Return the first rows of a stream without the bytes of their media, but for a few items.
 
-    After stage zero only their number is needed, and an item to try each trainable encoder with.
+    After stage zero only their number is needed, and NUM_TRIED_ITEMS of each modality, with which
+    trainable encoders are tried.
     """
-    found: set[str] = set()
+    found: Counter[str] = Counter()
     good = None if source.good_indices is None else set(source.good_indices)
     rows: list[Row] = []
     for index, row in enumerate(source.rows):
@@ -145,10 +149,10 @@ def without_media(source: TrainingSource) -> TrainingSource:
             media = to_conversation(row, list(source.processor.modalities), row_id="").media
         except RowError:
             media = ()
-        kinds = {item.modality for item in media}
         # a bad row has no item to keep
-        keep = (good is None or index in good) and not kinds <= found
-        found |= kinds if keep else set()
+        keep = good is None or index in good
+        keep = keep and any(found[item.modality] < NUM_TRIED_ITEMS for item in media)
+        found.update(item.modality for item in media if keep)
         rows.append(row if keep else _without_bytes(row))
     return dataclasses.replace(source, rows=rows)
 

@@ -14,7 +14,7 @@ from multi_token.collate import Collator
 from multi_token.data.packing import packing_plan
 from multi_token.data.shared_prefix import SharedPrefixGroup, shared_prefix_groups
 from multi_token.data.sources import TrainingSource, num_readers
-from multi_token.data.streaming import StreamDataset
+from multi_token.data.streaming import NUM_TRIED_ITEMS, StreamDataset
 from multi_token.distributed import (
     all_gather,
     barrier,
@@ -51,9 +51,6 @@ from multi_token.train.progress import (
 from multi_token.train.resume import last_checkpoint, raise_on_write_error
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import mixed_precision
-
-_NUM_TRIED = 4
-"""Items by which a run finds the parameters of an encoder that features depend on."""
 
 
 def attach_adapters(run: Run, stage: StageRun) -> None:
@@ -166,7 +163,7 @@ def _freeze_unused(run: Run, stage: StageRun, sources: list[TrainingSource]) -> 
     for name, spec in trainable_encoders(model, stage.spec.learn).items():
         encoder, unused = model.encoder(name), None
         items = (pair for s in sources for pair in s.items() if pair[0].modality == name)
-        tried = list(itertools.islice(items, _NUM_TRIED))
+        tried = list(itertools.islice(items, NUM_TRIED_ITEMS))
         if tried:
             with mixed_precision(stage.args), gradients_enabled(encoder):
                 features = encode_items(model, name, tried, batch_size=1)

@@ -99,12 +99,26 @@ def test_many_rows_are_read_on_all_cores_unless_the_recipe_says_otherwise(
     fields = recipe_fields(tmp_path / "run")
     fields["train"].setdefault("args", {}).pop("dataloader_num_workers", None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     everything = num_readers(Recipe.model_validate(fields), 1_000_000)
     assert everything >= 1 and num_readers(Recipe.model_validate(fields), 10) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(everything))
     assert num_readers(Recipe.model_validate(fields), 1_000_000) == 1
     fields["train"]["args"]["dataloader_num_workers"] = 0
     assert num_readers(Recipe.model_validate(fields), 1_000_000) == 0
+
+
+def test_a_row_of_another_machine_s_file_is_a_bad_row_with_its_name(
+    processor: MultiTokenProcessor, tmp_path: Path
+) -> None:
+    rows = load_rows(str(tmp_path / "rows.json"))
+    far = {**rows[1], "id": "far", "images": ["file://elsewhere/image.png"]}
+    (tmp_path / "rows.json").write_text(json.dumps([far, *(rows[i] for i in range(2, 6))]))
+    known = LengthStore(tmp_path / "lengths", processor)
+    report = look(processor, tmp_path, known=known, num_workers=2)
+    (problem,) = report.problems
+    assert problem.row_id == "far" and "names the machine 'elsewhere'" in problem.message
+    assert len(report.good_indices) == 4
 
 
 def test_an_item_is_never_remembered_across_folders(

@@ -14,7 +14,7 @@ from multi_token.data.packing import PackingPlan
 from multi_token.data.row_stream import open_stream
 from multi_token.data.scan import Problem
 from multi_token.data.stream_loader import StreamLoader, StreamState, load_state, save_states
-from multi_token.data.streaming import PaddedShard, StreamDataset, without_media
+from multi_token.data.streaming import NUM_TRIED_ITEMS, PaddedShard, StreamDataset, without_media
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.train.training_args import training_arguments
@@ -230,7 +230,7 @@ def test_relative_paths_start_at_the_folder_of_the_rows(
     assert collated["input_ids"].shape[0] == 4
 
 
-def test_first_rows_keep_one_item_of_each_modality_once_stage_zero_is_done(
+def test_first_rows_keep_some_items_of_each_modality_once_stage_zero_is_done(
     bench: Bench,
 ) -> None:
     def num_bytes(value: Any) -> int:
@@ -241,9 +241,9 @@ def test_first_rows_keep_one_item_of_each_modality_once_stage_zero_is_done(
     (source,) = bench().streams.first_rows(24)
     (after,) = map(without_media, [source])
     kept = [row for row in after.rows if num_bytes(row)]
-    assert len(kept) == 1 and sum(map(num_bytes, source.rows)) > 10 * num_bytes(kept[0])
+    assert len(kept) == NUM_TRIED_ITEMS < len(source.rows) / 4
     assert [len(c.media) for c, _ in after.conversations()] == [
         len(c.media) for c, _ in source.conversations()
     ]
-    item, processor = next(after.items())
-    assert processor.prepare(item).inputs
+    for item, processor in islice(after.items(), NUM_TRIED_ITEMS):
+        assert processor.prepare(item).inputs

@@ -88,18 +88,23 @@ class FeatureStore:
                 self._damaged_names.add(name)
                 continue
             self._add(name, keys, with_newlines)
+        sources, keys = [], []
         for file in sorted(self.folder.glob("sources-*.safetensors")):
             if file.stem in self._source_files:
                 continue
             self._source_files.add(file.stem)
             try:
                 found = load_file(file)
-                self._sources.add_arrays(found["sources"], hex_digits(found["keys"]))
+                sources.append(found["sources"])
+                keys.append(hex_digits(found["keys"]))
             except (OSError, SafetensorError, KeyError) as error:
                 self.damaged.append(
                     f"{file.name} cannot be read ({error}); its files are read again"
                 )
                 self._damaged_names.add(file.stem)
+        # at once: each merge sorts the table, and there is a file for each shard
+        if sources:
+            self._sources.add_arrays(np.concatenate(sources), np.concatenate(keys))
 
     @property
     def names(self) -> set[str]:

@@ -128,12 +128,15 @@ class GuardMiddleware:
 
     async def _handle(self, scope: Scope, receive: Messages, timed_send: _TimedSend) -> None:
         record: RequestLog = scope[RECORD]
+        # A client without a key may not take memory for a large body.
+        limit = SMALL_BODY_BYTES
         if scope["path"] not in _OPEN_PATHS:
             self._check_host(scope)
             if scope["path"] not in self._public_paths:
                 record.tenant = self._authenticate(scope)
+                limit = self.settings.max_body_bytes
         scope[MEMORY] = RequestMemory(self.memory, record.tenant)
-        unread = [await self._read_body(scope, receive)]
+        unread = [await self._read_body(scope, receive, limit)]
         timed_send.is_body_read = True
 
         async def replay() -> MutableMapping[str, Any]:
@@ -178,12 +181,11 @@ class GuardMiddleware:
             )
         return digest.hex()[:16]
 
-    async def _read_body(self, scope: Scope, receive: Messages) -> bytearray:
-        """Read the complete body, and wait for its memory if it is not small.
+    async def _read_body(self, scope: Scope, receive: Messages, limit: int) -> bytearray:
+        """Read the complete body of at most `limit` bytes; wait for its memory if it is not small.
 
         Raises ServeError (408, 413, 429) and ClientGone.
         """
-        limit = self.settings.max_body_bytes
         too_long = ServeError(
             f"the body is longer than the limit of {limit} bytes", status=413, code="body_too_large"
         )
@@ -193,8 +195,10 @@ class GuardMiddleware:
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
             raise too_long
         # The announced length at once, and not as bytes arrive: bodies of which a part has arrived
-        # would wait for each other's memory.
-        num_wanted = int(announced) if announced.isdecimal() else limit
+        # would wait for each other's memory. Beside Transfer-Encoding, which beats it (RFC 9112,
+        # 6.3), it is no bound.
+        is_chunked = bool(_header(scope, b"transfer-encoding"))
+        num_wanted = int(announced) if announced.isdecimal() and not is_chunked else limit
         memory: RequestMemory = scope[MEMORY]
         body = bytearray()
         is_complete = False

@@ -330,6 +330,21 @@ def test_bodies_wait_for_memory_and_small_ones_do_not() -> None:
         assert httpx.post(f"{opened.url}/x", content=chunks).json()["length"] == 150_000
 
 
+def test_a_chunked_body_takes_the_largest_memory_whatever_length_it_announces() -> None:
+    with guarded_server(max_body_bytes=200_000) as opened, opened.socket() as client:
+        head = head_of(1).replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.sendall(head + b"186A0\r\n" + b"x" * 70_000)
+        while not opened.guard.memory.num_bytes:
+            threading.Event().wait(0.005)
+        assert opened.guard.memory.num_bytes == 200_000
+
+
+def test_paths_without_a_key_take_small_bodies_only(keyed: GuardedServer) -> None:
+    large = httpx.post(f"{keyed.url}/health", content=b"x" * 70_000)
+    assert large.status_code == 413 and "65536" in large.json()["error"]["message"]
+    assert httpx.post(f"{keyed.url}/health", content=b"x" * 60_000).json()["length"] == 60_000
+
+
 def test_a_body_that_waits_too_long_for_memory_gets_a_429() -> None:
     with full_of_bodies(200_000, memory_wait_s=0.1) as (opened, held):
         answer = httpx.post(f"{opened.url}/x", content=b"x" * 200_000)
