@@ -91,7 +91,7 @@ def check(
     from multi_token.data.sources import lengths_folder
     from multi_token.recipe.recipe import load_recipe
 
-    share, num_shares = _shard_of(shard, num_shards)
+    share, num_shares = shard_of(shard, num_shards)
     # before the rows, which may take an hour to read
     if clean is not None:
         _check_target(clean)
@@ -212,7 +212,7 @@ def encode(
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
 
-    share, num_shares = _shard_of(shard, num_shards)
+    share, num_shares = shard_of(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
     spec = loaded.train.feature_cache or FeatureCacheSpec()
     closed_form = loaded.train.closed_form
@@ -282,7 +282,7 @@ def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
     return {name: model.encoder(name) for name in model.modalities}
 
 
-def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
+def shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     """Return shard and number of shards, from the options or torchrun's environment."""
     if (shard is None) != (num_shards is None):
         raise MultiTokenError("--shard and --num-shards belong together; give both or neither")
