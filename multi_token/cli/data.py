@@ -18,13 +18,11 @@ from rich.text import Text
 from multi_token.errors import MultiTokenError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
-    from multi_token.modalities.base import Encoder
     from multi_token.processor import MultiTokenProcessor
-    from multi_token.recipe.recipe import Recipe
     from multi_token.types import Conversation, Sample
 
 PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
@@ -211,6 +209,7 @@ def encode(
     from multi_token.media.fetch import Fetch
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
+    from multi_token.train.prepare import initial_encoders
 
     share, num_shares = shard_of(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
@@ -229,7 +228,7 @@ def encode(
     reason = random_preprocessing(first, modalities)
     if reason is not None:
         raise RecipeError(reason)
-    encoders = frozen_encoders(loaded, partial(_initial_encoders, loaded))
+    encoders = frozen_encoders(loaded, partial(initial_encoders, loaded))
     console = Console(stderr=True, highlight=False)
     folder = Path(out).expanduser() if out is not None else cache_folder(loaded)
     cache = open_cache(folder, spec, console)
@@ -266,20 +265,6 @@ def encode(
         console.print(f"train with it: {option}", markup=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
-
-
-def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
-    from multi_token.encoders import build_encoders
-
-    if recipe.train.init_from is None:
-        return build_encoders(recipe.model.modalities)
-    # a run that trained encoders holds them in its checkpoint, which loads as one model
-    from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.train.prepare import init_from_run
-
-    model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
-    init_from_run(model, recipe.train)
-    return {name: model.encoder(name) for name in model.modalities}
 
 
 def shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:

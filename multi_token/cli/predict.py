@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +14,13 @@ from rich.console import Console
 
 from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, MAX_NEW_TOKENS, TEMPERATURE, load_run
 from multi_token.cli.data import NumShards, Shard, shard_of
+from multi_token.cli.serve import ENGINE_KEY_VARIABLE
 
 if TYPE_CHECKING:
-    from multi_token.evaluate.predict import OnBadRow
+    from multi_token.evaluate.predict import OnBadRow, Work
     from multi_token.evaluate.row_job import JobReport, RowJob
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.serve.engines.vllm.engine import VllmEngine
 
 OUT = typer.Option(..., help="File of the results in the order of the rows: .jsonl or .parquet.")
 NUM_WORKERS = typer.Option(
@@ -45,6 +49,17 @@ def predict(
     num_workers: int = NUM_WORKERS,
     num_shards: NumShards = None,
     shard: Shard = None,
+    engine_url: list[str] = typer.Option(
+        None,
+        help="URL of a vLLM server that runs the language model of this export; repeatable. Media "
+        f"are encoded here. The environment variable {ENGINE_KEY_VARIABLE} has its API key.",
+    ),
+    engine_concurrency: int = typer.Option(
+        64, min=1, help="Prompts in flight on each vLLM server."
+    ),
+    engine_timeout: float = typer.Option(
+        60.0, min=0, help="Time to wait while no vLLM server is up, in seconds."
+    ),
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -53,7 +68,9 @@ def predict(
     Under `torchrun`, or with --num-shards and --shard on any machines, each process answers its
     share into OUT.parts, and the last one to finish writes OUT.
     """
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    # a vLLM server rounds in another way, and samples with other random numbers
+    settings["engine"] = "vllm" if engine_url else "local"
     if temperature > 0:
         settings["seed"] = seed
     job, console = open_job(
@@ -64,19 +81,56 @@ def predict(
         return
     from multi_token.evaluate.predict import answers, run_work
 
-    model = load_run(run, language_model, device)
-    run_work(
-        job,
-        answers(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-        processor_for(model, rows),
-        source=rows,
-        batch_size=batch_size,
-        num_workers=workers_for(model, num_workers),
-        on_bad_row=bad_row_rule(run, on_bad_row),
-        console=console,
-        description="Answering",
-    )
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if engine_url:
+        from multi_token.serve.engines.vllm.golden import read_golden
+
+        read_golden(run)  # refuses a folder that was not exported, before loading any weights
+    model = load_run(run, language_model, device, embeddings_only=bool(engine_url))
+    with ExitStack() as stack:
+        if engine_url:
+            engine = stack.enter_context(_started_engine(model, run, engine_url, engine_timeout))
+            from multi_token.serve.engines.vllm.answers import EngineAnswers
+
+            work: Work = EngineAnswers(
+                engine, max_in_flight=engine_concurrency, timeout_s=engine_timeout, **sampling
+            )
+        else:
+            work = answers(model, **sampling)
+        run_work(
+            job,
+            work,
+            processor_for(model, rows),
+            source=rows,
+            batch_size=batch_size,
+            num_workers=workers_for(model, num_workers),
+            on_bad_row=bad_row_rule(run, on_bad_row),
+            console=console,
+            description="Answering",
+        )
     finish(job, console)
+
+
+@contextmanager
+def _started_engine(
+    model: MultiTokenForConditionalGeneration, run: Path, urls: Sequence[str], timeout_s: float
+) -> Iterator[VllmEngine]:
+    from multi_token.registry import validate_fields
+    from multi_token.serve.engines.vllm.engine import build_vllm_engine
+    from multi_token.serve.settings import ServeSettings
+
+    fields = {
+        "run_folder": run.resolve(),
+        "engine_urls": urls,
+        "engine_key": os.environ.get(ENGINE_KEY_VARIABLE) or None,
+        "engine_startup_timeout_s": timeout_s,
+    }
+    engine = build_vllm_engine(model, validate_fields(ServeSettings, fields, where="predict"))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
 
 
 def open_job(

@@ -231,9 +231,10 @@ class RowJob:
     ) -> Iterator[Mapping[str, Any]]:
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self._parts]
-            for number, offset in zip(self._part_of, self._offsets, strict=True):
-                files[number].seek(offset)
-                fields = json.loads(files[number].readline())
+            for index in range(len(self.rows)):
+                file = files[self._part_of[index]]
+                file.seek(int(self._offsets[index]))
+                fields = json.loads(file.readline())
                 if "error" in fields:
                     report.num_bad += 1
                     if len(report.examples) < _NUM_EXAMPLES:
@@ -273,7 +274,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             try:
                 fields = json.loads(line)
-                fields["index"], fields["id"]
+                _ = fields["index"], fields["id"]
             except (ValueError, KeyError, TypeError):
                 raise MultiTokenError(
                     f"{path} line {number} is damaged; remove that line, and its row is done again"
