@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,26 +57,17 @@ def in_order(results: list[RowResult]) -> list[str]:
 def test_engines_are_kept_full_and_never_get_more(served_model: Any, expected: list[str]) -> None:
     # a stand-in refuses a prompt above its limit, which would count as a retry
     engines = [StandIn(served_model.language_model, max_inside=3) for _ in range(2)]
-    most = 0
-
+    first: list[list[RowResult]] = []
     with started(served_model, *engines) as engine:
-        found = []
+        working = answers(engine, rows_of(served_model), max_in_flight=3)
+        # while they are held, nothing ends, and `next` waits
+        waiting = threading.Thread(target=lambda: first.append(next(working)))
         with engines[0].held(), engines[1].held():
-            working = answers(engine, rows_of(served_model), max_in_flight=3)
-            # nothing ends while they are held: `next` would wait
-            import threading
-
-            first: list[list[RowResult]] = []
-            thread = threading.Thread(target=lambda: first.append(next(working)))
-            thread.start()
-            assert engines[0].wait_until(
-                lambda: [e.num_waiting + e.num_running for e in engines] == [3, 3]
-            )
-            most = sum(engine_.num_waiting + engine_.num_running for engine_ in engines)
-        thread.join()
+            waiting.start()
+            full = engines[0].wait_until(lambda: [e.num_waiting for e in engines] == [3, 3])
+        waiting.join()
         found = first[0] + [result for results in working for result in results]
-        assert engine.retries == {}
-    assert most == 6
+        assert full and engine.retries == {}
     assert in_order(found) == expected
     assert all(len(stand_in.bodies) > 3 for stand_in in engines)
 
@@ -83,7 +75,8 @@ def test_engines_are_kept_full_and_never_get_more(served_model: Any, expected: l
 def test_a_full_engine_gets_the_prompt_again_later(served_model: Any, expected: list[str]) -> None:
     stand_in = StandIn(served_model.language_model, max_inside=2)
     with started(served_model, stand_in) as engine:
-        found = [r for some in answers(engine, rows_of(served_model)) for r in some]
+        rows = rows_of(served_model)
+        found = [r for some in answers(engine, rows, max_in_flight=6) for r in some]
     assert stand_in.num_asked > len(ROWS) + 2
     assert in_order(found) == expected
 
