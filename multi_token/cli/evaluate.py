@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ from multi_token.cli.predict import (
     processor_for,
     workers_for,
 )
+from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from multi_token.evaluate.blind import BlindReport
@@ -52,6 +54,12 @@ def blind_command(
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
+    # each process would do all of it
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MultiTokenError(
+            "the blind test exchanges media between all its rows, so it runs in one process: start "
+            "it without torchrun (`evaluate rows` scores rows in several)"
+        )
     every = load_rows(rows, split=split)
     model = load_run(run, language_model, device)
     # evenly spaced, since files are often sorted by source or topic

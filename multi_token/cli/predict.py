@@ -149,6 +149,9 @@ def open_job(
     from multi_token.evaluate.row_job import RowJob
 
     share, num_shares = shard_of(*shard)
+    # of the processes of torchrun, one prints
+    is_quiet = int(os.environ.get("RANK", "0")) > 0
+    console = Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True, markup=False)
     job = RowJob(
         out,
         load_rows(rows, split=split),
@@ -156,10 +159,8 @@ def open_job(
         settings={"command": command, "run": run_digest(run), "split": split, **settings},
         share=share,
         num_shares=num_shares,
+        console=console,
     )
-    # of the processes of torchrun, one prints
-    is_quiet = int(os.environ.get("RANK", "0")) > 0
-    console = Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True, markup=False)
     if job.num_done and not job.is_joined:
         console.print(f"{job.num_done:,} of {len(job.rows):,} rows are answered already")
     return job, console

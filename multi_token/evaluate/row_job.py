@@ -13,19 +13,23 @@ A killed job continues with any number of processes: every row without a result 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from multi_token.checkpoint.atomic import atomic_file, lock_file
+from multi_token.data.parallel import progress_bar
 from multi_token.data.rows import Row
 from multi_token.distributed import digest_values
 from multi_token.errors import MultiTokenError, RowError
+
+T = TypeVar("T")
 
 SUFFIXES = (".jsonl", ".parquet")
 _SCHEMA = 1
@@ -34,6 +38,7 @@ _NUM_COMPARED_ROWS = 1000
 _GROUP_ROWS = 10_000
 """Rows of a row group of .parquet."""
 _NUM_EXAMPLES = 5
+_BAR_STEP = 1000
 _BAD = 2
 """State of a row whose only result is an error."""
 
@@ -69,8 +74,11 @@ class RowJob:
         settings: Mapping[str, Any],
         share: int = 0,
         num_shares: int = 1,
+        console: Console | None = None,
     ) -> None:
         """`columns`: fields of a result. `settings`: what the results depend on, as JSON values.
+
+        `console`: console of bars; None shows nothing.
 
         Raises MultiTokenError for a file that cannot be written, or holds something else.
         """
@@ -82,6 +90,7 @@ class RowJob:
         self.columns = tuple(columns)
         self.name = f"part-{share}-of-{num_shares}"
         self._file: IO[bytes] | None = None
+        self._console = Console(quiet=True) if console is None else console
         with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._claim({"schema": _SCHEMA, "num_rows": len(rows), **settings})
@@ -118,19 +127,27 @@ class RowJob:
         self._state = np.zeros(num_rows, np.uint8)
         self._part_of = np.zeros(num_rows, np.int16)
         self._offsets = np.zeros(num_rows, np.int64)
-        for number, path in enumerate(self._parts):
-            for offset, fields in _lines(path):
-                index, state = fields["index"], _BAD if "error" in fields else 1
-                if index >= num_rows or not self._is_same_row(index, fields):
-                    raise MultiTokenError(
-                        f"{path} has a result of row {fields['id']!r}, which is not row {index} "
-                        f"here: it belongs to other rows; choose another --out, or remove "
-                        f"{self.folder}"
-                    )
-                # a row that was bad may have been fixed since
-                if self._state[index] != 1:
-                    self._state[index] = state
-                    self._part_of[index], self._offsets[index] = number, offset
+        lines = ((n, *line) for n, path in enumerate(self._parts) for line in _lines(path))
+        for number, offset, fields in self._shown(lines, "Reading results"):
+            index, state = fields["index"], _BAD if "error" in fields else 1
+            if index >= num_rows or not self._is_same_row(index, fields):
+                raise MultiTokenError(
+                    f"{self._parts[number]} has a result of row {fields['id']!r}, which is not row "
+                    f"{index} here: it belongs to other rows; choose another --out, or remove "
+                    f"{self.folder}"
+                )
+            # a row that was bad may have been fixed since
+            if self._state[index] != 1:
+                self._state[index] = state
+                self._part_of[index], self._offsets[index] = number, offset
+
+    def _shown(self, items: Iterable[T], description: str) -> Iterator[T]:
+        """Yield the items, one for each row, with a bar."""
+        with progress_bar(self._console, description, len(self.rows)) as advance:
+            for number, item in enumerate(items, 1):
+                yield item
+                if number % _BAR_STEP == 0:
+                    advance(_BAR_STEP)
 
     def _is_same_row(self, index: int, fields: Mapping[str, Any]) -> bool:
         return "row" not in fields or fields["row"] == _row_digest(self.rows, index)
@@ -231,7 +248,7 @@ class RowJob:
     ) -> Iterator[Mapping[str, Any]]:
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self._parts]
-            for index in range(len(self.rows)):
+            for index in self._shown(range(len(self.rows)), "Joining results"):
                 file = files[self._part_of[index]]
                 file.seek(int(self._offsets[index]))
                 fields = json.loads(file.readline())

@@ -12,7 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from multi_token.cli import app
+from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
+from multi_token.evaluate.scores import score_rows, with_processor
 from tests.train.launchers import launched
 
 NUM_ROWS = 20
@@ -100,6 +102,25 @@ def test_torchrun_answers_as_one_process(
     assert printed.count("20 results written to") == 1
 
 
+def test_evaluate_rows_writes_the_scores_of_score_rows_and_prints_their_means(
+    run: Path, rows: Path, tmp_path: Path, model: Any
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    words = ["evaluate", "rows", str(run), "--rows", str(rows), "--out", str(out)]
+    first = CliRunner().invoke(app, [*words, "--num-shards", "2", "--shard", "1"])
+    assert first.exit_code == 0 and not out.exists()
+    done = CliRunner().invoke(app, [*words, "--batch-size", "3"])
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    source = load_rows(str(rows))
+    chosen = with_processor(source, model, source=str(rows), indices=range(NUM_ROWS))
+    expected = score_rows(model, [processor(conversation) for conversation, processor in chosen])
+    assert [line["id"] for line in found] == [f"r{i}" for i in range(NUM_ROWS)]
+    assert [line["loss"] for line in found] == pytest.approx(expected.loss.tolist(), rel=1e-4)
+    assert [line["exact"] for line in found] == expected.accuracy.tolist()
+    assert f"loss {expected.loss.mean():.3f} ±" in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -117,6 +138,14 @@ def test_another_job_is_refused_before_the_model_is_loaded(
     assert predict(run, rows, out, "--num-shards", "4", "--shard", "0").exit_code == 0
     done = predict(run, rows, out, *words, "--language-model", "nowhere")
     assert isinstance(done.exception, MultiTokenError) and sentence in str(done.exception)
+
+
+def test_the_blind_test_is_not_repeated_by_several_processes(
+    run: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["evaluate", "blind", str(run), "--rows", str(rows)])
+    assert isinstance(done.exception, MultiTokenError) and "in one process" in str(done.exception)
 
 
 def test_another_run_is_refused(run: Path, rows: Path, tmp_path: Path, model: Any) -> None:
