@@ -165,4 +165,8 @@ class KeyTable:
             keys, values = np.concatenate([keys, more_keys]), np.concatenate([values, more_values])
         keys, values = np.concatenate([self._keys, keys]), np.concatenate([self._values, values])
         order = np.argsort(keys, kind="stable")
-        self._keys, self._values, self._new = keys[order], values[order], {}
+        keys = keys[order]
+        # two writers may have stored one key
+        is_first = np.ones(len(keys), np.bool_)
+        is_first[1:] = keys[1:] != keys[:-1]
+        self._keys, self._values, self._new = keys[is_first], values[order][is_first], {}
