@@ -217,7 +217,9 @@ class EncodeRows:
             self._is_checked = True
         # other actors write into the folder too
         self.cache.refresh()
-        report = encode_rows([source], self.modalities, self.encoders, self.cache)
+        report = encode_rows(
+            [source], self.modalities, self.encoders, self.cache, console=Console(quiet=True)
+        )
         errors = {problem.index: problem.message for problem in report.problems}
         ids = [row_id_of(index, row, _NAME) for index, row in enumerate(rows)]
         texts = [errors.get(index, "") for index in range(len(rows))]
