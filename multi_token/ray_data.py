@@ -230,7 +230,17 @@ def _rows(batch: Any) -> list[dict[str, Any]]:
     """Columns -> rows."""
     if not isinstance(batch, Mapping):
         return batch.to_pylist()
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    columns = [[_plain(value) for value in values] for values in batch.values()]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Lists for arrays of anything but numbers: an array of numbers is one media item."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
+        return [_plain(one) for one in value.tolist()]
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
 
 
 def _fields(result: RowResult) -> Mapping[str, Any]:

@@ -41,10 +41,11 @@ def main() -> None:
     """Evaluate and predict in one pass, then encode."""
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items(JOB["rows"], override_num_blocks=6).random_shuffle(seed=1)
+    rows = ray.data.from_items(JOB["rows"], override_num_blocks=6)
     run = {"run": JOB["run"], "root": JOB["root"]}
     one, two = (ray.data.ActorPoolStrategy(size=n) for n in (1, 2))
-    share: dict[str, Any] = {"batch_size": 3, "num_cpus": 0.5}
+    # three actors, and a CPU for the tasks between them
+    share: dict[str, Any] = {"batch_size": 3, "num_cpus": 0.25}
     found = (
         rows.map_batches(EvaluateRows, fn_constructor_kwargs=run, compute=one, **share)
         .map_batches(

@@ -51,12 +51,10 @@ def recipe(recipe_fields: Callable[..., dict[str, Any]], tmp_path_factory: Any) 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Rows as Ray gives them: an array of each column."""
-    found = {}
-    for name in rows[0]:
-        found[name] = np.empty(len(rows), object)
-        found[name][:] = [
-            np.array(r[name], object) if isinstance(r[name], list) else r[name] for r in rows
-        ]
+    found = {name: np.empty(len(rows), object) for name in rows[0]}
+    for index, one in enumerate(rows):
+        for name, value in one.items():
+            found[name][index] = np.array(value, object) if isinstance(value, list) else value
     return found
 
 
