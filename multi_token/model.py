@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,14 @@ from multi_token.language_model.forward import (
     ScaledEmbedding,
     filter_flash_attention_kwargs,
     per_layer_inputs,
-    supervised_loss,
 )
 from multi_token.language_model.loading import load_language_model, load_tokenizer
+from multi_token.language_model.loss import (
+    TokenFunction,
+    chunk_rows,
+    supervised_loss,
+    supervised_output,
+)
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import segments_to_mask
 from multi_token.media.fetch import Fetch
@@ -48,6 +53,7 @@ from multi_token.modalities.base import Encoder, Modality
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import EmbedCount, Projector
 from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.train import LOGITS_MEGABYTES
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import IGNORE_INDEX, BatchCounts, Features, MediaBatch
 
@@ -114,6 +120,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.trained_language_model = False
         self.modalities = dict(modalities)
         self.processor = processor
+        # where not all logits are asked for: see `forward`
+        self.logits_bytes = LOGITS_MEGABYTES * 2**20
         self._capabilities: Capabilities | None = None
         self._count_checks: list[tuple[str, Tensor]] | None = None
         # transformers' constructor leaves the training mode on
@@ -244,6 +252,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         counts: BatchCounts | None = None,
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        returns: Literal["loss", "logits"] | TokenFunction | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model on ids and media.
@@ -260,11 +269,13 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             media: Modality name -> its items and their positions.
             num_items_in_batch: Supervised positions over all devices and accumulation steps, by
                 which the summed loss is divided.
+            returns: The one field of a `SupervisedOutput` to compute, or the function of its
+                `per_token`. Logits then take no more than `logits_bytes` at a time, in float32.
             **kwargs: Passed to the language model, such as the positions of a `PackedBatch`.
 
         Returns:
             With labels, loss and logits [num_supervised, vocabulary]; without, the language
-            model's own output.
+            model's own output. With `returns`, a `SupervisedOutput`.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if counts is not None and counts.segments:
@@ -282,17 +293,21 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         assert shift_labels is not None
-        return supervised_loss(
-            self.language_model,
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            shift_labels=shift_labels,
-            supervised=supervised_positions(shift_labels) if supervised is None else supervised,
-            num_items_in_batch=num_items_in_batch,
-            supports_logits_to_keep=self.capabilities.supports_logits_to_keep,
+        kwargs |= {
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "shift_labels": shift_labels,
+            "supervised": supervised_positions(shift_labels) if supervised is None else supervised,
+            "num_items_in_batch": num_items_in_batch,
+            "supports_logits_to_keep": self.capabilities.supports_logits_to_keep,
             **per_layer_inputs(self.language_model, input_ids),
-            **kwargs,
-        )
+        }
+        if returns is None:
+            return supervised_loss(self.language_model, **kwargs)
+        rows = None
+        if self.capabilities.supports_chunked_logits:
+            rows = chunk_rows(self.language_model, self.logits_bytes)
+        return supervised_output(self.language_model, chunk_rows=rows, returns=returns, **kwargs)
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
         """Generate the assistant's answer to each conversation, greedily by default.
