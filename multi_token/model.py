@@ -20,6 +20,7 @@ from multi_token import __version__
 from multi_token.chat.format import ChatFormat
 from multi_token.checkpoint.fingerprint import fingerprint
 from multi_token.checkpoint.hub import local_folder
+from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
 from multi_token.checkpoint.load import load_trained, read_config, read_spec
 from multi_token.checkpoint.references import absolutize
 from multi_token.checkpoint.save import MODEL_TYPE, SCHEMA, save
@@ -39,7 +40,12 @@ from multi_token.language_model.forward import (
     filter_flash_attention_kwargs,
     per_layer_inputs,
 )
-from multi_token.language_model.loading import load_language_model, load_tokenizer
+from multi_token.language_model.loading import (
+    DeviceMap,
+    load_language_model,
+    load_tokenizer,
+    move_beside,
+)
 from multi_token.language_model.loss import (
     TokenFunction,
     chunk_rows,
@@ -360,7 +366,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def from_spec(
-        cls, spec: ModelSpec, *, max_tokens: int | None = None, embeddings_only: bool = False
+        cls,
+        spec: ModelSpec,
+        *,
+        max_tokens: int | None = None,
+        embeddings_only: bool = False,
+        device_map: DeviceMap | None = None,
     ) -> MultiTokenForConditionalGeneration:
         """The model of a recipe before training: frozen parts loaded, projectors initialized.
 
@@ -369,9 +380,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             max_tokens: Limit of a conversation's length for the processor; None: no limit.
             embeddings_only: Load the input embeddings of the language model and none of its layers,
                 for a gateway before an external engine.
+            device_map: Devices of the language model's parts, as accelerate takes them: `auto`, or
+                module -> device. Such a model generates, and cannot be trained.
 
         Returns:
-            The model with its processor, on the CPU, in eval mode.
+            The model with its processor, on the CPU, in eval mode. With a device map, encoders and
+            projectors are on the device of the input embeddings.
 
         Raises:
             LanguageModelError: If the language model cannot be loaded.
@@ -384,6 +398,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
             quantization=spec.quantization,
+            **({} if device_map is None else {"device_map": device_map}),
         )
         # from the weights, since configs name the embedding width differently
         width = int(child.get_input_embeddings().weight.shape[1])
@@ -415,7 +430,10 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             "base_model": None,
         }
         config = MultiTokenConfig(**fields)
-        return cls(config, child, spec.modalities, encoders, projectors, processor)
+        model = cls(config, child, spec.modalities, encoders, projectors, processor)
+        if device_map is not None:
+            move_beside(child, model.encoders, model.projectors)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -425,6 +443,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         revision: str | None = None,
         language_model: str | None = None,
         device: str | None = None,
+        device_map: DeviceMap | None = None,
         embeddings_only: bool = False,
     ) -> MultiTokenForConditionalGeneration:
         """Load a trained run.
@@ -434,6 +453,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             revision: Branch, tag or commit of a hub name.
             language_model: Path or hub name of the frozen language model, if it has moved.
             device: Device of the model; default: the CPU.
+            device_map: As for `from_spec`, in place of `device`.
             embeddings_only: As for `from_spec`.
 
         Returns:
@@ -442,13 +462,23 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         Raises:
             CheckpointError: If the folder is not a checkpoint of multi_token, is incomplete, or
                 belongs to another language model.
+            MultiTokenError: If both `device` and `device_map` are given.
         """
+        if device and device_map is not None:
+            raise MultiTokenError("`device` and `device_map` exclude each other; leave one out")
         fields = read_config(folder, revision=revision)
         path = local_folder(folder, revision=revision)
         spec = read_spec(path, fields, language_model=language_model)
-        model = cls.from_spec(spec, embeddings_only=embeddings_only)
+        if device_map is not None and fields.get("base_identity"):
+            # its trained weights at once: they cannot be copied into layers that are not in memory
+            spec = spec.model_copy(
+                update={"language_model": str((path / LANGUAGE_MODEL).absolute())}
+            )
+        model = cls.from_spec(spec, embeddings_only=embeddings_only, device_map=device_map)
         model.config.base_model = fields.get("base_model")
         load_trained(model, path, fields)
+        if device_map is not None:
+            move_beside(model.language_model)
         if fields.get("base_identity"):
             model.trained_language_model = True
             model.config.base_identity = fields["base_identity"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from multi_token.errors import LanguageModelError, first_line
 from multi_token.language_model.quantization import (
@@ -34,6 +35,8 @@ LOAD_FAULTS = (
     ValueError,
     struct.error,
 )
+DeviceMap = str | Mapping[str, int | str]
+"""`auto` and other words of accelerate, or module of the language model -> its device."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -59,6 +62,7 @@ def load_language_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a decoder-only model of transformers, frozen and in eval mode.
 
@@ -69,12 +73,14 @@ def load_language_model(
         dtype: `auto` for the precision of the files, or a name of torch's.
         attn_implementation: transformers' choice by default.
         quantization: Weights in 4 or 8 bits; None keeps them as they are.
+        device_map: Devices of its parts; None loads it on the CPU.
 
     Returns:
         The model. `probe.py` checks later, on its device, that it can run from embeddings.
 
     Raises:
-        LanguageModelError: If no model can be loaded, or not be quantized.
+        LanguageModelError: If no model can be loaded, or not be quantized, or if the map offloads
+            the input embeddings.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,6 +88,8 @@ def load_language_model(
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = device_map
     if quantization is not None:
         _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
@@ -108,6 +116,11 @@ def load_language_model(
             f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
             f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
             "to null, or try another kind"
+        )
+    if model.get_input_embeddings().weight.is_meta:
+        raise LanguageModelError(
+            f"the device map keeps the input embeddings of {name!r} off the devices that compute "
+            f"({model.hf_device_map}), and media are written beside them; give them a device"
         )
     keep_backward_layout(model)
     return model.requires_grad_(False).eval()
@@ -159,6 +172,18 @@ def _check_not_quantized(
             f"{name} is quantized already ({fields.get('quant_method')}), so model.quantization "
             "cannot be applied on top; set it to null to use the weights as they are"
         )
+
+
+def move_beside(language_model: nn.Module, *modules: nn.Module) -> None:
+    """Move modules to the input embeddings, and LoRA to its layers, under a device map."""
+    weight: torch.Tensor = language_model.get_input_embeddings().weight  # type: ignore[operator]
+    for module in modules:
+        module.to(weight.device)
+    for layer in language_model.modules():
+        # accelerate's mark of a layer whose weights come to this device for each call
+        hook = getattr(getattr(layer, "base_layer", None), "_hf_hook", None)
+        for name in getattr(layer, "adapter_layer_names", ()) if hook is not None else ():
+            getattr(layer, name).to(hook.execution_device)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
     supervised_output    no more logits at a time than a budget, in backward too
 
 Logits are `supervised tokens x vocabulary`: 8,000 x 152,000 are 5 GB in float32, and the loss holds
-about four tensors of that size. In chunks, the hidden states alone are kept. Each chunk's logits
+three to four tensors of that size. In chunks, the hidden states alone are kept. Each chunk's logits
 are computed for the loss, dropped, and computed again for the gradient.
 """
 
@@ -181,12 +181,12 @@ def supervised_output(
         ).loss
     finally:
         hook.remove()
-    (output,) = outputs
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, supervised)
+    output_type = type(outputs[0])
+    hidden = outputs.pop().last_hidden_state.flatten(0, 1).index_select(0, supervised)
 
     def logits_of(rows: slice) -> Tensor:
         chunk = hidden[rows][None]
-        with _body_returning(body, type(output)(last_hidden_state=chunk)):
+        with _body_returning(body, output_type(last_hidden_state=chunk)):
             # without the hooks of the module: FSDP's gather weights, once in a forward
             inner = base_language_model(language_model)
             return inner.forward(inputs_embeds=chunk, use_cache=False).logits[0]
