@@ -40,12 +40,7 @@ from multi_token.language_model.forward import (
     filter_flash_attention_kwargs,
     per_layer_inputs,
 )
-from multi_token.language_model.loading import (
-    DeviceMap,
-    load_language_model,
-    load_tokenizer,
-    move_beside,
-)
+from multi_token.language_model.loading import DeviceMap, load_language_model, load_tokenizer
 from multi_token.language_model.loss import (
     TokenFunction,
     chunk_rows,
@@ -432,7 +427,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         config = MultiTokenConfig(**fields)
         model = cls(config, child, spec.modalities, encoders, projectors, processor)
         if device_map is not None:
-            move_beside(child, model.encoders, model.projectors)
+            beside = child.get_input_embeddings().weight.device
+            model.encoders.to(beside)
+            model.projectors.to(beside)
         return model
 
     @classmethod
@@ -477,8 +474,6 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         model = cls.from_spec(spec, embeddings_only=embeddings_only, device_map=device_map)
         model.config.base_model = fields.get("base_model")
         load_trained(model, path, fields)
-        if device_map is not None:
-            move_beside(model.language_model)
         if fields.get("base_identity"):
             model.trained_language_model = True
             model.config.base_identity = fields["base_identity"]

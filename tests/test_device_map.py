@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from multi_token.cli import app
 from multi_token.errors import LanguageModelError, MultiTokenError
 from multi_token.generate import single_question
-from multi_token.language_model.loading import move_beside
+from multi_token.language_model.lora import adapter_parameters, place_adapter
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import Trainable
@@ -136,9 +136,9 @@ def test_lora_lies_where_the_weights_of_its_layer_come_to(runs: dict[str, Path])
         runs["adapter"], device_map=offloaded(runs["adapter"])
     )
     layers = [m for m in model.language_model.modules() if hasattr(m, "adapter_layer_names")]
-    hooked = [m for m in layers if hasattr(m.base_layer, "_hf_hook")]
-    assert hooked
-    hooked[0].base_layer._hf_hook.execution_device = "meta"
-    move_beside(model.language_model)
-    assert all(p.is_meta for p in hooked[0].lora_A.parameters())
-    assert not any(p.is_meta for p in hooked[1].lora_A.parameters())
+    moved, kept = [m for m in layers if m.base_layer.weight.is_meta][:2]
+    assert not any(p.is_meta for p in adapter_parameters(model.language_model))
+    moved.base_layer._hf_hook.execution_device = "meta"
+    place_adapter(model.language_model)
+    assert all(p.is_meta for p in moved.lora_A.parameters())
+    assert not any(p.is_meta for p in kept.lora_A.parameters())

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from multi_token.errors import LanguageModelError, first_line
 from multi_token.language_model.quantization import (
@@ -117,7 +116,7 @@ def load_language_model(
             f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
             "to null, or try another kind"
         )
-    if model.get_input_embeddings().weight.is_meta:
+    if device_map is not None and model.get_input_embeddings().weight.is_meta:
         raise LanguageModelError(
             f"the device map keeps the input embeddings of {name!r} off the devices that compute "
             f"({model.hf_device_map}), and media are written beside them; give them a device"
@@ -172,18 +171,6 @@ def _check_not_quantized(
             f"{name} is quantized already ({fields.get('quant_method')}), so model.quantization "
             "cannot be applied on top; set it to null to use the weights as they are"
         )
-
-
-def move_beside(language_model: nn.Module, *modules: nn.Module) -> None:
-    """Move modules to the input embeddings, and LoRA to its layers, under a device map."""
-    weight: torch.Tensor = language_model.get_input_embeddings().weight  # type: ignore[operator]
-    for module in modules:
-        module.to(weight.device)
-    for layer in language_model.modules():
-        # accelerate's mark of a layer whose weights come to this device for each call
-        hook = getattr(getattr(layer, "base_layer", None), "_hf_hook", None)
-        for name in getattr(layer, "adapter_layer_names", ()) if hook is not None else ():
-            getattr(layer, name).to(hook.execution_device)
 
 
 @torch.no_grad()

@@ -280,9 +280,10 @@ class _ProbeRun:
             "num_items_in_batch": 6,
             **per_layer_inputs(self.model, self.ids),
         }
+        logits = expected[keep]
         try:
             found = supervised_loss(self.model, **options)
-            distance = self.distance(found.logits, expected[keep])
+            logits, distance = found.logits, self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
             is_loss_close = bool((found.loss - loss).abs() <= 0.05 * loss)
             self.supports_logits_to_keep = distance <= _OTHER_TEXT and is_loss_close
@@ -298,7 +299,7 @@ class _ProbeRun:
                 )
         self.tolerance = max(self.tolerance, 8 * distance)
         self.supports_chunked_logits = self.supports_logits_to_keep and bool(
-            _succeeds(lambda: self._chunks_equal(found.logits, options))
+            _succeeds(lambda: self._chunks_equal(logits, options))
         )
 
     def _chunks_equal(self, expected: Tensor, options: dict[str, Any]) -> bool:
