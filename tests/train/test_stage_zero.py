@@ -47,10 +47,10 @@ READ: list[str] = []
 """Names of the files that this process has read."""
 
 
-class Watched(VectorModality):
+class Counted(VectorModality):
     """Vectors in files; the names of those that were read are kept."""
 
-    type: Literal["watched"] = "watched"  # type: ignore[assignment]
+    type: Literal["counted"] = "counted"  # type: ignore[assignment]
     dim: int = 5
 
     def load(self, source: Any, fetch: Fetch) -> Any:
@@ -60,14 +60,14 @@ class Watched(VectorModality):
 
 
 def register() -> None:
-    register_modality("watched", Watched)
+    register_modality("counted", Counted)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 rows about 12 files, each with up to five captions, some of them twice."""
     register()
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("counted")
     numbers = np.random.default_rng(0)
     for i in range(NUM_FILES):
         np.save(folder / f"{i}.npy", numbers.normal(3.0, 2.0, (1 + i % 3, 5)).astype(np.float32))
@@ -85,7 +85,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fields_of(recipe_fields: Fields, rows: Path) -> Fields:
     def fields(folder: Path, projector: Any = None, data: Any = None, **train: Any) -> Any:
         made = recipe_fields(folder, **train)
-        thing = {"type": "watched", "projector": projector or {"type": "mlp"}}
+        thing = {"type": "counted", "projector": projector or {"type": "mlp"}}
         made["model"]["modalities"] = {"thing": thing}
         made["data"] = {"train": [{"rows": str(rows)}], **(data or {})}
         made["train"]["args"] |= {"max_steps": 1, "report_to": []}
@@ -136,6 +136,22 @@ def test_each_file_is_read_and_encoded_once_and_counts_as_often_as_rows_name_it(
     assert found.keys() == expected.keys() and "closed_form.weight" in found
     for key in found:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_features_of_the_cache_are_fitted_without_reading_or_encoding_an_item_again(
+    fields_of: Fields, tmp_path: Path
+) -> None:
+    states = []
+    for cached in (False, True):
+        run = prepared_run(fields_of(tmp_path / str(cached), feature_cache=cached))
+        encoded: list[int] = []
+        run.model.encoder("thing").register_forward_hook(lambda *_, e=encoded: e.append(1))
+        READ.clear()
+        closed_form_stage(run)
+        assert (READ == []) == (encoded == []) == cached
+        states.append(state_of(run))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_data_workers_change_nothing(fields_of: Fields, tmp_path: Path) -> None:

@@ -38,11 +38,14 @@ _LOG = logging.getLogger(__name__)
 
 @torch.no_grad()
 def generate_batch(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
+    model: MultiTokenForConditionalGeneration,
+    requests: Sequence[GenerationRequest],
+    on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Run requests to their end through `generate`; each token is emitted when it is chosen.
 
-    Raises what the model raises; unfinished requests are then unchanged.
+    `on_step` is called after each forward. Raises what the model raises; unfinished requests are
+    then unchanged.
     """
     requests = [request for request in requests if not request.is_finished]
     if not requests:
@@ -52,6 +55,7 @@ def generate_batch(
     embeds, input_ids, attention_mask = pad_prompts(model, requests)
 
     def choose_all(input_ids: Tensor, scores: Tensor) -> Tensor:
+        on_step()
         ids, _, all_greedy = sample_batch(requests, scores)
         return scores if all_greedy else force_tokens(scores, ids)
 
@@ -97,11 +101,13 @@ def pad_prompts(
             first = row * time + start + span.start
             positions.append(torch.arange(first, first + span.length))
             values.append(media_embeds.to(weight.device, weight.dtype))
-    input_ids, attention_mask = input_ids.to(weight.device), attention_mask.to(weight.device)
+    input_ids, attention_mask = (
+        x.to(weight.device, non_blocking=True) for x in (input_ids, attention_mask)
+    )
     embeds = embedding(input_ids)
     if values:
-        media = MediaEmbeds("media", torch.cat(values), torch.cat(positions).to(weight.device))
-        embeds = splice(embeds, [media])
+        places = torch.cat(positions).to(weight.device, non_blocking=True)
+        embeds = splice(embeds, [MediaEmbeds("media", torch.cat(values), places)])
     return embeds, input_ids, attention_mask
 
 
