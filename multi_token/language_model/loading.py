@@ -81,6 +81,7 @@ def load_language_model(
         LanguageModelError: If no model can be loaded, or not be quantized, or if the map offloads
             the input embeddings.
     """
+    from accelerate.utils import check_device_map
     from transformers import AutoModelForCausalLM
 
     limit_hub_waits()
@@ -99,6 +100,9 @@ def load_language_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             **options,
         )
+        if device_map is not None:
+            # transformers leaves modules that the map does not name on the CPU, without a word
+            check_device_map(model, model.hf_device_map)
     except LOAD_FAULTS as error:
         raise LanguageModelError(
             f"no language model could be loaded from {name!r} (a hub name, a folder or a GGUF file "
