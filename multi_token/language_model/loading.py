@@ -100,9 +100,9 @@ def load_language_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             **options,
         )
-        if device_map is not None:
+        if isinstance(device_map, Mapping):
             # transformers leaves modules that the map does not name on the CPU, without a word
-            check_device_map(model, model.hf_device_map)
+            check_device_map(model, dict(device_map))
     except LOAD_FAULTS as error:
         raise LanguageModelError(
             f"no language model could be loaded from {name!r} (a hub name, a folder or a GGUF file "
