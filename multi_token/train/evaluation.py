@@ -17,6 +17,7 @@ from multi_token.evaluate.scores import evenly_spaced
 from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
+from multi_token.train.fsdp import is_sharded
 from multi_token.train.run_report import RunReport
 from multi_token.train.training_args import mixed_precision
 from multi_token.types import Conversation, Text
@@ -117,12 +118,15 @@ class EvaluationCallback(TrainerCallback):
 
     def finish(self, model: MultiTokenForConditionalGeneration) -> None:
         """Run the blind test on more rows after the last stage, and print and report it."""
-        if self.trainer is None or not is_main_process():
+        # the forward of a sharded model is a collective: all processes score the same rows
+        if self.trainer is None or not (is_main_process() or is_sharded(self.spec)):
             return
         # a stage with FSDP leaves shards in the model it was attached with; this one was loaded
         # since
         self.model = model
         found = self._blind(_BLIND_AFTER)
+        if not is_main_process():
+            return
         if found is not None:
             self.report.blind(found.to_json())
             self.console.print(*blind_lines(found), sep="\n", highlight=False, soft_wrap=True)

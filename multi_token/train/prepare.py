@@ -40,6 +40,9 @@ from multi_token.data.sources import (
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
 from multi_token.errors import RecipeError
+from multi_token.language_model.capabilities import Capabilities
+from multi_token.language_model.loading import load_language_model
+from multi_token.language_model.probe import check_trainable, probe
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.data import DataSource
 from multi_token.recipe.model import ModelSpec
@@ -49,6 +52,7 @@ from multi_token.registry import validate_fields
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
+from multi_token.train.fsdp import is_sharded, run_in_shards
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
@@ -125,21 +129,58 @@ def is_done(folder: Path) -> bool:
     return broadcast_from_main((folder / _DONE).is_file)
 
 
-def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
-    """Compose the recipe's model on the device of this process, with the kernels it asks for."""
+def compose_model(
+    recipe: Recipe, args: TrainingArguments, capabilities: Capabilities | None = None
+) -> MultiTokenForConditionalGeneration:
+    """Compose the recipe's model on the device of this process, with the kernels it asks for.
+
+    A language model that several processes shard stays on the host, mapped from its files, except
+    for its input embeddings. `capabilities`: those that an earlier model of the run has.
+    """
     model = MultiTokenForConditionalGeneration.from_spec(
         recipe.model, max_tokens=recipe.data.max_tokens
     )
-    move_to_device(model, args.device)
+    if is_sharded(recipe.train):
+        embeddings = model.language_model.get_input_embeddings()
+        for part in (model.encoders, model.projectors, embeddings):
+            part.to(args.device)
+        model.capabilities = capabilities or _probe_in_shards(recipe, args)
+    else:
+        move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
-    packing = recipe.train.packing
     with mixed_precision(args):
-        capabilities = model.capabilities
-        if packing is not None:
-            capabilities.require("supports_packing")
-            if packing.share:
-                capabilities.require("supports_shared_prefix")
+        _require(model.capabilities, recipe.train)
     return model
+
+
+def _probe_in_shards(recipe: Recipe, args: TrainingArguments) -> Capabilities:
+    """Probe a language model that no device holds whole; it is dropped afterwards. Collective."""
+    spec = recipe.model
+    language_model = load_language_model(
+        spec.language_model,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        quantization=spec.quantization,
+    )
+    apply_kernels(language_model, recipe.train, args.device)
+    run_in_shards(language_model, args.device, bf16=args.mixed_precision == "bf16")
+    with mixed_precision(args):
+        capabilities = probe(language_model)
+        _require(capabilities, recipe.train)
+        check_trainable(language_model)
+    # what else could be asked for would run the model that is dropped
+    capabilities.probe = None
+    return capabilities
+
+
+def _require(capabilities: Capabilities, spec: TrainSpec) -> None:
+    """Find the capabilities that packing needs; raise LanguageModelError if one is missing."""
+    if spec.packing is not None:
+        capabilities.require("supports_packing")
+        if spec.packing.share:
+            capabilities.require("supports_shared_prefix")
+        _ = capabilities.supports_segment_attention
 
 
 def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run:
