@@ -46,12 +46,38 @@ def marker_text(marker_id: str, message: int, *, is_reasoning: bool = False) -> 
     return f"\ue100{marker_id}.{message}{'r' if is_reasoning else ''}\ue101"
 
 
-def find_markers(text: str, marker_id: str) -> list[Marker]:
-    """Return all markers of a rendering, in order."""
-    return [
-        Marker(int(found[1]), bool(found[2]), found.start(), found.end())
-        for found in re.finditer(f"\ue100{marker_id}\\.(\\d+)(r?)\ue101", text)
-    ]
+class MarkedText:
+    """A rendering with markers in place of texts; locates the text between two of them.
+
+    `text`: the rendering. `markers`: all markers, in order.
+    """
+
+    def __init__(self, text: str, marker_id: str) -> None:
+        """Find the markers of an `unused_marker_id`."""
+        self.text = text
+        self.markers = [
+            Marker(int(found[1]), bool(found[2]), found.start(), found.end())
+            for found in re.finditer(f"\ue100{marker_id}\\.(\\d+)(r?)\ue101", text)
+        ]
+        # by message, so that a conversation of many turns is not searched for each of them
+        self._last = {marker.message: i for i, marker in enumerate(self.markers)}
+        self._first = {m.message: i for i, m in reversed([*enumerate(self.markers)])}
+
+    def text_before(self, message: int) -> str:
+        """Return the characters from the previous marker (or the start) to the message's first."""
+        at = self._first[message]
+        return self.text[self.markers[at - 1].end if at else 0 : self.markers[at].start]
+
+    def text_after(self, message: int) -> str:
+        """Return the characters from the message's last marker to the next one (or the end).
+
+        Empty for a message without a marker.
+        """
+        if message not in self._last:
+            return ""
+        at = self._last[message]
+        is_last = at + 1 == len(self.markers)
+        return self.text[self.markers[at].end : None if is_last else self.markers[at + 1].start]
 
 
 def replace_with_markers(
@@ -71,41 +97,24 @@ def replace_with_markers(
 
 
 def match_markers(
-    rendering: str, text: str, messages: Sequence[ChatMessage], marker_id: str
+    rendering: MarkedText, text: str, messages: Sequence[ChatMessage]
 ) -> dict[int, list[CharSpan]] | None:
     """Return the span in `text` of every marker of `rendering`, by message.
 
     None if `rendering` with the texts put back is not `text`, character by character.
     """
     spans: dict[int, list[CharSpan]] = {}
-    rebuilt, at = "", 0
-    for marker in find_markers(rendering, marker_id):
-        rebuilt += rendering[at : marker.start]
+    pieces: list[str] = []
+    length = at = 0
+    for marker in rendering.markers:
         content = messages[marker.message]["content"]
         source = _message_texts(content)[marker.is_reasoning]
-        spans.setdefault(marker.message, []).append(
-            CharSpan(len(rebuilt), len(rebuilt) + source.end - source.start)
-        )
-        rebuilt += content[source.start : source.end]
+        pieces += [rendering.text[at : marker.start], content[source.start : source.end]]
+        start = length + marker.start - at
+        length = start + source.end - source.start
+        spans.setdefault(marker.message, []).append(CharSpan(start, length))
         at = marker.end
-    return spans if rebuilt + rendering[at:] == text else None
-
-
-def text_before(rendering: str, markers: Sequence[Marker], message: int) -> str:
-    """Return the characters from the previous marker (or the start) to the message's first one."""
-    at = next(k for k, marker in enumerate(markers) if marker.message == message)
-    return rendering[markers[at - 1].end if at else 0 : markers[at].start]
-
-
-def text_after(rendering: str, markers: Sequence[Marker], message: int) -> str:
-    """Return the characters from the message's last marker to the next one (or the end).
-
-    Empty for a message without a marker.
-    """
-    at = max((k for k, marker in enumerate(markers) if marker.message == message), default=None)
-    if at is None:
-        return ""
-    return rendering[markers[at].end : markers[at + 1].start if at + 1 < len(markers) else None]
+    return spans if "".join([*pieces, rendering.text[at:]]) == text else None
 
 
 def _message_texts(content: str) -> dict[bool, CharSpan]:

@@ -16,10 +16,14 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from multi_token.chat.alignment import CharSpan, ChatMessage
@@ -40,6 +44,9 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """Template for a tokenizer without one, if the recipe names none (docs/chat-templates.md)."""
+
+
+_NO_IDS = torch.empty(0, dtype=torch.long)
 
 
 class ChatFormat:
@@ -110,53 +117,104 @@ class ChatFormat:
             ChatTemplateError: If the template cannot render the conversation, or the assistant's
                 tokens cannot be located exactly.
         """
+        (sample,) = self.tokenize_many(
+            [conversation], [num_tokens], [train_on_turns], prompt_only=prompt_only
+        )
+        if isinstance(sample, ChatTemplateError):
+            raise sample
+        return sample
+
+    def tokenize_many(
+        self,
+        conversations: Sequence[Conversation],
+        num_tokens: Sequence[Sequence[int]],
+        train_on_turns: Sequence[TrainOnTurns | None],
+        *,
+        prompt_only: bool = False,
+    ) -> list[Sample | ChatTemplateError]:
+        """Tokenize conversations together: the samples of `tokenize`, or errors in their place.
+
+        One call of the tokenizer takes all texts, and shares them among its threads.
+        """
+        found: list[_Rendered | ChatTemplateError] = []
+        for conversation, numbers, turns in zip(
+            conversations, num_tokens, train_on_turns, strict=True
+        ):
+            try:
+                last_only = (turns or self.train_on_turns) == "last"
+                found.append(self._render(conversation, len(numbers), prompt_only, last_only))
+            except ChatTemplateError as error:
+                found.append(error)
+        samples: list[Sample | ChatTemplateError] = [
+            one if isinstance(one, ChatTemplateError) else Sample(_NO_IDS, _NO_IDS) for one in found
+        ]
+        # one slot for nearly all rows: others contain its characters in their text
+        for slot in dict.fromkeys(one.slot for one in found if isinstance(one, _Rendered)):
+            chosen = [
+                (i, one)
+                for i, one in enumerate(found)
+                if isinstance(one, _Rendered) and one.slot == slot
+            ]
+            slotted, slot_id = self._slot_tokenizer(slot)
+            # The template has written BOS itself, where the model wants one.
+            encoded = slotted(
+                [one.text for _, one in chosen],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            for (i, one), ids, offsets in zip(
+                chosen, encoded.input_ids, encoded.offset_mapping, strict=True
+            ):
+                try:
+                    tokens = _Tokens.of(one, ids, offsets, slot_id, prompt_only=prompt_only)
+                except ChatTemplateError as error:
+                    samples[i] = error
+                else:
+                    samples[i] = self._sample(conversations[i], num_tokens[i], tokens, slot_id)
+                    one.supervised = [] if prompt_only else tokens.by_span(len(one.spans))
+        self._check_supervised_texts(found, samples)
+        return samples
+
+    def _render(
+        self, conversation: Conversation, num_items: int, prompt_only: bool, last_only: bool
+    ) -> _Rendered:
+        """Return the text with slots for media, and its supervised spans (or the prompt's end)."""
         slot = _unused_slot(conversation)
         messages = _to_chat_messages(conversation, slot)
-        spans: list[CharSpan] = []
         if prompt_only:
             text, end = self._chat_template.render_prompt(messages)
             spans = [CharSpan(end, len(text))]
         else:
-            text, spans = self._chat_template.render_with_spans(
-                messages, last_only=(train_on_turns or self.train_on_turns) == "last"
-            )
+            text, spans = self._chat_template.render_with_spans(messages, last_only=last_only)
         # After a dropped slot, every item would be written at the span of the next one.
-        if text.count(slot) != len(num_tokens):
+        if text.count(slot) != num_items:
             raise ChatTemplateError(
-                f"the chat template kept {text.count(slot)} of {len(num_tokens)} media slots: it "
+                f"the chat template kept {text.count(slot)} of {num_items} media slots: it "
                 "drops or repeats a turn that holds media"
             )
         self._chat_template.check_all_messages_rendered(messages, prompt_only=prompt_only)
-        slotted, slot_id = self._slot_tokenizer(slot)
-        # The template has written BOS itself, where the model wants one.
-        encoded = slotted(text, add_special_tokens=False, return_offsets_mapping=True)
+        return _Rendered(slot, text, spans)
 
-        input_ids: list[int] = []
-        labels: list[int] = []
-        media_spans: list[MediaSpan] = []
-        supervised: list[list[int]] = [[] for _ in spans]
-        media = iter(zip(conversation.media, num_tokens, strict=True))
-        for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-            if token_id == slot_id:
-                item, length = next(media)
-                media_spans.append(MediaSpan(item.modality, len(input_ids), length))
-                input_ids += [self.filler_id] * length
-                labels += [IGNORE_INDEX] * length
-                continue
-            span = _find_span(spans, start, end, text)
-            if prompt_only and span is not None:
-                break  # the letter after the prompt, see `render_prompt`
-            input_ids.append(token_id)
-            labels.append(IGNORE_INDEX if span is None else token_id)
-            if span is not None:
-                supervised[span].append(token_id)
-        if not prompt_only:
-            self._check_supervised_text(
-                supervised, [text[s.start : s.end].replace(slot, "") for s in spans]
+    def _sample(
+        self, conversation: Conversation, num_tokens: Sequence[int], tokens: _Tokens, slot_id: int
+    ) -> Sample:
+        """Return the sample of a row: each slot replaced by the filler ids of its item."""
+        ids, is_slot = tokens.ids, tokens.ids == slot_id
+        counts = np.ones(len(ids), np.int64)
+        counts[is_slot] = num_tokens
+        starts = np.cumsum(counts) - counts
+        media_spans = [
+            MediaSpan(item.modality, int(start), int(length))
+            for item, start, length in zip(
+                conversation.media, starts[is_slot], num_tokens, strict=True
             )
+        ]
+        labels = np.where(tokens.span >= 0, ids, IGNORE_INDEX)
         return Sample(
-            input_ids=torch.tensor(input_ids, dtype=torch.long),
-            labels=torch.tensor(labels, dtype=torch.long),
+            input_ids=torch.from_numpy(np.repeat(np.where(is_slot, self.filler_id, ids), counts)),
+            labels=torch.from_numpy(np.repeat(labels, counts)),
             media_spans=media_spans,
             id=conversation.id,
         )
@@ -198,17 +256,28 @@ class ChatFormat:
         slotted = self._slot_tokenizers[slot]
         return slotted, slotted.convert_tokens_to_ids(slot)
 
-    def _check_supervised_text(self, supervised: list[list[int]], expected: list[str]) -> None:
-        """Raise ChatTemplateError unless each span's ids decode to the span's text."""
+    def _check_supervised_texts(
+        self,
+        rendered: Sequence[_Rendered | ChatTemplateError],
+        samples: list[Sample | ChatTemplateError],
+    ) -> None:
+        """Put an error in place of a sample with a span whose ids do not decode to its text."""
         # A wrong loss mask trains without any error, so every row pays for one decode.
-        for ids, text in zip(supervised, expected, strict=True):
-            decoded = self.tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            if self._normalize(decoded) != self._normalize(text):
-                raise ChatTemplateError(
-                    f"expected to train on {text[:80]!r}, but the supervised tokens decode to "
-                    f"{decoded[:80]!r}: the tokenizer cannot spell this text; write it in other "
+        chosen = [
+            (i, ids, one.text[span.start : span.end].replace(one.slot, ""))
+            for i, one in enumerate(rendered)
+            if isinstance(one, _Rendered)
+            for span, ids in zip(one.spans, one.supervised, strict=False)
+        ]
+        decoder = self.tokenizer.backend_tokenizer
+        decoded = decoder.decode_batch([ids for _, ids, _ in chosen], skip_special_tokens=False)
+        for (i, _, expected), text in zip(chosen, decoded, strict=True):
+            if text == expected or self._normalize(text) == self._normalize(expected):
+                continue
+            if isinstance(samples[i], Sample):
+                samples[i] = ChatTemplateError(
+                    f"expected to train on {expected[:80]!r}, but the supervised tokens decode to "
+                    f"{text[:80]!r}: the tokenizer cannot spell this text; write it in other "
                     "words, or remove the row"
                 )
 
@@ -278,6 +347,76 @@ def _to_chat_messages(conversation: Conversation, slot: str) -> list[ChatMessage
         }
         for message in conversation.messages
     ]
+
+
+@dataclass
+class _Rendered:
+    """A rendered conversation: its slot, its text with slots, its supervised spans in characters.
+
+    `supervised`: ids of each span, once they are known.
+    """
+
+    slot: str
+    text: str
+    spans: list[CharSpan]
+    supervised: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Ids of a rendered text, and for each the index of its supervised span, or -1."""
+
+    ids: NDArray[np.int64]
+    span: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        rendered: _Rendered,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        slot_id: int,
+        *,
+        prompt_only: bool,
+    ) -> _Tokens:
+        """Find the span of each token; a prompt ends before its first token in a span.
+
+        Raises ChatTemplateError for a token that is partly inside of a span.
+        """
+        text, spans = rendered.text, rendered.spans
+        ids_array = np.array(ids, np.int64)
+        flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+        starts, ends = flat[::2], flat[1::2]
+        if not spans:
+            return cls(ids_array, np.full(len(ids), -1))
+        # spans are in order and disjoint: two searches find the span of any token
+        begins = np.array([span.start for span in spans])
+        stops = np.array([span.end for span in spans])
+        # of the spans that end after a token's start, the first; it holds the token, or cuts it
+        at = np.minimum(np.searchsorted(stops, starts, side="right"), len(spans) - 1)
+        overlaps = (
+            (begins[at] < ends) & (starts < stops[at]) & (starts < ends) & (ids_array != slot_id)
+        )
+        within = overlaps & (begins[at] <= starts) & (ends <= stops[at])
+        owner = np.where(within, at, -1)
+        num = len(ids)
+        for i in np.flatnonzero(overlaps & ~within).tolist():
+            # tokens at a border are few, and each overlaps with few spans
+            if prompt_only and (owner[:i] >= 0).any():
+                break
+            first, end = int(at[i]), int(ends[i])
+            last = int(np.searchsorted(begins, end))
+            found = _find_span(spans[first:last], int(starts[i]), end, text)
+            owner[i] = -1 if found is None else first + found
+        if prompt_only and (owner >= 0).any():
+            num = int(np.argmax(owner >= 0))  # the letter after the prompt, see `render_prompt`
+        return cls(ids_array[:num], owner[:num])
+
+    def by_span(self, num_spans: int) -> list[list[int]]:
+        """Return the supervised ids of each span."""
+        order = np.argsort(self.span, kind="stable")
+        borders = np.searchsorted(self.span[order], np.arange(num_spans))
+        return [part.tolist() for part in np.split(self.ids[order], borders)[1:]]
 
 
 def _find_span(spans: list[CharSpan], start: int, end: int, text: str) -> int | None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,13 +30,10 @@ from jinja2 import TemplateError
 from multi_token.chat.alignment import (
     CharSpan,
     ChatMessage,
-    Marker,
-    find_markers,
+    MarkedText,
     marker_text,
     match_markers,
     replace_with_markers,
-    text_after,
-    text_before,
     unused_marker_id,
 )
 from multi_token.errors import ChatTemplateError
@@ -69,8 +67,7 @@ class _RoleLayout:
     """
 
     marker_messages: list[ChatMessage]
-    text: str
-    markers: list[Marker]
+    rendering: MarkedText
     turn_prefixes: dict[int, _TurnPrefix]
 
 
@@ -78,14 +75,13 @@ class _RoleLayout:
 class RenderedTurns:
     """A rendered conversation and the positions of its texts (steps 1 to 3 of the example).
 
-    `text`: the template's own rendering. `rendering`: the same with `markers` for the texts.
+    `text`: the template's own rendering. `rendering`: the same with markers for the texts.
     `turns`: indices of the assistant's messages. `text_spans`: by message, the spans in `text` of
     its reasoning (if any) and its text.
     """
 
     text: str
-    rendering: str
-    markers: list[Marker]
+    rendering: MarkedText
     turns: list[int]
     text_spans: dict[int, list[CharSpan]]
 
@@ -105,6 +101,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.is_tagged = _GENERATION_TAG.search(source) is not None
         self._role_layouts: dict[tuple[str, ...], _RoleLayout] = {}
+        self._marked: dict[tuple[tuple[str, str], ...], MarkedText] = {}
 
     def render(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False
@@ -156,18 +153,20 @@ class ChatTemplate:
         text = self.render(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            return RenderedTurns(text, text, [], [], {})
+            return RenderedTurns(text, MarkedText(text, ""), [], {})
         marker_id = unused_marker_id(messages)
         marked = replace_with_markers(messages, marker_id)
-        rendering = self.render(marked)
-        spans = match_markers(rendering, text, messages, marker_id)
+        rendering = self._render_marked(marked, marker_id)
+        spans = match_markers(rendering, text, messages)
         if spans is None:
             # Some templates branch on the texts of other roles (a system message, a tool result);
             # with those left as they are, the answers can still be located.
             answers = replace_with_markers(messages, marker_id, roles=("assistant",))
-            spans = match_markers(self.render(answers), text, messages, marker_id)
-        markers = find_markers(rendering, marker_id)
-        shown = [m.message for m in markers if m.message in turns and not m.is_reasoning]
+            spans = match_markers(MarkedText(self.render(answers), marker_id), text, messages)
+        is_turn = set(turns)
+        shown = [
+            m.message for m in rendering.markers if m.message in is_turn and not m.is_reasoning
+        ]
         if spans is None or shown != turns:
             raise ChatTemplateError(
                 f"expected the text of each of the {len(turns)} assistant turns once and unchanged "
@@ -176,13 +175,14 @@ class ChatTemplate:
                 "of an answer as it is"
             )
         # A reasoning part has a marker of its own, which the template did not render.
-        if len(find_markers(marked[turns[-1]]["content"], marker_id)) > len(spans[turns[-1]]):
+        last = MarkedText(marked[turns[-1]]["content"], marker_id)
+        if len(last.markers) > len(spans[turns[-1]]):
             raise ChatTemplateError(
                 "the chat template drops the reasoning (the text before </think>) of the last "
                 "answer, so it would not be trained on; remove it from the row, or set "
                 "`chat_template` in the recipe to a template that keeps it"
             )
-        return RenderedTurns(text, rendering, markers, turns, spans)
+        return RenderedTurns(text, rendering, turns, spans)
 
     def find_turn_ends(
         self, messages: Sequence[ChatMessage], rendered: RenderedTurns
@@ -194,7 +194,7 @@ class ChatTemplate:
         """
         ends: dict[int, int] = {}
         for i in rendered.turns:
-            after = text_after(rendered.rendering, rendered.markers, i)
+            after = rendered.rendering.text_after(i)
             end = self._find_end_of_turn(after, rendered.text_spans[i][-1].end)
             is_open = end is None and i == len(messages) - 1 and not after.strip()
             if is_open and self.end_of_turn_token:
@@ -216,9 +216,10 @@ class ChatTemplate:
     ) -> dict[int, int]:
         """Return where the generation prompt ends, by message (step 5 of the example)."""
         starts: dict[int, int] = {}
+        layout = self._role_layout(messages)
         for i in rendered.turns:
-            before = text_before(rendered.rendering, rendered.markers, i)
-            prefix = self._turn_prefix(messages, i)
+            before = rendered.rendering.text_before(i)
+            prefix = self._turn_prefix(layout, i)
             expected = prefix.in_prompt + prefix.answer_prefix
             # Markers exclude the blanks at a question's end, so these come before the prefix.
             blank = len(before) - len(expected) if before.endswith(expected) else 0
@@ -246,7 +247,8 @@ class ChatTemplate:
             # No answer may follow these messages, so training cannot have seen one here either.
             text = self.render(messages, add_generation_prompt=True)
             return text, len(text)
-        answer_prefix = self._turn_prefix([*messages, open_answer], len(messages)).answer_prefix
+        layout = self._role_layout([*messages, open_answer])
+        answer_prefix = self._turn_prefix(layout, len(messages)).answer_prefix
         # A tokenizer may split blanks at the end of a text unlike blanks before a word. Training
         # saw a word there, so the text goes on with a letter that the caller cuts off as ids.
         return f"{text[:answer]}a", _answer_start(text, answer, answer_prefix)
@@ -260,7 +262,7 @@ class ChatTemplate:
             layout = self._role_layout([*messages, *answer])
         except ChatTemplateError:
             layout = self._role_layout(messages)
-        shown = {marker.message for marker in layout.markers}
+        shown = {marker.message for marker in layout.rendering.markers}
         for i, message in enumerate(messages):
             if i not in shown and message["content"].strip():
                 raise ChatTemplateError(
@@ -287,13 +289,13 @@ class ChatTemplate:
 
         Raises ChatTemplateError if the template shows no answer to a question.
         """
-        roles = [_message("user"), _message("assistant")]
-        if all(marker.message != 1 for marker in self._role_layout(roles).markers):
+        layout = self._role_layout([_message("user"), _message("assistant")])
+        if all(marker.message != 1 for marker in layout.rendering.markers):
             raise ChatTemplateError(
                 "the chat template does not show the assistant's messages; set `chat_template` in "
                 "the recipe to one that does"
             )
-        return self._turn_prefix(roles, 1).answer_prefix
+        return self._turn_prefix(layout, 1).answer_prefix
 
     def _render(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool, *, as_parts: bool
@@ -335,10 +337,11 @@ class ChatTemplate:
             else:
                 tagged.append(CharSpan(start, end))
         spans: dict[int, CharSpan] = {}
-        for i, end in ends.items():
-            start = text_spans[i][-1].start
-            around = [s for s in tagged if s.start <= start and end <= s.end]
-            if not around:
+        turns, tag_starts = [*ends], [tag.start for tag in tagged]
+        for number, i in enumerate(turns):
+            start, end = text_spans[i][-1].start, ends[i]
+            around = tagged[max(0, bisect_right(tag_starts, start) - 1) :][:1]
+            if not around or not (around[0].start <= start and end <= around[0].end):
                 raise ChatTemplateError(
                     "the template's {% generation %} tags do not hold all of "
                     f"{text[start:end][:80]!r}, an answer and its end of turn; "
@@ -346,16 +349,30 @@ class ChatTemplate:
                 )
             # Two assistant turns in a row may share a tag: the second starts where the first ends,
             # and only the last one takes what the tag holds after its end of turn.
-            first = max([around[0].start, *(e for e in ends.values() if e <= start)])
-            is_last = all(j <= i or text_spans[j][0].end > around[0].end for j in ends)
+            first = max(around[0].start, ends[turns[number - 1]] if number else 0)
+            following = turns[number + 1 :][:1]
+            is_last = not following or text_spans[following[0]][0].end > around[0].end
             spans[i] = CharSpan(first, around[0].end if is_last else end)
+        found = list(spans.values())
+        span_ends = [span.end for span in found]
         for other in (span for i in text_spans if i not in ends for span in text_spans[i]):
-            if any(s.start < other.end and other.start < s.end for s in spans.values()):
+            after = found[bisect_right(span_ends, other.start) :][:1]
+            if after and after[0].start < other.end:
                 raise ChatTemplateError(
                     "the template's {% generation %} tags hold more than the assistant's turns: "
                     f"{text[other.start : other.end][:80]!r}; {_GENERATION_TAG_HINT}"
                 )
         return spans
+
+    def _render_marked(self, marked: list[ChatMessage], marker_id: str) -> MarkedText:
+        """Return the rendering of messages with markers for texts, which many rows share."""
+        # Jinja is most of the cost of a short row, and here rows of equal roles are equal.
+        key = tuple((message["role"], message["content"]) for message in marked)
+        if key not in self._marked:
+            if len(self._marked) >= _MAX_LAYOUTS:
+                self._marked.clear()
+            self._marked[key] = MarkedText(self.render(marked), marker_id)
+        return self._marked[key]
 
     def _role_layout(self, messages: Sequence[ChatMessage]) -> _RoleLayout:
         # A template's text around messages depends on the roles alone, so that a layout is
@@ -365,15 +382,13 @@ class ChatTemplate:
             if len(self._role_layouts) >= _MAX_LAYOUTS:
                 self._role_layouts.clear()
             bare = replace_with_markers([_message(role) for role in roles], "0")
-            text = self.render(bare)
-            self._role_layouts[roles] = _RoleLayout(bare, text, find_markers(text, "0"), {})
+            self._role_layouts[roles] = _RoleLayout(bare, self._render_marked(bare, "0"), {})
         return self._role_layouts[roles]
 
-    def _turn_prefix(self, messages: Sequence[ChatMessage], i: int) -> _TurnPrefix:
+    def _turn_prefix(self, layout: _RoleLayout, i: int) -> _TurnPrefix:
         """Return the text before answer `i`, split at the end of the generation prompt."""
-        layout = self._role_layout(messages)
         if i not in layout.turn_prefixes:
-            before = text_before(layout.text, layout.markers, i)
+            before = layout.rendering.text_before(i)
             given = self._generation_prompt_length(layout.marker_messages[:i], before)
             layout.turn_prefixes[i] = _TurnPrefix(before[:given], before[given:])
         return layout.turn_prefixes[i]
@@ -382,9 +397,9 @@ class ChatTemplate:
         """Return how many characters of `before` the generation prompt has as well."""
         given = len(before)
         if messages and "add_generation_prompt" in self.source:
-            prompt = self.render(messages, add_generation_prompt=True)
-            markers = find_markers(prompt, "0")
-            given = _num_common(before, prompt[markers[-1].end if markers else 0 :])
+            prompt = MarkedText(self.render(messages, add_generation_prompt=True), "0")
+            last = prompt.markers[-1].end if prompt.markers else 0
+            given = _num_common(before, prompt.text[last:])
             # The two may differ inside a special token (`<|a|>`, `<|b|>`), which is one id.
             for token in self._special_token_pattern.finditer(before):
                 if token.start() < given < token.end():
@@ -416,8 +431,9 @@ class ChatTemplate:
         runs: list[list[str]] = []
         for roles in (("user", "assistant"), ("user", "assistant", "user")):
             try:
-                text = self.render(replace_with_markers([_message(role) for role in roles], "0"))
-                runs.append(self._special_token_run(text_after(text, find_markers(text, "0"), 1)))
+                bare = replace_with_markers([_message(role) for role in roles], "0")
+                after = MarkedText(self.render(bare), "0").text_after(1)
+                runs.append(self._special_token_run(after))
             except ChatTemplateError:
                 runs.append([])
         return runs[0], runs[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,7 @@ def check(
     Several processes and machines may share the rows; the last one to finish reports on all rows.
     Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
-    from multi_token.data.dataset import row_to_sample
+    from multi_token.data.dataset import RowReader
     from multi_token.data.files.open import load_rows
     from multi_token.data.lengths import LengthStore
     from multi_token.data.scan import scan
@@ -104,7 +105,7 @@ def check(
     look = partial(
         scan,
         rows,
-        partial(row_to_sample, processor=processor, modalities=names),
+        RowReader(replace(processor, once=True), names),
         source=data,
         num_workers=num_workers,
         known=known,
@@ -361,7 +362,7 @@ def _print_report(console: Console, report: ScanReport, examples: int) -> None:
     if report.problems:
         console.print(_problem_table(report, examples))
     if report.lengths:
-        console.print(_length_table(histogram([n.num_tokens for n in report.lengths])))
+        console.print(_length_table(histogram(report.lengths.table[:, 0].tolist())))
     total = report.total
     share = total.num_supervised / total.num_tokens if total.num_tokens else 0.0
     console.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import RowError
+from multi_token.processor import MultiTokenProcessor
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 
@@ -25,6 +26,34 @@ def row_to_sample(
 ) -> Sample:
     """Read one row into its sample: the same path for training, `data check` and plug-ins."""
     return processor(to_conversation(row, modalities, row_id=row_id))
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows as training does: `row_to_sample`, for one row or for several together."""
+
+    processor: Callable[[Conversation], Sample]
+    modalities: tuple[str, ...]
+
+    def __call__(self, row: Row, row_id: str) -> Sample:
+        """Read one row into its sample. Raises RowError."""
+        return self.processor(self.conversation(row, row_id))
+
+    def conversation(self, row: Row, row_id: str) -> Conversation:
+        """Convert one row. Raises RowError."""
+        return to_conversation(row, self.modalities, row_id=row_id)
+
+    def samples(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
+        """Return the samples of conversations; a RowError in place of a bad one."""
+        if isinstance(self.processor, MultiTokenProcessor):
+            return self.processor.many(conversations)
+        found: list[Sample | RowError] = []
+        for conversation in conversations:
+            try:
+                found.append(self.processor(conversation))
+            except RowError as error:
+                found.append(error)
+        return found
 
 
 class ConversationDataset(Dataset[Sample]):

@@ -6,12 +6,14 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -32,8 +34,14 @@ if TYPE_CHECKING:
 
 _BY_HEADER = "by_header"
 """Key in a file whose lengths are header lengths."""
-_NOT_LENGTHS = frozenset(("chat", "modalities", "fetch", "cache", "lengths_only", "row_id"))
+_NOT_LENGTHS = frozenset(
+    ("chat", "modalities", "fetch", "cache", "lengths_only", "row_id", "_seen", "once")
+)
 """Fields of a processor that are digested separately, or that lengths do not depend on."""
+_MAX_NAME = 1024
+"""Characters of a source whose stamp is kept; a longer one holds data."""
+_MAX_STAMPS = 1 << 16
+"""Stamps of files that a process keeps."""
 _SAVE_INTERVAL_S = 30.0
 """Time between two saves during a scan: the work that a kill may lose."""
 
@@ -44,6 +52,47 @@ class Length(NamedTuple):
     num_tokens: int
     num_supervised: int
     num_media: int
+
+
+class Lengths(Sequence[Length]):
+    """Lengths of rows in one array: a tuple for each of a million rows would take 150 MB."""
+
+    def __init__(self, lengths: Iterable[Length] = ()) -> None:
+        self._numbers = array("q")
+        for length in lengths:
+            self.append(length)
+
+    def append(self, length: Length) -> None:
+        """Add the length of a row."""
+        self._numbers.extend(length)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // len(Length._fields)
+
+    @overload
+    def __getitem__(self, index: int) -> Length: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Length]: ...
+    def __getitem__(self, index: int | slice) -> Length | Sequence[Length]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        start = range(len(self))[index] * len(Length._fields)
+        return Length(*self._numbers[start : start + len(Length._fields)])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """All numbers, int64 [rows, 3]."""
+        return np.array(self._numbers, np.int64).reshape(-1, len(Length._fields))
+
+    @classmethod
+    def of_table(cls, table: NDArray[np.int64]) -> Lengths:
+        """Return the lengths of an array [rows, 3]."""
+        found = cls()
+        found._numbers.frombytes(np.ascontiguousarray(table, np.int64).tobytes())
+        return found
 
 
 class LengthStore:
@@ -64,7 +113,8 @@ class LengthStore:
         self.identity = processor_fingerprint(processor)
         self.lengths_only = processor.lengths_only
         self._table = KeyTable([(name, "i4") for name in Length._fields])
-        self._new: dict[str, Length] = {}
+        self._new_keys, self._new_lengths = bytearray(), array("i")
+        self._stamps: dict[str, list[Any]] = {}
         self._file = self.folder / f"{uuid.uuid4().hex}.safetensors"
         self._saved = time.monotonic()
         self.refresh()
@@ -91,9 +141,16 @@ class LengthStore:
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
-            turns = self._turns(to_conversation(row, self.names, row_id=row_id))
-        except (RowError, _NoStamp):
+            return self.key_of(to_conversation(row, self.names, row_id=row_id))
+        except RowError:
             # a bad row has no length, and may be fixed before the next start
+            return None
+
+    def key_of(self, conversation: Conversation) -> str | None:
+        """Return the key of a conversation; None for one without a stable key."""
+        try:
+            turns = self._turns(conversation)
+        except _NoStamp:
             return None
         text = json.dumps(turns, ensure_ascii=False)
         # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
@@ -110,7 +167,17 @@ class LengthStore:
     def _part(self, part: Part) -> Any:
         if not isinstance(part, Media):
             return part.text
-        return [part.modality, _source_stamp(part.source, self.fetch), part.media_text]
+        return [part.modality, self._source_stamp(part.source), part.media_text]
+
+    def _source_stamp(self, source: Any) -> Any:
+        if not isinstance(source, str) or len(source) > _MAX_NAME:
+            return _source_stamp(source, self.fetch)
+        # many rows may share an image, and a pass over them looks at its file once
+        if source not in self._stamps:
+            if len(self._stamps) >= _MAX_STAMPS:
+                self._stamps.clear()
+            self._stamps[source] = _source_stamp(source, self.fetch)
+        return self._stamps[source]
 
     def get(self, key: str) -> Length | None:
         """Return the length of a row, or None."""
@@ -120,24 +187,24 @@ class LengthStore:
     def add(self, key: str, length: Length) -> None:
         """Add a length. It is saved within 30 seconds of further calls, or by `save`."""
         # rows of equal content share a key, and are stored once
-        if self._table.get(key) is not None:
-            return
+        num_before = len(self._table)
         self._table.add(key, length)
-        self._new[key] = length
+        if len(self._table) == num_before:
+            return
+        self._new_keys += bytes.fromhex(key)
+        self._new_lengths.extend(length)
         if time.monotonic() - self._saved > _SAVE_INTERVAL_S:
             self.save()
 
     def save(self) -> None:
         """Write the lengths of this process to a file of its own, atomically."""
         self._saved = time.monotonic()
-        if not self._new:
+        if not self._new_keys:
             return
         # all lengths of this process, in a file of its own: no two writers, so no lock
-        keys = b"".join(map(bytes.fromhex, self._new))
-        arrays = {
-            "keys": np.frombuffer(keys, np.uint8).reshape(len(self._new), -1),
-            "lengths": np.array(list(self._new.values()), np.int32),
-        }
+        lengths = np.array(self._new_lengths, np.int32).reshape(-1, len(Length._fields))
+        keys = np.frombuffer(bytes(self._new_keys), np.uint8).reshape(len(lengths), -1)
+        arrays = {"keys": keys, "lengths": lengths}
         if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,25 @@ class Mixture:
         self._bounds = np.array(bounds, dtype=np.uint64)
         self._counted = (0, np.zeros(self.num_sources, dtype=np.int64))
         self._planned: dict[int, list[RowRef]] = {}
+        self._num_lanes = [1] * self.num_sources
+        self._lane_of: Callable[[NDArray[np.int64]], NDArray[np.int64]] = np.zeros_like
+        self._counted_lanes: tuple[int, list[NDArray[np.int64]]] = (0, [])
+
+    def with_lanes(
+        self,
+        num_lanes: Sequence[int],
+        lane_of: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    ) -> Mixture:
+        """Return a copy in which the positions of a reader take rows of few lanes (RowStream).
+
+        Args:
+            num_lanes: Lanes of each source.
+            lane_of: Positions -> numbers; a number modulo `num_lanes` is the lane of a position.
+        """
+        found = copy(self)
+        found._planned, found._counted_lanes = {}, (0, [])
+        found._num_lanes, found._lane_of = list(num_lanes), lane_of
+        return found
 
     def row_ref(self, position: int) -> RowRef:
         """Return the source and row number of a position."""
@@ -67,7 +87,37 @@ class Mixture:
             numbers[own] = before + np.arange(own.sum())
         # within the window alone: its rows can then be read ahead, in the order of the files
         order = permutation(self.window, self.seed, _ORDER, number)
-        return [RowRef(int(drawn[i]), int(numbers[i])) for i in order]
+        drawn, numbers = drawn[order], numbers[order]
+        before = self._before_in_lanes(number)
+        for source, num_lanes in enumerate(self._num_lanes):
+            if num_lanes > 1:
+                at, lanes = self._lanes(source, number, drawn)
+                numbers[at] = (before[source][lanes] + _ranks(lanes)) * num_lanes + lanes
+        return [RowRef(int(s), int(n)) for s, n in zip(drawn, numbers, strict=True)]
+
+    def _lanes(
+        self, source: int, number: int, drawn: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the places of a source in a window, whose sources are `drawn`, and their lanes."""
+        at = np.flatnonzero(drawn == source)
+        return at, self._lane_of(number * self.window + at) % self._num_lanes[source]
+
+    def _before_in_lanes(self, number: int) -> list[NDArray[np.int64]]:
+        """Count the rows of each lane of each source before a window."""
+        if max(self._num_lanes) == 1:
+            return []
+        known, counts = self._counted_lanes
+        if known > number or not counts:
+            known, counts = 0, [np.zeros(n, np.int64) for n in self._num_lanes]
+        for passed in range(known, number):
+            order = permutation(self.window, self.seed, _ORDER, passed)
+            drawn = self._drawn(passed)[order]
+            counts = [
+                count + np.bincount(self._lanes(source, passed, drawn)[1], minlength=len(count))
+                for source, count in enumerate(counts)
+            ]
+        self._counted_lanes = (number, counts)
+        return counts
 
     def _drawn(self, number: int) -> NDArray[np.int64]:
         """Draw the sources of a window's positions, before the shuffle."""
@@ -86,6 +136,15 @@ class Mixture:
             counts = counts + np.bincount(self._drawn(passed), minlength=self.num_sources)
         self._counted = (number, counts)
         return counts
+
+
+def _ranks(lanes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each item the number of equal ones before it."""
+    order = np.argsort(lanes, kind="stable")
+    in_order = lanes[order]
+    ranks = np.empty_like(lanes)
+    ranks[order] = np.arange(len(lanes)) - np.searchsorted(in_order, in_order)
+    return ranks
 
 
 def random_integers(size: int, seed: int, purpose: int, number: int) -> NDArray[np.uint64]:

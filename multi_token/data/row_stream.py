@@ -24,6 +24,12 @@ from multi_token.errors import MultiTokenError
 
 _NUM_OPEN = 4
 """Files whose index stays in memory."""
+_MAX_LANES = 64
+"""Lanes of a source, at most: each one is a connection where one process reads them all."""
+_MIN_KEPT = 16
+"""Last rows of a lane that are kept, at least."""
+_BATCH = 16
+"""Rows that `datasets` converts at a time."""
 _SHARDS = 2
 """Purpose of the random numbers that order a source's files; its index is added."""
 
@@ -43,8 +49,21 @@ class RowStream(Protocol):
     root: str | None
     """Folder to which media paths are relative; None: the current one."""
 
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes: row `number` is the row `number // num_lanes` of one of them.
+
+        Lane `number % num_lanes` has files of its own, and is read without the others. A source
+        with random access has one lane.
+        """
+        ...
+
     def row(self, number: int) -> NumberedRow:
         """Return a row. Raises RowError for a bad one, MultiTokenError where there are none."""
+        ...
+
+    def close(self) -> None:
+        """Drop open files and kept rows; the next access opens them again."""
         ...
 
 
@@ -70,7 +89,7 @@ def open_stream(
     path = Path(source).expanduser()
     if path.is_dir():
         return ShardedRows(source, [path], open_rows=partial(_saved, split=split))
-    return SequentialRows(source, partial(stream_hub, source, split=split), keep=keep)
+    return LanedRows(source, partial(stream_hub, source, split=split), keep=keep)
 
 
 def _saved(path: Path, split: str) -> Sequence[Row]:
@@ -83,6 +102,8 @@ class ShardedRows:
     The n-th row of an epoch is located by the sizes of the files before it. A size costs the footer
     of a .parquet, the headers of a .tar or the line breaks of a .jsonl, and no row.
     """
+
+    num_lanes = 1
 
     def __init__(
         self,
@@ -157,14 +178,84 @@ class ShardedRows:
             self._opened[file] = self._open(self.files[file])
         return self._opened[file]
 
+    def close(self) -> None:
+        """Drop open files; see RowStream."""
+        self._opened.clear()
+
+
+class LanedRows:
+    """Rows of a `datasets.IterableDataset`, such as a hub stream, in lanes of its files.
+
+    Lane i of n has the files i, i + n, i + 2 n, ... A reader that needs rows of some lanes fetches
+    the files of those alone. Each lane begins again at its own end.
+    """
+
+    root: str | None = None
+
+    def __init__(self, source: str, open_rows: Callable[[], Any], *, keep: int) -> None:
+        """`keep`: last rows that are kept in memory, of all lanes together."""
+        self.source = source
+        self.keep = keep
+        self._open_rows = open_rows
+        self._dataset: Any = None
+        self._lanes: list[SequentialRows] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the open data set: each data worker opens its own."""
+        return {**self.__dict__, "_dataset": None}
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes: a power of two, so that 2, 4 or 8 readers share them evenly."""
+        if not self._lanes:
+            num_files = max(1, int(self._open().n_shards))
+            num_lanes = min(_MAX_LANES, 1 << (num_files.bit_length() - 1))
+            keep = max(_MIN_KEPT, 2 * self.keep // num_lanes)
+            self._lanes = [
+                SequentialRows(
+                    self.source if num_lanes == 1 else f"{self.source}-{lane}",
+                    partial(self._rows, lane, num_lanes),
+                    keep=self.keep if num_lanes == 1 else keep,
+                )
+                for lane in range(num_lanes)
+            ]
+        return len(self._lanes)
+
+    def row(self, number: int) -> NumberedRow:
+        """Return a row; see RowStream."""
+        index, lane = divmod(number, self.num_lanes)
+        return self._lanes[lane].row(index)
+
+    def close(self) -> None:
+        """Drop the connections and the kept rows; see RowStream."""
+        self._dataset = None
+        for lane in self._lanes:
+            lane.close()
+
+    def _open(self) -> Any:
+        if self._dataset is None:
+            self._dataset = self._open_rows()
+        return self._dataset
+
+    def _rows(self, lane: int, num_lanes: int) -> Iterator[Row]:
+        rows = self._open()
+        if num_lanes > 1:
+            rows = rows.shard(num_lanes, lane, contiguous=False)
+        # not `iter(rows)`: in a data worker, that gives some files to each worker by itself
+        for batch in rows.iter(batch_size=_BATCH):
+            yield from (
+                dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
+            )
+
 
 class SequentialRows:
-    """Rows of a source without random access, such as a hub stream.
+    """Rows of a source without random access, read from front to back.
 
     The last `keep` rows are kept; a row before those restarts the source.
     """
 
     root: str | None = None
+    num_lanes = 1
 
     def __init__(self, source: str, open_rows: Callable[[], Iterable[Row]], *, keep: int) -> None:
         self.source = source
@@ -192,6 +283,10 @@ class SequentialRows:
             self._kept.append(NumberedRow(row, row_id, self._epoch))
             self._next += 1
         return self._kept[number - self._next]
+
+    def close(self) -> None:
+        """Drop the kept rows; see RowStream."""
+        self._begin()
 
     def _read(self) -> Row:
         for row in self._rows or ():

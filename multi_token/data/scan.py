@@ -7,24 +7,34 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+import numpy as np
 from rich.console import Console
 from torch.utils.data import Dataset
 
+from multi_token.data.dataset import RowReader
 from multi_token.data.formats import to_conversation
-from multi_token.data.lengths import Length, LengthStore
+from multi_token.data.lengths import Length, Lengths, LengthStore
 from multi_token.data.parallel import read_parallel
 from multi_token.data.rows import Row, row_id_of
 from multi_token.distributed import is_main_process
 from multi_token.errors import RowError, RowKind
-from multi_token.types import IGNORE_INDEX, Sample
+from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 if TYPE_CHECKING:
     from multi_token.modalities.base import Modality
+
+
+_MAX_PART = 64
+"""Rows that a data worker reads at a time."""
+_PARTS_PER_WORKER = 16
+"""Parts of each worker, at least: the last one leaves the others waiting."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ class ScanReport:
     """Result of `scan`; `good_indices` and `lengths` run in parallel, in the order of the rows."""
 
     num_rows: int
-    good_indices: list[int] = field(default_factory=list)
-    lengths: list[Length] = field(default_factory=list)
+    good_indices: array[int] = field(default_factory=lambda: array("q"))
+    lengths: Lengths = field(default_factory=Lengths)
     problems: list[Problem] = field(default_factory=list)
     num_decoded: int = field(default=0, compare=False)
     """Good rows with an item that was decoded, or came from a feature cache."""
@@ -70,7 +80,7 @@ class ScanReport:
     @property
     def total(self) -> Length:
         """Sums over the good rows."""
-        return Length(*map(sum, zip(Length(0, 0, 0), *self.lengths, strict=True)))
+        return Length(*self.lengths.table.sum(0).tolist())
 
 
 def scan(
@@ -87,8 +97,8 @@ def scan(
 
     Args:
         rows: The rows, by index.
-        read: Row and row id -> sample: `partial(row_to_sample, processor=..., modalities=...)`.
-            Must be picklable if `num_workers` is not 0.
+        read: Row and row id -> sample. A RowReader tokenizes several rows together. Must be
+            picklable if `num_workers` is not 0.
         source: Name of the rows, for messages.
         num_workers: Processes that read rows; 0 reads in this one.
         progress: Show a bar on a terminal.
@@ -102,17 +112,21 @@ def scan(
         MultiTokenError: an error that is not about one row, such as a full disk.
     """
     indices = range(len(rows)) if indices is None else indices
-    # one row at a time to each worker: rows differ too much in cost for equal batches of them
-    results = read_parallel(
-        _ScanDataset(rows, read, source, indices, known),
+    # Rows differ much in cost, so parts are small enough that workers end at about the same time;
+    # one row at a time would cost more to send than to read.
+    size = min(_MAX_PART, len(indices) // (_PARTS_PER_WORKER * max(1, num_workers)))
+    size = max(1, size) if isinstance(read, RowReader) else 1
+    parts = read_parallel(
+        _ScanDataset(rows, read, source, indices, known, size),
         num_workers=num_workers,
         console=Console(stderr=True, quiet=not (progress and is_main_process())),
         description="Reading rows",
         total=len(indices),
+        size=len,
     )
     report = ScanReport(num_rows=len(indices))
     try:
-        for index, (key, result, how) in zip(indices, results, strict=True):
+        for index, (key, result, how) in zip(indices, chain.from_iterable(parts), strict=True):
             if isinstance(result, Problem):
                 report.problems.append(result)
                 continue
@@ -120,7 +134,7 @@ def scan(
             report.num_known_before += how == "remembered"
             report.good_indices.append(index)
             report.lengths.append(result)
-            if known is not None and key is not None:
+            if known is not None and key is not None and how != "remembered":
                 # in the main process: data workers would write a file each
                 known.add(key, result)
     finally:
@@ -132,13 +146,14 @@ def scan(
 
 def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     """Join the reports on shares of the same rows, as if one process had scanned them all."""
-    pairs = [pair for r in reports for pair in zip(r.good_indices, r.lengths, strict=True)]
+    indices = np.concatenate([np.array(r.good_indices, np.int64) for r in reports])
     # by row, so that the number of processes does not change the order of training
-    good = sorted(pairs, key=lambda pair: pair[0])
+    order = np.argsort(indices, kind="stable")
+    lengths = np.concatenate([r.lengths.table for r in reports])
     return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
-        good_indices=[index for index, _ in good],
-        lengths=[length for _, length in good],
+        good_indices=array("q", indices[order].tobytes()),
+        lengths=Lengths.of_table(lengths[order]),
         problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
         num_decoded=sum(report.num_decoded for report in reports),
         num_known_before=sum(report.num_known_before for report in reports),
@@ -154,18 +169,43 @@ class _Result(NamedTuple):
 
 
 @dataclass
-class _ScanDataset(Dataset[_Result]):
+class _ScanDataset(Dataset[list[_Result]]):
+    """Parts of the rows, `size` rows each."""
+
     rows: Sequence[Row]
     read: Callable[[Row, str], Sample]
     source: str
     indices: Sequence[int]
     known: LengthStore | None
+    size: int
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return -(-len(self.indices) // self.size)
 
-    def __getitem__(self, number: int) -> _Result:
-        index = self.indices[number]
+    def __getitem__(self, number: int) -> list[_Result]:
+        indices = self.indices[number * self.size : (number + 1) * self.size]
+        if not isinstance(self.read, RowReader):
+            return [self._result(index, self.read) for index in indices]
+        results: list[_Result] = []
+        unknown: list[tuple[int, str | None, Conversation]] = []
+        for at, index in enumerate(indices):
+            try:
+                row = self.rows[index]
+                conversation = self.read.conversation(row, row_id_of(index, row, self.source))
+            except RowError as error:
+                results.append(_Result(None, Problem.of(index, error)))
+                continue
+            key = None if self.known is None else self.known.key_of(conversation)
+            length = self.known.get(key) if self.known is not None and key is not None else None
+            results.append(_Result(key, length or Length(0, 0, 0), "remembered"))
+            if length is None:
+                unknown.append((at, key, conversation))
+        samples = self.read.samples([conversation for _, _, conversation in unknown])
+        for (at, key, _), sample in zip(unknown, samples, strict=True):
+            results[at] = _result_of(indices[at], key, sample)
+        return results
+
+    def _result(self, index: int, read: Callable[[Row, str], Sample]) -> _Result:
         try:
             row = self.rows[index]
             row_id = row_id_of(index, row, self.source)
@@ -174,12 +214,17 @@ class _ScanDataset(Dataset[_Result]):
                 length = self.known.get(key)
                 if length is not None:
                     return _Result(key, length, "remembered")
-            sample = self.read(row, row_id)
-            # an item with a header length has no inputs
-            decoded = any(item.inputs for item in sample.media)
-            return _Result(key, sample_length(sample), "decoded" if decoded else "read")
+            return _result_of(index, key, read(row, row_id))
         except RowError as error:
             return _Result(None, Problem.of(index, error))
+
+
+def _result_of(index: int, key: str | None, sample: Sample | RowError) -> _Result:
+    if isinstance(sample, RowError):
+        return _Result(None, Problem.of(index, sample))
+    # an item with a header length has no inputs
+    decoded = any(item.inputs for item in sample.media)
+    return _Result(key, sample_length(sample), "decoded" if decoded else "read")
 
 
 def sample_length(sample: Sample) -> Length:

@@ -5,6 +5,8 @@ DataSource -> open_source -> TrainingSource -> good_rows -> indices and lengths 
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from torch.utils.data import ConcatDataset
 
-from multi_token.data.dataset import ConversationDataset, row_to_sample
+from multi_token.data.dataset import ConversationDataset, RowReader
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
@@ -135,7 +137,11 @@ def good_rows(
     if predicted:
         console.print(_length_counts(predicted), highlight=False)
     return [
-        replace(source, good_indices=r.good_indices, lengths=[n.num_tokens for n in r.lengths])
+        replace(
+            source,
+            good_indices=r.good_indices,
+            lengths=array("q", r.lengths.table[:, 0].tobytes()),
+        )
         for source, r in zip(sources, reports, strict=True)
     ]
 
@@ -166,6 +172,10 @@ _NUM_COMPARED_ROWS = 1000
 """Rows of each source that are compared in full between processes."""
 _NUM_COMPARED_MEDIA = 32
 """Rows of each source that every process decodes, to compare the media found."""
+_MANY_FOR_ONE = 5_000
+"""Number of rows from which one process reads longer than data workers take to start."""
+_MAX_READERS = 16
+"""Data workers of a pass over rows where the recipe names no number."""
 _MANY_ROWS = 50_000
 """Number of rows from which a message suggests `data.lengths: headers`."""
 
@@ -206,10 +216,9 @@ def _length_counts(reports: Sequence[ScanReport]) -> str:
 def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> ScanReport:
     """Scan this process' share of the rows; returns the merged report of all processes."""
     # only for the scan: in training, items without inputs would reach the encoder
-    processor = replace(source.processor, lengths_only=source.lengths_only)
-    read = partial(row_to_sample, processor=processor, modalities=list(processor.modalities))
+    processor = replace(source.processor, lengths_only=source.lengths_only, once=True)
+    read = RowReader(processor, tuple(processor.modalities))
     known = LengthStore(lengths_folder(recipe), processor)
-    all_args = [{**recipe.train.args, **stage.args} for stage in recipe.train.stages]
     num_rows, num_shares = len(source.rows), num_processes()
     headers_allowed = recipe.data.lengths == "decode" and recipe.data.on_bad_row == "raise"
     if headers_allowed and processor.cache is None and num_rows - len(known) > _MANY_ROWS:
@@ -229,9 +238,23 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
     # every n-th row: neighbours often cost alike, so blocks would end at different times
     mine = look(
         indices=range(rank(), num_rows, num_shares),
-        num_workers=max(int(args.get("dataloader_num_workers", 0)) for args in all_args),
+        num_workers=num_readers(recipe, num_rows // num_shares),
     )
     return merge_reports(all_gather(mine))
+
+
+def num_readers(recipe: Recipe, num_rows: int) -> int:
+    """Return the data workers of a pass over rows: the recipe's, else all cores for many rows."""
+    all_args = [{**recipe.train.args, **stage.args} for stage in recipe.train.stages]
+    given = [
+        args["dataloader_num_workers"] for args in all_args if "dataloader_num_workers" in args
+    ]
+    if given or num_rows < _MANY_FOR_ONE:
+        return max(map(int, given), default=0)
+    # no worker holds a device or weights, so that all cores of the machine may read
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(_MAX_READERS, (cores or 1) // num_local)
 
 
 def build_dataset(

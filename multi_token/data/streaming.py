@@ -13,15 +13,18 @@ No step keeps state that a resume would need: any position can be computed at on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from multi_token.data.dataset import row_to_sample
+from multi_token.data.formats import to_conversation
 from multi_token.data.mixture import Mixture
 from multi_token.data.row_stream import RowStream, open_stream
 from multi_token.data.rows import Row
@@ -75,6 +78,8 @@ class StreamDataset(IterableDataset[Sample]):
             # a small source comes several times in these positions
             if found.epoch == 0:
                 rows[ref.source].append({**found.row, "id": found.row_id})
+        for stream in self.streams:
+            stream.close()  # its rows would stay in memory beside those that are returned
         return list(map(TrainingSource, rows, self.processors, self.names))
 
     def with_sources(self, sources: Sequence[TrainingSource]) -> StreamDataset:
@@ -127,6 +132,35 @@ class StreamDataset(IterableDataset[Sample]):
             )
 
 
+def without_media(source: TrainingSource) -> TrainingSource:
+    """Return the first rows of a stream without the bytes of their media, but for one of each kind.
+
+    After stage zero only their number is needed, and an item to try each trainable encoder with.
+    """
+    found: set[str] = set()
+    good = None if source.good_indices is None else set(source.good_indices)
+    rows: list[Row] = []
+    for index, row in enumerate(source.rows):
+        try:
+            media = to_conversation(row, list(source.processor.modalities), row_id="").media
+        except RowError:
+            media = ()
+        kinds = {item.modality for item in media}
+        # a bad row has no item to keep
+        keep = (good is None or index in good) and not kinds <= found
+        found |= kinds if keep else set()
+        rows.append(row if keep else _without_bytes(row))
+    return dataclasses.replace(source, rows=rows)
+
+
+def _without_bytes(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_bytes(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_bytes(item) for item in value]
+    return b"" if isinstance(value, (bytes, bytearray)) else value
+
+
 def open_streams(processor: MultiTokenProcessor, recipe: Recipe, *, seed: int) -> StreamDataset:
     """Return the training rows of a recipe with `data.stream`. No row is read yet."""
     assert recipe.data.stream is not None
@@ -175,6 +209,11 @@ class PaddedShard:
         first += (batch * self.num_processes + self.process) * self.batch_size
         return range(first, first + self.batch_size)
 
+    def lane_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return a number of each position that is equal within a batch; see Mixture.with_lanes."""
+        # by batch, counted over all processes: a lane does not depend on their number
+        return positions // self.batch_size
+
 
 @dataclass(frozen=True)
 class PackedShard:
@@ -197,6 +236,11 @@ class PackedShard:
         at = first + (number - num_replayed) * _CHUNK
         return [self.process + i * self.num_processes for i in range(at, at + _CHUNK)]
 
+    def lane_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return a number of each position that is equal within a chunk; see Mixture.with_lanes."""
+        chunks, process = np.divmod(positions, self.num_processes)
+        return process + self.num_processes * (chunks // _CHUNK)
+
 
 class ShardReader(IterableDataset[Any]):
     """Reads the rows of a shard, group by group.
@@ -216,7 +260,10 @@ class ShardReader(IterableDataset[Any]):
         """`collate`: yields (batch or None, problems) for each group. Without it, groups are
         yielded: the main process packs their rows. `start`: number of the first group.
         """
-        self.streams = streams
+        num_lanes = [stream.num_lanes for stream in streams.streams]
+        # a reader takes every n-th group, so that with n lanes it fetches the files of one
+        mixture = streams.mixture.with_lanes(num_lanes, shard.lane_of)
+        self.streams = dataclasses.replace(streams, mixture=mixture)
         self.shard = shard
         self.collate = collate
         self.start = start

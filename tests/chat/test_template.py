@@ -235,7 +235,7 @@ def test_text_that_a_tokenizer_cannot_spell_is_refused() -> None:
         chat.tokenize(talk(("user", "yes"), ("assistant", "no")), [])
 
 
-def test_a_template_is_rendered_twice_for_a_known_sequence_of_roles() -> None:
+def test_a_template_is_rendered_once_for_a_known_sequence_of_roles() -> None:
     tokenizer = tiny_tokenizer()
     render, num_renders = tokenizer.apply_chat_template, 0
 
@@ -257,7 +257,7 @@ def test_a_template_is_rendered_twice_for_a_known_sequence_of_roles() -> None:
             )
             counts.append(num_renders)
     # a probe for the contents, two for the ends, one layout and its two borders come first
-    assert counts == [2 + 1 + 2 + 1 + 2, 2, 1, 1]
+    assert counts == [1 + 1 + 2 + 1 + 2, 1, 1, 1]
 
 
 def test_many_sequences_of_roles_do_not_fill_the_memory() -> None:

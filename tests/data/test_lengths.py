@@ -81,7 +81,11 @@ def test_a_second_scan_reads_bad_rows_alone_and_reports_the_same(
     folder: Path, processor: MultiTokenProcessor
 ) -> None:
     plain, _ = look(folder, processor, known=False)
-    assert plain.good_indices == [0, 1, 3, 6] and [p.index for p in plain.problems] == [2, 4, 5]
+    assert list(plain.good_indices) == [0, 1, 3, 6] and [p.index for p in plain.problems] == [
+        2,
+        4,
+        5,
+    ]
     first, opened = look(folder, processor)
     assert first == plain and len(opened) == 6
     second, opened = look(folder, processor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -293,6 +294,51 @@ def test_samples_without_a_row_are_bad_rows_with_the_reason(tmp_path: Path) -> N
     for index, reason in enumerate(reasons):
         with pytest.raises(RowError, match=f"row s.tar/{reason}"):
             rows[index]
+
+
+def num_headers_read(path: Path) -> int:
+    """Open a tar; return the number of headers that were read for it."""
+    found = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code is tarfile.TarInfo.fromtarfile.__func__.__code__
+
+    sys.setprofile(count)
+    try:
+        TarRows(path)
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_headers_of_a_tar_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    write_tar_of(path, range(3))
+    first = TarRows(path)
+    assert num_headers_read(path) == 0
+    again = TarRows(path)
+    assert list(again) == list(first) and len(again) == 3
+    assert load_rows(str(tmp_path / "*"))[2]["number"] == 2, "an index is no file of rows"
+    write_tar_of(path, range(5))
+    assert num_headers_read(path) > 5 and len(TarRows(path)) == 5
+
+
+def test_an_index_is_in_the_cache_where_the_folder_of_the_tar_cannot_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tar_of(tmp_path / "s.tar", range(3))
+    (tmp_path / ".s.tar.index").mkdir()
+    TarRows(tmp_path / "s.tar")
+    assert num_headers_read(tmp_path / "s.tar") == 0
+
+
+def test_a_damaged_index_is_written_again(tmp_path: Path) -> None:
+    write_tar_of(tmp_path / "s.tar", range(3))
+    (tmp_path / ".s.tar.index").write_bytes(b"cut short")
+    assert [row["number"] for row in TarRows(tmp_path / "s.tar")] == [0, 1, 2]
+    assert num_headers_read(tmp_path / "s.tar") == 0
 
 
 def test_shards_in_memory_stay_few(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from multi_token.data.packing import PackingPlan
 from multi_token.data.row_stream import open_stream
 from multi_token.data.scan import Problem
 from multi_token.data.stream_loader import StreamLoader, StreamState, load_state, save_states
-from multi_token.data.streaming import PaddedShard, StreamDataset
+from multi_token.data.streaming import PaddedShard, StreamDataset, without_media
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.train.training_args import training_arguments
@@ -25,6 +25,7 @@ class Rows:
     """Stream over a list of rows that records the rows it returned."""
 
     root: str | None = None
+    num_lanes = 1
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
@@ -36,6 +37,9 @@ class Rows:
         self.asked.append(number)
         row = self.rows[number % len(self.rows)]
         return NumberedRow(row, str(row.get("id")), number // len(self.rows))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Bench:
@@ -224,3 +228,22 @@ def test_relative_paths_start_at_the_folder_of_the_rows(
     streams = StreamDataset([stream], ["data"], [processor], Mixture([1.0], seed=0, window=4))
     collated = Collator(model.modalities, model.processor.chat.filler_id)(list(islice(streams, 4)))
     assert collated["input_ids"].shape[0] == 4
+
+
+def test_first_rows_keep_one_item_of_each_modality_once_stage_zero_is_done(
+    bench: Bench,
+) -> None:
+    def num_bytes(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(map(num_bytes, value.values()))
+        return len(value) if isinstance(value, bytes) else 0
+
+    (source,) = bench().streams.first_rows(24)
+    (after,) = map(without_media, [source])
+    kept = [row for row in after.rows if num_bytes(row)]
+    assert len(kept) == 1 and sum(map(num_bytes, source.rows)) > 10 * num_bytes(kept[0])
+    assert [len(c.media) for c, _ in after.conversations()] == [
+        len(c.media) for c, _ in source.conversations()
+    ]
+    item, processor = next(after.items())
+    assert processor.prepare(item).inputs

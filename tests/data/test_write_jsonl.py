@@ -34,7 +34,7 @@ def test_the_clean_file_holds_the_good_rows_and_reads_like_them(
     written = load_rows(str(out))
     assert [r.get("id") for r in written] == ["ä", None, None]
     assert written[2]["weights"] == [1.5, 2.0]
-    assert scan(written, read, progress=False).good_indices == [0, 1, 2]
+    assert list(scan(written, read, progress=False).good_indices) == [0, 1, 2]
     source = to_conversation(written[0], ["image"], row_id="").media[0].source
     assert FETCH.read(source) == content
 

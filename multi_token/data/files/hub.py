@@ -6,7 +6,7 @@ item, which `datasets` cannot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +27,8 @@ def load_hub(source: str, split: str) -> Sequence[Row]:
     return _without_decoding(_open_hub(source, split))
 
 
-def stream_hub(source: str, *, split: str = "train") -> Iterable[Row]:
-    """Yield the rows of a data set on the hub in order, each once it is downloaded.
+def stream_hub(source: str, *, split: str = "train") -> datasets.IterableDataset:
+    """Open a data set on the hub whose rows are read while they are downloaded.
 
     Raises MultiTokenError if the hub does not have it, or cannot be reached.
     """
