@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,6 +172,8 @@ def _probe_in_shards(recipe: Recipe, args: TrainingArguments) -> Capabilities:
         check_trainable(language_model)
     # what else could be asked for would run the model that is dropped
     capabilities.probe = None
+    del language_model
+    gc.collect()  # FSDP2's units refer to each other
     return capabilities
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from rich.console import Console
@@ -100,6 +101,8 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
             # sharded parameters stay sharded, and the next stage shards a model of its own
             run.model = compose_model(run.recipe, stage.args, run.model.capabilities)
             load_trained(run.model, stage.folder / "result")
+            run.evaluation.detach(run.model)
+            gc.collect()  # the trainer and its callbacks refer to each other
     if is_main_process():
         with raise_on_write_error(folder):
             save(run.model, folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ class Peak(threading.Thread):
 
 def main(job: dict[str, Any]) -> None:
     seen: dict[str, Any] = {"layers": 0}
-    known: dict[int, nn.Module] = {}
+    known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def watch(layer: nn.Module, *_: Any) -> None:
         """As a decoder layer ends: count the layers whose weights are whole here."""
         if not isinstance(layer, LlamaDecoderLayer):
             return
-        known[id(layer)] = layer
-        whole = [k for k in known.values() if not isinstance(next(k.parameters()), DTensor)]
+        known.add(layer)
+        whole = [k for k in known if not isinstance(next(k.parameters()), DTensor)]
         seen["layers"] = max(seen["layers"], len(whole))
 
     nn.modules.module.register_module_forward_hook(watch)
