@@ -65,6 +65,7 @@ _GAUGES = (
     "num_requests_waiting",
     "num_requests_admitted",
     "num_media_waiting",
+    "media_memory_bytes",
 )
 _FREED_S = 30.0
 """The longest that what is left may take to end when everybody has gone."""

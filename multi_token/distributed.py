@@ -69,11 +69,20 @@ def exit_without_teardown(code: int, error: Exception | None = None) -> None:
 def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Value of `decide()` in the main process, for all processes.
 
-    Other processes might see a shared folder later or differently, so only one may look.
+    Other processes might see a shared folder later or differently, so only one may look. A
+    MultiTokenError of `decide()` is raised in all processes.
     """
-    found: list[Any] = [decide() if is_main_process() else None]
+    found: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            found[0] = decide()
+        except MultiTokenError as error:
+            # sent before it is raised: the others would wait for a process that has left
+            found[1] = error
     if num_processes() > 1:
         distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
     return found[0]
 
 

@@ -132,5 +132,7 @@ def _message_texts(content: str) -> dict[bool, CharSpan]:
 
 
 def _stripped(content: str, start: int, end: int) -> CharSpan:
+    if start < end and not content[start].isspace() and not content[end - 1].isspace():
+        return CharSpan(start, end)
     start += len(content[start:end]) - len(content[start:end].lstrip())
     return CharSpan(start, start + len(content[start:end].rstrip()))

@@ -457,6 +457,8 @@ class ChatTemplate:
 
 
 def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
+    if one == other:  # nearly always, and compared without a loop
+        return len(one)
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

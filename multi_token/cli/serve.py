@@ -43,6 +43,11 @@ def serve(
         None, help="Maximum number of generations that wait; default: 4 x --max-batch."
     ),
     deadline: float = typer.Option(300.0, help="Time limit of a request, in seconds."),
+    media_memory_mb: int = typer.Option(
+        2048,
+        help="Memory of request bodies and media until the media are embedded, in MiB; requests "
+        "wait for it.",
+    ),
     media_cache_mb: int = typer.Option(
         256, min=0, help="Size of the cache of media embeddings, in MiB; 0 disables the cache."
     ),
@@ -65,7 +70,9 @@ def serve(
         0.0, help="Time to wait at startup for the first vLLM server, in seconds."
     ),
     examples: bool = typer.Option(
-        True, help="Show rows of the run's data as examples on the chat page."
+        False,
+        help="Show rows of the run's data on the chat page, to every client: up to six as "
+        "examples, and the training report with its samples.",
     ),
     shutdown_timeout: float = typer.Option(
         30.0, help="Time for running requests to finish after SIGTERM, in seconds."
@@ -95,6 +102,7 @@ def serve(
         "max_batch": max_batch,
         "max_queue": max_queue,
         "deadline_s": deadline,
+        "media_memory_bytes": media_memory_mb * MIB,
         "media_cache_bytes": media_cache_mb * MIB,
         "prefix_cache_tokens": prefix_cache_tokens,
         "num_workers": workers,
@@ -126,6 +134,9 @@ def serve(
     # uvicorn only logs an error of the startup and returns
     if isinstance(service.start_error, MultiTokenError):
         raise service.start_error
+    # a supervisor replaces a process that failed
+    if service.engine_error is not None:
+        raise service.engine_error
     if not server.started:
         raise MultiTokenError(
             f"the server did not start on {settings.host}:{settings.port}; see the log lines above"

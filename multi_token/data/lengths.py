@@ -7,17 +7,15 @@ import os
 import time
 import uuid
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from multi_token import __version__
 from multi_token.checkpoint.atomic import atomic_file
@@ -25,11 +23,10 @@ from multi_token.data.feature_cache.keys import KeyTable, settings_fingerprint
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import content_bytes, digest
+from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.types import Conversation, Media, Part
 
 if TYPE_CHECKING:
-    from multi_token.media.fetch import Fetch
     from multi_token.processor import MultiTokenProcessor
 
 _BY_HEADER = "by_header"
@@ -150,7 +147,7 @@ class LengthStore:
         """Return the key of a conversation; None for one without a stable key."""
         try:
             turns = self._turns(conversation)
-        except _NoStamp:
+        except NoStamp:
             return None
         text = json.dumps(turns, ensure_ascii=False)
         # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
@@ -171,12 +168,12 @@ class LengthStore:
 
     def _source_stamp(self, source: Any) -> Any:
         if not isinstance(source, str) or len(source) > _MAX_NAME:
-            return _source_stamp(source, self.fetch)
+            return source_stamp(source, self.fetch)
         # many rows may share an image, and a pass over them looks at its file once
         if source not in self._stamps:
             if len(self._stamps) >= _MAX_STAMPS:
                 self._stamps.clear()
-            self._stamps[source] = _source_stamp(source, self.fetch)
+            self._stamps[source] = source_stamp(source, self.fetch)
         return self._stamps[source]
 
     def get(self, key: str) -> Length | None:
@@ -207,9 +204,15 @@ class LengthStore:
         arrays = {"keys": keys, "lengths": lengths}
         if self.lengths_only:
             arrays[_BY_HEADER] = np.ones(1, np.uint8)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._file) as partial:
-            save_file(arrays, partial)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self._file) as partial:
+                save_file(arrays, partial)
+        except (OSError, SafetensorError) as error:
+            raise MultiTokenError(
+                f"the lengths of rows could not be written to {self.folder}: {error}; free some "
+                "space there, and start the same command again"
+            ) from error
 
     def finish(self, share: int, num_shares: int, *, of: str) -> bool:
         """Save, mark a share as done, and return True if all shares are.
@@ -250,39 +253,3 @@ def processor_fingerprint(processor: MultiTokenProcessor) -> str:
         if field.name not in _NOT_LENGTHS:
             settings[field.name] = getattr(processor, field.name)
     return digest(json.dumps(settings, sort_keys=True).encode())
-
-
-class _NoStamp(Exception):
-    """A source without a value that changes with its content."""
-
-
-def _source_stamp(source: Any, fetch: Fetch) -> Any:
-    """Return a value for JSON that changes with the content of a source. Raises _NoStamp."""
-    if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *_file_stamp(source, fetch)]
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return digest(bytes(source))
-    if isinstance(source, (Image.Image, np.ndarray, Tensor)):
-        return digest(content_bytes(source, fetch))
-    if isinstance(source, (bool, int, float)):
-        return repr(source)
-    if isinstance(source, Mapping):
-        # tables write every column into every row, so a null field is an absent one
-        pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
-        return [[key, _source_stamp(value, fetch)] for key, value in pairs]
-    if isinstance(source, (list, tuple)):
-        try:
-            return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
-        except (TypeError, ValueError):  # a list of paths or mappings
-            return [_source_stamp(value, fetch) for value in source]
-    raise _NoStamp
-
-
-def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
-    """Return path, size and time of change of the local file that a source names, or []."""
-    path = fetch.local_path(source)
-    try:
-        found = None if path is None else path.stat()
-    except (OSError, ValueError):  # no such file, or a text too long for a name
-        return []
-    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

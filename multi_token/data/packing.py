@@ -19,17 +19,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Any
 
-from multi_token.collate import shared_prefix
-from multi_token.data.sources import TrainingSource
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.errors import RecipeError
-from multi_token.media.hashing import digest
 from multi_token.recipe.train import TrainSpec
-from multi_token.types import Sample
 
 Pack = tuple[int, ...]
 """Indices of the rows that share a pack."""
@@ -80,15 +76,6 @@ class PackingPlan:
     def fits(self, num_tokens: int, num_items: int) -> bool:
         """Return whether these counts are within both budgets."""
         return num_tokens <= self.max_tokens and num_items <= (self.max_items or num_items)
-
-
-@dataclass(frozen=True)
-class SharedPrefixGroup:
-    """Rows whose samples begin with the same media, and the size of that common prefix."""
-
-    rows: tuple[int, ...]
-    num_tokens: int
-    num_items: int
 
 
 def pack_buffer(
@@ -288,45 +275,3 @@ def _split_group(plan: PackingPlan, group: SharedPrefixGroup) -> list[Pack]:
             num_tokens, num_items = num_tokens + own_tokens, num_items + own_items
         parts[-1].append(row)
     return [tuple(part) for part in parts]
-
-
-def shared_prefix_groups(
-    sources: Sequence[TrainingSource], dataset: Any
-) -> list[SharedPrefixGroup]:
-    """Find the rows of all sources that begin with the same media, by index into `dataset`.
-
-    Text that rows begin with alike needs no group: collate.py finds it in whatever pack it comes.
-    """
-    keys: list[Hashable | None] = []
-    for source in sources:
-        for conversation, processor in source.conversations():
-            if not conversation.media:
-                keys.append(None)
-                continue
-            first = conversation.media[0]
-            # the content, not the name: two files may hold the same image
-            content = processor.modalities[first.modality].content(first.source, processor.fetch)
-            keys.append((first.modality, digest(content)))
-    return find_shared_prefix_groups(keys, dataset.__getitem__)
-
-
-def find_shared_prefix_groups(
-    keys: Sequence[Hashable | None], read: Callable[[int], Sample]
-) -> list[SharedPrefixGroup]:
-    """Find rows of one key whose samples have a common prefix with media.
-
-    `keys`: content of each row's first media item, None for rows without media. `read` returns a
-    row's sample; only rows whose key comes more than once are read, since reading decodes media.
-    """
-    by_key: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        if key is not None:
-            by_key.setdefault(key, []).append(row)
-    found = []
-    for rows in by_key.values():
-        if len(rows) == 1:
-            continue
-        num_tokens, num_items = shared_prefix([read(row) for row in rows])
-        if num_items:
-            found.append(SharedPrefixGroup(tuple(rows), num_tokens, num_items))
-    return found

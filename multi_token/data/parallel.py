@@ -23,10 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from multi_token.data.dataset import worker_loader
-from multi_token.distributed import num_processes, rank
+from multi_token.distributed import is_main_process, num_processes, rank
 
 T = TypeVar("T")
 
@@ -63,6 +63,12 @@ def read_parallel(
             advance(size(item))
 
 
+def pass_console(*, quiet: bool = False) -> Console:
+    """Return the console of a bar: the terminal's in the main process, else one that is quiet."""
+    is_reader = get_worker_info() is not None
+    return Console(stderr=True, quiet=quiet or is_reader or not is_main_process())
+
+
 @contextmanager
 def progress_bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with rate and time left; yields the function that moves it on.
@@ -79,7 +85,7 @@ def progress_bar(console: Console, description: str, total: int) -> Iterator[Cal
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     ) as progress:
         task = progress.add_task(description, total=total)
 

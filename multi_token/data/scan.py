@@ -15,15 +15,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
-from rich.console import Console
 from torch.utils.data import Dataset
 
 from multi_token.data.dataset import RowReader
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import Length, Lengths, LengthStore
-from multi_token.data.parallel import read_parallel
+from multi_token.data.parallel import pass_console, read_parallel
 from multi_token.data.rows import Row, row_id_of
-from multi_token.distributed import is_main_process
 from multi_token.errors import RowError, RowKind
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
@@ -119,7 +117,7 @@ def scan(
     parts = read_parallel(
         _ScanDataset(rows, read, source, indices, known, size),
         num_workers=num_workers,
-        console=Console(stderr=True, quiet=not (progress and is_main_process())),
+        console=pass_console(quiet=not progress),
         description="Reading rows",
         total=len(indices),
         size=len,

@@ -1,8 +1,9 @@
-"""Content of items as bytes that are equal only for equal items."""
+"""Content of items as bytes that are equal only for equal items, and stamps of their sources."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ _READ = ("path", "bytes", "array")
 """Keys of a mapping whose values are sources; the others are settings."""
 
 
-def digest(*parts: bytes) -> str:
+def digest(*parts: bytes | memoryview) -> str:
     """Hash of several parts, as 32 hexadecimal digits: 128 bits, at which no two items collide."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -56,3 +57,43 @@ def content_bytes(source: Any, fetch: Fetch) -> bytes:
             return repr(source).encode()  # other values: loading them raises
         return f"{array.shape}".encode() + array.tobytes()
     return fetch.read(source)
+
+
+class NoStamp(Exception):
+    """A source without a value that changes with its content."""
+
+
+def source_stamp(source: Any, fetch: Fetch) -> Any:
+    """Return a value for JSON that changes with the content of a source, which is not decoded.
+
+    A local file counts by path, size and time of change; a URL by its text, so a changed file there
+    is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return [os.fspath(source), *_file_stamp(source, fetch)]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return digest(bytes(source))
+    if isinstance(source, (Image.Image, np.ndarray, Tensor)):
+        return digest(content_bytes(source, fetch))
+    if isinstance(source, (bool, int, float)):
+        return repr(source)
+    if isinstance(source, Mapping):
+        # tables write every column into every row, so a null field is an absent one
+        pairs = sorted((str(key), value) for key, value in source.items() if value is not None)
+        return [[key, source_stamp(value, fetch)] for key, value in pairs]
+    if isinstance(source, (list, tuple)):
+        try:
+            return digest(content_bytes(np.asarray(source, dtype=np.float64), fetch))
+        except (TypeError, ValueError):  # a list of paths or mappings
+            return [source_stamp(value, fetch) for value in source]
+    raise NoStamp
+
+
+def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
+    """Return path, size and time of change of the local file that a source names, or []."""
+    path = fetch.local_path(source)
+    try:
+        found = None if path is None else path.stat()
+    except (OSError, ValueError):  # no such file, or a text too long for a name
+        return []
+    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

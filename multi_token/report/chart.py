@@ -5,13 +5,72 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import accumulate
 
 _WIDTH, _HEIGHT = 520, 260
 _MOST_DOTS = 40
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 506, 8, 216
 
 
-def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: bool = True) -> str:
+Point = tuple[int, float]
+"""Step and value."""
+
+
+class Curve:
+    """Points of a curve that grows for any time, thinned to up to 2,000.
+
+    When there are more, equal numbers of neighbours become their least and their greatest point: a
+    single spike stays visible. Values that are NaN or infinite are left out.
+    """
+
+    MOST_POINTS = 2000
+
+    def __init__(self) -> None:
+        self._first: Point | None = None
+        self._last: Point | None = None
+        self._points: list[Point] = []
+        self._recent: list[Point] = []
+        """Points of the group that is not complete yet."""
+        self._group = 2
+        """Points as they came that become two."""
+
+    def add(self, step: int, value: float) -> None:
+        """Add the point after the last one."""
+        if not math.isfinite(value):
+            return
+        self._last = (step, value)
+        self._first = self._first or self._last
+        self._recent.append(self._last)
+        if len(self._recent) < self._group:
+            return
+        self._points += _extremes(self._recent)
+        self._recent = []
+        # two points stay for the first and the last one
+        if len(self._points) > self.MOST_POINTS - 6:
+            fours = (self._points[i : i + 4] for i in range(0, len(self._points), 4))
+            self._points = [point for four in fours for point in _extremes(four)]
+            self._group *= 2
+
+    def points(self) -> list[Point]:
+        """Return the points by step, with the first and the last one as they came."""
+        if self._first is None or self._last is None:
+            return []
+        inner = [*self._points, *_extremes(self._recent)]
+        first = [] if inner[0] == self._first else [self._first]
+        return [*first, *inner, *([] if inner[-1] == self._last else [self._last])]
+
+
+def _extremes(points: Sequence[Point]) -> Sequence[Point]:
+    """Return the least and the greatest point, in their order; one or two points as they are."""
+    if len(points) <= 2:
+        return points
+    values = [value for _, value in points]
+    both = sorted((values.index(min(values)), values.index(max(values))))
+    # equal values everywhere: the last point, which keeps its distance from the first
+    return [points[0], points[-1]] if both[0] == both[1] else [points[i] for i in both]
+
+
+def chart(points: Sequence[Point], *, label: str, log: bool, share: bool = True) -> str:
     """Return (step, value) pairs as an SVG.
 
     `log`: a logarithmic axis and a smoothed line. `share`: values are shares, on an axis from 0 to
@@ -32,7 +91,7 @@ def chart(points: Sequence[tuple[int, float]], *, label: str, log: bool, share: 
         part = (scale(value) - scale(low)) / (scale(high) - scale(low))
         return _BOTTOM - (_BOTTOM - _TOP) * part
 
-    def line(values: Sequence[tuple[int, float]], name: str) -> str:
+    def line(values: Sequence[Point], name: str) -> str:
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in values)
         return f'<polyline class="{name}" points="{path}"/>'
 
@@ -105,10 +164,12 @@ def _value_tick(value: float, y: float, *, percent: bool) -> str:
     )
 
 
-def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _smoothed(points: Sequence[Point]) -> list[Point]:
     """Return running means over a tenth of the curve, of logarithms, as the axis shows them."""
     logs = [math.log(value) for _, value in points]
     reach = len(points) // 20
-    windows = [logs[max(0, i - reach) : i + reach + 1] for i in range(len(logs))]
-    means = [math.exp(sum(window) / len(window)) for window in windows]
+    # sums from the start on: a sum over each window would cost n times its length
+    sums = [0.0, *accumulate(logs)]
+    windows = [(max(0, i - reach), min(len(logs), i + reach + 1)) for i in range(len(logs))]
+    means = [math.exp((sums[end] - sums[begin]) / (end - begin)) for begin, end in windows]
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]

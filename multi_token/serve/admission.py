@@ -1,19 +1,30 @@
-"""Admission: a bounded number of requests, none while the server drains, each with a deadline."""
+"""Admission: a bounded number of requests, shared by API keys, each with a deadline.
+
+A tenant is the client of one API key. No tenant can take all places, and those that wait get their
+turns by tenant (`Turns`), not by arrival alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from multi_token.serve.errors import ServeError
+
+T = TypeVar("T")
 
 _MAX_RETRY_AFTER_S = 60
 _EMA_WEIGHT = 0.2
 """Weight of the last request in the mean service time."""
 _INITIAL_SERVICE_S = 2.0
+_SHARE_OF_FREE = 3
+"""A tenant may hold this many times the places that stay free, so a quarter is left for others."""
 
 
 class ServiceTime:
@@ -36,7 +47,10 @@ class Admission:
     Lives on one event loop, so it needs no locks.
     """
 
-    def __init__(self, max_batch: int, max_queue: int) -> None:
+    def __init__(self, max_batch: int, max_queue: int, *, is_shared: bool = False) -> None:
+        """`is_shared`: several tenants send requests, so none of them may take all places."""
+        self.is_shared = is_shared
+        self._num_by_tenant: Counter[str] = Counter()
         self.max_batch = max_batch
         self.capacity = max_batch + max_queue
         self.num_admitted = 0
@@ -46,14 +60,15 @@ class Admission:
         self._empty.set()
 
     @contextmanager
-    def admit(self, num_choices: int = 1) -> Iterator[None]:
+    def admit(self, num_choices: int = 1, tenant: str = "") -> Iterator[None]:
         """Admit one request with `num_choices` choices, until the context ends.
 
-        Raises ServeError: 503 while draining, 429 if the server is full, 400 if the capacity is
-        smaller than `num_choices`.
+        Raises ServeError: 503 while draining, 429 if the server is full or the tenant has its
+        share, 400 if the capacity is smaller than `num_choices`.
         """
-        self.check_capacity(num_choices)
+        self.check_capacity(num_choices, tenant)
         self.num_admitted += num_choices
+        self._num_by_tenant[tenant] += num_choices
         self._empty.clear()
         started = time.monotonic()
         try:
@@ -62,10 +77,13 @@ class Admission:
             self._service_time.record(time.monotonic() - started)
         finally:
             self.num_admitted -= num_choices
+            self._num_by_tenant[tenant] -= num_choices
+            if not self._num_by_tenant[tenant]:
+                del self._num_by_tenant[tenant]
             if not self.num_admitted:
                 self._empty.set()
 
-    def check_capacity(self, num_choices: int = 1) -> None:
+    def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:
         """Raise what `admit` would raise now. Cheap, so a body need not be parsed first."""
         if self.is_draining:
             raise ServeError(
@@ -80,9 +98,17 @@ class Admission:
                 param="n",
                 code="invalid_value",
             )
-        if self.num_admitted + num_choices > self.capacity:
+        num_left = self.capacity - self.num_admitted - num_choices
+        own = self._num_by_tenant[tenant]
+        # Dynamic thresholds, as in shared buffers of switches: one tenant alone may take three
+        # quarters, two of them three sevenths each, and so on. No share is kept for a tenant that
+        # sends nothing, and one that has nothing is refused only if the server is full.
+        has_share = self.is_shared and own > 0 and own + num_choices > _SHARE_OF_FREE * num_left
+        if num_left < 0 or has_share:
+            is_full = num_left < 0
+            whose = f"{self.capacity} requests" if is_full else f"{own} requests of this API key"
             raise ServeError(
-                f"rate limit: {self.capacity} requests run or wait already; try again later",
+                f"rate limit: {whose} run or wait already; try again later",
                 status=429,
                 code="queue_full",
                 retry_after=self.estimated_wait_s(),
@@ -101,6 +127,34 @@ class Admission:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         return self._empty.is_set()
+
+
+class Turns:
+    """Order of waiting things in which tenants take turns. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._last_turn: dict[str, int] = {}
+        self._numbers = itertools.count()
+
+    def order(
+        self, waiting: Iterable[T], tenant_of: Callable[[T], str], num_running: Mapping[str, int]
+    ) -> list[T]:
+        """Order things: first those whose tenant has least before them, then had no turn longest.
+
+        `waiting`: oldest first. `num_running`: tenant -> number of its running things, which count
+        as before. A thing with nothing of its tenant before it waits for one turn of each other.
+        """
+        num_before = Counter(num_running)
+        turns: list[tuple[int, int, T]] = []
+        for thing in waiting:
+            tenant = tenant_of(thing)
+            turns.append((num_before[tenant], self._last_turn.get(tenant, -1), thing))
+            num_before[tenant] += 1
+        return [thing for *_, thing in sorted(turns, key=lambda turn: turn[:2])]
+
+    def take(self, tenant: str) -> None:
+        """Record that something of a tenant starts."""
+        self._last_turn[tenant] = next(self._numbers)
 
 
 class Deadline:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from multi_token.errors import MultiTokenError
 from multi_token.media.hashing import digest
-from multi_token.serve.engines.base import Prompt
+from multi_token.serve.admission import Turns
 from multi_token.serve.errors import ServeError
-from multi_token.types import Prepared, Sample
+from multi_token.serve.media.memory import MemoryLease
+from multi_token.types import Prepared
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -32,11 +33,19 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+class EmbeddedItem(NamedTuple):
+    """Embeddings [num_tokens, dim] of an item, and the key of its content."""
+
+    key: str
+    embeds: Tensor
+
+
+@dataclass(eq=False)
 class _EmbedJob:
     modality: str
     prepared: Prepared
     key: str
+    tenant: str
     result: Future[Tensor]
 
 
@@ -72,28 +81,38 @@ class MediaEmbedder:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._turns = Turns()
 
-    async def build_prompt(self, sample: Sample, *, tenant: str = "") -> Prompt:
-        """Sample with prepared media -> prompt with their embeddings.
+    async def embed_item(
+        self,
+        modality: str,
+        prepared: Prepared,
+        *,
+        tenant: str = "",
+        memory: MemoryLease | None = None,
+    ) -> EmbeddedItem:
+        """Embed one item. Tenants share no cached embeddings. Raises ServeError.
 
-        Tenants share no cached embeddings. Raises ServeError for an item that cannot be embedded.
+        `memory`: lease of the item's bytes, which is released as soon as they are gone.
         """
-        spans = tuple(sample.media_spans)
-        items = [(span.modality, item) for span, item in zip(spans, sample.media, strict=True)]
+        try:
+            # In a thread: a digest of a video's frames would hold up the event loop.
+            key = await asyncio.to_thread(content_key, modality, prepared, tenant)
+            future = self.embed(modality, prepared, key, tenant)
+        except BaseException:
+            if memory is not None:
+                memory.release()
+            raise
+        # At the end of the item, and not of this coroutine: a client that disconnects leaves its
+        # item in the queue.
+        if memory is not None:
+            future.add_done_callback(lambda _: memory.release())
+        del prepared
+        return EmbeddedItem(key, await asyncio.wrap_future(future))
 
-        def content_keys() -> tuple[str, ...]:
-            return tuple(content_key(modality, item, tenant) for modality, item in items)
-
-        # In a thread: a digest of a video's frames would hold up the event loop.
-        keys = await asyncio.to_thread(content_keys) if items else ()
-        futures = [
-            asyncio.wrap_future(self.embed(modality, item, key))
-            for (modality, item), key in zip(items, keys, strict=True)
-        ]
-        embeds = await asyncio.gather(*futures)
-        return Prompt(sample.input_ids, spans, tuple(embeds), keys, tenant)
-
-    def embed(self, modality: str, prepared: Prepared, key: str) -> Future[Tensor]:
+    def embed(
+        self, modality: str, prepared: Prepared, key: str, tenant: str = ""
+    ) -> Future[Tensor]:
         """Item -> future of its embeddings [num_tokens, dim]."""
         result: Future[Tensor] = Future()
         with self._changed:
@@ -112,7 +131,7 @@ class MediaEmbedder:
             # result from other requests that wait for the same item.
             result.set_running_or_notify_cancel()
             self._in_flight[key] = result
-            self._waiting.append(_EmbedJob(modality, prepared, key, result))
+            self._waiting.append(_EmbedJob(modality, prepared, key, tenant, result))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
                 self._thread.start()
@@ -136,10 +155,20 @@ class MediaEmbedder:
                 self._changed.wait_for(lambda: self._waiting or self._is_stopping)
                 if self._is_stopping:
                     return
-                name = self._waiting[0].modality
-                batch = [job for job in self._waiting if job.modality == name][: self.max_items]
-                self._waiting = [job for job in self._waiting if job not in batch]
+                batch = self._next_batch()
             self._embed_jobs(batch)
+            # The last batch must not stay in memory until the next one comes.
+            del batch
+
+    def _next_batch(self) -> list[_EmbedJob]:
+        """Take items of one modality out of the queue, of all tenants in turn."""
+        ordered = self._turns.order(self._waiting, lambda job: job.tenant, {})
+        name = ordered[0].modality
+        batch = [job for job in ordered if job.modality == name][: self.max_items]
+        for job in batch:
+            self._turns.take(job.tenant)
+        self._waiting = [job for job in self._waiting if job not in batch]
+        return batch
 
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
         """Embed a batch; if it raises, or for items with NaN or inf, each item alone."""
@@ -193,6 +222,8 @@ class MediaEmbedder:
                 while self.num_bytes > self.cache_bytes:
                     _, oldest = self._cache.popitem(last=False)
                     self.num_bytes -= oldest.nbytes
+        # Before its memory is released.
+        del job.prepared
         # Outside of the lock: callbacks of the future run here.
         if isinstance(result, Tensor):
             job.result.set_result(result)
@@ -207,11 +238,15 @@ def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
     """
     # The modality's name means its encoder and projector: both are fixed for the life of the cache.
     # No name from a client enters, so a client cannot choose a key.
-    parts = [modality.encode(), tenant.encode(), str(prepared.num_features).encode()]
+    parts: list[bytes | memoryview] = [
+        modality.encode(),
+        tenant.encode(),
+        str(prepared.num_features).encode(),
+    ]
     for name, tensor in sorted(prepared.inputs.items()):
         values = tensor.detach().cpu().contiguous()
         parts.append(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        parts.append(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        parts.append(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest(*parts)
 
 

@@ -87,7 +87,7 @@ class Metrics:
             "media_decode_seconds", "From an item's bytes to its encoder's inputs.", "modality"
         )
         self.encoder = seconds(
-            "encoder_seconds", "From encoder inputs to media embeddings, of one request."
+            "encoder_seconds", "From encoder inputs to media embeddings, of one item."
         )
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
@@ -119,6 +119,7 @@ class Metrics:
         gauge("num_requests_waiting", "Requests in its queue.", lambda: engine.num_waiting)
         gauge("num_requests_admitted", "Admitted requests.", lambda: admission.num_admitted)
         gauge("num_media_waiting", "Items to be decoded.", lambda: media_pool.num_waiting)
+        gauge("media_memory_bytes", "Bodies and media held.", lambda: media_pool.memory.num_bytes)
         gauge("media_cache_bytes", "Cached media embeddings.", lambda: cache.num_bytes)
         counter("media_cache_queries", "Items looked up.", lambda: cache.num_queries)
         counter("media_cache_hits", "Items found in the cache.", lambda: cache.num_hits)

@@ -2,7 +2,8 @@
 
     Conversation -> PromptBuilder (decode, tokenize, encode, project) -> engine -> RequestOutput
 
-`Service` admits requests, applies deadlines and context limits, and restarts a dead engine.
+`Service` admits requests, applies deadlines and context limits, and restarts a dead engine. A local
+engine that dies again and again stays dead, and the server exits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from multi_token.errors import ChatTemplateError
+from multi_token.errors import ChatTemplateError, LanguageModelError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
@@ -27,8 +28,9 @@ from multi_token.serve.engines.engine import Engine
 from multi_token.serve.engines.local.engine import LocalEngine
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
+from multi_token.serve.media.memory import MediaMemory, RequestMemory, Stage
 from multi_token.serve.media.pool import MediaPool
-from multi_token.serve.media_embeddings import MediaEmbedder
+from multi_token.serve.media_embeddings import EmbeddedItem, MediaEmbedder
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.openai.messages import (
     LITERAL,
@@ -40,7 +42,7 @@ from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams
 from multi_token.serve.openai.responses import TokenText, Usage
 from multi_token.serve.settings import ServeSettings
-from multi_token.types import Conversation, Media, Prepared, Sample
+from multi_token.types import Conversation, Media, Sample
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -49,6 +51,8 @@ LOG = logging.getLogger("multi_token.serve")
 _MAX_CHARACTERS_PER_TOKEN = 64
 _WATCHDOG_INTERVAL_S = 0.5
 """Interval of the check that the engine is alive."""
+_MAX_RESTARTS = 3
+"""Restarts of a local engine without a complete response, after which it stays dead."""
 
 
 class PromptBuilder:
@@ -59,12 +63,16 @@ class PromptBuilder:
     ) -> None:
         self.processor = model.require_processor()
         self.modalities = model.modalities
+        self.media_memory = MediaMemory(
+            settings.media_memory_bytes, is_shared=len(settings.api_keys) > 1
+        )
         self.media_pool = MediaPool(
             model.modalities,
             num_workers=settings.num_workers,
             timeout_s=settings.media_timeout_s,
             limits=MediaLimits(max_bytes=settings.max_body_bytes),
             urls=UrlPolicy(allowed_hosts=settings.allowed_url_hosts),
+            memory=self.media_memory,
         )
         self.media_embedder = MediaEmbedder(model, cache_bytes=settings.media_cache_bytes)
         self._request_limits = settings.media_totals
@@ -86,31 +94,45 @@ class PromptBuilder:
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     async def build(
-        self, conversation: Conversation, tenant: str, check_length: Callable[[int], object]
+        self,
+        conversation: Conversation,
+        tenant: str,
+        check_length: Callable[[int], object],
+        memory: RequestMemory | None = None,
     ) -> Prompt:
         """Build the prompt of a conversation. Raises ServeError.
 
-        `check_length` gets the number of prompt tokens before anything is encoded, and raises if
-        the prompt is too long.
+        `check_length` gets the number of tokens as it grows item by item, and raises if the prompt
+        is too long. `memory`: leases of the items' sources, released once these are not needed.
         """
-        items = conversation.media
-        prepared = await self._prepare_media(items)
+        embedded = await self._embed_media(conversation.media, tenant, check_length)
+        num_tokens = [len(item.embeds) for item in embedded]
         sample = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizer_thread, self._tokenize, conversation, prepared
+            self._tokenizer_thread, self._tokenize, conversation, num_tokens
         )
+        del conversation
+        if memory is not None:
+            memory.release()
         check_length(len(sample.input_ids))
-        began = time.monotonic()
-        prompt = await self.media_embedder.build_prompt(sample, tenant=tenant)
-        if items:
-            self._metrics.encoder.observe(time.monotonic() - began)
-        return prompt
+        return Prompt(
+            sample.input_ids,
+            tuple(sample.media_spans),
+            tuple(item.embeds for item in embedded),
+            tuple(item.key for item in embedded),
+            tenant,
+        )
 
-    async def _prepare_media(self, items: Sequence[Media]) -> list[Prepared]:
-        """Decode all items in parallel; if one is refused, the others are cancelled."""
+    async def _embed_media(
+        self, items: Sequence[Media], tenant: str, check_length: Callable[[int], object]
+    ) -> list[EmbeddedItem]:
+        """Decode and embed all items in parallel; if one is refused, the others are cancelled."""
         budget = RequestMediaBudget(self._request_limits, len(items))
         sent = [item.source for item in items if isinstance(item.source, bytes)]
         budget.add(bytes=sum(map(len, sent)))
-        tasks = [asyncio.ensure_future(self._prepare_item(item, budget)) for item in items]
+        tasks = [
+            asyncio.ensure_future(self._embed_item(item, budget, tenant, check_length))
+            for item in items
+        ]
         # gather leaves the other tasks running when one raises.
         try:
             return list(await asyncio.gather(*tasks))
@@ -118,32 +140,49 @@ class PromptBuilder:
             for task in tasks:
                 task.cancel()
 
-    async def _prepare_item(self, item: Media, budget: RequestMediaBudget) -> Prepared:
+    async def _embed_item(
+        self,
+        item: Media,
+        budget: RequestMediaBudget,
+        tenant: str,
+        check_length: Callable[[int], object],
+    ) -> EmbeddedItem:
+        # An item is embedded as soon as it is decoded. If it waited for the others of its request,
+        # requests that hold a part of their items each could fill the memory and wait for ever.
+        memory = self.media_memory.lease(Stage.PREPARED, tenant)
         began = time.monotonic()
-        prepared = await self.media_pool.prepare(item, budget)
-        num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
-        budget.add(tokens=num_tokens)
+        try:
+            prepared = await self.media_pool.prepare(item, budget, tenant=tenant, memory=memory)
+            num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
+            budget.add(tokens=num_tokens)
+            check_length(budget.num_tokens)
+        except BaseException:
+            memory.release()
+            raise
+        decoded = time.monotonic()
         label = self._metrics.modality_label(item.modality)
-        self._metrics.media_decode.labels(label).observe(time.monotonic() - began)
-        return prepared
+        self._metrics.media_decode.labels(label).observe(decoded - began)
+        embedding = self.media_embedder.embed_item(
+            item.modality, prepared, tenant=tenant, memory=memory
+        )
+        del prepared
+        embedded = await embedding
+        self._metrics.encoder.observe(time.monotonic() - decoded)
+        return embedded
 
-    def _tokenize(self, conversation: Conversation, prepared: Sequence[Prepared]) -> Sample:
+    def _tokenize(self, conversation: Conversation, num_tokens: Sequence[int]) -> Sample:
         """Tokenize a conversation; special tokens in its texts stay text. Raises ServeError."""
         escaped = self._escaper.escape(conversation)
-        media = iter(prepared)
-        num_tokens = [
-            len(self._escaper.letter_ids(item.source))
-            if item.modality == LITERAL
-            else self.modalities[item.modality].num_tokens(next(media).num_features)
+        media = iter(num_tokens)
+        lengths = [
+            len(self._escaper.letter_ids(item.source)) if item.modality == LITERAL else next(media)
             for item in escaped.media
         ]
         try:
-            sample = self.processor.chat.tokenize(escaped, num_tokens, prompt_only=True)
+            sample = self.processor.chat.tokenize(escaped, lengths, prompt_only=True)
         except ChatTemplateError as error:
             raise ServeError(str(error), param="messages", code="chat_template") from error
-        sample = self._escaper.restore(sample, escaped.media)
-        sample.media = list(prepared)
-        return sample
+        return self._escaper.restore(sample, escaped.media)
 
 
 class Service:
@@ -159,7 +198,9 @@ class Service:
         """`engine`: overrides the engine of the settings."""
         self.settings = settings
         self.engine = engine or build_engine(model, settings)
-        self.admission = Admission(settings.max_batch, settings.max_waiting)
+        self.admission = Admission(
+            settings.max_batch, settings.max_waiting, is_shared=len(settings.api_keys) > 1
+        )
         self.metrics = Metrics(list(model.modalities))
         self.message_parser = MessageParser(
             model.modalities,
@@ -191,6 +232,9 @@ class Service:
         self._request_numbers = itertools.count()
         self.start_error: Exception | None = None
         """Error of a failed start."""
+        self.engine_error: LanguageModelError | None = None
+        """Set once the engine is given up; the server then exits."""
+        self._num_restarts = 0
 
     async def start(self) -> None:
         """Start the engine and the media workers. Raises MultiTokenError if one fails."""
@@ -265,18 +309,22 @@ class Service:
         tenant: str = "",
         deadline: Deadline,
         arrived: float | None = None,
+        memory: RequestMemory | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Start generating for a conversation; leaving the context cancels what still runs.
 
         `tenant`: separates cached media and prefixes. `arrived`: `time.monotonic` at the request's
-        arrival. Raises ServeError if the request cannot start.
+        arrival. `memory`: leases of the conversation, which is not kept once its prompt is built.
+        Raises ServeError if the request cannot start.
         """
         arrived = time.monotonic() if arrived is None else arrived
-        self.check_capacity(params.n)
-        with self.admission.admit(params.n):
+        self.check_capacity(params.n, tenant)
+        with self.admission.admit(params.n, tenant):
             building = self.prompts.build(
-                conversation, tenant, lambda length: self._max_new_tokens(length, 1)
+                conversation, tenant, lambda length: self._max_new_tokens(length, 1), memory
             )
+            # Generating may take minutes, and its media may have megabytes.
+            del conversation
             try:
                 prompt = await asyncio.wait_for(building, deadline.remaining_s)
             except asyncio.TimeoutError:
@@ -306,6 +354,8 @@ class Service:
                 for id in ids:
                     self.engine.cancel(id)
                 self.metrics.record_output(output, arrived=arrived, submitted=submitted)
+                if output.is_complete:
+                    self._num_restarts = 0
 
     def _max_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """Maximum number of new tokens. Raises ServeError if they do not fit the context."""
@@ -330,26 +380,37 @@ class Service:
             media[span.modality] += span.length
         return Usage(len(prompt.input_ids), media, self._openai_kinds)
 
-    def check_capacity(self, num_choices: int = 1) -> None:
+    def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:
         """Raise ServeError, and count it, if a request with N choices would be refused now."""
         try:
-            self.admission.check_capacity(num_choices)
+            self.admission.check_capacity(num_choices, tenant)
         except ServeError as error:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise
 
     async def _restart_engine_loop(self) -> None:
+        reason = "it died after each restart"
         while True:
             await asyncio.sleep(_WATCHDOG_INTERVAL_S)
             if self.engine.is_alive:
                 continue
+            # A process whose device context is lost cannot recover: it has to be replaced. A
+            # gateway waits instead, since its engines come back without it.
+            if self._num_restarts == _MAX_RESTARTS and not self.engine.is_remote:
+                self.engine_error = LanguageModelError(
+                    f"the engine was restarted {_MAX_RESTARTS} times without a complete response, "
+                    f"so this server ends ({reason}); start it again"
+                )
+                LOG.error("%s", self.engine_error)
+                return
             LOG.error("the engine %s died; restarting it", self.engine.name)
+            self._num_restarts += 1
             self.metrics.engine_restarts.inc()
-            # Any error of a restart is logged and tried again: /health reports 503 meanwhile, and
-            # an ended loop would leave the server without an engine for good.
+            # Any error of a restart is logged and tried again; /health reports 503 meanwhile.
             try:
                 await asyncio.to_thread(self.engine.start)
             except Exception as error:
+                reason = str(error)
                 LOG.error("the engine did not restart", exc_info=error)
 
 

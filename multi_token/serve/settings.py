@@ -18,6 +18,7 @@ from pydantic import (
 
 from multi_token.media.fetch import MIB
 from multi_token.serve.media.limits import RequestMediaLimits
+from multi_token.serve.media.memory import parse_bytes
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _NAME = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
@@ -37,9 +38,9 @@ class ServeSettings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535)
     """0: a free port."""
     run_folder: Path | None = None
-    """Run folder whose report and example rows the chat page shows; None: neither."""
-    show_examples: bool = True
-    """Show rows of the run's data on the chat page, to clients with a key."""
+    """Run folder whose report and example rows the chat page may show; None: neither."""
+    show_examples: bool = False
+    """Show rows of the run's data on the chat page: examples, and the report with its samples."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Clients must send one of these as `Authorization: Bearer KEY`; empty: no key needed."""
     allowed_url_hosts: tuple[str, ...] = ()
@@ -61,6 +62,10 @@ class ServeSettings(BaseModel):
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
     """Time limit for decoding one media item."""
+    media_memory_bytes: PositiveInt = 2048 * MIB
+    """Memory of request bodies and media, until the media are embedded; requests wait for it."""
+    memory_wait_s: PositiveFloat = 20.0
+    """Time that a body may wait for memory; then it is refused with 429."""
     media_cache_bytes: NonNegativeInt = 256 * MIB
     """Size of the cache of media embeddings, for items that are sent again."""
 
@@ -103,6 +108,14 @@ class ServeSettings(BaseModel):
                 "servers keep their own prefix cache: leave out --prefix-cache-tokens"
             )
         self._check_engine_settings()
+        # So that each stage of a request fits its share of the memory.
+        least = 8 * parse_bytes(self.max_body_bytes, self.max_json_values)
+        if self.media_memory_bytes < least:
+            raise ValueError(
+                f"media_memory_bytes is {self.media_memory_bytes:,}, and bodies of up to "
+                f"{self.max_body_bytes:,} bytes need {least:,} at least; raise --media-memory-mb "
+                f"to {-(-least // MIB)}"
+            )
         for key in self.api_keys:
             if not _KEY.fullmatch(key):
                 raise ValueError(

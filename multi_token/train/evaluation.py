@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -62,7 +63,7 @@ class EvaluationCallback(TrainerCallback):
         """Add the callback to a stage's trainer; `trainable`: lines that name its groups."""
         self.trainer, self.model = trainer, trainer.multi_token_model
         self.args = trainer.args
-        self.report.start_stage(stage, trainable)
+        self.report.start_stage(stage, Path(str(trainer.args.output_dir)), trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (
             num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
@@ -114,8 +115,9 @@ class EvaluationCallback(TrainerCallback):
                 }
             )
 
-    def on_train_end(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero:
+    def save_report(self) -> None:
+        """Write the last state of the report, however training ended."""
+        if is_main_process():
             self.report.write(at_once=True)
 
     def detach(self, model: MultiTokenForConditionalGeneration) -> None:
@@ -137,6 +139,7 @@ class EvaluationCallback(TrainerCallback):
             self.report.blind(found.to_json())
             self.console.print(*blind_lines(found), sep="\n", highlight=False, soft_wrap=True)
         self.report.write(at_once=True)
+        self.report.raise_if_unwritten()
 
     def _blind(self, num_rows: int) -> BlindReport | None:
         if not self.blind or self.args is None:

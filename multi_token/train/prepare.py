@@ -13,6 +13,7 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from multi_token.data.feature_cache.policy import (
     fill_cache,
     register_encoders,
 )
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.data.sources import (
     TrainingSource,
     build_dataset,
@@ -93,6 +95,8 @@ class Run:
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
+    shared_prefixes: Sequence[SharedPrefixGroup] | None = None
+    """Rows that begin with the same media, once a stage has asked for them."""
 
 
 def closed_form_folder(recipe: Recipe) -> Path:
@@ -233,7 +237,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     if cache is not None:
         sources = [source.with_processor(cache=cache) for source in sources]
         if streams is None:
-            fill_cache(model.modalities, encoders, sources, cache, console)
+            fill_cache(recipe, model.modalities, encoders, sources, cache, console)
         else:
             register_encoders(cache, model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
@@ -243,7 +247,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
     held_out = _held_out(model, recipe, cache, console)
-    report = RunReport(Path(spec.output_dir), recipe, parts)
+    print_fn = partial(console.print, highlight=False, soft_wrap=True)
+    report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
     return Run(
         recipe,
         stages,
@@ -270,7 +275,7 @@ def open_rows(
     sources = [open_source(source, model.processor, recipe, cache) for source in specs]
     if cache is not None:
         encoders = {name: model.encoder(name) for name in model.modalities}
-        fill_cache(model.modalities, encoders, sources, cache, console)
+        fill_cache(recipe, model.modalities, encoders, sources, cache, console)
     return sources
 
 

@@ -1,6 +1,7 @@
 """Resuming a run: its folder belongs to one recipe, and only complete checkpoints count.
 
     RUN/recipe.yaml                       the recipe that the folder belongs to
+    RUN/.lock                             locked by the process that trains in the folder
     RUN/stages/<stage>/checkpoint-<step>  complete if `whole.json` is in it and all files have the
                                           sizes that it lists
 
@@ -10,13 +11,17 @@ process that is killed, or a full disk, therefore leaves a folder without `whole
 
 from __future__ import annotations
 
+import datetime
+import errno
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 from torch import distributed
@@ -30,6 +35,7 @@ from multi_token.train.plan.oom import is_out_of_memory
 
 RECIPE = "recipe.yaml"
 COMPLETE = "whole.json"
+LOCK = ".lock"
 _PREFIX = "checkpoint-"
 # errors of Python, torch and safetensors when a disk is full or gone
 _FAULTS = (OSError, RuntimeError, SafetensorError)
@@ -56,6 +62,52 @@ _MAY_CHANGE = frozenset(
         "save_total_limit",
     }
 )
+
+
+@contextmanager
+def run_lock(out: Path, print_fn: Callable[[str], object]) -> Iterator[None]:
+    """Hold the lock of a run's folder: of two processes that train in it, the second is refused.
+
+    The operating system drops the lock when its process ends in any way, so none is ever stale. On
+    a file system without locks, `print_fn` gets a sentence that says so.
+
+    Raises RecipeError if another process holds the lock, with its machine, process and start.
+    """
+    with raise_on_write_error(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("a+", encoding="utf-8")
+    with file:
+        _lock(file, out, print_fn)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        with raise_on_write_error(out):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, since {now:%F %H:%M} UTC")
+            file.flush()
+        yield
+
+
+def _lock(file: TextIO, out: Path, print_fn: Callable[[str], object]) -> None:
+    if sys.platform == "win32":
+        print_fn(f"{out} is not locked: this system has no lockf; start no second run in it")
+        return
+    import fcntl
+
+    try:
+        # lockf and not flock: a lock of flock is inherited by forked data workers, which outlive a
+        # killed run by some seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # POSIX allows either for a lock that another process holds
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise RecipeError(
+                f"train.output_dir {out} is in use by {file.read().strip() or 'another process'}; "
+                "wait until that run has ended, or choose another folder"
+            ) from None
+        print_fn(
+            f"{out} is not locked: {error.strerror or error} (its file system); start no second "
+            "run in it"
+        )
 
 
 def claim_run_folder(out: Path, recipe: Recipe) -> None:

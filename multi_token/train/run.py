@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +33,7 @@ from multi_token.train.consistency import check_same_recipe
 from multi_token.train.fsdp import FsdpShards, is_sharded
 from multi_token.train.prepare import (
     Run,
+    StageRun,
     closed_form_folder,
     compose_model,
     is_done,
@@ -39,7 +42,7 @@ from multi_token.train.prepare import (
     open_stages,
     prepare,
 )
-from multi_token.train.resume import RECIPE, claim_run_folder, raise_on_write_error
+from multi_token.train.resume import RECIPE, claim_run_folder, raise_on_write_error, run_lock
 from multi_token.train.stage import attach_adapters, fit
 
 
@@ -60,7 +63,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         only if all processes call it alike.
 
     Raises:
-        RecipeError: The recipe cannot be run, or its folder holds a run of another recipe.
+        RecipeError: The recipe cannot be run, its folder holds a run of another recipe, or
+            another process trains in that folder.
         RowError: A row is bad, and the recipe does not skip bad rows.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
     """
@@ -69,9 +73,21 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
     out = Path(recipe.train.output_dir)
     # compared before anything is written: a process with another recipe must not claim the folder
     check_same_recipe(recipe)
-    if is_main_process():
-        claim_run_folder(out, recipe)
-    barrier()
+    with ExitStack() as held:
+        broadcast_from_main(lambda: _claim(out, recipe, console, held))
+        return _train_in(out, recipe, stages, console)
+
+
+def _claim(out: Path, recipe: Recipe, console: Console, held: ExitStack) -> None:
+    """Lock a run's folder for as long as `held`, and write the recipe into it."""
+    # locked before the recipe is written: a second start must change nothing
+    held.enter_context(run_lock(out, partial(console.print, highlight=False)))
+    claim_run_folder(out, recipe)
+
+
+def _train_in(
+    out: Path, recipe: Recipe, stages: list[StageRun], console: Console
+) -> MultiTokenForConditionalGeneration:
     if not all(all_gather((out / RECIPE).is_file())):
         raise RecipeError(
             f"train.output_dir {out.absolute()} is not the same folder for all processes; name one "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,18 @@ from typing import Any
 import torch
 
 from multi_token.checkpoint.atomic import atomic_file
+from multi_token.errors import CheckpointError, first_line
 from multi_token.recipe.recipe import Recipe
-from multi_token.report.chart import chart
+from multi_token.report.chart import Curve, Point, chart
 from multi_token.report.html import columns, facts_table, page
 from multi_token.report.machine import machine_facts
+from multi_token.train.resume import raise_on_write_error
 
-JSON, HTML = "report.json", "report.html"
-_APART = 2.0
-"""Seconds between two writes, so that fast steps do not wait for the page."""
+JSON, HTML, HISTORY = "report.json", "report.html", "history.jsonl"
+_APART, _TIMES_APART = 2.0, 100
+"""Seconds between two writes, and the same as a multiple of the last write's duration."""
+_MOST_SAMPLES = 50
+"""Evaluations whose answers are kept; of more, every second one is dropped."""
 _CURVES = (
     ("loss", "Loss", "cross entropy at supervised tokens (log scale)", True),
     ("eval_loss", "Loss on held-out rows", "cross entropy (log scale)", True),
@@ -42,33 +49,62 @@ thead th { width: auto; font-weight: 600; }
 
 
 class RunReport:
-    """The report of a run so far; after a restart it continues the one in the run's folder."""
+    """The report of a run so far; after a restart it continues the one in the run's folder.
 
-    def __init__(self, folder: Path, recipe: Recipe, parts: Sequence[str]) -> None:
-        """`parts`: lines about the parts of the model."""
+    Both files are written again and again, so neither their size nor the time for them grows with
+    the run: curves and earlier answers are thinned. All entries of a stage's log stand in its
+    `history.jsonl`, which is written once at each start and then grows at its end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        parts: Sequence[str],
+        *,
+        print_fn: Callable[[str], object] = print,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`parts`: lines about the parts of the model. `clock`: seconds that are never set back.
+
+        `print_fn` gets the reason while the files cannot be written. Raises CheckpointError for a
+        damaged report in the folder.
+        """
         self.folder = folder
-        file = folder / JSON
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.print_fn = print_fn
+        self.clock = clock
         self.facts: dict[str, Any] = {
             "hardware": hardware(),
             "parts": list(parts),
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "stages": before.get("stages", []),
+            "recipe": _without_nan(recipe.model_dump(mode="json", exclude_none=True)),
+            "stages": _stages_before(folder / JSON),
         }
-        self._written = 0.0
+        self._curves: dict[str, Curve] = {}
+        self._history: Path | None = None
+        self._num_logged: int | None = None
+        """Entries of the trainer's log that this report has; None after a start."""
+        self._lines: list[str] = []
+        """Lines of the history that are not written yet."""
+        self._appends = False
+        """False until the history of this start is begun."""
+        self._next_write = -math.inf
+        self._fault: OSError | None = None
 
     @property
     def _stage(self) -> dict[str, Any]:
         return self.facts["stages"][-1]
 
-    def start_stage(self, stage: str, trainable: Sequence[str]) -> None:
+    def start_stage(self, stage: str, folder: Path, trainable: Sequence[str]) -> None:
         """Start or resume a stage, and drop later stages, left by an earlier attempt."""
         names = [entry["name"] for entry in self.facts["stages"]]
         if stage in names:
             del self.facts["stages"][names.index(stage) + 1 :]
         else:
-            self.facts["stages"].append({"name": stage, "log": [], "samples": []})
+            self.facts["stages"].append({"name": stage, "step": 0, "curves": {}, "samples": []})
         self._stage["learns"] = [line.strip() for line in trainable]
+        self._stage["history"] = os.path.relpath(folder / HISTORY, self.folder)
+        self._history, self._num_logged = folder / HISTORY, None
+        self._curves, self._lines = {}, []
 
     def log(
         self,
@@ -77,43 +113,121 @@ class RunReport:
         *,
         data_wait: float | None = None,
     ) -> None:
-        """Take over the log of the stage, which the trainer keeps across restarts.
+        """Take over the new entries of the stage's log, which the trainer keeps across restarts.
 
         `data_wait`: share of the time since the last start that steps waited for data.
         """
         if data_wait is not None:
             self._stage["data_wait"] = data_wait
-        self._stage["log"] = [dict(entry) for entry in history]
         self._stage["max_steps"] = max_steps
-        # a resumed run repeats the steps after its checkpoint, and their samples
-        reached = max((entry.get("step", 0) for entry in history), default=0)
-        self._stage["samples"] = [s for s in self._stage["samples"] if s["step"] <= reached]
+        if self._num_logged is None or self._num_logged > len(history):
+            # a resumed run repeats the steps after its checkpoint, and their answers
+            reached = max((entry.get("step", 0) for entry in history), default=0)
+            self._stage["samples"] = [s for s in self._stage["samples"] if s["step"] <= reached]
+            self._stage.update(step=0, curves={})
+            self._num_logged, self._curves, self._lines = 0, {}, []
+            self._appends = False
+        for entry in history[self._num_logged :]:
+            self._add(entry)
+        self._num_logged = len(history)
         self.write()
+
+    def _add(self, entry: Mapping[str, Any]) -> None:
+        self._lines.append(json.dumps(_without_nan(dict(entry))) + "\n")
+        step = int(entry.get("step", 0))
+        self._stage["step"] = max(step, self._stage["step"])
+        for key, value in entry.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._curves.setdefault(key, Curve()).add(step, float(value))
 
     def add_samples(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
         """Add the answers to held-out rows at a step."""
         kept = [s for s in self._stage["samples"] if s["step"] != step]
+        if len(kept) >= _MOST_SAMPLES:
+            kept = kept[::2]
         self._stage["samples"] = [*kept, {"step": step, "answers": [dict(a) for a in answers]}]
-        self.write(at_once=True)
+        self.write()
 
     def blind(self, found: Mapping[str, Any]) -> None:
         """Add the blind test at the end."""
-        self.facts["blind"] = dict(found)
+        self.facts["blind"] = _without_nan(found)
 
     def write(self, *, at_once: bool = False) -> None:
-        """Write both files atomically, at most once in `_APART` seconds unless `at_once`."""
-        # monotonic: the time of day may be set back, which would stop the updates
-        if not at_once and time.monotonic() - self._written < _APART:
+        """Write the files atomically: at once, or if it is time again.
+
+        Two writes are 100 times the duration of the first of them apart, and `_APART` seconds at
+        least, so writing takes less than a hundredth of a run. While the files cannot be written (a
+        full disk), the run goes on; `raise_if_unwritten` tells it at the end.
+        """
+        begin = self.clock()
+        if not at_once and begin < self._next_write:
             return
+        try:
+            self._write()
+        except OSError as error:
+            if self._fault is None:
+                self.print_fn(
+                    f"the report in {self.folder} could not be written: "
+                    f"{error.strerror or error}; training goes on, so free some space there"
+                )
+            self._fault = error
+        else:
+            self._fault = None
+        end = self.clock()
+        self._next_write = end + max(_APART, _TIMES_APART * (end - begin))
+
+    def raise_if_unwritten(self) -> None:
+        """Raise CheckpointError if the last state could not be written."""
+        with raise_on_write_error(self.folder):
+            if self._fault is not None:
+                raise self._fault
+
+    def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # JSON has no NaN, and a diverged run needs its report most
-        plain = json.loads(json.dumps(self.facts), parse_constant=lambda _: None)
-        text = json.dumps(plain, indent=1, allow_nan=False)
+        if self.facts["stages"]:
+            self._stage["curves"] |= {key: c.points() for key, c in self._curves.items()}
         # a reader (the browser, a poller) must never see half a file
-        for name, content in ((JSON, text), (HTML, render_page(self.facts))):
+        for name, content in (
+            # on one line: with an indent, Python encodes without its encoder in C
+            (JSON, json.dumps(self.facts, allow_nan=False)),
+            (HTML, render_page(self.facts)),
+        ):
             with atomic_file(self.folder / name) as partial:
                 partial.write_text(content, encoding="utf-8")
-        self._written = time.monotonic()
+        if self._history is None or not self._lines:
+            return
+        data = "".join(self._lines).encode()
+        if self._appends:
+            with self._history.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(data) < len(data):
+                    # a full disk may take a part; the same lines come again with the next write
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            self._history.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(self._history) as partial:
+                partial.write_bytes(data)
+        self._appends, self._lines = True, []
+
+
+def _stages_before(file: Path) -> list[dict[str, Any]]:
+    """Return the stages of the report that an earlier start of this run has written."""
+    if not file.is_file():
+        return []
+    try:
+        stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+        # reports of earlier versions have a log in place of curves
+        return [{"curves": {}, "step": 0, **stage} for stage in stages]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({first_line(error)}); remove it, and the report begins again"
+        ) from error
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value as JSON, with None for NaN and infinity, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def hardware() -> dict[str, str]:
@@ -123,13 +237,6 @@ def hardware() -> dict[str, str]:
         found = torch.cuda.get_device_properties(index)
         facts[f"device {index}"] = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
     return facts
-
-
-def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return (step, value) of one key of a log, without NaN."""
-    found = [(int(e["step"]), e[key]) for e in log if key in e and "step" in e]
-    # NaN is the one value that differs from itself
-    return [(step, float(value)) for step, value in found if value is not None and value == value]
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
@@ -148,36 +255,33 @@ def render_page(facts: Mapping[str, Any]) -> str:
             f"<h2>Recipe</h2>\n<pre>{recipe}</pre>",
         ],
         footer="Updated while the run trains; reload it to see more. The same numbers are in "
-        "report.json.",
+        "report.json, and all of the log in stages/*/history.jsonl.",
         own_style=_STYLE,
     )
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
-    log = stage["log"]
-    reached = max((entry.get("step", 0) for entry in log), default=0)
-    steps = f"step {reached} of {stage.get('max_steps', '?')}"
+    steps = f"step {stage['step']} of {stage.get('max_steps', '?')}"
     if "data_wait" in stage:
         steps += f"; {stage['data_wait']:.1%} of the time was waiting for data"
-    groups = sorted({key for entry in log for key in entry if key.startswith("grad_norm")})
-    curves = [
-        _figure(points(log, key), name, note, log=as_log, share=key in _SHARES)
+    curves: Mapping[str, Sequence[Point]] = stage["curves"]
+    figures = [
+        _figure(curves.get(key, ()), name, note, log=as_log, share=key in _SHARES)
         for key, name, note, as_log in _CURVES
     ]
-    curves += [
-        _figure(points(log, key), f"Gradient norm{key[9:].replace('/', ' of ')}", "", log=True)
-        for key in groups
+    figures += [
+        _figure(curves[key], f"Gradient norm{key[9:].replace('/', ' of ')}", "", log=True)
+        for key in sorted(curves)
+        if key.startswith("grad_norm")
     ]
     learns = "".join(f"<li>{escape(line)}</li>" for line in stage.get("learns", ()))
     return (
         f"<h2>Stage {escape(stage['name'])}</h2><p>{escape(steps)}</p><ul>{learns}</ul>"
-        f'<div class="charts">{"".join(curves)}</div>{_samples(stage["samples"])}'
+        f'<div class="charts">{"".join(figures)}</div>{_samples(stage["samples"])}'
     )
 
 
-def _figure(
-    curve: Sequence[tuple[int, float]], name: str, note: str, *, log: bool, share: bool = False
-) -> str:
+def _figure(curve: Sequence[Point], name: str, note: str, *, log: bool, share: bool = False) -> str:
     if not curve:
         return ""
     drawn = chart(curve, label=name, log=log, share=share)

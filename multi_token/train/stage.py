@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
 from multi_token.collate import Collator
-from multi_token.data.packing import packing_plan, shared_prefix_groups
-from multi_token.data.sources import TrainingSource
+from multi_token.data.packing import packing_plan
+from multi_token.data.shared_prefix import SharedPrefixGroup, shared_prefix_groups
+from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.data.streaming import StreamDataset
-from multi_token.distributed import all_gather, barrier, broadcast_from_main, is_main_process
+from multi_token.distributed import (
+    all_gather,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+)
 from multi_token.encoders import attach_lora, find_unused_parameters, gradients_enabled
 from multi_token.errors import Interrupted
 from multi_token.language_model.lora import attach_adapter
@@ -127,7 +136,7 @@ def _batch_plan(
         lengths,
         num_items,
         num_rows=stage.args.per_device_train_batch_size,
-        groups=shared_prefix_groups(sources, dataset) if find_groups else (),
+        groups=_shared_prefixes(run) if find_groups else (),
     )
     if isinstance(dataset, StreamDataset):
         print_fn = partial(run.console.print, highlight=False, markup=False)
@@ -136,6 +145,20 @@ def _batch_plan(
         return PackedBatches(packing, lengths)
     pairs = isinstance(dataset, PreferenceDataset)
     return PaddedBatches(dataset.num_tokens if pairs else lengths)
+
+
+def _shared_prefixes(run: Run) -> Sequence[SharedPrefixGroup]:
+    """Return the rows that begin with the same media, found once for all stages of a start."""
+    if run.shared_prefixes is None:
+        run.shared_prefixes = shared_prefix_groups(
+            run.sources,
+            Path(run.recipe.train.output_dir),
+            num_workers=num_readers(
+                run.recipe, sum(len(s.lengths) for s in run.sources) // num_processes()
+            ),
+            console=run.console,
+        )
+    return run.shared_prefixes
 
 
 def _freeze_unused(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:
@@ -195,6 +218,7 @@ def fit(run: Run, stage: StageRun) -> None:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         stop.restore()
+        run.evaluation.save_report()
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} of stage "

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,42 @@ def test_a_second_signal_aborts(run: Path) -> None:
                 break
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 1
+
+
+LOSES_ITS_DEVICE = """
+import os, torch
+from multi_token.cli import main
+
+def look(module, inputs):
+    if os.path.exists(os.environ["LOST"]):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+torch.nn.modules.module.register_module_forward_pre_hook(look)
+main()
+"""
+
+
+def test_a_server_whose_device_is_lost_is_never_healthy_again_and_exits_with_1(
+    run: Path, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost"
+    script = ("-c", LOSES_ITS_DEVICE)
+    with serve_process(str(run), env={"LOST": str(lost)}, python=script) as (process, url, printed):
+        short = {**LONG, "stream": False, "max_tokens": 1}
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert client.post("/v1/chat/completions", json=short).status_code == 200
+            assert client.get("/health").status_code == 200
+            lost.touch()
+            assert client.post("/v1/chat/completions", json=short).status_code == 503
+            polls: set[int] = set()
+            with suppress(httpx.TransportError):  # it listens no more
+                for _ in range(20_000):
+                    polls.update(client.get(path).status_code for path in ("/health", "/ready"))
+        assert polls == {503}
+        assert process.wait(60) == 1
+    text = "".join(printed)
+    assert "3 times without a complete response" in text and "illegal memory access" in text
+    assert "error: the engine was restarted" in text
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from multi_token.data.packing import (
     PackingPlan,
-    SharedPrefixGroup,
     balance,
     best_fit,
-    find_shared_prefix_groups,
     group_into_steps,
     pack_buffer,
     packing_plan,
-    shared_prefix_groups,
 )
-from multi_token.data.sources import TrainingSource
+from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.errors import RecipeError
 from multi_token.recipe.train import TrainSpec
-from multi_token.types import Conversation, Media, Message, Text
 
 
 def test_a_pack_stays_within_both_budgets() -> None:
@@ -181,47 +176,3 @@ def test_an_item_that_a_group_shares_counts_once_against_the_budget_of_items() -
     rows = packing_plan(spec, [20, 20, 20], [1, 1, 1], num_rows=4, groups=[group])
     assert rows is not None and list(rows.units) == [(0, 1, 2)]
     assert list(rows.num_items) == [1] and list(rows.lengths) == [40]
-
-
-def test_the_first_media_item_of_a_row_is_compared_by_content(model: Any, tmp_path: Path) -> None:
-    def row(value: float | None) -> dict[str, Any]:
-        vector = {} if value is None else {"vector": [[value] * 5]}
-        question = "Is it one?" if value is None else "<vector> Is it one?"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
-        return {"messages": turns, **vector}
-
-    rows = [row(1.0), row(None), row(2.0), row(1.0), row(None)]
-    source = TrainingSource(rows, model.processor, "rows.jsonl")
-    samples = [model.processor(c) for c, _ in source.conversations()]
-    (group,) = shared_prefix_groups([source], samples)
-    assert group.rows == (0, 3) and group.num_items == 1
-
-
-def test_rows_are_a_group_only_if_their_samples_begin_with_the_same_media(
-    model: Any, data: Path
-) -> None:
-    def row(image: str, *texts: str) -> Any:
-        parts = (Text(texts[0]), Media("image", str(data / image)), Text(texts[1]))
-        said = Message("assistant", (Text("yes"),))
-        return model.processor(Conversation((Message("user", parts), said), id=image))
-
-    samples = [
-        row("red.png", "Look: ", " is it red?"),
-        row("red.png", "Tell me, ", " is it blue?"),
-        row("blue.png", "Look: ", " what is it?"),
-        row("blue.png", "Look: ", " is it one?"),
-        row("green.png", "Look: ", " what is it?"),
-    ]
-    asked: list[int] = []
-
-    def read(index: int) -> Any:
-        asked.append(index)
-        return samples[index]
-
-    keys = ["red", "red", "blue", "blue", "green"]
-    (group,) = find_shared_prefix_groups(keys, read)
-    assert group.rows == (2, 3) and group.num_items == 1
-    place = samples[2].media_spans[0]
-    assert group.num_tokens >= place.start + place.length
-    assert asked == [0, 1, 2, 3], "a row on its own is not read"
-    assert find_shared_prefix_groups([None] * 5, read) == []

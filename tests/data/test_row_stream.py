@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -208,6 +209,19 @@ def test_names_without_files_are_refused_with_the_expected_ones(tmp_path: Path) 
     (tmp_path / "one" / "a.jsonl").write_text("{}\n")
     with pytest.raises(MultiTokenError, match="lie in 2 folders"):
         open_stream(str(tmp_path / "**" / "*.jsonl"))
+
+
+@pytest.mark.parametrize("where", ["header", "content", "between"])
+def test_a_tar_that_is_cut_short_is_refused_and_not_taken_for_fewer_rows(
+    tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "s.tar"
+    write_tar(path, {f"{i}.json": b"{}" for i in range(3)})
+    assert len(TarRows(path)) == 3
+    # each member is a header and a block of content, 512 bytes each
+    os.truncate(path, {"header": 2 * 1024 + 100, "content": 1024 + 600, "between": 1024}[where])
+    with pytest.raises(MultiTokenError, match=r"s\.tar cannot be read .*(cut short|end of data)"):
+        TarRows(path)
 
 
 def test_a_hub_name_without_a_hub_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

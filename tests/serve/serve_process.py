@@ -7,17 +7,22 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
 @contextmanager
 def serve_process(
-    *arguments: str, env: Mapping[str, str] | None = None
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    python: Sequence[str] = ("-m", "multi_token"),
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, its URL, and what it has printed (which grows); `env` is added to ours."""
+    """The process, its URL, and what it has printed (which grows); `env` is added to ours.
+
+    `python`: what Python runs, in place of the module.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "multi_token", "serve", *arguments, "--port", "0", "--workers", "1"],
+        [sys.executable, *python, "serve", *arguments, "--port", "0", "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,11 +8,13 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
+from multi_token.serve.service import _MAX_RESTARTS
 from tests.serve.running_server import RunningServer, running
 
 pytestmark = pytest.mark.slow
@@ -76,6 +78,37 @@ def test_a_full_queue_is_a_429_with_retry_after(small: RunningServer) -> None:
     assert statuses == [200]  # it started when the first one ended
     assert chat(small, SHORT).status_code == 200
     assert 'rejections_total{reason="queue_full"}' in httpx.get(f"{small.url}/metrics").text
+
+
+def test_one_key_cannot_fill_the_queue_of_another(text_model: Any) -> None:
+    keys = ("sk-greedy-key", "sk-other-key")
+    greedy, other = ({"Authorization": f"Bearer {key}"} for key in keys)
+    go = threading.Event()
+
+    def hold(*_: Any, **__: Any) -> None:
+        assert go.wait(30)
+
+    with running(text_model, api_keys=keys, max_batch=1, max_queue=3) as server:
+        hook = text_model.language_model.register_forward_pre_hook(hold, with_kwargs=True)
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(chat(server, SHORT, **other)))
+        try:
+            with ExitStack() as streams:
+                statuses = []
+                for _ in range(4):
+                    options = {"json": {**SHORT, "stream": True}, "headers": greedy, "timeout": 30}
+                    url = f"{server.url}/v1/chat/completions"
+                    answer = streams.enter_context(httpx.stream("POST", url, **options))
+                    statuses.append(answer.status_code)
+                assert statuses == [200, 200, 200, 429]
+                asking.start()
+                assert server.wait_until(lambda: server.service.admission.num_admitted == 4)
+                go.set()
+                asking.join()
+        finally:
+            go.set()
+            hook.remove()
+    assert [answer.status_code for answer in answers] == [200]
 
 
 def test_more_choices_than_the_capacity_are_a_400(small: RunningServer) -> None:
@@ -192,6 +225,27 @@ def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
             metrics = httpx.get(f"{server.url}/metrics").text
             assert "multi_token_engine_restarts_total 1.0" in metrics
             watching.cancel()
+    finally:
+        hook.remove()
+
+
+def test_restarts_with_complete_responses_between_them_do_not_add_up(text_model: Any) -> None:
+    broken = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        if broken.is_set():
+            raise RuntimeError("out of memory")
+
+    hook = text_model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        with running(text_model) as server:
+            for _ in range(_MAX_RESTARTS + 1):
+                broken.set()
+                assert chat(server, SHORT).status_code == 503
+                broken.clear()
+                assert server.wait_until(lambda: server.service.is_healthy)
+                assert chat(server, SHORT).status_code == 200
+            assert server.service.engine_error is None
     finally:
         hook.remove()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
-from multi_token.serve.admission import Admission, Deadline
+from multi_token.serve.admission import Admission, Deadline, Turns
 from multi_token.serve.errors import ServeError
 
 
@@ -24,8 +24,8 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return move
 
 
-def refused(admission: Admission, num_choices: int = 1) -> ServeError:
-    with pytest.raises(ServeError) as caught, admission.admit(num_choices):
+def refused(admission: Admission, num_choices: int = 1, tenant: str = "") -> ServeError:
+    with pytest.raises(ServeError) as caught, admission.admit(num_choices, tenant):
         raise AssertionError("it was admitted")
     return caught.value
 
@@ -132,6 +132,66 @@ def test_retry_after_is_from_one_second_to_a_minute(
         with admission.admit():
             error = refused(admission)
         assert (error.status, error.code, error.retry_after) == (429, "queue_full", seconds)
+
+
+def num_admitted_of(admission: Admission, inside: ExitStack, tenants: str) -> dict[str, int]:
+    """Tenant -> number of its requests that are admitted, if all tenants go on asking in turn."""
+    counts = dict.fromkeys(tenants, 0)
+    for tenant in tenants * admission.capacity:
+        with suppress(ServeError):
+            inside.enter_context(admission.admit(tenant=tenant))
+            counts[tenant] += 1
+    return counts
+
+
+def test_a_tenant_alone_leaves_a_quarter_of_the_capacity_to_others() -> None:
+    admission = Admission(8, 32, is_shared=True)
+    with ExitStack() as inside:
+        assert num_admitted_of(admission, inside, "a") == {"a": 30}
+        error = refused(admission, tenant="a")
+        assert (error.status, error.code) == (429, "queue_full")
+        assert "30 requests of this API key" in str(error)
+        assert num_admitted_of(admission, inside, "b") == {"b": 7}
+        # as many tenants as are left still get a place each
+        assert num_admitted_of(admission, inside, "cde") == dict.fromkeys("cde", 1)
+        assert "40 requests run or wait" in str(refused(admission, tenant="f"))
+    assert admission.num_admitted == 0 and not admission._num_by_tenant
+
+
+def test_tenants_that_ask_for_more_than_there_is_get_equal_shares() -> None:
+    admission = Admission(8, 32, is_shared=True)
+    with ExitStack() as inside:
+        counts = num_admitted_of(admission, inside, "abc")
+        assert max(counts.values()) - min(counts.values()) <= 1
+        with admission.admit(tenant="d"):
+            pass
+
+
+def test_a_single_key_may_use_the_complete_capacity() -> None:
+    admission = Admission(2, 1)
+    with ExitStack() as inside:
+        assert num_admitted_of(admission, inside, "a") == {"a": 3}
+
+
+def test_a_small_shared_server_admits_the_first_request_of_each_tenant() -> None:
+    admission = Admission(1, 1, is_shared=True)
+    with ExitStack() as inside:
+        assert num_admitted_of(admission, inside, "a") == {"a": 1}
+        assert num_admitted_of(admission, inside, "b") == {"b": 1}
+
+
+def test_tenants_take_turns() -> None:
+    def order(turns: Turns, *waiting: str, **num_running: int) -> list[str]:
+        return turns.order(waiting, lambda name: name[0], num_running)
+
+    waiting = ("a1", "a2", "a3", "b1", "c1", "b2")
+    turns = Turns()
+    assert order(turns, *waiting) == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    assert order(turns, *waiting, a=2) == ["b1", "c1", "b2", "a1", "a2", "a3"]
+    turns.take("a")
+    assert order(turns, *waiting) == ["b1", "c1", "a1", "b2", "a2", "a3"]
+    turns.take("b")
+    assert order(turns, "b3", "a4", "c2") == ["c2", "a4", "b3"]
 
 
 @pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "", "1e999"])

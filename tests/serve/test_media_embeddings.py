@@ -14,7 +14,8 @@ from torch import Tensor
 from multi_token.errors import MultiTokenError
 from multi_token.generate import single_question
 from multi_token.serve.errors import ServeError
-from multi_token.serve.media_embeddings import MediaEmbedder, content_key
+from multi_token.serve.media.memory import MediaMemory, Stage
+from multi_token.serve.media_embeddings import EmbeddedItem, MediaEmbedder, content_key
 from multi_token.types import Media, Prepared, Sample
 
 VECTORS = [[1.0, 2.0, 3.0, 4.0, 5.0], [-1.0, 0.5, 2.0, 0.0, 1.0], [0.2, 0.2, -3.0, 1.0, 0.0]]
@@ -71,23 +72,63 @@ def held(embedder: MediaEmbedder, model: Any) -> Callable[[], None]:
     return go.set
 
 
-def test_prompts_get_the_embeddings_that_each_item_has_alone(model: Any, make: Any) -> None:
-    samples = [
-        sample_of(model, VECTORS[0], VECTORS[1:]),
-        sample_of(model),
-        sample_of(model, VECTORS[2]),
-    ]
+def test_items_get_the_embeddings_that_each_has_alone(model: Any, make: Any) -> None:
+    items = [*sample_of(model, VECTORS[0], VECTORS[1:]).media, *sample_of(model, VECTORS[2]).media]
 
-    async def all_at_once(embedder: MediaEmbedder) -> list[Any]:
-        return await asyncio.gather(*(embedder.build_prompt(sample) for sample in samples))
+    async def all_at_once(embedder: MediaEmbedder) -> list[EmbeddedItem]:
+        return await asyncio.gather(*(embedder.embed_item("vector", item) for item in items))
 
-    prompts = asyncio.run(all_at_once(make()))
-    for prompt, sample in zip(prompts, samples, strict=True):
-        assert prompt.media_spans == tuple(sample.media_spans)
-        assert torch.equal(prompt.input_ids, sample.input_ids)
-        assert len(set(prompt.media_keys)) == len(sample.media)
-        for tokens, item in zip(prompt.media_embeds, sample.media, strict=True):
-            torch.testing.assert_close(tokens, alone(model, item))
+    embedded = asyncio.run(all_at_once(make()))
+    assert len({found.key for found in embedded}) == len(items)
+    for found, item in zip(embedded, items, strict=True):
+        torch.testing.assert_close(found.embeds, alone(model, item))
+
+
+def test_the_memory_of_an_item_is_released_when_it_is_embedded_even_if_its_client_left(
+    model: Any, make: Any
+) -> None:
+    embedder, memory = make(), MediaMemory(8_000)
+    leases = [memory.lease(Stage.PREPARED) for _ in range(3)]
+    for lease in leases:
+        lease.acquire(100)
+    bad, *good = [sample_of(model, vector).media[0] for vector in VECTORS]
+
+    async def leave() -> None:
+        go = held(embedder, model)
+        works = [
+            asyncio.ensure_future(embedder.embed_item("vector", item, memory=lease))
+            for item, lease in zip(good, leases, strict=False)
+        ]
+        while len(embedder._waiting) < 2:
+            await asyncio.sleep(0)
+        works[0].cancel()
+        await asyncio.gather(works[0], return_exceptions=True)
+        assert memory.num_bytes == 300
+        go()
+        await works[1]
+        assert memory.num_bytes == 100
+        embedder.stop()
+        with pytest.raises(ServeError):
+            await embedder.embed_item("vector", bad, memory=leases[2])
+
+    asyncio.run(leave())
+    assert memory.num_bytes == 0
+
+
+def test_tenants_take_turns_in_the_queue(model: Any, make: Any) -> None:
+    embedder = make(max_items=1)
+    go = held(embedder, model)
+    order: list[str] = []
+    names = ["a1", "a2", "a3", "b1"]
+    futures = []
+    for number, name in enumerate(names):
+        (item,) = sample_of(model, [float(number)] * 5).media
+        futures.append(embedder.embed("vector", item, name, name[0]))
+        futures[-1].add_done_callback(lambda _, name=name: order.append(name))
+    go()
+    for future in futures:
+        future.result(30)
+    assert order == ["a1", "b1", "a2", "a3"]
 
 
 def test_queued_items_are_one_batch(model: Any, make: Any, batches: list[int]) -> None:
@@ -177,8 +218,8 @@ def test_a_client_that_disconnects_takes_nothing_from_the_others(model: Any, mak
 
     async def leave() -> Any:
         go = held(embedder, model)
-        leaver = asyncio.ensure_future(embedder.build_prompt(sample))
-        stayer = asyncio.ensure_future(embedder.build_prompt(sample))
+        leaver = asyncio.ensure_future(embedder.embed_item("vector", sample.media[0]))
+        stayer = asyncio.ensure_future(embedder.embed_item("vector", sample.media[0]))
         while key not in embedder._in_flight or embedder.num_hits == 0:
             await asyncio.sleep(0)
         leaver.cancel()
@@ -187,7 +228,7 @@ def test_a_client_that_disconnects_takes_nothing_from_the_others(model: Any, mak
         go()
         return await stayer
 
-    (tokens,) = asyncio.run(leave()).media_embeds
+    tokens = asyncio.run(leave()).embeds
     torch.testing.assert_close(tokens, alone(model, sample.media[0]))
 
 

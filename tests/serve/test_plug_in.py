@@ -48,7 +48,7 @@ def smells(
         torch.manual_seed(0)
         model = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
         limits = RequestMediaLimits(max_seconds=8)
-        with running(model, media_totals=limits, run_folder=folder) as server:
+        with running(model, media_totals=limits, run_folder=folder, show_examples=True) as server:
             yield server
     finally:
         del registry._registered["modality"]["odour"]

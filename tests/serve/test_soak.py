@@ -128,9 +128,10 @@ def test_after_a_thousand_clients_have_left_no_request_remains_and_no_slot_is_ta
                     service.engine.num_running,
                     service.engine.num_waiting,
                     service.prompts.media_pool.num_waiting,
+                    service.prompts.media_memory.num_bytes,
                     len(service._outputs),
                 )
-                == (0, 0, 0, 0, 0)
+                == (0, 0, 0, 0, 0, 0)
             ),
             seconds=20,
         )

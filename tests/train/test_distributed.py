@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
+from multi_token.train.resume import run_lock
 from multi_token.train.run import train
 from tests.train.in_processes import Wavering
 from tests.train.launchers import launched
@@ -201,10 +203,12 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("no number in pieces", "adapter", fsdp=True, poison_at=3),
         *([run("qlora", "adapter", quantization="4bit")] if find_spec("bitsandbytes") else []),
         run("other recipe", "projector", other={"train.seed": 5}),
+        run("in use", "projector"),
         run("other rows", "projector", folders=[str(here), str(elsewhere)]),
     ]
     runs[-1]["fields"]["data"] = {"train": [{"rows": "rows.jsonl"}]}
-    return folder, processes(2, folder, runs)
+    with run_lock(folder / "in use", print):
+        return folder, processes(2, folder, runs)
 
 
 def history(out: Path) -> list[tuple[float, float]]:
@@ -337,6 +341,13 @@ def test_fsdp_resumes_from_a_checkpoint(two: Any, alone: Any) -> None:
     assert all("stopped at step 3 of 6" in one["error"] for one in seen["full on"])
     assert [one["steps"] for one in seen["full on again"]] == [3, 3]
     assert_equal_runs(alone("full"), folder / "full on two")
+
+
+def test_all_processes_leave_a_folder_that_another_run_uses(two: Any) -> None:
+    folder, seen = two
+    (sentence,) = {one["error"] for one in seen["in use"]}
+    assert f"/in use is in use by process {os.getpid()} on " in sentence
+    assert [path.name for path in (folder / "in use").iterdir()] == [".lock"]
 
 
 def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
+import signal
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,9 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from multi_token.errors import CheckpointError, Interrupted, MultiTokenError
 from multi_token.recipe.recipe import Recipe
+from multi_token.report.chart import Curve
 from multi_token.train.run import train
-from multi_token.train.run_report import HTML, JSON, RunReport, render_page
+from multi_token.train.run_report import HISTORY, HTML, JSON, RunReport, render_page
 
 Fields = Callable[..., dict[str, Any]]
 _VOID = {"meta", "line", "polyline", "circle", "path", "br", "img"}
@@ -120,24 +125,142 @@ def test_a_resumed_report_keeps_earlier_steps_and_drops_repeated_ones(
 ) -> None:
     recipe = Recipe.model_validate(recipe_fields(tmp_path))
     answer = [{"id": "a", "question": "<b>?", "answer": "x", "truth": "y"}]
+    folders = {name: tmp_path / "stages" / name for name in ("one", "two")}
     first = RunReport(tmp_path, recipe, ["language model X: float32"])
-    first.start_stage("one", ["projectors"])
+    first.start_stage("one", folders["one"], ["projectors"])
     first.log([{"step": 2, "loss": 1.0}], 4)
-    first.start_stage("two", ["adapter"])
+    first.start_stage("two", folders["two"], ["adapter"])
     for step in (2, 4):
         first.log([{"step": s, "loss": float("nan")} for s in range(1, step + 1)], 4)
         first.add_samples(step, answer)
+        first.write(at_once=True)
+    assert [entry["loss"] for entry in entries(folders["two"])] == [None] * 4
 
     again = RunReport(tmp_path, recipe, [])
-    again.start_stage("two", ["adapter"])
+    again.start_stage("two", folders["two"], ["adapter"])
     again.log([{"step": 3, "loss": 1.0}], 4)  # from a checkpoint at step 3
     one, two = again.facts["stages"]
-    assert one["log"] == [{"step": 2, "loss": 1.0}]
+    assert one["curves"] == {"loss": [[2, 1.0]]} and two["curves"] == {"loss": [(3, 1.0)]}
+    assert entries(folders["one"]) == [{"step": 2, "loss": 1.0}]
+    assert entries(folders["two"]) == [{"step": 3, "loss": 1.0}]
     assert [s["step"] for s in two["samples"]] == [2], "that of step 4 will be made again"
     page = render_page(again.facts)
     assert "&lt;b&gt;?" in page and "<b>?" not in page
-    again.start_stage("one", ["projectors"])
+    again.start_stage("one", folders["one"], ["projectors"])
     assert [stage["name"] for stage in again.facts["stages"]] == ["one"]
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+
+
+_KEYS = ("loss", "grad_norm", "tokens_per_second")
+
+
+def test_the_report_of_a_hundred_thousand_steps_costs_less_than_a_hundredth(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    num_entries, seconds = 20_000, 0.0  # logging_steps is 5
+
+    def clock() -> float:
+        nonlocal seconds
+        seconds += 0.25  # a write reads it twice, so it takes a quarter of a second
+        return seconds
+
+    recipe = Recipe.model_validate(recipe_fields(tmp_path))
+    report = RunReport(tmp_path, recipe, [], clock=clock)
+    report.start_stage("one", tmp_path / "one", [])
+    history: list[dict[str, Any]] = []
+    writes, inodes, sizes = set(), set(), []
+    for number in range(num_entries):
+        history.append(dict.fromkeys(_KEYS, 1.0 + number % 7) | {"step": 5 * number})
+        if number == 5000:
+            history[-1]["loss"] = 1e6
+        report.log(history, 5 * num_entries)
+        page, plain = (tmp_path / HTML).stat(), (tmp_path / JSON).stat()
+        if (page.st_ino, page.st_mtime_ns) not in writes:
+            writes.add((page.st_ino, page.st_mtime_ns))
+            sizes.append(page.st_size + plain.st_size)
+            inodes.add((tmp_path / "one" / HISTORY).stat().st_ino)
+    assert len(inodes) == 1, "the history is only appended to"
+    # each write takes 0.25 s of the clock
+    assert 10 < len(writes) < 0.01 * seconds / 0.25
+    assert max(sizes) < 1.2 * max(sizes[: len(sizes) // 4]), "no growth once curves are thinned"
+    report.write(at_once=True)
+    assert len(entries(tmp_path / "one")) == num_entries
+    curve = report.facts["stages"][0]["curves"]["loss"]
+    assert 1000 <= len(curve) <= Curve.MOST_POINTS
+    assert curve[0] == (0, 1.0) and curve[-1][0] == 5 * (num_entries - 1)
+    assert (25_000, 1e6) in curve, "a single spike stays visible"
+
+
+def test_answers_of_earlier_evaluations_are_thinned(recipe_fields: Fields, tmp_path: Path) -> None:
+    report = RunReport(tmp_path, Recipe.model_validate(recipe_fields(tmp_path)), [])
+    report.start_stage("one", tmp_path / "one", [])
+    for step in range(500):
+        report.add_samples(step, [{"id": "a", "question": "q", "answer": "x", "truth": "y"}])
+    steps = [sample["step"] for sample in report.facts["stages"][0]["samples"]]
+    assert steps[0] == 0 and steps[-1] == 499 and 25 <= len(steps) <= 51
+
+
+def test_a_full_disk_stops_the_report_and_not_the_run_until_the_end(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    said: list[Any] = []
+    recipe = Recipe.model_validate(recipe_fields(tmp_path))
+    report = RunReport(tmp_path, recipe, [], print_fn=said.append)
+    report.start_stage("one", tmp_path / "one", [])
+    history = [{"step": step, "loss": 1.0} for step in range(1, 5001)]
+    report.log(history, 9000)
+    size = (tmp_path / "one" / HISTORY).stat().st_size
+    assert size > (tmp_path / HTML).stat().st_size
+    # the largest file that this process may write: first no report fits, then only the history not
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit, reached in ((10, 5000), (size + 10, 5002)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            history.append({"step": len(history) + 1, "loss": 1.0})
+            report.log(history, 9000)
+            report.write(at_once=True)
+            report.write(at_once=True)
+            with pytest.raises(CheckpointError, match=r"could not be written: .*; free some space"):
+                report.raise_if_unwritten()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        # the last complete state
+        assert json.loads((tmp_path / JSON).read_text())["stages"][0]["step"] == reached
+        assert len(entries(tmp_path / "one")) == 5000
+    signal.signal(signal.SIGXFSZ, before)
+    assert len(said) == 1 and "training goes on" in said[0]
+    report.write(at_once=True)
+    report.raise_if_unwritten()
+    assert [entry["step"] for entry in entries(tmp_path / "one")] == [*range(1, 5003)]
+
+
+@pytest.mark.parametrize(("error", "reached"), [(Interrupted, 3), (MultiTokenError, 2)])
+def test_the_last_state_is_written_at_an_interrupt_and_after_a_fault(
+    recipe_fields: Fields, tmp_path: Path, at: Any, error: type[Exception], reached: int
+) -> None:
+    def act() -> None:
+        if error is MultiTokenError:
+            raise error("the device is gone")
+        os.kill(os.getpid(), signal.SIGTERM)  # this step is taken, and then the run stops
+
+    at(3, act)
+    with pytest.raises(error):
+        train(Recipe.model_validate(recipe_fields(tmp_path)), console=Console(quiet=True))
+    assert json.loads((tmp_path / JSON).read_text())["stages"][0]["step"] == reached
+    folder = tmp_path / "stages" / "1-projector"
+    assert [entry["step"] for entry in entries(folder) if "loss" in entry] == [
+        *range(1, reached + 1)
+    ]
+
+
+def test_a_damaged_report_is_one_sentence(recipe_fields: Fields, tmp_path: Path) -> None:
+    (tmp_path / JSON).write_text('{"stages": [')
+    with pytest.raises(CheckpointError, match="report.json is damaged .*; remove it"):
+        RunReport(tmp_path, Recipe.model_validate(recipe_fields(tmp_path)), [])
 
 
 def test_a_model_that_ignores_its_media_is_warned_of_at_the_end(

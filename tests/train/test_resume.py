@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from rich.console import Console
 
 from multi_token.errors import CheckpointError, Interrupted, MultiTokenError, RecipeError
 from multi_token.recipe.recipe import Recipe
-from multi_token.train.resume import last_checkpoint, prune_checkpoints
+from multi_token.train.resume import last_checkpoint, prune_checkpoints, run_lock
 from multi_token.train.run import train
 from tests.train.bits import assert_same_bits, run_until
 
@@ -242,3 +246,68 @@ def test_signal_handlers_are_restored_after_a_run_that_failed(
     with pytest.raises(ValueError, match="no more"):
         trained(fields_of(recipe_fields, tmp_path / "failed"))
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.slow
+def test_a_second_start_in_a_folder_is_refused_and_the_first_goes_on(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    fields = fields_of(recipe_fields, tmp_path / "run", args={"max_steps": 100_000})
+    fields["train"]["args"]["save_steps"] = 100_000
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(fields))
+    command = [sys.executable, "-m", "multi_token", "train", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        next(line for line in first.stderr if line.startswith("adapter "))
+        before = (tmp_path / "run" / "recipe.yaml").stat().st_mtime_ns
+        second = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        assert second.returncode == 1
+        (sentence,) = second.stderr.splitlines()
+        assert sentence.startswith(
+            f"error: train.output_dir {tmp_path / 'run'} is in use by process {first.pid} on "
+        )
+        assert (tmp_path / "run" / "recipe.yaml").stat().st_mtime_ns == before
+        first.send_signal(signal.SIGTERM)
+        assert "of stage adapter, saved; the same command continues" in first.stderr.read()
+    assert first.returncode == 130
+
+
+_HOLDER = """
+import os, pathlib, signal, sys
+from multi_token.train.resume import run_lock
+with run_lock(pathlib.Path(sys.argv[1]), print):
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    signal.pause()
+"""
+
+
+def test_a_killed_run_leaves_no_lock_even_while_its_data_workers_live(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        with pytest.raises(RecipeError, match=f"in use by process {process.pid} on"):
+            run_lock(tmp_path, print).__enter__()
+        process.kill()
+        process.wait()
+        with run_lock(tmp_path, print):
+            pass
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    said: list[Any] = []
+    with run_lock(tmp_path, said.append):
+        pass
+    assert said == [
+        f"{tmp_path} is not locked: No locks available (its file system); start no second run in it"
+    ]

@@ -29,6 +29,9 @@ from multi_token.modalities.image import ImageModality
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train import plan_run, train
+from multi_token.train.prepare import open_stages, prepare
+from multi_token.train.resume import claim_run_folder
+from multi_token.train.run import run_stages
 from multi_token.types import Media
 from tests.data.streams import BAD, WORDS, row_of
 from tests.train.bits import assert_same_bits, run_until, weights
@@ -95,6 +98,20 @@ def trained(fields: dict[str, Any], console: Console | None = None) -> Any:
 def history(out: Path) -> list[dict[str, float]]:
     done = json.loads((out / "stages" / "1-adapter" / "done.json").read_text())
     return [entry for entry in done["log_history"] if "loss" in entry]
+
+
+def test_the_first_rows_keep_no_media_while_a_stage_trains(
+    fields_of: Fields, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate(fields_of(tmp_path / "run", args={"max_steps": 1}))
+    stages = open_stages(recipe)
+    claim_run_folder(tmp_path / "run", recipe)
+    run = prepare(recipe, stages, Console(quiet=True))
+    images = [row.get("image") for source in run.sources for row in source.rows]
+    assert sum(image is not None and bool(image["bytes"]) for image in images) > 3
+    run_stages(run)
+    images = [row.get("image") for source in run.sources for row in source.rows]
+    assert sum(image is not None and bool(image["bytes"]) for image in images) == 1
 
 
 PACKED = {"packing": True, "pack_tokens": 120}

@@ -1,10 +1,14 @@
 """Features of frozen encoders by content of the item, so that each item is encoded once.
 
-item -> _key (name or content, encoder, settings, dtype) -> features in memory or in store.py
+item -> source (path, size, time of change | URL) -> key (content, encoder, settings, dtype)
+     -> features in memory or in store.py
+
+Keys by source are stored beside the features, so the next start reads no file to find its key.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +22,7 @@ from multi_token.data.feature_cache.keys import KeyTable, canonical_source, enco
 from multi_token.data.feature_cache.store import FeatureStore, StoredFeatures
 from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
-from multi_token.media.hashing import digest
+from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
 
@@ -51,6 +55,7 @@ class FeatureCache:
         self._num_recent_bytes = 0
         self._written_at = time.monotonic()
         self._keys = KeyTable("S32")  # keys of content, by name of the source
+        self._new_sources: dict[str, str] = {}
         self._fingerprints: dict[str, tuple[Modality, str]] = {}
         self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
 
@@ -158,6 +163,19 @@ class FeatureCache:
         if self._shards is not None:
             self._shards.refresh()
 
+    @property
+    def shard_names(self) -> set[str]:
+        """Names of the shards in the folder that this process knows."""
+        return set() if self._shards is None else self._shards.names
+
+    def has(self, item: Media, modality: Modality, fetch: Fetch) -> bool:
+        """Return True if the features of an item are known to be there; reads no file."""
+        try:
+            key = self._known_key(item, modality, fetch)[1]
+        except MediaError:  # an object in memory that is no item; `fill` reports it
+            return False
+        return key is not None and self._has(key)
+
     def _has(self, key: str) -> bool:
         return key in self._recent or (self._shards is not None and key in self._shards)
 
@@ -188,9 +206,26 @@ class FeatureCache:
         if self._shards is not None and self._recent:
             self._shards.write(self._recent)
             self._recent, self._num_recent_bytes = {}, 0
+        # after their features, though a key without features would only be encoded again
+        if self._shards is not None and self._new_sources:
+            self._shards.add_sources(self._new_sources)
+            self._new_sources = {}
         self._written_at = time.monotonic()
 
     def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:
+        source, key = self._known_key(item, modality, fetch)
+        if key is None:
+            content = modality.content(item.source, fetch)
+            key = self._digest(self._fingerprints[item.modality][1], content)
+            if source is not None and self._shards is not None:
+                self._new_sources[source] = key
+            self._remember(item, fetch, key)
+        return key
+
+    def _known_key(
+        self, item: Media, modality: Modality, fetch: Fetch
+    ) -> tuple[str | None, str | None]:
+        """Return (source as a digest, key of the content), each None if it is not known."""
         known = self._fingerprints.get(item.modality)
         if known is None or known[0] != modality:
             raise MultiTokenError(
@@ -198,19 +233,38 @@ class FeatureCache:
                 + (" with these settings" if known else "")
                 + "; call `fill` or `register_encoder` with its encoder first"
             )
+        name = self._name_key(item, fetch)
+        if name is None:  # an object in memory
+            return None, self._digest(known[1], modality.content(item.source, fetch))
+        # by name, so that a file is looked at once in a process and not in every epoch
+        found = self._keys.get(name)
+        if found is not None:
+            return None, found if isinstance(found, str) else found.decode()
+        try:
+            stamp = source_stamp(item.source, fetch)
+        except NoStamp:
+            return None, None
+        source = self._digest(known[1], json.dumps(stamp).encode())
+        key = self._new_sources.get(source)
+        if key is None and self._shards is not None:
+            key = self._shards.key_of(source)
+        if key is not None:
+            self._remember(item, fetch, key)
+        return source, key
+
+    def _remember(self, item: Media, fetch: Fetch, key: str) -> None:
+        name = self._name_key(item, fetch)
+        if name is not None:
+            self._keys.add(name, key)
+
+    def _name_key(self, item: Media, fetch: Fetch) -> str | None:
         text = canonical_source(item.source)
         if text is None:
-            return self._digest(known[1], modality.content(item.source, fetch))
-        # by name, so that a file is not read and hashed again in every epoch
+            return None
+        fingerprint = self._fingerprints[item.modality][1]
         # the root too: a relative path names another file in another folder
-        name_key = digest(
-            known[1].encode(), repr(fetch.root).encode(), text.encode(errors="surrogatepass")
-        )
-        found = self._keys.get(name_key)
-        if found is None:
-            found = self._digest(known[1], modality.content(item.source, fetch))
-            self._keys.add(name_key, found)
-        return found if isinstance(found, str) else found.decode()
+        parts = fingerprint, repr(fetch.root), text
+        return digest(*(part.encode(errors="surrogatepass") for part in parts))
 
     def _digest(self, identity: str, content: bytes) -> str:
         return digest(identity.encode(), str(self.dtype).encode(), content)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.keys import canonical_source
@@ -58,12 +61,14 @@ def encode_rows(
     *,
     share: int = 0,
     num_shares: int = 1,
+    chosen: Sequence[Sequence[int]] | None = None,
     on_row: Callable[[], None] | None = None,
 ) -> EncodeReport:
     """Encode the items of one share that the cache lacks.
 
     `share` of `num_shares`: items are distributed by their source, so that one process encodes an
-    item that many rows name. All shares together are all items.
+    item that many rows name. All shares together are all items. `chosen`: rows of each source that
+    are read; None for all.
     """
     report = EncodeReport()
     # the row that is being read, for messages about its items
@@ -71,9 +76,8 @@ def encode_rows(
 
     def items() -> Iterator[tuple[Media, Fetch]]:
         nonlocal at
-        num_seen = 0
-        for source in sources:
-            for index in range(len(source.rows)):
+        for number, source in enumerate(sources):
+            for index in range(len(source.rows)) if chosen is None else chosen[number]:
                 report.num_rows += 1
                 at = (index, row_id_of(index, None, source.name))
                 try:
@@ -86,10 +90,8 @@ def encode_rows(
                 finally:
                     if on_row is not None:
                         on_row()
-                # counted before the share is chosen: the number must be the same in every process
                 for item in conversation.media:
-                    num_seen += 1
-                    if share_of(item, num_seen, num_shares) == share:
+                    if share_of(item, index, num_shares) == share:
                         report.num_items += 1
                         yield item, source.fetch
 
@@ -99,6 +101,43 @@ def encode_rows(
 
     report.num_encoded = cache.fill(items(), modalities, encoders, on_bad=on_bad)
     return report
+
+
+@dataclass
+class MissingItems(Dataset["NDArray[np.int64]"]):
+    """Parts of the rows -> int64 [items, 3] of the items that a cache lacks: source, row, share.
+
+    No file is read. An item is known by path, size and time of change of its file, or its URL.
+    """
+
+    PART: ClassVar[int] = 64
+    """Rows of a part."""
+
+    sources: Sequence[RowSource]
+    modalities: Mapping[str, Modality]
+    cache: FeatureCache
+    parts: Sequence[tuple[int, int]]
+    """Source and first row of each part."""
+    num_shares: int
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> NDArray[np.int64]:
+        at, start = self.parts[number]
+        source, names = self.sources[at], list(self.modalities)
+        found: list[tuple[int, int, int]] = []
+        for row in range(start, min(start + self.PART, len(source.rows))):
+            try:
+                conversation = to_conversation(source.rows[row], names, row_id="")
+            except RowError:  # the scan names it
+                continue
+            found += [
+                (at, row, share_of(item, row, self.num_shares))
+                for item in conversation.media
+                if not self.cache.has(item, self.modalities[item.modality], source.fetch)
+            ]
+        return np.array(found, np.int64).reshape(-1, 3)
 
 
 def sample_items(
@@ -120,12 +159,11 @@ def sample_items(
     return found, num_rows
 
 
-def share_of(item: Media, number: int, num_shares: int) -> int:
-    """Return the share of an item: by the name of its source, or else by its number."""
+def share_of(item: Media, row: int, num_shares: int) -> int:
+    """Return the share of an item: by the name of its source, or else by its row."""
     text = canonical_source(item.source)
     if text is None:
-        # all processes walk the same rows, so they agree on the number of an item
-        return number % num_shares
+        return row % num_shares
     # not `hash`, which Python seeds differently in each process
     return zlib.crc32(f"{item.modality}\0{text}".encode(errors="surrogatepass")) % num_shares
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
@@ -95,7 +95,7 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 
 def canonical_source(source: Any) -> str | None:
-    """Return the name of a source (a path, a URL, a mapping of these) as text, or None.
+    """Return the name of a source (a path, a URL, a list or mapping of these) as text, or None.
 
     Equal names are equal sources in every process.
     """
@@ -105,7 +105,16 @@ def canonical_source(source: Any) -> str | None:
         isinstance(value, (str, int, float, PurePath, type(None))) for value in source.values()
     ):
         return repr(sorted((str(key), str(value)) for key, value in source.items()))
+    # frames of a video; a list of numbers is an item itself
+    frames = isinstance(source, (list, tuple)) and bool(source)
+    if frames and all(isinstance(value, (str, PurePath)) for value in source):
+        return repr([str(value) for value in source])
     return None
+
+
+def hex_digits(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Digests, uint8 [digests, 16] -> their hexadecimal digits, S32 [digests]."""
+    return np.frombuffer(digests.tobytes().hex().encode(), f"S{_DIGITS}")
 
 
 class KeyTable:
@@ -143,9 +152,17 @@ class KeyTable:
             if len(self._new) >= max(self._MAX_NEW, len(self._keys) // 8):
                 self._merge()
 
-    def _merge(self) -> None:
+    def add_arrays(self, keys: NDArray[np.uint8], values: NDArray[Any]) -> None:
+        """Store the values of keys, uint8 [keys, 16]; first values of keys stay."""
+        self._merge(hex_digits(keys), np.asarray(values, self._values.dtype))
+
+    def _merge(
+        self, more_keys: NDArray[np.bytes_] | None = None, more_values: NDArray[Any] | None = None
+    ) -> None:
         keys = np.array([key.encode() for key in self._new], self._keys.dtype)
         values = np.array(list(self._new.values()), self._values.dtype)
+        if more_keys is not None and more_values is not None:
+            keys, values = np.concatenate([keys, more_keys]), np.concatenate([values, more_values])
         keys, values = np.concatenate([self._keys, keys]), np.concatenate([self._values, values])
         order = np.argsort(keys, kind="stable")
         self._keys, self._values, self._new = keys[order], values[order], {}

@@ -14,24 +14,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import (
+    MissingItems,
     RowSource,
     encode_rows,
     random_preprocessing,
     sample_items,
 )
-from multi_token.data.sources import TrainingSource
+from multi_token.data.parallel import progress_bar, read_parallel, share_of
+from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.distributed import (
     all_gather,
-    barrier,
     broadcast_from_main,
     num_processes,
     rank,
@@ -62,9 +65,7 @@ def open_cache(folder: Path, spec: FeatureCacheSpec, console: Console) -> Featur
     """Open the cache in a folder; prints a line for each damaged file in it."""
     cache = FeatureCache(folder, dtype=spec.dtype, max_shard_bytes=spec.shard_megabytes * MIB)
     for damage in cache.damaged:
-        console.print(
-            f"features in {folder}: {damage}; its items are encoded again", highlight=False
-        )
+        console.print(f"features in {folder}: {damage}", highlight=False)
     return cache
 
 
@@ -131,15 +132,18 @@ def choose_feature_cache(
     num_items = round(
         sum(len(source.rows) for source in row_sources) * len(first) / max(num_seen, 1)
     )
+    cache = open_cache(cache_folder(recipe), spec, console)
     reason = broadcast_from_main(
-        lambda: _trained_encoder(recipe, trained) or random_preprocessing(first, modalities)
+        lambda: (
+            _trained_encoder(recipe, trained)
+            or random_preprocessing(_new_items(first, modalities, encoders, cache), modalities)
+        )
     )
     if reason is not None and not spec.auto:
         raise RecipeError(f"{reason}; set train.feature_cache to false")
     if reason is not None:
         console.print(f"feature_cache auto is off: {reason}", highlight=False, soft_wrap=True)
         return None
-    cache = open_cache(cache_folder(recipe), spec, console)
     if not spec.auto:
         return cache
     # one process decides for all: each would measure other times, and all must do the same
@@ -155,19 +159,29 @@ def choose_feature_cache(
 
 
 def fill_cache(
+    recipe: Recipe,
     modalities: Mapping[str, Modality],
     encoders: Mapping[str, Encoder],
     sources: Sequence[TrainingSource],
     cache: FeatureCache,
     console: Console,
 ) -> None:
-    """Encode all items that the cache lacks; each process of a run encodes its share."""
+    """Encode all items that the cache lacks; collective.
+
+    Each process and each of its data workers looks at its share of the rows, and each process
+    encodes its share of the items. An item whose file is unchanged since an earlier start is not
+    read.
+    """
     row_sources = _row_sources(sources)
     num_rows = sum(len(source.rows) for source in row_sources)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Encoding items", total=num_rows)
+    num_workers = num_readers(recipe, num_rows // num_processes())
+    register_encoders(cache, modalities, encoders)
+    look = partial(_missing_items, row_sources, modalities, cache, console, num_workers)
 
-        def encode(share: int, num_shares: int) -> int:
+    def encode(missing: NDArray[np.int64], share: int, num_shares: int) -> int:
+        mine = missing[missing[:, 2] == share]
+        chosen = [np.unique(mine[mine[:, 0] == at, 1]).tolist() for at in range(len(row_sources))]
+        with progress_bar(console, "Encoding items", sum(map(len, chosen))) as advance:
             return encode_rows(
                 row_sources,
                 modalities,
@@ -175,25 +189,70 @@ def fill_cache(
                 cache,
                 share=share,
                 num_shares=num_shares,
-                on_row=lambda: progress.advance(task),
+                chosen=chosen,
+                on_row=lambda: advance(1),
             ).num_encoded
 
-        num_encoded = encode(rank(), num_processes())
-        if num_processes() > 1:
-            # after the barrier, all shards of all processes are in the folder
-            barrier()
-            cache.refresh()
-            # encodes nothing, unless the folder is not the same one on all machines
-            progress.reset(task)
-            num_encoded += encode(0, 1)
+    before = cache.shard_names
+    missing = np.concatenate(all_gather(look(share_of, num_processes())))
+    num_encoded = encode(missing, rank(), num_processes())
+    if num_processes() > 1:
+        # gathered, so all shards of all processes are in the folder
+        written = set().union(*all_gather(cache.shard_names - before))
+        cache.refresh()
+        if not written <= cache.shard_names:
+            # the folder is not the same one on all machines
+            num_encoded += encode(look(lambda parts: parts, 1), 0, 1)
     num_encoded = sum(all_gather(num_encoded))
     console.print(
         f"features: {num_encoded} items encoded, {len(cache)} in the cache", highlight=False
     )
 
 
+def _missing_items(
+    sources: Sequence[RowSource],
+    modalities: Mapping[str, Modality],
+    cache: FeatureCache,
+    console: Console,
+    num_workers: int,
+    choose: Callable[[Sequence[Any]], Sequence[Any]],
+    num_shares: int,
+) -> NDArray[np.int64]:
+    """Return the items that the cache lacks, of the parts of the rows that `choose` returns."""
+    parts = [
+        (at, start)
+        for at, source in enumerate(sources)
+        for start in range(0, len(source.rows), MissingItems.PART)
+    ]
+    dataset = MissingItems(sources, modalities, cache, choose(parts), num_shares)
+    found = read_parallel(
+        dataset,
+        num_workers=num_workers,
+        console=console,
+        description="Looking for features",
+        total=len(dataset) * MissingItems.PART,
+        size=lambda _: MissingItems.PART,
+    )
+    return np.concatenate([np.zeros((0, 3), np.int64), *found])
+
+
 def _row_sources(sources: Sequence[TrainingSource]) -> list[RowSource]:
     return [RowSource(source.rows, source.processor.fetch, source.name) for source in sources]
+
+
+def _new_items(
+    items: Sequence[MediaItem],
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder],
+    cache: FeatureCache,
+) -> list[MediaItem]:
+    """Return the items that the cache lacks; the preprocessing of the others was looked at."""
+    register_encoders(cache, modalities, encoders)
+    return [
+        (item, fetch)
+        for item, fetch in items
+        if not cache.has(item, modalities[item.modality], fetch)
+    ]
 
 
 def _trained_encoder(recipe: Recipe, trained: Sequence[Collection[str]]) -> str | None:

@@ -2,7 +2,8 @@
 
 FOLDER/features-<id>.safetensors    a shard: tensors by key; memory-mapped when it is read
 FOLDER/features-<id>.json           its part of the index, written after it: size and keys
-FOLDER/.features-*                  a file that is being written
+FOLDER/sources-<id>.safetensors     keys by source: path, size and time of change of a file, or URL
+FOLDER/.features-*, .sources-*      a file that is being written
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
 from multi_token.checkpoint.atomic import atomic_file
-from multi_token.data.feature_cache.keys import KeyTable
+from multi_token.data.feature_cache.keys import KeyTable, hex_digits
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB
 
@@ -52,6 +58,8 @@ class FeatureStore:
         self._damaged_names: set[str] = set()
         self._names: list[str] = []
         self._index = KeyTable("i8")
+        self._sources = KeyTable("S32")
+        self._source_files: set[str] = set()
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._pid = os.getpid()
         self.refresh()
@@ -66,7 +74,7 @@ class FeatureStore:
         return len(self._index)
 
     def refresh(self) -> None:
-        """Merge the parts of the index that any writer added since."""
+        """Merge the parts of the index, and the keys by source, that any writer added since."""
         known = {*self._names, *self._damaged_names}
         for part in sorted(self.folder.glob("features-*.json")):
             name = part.stem
@@ -76,10 +84,45 @@ class FeatureStore:
                 keys, with_newlines = _checked_keys(part)
             except _Damaged as damage:
                 # its items are encoded again, which costs less than a run that cannot start
-                self.damaged.append(str(damage))
+                self.damaged.append(f"{damage}; its items are encoded again")
                 self._damaged_names.add(name)
                 continue
             self._add(name, keys, with_newlines)
+        for file in sorted(self.folder.glob("sources-*.safetensors")):
+            if file.stem in self._source_files:
+                continue
+            self._source_files.add(file.stem)
+            try:
+                found = load_file(file)
+                self._sources.add_arrays(found["sources"], hex_digits(found["keys"]))
+            except (OSError, SafetensorError, KeyError) as error:
+                self.damaged.append(
+                    f"{file.name} cannot be read ({error}); its files are read again"
+                )
+                self._damaged_names.add(file.stem)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the shards that this process knows."""
+        return {*self._names}
+
+    def key_of(self, source: str) -> str | None:
+        """Return the key that a source had when its content was last read, or None."""
+        found = self._sources.get(source)
+        return found if isinstance(found, str) or found is None else found.decode()
+
+    def add_sources(self, keys: Mapping[str, str]) -> None:
+        """Store keys by source, in a file of their own. Raises MultiTokenError."""
+        name = f"sources-{uuid.uuid4().hex[:12]}"
+        arrays = {
+            "sources": _as_bytes(keys.keys()),
+            "keys": _as_bytes(keys.values()),
+        }
+        with self._writing(), atomic_file(self.folder / f"{name}.safetensors", sync=True) as path:
+            save_arrays(arrays, path)
+        self._source_files.add(name)
+        for source, key in keys.items():
+            self._sources.add(source, key)
 
     def read(self, key: str) -> StoredFeatures | None:
         """Return the features of a key, mapped from the file, or None. Raises MultiTokenError."""
@@ -98,9 +141,7 @@ class FeatureStore:
         tensors = {key: values for key, (values, _) in features.items()}
         with_newlines = {key: ends for key, (_, ends) in features.items() if ends is not None}
         tensors |= {key + _NEWLINES: ends for key, ends in with_newlines.items()}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
+        with self._writing():
             # synced: after a power cut, the index must not name a shard that was never on the disk
             with atomic_file(shard, sync=True) as path:
                 save_file(tensors, path)
@@ -112,12 +153,19 @@ class FeatureStore:
             # after the shard, so that a part of the index never names a missing one
             with atomic_file(shard.with_suffix(".json"), sync=True) as path:
                 path.write_text(json.dumps(part))
+        self._add(name, features, with_newlines)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            yield
         except (OSError, SafetensorError) as error:
             raise MultiTokenError(
                 f"cannot write features to {self.folder}: {error}; complete shards are kept, so "
                 "free disk space there (or name another folder) and start again"
             ) from None
-        self._add(name, features, with_newlines)
 
     def _add(self, name: str, keys: Iterable[str], with_newlines: Collection[str]) -> None:
         for key in keys:
@@ -131,12 +179,13 @@ class FeatureStore:
             for suffix in (".json", ".safetensors"):
                 (self.folder / (name + suffix)).unlink(missing_ok=True)
         self._damaged_names.clear()
-        for partial in self.folder.glob(".features-*"):
-            try:
-                if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                    partial.unlink()
-            except FileNotFoundError:  # finished, or removed by another process
-                continue
+        for pattern in (".features-*", ".sources-*"):
+            for partial in self.folder.glob(pattern):
+                try:
+                    if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                        partial.unlink()
+                except FileNotFoundError:  # finished, or removed by another process
+                    continue
 
     def _shard(self, number: int) -> Any:
         if self._pid != os.getpid():  # after a fork the handles are the parent's
@@ -155,6 +204,11 @@ class FeatureStore:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
+
+
+def _as_bytes(digests: Collection[str]) -> NDArray[np.uint8]:
+    """Digests as hexadecimal digits -> uint8 [digests, 16]."""
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(len(digests), -1)
 
 
 class _Damaged(Exception):

@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError, RowError
 
@@ -19,6 +20,8 @@ _LISTS = ("data", "rows")
 """Keys of an object around the list, in order of preference."""
 _BLOCK = 1 << 20
 """Bytes that are scanned at once."""
+_LARGE = 1 << 28
+"""Bytes of a file that takes seconds to open."""
 _MAX_BROKEN = 1 << 24
 """Bytes that are read to explain a broken element: after a fault it may reach the file's end."""
 _QUOTE, _BACKSLASH, _COMMA, _COLON = b'"\\,:'
@@ -47,8 +50,11 @@ class JsonRows(IndexedRows):
     def __init__(self, path: Path) -> None:
         """Raises RowError for a file that is not JSON, MultiTokenError for one without a list."""
         self.path = path.resolve()
-        with self.path.open("rb") as file:
-            found = _Structure(file)
+        size = self.path.stat().st_size
+        console = pass_console(quiet=size < _LARGE)
+        bar = progress_bar(console, f"Opening {path.name} (MiB)", size // _BLOCK)
+        with bar as step, self.path.open("rb") as file:
+            found = _Structure(file, step)
             self.line_breaks = found.line_breaks
             lists = {_key(file, where): borders for where, borders in found.lists}
             fields = [_key(file, where) for where in found.fields]
@@ -151,8 +157,11 @@ class _Structure:
     inside of another character, so bytes need no decoding.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        """Read a file once, block by block, up to its end or its first fault."""
+    def __init__(self, file: BinaryIO, step: Callable[[int], None]) -> None:
+        """Read a file once, block by block, up to its end or its first fault.
+
+        `step`: called with 1 after each block.
+        """
         self.lists: list[tuple[Quotes | None, array[int]]] = []
         """Quotes of a list's key (None: the list is the file), and its borders."""
         self.fields: list[Quotes] = []
@@ -174,6 +183,7 @@ class _Structure:
             has_mark = start == 0 and block.startswith(BOM_UTF8)
             self._read(block.replace(BOM_UTF8, b"   ", 1) if has_mark else block, start)
             start += len(block)
+            step(1)
         self.line_breaks.append(num_breaks)
         if not self._level:
             self.fault = self.fault or ("it is empty", 0)

@@ -20,6 +20,7 @@ from multi_token.data.files.json import JsonRows
 from multi_token.data.files.jsonl import JsonLines
 from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.webdataset import TarRows
+from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 
@@ -69,7 +70,11 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         # by the cache of datasets: a shuffle within a large file would thrash row groups
         return load_parquet(path) if path.suffix.lower() == ".parquet" else open_file(path)
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
-    found: Any = [rows for rows in map(open_file, files) if len(rows)]
+    found: Any = []
+    with progress_bar(pass_console(), f"Opening files of {Path(source).name}", len(files)) as step:
+        for file in files:
+            found += [rows] if len(rows := open_file(file)) else []
+            step(1)
     rows: Any = ConcatDataset(found) if found else []
     return rows
 

@@ -136,6 +136,12 @@ def _index_of(path: Path) -> _Index:
                     samples.setdefault(key, {})[extension] = entry
                 # `tarfile` keeps an object for each header that it has read
                 file.members = []  # type: ignore[attr-defined]
+            end = file.offset
+        # `tarfile` takes a file that is cut between two members, or in a header, for a whole one
+        with path.open("rb") as opened:
+            opened.seek(end)
+            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it is cut short, at byte {end:,} there is no end")
     except (OSError, tarfile.TarError) as error:
         raise MultiTokenError(
             f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "
@@ -188,7 +194,7 @@ def _write_index(path: Path, index: _Index, stamp: list[int]) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as partial:
                 save_file({**index, "stamp": np.array(stamp, np.int64)}, partial)
-        except OSError:
+        except (OSError, SafetensorError):
             continue  # a folder that only reads, or a full disk: each process then reads headers
         return
 

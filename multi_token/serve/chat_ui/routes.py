@@ -68,7 +68,9 @@ _ITEM_HEADERS = {
 def add_chat_routes(app: FastAPI, service: Service) -> None:
     """Add the page's routes, which the OpenAPI document leaves out."""
     settings = service.settings
-    folder = settings.run_folder
+    # Rows may be private (patients, customers), and every client of the page would see them. The
+    # report has samples of them too.
+    folder = settings.run_folder if settings.show_examples else None
     report = None if folder is None else folder / "report.html"
     secret = secrets.token_bytes(32)
     modalities = [
@@ -82,8 +84,6 @@ def add_chat_routes(app: FastAPI, service: Service) -> None:
     loading: asyncio.Task[Examples] | None = None
 
     def load() -> Examples:
-        if not settings.show_examples:
-            return Examples()
         try:
             return read_examples(folder, service.prompts.modalities)
         # Data moves and changes after a run; whatever it raises, the page works without examples.

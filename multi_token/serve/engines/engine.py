@@ -20,6 +20,9 @@ from multi_token.serve.errors import ServeError
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
 
+RUNNING = ("prefill", "decoding")
+"""States of a request that the engine generates for."""
+
 
 class Engine(ABC):
     """Generates for many prompts at once, in a thread of its own. Public methods are thread-safe.
@@ -77,7 +80,7 @@ class Engine(ABC):
 
         `emit` receives any number of TokenEvents, then one FinishEvent or ErrorEvent. It is called
         from the engine's thread, or from the thread that cancels or stops, and must not block.
-        Raises ServeError for an invalid prompt (too long, NaN or inf), or if the engine is down.
+        Raises ServeError for an invalid prompt (too long, say), or if the engine is down.
         """
         check_prompt(self.model, prompt, options, self.max_tokens)
         request = GenerationRequest(request_id, prompt, options, emit, self._end_ids, self._remove)
@@ -107,7 +110,7 @@ class Engine(ABC):
     @property
     def num_running(self) -> int:
         """Number of requests in prefill or decoding."""
-        return sum(request.state in ("prefill", "decoding") for request in self._unfinished())
+        return sum(request.state in RUNNING for request in self._unfinished())
 
     @property
     def num_waiting(self) -> int:
@@ -175,7 +178,9 @@ def check_prompt(
 ) -> None:
     """Raise ServeError for a prompt that no engine can run.
 
-    The prompt is empty or too long, its media do not match their spans, or contain NaN or inf.
+    The prompt is empty or too long, or its media do not match their spans. Only shapes are looked
+    at: `MediaEmbedder` checks values once, in its thread. A value that is read here would hold up
+    the event loop for every item of every choice, on a GPU until the decode step in flight ends.
     """
     num_ids = len(prompt.input_ids)
     if num_ids == 0:
@@ -206,11 +211,6 @@ def _check_media(model: MultiTokenForConditionalGeneration, prompt: Prompt) -> N
                 status=500,
             )
         end = span.start + span.length
-        if not bool(embeds.isfinite().all()):
-            raise ServeError(
-                f"the media embeddings of {span.modality!r} contain NaN or inf; send another item",
-                param="messages",
-            )
     if end > len(prompt.input_ids):
         raise ServeError("a media span ends after the prompt", status=500)
     # Generation by ids starts from the last prompt id, and a filler id has no meaning of its own.

@@ -146,6 +146,11 @@ def smoke_prompt(model: MultiTokenForConditionalGeneration, *, num_media_tokens:
     )
 
 
+def check_plain_prompt(model: MultiTokenForConditionalGeneration) -> None:
+    """Generate one token for a plain prompt. Raises what the model raises."""
+    generate_one(model, smoke_prompt(model), SamplingParams(max_new_tokens=1))
+
+
 def retry_individually(
     model: MultiTokenForConditionalGeneration,
     requests: Sequence[GenerationRequest],
@@ -172,7 +177,7 @@ def retry_individually(
 def check_model_alive(model: MultiTokenForConditionalGeneration, cause: Exception) -> None:
     """Raise `cause` if the model generates nothing for a plain prompt either."""
     try:
-        generate_one(model, smoke_prompt(model), SamplingParams(max_new_tokens=1))
+        check_plain_prompt(model)
     # Whatever it raises, the model is broken, and `cause` is the first symptom.
     except Exception as error:  # noqa: BLE001
         _LOG.error("the language model fails on a plain prompt", exc_info=error)

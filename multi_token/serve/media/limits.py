@@ -78,6 +78,11 @@ class RequestMediaBudget:
         self.num_items = num_items
         self._sums = dict.fromkeys(SIZE_UNITS, 0.0)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the items that were added."""
+        return int(self._sums["tokens"])
+
     def add(self, **sizes: float) -> None:
         """Add sizes of one item by name. Raises ServeError (413) when a sum exceeds its limit."""
         # Called as soon as each size is known, so the sum of a few items already refuses the

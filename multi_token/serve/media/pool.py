@@ -1,8 +1,12 @@
 """Pool of media workers: media items of requests -> encoder input, decoded under limits.
 
-    item -> reader threads (download, data: URLs) -> queue -> decoder threads -> worker processes
+    item -> reader threads (data: URLs, bytes) -+-> queue -> decoder threads -> worker processes
+         -> download threads (web addresses) ---'
 
-Workers never get a path or a URL, only bytes. An item that kills its worker fails alone.
+Downloads and results wait for `MediaMemory` before they take memory of the server.
+
+Tenants take turns in the queue. Workers never get a path or a URL, only bytes. An item that kills
+its worker fails alone.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from multi_token.errors import MediaError, MultiTokenError
@@ -25,23 +31,25 @@ from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.base import Modality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
-from multi_token.serve.media.protocol import encode_frame, serialize_source
+from multi_token.serve.media.memory import MediaMemory, MemoryLease, Stage
+from multi_token.serve.media.protocol import Buffer, frame_parts, serialize_source
 from multi_token.serve.media.sandbox import CAN_FORK
 from multi_token.serve.media.worker import warm_up
 from multi_token.serve.media.worker_process import (
     DecodedItem,
+    Unwanted,
     WorkerProcess,
     media_error,
     stopped_error,
 )
 from multi_token.types import Media, Prepared
 
-_MAX_WAITING_PER_WORKER = 16
-"""Items of the largest size that may wait for each worker."""
+_DEFAULT_MEMORY = 2048 * MIB
 _JSON_BYTES_PER_NUMBER = 32
 """Upper bound of a number's length in JSON."""
-_MAX_READERS = 8
-"""Concurrent downloads."""
+_NUM_READERS = 2
+_MAX_DOWNLOADS = 8
+"""Concurrent downloads, in threads of their own: a slow host delays no other item."""
 _SOURCES = frozenset(("path", "bytes", "array", "image", "audio", "video"))
 """Keys of an object whose values are sources; a string under another key is plain text."""
 _MAX_DEPTH = 16
@@ -50,12 +58,23 @@ _ADDRESS = re.compile("data:|https?://", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class _DecodeJob:
+    tenant: str
+    modality: str
+    frame: Sequence[Buffer]
+    memory: MemoryLease
+    """Takes the bytes of the result."""
+    result: Future[DecodedItem]
+
+
 class MediaPool:
     """Worker processes that load and prepare items, with a memory and a time limit for each item.
 
     `timeout_s`: time limit of one item in a worker. `memory_bytes`: memory limit of one item,
-    without libraries (Linux only). `urls`: hosts that media may be fetched from. `fork`: decode in
-    a fork of each worker; None: if the system supports it. A pool can be started once.
+    without libraries (Linux only). `urls`: hosts that media may be fetched from. `memory`: the
+    server's budget; None: one of the default size. `fork`: decode in a fork of each worker; None:
+    if the system supports it. A pool can be started once.
     """
 
     def __init__(
@@ -67,9 +86,11 @@ class MediaPool:
         memory_bytes: int = 2048 * MIB,
         limits: MediaLimits | None = None,
         urls: UrlPolicy | None = None,
+        memory: MediaMemory | None = None,
         fork: bool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
+        self.memory = memory or MediaMemory(_DEFAULT_MEMORY)
         limits_by_name = self.limits.model_dump()
         self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
         self._fetch = Fetch(
@@ -91,17 +112,22 @@ class MediaPool:
             "max_bytes": self.limits.max_bytes,
             "max_request_bytes": 2 * self.limits.max_bytes
             + _JSON_BYTES_PER_NUMBER * self.limits.max_numbers,
-            "max_prepared_bytes": self.limits.max_prepared_bytes,
+            # Two copies of it have to fit the memory: the item, and the batch to encode.
+            "max_prepared_bytes": min(
+                self.limits.max_prepared_bytes, self.memory.largest(Stage.PREPARED) // 2
+            ),
             "fork": CAN_FORK if fork is None else fork,
         }
         self._lock = threading.Lock()
-        self._num_queued_bytes = 0
-        self._max_queued_bytes = _MAX_WAITING_PER_WORKER * self.limits.max_bytes
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         self._items: set[Future[DecodedItem]] = set()
+        self._waiting: OrderedDict[str, deque[_DecodeJob]] = OrderedDict()
+        """Tenant -> its items; the first tenant is next."""
+        self._running: set[_DecodeJob] = set()
         # None before the start and after a stop.
         self._readers: ThreadPoolExecutor | None = None
+        self._downloads: ThreadPoolExecutor | None = None
         self._decoders: ThreadPoolExecutor | None = None
 
     @property
@@ -126,7 +152,8 @@ class MediaPool:
         except MultiTokenError:
             self.stop()
             raise
-        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="media-reader")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="media-reader")
+        self._downloads = ThreadPoolExecutor(_MAX_DOWNLOADS, thread_name_prefix="media-download")
         self._decoders = ThreadPoolExecutor(len(self._workers), thread_name_prefix="media-worker")
         self._idle_workers.put(self._workers[0])
         for worker in self._workers[1:]:
@@ -136,84 +163,110 @@ class MediaPool:
         """End the workers; waiting and running items fail with 503."""
         for worker in self._workers:
             worker.stop()
-        if self._decoders is not None and self._readers is not None:
+        # An item that waits for memory would hold its thread up.
+        with self._lock:
+            running = list(self._running)
+        for job in running:
+            job.memory.release()
+        if self._decoders and self._readers and self._downloads:
             # Waits for all items: each one that is left fails at once, since its worker is stopped.
             self._decoders.shutdown()
-            self._readers.shutdown(wait=False, cancel_futures=True)
-            self._decoders = self._readers = None
+            for readers in (self._readers, self._downloads):
+                readers.shutdown(wait=False, cancel_futures=True)
+            self._decoders = self._readers = self._downloads = None
 
-    async def prepare(self, item: Media, totals: RequestMediaBudget | None = None) -> Prepared:
-        """One item -> encoder input. `totals`: budget of its request, sent bytes counted already.
+    async def prepare(
+        self,
+        item: Media,
+        totals: RequestMediaBudget | None = None,
+        *,
+        tenant: str = "",
+        memory: MemoryLease | None = None,
+    ) -> Prepared:
+        """One item -> encoder input.
 
-        Raises ServeError: 400 for media that cannot be read or decoded, 413 if the request's items
-        exceed their budget, 422 for an item that exceeds time or memory or crashes its decoder, 429
-        if the queue is full, 503 if the pool is stopped. Cancelling takes a waiting item out of the
-        queue; the result of a running one is dropped.
+        `totals`: budget of its request, sent bytes counted already. `memory`: lease that takes the
+        bytes of the result, and that the caller releases, also after an error; None: the result is
+        not counted. Raises ServeError: 400 for media that cannot be read or decoded, 413 if the
+        request's items exceed their budget, 422 for an item that exceeds time or memory or crashes
+        its decoder, 503 if the pool is stopped. Cancelling takes a waiting item out of the queue;
+        the result of a running one is dropped.
         """
-        if self._readers is None or self._decoders is None:
+        if self._readers is None or self._downloads is None or self._decoders is None:
             raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
         decoders, loop = self._decoders, asyncio.get_running_loop()
-        frame = await loop.run_in_executor(self._readers, self._build_frame, item)
-        # Bytes that came in the body were counted before; a download is known only now.
-        if totals is not None and not isinstance(item.source, bytes):
-            totals.add(bytes=len(frame))
-        decoded = await asyncio.wrap_future(self._submit(decoders, item.modality, frame))
-        if totals is not None:
-            totals.add(**decoded.sizes)
-        return decoded.prepared
-
-    def _submit(
-        self, decoders: ThreadPoolExecutor, modality: str, frame: bytes
-    ) -> Future[DecodedItem]:
-        """Queue an item, and count its bytes until it ends. Raises ServeError (429, 503)."""
-        num_bytes = len(frame)
-        with self._lock:
-            # An empty queue takes any item: one item may be larger than the queue's share.
-            if (
-                self._num_queued_bytes
-                and self._num_queued_bytes + num_bytes > self._max_queued_bytes
-            ):
-                raise ServeError(
-                    "too many media items wait for decoding; try again later",
-                    status=429,
-                    code="busy",
-                    retry_after=1.0,
-                )
+        download = self.memory.lease(Stage.DOWNLOAD, tenant)
+        result = memory or self.memory.lease(Stage.PREPARED, tenant)
+        try:
             try:
-                future = decoders.submit(self._decode, modality, frame)
+                frame = await loop.run_in_executor(self._readers, self._build_frame, item)
+            except _NeedsDownload:
+                await asyncio.wrap_future(download.acquire(self.limits.max_bytes))
+                frame = await loop.run_in_executor(self._downloads, self._build_frame, item, True)
+                download.shrink(sum(map(len, frame)))
+            # Bytes that came in the body were counted before; a download is known only now.
+            if totals is not None and not isinstance(item.source, bytes):
+                totals.add(bytes=sum(map(len, frame)))
+            job = _DecodeJob(tenant, item.modality, frame, result, Future())
+            del frame
+            decoded = await asyncio.wrap_future(self._submit(decoders, job))
+            if totals is not None:
+                totals.add(**decoded.sizes)
+            return decoded.prepared
+        finally:
+            download.release()
+            if memory is None:
+                result.release()
+
+    def _submit(self, decoders: ThreadPoolExecutor, job: _DecodeJob) -> Future[DecodedItem]:
+        """Queue an item. Raises ServeError (503)."""
+        future = job.result
+        with self._lock:
+            try:
+                # A call for each item, which takes whichever item is next when a worker is free.
+                decoders.submit(self._decode_next)
             except RuntimeError:  # shut down since `prepare` began
                 raise stopped_error() from None
-            self._num_queued_bytes += num_bytes
             self._items.add(future)
+            self._waiting.setdefault(job.tenant, deque()).append(job)
 
         def release(future: Future[DecodedItem]) -> None:
             with self._lock:
-                self._num_queued_bytes -= num_bytes
                 self._items.discard(future)
 
         future.add_done_callback(release)
         return future
 
-    def _build_frame(self, item: Media) -> bytes:
-        """Resolve the item's URLs to bytes and build its frame. Raises ServeError (400)."""
+    def _build_frame(self, item: Media, may_download: bool = False) -> list[Buffer]:
+        """Resolve the item's URLs to bytes and build its frame.
+
+        Raises ServeError (400), and _NeedsDownload for a web address if `may_download` is False.
+        """
         try:
-            source = self._resolve_source(item.source, self.modalities[item.modality])
+            fetch = self._fetch_address if may_download else self._fetch_data
+            source = self._resolve_source(item.source, self.modalities[item.modality], fetch)
             tree, blobs = serialize_source(source, max_numbers=self.limits.max_numbers)
             if sum(map(len, blobs)) > self.limits.max_bytes:
                 raise undecodable(
                     f"the item has {sum(map(len, blobs)):,} bytes, and the limit is "
                     f"{self.limits.max_bytes:,}; send a smaller one"
                 )
-            return encode_frame({"modality": item.modality, "source": tree}, blobs)
+            return frame_parts({"modality": item.modality, "source": tree}, blobs)
         except (MediaError, ValueError, RecursionError) as error:
             raise media_error(item.modality, str(error)) from None
 
     def _resolve_source(
-        self, source: Any, modality: Modality, *, depth: int = 0, text: bool = False
+        self,
+        source: Any,
+        modality: Modality,
+        fetch: Callable[[Any], bytes],
+        *,
+        depth: int = 0,
+        text: bool = False,
     ) -> Any:
-        """Replace every URL in a source by its bytes; files of this machine are refused.
+        """Replace every URL in a source by the bytes that `fetch` returns for it.
 
         `text`: strings at this level are plain text, not addresses.
         """
@@ -221,23 +274,32 @@ class MediaPool:
         if isinstance(source, str) and depth == 0:
             text = modality.named_file(source) is None
         if isinstance(source, (str, os.PathLike)):
-            return source if text and isinstance(source, str) else self._fetch_address(source)
+            return source if text and isinstance(source, str) else fetch(source)
         if depth > _MAX_DEPTH:
             return source  # `serialize_source` refuses it with an error
         if isinstance(source, Mapping):
             return {
                 key: self._resolve_source(
-                    value, modality, depth=depth + 1, text=key not in _SOURCES
+                    value, modality, fetch, depth=depth + 1, text=key not in _SOURCES
                 )
                 for key, value in source.items()
             }
         if isinstance(source, (list, tuple)) and not all(
             isinstance(value, (int, float)) for value in source
         ):
-            return [self._resolve_source(value, modality, depth=depth + 1) for value in source]
+            return [
+                self._resolve_source(value, modality, fetch, depth=depth + 1) for value in source
+            ]
         return source
 
+    def _fetch_data(self, address: Any) -> bytes:
+        """Return the bytes of a data: URL. Raises _NeedsDownload for a web address."""
+        if isinstance(address, str) and address[:4].lower() == "http":
+            raise _NeedsDownload
+        return self._fetch_address(address)
+
     def _fetch_address(self, address: Any) -> bytes:
+        """Return the bytes of a URL; files of this machine are refused."""
         if not isinstance(address, str) or not _ADDRESS.match(address):
             raise missing_file(
                 "expected bytes or a data: URL; the server never reads its own files"
@@ -253,19 +315,52 @@ class MediaPool:
         finally:
             self._idle_workers.put(worker)
 
-    def _decode(self, modality: str, frame: bytes) -> DecodedItem:
-        """Decode one item in an idle worker. Raises ServeError."""
+    def _decode_next(self) -> None:
+        """Decode one item of the tenant whose turn it is."""
+        with self._lock:
+            tenant, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[tenant] = jobs
+        if not job.result.set_running_or_notify_cancel():
+            return
+        with self._lock:
+            self._running.add(job)
+        try:
+            job.result.set_result(self._decode(job))
+        except ServeError as error:
+            job.result.set_exception(error)
+        except Unwanted:
+            job.result.set_exception(stopped_error())
+        finally:
+            with self._lock:
+                self._running.discard(job)
+
+    def _decode(self, job: _DecodeJob) -> DecodedItem:
+        """Decode one item in an idle worker. Raises ServeError, and Unwanted if its client left."""
+
+        def reserve(num_bytes: int) -> None:
+            # The result, and its copy in the batch to encode.
+            try:
+                job.memory.acquire(2 * num_bytes).result()
+            except CancelledError:
+                raise Unwanted from None
+
         worker = self._idle_workers.get()
         try:
-            return worker.prepare(modality, frame)
-        except ServeError:
+            return worker.prepare(job.modality, job.frame, reserve)
+        except (ServeError, Unwanted):
             raise
         # A decoder that was taken over may send any reply.
         except Exception as error:  # noqa: BLE001
             _log.exception("the reply of a media worker could not be parsed")
-            raise media_error(modality, type(error).__name__) from None
+            raise media_error(job.modality, type(error).__name__) from None
         finally:
             self._idle_workers.put(worker)
+
+
+class _NeedsDownload(Exception):
+    """The source names a web address."""
 
 
 def _readable_folders(modalities: Any) -> list[str]:

@@ -23,7 +23,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from multi_token import registry
 from multi_token.errors import MediaError, MultiTokenError
@@ -35,6 +34,7 @@ from multi_token.serve.media.protocol import (
     deserialize_source,
     encode_frame,
     read_frame,
+    tensor_blobs,
 )
 from multi_token.serve.media.sandbox import MAX_FILES, enter_sandbox, limit_cpu
 
@@ -124,7 +124,7 @@ class ForkedWorker:
         gc.freeze()
         self._fork()
 
-    def decode(self, request: bytes) -> bytes:
+    def decode(self, request: bytes | bytearray) -> bytes | bytearray:
         """Return the fork's reply frame, or a frame that names how the fork failed."""
         deadline = time.monotonic() + self.setup["timeout_s"]
         # The fork may have been killed while idle, for instance by the kernel's OOM killer.
@@ -204,7 +204,7 @@ class ForkedWorker:
 
 
 def decode_item(
-    modalities: Mapping[str, Modality], request: bytes, setup: Mapping[str, Any]
+    modalities: Mapping[str, Modality], request: bytes | bytearray, setup: Mapping[str, Any]
 ) -> tuple[bytes, bool]:
     """Decode one item -> its reply frame, and whether this process may take another item.
 
@@ -223,10 +223,13 @@ def decode_item(
                 f"the item becomes {num_bytes:,} bytes of encoder input, and the limit is "
                 f"{setup['max_prepared_bytes']:,}; send a smaller one"
             )
-        # clone: safetensors refuses tensors that share memory
-        tensors = {key: t.detach().contiguous().clone() for key, t in prepared.inputs.items()}
-        fields = {"num_features": int(prepared.num_features), "size": size}
-        return encode_frame(fields, [save(tensors)]), True
+        described, tensors = tensor_blobs(prepared.inputs)
+        fields = {
+            "num_features": int(prepared.num_features),
+            "size": size,
+            "tensors": described,
+        }
+        return encode_frame(fields, tensors), True
     except MediaError as error:
         return encode_frame({"fault": "media", "message": str(error)}), True
     except MultiTokenError as error:

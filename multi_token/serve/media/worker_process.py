@@ -14,19 +14,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
-from multi_token.serve.media.protocol import decode_frame, encode_frame, read_frame
+from multi_token.serve.media.protocol import (
+    Buffer,
+    decode_frame,
+    drop_frame,
+    encode_frame,
+    read_frame,
+    tensors_of,
+)
 from multi_token.types import Prepared
 
 _START_S = 300.0
@@ -65,6 +69,10 @@ _PATH_IN_MESSAGE = re.compile(r"\S*[/\\]\S+")
 _PACKAGE_PARENT = Path(media_worker.__file__).resolve().parents[3]
 
 _log = logging.getLogger(__name__)
+
+
+class Unwanted(Exception):
+    """No request waits for the item any more."""
 
 
 class DecodedItem(NamedTuple):
@@ -119,7 +127,7 @@ class WorkerProcess:
 
     def wait_ready(self) -> None:
         """Send the setup and wait for `ready`. Raises MultiTokenError if loading fails."""
-        answer = self._exchange(encode_frame(self._setup), _START_S)
+        answer = self._exchange([encode_frame(self._setup)], _START_S)
         if answer is None or "ready" not in answer[0]:
             self.stop_process()
             reason = "it exited" if answer is None else answer[0].get("failed", "")
@@ -136,8 +144,14 @@ class WorkerProcess:
                 _log.error("%s", error)
         return self.is_ready
 
-    def prepare(self, modality: str, frame: bytes) -> DecodedItem:
-        """Decode one item in the process. Raises ServeError."""
+    def prepare(
+        self, modality: str, frame: Sequence[Buffer], reserve: Callable[[int], object]
+    ) -> DecodedItem:
+        """Decode one item in the process.
+
+        `reserve` is called with the bytes of the result before they are read; it may wait, and
+        raises Unwanted if the result is to be dropped. Raises ServeError and Unwanted.
+        """
         if self._is_stopped:
             raise stopped_error()
         if not self.is_ready or (self._process is not None and self._process.poll() is not None):
@@ -145,7 +159,7 @@ class WorkerProcess:
             if not self.try_start():
                 raise ServeError("the media decoder does not start; try again later", status=503)
         seconds = self._setup["timeout_s"] + (_GRACE_S if self._setup["fork"] else 0.0)
-        answer = self._exchange(frame, seconds)
+        answer = self._exchange(frame, seconds, reserve)
         if answer is None:
             self.stop_process()
             if self._is_stopped:
@@ -156,7 +170,12 @@ class WorkerProcess:
             raise self._error_of(modality, header)
         return _parse_result(header, blobs)
 
-    def _exchange(self, data: bytes, seconds: float) -> tuple[dict[str, Any], list[bytes]] | None:
+    def _exchange(
+        self,
+        frame: Sequence[Buffer],
+        seconds: float,
+        reserve: Callable[[int], object] | None = None,
+    ) -> tuple[dict[str, Any], list[memoryview]] | None:
         """Write a frame and read the reply; None if the process ended or was killed for time."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
@@ -166,15 +185,34 @@ class WorkerProcess:
             self._timed_out = True
             _kill(process)
 
-        # A timer thread kills the process: a blocking read of a pipe has no timeout on Windows.
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
+        def start_timer() -> threading.Timer:
+            # A thread kills the process: a blocking read of a pipe has no timeout on Windows.
+            timer = threading.Timer(seconds, end)
+            timer.daemon = True
+            timer.start()
+            return timer
+
+        def before_reply(length: int) -> None:
+            nonlocal timer
+            if reserve is None:
+                return
+            # The item is decoded, so its time does not run while it waits for memory.
+            timer.cancel()
+            try:
+                reserve(length)
+            except Unwanted:
+                timer = start_timer()
+                drop_frame(read, length)
+                raise
+            timer = start_timer()
+
+        read, timer = process.stdout.read, start_timer()
         try:
-            process.stdin.write(data)
+            for part in frame:
+                process.stdin.write(part)
             process.stdin.flush()
             most = self._setup["max_prepared_bytes"] + _MAX_HEADER
-            reply = read_frame(process.stdout.read, most=most)
+            reply = read_frame(read, most=most, before_body=before_reply)
             return None if reply is None else decode_frame(reply)
         # LookupError, TypeError: a decoder that was taken over may send any bytes as its frame.
         except (OSError, EOFError, ValueError, LookupError, TypeError):
@@ -242,7 +280,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodedItem:
+def _parse_result(header: Mapping[str, Any], blobs: Sequence[memoryview]) -> DecodedItem:
     """Check the reply of a decoder, which untrusted bytes may have taken over."""
     try:
         measured = ("pixels", "frames", "seconds", "characters")
@@ -250,11 +288,12 @@ def _parse_result(header: Mapping[str, Any], blobs: list[bytes]) -> DecodedItem:
         # NaN is above no limit, and a negative size would raise the limit of other items
         if not all(0 <= size < math.inf for size in sizes.values()):
             raise ValueError(f"sizes {sizes}")
-        sizes["prepared_bytes"] = len(blobs[0])
-        prepared = Prepared(load(blobs[0]), num_features=int(header["num_features"]))
+        sizes["prepared_bytes"] = sum(map(len, blobs))
+        tensors = tensors_of(header["tensors"], blobs)
+        prepared = Prepared(tensors, num_features=int(header["num_features"]))
         return DecodedItem(prepared, sizes)
     # Any of these shows a reply that the worker's own code did not write.
-    except (AttributeError, SafetensorError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ServeError("the item cannot be decoded", status=422, code="invalid_media") from error
 
 

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -21,11 +21,18 @@ from multi_token import __version__
 from multi_token.serve.admission import Deadline
 from multi_token.serve.chat_ui.routes import PUBLIC_PATHS, add_chat_routes
 from multi_token.serve.errors import ServeError
+from multi_token.serve.media.memory import RequestMemory, parse_bytes, source_bytes
 from multi_token.serve.openai.docs import REFERENCE, openapi_document, reference_page
-from multi_token.serve.openai.middleware import RECORD, ClientGone, GuardMiddleware, RequestLog
+from multi_token.serve.openai.middleware import (
+    MEMORY,
+    RECORD,
+    SMALL_BODY_BYTES,
+    ClientGone,
+    GuardMiddleware,
+    RequestLog,
+)
 from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import (
-    ChatRequest,
     RequestParams,
     parse_chat,
     parse_json,
@@ -44,8 +51,14 @@ from multi_token.types import Conversation
 
 T = TypeVar("T")
 _SSE = "text/event-stream; charset=utf-8"
-_SMALL_BODY_BYTES = 64 * 1024
-"""Bodies up to this size are parsed on the event loop: cheaper than the switch to a thread."""
+
+
+class _ParsedChat(NamedTuple):
+    conversation: Conversation
+    params: RequestParams
+    ignored: tuple[str, ...]
+    is_stream: bool
+    with_usage: bool
 
 
 def build_app(service: Service) -> FastAPI:
@@ -71,7 +84,11 @@ def build_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(
-        GuardMiddleware, settings=settings, on_end=service.count_request, public_paths=PUBLIC_PATHS
+        GuardMiddleware,
+        settings=settings,
+        on_end=service.count_request,
+        public_paths=PUBLIC_PATHS,
+        memory=service.prompts.media_memory,
     )
     app.add_exception_handler(HTTPException, _routing_error)
     _add_generation_routes(app, service)
@@ -93,22 +110,34 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request) -> Response:
         """Chat completion in OpenAI's format, as JSON or as a stream of events."""
-        service.check_capacity()  # a full server refuses before it parses a large body
         record: RequestLog = request.scope[RECORD]
+        # A full server refuses before it parses a large body.
+        service.check_capacity(tenant=record.tenant)
 
-        def parse(body: bytes) -> tuple[ChatRequest, tuple[str, ...], Conversation]:
+        def parse(body: bytes | bytearray) -> _ParsedChat:
             chat, ignored = parse_chat(parse_json(body, max_values=settings.max_json_values))
             _check_model(chat.model, service)
-            return chat, ignored, service.message_parser.parse_messages(chat.messages, id=record.id)
+            messages = service.message_parser.parse_messages(chat.messages, id=record.id)
+            options = chat.stream_options
+            return _ParsedChat(
+                messages,
+                request_params(chat, settings),
+                ignored,
+                bool(chat.stream),
+                options is not None and options.include_usage,
+            )
 
-        chat, ignored, conversation = await _parse_body(request, parse)
-        running = _submit(request, service, conversation, request_params(chat, settings))
-        with_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        conversation, params, ignored, is_stream, with_usage = await _parse_body(
+            request, service, parse, lambda parsed: parsed.conversation
+        )
+        running = _submit(request, service, conversation, params)
+        # Not kept while the request generates: its media may have megabytes.
+        del conversation
         builder = ResponseBuilder(
             f"chatcmpl-{record.id}", int(time.time()), settings.name, with_usage=with_usage
         )
         headers = {"x-multi-token-ignored": ", ".join(ignored)[:500]} if ignored else {}
-        if not chat.stream:
+        if not is_stream:
             completions, usage = await _complete(request, running)
             return JSONResponse(builder.completion(completions, usage), headers=headers)
         # Remote engines may refuse a prompt after `submit`: wait for their first token.
@@ -120,15 +149,16 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/generate", tags=["answers"])
     async def generate(request: Request) -> Response:
         """Completion in the format of sshh12/multi_token: `{"output": ...}`."""
-        service.check_capacity()
+        service.check_capacity(tenant=request.scope[RECORD].tenant)
 
-        def parse(body: bytes) -> Conversation:
+        def parse(body: bytes | bytearray) -> Conversation:
             fields = parse_json(body, max_values=settings.max_json_values)
             return service.message_parser.parse_row(fields, id=request.scope[RECORD].id)
 
-        conversation = await _parse_body(request, parse)
+        conversation = await _parse_body(request, service, parse, lambda parsed: parsed)
         # As many tokens as sshh12/multi_token generates.
         running = _submit(request, service, conversation, RequestParams(max_tokens=128))
+        del conversation
         (completion,), _ = await _complete(request, running)
         return JSONResponse({"output": completion.text.strip()})
 
@@ -170,8 +200,16 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"version": __version__})
 
 
-async def _parse_body(request: Request, parse: Callable[[bytes], T]) -> T:
-    """Parse a body of `Content-Type: application/json`; a large one in a thread."""
+async def _parse_body(
+    request: Request,
+    service: Service,
+    parse: Callable[[bytes | bytearray], T],
+    conversation_of: Callable[[T], Conversation],
+) -> T:
+    """Parse a body of `Content-Type: application/json`; a large one in a thread.
+
+    The body is dropped, and the request keeps the memory of its media only.
+    """
     # A website's script may send text/plain to any host. For application/json the browser asks
     # first (CORS preflight), and this server does not allow it.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -181,8 +219,22 @@ async def _parse_body(request: Request, parse: Callable[[bytes], T]) -> T:
             status=415,
             code="unsupported_content_type",
         )
-    body = await request.body()
-    return parse(body) if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(parse, body)
+    # Not `request.body()`, which keeps the body as long as the request.
+    (body, *_) = [chunk async for chunk in request.stream()]
+    if len(body) <= SMALL_BODY_BYTES:
+        return parse(body)
+    memory: RequestMemory = request.scope[MEMORY]
+    num_bytes = parse_bytes(len(body), service.settings.max_json_values)
+    await asyncio.wrap_future(memory.parse.acquire(num_bytes))
+
+    def parse_and_measure(body: bytes | bytearray) -> tuple[T, int]:
+        parsed = parse(body)
+        return parsed, source_bytes(conversation_of(parsed))
+
+    parsed, num_bytes = await asyncio.to_thread(parse_and_measure, body)
+    del body
+    memory.keep(num_bytes)
+    return parsed
 
 
 def _check_model(name: str | None, service: Service) -> None:
@@ -207,6 +259,7 @@ def _submit(
         tenant=record.tenant,
         deadline=Deadline.of(header, service.settings.deadline_s),
         arrived=record.started,
+        memory=request.scope[MEMORY],
     )
 
 

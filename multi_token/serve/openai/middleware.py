@@ -20,6 +20,7 @@ from typing import Any
 
 from multi_token.errors import MultiTokenError
 from multi_token.serve.errors import ServeError
+from multi_token.serve.media.memory import MediaMemory, RequestMemory
 from multi_token.serve.openai.responses import error_body, error_headers
 from multi_token.serve.settings import ServeSettings, is_loopback
 
@@ -34,10 +35,15 @@ ABORT = "multi_token.abort"
 """Key in the ASGI scope of a function that drops the connection and its unsent bytes."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPEN_PATHS = frozenset({"/health"})
-_MAX_BODIES_BUFFERED = 8
-"""Bodies of the largest size that are held in memory at once."""
-_DRAIN_S = 1.0
-"""Time to read the rest of a refused body before its connection is closed."""
+MEMORY = "multi_token.memory"
+"""Key of a request's `RequestMemory` in its ASGI scope."""
+SMALL_BODY_BYTES = 64 * 1024
+"""Bodies up to this size do not wait for memory. They are parsed on the event loop: cheaper than
+the switch to a thread."""
+_DRAIN_IDLE_S = 1.0
+"""Time without a byte after which the rest of a refused body is not waited for."""
+_MAX_BODIES_DRAINED = 8
+"""Bodies of the largest size that are read and dropped of one that is longer than the limit."""
 
 
 @dataclass
@@ -81,15 +87,17 @@ class GuardMiddleware:
         settings: ServeSettings,
         on_end: Callable[[int], None] | None = None,
         public_paths: Collection[str] = (),
+        memory: MediaMemory | None = None,
     ) -> None:
         """`on_end`: called with the status of every request, 0 if its client disconnected first.
-        `public_paths`: paths that need no key."""
+        `public_paths`: paths that need no key. `memory`: budget of the bodies; None: one of its
+        own, as the settings have it."""
         self.app = app
         self._public_paths = frozenset(public_paths)
         self._on_end = on_end
         self.settings = settings
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self._num_buffered_bytes = 0
+        self.memory = memory or MediaMemory(settings.media_memory_bytes)
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,7 +106,7 @@ class GuardMiddleware:
         given = _header(scope, b"x-request-id")
         record = RequestLog(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
         scope[RECORD] = record
-        timed_send = _TimedSend(send, record, self.settings.send_timeout_s, scope.get(ABORT))
+        timed_send = _TimedSend(send, record, self.settings, scope.get(ABORT))
         try:
             await self._handle(scope, receive, timed_send)
         except ClientGone:
@@ -106,9 +114,14 @@ class GuardMiddleware:
         # Outermost frame: whatever a route raises ends one request only.
         except Exception as error:  # noqa: BLE001
             refused = record.refuse(error)
+            # Now, since the rest of a refused body may be read for a minute.
+            if MEMORY in scope:
+                scope[MEMORY].release()
             if not record.status:
                 await timed_send.send_error(refused, receive)
         finally:
+            if MEMORY in scope:
+                scope[MEMORY].release()
             _log_request(scope, record)
             if self._on_end is not None:
                 self._on_end(record.status)
@@ -119,13 +132,14 @@ class GuardMiddleware:
             self._check_host(scope)
             if scope["path"] not in self._public_paths:
                 record.tenant = self._authenticate(scope)
+        scope[MEMORY] = RequestMemory(self.memory, record.tenant)
         unread = [await self._read_body(scope, receive)]
         timed_send.is_body_read = True
 
         async def replay() -> MutableMapping[str, Any]:
             if not unread:
                 return await receive()
-            # Popped, so it is released: generating may take minutes, and a body may have 32 MiB.
+            # Popped, so it is not kept while its request generates.
             return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
         await self.app(scope, replay, timed_send.send)
@@ -164,8 +178,11 @@ class GuardMiddleware:
             )
         return digest.hex()[:16]
 
-    async def _read_body(self, scope: Scope, receive: Messages) -> bytes:
-        """Read the complete body. Raises ServeError (408, 413, 429) and ClientGone."""
+    async def _read_body(self, scope: Scope, receive: Messages) -> bytearray:
+        """Read the complete body, and wait for its memory if it is not small.
+
+        Raises ServeError (408, 413, 429) and ClientGone.
+        """
         limit = self.settings.max_body_bytes
         too_long = ServeError(
             f"the body is longer than the limit of {limit} bytes", status=413, code="body_too_large"
@@ -175,8 +192,12 @@ class GuardMiddleware:
         announced = _header(scope, b"content-length")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
             raise too_long
-        chunks: list[bytes] = []
-        num_bytes = 0
+        # The announced length at once, and not as bytes arrive: bodies of which a part has arrived
+        # would wait for each other's memory.
+        num_wanted = int(announced) if announced.isdecimal() else limit
+        memory: RequestMemory = scope[MEMORY]
+        body = bytearray()
+        is_complete = False
         # One deadline for the whole body: a limit per chunk would let a body drip in for ever.
         until = time.monotonic() + self.settings.body_timeout_s
         try:
@@ -185,20 +206,17 @@ class GuardMiddleware:
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 chunk = message.get("body", b"")
-                num_bytes += len(chunk)
-                self._num_buffered_bytes += len(chunk)
-                if num_bytes > limit:
+                if len(body) + len(chunk) > limit:
                     raise too_long
-                if self._num_buffered_bytes > _MAX_BODIES_BUFFERED * limit:
-                    raise ServeError(
-                        "rate limit: too many large requests arrive at once; try again later",
-                        status=429,
-                        code="bodies_too_large",
-                        retry_after=1,
-                    )
-                chunks.append(chunk)
+                if len(body) <= SMALL_BODY_BYTES < len(body) + len(chunk):
+                    began = time.monotonic()
+                    await self._wait_for_memory(memory, num_wanted)
+                    until += time.monotonic() - began
+                body += chunk
                 if not message.get("more_body", False):
-                    return b"".join(chunks)
+                    memory.body.shrink(len(body))
+                    is_complete = True
+                    return body
         except asyncio.TimeoutError:
             raise ServeError(
                 f"the body did not arrive within {self.settings.body_timeout_s:g} s",
@@ -206,7 +224,22 @@ class GuardMiddleware:
                 code="body_timeout",
             ) from None
         finally:
-            self._num_buffered_bytes -= num_bytes
+            # The error keeps this frame alive while the rest of the body is read.
+            if not is_complete:
+                body.clear()
+
+    async def _wait_for_memory(self, memory: RequestMemory, num_bytes: int) -> None:
+        """Wait for the memory of a body. Raises ServeError (429)."""
+        granted = asyncio.wrap_future(memory.body.acquire(num_bytes))
+        try:
+            await asyncio.wait_for(granted, self.settings.memory_wait_s)
+        except asyncio.TimeoutError:
+            raise ServeError(
+                "rate limit: too many large requests arrive at once; try again later",
+                status=429,
+                code="bodies_too_large",
+                retry_after=1,
+            ) from None
 
 
 @dataclass
@@ -215,7 +248,7 @@ class _TimedSend:
 
     asgi_send: Send
     record: RequestLog
-    timeout_s: float
+    settings: ServeSettings
     abort: Callable[[], None] | None
     is_body_read: bool = False
 
@@ -228,7 +261,7 @@ class _TimedSend:
                 (b"x-content-type-options", b"nosniff"),
             ]
         try:
-            await asyncio.wait_for(self.asgi_send(message), self.timeout_s)
+            await asyncio.wait_for(self.asgi_send(message), self.settings.send_timeout_s)
         except asyncio.TimeoutError:
             # Abort, not close: closing flushes the buffer first, which this client does not read.
             if self.abort is not None:
@@ -251,23 +284,28 @@ class _TimedSend:
                 {"type": "http.response.start", "status": error.status, "headers": pairs}
             )
             await self.send({"type": "http.response.body", "body": body, "more_body": True})
-            # A socket closed with unread input sends RST, and the client may lose the response.
-            if is_cut_off and error.status == 413:
-                await _drain(receive)
+            # A socket closed with unread input sends RST, and a client that still sends its body
+            # would lose the response: it would retry where it should wait.
+            if is_cut_off:
+                max_bytes = _MAX_BODIES_DRAINED * self.settings.max_body_bytes
+                await _drain(receive, self.settings.body_timeout_s, max_bytes)
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientGone:
             self.record.fields["code"] = "client_gone"
 
 
-async def _drain(receive: Messages) -> None:
-    """Read and drop what a client still sends, for up to `_DRAIN_S`."""
+async def _drain(receive: Messages, max_s: float, max_bytes: int) -> None:
+    """Read and drop what a client still sends, up to a time and a number of bytes."""
 
     async def read_rest() -> None:
-        while (await receive()).get("more_body", False):
-            pass
+        num_bytes, more = 0, True
+        while more and num_bytes <= max_bytes:
+            message = await asyncio.wait_for(receive(), _DRAIN_IDLE_S)
+            num_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
 
     with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read_rest(), _DRAIN_S)
+        await asyncio.wait_for(read_rest(), max_s)
 
 
 def _header(scope: Scope, name: bytes) -> str:

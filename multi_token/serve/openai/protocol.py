@@ -232,7 +232,7 @@ _NULL_MESSAGE_FIELDS = frozenset(
 """Fields of a response message that clients send back in the history: accepted if empty."""
 
 
-def parse_json(body: bytes, *, max_values: int) -> Any:
+def parse_json(body: bytes | bytearray, *, max_values: int) -> Any:
     """Parse JSON with a limit on its values and its depth. Raises ServeError (400, 413)."""
     # Counted before parsing: `[],[],[]` takes 25 times its bytes as Python objects. base64 contains
     # neither brackets nor commas, so media do not count. The parser limits the depth to 200.

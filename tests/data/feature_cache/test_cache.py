@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -49,7 +50,7 @@ def first_value(cache: FeatureCache, item: Media) -> float | None:
 
 
 def shards_of(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+    return sorted(path.glob("features-*.safetensors"))
 
 
 @pytest.fixture
@@ -166,6 +167,23 @@ def test_a_damaged_shard_is_named_and_its_items_alone_are_encoded_again(
     again = opened(tmp_path)
     assert again.damaged == []
     assert [first_value(again, item) for item, _ in items] == [float(i) for i in range(8)]
+
+
+def test_a_damaged_list_of_sources_is_named_and_their_files_are_read_again(
+    tmp_path: Path,
+) -> None:
+    np.save(tmp_path / "one.npy", np.ones(5, np.float32))
+    items = [(Media("vector", str(tmp_path / "one.npy")), FETCH)]
+    folder = tmp_path / "cache"
+    assert fill(FeatureCache(folder), items) == 1
+    (sources,) = folder.glob("sources-*.safetensors")
+    os.truncate(sources, sources.stat().st_size - 8)
+    cache = opened(folder)
+    (damage,) = cache.damaged
+    assert damage.startswith(f"{sources.name} cannot be read")
+    assert damage.endswith("; its files are read again")
+    assert fill(cache, items) == 0
+    assert not sources.exists() and opened(folder).damaged == []
 
 
 def test_half_an_index_and_a_shard_without_one_are_encoded_again(tmp_path: Path) -> None:

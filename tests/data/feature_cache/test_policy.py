@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import distributed
 
 from multi_token.data.feature_cache.cache import FeatureCache
+from multi_token.data.feature_cache.encode import MissingItems
 from multi_token.data.feature_cache.policy import fill_cache
 from multi_token.data.sources import open_source
 from multi_token.errors import RecipeError
@@ -54,8 +59,49 @@ def test_a_folder_is_shared_between_runs_and_the_curve_is_that_without_one(
     assert not (tmp_path / "first" / "cache").exists()
 
 
+class CountedRows(Sequence[Any]):
+    """Rows that remember which of them were read."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows, self.seen = rows, []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.seen.append(index)
+        return self.rows[index]
+
+
+def test_a_second_start_with_a_full_cache_reads_no_raw_file_and_a_changed_one_is_noticed(
+    recipe_fields: Fields, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(data, folder)
+
+    def start(name: str) -> str:
+        # another run, since the lengths of rows are stored in the folder of the run
+        cache = {"path": str(tmp_path / "features")}
+        fields = recipe_fields(tmp_path / name, feature_cache=cache)
+        fields["data"]["train"] = [{"rows": str(folder / "rows.jsonl")}]
+        return said(fields, capsys)
+
+    assert "features: 4 items encoded, 4 in the cache" in start("first")
+    for file in folder.glob("*.png"):
+        # no image any more, but of the same size and time
+        before = file.stat()
+        file.write_bytes(b"x" * before.st_size)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "features: 0 items encoded, 4 in the cache" in start("second")
+    assert losses(tmp_path / "second") == losses(tmp_path / "first")
+    for file in data.glob("*.png"):
+        shutil.copy(file, folder)
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(folder / "red.png")
+    assert "features: 1 items encoded, 5 in the cache" in start("third")
+
+
 def test_processes_that_train_together_share_the_encoding(
-    model: Any, recipe_fields: Fields, data: Path, tmp_path: Path
+    model: Any, recipe_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.model_validate(recipe_fields(tmp_path / "run"))
     folder = tmp_path / "features"
@@ -67,12 +113,18 @@ def test_processes_that_train_together_share_the_encoding(
         cache = FeatureCache(folder)
         source = open_source(recipe.data.train[0], model.processor, recipe, cache)
         out = Console(file=(tmp_path / f"said-{rank}").open("w"), width=200)
-        fill_cache(model.modalities, model.encoders, [source], cache, out)
+        fill_cache(recipe, model.modalities, model.encoders, [source], cache, out)
         assert all(
             source.processor.prepare(item).inputs.keys() == {"features"}
             for item, _ in source.items()
         )
+        # another start with a full cache: each process looks at its half of the rows
+        counted = CountedRows(source.rows)
+        again = replace(source, rows=counted)
+        fill_cache(recipe, model.modalities, model.encoders, [again], FeatureCache(folder), out)
+        assert counted.seen == [rank, rank + 2]
 
+    monkeypatch.setattr(MissingItems, "PART", 1)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in processes:
@@ -80,9 +132,9 @@ def test_processes_that_train_together_share_the_encoding(
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    said_by_both = "features: 4 items encoded, 4 in the cache\n"
+    said_by_both = "".join(f"features: {n} items encoded, 4 in the cache\n" for n in (4, 0))
     assert [(tmp_path / f"said-{rank}").read_text() for rank in range(2)] == [said_by_both] * 2
-    assert len(list(folder.glob("*.safetensors"))) == 2
+    assert len(list(folder.glob("features-*.safetensors"))) == 2
 
 
 def test_a_torn_shard_is_reported_and_encoded_again(
@@ -90,7 +142,7 @@ def test_a_torn_shard_is_reported_and_encoded_again(
 ) -> None:
     cache = {"path": str(tmp_path / "features")}
     said(recipe_fields(tmp_path / "first", feature_cache=cache), capsys)
-    (shard,) = (tmp_path / "features").glob("*.safetensors")
+    (shard,) = (tmp_path / "features").glob("features-*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-100])
     shown = said(recipe_fields(tmp_path / "second", feature_cache=cache), capsys)
     assert f"{shard.name} is cut off" in shown and "are encoded again" in shown

@@ -37,7 +37,12 @@ def run_folder(
 
 @pytest.fixture(scope="module")
 def page_server(served_model: Any, run_folder: Path) -> Iterator[RunningServer]:
-    settings = {"api_keys": (KEY,), "run_folder": run_folder, "default_max_tokens": 400}
+    settings = {
+        "api_keys": (KEY,),
+        "run_folder": run_folder,
+        "show_examples": True,
+        "default_max_tokens": 400,
+    }
     with running(served_model, **settings) as server:
         yield server
 
@@ -327,7 +332,10 @@ def test_the_demos_own_images_are_named(browser: Any) -> None:
         pytest.skip("`multi-token demo` has not been run here")
     names = ("dog", "banana", "cactus")
     with running(
-        MultiTokenForConditionalGeneration.from_pretrained(run), run_folder=run, name="demo"
+        MultiTokenForConditionalGeneration.from_pretrained(run),
+        run_folder=run,
+        show_examples=True,
+        name="demo",
     ) as server:
         page = browser.new_page()
         page.goto(server.url)

@@ -50,7 +50,7 @@ class Asked:
 
 @pytest.fixture
 def keyed(served_model: Any, run_folder: Path) -> Asked:
-    return Asked(served_model, api_keys=(KEY,), run_folder=run_folder)
+    return Asked(served_model, api_keys=(KEY,), run_folder=run_folder, show_examples=True)
 
 
 def test_only_the_pages_own_files_need_no_key(keyed: Asked) -> None:
@@ -143,11 +143,17 @@ def test_no_more_than_six_examples_are_shown(
     assert len(asked) == len(set(asked)) == 6 and len(found.items) == 6
 
 
-def test_examples_can_be_left_out(served_model: Any, run_folder: Path) -> None:
-    closed = Asked(served_model, run_folder=run_folder, show_examples=False)
-    facts, example = closed.get("/page/facts", "/page/examples/0")
+def test_no_row_of_the_data_is_shown_by_default(served_model: Any, run_folder: Path) -> None:
+    closed = Asked(served_model, run_folder=run_folder)
+    facts, example, page = closed.get("/page/facts", "/page/examples/0", "/")
     assert facts.json()["examples"] == [] and facts.json()["system"] is None
-    assert facts.json()["report"] and example.status_code == 404
+    assert example.status_code == 404
+    # the report has samples of rows
+    assert facts.json()["report"] is None
+    shown = facts.text + page.text
+    assert not any(
+        word in shown for word in ("a vector", "You name things", "What is <", "Trained")
+    )
 
 
 def test_the_page_knows_which_files_a_modality_takes(keyed: Asked) -> None:

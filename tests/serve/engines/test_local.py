@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multi_token.errors import LanguageModelError
 from multi_token.generate import generate_ids
 from multi_token.serve.engines.base import (
     EngineEvent,
@@ -328,6 +329,27 @@ def test_requests_that_join_get_the_tokens_of_generate_in_every_family(
     }
 
 
+def test_tenants_take_turns_in_the_queue(llama: Any, start_local: Any) -> None:
+    engine = start_local(llama, max_batch=1)
+    names = ["a1", "a2", "a3", "b1", "a4", "b2"]
+    prompts = [replace(prompts_of(llama)[0], tenant=name[0]) for name in names]
+    ended: list[str] = []
+
+    def client_of(name: str) -> Client:
+        def look(event: EngineEvent) -> None:
+            if isinstance(event, FinishEvent):
+                ended.append(name)
+
+        return Client(look)
+
+    clients = [client_of(name) for name in names]
+    together(engine, prompts, [SamplingParams(1, ignore_eos=True)] * len(names), clients)
+    for client in clients:
+        client.wait()
+    # the gate is of tenant a, so b is first
+    assert ended == ["b1", "a1", "b2", "a2", "a3", "a4"]
+
+
 def test_a_request_passes_through_its_states(llama: Any, start_local: Any) -> None:
     engine = start_local(llama)
     states: list[str] = []
@@ -387,3 +409,25 @@ def test_the_engine_uses_the_threads_of_torch_after_any_number_of_starts(
         assert set(seen) == {4}
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_engine_starts_only_if_the_model_generates_for_a_plain_prompt(
+    llama: Any, start_local: Any
+) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    engine = start_local(llama)
+    engine.stop()
+    hook = llama.language_model.register_forward_pre_hook(lost)
+    try:
+        for _ in range(2):
+            with pytest.raises(LanguageModelError, match="plain prompt.*the device is lost"):
+                engine.start()
+            assert not engine.is_alive
+        with pytest.raises(LanguageModelError, match="the device is lost"):
+            start_local(llama)
+    finally:
+        hook.remove()
+    engine.start()
+    assert engine.is_alive

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
 
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
-from multi_token.serve.media.protocol import decode_frame, encode_frame, serialize_source
+from multi_token.serve.media.protocol import (
+    decode_frame,
+    encode_frame,
+    serialize_source,
+    tensor_blobs,
+    tensors_of,
+)
 from multi_token.serve.media.worker import decode_item
 from multi_token.serve.media.worker_process import _parse_result
 from multi_token.serve.media_embeddings import content_key
@@ -29,11 +34,12 @@ SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), -1.0])
 def test_a_size_that_is_no_size_is_refused(size: float) -> None:
-    blob = save({"values": torch.zeros(2)})
-    header = {"size": {"pixels": size}, "num_features": 1}
+    described, blobs = tensor_blobs({"values": torch.zeros(2)})
+    blobs = [memoryview(blob) for blob in blobs]
+    header = {"size": {"pixels": size}, "num_features": 1, "tensors": described}
     with pytest.raises(ServeError, match="cannot be decoded"):
-        _parse_result(header, [blob])
-    assert _parse_result({**header, "size": {"pixels": 4}}, [blob]).sizes["pixels"] == 4
+        _parse_result(header, blobs)
+    assert _parse_result({**header, "size": {"pixels": 4}}, blobs).sizes["pixels"] == 4
 
 
 # --- limits of a modality
@@ -133,10 +139,8 @@ def test_a_text_that_looks_like_a_path_is_a_text(
         request = encode_frame(
             {"modality": name, "source": serialize_source(source, max_numbers=9)[0]}
         )
-        _, (blob,) = decode_frame(decode_item(all_modalities, request, SETUP)[0])
-        from safetensors.torch import load
-
-        found = load(blob)[ids[0]]
+        header, blobs = decode_frame(bytearray(decode_item(all_modalities, request, SETUP)[0]))
+        found = tensors_of(header["tensors"], blobs)[ids[0]]
         assert torch.equal(found, prepare(all_modalities[name], source).inputs[ids[0]])
         assert found.numel() < 100  # the letters of the path, not the file's hundred words
 

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from multi_token.serve.media.protocol import (
     encode_frame,
     read_frame,
     serialize_source,
+    tensor_blobs,
+    tensors_of,
 )
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -71,3 +74,55 @@ def test_blobs_that_are_not_there_are_not_made_up() -> None:
 def test_invalid_sources_are_refused(source: Any) -> None:
     with pytest.raises(MediaError):
         serialize_source(source, max_numbers=10)
+
+
+def test_tensors_come_out_as_they_went_in_and_share_the_memory_of_their_frame() -> None:
+    tensors = {
+        "ids": torch.arange(6).reshape(2, 3),
+        "mask": torch.tensor([True, False, True]),
+        "half": torch.randn(3, 2).bfloat16(),
+        "turned": torch.randn(2, 3).T,
+        "empty": torch.zeros(0, 4),
+        "one": torch.tensor(1.5),
+    }
+    described, blobs = tensor_blobs(tensors)
+    frame = read_frame(io.BytesIO(encode_frame({"tensors": described}, blobs)).read, most=100_000)
+    assert frame is not None
+    header, views = decode_frame(frame)
+    found = tensors_of(header["tensors"], views)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert found[name].data_ptr() % tensor.element_size() == 0
+    at = frame.index(bytes(views[0]))
+    frame[at : at + len(views[0])] = bytes(len(views[0]))
+    assert not found[header["tensors"][0][0]].any()
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        [["x", "float32", [3]]],
+        [["x", "float32", [-2, -1]]],
+        [["x", "float32", [2.0]]],
+        [["x", "float32", [True, 2]]],
+        [["x", "complex64", [1]]],
+        [["x", "float32"]],
+        [["x", "float32", 2]],
+        [["x", "float32", [2]], ["y", "float32", [2]]],
+        [[7, "float32", [2]]],
+        [],
+    ],
+)
+def test_a_description_that_does_not_fit_the_bytes_is_refused(described: Any) -> None:
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        tensors_of(described, [memoryview(bytearray(8))])
+
+
+def test_the_length_of_a_frame_is_reported_before_it_is_read() -> None:
+    stream = io.BytesIO(encode_frame({"a": 1}, [bytes(100)]))
+    reported: list[tuple[int, int]] = []
+    frame = read_frame(
+        stream.read, most=1_000, before_body=lambda size: reported.append((size, stream.tell()))
+    )
+    assert frame is not None and reported == [(len(frame) - 8, 8)]

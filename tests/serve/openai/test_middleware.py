@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
+from multi_token.serve.media.memory import parse_bytes
 from multi_token.serve.openai.middleware import GuardMiddleware
 from multi_token.serve.server import http_protocol_with_timeouts
 from multi_token.serve.settings import ServeSettings
@@ -232,7 +233,7 @@ def test_the_bytes_of_a_body_without_length_are_counted() -> None:
         exact = httpx.post(f"{opened.url}/x", content=b"x" * 100_000)
         assert exact.json()["length"] == 100_000
         assert httpx.post(f"{opened.url}/x", content=b"x" * 100_001).status_code == 413
-        assert opened.guard._num_buffered_bytes == 0
+        assert opened.guard.memory.num_bytes == 0
 
 
 @pytest.mark.parametrize("length", ["1" * 30, "100001", "99999999999999999999"])
@@ -283,22 +284,78 @@ def test_a_response_that_the_client_does_not_read_is_aborted() -> None:
         assert not opened.server.server_state.connections
 
 
-def test_bodies_in_memory_have_a_limit_together() -> None:
-    opened: list[socket.socket] = []
-    with guarded_server(max_body_bytes=100_000) as guarded:
+@contextmanager
+def full_of_bodies(size: int, **settings: Any) -> Iterator[tuple[GuardedServer, list[Any]]]:
+    """A server whose memory for bodies of this size is full; all of them have arrived in part."""
+    least = 8 * parse_bytes(size, 1)
+    num_bodies = least // 2 // size
+    fields = {"max_body_bytes": size, "max_json_values": 1, "media_memory_bytes": least, **settings}
+    held: list[socket.socket] = []
+    with guarded_server(**fields) as opened:
         try:
-            for _ in range(9):
-                connection = guarded.socket()
-                opened.append(connection)
-                connection.sendall(
-                    b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
-                    + b"x" * 99_000
-                )
-            answer = opened[-1].recv(4096)
-            assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer
+            for _ in range(num_bodies):
+                held.append(opened.socket())
+                held[-1].sendall(head_of(size) + b"x" * 100_000)
+            while opened.guard.memory.num_bytes < num_bodies * size:
+                threading.Event().wait(0.005)
+            yield opened, held
         finally:
-            for connection in opened:
+            for connection in held:
                 connection.close()
+
+
+def head_of(size: int) -> bytes:
+    return f"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
+
+
+def test_bodies_wait_for_memory_and_small_ones_do_not() -> None:
+    with full_of_bodies(200_000) as (opened, held):
+        memory = opened.guard.memory
+        answers: list[httpx.Response] = []
+        body = b"x" * 200_000
+        waits = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{opened.url}/x", content=body, timeout=30))
+        )
+        waits.start()
+        while not memory.num_waiting:
+            threading.Event().wait(0.005)
+        assert httpx.post(f"{opened.url}/x", content=b"x" * 60_000).json()["length"] == 60_000
+        assert not answers and memory.num_bytes == len(held) * len(body)
+        held[0].close()
+        waits.join(30)
+        assert answers[0].json()["length"] == len(body)
+        # what arrives in chunks has no length, so it takes the largest one until it has arrived
+        held[1].close()
+        chunks = (b"x" * 50_000 for _ in range(3))
+        assert httpx.post(f"{opened.url}/x", content=chunks).json()["length"] == 150_000
+
+
+def test_a_body_that_waits_too_long_for_memory_gets_a_429() -> None:
+    with full_of_bodies(200_000, memory_wait_s=0.1) as (opened, held):
+        answer = httpx.post(f"{opened.url}/x", content=b"x" * 200_000)
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "bodies_too_large"
+        assert opened.guard.memory.num_waiting == 0
+        held[0].close()
+        while opened.guard.memory.num_bytes == len(held) * 200_000:
+            threading.Event().wait(0.005)
+        assert httpx.post(f"{opened.url}/x", content=b"x" * 200_000).status_code == 200
+
+
+@pytest.mark.parametrize("status", [413, 429])
+def test_a_client_that_still_sends_a_refused_body_reads_the_response(status: int) -> None:
+    """The body is larger than all buffers between the two, so it is sent only if it is read."""
+    size = 32 * 2**20
+    with ExitStack() as stack:
+        if status == 429:
+            opened, _ = stack.enter_context(full_of_bodies(size, memory_wait_s=0.1))
+        else:
+            opened = stack.enter_context(guarded_server(max_body_bytes=size // 4))
+        client = stack.enter_context(opened.socket())
+        client.sendall(head_of(size) + b"x" * size)  # it reads nothing before that
+        answer = client.makefile("rb").read()
+    assert answer.startswith(f"HTTP/1.1 {status}".encode())
+    assert b"connection: close" in answer
 
 
 def test_an_exception_of_a_route_becomes_a_500_without_its_text(

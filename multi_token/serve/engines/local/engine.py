@@ -1,6 +1,7 @@
 """Local engine: iteration-level (continuous) batching of any language model, in one thread.
 
-start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py)
+start:  find the batching mode, and whether the prefix cache reproduces `generate` (parity.py);
+        generate for a plain prompt
 loop:   1. schedule waiting requests that fit the token budget; wait for one if none is running
         2. prefill them as a batch, and extend the running batch by it
         3. one decode step for all running requests; finished ones leave
@@ -11,11 +12,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from multi_token.serve.engines.engine import Engine
-from multi_token.serve.engines.fallback import generate_batch, retry_individually
+from multi_token.errors import LanguageModelError
+from multi_token.serve.admission import Turns
+from multi_token.serve.engines.engine import RUNNING, Engine
+from multi_token.serve.engines.fallback import (
+    check_plain_prompt,
+    generate_batch,
+    retry_individually,
+)
 from multi_token.serve.engines.local.decode_loop import DecodeBatch, DecodeParams
 from multi_token.serve.engines.local.prefix_cache import PrefixCache
 from multi_token.serve.engines.parity import (
@@ -66,6 +74,7 @@ class LocalEngine(Engine):
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
         self._batch: DecodeBatch | None = None
+        self._turns = Turns()
 
     def start(self) -> None:
         """Run the startup checks and start the thread; see `Engine`."""
@@ -83,6 +92,16 @@ class LocalEngine(Engine):
                 self._mode,
                 "on" if self._use_prefix_cache else "off",
             )
+        # Also at every restart: after a sticky error of the device each forward raises, and an
+        # engine that is alive again would only fail its next requests.
+        try:
+            check_plain_prompt(self.model)
+        # Whatever the model raises, it generates for no request.
+        except Exception as error:
+            raise LanguageModelError(
+                "the language model fails on a plain prompt, so nothing can be generated: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self._is_stopping = False
         self._thread = threading.Thread(target=self._engine_loop, name="local engine", daemon=True)
         self._thread.start()
@@ -108,6 +127,8 @@ class LocalEngine(Engine):
             _LOG.error("the engine thread ends", exc_info=error)
             with self._condition:
                 self._is_stopping = True
+            # The next start needs the memory of its KV cache.
+            self._batch = None
             self._fail_unfinished()
 
     def _new_batch(self) -> DecodeBatch:
@@ -154,19 +175,29 @@ class LocalEngine(Engine):
     def _next_requests(self, batch: DecodeBatch | None) -> list[GenerationRequest]:
         """Schedule: return the requests to start now; wait for one if none is running.
 
-        First come, first served, as long as `_fits` holds. Empty if the first one does not fit.
+        Tenants in turn, each first come, first served, as long as `_fits` holds. Empty if the first
+        one does not fit.
         """
         num_running = 0 if batch is None else len(batch.requests)
         with self._condition:
             if not num_running:
                 self._condition.wait_for(lambda: self.num_waiting or self._is_stopping)
-            waiting = [request for request in self._unfinished() if request.state == "waiting"]
+            unfinished = self._unfinished()
+        num_of_tenant = Counter(
+            request.prompt.tenant for request in unfinished if request.state in RUNNING
+        )
+        waiting = self._turns.order(
+            [request for request in unfinished if request.state == "waiting"],
+            lambda request: request.prompt.tenant,
+            num_of_tenant,
+        )
         taken: list[GenerationRequest] = []
         for request in waiting:
             if self._is_stopping or num_running + len(taken) == self.max_batch:
                 break
             if self._fits(batch, num_running, [*taken, request]):
                 taken.append(request)
+                self._turns.take(request.prompt.tenant)
             # In mode `continuous` no request overtakes, or a stream of small prompts would starve a
             # large one. The other modes fill a batch once, with prompts of one length if they must.
             elif self._mode == "continuous":

@@ -1,0 +1,95 @@
+"""Media of all requests together stay within the budget, and none outlive their prompt."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from multi_token.serve.media.memory import parse_bytes
+from multi_token.serve.openai.protocol import ChatRequest
+from multi_token.types import Media, Prepared
+from tests.serve.asking import asked, content_of, post
+from tests.serve.running_server import data_url, png, running
+
+pytestmark = pytest.mark.slow
+
+NUM_REQUESTS, NUM_IMAGES = 40, 4
+
+
+def prepared_bytes() -> int:
+    """Bytes of all encoder inputs in this process."""
+    # `type`, since `isinstance` asks the class of what a dead weak reference named.
+    found = [thing for thing in gc.get_objects() if type(thing) is Prepared]
+    return sum(x.nbytes for prepared in found for x in prepared.inputs.values())
+
+
+def num_alive() -> int:
+    """Number of media items and parsed requests in this process."""
+    return sum(type(thing) in (Media, ChatRequest) for thing in gc.get_objects())
+
+
+def image(number: int) -> dict[str, Any]:
+    colour = (number % 256, number // 256, 7)
+    return {"type": "image_url", "image_url": {"url": data_url(png(colour))}}
+
+
+def test_forty_requests_at_once_hold_no_more_than_the_budget(served_model: Any) -> None:
+    settings = {"max_body_bytes": 20_000, "max_json_values": 1_000}
+    budget = 8 * parse_bytes(*settings.values())
+    go = threading.Event()
+
+    def hold(*_: Any) -> None:
+        assert go.wait(60)
+
+    hook = served_model.projectors["image"].register_forward_pre_hook(hold)
+    try:
+        held_before = prepared_bytes()
+        with (
+            running(served_model, media_memory_bytes=budget, **settings) as server,
+            httpx.Client(base_url=server.url, timeout=120) as client,
+            ThreadPoolExecutor(NUM_REQUESTS) as pool,
+        ):
+
+            def ask(number: int) -> httpx.Response:
+                first = number * NUM_IMAGES
+                images = [image(first + i) for i in range(NUM_IMAGES)]
+                return post(client, asked(*images, {"type": "text", "text": "x"}), max_tokens=1)
+
+            answers = [pool.submit(ask, number) for number in range(NUM_REQUESTS)]
+            memory = server.service.prompts.media_memory
+            # No item is embedded, so nothing more is prepared once one waits.
+            assert server.wait_until(lambda: memory.num_waiting > 0, seconds=60)
+            held = prepared_bytes() - held_before
+            assert budget / 4 < 2 * held <= budget
+            assert memory.num_bytes <= budget
+            go.set()
+            for answer in answers:
+                content_of(answer.result())
+            assert server.wait_until(lambda: memory.num_bytes == 0)
+            assert prepared_bytes() == held_before
+    finally:
+        go.set()
+        hook.remove()
+
+
+def test_neither_body_nor_media_are_kept_while_a_request_generates(served_model: Any) -> None:
+    with running(served_model) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        large = [
+            {"type": "image_url", "image_url": {"url": data_url(png(size=24) + bytes(90_000))}}
+        ]
+        body = {"messages": asked(*large, {"type": "text", "text": "x"}), "max_tokens": 300}
+        before = num_alive()
+        with client.stream(
+            "POST", "/v1/chat/completions", json={**body, "stream": True, "ignore_eos": True}
+        ) as answer:
+            lines = answer.iter_lines()
+            assert "role" in next(lines)
+            memory = server.service.prompts.media_memory
+            assert server.service.admission.num_admitted == 1
+            assert memory.num_bytes == 0
+            assert num_alive() == before
