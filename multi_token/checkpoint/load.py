@@ -128,10 +128,15 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
             f"set model.language_model to {path / LANGUAGE_MODEL} and quantize that"
         )
     found = read_language_model(path / LANGUAGE_MODEL, fields["identity"])
-    # trained weights are float32, whatever the precision of the base
-    model.language_model.float()
     expected = base_model_tensors(model.language_model.state_dict(keep_vars=True).items())
-    _copy_into(expected, found, path / LANGUAGE_MODEL)
+    if any(isinstance(tensor, DTensor) for tensor in expected.values()):
+        _copy_into(expected, found, path / LANGUAGE_MODEL)
+    else:
+        check_state_dict(path / LANGUAGE_MODEL, expected, found)
+        for key, tensor in expected.items():
+            # float32, whatever the precision of the base; on the host mapped from the file, so that
+            # the processes of a machine share its pages
+            tensor.data = found[key].to(tensor.device)
     model.trained_language_model = True
     model.config.base_identity = fields["base_identity"]
 

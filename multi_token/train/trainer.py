@@ -18,7 +18,12 @@ from transformers import Trainer
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
-from multi_token.distributed import barrier, broadcast_from_main, is_main_process
+from multi_token.distributed import (
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+)
 from multi_token.errors import CheckpointError, MultiTokenError, RecipeError
 from multi_token.language_model.segment_attention import (
     describe_pack_attention,
@@ -72,7 +77,7 @@ class MultiTokenTrainer(Trainer):
         model can be used for nothing else afterwards.
         `compile_layers`: compile the language model's layers while training.
         """
-        freeze_and_unfreeze(model, learn)
+        freeze_and_unfreeze(model, learn, to_be_sharded=fsdp is not None and num_processes() > 1)
         self.learn = learn
         self.batches = batches
         self.objective = CrossEntropy() if objective is None else objective
@@ -194,13 +199,23 @@ class MultiTokenTrainer(Trainer):
     ) -> Any:
         if self.fsdp is not None and self.args.world_size > 1 and self.sharding is None:
             # here, since the checkpoint's weights are loaded by now and the optimizer is not made
-            self.sharding = FsdpShards(self.multi_token_model, replicas=self.fsdp.replicas)
+            self.sharding = FsdpShards(
+                self.multi_token_model,
+                self.args.device,
+                replicas=self.fsdp.replicas,
+                bf16=self.args.mixed_precision == "bf16",
+            )
             # accelerate then neither wraps the model in DDP nor shards it again
             self.is_distributed_loading_by_transformers = True
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
             # DeepSpeed loads by itself and never calls `_load_from_checkpoint`
             check_same_batching(Path(resume_from_checkpoint), self.batching_facts)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # whole, a language model that is to be sharded may not fit a device
+        if self.fsdp is None or self.args.world_size == 1:
+            super()._move_model_to_device(model, device)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Do nothing: replicated parameters are equal, and `training_step` averages gradients."""
@@ -406,4 +421,5 @@ class MultiTokenTrainer(Trainer):
         check_same_batching(Path(resume_from_checkpoint), self.batching_facts)
         load_trained(self.multi_token_model, resume_from_checkpoint)
         # loading may attach parts (an adapter, a language model) whose parameters are trainable
-        freeze_and_unfreeze(self.multi_token_model, self.learn)
+        sharded = self.fsdp is not None and self.args.world_size > 1
+        freeze_and_unfreeze(self.multi_token_model, self.learn, to_be_sharded=sharded)
