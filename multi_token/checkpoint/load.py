@@ -178,13 +178,17 @@ def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
 def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     check_state_dict(path, expected, found)
     for key, tensor in expected.items():
-        full = found[key]
-        if isinstance(tensor, DTensor):
-            # every process has read the full tensor, so none has to send the others their shards
-            full = distribute_tensor(
-                full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
-        tensor.copy_(full)
+        copy_full(found[key], tensor)
+
+
+def copy_full(full: Tensor, target: Tensor) -> None:
+    """Copy a full tensor, which every process has, into one that may be in shards."""
+    if isinstance(target, DTensor):
+        # without a source rank: each process cuts its own shard, and none sends
+        full = distribute_tensor(
+            full.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(full)
 
 
 def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None) -> None:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from multi_token.checkpoint.load import copy_full
 from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import LanguageModelError, RecipeError
 from multi_token.language_model.forward import base_language_model
@@ -206,21 +207,25 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
+@torch.no_grad()
 def shard_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """Shard a state of full tensors as the parameters are: a pre-hook of `load_state_dict`."""
+    """Shard a state of full tensors as the parameters are: a pre-hook of `load_state_dict`.
+
+    Full tensors may be mapped from a file. The result does not refer to them.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         parameter = parameters[int(number)]
-        if not isinstance(parameter, DTensor):
-            continue
         for key, value in entries.items():
-            # moments have the shape of their parameter; step counters are scalars and stay
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[key] = distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements
-                )
+            if not isinstance(value, Tensor):
+                continue
+            # moments have the shape of their parameter; step counters are scalars
+            is_sharded = isinstance(parameter, DTensor) and value.shape == parameter.shape
+            like = parameter if is_sharded else value
+            entries[key] = torch.empty_like(like, dtype=value.dtype)
+            copy_full(value, entries[key])
     return state
 
 

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
@@ -413,7 +414,19 @@ class MultiTokenTrainer(Trainer):
                 "and cannot be continued; remove the checkpoints beside it to begin the stage again"
             )
         with raise_on_read_error(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or self.sharding is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            # transformers would load the full state onto the device of each process
+            for name, part in (
+                (OPTIMIZER_NAME, self.optimizer),
+                (SCHEDULER_NAME, self.lr_scheduler),
+            ):
+                assert part is not None
+                state = torch.load(
+                    Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True
+                )
+                part.load_state_dict(state)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
