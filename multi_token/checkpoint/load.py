@@ -139,6 +139,7 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
             tensor.data = found[key].to(tensor.device)
     model.trained_language_model = True
     model.config.base_identity = fields["base_identity"]
+    model.config.model = {**model.config.model, "dtype": fields["model"]["dtype"]}
 
 
 def _load_encoders(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:

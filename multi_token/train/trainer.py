@@ -95,6 +95,10 @@ class MultiTokenTrainer(Trainer):
         # accelerate keeps the precision of the first trainer for all later ones of a process
         AcceleratorState._reset_state()
         super().__init__(model=model, **options)
+        if learn.language_model is not None:
+            # written in float32, and loaded in the precision that it computed in
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.args.mixed_precision, "auto")
+            model.config.model = {**model.config.model, "dtype": dtype}
         self.batches.configure(self.args)
         self.add_callback(self.step_metrics)
         self.add_callback(SetEpochCallback())
