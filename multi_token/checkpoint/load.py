@@ -139,6 +139,7 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
             tensor.data = found[key].to(tensor.device)
     model.trained_language_model = True
     model.config.base_identity = fields["base_identity"]
+    # the precision it was trained to compute in, in which the result is loaded
     model.config.model = {**model.config.model, "dtype": fields["model"]["dtype"]}
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.utils import serialization
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
@@ -417,20 +418,15 @@ class MultiTokenTrainer(Trainer):
                 f"{checkpoint} was saved with `save_only_model`, so it lacks the optimizer's state "
                 "and cannot be continued; remove the checkpoints beside it to begin the stage again"
             )
-        with raise_on_read_error(checkpoint):
-            if checkpoint is None or self.sharding is None:
-                super()._load_optimizer_and_scheduler(checkpoint)
-                return
-            # transformers would load the full state onto the device of each process
-            for name, part in (
-                (OPTIMIZER_NAME, self.optimizer),
-                (SCHEDULER_NAME, self.lr_scheduler),
-            ):
-                assert part is not None
-                state = torch.load(
-                    Path(checkpoint, name), map_location="cpu", mmap=True, weights_only=True
-                )
-                part.load_state_dict(state)
+        with raise_on_read_error(checkpoint), ExitStack() as stack:
+            if self.sharding is not None:
+                # One of several processes would load the full state onto its device. A single one
+                # maps the file, and `shard_optimizer_state` cuts from that.
+                options: Any = serialization.config
+                stack.enter_context(options.patch("load.mmap", True))
+                stack.callback(setattr, self, "args", self.args)
+                self.args: Any = SimpleNamespace(world_size=1)
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
