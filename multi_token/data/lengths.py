@@ -44,11 +44,17 @@ _SAVE_INTERVAL_S = 30.0
 
 
 class Length(NamedTuple):
-    """Length of one good row: all tokens, supervised tokens, media tokens."""
+    """Length of one good row: all tokens, supervised tokens, media tokens, and media items.
+
+    `num_rejected`: tokens with the rejected answer in place of the chosen one; 0 where a row has
+    none, or where the processor has no `preference`.
+    """
 
     num_tokens: int
     num_supervised: int
     num_media: int
+    num_items: int = 0
+    num_rejected: int = 0
 
 
 _LENGTH = np.dtype([(name, "i4") for name in Length._fields])
@@ -58,7 +64,7 @@ class Lengths(Sequence[Length]):
     """Lengths of rows in one array: a tuple for each of a million rows would take 150 MB."""
 
     def __init__(self, lengths: Iterable[Length] = ()) -> None:
-        self._numbers = array("q")
+        self._numbers = array("i")
         for length in lengths:
             self.append(length)
 
@@ -84,14 +90,18 @@ class Lengths(Sequence[Length]):
 
     @property
     def table(self) -> NDArray[np.int64]:
-        """All numbers, int64 [rows, 3]."""
+        """All numbers, int64 [rows, 5], in the order of `Length`."""
         return np.array(self._numbers, np.int64).reshape(-1, len(Length._fields))
+
+    def column(self, name: str) -> array[int]:
+        """Return one number of each row, by its name in `Length`."""
+        return self._numbers[Length._fields.index(name) :: len(Length._fields)]
 
     @classmethod
     def of_table(cls, table: NDArray[np.int64]) -> Lengths:
-        """Return the lengths of an array [rows, 3]."""
+        """Return the lengths of such a table."""
         found = cls()
-        found._numbers.frombytes(np.ascontiguousarray(table, np.int64).tobytes())
+        found._numbers.frombytes(np.ascontiguousarray(table, np.int32).tobytes())
         return found
 
 
@@ -132,6 +142,9 @@ class LengthStore:
                 keys, lengths = found["keys"], found["lengths"]
                 # no process has decoded those rows, and a run that decodes must find bad ones
                 if _BY_HEADER in found and not self.lengths_only:
+                    continue
+                # of a version that counted less; its rows are read again
+                if lengths.shape[1:] != (len(Length._fields),):
                     continue
             except (SafetensorError, KeyError) as error:
                 raise MultiTokenError(

@@ -26,6 +26,8 @@ _NUM_OPEN = 4
 """Files whose index stays in memory."""
 _MAX_LANES = 64
 """Lanes of a source, at most: each one is a connection where one process reads them all."""
+_MIN_FILES = 8
+"""Files of a lane, at least, where some lanes have a file more than others."""
 _MIN_KEPT = 16
 """Last rows of a lane that are kept, at least."""
 _BATCH = 16
@@ -210,6 +212,9 @@ class LanedRows:
         if not self._lanes:
             num_files = max(1, int(self._open().n_shards))
             num_lanes = min(_MAX_LANES, 1 << (num_files.bit_length() - 1))
+            # all lanes are read alike, so rows of a lane with fewer files come again sooner
+            while num_files % num_lanes and num_files < _MIN_FILES * num_lanes:
+                num_lanes //= 2
             keep = max(_MIN_KEPT, 2 * self.keep // num_lanes)
             self._lanes = [
                 SequentialRows(

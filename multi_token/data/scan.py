@@ -226,11 +226,13 @@ def _result_of(index: int, key: str | None, sample: Sample | RowError) -> _Resul
 
 
 def sample_length(sample: Sample) -> Length:
-    """Count all, supervised and media tokens of a sample."""
+    """Count the tokens and media items of a sample."""
     return Length(
         num_tokens=int(sample.input_ids.numel()),
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
         num_media=sum(span.length for span in sample.media_spans),
+        num_items=len(sample.media_spans),
+        num_rejected=0 if sample.rejected is None else int(sample.rejected.input_ids.numel()),
     )
 
 

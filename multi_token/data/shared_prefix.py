@@ -34,7 +34,7 @@ from multi_token.distributed import all_gather, broadcast_from_main
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.processor import MultiTokenProcessor
-from multi_token.types import Conversation, Media, Prepared
+from multi_token.types import Conversation, Media, Prepared, Sample
 
 FILE = "shared-prefixes.safetensors"
 _PART = 64
@@ -198,30 +198,26 @@ class _Prefixes(Dataset["tuple[int, int] | RowError"]):
 
     def __getitem__(self, number: int) -> tuple[int, int] | RowError:
         try:
-            return self._sizes([self.rows.read(int(row)) for row in self.groups[number]])
+            return self._sizes(self.groups[number])
         except RowError as error:
             return error
 
-    def _sizes(
-        self, rows: Sequence[tuple[Conversation, MultiTokenProcessor, int]]
-    ) -> tuple[int, int]:
-        samples = []
-        for conversation, processor, _ in rows:
-            # each item as one token, since its length is known without looking at it
-            sample = processor.chat.tokenize(conversation, [1] * len(conversation.media))
-            sample.media = [
-                Prepared({"reference": _bytes(_reference(item, processor))}, num_features=1)
-                for item in conversation.media
-            ]
-            samples.append(sample)
-        num_tokens, num_items = shared_prefix(samples)
-        if not num_items:
-            return num_tokens, 0
-        for sample, (conversation, _, length) in zip(samples, rows, strict=True):
-            if len(conversation.media) == num_items:
-                # a row whose items are all shared: what its length has beside its texts
-                return num_tokens + length - len(sample.input_ids), num_items
-        conversation, processor, _ = rows[0]
+    def _sizes(self, group: NDArray[np.int64]) -> tuple[int, int]:
+        ((first, num_others),) = self._samples(group[:1])
+        num_tokens, num_items = len(first.input_ids), len(first.media)
+        fewest = (num_items, num_others)
+        # a part at a time: a million rows may begin with one image
+        for start in range(1, len(group), _PART):
+            part = self._samples(group[start : start + _PART])
+            # what each row shares with the first one, all rows share
+            shared = shared_prefix([first, *(sample for sample, _ in part)])
+            num_tokens, num_items = min((num_tokens, num_items), shared)
+            if not num_items:
+                return num_tokens, 0
+            fewest = min(fewest, *((len(sample.media), num) for sample, num in part))
+        if fewest[0] == num_items:  # of a row whose items are all shared
+            return num_tokens + fewest[1], num_items
+        conversation, processor, _ = self.rows.read(int(group[0]))
         processor = replace(processor, lengths_only=True)
         lengths = [
             processor.modalities[item.modality].num_tokens(
@@ -230,6 +226,24 @@ class _Prefixes(Dataset["tuple[int, int] | RowError"]):
             for item in conversation.media[:num_items]
         ]
         return num_tokens + sum(lengths) - num_items, num_items
+
+    def _samples(self, numbers: NDArray[np.int64]) -> list[tuple[Sample, int]]:
+        """Return the samples of rows, each media item as one token, and the tokens left out."""
+        rows = [self.rows.read(int(number)) for number in numbers]
+        conversations = [conversation for conversation, _, _ in rows]
+        found = rows[0][1].chat.tokenize_many(
+            conversations, [[1] * len(c.media) for c in conversations], [None] * len(rows)
+        )
+        samples = []
+        for (conversation, processor, length), sample in zip(rows, found, strict=True):
+            if not isinstance(sample, Sample):
+                raise RowError(str(sample), kind="chat_template", row_id=conversation.id)
+            sample.media = [
+                Prepared({"reference": _bytes(_reference(item, processor))}, num_features=1)
+                for item in conversation.media
+            ]
+            samples.append((sample, length - len(sample.input_ids)))
+        return samples
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -6,7 +6,6 @@ DataSource -> open_source -> TrainingSource -> good_rows -> indices and lengths 
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +42,10 @@ class TrainingSource:
     """Rows that can be trained on; None before `good_rows` has scanned them."""
     lengths: Sequence[int] = ()
     """Number of tokens of each good row."""
+    num_items: Sequence[int] = ()
+    """Number of media items of each good row."""
+    num_rejected: Sequence[int] = ()
+    """Number of tokens of each good row with its rejected answer; 0 where it has none."""
     headers: bool = False
     """True if `data.lengths: headers` applies to these rows."""
 
@@ -136,7 +139,7 @@ def good_rows(
             f"no row of {names} can be trained on: {num_rows} rows, {len(problems)} skipped"
             f"{example}; see them all with `multi-token data check`"
         )
-    num_tokens, num_supervised, _ = map(sum, zip(*(r.total for r in reports), strict=True))
+    num_tokens, num_supervised, *_ = map(sum, zip(*(r.total for r in reports), strict=True))
     console.print(
         f"rows of {names}: {num_rows - len(problems)} good, {len(problems)} skipped, "
         f"{num_tokens} tokens, {num_supervised / num_tokens:.0%} supervised",
@@ -151,7 +154,9 @@ def good_rows(
         replace(
             source,
             good_indices=r.good_indices,
-            lengths=array("q", r.lengths.table[:, 0].tobytes()),
+            lengths=r.lengths.column("num_tokens"),
+            num_items=r.lengths.column("num_items"),
+            num_rejected=r.lengths.column("num_rejected"),
         )
         for source, r in zip(sources, reports, strict=True)
     ]
@@ -165,7 +170,7 @@ def check_has_items(sources: Sequence[TrainingSource], recipe: Recipe) -> None:
     trainable = [stage.learn for stage in recipe.train.stages]
     if any(learn.adapter or learn.language_model for learn in trainable):
         return
-    if not any(True for source in sources for _ in source.items()):
+    if not any(map(any, (source.num_items for source in sources))):
         names = ", ".join(recipe.model.modalities)
         raise RecipeError(
             f"no row of {', '.join(source.name for source in sources)} has an item of {names}, so "
@@ -219,8 +224,8 @@ def _length_counts(reports: Sequence[ScanReport]) -> str:
     num_known = sum(report.num_known_before for report in reports)
     known = f", {num_known:,} remembered" if num_known else ""
     return (
-        f"lengths of {num_good:,} rows: {num_good - num_decoded - num_known:,} by header, "
-        f"{num_decoded:,} decoded{known}"
+        f"lengths of {num_good:,} rows: {num_good - num_decoded - num_known:,} without "
+        f"decoding, {num_decoded:,} decoded{known}"
     )
 
 

@@ -9,8 +9,10 @@ memory is not needed, and a resumed run reads the file.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,6 @@ from multi_token.distributed import (
 )
 from multi_token.errors import RecipeError
 from multi_token.media.hashing import digest
-from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.train import Stage
 from multi_token.train.consistency import check_no_bad_rows
 from multi_token.train.dpo import REFERENCE, PreferenceDataset, sequence_logps
@@ -43,7 +44,6 @@ from multi_token.train.metrics import ROW_IDS
 from multi_token.train.random_state import preserve_rng_state
 from multi_token.train.resume import raise_on_write_error
 from multi_token.train.training_args import mixed_precision
-from multi_token.types import Conversation
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -92,32 +92,25 @@ def _preference_rows(
 ) -> tuple[list[TrainingSource], PreferenceDataset] | None:
     found, lengths = [], []
     for source in sources:
-        good = range(len(source.rows)) if source.good_indices is None else source.good_indices
-        facts = zip(good, source.lengths, source.conversations(), strict=True)
-        kept = {
-            index: (length, length + _num_extra_rejected(conversation, processor))
-            for index, length, (conversation, processor) in facts
-            if conversation.rejected is not None
-        }
-        lengths += kept.values()
+        assert source.good_indices is not None  # scanned, so that no row is read here
+        columns = (source.good_indices, source.lengths, source.num_items, source.num_rejected)
+        indices, chosen, num_items, rejected = (
+            array("q", compress(column, source.num_rejected)) for column in columns
+        )
+        lengths += zip(chosen, rejected, strict=True)
         found.append(
-            replace(source, good_indices=list(kept), lengths=[c for c, _ in kept.values()])
+            replace(
+                source,
+                good_indices=indices,
+                lengths=chosen,
+                num_items=num_items,
+                num_rejected=rejected,
+            )
         )
     if not lengths:
         return None
     reading = [s.with_processor(distillation=None, preference="required") for s in found]
     return found, PreferenceDataset(build_dataset(reading, model.modalities), lengths)
-
-
-def _num_extra_rejected(conversation: Conversation, processor: MultiTokenProcessor) -> int:
-    assert conversation.rejected is not None
-    # both have the same media, whose numbers of tokens cancel out, so none are opened
-    anything = [1] * len(conversation.media)
-    chosen, rejected = (
-        len(processor.chat.tokenize(one, anything, train_on_turns="last").input_ids)
-        for one in (conversation, conversation.rejected)
-    )
-    return rejected - chosen
 
 
 def load_or_compute_reference(trainer: MultiTokenTrainer, folder: Path, console: Console) -> None:

@@ -124,7 +124,7 @@ def _batch_plan(
     lengths = [length for source in sources for length in source.lengths]
     num_items: list[int] = []
     if spec.pack_items is not None:
-        num_items = [len(c.media) for source in sources for c, _ in source.conversations()]
+        num_items = [num for source in sources for num in source.num_items]
     share = spec.packing is not None and spec.packing.share
     # rows of a stream are not known before; those of a pack share what they happen to share
     find_groups = share and not isinstance(dataset, StreamDataset)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from multi_token.data.dataset import row_to_sample
 from multi_token.data.files.open import load_rows
@@ -218,6 +219,10 @@ def test_lengths_of_other_processes_are_known_after_a_refresh_and_a_damaged_file
     assert two.get(key) == Length(9, 2, 3) and len(two) == 1
     two.save()
     (file,) = (folder / "lengths").iterdir()
+    # a version that counted less: its rows are read again
+    stored = load_file(file)
+    save_file({**stored, "lengths": stored["lengths"][:, :3].copy()}, file)
+    assert len(LengthStore(folder / "lengths", processor)) == 0
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(MultiTokenError, match=f"{file.name} is damaged .*; remove it"):
         LengthStore(folder / "lengths", processor)
@@ -231,7 +236,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, processor: MultiTokenProces
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
-        with pytest.raises(MultiTokenError, match="could not be written to .*; free some space"):
+        with pytest.raises(MultiTokenError, match="could not be written.*free some"):
             store.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -203,8 +203,8 @@ def test_header_lengths_and_decoded_lengths_train_the_same(
     for name in files:
         one, other = (load_file(tmp_path / lengths / name) for lengths in ("decode", "headers"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert "lengths of 8 rows: 8 by header, 0 decoded\n" in said["headers"]
-    assert "by header" not in said["decode"]
+    assert "lengths of 8 rows: 8 without decoding, 0 decoded\n" in said["headers"]
+    assert "without decoding" not in said["decode"]
 
 
 @pytest.mark.slow
@@ -376,13 +376,16 @@ def test_rows_without_header_lengths_are_decoded_and_counted(
     with (folder / "rows.jsonl").open("a") as rows_file:
         messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "red"}]
         rows_file.write(json.dumps({"id": "text", "messages": messages}) + "\n")
+        messages[0]["content"] = "And <image>?"
+        same = {"id": "same", "messages": messages, "image": "0.jpg"}
+        rows_file.write(json.dumps(same) + "\n")
     rows = load_rows(str(folder / "rows.jsonl"))
     processor = build_processor(recipe, root=str(folder))
     source = sources_module.TrainingSource(rows, processor, "rows", headers=True)
     DECODED.clear()
     for said in (
-        "lengths of 9 rows: 8 by header, 1 decoded\n",
-        "lengths of 9 rows: 0 by header, 0 decoded, 9 remembered\n",
+        "lengths of 10 rows: 9 without decoding, 1 decoded\n",
+        "lengths of 10 rows: 0 without decoding, 0 decoded, 10 remembered\n",
     ):
         out = io.StringIO()
         (found,) = sources_module.good_rows([source], recipe, Console(file=out, width=300))

@@ -54,8 +54,8 @@ def test_a_scan_never_stops_and_names_every_problem_by_kind(
 
 def test_a_scan_measures_good_rows(image_path: str) -> None:
     report = scan([row("<image>ab", image=image_path), row("abc", "no")], read, progress=False)
-    assert report.lengths == [Length(9, 3, 4), Length(5, 2, 0)]
-    assert report.total == Length(14, 5, 4)
+    assert report.lengths == [Length(9, 3, 4, num_items=1), Length(5, 2, 0)]
+    assert report.total == Length(14, 5, 4, num_items=1)
 
 
 def test_a_scan_with_workers_finds_the_same() -> None:

@@ -90,14 +90,14 @@ def test_the_next_start_tokenizes_only_groups_whose_rows_or_files_changed(
 ) -> None:
     source, _ = source_of(model, images, ROWS)
     tokenized = 0
-    tokenize = ChatFormat.tokenize
+    tokenize = ChatFormat.tokenize_many
 
-    def counted(self: ChatFormat, *args: Any, **options: Any) -> Sample:
+    def counted(self: ChatFormat, rows: Any, *args: Any, **options: Any) -> Any:
         nonlocal tokenized
-        tokenized += 1
-        return tokenize(self, *args, **options)
+        tokenized += len(rows)
+        return tokenize(self, rows, *args, **options)
 
-    monkeypatch.setattr(ChatFormat, "tokenize", counted)
+    monkeypatch.setattr(ChatFormat, "tokenize_many", counted)
     first = found(source, images)
     # (0, 1), (2, 4), (5, 6), (8, 10): rows without company are not tokenized
     assert tokenized == 8
@@ -107,6 +107,26 @@ def test_the_next_start_tokenizes_only_groups_whose_rows_or_files_changed(
     assert len(found(replace(source, rows=changed), images)) == 3 and tokenized == 10
     (images / "blue.png").write_bytes(b"another image")
     assert len(found(source, images)) == 3 and tokenized == 12
+
+
+def test_a_group_of_any_size_is_read_in_parts_whose_rows_share_what_all_share(
+    model: Any, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(f"Look: <image> is it {number}?", "red.png") for number in range(200)]
+    rows[150] = row("Look: <image> and <image>?", "red.png", "blue.png")
+    rows[199] = row("Look: <image>", "red.png")  # its prefix is the shortest
+    source, samples = source_of(model, images, rows)
+    sizes: list[int] = []
+    tokenize = ChatFormat.tokenize_many
+
+    def counted(self: ChatFormat, rows: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(rows))
+        return tokenize(self, rows, *args, **options)
+
+    monkeypatch.setattr(ChatFormat, "tokenize_many", counted)
+    (group,) = found(source, images)
+    assert (group.num_tokens, group.num_items) == shared_prefix(samples)
+    assert sum(sizes) == len(rows) and max(sizes) == 64
 
 
 def test_rows_without_media_need_nothing(model: Any, tmp_path: Path) -> None:

@@ -62,3 +62,12 @@ def test_a_micro_batch_waits_for_the_device_by_nothing_of_ours(found: Any, case:
 @pytest.mark.parametrize("mode", ["packed", "shared"])
 def test_libraries_look_for_no_segments_on_the_device(found: Any, mode: str, stage: str) -> None:
     assert found[f"{mode}-{stage}"]["libraries"] == {}
+
+
+@pytest.mark.slow
+def test_a_decode_step_of_the_local_engine_waits_for_its_new_tokens_alone(found: Any) -> None:
+    case = found["local engine"]
+    (line,) = case["ours"]
+    assert "tolist at serve/engines/sampler.py" in line, "one line, reached once a step"
+    blocking = [line for line in case["uploads"] if "ours: blocking" in line]
+    assert blocking == []

@@ -47,10 +47,10 @@ READ: list[str] = []
 """Names of the files that this process has read."""
 
 
-class Watched(VectorModality):
+class Counted(VectorModality):
     """Vectors in files; the names of those that were read are kept."""
 
-    type: Literal["watched"] = "watched"  # type: ignore[assignment]
+    type: Literal["counted"] = "counted"  # type: ignore[assignment]
     dim: int = 5
 
     def load(self, source: Any, fetch: Fetch) -> Any:
@@ -60,14 +60,14 @@ class Watched(VectorModality):
 
 
 def register() -> None:
-    register_modality("watched", Watched)
+    register_modality("counted", Counted)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 rows about 12 files, each with up to five captions, some of them twice."""
     register()
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("counted")
     numbers = np.random.default_rng(0)
     for i in range(NUM_FILES):
         np.save(folder / f"{i}.npy", numbers.normal(3.0, 2.0, (1 + i % 3, 5)).astype(np.float32))
@@ -85,7 +85,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fields_of(recipe_fields: Fields, rows: Path) -> Fields:
     def fields(folder: Path, projector: Any = None, data: Any = None, **train: Any) -> Any:
         made = recipe_fields(folder, **train)
-        thing = {"type": "watched", "projector": projector or {"type": "mlp"}}
+        thing = {"type": "counted", "projector": projector or {"type": "mlp"}}
         made["model"]["modalities"] = {"thing": thing}
         made["data"] = {"train": [{"rows": str(rows)}], **(data or {})}
         made["train"]["args"] |= {"max_steps": 1, "report_to": []}

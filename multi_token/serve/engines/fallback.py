@@ -97,11 +97,13 @@ def pad_prompts(
             first = row * time + start + span.start
             positions.append(torch.arange(first, first + span.length))
             values.append(media_embeds.to(weight.device, weight.dtype))
-    input_ids, attention_mask = input_ids.to(weight.device), attention_mask.to(weight.device)
+    input_ids, attention_mask = (
+        x.to(weight.device, non_blocking=True) for x in (input_ids, attention_mask)
+    )
     embeds = embedding(input_ids)
     if values:
-        media = MediaEmbeds("media", torch.cat(values), torch.cat(positions).to(weight.device))
-        embeds = splice(embeds, [media])
+        places = torch.cat(positions).to(weight.device, non_blocking=True)
+        embeds = splice(embeds, [MediaEmbeds("media", torch.cat(values), places)])
     return embeds, input_ids, attention_mask
 
 

@@ -137,17 +137,19 @@ class DecodeBatch:
         self._drop_finished()
         if not self._rows:
             return
-        device = self.params.device
         lengths = [row.num_cached for row in self._rows]
+        # One copy without a wait: a step waits for the device once, to read its new tokens.
+        on_host = torch.tensor([(row.output_ids[-1], row.num_cached) for row in self._rows])
+        last_ids, positions = on_host.to(self.params.device, non_blocking=True).split(1, 1)
         attention_mask = None
         # Without padding no mask: attention kernels are faster then, and some refuse a mask.
         if min(lengths) < self.width:
-            padding = torch.tensor([self.width - length for length in lengths])
-            attention_mask = (torch.arange(self.width + 1) >= padding[:, None]).long().to(device)
+            places = torch.arange(self.width + 1, device=positions.device)
+            attention_mask = (places >= self.width - positions).long()
         output = self._forward(
-            input_ids=torch.tensor([row.output_ids[-1:] for row in self._rows], device=device),
+            input_ids=last_ids,
             attention_mask=attention_mask,
-            position_ids=torch.tensor(lengths, device=device)[:, None],
+            position_ids=positions,
             past_key_values=self._cache,
         )
         self._cache = output.past_key_values
@@ -226,12 +228,11 @@ class DecodeBatch:
         processors = self.params.logits_processors
         if processors:
             # Row by row: rows differ in their number of new ids, so no tensor holds all of them.
+            so_far = [torch.tensor([row.output_ids], dtype=torch.long) for row in self._rows]
             scores = torch.cat(
                 [
-                    processors(
-                        torch.tensor([row.output_ids], dtype=torch.long, device=scores.device), own
-                    )
-                    for row, own in zip(self._rows, scores.split(1), strict=True)
+                    processors(ids.to(scores.device, non_blocking=True), own)
+                    for ids, own in zip(so_far, scores.split(1), strict=True)
                 ]
             )
         ids, failed, _ = sample_batch([row.request for row in self._rows], scores)

@@ -39,8 +39,12 @@ def is_paddable(cache: Any, num_rows: int, num_tokens: int) -> bool:
 
 def select_rows(cache: Any, rows: Sequence[int]) -> None:
     """Keep only these rows, in this order. Raises what a cache without that operation raises."""
-    # transformers' own method (made for beam search): recurrent states have it too.
-    cache.reorder_cache(torch.tensor(rows))
+    index = torch.tensor(rows)
+    keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
+    device = next((x.device for x in keys if isinstance(x, Tensor)), index.device)
+    # transformers' own method (made for beam search): recurrent states have it too. The index is
+    # copied here, since each layer would copy it again, and wait for the device.
+    cache.reorder_cache(index.to(device, non_blocking=True))
 
 
 def trim_left(cache: Any, num_tokens: int) -> None:

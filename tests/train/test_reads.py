@@ -1,0 +1,78 @@
+"""Reads of a start, counted: what the scan has found out of the rows is not read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from multi_token.data.files.jsonl import JsonLines
+from multi_token.recipe.recipe import Recipe
+from multi_token.train.prepare import open_stages, prepare
+from multi_token.train.stage import attach_adapters, build_trainer
+
+Fields = Callable[..., dict[str, Any]]
+COLOURS = ("red", "blue", "green", "white")
+NUM = 12
+
+
+@pytest.fixture
+def row_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the rows that were read."""
+    reads: list[int] = []
+    row = JsonLines.row
+
+    def counted(self: JsonLines, index: int) -> Any:
+        reads.append(index)
+        return row(self, index)
+
+    monkeypatch.setattr(JsonLines, "row", counted)
+    return reads
+
+
+def write_pairs(path: Path, data: Path) -> None:
+    """Write rows with 0 to 3 images; every third has a single answer."""
+    lines = []
+    for number in range(NUM):
+        shown = [str(data / f"{name}.png") for name in COLOURS[: number % 4]]
+        question = f"What {'<image> ' * len(shown)}is it{' now' * number}?"
+        messages = [{"role": "user", "content": question}]
+        answers: dict[str, Any] = {"chosen": "yes", "rejected": "no" + " no" * number}
+        if number % 3 == 0:
+            answers = {}
+            messages.append({"role": "assistant", "content": "yes"})
+        media = {"images": shown} if shown else {}
+        row = {"id": str(number), "messages": messages, **answers, **media}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("kind", ["packed", "preferences"])
+def test_a_stage_plans_its_batches_without_reading_a_row(
+    recipe_fields: Fields, data: Path, tmp_path: Path, row_reads: list[int], kind: str
+) -> None:
+    write_pairs(tmp_path / "rows.jsonl", data)
+    learn = {"projectors": 1e-2, "adapter": 1e-2}
+    more: dict[str, Any] = {"packing": True, "pack_items": 4, "pack_tokens": 400}
+    stage: dict[str, Any] = {"name": "one", "learn": learn, "args": {"max_steps": 1}}
+    if kind == "preferences":
+        more, stage["dpo"] = {}, {"missing": "skip"}
+    fields = recipe_fields(tmp_path / "run", stages=[stage], **more)
+    fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
+    recipe = Recipe.model_validate(fields)
+    run = prepare(recipe, open_stages(recipe), Console(quiet=True))
+    assert sorted(row_reads) == list(range(NUM))
+    attach_adapters(run, run.stages[0])
+    trainer: Any = build_trainer(run, run.stages[0])
+    assert len(row_reads) == NUM
+    (source,) = run.sources
+    samples = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    if kind == "packed":
+        assert [*source.num_items] == [len(sample.media) for sample in samples]
+    else:
+        found = [(len(p.sample.input_ids), len(p.sample.rejected.input_ids)) for p in samples]
+        assert trainer.train_dataset.lengths == found and len(found) == NUM - NUM // 3
