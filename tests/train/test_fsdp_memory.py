@@ -57,8 +57,7 @@ def seen(
     """The folder of all runs by two processes, and what each process noted."""
     folder = tmp_path_factory.mktemp("memory")
     small = language_model(parts, folder / "small", 4, 512)
-    few = language_model(parts, folder / "6 layers", 6, 640)
-    many = language_model(parts, folder / "22 layers", 22, 640)
+    large = language_model(parts, folder / "large", 22, 640)
     full = {"projectors": 1e-2, "language_model": 1e-3}
 
     def run(name: str, learn: Any, args: Any, model: Path, **more: Any) -> dict[str, Any]:
@@ -74,9 +73,8 @@ def seen(
     runs = [
         run("full", full, BEST, small, stop_at=2),
         run("full resumed", full, BEST, small),
-        # last, so that neither pays for what a process loads once
-        run("few", {"projectors": 1e-2}, BF16, few),
-        run("many", {"projectors": 1e-2}, BF16, many),
+        # last, so that what a process loads once does not count
+        run("frozen", {"projectors": 1e-2}, BF16, large),
     ]
     job, out = folder / "job.json", folder / "seen.json"
     job.write_text(json.dumps({"out": str(out), "runs": runs}))
@@ -89,16 +87,16 @@ def seen(
     return folder, json.loads(out.read_text())
 
 
-def test_each_further_layer_takes_half_of_its_bytes_in_each_of_two_processes(seen: Any) -> None:
+def test_a_process_never_holds_the_language_model_whole(seen: Any) -> None:
     folder, runs = seen
-    more = megabytes(folder / "22 layers") - megabytes(folder / "6 layers")
-    assert more > 100
-    for few, many in zip(runs["few"], runs["many"], strict=True):
+    whole = megabytes(folder / "large")
+    assert whole > 150
+    for one in runs["frozen"]:
         # the layer that runs, and the next one, which is gathered meanwhile
-        assert 1 <= many["layers"] <= 2
-        # not the peak itself: gathered layers and the exchange take the same with any number
-        assert many["peak"] - few["peak"] < 0.75 * more
-    assert load_file(folder / "many" / "projectors.safetensors")
+        assert 1 <= one["layers"] <= 2
+        # half of it, and buffers of about six layers, by which layers are gathered on the CPU
+        assert one["peak"] < whole
+    assert load_file(folder / "frozen" / "projectors.safetensors")
 
 
 def test_what_is_loaded_for_a_resume_or_as_the_best_is_never_whole(seen: Any) -> None:
