@@ -89,7 +89,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "teacher": {"learn": PROJECTORS, "distillation": {"weight": 0.5}},
 }
 MODES: dict[str, dict[str, Any]] = {
-    "padded": {},
+    # the loss in chunks of a few tokens
+    "padded": {"logits_megabytes": 0.004},
     "packed": {"packing": True, "pack_tokens": 128},
     "shared": {"packing": {"share": True}, "pack_tokens": 160},
     "streamed": {},
@@ -214,6 +215,11 @@ def using(material: Path, work: Path) -> dict[str, Found]:
         cases["local engine"] = snapshot(NUM_NEW)
         if [len(ids) for ids in answers] != [NUM_NEW] * len(prompts):
             cases["local engine"].error = f"answers {answers}"
+        simulated.LOG.reset()
+        drawn = Client()
+        params = SamplingParams(NUM_NEW, temperature=1.0, top_k=5, top_p=0.9, ignore_eos=True)
+        engine.submit("drawn", prompts[0], params, drawn)
+        cases["sampled answer"] = snapshot(len(drawn.ids))
     finally:
         engine.stop()
         embedder.stop()
