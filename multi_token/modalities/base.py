@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -340,7 +341,11 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     import transformers
 
     limit_hub_waits()
-    return getattr(transformers, auto_class).from_pretrained(encoder, revision=revision)
+    home: Any = transformers
+    if auto_class == "AutoImageProcessor":
+        # transformers 5.17 asks for torchvision at its top level, and this module does not
+        home = importlib.import_module("transformers.models.auto.image_processing_auto")
+    return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
 
 
 @functools.lru_cache(maxsize=8)
