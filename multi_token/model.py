@@ -133,6 +133,13 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         return self
 
     @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Device of inputs. Layers of a language model that is to be sharded are on the host."""
+        weight = self.language_model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @property
     def capabilities(self) -> Capabilities:
         """Capabilities of the language model, probed on first use and then cached.
 
