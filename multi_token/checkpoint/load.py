@@ -36,6 +36,7 @@ from multi_token.checkpoint.save import (
 )
 from multi_token.encoders import TrainedEncoderState, attach_lora
 from multi_token.errors import CheckpointError
+from multi_token.language_model.lora import place_adapter
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.renamed import check_renamed
@@ -209,6 +210,7 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
         if not isinstance(model.language_model, PeftModel):
             # raises for target modules that the language model does not have
             model.language_model = get_peft_model(model.language_model, config)
+            place_adapter(model.language_model)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{where or path} cannot be read: {error}") from None
     expected = get_peft_model_state_dict(model.language_model)

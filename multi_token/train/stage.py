@@ -86,6 +86,7 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
     share = spec.packing is not None and spec.packing.share
     collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     _freeze_unused(run, stage, sources)
+    model.logits_bytes = int(spec.logits_megabytes * 2**20)
     trainer = MultiTokenTrainer(
         model,
         learn=learn,

@@ -26,7 +26,8 @@ from multi_token.distributed import (
     is_main_process,
     num_processes,
 )
-from multi_token.errors import CheckpointError, MultiTokenError, RecipeError
+from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError, RecipeError
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.segment_attention import (
     describe_pack_attention,
     segment_attention_enabled,
@@ -79,6 +80,12 @@ class MultiTokenTrainer(Trainer):
         model can be used for nothing else afterwards.
         `compile_layers`: compile the language model's layers while training.
         """
+        placement = getattr(base_language_model(model.language_model), "hf_device_map", {})
+        if len(set(placement.values())) > 1:
+            raise LanguageModelError(
+                "a language model with a `device_map` over several devices generates, and cannot "
+                "be trained; load it without one, and share it by train.fsdp if it is too large"
+            )
         freeze_and_unfreeze(model, learn, to_be_sharded=fsdp is not None and num_processes() > 1)
         self.learn = learn
         self.batches = batches
