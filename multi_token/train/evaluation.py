@@ -51,10 +51,8 @@ class EvaluationCallback(TrainerCallback):
         self.console = console
         self.held_out = held_out
         self.dataset = build_dataset(held_out, model.modalities) if held_out else None
-        self.rows: list[EvaluationRow] = [
-            pair for source in held_out for pair in source.conversations()
-        ]
-        self.blind = spec.blind and bool(self.rows)
+        self.num_rows = sum(source.num_rows for source in held_out)
+        self.blind = spec.blind and self.num_rows > 0
         self.trainer: MultiTokenTrainer | None = None
         self.args: TrainingArguments | None = None
         self.runs_generation = False
@@ -68,7 +66,7 @@ class EvaluationCallback(TrainerCallback):
         sharded = trainer.is_deepspeed_enabled or (
             num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
         )
-        if self.rows and sharded and (self.blind or self.spec.num_samples):
+        if self.num_rows and sharded and (self.blind or self.spec.num_samples):
             self.console.print(
                 "the language model is sharded, so answers to held-out rows and the blind test "
                 "are left out during training (run `multi-token evaluate blind` afterwards)"
@@ -76,6 +74,17 @@ class EvaluationCallback(TrainerCallback):
         # Answers come from the main process alone. With a sharded language model every forward is a
         # collective, in which the other processes would be missing.
         self.runs_generation = not sharded and is_main_process()
+
+    def some_rows(self, most: int) -> list[EvaluationRow]:
+        """Return up to `most` held-out rows, evenly spread; the others are not read."""
+        found = []
+        for number in evenly_spaced(self.num_rows, most):
+            for source in self.held_out:
+                if number < source.num_rows:
+                    found.append(source.conversation(number))
+                    break
+                number -= source.num_rows
+        return found
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -94,9 +103,9 @@ class EvaluationCallback(TrainerCallback):
         if not self.runs_generation or self.trainer is None:
             return
         if self.spec.num_samples:
-            chosen = evenly_spaced(len(self.rows), self.spec.num_samples)
+            rows = self.some_rows(self.spec.num_samples)
             with mixed_precision(self.trainer.args):
-                shown = sample_answers(self.model, [self.rows[i] for i in chosen])
+                shown = sample_answers(self.model, rows)
             self.report.add_samples(state.global_step, shown)
             for one in shown:
                 self.console.print(
@@ -146,7 +155,7 @@ class EvaluationCallback(TrainerCallback):
             return None
         batch_size = self.args.per_device_eval_batch_size
         try:
-            rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
+            rows = self.some_rows(num_rows)
             with mixed_precision(self.args):
                 return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
