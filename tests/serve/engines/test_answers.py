@@ -55,8 +55,7 @@ def in_order(results: list[RowResult]) -> list[str]:
 
 
 def test_engines_are_kept_full_and_never_get_more(served_model: Any, expected: list[str]) -> None:
-    # a stand-in refuses a prompt above its limit, which would count as a retry
-    engines = [StandIn(served_model.language_model, max_inside=3) for _ in range(2)]
+    engines = [StandIn(served_model.language_model) for _ in range(2)]
     first: list[list[RowResult]] = []
     with started(served_model, *engines) as engine:
         working = answers(engine, rows_of(served_model), max_in_flight=3)
@@ -64,10 +63,11 @@ def test_engines_are_kept_full_and_never_get_more(served_model: Any, expected: l
         waiting = threading.Thread(target=lambda: first.append(next(working)))
         with engines[0].held(), engines[1].held():
             waiting.start()
-            full = engines[0].wait_until(lambda: [e.num_waiting for e in engines] == [3, 3])
+            assert engines[0].wait_until(lambda: [e.num_waiting for e in engines] == [3, 3])
+            assert engine.num_running + engine.num_waiting == 6
         waiting.join()
         found = first[0] + [result for results in working for result in results]
-        assert full and engine.retries == {}
+        assert engine.retries == {}
     assert in_order(found) == expected
     assert all(len(stand_in.bodies) > 3 for stand_in in engines)
 
