@@ -50,10 +50,8 @@ class EvaluationCallback(TrainerCallback):
         self.console = console
         self.held_out = held_out
         self.dataset = build_dataset(held_out, model.modalities) if held_out else None
-        self.rows: list[EvaluationRow] = [
-            pair for source in held_out for pair in source.conversations()
-        ]
-        self.blind = spec.blind and bool(self.rows)
+        self.num_rows = sum(source.num_rows for source in held_out)
+        self.blind = spec.blind and self.num_rows > 0
         self.trainer: MultiTokenTrainer | None = None
         self.runs_generation = False
 
@@ -65,7 +63,7 @@ class EvaluationCallback(TrainerCallback):
         sharded = trainer.is_deepspeed_enabled or (
             num_processes() > 1 and (self.spec.fsdp is not None or trainer.is_fsdp_enabled)
         )
-        if self.rows and sharded and (self.blind or self.spec.num_samples):
+        if self.num_rows and sharded and (self.blind or self.spec.num_samples):
             self.console.print(
                 "the language model is sharded, so answers to held-out rows and the blind test "
                 "are left out during training (run `multi-token evaluate blind` afterwards)"
@@ -91,9 +89,9 @@ class EvaluationCallback(TrainerCallback):
         if not self.runs_generation or self.trainer is None:
             return
         if self.spec.num_samples:
-            chosen = evenly_spaced(len(self.rows), self.spec.num_samples)
+            rows = self._rows(self.spec.num_samples)
             with mixed_precision(self.trainer.args):
-                shown = sample_answers(self.model, [self.rows[i] for i in chosen])
+                shown = sample_answers(self.model, rows)
             self.report.add_samples(state.global_step, shown)
             for one in shown:
                 self.console.print(
@@ -131,12 +129,24 @@ class EvaluationCallback(TrainerCallback):
         self.report.write(at_once=True)
         self.report.raise_if_unwritten()
 
+    def _rows(self, most: int) -> list[EvaluationRow]:
+        """Read up to `most` held-out rows, evenly spaced over all sources."""
+        # read when they are asked for: a start would read all of them, in every process
+        found = []
+        for number in evenly_spaced(self.num_rows, most):
+            for source in self.held_out:
+                if number < source.num_rows:
+                    found.append(source.conversation(number))
+                    break
+                number -= source.num_rows
+        return found
+
     def _blind(self, num_rows: int) -> BlindReport | None:
         if not self.blind or self.trainer is None:
             return None
         batch_size = self.trainer.args.per_device_eval_batch_size
         try:
-            rows = [self.rows[i] for i in evenly_spaced(len(self.rows), num_rows)]
+            rows = self._rows(num_rows)
             with mixed_precision(self.trainer.args):
                 return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
