@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Array3D, Dataset, Features, List, Value
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,6 +46,8 @@ from multi_token.types import Sample
 
 STEPS = 4
 """Timed steps of each trainer in a turn; one more before them is a warm-up."""
+RATE = 1e-12
+"""Learning rate of ours, which refuses zero."""
 
 
 class StepTimes(TrainerCallback):
@@ -103,12 +104,14 @@ def of_llava(folder: Path, learn: str) -> Any:
     return llava
 
 
-def with_trainer(folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]) -> Any:
+def with_trainer(llava: Any, folder: Path, given: Any, options: dict[str, Any]) -> Trainer:
     """transformers' own trainer on the rows of `llava_rows`."""
     return Trainer(
-        model=of_llava(folder, learn),
-        args=TrainingArguments(output_dir=str(folder / "theirs"), learning_rate=0.0, **options),
-        train_dataset=given,  # type: ignore[arg-type]
+        model=llava,
+        args=TrainingArguments(
+            output_dir=str(folder / "theirs"), learning_rate=0.0, disable_tqdm=True, **options
+        ),
+        train_dataset=given,
         data_collator=llava_batch,  # type: ignore[arg-type]
     )
 
@@ -117,7 +120,8 @@ def with_sft_trainer(
     folder: Path, learn: str, given: Sequence[Any], options: dict[str, Any]
 ) -> Any:
     """Return TRL's trainer on the same rows, without its own preparation of them."""
-    # Imported here: the rest of the table needs no TRL.
+    # Imported here: the rest of the table needs neither datasets nor TRL.
+    from datasets import Array3D, Dataset, Features, List, Value
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -132,6 +136,7 @@ def with_sft_trainer(
         args=SFTConfig(
             output_dir=str(folder / "sft"),
             learning_rate=0.0,
+            disable_tqdm=True,
             max_length=None,
             gradient_checkpointing=False,
             bf16=False,
@@ -146,18 +151,16 @@ def with_sft_trainer(
 
 
 def with_ours(
-    model: Any, folder: Path, learn: str, samples: Sequence[Sample], options: dict[str, Any]
+    model: Any, folder: Path, learn: Trainable, samples: Any, lengths: Any, options: dict[str, Any]
 ) -> MultiTokenTrainer:
     """Ours on the same rows, packed to about as many tokens as a batch of the others has."""
-    rates = {"projectors": 1e-12, **({"language_model": 1e-12} if learn == "all" else {})}
-    lengths = [len(sample.input_ids) for sample in samples]
-    mean = sum(lengths) / len(lengths)
-    packing = PackingPlan(lengths, max(max(lengths), round(NUM_ROWS * mean)))
+    mean, num_rows = sum(lengths) / len(lengths), options["per_device_train_batch_size"]
+    packing = PackingPlan(lengths, max(max(lengths), round(num_rows * mean)))
     return MultiTokenTrainer(
         model,
-        learn=Trainable.model_validate(rates),
+        learn=learn,
         batches=PackedBatches(packing, lengths),
-        args=training_arguments(folder / "trained", options, seed=0, learning_rate=1e-12),
+        args=training_arguments(folder / "trained", options, seed=0, learning_rate=RATE),
         train_dataset=samples,
         data_collator=Collator(model.modalities, 0).pack,
     )
@@ -182,11 +185,12 @@ def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
         "use_cpu": True,
         "report_to": "none",
     }
-    others = {**options, "disable_tqdm": True}
+    rates = {"projectors": RATE, **({"language_model": RATE} if learn == "all" else {})}
+    lengths = [len(sample.input_ids) for sample in samples]
     trainers = {
-        "trainer": with_trainer(folder, learn, given, others),
-        "sft_trainer": with_sft_trainer(folder, learn, given, others),
-        "ours": with_ours(ours, folder, learn, samples, options),
+        "trainer": with_trainer(of_llava(folder, learn), folder, given, options),
+        "sft_trainer": with_sft_trainer(folder, learn, given, options),
+        "ours": with_ours(ours, folder, Trainable.model_validate(rates), samples, lengths, options),
     }
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds):
@@ -196,19 +200,18 @@ def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
             trainer.train()
             trainer.remove_callback(times)
             seconds[name] += times.seconds[1:]
-    num_tokens = sum(len(sample.input_ids) for sample in samples)
-    rates = {
-        name: num_tokens / len(trainer.get_train_dataloader()) / statistics.median(seconds[name])
+    speeds = {
+        name: sum(lengths) / len(trainer.get_train_dataloader()) / statistics.median(seconds[name])
         for name, trainer in trainers.items()
     }
     return {
         "learn": learn,
         "loss_of_llava": float(expected),
         "loss_of_ours": float(first),
-        **{f"{name}_tokens_per_second": round(rate, 1) for name, rate in rates.items()},
+        **{f"{name}_tokens_per_second": round(speed, 1) for name, speed in speeds.items()},
         **{
-            f"times_{name}": round(rates["ours"] / rate, 2)
-            for name, rate in rates.items()
+            f"times_{name}": round(speeds["ours"] / speed, 2)
+            for name, speed in speeds.items()
             if name != "ours"
         },
     }

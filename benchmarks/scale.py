@@ -1,6 +1,7 @@
 """Size: time and memory of a start where a data set has hundreds of thousands of rows.
 
-    python benchmarks/scale.py [scan] [stage-zero] [--rows 300000] [--images 2000] [--out FILE]
+    python benchmarks/scale.py [scan] [stage-zero] [server] [--rows 300000] [--images 2000]
+                               [--out FILE]
 
 Each measurement is a function of MEASUREMENTS, and runs in processes of its own, so that the peak
 of one does not hide that of another. Rows and images are written into a temporary folder.
@@ -12,11 +13,18 @@ memory in a data worker; 30 s to the end of the second start, without loading th
 
 `stage-zero`: captions, each another one, about 2,000 vectors of width 768, for a language model of
 width 512. Bars: one encoding for each vector; peak at most 300 MB above the model.
+
+`server`: a server in a process of its own, while clients send requests of 64 JPEG files and n = 8,
+the second of each with the files of the first. A stall is the time by which a timer of the event
+loop is late; one client asks for /health all the time. Bar: no stall over 50 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import base64
+import io
 import json
 import os
 import random
@@ -25,11 +33,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 from rich.console import Console
@@ -245,19 +255,137 @@ def stage_zero_once(folder: Path, kind: str, options: argparse.Namespace) -> dic
     }
 
 
+NUM_ITEMS, NUM_CHOICES, NUM_CLIENTS = 64, 8, 4
+"""Load on the server: items and choices of a request, and clients that send requests."""
+BEAT_S = 0.002
+
+
+def serve_watched(folder: Path, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run in a process of its own: serve, print the address, and measure until the input ends.
+
+    Each line of the input names the phase that begins.
+    """
+    import torch
+
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.recipe.model import ModelSpec
+    from multi_token.serve.server import DrainingServer
+    from multi_token.serve.service import Service
+    from multi_token.serve.settings import ServeSettings
+
+    # One token an image, since the context is 512 tokens.
+    projector = {"type": "pool", "factor": 4, "grid": True}
+    image = {"type": "image", "encoder": str(folder / "encoder"), "projector": projector}
+    fields = {"language_model": str(folder / "language_model"), "modalities": {"image": image}}
+    spec = ModelSpec.model_validate(fields)
+    torch.manual_seed(0)
+    model = MultiTokenForConditionalGeneration.from_spec(spec)
+    settings = ServeSettings(
+        port=0, num_workers=options.workers, max_batch=NUM_CHOICES, max_queue=10 * NUM_CHOICES
+    )
+    stalls: dict[str, list[float]] = {"": []}
+    phases = [""]
+
+    async def beat() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(BEAT_S)
+            stalls[phases[-1]].append(1e3 * (time.perf_counter() - began - BEAT_S))
+
+    def started() -> None:
+        beats.append(asyncio.get_running_loop().create_task(beat()))
+        print(server.url, flush=True)
+
+    def read_phases() -> None:
+        for line in sys.stdin:
+            stalls[line.strip()] = []
+            phases.append(line.strip())
+        server.should_exit = True
+
+    beats: list[asyncio.Task[None]] = []
+    server = DrainingServer(Service(model, settings), on_started=started)
+    threading.Thread(target=read_phases, daemon=True).start()
+    server.run()
+    return {
+        phase: {"stall_ms": max(found), "p99_ms": sorted(found)[int(0.99 * len(found))]}
+        for phase, found in stalls.items()
+        if phase
+    }
+
+
+def request_of(number: int) -> bytes:
+    """Return the body of a request about images that no request of another number has."""
+    draw = np.random.default_rng(number)
+    content = []
+    for _ in range(NUM_ITEMS):
+        file = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (192, 256, 3), dtype=np.uint8)).save(file, "JPEG")
+        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "Which?"}]}]
+    options = {"n": NUM_CHOICES, "temperature": 1.0, "max_tokens": 16, "ignore_eos": True}
+    return json.dumps({"messages": messages, **options}).encode()
+
+
+def measure_server(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure stalls of a server's event loop, idle and under load."""
+    write_parts(folder, 0)
+    bodies = [request_of(number) for number in range(options.requests)]
+    command = child_command("serve_watched", folder, "", options)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with ExitStack() as stack:
+        child = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+        assert child.stdin is not None and child.stdout is not None
+        url, to_child = child.stdout.readline().strip(), child.stdin
+        headers = {"Content-Type": "application/json"}
+        client = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=300))
+
+        def post(body: bytes) -> None:
+            for _ in range(2):
+                answer = client.post("/v1/chat/completions", content=body)
+                assert answer.status_code == 200, answer.text
+
+        def phase(name: str, is_over: Callable[[], bool]) -> dict[str, Any]:
+            print(name, file=to_child, flush=True)
+            waits: list[float] = []
+            while not threading.Event().wait(0.01) and not is_over():
+                began = time.perf_counter()
+                client.get("/health").raise_for_status()
+                waits.append(1e3 * (time.perf_counter() - began))
+            return {"phase": name, "body_mb": len(bodies[0]) / 1e6, "health_ms": max(waits)}
+
+        post(bodies[0])
+        until = time.perf_counter() + 5
+        results = [phase("idle", lambda: time.perf_counter() > until)]
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            asked = [pool.submit(post, body) for body in bodies]
+            results.append(phase("load", lambda: all(each.done() for each in asked)))
+            for each in asked:
+                each.result()
+        found = json.loads(child.communicate()[0].splitlines()[-1])
+    return [{**each, **found[each["phase"]]} for each in results]
+
+
 CHILDREN: dict[str, Callable[[Path, str, argparse.Namespace], dict[str, Any]]] = {
     "scan_once": scan_once,
+    "serve_watched": serve_watched,
     "stage_zero_once": stage_zero_once,
     "start_again": start_again,
 }
 
 
-def in_own_process(name: str, folder: Path, kind: str, options: argparse.Namespace) -> Any:
-    """Return what a function of CHILDREN returns in a new process."""
+def child_command(name: str, folder: Path, kind: str, options: argparse.Namespace) -> Sequence[str]:
+    """Return the command line of a process that runs a function of CHILDREN."""
     command = [sys.executable, __file__, "--child", name, "--folder", str(folder), "--kind", kind]
     command += ["--workers", str(options.workers)]
     if options.language_model:
         command += ["--language-model", options.language_model]
+    return command
+
+
+def in_own_process(name: str, folder: Path, kind: str, options: argparse.Namespace) -> Any:
+    """Return what a function of CHILDREN returns in a new process."""
+    command = child_command(name, folder, kind, options)
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -295,6 +423,7 @@ def measure_stage_zero(folder: Path, options: argparse.Namespace) -> list[dict[s
 MEASUREMENTS: dict[str, Callable[[Path, argparse.Namespace], list[dict[str, Any]]]] = {
     "scan": measure_scan,
     "stage-zero": measure_stage_zero,
+    "server": measure_server,
 }
 
 
@@ -309,7 +438,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--captions", type=int, default=50_000, help="rows of stage zero")
-    parser.add_argument("--workers", type=int, default=2, help="data workers of a process")
+    parser.add_argument("--requests", type=int, default=12, help="to the server, each sent twice")
+    parser.add_argument("--workers", type=int, default=2, help="data or media workers")
     parser.add_argument("--language-model", help="a folder; default: a tiny model")
     parser.add_argument("--out", type=Path)
     for hidden in ("--child", "--folder", "--kind"):

@@ -157,16 +157,11 @@ class ChatFormat:
             ]
             slotted, slot_id = self._slot_tokenizer(slot)
             # The template has written BOS itself, where the model wants one.
-            encoded = slotted(
-                [one.text for _, one in chosen],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
+            encodings = slotted.encode_batch(
+                [one.text for _, one in chosen], add_special_tokens=False
             )
-            for (i, one), ids, offsets in zip(
-                chosen, encoded.input_ids, encoded.offset_mapping, strict=True
-            ):
+            for (i, one), encoding in zip(chosen, encodings, strict=True):
+                ids, offsets = encoding.ids, encoding.offsets
                 try:
                     tokens = _Tokens.of(one, ids, offsets, slot_id, prompt_only=prompt_only)
                 except ChatTemplateError as error:
@@ -254,11 +249,15 @@ class ChatFormat:
 
     def _slot_tokenizer(self, slot: str) -> tuple[Any, int]:
         if slot not in self._slot_tokenizers:
-            slotted = copy.deepcopy(self.tokenizer)
-            slotted.add_tokens([AddedToken(slot, special=True, normalized=False)])
+            tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer.add_tokens([AddedToken(slot, special=True, normalized=False)])
+            # The backend without transformers' call around it, which copies ids and offsets twice.
+            slotted = tokenizer.backend_tokenizer
+            slotted.no_padding()
+            slotted.no_truncation()
             self._slot_tokenizers[slot] = slotted
         slotted = self._slot_tokenizers[slot]
-        return slotted, slotted.convert_tokens_to_ids(slot)
+        return slotted, int(slotted.token_to_id(slot))
 
     def _check_supervised_texts(
         self,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -208,6 +207,7 @@ def encode(
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.data.files.open import load_rows, media_root
+    from multi_token.data.sources import num_readers
     from multi_token.media.fetch import Fetch
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
@@ -233,18 +233,17 @@ def encode(
     console = Console(stderr=True, highlight=False)
     folder = Path(out).expanduser() if out is not None else cache_folder(loaded)
     cache = open_cache(folder, spec, console)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Reading rows", total=sum(len(p.rows) for p in row_sources))
-        report = encode_rows(
-            row_sources,
-            modalities,
-            encoders,
-            cache,
-            share=share,
-            num_shares=num_shares,
-            on_row=lambda: progress.advance(task),
-        )
+    num_rows = sum(len(source.rows) for source in row_sources)
+    report = encode_rows(
+        row_sources,
+        modalities,
+        encoders,
+        cache,
+        share=share,
+        num_shares=num_shares,
+        num_workers=num_readers(loaded, num_rows // num_shares),
+        console=console,
+    )
     for problem in report.problems[:examples]:
         console.print(
             f"skipped row {problem.row_id}: {problem.message}", markup=False, soft_wrap=True

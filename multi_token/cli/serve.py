@@ -45,8 +45,8 @@ def serve(
     deadline: float = typer.Option(300.0, help="Time limit of a request, in seconds."),
     media_memory_mb: int = typer.Option(
         2048,
-        help="Memory of request bodies and media until the media are embedded, in MiB; requests "
-        "wait for it.",
+        help="Memory of request bodies and media until the media are embedded, in MiB, at least "
+        "1513; requests wait for it.",
     ),
     media_cache_mb: int = typer.Option(
         256, min=0, help="Size of the cache of media embeddings, in MiB; 0 disables the cache."
@@ -68,6 +68,11 @@ def serve(
     ),
     engine_startup_timeout: float = typer.Option(
         0.0, help="Time to wait at startup for the first vLLM server, in seconds."
+    ),
+    engine_step_timeout: float = typer.Option(
+        120.0,
+        help="Time that a prefill or decode step of the local engine may take, in seconds; then "
+        "/health is 503, and after three times that the server exits with code 1.",
     ),
     examples: bool = typer.Option(
         False,
@@ -112,6 +117,7 @@ def serve(
         "engine_urls": engine_url or (),
         "engine_key": os.environ.get(ENGINE_KEY_VARIABLE) or None,
         "engine_startup_timeout_s": engine_startup_timeout,
+        "engine_step_timeout_s": engine_step_timeout,
         "shutdown_timeout_s": shutdown_timeout,
     }
     settings = validate_fields(ServeSettings, fields, where="serve")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -307,10 +308,17 @@ class PretrainedModality(Modality):
         return load_auto(auto_class, self.encoder, self.revision)
 
     def load_tower(self) -> Any:
-        """Return the transformers model with its weights, in float32."""
+        """Return the transformers model with its weights, in float32, without LayerDrop."""
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
+        tower = AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
+        # A trained encoder would skip other layers in each process. DDP waits for the gradients of
+        # all of them, and a hidden state of a skipped layer does not exist.
+        for module in tower.modules():
+            for owner in (module, getattr(module, "config", module)):
+                for name in [n for n in vars(owner) if n.endswith("layerdrop")]:
+                    setattr(owner, name, 0.0)
+        return tower
 
     def output_dim(self, encoder: Encoder, raw: Any) -> int:
         """Return the width of the features that `encoder` makes of a decoded item."""
@@ -333,7 +341,11 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     import transformers
 
     limit_hub_waits()
-    return getattr(transformers, auto_class).from_pretrained(encoder, revision=revision)
+    home: Any = transformers
+    if auto_class == "AutoImageProcessor":
+        # transformers 5.17 asks for torchvision at its top level, and this module does not
+        home = importlib.import_module("transformers.models.auto.image_processing_auto")
+    return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
 
 
 @functools.lru_cache(maxsize=8)

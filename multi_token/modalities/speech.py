@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -34,6 +34,8 @@ class SpeechEncoder(Encoder):
         self.modality = modality
         self.states = HiddenStates(() if modality.layer is None else (modality.layer,))
         self.dim = -1  # known after the first forward, which `build_encoder` runs
+        self.masks_padding = False
+        """True if an encoder of waveforms gives the same features of a padded chunk."""
 
     def forward(self, **inputs: Tensor) -> Features:
         """Encode the chunks of all items: `input_features` [chunks, mels, time], or `input_values`
@@ -61,18 +63,41 @@ class SpeechEncoder(Encoder):
         return [*tower.get_encoder().layers, *tower.get_decoder().layers]
 
     def _encode_waveforms(self, input_values: Tensor, num_samples: Tensor) -> Tensor:
-        """Frames [chunks, longest, dim], of chunks of one length at a time."""
-        # Padding would change the features: many of these encoders normalize over time, and were
-        # trained without a mask.
+        """Frames [chunks, longest, dim], of chunks of similar length at a time."""
         lengths = num_samples.tolist()
         frames: list[Tensor] = [input_values] * len(lengths)
-        for length in sorted(set(lengths)):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            equal = {"input_values": input_values[rows, :length]}
-            values = run_in_micro_batches(self.encode, equal, self.modality.micro_batch)
+        for rows in _alike(lengths, self.masks_padding):
+            longest = lengths[rows[0]]
+            inputs = {"input_values": input_values[rows, :longest]}
+            if lengths[rows[-1]] < longest:
+                places = torch.arange(longest, device=num_samples.device)
+                inputs["attention_mask"] = (places < num_samples[rows, None]).long()
+            values = run_in_micro_batches(self.encode, inputs, self.modality.micro_batch)
             for row, value in zip(rows, values, strict=True):
                 frames[row] = value
         return nn.utils.rnn.pad_sequence(frames, batch_first=True)
+
+    @torch.no_grad()
+    def try_padding(self) -> None:
+        """Let chunks of different lengths share a batch if the padding changes no feature."""
+        # Families that normalize over time, or join frames after a mask, are noticed here; noise,
+        # since silence is what padding looks like.
+        chance = torch.Generator().manual_seed(0)
+        rate = self.modality.extractor.sampling_rate
+        num_samples = torch.tensor([rate, rate * 5 // 8 + 1])
+        waveforms = torch.randn(2, rate, generator=chance)
+        waveforms[1, num_samples[1] :] = 0
+        alone = self._encode_waveforms(waveforms, num_samples)
+        self.masks_padding = True
+        try:
+            padded = self._encode_waveforms(waveforms, num_samples)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no mask
+            self.masks_padding = False
+            return
+        encoder, revision = self.modality.encoder, self.modality.revision
+        num_frames = _num_frames(encoder, revision, int(num_samples[1]))
+        error = (padded - alone)[1, :num_frames].abs().max()
+        self.masks_padding = bool(error <= 1e-4 * alone.abs().max())
 
     def encode(self, **inputs: Tensor) -> Tensor:
         """Return frames [chunks, frames, dim] of equally long chunks."""
@@ -236,7 +261,23 @@ class SpeechModality(AudioModality):
                         f"{self.layer} where its convolutions make {inputs['feature'].shape[1]}; "
                         "remove `layer`"
                     )
+                encoder.try_padding()
         return encoder
+
+
+def _alike(lengths: Sequence[int], masks_padding: bool) -> Iterator[list[int]]:
+    """Yield the places of lengths that are encoded together, the longest first.
+
+    They are equal; with a mask at least half as long as the first, so that a batch is never more
+    padding than chunks.
+    """
+    places = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while places:
+        longest = lengths[places[0]]
+        shortest = -(-longest // 2) if masks_padding else longest
+        num = sum(lengths[place] >= shortest for place in places)
+        yield places[:num]
+        places = places[num:]
 
 
 def _encoder_half(model: Any) -> nn.Module:

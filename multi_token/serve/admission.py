@@ -1,17 +1,16 @@
 """Admission: a bounded number of requests, shared by API keys, each with a deadline.
 
-A tenant is the client of one API key. No tenant can take all places, and those that wait get their
-turns by tenant (`Turns`), not by arrival alone.
+No tenant can take all places, and those that wait get their turns by tenant (`TenantQueue`), not
+by arrival alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -129,34 +128,6 @@ class Admission:
         return self._empty.is_set()
 
 
-class Turns:
-    """Order of waiting things in which tenants take turns. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._last_turn: dict[str, int] = {}
-        self._numbers = itertools.count()
-
-    def order(
-        self, waiting: Iterable[T], tenant_of: Callable[[T], str], num_running: Mapping[str, int]
-    ) -> list[T]:
-        """Order things: first those whose tenant has least before them, then had no turn longest.
-
-        `waiting`: oldest first. `num_running`: tenant -> number of its running things, which count
-        as before. A thing with nothing of its tenant before it waits for one turn of each other.
-        """
-        num_before = Counter(num_running)
-        turns: list[tuple[int, int, T]] = []
-        for thing in waiting:
-            tenant = tenant_of(thing)
-            turns.append((num_before[tenant], self._last_turn.get(tenant, -1), thing))
-            num_before[tenant] += 1
-        return [thing for *_, thing in sorted(turns, key=lambda turn: turn[:2])]
-
-    def take(self, tenant: str) -> None:
-        """Record that something of a tenant starts."""
-        self._last_turn[tenant] = next(self._numbers)
-
-
 class Deadline:
     """A point in time, and the error for requests that pass it."""
 
@@ -186,6 +157,13 @@ class Deadline:
     def remaining_s(self) -> float:
         """Seconds that are left, at least 0."""
         return max(0.0, self._expires_at - time.monotonic())
+
+    async def wait_for(self, work: Awaitable[T]) -> T:
+        """Return the result of `work`. Raises ServeError (504) if the deadline passes first."""
+        try:
+            return await asyncio.wait_for(work, self.remaining_s)
+        except asyncio.TimeoutError:
+            raise self.error() from None
 
     def error(self) -> ServeError:
         """Return a 504; clients should not send the request again, as it would take as long."""

@@ -8,6 +8,7 @@ embed(item) --cached---> result at once
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from multi_token.errors import MultiTokenError
 from multi_token.media.hashing import digest
-from multi_token.serve.admission import Turns
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.memory import MemoryLease
+from multi_token.serve.tenants import TenantQueue
 from multi_token.types import Prepared
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ class _EmbedJob:
     modality: str
     prepared: Prepared
     key: str
-    tenant: str
     result: Future[Tensor]
 
 
@@ -77,11 +77,10 @@ class MediaEmbedder:
         """Size of the cached embeddings."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._in_flight: dict[str, Future[Tensor]] = {}
-        self._waiting: list[_EmbedJob] = []
+        self._waiting: TenantQueue[_EmbedJob] = TenantQueue()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
-        self._turns = Turns()
 
     async def embed_item(
         self,
@@ -131,7 +130,7 @@ class MediaEmbedder:
             # result from other requests that wait for the same item.
             result.set_running_or_notify_cancel()
             self._in_flight[key] = result
-            self._waiting.append(_EmbedJob(modality, prepared, key, tenant, result))
+            self._waiting.add(_EmbedJob(modality, prepared, key, result), tenant)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
                 self._thread.start()
@@ -142,9 +141,9 @@ class MediaEmbedder:
         """Refuse queued items and end the thread after its current batch."""
         with self._changed:
             self._is_stopping = True
-            refused, self._waiting = self._waiting, []
+            refused, self._waiting = self._waiting, TenantQueue()
             self._changed.notify()
-        for job in refused:
+        for job in refused.in_turn():
             self._resolve(job, ServeError("the server is shutting down", status=503))
         if self._thread is not None:
             self._thread.join()
@@ -162,13 +161,10 @@ class MediaEmbedder:
 
     def _next_batch(self) -> list[_EmbedJob]:
         """Take items of one modality out of the queue, of all tenants in turn."""
-        ordered = self._turns.order(self._waiting, lambda job: job.tenant, {})
-        name = ordered[0].modality
-        batch = [job for job in ordered if job.modality == name][: self.max_items]
-        for job in batch:
-            self._turns.take(job.tenant)
-        self._waiting = [job for job in self._waiting if job not in batch]
-        return batch
+        name = self._waiting.heads()[0].modality
+        same = (job for job in self._waiting.in_turn() if job.modality == name)
+        batch = list(itertools.islice(same, self.max_items))
+        return [self._waiting.take(job) for job in batch]
 
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
         """Embed a batch; if it raises, or for items with NaN or inf, each item alone."""

@@ -1,8 +1,9 @@
 """HTTP server: uvicorn with graceful drain and read timeouts.
 
 The first SIGTERM or SIGINT drains: running requests finish, new ones get 503, the exit code is 0.
-The second aborts with exit code 1. A server whose engine is given up exits, and the command returns
-exit code 1. A client that sends its headers or reads its response too slowly loses its connection.
+The second aborts with exit code 1. A server whose engine is given up, since it dies or hangs, exits
+with exit code 1. A client that sends its headers or reads its response too slowly loses its
+connection.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ class DrainingServer(uvicorn.Server):
         finally:
             for sig, handler in kept.items():
                 signal.signal(sig, handler)
+        if self.service.is_stalled:
+            # Before the interpreter waits for threads that hang on the device.
+            os._exit(1)
 
     async def on_tick(self, counter: int) -> bool:
         """Return True if the server should exit: uvicorn's reasons, or a lost engine."""

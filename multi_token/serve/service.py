@@ -2,8 +2,8 @@
 
     Conversation -> PromptBuilder (decode, tokenize, encode, project) -> engine -> RequestOutput
 
-`Service` admits requests, applies deadlines and context limits, and restarts a dead engine. A local
-engine that dies again and again stays dead, and the server exits.
+`Service` admits requests, applies deadlines and context limits, and restarts a dead engine. If a
+local engine dies again and again, or hangs, the server exits.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ _WATCHDOG_INTERVAL_S = 0.5
 """Interval of the check that the engine is alive."""
 _MAX_RESTARTS = 3
 """Restarts of a local engine without a complete response, after which it stays dead."""
+_MAX_STEP_TIMEOUTS = 3
+"""Step timeouts without progress after which an engine is given up: its thread cannot be ended."""
 
 
 class PromptBuilder:
@@ -245,7 +247,7 @@ class Service:
                 self.start_error = result
                 await self.stop()
                 raise result
-        self._watchdog = asyncio.create_task(self._restart_engine_loop())
+        self._watchdog = asyncio.create_task(self._watch_engine_loop())
 
     async def stop(self) -> None:
         """Stop everything; running requests fail with 503."""
@@ -253,8 +255,10 @@ class Service:
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._fail_all()
-        await asyncio.to_thread(self.engine.stop)
-        await self.prompts.stop()
+        # A thread that hangs on the device would never be joined.
+        if not self.is_stalled:
+            await asyncio.to_thread(self.engine.stop)
+            await self.prompts.stop()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and let running ones finish; after `timeout_s` they fail with 503."""
@@ -277,7 +281,12 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        return self.engine.is_alive
+        return self.engine.is_alive and not self.is_stalled
+
+    @property
+    def is_stalled(self) -> bool:
+        """True if a step of the engine takes too long: a kernel that never ends, say."""
+        return self.engine.stalled_s > self.settings.engine_step_timeout_s
 
     @property
     def is_ready(self) -> bool:
@@ -325,10 +334,7 @@ class Service:
             )
             # Generating may take minutes, and its media may have megabytes.
             del conversation
-            try:
-                prompt = await asyncio.wait_for(building, deadline.remaining_s)
-            except asyncio.TimeoutError:
-                raise deadline.error() from None
+            prompt = await deadline.wait_for(building)
             max_new_tokens = self._max_new_tokens(len(prompt.input_ids), params.max_tokens)
             # A client chooses X-Request-Id, so two requests may have the same.
             ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(params.n)]
@@ -383,35 +389,57 @@ class Service:
     def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:
         """Raise ServeError, and count it, if a request with N choices would be refused now."""
         try:
+            if self.is_stalled:
+                raise ServeError(
+                    "the engine makes no progress; try again later",
+                    status=503,
+                    code="engine_stalled",
+                    retry=True,
+                )
             self.admission.check_capacity(num_choices, tenant)
         except ServeError as error:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise
 
-    async def _restart_engine_loop(self) -> None:
+    async def _watch_engine_loop(self) -> None:
         reason = "it died after each restart"
+        longest_s = _MAX_STEP_TIMEOUTS * self.settings.engine_step_timeout_s
+        was_stalled = False
         while True:
             await asyncio.sleep(_WATCHDOG_INTERVAL_S)
+            if self.is_stalled and not was_stalled:
+                LOG.error("the engine %s makes no progress", self.engine.name)
+            was_stalled = self.is_stalled
+            if self.engine.stalled_s > longest_s:
+                self._give_up(f"the engine has made no progress for {longest_s:g} s")
+                return
             if self.engine.is_alive:
                 continue
             # A process whose device context is lost cannot recover: it has to be replaced. A
             # gateway waits instead, since its engines come back without it.
             if self._num_restarts == _MAX_RESTARTS and not self.engine.is_remote:
-                self.engine_error = LanguageModelError(
-                    f"the engine was restarted {_MAX_RESTARTS} times without a complete response, "
-                    f"so this server ends ({reason}); start it again"
+                self._give_up(
+                    f"the engine was restarted {_MAX_RESTARTS} times without a complete response "
+                    f"({reason})"
                 )
-                LOG.error("%s", self.engine_error)
                 return
             LOG.error("the engine %s died; restarting it", self.engine.name)
             self._num_restarts += 1
             self.metrics.engine_restarts.inc()
             # Any error of a restart is logged and tried again; /health reports 503 meanwhile.
+            starting = asyncio.to_thread(self.engine.start)
             try:
-                await asyncio.to_thread(self.engine.start)
+                # A restart may hang as well; a gateway's waits for its engines.
+                await asyncio.wait_for(starting, None if self.engine.is_remote else longest_s)
             except Exception as error:
                 reason = str(error)
                 LOG.error("the engine did not restart", exc_info=error)
+
+    def _give_up(self, reason: str) -> None:
+        """Let the server exit."""
+        self.engine_error = LanguageModelError(f"{reason}, so this server ends; start it again")
+        LOG.error("%s", self.engine_error)
+        self._fail_all()
 
 
 def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSettings) -> Engine:

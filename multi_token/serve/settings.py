@@ -18,7 +18,7 @@ from pydantic import (
 
 from multi_token.media.fetch import MIB
 from multi_token.serve.media.limits import RequestMediaLimits
-from multi_token.serve.media.memory import parse_bytes
+from multi_token.serve.media.memory import DEFAULT_CAPACITY, parse_bytes
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _NAME = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
@@ -52,6 +52,8 @@ class ServeSettings(BaseModel):
     """The vLLM servers' `--api-key`."""
     engine_startup_timeout_s: float = Field(default=0.0, ge=0)
     """Time to wait for the first vLLM server at the start."""
+    engine_step_timeout_s: PositiveFloat = 120.0
+    """Local engine: time of a prefill or decode step after which it counts as stalled."""
     max_batch: PositiveInt = 8
     """Concurrent generations; each choice of `n` counts."""
     max_queue: NonNegativeInt | None = None
@@ -62,10 +64,10 @@ class ServeSettings(BaseModel):
     """Processes that decode media."""
     media_timeout_s: PositiveFloat = 20.0
     """Time limit for decoding one media item."""
-    media_memory_bytes: PositiveInt = 2048 * MIB
+    media_memory_bytes: PositiveInt = DEFAULT_CAPACITY
     """Memory of request bodies and media, until the media are embedded; requests wait for it."""
     memory_wait_s: PositiveFloat = 20.0
-    """Time that a body may wait for memory; then it is refused with 429."""
+    """Time that a body, and then its parsing, may wait for memory; then a 429 refuses it."""
     media_cache_bytes: NonNegativeInt = 256 * MIB
     """Size of the cache of media embeddings, for items that are sent again."""
 

@@ -146,9 +146,17 @@ def tiny_whisper(folder: Path, *, chunk_seconds: int = 1, seed: int = 0) -> str:
 
 
 def tiny_wav2vec2(
-    folder: Path, kind: Literal["wav2vec2", "hubert", "wavlm"] = "wav2vec2", *, seed: int = 0
+    folder: Path,
+    kind: Literal["wav2vec2", "hubert", "wavlm"] = "wav2vec2",
+    *,
+    norm: Literal["group", "layer"] = "group",
+    seed: int = 0,
 ) -> str:
-    """An encoder of raw waveforms at 16 kHz with its feature extractor."""
+    """An encoder of raw waveforms at 16 kHz with its feature extractor.
+
+    `norm`: `group` normalizes over time, as the published base sizes do, so that padding changes
+    the features; `layer` does not, as the large sizes.
+    """
     fields: dict[str, Any] = {
         **_MLP,
         "conv_dim": (16, 16, 16),
@@ -159,8 +167,8 @@ def tiny_wav2vec2(
         # 16 channels per group: with 8, oneDNN computes bfloat16 wrongly on CPUs with AMX
         # (torch 2.13).
         "num_conv_pos_embedding_groups": 2,
-        # Normalizes over time, as the published base sizes do: padding would change the features.
-        "feat_extract_norm": "group",
+        "feat_extract_norm": norm,
+        "do_stable_layer_norm": norm == "layer",
         "initializer_range": 0.3,
     }
     family = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}[kind]

@@ -26,11 +26,7 @@ from multi_token.checkpoint.load import load_trained, read_config
 from multi_token.checkpoint.references import absolutize, resolve_references
 from multi_token.checkpoint.save import CONFIG
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.feature_cache.policy import (
-    choose_feature_cache,
-    fill_cache,
-    register_encoders,
-)
+from multi_token.data.feature_cache.policy import choose_feature_cache, fill_cache
 from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.data.sources import (
     TrainingSource,
@@ -203,7 +199,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         if streams is None:
             fill_cache(recipe, model.modalities, encoders, sources, cache, console)
         else:
-            register_encoders(cache, model.modalities, encoders)
+            # nothing is filled: rows of a stream are not known before
+            cache.register_encoders(model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
     # rejected answer is found now and not in the middle of a later stage.
     modes = {"distillation": spec.distillation_mode, "preference": spec.preference_mode}

@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from multi_token.data.feature_cache.keys import canonical_source
+from multi_token.data.feature_cache.keys import item_key
 from multi_token.data.parallel import read_parallel, share_of, spread_rows
 from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.distributed import all_gather, num_processes, rank
-from multi_token.errors import MediaError, MultiTokenError
-from multi_token.media.hashing import digest
+from multi_token.errors import MultiTokenError
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.train.closed_form import caption_of, target_ids
@@ -191,22 +190,10 @@ class _Rows(Dataset[tuple[int, NDArray[Any]]]):
         captioned = caption_of(conversation) is not None
         for i, item in enumerate(conversation.media):
             if item.modality in self.numbers:
-                key = _item_key(item, processor, f"{source} {row} {i}")
+                modality = processor.modalities[item.modality]
+                key = item_key(item, modality, processor.fetch, f"{source} {row} {i}")
                 name = self.numbers[item.modality]
                 yield key, place, source, row, i, name, captioned, True
-
-
-def _item_key(item: Media, processor: MultiTokenProcessor, otherwise: str) -> str:
-    """Key of an item: its name, or its content where it has none; `otherwise` if it has neither."""
-    text = canonical_source(item.source)
-    parts = [item.modality, repr(processor.fetch.root)]
-    if text is not None:
-        return digest(*(p.encode(errors="surrogatepass") for p in (*parts, "name", text)))
-    try:
-        content = processor.modalities[item.modality].content(item.source, processor.fetch)
-    except MediaError:  # named when the item is read
-        return digest(*(p.encode() for p in (*parts, "row", otherwise)))
-    return digest(item.modality.encode(), b"content", content)
 
 
 class ItemReader(Dataset["FitItem | MultiTokenError"]):

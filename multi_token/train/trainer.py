@@ -45,7 +45,7 @@ from multi_token.train.resume import (
     prune_checkpoints,
     raise_on_read_error,
 )
-from multi_token.train.training_args import mixed_precision
+from multi_token.train.training_args import checkpointing_options, mixed_precision
 
 
 class MultiTokenTrainer(Trainer):
@@ -315,7 +315,7 @@ class MultiTokenTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             longest_row=max(self.batches.lengths, default=0),
             pack_tokens=self.batches.pack_tokens,
-            activation_checkpointing=bool(self.args.activation_checkpointing),
+            activation_checkpointing=checkpointing_options(self.args) is not None,
         )
 
     # ---- checkpoints

@@ -199,6 +199,15 @@ def mixed_precision(args: TrainingArguments) -> AbstractContextManager[Any]:
     return torch.autocast(args.device.type, dtype=dtype)
 
 
+def checkpointing_options(args: TrainingArguments) -> dict[str, Any] | None:
+    """Return the options of activation checkpointing, or None where it is off."""
+    # transformers 5.17 knows it as gradient checkpointing alone
+    name = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+    if not getattr(args, f"{name}_checkpointing"):
+        return None
+    return dict(getattr(args, f"{name}_checkpointing_kwargs") or {})
+
+
 def _check_field_types(fields: Mapping[str, Any]) -> None:
     # TrainingArguments accepts any value for a number, and fails much later
     hints = get_type_hints(TrainingArguments)

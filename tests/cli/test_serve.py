@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_a_second_signal_aborts(run: Path) -> None:
 
 
 LOSES_ITS_DEVICE = """
-import os, torch
+import os, threading, torch
 from multi_token.cli import main
 
 def look(module, inputs):
@@ -124,6 +125,28 @@ def test_a_server_whose_device_is_lost_is_never_healthy_again_and_exits_with_1(
     text = "".join(printed)
     assert "3 times without a complete response" in text and "illegal memory access" in text
     assert "error: the engine was restarted" in text
+
+
+def test_a_server_whose_device_hangs_is_not_healthy_and_exits_with_1(
+    run: Path, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost"
+    script = (
+        "-c",
+        LOSES_ITS_DEVICE.replace("raise RuntimeError(", "threading.Event().wait() or ("),
+    )
+    options = (str(run), "--engine-step-timeout", "1")
+    with serve_process(*options, env={"LOST": str(lost)}, python=script) as (process, url, printed):
+        short = {**LONG, "stream": False, "max_tokens": 1}
+        with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+            assert client.get("/health").status_code == 200
+            lost.touch()
+            asking = pool.submit(client.post, "/v1/chat/completions", json=short)
+            while client.get("/health").status_code == 200:
+                pass
+            assert asking.result().status_code == 503
+        assert process.wait(60) == 1
+    assert "the engine has made no progress for 3 s, so this server ends" in "".join(printed)
 
 
 @pytest.mark.parametrize(

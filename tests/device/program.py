@@ -214,6 +214,11 @@ def using(material: Path, work: Path) -> dict[str, Found]:
         cases["local engine"] = snapshot(NUM_NEW)
         if [len(ids) for ids in answers] != [NUM_NEW] * len(prompts):
             cases["local engine"].error = f"answers {answers}"
+        simulated.LOG.reset()
+        drawn = Client()
+        params = SamplingParams(NUM_NEW, temperature=1.0, top_k=5, top_p=0.9, ignore_eos=True)
+        engine.submit("drawn", prompts[0], params, drawn)
+        cases["sampled answer"] = snapshot(len(drawn.ids))
     finally:
         engine.stop()
         embedder.stop()

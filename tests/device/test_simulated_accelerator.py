@@ -19,7 +19,7 @@ MODES = ("padded", "packed", "shared", "streamed", "cached")
 STAGES = ("projector", "lora", "full", "teacher")
 STEPS = [f"{mode}-{stage}" for mode in MODES for stage in STAGES] + ["padded-dpo", "cached-dpo"]
 """Packing and streams exclude `dpo`."""
-USED = ["closed form", "generate", "items of requests", "local engine"]
+USED = ["closed form", "generate", "items of requests", "local engine", "sampled answer"]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,9 @@ def test_a_decode_step_of_the_local_engine_waits_for_its_new_tokens_alone(found:
     assert "tolist at serve/engines/sampler.py" in line, "one line, reached once a step"
     blocking = [line for line in case["uploads"] if "ours: blocking" in line]
     assert blocking == []
+
+
+@pytest.mark.slow
+def test_a_sampled_token_is_one_read_more(found: Any) -> None:
+    case = found["sampled answer"]
+    assert sum(case["ours"].values()) == 2 * case["num_batches"], case["ours"]

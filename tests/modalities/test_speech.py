@@ -72,6 +72,24 @@ def test_a_batch_equals_one_by_one_and_has_the_promised_number_of_features(
     assert not torch.allclose(together[0][0], together[3][0], atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(("norm", "num_forwards"), [("layer", 2), ("group", 16)])
+def test_waveforms_of_all_lengths_share_a_forward_unless_padding_changes_their_features(
+    tmp_path: Path, kind: Any, norm: Any, num_forwards: int
+) -> None:
+    modality = SpeechModality(encoder=tiny_wav2vec2(tmp_path / "it", kind, norm=norm))
+    encoder = modality.build_encoder()
+    waveforms = voices(*(0.3 + 0.041 * i for i in range(15)), 0.31)
+    forwards: list[int] = []
+    encoder.tower.register_forward_hook(lambda *_: forwards.append(1))
+    together = features(modality, encoder, *waveforms)
+    assert len(forwards) == num_forwards
+    for raw, values in zip(waveforms, together, strict=True):
+        torch.testing.assert_close(
+            values, features(modality, encoder, raw)[0], rtol=1e-4, atol=1e-5
+        )
+
+
 def test_frames_of_whisper_are_those_of_its_own_encoder_without_the_padding(
     encoders: dict[str, str],
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
             assert httpx.get(f"{server.url}/health").status_code == 503
             assert httpx.get(f"{server.url}/ready").status_code == 503
             broken.clear()
-            watching = asyncio.run_coroutine_threadsafe(service._restart_engine_loop(), loop)
+            watching = asyncio.run_coroutine_threadsafe(service._watch_engine_loop(), loop)
             assert server.wait_until(lambda: server.service.is_healthy)
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert chat(server, SHORT).status_code == 200
@@ -248,6 +248,32 @@ def test_restarts_with_complete_responses_between_them_do_not_add_up(text_model:
             assert server.service.engine_error is None
     finally:
         hook.remove()
+
+
+def test_an_engine_that_hangs_is_reported_also_when_its_client_has_left(text_model: Any) -> None:
+    go = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        assert go.wait(60)
+
+    with running(text_model, engine_step_timeout_s=0.5) as server:
+        hook = text_model.language_model.register_forward_pre_hook(hang, with_kwargs=True)
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=0.1)
+            assert server.wait_until(lambda: not server.service.is_healthy)
+            assert server.service.admission.num_admitted == 0
+            assert httpx.get(f"{server.url}/health").status_code == 503
+            assert httpx.get(f"{server.url}/ready").status_code == 503
+            refused = chat(server, SHORT)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "engine_stalled"
+        finally:
+            go.set()
+            hook.remove()
+        assert server.wait_until(lambda: server.service.is_healthy)
+        assert chat(server, SHORT).status_code == 200
+        assert server.service.engine.stalled_s == 0
 
 
 def test_a_draining_server_completes_running_requests_and_refuses_new_ones(text_model: Any) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from multi_token.serve.admission import Admission, Deadline, Turns
+from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.errors import ServeError
 
 
@@ -188,24 +188,6 @@ def test_a_small_shared_server_admits_the_first_request_of_each_tenant() -> None
     with ExitStack() as inside:
         assert num_admitted_of(admission, inside, "a") == {"a": 1}
         assert num_admitted_of(admission, inside, "b") == {"b": 1}
-
-
-def test_of_tenants_that_had_no_turn_the_one_that_waits_longest_is_first() -> None:
-    assert Turns().order(["second", "first"], str, {}) == ["second", "first"]
-
-
-def test_tenants_take_turns() -> None:
-    def order(turns: Turns, *waiting: str, **num_running: int) -> list[str]:
-        return turns.order(waiting, lambda name: name[0], num_running)
-
-    waiting = ("a1", "a2", "a3", "b1", "c1", "b2")
-    turns = Turns()
-    assert order(turns, *waiting) == ["a1", "b1", "c1", "a2", "b2", "a3"]
-    assert order(turns, *waiting, a=2) == ["b1", "c1", "b2", "a1", "a2", "a3"]
-    turns.take("a")
-    assert order(turns, *waiting) == ["b1", "c1", "a1", "b2", "a2", "a3"]
-    turns.take("b")
-    assert order(turns, "b3", "a4", "c2") == ["c2", "a4", "b3"]
 
 
 @pytest.mark.parametrize("header", ["soon", "0", "-1", "nan", "inf", "", "1e999"])

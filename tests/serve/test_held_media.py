@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
+import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from multi_token.serve.media.memory import parse_bytes
+from multi_token.serve.media.memory import Stage, parse_bytes
 from multi_token.serve.openai.protocol import ChatRequest
 from multi_token.types import Media, Prepared
 from tests.serve.asking import asked, content_of, post
-from tests.serve.running_server import data_url, png, running
+from tests.serve.running_server import RunningServer, data_url, png, running
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +97,52 @@ def test_neither_body_nor_media_are_kept_while_a_request_generates(served_model:
             assert server.service.admission.num_admitted == 1
             assert memory.num_bytes == 0
             assert num_alive() == before
+
+
+@contextmanager
+def nothing_can_be_parsed(model: Any, **settings: Any) -> Iterator[RunningServer]:
+    """A server whose memory for parsing bodies is in use."""
+    with running(model, **settings) as server:
+        memory = server.service.prompts.media_memory
+        lease = memory.lease(Stage.PARSE)
+        lease.acquire(memory.largest(Stage.PARSE))
+        try:
+            yield server
+        finally:
+            lease.release()
+
+
+LARGE = {"messages": [{"role": "user", "content": "x" * 100_000}]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "status", "code"),
+    [
+        ({"memory_wait_s": 0.1}, {}, 429, "bodies_too_large"),
+        ({}, {"X-Request-Timeout": "0.1"}, 504, "deadline_exceeded"),
+    ],
+)
+def test_a_body_does_not_wait_for_ever_to_be_parsed(
+    served_model: Any, settings: Any, headers: Any, status: int, code: str
+) -> None:
+    with nothing_can_be_parsed(served_model, **settings) as server:
+        url = f"{server.url}/v1/chat/completions"
+        answer = httpx.post(url, json=LARGE, headers=headers, timeout=15)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        memory = server.service.prompts.media_memory
+        assert memory.num_bytes == memory.largest(Stage.PARSE) and memory.num_waiting == 0
+
+
+def test_a_client_that_leaves_does_not_wait_to_be_parsed(served_model: Any) -> None:
+    with nothing_can_be_parsed(served_model, memory_wait_s=60) as server:
+        memory = server.service.prompts.media_memory
+        body = json.dumps(LARGE).encode()
+        head = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+            client.sendall(
+                f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode()
+                + body
+            )
+            assert server.wait_until(lambda: memory.num_waiting == 1)
+        assert server.wait_until(lambda: memory.num_waiting == 0)
+        assert memory.num_bytes == memory.largest(Stage.PARSE)

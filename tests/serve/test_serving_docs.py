@@ -78,5 +78,6 @@ def test_the_page_names_every_field_part_and_limit() -> None:
         f"{settings.max_media} items",
         f"{settings.body_timeout_s:g} s",
         f"{settings.send_timeout_s:g} s",
+        f"`--media-memory-mb` ({settings.media_memory_bytes // 2**20}, at least 1513)",
     ):
         assert limit in text, limit

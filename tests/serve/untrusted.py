@@ -19,7 +19,15 @@ from multi_token.serve.media.worker_process import media_error
 from multi_token.types import Prepared
 
 MIB = 1024 * 1024
+TIMEOUT_S = 2.0
+"""Time of an item in the pool of `media/conftest.py`."""
+SECRET = "a-secret-of-the-server"
 UNTRUSTED = Fetch(max_bytes=8 * MIB, allow_paths=False, allow_urls=False)
+
+
+def text_of(prepared: Prepared) -> str:
+    """The letters that the modality `trial` answers a command with."""
+    return bytes(prepared.inputs["values"].tolist()).decode("latin-1")
 
 
 def prepare(modality: Any, source: Any) -> Prepared:

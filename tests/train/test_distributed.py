@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from multi_token.recipe.recipe import Recipe
 from multi_token.registry import register_modality
+from multi_token.testing.encoders import tiny_wav2vec2
+from multi_token.testing.files import write_tone
 from multi_token.train.resume import run_lock
 from multi_token.train.run import train
 from tests.train.in_processes import Wavering
@@ -37,7 +39,10 @@ LEARN = {
     "adapter": {"projectors": 3e-3, "adapter": 2e-3},
     "full": {"projectors": 3e-3, "language_model": 1e-3},
 }
-ENCODER = {"encoder": {"projectors": 3e-3, "encoders": {"image": 1e-3}}}
+ENCODER = {
+    "encoder": {"projectors": 3e-3, "encoders": {"image": 1e-3}},
+    "speech": {"projectors": 3e-3, "encoders": {"speech": 1e-3}},
+}
 # features of the layer before the last one, so that no gradient reaches the last layer and norm
 BEFORE_LAST = {"features": "patches", "layer": -2, "projector": {"type": "mlp"}}
 ONE = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
@@ -76,7 +81,37 @@ def tied(parts: Path, tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: Any) -> Fields:
+def speech(tmp_path_factory: Any) -> dict[str, Any]:
+    """Model and data of a run on recordings, by an encoder with LayerDrop and without dropout."""
+    folder = tmp_path_factory.mktemp("speech")
+    encoder = tiny_wav2vec2(folder / "encoder", norm="layer")
+    config = json.loads((folder / "encoder" / "config.json").read_text())
+    config |= {key: 0.0 for key in config if key.endswith("_dropout")} | {"layerdrop": 0.5}
+    (folder / "encoder" / "config.json").write_text(json.dumps(config))
+    lines = []
+    for number in range(16):
+        name = f"{number}.wav"
+        write_tone(folder / name, 0.3 + 0.03 * (number * 5 % 16), 16_000, hertz=200 + 40 * number)
+        turns = [("user", "Say <speech>"), ("assistant", "red blue green"[: 3 + number % 11])]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        lines.append(json.dumps({"id": name, "speech": name, "messages": messages}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return {
+        "modalities": {
+            "speech": {
+                "type": "speech",
+                "encoder": encoder,
+                "projector": {"type": "stack", "factor": 8},
+            }
+        },
+        "data": {"train": [{"rows": str(folder / "rows.jsonl")}]},
+    }
+
+
+@pytest.fixture(scope="module")
+def fields_of(
+    recipe_fields: Fields, data: Path, tied: Path, speech: dict[str, Any], tmp_path_factory: Any
+) -> Fields:
     """Fields of a run: trainable parts, batches, and more."""
     register_modality("wavering", Wavering)
     folder = tmp_path_factory.mktemp("sixteen")
@@ -135,6 +170,8 @@ def fields_of(recipe_fields: Fields, data: Path, tied: Path, tmp_path_factory: A
             made["model"]["quantization"] = quantization
         rows = [{"rows": str(folder / "rows.jsonl")}]
         made["data"] = {"train": rows, "eval": rows} if held_out else {"train": rows}
+        if learn == "speech":
+            made["model"]["modalities"], made["data"] = speech["modalities"], speech["data"]
         return made
 
     return fields
@@ -205,6 +242,7 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True),
         run("encoder", "encoder", image=BEFORE_LAST),
         run("encoder again", "encoder", AGAIN, image=BEFORE_LAST),
+        run("speech again", "speech", {**AGAIN, "max_steps": 3}),
         run("packed", "adapter", packing=True),
         run("packed pieces", "adapter", packing=True, fsdp=True),
         run("ddp stopped", "adapter", stop_at=3),
@@ -322,6 +360,14 @@ def test_a_whole_encoder_trains_in_two_processes_like_in_one(
 ) -> None:
     assert [one["wrapper"] for one in two[1][name]] == ["DistributedDataParallel"] * 2
     assert_equal_runs(alone("encoder", image=BEFORE_LAST), two[0] / name)
+
+
+def test_an_encoder_with_layerdrop_trains_in_two_processes_like_in_one(
+    two: Any, alone: Any
+) -> None:
+    # a layer that one process skips has no gradient, for which DDP would wait
+    one = alone("speech", {"max_steps": 3})
+    assert_equal_runs(one, two[0] / "speech again", num_steps=3)
 
 
 def test_packs_of_two_processes_train_like_one_that_takes_both(two: Any, alone: Any) -> None:

@@ -138,6 +138,22 @@ def test_each_file_is_read_and_encoded_once_and_counts_as_often_as_rows_name_it(
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
 
 
+def test_features_of_the_cache_are_fitted_without_reading_or_encoding_an_item_again(
+    fields_of: Fields, tmp_path: Path
+) -> None:
+    states = []
+    for cached in (False, True):
+        run = prepared_run(fields_of(tmp_path / str(cached), feature_cache=cached))
+        encoded: list[int] = []
+        run.model.encoder("thing").register_forward_hook(lambda *_, e=encoded: e.append(1))
+        READ.clear()
+        closed_form_stage(run)
+        assert (READ == []) == (encoded == []) == cached
+        states.append(state_of(run))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+
+
 def test_data_workers_change_nothing(fields_of: Fields, tmp_path: Path) -> None:
     states = []
     for num_workers in (0, 2):

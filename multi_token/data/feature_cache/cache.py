@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,20 @@ from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media, Prepared
+
+
+@dataclass(frozen=True)
+class PreparedItem:
+    """An item that `FeatureCache.prepare` has read, perhaps in a data worker."""
+
+    modality: str
+    key: str
+    """Key of its content."""
+    new_source: str | None
+    """Its source, if the source's key was not known before."""
+    prepared: Prepared | None
+    """Inputs of its encoder; None if its features are there."""
+
 
 _MAX_WAIT_S = 300.0
 """Longest time between two shards, however small: the work that a kill may lose."""
@@ -56,8 +71,6 @@ class FeatureCache:
         self._written_at = time.monotonic()
         self._keys = KeyTable("S32")  # keys of content, by name of the source
         self._new_sources: dict[str, str] = {}
-        self._fills = False
-        """True while `fill` runs: nothing else stores keys by source, and they would pile up."""
         self._fingerprints: dict[str, tuple[Modality, str]] = {}
         self._versions: dict[str, tuple[weakref.ref[Encoder], list[Any]]] = {}
 
@@ -77,7 +90,7 @@ class FeatureCache:
     def register_encoder(self, name: str, modality: Modality, encoder: Encoder) -> None:
         """Set the encoder of the instance `name`, whose fingerprint becomes part of the keys.
 
-        Hashes every weight once. `fill` calls this method for all its encoders.
+        Hashes every weight once. `encode` calls this method for all its encoders.
         """
         # `_version` counts in-place changes, so unchanged weights are not hashed again
         tensors = encoder.state_dict().values()
@@ -87,13 +100,20 @@ class FeatureCache:
             self._fingerprints[name] = (modality, encoder_fingerprint(modality, encoder))
             self._versions[name] = (weakref.ref(encoder), version)
 
+    def register_encoders(
+        self, modalities: Mapping[str, Modality], encoders: Mapping[str, Encoder]
+    ) -> None:
+        """Set the encoders of all instances."""
+        for name, modality in modalities.items():
+            self.register_encoder(name, modality, encoders[name])
+
     def find(self, item: Media, modality: Modality, fetch: Fetch) -> Prepared | None:
         """Return an item with its features float32 [length, dim], or None if it is not cached.
 
         Raises MediaError for an item that cannot be read, MultiTokenError for an instance without
         a registered encoder.
         """
-        key = self._key(item, modality, fetch)
+        key, _ = self._key(item, modality, fetch)
         stored = self._recent.get(key)
         if stored is None and self._shards is not None:
             stored = self._shards.read(key)
@@ -105,28 +125,37 @@ class FeatureCache:
             inputs[NEWLINES_KEY] = newlines
         return Prepared(inputs, num_features=len(values))
 
-    def fill(
+    def prepare(self, item: Media, modality: Modality, fetch: Fetch) -> PreparedItem:
+        """Read an item for `encode`; decodes it unless its features are there. For data workers.
+
+        Raises MediaError for an item that cannot be read, MultiTokenError for an instance without
+        a registered encoder.
+        """
+        key, new_source = self._key(item, modality, fetch)
+        known = self._has(key)
+        prepared = None if known else modality.prepare(modality.load(item.source, fetch))
+        return PreparedItem(item.modality, key, new_source, prepared)
+
+    def encode(
         self,
-        items: Iterable[tuple[Media, Fetch]],
+        items: Iterable[PreparedItem],
         modalities: Mapping[str, Modality],
         encoders: Mapping[str, Encoder],
         *,
         batch_size: int | None = None,
-        on_bad: Callable[[Media, MediaError], None] | None = None,
     ) -> int:
-        """Encode the items that the cache lacks, and return their number.
+        """Encode the prepared items that the cache lacks, and return their number.
+
+        After Ctrl-C, the features of all items that were encoded are kept.
 
         Args:
-            items: Items, each with the access to its source.
+            items: Results of `prepare`; of items with one content the first is encoded.
             modalities: Modalities by instance name.
             encoders: Encoders by instance name.
             batch_size: Items encoded together; default: 4 on a CPU, whose caches a larger batch
                 exceeds, else 32.
-            on_bad: Called for an item that cannot be read. The item is skipped, since reading its
-                row names it.
         """
-        for name, modality in modalities.items():
-            self.register_encoder(name, modality, encoders[name])
+        self.register_encoders(modalities, encoders)
         if batch_size is None:
             on_cpu = all(p.device.type == "cpu" for e in encoders.values() for p in e.parameters())
             batch_size = 4 if on_cpu else 32
@@ -134,22 +163,16 @@ class FeatureCache:
         waiting: dict[str, dict[str, Prepared]] = {name: {} for name in modalities}
         num_encoded = 0
         self._written_at = time.monotonic()
-        self._fills = self._shards is not None
         try:
-            for item, fetch in items:
-                name, modality = item.modality, modalities[item.modality]
-                try:
-                    key = self._key(item, modality, fetch)
-                    # rows of one batch may name the same item
-                    if not self._has(key) and key not in waiting[name]:
-                        prepared = modality.prepare(modality.load(item.source, fetch))
-                        waiting[name][key] = prepared
-                except MediaError as error:
-                    if on_bad is not None:
-                        on_bad(item, error)
+            for item in items:
+                name, key = item.modality, item.key
+                if item.new_source is not None and self._shards is not None:
+                    self._new_sources[item.new_source] = key
+                if item.prepared is None or self._has(key) or key in waiting[name]:
                     continue
+                waiting[name][key] = item.prepared
                 if len(waiting[name]) == batch_size:
-                    num_encoded += self._encode(modality, encoders[name], waiting[name])
+                    num_encoded += self._encode(modalities[name], encoders[name], waiting[name])
                     waiting[name] = {}
             for name, rest in waiting.items():
                 if rest:
@@ -158,10 +181,23 @@ class FeatureCache:
             # the next start continues after these features
             self._flush()
             raise
-        finally:
-            self._fills = False
         self._flush()
         return num_encoded
+
+    def fill(
+        self,
+        items: Iterable[tuple[Media, Fetch]],
+        modalities: Mapping[str, Modality],
+        encoders: Mapping[str, Encoder],
+        *,
+        batch_size: int | None = None,
+    ) -> int:
+        """Prepare items, each with the access to its source, and `encode` them.
+
+        For some items in this process; `encode_rows` has data workers. Raises MediaError.
+        """
+        prepared = (self.prepare(item, modalities[item.modality], fetch) for item, fetch in items)
+        return self.encode(prepared, modalities, encoders, batch_size=batch_size)
 
     def refresh(self) -> None:
         """Read the index of shards that other processes have written since."""
@@ -217,15 +253,15 @@ class FeatureCache:
             self._new_sources = {}
         self._written_at = time.monotonic()
 
-    def _key(self, item: Media, modality: Modality, fetch: Fetch) -> str:
+    def _key(self, item: Media, modality: Modality, fetch: Fetch) -> tuple[str, str | None]:
+        """Return the key of the content, and the source (as a digest) if it was read for it."""
         source, key = self._known_key(item, modality, fetch)
-        if key is None:
-            content = modality.content(item.source, fetch)
-            key = self._digest(self._fingerprints[item.modality][1], content)
-            if source is not None and self._fills:
-                self._new_sources[source] = key
-            self._remember(item, fetch, key)
-        return key
+        if key is not None:
+            return key, None
+        content = modality.content(item.source, fetch)
+        key = self._digest(self._fingerprints[item.modality][1], content)
+        self._remember(item, fetch, key)
+        return key, source
 
     def _known_key(
         self, item: Media, modality: Modality, fetch: Fetch

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
+from multi_token.errors import MediaError
+from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
+from multi_token.types import Media
 
 _NOT_FEATURES = {"projector", "micro_batch", "dtype"}
 """Fields of a modality that features do not depend on, or that follow from the weights."""
@@ -112,6 +115,23 @@ def canonical_source(source: Any) -> str | None:
     return None
 
 
+def item_key(item: Media, modality: Modality, fetch: Fetch, otherwise: str) -> str:
+    """Digest of an item's name, or of its content where it has none; `otherwise` if it has neither.
+
+    Reads no file. Equal keys are equal items.
+    """
+    text = canonical_source(item.source)
+    # the root too: a relative path names another file in another folder
+    parts = [item.modality, repr(fetch.root)]
+    if text is not None:
+        return digest(*(p.encode(errors="surrogatepass") for p in (*parts, "name", text)))
+    try:
+        content = modality.content(item.source, fetch)
+    except MediaError:  # named when the item is read
+        return digest(*(p.encode() for p in (*parts, "row", otherwise)))
+    return digest(item.modality.encode(), b"content", content)
+
+
 def hex_digits(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
     """Digests, uint8 [digests, 16] -> their hexadecimal digits, S32 [digests]."""
     return np.frombuffer(digests.tobytes().hex().encode(), f"S{_DIGITS}")
@@ -165,4 +185,8 @@ class KeyTable:
             keys, values = np.concatenate([keys, more_keys]), np.concatenate([values, more_values])
         keys, values = np.concatenate([self._keys, keys]), np.concatenate([self._values, values])
         order = np.argsort(keys, kind="stable")
-        self._keys, self._values, self._new = keys[order], values[order], {}
+        keys = keys[order]
+        # two writers may have stored one key
+        is_first = np.ones(len(keys), np.bool_)
+        is_first[1:] = keys[1:] != keys[:-1]
+        self._keys, self._values, self._new = keys[is_first], values[order][is_first], {}

@@ -25,13 +25,13 @@ from rich.console import Console
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import (
-    MissingItems,
     RowSource,
-    encode_rows,
+    encode_missing,
+    find_missing,
     random_preprocessing,
     sample_items,
 )
-from multi_token.data.parallel import progress_bar, read_parallel, share_of
+from multi_token.data.parallel import share_of
 from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.distributed import (
     all_gather,
@@ -40,7 +40,7 @@ from multi_token.distributed import (
     rank,
 )
 from multi_token.encoders import is_randomly_initialized
-from multi_token.errors import MediaError, RecipeError
+from multi_token.errors import MediaError, MultiTokenError, RecipeError
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.recipe.recipe import Recipe
@@ -168,72 +168,56 @@ def fill_cache(
 ) -> None:
     """Encode all items that the cache lacks; collective.
 
-    Each process and each of its data workers looks at its share of the rows, and each process
-    encodes its share of the items. An item whose file is unchanged since an earlier start is not
-    read.
+    Each process and each of its data workers looks at its share of the rows. Each process encodes
+    its share of the items, which its data workers read. An item whose file is unchanged since an
+    earlier start is not read, and one that cannot be read is left to the scan, which names it.
     """
     row_sources = _row_sources(sources)
     num_rows = sum(len(source.rows) for source in row_sources)
-    num_workers = num_readers(recipe, num_rows // num_processes())
-    register_encoders(cache, modalities, encoders)
-    look = partial(_missing_items, row_sources, modalities, cache, console, num_workers)
+    cache.register_encoders(modalities, encoders)
+    look = partial(
+        find_missing,
+        row_sources,
+        modalities,
+        cache,
+        num_workers=num_readers(recipe, num_rows // num_processes()),
+        console=console,
+    )
 
-    def encode(missing: NDArray[np.int64], share: int, num_shares: int) -> int:
-        mine = missing[missing[:, 2] == share]
-        chosen = [np.unique(mine[mine[:, 0] == at, 1]).tolist() for at in range(len(row_sources))]
-        with progress_bar(console, "Encoding items", sum(map(len, chosen))) as advance:
-            return encode_rows(
+    def encode(missing: NDArray[Any], share: int) -> int:
+        mine = missing[missing["share"] == share]
+        num_encoded, error = 0, None
+        try:
+            num_encoded, _ = encode_missing(
                 row_sources,
                 modalities,
                 encoders,
                 cache,
-                share=share,
-                num_shares=num_shares,
-                chosen=chosen,
-                on_row=lambda: advance(1),
-            ).num_encoded
+                mine,
+                num_workers=num_readers(recipe, len(mine)),
+                console=console,
+            )
+        except MultiTokenError as problem:
+            error = problem
+        # exchanged: a process that raised alone would leave the others waiting in a collective
+        for problem in all_gather(error):
+            if problem is not None:
+                raise problem
+        return sum(all_gather(num_encoded))
 
     before = cache.shard_names
-    missing = np.concatenate(all_gather(look(share_of, num_processes())))
-    num_encoded = encode(missing, rank(), num_processes())
+    found = look(num_shares=num_processes(), choose=share_of)
+    num_encoded = encode(np.concatenate(all_gather(found.missing)), rank())
     if num_processes() > 1:
         # gathered, so all shards of all processes are in the folder
         written = set().union(*all_gather(cache.shard_names - before))
         cache.refresh()
-        if not written <= cache.shard_names:
+        if not all(all_gather(written <= cache.shard_names)):
             # the folder is not the same one on all machines
-            num_encoded += encode(look(lambda parts: parts, 1), 0, 1)
-    num_encoded = sum(all_gather(num_encoded))
+            num_encoded += encode(look(num_shares=1).missing, 0)
     console.print(
         f"features: {num_encoded} items encoded, {len(cache)} in the cache", highlight=False
     )
-
-
-def _missing_items(
-    sources: Sequence[RowSource],
-    modalities: Mapping[str, Modality],
-    cache: FeatureCache,
-    console: Console,
-    num_workers: int,
-    choose: Callable[[Sequence[Any]], Sequence[Any]],
-    num_shares: int,
-) -> NDArray[np.int64]:
-    """Return the items that the cache lacks, of the parts of the rows that `choose` returns."""
-    parts = [
-        (at, start)
-        for at, source in enumerate(sources)
-        for start in range(0, len(source.rows), MissingItems.PART)
-    ]
-    dataset = MissingItems(sources, modalities, cache, choose(parts), num_shares)
-    found = read_parallel(
-        dataset,
-        num_workers=num_workers,
-        console=console,
-        description="Looking for features",
-        total=len(dataset) * MissingItems.PART,
-        size=lambda _: MissingItems.PART,
-    )
-    return np.concatenate([np.zeros((0, 3), np.int64), *found])
 
 
 def _row_sources(sources: Sequence[TrainingSource]) -> list[RowSource]:
@@ -247,7 +231,7 @@ def _new_items(
     cache: FeatureCache,
 ) -> list[MediaItem]:
     """Return the items that the cache lacks; the preprocessing of the others was looked at."""
-    register_encoders(cache, modalities, encoders)
+    cache.register_encoders(modalities, encoders)
     return [
         (item, fetch)
         for item, fetch in items
@@ -273,7 +257,7 @@ def _decide(
 ) -> tuple[bool, str]:
     """Decide for a recipe with `auto` -> (on or off, reason)."""
     assert cache.path is not None
-    register_encoders(cache, modalities, encoders)
+    cache.register_encoders(modalities, encoders)
     readable = [pair for pair in first if _is_readable(pair, modalities)]
     if not readable:
         return False, "no item of the first rows can be read"
@@ -307,7 +291,7 @@ def _time_cache(
     def registered(folder: Path | None) -> FeatureCache:
         # a run hashes all weights once, so the hashing must not count as time of these few items
         fresh = FeatureCache(folder)
-        register_encoders(fresh, modalities, encoders)
+        fresh.register_encoders(modalities, encoders)
         return fresh
 
     encoded = 0.0
@@ -331,14 +315,6 @@ def _time_cache(
         read = time.perf_counter() - began
     num = len(items)
     return 1e3 * encoded / num, 1e3 * read / num, num_bytes / num
-
-
-def register_encoders(
-    cache: FeatureCache, modalities: Mapping[str, Modality], encoders: Mapping[str, Encoder]
-) -> None:
-    """Register all encoders in a cache, for a run that fills nothing before it starts (streams)."""
-    for name, modality in modalities.items():
-        cache.register_encoder(name, modality, encoders[name])
 
 
 def _is_readable(pair: MediaItem, modalities: Mapping[str, Modality]) -> bool:

@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,33 +76,44 @@ class FeatureStore:
     def refresh(self) -> None:
         """Merge the parts of the index, and the keys by source, that any writer added since."""
         known = {*self._names, *self._damaged_names}
-        for part in sorted(self.folder.glob("features-*.json")):
-            name = part.stem
-            if name in known:
+        keys: list[NDArray[Any]] = []
+        numbers: list[NDArray[np.int64]] = []
+        for file in sorted(self.folder.glob("features-*.json")):
+            if file.stem in known:
                 continue
             try:
-                keys, with_newlines = _checked_keys(part)
+                found, with_newlines = _read_part(file)
             except _Damaged as damage:
                 # its items are encoded again, which costs less than a run that cannot start
                 self.damaged.append(f"{damage}; its items are encoded again")
-                self._damaged_names.add(name)
+                self._damaged_names.add(file.stem)
                 continue
-            self._add(name, keys, with_newlines)
-        sources, keys = [], []
+            keys.append(found)
+            numbers.append(_number(len(self._names), with_newlines))
+            self._names.append(file.stem)
+        # at once: each merge sorts the table, and there is a file for each shard
+        if keys:
+            self._index.add_arrays(np.concatenate(keys), np.concatenate(numbers))
+        self._refresh_sources()
+
+    def _refresh_sources(self) -> None:
+        sources: list[NDArray[Any]] = []
+        keys: list[NDArray[Any]] = []
         for file in sorted(self.folder.glob("sources-*.safetensors")):
             if file.stem in self._source_files:
                 continue
             self._source_files.add(file.stem)
             try:
-                found = load_file(file)
-                sources.append(found["sources"])
-                keys.append(hex_digits(found["keys"]))
+                arrays = load_file(file)
+                found = arrays["sources"], hex_digits(arrays["keys"])
             except (OSError, SafetensorError, KeyError) as error:
                 self.damaged.append(
                     f"{file.name} cannot be read ({error}); its files are read again"
                 )
                 self._damaged_names.add(file.stem)
-        # at once: each merge sorts the table, and there is a file for each shard
+                continue
+            sources.append(found[0])
+            keys.append(found[1])
         if sources:
             self._sources.add_arrays(np.concatenate(sources), np.concatenate(keys))
 
@@ -158,7 +169,9 @@ class FeatureStore:
             # after the shard, so that a part of the index never names a missing one
             with atomic_file(shard.with_suffix(".json"), sync=True) as path:
                 path.write_text(json.dumps(part))
-        self._add(name, features, with_newlines)
+        for key in features:
+            self._index.add(key, _number(len(self._names), key in with_newlines))
+        self._names.append(name)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -171,12 +184,6 @@ class FeatureStore:
                 f"cannot write features to {self.folder}: {error}; complete shards are kept, so "
                 "free disk space there (or name another folder) and start again"
             ) from None
-
-    def _add(self, name: str, keys: Iterable[str], with_newlines: Collection[str]) -> None:
-        for key in keys:
-            # the number of the shard and, in the last bit, whether the item has line ends
-            self._index.add(key, 2 * len(self._names) + (key in with_newlines))
-        self._names.append(name)
 
     def _clean(self) -> None:
         """Remove damaged shards, and unfinished files of writers that died."""
@@ -211,24 +218,32 @@ class FeatureStore:
         return self._open[number]
 
 
+def _number(shard: int, with_newlines: Any) -> Any:
+    """Number of a shard and, in the last bit, whether an item has line ends; also of an array."""
+    return 2 * shard + with_newlines
+
+
 def _as_bytes(digests: Collection[str]) -> NDArray[np.uint8]:
     """Digests as hexadecimal digits -> uint8 [digests, 16]."""
-    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(len(digests), -1)
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(len(digests), 16)
 
 
 class _Damaged(Exception):
     """A part of the index that cannot be used."""
 
 
-def _checked_keys(part: Path) -> tuple[list[str], set[str]]:
-    """Return the keys of a part of the index, and those with line ends. Raises _Damaged."""
-    shard = part.with_suffix(".safetensors")
+def _read_part(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Read a part of the index, and check that its shard is whole.
+
+    Returns the keys [keys, 16], and True for those of items with line ends. Raises _Damaged.
+    """
+    shard = file.with_suffix(".safetensors")
     try:
-        fields = json.loads(part.read_text())
-        stored_bytes, keys = int(fields["num_bytes"]), [str(key) for key in fields["keys"]]
-        with_newlines = {str(key) for key in fields[_WITH_NEWLINES]}
+        fields = json.loads(file.read_text())
+        stored_bytes, keys = int(fields["num_bytes"]), _as_bytes(fields["keys"])
+        with_newlines = np.isin(hex_digits(keys), hex_digits(_as_bytes(fields[_WITH_NEWLINES])))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Damaged(f"{part.name} is no index of features ({error})") from None
+        raise _Damaged(f"{file.name} is no index of features ({error})") from None
     try:
         found = shard.stat().st_size
         if found != stored_bytes:

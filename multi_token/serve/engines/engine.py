@@ -108,6 +108,11 @@ class Engine(ABC):
         return self._thread is not None and self._thread.is_alive() and not self._is_stopping
 
     @property
+    def stalled_s(self) -> float:
+        """Seconds since the last progress of the step in flight; 0 between steps."""
+        return 0.0
+
+    @property
     def num_running(self) -> int:
         """Number of requests in prefill or decoding."""
         return sum(request.state in RUNNING for request in self._unfinished())

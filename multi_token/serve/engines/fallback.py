@@ -38,11 +38,14 @@ _LOG = logging.getLogger(__name__)
 
 @torch.no_grad()
 def generate_batch(
-    model: MultiTokenForConditionalGeneration, requests: Sequence[GenerationRequest]
+    model: MultiTokenForConditionalGeneration,
+    requests: Sequence[GenerationRequest],
+    on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Run requests to their end through `generate`; each token is emitted when it is chosen.
 
-    Raises what the model raises; unfinished requests are then unchanged.
+    `on_step` is called after each forward. Raises what the model raises; unfinished requests are
+    then unchanged.
     """
     requests = [request for request in requests if not request.is_finished]
     if not requests:
@@ -52,6 +55,7 @@ def generate_batch(
     embeds, input_ids, attention_mask = pad_prompts(model, requests)
 
     def choose_all(input_ids: Tensor, scores: Tensor) -> Tensor:
+        on_step()
         ids, _, all_greedy = sample_batch(requests, scores)
         return scores if all_greedy else force_tokens(scores, ids)
 

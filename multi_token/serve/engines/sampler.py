@@ -34,15 +34,15 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
     num_ids = len(probabilities)
     ids: Tensor | None = None
     if 0 < options.top_k < num_ids:
-        probabilities, ids = probabilities.topk(options.top_k)
+        probabilities, ids = _read(*probabilities.topk(options.top_k))
         probabilities = probabilities / probabilities.sum()
     if options.top_p < 1.0:
         if ids is None:
             # A sort of 150,000 ids costs more than a decode step of a small model; top-p rarely
             # needs more than the first candidates.
-            first, ids = probabilities.topk(min(_NUM_TOP_P_CANDIDATES, num_ids))
+            first, ids = _read(*probabilities.topk(min(_NUM_TOP_P_CANDIDATES, num_ids)))
             if float(first.sum()) < options.top_p:
-                first, ids = probabilities.sort(descending=True)
+                first, ids = _read(*probabilities.sort(descending=True))
             probabilities = first
         before = probabilities.cumsum(0) - probabilities
         num_kept = max(1, int((before < options.top_p).sum()))
@@ -54,6 +54,12 @@ def sample(scores: Tensor, options: SamplingParams, generator: torch.Generator) 
     last = torch.searchsorted(total, total[-1])
     index = int(torch.searchsorted(total, wanted, right=True).minimum(last))
     return index if ids is None else int(ids[index])
+
+
+def _read(probabilities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both on the CPU, by one transfer; float32 holds ids up to 2**24."""
+    both = torch.stack([probabilities, ids.float()]).cpu()
+    return both[0], both[1].long()
 
 
 def token_event(scores: Tensor, token_id: int, num_top: int) -> TokenEvent:

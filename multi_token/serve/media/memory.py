@@ -9,16 +9,21 @@ whose requests go on to the next stage, and those of the last stage end without 
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from enum import IntEnum
 from typing import Any
 
+from multi_token.media.fetch import MIB
+from multi_token.serve.errors import ServeError
+from multi_token.serve.tenants import TenantQueue
 from multi_token.types import Conversation
 
+DEFAULT_CAPACITY = 2048 * MIB
 _NUM_EIGHTHS = (4, 1, 1, 2)
 """Eighths of the budget by stage."""
 _BYTES_PER_NUMBER = 64
@@ -45,7 +50,7 @@ class MediaMemory:
     fill a half of their stage only.
     """
 
-    def __init__(self, capacity: int, *, is_shared: bool = False) -> None:
+    def __init__(self, capacity: int = DEFAULT_CAPACITY, *, is_shared: bool = False) -> None:
         """`capacity`: bytes. `is_shared`: several tenants send requests."""
         self.capacity = capacity
         self.is_shared = is_shared
@@ -53,10 +58,9 @@ class MediaMemory:
         self._num_bytes = Counter(dict.fromkeys(Stage, 0))
         self._num_by_tenant: Counter[str] = Counter()
         """Bytes of bodies by tenant."""
-        self._waiting: dict[Stage, OrderedDict[str, deque[MemoryLease]]] = {
-            stage: OrderedDict() for stage in Stage
+        self._waiting: dict[Stage, TenantQueue[MemoryLease]] = {
+            stage: TenantQueue() for stage in Stage
         }
-        """Leases that wait, by tenant; the first tenant is next."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +71,7 @@ class MediaMemory:
     def num_waiting(self) -> int:
         """Number of leases that wait."""
         with self._lock:
-            return sum(len(queue) for stage in Stage for queue in self._waiting[stage].values())
+            return sum(map(len, self._waiting.values()))
 
     def largest(self, stage: Stage) -> int:
         """Return the bytes of a stage's part, and so of its largest lease."""
@@ -83,17 +87,13 @@ class MediaMemory:
                 return
             # More than the largest lease would wait for ever.
             lease.num_wanted = min(num_bytes, self.largest(lease.stage))
-            self._waiting[lease.stage].setdefault(lease.tenant, deque()).append(lease)
+            self._waiting[lease.stage].add(lease, lease.tenant)
             granted = self._grant()
         _notify(granted)
 
     def _give_back(self, lease: MemoryLease, num_left: int) -> None:
         with self._lock:
-            queue = self._waiting[lease.stage].get(lease.tenant)
-            if queue is not None and lease in queue:
-                queue.remove(lease)
-                if not queue:
-                    del self._waiting[lease.stage][lease.tenant]
+            self._waiting[lease.stage].discard(lease)
             num_less = max(0, lease.num_bytes - num_left)
             self._add(lease, -num_less)
             granted = self._grant()
@@ -111,30 +111,40 @@ class MediaMemory:
         """Grant all leases that fit now, the last stage first, and tenants in turn."""
         granted: list[MemoryLease] = []
         for stage in reversed(Stage):
-            waiting = self._waiting[stage]
-            num_blocked = 0
-            while num_blocked < len(waiting):
-                tenant, queue = next(iter(waiting.items()))
-                waiting.move_to_end(tenant)
-                # The oldest lease of a tenant only: smaller ones must not starve it.
-                if not self._fits(queue[0]):
-                    num_blocked += 1
-                    continue
-                num_blocked = 0
-                lease = queue.popleft()
-                if not queue:
-                    del waiting[tenant]
+            while (lease := self._next_lease(stage)) is not None:
+                self._waiting[stage].take(lease)
                 self._add(lease, lease.num_wanted)
                 granted.append(lease)
         return granted
 
-    def _fits(self, lease: MemoryLease) -> bool:
-        part, num_more = self.largest(lease.stage), lease.num_wanted
-        if self.is_shared and lease.stage is Stage.BODY:
-            own = self._num_by_tenant[lease.tenant]
-            if own and own + num_more > part // 2:
-                return False
-        return self._num_bytes[lease.stage] + num_more <= part
+    def _next_lease(self, stage: Stage) -> MemoryLease | None:
+        """Return the lease of a stage that is granted next; None if it has to wait.
+
+        Of each tenant only the oldest lease. If it does not fit, leases of other tenants overtake
+        it, but by no more bytes than it wants itself: then they wait until it fits.
+        """
+        num_left = self.largest(stage) - self._num_bytes[stage]
+        overtaken: list[MemoryLease] = []
+        for lease in self._waiting[stage].heads():
+            # It waits for leases of its own tenant, so no other one overtakes it.
+            if self._has_share(lease):
+                continue
+            if lease.num_wanted > num_left:
+                overtaken.append(lease)
+                continue
+            num_more = lease.num_wanted
+            if any(other.num_overtaken + num_more > other.num_wanted for other in overtaken):
+                return None
+            for other in overtaken:
+                other.num_overtaken += num_more
+            return lease
+        return None
+
+    def _has_share(self, lease: MemoryLease) -> bool:
+        if not self.is_shared or lease.stage is not Stage.BODY:
+            return False
+        own = self._num_by_tenant[lease.tenant]
+        return bool(own) and own + lease.num_wanted > self.largest(lease.stage) // 2
 
 
 class MemoryLease:
@@ -146,6 +156,8 @@ class MemoryLease:
         self.tenant = tenant
         self.num_bytes = 0
         self.num_wanted = 0
+        self.num_overtaken = 0
+        """Bytes of other tenants that were granted although its turn came before."""
         self.granted: Future[None] = Future()
 
     def acquire(self, num_bytes: int) -> Future[None]:
@@ -179,6 +191,18 @@ class RequestMemory:
     def __init__(self, memory: MediaMemory, tenant: str = "") -> None:
         self.body = memory.lease(Stage.BODY, tenant)
         self.parse = memory.lease(Stage.PARSE, tenant)
+
+    async def wait_for(self, lease: MemoryLease, num_bytes: int, seconds: float) -> None:
+        """Acquire one of the leases. Raises ServeError (429) if that takes longer."""
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(lease.acquire(num_bytes)), seconds)
+        except asyncio.TimeoutError:
+            raise ServeError(
+                "rate limit: too many large requests arrive at once; try again later",
+                status=429,
+                code="bodies_too_large",
+                retry_after=1,
+            ) from None
 
     def keep(self, num_bytes: int) -> None:
         """Keep only the bytes of the request's items."""

@@ -18,7 +18,6 @@ import queue
 import re
 import sys
 import threading
-from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,9 +41,9 @@ from multi_token.serve.media.worker_process import (
     media_error,
     stopped_error,
 )
+from multi_token.serve.tenants import TenantQueue
 from multi_token.types import Media, Prepared
 
-_DEFAULT_MEMORY = 2048 * MIB
 _JSON_BYTES_PER_NUMBER = 32
 """Upper bound of a number's length in JSON."""
 _NUM_READERS = 2
@@ -60,7 +59,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _DecodeJob:
-    tenant: str
     modality: str
     frame: Sequence[Buffer]
     memory: MemoryLease
@@ -90,7 +88,7 @@ class MediaPool:
         fork: bool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
-        self.memory = memory or MediaMemory(_DEFAULT_MEMORY)
+        self.memory = memory or MediaMemory()
         limits_by_name = self.limits.model_dump()
         self.modalities = {name: m.with_limits(limits_by_name) for name, m in modalities.items()}
         self._fetch = Fetch(
@@ -121,9 +119,7 @@ class MediaPool:
         self._lock = threading.Lock()
         self._workers = [WorkerProcess(self._setup) for _ in range(num_workers)]
         self._idle_workers: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
-        self._items: set[Future[DecodedItem]] = set()
-        self._waiting: OrderedDict[str, deque[_DecodeJob]] = OrderedDict()
-        """Tenant -> its items; the first tenant is next."""
+        self._waiting: TenantQueue[_DecodeJob] = TenantQueue()
         self._running: set[_DecodeJob] = set()
         # None before the start and after a stop.
         self._readers: ThreadPoolExecutor | None = None
@@ -133,7 +129,7 @@ class MediaPool:
     @property
     def num_waiting(self) -> int:
         """Items waiting for a worker."""
-        return sum(not (item.running() or item.done()) for item in list(self._items))
+        return len(self._waiting)
 
     def start(self) -> None:
         """Start the workers and wait until the first is ready. Raises MultiTokenError."""
@@ -192,52 +188,59 @@ class MediaPool:
         its decoder, 503 if the pool is stopped. Cancelling takes a waiting item out of the queue;
         the result of a running one is dropped.
         """
-        if self._readers is None or self._downloads is None or self._decoders is None:
+        decoders, downloads, loop = self._decoders, self._downloads, asyncio.get_running_loop()
+        if self._readers is None or downloads is None or decoders is None:
             raise stopped_error()
         if item.modality not in self.modalities:
             raise ServeError(f"this model has no modality named {item.modality!r}", status=400)
-        decoders, loop = self._decoders, asyncio.get_running_loop()
         download = self.memory.lease(Stage.DOWNLOAD, tenant)
         result = memory or self.memory.lease(Stage.PREPARED, tenant)
+        # The call that downloads the item, then the one that decodes it.
+        call: Future[Any] | None = None
+        job: _DecodeJob | None = None
         try:
             try:
                 frame = await loop.run_in_executor(self._readers, self._build_frame, item)
             except _NeedsDownload:
                 await asyncio.wrap_future(download.acquire(self.limits.max_bytes))
-                frame = await loop.run_in_executor(self._downloads, self._build_frame, item, True)
+                call = downloads.submit(self._build_frame, item, True)
+                frame = await asyncio.wrap_future(call)
                 download.shrink(sum(map(len, frame)))
             # Bytes that came in the body were counted before; a download is known only now.
             if totals is not None and not isinstance(item.source, bytes):
                 totals.add(bytes=sum(map(len, frame)))
-            job = _DecodeJob(tenant, item.modality, frame, result, Future())
+            job = _DecodeJob(item.modality, frame, result, Future())
+            call = job.result
             del frame
-            decoded = await asyncio.wrap_future(self._submit(decoders, job))
+            self._submit(decoders, job, tenant)
+            decoded = await asyncio.wrap_future(job.result)
             if totals is not None:
                 totals.add(**decoded.sizes)
             return decoded.prepared
         finally:
-            download.release()
+            if job is not None:
+                # The bytes of an item whose client has left must not wait for a worker.
+                with self._lock:
+                    self._waiting.discard(job)
+            if call is None:
+                download.release()
+            else:
+                # A call that runs cannot be cancelled: until it is done, its thread holds the bytes
+                # of a client that has left.
+                call.cancel()
+                call.add_done_callback(lambda _: download.release())
             if memory is None:
                 result.release()
 
-    def _submit(self, decoders: ThreadPoolExecutor, job: _DecodeJob) -> Future[DecodedItem]:
+    def _submit(self, decoders: ThreadPoolExecutor, job: _DecodeJob, tenant: str) -> None:
         """Queue an item. Raises ServeError (503)."""
-        future = job.result
         with self._lock:
             try:
                 # A call for each item, which takes whichever item is next when a worker is free.
                 decoders.submit(self._decode_next)
             except RuntimeError:  # shut down since `prepare` began
                 raise stopped_error() from None
-            self._items.add(future)
-            self._waiting.setdefault(job.tenant, deque()).append(job)
-
-        def release(future: Future[DecodedItem]) -> None:
-            with self._lock:
-                self._items.discard(future)
-
-        future.add_done_callback(release)
-        return future
+            self._waiting.add(job, tenant)
 
     def _build_frame(self, item: Media, may_download: bool = False) -> list[Buffer]:
         """Resolve the item's URLs to bytes and build its frame.
@@ -318,10 +321,10 @@ class MediaPool:
     def _decode_next(self) -> None:
         """Decode one item of the tenant whose turn it is."""
         with self._lock:
-            tenant, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[tenant] = jobs
+            heads = self._waiting.heads()
+            if not heads:  # clients have left meanwhile
+                return
+            job = self._waiting.take(heads[0])
         if not job.result.set_running_or_notify_cancel():
             return
         with self._lock:

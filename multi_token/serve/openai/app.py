@@ -86,9 +86,9 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(
         GuardMiddleware,
         settings=settings,
+        memory=service.prompts.media_memory,
         on_end=service.count_request,
         public_paths=PUBLIC_PATHS,
-        memory=service.prompts.media_memory,
     )
     app.add_exception_handler(HTTPException, _routing_error)
     _add_generation_routes(app, service)
@@ -113,6 +113,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         record: RequestLog = request.scope[RECORD]
         # A full server refuses before it parses a large body.
         service.check_capacity(tenant=record.tenant)
+        deadline = _deadline_of(request, service)
 
         def parse(body: bytes | bytearray) -> _ParsedChat:
             chat, ignored = parse_chat(parse_json(body, max_values=settings.max_json_values))
@@ -128,9 +129,9 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             )
 
         conversation, params, ignored, is_stream, with_usage = await _parse_body(
-            request, service, parse, lambda parsed: parsed.conversation
+            request, service, deadline, parse, lambda parsed: parsed.conversation
         )
-        running = _submit(request, service, conversation, params)
+        running = _submit(request, service, deadline, conversation, params)
         # Not kept while the request generates: its media may have megabytes.
         del conversation
         builder = ResponseBuilder(
@@ -150,14 +151,15 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def generate(request: Request) -> Response:
         """Completion in the format of sshh12/multi_token: `{"output": ...}`."""
         service.check_capacity(tenant=request.scope[RECORD].tenant)
+        deadline = _deadline_of(request, service)
 
         def parse(body: bytes | bytearray) -> Conversation:
             fields = parse_json(body, max_values=settings.max_json_values)
             return service.message_parser.parse_row(fields, id=request.scope[RECORD].id)
 
-        conversation = await _parse_body(request, service, parse, lambda parsed: parsed)
+        conversation = await _parse_body(request, service, deadline, parse, lambda parsed: parsed)
         # As many tokens as sshh12/multi_token generates.
-        running = _submit(request, service, conversation, RequestParams(max_tokens=128))
+        running = _submit(request, service, deadline, conversation, RequestParams(max_tokens=128))
         del conversation
         (completion,), _ = await _complete(request, running)
         return JSONResponse({"output": completion.text.strip()})
@@ -203,12 +205,14 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 async def _parse_body(
     request: Request,
     service: Service,
+    deadline: Deadline,
     parse: Callable[[bytes | bytearray], T],
     conversation_of: Callable[[T], Conversation],
 ) -> T:
     """Parse a body of `Content-Type: application/json`; a large one in a thread.
 
-    The body is dropped, and the request keeps the memory of its media only.
+    A large one waits for memory first. The body is dropped, and the request keeps the memory of its
+    media only.
     """
     # A website's script may send text/plain to any host. For application/json the browser asks
     # first (CORS preflight), and this server does not allow it.
@@ -225,7 +229,8 @@ async def _parse_body(
         return parse(body)
     memory: RequestMemory = request.scope[MEMORY]
     num_bytes = parse_bytes(len(body), service.settings.max_json_values)
-    await asyncio.wrap_future(memory.parse.acquire(num_bytes))
+    waiting = memory.wait_for(memory.parse, num_bytes, service.settings.memory_wait_s)
+    await cancel_on_disconnect(request.receive, deadline.wait_for(waiting))
 
     def parse_and_measure(body: bytes | bytearray) -> tuple[T, int]:
         parsed = parse(body)
@@ -247,17 +252,25 @@ def _check_model(name: str | None, service: Service) -> None:
         )
 
 
+def _deadline_of(request: Request, service: Service) -> Deadline:
+    """Return the deadline of a request that begins now. Raises ServeError."""
+    return Deadline.of(request.headers.get("x-request-timeout"), service.settings.deadline_s)
+
+
 def _submit(
-    request: Request, service: Service, conversation: Conversation, params: RequestParams
+    request: Request,
+    service: Service,
+    deadline: Deadline,
+    conversation: Conversation,
+    params: RequestParams,
 ) -> AbstractAsyncContextManager[RequestOutput]:
     record: RequestLog = request.scope[RECORD]
-    header = request.headers.get("x-request-timeout")
     return service.submit(
         conversation,
         params,
         request_id=record.id,
         tenant=record.tenant,
-        deadline=Deadline.of(header, service.settings.deadline_s),
+        deadline=deadline,
         arrived=record.started,
         memory=request.scope[MEMORY],
     )

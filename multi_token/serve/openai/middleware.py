@@ -85,19 +85,18 @@ class GuardMiddleware:
         self,
         app: Any,
         settings: ServeSettings,
+        memory: MediaMemory,
         on_end: Callable[[int], None] | None = None,
         public_paths: Collection[str] = (),
-        memory: MediaMemory | None = None,
     ) -> None:
-        """`on_end`: called with the status of every request, 0 if its client disconnected first.
-        `public_paths`: paths that need no key. `memory`: budget of the bodies; None: one of its
-        own, as the settings have it."""
+        """`memory`: budget of the bodies. `on_end`: called with the status of every request, 0 if
+        its client disconnected first. `public_paths`: paths that need no key."""
         self.app = app
         self._public_paths = frozenset(public_paths)
         self._on_end = on_end
         self.settings = settings
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
-        self.memory = memory or MediaMemory(settings.media_memory_bytes)
+        self.memory = memory
 
     async def __call__(self, scope: Scope, receive: Messages, send: Send) -> None:
         if scope["type"] != "http":
@@ -214,7 +213,7 @@ class GuardMiddleware:
                     raise too_long
                 if len(body) <= SMALL_BODY_BYTES < len(body) + len(chunk):
                     began = time.monotonic()
-                    await self._wait_for_memory(memory, num_wanted)
+                    await memory.wait_for(memory.body, num_wanted, self.settings.memory_wait_s)
                     until += time.monotonic() - began
                 body += chunk
                 if not message.get("more_body", False):
@@ -231,19 +230,6 @@ class GuardMiddleware:
             # The error keeps this frame alive while the rest of the body is read.
             if not is_complete:
                 body.clear()
-
-    async def _wait_for_memory(self, memory: RequestMemory, num_bytes: int) -> None:
-        """Wait for the memory of a body. Raises ServeError (429)."""
-        granted = asyncio.wrap_future(memory.body.acquire(num_bytes))
-        try:
-            await asyncio.wait_for(granted, self.settings.memory_wait_s)
-        except asyncio.TimeoutError:
-            raise ServeError(
-                "rate limit: too many large requests arrive at once; try again later",
-                status=429,
-                code="bodies_too_large",
-                retry_after=1,
-            ) from None
 
 
 @dataclass

@@ -37,7 +37,7 @@ from multi_token.train.plan.oom import (
     memory_suggestions,
 )
 from multi_token.train.random_state import preserve_rng_state
-from multi_token.train.training_args import data_seed
+from multi_token.train.training_args import checkpointing_options, data_seed
 from multi_token.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -373,21 +373,20 @@ def _largest(trainer: MultiTokenTrainer, other: dict[str, Any]) -> dict[str, Any
 @contextmanager
 def _activation_checkpointing(trainer: MultiTokenTrainer) -> Iterator[None]:
     """Activation checkpointing, if the run uses it; transformers enables it only in `train()`."""
-    args, model = trainer.args, trainer.multi_token_model
-    if not args.activation_checkpointing:
+    options, model = checkpointing_options(trainer.args), trainer.multi_token_model
+    if options is None:
         yield
         return
-    given: Any = args.activation_checkpointing_kwargs or {}
-    options: dict[str, Any] = dict(given)
-    model.activation_checkpointing_enable(
-        every_n_layers=options.pop("every_n_layers", 1),
-        offload=options.pop("offload", False),
-        activation_checkpointing_kwargs=options or None,
+    # transformers 5.17 has the older name alone
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+    getattr(model, f"{name}_checkpointing_enable")(
+        every_n_layers=every, offload=offload, **{f"{name}_checkpointing_kwargs": options or None}
     )
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _now(device: torch.device) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.keys import KeyTable
+from multi_token.data.feature_cache.store import FeatureStore
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import digest
@@ -219,6 +221,26 @@ def test_two_caches_that_write_at_once_are_one_after_a_refresh(tmp_path: Path) -
     assert len(one) == 6
     assert [first_value(one, item) for item, _ in items] == [float(i) for i in range(6)]
     assert fill(one, items) == 0
+
+
+def test_an_index_is_read_as_arrays_however_many_keys_it_has(tmp_path: Path) -> None:
+    calls = []
+    for num in (1, 2000):
+        store = FeatureStore(tmp_path / str(num))
+        keys = [digest(str(i).encode()) for i in range(num)]
+        store.write({key: (torch.zeros(1, 1), None) for key in keys})
+        calls.append(0)
+
+        def count(*_: Any) -> None:
+            calls[-1] += 1
+
+        sys.setprofile(count)  # calls of functions, those of C included
+        try:
+            read = FeatureStore(tmp_path / str(num))
+        finally:
+            sys.setprofile(None)
+        assert len(read) == num and all(key in read for key in keys)
+    assert calls[1] < calls[0] + 100
 
 
 class Rows(Dataset[float]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.feature_cache.encode import (
@@ -28,6 +30,7 @@ from multi_token.modalities.vector import VectorModality
 
 MODALITIES = {"vector": VectorModality(dim=5)}
 ENCODERS = {"vector": MODALITIES["vector"].build_encoder()}
+QUIET = Console(quiet=True)
 
 
 def row(*sources: Any) -> dict[str, Any]:
@@ -54,21 +57,19 @@ def place(tmp_path: Path) -> RowSource:
 
 def encode(place: RowSource, folder: Path, **options: Any) -> EncodeReport:
     cache = FeatureCache(folder, max_shard_bytes=1)
-    return encode_rows([place], MODALITIES, ENCODERS, cache, **options)
+    return encode_rows([place], MODALITIES, ENCODERS, cache, console=QUIET, **options)
 
 
 def test_every_item_is_encoded_once_and_the_rest_is_counted(
     place: RowSource, tmp_path: Path
 ) -> None:
-    num_rows = []
-    first = encode(place, tmp_path / "cache", on_row=lambda: num_rows.append(1))
+    first = encode(place, tmp_path / "cache")
     assert (first.num_rows, first.num_items, first.num_encoded, first.num_already_cached) == (
         16,
         18,
         16,
         2,
     )
-    assert len(num_rows) == 16
     second = encode(place, tmp_path / "cache")
     assert (second.num_encoded, second.num_already_cached, second.problems) == (0, 18, [])
 
@@ -78,10 +79,16 @@ def test_unreadable_items_are_named_with_their_row_and_the_rest_is_encoded(
 ) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
     rows = [row("0.npy"), row("gone.npy"), {"id": "x"}, row("1.npy", "bad.npy", "2.npy")]
+    rows.append(row("gone.npy"))
     report = encode(RowSource(rows, place.fetch, "rows"), tmp_path / "cache")
-    assert (report.num_items, report.num_encoded, report.num_already_cached) == (5, 3, 0)
+    assert (report.num_items, report.num_encoded, report.num_already_cached) == (6, 3, 0)
     found = [(problem.row_id, problem.kind) for problem in report.problems]
-    assert found == [("rows[1]", "missing_file"), ("x", "format"), ("rows[3]", "undecodable")]
+    assert found == [
+        ("rows[1]", "missing_file"),
+        ("x", "format"),
+        ("rows[3]", "undecodable"),
+        ("rows[4]", "missing_file"),
+    ]
     assert "bad.npy" in report.problems[2].message
 
 
@@ -129,10 +136,12 @@ from pathlib import Path
 
 class Killed(Sequence):
     rows = load_rows({place.name!r})
+    seen = []
     def __len__(self):
         return 16
     def __getitem__(self, index):
-        if index == 10:
+        self.seen.append(index)
+        if self.seen.count(10) == 2:  # read to find its items, and then to encode them
             os.kill(os.getpid(), signal.SIGKILL)
         return self.rows[index]
 
@@ -146,6 +155,33 @@ encode(RowSource(Killed(), Fetch(root=root), "rows"), Path(root, "cache"))
     report = encode(place, tmp_path / "cache")
     assert (report.num_encoded, report.num_already_cached) == (8, 10)
     assert len(FeatureCache(tmp_path / "cache")) == 16
+
+
+class Noted(VectorModality):
+    """Vectors whose loads are noted, with the process that did them."""
+
+    type: Literal["noted"] = "noted"  # type: ignore[assignment]
+
+    def load(self, source: Any, fetch: Fetch) -> np.ndarray:
+        with Path(str(fetch.root), "loads").open("a") as file:
+            file.write(f"{os.getpid()} {source}\n")
+        return super().load(source, fetch)
+
+
+def test_data_workers_read_each_item_once_and_this_process_none(
+    place: RowSource, tmp_path: Path
+) -> None:
+    modality = Noted(dim=5)
+    twice = RowSource([*place.rows, *place.rows], place.fetch, "rows")
+    cache = FeatureCache(tmp_path / "cache")
+    report = encode_rows(
+        [twice], {"vector": modality}, ENCODERS, cache, num_workers=2, console=QUIET
+    )
+    assert (report.num_items, report.num_encoded) == (36, 16)
+    loads = [line.split() for line in (tmp_path / "loads").read_text().splitlines()]
+    assert sorted(name for _, name in loads) == sorted(f"{i}.npy" for i in range(16))
+    processes = {int(pid) for pid, _ in loads}
+    assert len(processes) == 2 and os.getpid() not in processes
 
 
 class Jittered(VectorModality):

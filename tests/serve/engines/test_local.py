@@ -431,3 +431,27 @@ def test_an_engine_starts_only_if_the_model_generates_for_a_plain_prompt(
         hook.remove()
     engine.start()
     assert engine.is_alive
+
+
+@pytest.mark.parametrize("mode", ["continuous", "static"])
+def test_each_step_is_progress(llama: Any, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of `generate`, which returns to the engine after the last one of a batch only."""
+    now, stalled = [1000.0], list[float]()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def take_a_minute(*_: Any, **__: Any) -> None:
+        now[0] += 60
+        stalled.append(engine.stalled_s)
+
+    engine = LocalEngine(llama)
+    engine._mode = mode
+    engine.start()
+    hook = llama.language_model.register_forward_pre_hook(take_a_minute, with_kwargs=True)
+    client = Client()
+    try:
+        engine.submit("a", prompts_of(llama)[0], SamplingParams(5, ignore_eos=True), client)
+        assert len(client.ids) == 5
+    finally:
+        hook.remove()
+        engine.stop()
+    assert stalled == [60.0] * 5 and engine.stalled_s == 0

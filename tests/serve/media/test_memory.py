@@ -88,6 +88,38 @@ def test_tenants_take_turns_and_leave_a_half_to_each_other() -> None:
     assert [lease.granted.done() for lease in waiting] == [True, False, True]
 
 
+@pytest.mark.parametrize("stage", Stage)
+def test_small_leases_of_others_overtake_a_large_one_by_no_more_than_its_own_bytes(
+    stage: Stage,
+) -> None:
+    memory = MediaMemory(8_000)
+    large, small = memory.largest(stage), memory.largest(stage) // 10
+    held = [acquired(memory, stage, small, "small") for _ in range(10)]
+    waiting = acquired(memory, stage, large, "large")
+    num_overtook, later = 0, []
+    # A tenant that sends another one whenever one of its leases is released.
+    while held and num_overtook < 100:
+        later.append(acquired(memory, stage, small, "small"))
+        held.pop(0).release()
+        if later[0].granted.done():
+            held.append(later.pop(0))
+            num_overtook += 1
+    assert num_overtook == 10 and waiting.granted.done()
+    waiting.release()
+    assert len(later) == 10 and all(lease.granted.done() for lease in later)
+
+
+def test_a_lease_that_waits_for_its_own_tenant_holds_up_no_other() -> None:
+    memory = MediaMemory(800, is_shared=True)
+    acquired(memory, Stage.BODY, 150, "greedy")
+    waiting = acquired(memory, Stage.BODY, 100, "greedy")
+    others = [acquired(memory, Stage.BODY, 100, "other") for _ in range(2)]
+    for _ in range(10):
+        others.append(acquired(memory, Stage.BODY, 100, "other"))
+        others.pop(0).release()
+        assert others[-2].granted.done() and not waiting.granted.done()
+
+
 def test_a_request_keeps_the_bytes_of_its_items_only() -> None:
     memory = MediaMemory(80_000)
     request = RequestMemory(memory)

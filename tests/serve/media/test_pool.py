@@ -9,10 +9,8 @@ import asyncio
 import io
 import os
 import re
-import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +21,14 @@ from PIL import Image
 from multi_token import registry
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
-from multi_token.media.safe_http import UrlPolicy
-from multi_token.modalities.image import ImageModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
-from multi_token.serve.media.memory import MediaMemory, Stage
 from multi_token.serve.media.pool import MediaPool
 from multi_token.types import Media, Prepared
-from tests.serve.untrusted import children, is_gone
+from tests.serve.untrusted import MIB, SECRET, children, is_gone, text_of
 
 pytestmark = pytest.mark.slow
-
-MIB = 1024 * 1024
-TIMEOUT_S = 2.0
-SECRET = "a-secret-of-the-server"
-
-
-def text_of(prepared: Prepared) -> str:
-    return bytes(prepared.inputs["values"].tolist()).decode("latin-1")
 
 
 def ask(pool: MediaPool, source: Any, modality: str = "trial") -> Prepared:
@@ -57,44 +44,6 @@ def refusal(pool: MediaPool, source: Any, modality: str = "trial") -> ServeError
     assert "0x" not in message and not re.search(r"(^|\s)\S*/\S", message), message
     assert SECRET not in message
     return caught.value
-
-
-@pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The plug-in, registered in this process alone, as in a notebook."""
-    folder = tmp_path_factory.mktemp("plug_in")
-    shutil.copy(Path(__file__).parent / "sample_modality.py", folder / "a_sample_modality.py")
-    sys.path.insert(0, str(folder))
-    import a_sample_modality  # type: ignore[reportMissingImports]
-
-    cls = a_sample_modality.TrialModality
-    registry.register_modality("trial", cls)
-    yield cls
-    sys.path.remove(str(folder))
-    registry._registered["modality"].pop("trial")
-
-
-@pytest.fixture(scope="module")
-def modalities(trial: Any, parts: Path) -> dict[str, Any]:
-    return {
-        "trial": trial(),
-        "image": ImageModality(encoder=str(parts / "clip")),
-        "vector": VectorModality(dim=3),
-    }
-
-
-@pytest.fixture(scope="module")
-def pool(modalities: dict[str, Any]) -> Iterator[MediaPool]:
-    limits = MediaLimits(max_bytes=4 * MIB, max_numbers=1000, max_prepared_bytes=MIB)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MULTI_TOKEN_API_KEY", SECRET)
-        patch.setenv("HF_TOKEN", SECRET)
-        made = MediaPool(
-            modalities, num_workers=1, timeout_s=TIMEOUT_S, memory_bytes=256 * MIB, limits=limits
-        )
-        made.start()
-    yield made
-    made.stop()
 
 
 def png(size: tuple[int, int] = (40, 30)) -> bytes:
@@ -296,139 +245,6 @@ def test_an_unknown_modality_is_a_400(pool: MediaPool) -> None:
 def test_numbers_of_any_kind_are_refused_or_finite(pool: MediaPool) -> None:
     for source in ([float("nan")] * 3, [float("inf")] * 3, [10**400] * 3, [1e308] * 3, [], [None]):
         assert refusal(pool, source, "vector").status == 400
-
-
-def test_a_waiting_item_of_a_disconnected_client_is_not_decoded(pool: MediaPool) -> None:
-    async def leave() -> int:
-        before = int(text_of(await pool.prepare(Media("trial", b"count"))))
-        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.3")))
-        left = [asyncio.ensure_future(pool.prepare(Media("trial", b"count"))) for _ in range(5)]
-        while pool.num_waiting < 5:  # the only worker is busy, and five items wait
-            await asyncio.sleep(0.001)
-        for future in left:
-            future.cancel()
-        await busy
-        return int(text_of(await pool.prepare(Media("trial", b"count")))) - before
-
-    assert asyncio.run(leave()) == 1
-
-
-def test_tenants_take_turns_at_the_workers(pool: MediaPool) -> None:
-    async def turns() -> list[int]:
-        before = int(text_of(await pool.prepare(Media("trial", b"count"))))
-        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.3")))
-        tenants = ["a"] * 5 + ["b"]
-        counts = [
-            asyncio.ensure_future(pool.prepare(Media("trial", b"count"), tenant=tenant))
-            for tenant in tenants
-        ]
-        while pool.num_waiting < len(counts):
-            await asyncio.sleep(0.001)
-        await busy
-        return [int(text_of(prepared)) - before for prepared in await asyncio.gather(*counts)]
-
-    assert asyncio.run(turns()) == [1, 3, 4, 5, 6, 2]
-
-
-def test_hosts_that_never_answer_delay_no_item_without_a_web_address(
-    modalities: dict[str, Any],
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        host = f"slow.example:{silent.getsockname()[1]}"
-        policy = UrlPolicy(
-            allowed_hosts=(host,),
-            timeout_s=60,
-            resolve=lambda name, port: ["127.0.0.1"],
-            is_allowed_address=lambda address: True,
-        )
-        pool = MediaPool(modalities, num_workers=1, urls=policy)
-        pool.start()
-
-        async def others_while_hosts_are_silent() -> list[str]:
-            slow = [
-                asyncio.ensure_future(pool.prepare(Media("trial", f"http://{host}/{i}")))
-                for i in range(20)
-            ]
-            connections = [(await asyncio.to_thread(silent.accept))[0] for _ in range(8)]
-            sources = (b"hello", "data:,hello", "do hello")
-            texts = [text_of(await pool.prepare(Media("trial", s))) for s in sources]
-            assert not any(each.done() for each in slow)
-            for each in slow:
-                each.cancel()
-            for connection in connections:
-                connection.close()
-            return texts
-
-        try:
-            assert asyncio.run(others_while_hosts_are_silent()) == ["hello"] * 3
-        finally:
-            pool.stop()
-
-
-def test_the_result_for_a_disconnected_client_is_dropped(pool: MediaPool) -> None:
-    async def leave() -> str:
-        busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.2")))
-        await asyncio.sleep(0.1)
-        busy.cancel()
-        return text_of(await pool.prepare(Media("trial", b"hello")))
-
-    assert asyncio.run(leave()) == "hello"
-
-
-def test_a_result_is_read_once_there_is_memory_for_it(modalities: dict[str, Any]) -> None:
-    memory = MediaMemory(8 * 2 * MIB)
-    pool = MediaPool(modalities, num_workers=2, timeout_s=TIMEOUT_S, memory=memory)
-    pool.start()
-
-    async def many() -> list[str]:
-        """Results of 1 MiB each, 8 of which fill the memory."""
-        leases = [memory.lease(Stage.PREPARED) for _ in range(20)]
-        items = [
-            asyncio.ensure_future(
-                pool.prepare(Media("trial", f"letters {MIB - 1000}".encode()), memory=lease)
-            )
-            for lease in leases
-        ]
-        while not memory.num_waiting:
-            await asyncio.sleep(0.001)
-        assert sum(item.done() for item in items) <= 8
-        # a client that leaves while its result waits: the worker goes on
-        waiting = next(i for i, lease in enumerate(leases) if lease.num_wanted > lease.num_bytes)
-        items[waiting].cancel()
-        leases[waiting].release()
-        for number, (item, lease) in enumerate(zip(items, leases, strict=True)):
-            if number != waiting:
-                assert (await item).num_features == MIB - 1000
-                assert memory.num_bytes <= memory.capacity
-                lease.release()
-        return [text_of(await pool.prepare(Media("trial", b"hello"))) for _ in range(4)]
-
-    try:
-        assert asyncio.run(many()) == ["hello"] * 4
-        assert memory.num_bytes == 0 and memory.num_waiting == 0
-    finally:
-        pool.stop()
-
-
-def test_a_pool_stops_while_a_result_waits_for_memory(modalities: dict[str, Any]) -> None:
-    memory = MediaMemory(8 * MIB)
-    pool = MediaPool(modalities, num_workers=1, memory=memory)
-    pool.start()
-
-    async def stop() -> list[Any]:
-        full = memory.lease(Stage.PREPARED)
-        full.acquire(2 * MIB)
-        others = [memory.lease(Stage.PREPARED) for _ in range(3)]
-        for lease in others:
-            lease.acquire(2 * MIB)
-        item = asyncio.ensure_future(pool.prepare(Media("trial", b"letters 900000")))
-        while not memory.num_waiting:
-            await asyncio.sleep(0.001)
-        await asyncio.to_thread(pool.stop)
-        return list(await asyncio.gather(item, return_exceptions=True))
-
-    (error,) = asyncio.run(stop())
-    assert isinstance(error, ServeError) and error.status == 503
 
 
 def test_a_stopped_pool_raises_503(modalities: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from multi_token.serve.media.memory import parse_bytes
+from multi_token.media.fetch import MIB
+from multi_token.serve.media.memory import MediaMemory, parse_bytes
 from multi_token.serve.openai.middleware import GuardMiddleware
 from multi_token.serve.server import http_protocol_with_timeouts
 from multi_token.serve.settings import ServeSettings
@@ -47,7 +48,9 @@ class GuardedServer:
 
         self.statuses: list[int] = []
         found = ServeSettings(**settings)
-        self.guard = GuardMiddleware(echo, found, on_end=self.statuses.append)
+        self.guard = GuardMiddleware(
+            echo, found, MediaMemory(found.media_memory_bytes), on_end=self.statuses.append
+        )
         config = uvicorn.Config(
             self.guard,
             port=0,
@@ -196,7 +199,7 @@ def test_without_keys_the_host_of_another_machine_is_refused(host: str, status: 
             "path": "/v1/models",
             "headers": [(b"host", host.encode())],
         }
-        await GuardMiddleware(echo, ServeSettings())(scope, receive, send)
+        await GuardMiddleware(echo, ServeSettings(), MediaMemory())(scope, receive, send)
         return sent[0]["status"]
 
     assert asyncio.run(answered()) == status
@@ -241,6 +244,12 @@ def test_an_announced_length_over_the_limit_is_refused_at_once(length: str) -> N
     with guarded_server(max_body_bytes=100_000) as opened:
         request = f"POST /x HTTP/1.1\nHost: localhost\nContent-Length: {length}\n\n"
         assert b"413" in opened.raw(request)[:20] or b"400" in opened.raw(request)[:20]
+
+
+def test_memory_for_the_largest_body_is_needed_and_the_error_says_how_much() -> None:
+    ServeSettings(media_memory_bytes=1513 * MIB)
+    with pytest.raises(ValidationError, match="raise --media-memory-mb to 1513"):
+        ServeSettings(media_memory_bytes=1512 * MIB)
 
 
 def test_a_slow_body_times_out() -> None:
@@ -357,7 +366,7 @@ def test_a_body_that_waits_too_long_for_memory_gets_a_429() -> None:
         assert httpx.post(f"{opened.url}/x", content=b"x" * 200_000).status_code == 200
 
 
-@pytest.mark.parametrize("status", [413, 429])
+@pytest.mark.parametrize("status", [408, 413, 429])
 def test_a_client_that_still_sends_a_refused_body_reads_the_response(status: int) -> None:
     """The body is larger than all buffers between the two, so it is sent only if it is read."""
     size = 32 * 2**20
@@ -365,9 +374,16 @@ def test_a_client_that_still_sends_a_refused_body_reads_the_response(status: int
         if status == 429:
             opened, _ = stack.enter_context(full_of_bodies(size, memory_wait_s=0.1))
         else:
-            opened = stack.enter_context(guarded_server(max_body_bytes=size // 4))
+            settings = {"max_body_bytes": size // 4} if status == 413 else {"body_timeout_s": 2}
+            opened = stack.enter_context(guarded_server(**settings))
         client = stack.enter_context(opened.socket())
-        client.sendall(head_of(size) + b"x" * size)  # it reads nothing before that
+        body = b"x" * size
+        if status == 408:
+            client.sendall(head_of(size) + b"x")
+            client.recv(1, socket.MSG_PEEK)  # until the server has refused the body
+            client.sendall(body[1:])
+        else:
+            client.sendall(head_of(size) + body)  # it reads nothing before that
         answer = client.makefile("rb").read()
     assert answer.startswith(f"HTTP/1.1 {status}".encode())
     assert b"connection: close" in answer

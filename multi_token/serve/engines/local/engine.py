@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from multi_token.errors import LanguageModelError
-from multi_token.serve.admission import Turns
 from multi_token.serve.engines.engine import RUNNING, Engine
 from multi_token.serve.engines.fallback import (
     check_plain_prompt,
@@ -32,6 +32,7 @@ from multi_token.serve.engines.parity import (
     supports_prefix_cache,
 )
 from multi_token.serve.engines.request import GenerationRequest
+from multi_token.serve.tenants import TenantQueue
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -74,7 +75,10 @@ class LocalEngine(Engine):
         self._mode: BatchingMode | None = None
         self._use_prefix_cache = False
         self._batch: DecodeBatch | None = None
-        self._turns = Turns()
+        self._progressed_at: float | None = None
+        """Time of the last progress of the step in flight; None between steps."""
+        self._queue: TenantQueue[GenerationRequest] = TenantQueue()
+        """Requests that were not taken yet; `_condition` guards it."""
 
     def start(self) -> None:
         """Run the startup checks and start the thread; see `Engine`."""
@@ -93,7 +97,8 @@ class LocalEngine(Engine):
                 "on" if self._use_prefix_cache else "off",
             )
         # Also at every restart: after a sticky error of the device each forward raises, and an
-        # engine that is alive again would only fail its next requests.
+        # engine that is alive again would only fail its next requests. A device may also hang.
+        self._mark_progress()
         try:
             check_plain_prompt(self.model)
         # Whatever the model raises, it generates for no request.
@@ -102,6 +107,8 @@ class LocalEngine(Engine):
                 "the language model fails on a plain prompt, so nothing can be generated: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            self._progressed_at = None
         self._is_stopping = False
         self._thread = threading.Thread(target=self._engine_loop, name="local engine", daemon=True)
         self._thread.start()
@@ -113,6 +120,16 @@ class LocalEngine(Engine):
         if batch is None or not self.is_alive:
             return 0.0
         return len(batch.requests) * batch.width / self.max_batch_tokens
+
+    @property
+    def stalled_s(self) -> float:
+        """See `Engine`; a step makes progress when it begins and at each forward of `generate`."""
+        # Not by requests: those of a step that hangs end at their deadlines.
+        progressed_at = self._progressed_at
+        return 0.0 if progressed_at is None else time.monotonic() - progressed_at
+
+    def _mark_progress(self) -> None:
+        self._progressed_at = time.monotonic()
 
     def _engine_loop(self) -> None:
         try:
@@ -130,6 +147,8 @@ class LocalEngine(Engine):
             # The next start needs the memory of its KV cache.
             self._batch = None
             self._fail_unfinished()
+        finally:
+            self._progressed_at = None
 
     def _new_batch(self) -> DecodeBatch:
         """Return an empty batch with an empty prefix cache: the weights may have changed."""
@@ -140,7 +159,7 @@ class LocalEngine(Engine):
         return DecodeBatch(DecodeParams(self.model, allow_add=allow_add, prefix_cache=prefix_cache))
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> None:
-        generate_batch(self.model, requests)
+        generate_batch(self.model, requests, on_step=self._mark_progress)
 
     def _decode_loop(self, batch: DecodeBatch) -> None:
         while not self._is_stopping:
@@ -149,6 +168,7 @@ class LocalEngine(Engine):
                 self._run(self._next_requests(batch), batch.add)
             elif not batch.requests:
                 self._run(self._next_requests(batch), batch.add, retry=self._generate)
+            self._mark_progress()
             try:
                 batch.decode_step()
             # One request must not end the others, whatever it makes the model raise.
@@ -181,28 +201,35 @@ class LocalEngine(Engine):
         num_running = 0 if batch is None else len(batch.requests)
         with self._condition:
             if not num_running:
-                self._condition.wait_for(lambda: self.num_waiting or self._is_stopping)
-            unfinished = self._unfinished()
-        num_of_tenant = Counter(
-            request.prompt.tenant for request in unfinished if request.state in RUNNING
-        )
-        waiting = self._turns.order(
-            [request for request in unfinished if request.state == "waiting"],
-            lambda request: request.prompt.tenant,
-            num_of_tenant,
-        )
-        taken: list[GenerationRequest] = []
-        for request in waiting:
-            if self._is_stopping or num_running + len(taken) == self.max_batch:
-                break
-            if self._fits(batch, num_running, [*taken, request]):
-                taken.append(request)
-                self._turns.take(request.prompt.tenant)
-            # In mode `continuous` no request overtakes, or a stream of small prompts would starve a
-            # large one. The other modes fill a batch once, with prompts of one length if they must.
-            elif self._mode == "continuous":
-                break
-        return taken
+                self._progressed_at = None
+                self._condition.wait_for(lambda: len(self._queue) or self._is_stopping)
+            self._mark_progress()
+            num_of_tenant = Counter(
+                request.prompt.tenant
+                for request in self._requests.values()
+                if request.state in RUNNING
+            )
+            taken: list[GenerationRequest] = []
+            for request in self._queue.in_turn(num_of_tenant):
+                if self._is_stopping or num_running + len(taken) == self.max_batch:
+                    break
+                if self._fits(batch, num_running, [*taken, request]):
+                    taken.append(request)
+                # In mode `continuous` no request overtakes, or a stream of small prompts would
+                # starve a large one. The other modes fill a batch once, with prompts of one length
+                # if they must.
+                elif self._mode == "continuous":
+                    break
+            return [self._queue.take(request) for request in taken]
+
+    def _start_request(self, request: GenerationRequest) -> None:
+        self._queue.add(request, request.prompt.tenant)
+        super()._start_request(request)
+
+    def _remove(self, request: GenerationRequest) -> None:
+        with self._condition:
+            self._queue.discard(request)
+        super()._remove(request)
 
     def _fits(
         self, batch: DecodeBatch | None, num_running: int, requests: Sequence[GenerationRequest]
