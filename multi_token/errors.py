@@ -113,7 +113,7 @@ class Interrupted(MultiTokenError):
 
 
 _DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "cuDNN error", "HIP error")
-"""Beginnings of the messages by which torch reports a device that failed."""
+"""Prefixes of the messages by which torch reports a device that failed."""
 
 
 def machine_fault(error: Exception) -> str | None:

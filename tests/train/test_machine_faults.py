@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -73,15 +74,16 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 def test_a_full_disk_is_one_sentence_in_every_command(
     recipe_fields: Fields,
-    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_fields(tmp_path / "run")))
-    clean = tmp_path / "clean.jsonl"
-    words = ("data", "check", str(data / "rows.jsonl"), "--recipe", str(recipe), "--clean", clean)
+    rows, clean = tmp_path / "rows.jsonl", tmp_path / "clean.jsonl"
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]
+    rows.write_text(json.dumps({"messages": turns}))
+    words = ("data", "check", rows, "--recipe", recipe, "--clean", clean)
     # the largest file that this process may write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
