@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from multi_token import __version__
 from multi_token.chat.format import ChatFormat
 from multi_token.checkpoint.fingerprint import fingerprint
 from multi_token.checkpoint.hub import local_folder
+from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
 from multi_token.checkpoint.load import load_trained, read_config, read_spec
 from multi_token.checkpoint.references import absolutize
 from multi_token.checkpoint.save import MODEL_TYPE, SCHEMA, save
@@ -38,9 +39,14 @@ from multi_token.language_model.forward import (
     ScaledEmbedding,
     filter_flash_attention_kwargs,
     per_layer_inputs,
-    supervised_loss,
 )
-from multi_token.language_model.loading import load_language_model, load_tokenizer
+from multi_token.language_model.loading import DeviceMap, load_language_model, load_tokenizer
+from multi_token.language_model.loss import (
+    TokenFunction,
+    chunk_rows,
+    supervised_loss,
+    supervised_output,
+)
 from multi_token.language_model.probe import probe
 from multi_token.language_model.segment_attention import segments_to_mask
 from multi_token.media.fetch import Fetch
@@ -48,6 +54,7 @@ from multi_token.modalities.base import Encoder, Modality
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import EmbedCount, Projector
 from multi_token.recipe.model import ModelSpec
+from multi_token.recipe.train import LOGITS_MEGABYTES
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import IGNORE_INDEX, BatchCounts, Features, MediaBatch
 
@@ -114,6 +121,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         self.trained_language_model = False
         self.modalities = dict(modalities)
         self.processor = processor
+        # where not all logits are asked for: see `forward`
+        self.logits_bytes = LOGITS_MEGABYTES * 2**20
         self._capabilities: Capabilities | None = None
         self._count_checks: list[tuple[str, Tensor]] | None = None
         # transformers' constructor leaves the training mode on
@@ -131,6 +140,13 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         for name in self.encoders:
             set_train_mode(self.encoder(name), mode)
         return self
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Device of inputs. Layers of a language model that is to be sharded are on the host."""
+        weight = self.language_model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
 
     @property
     def capabilities(self) -> Capabilities:
@@ -244,6 +260,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         counts: BatchCounts | None = None,
         media: Mapping[str, MediaBatch] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        returns: Literal["loss", "logits"] | TokenFunction | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model on ids and media.
@@ -260,11 +277,13 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             media: Modality name -> its items and their positions.
             num_items_in_batch: Supervised positions over all devices and accumulation steps, by
                 which the summed loss is divided.
+            returns: The one field of a `SupervisedOutput` to compute, or the function of its
+                `per_token`. Logits then take no more than `logits_bytes` at a time, in float32.
             **kwargs: Passed to the language model, such as the positions of a `PackedBatch`.
 
         Returns:
             With labels, loss and logits [num_supervised, vocabulary]; without, the language
-            model's own output.
+            model's own output. With `returns`, a `SupervisedOutput`.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if counts is not None and counts.segments:
@@ -282,17 +301,21 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         if shift_labels is None and labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         assert shift_labels is not None
-        return supervised_loss(
-            self.language_model,
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            shift_labels=shift_labels,
-            supervised=supervised_positions(shift_labels) if supervised is None else supervised,
-            num_items_in_batch=num_items_in_batch,
-            supports_logits_to_keep=self.capabilities.supports_logits_to_keep,
+        kwargs |= {
+            "inputs_embeds": embeds,
+            "attention_mask": attention_mask,
+            "shift_labels": shift_labels,
+            "supervised": supervised_positions(shift_labels) if supervised is None else supervised,
+            "num_items_in_batch": num_items_in_batch,
+            "supports_logits_to_keep": self.capabilities.supports_logits_to_keep,
             **per_layer_inputs(self.language_model, input_ids),
-            **kwargs,
-        )
+        }
+        if returns is None:
+            return supervised_loss(self.language_model, **kwargs)
+        rows = None
+        if self.capabilities.supports_chunked_logits:
+            rows = chunk_rows(self.language_model, self.logits_bytes)
+        return supervised_output(self.language_model, chunk_rows=rows, returns=returns, **kwargs)
 
     def generate(self, conversations: Sequence[Any], **options: Any) -> list[str]:  # type: ignore[override]
         """Generate the assistant's answer to each conversation, greedily by default.
@@ -345,7 +368,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def from_spec(
-        cls, spec: ModelSpec, *, max_tokens: int | None = None, embeddings_only: bool = False
+        cls,
+        spec: ModelSpec,
+        *,
+        max_tokens: int | None = None,
+        embeddings_only: bool = False,
+        device_map: DeviceMap | None = None,
     ) -> MultiTokenForConditionalGeneration:
         """The model of a recipe before training: frozen parts loaded, projectors initialized.
 
@@ -354,9 +382,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             max_tokens: Limit of a conversation's length for the processor; None: no limit.
             embeddings_only: Load the input embeddings of the language model and none of its layers,
                 for a gateway before an external engine.
+            device_map: Devices of the language model's parts, as accelerate takes them: `auto`, or
+                module -> device. Such a model generates, and cannot be trained.
 
         Returns:
-            The model with its processor, on the CPU, in eval mode.
+            The model with its processor, on the CPU, in eval mode. With a device map, encoders and
+            projectors are on the device of the input embeddings.
 
         Raises:
             LanguageModelError: If the language model cannot be loaded.
@@ -369,6 +400,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
             quantization=spec.quantization,
+            **({} if device_map is None else {"device_map": device_map}),
         )
         # from the weights, since configs name the embedding width differently
         width = int(child.get_input_embeddings().weight.shape[1])
@@ -400,7 +432,12 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             "base_model": None,
         }
         config = MultiTokenConfig(**fields)
-        return cls(config, child, spec.modalities, encoders, projectors, processor)
+        model = cls(config, child, spec.modalities, encoders, projectors, processor)
+        if device_map is not None:
+            beside = child.get_input_embeddings().weight.device
+            model.encoders.to(beside)
+            model.projectors.to(beside)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -410,6 +447,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         revision: str | None = None,
         language_model: str | None = None,
         device: str | None = None,
+        device_map: DeviceMap | None = None,
         embeddings_only: bool = False,
     ) -> MultiTokenForConditionalGeneration:
         """Load a trained run.
@@ -419,6 +457,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             revision: Branch, tag or commit of a hub name.
             language_model: Path or hub name of the frozen language model, if it has moved.
             device: Device of the model; default: the CPU.
+            device_map: As for `from_spec`, in place of `device`.
             embeddings_only: As for `from_spec`.
 
         Returns:
@@ -427,11 +466,19 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         Raises:
             CheckpointError: If the folder is not a checkpoint of multi_token, is incomplete, or
                 belongs to another language model.
+            MultiTokenError: If both `device` and `device_map` are given.
         """
+        if device and device_map is not None:
+            raise MultiTokenError("`device` and `device_map` exclude each other; leave one out")
         fields = read_config(folder, revision=revision)
         path = local_folder(folder, revision=revision)
         spec = read_spec(path, fields, language_model=language_model)
-        model = cls.from_spec(spec, embeddings_only=embeddings_only)
+        if device_map is not None and fields.get("base_identity"):
+            # its trained weights at once: they cannot be copied into layers that are not in memory
+            spec = spec.model_copy(
+                update={"language_model": str((path / LANGUAGE_MODEL).absolute())}
+            )
+        model = cls.from_spec(spec, embeddings_only=embeddings_only, device_map=device_map)
         model.config.base_model = fields.get("base_model")
         load_trained(model, path, fields)
         if fields.get("base_identity"):

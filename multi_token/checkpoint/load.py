@@ -36,6 +36,7 @@ from multi_token.checkpoint.save import (
 )
 from multi_token.encoders import TrainedEncoderState, attach_lora
 from multi_token.errors import CheckpointError
+from multi_token.language_model.lora import place_adapter
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.renamed import check_renamed
@@ -128,12 +129,19 @@ def _load_language_model(model: ComposedModel, path: Path, fields: Mapping[str, 
             f"set model.language_model to {path / LANGUAGE_MODEL} and quantize that"
         )
     found = read_language_model(path / LANGUAGE_MODEL, fields["identity"])
-    # trained weights are float32, whatever the precision of the base
-    model.language_model.float()
     expected = base_model_tensors(model.language_model.state_dict(keep_vars=True).items())
-    _copy_into(expected, found, path / LANGUAGE_MODEL)
+    if any(isinstance(tensor, DTensor) for tensor in expected.values()):
+        _copy_into(expected, found, path / LANGUAGE_MODEL)
+    else:
+        check_state_dict(path / LANGUAGE_MODEL, expected, found)
+        for key, tensor in expected.items():
+            # float32, whatever the precision of the base; on the host mapped from the file, so that
+            # the processes of a machine share its pages
+            tensor.data = found[key].to(tensor.device)
     model.trained_language_model = True
     model.config.base_identity = fields["base_identity"]
+    # the precision it was trained to compute in, in which the result is loaded
+    model.config.model = {**model.config.model, "dtype": fields["model"]["dtype"]}
 
 
 def _load_encoders(model: ComposedModel, path: Path, fields: Mapping[str, Any]) -> None:
@@ -173,13 +181,17 @@ def _read_into(expected: Mapping[str, Tensor], path: Path) -> None:
 def _copy_into(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
     check_state_dict(path, expected, found)
     for key, tensor in expected.items():
-        full = found[key]
-        if isinstance(tensor, DTensor):
-            # every process has read the full tensor, so none has to send the others their shards
-            full = distribute_tensor(
-                full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
-        tensor.copy_(full)
+        copy_full(found[key], tensor)
+
+
+def copy_full(full: Tensor, target: Tensor) -> None:
+    """Copy a full tensor, which every process has, into one that may be in shards."""
+    if isinstance(target, DTensor):
+        # without a source rank: each process cuts its own shard, and none sends
+        full = distribute_tensor(
+            full.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(full)
 
 
 def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None) -> None:
@@ -198,6 +210,7 @@ def load_adapter(model: ComposedModel, path: Path, *, where: Path | None = None)
         if not isinstance(model.language_model, PeftModel):
             # raises for target modules that the language model does not have
             model.language_model = get_peft_model(model.language_model, config)
+            place_adapter(model.language_model)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{where or path} cannot be read: {error}") from None
     expected = get_peft_model_state_dict(model.language_model)

@@ -69,7 +69,7 @@ def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
         # the hub name is kept for the model card; the weights are in the run now
         if not Path(described["language_model"]).exists():
             base_model = base_model or described["language_model"]
-        described = {**with_saved_language_model(described), "dtype": "auto"}
+        described = with_saved_language_model(described)
     fields = {
         "model_type": MODEL_TYPE,
         "schema": SCHEMA,

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 LANGUAGE_MODEL = typer.Option(
     None, help="Path or hub name of the frozen language model, if it has moved."
 )
-DEVICE = typer.Option(None, help="cpu, cuda, mps; default: an accelerator, if there is one.")
+DEVICE = typer.Option(
+    None,
+    help="cpu, cuda, mps; auto: the language model over all accelerators; FILE.json: device of "
+    "each of its modules. Default: an accelerator, if there is one.",
+)
 _MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
 _TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
 _SYSTEM = typer.Option(None, help="A system message.")
@@ -36,11 +40,37 @@ def load_run(
     from multi_token.model import MultiTokenForConditionalGeneration
 
     read_config(run)  # a folder that is no run is refused before anything heavy is loaded
-    if device is None and torch.accelerator.is_available():
+    device_map = None
+    if device == "auto" or (device or "").endswith(".json"):
+        if embeddings_only:
+            raise MultiTokenError(
+                f"--device {device} is for the layers of a language model, which run in the vLLM "
+                "server here; name one device"
+            )
+        device, device_map = None, "auto" if device == "auto" else _device_map(Path(str(device)))
+    elif device is None and torch.accelerator.is_available():
         device = str(torch.accelerator.current_accelerator())
     return MultiTokenForConditionalGeneration.from_pretrained(
-        run, language_model=language_model, device=device, embeddings_only=embeddings_only
+        run,
+        language_model=language_model,
+        device=device,
+        device_map=device_map,
+        embeddings_only=embeddings_only,
     )
+
+
+def _device_map(path: Path) -> dict[str, int | str]:
+    """Read a JSON file of {module: device}. Raises MultiTokenError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MultiTokenError(f"--device {path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, (int, str)) for v in found.values()):
+        raise MultiTokenError(
+            f"--device {path}: expected {{module: device}} for the language model, such as "
+            '{"model.embed_tokens": 0, "model.layers.0": 1, ...}'
+        )
+    return found
 
 
 def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:

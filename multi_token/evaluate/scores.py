@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,9 +76,9 @@ def score_rows(
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             batch: Any = send_to_device(dict(collate(chunk)), model.device)
-            # float32: rounded to bfloat16, losses of a row under two conditions come out equal.
-            logits = model(**batch).logits.float()
-            loss, accuracy = _by_row(logits, batch["shift_labels"], [s.id for s in chunk])
+            labels = batch["shift_labels"].flatten().index_select(0, batch["supervised"])
+            scores = model(**batch, returns=partial(_score_tokens, labels)).per_token
+            loss, accuracy = _by_row(scores, batch["shift_labels"], [s.id for s in chunk])
             losses.append(loss)
             accuracies.append(accuracy)
     finally:
@@ -85,24 +86,30 @@ def score_rows(
     return RowScores(torch.cat(losses), torch.cat(accuracies))
 
 
-def _by_row(logits: Tensor, shift_labels: Tensor, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """logits [num_supervised, vocabulary], shift_labels [rows, time] -> two of [rows]."""
+def _score_tokens(labels: Tensor, logits: Tensor, of: slice) -> Tensor:
+    """logits [tokens, vocabulary] of a slice of labels -> loss and 1 if wrong, [tokens, 2]."""
+    # float32: rounded to bfloat16, losses of a row under two conditions come out equal.
+    losses = nn.functional.cross_entropy(logits.float(), labels[of], reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) != labels[of]).float()], -1)
+
+
+def _by_row(scores: Tensor, shift_labels: Tensor, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """scores [num_supervised, 2], shift_labels [rows, time] -> loss and accuracy, [rows]."""
     keep = shift_labels != IGNORE_INDEX
     rows, times = keep.nonzero(as_tuple=True)
-    labels = shift_labels[keep]
     num_supervised = keep.sum(1)
     if bool((num_supervised == 0).any()):
         empty = ids[int((num_supervised == 0).nonzero()[0])]
         raise MultiTokenError(f"row {empty}: expected an answer to compare with, it has none")
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    loss = torch.zeros(len(ids), device=logits.device).index_add_(0, rows, losses) / num_supervised
+    losses, is_wrong = scores.unbind(-1)
+    loss = torch.zeros(len(ids), device=losses.device).index_add_(0, rows, losses) / num_supervised
     # A gap between supervised tokens separates two answers: the prompt of the second lies there.
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[1:] = (rows[1:] != rows[:-1]) | (times[1:] != times[:-1] + 1)
     answer = begins.cumsum(0) - 1
     # Sums by index instead of a loop over rows: a host sync for all answers, not one for each.
-    num_wrong = torch.zeros(int(begins.sum()), device=logits.device)
-    num_wrong.index_add_(0, answer, (logits.argmax(-1) != labels).float())
+    num_wrong = torch.zeros(int(begins.sum()), device=losses.device)
+    num_wrong.index_add_(0, answer, is_wrong)
     row_of_answer = rows[begins]
     num_answers = torch.zeros_like(loss).index_add_(0, row_of_answer, torch.ones_like(num_wrong))
     num_exact = torch.zeros_like(loss).index_add_(0, row_of_answer, (num_wrong == 0).float())

@@ -28,6 +28,10 @@ _LIMITATIONS = {
         "{name} does not compute logits at chosen positions only, so all logits are computed and "
         "the supervised ones taken, which needs more memory"
     ),
+    "supports_chunked_logits": (
+        "{name} computes logits only together with its layers, so those of all supervised tokens "
+        "are held at once, whatever train.logits_megabytes is"
+    ),
     "supports_packing": (
         "{name} cannot take packed rows: the content of one row changes the logits of the next; "
         "set train.packing to false"
@@ -58,6 +62,8 @@ class Capabilities:
     """Rows padded on the left give the answers that they give alone. Right padding always does."""
     supports_logits_to_keep: bool
     """The head computes logits at supervised positions only."""
+    supports_chunked_logits: bool
+    """Logits of a chunk of hidden states equal those of all: see `loss.supervised_output`."""
     max_batched_length: int | None
     """Rows of a batch with a longer row change: see `forward.max_batched_length`."""
     probe: Callable[[LazyCapability], int] | None = field(default=None, repr=False, compare=False)
@@ -109,9 +115,12 @@ class Capabilities:
             notes.append("its layers get the ids too; a media span shows them the filler id")
         if self.prefill_mode == "ids":
             notes.append("generation continues from a KV cache of the prompt, by ids")
-        for capability in ("supports_left_padding", "supports_logits_to_keep"):
-            if not getattr(self, capability):
-                notes.append(_LIMITATIONS[capability].format(name=self.name))
+        missing = [
+            c for c in ("supports_left_padding", "supports_logits_to_keep") if not getattr(self, c)
+        ]
+        if self.supports_logits_to_keep and not self.supports_chunked_logits:
+            missing.append("supports_chunked_logits")
+        notes += [_LIMITATIONS[capability].format(name=self.name) for capability in missing]
         if self.max_batched_length is not None:
             notes.append(
                 f"in a batch with a row of more than {self.max_batched_length} tokens it scales "

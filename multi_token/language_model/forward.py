@@ -1,4 +1,4 @@
-"""Runs a language model from embeddings: loss in training, prefill and `generate` in inference.
+"""Runs a language model from embeddings: its inputs in training, `generate` in inference.
 
 The functions work for any model; `probe.py` finds which of their modes a model needs.
 """
@@ -6,8 +6,7 @@ The functions work for any model; `probe.py` finds which of their modes a model 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -89,80 +88,6 @@ def filter_flash_attention_kwargs(language_model: Any, inputs: Mapping[str, Any]
     # by these, transformers' flash attention gets the segments of a packed row
     segments = ("cu_seq_lens_", "max_length_")
     return {name: value for name, value in inputs.items() if not name.startswith(segments)}
-
-
-def supervised_loss(
-    language_model: Any,
-    *,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    shift_labels: Tensor,
-    supervised: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    supports_logits_to_keep: bool = True,
-    **inputs: Any,
-) -> Any:
-    """Return the model's output with the loss, and with logits at supervised positions only.
-
-    inputs_embeds [batch, time, dim], shift_labels int64 [batch, time], their flat supervised
-    positions int64 [num_supervised] -> loss [], logits [num_supervised, vocabulary]. Head and loss
-    are the model's own, so that soft caps and logit scales apply. Without `supports_logits_to_keep`
-    all logits are computed, then selected.
-    """
-    # By positions and not by a mask: the number of true elements of a mask is on the device, and
-    # the host would wait for it in the forward and in the backward pass.
-    labels = shift_labels.flatten().index_select(0, supervised)
-    inputs |= {
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        # Explicit, for any configuration: with a cache, transformers does not look for
-        # restarting positions, and packed rows would attend to each other.
-        "use_cache": False,
-    }
-    if not supports_logits_to_keep:
-        output = language_model(**inputs)
-        output.logits = output.logits.flatten(0, 1).index_select(0, supervised)
-        total = nn.functional.cross_entropy(output.logits.float(), labels, reduction="sum")
-        output.loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        return output
-    # Already shifted labels skip the model's own shift, which a selection of positions would
-    # break; `labels` only switch the loss on.
-    with _logits_only_at(language_model, supervised):
-        output = language_model(
-            labels=shift_labels,
-            shift_labels=labels,
-            num_items_in_batch=num_items_in_batch,
-            **inputs,
-        )
-    if output.logits.shape[:-1] != labels.shape:
-        raise LanguageModelError(
-            f"{type(base_language_model(language_model)).__name__} computes logits without calling "
-            f"its output embeddings (got logits {tuple(output.logits.shape)} for {len(labels)} "
-            "supervised positions)"
-        )
-    return output
-
-
-@contextmanager
-def _logits_only_at(language_model: Any, positions: Tensor) -> Iterator[None]:
-    """Within, the head gets the hidden states at flat positions [num] only -> logits [num, ids]."""
-    # In place of `logits_to_keep`, which selects positions of rows of different lengths by a mask
-    # alone, and a mask makes the host wait for the device.
-    head = base_language_model(language_model).get_output_embeddings()
-    if head is None:
-        raise LanguageModelError(
-            f"{type(base_language_model(language_model)).__name__} has no output embeddings"
-        )
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *others = args
-        return (hidden.flatten(0, -2).index_select(0, positions.to(hidden.device)), *others)
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def generate_from_embeds(

@@ -34,6 +34,8 @@ LOAD_FAULTS = (
     ValueError,
     struct.error,
 )
+DeviceMap = str | Mapping[str, int | str]
+"""`auto` and other words of accelerate, or module of the language model -> its device."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -59,6 +61,7 @@ def load_language_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a decoder-only model of transformers, frozen and in eval mode.
 
@@ -69,19 +72,24 @@ def load_language_model(
         dtype: `auto` for the precision of the files, or a name of torch's.
         attn_implementation: transformers' choice by default.
         quantization: Weights in 4 or 8 bits; None keeps them as they are.
+        device_map: Devices of its parts; None loads it on the CPU.
 
     Returns:
         The model. `probe.py` checks later, on its device, that it can run from embeddings.
 
     Raises:
-        LanguageModelError: If no model can be loaded, or not be quantized.
+        LanguageModelError: If no model can be loaded, or not be quantized, or if the map offloads
+            the input embeddings.
     """
+    from accelerate.utils import check_device_map
     from transformers import AutoModelForCausalLM
 
     limit_hub_waits()
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = device_map
     if quantization is not None:
         _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
@@ -92,6 +100,9 @@ def load_language_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             **options,
         )
+        if isinstance(device_map, Mapping):
+            # transformers leaves modules that the map does not name on the CPU, without a word
+            check_device_map(model, dict(device_map))
     except LOAD_FAULTS as error:
         raise LanguageModelError(
             f"no language model could be loaded from {name!r} (a hub name, a folder or a GGUF file "
@@ -108,6 +119,11 @@ def load_language_model(
             f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
             f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
             "to null, or try another kind"
+        )
+    if device_map is not None and model.get_input_embeddings().weight.is_meta:
+        raise LanguageModelError(
+            f"the device map keeps the input embeddings of {name!r} off the devices that compute "
+            f"({model.hf_device_map}), and media are written beside them; give them a device"
         )
     keep_backward_layout(model)
     return model.requires_grad_(False).eval()

@@ -76,6 +76,22 @@ def _remove_partial_adapter(language_model: nn.Module) -> None:
         del language_model.peft_config
 
 
+def place_adapter(language_model: nn.Module) -> None:
+    """Put each LoRA where its layer computes, if a device map keeps weights of layers elsewhere."""
+    for layer in language_model.modules():
+        # accelerate's mark of a layer whose weights come to a device for each call
+        hook = getattr(getattr(layer, "base_layer", None), "_hf_hook", None)
+        devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
+        device = next((device for device in devices if device is not None), None)
+        if device is None:
+            continue
+        for name in getattr(layer, "adapter_layer_names", ()):
+            part = getattr(layer, name)
+            # PEFT has put it beside the weights, which may be on no device at all
+            is_empty = any(p.is_meta for p in part.parameters())
+            part.to_empty(device=device) if is_empty else part.to(device)
+
+
 def adapter_parameters(language_model: nn.Module) -> list[nn.Parameter]:
     """Return the LoRA parameters; empty if no adapter is attached."""
     return [p for name, p in language_model.named_parameters() if "lora_" in name]

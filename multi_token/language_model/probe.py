@@ -34,8 +34,8 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    supervised_loss,
 )
+from multi_token.language_model.loss import supervised_loss, supervised_output
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.language_model.segment_attention import (
     recording_mask_reach,
@@ -64,7 +64,7 @@ MODEL_FAULTS = (
 def probe(language_model: Any) -> Capabilities:
     """Find the capabilities of a language model, on its device and in its precision.
 
-    Five forwards of up to twelve tokens if the model is a plain one.
+    Six forwards of up to twelve tokens if the model is a plain one.
 
     Args:
         language_model: A causal language model of transformers, with or without an adapter.
@@ -87,6 +87,7 @@ def probe(language_model: Any) -> Capabilities:
             prefill_mode=prefill_mode,
             supports_left_padding=supports_left_padding,
             supports_logits_to_keep=run.supports_logits_to_keep,
+            supports_chunked_logits=run.supports_chunked_logits,
             max_batched_length=max_batched_length(language_model),
             probe=partial(_find_lazy, language_model),
         )
@@ -262,26 +263,27 @@ class _ProbeRun:
         """Raise `tolerance` to this model's rounding between texts of two lengths.
 
         Sets `supports_logits_to_keep` as well: True if the head computes logits at chosen positions
-        only and the loss is divided by `num_items_in_batch`. Raises LanguageModelError for a model
-        that is not causal.
+        only and the loss is divided by `num_items_in_batch`. Sets `supports_chunked_logits` too.
+        Raises LanguageModelError for a model that is not causal.
         """
         # in a causal model the logits of a prefix are those of the longer text, up to rounding
         labels = torch.full_like(self.ids, -100)
         labels[:, 1:4] = self.others[:, 1:4]
         keep = labels[0] != -100
         expected = self.reference[:_NUM_TOKENS]
+        options: dict[str, Any] = {
+            "inputs_embeds": self.embeds,
+            "attention_mask": torch.ones_like(self.ids),
+            "shift_labels": labels,
+            "supervised": torch.arange(1, 4, device=labels.device),
+            # Twice the labels: a loss that ignores the number is twice too large.
+            "num_items_in_batch": 6,
+            **per_layer_inputs(self.model, self.ids),
+        }
+        logits = expected[keep]
         try:
-            found = supervised_loss(
-                self.model,
-                inputs_embeds=self.embeds,
-                attention_mask=torch.ones_like(self.ids),
-                shift_labels=labels,
-                supervised=torch.arange(1, 4, device=labels.device),
-                # Twice the labels: a loss that ignores the number is twice too large.
-                num_items_in_batch=6,
-                **per_layer_inputs(self.model, self.ids),
-            )
-            distance = self.distance(found.logits, expected[keep])
+            found = supervised_loss(self.model, **options)
+            logits, distance = found.logits, self.distance(found.logits, expected[keep])
             loss = torch.nn.functional.cross_entropy(expected[keep].float(), labels[0, keep]) / 2
             is_loss_close = bool((found.loss - loss).abs() <= 0.05 * loss)
             self.supports_logits_to_keep = distance <= _OTHER_TEXT and is_loss_close
@@ -296,6 +298,15 @@ class _ProbeRun:
                     "a decoder-only model is expected"
                 )
         self.tolerance = max(self.tolerance, 8 * distance)
+        self.supports_chunked_logits = self.supports_logits_to_keep and bool(
+            _succeeds(lambda: self._chunks_equal(logits, options))
+        )
+
+    def _chunks_equal(self, expected: Tensor, options: dict[str, Any]) -> bool:
+        """True if logits [3, vocabulary] come out the same in chunks of two rows."""
+        found = supervised_output(self.model, chunk_rows=2, returns="logits", **options).logits
+        assert found is not None
+        return self.is_close(found.apply(lambda logits, _: logits), expected)
 
     def find_prefill_mode(self) -> tuple[PrefillMode, bool]:
         """Return how `generate` starts from a prompt, and whether left padding is exact.

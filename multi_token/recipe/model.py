@@ -65,7 +65,7 @@ class ModelSpec(StrictModel):
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the frozen language model; trained parts are float32 always."""
+    """Precision of the frozen language model; while a part is trained, it is float32."""
     quantization: Quantization | None = None
     """`4bit`, `8bit`, `int8` or a section with more: the language model in fewer bits."""
     attn_implementation: str | None = None

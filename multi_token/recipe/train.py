@@ -8,6 +8,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from multi_token.recipe.data import DataSource, StrictModel
 
+LOGITS_MEGABYTES = 256
+
 
 class ClosedFormSpec(StrictModel):
     """The closed-form start: ridge regression from features to caption embeddings."""
@@ -225,6 +227,10 @@ class TrainSpec(StrictModel):
     """Compile each layer of the language model (torch, inductor); see docs/scale-out.md."""
     liger: bool = False
     """Use Liger's kernels in the language model; needs a GPU and the package liger-kernel."""
+    logits_megabytes: float = Field(default=LOGITS_MEGABYTES, gt=0)
+    """Most memory of logits that exist at a time, in float32. The loss of a batch with more is
+    computed in chunks, each one twice: for the loss and for the gradient. A chunk needs up to four
+    times as much for its loss."""
     calibration_items: int = Field(default=4096, ge=1)
     """Most items of each modality whose features fix the projector's statistics, spread evenly
     over the training rows."""

@@ -9,6 +9,7 @@ connection.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -74,7 +75,7 @@ class DrainingServer(uvicorn.Server):
         """Install our handlers for SIGINT and SIGTERM."""
         # uvicorn raises the signal again after its shutdown, so a drained server would exit with
         # 128 + 15. Supervisors take that for a crash. Here a drained server returns: exit code 0.
-        if threading.current_thread() is not threading.main_thread():
+        if not _owns_process():
             yield
             return
         kept = {
@@ -114,7 +115,14 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
         finally:
             log.removeFilter(self._is_worth_logging)
-        if self.started and self._on_started is not None:
+        if not self.started:
+            return
+        if _owns_process():
+            # A full garbage collection looks at 400,000 objects of libraries and model: 0.4 s in
+            # which no thread runs. From here on it looks at those of requests only.
+            gc.collect()
+            gc.freeze()
+        if self._on_started is not None:
             self._on_started()
 
     def _is_worth_logging(self, record: logging.LogRecord) -> bool:
@@ -126,6 +134,11 @@ class DrainingServer(uvicorn.Server):
         # Requests cut off by the timeout have their error queued; it still has to be sent.
         await self.service.admission.wait_until_empty(_FLUSH_TIMEOUT_S)
         self.should_exit = True
+
+
+def _owns_process() -> bool:
+    """Return True in a process of the server alone, not in a thread of another program."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def http_protocol_with_timeouts(

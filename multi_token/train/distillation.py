@@ -6,7 +6,7 @@ media item replaced by its text (`media_texts` of a row). Both see the same answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.lora import adapter_parameters
+from multi_token.language_model.loss import SupervisedLogits
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import DistillationSpec
 from multi_token.train.objective import Objective
@@ -25,6 +27,8 @@ TEACHER = "teacher"
 """Key of a batch that holds the teacher's inputs."""
 _TAUGHT, _UNTAUGHT = "taught", "untaught"
 """Keys of the teacher's inputs: supervised tokens that the teacher predicted, and all others."""
+_NUM_TAUGHT = "num_taught"
+"""Key of the teacher's inputs: supervised tokens of each sample, and of these the taught ones."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class DistillationCollator:
             inputs: dict[str, Any] = {**self._batch(plain, texts)}
             # the rows are text alone, and with labels forward would compute a loss that is not used
             del inputs["media"], inputs["labels"]
-            each = [torch.full((_num_supervised(s),), s.teacher is not None) for s in samples]
-            taught = torch.cat(each)
+            nums = [_num_supervised(sample) for sample in samples]
+            is_taught = [sample.teacher is not None for sample in samples]
+            taught = torch.tensor(is_taught).repeat_interleave(torch.tensor(nums))
             # numbers and not the mask, which would make the host wait for the device
             batch[TEACHER] = {
                 _TAUGHT: taught.nonzero().flatten(),
                 _UNTAUGHT: (~taught).nonzero().flatten(),
+                _NUM_TAUGHT: [(n, n * of) for n, of in zip(nums, is_taught, strict=True)],
                 **inputs,
             }
         return batch
@@ -81,8 +87,10 @@ class DistillationLoss(Objective):
         """Ids of the supervised tokens, [num_supervised]."""
         self.taught = self.untaught = torch.zeros(0, dtype=torch.long)
         """Numbers of the supervised tokens that the teacher predicted too, and of the others."""
-        self.logits: Tensor | None = None
-        """The teacher's logits, [num_taught, vocabulary]."""
+        self.num_taught: list[tuple[int, int]] = []
+        """Supervised tokens of each sample, and of these the taught ones."""
+        self.logits: Callable[[slice], Tensor] | None = None
+        """The teacher's logits [rows, vocabulary] of a slice of `taught`."""
 
     def collator(self, collator: Collator, *, packed: bool) -> DistillationCollator:
         return DistillationCollator(collator, packed=packed)
@@ -96,28 +104,51 @@ class DistillationLoss(Objective):
         texts = inputs.get(TEACHER)
         if texts is not None:
             self.taught, self.untaught = texts[_TAUGHT], texts[_UNTAUGHT]
+            self.num_taught = texts[_NUM_TAUGHT]
             self.logits = teacher_logits(model, texts)
-        return {key: value for key, value in inputs.items() if key != TEACHER}
+        own = {key: value for key, value in inputs.items() if key != TEACHER}
+        return {**own, "returns": self._token_losses}
 
     def loss(
         self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Loss [] of the batch of `before_forward`, from logits [num_supervised, vocabulary].
+        """Loss [] of the batch of `before_forward`, from `_token_losses`.
 
         `weight` of the divergence and the rest of cross entropy where there is a teacher, cross
         entropy elsewhere; summed, and divided by `num_items_in_batch`.
         """
-        logits = outputs.logits.float()
-        entropy = nn.functional.cross_entropy(logits, self.ids, reduction="none")
+        losses = outputs.per_token
         if self.logits is None:
-            total = entropy.sum()
+            total = losses.sum()
         else:
-            total = entropy.index_select(0, self.untaught).sum()
-            found = logits.index_select(0, self.taught)
-            divergence = kl_divergence(self.logits, found, self.spec.temperature)
-            weight, taught = self.spec.weight, entropy.index_select(0, self.taught)
-            total = total + ((1 - weight) * taught + weight * divergence).sum()
+            total = losses.index_select(0, self.untaught).sum()
+            total = total + losses.index_select(0, self.taught).sum()
         return total / (max(1, len(self.ids)) if num_items_in_batch is None else num_items_in_batch)
+
+    def _token_losses(self, logits: Tensor, rows: slice) -> Tensor:
+        """Losses [rows] of student's logits [rows, vocabulary], at a slice of all tokens."""
+        logits = logits.float()
+        entropy = nn.functional.cross_entropy(logits, self.ids[rows], reduction="none")
+        first, last = self._num_taught_before(rows.start), self._num_taught_before(rows.stop)
+        if self.logits is None or first == last:
+            return entropy
+        taught = self.taught[first:last] - rows.start
+        # After the student's: autocast keeps a cast of the head's weights, and one that is made
+        # without gradients would cut the student off from them.
+        teacher = self.logits(slice(first, last))
+        student = logits.index_select(0, taught)
+        divergence = kl_divergence(teacher, student, self.spec.temperature)
+        weight = self.spec.weight
+        mixed = (1 - weight) * entropy.index_select(0, taught) + weight * divergence
+        return entropy.index_copy(0, taught, mixed)
+
+    def _num_taught_before(self, token: int) -> int:
+        """Taught tokens among the first `token` supervised ones, counted on the host."""
+        found = 0
+        for num, taught in self.num_taught:
+            found += min(token, taught)
+            token = max(token - num, 0)
+        return found
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -133,15 +164,29 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tenso
 
 
 @torch.no_grad()
-def teacher_logits(model: MultiTokenForConditionalGeneration, texts: Mapping[str, Any]) -> Tensor:
-    """Logits [num_supervised, vocabulary] of the language model without adapter, at the answers.
+def teacher_logits(
+    model: MultiTokenForConditionalGeneration, texts: Mapping[str, Any]
+) -> Callable[[slice], Tensor]:
+    """Run the language model without adapter on texts; return its logits at slices of the answers.
 
     `texts`: the `teacher` entry of a batch of `DistillationCollator`.
     """
-    with _adapter_disabled(model.language_model):
+    child = model.language_model
+    with _adapter_disabled(child):
         # through the model's own forward: FSDP gathers its shards only there
-        inputs = {key: v for key, v in texts.items() if key not in (_TAUGHT, _UNTAUGHT)}
-        return model(**inputs).logits
+        own = (_TAUGHT, _UNTAUGHT, _NUM_TAUGHT)
+        inputs = {key: value for key, value in texts.items() if key not in own}
+        logits: SupervisedLogits = model(**inputs, returns="logits").logits
+    head = base_language_model(child).get_output_embeddings()
+    # a walk over all layers, for each chunk
+    has_adapter = head is not None and bool(adapter_parameters(head))
+
+    @torch.no_grad()
+    def rows_of(rows: slice) -> Tensor:
+        with _adapter_disabled(child) if has_adapter else nullcontext():
+            return logits.rows(rows)
+
+    return rows_of
 
 
 @contextmanager

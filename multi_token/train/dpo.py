@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from multi_token.collate import Collator
+from multi_token.language_model.loss import token_losses
 from multi_token.recipe.train import DpoSpec
 from multi_token.train.objective import Objective, Reduce
 from multi_token.types import IGNORE_INDEX, Batch, Sample
@@ -92,16 +93,14 @@ class PreferenceCollator:
         return {**batch, REFERENCE: torch.stack([pair.reference for pair in pairs])}
 
 
-def sequence_logps(logits: Tensor, shift_labels: Tensor, supervised: Tensor) -> Tensor:
+def sequence_logps(losses: Tensor, shift_labels: Tensor, supervised: Tensor) -> Tensor:
     """Log-probability of each row's supervised tokens: [rows], in float32.
 
-    logits [num_supervised, vocabulary], of the positions `supervised` of the flattened
+    losses [num_supervised]: cross entropy at the positions `supervised` of the flattened
     shift_labels int64 [rows, time].
     """
-    ids = shift_labels.flatten().index_select(0, supervised)
-    of_tokens = -nn.functional.cross_entropy(logits.float(), ids, reduction="none")
     # by position and then summed, not added by row: `index_add` on a GPU differs from run to run
-    places = of_tokens.new_zeros(shift_labels.numel()).index_copy(0, supervised, of_tokens)
+    places = losses.new_zeros(shift_labels.numel()).index_copy(0, supervised, -losses)
     return places.view(shift_labels.shape).sum(-1)
 
 
@@ -164,21 +163,25 @@ class DpoLoss(Objective):
         """Return a batch without the reference, which is kept for `loss`."""
         self.reference, self.shift_labels = inputs.get(REFERENCE), inputs["shift_labels"]
         self.supervised = inputs["supervised"]
-        return {key: value for key, value in inputs.items() if key != REFERENCE}
+        own = {key: value for key, value in inputs.items() if key != REFERENCE}
+        return {**own, "returns": token_losses(self.shift_labels, self.supervised)}
 
     def loss(
         self, outputs: Any, labels: Any = None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Loss [] of the batch of `before_forward`, from logits [num_supervised, vocabulary].
+        """Loss [] of the batch of `before_forward`, from cross entropy of each token.
 
         Summed over pairs and divided by `num_items_in_batch`, the number of pairs of a step on all
-        devices. A batch without pairs has the model's own loss.
+        devices. A batch without pairs has cross entropy.
         """
         if self.reference is None:
             # an evaluation of rows without two answers
-            return outputs.loss
+            losses = outputs.per_token
+            return losses.sum() / (
+                len(losses) if num_items_in_batch is None else num_items_in_batch
+            )
         # the collator puts all chosen answers before all rejected ones
-        logps = sequence_logps(outputs.logits, self.shift_labels, self.supervised).view(2, -1).T
+        logps = sequence_logps(outputs.per_token, self.shift_labels, self.supervised).view(2, -1).T
         num_tokens = (self.shift_labels != IGNORE_INDEX).sum(-1).view(2, -1).T
         logratios = logps - self.reference
         losses = dpo_losses(logratios, num_tokens, self.spec)

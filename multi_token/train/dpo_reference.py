@@ -36,6 +36,7 @@ from multi_token.distributed import (
     rank,
 )
 from multi_token.errors import RecipeError
+from multi_token.language_model.loss import token_losses
 from multi_token.media.hashing import digest
 from multi_token.recipe.train import Stage
 from multi_token.train.consistency import check_no_bad_rows
@@ -192,11 +193,11 @@ def _compute_reference(
                 inputs: Any = send_to_device(
                     {k: v for k, v in batch.items() if k not in (ROW_IDS, REFERENCE)}, args.device
                 )
+                labels = inputs["shift_labels"], inputs["supervised"]
                 # as in training, or rounding alone would count as a preference
                 with mixed_precision(args):
-                    logits = model(**inputs).logits
-                shift_labels, supervised = inputs["shift_labels"], inputs["supervised"]
-                logps = sequence_logps(logits, shift_labels, supervised).cpu()
+                    losses = model(**inputs, returns=token_losses(*labels)).per_token
+                logps = sequence_logps(losses, *labels).cpu()
                 lengths = inputs["attention_mask"].sum(-1).cpu()
                 found.append((logps.view(2, -1).T, lengths.view(2, -1).T))
                 progress.advance(task, len(lengths) // 2)

@@ -18,6 +18,7 @@ from multi_token.evaluate.scores import evenly_spaced
 from multi_token.generate import decode, generate_ids
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.train import TrainSpec
+from multi_token.train.fsdp import is_sharded
 from multi_token.train.run_report import RunReport
 from multi_token.train.training_args import mixed_precision
 from multi_token.types import Conversation, Text
@@ -53,11 +54,13 @@ class EvaluationCallback(TrainerCallback):
         self.num_rows = sum(source.num_rows for source in held_out)
         self.blind = spec.blind and self.num_rows > 0
         self.trainer: MultiTokenTrainer | None = None
+        self.args: TrainingArguments | None = None
         self.runs_generation = False
 
     def attach(self, trainer: MultiTokenTrainer, stage: str, trainable: Sequence[str]) -> None:
         """Add the callback to a stage's trainer; `trainable`: lines that name its groups."""
         self.trainer, self.model = trainer, trainer.multi_token_model
+        self.args = trainer.args
         self.report.start_stage(stage, Path(str(trainer.args.output_dir)), trainable)
         trainer.add_callback(self)
         sharded = trainer.is_deepspeed_enabled or (
@@ -115,14 +118,21 @@ class EvaluationCallback(TrainerCallback):
         if is_main_process():
             self.report.write(at_once=True)
 
+    def detach(self, model: MultiTokenForConditionalGeneration) -> None:
+        """Let go of a stage's trainer, with its shards; `model` takes the place of its model."""
+        self.trainer, self.model = None, model
+
     def finish(self, model: MultiTokenForConditionalGeneration) -> None:
         """Run the blind test on more rows after the last stage, and print and report it."""
-        if self.trainer is None or not is_main_process():
+        # the forward of a sharded model is a collective: all processes score the same rows
+        if self.args is None or not (is_main_process() or is_sharded(self.spec)):
             return
         # a stage with FSDP leaves shards in the model it was attached with; this one was loaded
         # since
         self.model = model
         found = self._blind(_BLIND_AFTER)
+        if not is_main_process():
+            return
         if found is not None:
             self.report.blind(found.to_json())
             self.console.print(*blind_lines(found), sep="\n", highlight=False, soft_wrap=True)
@@ -142,12 +152,12 @@ class EvaluationCallback(TrainerCallback):
         return found
 
     def _blind(self, num_rows: int) -> BlindReport | None:
-        if not self.blind or self.trainer is None:
+        if not self.blind or self.args is None:
             return None
-        batch_size = self.trainer.args.per_device_eval_batch_size
+        batch_size = self.args.per_device_eval_batch_size
         try:
             rows = self._rows(num_rows)
-            with mixed_precision(self.trainer.args):
+            with mixed_precision(self.args):
                 return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:
             # rows that the test cannot use (all media alike, say) must not end a training run

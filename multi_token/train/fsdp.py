@@ -1,10 +1,11 @@
 """FSDP2 of the language model: each process holds a shard of it.
 
-language model     sharded by layer; gradients averaged by FSDP2, into shards
+language model     on the host, mapped from its files, until it is cut layer by layer: never whole
+                   on a device; gradients averaged by FSDP2, into shards
 encoders,          replicated; gradients averaged by `FsdpShards.average_gradients`
 projectors,
 adapters
-saves              gathered tensor by tensor into a copy on the CPU of the main process
+saves              gathered tensor by tensor into the main process's host memory, for that time
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from multi_token.checkpoint.load import copy_full
 from multi_token.distributed import is_main_process, num_processes
 from multi_token.errors import LanguageModelError, RecipeError
 from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.quantization import quantized_parameters
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe.train import TrainSpec
 
 
 class FsdpShards:
@@ -35,33 +38,46 @@ class FsdpShards:
     model's forward, so they would still be sharded then.
     """
 
-    def __init__(self, model: MultiTokenForConditionalGeneration, *, replicas: int = 1) -> None:
-        """Shard the model in place, which only loading it again undoes.
+    def __init__(
+        self,
+        model: MultiTokenForConditionalGeneration,
+        device: torch.device,
+        *,
+        replicas: int = 1,
+        bf16: bool = False,
+    ) -> None:
+        """Shard the model in place on a device, which only loading it again undoes.
 
+        `bf16`: layers are gathered in bfloat16; weights that are trained stay float32 in shards,
+        and gradients are summed in float32.
         `replicas`: groups of processes with all shards each (HSDP), which exchange only gradients.
         Raises RecipeError if the processes cannot be divided into `replicas` groups,
         LanguageModelError for a language model that cannot be sharded.
         """
-        if quantized_parameters(model.language_model):
-            raise LanguageModelError(
-                "train.fsdp shards floating-point weights, and this language model's weights are "
-                "quantized; set train.fsdp to null"
-            )
+        _check_not_quantized(model.language_model)
         self.model = model
         self._whole: nn.Module | None = None
+        self._empty: nn.Module | None = None
         if model.trained_language_model and is_main_process():
-            # filled by `gather` for each save: one copy on the CPU, no second one on the device
-            self._whole = copy.deepcopy(model.language_model).cpu()
+            # copied before layers become FSDP's; `gather` fills it for each save
+            self._empty = _without_weights(model.language_model)
         # Replicated parts (adapters too) stay outside: a rank whose rows lack a modality never
         # calls them, and would be missing in the gather of their shards.
         weights = model.language_model.named_parameters()
         sharded = {id(p) for name, p in weights if ".lora_" not in name}
         beside = {p for p in model.parameters() if id(p) not in sharded}
-        mesh = _mesh(model.device.type, replicas)
+        for parameter in beside:  # adapters were attached on the host
+            parameter.data = parameter.data.to(device)
+        policy = mixed_precision_policy(bf16)
+        mesh = _mesh(device.type, replicas)
         # layers first: the unit of the model takes only parameters that no inner unit owns
         for layer in decoder_layers(model.language_model):
-            fully_shard(layer, mesh=mesh, ignored_params=beside)
-        fully_shard(model, mesh=mesh, ignored_params=beside)
+            if model.trained_language_model:
+                layer.float()  # on the host, where a layer is alone
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=beside)
+        if model.trained_language_model:
+            model.language_model.float()
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=beside)
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -102,12 +118,19 @@ class FsdpShards:
         self.reshard()  # before the main process calls `state_dict` alone, to write
         if not self.model.trained_language_model:
             return  # a frozen language model is referenced by a checkpoint, not saved
-        whole = dict(self._whole.state_dict(keep_vars=True)) if self._whole is not None else {}
-        for name, tensor in self.model.language_model.state_dict().items():
-            # every rank takes part in each gather; one full tensor at a time is on a device
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if whole:
-                whole[name].data.copy_(full)
+        gathered: dict[int, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for name, tensor in self.model.language_model.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:  # of tied weights once
+                # every rank takes part in each gather; one full tensor at a time is on a device
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                is_parameter = isinstance(tensor, nn.Parameter)
+                full = full.detach().cpu() if self._empty is not None else full.new_empty(0)
+                gathered[id(tensor)] = nn.Parameter(full, False) if is_parameter else full
+            whole[name] = gathered[id(tensor)]
+        if self._empty is not None:
+            self._whole = copy.deepcopy(self._empty)
+            self._whole.load_state_dict(whole, assign=True)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -121,6 +144,50 @@ class FsdpShards:
             yield
         finally:
             self.model.language_model = sharded
+            self._whole = None  # host memory of a whole model, for the time of a save
+
+
+def _without_weights(language_model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are on the meta device; tied ones stay tied."""
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in language_model.parameters()
+    }
+    return copy.deepcopy(language_model, known)
+
+
+def mixed_precision_policy(bf16: bool) -> MixedPrecisionPolicy:
+    """Return FSDP2's precision of gathered weights and of the sum of gradients."""
+    if not bf16:
+        return MixedPrecisionPolicy()
+    # inputs as they are: autocast decides on them, as in one process
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def is_sharded(spec: TrainSpec) -> bool:
+    """Return True if the processes of this run shard the language model."""
+    return spec.fsdp is not None and num_processes() > 1
+
+
+def run_in_shards(language_model: Any, device: torch.device, *, bf16: bool) -> None:
+    """Shard a language model alone, to try a few tokens with it. All processes call it alike."""
+    _check_not_quantized(language_model)
+    mesh, policy = _mesh(device.type, 1), mixed_precision_policy(bf16)
+    for module in (*decoder_layers(language_model), language_model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    with torch.no_grad():
+        # the first forward gathers embeddings and head, which stay until the end
+        language_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+
+
+def _check_not_quantized(language_model: nn.Module) -> None:
+    if quantized_parameters(language_model):
+        raise LanguageModelError(
+            "train.fsdp shards floating-point weights, and this language model's weights are "
+            "quantized; set train.fsdp to null"
+        )
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -140,21 +207,25 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
+@torch.no_grad()
 def shard_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """Shard a state of full tensors as the parameters are: a pre-hook of `load_state_dict`."""
+    """Shard a state of full tensors as the parameters are: a pre-hook of `load_state_dict`.
+
+    Full tensors may be mapped from a file. The result does not refer to them.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         parameter = parameters[int(number)]
-        if not isinstance(parameter, DTensor):
-            continue
         for key, value in entries.items():
-            # moments have the shape of their parameter; step counters are scalars and stay
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[key] = distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements
-                )
+            if not isinstance(value, Tensor):
+                continue
+            # moments have the shape of their parameter; step counters are scalars
+            is_sharded = isinstance(parameter, DTensor) and value.shape == parameter.shape
+            like = parameter if is_sharded else value
+            entries[key] = torch.empty_like(like, dtype=value.dtype)
+            copy_full(value, entries[key])
     return state
 
 

@@ -47,8 +47,11 @@ class Objective:
     def before_forward(
         self, model: MultiTokenForConditionalGeneration, inputs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return a batch as the model takes it, without the objective's own tensors."""
-        return dict(inputs)
+        """Return a batch as the model takes it, without the objective's own tensors.
+
+        Its `returns` tells the model what to compute: the loss, or values of each token.
+        """
+        return {**inputs, "returns": "loss"}
 
     @contextmanager
     def evaluation_mode(self, gather: Reduce) -> Iterator[None]:

@@ -120,9 +120,12 @@ def trainable_encoders(
     return found
 
 
-def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Trainable) -> None:
+def freeze_and_unfreeze(
+    model: MultiTokenForConditionalGeneration, learn: Trainable, *, to_be_sharded: bool = False
+) -> None:
     """Unfreeze the parameters of a stage, and freeze all others.
 
+    `to_be_sharded`: leave the language model's precision to `FsdpShards`, which casts by layer.
     Raises MultiTokenError for a group without parameters, and for a language model whose weights
     cannot be trained.
     """
@@ -133,7 +136,11 @@ def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Traina
             name, model.encoder(name), spec, model.trained_encoders.get(name)
         )
     if learn.language_model is not None:
-        _unfreeze_language_model(model)
+        _check_unfreezable(model)
+        model.trained_language_model = True
+        if not to_be_sharded:
+            # 16 bits would round small updates away
+            model.language_model.float()
     for group in parameter_groups(model, learn):
         if not group.parameters:
             raise MultiTokenError(f"nothing to train under {group.name!r}")
@@ -141,8 +148,8 @@ def freeze_and_unfreeze(model: MultiTokenForConditionalGeneration, learn: Traina
             parameter.requires_grad_(True)
 
 
-def _unfreeze_language_model(model: MultiTokenForConditionalGeneration) -> None:
-    """Unfreeze the language model, in float32: 16 bits would round small updates away."""
+def _check_unfreezable(model: MultiTokenForConditionalGeneration) -> None:
+    """Raise MultiTokenError for a language model whose weights cannot be trained."""
     if quantized_parameters(model.language_model):
         raise MultiTokenError(
             "learn.language_model trains all weights, but those of the language model are "
@@ -155,5 +162,3 @@ def _unfreeze_language_model(model: MultiTokenForConditionalGeneration) -> None:
             "train `adapter`, or merge it first (`multi-token export RUN --to merged`) and train "
             "the result"
         )
-    model.language_model.float()
-    model.trained_language_model = True

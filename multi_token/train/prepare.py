@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from torch.utils.data import ConcatDataset
@@ -38,6 +39,9 @@ from multi_token.data.sources import (
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
 from multi_token.errors import RecipeError
+from multi_token.language_model.capabilities import Capabilities, LazyCapability
+from multi_token.language_model.loading import load_language_model
+from multi_token.language_model.probe import check_trainable, probe
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.data import DataSource
 from multi_token.recipe.model import ModelSpec
@@ -52,6 +56,7 @@ from multi_token.train.accelerator import (
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
+from multi_token.train.fsdp import is_sharded, run_in_shards
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
@@ -130,16 +135,53 @@ def is_done(folder: Path) -> bool:
     return broadcast_from_main((folder / _DONE).is_file)
 
 
-def compose_model(recipe: Recipe, args: TrainingArguments) -> MultiTokenForConditionalGeneration:
-    """Compose the recipe's model on the device of this process, with the kernels it asks for."""
+def compose_model(
+    recipe: Recipe, args: TrainingArguments, capabilities: Capabilities | None = None
+) -> MultiTokenForConditionalGeneration:
+    """Compose the recipe's model on the device of this process, with the kernels it asks for.
+
+    A language model that several processes shard stays on the host, mapped from its files, except
+    for its input embeddings. `capabilities`: those that an earlier model of the run has.
+    """
     model = MultiTokenForConditionalGeneration.from_spec(
         recipe.model, max_tokens=recipe.data.max_tokens
     )
-    move_to_device(model, args.device)
+    if is_sharded(recipe.train):
+        embeddings = model.language_model.get_input_embeddings()
+        for part in (model.encoders, model.projectors, embeddings):
+            part.to(args.device)
+        model.capabilities = capabilities or _probe_in_shards(recipe, args)
+    else:
+        move_to_device(model, args.device)
     apply_kernels(model.language_model, recipe.train, args.device)
     with mixed_precision(args):
         model.capabilities  # noqa: B018 - probed as it trains, and then cached
     return model
+
+
+def _probe_in_shards(recipe: Recipe, args: TrainingArguments) -> Capabilities:
+    """Probe a language model that no device holds whole; it is dropped afterwards. Collective."""
+    spec = recipe.model
+    language_model = load_language_model(
+        spec.language_model,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        quantization=spec.quantization,
+    )
+    apply_kernels(language_model, recipe.train, args.device)
+    run_in_shards(language_model, args.device, bf16=args.mixed_precision == "bf16")
+    with mixed_precision(args):
+        capabilities = probe(language_model)
+        if recipe.train.packing is not None:
+            # found now: later only the model that is dropped could answer
+            for name in get_args(LazyCapability):
+                getattr(capabilities, name)
+        check_trainable(language_model)
+    capabilities.probe = None  # it refers to the model that is dropped
+    del language_model
+    gc.collect()  # FSDP2's units refer to each other
+    return capabilities
 
 
 def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from multi_token.distributed import (
     barrier,
     broadcast_from_main,
     is_main_process,
-    num_processes,
     peer_errors,
 )
 from multi_token.errors import RecipeError
@@ -26,6 +26,7 @@ from multi_token.recipe.recipe import Recipe
 from multi_token.train.accelerator import cast_frozen_encoders
 from multi_token.train.closed_form import fit_projector
 from multi_token.train.consistency import check_same_recipe
+from multi_token.train.fsdp import FsdpShards, is_sharded
 from multi_token.train.prepare import (
     Run,
     StageRun,
@@ -55,7 +56,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
 
     Returns:
         The trained model in eval mode, on the device it was trained on. It is also saved in
-        `recipe.train.output_dir`.
+        `recipe.train.output_dir`. With `train.fsdp` in several processes it is in shards, and runs
+        only if all processes call it alike.
 
     Raises:
         RecipeError: The recipe cannot be run, its folder holds a run of another recipe, or
@@ -108,15 +110,20 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
             load_trained(run.model, stage.folder / "result")
             continue
         fit(run, stage)
-        if run.recipe.train.fsdp is not None and num_processes() > 1:
+        if is_sharded(run.recipe.train):
             # sharded parameters stay sharded, and the next stage shards a model of its own
-            run.model = compose_model(run.recipe, stage.args)
+            run.model = compose_model(run.recipe, stage.args, run.model.capabilities)
             load_trained(run.model, stage.folder / "result")
             cast_frozen_encoders(run.model, run.recipe.train, stage.args)
+            run.evaluation.detach(run.model)
+            gc.collect()  # the trainer and its callbacks refer to each other
     if is_main_process():
         with raise_on_write_error(folder):
             save(run.model, folder)
     barrier()
+    if is_sharded(run.recipe.train):
+        args = run.stages[-1].args
+        FsdpShards(run.model, args.device, bf16=args.mixed_precision == "bf16")
     run.evaluation.finish(run.model)
     run.console.print(f"saved to {folder}")
     return run.model.eval()

@@ -36,6 +36,7 @@ from multi_token.train.dpo_reference import (
     load_or_compute_reference,
     preference_dataset,
 )
+from multi_token.train.fsdp import is_sharded
 from multi_token.train.objective import CrossEntropy, Objective
 from multi_token.train.parameter_groups import parameter_groups, trainable_encoders
 from multi_token.train.plan.estimate import plan_stage, print_plan
@@ -85,6 +86,7 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
     share = spec.packing is not None and spec.packing.share
     collator = Collator(model.modalities, model.processor.chat.filler_id, share=share)
     _freeze_unused(run, stage, sources)
+    model.logits_bytes = int(spec.logits_megabytes * 2**20)
     trainer = MultiTokenTrainer(
         model,
         learn=learn,
@@ -195,8 +197,9 @@ def fit(run: Run, stage: StageRun) -> None:
     trainer = build_trainer(run, stage)
     print_plan(plan_stage(trainer, name, try_steps=False), trainer, console)
     run.evaluation.attach(trainer, name, _trainable_groups(run, stage))
-    with mixed_precision(stage.args):
-        check_trainable(run.model.language_model)
+    if not is_sharded(run.recipe.train):  # else tried when the model was composed
+        with mixed_precision(stage.args):
+            check_trainable(run.model.language_model)
     # transformers adds it where tqdm is off; it would print every log a second time
     trainer.remove_callback(PrinterCallback)
     stop = StopOnInterrupt(console)

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.utils import serialization
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
-from multi_token.distributed import barrier, broadcast_from_main, is_main_process
-from multi_token.errors import CheckpointError, MultiTokenError, RecipeError
+from multi_token.distributed import (
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    num_processes,
+)
+from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError, RecipeError
+from multi_token.language_model.forward import base_language_model
 from multi_token.language_model.segment_attention import (
     describe_pack_attention,
     segment_attention_enabled,
@@ -72,7 +80,13 @@ class MultiTokenTrainer(Trainer):
         model can be used for nothing else afterwards.
         `compile_layers`: compile the language model's layers while training.
         """
-        freeze_and_unfreeze(model, learn)
+        placement = getattr(base_language_model(model.language_model), "hf_device_map", {})
+        if len(set(placement.values())) > 1:
+            raise LanguageModelError(
+                "a language model with a `device_map` over several devices generates, and cannot "
+                "be trained; load it without one, and share it by train.fsdp if it is too large"
+            )
+        freeze_and_unfreeze(model, learn, to_be_sharded=fsdp is not None and num_processes() > 1)
         self.learn = learn
         self.batches = batches
         self.objective = CrossEntropy() if objective is None else objective
@@ -89,6 +103,10 @@ class MultiTokenTrainer(Trainer):
         # accelerate keeps the precision of the first trainer for all later ones of a process
         AcceleratorState._reset_state()
         super().__init__(model=model, **options)
+        if learn.language_model is not None:
+            # written in float32, and loaded in the precision that it computed in
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.args.mixed_precision, "auto")
+            model.config.model = {**model.config.model, "dtype": dtype}
         self.batches.configure(self.args)
         self.add_callback(self.step_metrics)
         self.add_callback(SetEpochCallback())
@@ -194,13 +212,23 @@ class MultiTokenTrainer(Trainer):
     ) -> Any:
         if self.fsdp is not None and self.args.world_size > 1 and self.sharding is None:
             # here, since the checkpoint's weights are loaded by now and the optimizer is not made
-            self.sharding = FsdpShards(self.multi_token_model, replicas=self.fsdp.replicas)
+            self.sharding = FsdpShards(
+                self.multi_token_model,
+                self.args.device,
+                replicas=self.fsdp.replicas,
+                bf16=self.args.mixed_precision == "bf16",
+            )
             # accelerate then neither wraps the model in DDP nor shards it again
             self.is_distributed_loading_by_transformers = True
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
             # DeepSpeed loads by itself and never calls `_load_from_checkpoint`
             check_same_batching(Path(resume_from_checkpoint), self.batching_facts)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # whole, a language model that is to be sharded may not fit a device
+        if self.fsdp is None or self.args.world_size == 1:
+            super()._move_model_to_device(model, device)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Do nothing: replicated parameters are equal, and `training_step` averages gradients."""
@@ -397,7 +425,14 @@ class MultiTokenTrainer(Trainer):
                 f"{checkpoint} was saved with `save_only_model`, so it lacks the optimizer's state "
                 "and cannot be continued; remove the checkpoints beside it to begin the stage again"
             )
-        with raise_on_read_error(checkpoint):
+        with raise_on_read_error(checkpoint), ExitStack() as stack:
+            if self.sharding is not None:
+                # One of several processes would load the full state onto its device. A single one
+                # maps the file, and `shard_optimizer_state` cuts from that.
+                options: Any = serialization.config
+                stack.enter_context(options.patch("load.mmap", True))
+                stack.callback(setattr, self, "args", self.args)
+                self.args: Any = SimpleNamespace(world_size=1)
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(
@@ -406,4 +441,5 @@ class MultiTokenTrainer(Trainer):
         check_same_batching(Path(resume_from_checkpoint), self.batching_facts)
         load_trained(self.multi_token_model, resume_from_checkpoint)
         # loading may attach parts (an adapter, a language model) whose parameters are trainable
-        freeze_and_unfreeze(self.multi_token_model, self.learn)
+        sharded = self.fsdp is not None and self.args.world_size > 1
+        freeze_and_unfreeze(self.multi_token_model, self.learn, to_be_sharded=sharded)

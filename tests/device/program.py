@@ -89,7 +89,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "teacher": {"learn": PROJECTORS, "distillation": {"weight": 0.5}},
 }
 MODES: dict[str, dict[str, Any]] = {
-    "padded": {},
+    # the loss in chunks of a few tokens
+    "padded": {"logits_megabytes": 0.004},
     "packed": {"packing": True, "pack_tokens": 128},
     "shared": {"packing": {"share": True}, "pack_tokens": 160},
     "streamed": {},

@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.utils.import_utils import enable_tf32
 
 import multi_token
 from multi_token.collate import Collator
@@ -221,6 +222,7 @@ def test_planned_memory_is_within_a_fifth_of_the_most_that_a_gpu_holds(
 
 
 def test_the_local_engine_answers_as_generate_does(families: ModuleType, tmp_path: Path) -> None:
+    enable_tf32(False)  # trainers turn it on for their process
     model = composed(tmp_path, families, "Llama")
     before = copy.deepcopy(model)
     move_to_device(model, DEVICE)

@@ -17,7 +17,13 @@ from multi_token.cli import app
 from multi_token.data.files.open import load_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
-from multi_token.evaluate.scores import _by_row, evenly_spaced, score_rows, with_processor
+from multi_token.evaluate.scores import (
+    _by_row,
+    _score_tokens,
+    evenly_spaced,
+    score_rows,
+    with_processor,
+)
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
@@ -83,12 +89,13 @@ def test_each_turn_is_an_answer_of_its_own() -> None:
     supervised = shift_labels[shift_labels != -100]
     logits = torch.nn.functional.one_hot(supervised, 6).float()
     logits[1] = logits[1].flip(0)  # the second token of the first turn is another
-    loss, accuracy = _by_row(logits, shift_labels, ["two turns", "one turn"])
+    scores = _score_tokens(supervised, logits, slice(None))
+    loss, accuracy = _by_row(scores, shift_labels, ["two turns", "one turn"])
     assert accuracy.tolist() == [0.5, 1.0]
     known = torch.nn.functional.cross_entropy(logits[3:], supervised[3:])
     assert loss[1] == pytest.approx(float(known))
     with pytest.raises(MultiTokenError, match="row silent: expected an answer"):
-        _by_row(logits, torch.full((2, 5), -100), ["silent", "too"])
+        _by_row(scores, torch.full((2, 5), -100), ["silent", "too"])
 
 
 def test_rows_exchange_items_of_one_modality_and_count_that_are_not_equal(

@@ -1,4 +1,4 @@
-"""forward.py: every mode of prefill, loss and padding gives the same numbers."""
+"""forward.py: every mode of prefill and padding gives the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multi_token.collate import supervised_positions
 from multi_token.errors import LanguageModelError
 from multi_token.language_model.forward import (
     GREEDY,
@@ -21,7 +20,6 @@ from multi_token.language_model.forward import (
     generate_from_embeds,
     max_batched_length,
     per_layer_inputs,
-    supervised_loss,
 )
 
 
@@ -109,70 +107,6 @@ def test_the_base_language_model_is_found_inside_an_adapter(llama: Any) -> None:
     assert base_language_model(adapted) is inner
     assert base_language_model(inner) is inner
     assert accepts_position_ids(adapted)
-
-
-LABELS = torch.tensor([[-100, 7, -100, 3, 9], [-100, -100, 5, -100, -100]])
-
-
-def loss_of(model: Any, **options: Any) -> Any:
-    torch.manual_seed(1)
-    embeds = torch.randn(2, 5, model.config.hidden_size)
-    mask = torch.ones(2, 5, dtype=torch.long)
-    return supervised_loss(
-        model,
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        shift_labels=LABELS,
-        supervised=supervised_positions(LABELS),
-        **options,
-    )
-
-
-@pytest.mark.parametrize("num_items", [None, 10, torch.tensor(10)])
-def test_the_loss_of_all_logits_is_that_of_the_selected_ones(llama: Any, num_items: Any) -> None:
-    one, other = (
-        loss_of(llama, supports_logits_to_keep=selects, num_items_in_batch=num_items)
-        for selects in (True, False)
-    )
-    torch.testing.assert_close(one.loss, other.loss)
-    torch.testing.assert_close(one.logits, other.logits)
-    assert one.logits.shape == (4, 40)
-    if num_items is not None:
-        torch.testing.assert_close(
-            other.loss * 10, loss_of(llama, supports_logits_to_keep=False).loss * 4
-        )
-    assert one.past_key_values is other.past_key_values is None
-
-
-@pytest.mark.parametrize("selects", [True, False])
-def test_other_inputs_of_the_loss_reach_the_model(llama: Any, selects: bool) -> None:
-    positions = torch.tensor([[0, 1, 0, 1, 2]] * 2)
-    packed = loss_of(llama, supports_logits_to_keep=selects, position_ids=positions)
-    alone = loss_of(llama, supports_logits_to_keep=selects)
-    assert not torch.allclose(packed.logits, alone.logits)
-
-
-def test_a_model_that_does_not_call_its_head_is_refused(llama: Any) -> None:
-    class AllLogits(nn.Module):
-        config = llama.config
-
-        def get_output_embeddings(self) -> Any:
-            return nn.Linear(1, 1)
-
-        def forward(self, **inputs: Any) -> Any:
-            return llama(inputs_embeds=inputs["inputs_embeds"])
-
-    with pytest.raises(LanguageModelError, match=r"\(2, 5, 40\) for 4 supervised positions"):
-        loss_of(AllLogits())
-
-
-def test_the_head_of_a_model_is_as_before_after_a_loss_and_after_an_error(llama: Any) -> None:
-    loss_of(llama)
-    with pytest.raises(ValueError, match="input_ids"):
-        loss_of(llama, input_ids=torch.tensor([[1, 2]]))
-    head = llama.get_output_embeddings()
-    assert not head._forward_pre_hooks
-    assert llama(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 40)
 
 
 IDS = torch.tensor([[0, 3, 4, 5], [6, 7, 8, 9]])

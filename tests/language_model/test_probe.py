@@ -93,7 +93,7 @@ def test_a_plain_model_has_all_capabilities_and_no_notes() -> None:
     found.require("supports_packing")
 
 
-def test_the_probe_takes_five_forwards_of_a_dozen_tokens() -> None:
+def test_the_probe_takes_six_forwards_of_a_dozen_tokens() -> None:
     model, widths = llama(), []
     model.register_forward_pre_hook(
         lambda _, args, inputs: widths.append(
@@ -106,7 +106,7 @@ def test_the_probe_takes_five_forwards_of_a_dozen_tokens() -> None:
         with_kwargs=True,
     )
     found = probe(model)
-    assert len(widths) == 5 and max(widths) == 12
+    assert len(widths) == 6 and max(widths) == 12
     assert found.supports_packing and len(widths) > 5, "what only packing needs is tried later"
     num_forwards = len(widths)
     assert found.supports_packing and len(widths) == num_forwards, "and only once"

@@ -273,7 +273,7 @@ def test_an_engine_that_hangs_is_reported_also_when_its_client_has_left(text_mod
             hook.remove()
         assert server.wait_until(lambda: server.service.is_healthy)
         assert chat(server, SHORT).status_code == 200
-        assert server.service.engine.stalled_s == 0
+        assert server.wait_until(lambda: server.service.engine.stalled_s == 0)
 
 
 def test_a_draining_server_completes_running_requests_and_refuses_new_ones(text_model: Any) -> None:

@@ -1,13 +1,19 @@
-"""The event loop of a server computes no tensor, so no request holds up the bytes of another."""
+"""The event loop of a server is not held up by one request, nor by the garbage collector."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import gc
 from typing import Any
 
 import httpx
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from multi_token.serve.server import DrainingServer
+from multi_token.serve.service import Service
+from multi_token.serve.settings import ServeSettings
 from tests.serve.asking import asked, content_of, post
 from tests.serve.running_server import running
 
@@ -56,3 +62,20 @@ def test_many_items_and_choices_run_no_operation_of_torch_on_the_event_loop(
             usage = answer.json()["usage"]["prompt_tokens_details"]["media_tokens"]
             assert usage == {"vector": 2 * NUM_ITEMS}
     assert ops.names == []
+
+
+def test_the_garbage_collector_looks_at_no_object_of_the_start(served_model: Any) -> None:
+    num_frozen: list[int] = []
+
+    def started() -> None:
+        num_frozen.append(gc.get_freeze_count())
+        server.should_exit = True
+
+    text_model = copy.copy(served_model)
+    text_model.modalities = {}
+    server = DrainingServer(Service(text_model, ServeSettings(port=0)), on_started=started)
+    try:
+        asyncio.run(server.serve())
+    finally:
+        gc.unfreeze()
+    assert num_frozen[0] > 100_000

@@ -5,6 +5,7 @@
 `stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors hold NaN from
 this step on. `other`: fields of the last process alone.
 `folders`: where each process looks for files that the recipe names by a relative path.
+`memory`: whether to watch memory (memory.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,7 @@ from multi_token.registry import register_modality
 from multi_token.train import run as run_module
 from multi_token.train import stage as stage_module
 from multi_token.types import Features
+from tests.train.memory import watched as watched_memory
 
 QUIET = Console(quiet=True)
 
@@ -132,7 +135,8 @@ def main(job: dict[str, Any]) -> None:
                     at = at[k]
                 at[last] = value
         try:
-            run_module.train(Recipe.model_validate(fields), console=QUIET)
+            with watched_memory(seen) if one.get("memory") else nullcontext():
+                run_module.train(Recipe.model_validate(fields), console=QUIET)
         except MultiTokenError as error:
             seen["error"] = f"{type(error).__name__}: {error}"
         found[one["name"]] = all_gather(seen)

@@ -182,6 +182,33 @@ def test_a_batch_equals_its_rows_and_rows_without_a_text_use_cross_entropy(
     torch.testing.assert_close(parts[0], (1 - weight) * entropy + weight * pure)
 
 
+@pytest.mark.parametrize("trains", ["adapter of the head", "everything in bfloat16"])
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits(
+    model: Any, data: Path, trains: str
+) -> None:
+    rows = [row("red", None), row("blue"), row("green", None), row("white", answer="It is white")]
+    samples = read(model, data, rows, teacher="optional")
+    if trains == "adapter of the head":
+        spec = AdapterSpec(r=2, target_modules=["q_proj", "lm_head"])
+        model.language_model = attach_adapter(model.language_model, spec)
+        for parameter in adapter_parameters(model.language_model):
+            torch.nn.init.normal_(parameter, std=0.1)
+    else:
+        model.language_model.requires_grad_(True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    tokens = 3 * 4 * model.language_model.config.vocab_size
+    found = []
+    for model.logits_bytes in (1 << 30, tokens):
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in trains):
+            loss = loss_of(model, samples, DistillationSpec(weight=0.5, missing="cross_entropy"))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append([loss.detach(), *(g for g in gradients if g is not None)])
+    tolerance = 2e-2 if "bfloat16" in trains else 1e-4
+    assert len(found[0]) > 4
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-3)
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_a_pack_is_its_rows_padded(model: Any, data: Path, share: bool) -> None:
     rows = [
@@ -305,7 +332,8 @@ def test_two_processes_with_fsdp_distill_like_one(
         made["train"]["args"] |= {"per_device_train_batch_size": size, "report_to": []}
         return made
 
-    run = {"name": "two", "fields": fields("two", 2, fsdp=True)}
+    # logits of a few tokens at a time, in other numbers of chunks on each process
+    run = {"name": "two", "fields": fields("two", 2, fsdp=True, logits_megabytes=0.004)}
     seen = processes(2, tmp_path, [run])["two"]
     assert all(one["num_pieces"] > 0 for one in seen)
     trained(fields("one", 4))

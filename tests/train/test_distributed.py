@@ -52,6 +52,8 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 # packs have the tokens of two rows of mean length, in any number of processes
 PACKS_OF_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 AGAIN = {"per_device_train_batch_size": 2, "activation_checkpointing": True}
+# logits of a few tokens at a time, in other numbers of chunks on each process
+CHUNKS = {"logits_megabytes": 0.004}
 RANDOM = {"train_sampling_strategy": "random"}
 # evaluated after the steps 2, 4, 6 and 8, saved after 3, 6 and 8, and where the run is stopped
 WATCHED = {"max_steps": 8, "eval_steps": 2, "save_steps": 3}
@@ -238,12 +240,12 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         ],
         run("accumulated", "adapter", ACCUMULATED),
         run("cached", "projector", feature_cache=True),
-        run("adapter tied", "adapter", fsdp=True, is_tied=True),
-        run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True),
+        run("adapter tied", "adapter", fsdp=True, is_tied=True, **CHUNKS),
+        run("full tied", "full", ACCUMULATED, fsdp=True, is_tied=True, **CHUNKS),
         run("encoder", "encoder", image=BEFORE_LAST),
         run("encoder again", "encoder", AGAIN, image=BEFORE_LAST),
         run("speech again", "speech", {**AGAIN, "max_steps": 3}),
-        run("packed", "adapter", packing=True),
+        run("packed", "adapter", packing=True, **CHUNKS),
         run("packed pieces", "adapter", packing=True, fsdp=True),
         run("ddp stopped", "adapter", stop_at=3),
         run("full stopped", "full", fsdp=True, stop_at=3),

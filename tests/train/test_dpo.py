@@ -111,6 +111,22 @@ def test_a_batch_of_pairs_is_the_formula_of_log_probabilities_one_by_one(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits(
+    model: Any, pair_rows: list[dict[str, Any]]
+) -> None:
+    samples, spec = read(model, pair_rows), DpoSpec(beta=0.3)
+    model.language_model.requires_grad_(True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for model.logits_bytes in (1 << 30, 1):
+        loss = loss_of(model, samples, torch.zeros(len(samples), 2), spec)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append([loss.detach(), *(g for g in gradients if g is not None)])
+    assert len(found[0]) > 10
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_each_item_is_encoded_once_for_both_answers(
     model: Any, pair_rows: list[dict[str, Any]]
 ) -> None:

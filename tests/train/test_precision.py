@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from multi_token.errors import LanguageModelError
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.plan.run_plan import plan_run
 from multi_token.train.run import train
@@ -99,6 +100,10 @@ def test_a_whole_language_model_trains_answers_and_is_scored_on_attention_in_16_
     (samples,) = report["stages"][0]["samples"]
     assert len(samples["answers"]) == 2
     assert report["blind"]["num_rows"] == 4
+    # and it is used in the precision that it was trained to compute in
+    model = MultiTokenForConditionalGeneration.from_pretrained(out)
+    assert {p.dtype for p in model.language_model.parameters()} == {torch.bfloat16}
+    assert len(model.generate([{"messages": [{"role": "user", "content": "red"}]}])) == 1
 
 
 @pytest.mark.parametrize("learn", ["projector", "adapter"])

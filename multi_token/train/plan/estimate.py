@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.training_args import OptimizerNames
 
 from multi_token.errors import MultiTokenError
+from multi_token.language_model.loss import num_bytes_per_token
 from multi_token.language_model.quantization import module_bytes
 from multi_token.train.dpo import PreferenceDataset
 from multi_token.train.flops import format_count
@@ -41,6 +42,7 @@ from multi_token.train.training_args import checkpointing_options, data_seed
 from multi_token.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
+    from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.train.trainer import MultiTokenTrainer
 
 NUM_TIMED = 3
@@ -305,6 +307,7 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
         # the batch at hand may be smaller than the largest of the stage: a stream is not read
         # ahead, and half of the rows may be all that fits
         scale = max(largest / inputs["input_ids"].numel(), 1.0)
+        logits, bound = logits_bytes(model, len(inputs["supervised"]))
         with peak_memory(device) as peak:
             _forward_backward(trainer, inputs)
             update()
@@ -322,15 +325,28 @@ def _timed_steps(trainer: MultiTokenTrainer, largest: int, fitted: float) -> Dry
     trainer.finish_step_check()
     metrics.reset()
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    # gradients have one size, whatever the batch; only the rest grows with it
-    beside = max(kept + peak[0] - gradients, 0)
+    # gradients have one size, whatever the batch, and logits a bound; the rest grows with it
+    beside = max(kept + peak[0] - gradients - min(logits, bound), 0)
     return DryRunResult(
         median(batch_times),
         median(update_times),
         flops / max(num_tokens, 1),
-        gradients + round(beside * scale),
+        gradients + round(beside * scale + min(logits * scale, bound)),
         fitted,
     )
+
+
+def logits_bytes(
+    model: MultiTokenForConditionalGeneration, num_supervised: int
+) -> tuple[int, float]:
+    """Return bytes of the logits of a step if all are held at once, and most bytes of a chunk's.
+
+    Both of the three float32 tensors of their size that a loss holds.
+    """
+    of_token = num_bytes_per_token(model.language_model)
+    is_bounded = model.capabilities.supports_chunked_logits
+    most = 3 * max(model.logits_bytes, of_token) if is_bounded else math.inf
+    return 3 * of_token * num_supervised, most
 
 
 def largest_batch(trainer: MultiTokenTrainer) -> int:

@@ -43,6 +43,8 @@ def test_an_item_of_a_disconnected_client_leaves_its_bytes_at_once(pool: MediaPo
 
     async def leave() -> None:
         busy = asyncio.ensure_future(pool.prepare(Media("trial", b"sleep 0.5")))
+        while not pool._running:
+            await asyncio.sleep(0.001)
         left = asyncio.ensure_future(pool.prepare(Media("trial", source)))
         while pool.num_waiting < 1:
             await asyncio.sleep(0.001)
@@ -123,7 +125,7 @@ def test_hosts_that_never_answer_delay_no_item_without_a_web_address(
 
 def test_a_download_counts_until_its_thread_is_done(modalities: dict[str, Any]) -> None:
     with slow_host() as (silent, host, policy):
-        memory = MediaMemory()
+        memory = MediaMemory(2048 * MIB)
         pool = MediaPool(modalities, num_workers=1, urls=policy, memory=memory)
         pool.start()
 

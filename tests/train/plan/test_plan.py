@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from multi_token.train.plan.estimate import (
     format_bytes,
     format_duration,
     largest_batch,
+    logits_bytes,
     optimizer_bytes,
     plan_stage,
     plan_warnings,
@@ -242,3 +244,16 @@ def test_numbers_are_printed_with_their_units() -> None:
     ones = [torch.ones(4, 3), torch.ones(5)]
     assert optimizer_bytes("adamw_8bit", ones) == 34
     assert optimizer_bytes("lion_32bit", ones) == 68
+
+
+def test_logits_of_a_larger_batch_are_planned_up_to_the_bound_of_a_chunk(
+    trainer_of: Callable[..., Any],
+) -> None:
+    model = trainer_of(learning(projectors=1e-2)).multi_token_model
+    of_token = 3 * 4 * model.language_model.config.vocab_size
+    model.logits_bytes = 100 * of_token // 3
+    assert [logits_bytes(model, num) for num in (0, 7, 500)] == [
+        (num * of_token, 100 * of_token) for num in (0, 7, 500)
+    ]
+    model.capabilities.supports_chunked_logits = False
+    assert logits_bytes(model, 7) == (7 * of_token, math.inf)

@@ -390,6 +390,7 @@ def build_vllm_engine(
             prefill_mode="embeds",
             supports_left_padding=True,
             supports_logits_to_keep=True,
+            supports_chunked_logits=True,
             max_batched_length=None,
         )
     return VllmEngine(
