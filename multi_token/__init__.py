@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from multi_token.projectors.base import Projector, ProjectorSpec
     from multi_token.projectors.kinds import Expand, Linear, Mlp, PixelShuffle, Pool, Stack
     from multi_token.projectors.resampler import Resample
+    from multi_token.ray_data import EncodeRows, EvaluateRows, PredictRows
     from multi_token.recipe.model import ModelSpec
     from multi_token.recipe.recipe import Recipe, load_recipe
     from multi_token.registry import register_modality, register_projector
@@ -51,7 +52,9 @@ _HOMES = {
     "CheckpointError": "multi_token.errors:CheckpointError",
     "Conversation": "multi_token.types:Conversation",
     "ConvertError": "multi_token.errors:ConvertError",
+    "EncodeRows": "multi_token.ray_data:EncodeRows",
     "Encoder": "multi_token.modalities.base:Encoder",
+    "EvaluateRows": "multi_token.ray_data:EvaluateRows",
     "Expand": "multi_token.projectors.kinds:Expand",
     "Features": "multi_token.types:Features",
     "Fetch": "multi_token.media.fetch:Fetch",
@@ -71,6 +74,7 @@ _HOMES = {
     "MultiTokenProcessor": "multi_token.processor:MultiTokenProcessor",
     "PixelShuffle": "multi_token.projectors.kinds:PixelShuffle",
     "Pool": "multi_token.projectors.kinds:Pool",
+    "PredictRows": "multi_token.ray_data:PredictRows",
     "Prepared": "multi_token.types:Prepared",
     "PretrainedModality": "multi_token.modalities.base:PretrainedModality",
     "Projector": "multi_token.projectors.base:Projector",
@@ -98,7 +102,9 @@ __all__ = [
     "CheckpointError",
     "Conversation",
     "ConvertError",
+    "EncodeRows",
     "Encoder",
+    "EvaluateRows",
     "Expand",
     "Features",
     "Fetch",
@@ -118,6 +124,7 @@ __all__ = [
     "MultiTokenProcessor",
     "PixelShuffle",
     "Pool",
+    "PredictRows",
     "Prepared",
     "PretrainedModality",
     "Projector",

@@ -153,7 +153,7 @@ def peer_errors() -> Iterator[None]:
 
 def check_same_values(name: str, values: Sequence[Any], remedy: str) -> None:
     """Raise RecipeError in all processes if their `values` differ; compares SHA-256 digests."""
-    digests = all_gather(_digest(values))
+    digests = all_gather(digest_values(values))
     others = [str(i) for i, other in enumerate(digests) if other != digests[0]]
     if others:
         raise RecipeError(
@@ -161,7 +161,8 @@ def check_same_values(name: str, values: Sequence[Any], remedy: str) -> None:
         )
 
 
-def _digest(values: Sequence[Any]) -> str:
+def digest_values(values: Sequence[Any]) -> str:
+    """Digest of values as JSON, bytes by their hash, other objects by their type: 64 characters."""
     digest = hashlib.sha256()
     for value in values:
         text = json.dumps(value, sort_keys=True, default=_digestible, ensure_ascii=False)

@@ -81,6 +81,11 @@ def drop_last_answer(
     """The conversation of a row, without a last assistant turn."""
     if not isinstance(conversation, Conversation):
         conversation = to_conversation(conversation, list(model.modalities), row_id=f"[{index}]")
+    return without_last_answer(conversation)
+
+
+def without_last_answer(conversation: Conversation) -> Conversation:
+    """The conversation without a last assistant turn."""
     if conversation.messages and conversation.messages[-1].role == "assistant":
         conversation = replace(conversation, messages=conversation.messages[:-1])
     return conversation

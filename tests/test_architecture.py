@@ -33,7 +33,7 @@ LAYERS = [
     ["model"],
     ["evaluate", "convert", "testing"],
     ["train"],
-    ["demo", "serve"],
+    ["demo", "serve", "ray_data"],
     ["cli"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -1,4 +1,4 @@
-"""Writes a file or a folder completely or not at all.
+"""Writes a file or a folder completely or not at all, and locks a file for one process.
 
 Content goes to a sibling with a temporary name, which is renamed at the end: a reader, or a run
 after a crash, sees the old content or the new one. A sibling, because a rename cannot cross file
@@ -7,11 +7,14 @@ systems.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
@@ -82,3 +85,25 @@ def staged_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as partial:
         yield partial
+
+
+def lock_file(file: IO[Any], *, wait: bool = False) -> str | None:
+    """Lock an open file until it is closed, or its process ends in any way.
+
+    Returns None, or the reason why the system has no lock for the file. Raises BlockingIOError if
+    another process holds the lock; with `wait`, waits for it instead.
+    """
+    if sys.platform == "win32":
+        return "this system has no lockf"
+    import fcntl
+
+    try:
+        # lockf and not flock: a lock of flock is inherited by forked data workers, which outlive a
+        # killed process by some seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        # POSIX allows either for a lock that another process holds
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(*error.args) from None
+        return f"{error.strerror or error} (its file system)"
+    return None

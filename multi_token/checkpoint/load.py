@@ -6,6 +6,7 @@ object with the parts of `ComposedModel`: this folder imports no model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -77,6 +78,24 @@ def read_config(folder: str | os.PathLike[str], *, revision: str | None = None) 
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from None
     return fields
+
+
+def run_digest(run: str | os.PathLike[str]) -> str:
+    """Return a digest of a run's trained tensors and config: 32 hexadecimal digits.
+
+    Of a language model, only its fingerprint in the config counts. Raises CheckpointError if there
+    is no complete run.
+    """
+    read_config(run)
+    folder, digest = local_folder(run), hashlib.sha256()
+    names = (folder / CONFIG, folder / PROJECTORS, folder / ENCODER_WEIGHTS)
+    for path in (*names, *sorted((folder / ADAPTER).glob("*"))):
+        if path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:32]
 
 
 def read_spec(

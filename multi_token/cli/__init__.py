@@ -14,12 +14,13 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from multi_token import __version__
-from multi_token.cli.ask import ask, chat, predict
+from multi_token.cli.ask import ask, chat
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.evaluate import evaluate_app
 from multi_token.cli.modalities import modalities_app
+from multi_token.cli.predict import predict
 from multi_token.cli.serve import serve
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError, machine_fault

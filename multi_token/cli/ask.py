@@ -1,8 +1,9 @@
-"""`multi-token chat`, `ask` and `predict`: generation with a trained run."""
+"""`multi-token chat` and `ask`: conversations with a trained run."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ DEVICE = typer.Option(
     help="cpu, cuda, mps; auto: the language model over all accelerators; FILE.json: device of "
     "each of its modules. Default: an accelerator, if there is one.",
 )
-_MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
-_TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
+MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
+TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
 _SYSTEM = typer.Option(None, help="A system message.")
 
 
@@ -50,6 +51,8 @@ def load_run(
         device, device_map = None, "auto" if device == "auto" else _device_map(Path(str(device)))
     elif device is None and torch.accelerator.is_available():
         device = str(torch.accelerator.current_accelerator())
+        if "LOCAL_RANK" in os.environ:  # of torchrun: a device for each process
+            device += f":{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
     return MultiTokenForConditionalGeneration.from_pretrained(
         run,
         language_model=language_model,
@@ -101,8 +104,8 @@ def ask(
         None, help="NAME=SOURCE, for any modality of the run; repeatable."
     ),
     system: str = _SYSTEM,
-    max_new_tokens: int = _MAX_NEW_TOKENS,
-    temperature: float = _TEMPERATURE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = TEMPERATURE,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -118,8 +121,8 @@ def ask(
 def chat(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     system: str = _SYSTEM,
-    max_new_tokens: int = _MAX_NEW_TOKENS,
-    temperature: float = _TEMPERATURE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = TEMPERATURE,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -211,73 +214,3 @@ def _checked_item(model: MultiTokenForConditionalGeneration, name: str, source: 
     # a path that cannot be read is reported now, and not with the question
     model.require_processor().prepare(item, row_id="chat")
     return item
-
-
-def predict(
-    run: Path = typer.Argument(..., help="The folder of a trained run."),
-    rows: str = typer.Argument(
-        ..., help="Rows of any accepted shape; a last assistant turn is left out."
-    ),
-    out: Path = typer.Option(..., help="File of the answers, one JSON line per row, in order."),
-    split: str = typer.Option("train", help="Split to read, if there are several."),
-    batch_size: int = typer.Option(8, help="Rows per batch."),
-    max_new_tokens: int = _MAX_NEW_TOKENS,
-    temperature: float = _TEMPERATURE,
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
-) -> None:
-    """Answer a file of rows in batches. The same command resumes after the last answer."""
-    from rich.progress import Progress
-
-    from multi_token.data.files.open import load_rows, media_root
-    from multi_token.data.rows import row_id_of
-
-    source, root = load_rows(rows, split=split), media_root(rows)
-    # checked before the model is loaded, which takes longer than reading rows
-    ids = [row_id_of(i, source[i], rows) for i in range(len(source))]
-    num_done = _resume_position(out, ids)
-    console = Console(stderr=True)
-    if num_done:
-        console.print(f"{num_done} of {len(source)} rows are answered already", highlight=False)
-    if num_done == len(source):
-        return
-    model = load_run(run, language_model, device)
-    options = _options(max_new_tokens, temperature)
-    with (
-        out.open("a", encoding="utf-8") as file,
-        Progress(console=console, disable=not console.is_terminal) as progress,
-    ):
-        task = progress.add_task("Answering", total=len(source), completed=num_done)
-        for start in range(num_done, len(source), batch_size):
-            chunk = [source[i] for i in range(start, min(start + batch_size, len(source)))]
-            answers = model.generate(chunk, batch_size=batch_size, root=root, **options)
-            # whole batches, flushed: after a kill, the same command resumes after the last of them
-            for i, answer in enumerate(answers, start):
-                file.write(json.dumps({"id": ids[i], "answer": answer}, ensure_ascii=False) + "\n")
-            file.flush()
-            progress.update(task, completed=start + len(chunk))
-    console.print(f"{len(source) - num_done} answers written to {out}", highlight=False)
-
-
-def _resume_position(out: Path, ids: list[str]) -> int:
-    """Number of rows that the file answers already; an incomplete last line is removed."""
-    if not out.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return 0
-    # a killed run may have written half a line
-    kept = [
-        line for line in out.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")
-    ]
-    for number, line in enumerate(kept):
-        try:
-            found = json.loads(line)["id"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if number >= len(ids) or found != ids[number]:
-            raise MultiTokenError(
-                f"{out} line {number + 1} answers row {found!r}, expected "
-                f"{ids[number] if number < len(ids) else 'no more rows'!r}: it belongs to other "
-                "rows; choose another --out or remove it"
-            )
-    out.write_text("".join(kept), encoding="utf-8")
-    return len(kept)

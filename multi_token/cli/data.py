@@ -17,13 +17,11 @@ from rich.text import Text
 from multi_token.errors import MultiTokenError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
-    from multi_token.modalities.base import Encoder
     from multi_token.processor import MultiTokenProcessor
-    from multi_token.recipe.recipe import Recipe
     from multi_token.types import Conversation, Sample
 
 PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
@@ -90,7 +88,7 @@ def check(
     from multi_token.data.sources import lengths_folder
     from multi_token.recipe.recipe import load_recipe
 
-    share, num_shares = _shard_of(shard, num_shards)
+    share, num_shares = shard_of(shard, num_shards)
     # before the rows, which may take an hour to read
     if clean is not None:
         _check_target(clean)
@@ -211,8 +209,9 @@ def encode(
     from multi_token.media.fetch import Fetch
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
+    from multi_token.train.prepare import initial_encoders
 
-    share, num_shares = _shard_of(shard, num_shards)
+    share, num_shares = shard_of(shard, num_shards)
     loaded = load_recipe(recipe, override or ())
     spec = loaded.train.feature_cache or FeatureCacheSpec()
     closed_form = loaded.train.closed_form
@@ -229,7 +228,7 @@ def encode(
     reason = random_preprocessing(first, modalities)
     if reason is not None:
         raise RecipeError(reason)
-    encoders = frozen_encoders(loaded, partial(_initial_encoders, loaded))
+    encoders = frozen_encoders(loaded, partial(initial_encoders, loaded))
     console = Console(stderr=True, highlight=False)
     folder = Path(out).expanduser() if out is not None else cache_folder(loaded)
     cache = open_cache(folder, spec, console)
@@ -267,21 +266,7 @@ def encode(
         raise typer.Exit(1)
 
 
-def _initial_encoders(recipe: Recipe) -> Mapping[str, Encoder]:
-    from multi_token.encoders import build_encoders
-
-    if recipe.train.init_from is None:
-        return build_encoders(recipe.model.modalities)
-    # a run that trained encoders holds them in its checkpoint, which loads as one model
-    from multi_token.model import MultiTokenForConditionalGeneration
-    from multi_token.train.prepare import init_from_run
-
-    model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
-    init_from_run(model, recipe.train)
-    return {name: model.encoder(name) for name in model.modalities}
-
-
-def _shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
+def shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     """Return shard and number of shards, from the options or torchrun's environment."""
     if (shard is None) != (num_shards is None):
         raise MultiTokenError("--shard and --num-shards belong together; give both or neither")

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
+from multi_token.cli.data import NumShards, Shard
+from multi_token.cli.predict import (
+    NUM_WORKERS,
+    ON_BAD_ROW,
+    OUT,
+    bad_row_rule,
+    finish,
+    open_job,
+    processor_for,
+    workers_for,
+)
+from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from multi_token.evaluate.blind import BlindReport
@@ -40,6 +54,12 @@ def blind_command(
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
+    # each process would do all of it
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MultiTokenError(
+            "the blind test exchanges media between all its rows, so it runs in one process: start "
+            "it without torchrun (`evaluate rows` scores rows in several)"
+        )
     every = load_rows(rows, split=split)
     model = load_run(run, language_model, device)
     # evenly spaced, since files are often sorted by source or topic
@@ -52,6 +72,60 @@ def blind_command(
     console.print(table_of(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+
+
+@evaluate_app.command("rows")
+def rows_command(
+    run: Path = typer.Argument(..., help="The folder of a trained run."),
+    rows: str = typer.Option(..., help="Rows with answers: a file, folder or hub name."),
+    out: Path = OUT,
+    split: str = typer.Option("train", help="Split to read, if there are several."),
+    batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
+    on_bad_row: Literal["raise", "skip"] = ON_BAD_ROW,
+    num_workers: int = NUM_WORKERS,
+    num_shards: NumShards = None,
+    shard: Shard = None,
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
+) -> None:
+    """Write loss and exact match of every row, and print their means.
+
+    A killed command resumes, and several processes may share the rows, as for `predict`.
+    """
+    columns = ("loss", "exact")
+    job, console = open_job(
+        "evaluate rows", run, rows, out, columns, {}, split, (shard, num_shards)
+    )
+    if job.is_joined:
+        console.print(f"{job.num_done:,} of {len(job.rows):,} rows are scored already")
+        return
+    from multi_token.evaluate.predict import run_work, scores
+
+    model = load_run(run, language_model, device)
+    run_work(
+        job,
+        scores(model),
+        processor_for(model, rows),
+        source=rows,
+        batch_size=batch_size,
+        prompt_only=False,
+        num_workers=workers_for(model, num_workers),
+        on_bad_row=bad_row_rule(run, on_bad_row),
+        console=console,
+        description="Scoring",
+    )
+    totals = [0.0, 0.0, 0.0]
+
+    def add(fields: Mapping[str, float]) -> None:
+        for i, value in enumerate((fields["loss"], fields["loss"] ** 2, fields["exact"])):
+            totals[i] += value
+
+    report = finish(job, console, on_result=add)
+    if report is not None and report.num_bad < report.num_rows:
+        num = report.num_rows - report.num_bad
+        loss, squares, exact = (total / num for total in totals)
+        error = (max(0.0, squares - loss**2) / num) ** 0.5
+        typer.echo(f"loss {loss:.3f} ± {2 * error:.3f} (two standard errors), exact {exact:.1%}")
 
 
 def table_of(report: BlindReport) -> Table:

@@ -75,6 +75,17 @@ class EvaluationCallback(TrainerCallback):
         # collective, in which the other processes would be missing.
         self.runs_generation = not sharded and is_main_process()
 
+    def some_rows(self, most: int) -> list[EvaluationRow]:
+        """Return up to `most` held-out rows, evenly spread; the others are not read."""
+        found = []
+        for number in evenly_spaced(self.num_rows, most):
+            for source in self.held_out:
+                if number < source.num_rows:
+                    found.append(source.conversation(number))
+                    break
+                number -= source.num_rows
+        return found
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -92,7 +103,7 @@ class EvaluationCallback(TrainerCallback):
         if not self.runs_generation or self.trainer is None:
             return
         if self.spec.num_samples:
-            rows = self._rows(self.spec.num_samples)
+            rows = self.some_rows(self.spec.num_samples)
             with mixed_precision(self.trainer.args):
                 shown = sample_answers(self.model, rows)
             self.report.add_samples(state.global_step, shown)
@@ -139,24 +150,12 @@ class EvaluationCallback(TrainerCallback):
         self.report.write(at_once=True)
         self.report.raise_if_unwritten()
 
-    def _rows(self, most: int) -> list[EvaluationRow]:
-        """Read up to `most` held-out rows, evenly spaced over all sources."""
-        # read when they are asked for: a start would read all of them, in every process
-        found = []
-        for number in evenly_spaced(self.num_rows, most):
-            for source in self.held_out:
-                if number < source.num_rows:
-                    found.append(source.conversation(number))
-                    break
-                number -= source.num_rows
-        return found
-
     def _blind(self, num_rows: int) -> BlindReport | None:
         if not self.blind or self.args is None:
             return None
         batch_size = self.args.per_device_eval_batch_size
         try:
-            rows = self._rows(num_rows)
+            rows = self.some_rows(num_rows)
             with mixed_precision(self.args):
                 return blind(self.model, rows, batch_size=batch_size)
         except MultiTokenError as error:

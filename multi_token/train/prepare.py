@@ -38,10 +38,12 @@ from multi_token.data.sources import (
 )
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
+from multi_token.encoders import build_encoders
 from multi_token.errors import RecipeError
 from multi_token.language_model.capabilities import Capabilities, LazyCapability
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.probe import check_trainable, probe
+from multi_token.modalities.base import Encoder
 from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
 from multi_token.recipe.data import DataSource
 from multi_token.recipe.model import ModelSpec
@@ -295,6 +297,16 @@ def _held_out(
     mode = recipe.train.preference_mode and "optional"
     sources = [source.with_processor(preference=mode) for source in sources]
     return [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
+
+
+def initial_encoders(recipe: Recipe) -> dict[str, Encoder]:
+    """Return the encoders that a run of the recipe starts with."""
+    if recipe.train.init_from is None:
+        return build_encoders(recipe.model.modalities)
+    # a run that trained encoders holds them in its checkpoint, which loads as one model
+    model = MultiTokenForConditionalGeneration.from_spec(recipe.model)
+    init_from_run(model, recipe.train)
+    return {name: model.encoder(name) for name in model.modalities}
 
 
 def init_from_run(model: MultiTokenForConditionalGeneration, spec: TrainSpec) -> list[str]:

@@ -12,21 +12,19 @@ process that is killed, or a full disk, therefore leaves a folder without `whole
 from __future__ import annotations
 
 import datetime
-import errno
 import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import distributed
 
-from multi_token.checkpoint.atomic import atomic_file
+from multi_token.checkpoint.atomic import atomic_file, lock_file
 from multi_token.checkpoint.save import CONFIG
 from multi_token.distributed import all_gather, barrier, is_main_process
 from multi_token.errors import CheckpointError, RecipeError
@@ -77,37 +75,22 @@ def run_lock(out: Path, print_fn: Callable[[str], object]) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK).open("a+", encoding="utf-8")
     with file:
-        _lock(file, out, print_fn)
+        try:
+            reason = lock_file(file)
+        except BlockingIOError:
+            file.seek(0)
+            raise RecipeError(
+                f"train.output_dir {out} is in use by {file.read().strip() or 'another process'}; "
+                "wait until that run has ended, or choose another folder"
+            ) from None
+        if reason is not None:
+            print_fn(f"{out} is not locked: {reason}; start no second run in it")
         now = datetime.datetime.now(datetime.timezone.utc)
         with raise_on_write_error(out):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {now:%F %H:%M} UTC")
             file.flush()
         yield
-
-
-def _lock(file: TextIO, out: Path, print_fn: Callable[[str], object]) -> None:
-    if sys.platform == "win32":
-        print_fn(f"{out} is not locked: this system has no lockf; start no second run in it")
-        return
-    import fcntl
-
-    try:
-        # lockf and not flock: a lock of flock is inherited by forked data workers, which outlive a
-        # killed run by some seconds
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # POSIX allows either for a lock that another process holds
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            raise RecipeError(
-                f"train.output_dir {out} is in use by {file.read().strip() or 'another process'}; "
-                "wait until that run has ended, or choose another folder"
-            ) from None
-        print_fn(
-            f"{out} is not locked: {error.strerror or error} (its file system); start no second "
-            "run in it"
-        )
 
 
 def claim_run_folder(out: Path, recipe: Recipe) -> None:

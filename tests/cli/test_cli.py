@@ -73,40 +73,6 @@ def test_train_and_ask_from_the_command_line(recipe_file: Path, data: Path, tmp_
 
 
 @pytest.mark.slow
-def test_predict_answers_in_order_and_goes_on_where_it_stopped(
-    run: Path, data: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "answers.jsonl"
-    words = ("predict", run, data / "rows.jsonl", "--out", out, "--batch-size", "3")
-    first = command(*words)
-    assert first.returncode == 0, first.stderr
-    whole = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(a["id"], a["answer"]) for a in whole] == [
-        (c, c) for c in ("red", "blue", "green", "white")
-    ]
-
-    lines = out.read_text().splitlines(True)
-    out.write_text(lines[0] + json.dumps({"id": "blue", "answer": "kept"}) + "\n" + lines[2][:7])
-    second = command(*words)
-    assert "2 of 4 rows are answered already" in second.stderr
-    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == [
-        "red",
-        "kept",
-        "green",
-        "white",
-    ]
-    assert "4 of 4" in command(*words).stderr
-
-
-def test_predict_refuses_answers_of_other_rows(run: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "answers.jsonl"
-    out.write_text('{"id": "other", "answer": "x"}\n')
-    done = command("predict", run, data / "rows.jsonl", "--out", out)
-    assert done.returncode == 1 and "belongs to other rows" in done.stderr
-    assert out.read_text() == '{"id": "other", "answer": "x"}\n'
-
-
-@pytest.mark.slow
 def test_chat_takes_images_streams_answers_and_survives_a_wrong_path(run: Path, data: Path) -> None:
     typed = (
         f"/image {data / 'none.png'}\n/photo x\n/image {data / 'red.png'}\nWhat is this?\n/exit\n"

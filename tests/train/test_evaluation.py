@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from multi_token.data.sources import open_source
 from multi_token.errors import CheckpointError, Interrupted, MultiTokenError
 from multi_token.recipe.recipe import Recipe
 from multi_token.report.chart import Curve
+from multi_token.train.evaluation import EvaluationCallback
 from multi_token.train.run import train
 from multi_token.train.run_report import HISTORY, HTML, JSON, RunReport, render_page
 
@@ -78,6 +81,32 @@ def test_held_out_rows_are_evaluated_every_eval_steps_and_at_the_end(
     }
     assert list(use) == [10, 20, 25] and use[25] > 1.0
     assert [e["eval_exact_answers"] for e in log if "eval_exact_answers" in e][-1] == 1.0
+
+
+class CountedRows(list[Any]):
+    """Rows that remember which of them were read."""
+
+    def __init__(self, rows: Any) -> None:
+        super().__init__(rows)
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.seen.append(index)
+        return super().__getitem__(index)
+
+
+def test_of_many_held_out_rows_only_those_shown_are_read(
+    model: Any, recipe_fields: Fields, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate(recipe_fields(tmp_path))
+    source = open_source(recipe.data.train[0], model.processor, recipe, None)
+    rows = CountedRows([source.rows[0]] * 100_000)
+    held_out = [replace(source, rows=rows, good_indices=range(100_000))] * 2
+    report = RunReport(tmp_path, recipe, [])
+    callback = EvaluationCallback(model, held_out, recipe.train, report, Console(quiet=True))
+    assert callback.num_rows == 200_000 and rows.seen == []
+    assert len(callback.some_rows(4)) == 4
+    assert rows.seen == [0, 50_000, 0, 50_000]
 
 
 def test_sample_answers_and_the_blind_test_are_printed_and_reported(

@@ -89,5 +89,5 @@ def test_held_out_rows_are_read_once_before_they_are_evaluated(
     run = prepare(recipe, open_stages(recipe), Console(quiet=True))
     assert len(row_reads) == 4 + NUM + 4
     # two sources of 12 and 4 rows
-    shown = [conversation.id for conversation, _ in run.evaluation._rows(4)]
+    shown = [conversation.id for conversation, _ in run.evaluation.some_rows(4)]
     assert shown == ["0", "4", "8", "red"] and len(row_reads) == 4 + NUM + 4 + 4

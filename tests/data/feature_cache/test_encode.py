@@ -184,6 +184,25 @@ def test_data_workers_read_each_item_once_and_this_process_none(
     assert len(processes) == 2 and os.getpid() not in processes
 
 
+def test_stopped_by_ctrl_c_it_continues_after_what_was_encoded(
+    place: RowSource, tmp_path: Path
+) -> None:
+    encoder, calls = VectorModality(dim=5).build_encoder(), []
+
+    def stop(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:  # of four batches
+            raise KeyboardInterrupt
+
+    encoder.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache = FeatureCache(tmp_path / "cache")
+        encode_rows([place], MODALITIES, {"vector": encoder}, cache, num_workers=2, console=QUIET)
+    assert len(FeatureCache(tmp_path / "cache")) == 8
+    report = encode(place, tmp_path / "cache", num_workers=2)
+    assert (report.num_encoded, report.num_already_cached) == (8, 10)
+
+
 class Jittered(VectorModality):
     """Modality that adds noise, as augmentation does."""
 

@@ -172,7 +172,7 @@ class VllmEngine(Engine):
         self._run_on_loop(self._first_check_done(self._router))
         if not self._router.num_alive and not self._is_stopping:
             self.stop()
-            raise LanguageModelError(f"no engine can be used: {self._router.report()}")
+            raise LanguageModelError(f"no engine can be used: {self.report()}")
 
     def _run_on_loop(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine on the loop, until it or the engine ends."""
@@ -237,6 +237,10 @@ class VllmEngine(Engine):
     @property
     def num_replicas(self) -> int:
         return 0 if self._router is None or self._is_stopping else self._router.num_alive
+
+    def report(self) -> str:
+        """Return why replicas are not up."""
+        return "" if self._router is None else self._router.report()
 
     def _start_request(self, request: GenerationRequest) -> None:
         assert self._loop is not None

@@ -1,0 +1,209 @@
+"""`multi-token predict`: answers to a file of rows, by any number of processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+from rich.console import Console
+
+from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, MAX_NEW_TOKENS, TEMPERATURE, load_run
+from multi_token.cli.data import NumShards, Shard, shard_of
+from multi_token.cli.serve import ENGINE_KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from multi_token.evaluate.predict import OnBadRow, Work
+    from multi_token.evaluate.row_job import JobReport, RowJob
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.serve.engines.vllm.engine import VllmEngine
+
+OUT = typer.Option(..., help="File of the results in the order of the rows: .jsonl or .parquet.")
+NUM_WORKERS = typer.Option(
+    None, min=0, help="Data workers that read rows; default: 0 on a CPU, else up to 8."
+)
+ON_BAD_ROW = typer.Option(
+    None,
+    help="raise: end at a row that cannot be read. skip: write its error as its result. Default: "
+    "`data.on_bad_row` of the run.",
+)
+_MOST_WORKERS = 8
+
+
+def predict(
+    run: Path = typer.Argument(..., help="The folder of a trained run."),
+    rows: str = typer.Argument(
+        ..., help="Rows of any accepted shape; a last assistant turn is left out."
+    ),
+    out: Path = OUT,
+    split: str = typer.Option("train", help="Split to read, if there are several."),
+    batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: int = typer.Option(0, help="Seed of sampled answers."),
+    on_bad_row: Literal["raise", "skip"] = ON_BAD_ROW,
+    num_workers: int = NUM_WORKERS,
+    num_shards: NumShards = None,
+    shard: Shard = None,
+    engine_url: list[str] = typer.Option(
+        None,
+        help="URL of a vLLM server that runs the language model of this export; repeatable. Media "
+        f"are encoded here. The environment variable {ENGINE_KEY_VARIABLE} has its API key.",
+    ),
+    engine_concurrency: int = typer.Option(
+        64, min=1, help="Prompts in flight on each vLLM server."
+    ),
+    engine_timeout: float = typer.Option(
+        60.0, min=0, help="Time to wait while no vLLM server is up, in seconds."
+    ),
+    language_model: str = LANGUAGE_MODEL,
+    device: str = DEVICE,
+) -> None:
+    """Answer a file of rows. A killed command resumes, and several processes may share the rows.
+
+    Under `torchrun`, or with --num-shards and --shard on any machines, each process answers its
+    share into OUT.parts, and the last one to finish writes OUT.
+    """
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    # a vLLM server rounds in another way, and samples with other random numbers
+    settings["engine"] = "vllm" if engine_url else "local"
+    if temperature > 0:
+        settings["seed"] = seed
+    job, console = open_job(
+        "predict", run, rows, out, ("answer",), settings, split, (shard, num_shards)
+    )
+    if job.is_joined:
+        console.print(f"{job.num_done:,} of {len(job.rows):,} rows are answered already")
+        return
+    from multi_token.evaluate.predict import answers, run_work
+
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if engine_url:
+        from multi_token.serve.engines.vllm.golden import read_golden
+
+        read_golden(run)  # refuses a folder that was not exported, before loading any weights
+    model = load_run(run, language_model, device, embeddings_only=bool(engine_url))
+    with ExitStack() as stack:
+        if engine_url:
+            engine = stack.enter_context(_started_engine(model, run, engine_url, engine_timeout))
+            from multi_token.serve.engines.vllm.answers import EngineAnswers
+
+            work: Work = EngineAnswers(
+                engine, max_in_flight=engine_concurrency, timeout_s=engine_timeout, **sampling
+            )
+        else:
+            work = answers(model, **sampling)
+        run_work(
+            job,
+            work,
+            processor_for(model, rows),
+            source=rows,
+            batch_size=batch_size,
+            num_workers=workers_for(model, num_workers),
+            on_bad_row=bad_row_rule(run, on_bad_row),
+            console=console,
+            description="Answering",
+        )
+    finish(job, console)
+
+
+@contextmanager
+def _started_engine(
+    model: MultiTokenForConditionalGeneration, run: Path, urls: Sequence[str], timeout_s: float
+) -> Iterator[VllmEngine]:
+    from multi_token.registry import validate_fields
+    from multi_token.serve.engines.vllm.engine import build_vllm_engine
+    from multi_token.serve.settings import ServeSettings
+
+    fields = {
+        "run_folder": run.resolve(),
+        "engine_urls": urls,
+        "engine_key": os.environ.get(ENGINE_KEY_VARIABLE) or None,
+        "engine_startup_timeout_s": timeout_s,
+    }
+    engine = build_vllm_engine(model, validate_fields(ServeSettings, fields, where="predict"))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def open_job(
+    command: str,
+    run: Path,
+    rows: str,
+    out: Path,
+    columns: tuple[str, ...],
+    settings: Mapping[str, Any],
+    split: str,
+    shard: tuple[int | None, int | None],
+) -> tuple[RowJob, Console]:
+    """Open rows and output of a job, before the model, which takes longer to load."""
+    from multi_token.checkpoint.load import run_digest
+    from multi_token.data.files.open import load_rows
+    from multi_token.evaluate.row_job import RowJob
+
+    share, num_shares = shard_of(*shard)
+    # of the processes of torchrun, one prints
+    is_quiet = int(os.environ.get("RANK", "0")) > 0
+    console = Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True, markup=False)
+    job = RowJob(
+        out,
+        load_rows(rows, split=split),
+        columns=columns,
+        settings={"command": command, "run": run_digest(run), "split": split, **settings},
+        share=share,
+        num_shares=num_shares,
+        console=console,
+    )
+    if job.num_done and not job.is_joined:
+        console.print(f"{job.num_done:,} of {len(job.rows):,} rows are answered already")
+    return job, console
+
+
+def processor_for(model: Any, rows: str) -> Any:
+    """Return the model's processor, which opens relative paths where the rows are."""
+    from multi_token.data.files.open import media_root
+    from multi_token.media.fetch import Fetch
+
+    return replace(model.require_processor(), fetch=Fetch(root=media_root(rows)))
+
+
+def workers_for(model: Any, given: int | None) -> int:
+    """Return the number of data workers: on a CPU none, since all cores generate."""
+    from multi_token.report.machine import num_cores
+
+    if given is not None or model.device.type == "cpu":
+        return given or 0
+    return min(_MOST_WORKERS, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def bad_row_rule(run: Path, given: OnBadRow | None) -> OnBadRow:
+    """Return the rule that was given, else that of the run's recipe."""
+    import yaml
+
+    path = run / "recipe.yaml"
+    if given is not None or not path.is_file():
+        return given or "raise"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return "skip" if (recipe.get("data") or {}).get("on_bad_row") == "skip" else "raise"
+
+
+def finish(job: RowJob, console: Console, **options: Any) -> JobReport | None:
+    """Join the parts of all processes, if this is the last one, and print the totals."""
+    report = job.join(**options)
+    # the process that joins prints, whichever it is
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    if report is None:
+        console.print(f"{job.name} is done; the last process to finish writes {job.out}")
+        return None
+    for sentence in report.examples:
+        console.print(f"bad {sentence}")
+    bad = f", {report.num_bad:,} of them bad rows" if report.num_bad else ""
+    console.print(f"{report.num_rows:,} results written to {job.out}{bad}")
+    return report
