@@ -15,6 +15,7 @@ MultiTokenError
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
 
 RowKind = Literal[
@@ -109,6 +110,40 @@ class ConvertError(MultiTokenError):
 
 class Interrupted(MultiTokenError):
     """Training was stopped by Ctrl-C or SIGTERM; its state is saved. The exit code is 130."""
+
+
+_DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "cuDNN error", "HIP error")
+"""Prefixes of the messages by which torch reports a device that failed."""
+
+
+def machine_fault(error: Exception) -> str | None:
+    """Return a sentence on an error by which Python or torch reports a fault of the machine.
+
+    That is a full disk, a device that failed, or a data worker that was killed. None: another
+    error.
+    """
+    line = first_line(error)
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return None
+        return (
+            f"{error.filename or 'the output'} could not be written: {error.strerror}; free some "
+            "space on that disk, and start the same command again"
+        )
+    again = "Start the same command again; a run continues from its last complete checkpoint."
+    # by name, since commands that need no torch must not import it
+    if type(error).__name__ == "AcceleratorError" or line.startswith(_DEVICE_FAULTS):
+        return (
+            f"the device failed ({line}), and this process cannot use it any more. {again} If it "
+            "fails again, CUDA_LAUNCH_BLOCKING=1 before the command makes torch name the operation"
+        )
+    if line.startswith("DataLoader worker (pid"):
+        return (
+            f"a data worker was killed ({line.strip(' .')}), as it happens when memory or /dev/shm "
+            "is full; use fewer data workers (`train.args.dataloader_num_workers`, "
+            f"`--num-workers`), or give them more memory. {again}"
+        )
+    return None
 
 
 def first_line(error: Exception) -> str:

@@ -134,7 +134,8 @@ class ChatFormat:
     ) -> list[Sample | ChatTemplateError]:
         """Tokenize conversations together: the samples of `tokenize`, or errors in their place.
 
-        One call of the tokenizer takes all texts, and shares them among its threads.
+        One call of the tokenizer takes all texts. It reads them in threads, unless
+        TOKENIZERS_PARALLELISM is false: the command line sets that, since data workers read there.
         """
         found: list[_Rendered | ChatTemplateError] = []
         for conversation, numbers, turns in zip(

@@ -23,7 +23,7 @@ from multi_token.cli.modalities import modalities_app
 from multi_token.cli.predict import predict
 from multi_token.cli.serve import serve
 from multi_token.cli.train import train
-from multi_token.errors import Interrupted, MultiTokenError
+from multi_token.errors import Interrupted, MultiTokenError, machine_fault
 
 RENAMED_OPTIONS = {
     ("serve", "--backend"): "`--backend` is gone: `serve RUN` generates in this process, and "
@@ -137,11 +137,20 @@ def _run_command(console: Console) -> int:
         console.print(str(error), highlight=False, markup=False)
         return 130
     except MultiTokenError as error:
-        # one call, so that lines of several processes do not mix
-        text = Text.assemble(("error: ", "bold red"), str(error))
-        console.print(text, highlight=False, soft_wrap=True)
+        _print_error(console, str(error))
+        return 1
+    except (RuntimeError, OSError) as error:
+        if (sentence := machine_fault(error)) is None:
+            raise
+        _print_error(console, sentence)
         return 1
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
     return 0
+
+
+def _print_error(console: Console, sentence: str) -> None:
+    # one call, so that lines of several processes do not mix
+    text = Text.assemble(("error: ", "bold red"), sentence)
+    console.print(text, highlight=False, soft_wrap=True)

@@ -65,7 +65,7 @@ def test_a_stage_plans_its_batches_without_reading_a_row(
     fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
     recipe = Recipe.model_validate(fields)
     run = prepare(recipe, open_stages(recipe), Console(quiet=True))
-    assert sorted(row_reads) == list(range(NUM))
+    assert sorted(row_reads) == list(range(NUM)), "the scan reads each row once"
     attach_adapters(run, run.stages[0])
     trainer: Any = build_trainer(run, run.stages[0])
     assert len(row_reads) == NUM
@@ -76,3 +76,18 @@ def test_a_stage_plans_its_batches_without_reading_a_row(
     else:
         found = [(len(p.sample.input_ids), len(p.sample.rejected.input_ids)) for p in samples]
         assert trainer.train_dataset.lengths == found and len(found) == NUM - NUM // 3
+
+
+def test_held_out_rows_are_read_once_before_they_are_evaluated(
+    recipe_fields: Fields, data: Path, tmp_path: Path, row_reads: list[int]
+) -> None:
+    write_pairs(tmp_path / "rows.jsonl", data)
+    fields = recipe_fields(tmp_path / "run", num_samples=3)
+    held_out = [{"rows": str(path)} for path in (tmp_path / "rows.jsonl", data / "rows.jsonl")]
+    fields["data"] = {"train": [{"rows": str(data / "rows.jsonl")}], "eval": held_out}
+    recipe = Recipe.model_validate(fields)
+    run = prepare(recipe, open_stages(recipe), Console(quiet=True))
+    assert len(row_reads) == 4 + NUM + 4
+    # two sources of 12 and 4 rows
+    shown = [conversation.id for conversation, _ in run.evaluation.some_rows(4)]
+    assert shown == ["0", "4", "8", "red"] and len(row_reads) == 4 + NUM + 4 + 4

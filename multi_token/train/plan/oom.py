@@ -42,8 +42,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for the errors by which torch or Python report missing memory, on a GPU or a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch's CPU allocator raises a plain RuntimeError, which only its text tells from others
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # torch's CPU allocator, and CUDA outside of torch's allocator, raise errors that only their
+    # text tells from others
+    texts = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def memory_capacity(device: torch.device) -> int:
