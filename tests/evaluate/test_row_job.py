@@ -84,6 +84,15 @@ def test_a_bad_row_is_tried_again_and_stays_an_error_if_it_is_still_bad(tmp_path
     assert answers(out) == [(id, None if id == "row 3" else text) for id, text in EXPECTED]
 
 
+def test_an_answer_counts_whatever_errors_other_parts_hold(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    write(job(out, 0, 2), range(10))
+    later = job(out, 1, 2)
+    with later.writing():
+        later.write([RowResult(0, "row 0", RowError("is lost", kind="format", row_id="row 0"))])
+    assert job(out).join() is not None and answers(out) == EXPECTED
+
+
 def test_parquet_has_the_rows_of_jsonl(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     one = job(out)

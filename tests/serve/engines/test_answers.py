@@ -95,6 +95,19 @@ def test_an_engine_that_dies_is_left_out_and_nothing_is_lost(
     assert in_order(found) == expected
 
 
+def test_an_answer_that_broke_off_begins_again_on_another_engine(
+    served_model: Any, expected: list[str]
+) -> None:
+    engines = [StandIn(served_model.language_model, max_num_seqs=2) for _ in range(2)]
+    with started(served_model, *engines) as engine:
+        # after its golden request
+        engines[0].breaks_at = 2
+        rows = rows_of(served_model)
+        found = [r for some in answers(engine, rows, max_in_flight=4) for r in some]
+        assert engines[0].bodies and engine.num_replicas == 1
+    assert in_order(found) == expected
+
+
 def test_without_an_engine_the_work_ends_and_an_engine_that_returns_continues_it(
     served_model: Any, expected: list[str]
 ) -> None:
