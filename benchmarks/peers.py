@@ -166,6 +166,33 @@ def with_ours(
     )
 
 
+GROUPS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::mkldnn_convolution"),
+    "attention": ("aten::_scaled_dot_product",),
+    "loss": ("aten::_log_softmax", "aten::nll_loss"),
+    "optimizer": ("aten::_fused_adam", "aten::_foreach"),
+}
+"""Group of operators -> how their names begin."""
+
+
+def shares_of(trainer: Trainer) -> dict[str, float]:
+    """Return the share of a step that each group of operators takes, and what is beside them."""
+    times = StepTimes()
+    trainer.add_callback(times)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        trainer.train()
+    trainer.remove_callback(times)
+    found = dict.fromkeys([*GROUPS, "other operators"], 0.0)
+    for event in profile.key_averages():
+        if event.key.startswith("aten::"):
+            names = (g for g, starts in GROUPS.items() if event.key.startswith(starts))
+            found[next(names, "other operators")] += event.self_cpu_time_total / 1e6
+    total = sum(times.seconds)
+    found["Python and the libraries"] = total - sum(found.values())
+    return {group: round(seconds / total, 3) for group, seconds in found.items()}
+
+
 def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
     """All three in turns, a few steps each; 4 x 8 rows in memory, no cache."""
     if not (folder / "ours").is_dir():
@@ -208,6 +235,7 @@ def measure(folder: Path, learn: str, rounds: int) -> dict[str, Any]:
         "learn": learn,
         "loss_of_llava": float(expected),
         "loss_of_ours": float(first),
+        "shares": {name: shares_of(trainer) for name, trainer in trainers.items()},
         **{f"{name}_tokens_per_second": round(speed, 1) for name, speed in speeds.items()},
         **{
             f"times_{name}": round(speeds["ours"] / speed, 2)
@@ -250,6 +278,12 @@ def main() -> None:
             f"{peer['loss_of_llava']:.5f} {peer['loss_of_ours']:.5f}",
         )
     Console(width=100).print(table)
+    groups = list(peers[0]["shares"]["ours"])
+    table = Table("what is trained", "by", *groups, title="shares of a step, profiled")
+    for peer in peers:
+        for name, shares in peer["shares"].items():
+            table.add_row(peer["learn"], name, *(f"{shares[group]:.1%}" for group in groups))
+    Console(width=140).print(table)
     numbers = {
         "peers": peers,
         "rounds": rounds,
