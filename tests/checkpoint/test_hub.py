@@ -95,6 +95,7 @@ def test_a_hub_that_stops_answering_is_waited_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    close_session()  # of an earlier test, with the limit of the library
     with socket.create_server(("127.0.0.1", 0)) as silent:
         limit_hub_waits(0.2)
         limit_hub_waits(0.2)
