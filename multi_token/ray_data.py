@@ -37,6 +37,8 @@ from multi_token.recipe.train import FeatureCacheSpec
 from multi_token.train.prepare import initial_encoders
 
 _NAME = "batch"
+_TEXTS = ("answer", "error")
+"""Columns of texts that are added."""
 
 
 class _ModelRows:
@@ -252,10 +254,8 @@ def _fields(result: RowResult) -> Mapping[str, Any]:
 def _with_columns(batch: Any, **columns: list[Any]) -> Any:
     if isinstance(batch, Mapping):
         # objects: numpy would fill all texts to one width
-        return {**batch, **{name: np.array(v, type(v[0])) for name, v in columns.items()}}
+        types = {name: object if name in _TEXTS else float for name in columns}
+        return {**batch, **{name: np.array(v, types[name]) for name, v in columns.items()}}
     for name, values in columns.items():
         batch = batch.append_column(name, [values])
     return batch
-
-
-_TEXTS = ("answer", "error")

@@ -63,7 +63,10 @@ def test_a_batch_gets_the_answers_of_generate(run: str, model: Any, data: Path) 
     predict = PredictRows(run, root=str(data), max_new_tokens=NUM_NEW, batch_size=3)
     found = predict(columns(ROWS))
     assert found["answer"].tolist() == expected and set(found["error"]) == {""}
+    assert found["answer"].dtype == object, "a column of one width has the longest answer's"
     assert found["id"].tolist() == [r["id"] for r in ROWS]
+    empty = predict({name: np.empty(0, object) for name in ROWS[0]})
+    assert set(empty) == set(found) and not len(empty["answer"])
     table = predict(pyarrow.Table.from_pylist(ROWS[:7]))
     assert table["answer"].to_pylist() == expected[:7]
     assert table.column_names == ["id", "images", "messages", "answer", "error"]
