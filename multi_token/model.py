@@ -413,7 +413,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         }
         tokenizer = load_tokenizer(spec.language_model, spec.revision)
         processor = MultiTokenProcessor(
-            chat=ChatFormat(tokenizer, spec.chat_template, spec.train_on_turns),
+            chat=ChatFormat.from_spec(tokenizer, spec),
             modalities=spec.modalities,
             fetch=Fetch(),
             max_tokens=max_tokens,
@@ -427,7 +427,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
                 # the commit itself, since a branch or a tag may move
                 "revision": commit or spec.revision,
                 # the template itself, since a file elsewhere may change
-                "chat_template": processor.chat.template if spec.chat_template else None,
+                "chat_template": processor.chat.source if spec.chat_template else None,
             },
             "identity": fingerprint(child),
             "base_identity": None,
