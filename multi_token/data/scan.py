@@ -230,7 +230,7 @@ def sample_length(sample: Sample) -> Length:
     return Length(
         num_tokens=int(sample.input_ids.numel()),
         num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-        num_media=sum(span.length for span in sample.media_spans),
+        num_media=sum(span.num_embeds for span in sample.media_spans),
         num_items=len(sample.media_spans),
         num_rejected=0 if sample.rejected is None else int(sample.rejected.input_ids.numel()),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from multi_token.media.series import count_steps, read_series
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import Encoder, Modality, load_auto
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 MergeKind = Literal["join", "mean"]
 _OWN_FIELDS = ("patch_length", "hidden_size", "num_layers", "num_heads")
@@ -127,6 +127,16 @@ class TimeseriesModality(Modality):
     """
 
     kit_example: ClassVar[str] = "multi_token.testing.examples:timeseries_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "mean": "mean of the channel, before it is normalized",
+        "sd": "standard deviation of the channel",
+        "min": "smallest value of the channel",
+        "max": "largest value of the channel",
+        "channel": "number of the channel, from 1",
+        "steps": "steps of the series at `rate`",
+        "rate": "steps per second, if `rate` is set",
+        "seconds": "length of the series, if `rate` is set",
+    }
 
     type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
     channels: PositiveInt
@@ -224,7 +234,25 @@ class TimeseriesModality(Modality):
             "level": torch.from_numpy(level),
             "mask": torch.ones(num_patches, dtype=torch.bool),
         }
-        return Prepared(inputs, num_features=num_patches)
+        return Prepared(inputs, num_patches, self._facts(raw))
+
+    def _facts(self, raw: np.ndarray) -> tuple[Fact, ...]:
+        """Facts of each channel, all before the first feature."""
+        values = raw.astype(np.float64)
+        steps, rate = len(raw), self.rate
+        shared = {"steps": steps, "rate": rate, "seconds": None if rate is None else steps / rate}
+        columns = {"mean": values.mean(0), "sd": values.std(0)}
+        columns |= {"min": values.min(0), "max": values.max(0)}
+        return tuple(
+            Fact(
+                {
+                    **{name: float(numbers[i]) for name, numbers in columns.items()},
+                    "channel": i + 1,
+                    **shared,
+                }
+            )
+            for i in range(self.channels)
+        )
 
     def _prepare_windows(self, raw: np.ndarray) -> Prepared:
         """Consecutive windows. The last one ends with the series; only its new patches count."""
@@ -249,7 +277,7 @@ class TimeseriesModality(Modality):
             "part": torch.arange(len(windows)).repeat_interleave(torch.tensor(num_patches)),
             "feature": torch.cat([torch.arange(shape.num_patches)[-n:] for n in num_patches]),
         }
-        return Prepared(inputs, num_features=self.count_features(len(raw)))
+        return Prepared(inputs, self.count_features(len(raw)), self._facts(raw))
 
     def _window_shape(self) -> WindowShape:
         assert self.encoder is not None

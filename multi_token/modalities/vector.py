@@ -16,7 +16,7 @@ from multi_token.media.series import header_shape, read_npy
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
 from multi_token.projectors.kinds import Expand
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 
 class VectorEncoder(Encoder):
@@ -38,6 +38,10 @@ class VectorModality(Modality):
     """
 
     kit_example: ClassVar[str] = "multi_token.testing.examples:vector_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "norm": "Euclidean length of the vector",
+        "vector": "number of the vector in its item, from 1",
+    }
 
     type: Literal["vector"] = "vector"  # type: ignore[reportIncompatibleVariableOverride]
     dim: int = Field(gt=0)
@@ -111,6 +115,10 @@ class VectorModality(Modality):
         return Prepared(
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},
             num_features=self.count_features(len(values)),
+            facts=tuple(
+                Fact({"norm": float(norm), "vector": at + 1}, at)
+                for at, norm in enumerate(np.linalg.norm(array.astype(np.float64), axis=1))
+            ),
         )
 
     def example_sources(self) -> Sequence[list[float]]:

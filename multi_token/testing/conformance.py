@@ -22,6 +22,7 @@ from multi_token.encoders import cast_encoder
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
+from multi_token.modalities.facts import facts_from_bytes, facts_to_bytes
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.types import Features, Prepared
 
@@ -325,6 +326,31 @@ def _header_length_is_exact(subject: Subject) -> str:
     return f"{num_known} of {len(counts)} lengths are known from headers"
 
 
+def _gives_facts(subject: Subject) -> str:
+    modality = subject.modality
+    for index, (source, item) in enumerate(zip(subject.sources, subject.items, strict=True)):
+        for fact in item.facts:
+            if fact.values.keys() != modality.fact_names.keys():
+                raise ClaimFailed(
+                    f"source {index}: `prepare` gives the facts {', '.join(fact.values)}, and "
+                    f"`fact_names` has {', '.join(modality.fact_names) or 'none'}"
+                )
+        if modality.fact_names and not item.facts:
+            raise ClaimFailed(f"source {index}: `prepare` gives none of `fact_names`")
+        try:
+            # as caches and the server's decoders pass them on
+            read = facts_from_bytes(facts_to_bytes(item.facts), item.num_features)
+        except (TypeError, ValueError) as error:
+            raise ClaimFailed(f"source {index}: {error}; facts are numbers or texts") from None
+        if not read == item.facts == subject.prepare(source).facts:
+            raise ClaimFailed(f"source {index}: `prepare` gives other facts the second time")
+        size = modality.size_from_header(source, subject.fetch)
+        promised = None if size is None else modality.facts_from_size(size)
+        if promised is not None and promised != item.facts:
+            raise ClaimFailed(f"source {index}: `facts_from_size` gives other facts than `prepare`")
+    return ", ".join(modality.fact_names) or "it has none"
+
+
 def _examples_are_read(subject: Subject) -> str:
     # The examples of a server, and not those of the kit.
     sources = subject.modality.example_sources()
@@ -356,6 +382,7 @@ CLAIMS: dict[str, Callable[[Subject], str]] = {
     "an encoder can be built again": _can_be_built_again,
     "its example sources can be decoded": _examples_are_read,
     "the length from the header is the prepared length": _header_length_is_exact,
+    "its facts are given, and stay the same": _gives_facts,
 }
 
 

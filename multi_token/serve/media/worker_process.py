@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import MIB
+from multi_token.modalities.facts import facts_from_json
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
 from multi_token.serve.media.protocol import (
@@ -290,7 +291,9 @@ def _parse_result(header: Mapping[str, Any], blobs: Sequence[memoryview]) -> Dec
             raise ValueError(f"sizes {sizes}")
         sizes["prepared_bytes"] = sum(map(len, blobs))
         tensors = tensors_of(header["tensors"], blobs)
-        prepared = Prepared(tensors, num_features=int(header["num_features"]))
+        num_features = int(header["num_features"])
+        facts = facts_from_json(header["facts"], num_features)
+        prepared = Prepared(tensors, num_features, facts)
         return DecodedItem(prepared, sizes)
     # Any of these shows a reply that the worker's own code did not write.
     except (AttributeError, LookupError, TypeError, ValueError) as error:
