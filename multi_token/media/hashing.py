@@ -93,6 +93,9 @@ def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
     """Return path, size and time of change of the local file that a source names, or []."""
     path = fetch.local_path(source)
     try:
+        # A WFDB record is named without the suffix of its header.
+        is_record = path is not None and not path.suffix and not path.exists()
+        path = path.with_name(f"{path.name}.hea") if is_record and path else path
         found = None if path is None else path.stat()
     except (OSError, ValueError):  # no such file, or a text too long for a name
         return []
