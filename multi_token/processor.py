@@ -415,11 +415,7 @@ def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenPro
 
     model = recipe.model
     return MultiTokenProcessor(
-        chat=ChatFormat(
-            load_tokenizer(model.language_model, model.revision),
-            model.chat_template,
-            model.train_on_turns,
-        ),
+        chat=ChatFormat.from_spec(load_tokenizer(model.language_model, model.revision), model),
         modalities=model.modalities,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,

@@ -15,16 +15,18 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Encoding
+from typing_extensions import Self
 
 from multi_token.chat.alignment import CharSpan, ChatMessage
+from multi_token.chat.named import named_template, template_names, with_variables
 from multi_token.chat.template import ChatTemplate
 from multi_token.chat.token_spans import token_spans
 from multi_token.errors import ChatTemplateError
@@ -37,12 +39,19 @@ from multi_token.types import (
     TrainOnTurns,
 )
 
+if TYPE_CHECKING:
+    from multi_token.recipe.model import ModelSpec
+
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """Template for a tokenizer without one, if the recipe names none (docs/chat-templates.md)."""
+
+
+_MAX_VARIANTS = 16
+"""Formats with other template variables that are kept."""
 
 
 class ChatFormat:
@@ -54,14 +63,20 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, train_on_turns: TrainOnTurns = "all"
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        train_on_turns: TrainOnTurns = "all",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Check tokenizer and template.
 
         Args:
             tokenizer: A fast tokenizer of transformers, with a pad or an EOS token.
-            chat_template: Jinja text, or the path of a file with it; else the tokenizer's own.
+            chat_template: Jinja text, the path of a file with it, or a name of
+                `chat/named.py`; else the tokenizer's own.
             train_on_turns: Assistant turns of a conversation that are supervised.
+            template_kwargs: Values of the template's variables, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: For a tokenizer or a template that cannot be used.
@@ -73,7 +88,9 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.train_on_turns: TrainOnTurns = train_on_turns
-        self.template: str = _template_source(tokenizer, chat_template)
+        self.source: str = _template_source(tokenizer, chat_template)
+        self.template_kwargs = dict(template_kwargs or {})
+        self.template: str = with_variables(self.source, self.template_kwargs)
         # Layers that look ids up (Gemma3n) get the filler too, so the id without content is first.
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
@@ -85,10 +102,38 @@ class ChatFormat:
         self.filler_id: int = fillers[0]
         self._chat_template = ChatTemplate(self.template, tokenizer)
         self._slot_tokenizers: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
+        self._variants: dict[str, ChatFormat] = {}
+
+    @classmethod
+    def from_spec(cls, tokenizer: Any, spec: ModelSpec) -> Self:
+        """Return the format of the `model` section of a recipe. Raises ChatTemplateError."""
+        return cls(tokenizer, spec.chat_template, spec.train_on_turns, spec.chat_template_kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A data worker makes its own copies; a pickled tokenizer is megabytes.
-        return {**self.__dict__, "_slot_tokenizers": {}}
+        return {**self.__dict__, "_slot_tokenizers": {}, "_variants": {}}
+
+    def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> ChatFormat:
+        """Return the format with other values of the template's variables.
+
+        Args:
+            template_kwargs: Values over those of this format, such as `{"enable_thinking": False}`.
+
+        Raises:
+            ChatTemplateError: For a variable that the template does not have.
+        """
+        merged = {**self.template_kwargs, **(template_kwargs or {})}
+        if merged == self.template_kwargs:
+            return self
+        key = repr(sorted(merged.items()))
+        if key not in self._variants:
+            found = ChatFormat(self.tokenizer, self.source, self.train_on_turns, merged)
+            found._slot_tokenizers = self._slot_tokenizers  # a copy of the tokenizer is megabytes
+            # each request may bring other values
+            if len(self._variants) >= _MAX_VARIANTS:
+                self._variants.clear()
+            self._variants[key] = found
+        return self._variants[key]
 
     def tokenize(
         self,
@@ -328,11 +373,8 @@ def _template_source(tokenizer: Any, chat_template: str | None) -> str:
     # Jinja text without a brace would render one text for every conversation.
     if chat_template is not None and "{" not in chat_template:
         path = Path(chat_template)
-        if not path.is_file():
-            raise ChatTemplateError(
-                f"chat_template {chat_template!r} is neither Jinja text nor a file"
-            )
-        chat_template = path.read_text(encoding="utf-8")
+        is_file = path.is_file() and chat_template not in template_names()
+        chat_template = path.read_text("utf-8") if is_file else named_template(chat_template)
     source = chat_template or tokenizer.chat_template
     # Command-R's tokenizer has a template for each of its tasks, by name.
     if isinstance(source, dict):
@@ -353,8 +395,8 @@ def _default_template(tokenizer: Any) -> str:
     if tokenizer.eos_token is None:
         raise ChatTemplateError(
             "the language model's tokenizer has no chat template, and no EOS token to end a turn "
-            "of the default template; set `chat_template` in the recipe to Jinja text or to a file "
-            "with it"
+            "of the default template; set `chat_template` in the recipe to Jinja text, a file with "
+            "it, or a name (docs/chat-templates.md)"
         )
     # By its effect: most tokenizers that add BOS have no attribute that tells.
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
