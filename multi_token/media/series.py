@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from torch import Tensor
 
+from multi_token.errors import MediaError
 from multi_token.media.biosignal import EDF_MAGIC, is_wfdb_header, open_edf, open_wfdb, open_zip
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, source_name
@@ -230,13 +231,15 @@ def _wfdb_header(source: Any, fetch: Fetch) -> str | None:
     if suffix in (".hea", ".dat"):
         return name[:-4] + ".hea"
     path = fetch.local_path(source)
+    if suffix or "://" in name or (path is not None and path.is_file()):
+        return None
     # PTB-XL's tables name records without a suffix.
-    is_record = suffix == "" and path is not None and not path.is_file()
-    return (
-        f"{name}.hea"
-        if is_record and path and path.with_name(f"{path.name}.hea").is_file()
-        else None
-    )
+    header = f"{name}.hea"
+    try:
+        fetch.open(header).close()
+    except MediaError:
+        return None
+    return header
 
 
 def _beside(header: str, name: str) -> str:
