@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from multi_token import __version__
 from multi_token.cli.ask import ask, chat
+from multi_token.cli.combine import combine
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
@@ -77,6 +78,7 @@ app.command()(ask)
 app.command()(predict)
 app.command()(serve)
 app.command("import")(import_run)
+app.command()(combine)
 app.command()(export)
 app.command()(push)
 app.add_typer(data_app, name="data")

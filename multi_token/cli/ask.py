@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ DEVICE = typer.Option(
 )
 MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
 TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
+TEMPLATE_KWARGS = typer.Option(
+    None,
+    "--chat-template-kwargs",
+    metavar="JSON",
+    help="Values of the chat template's variables, over those of the run: "
+    '{"enable_thinking": false}.',
+)
 _SYSTEM = typer.Option(None, help="A system message.")
 
 
@@ -60,6 +68,25 @@ def load_run(
         device_map=device_map,
         embeddings_only=embeddings_only,
     )
+
+
+def set_template_kwargs(model: MultiTokenForConditionalGeneration, text: str | None) -> None:
+    """Give the model's chat template the values of `--chat-template-kwargs`.
+
+    Raises MultiTokenError.
+    """
+    if text is None or model.processor is None:
+        return
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise MultiTokenError(
+            f'--chat-template-kwargs expects a JSON object ({{"enable_thinking": false}}), got '
+            f"{text!r}"
+        )
+    model.processor = replace(model.processor, chat=model.processor.chat.with_kwargs(found))
 
 
 def _device_map(path: Path) -> dict[str, int | str]:
@@ -106,6 +133,7 @@ def ask(
     system: str = _SYSTEM,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
+    chat_template_kwargs: str = TEMPLATE_KWARGS,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -114,6 +142,7 @@ def ask(
 
     items = _items(media, image)
     model = load_run(run, language_model, device)
+    set_template_kwargs(model, chat_template_kwargs)
     conversation = as_conversation(question, items, system=system)
     typer.echo(model.generate([conversation], **_options(max_new_tokens, temperature))[0])
 
@@ -123,6 +152,7 @@ def chat(
     system: str = _SYSTEM,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
+    chat_template_kwargs: str = TEMPLATE_KWARGS,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -131,6 +161,7 @@ def chat(
 
     console = Console(highlight=False)
     model = load_run(run, language_model, device)
+    set_template_kwargs(model, chat_template_kwargs)
     slash = ", ".join(f"/{name} SOURCE" for name in model.modalities)
     console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")
     start = [Message("system", (Text(system),))] if system else []

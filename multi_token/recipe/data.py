@@ -17,8 +17,8 @@ class DataSource(StrictModel):
     """A source of rows."""
 
     rows: str
-    """A .json, .jsonl, .parquet or .tar (WebDataset) file, `shards/*.parquet` or a folder of such
-    files, a folder of `save_to_disk` (datasets), or a hub name."""
+    """A file of rows, `shards/*.parquet` or a folder of such files, a folder of media files, one of
+    `save_to_disk` (datasets), or a hub name; docs/files.md lists all."""
     split: str = "train"
     """Split to read, if the source has several."""
     weight: float | None = Field(default=None, gt=0)
