@@ -52,8 +52,8 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
     """Load something from the hub by any library, and wait for 60 s of silence at most.
 
     huggingface_hub, transformers and datasets wait for minutes, since each request is sent again
-    up to five times, and each file has its requests. After the limit they are told that there is no
-    network, so they take files from the cache.
+    up to five times, and each file has its requests. After the limit they work as without a
+    network: files come from the cache.
 
     Args:
         name: Name on the hub, for the message.
