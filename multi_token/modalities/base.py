@@ -89,7 +89,7 @@ class Modality(BaseModel, ABC):
     """
 
     # Frozen: a modality is shared by threads, and its fields are the key of cached features.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
     """OpenAI content parts that may carry an item. A request can always use `<name>_url` and

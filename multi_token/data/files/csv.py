@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from multi_token.data.files.index import Index, stored_index
+from multi_token.data.files.index import stored_index
 from multi_token.data.files.json import line_error
 from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError, RowError
+from multi_token.media.archive import Index
 
 _MAX_FIELD = 1 << 28
 """Bytes of a field: a quote without an end would otherwise take the file into memory."""

@@ -105,7 +105,7 @@ def open_folder(
             return FolderRows(path, names, start)
     tables = [MetadataRows(path, file, open_file(path / file)) for file in found]
     # ConcatDataset refuses an empty list
-    full = [table for table in tables if len(table)]
+    full: Any = [table for table in tables if len(table)]
     rows: Any = ConcatDataset(full) if full else []
     return rows
 
