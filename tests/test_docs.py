@@ -180,6 +180,19 @@ def test_make_targets_in_documents_exist() -> None:
                 assert match[1] in targets, f"{name_of(path)}: no target `make {match[1]}`"
 
 
+def test_make_bench_runs_scripts_that_need_no_argument() -> None:
+    printed = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    named = set(re.findall(r"benchmarks/\w+\.py", printed))
+    assert len(named) >= 10
+    for name in named:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert '"__main__"' in text, f"{name} is a module that others import"
+        required = re.findall(r"add_argument\(\"(\w+)\"(?![^)]*nargs=\"[?*]\")", text)
+        assert not required, f"{name} needs {required}, and `make bench` gives none"
+
+
 def test_the_changelog_knows_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{__version__}]" in changelog, f"CHANGELOG.md has no entry for {__version__}"

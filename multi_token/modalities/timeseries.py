@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
+from multi_token.hub import limited_hub_waits
 from multi_token.media.examples import example_tables
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import SeriesSpec, count_steps, read_series
@@ -319,9 +320,10 @@ class TimeseriesModality(Modality):
         if getattr(config, "do_mask_input", False):
             # Pretraining masks patches at random, in eval mode too.
             config.do_mask_input = False
-        tower = AutoModel.from_pretrained(
-            self.encoder, revision=self.revision, config=config, dtype=torch.float32
-        )
+        with limited_hub_waits(self.encoder):
+            tower = AutoModel.from_pretrained(
+                self.encoder, revision=self.revision, config=config, dtype=torch.float32
+            )
         return WindowEncoder(tower, shape, self).eval()
 
 
