@@ -18,12 +18,13 @@ from multi_token.errors import MultiTokenError, RecipeError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.facts import check_format, facts_from_bytes, facts_to_bytes
 from multi_token.modalities.vector import VectorModality
-from multi_token.processor import MultiTokenProcessor
+from multi_token.processor import Measured, MultiTokenProcessor
 from multi_token.testing import tiny_tokenizer
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
     Fact,
+    Length,
     Media,
     MediaSpan,
     Message,
@@ -205,13 +206,15 @@ def test_lengths_from_headers_count_facts_and_decode_where_a_header_lacks_them(
     image = ImageModality(encoder=str(parts / "clip"), facts="{width}x{height} ")
     vector = processor_of("{norm:.2f} ").modalities["vector"]
     processor = replace(
-        processor_of(None), modalities={"image": image, "vector": vector}, fetch=Fetch(tmp_path)
+        processor_of(None), modalities={"image": image, "vector": vector}, fetch=Fetch(str(tmp_path))
     )
     for name, file, decodes in (("image", "wide.png", False), ("vector", "vector.npy", True)):
         question = Message("user", (Media(name, file), Text("?")))
         row = Conversation((question, Message("assistant", (Text("yes"),))))
         sample = processor(row)
         counted = replace(processor, lengths_only=True)(row)
+        (measured,) = replace(processor, lengths_only=True).measure([row])
+        assert isinstance(measured, Measured) and measured.length == Length.of(sample)
         assert counted.input_ids.tolist() == sample.input_ids.tolist()
         assert bool(counted.media[0].inputs) == decodes
         # a source that was prepared before keeps its facts
