@@ -152,8 +152,8 @@ class Modality(BaseModel, ABC):
             raw: Result of `load`.
 
         Returns:
-            Tensors of one item, without a batch axis, the number of its features, and its facts
-            (each with all `fact_names`).
+            Tensors of one item, without a batch axis, the number of its features, and its facts,
+            each with all `fact_names` (needed only if `facts` is set).
         """
 
     @abstractmethod

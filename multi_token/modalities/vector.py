@@ -141,10 +141,8 @@ class VectorModality(Modality):
         return Prepared(
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},
             num_features=self.count_features(len(values)),
-            facts=tuple(
-                Fact({"norm": float(norm), "vector": at + 1}, at)
-                for at, norm in enumerate(np.linalg.norm(array.astype(np.float64), axis=1))
-            ),
+            # only on demand, since an item may have thousands of vectors
+            facts=() if self.facts is None else _facts(array),
         )
 
     def example_sources(self) -> Sequence[list[float]]:
@@ -158,6 +156,11 @@ class VectorModality(Modality):
     def build_encoder(self) -> VectorEncoder:
         """Return the encoder, which has no weights."""
         return VectorEncoder(self.dim)
+
+
+def _facts(array: np.ndarray) -> tuple[Fact, ...]:
+    norms = np.linalg.norm(array.astype(np.float64), axis=1)
+    return tuple(Fact({"norm": float(n), "vector": i + 1}, i) for i, n in enumerate(norms))
 
 
 def _parse(source: Any) -> tuple[Any, int | None]:

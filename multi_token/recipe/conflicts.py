@@ -214,8 +214,8 @@ CONFLICTS = (
     # shared prefixes are measured from the texts of the rows, and facts are known from media alone
     Conflict(
         ("train.packing.share", "model.modalities.*.facts"),
-        "`packing: {{share: true}}` measures prefixes without media, and `facts` of {found!r} "
-        "writes text that only its media tell; set packing to true, or leave `facts` out",
+        "`share` of packing measures prefixes without media, and `facts` of {found!r} writes text "
+        "that only its media tell; set packing to true, or leave `facts` out",
         when=lambda s: s.train.packing and s.train.packing.share and _with_facts(s) or None,
     ),
     # FSDP2 shards parameters by `DTensor`, and quantized weights are not parameters of floats

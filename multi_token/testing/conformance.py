@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -327,8 +327,12 @@ def _header_length_is_exact(subject: Subject) -> str:
 
 
 def _gives_facts(subject: Subject) -> str:
-    modality = subject.modality
-    for index, (source, item) in enumerate(zip(subject.sources, subject.items, strict=True)):
+    # on demand alone, if the modality likes
+    text = " ".join(f"{{{name}}}" for name in subject.modality.fact_names)
+    modality = subject.modality.model_copy(update={"facts": text or None})
+    asked = replace(subject, modality=modality)
+    for index, source in enumerate(subject.sources):
+        item = asked.prepare(source)
         for fact in item.facts:
             if fact.values.keys() != modality.fact_names.keys():
                 raise ClaimFailed(
@@ -342,7 +346,7 @@ def _gives_facts(subject: Subject) -> str:
             read = facts_from_bytes(facts_to_bytes(item.facts), item.num_features)
         except (TypeError, ValueError) as error:
             raise ClaimFailed(f"source {index}: {error}; facts are numbers or texts") from None
-        if not read == item.facts == subject.prepare(source).facts:
+        if not read == item.facts == asked.prepare(source).facts:
             raise ClaimFailed(f"source {index}: `prepare` gives other facts the second time")
         size = modality.size_from_header(source, subject.fetch)
         promised = None if size is None else modality.facts_from_size(size)

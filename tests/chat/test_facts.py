@@ -206,7 +206,9 @@ def test_lengths_from_headers_count_facts_and_decode_where_a_header_lacks_them(
     image = ImageModality(encoder=str(parts / "clip"), facts="{width}x{height} ")
     vector = processor_of("{norm:.2f} ").modalities["vector"]
     processor = replace(
-        processor_of(None), modalities={"image": image, "vector": vector}, fetch=Fetch(str(tmp_path))
+        processor_of(None),
+        modalities={"image": image, "vector": vector},
+        fetch=Fetch(str(tmp_path)),
     )
     for name, file, decodes in (("image", "wide.png", False), ("vector", "vector.npy", True)):
         question = Message("user", (Media(name, file), Text("?")))
