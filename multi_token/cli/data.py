@@ -42,7 +42,7 @@ RecipePath = Annotated[
 ]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Other values for keys of the recipe."),
 ]
 Split = Annotated[str, typer.Option(help="Split to read, if there are several.")]
 NumShards = Annotated[

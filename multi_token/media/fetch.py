@@ -28,8 +28,6 @@ _Content = TypeVar("_Content", bytes, BinaryIO)
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_REDIRECTS = 5
-_HUB_WAIT_S = 60.0
-"""Longest wait for the next bytes of the hub."""
 _ACCEPTED = "a file path, a file://, http(s):// or data: URL, or bytes"
 
 
@@ -298,30 +296,6 @@ class Fetch:
                 f"{what} has {num_bytes:,} bytes or more, and the limit is {self.max_bytes:,}; "
                 "make it smaller, or raise max_bytes"
             )
-
-
-def limit_hub_waits(seconds: float = _HUB_WAIT_S) -> None:
-    """Limit each wait of this process for the hub; huggingface_hub waits without end by default.
-
-    The limit is set in the client that huggingface_hub, transformers and datasets share. Requests
-    with a limit of their own keep it.
-    """
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if getattr(session, "multi_token_waits_s", None) == seconds:
-        return
-
-    def limit(request: Any) -> None:
-        # here, since huggingface_hub passes `timeout=None` with most requests
-        given = request.extensions.get("timeout") or {}
-        kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in kinds}
-
-    hooks = session.event_hooks
-    hooks["request"].append(limit)
-    session.event_hooks = hooks
-    session.multi_token_waits_s = seconds  # type: ignore[attr-defined]
 
 
 def shorten(source: Any, limit: int = 120) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from multi_token.data.files.hub_files import HUB_PREFIX
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
-from multi_token.media.fetch import limit_hub_waits
+from multi_token.hub import limited_hub_waits
 
 if TYPE_CHECKING:
     import datasets
@@ -80,14 +80,14 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    limit_hub_waits()
     try:
-        return datasets.load_dataset(
-            "/".join(names[:2]),
-            names[2] if len(names) == 3 else None,
-            split=split,
-            streaming=streaming,
-        )
+        with limited_hub_waits(source):
+            return datasets.load_dataset(
+                "/".join(names[:2]),
+                names[2] if len(names) == 3 else None,
+                split=split,
+                streaming=streaming,
+            )
     # datasets raises ValueError for an unknown config or split, OSError without a network
     except (OSError, ValueError, DatasetsError) as error:
         raise MultiTokenError(

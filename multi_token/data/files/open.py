@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.unpack import PACKED, unpacked_file
 from multi_token.data.files.webdataset import TarRows
 from multi_token.data.parallel import pass_console, progress_bar
-from multi_token.data.rows import Row
+from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError
 
 _TEXTS: dict[str, Callable[[Path], Sequence[Row]]] = {
@@ -48,6 +49,7 @@ _SHARDS = tuple(_FORMATS)
 _FORMATS[".npy"] = lambda path: NpyRows(path, _open_alone)  # in a folder, each may be one item
 _IN_FOLDERS = (".json", ".jsonl", ".parquet", ".tar")
 """Formats whose files in a folder are its rows, whatever else lies there."""
+_SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 _ACCEPTED = (
     "a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather, .npy or .tar file, a text file of "
     "these with .gz or .zst, a pattern (shards/*.parquet) or folder of such files, a folder of "
@@ -77,7 +79,8 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
 
     Args:
         source: A name as in the table.
-        split: The split of a hub data set or saved folder; files only have `train`.
+        split: The split of a hub data set or saved folder; files only have `train`. A part of it in
+            brackets, as datasets writes it: `train[:95%]`, `train[1000:]`.
 
     Returns:
         The rows, which stay on disk. Media in tables stay undecoded.
@@ -86,6 +89,44 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
         RowError: a .json file has no end, or is not JSON as a whole.
     """
+    match = _SLICE.fullmatch(split)
+    if match is None:
+        return _load_split(source, split)
+    rows = _load_split(source, match["split"])
+    bounds = (_bound(match[name], len(rows)) for name in ("start", "stop"))
+    part = PartOfRows(rows, range(len(rows))[slice(*bounds)], Path(source).name)
+    if not len(part):
+        raise MultiTokenError(
+            f"split {split!r} of {source} has no rows: it has {len(rows):,} in all"
+        )
+    return part
+
+
+def _bound(text: str | None, num_rows: int) -> int | None:
+    if not text:
+        return None
+    return round(num_rows * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+class PartOfRows(IndexedRows):
+    """Rows of a range of other rows, with the ids that these have there."""
+
+    def __init__(self, rows: Sequence[Row], indices: range, name: str) -> None:
+        """`name`: name of the source in the ids of rows that have none."""
+        self.rows, self.indices, self.name = rows, indices, name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
+        row = self.rows[self.indices[index]]
+        if isinstance(row, Mapping) and row.get("id") is None:
+            return {**row, "id": row_id_of(self.indices[index], row, self.name)}
+        return row
+
+
+def _load_split(source: str, split: str) -> Sequence[Row]:
     files = resolve_files(source)
     path = Path(source).expanduser()
     if files is None:
