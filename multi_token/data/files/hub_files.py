@@ -10,7 +10,7 @@ from typing import NamedTuple
 from multi_token.data.files.unpack import open_root
 from multi_token.data.parallel import pass_console
 from multi_token.errors import MultiTokenError
-from multi_token.media.fetch import limit_hub_waits
+from multi_token.hub import limited_hub_waits
 
 HUB_PREFIX = "hf://"
 _FILE = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
@@ -49,12 +49,12 @@ class HubFiles(NamedTuple):
         """List the files of the repository; without a network, those in the hub's cache."""
         from huggingface_hub import HfApi
 
-        limit_hub_waits()
         try:
-            names = HfApi().list_repo_files(
-                self.repository, repo_type="dataset", revision=self.revision
-            )
-        except (OSError, ValueError):
+            with limited_hub_waits(self.repository):
+                names = HfApi().list_repo_files(
+                    self.repository, repo_type="dataset", revision=self.revision
+                )
+        except (OSError, ValueError, MultiTokenError):
             folder = self._snapshot([])
             names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
         return sorted(name for name in names if not PurePosixPath(name).name.startswith("."))
@@ -95,16 +95,16 @@ class HubFiles(NamedTuple):
         """Return the folder of the repository in the hub's cache, with the files of patterns."""
         from huggingface_hub import snapshot_download
 
-        limit_hub_waits()
         try:
-            return Path(
-                snapshot_download(
-                    self.repository,
-                    repo_type="dataset",
-                    revision=self.revision,
-                    allow_patterns=patterns,
+            with limited_hub_waits(self.repository):
+                return Path(
+                    snapshot_download(
+                        self.repository,
+                        repo_type="dataset",
+                        revision=self.revision,
+                        allow_patterns=patterns,
+                    )
                 )
-            )
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MultiTokenError(
