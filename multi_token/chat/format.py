@@ -215,6 +215,30 @@ class ChatFormat:
             id=conversation.id,
         )
 
+    def render(self, conversation: Conversation, *, prompt_only: bool = False) -> str:
+        """Render the text that `tokenize` reads, with `<name>` in place of each media item.
+
+        Raises ChatTemplateError as `tokenize` does.
+        """
+        rendered = self._render(conversation, len(conversation.media), prompt_only, False)
+        end = rendered.spans[0].start if prompt_only else len(rendered.text)
+        texts = rendered.text[:end].split(rendered.slot)
+        names = [f"<{item.modality}>" for item in conversation.media]
+        return "".join(chain.from_iterable(zip(texts, [*names, ""], strict=True)))
+
+    def tokenize_rendered(self, conversation: Conversation, num_tokens: Sequence[int]) -> Sample:
+        """Tokenize the parts of a conversation as they are, without the template.
+
+        Special tokens in the texts count as such. BOS is added where the tokenizer adds one, unless
+        the text begins with it.
+        """
+        slot = _unused_slot(conversation)
+        text = "".join(m["content"] for m in _to_chat_messages(conversation, slot))
+        slotted, slot_id = self._slot_tokenizer(slot)
+        has_bos = text.startswith(self.tokenizer.bos_token or "\0")
+        ids = np.array(slotted.encode(text, add_special_tokens=not has_bos).ids, np.int64)
+        return self._sample(conversation, num_tokens, _Tokens(ids, np.full(len(ids), -1)), slot_id)
+
     @functools.cached_property
     def end_of_turn_ids(self) -> list[int]:
         """Ids that close an assistant turn; some templates close the last one by another id."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from multi_token.errors import CheckpointError
 from multi_token.media.fetch import limit_hub_waits
+from multi_token.media.hub import hub_arguments
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -45,7 +46,10 @@ def local_folder(
     try:
         return Path(
             snapshot_download(
-                repository, revision=revision, allow_patterns=list(only) if only else None
+                repository,
+                revision=revision,
+                allow_patterns=list(only) if only else None,
+                **hub_arguments(),
             )
         )
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
 from multi_token.media.fetch import Fetch
+from multi_token.media.hub import hub_arguments
 from multi_token.media.series import count_steps, read_series
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import Encoder, Modality, load_auto
@@ -280,12 +281,16 @@ class TimeseriesModality(Modality):
         from transformers import AutoConfig, AutoModel
 
         shape = self._window_shape()
-        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision)
+        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision, **hub_arguments())
         if getattr(config, "do_mask_input", False):
             # Pretraining masks patches at random, in eval mode too.
             config.do_mask_input = False
         tower = AutoModel.from_pretrained(
-            self.encoder, revision=self.revision, config=config, dtype=torch.float32
+            self.encoder,
+            revision=self.revision,
+            config=config,
+            dtype=torch.float32,
+            **hub_arguments(),
         )
         return WindowEncoder(tower, shape, self).eval()
 
