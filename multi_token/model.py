@@ -30,6 +30,7 @@ from multi_token.encoders import (
 )
 from multi_token.errors import MultiTokenError
 from multi_token.generate import generate
+from multi_token.hub import DEFAULT_HUB, HubOptions, hub_options
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.embeddings_only import load_embeddings
 from multi_token.language_model.forward import (
@@ -47,7 +48,6 @@ from multi_token.language_model.loss import (
 from multi_token.language_model.probe import probe
 from multi_token.language_model.quantization import QuantizationConfig, split_quantization
 from multi_token.language_model.segment_attention import segments_to_mask
-from multi_token.media.hub import DEFAULT_HUB, HubOptions, hub_options
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.processor import MultiTokenProcessor, processor_of
 from multi_token.projectors.base import EmbedCount, Projector
@@ -64,12 +64,14 @@ class MultiTokenConfig(PreTrainedConfig):
         identity: Fingerprint of the language model (checkpoint/fingerprint.py).
         base_identity: Fingerprint before training, if all of the language model was trained.
         base_model: Hub name of the language model that one inside the run was made from.
+        combined_from: Runs that the modalities come from (convert/combine.py).
     """
 
     model_type = MODEL_TYPE
     identity: dict[str, Any] | None = None
     base_identity: dict[str, Any] | None = None
     base_model: str | None = None
+    combined_from: list[dict[str, Any]] | None = None
 
 
 class MultiTokenForConditionalGeneration(PreTrainedModel):
@@ -482,6 +484,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             hub=options,
         )
         model.config.base_model = fields.get("base_model")
+        model.config.combined_from = fields.get("combined_from")
         load_trained(model, path, fields)
         if fields.get("base_identity"):
             model.trained_language_model = True

@@ -42,7 +42,7 @@ RecipePath = Annotated[
 ]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Other values for keys of the recipe."),
 ]
 Split = Annotated[str, typer.Option(help="Split to read, if there are several.")]
 NumShards = Annotated[
@@ -144,7 +144,7 @@ def show(
     from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
-    from multi_token.data.scan import sample_length
+    from multi_token.types import Length
 
     processor = _processor(data, recipe, override)
     rows = load_rows(data, split=split)
@@ -154,7 +154,7 @@ def show(
         rows[index], tuple(processor.modalities), row_id=row_id_of(index, rows[index], data)
     )
     sample = processor(conversation)
-    length = sample_length(sample)
+    length = Length.of(sample)
 
     console = Console(highlight=False)
     console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
@@ -165,7 +165,7 @@ def show(
     render = partial(render_sample, tokenizer=processor.tokenizer, marks=not console.is_terminal)
     console.print(render(sample))
     if sample.rejected is not None:
-        num_tokens = sample_length(sample.rejected).num_tokens
+        num_tokens = Length.of(sample.rejected).num_tokens
         console.print(
             f"\nAbove: the chosen answer. Below: the rejected answer, {num_tokens:,} tokens.\n"
         )

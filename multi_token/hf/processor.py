@@ -20,13 +20,18 @@ from multi_token.collate import Collator
 from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.hf.inputs import TOKEN_TYPES, to_flat
+from multi_token.hub import HubOptions, hub_options
 from multi_token.media.fetch import Fetch
-from multi_token.media.hub import HubOptions, hub_options
 from multi_token.processor import MultiTokenProcessor, processor_of
 from multi_token.types import IGNORE_INDEX, Batch, Conversation, Sample
 
 _OF_AUTO_CLASSES = ("config", "trust_remote_code", "adapter_kwargs", "use_fast")
 """Arguments that Auto classes and pipelines add, and that say nothing about a run."""
+_NO_VARIABLES = (
+    *("truncation", "max_length", "load_audio_from_video", "sanitize_control_tokens"),
+    *("timeout", "return_metadata", "text_kwargs", "common_kwargs"),
+)
+"""Arguments of `apply_chat_template` that change nothing here: rows are never cut."""
 _OPTIONS = {
     *("revision", "token", "cache_dir", "local_files_only", "language_model"),
     *("dtype", "device", "device_map", "attn_implementation", "quantization_config"),
@@ -114,7 +119,7 @@ class ChatProcessor(ProcessorMixin):
             processor_kwargs: `padding` and `padding_side`, as pipelines pass them.
             padding: Has no effect: a batch is always padded to its longest row, never cut.
             padding_side: Default: left for prompts, right for whole conversations.
-            **others: None is known.
+            **others: Variables of the template, such as `enable_thinking`.
 
         Returns:
             A `BatchFeature` of `input_ids`, `attention_mask`, `mm_token_type_ids` and media
@@ -125,21 +130,17 @@ class ChatProcessor(ProcessorMixin):
             MultiTokenError: For an argument that a run does not have.
         """
         padding_side = (processor_kwargs or {}).get("padding_side", padding_side)
-        unknown = sorted(
-            name
-            for name, value in {**others, **(processor_kwargs or {})}.items()
-            if value and name not in ("padding", "padding_side", "truncation", "max_length")
-        )
-        if unknown:
-            raise MultiTokenError(
-                f"apply_chat_template of a run does not know {', '.join(unknown)}; leave it out"
-            )
+        variables = {name: value for name, value in others.items() if name not in _NO_VARIABLES}
+        refused = [name for name in ("tools", "documents") if variables.pop(name, None)]
+        if refused:
+            raise MultiTokenError(f"a run takes no {' and '.join(refused)}; leave them out")
         is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
         several = list(conversation) if is_batch else [conversation]
         prompt_only = add_generation_prompt and not continue_final_message
         run = self.run
         if chat_template is not None:
             run = replace(run, chat=ChatFormat(self.tokenizer, chat_template))
+        run = replace(run, chat=run.chat.with_kwargs(variables))
         found = [self._conversation(one, i, prompt_only) for i, one in enumerate(several)]
         if not tokenize:
             texts = [run.chat.render(one, prompt_only=prompt_only) for one in found]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from multi_token.errors import LanguageModelError
+from multi_token.hub import hub_arguments
 from multi_token.language_model.loading import LOAD_FAULTS, gguf_arguments, load_language_model
-from multi_token.media.hub import hub_arguments
 
 
 class EmbeddingsOnly(nn.Module):

@@ -259,7 +259,7 @@ def test_flat_inputs_that_do_not_belong_together_are_refused(
         model.generate(**{**inputs, "mm_token_type_ids": inputs["mm_token_type_ids"] + 11})
     with pytest.raises(MultiTokenError, match="got no input_ids"):
         model.generate()
-    with pytest.raises(MultiTokenError, match="does not know tools"):
+    with pytest.raises(MultiTokenError, match="takes no tools"):
         processor.apply_chat_template(messages("", None, "Why?"), tools=[{}])
     with pytest.raises(MultiTokenError, match="add_generation_prompt=True"):
         processor.apply_chat_template(messages("", None, "Why?"), tokenize=True)
