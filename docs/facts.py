@@ -26,7 +26,7 @@ def pages() -> dict[Path, str]:
     found = {FOLDER / "facts.md": table}
     for name, facts in known.items():
         listed = ", ".join(f"`{fact}`" for fact in facts)
-        sentence = f"`facts` writes numbers of an item as text before it ([facts](../facts.md)): "
+        sentence = "`facts` writes numbers of an item as text before it ([facts](../facts.md)): "
         found[FOLDER / "modalities" / f"{name}.md"] = (
             f"{sentence}{listed}." if facts else "It has no facts to write as text."
         )

@@ -216,7 +216,7 @@ CONFLICTS = (
         ("train.packing.share", "model.modalities.*.facts"),
         "`share` of packing measures prefixes without media, and `facts` of {found!r} writes text "
         "that only its media tell; set packing to true, or leave `facts` out",
-        when=lambda s: s.train.packing and s.train.packing.share and _with_facts(s) or None,
+        when=lambda s: (s.train.packing and s.train.packing.share and _with_facts(s)) or None,
     ),
     # FSDP2 shards parameters by `DTensor`, and quantized weights are not parameters of floats
     Conflict(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_no_fact_forges_a_media_span_or_hides_in_an_answer() -> None:
     class Named(VectorModality):
         """A vector with a name that a file chooses."""
 
-        fact_names = {"name": "any text"}
+        fact_names: ClassVar[dict[str, str]] = {"name": "any text"}
 
         def prepare(self, raw: Any) -> Prepared:
             prepared = super().prepare(raw)
@@ -145,7 +145,7 @@ def test_packs_share_an_item_only_with_the_text_inside_of_it() -> None:
     class Timed(VectorModality):
         """Vectors whose facts are not in their numbers."""
 
-        fact_names = {"time": "seconds"}
+        fact_names: ClassVar[dict[str, str]] = {"time": "seconds"}
         start: float = 0.0
 
         def prepare(self, raw: Any) -> Prepared:
@@ -228,7 +228,7 @@ def test_an_item_without_the_fact_is_refused_with_its_row() -> None:
     class Rated(VectorModality):
         """A vector that may have a rate."""
 
-        fact_names = {"rate": "steps a second"}
+        fact_names: ClassVar[dict[str, str]] = {"rate": "steps a second"}
 
         def prepare(self, raw: Any) -> Prepared:
             return replace(super().prepare(raw), facts=(Fact({"rate": None}),))
