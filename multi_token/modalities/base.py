@@ -211,11 +211,15 @@ class Modality(BaseModel, ABC):
         Raises:
             MediaError: The header shows that the item cannot be decoded.
         """
-        num_features = self.num_features_from_header(source, fetch)
-        if num_features is None or self.facts is None:
+        if self.facts is None:
+            num_features = self.num_features_from_header(source, fetch)
             return None if num_features is None else Prepared({}, num_features)
-        facts = self.facts_from_size(self.size_from_header(source, fetch))
-        return None if facts is None else Prepared({}, num_features, facts)
+        size = self.size_from_header(source, fetch)
+        facts = None if size is None else self.facts_from_size(size)
+        num_features = None if facts is None else self.count_features(size)
+        if facts is None or num_features is None:
+            return None
+        return Prepared({}, num_features, facts)
 
     def runs(self, prepared: Prepared) -> list[Run]:
         """Return the media embeddings of an item in runs, with the text of `facts` before each.

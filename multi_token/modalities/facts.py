@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +48,9 @@ def check_format(facts: str, names: Mapping[str, str]) -> None:
             raise ValueError(
                 f"`facts` has no {{{name}}}{did_you_mean(str(name), names)} (known: {known})"
             )
-        nested = "{" in str(spec)
-        if nested or not any(_formats(f"{{x:{spec}}}", value) for value in (1.5, 1, "a")):
+        # a width of many digits would take gigabytes
+        plain = re.search(r"\{|\d{4}", str(spec)) is None
+        if not plain or not any(_formats(f"{{x:{spec}}}", value) for value in (1.5, 1, "a")):
             raise ValueError(
                 f"`facts` formats {name} as {spec!r}, which Python cannot; use one such as .1f"
             )
@@ -56,9 +58,10 @@ def check_format(facts: str, names: Mapping[str, str]) -> None:
 
 def _formats(text: str, value: Any) -> bool:
     try:
-        return len(text.format(x=value)) <= _MAX_CHARACTERS
-    except (ValueError, OverflowError, MemoryError):
+        text.format(x=value)
+    except ValueError:
         return False
+    return True
 
 
 def fact_text(facts: str, fact: Fact) -> str:
@@ -100,7 +103,8 @@ def runs_of(
     """
     texts: dict[int, str] = {0: ""}
     for fact in given if facts is not None else ():
-        texts[fact.at] = texts.get(fact.at, "") + fact_text(str(facts), fact)
+        if text := fact_text(str(facts), fact):
+            texts[fact.at] = texts.get(fact.at, "") + text
     starts = {at: _num_before(at, num_tokens) for at in sorted(texts)}
     ends = [*list(starts.values())[1:], num_tokens(num_features)]
     return [
@@ -210,3 +214,32 @@ def facts_to_bytes(facts: Sequence[Fact]) -> bytes:
 def facts_from_bytes(data: bytes, num_features: int) -> tuple[Fact, ...]:
     """Return the facts of `facts_to_bytes`."""
     return facts_from_json(json.loads(data), num_features)
+
+
+def fault_of_facts(modality: Any, source: Any, fetch: Any) -> str | None:
+    """Return a sentence if `prepare` does not give a source's facts as declared, else None."""
+    names = modality.fact_names
+    # on demand alone, if the modality likes
+    text = " ".join(f"{{{name}}}" for name in names) or None
+    modality = modality.model_copy(update={"facts": text})
+    item, again = (modality.prepare(modality.load(source, fetch)) for _ in range(2))
+    if names and not item.facts:
+        return "`prepare` gives none of `fact_names`"
+    for fact in item.facts:
+        if fact.values.keys() != names.keys():
+            return (
+                f"`prepare` gives the facts {', '.join(fact.values)}, and `fact_names` has "
+                f"{', '.join(names) or 'none'}"
+            )
+    try:
+        # as caches and the server's decoders pass them on
+        read = facts_from_bytes(facts_to_bytes(item.facts), item.num_features)
+    except (TypeError, ValueError) as error:
+        return f"{error}; facts are numbers or texts"
+    if not read == item.facts == again.facts:
+        return "`prepare` gives other facts the second time"
+    size = modality.size_from_header(source, fetch)
+    promised = None if size is None else modality.facts_from_size(size)
+    if promised is not None and promised != item.facts:
+        return "`facts_from_size` gives other facts than `prepare`"
+    return None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from multi_token.chat.format import ChatFormat
 from multi_token.chat.named import template_variables
-from multi_token.errors import ChatTemplateError, LanguageModelError, MediaError
+from multi_token.errors import ChatTemplateError, LanguageModelError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.modalities.facts import Run, joined, with_texts
@@ -34,7 +34,7 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
 from multi_token.serve.media.memory import MediaMemory, RequestMemory, Stage
 from multi_token.serve.media.pool import MediaPool
-from multi_token.serve.media.worker_process import media_error
+from multi_token.serve.media.worker_process import runs_of_item
 from multi_token.serve.media_embeddings import EmbeddedItem, MediaEmbedder
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.openai.messages import (
@@ -47,7 +47,7 @@ from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams, invalid_field
 from multi_token.serve.openai.responses import TokenText, Usage
 from multi_token.serve.settings import ServeSettings
-from multi_token.types import Conversation, Media, Prepared, Sample
+from multi_token.types import Conversation, Media, Sample
 
 if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -191,7 +191,7 @@ class PromptBuilder:
         began = time.monotonic()
         try:
             prepared = await self.media_pool.prepare(item, budget, tenant=tenant, memory=memory)
-            runs = self._runs(item.modality, prepared)
+            runs = runs_of_item(item.modality, self.modalities[item.modality], prepared)
             budget.add(tokens=sum(run.num_tokens for run in runs))
             check_length(budget.num_tokens)
         except BaseException:
@@ -207,12 +207,6 @@ class PromptBuilder:
         embedded = await embedding
         self._metrics.encoder.observe(time.monotonic() - decoded)
         return embedded, runs
-
-    def _runs(self, modality: str, prepared: Prepared) -> list[Run]:
-        try:
-            return self.modalities[modality].runs(prepared)
-        except MediaError as error:
-            raise media_error(modality, str(error)) from error
 
     def _tokenize(
         self, conversation: Conversation, chat: ChatFormat, items: Sequence[Sequence[Run]]

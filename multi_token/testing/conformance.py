@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -22,7 +22,7 @@ from multi_token.encoders import cast_encoder
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
-from multi_token.modalities.facts import facts_from_bytes, facts_to_bytes
+from multi_token.modalities.facts import fault_of_facts
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.types import Features, Prepared
 
@@ -327,32 +327,10 @@ def _header_length_is_exact(subject: Subject) -> str:
 
 
 def _gives_facts(subject: Subject) -> str:
-    # on demand alone, if the modality likes
-    text = " ".join(f"{{{name}}}" for name in subject.modality.fact_names)
-    modality = subject.modality.model_copy(update={"facts": text or None})
-    asked = replace(subject, modality=modality)
     for index, source in enumerate(subject.sources):
-        item = asked.prepare(source)
-        for fact in item.facts:
-            if fact.values.keys() != modality.fact_names.keys():
-                raise ClaimFailed(
-                    f"source {index}: `prepare` gives the facts {', '.join(fact.values)}, and "
-                    f"`fact_names` has {', '.join(modality.fact_names) or 'none'}"
-                )
-        if modality.fact_names and not item.facts:
-            raise ClaimFailed(f"source {index}: `prepare` gives none of `fact_names`")
-        try:
-            # as caches and the server's decoders pass them on
-            read = facts_from_bytes(facts_to_bytes(item.facts), item.num_features)
-        except (TypeError, ValueError) as error:
-            raise ClaimFailed(f"source {index}: {error}; facts are numbers or texts") from None
-        if not read == item.facts == asked.prepare(source).facts:
-            raise ClaimFailed(f"source {index}: `prepare` gives other facts the second time")
-        size = modality.size_from_header(source, subject.fetch)
-        promised = None if size is None else modality.facts_from_size(size)
-        if promised is not None and promised != item.facts:
-            raise ClaimFailed(f"source {index}: `facts_from_size` gives other facts than `prepare`")
-    return ", ".join(modality.fact_names) or "it has none"
+        if fault := fault_of_facts(subject.modality, source, subject.fetch):
+            raise ClaimFailed(f"source {index}: {fault}")
+    return ", ".join(subject.modality.fact_names) or "it has none"
 
 
 def _examples_are_read(subject: Subject) -> str:

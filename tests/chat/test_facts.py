@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,11 +118,33 @@ def test_a_projector_that_joins_the_parts_of_an_item_is_refused(projector: Any) 
         processor(asked("", np.ones((4, 2))))
 
 
+def test_an_empty_text_makes_no_part() -> None:
+    sample = processor_of("{vector:.0s}")
+    # a number takes no such format, and a name does
+    with pytest.raises(RecipeError, match="does not fit"):
+        sample(asked("", np.ones((3, 2))))
+
+    class Named(VectorModality):
+        """Vectors of which some have a name."""
+
+        fact_names: ClassVar[Mapping[str, str]] = {"name": "any text"}
+
+        def prepare(self, raw: Any) -> Prepared:
+            facts = tuple(Fact({"name": name}, at) for at, name in enumerate(("", "", "c")))
+            return replace(super().prepare(raw), facts=facts)
+
+    for part, pieces in ((2, ((0, 2), (3, 1))), (0, ())):
+        named = Named(dim=2, projector=LINEAR, facts=f"{{name:.{part}s}}")  # type: ignore[arg-type]
+        processor = replace(processor_of(None), modalities={"vector": named})
+        (span,) = processor(asked("", np.ones((3, 2)))).media_spans
+        assert span.pieces == pieces and span.num_embeds == 3
+
+
 def test_no_fact_forges_a_media_span_or_hides_in_an_answer() -> None:
     class Named(VectorModality):
         """A vector with a name that a file chooses."""
 
-        fact_names: ClassVar[dict[str, str]] = {"name": "any text"}
+        fact_names: ClassVar[Mapping[str, str]] = {"name": "any text"}
 
         def prepare(self, raw: Any) -> Prepared:
             prepared = super().prepare(raw)
@@ -145,7 +167,7 @@ def test_packs_share_an_item_only_with_the_text_inside_of_it() -> None:
     class Timed(VectorModality):
         """Vectors whose facts are not in their numbers."""
 
-        fact_names: ClassVar[dict[str, str]] = {"time": "seconds"}
+        fact_names: ClassVar[Mapping[str, str]] = {"time": "seconds"}
         start: float = 0.0
 
         def prepare(self, raw: Any) -> Prepared:
@@ -228,7 +250,7 @@ def test_an_item_without_the_fact_is_refused_with_its_row() -> None:
     class Rated(VectorModality):
         """A vector that may have a rate."""
 
-        fact_names: ClassVar[dict[str, str]] = {"rate": "steps a second"}
+        fact_names: ClassVar[Mapping[str, str]] = {"rate": "steps a second"}
 
         def prepare(self, raw: Any) -> Prepared:
             return replace(super().prepare(raw), facts=(Fact({"rate": None}),))

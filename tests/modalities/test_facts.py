@@ -33,16 +33,16 @@ def written(modality: Modality, source: Any) -> list[str]:
 
 
 def test_each_frame_has_the_time_at_which_a_player_shows_it(parts: Path, tmp_path: Path) -> None:
-    film = write_video(tmp_path / "film.mp4", noise_frames(30), fps=10)
+    path = write_video(tmp_path / "shown.mp4", noise_frames(30), fps=10)
     fields = {"encoder": str(parts / "clip"), "projector": LINEAR, "facts": "{time:.2f}s "}
     # of three seconds at 10 frames a second, the middles of thirds: 0.5, 1.5 and 2.5
     video = VideoModality(**fields, num_frames=3)
-    assert written(video, film) == ["0.50s ", "1.50s ", "2.50s "]
-    # a part has the times of the film, and not its own
-    part = {"path": film, "start": 1.0, "end": 3.0}
+    assert written(video, path) == ["0.50s ", "1.50s ", "2.50s "]
+    # a part has the times of the path, and not its own
+    part = {"path": path, "start": 1.0, "end": 3.0}
     assert written(VideoModality(**fields, num_frames=2), part) == ["1.50s ", "2.50s "]
     # a frame is shown until the next one: the time of the frame, not the one that was asked for
-    assert written(VideoModality(**fields, fps=4), {"path": film, "end": 1.0}) == [
+    assert written(VideoModality(**fields, fps=4), {"path": path, "end": 1.0}) == [
         *("0.10s ", "0.30s ", "0.60s ", "0.80s ")
     ]
     dark = [str(tmp_path / "0.png")] * 4
@@ -53,13 +53,13 @@ def test_each_frame_has_the_time_at_which_a_player_shows_it(parts: Path, tmp_pat
 
 
 def test_a_clip_has_the_time_of_its_first_frame(tmp_path: Path) -> None:
-    film = write_video(tmp_path / "film.mp4", noise_frames(40), fps=10)
+    path = write_video(tmp_path / "shown.mp4", noise_frames(40), fps=10)
     encoder = tiny_video_encoder(tmp_path / "videomae", "videomae", num_frames=8)
     fields = {"read_as": "clip", "features": "mean", "fps": 4, "projector": LINEAR}
     clips = VideoModality(encoder=encoder, **fields, facts="clip {frame} from {time:.1f}s: ")
-    assert written(clips, film) == ["clip 1 from 0.1s: ", "clip 2 from 2.1s: "]
+    assert written(clips, path) == ["clip 1 from 0.1s: ", "clip 2 from 2.1s: "]
     patches = clips.model_copy(update={"features": "patches"})
-    prepared = patches.prepare(patches.load(film, Fetch()))
+    prepared = patches.prepare(patches.load(path, Fetch()))
     first, second = patches.runs(prepared)
     assert first.num_tokens == second.num_tokens == prepared.num_features // 2 > 1
 
@@ -75,7 +75,7 @@ def test_sizes_lengths_and_pages(parts: Path, tmp_path: Path) -> None:
         image.model_copy(update={"pad_to_square": True}), Image.new("RGB", (60, 30))
     ) == ["60x30 "]
     whisper = tiny_whisper(tmp_path / "whisper")
-    speech = SpeechModality(encoder=whisper, facts="{seconds:.1f}s ")
+    speech = SpeechModality.model_validate({"encoder": whisper, "facts": "{seconds:.1f}s "})
     tone = write_tone(tmp_path / "tone.wav", 0.4, 44_100)
     assert written(speech, tone) == ["0.4s "]
     assert written(speech, {"path": tone, "start": 0.1, "end": 0.3}) == ["0.2s "]

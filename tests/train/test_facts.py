@@ -34,7 +34,7 @@ def series(parts: Path, folder: Path, drawn: random.Random) -> tuple[dict[str, A
     return {**modality, "facts": "{mean:.0f} "}, items
 
 
-def films(parts: Path, folder: Path, drawn: random.Random) -> tuple[dict[str, Any], Items]:
+def videos(parts: Path, folder: Path, drawn: random.Random) -> tuple[dict[str, Any], Items]:
     """Three frames with a lamp that turns on in the second or third; a frame lasts 1 to 4 s."""
     for name, colour in (("dark", (0, 0, 0)), ("lit", (255, 230, 120))):
         Image.new("RGB", (32, 32), colour).save(folder / f"{name}.png")
@@ -81,12 +81,12 @@ def accuracy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("made", [series, films])
+@pytest.mark.parametrize("made", [series, videos])
 def test_with_facts_the_model_tells_what_no_feature_holds(
     made: Any, recipe_fields: Fields, parts: Path, tmp_path: Path, seed: int
 ) -> None:
     modality, items = made(parts, tmp_path, random.Random(seed))
-    told = accuracy(recipe_fields, tmp_path / "with", modality, items, seed)
+    answered = accuracy(recipe_fields, tmp_path / "with", modality, items, seed)
     blind = {**modality, "facts": None}
     guessed = accuracy(recipe_fields, tmp_path / "without", blind, items, seed)
-    assert told > 0.9 and guessed < 0.5, (told, guessed)
+    assert answered > 0.9 and guessed < 0.5, (answered, guessed)
