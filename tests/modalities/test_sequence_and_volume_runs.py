@@ -103,7 +103,6 @@ def test_a_run_learns_what_the_item_shows_and_guesses_with_the_items_of_others(
         load_rows(str(path)), model, source=str(path), indices=range(NUM_HELD_OUT)
     )
     report = blind(model, rows)
-    print(report)
     assert report["original"].accuracy >= 0.8
     assert 0.25 <= report["shuffled"].accuracy <= 0.75
     assert report["shuffled"].differs
