@@ -265,6 +265,12 @@ class TimeseriesModality(Modality):
         """Return one series of 64 steps."""
         return [[[float(step)] * self.channels for step in range(64)]]
 
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return names of columns of numbers."""
+        return [
+            ("signal", "signals", "series", "timeseries", "time_series", "ecg", "eeg", "waveform")
+        ]
+
     def file_kinds(self) -> Sequence[FileKind]:
         """Return files of numbers."""
         return [FILE_KINDS["series"]]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from multi_token.checkpoint.save import save
 from multi_token.cli import app
-from multi_token.data.files.open import load_rows
+from multi_token.data.row_source import open_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
 from multi_token.evaluate.scores import (
@@ -25,6 +25,7 @@ from multi_token.evaluate.scores import (
     with_processor,
 )
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe.data import DataSource
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -32,8 +33,8 @@ Fields = Callable[..., dict[str, Any]]
 
 
 def rows_of(model: Any, path: Path) -> list[Any]:
-    rows = load_rows(str(path))
-    return with_processor(rows, model, source=str(path), indices=range(len(rows)))
+    source = open_rows(DataSource(rows=str(path)), model.modalities)
+    return with_processor(source, model, range(len(source.rows)))
 
 
 @pytest.fixture(scope="module")
