@@ -15,6 +15,7 @@ from rich.console import Console
 from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, MAX_NEW_TOKENS, TEMPERATURE, load_run
 from multi_token.cli.data import NumShards, Reading, Shard, shard_of, source_of
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
+from multi_token.errors import RecipeError
 
 if TYPE_CHECKING:
     from multi_token.data.row_source import RowSource
@@ -142,8 +143,10 @@ def open_run_rows(run: Path, rows: str, split: str, reading: Sequence[str] | Non
     from multi_token.data.row_source import open_rows, show_note
     from multi_token.recipe.recipe import load_recipe
 
-    path = run / "recipe.yaml"
-    recipe = load_recipe(path) if path.is_file() else None
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+    except RecipeError:  # an imported run has none, or a part of one
+        recipe = None
     # the run's config alone: the rows are opened before the model, which takes longer
     modalities = read_spec(run, read_config(run)).modalities
     seed = 0 if recipe is None else recipe.train.seed

@@ -35,7 +35,7 @@ class Preset:
     columns: Mapping[str, tuple[str, ...]]
     turns: tuple[tuple[str, str], ...]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """As `columns`, for those that may be absent; a null stands for an absent one."""
+    """As `columns`, for those that may be absent; a null counts as absent."""
     each: bool = False
     """The first column is a list of objects, one for each repetition of `turns`."""
     asks: bool = False
@@ -125,7 +125,7 @@ PRESETS: Mapping[str, Preset] = {
 """Formats whose turns are templates, in the order in which they are tried."""
 
 
-_TOLD = {"ask": "question", "text": "answer", "yes": "chosen", "no": "rejected", "more": "input"}
+_SHOWN = {"ask": "question", "text": "answer", "yes": "chosen", "no": "rejected", "more": "input"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Reading:
     turns: tuple[tuple[str, str], ...] = ()
     each: str | None = None
     question: tuple[str, ...] = ()
-    told: tuple[tuple[str, str], ...] = ()
+    shown: tuple[tuple[str, str], ...] = ()
     """Words and their columns, for a message."""
 
 
@@ -221,23 +221,21 @@ def choose_format(
         columns = _columns_of(preset, row, media)
         if columns is None:
             continue
-        if name == "transcripts" and not _is_transcript(columns["text"], modalities, media):
+        if name == "transcripts" and not _is_transcript(modalities, media):
             continue
         if name == "summaries" and _text_modality(modalities) is None:
             continue
         text = row[columns["text"]] if "text" in columns else ""
         if isinstance(text, str) and text[:1] in ("{", "[") and text[-1:] in ("}", "]"):
             continue  # JSON, whose parts `turns` can name
-        # a number is the answer to a count, or of a choice that stands in columns of its own
+        # a number is the answer to a count, or of a choice in columns of its own
         if name == "qa" and isinstance(row[columns["answer"]], int) and "choices" not in columns:
             continue
         return name
     return None
 
 
-def _is_transcript(
-    column: str, modalities: Mapping[str, Modality], media: Mapping[str, str]
-) -> bool:
+def _is_transcript(modalities: Mapping[str, Modality], media: Mapping[str, str]) -> bool:
     kinds = {modalities[name].item_text for name in media}
     # `text` beside a sound is its caption, and beside speech what is said
     return kinds == {"transcript"}
@@ -307,8 +305,8 @@ def resolve(
             if kinds
             else default,
         )
-    told = tuple((_TOLD.get(word, word), column) for word, column in words.items())
-    return Reading(format, media, turns, each, question, told)
+    shown = tuple((_SHOWN.get(word, word), column) for word, column in words.items())
+    return Reading(format, media, turns, each, question, shown)
 
 
 def _with_columns(text: str, preset: Preset, columns: Mapping[str, str]) -> str:
@@ -323,7 +321,7 @@ def _with_columns(text: str, preset: Preset, columns: Mapping[str, str]) -> str:
             return word
         return _reference(columns[word]) if word in columns else "none"
 
-    # words stand in `{{ }}` and `{% %}` only
+    # words are in `{{ }}` and `{% %}` only
     return re.sub(r"\{[{%].*?[%}]\}", lambda tag: re.sub(r"(?<!\| )\b[a-z]+\b", put, tag[0]), text)
 
 

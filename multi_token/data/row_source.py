@@ -234,7 +234,7 @@ def _adapter_of(
         items_first=True,
         **common,
     )
-    return adapter, _note(source, reading, reading.told)
+    return adapter, _note(source, reading, reading.shown)
 
 
 def _adapter_in_place(
@@ -297,13 +297,13 @@ _TEXT_COLUMNS = ("messages", "conversations", "prompt", "request")
 def _note(
     source: DataSource,
     reading: Reading,
-    told: Collection[tuple[str, str]],
+    shown: Collection[tuple[str, str]],
     changes: Sequence[str] = (),
 ) -> str | None:
     if source.format is not None and not changes:
         return None
     arrows = [f"{name} <- {spec}" for name, spec in reading.media.items()]
-    arrows += [f"{word} <- {column}" for word, column in told]
+    arrows += [f"{word} <- {column}" for word, column in shown]
     if reading.question and not source.question:
         changes = [*changes, f"question: {reading.question[0]!r}"]
     return (

@@ -32,7 +32,7 @@ OpenAIKind = Literal["image", "audio", "video", "document"]
 
 USUAL_COLUMNS: Mapping[OpenAIKind, tuple[str, ...]] = {
     "image": (
-        *("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
+        *("image", "images", "img", "photo", "jpg", "jpeg", "png", "webp"),
         *("image_path", "image_file", "image_url", "img_path", "image_bytes"),
     ),
     "audio": (

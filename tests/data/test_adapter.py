@@ -16,7 +16,8 @@ from multi_token.modalities.base import Modality
 from multi_token.recipe.data import DataSource
 from multi_token.registry import validate_fields
 from multi_token.types import Conversation
-from tests.data.row_shapes import IMAGE, SHAPES, TYPES, Shape, shown
+from tests.data.row_shapes import IMAGE, TYPES, Shape, shown
+from tests.data.row_shapes_columns import SHAPES
 
 PHOTO = {"image": TYPES["image"]}
 
@@ -247,7 +248,7 @@ def test_where_chooses_rows_which_keep_their_place_in_messages(tmp_path: Path) -
 
 
 def test_media_start_at_root_and_may_not_leave_it(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"1")
     (tmp_path / "b.png").write_bytes(b"2")
@@ -255,16 +256,16 @@ def test_media_start_at_root_and_may_not_leave_it(tmp_path: Path) -> None:
     source = open_file(tmp_path, rows, root=str(folder))
     first, second = (to_conversation(row, PHOTO, row_id="") for row in source.rows)
     assert source.fetch.read(first.media[0].source) == b"1"
-    with pytest.raises(MultiTokenError, match=r"../b.png leaves `root` \(.*pictures\)"):
+    with pytest.raises(MultiTokenError, match=r"../b.png leaves `root` \(.*photos\)"):
         source.fetch.read(second.media[0].source)
     with pytest.raises(MultiTokenError, match="which `root` of"):
         open_file(tmp_path, rows, root=str(tmp_path / "none"))
 
 
 def test_the_first_rows_choose_the_format_and_say_so(tmp_path: Path) -> None:
-    rows = [{"picture": "a.png", "caption": "a cat"}]
+    rows = [{"photo": "a.png", "caption": "a cat"}]
     note = open_file(tmp_path, rows).note
     assert note is not None and note.endswith(
-        "rows.jsonl read as captions: image <- picture, answer <- caption, question: 'Describe the "
+        "rows.jsonl read as captions: image <- photo, answer <- caption, question: 'Describe the "
         "image.'; set `format:` or `turns:` to change"
     )
