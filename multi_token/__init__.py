@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from multi_token.convert.combine import combine
     from multi_token.errors import (
         ChatTemplateError,
         CheckpointError,
@@ -87,6 +88,7 @@ _HOMES = {
     "SpliceError": "multi_token.errors:SpliceError",
     "Stack": "multi_token.projectors.kinds:Stack",
     "Text": "multi_token.types:Text",
+    "combine": "multi_token.convert.combine:combine",
     "load_recipe": "multi_token.recipe.recipe:load_recipe",
     "plan": "multi_token.train.plan.run_plan:plan_run",
     "register_modality": "multi_token.registry:register_modality",
@@ -138,6 +140,7 @@ __all__ = [
     "Stack",
     "Text",
     "__version__",
+    "combine",
     "load_recipe",
     "plan",
     "register_modality",

@@ -29,6 +29,7 @@ def generate(
     root: str | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[str]:
     """Generate the assistant's answer to each conversation, greedily by default.
@@ -44,6 +45,8 @@ def generate(
         root: Folder of relative media paths; default: the current one.
         streamer: A streamer of transformers, for a single conversation.
         on_batch: Called after each batch with the number of finished conversations.
+        chat_template_kwargs: Values of the chat template's variables (`enable_thinking`), over
+            those of the run.
         **options: Passed to transformers' `generate` (`do_sample`, `temperature`, ...).
 
     Returns:
@@ -51,8 +54,11 @@ def generate(
 
     Raises:
         RowError: If a row cannot be read, before its batch is generated.
+        ChatTemplateError: For a variable that the chat template does not have.
     """
-    processor = replace(model.require_processor(), fetch=Fetch(root=root))
+    processor = model.require_processor()
+    chat = processor.chat.with_kwargs(chat_template_kwargs)
+    processor = replace(processor, chat=chat, fetch=Fetch(root=root))
     # all rows are parsed before the first batch, so that a bad row costs no generation
     prompts = [
         drop_last_answer(conversation, model, i) for i, conversation in enumerate(conversations)

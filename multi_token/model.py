@@ -66,12 +66,14 @@ class MultiTokenConfig(PreTrainedConfig):
         identity: Fingerprint of the language model (checkpoint/fingerprint.py).
         base_identity: Fingerprint before training, if all of the language model was trained.
         base_model: Hub name of the language model that one inside the run was made from.
+        combined_from: Runs that the modalities come from (convert/combine.py).
     """
 
     model_type = MODEL_TYPE
     identity: dict[str, Any] | None = None
     base_identity: dict[str, Any] | None = None
     base_model: str | None = None
+    combined_from: list[dict[str, Any]] | None = None
 
 
 class MultiTokenForConditionalGeneration(PreTrainedModel):
@@ -411,7 +413,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         }
         tokenizer = load_tokenizer(spec.language_model, spec.revision)
         processor = MultiTokenProcessor(
-            chat=ChatFormat(tokenizer, spec.chat_template, spec.train_on_turns),
+            chat=ChatFormat.from_spec(tokenizer, spec),
             modalities=spec.modalities,
             fetch=Fetch(),
             max_tokens=max_tokens,
@@ -425,7 +427,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
                 # the commit itself, since a branch or a tag may move
                 "revision": commit or spec.revision,
                 # the template itself, since a file elsewhere may change
-                "chat_template": processor.chat.template if spec.chat_template else None,
+                "chat_template": processor.chat.source if spec.chat_template else None,
             },
             "identity": fingerprint(child),
             "base_identity": None,
@@ -480,6 +482,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             )
         model = cls.from_spec(spec, embeddings_only=embeddings_only, device_map=device_map)
         model.config.base_model = fields.get("base_model")
+        model.config.combined_from = fields.get("combined_from")
         load_trained(model, path, fields)
         if fields.get("base_identity"):
             model.trained_language_model = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from multi_token.chat.format import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
@@ -18,6 +18,7 @@ from multi_token.modalities.base import Modality
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
+    Length,
     Media,
     Message,
     Prepared,
@@ -45,6 +46,19 @@ class _Row:
     media: list[Prepared]
     num_tokens: list[int]
     train_on_turns: TrainOnTurns | None
+
+
+class Measured(NamedTuple):
+    """Length of a row, and whether an item was decoded, or came from a feature cache."""
+
+    length: Length
+    is_decoded: bool
+
+    @classmethod
+    def of(cls, sample: Sample) -> Measured:
+        """Measure a sample."""
+        # an item with a header length has no inputs
+        return cls(Length.of(sample), any(item.inputs for item in sample.media))
 
 
 class FeatureLookup(Protocol):
@@ -170,32 +184,40 @@ class MultiTokenProcessor:
 
         All texts are tokenized together, which takes less time and gives the same ids.
         """
+        rows = self._read_many(conversations, prompt_only)
+        made = iter(self.chat.tokenize_many(*_tokenized(rows), prompt_only=prompt_only))
+        return [
+            row
+            if isinstance(row, RowError)
+            else self._finish(row, next(made), row.rejected and next(made), prompt_only=prompt_only)
+            for row in rows
+        ]
+
+    def measure(self, conversations: Sequence[Conversation]) -> list[Measured | RowError]:
+        """Return the lengths of the samples of `many`, or its errors, making no sample."""
+        # a teacher's answer is compared with that of the sample, id by id
+        if self.distillation is not None:
+            samples = self.many(conversations)
+            return [s if isinstance(s, RowError) else Measured.of(s) for s in samples]
+        rows = self._read_many(conversations, prompt_only=False)
+        counted = iter(self.chat.count_many(*_tokenized(rows)))
+        return [
+            row
+            if isinstance(row, RowError)
+            else self._length(row, next(counted), row.rejected and next(counted))
+            for row in rows
+        ]
+
+    def _read_many(
+        self, conversations: Sequence[Conversation], prompt_only: bool
+    ) -> list[_Row | RowError]:
         rows: list[_Row | RowError] = []
         for conversation in conversations:
             try:
                 rows.append(self._read(conversation, prompt_only))
             except RowError as error:
                 rows.append(error)
-        tokenized: list[tuple[_Row, Conversation]] = []
-        for row in rows:
-            if isinstance(row, _Row):
-                tokenized += [(row, c) for c in (row.conversation, row.rejected) if c is not None]
-        samples = iter(
-            self.chat.tokenize_many(
-                [conversation for _, conversation in tokenized],
-                [row.num_tokens for row, _ in tokenized],
-                [row.train_on_turns for row, _ in tokenized],
-                prompt_only=prompt_only,
-            )
-        )
-        return [
-            row
-            if isinstance(row, RowError)
-            else self._finish(
-                row, next(samples), row.rejected and next(samples), prompt_only=prompt_only
-            )
-            for row in rows
-        ]
+        return rows
 
     def _read(self, conversation: Conversation, prompt_only: bool) -> _Row:
         """Check the answers of a conversation, and prepare its media."""
@@ -246,26 +268,19 @@ class MultiTokenProcessor:
         prompt_only: bool,
     ) -> Sample | RowError:
         """Join the parts of a sample, and check its length."""
-        row_id = row.conversation.id
         for tokenized in (sample, rejected):
             if isinstance(tokenized, ChatTemplateError):
-                error = RowError(str(tokenized), kind="chat_template", row_id=row_id)
-                error.__cause__ = tokenized
-                return error
+                return _chat_error(row, tokenized)
         assert isinstance(sample, Sample) and not isinstance(rejected, ChatTemplateError)
         sample.media, sample.rejected = row.media, rejected
         if rejected is not None:
             rejected.media = row.media
         # Both answers of a pair go through the model, so the longer one counts.
-        longest = max(len(s.input_ids) for s in (sample, rejected) if s is not None)
-        if self.max_tokens is not None and longest > self.max_tokens:
-            return RowError(
-                f"is {longest} tokens long ({sum(row.num_tokens)} of them media), over "
-                f"max_tokens = {self.max_tokens}; a row is never cut, so raise `data.max_tokens` "
-                "or shorten the row",
-                kind="too_long",
-                row_id=row_id,
-            )
+        error = self._too_long(
+            row, max(len(s.input_ids) for s in (sample, rejected) if s is not None)
+        )
+        if error is not None:
+            return error
         if self.distillation is not None and not prompt_only:
             try:
                 sample.teacher = self._teacher_sample(
@@ -274,6 +289,34 @@ class MultiTokenProcessor:
             except RowError as error:
                 return error
         return sample
+
+    def _length(
+        self,
+        row: _Row,
+        counts: tuple[int, int] | ChatTemplateError,
+        rejected: tuple[int, int] | ChatTemplateError | None,
+    ) -> Measured | RowError:
+        """Join the counts of a row as `_finish` joins its samples."""
+        for counted in (counts, rejected):
+            if isinstance(counted, ChatTemplateError):
+                return _chat_error(row, counted)
+        assert isinstance(counts, tuple) and not isinstance(rejected, ChatTemplateError)
+        (num_tokens, num_supervised), (num_rejected, _) = counts, rejected or (0, 0)
+        num_media, num_items = sum(row.num_tokens), len(row.media)
+        length = Length(num_tokens, num_supervised, num_media, num_items, num_rejected)
+        error = self._too_long(row, max(num_tokens, num_rejected))
+        return error or Measured(length, any(item.inputs for item in row.media))
+
+    def _too_long(self, row: _Row, num_tokens: int) -> RowError | None:
+        if self.max_tokens is None or num_tokens <= self.max_tokens:
+            return None
+        return RowError(
+            f"is {num_tokens} tokens long ({sum(row.num_tokens)} of them media), over "
+            f"max_tokens = {self.max_tokens}; a row is never cut, so raise `data.max_tokens` "
+            "or shorten the row",
+            kind="too_long",
+            row_id=row.conversation.id,
+        )
 
     def _teacher_sample(
         self, conversation: Conversation, sample: Sample, *, train_on_turns: TrainOnTurns | None
@@ -320,6 +363,30 @@ class MultiTokenProcessor:
         return teacher
 
 
+def _tokenized(
+    rows: Sequence[_Row | RowError],
+) -> tuple[list[Conversation], list[list[int]], list[TrainOnTurns | None]]:
+    """Return the conversations of good rows, each followed by its rejected one, and their facts."""
+    conversations: list[Conversation] = []
+    num_tokens: list[list[int]] = []
+    turns: list[TrainOnTurns | None] = []
+    for row in rows:
+        if isinstance(row, RowError):
+            continue
+        for one in (row.conversation, row.rejected):
+            if one is not None:
+                conversations.append(one)
+                num_tokens.append(row.num_tokens)
+                turns.append(row.train_on_turns)
+    return conversations, num_tokens, turns
+
+
+def _chat_error(row: _Row, cause: ChatTemplateError) -> RowError:
+    error = RowError(str(cause), kind="chat_template", row_id=row.conversation.id)
+    error.__cause__ = cause
+    return error
+
+
 def _supervised_ids(sample: Sample) -> list[int]:
     # The first position is predicted by nothing, so its label never counts.
     labels = sample.labels[1:]
@@ -348,11 +415,7 @@ def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenPro
 
     model = recipe.model
     return MultiTokenProcessor(
-        chat=ChatFormat(
-            load_tokenizer(model.language_model, model.revision),
-            model.chat_template,
-            model.train_on_turns,
-        ),
+        chat=ChatFormat.from_spec(load_tokenizer(model.language_model, model.revision), model),
         modalities=model.modalities,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 from torch import Tensor
 from typing_extensions import NotRequired
@@ -123,6 +123,31 @@ class Sample:
     teacher: Sample | None = None
     rejected: Sample | None = None
     error: RowError | None = None
+
+
+class Length(NamedTuple):
+    """Length of one good row: all tokens, supervised tokens, media tokens, and media items.
+
+    `num_rejected`: tokens with the rejected answer in place of the chosen one; 0 where a row has
+    none, or where the processor has no `preference`.
+    """
+
+    num_tokens: int
+    num_supervised: int
+    num_media: int
+    num_items: int = 0
+    num_rejected: int = 0
+
+    @classmethod
+    def of(cls, sample: Sample) -> Length:
+        """Count the tokens and media items of a sample."""
+        return cls(
+            num_tokens=int(sample.input_ids.numel()),
+            num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
+            num_media=sum(span.length for span in sample.media_spans),
+            num_items=len(sample.media_spans),
+            num_rejected=0 if sample.rejected is None else int(sample.rejected.input_ids.numel()),
+        )
 
 
 class MediaBatch(TypedDict):

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "multi_token"
 # A package may import packages of its own line and of the lines above it.
 LAYERS = [
     ["types", "errors"],
-    ["distributed", "registry", "report"],
+    ["distributed", "hub", "registry", "report"],
     ["media"],
     ["projectors"],
     ["modalities"],

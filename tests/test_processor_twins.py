@@ -11,6 +11,7 @@ import torch
 
 from multi_token.chat.format import ChatFormat
 from multi_token.errors import RowError
+from multi_token.processor import Measured
 from multi_token.testing import TEMPLATES, tiny_tokenizer
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Prepared, Sample, Text
 
@@ -205,3 +206,31 @@ def test_an_error_of_a_single_item_names_the_processors_own_row(model: Any) -> N
         with pytest.raises(RowError) as caught:
             processor(model, row_id="rows[3]").prepare(bad, row_id=given)
         assert caught.value.row_id == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"preference": "optional"},
+        {"preference": "required", "max_tokens": 24},
+        {"distillation": "optional", "max_tokens": 45},
+        {"distillation": "required", "lengths_only": True},
+    ],
+)
+def test_lengths_and_bad_rows_are_those_of_the_samples(model: Any, fields: dict[str, Any]) -> None:
+    dropped = Conversation((Message("tool", (Text("x"),)), *SAID.messages), id="r7")
+    rows = [SAID, UNSAID, paired("blue"), paired("a much longer answer in blue " * 3)]
+    rows += [asked(Text("Hi")), asked(Text("Hi"), answers=("",)), asked(Text("\n" * 40)), dropped]
+    rows.append(paired("one", answers=("word " * 12, "two")))
+    refusing = ChatFormat(model.processor.tokenizer, TEMPLATES["mistral"])
+    for reading in (processor(model, **fields), processor(model, **fields, chat=refusing)):
+        measured = reading.measure(rows)
+        for sample, row in zip(reading.many(rows), measured, strict=True):
+            if isinstance(sample, RowError):
+                assert isinstance(row, RowError)
+                assert (row.kind, str(row)) == (sample.kind, str(sample))
+            else:
+                assert row == Measured.of(sample)
+                assert row.length.num_rejected == len(getattr(sample.rejected, "input_ids", ()))
+    assert any(isinstance(row, RowError) for row in measured)

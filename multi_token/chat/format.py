@@ -15,19 +15,20 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
+from typing_extensions import Self
 
 from multi_token.chat.alignment import CharSpan, ChatMessage
+from multi_token.chat.named import named_template, template_names, with_variables
 from multi_token.chat.template import ChatTemplate
+from multi_token.chat.token_spans import token_spans
 from multi_token.errors import ChatTemplateError
 from multi_token.types import (
     IGNORE_INDEX,
@@ -38,6 +39,9 @@ from multi_token.types import (
     TrainOnTurns,
 )
 
+if TYPE_CHECKING:
+    from multi_token.recipe.model import ModelSpec
+
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -46,7 +50,8 @@ DEFAULT_TEMPLATE = (
 """Template for a tokenizer without one, if the recipe names none (docs/chat-templates.md)."""
 
 
-_NO_IDS = torch.empty(0, dtype=torch.long)
+_MAX_VARIANTS = 16
+"""Formats with other template variables that are kept."""
 
 
 class ChatFormat:
@@ -58,14 +63,20 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str | None = None, train_on_turns: TrainOnTurns = "all"
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        train_on_turns: TrainOnTurns = "all",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Check tokenizer and template.
 
         Args:
             tokenizer: A fast tokenizer of transformers, with a pad or an EOS token.
-            chat_template: Jinja text, or the path of a file with it; else the tokenizer's own.
+            chat_template: Jinja text, the path of a file with it, or a name of
+                `chat/named.py`; else the tokenizer's own.
             train_on_turns: Assistant turns of a conversation that are supervised.
+            template_kwargs: Values of the template's variables, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: For a tokenizer or a template that cannot be used.
@@ -77,7 +88,9 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.train_on_turns: TrainOnTurns = train_on_turns
-        self.template: str = _template_source(tokenizer, chat_template)
+        self.source: str = _template_source(tokenizer, chat_template)
+        self.template_kwargs = dict(template_kwargs or {})
+        self.template: str = with_variables(self.source, self.template_kwargs)
         # Layers that look ids up (Gemma3n) get the filler too, so the id without content is first.
         fillers = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
         if not fillers:
@@ -89,10 +102,38 @@ class ChatFormat:
         self.filler_id: int = fillers[0]
         self._chat_template = ChatTemplate(self.template, tokenizer)
         self._slot_tokenizers: dict[str, Any] = {}  # slot spelling -> private copy of the tokenizer
+        self._variants: dict[str, ChatFormat] = {}
+
+    @classmethod
+    def from_spec(cls, tokenizer: Any, spec: ModelSpec) -> Self:
+        """Return the format of the `model` section of a recipe. Raises ChatTemplateError."""
+        return cls(tokenizer, spec.chat_template, spec.train_on_turns, spec.chat_template_kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A data worker makes its own copies; a pickled tokenizer is megabytes.
-        return {**self.__dict__, "_slot_tokenizers": {}}
+        return {**self.__dict__, "_slot_tokenizers": {}, "_variants": {}}
+
+    def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> ChatFormat:
+        """Return the format with other values of the template's variables.
+
+        Args:
+            template_kwargs: Values over those of this format, such as `{"enable_thinking": False}`.
+
+        Raises:
+            ChatTemplateError: For a variable that the template does not have.
+        """
+        merged = {**self.template_kwargs, **(template_kwargs or {})}
+        if merged == self.template_kwargs:
+            return self
+        key = repr(sorted(merged.items()))
+        if key not in self._variants:
+            found = ChatFormat(self.tokenizer, self.source, self.train_on_turns, merged)
+            found._slot_tokenizers = self._slot_tokenizers  # a copy of the tokenizer is megabytes
+            # each request may bring other values
+            if len(self._variants) >= _MAX_VARIANTS:
+                self._variants.clear()
+            self._variants[key] = found
+        return self._variants[key]
 
     def tokenize(
         self,
@@ -137,6 +178,35 @@ class ChatFormat:
         One call of the tokenizer takes all texts. It reads them in threads, unless
         TOKENIZERS_PARALLELISM is false: the command line sets that, since data workers read there.
         """
+        encoded = self._encode_many(conversations, num_tokens, train_on_turns, prompt_only)
+        return [
+            row if isinstance(row, ChatTemplateError) else self._sample(conversation, numbers, row)
+            for conversation, numbers, row in zip(conversations, num_tokens, encoded, strict=True)
+        ]
+
+    def count_many(
+        self,
+        conversations: Sequence[Conversation],
+        num_tokens: Sequence[Sequence[int]],
+        train_on_turns: Sequence[TrainOnTurns | None],
+    ) -> list[tuple[int, int] | ChatTemplateError]:
+        """Count tokens and supervised tokens of the samples of `tokenize_many`, making none."""
+        encoded = self._encode_many(conversations, num_tokens, train_on_turns, prompt_only=False)
+        return [
+            row
+            if isinstance(row, ChatTemplateError)
+            else (len(row.ids) + sum(numbers) - len(row.slots), row.num_supervised)
+            for numbers, row in zip(num_tokens, encoded, strict=True)
+        ]
+
+    def _encode_many(
+        self,
+        conversations: Sequence[Conversation],
+        num_tokens: Sequence[Sequence[int]],
+        train_on_turns: Sequence[TrainOnTurns | None],
+        prompt_only: bool,
+    ) -> list[_Encoded | ChatTemplateError]:
+        """Render, tokenize and check conversations; errors in the place of bad ones."""
         found: list[_Rendered | ChatTemplateError] = []
         for conversation, numbers, turns in zip(
             conversations, num_tokens, train_on_turns, strict=True
@@ -146,8 +216,8 @@ class ChatFormat:
                 found.append(self._render(conversation, len(numbers), prompt_only, last_only))
             except ChatTemplateError as error:
                 found.append(error)
-        samples: list[Sample | ChatTemplateError] = [
-            one if isinstance(one, ChatTemplateError) else Sample(_NO_IDS, _NO_IDS) for one in found
+        encoded: list[_Encoded | ChatTemplateError] = [
+            one if isinstance(one, ChatTemplateError) else _NOT_ENCODED for one in found
         ]
         # one slot for nearly all rows: others contain its characters in their text
         for slot in dict.fromkeys(one.slot for one in found if isinstance(one, _Rendered)):
@@ -162,16 +232,13 @@ class ChatFormat:
                 [one.text for _, one in chosen], add_special_tokens=False
             )
             for (i, one), encoding in zip(chosen, encodings, strict=True):
-                ids, offsets = encoding.ids, encoding.offsets
                 try:
-                    tokens = _Tokens.of(one, ids, offsets, slot_id, prompt_only=prompt_only)
+                    encoded[i] = _Encoded.of(one, encoding, slot_id, prompt_only=prompt_only)
                 except ChatTemplateError as error:
-                    samples[i] = error
-                else:
-                    samples[i] = self._sample(conversations[i], num_tokens[i], tokens, slot_id)
-                    one.supervised = [] if prompt_only else tokens.by_span(len(one.spans))
-        self._check_supervised_texts(found, samples)
-        return samples
+                    encoded[i] = error
+        if not prompt_only:
+            self._check_supervised_texts(found, encoded)
+        return encoded
 
     def _render(
         self, conversation: Conversation, num_items: int, prompt_only: bool, last_only: bool
@@ -191,26 +258,30 @@ class ChatFormat:
                 "drops or repeats a turn that holds media"
             )
         self._chat_template.check_all_messages_rendered(messages, prompt_only=prompt_only)
-        return _Rendered(slot, text, spans)
+        return _Rendered(slot, num_items, text, spans)
 
     def _sample(
-        self, conversation: Conversation, num_tokens: Sequence[int], tokens: _Tokens, slot_id: int
+        self, conversation: Conversation, num_tokens: Sequence[int], encoded: _Encoded
     ) -> Sample:
         """Return the sample of a row: each slot replaced by the filler ids of its item."""
-        ids, is_slot = tokens.ids, tokens.ids == slot_id
-        counts = np.ones(len(ids), np.int64)
-        counts[is_slot] = num_tokens
-        starts = np.cumsum(counts) - counts
-        media_spans = [
-            MediaSpan(item.modality, int(start), int(length))
-            for item, start, length in zip(
-                conversation.media, starts[is_slot], num_tokens, strict=True
-            )
-        ]
-        labels = np.where(tokens.span >= 0, ids, IGNORE_INDEX)
+        ids = np.array(encoded.ids, np.int64)
+        labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+        for start, end in encoded.spans:
+            labels[start:end] = ids[start:end]
+        media_spans: list[MediaSpan] = []
+        if encoded.slots:
+            ids[encoded.slots], labels[encoded.slots] = self.filler_id, IGNORE_INDEX
+            counts = np.ones(len(ids), np.int64)
+            counts[encoded.slots] = num_tokens
+            starts = (np.cumsum(counts) - counts)[encoded.slots]
+            media_spans = [
+                MediaSpan(item.modality, int(start), int(length))
+                for item, start, length in zip(conversation.media, starts, num_tokens, strict=True)
+            ]
+            ids, labels = np.repeat(ids, counts), np.repeat(labels, counts)
         return Sample(
-            input_ids=torch.from_numpy(np.repeat(np.where(is_slot, self.filler_id, ids), counts)),
-            labels=torch.from_numpy(np.repeat(labels, counts)),
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(labels),
             media_spans=media_spans,
             id=conversation.id,
         )
@@ -256,6 +327,9 @@ class ChatFormat:
             slotted = tokenizer.backend_tokenizer
             slotted.no_padding()
             slotted.no_truncation()
+            # It adds no tokens here, but those of Llama 3 and GPT-2 take blanks out of offsets: a
+            # token of blanks would have no characters, and the indentation of code no label.
+            slotted.post_processor = None
             self._slot_tokenizers[slot] = slotted
         slotted = self._slot_tokenizers[slot]
         return slotted, int(slotted.token_to_id(slot))
@@ -263,23 +337,23 @@ class ChatFormat:
     def _check_supervised_texts(
         self,
         rendered: Sequence[_Rendered | ChatTemplateError],
-        samples: list[Sample | ChatTemplateError],
+        encoded: list[_Encoded | ChatTemplateError],
     ) -> None:
-        """Put an error in place of a sample with a span whose ids do not decode to its text."""
+        """Put an error in place of a row with a span whose ids do not decode to its text."""
         # A wrong loss mask trains without any error, so every row pays for one decode.
         chosen = [
             (i, ids, one.text[span.start : span.end].replace(one.slot, ""))
-            for i, one in enumerate(rendered)
-            if isinstance(one, _Rendered)
-            for span, ids in zip(one.spans, one.supervised, strict=False)
+            for i, (one, row) in enumerate(zip(rendered, encoded, strict=True))
+            if isinstance(one, _Rendered) and isinstance(row, _Encoded)
+            for span, ids in zip(one.spans, row.supervised_ids(), strict=True)
         ]
         decoder = self.tokenizer.backend_tokenizer
         decoded = decoder.decode_batch([ids for _, ids, _ in chosen], skip_special_tokens=False)
         for (i, _, expected), text in zip(chosen, decoded, strict=True):
             if text == expected or self._normalize(text) == self._normalize(expected):
                 continue
-            if isinstance(samples[i], Sample):
-                samples[i] = ChatTemplateError(
+            if isinstance(encoded[i], _Encoded):
+                encoded[i] = ChatTemplateError(
                     f"expected to train on {expected[:80]!r}, but the supervised tokens decode to "
                     f"{text[:80]!r}: the tokenizer cannot spell this text; write it in other "
                     "words, or remove the row"
@@ -299,11 +373,8 @@ def _template_source(tokenizer: Any, chat_template: str | None) -> str:
     # Jinja text without a brace would render one text for every conversation.
     if chat_template is not None and "{" not in chat_template:
         path = Path(chat_template)
-        if not path.is_file():
-            raise ChatTemplateError(
-                f"chat_template {chat_template!r} is neither Jinja text nor a file"
-            )
-        chat_template = path.read_text(encoding="utf-8")
+        is_file = path.is_file() and chat_template not in template_names()
+        chat_template = path.read_text("utf-8") if is_file else named_template(chat_template)
     source = chat_template or tokenizer.chat_template
     # Command-R's tokenizer has a template for each of its tasks, by name.
     if isinstance(source, dict):
@@ -324,8 +395,8 @@ def _default_template(tokenizer: Any) -> str:
     if tokenizer.eos_token is None:
         raise ChatTemplateError(
             "the language model's tokenizer has no chat template, and no EOS token to end a turn "
-            "of the default template; set `chat_template` in the recipe to Jinja text or to a file "
-            "with it"
+            "of the default template; set `chat_template` in the recipe to Jinja text, a file with "
+            "it, or a name (docs/chat-templates.md)"
         )
     # By its effect: most tokenizers that add BOS have no attribute that tells.
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -353,92 +424,56 @@ def _to_chat_messages(conversation: Conversation, slot: str) -> list[ChatMessage
     ]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rendered:
-    """A rendered conversation: its slot, its text with slots, its supervised spans in characters.
-
-    `supervised`: ids of each span, once they are known.
-    """
+    """A rendered conversation: its slot, its text with slots, its supervised spans in the text."""
 
     slot: str
+    num_slots: int
     text: str
     spans: list[CharSpan]
-    supervised: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """Ids of a rendered text, and for each the index of its supervised span, or -1."""
+class _Encoded:
+    """Ids of a rendered text, positions of its slots, and tokens [start, end) of each span."""
 
-    ids: NDArray[np.int64]
-    span: NDArray[np.int64]
+    ids: list[int]
+    slots: list[int]
+    spans: list[tuple[int, int]]
 
     @classmethod
     def of(
-        cls,
-        rendered: _Rendered,
-        ids: list[int],
-        offsets: list[tuple[int, int]],
-        slot_id: int,
-        *,
-        prompt_only: bool,
-    ) -> _Tokens:
-        """Find the span of each token; a prompt ends before its first token in a span.
+        cls, rendered: _Rendered, encoding: Encoding, slot_id: int, *, prompt_only: bool
+    ) -> _Encoded:
+        """Find slots and spans among the tokens; a prompt ends before its first token in a span.
 
         Raises ChatTemplateError for a token that is partly inside of a span.
         """
-        text, spans = rendered.text, rendered.spans
-        ids_array = np.array(ids, np.int64)
-        flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-        starts, ends = flat[::2], flat[1::2]
-        if not spans:
-            return cls(ids_array, np.full(len(ids), -1))
-        # spans are in order and disjoint: two searches find the span of any token
-        begins = np.array([span.start for span in spans])
-        stops = np.array([span.end for span in spans])
-        # of the spans that end after a token's start, the first; it holds the token, or cuts it
-        at = np.minimum(np.searchsorted(stops, starts, side="right"), len(spans) - 1)
-        overlaps = (
-            (begins[at] < ends) & (starts < stops[at]) & (starts < ends) & (ids_array != slot_id)
-        )
-        within = overlaps & (begins[at] <= starts) & (ends <= stops[at])
-        owner = np.where(within, at, -1)
-        num = len(ids)
-        for i in np.flatnonzero(overlaps & ~within).tolist():
-            # tokens at a border are few, and each overlaps with few spans
-            if prompt_only and (owner[:i] >= 0).any():
-                break
-            first, end = int(at[i]), int(ends[i])
-            last = int(np.searchsorted(begins, end))
-            found = _find_span(spans[first:last], int(starts[i]), end, text)
-            owner[i] = -1 if found is None else first + found
-        if prompt_only and (owner >= 0).any():
-            num = int(np.argmax(owner >= 0))  # the letter after the prompt, see `render_prompt`
-        return cls(ids_array[:num], owner[:num])
+        ids, slots = encoding.ids, list[int]()
+        for _ in range(rendered.num_slots):
+            slots.append(ids.index(slot_id, slots[-1] + 1 if slots else 0))
+        spans = token_spans(encoding, rendered.text, rendered.spans, slots, prompt_only=prompt_only)
+        if not prompt_only:
+            return cls(ids, slots, spans)
+        # at the letter after the prompt, see `render_prompt`; without one, all is prompt
+        ends = [start for start, end in spans if end > start]
+        return cls(ids[: ends[0] if ends else None], slots, [])
 
-    def by_span(self, num_spans: int) -> list[list[int]]:
-        """Return the supervised ids of each span."""
-        order = np.argsort(self.span, kind="stable")
-        borders = np.searchsorted(self.span[order], np.arange(num_spans))
-        return [part.tolist() for part in np.split(self.ids[order], borders)[1:]]
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens in spans, without slots."""
+        num_slots = sum(start <= slot < end for start, end in self.spans for slot in self.slots)
+        return sum(end - start for start, end in self.spans) - num_slots
+
+    def supervised_ids(self) -> list[list[int]]:
+        """Return the ids of each span, without slots."""
+        if not any(start <= slot < end for start, end in self.spans for slot in self.slots):
+            return [self.ids[start:end] for start, end in self.spans]
+        slots = set(self.slots)
+        return [
+            [self.ids[i] for i in range(start, end) if i not in slots] for start, end in self.spans
+        ]
 
 
-def _find_span(spans: list[CharSpan], start: int, end: int, text: str) -> int | None:
-    """Return the index of the supervised span that holds a token, or None.
-
-    Raises ChatTemplateError for a token that is partly inside of a span.
-    """
-    # Blanks do not count: tokenizers join a blank to the word after it, and some special tokens
-    # (`lstrip`, `rstrip`) include the blanks around them.
-    for i, span in enumerate(spans):
-        inside = text[max(start, span.start) : min(end, span.end)]
-        if inside and not (text[start : span.start] + text[span.end : end]).strip():
-            return i
-        if inside.strip():
-            raise ChatTemplateError(
-                f"the token {text[start:end]!r} is partly inside of an assistant turn, so it can "
-                "be neither supervised nor masked; set `chat_template` in the recipe to a "
-                "template that begins and ends the assistant's text at a special token or a line "
-                "break"
-            )
-    return None
+_NOT_ENCODED = _Encoded([], [], [])

@@ -82,20 +82,24 @@ def check_fingerprint(
 ) -> None:
     """Raise CheckpointError if two fingerprints are not of the same language model."""
     remedy = "name the right one (`language_model=`, or --language-model on the command line)"
+    if difference := fingerprint_difference(expected, found):
+        raise CheckpointError(
+            f"{folder} belongs to another language model than {name}, which has {difference}; "
+            f"{remedy}"
+        )
+
+
+def fingerprint_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The difference of two fingerprints, to follow "has"; None if they are of the same model."""
     differing = [
         f"{key} {found[key]} instead of {expected[key]}"
         for key in _SHAPE
         if found[key] != expected[key]
     ]
     if differing:
-        raise CheckpointError(
-            f"{folder} belongs to another language model than {name}, which has "
-            f"{', '.join(differing)}; {remedy}"
-        )
+        return ", ".join(differing)
     same = all(len({expected[part], found[part]} - {None}) <= 1 for part in ("weights", "layers"))
     # in another precision, rounding alone changes the hashes
     if expected["dtype"] == found["dtype"] and not same:
-        raise CheckpointError(
-            f"{folder} belongs to another language model than {name}, which has the same shape but "
-            f"other weights; {remedy}"
-        )
+        return "the same shape but other weights"
+    return None

@@ -25,7 +25,9 @@ def with_saved_language_model(fields: Mapping[str, Any]) -> dict[str, Any]:
         "language_model": f"./{LANGUAGE_MODEL}",
         "revision": None,
         "quantization": None,
-        "chat_template": None,  # in the tokenizer's files
+        # in the tokenizer's files, as one text
+        "chat_template": None,
+        "chat_template_kwargs": {},
     }
 
 

@@ -48,9 +48,9 @@ def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # config.json is removed first and written last: a folder without it is read as incomplete
     (out / CONFIG).unlink(missing_ok=True)
-    _write(out / PROJECTORS, projector_tensors(model, model.modalities))
+    write_tensors(out / PROJECTORS, projector_tensors(model, model.modalities))
     if model.trained_encoders:
-        _write(out / ENCODER_WEIGHTS, encoder_tensors(model, model.trained_encoders))
+        write_tensors(out / ENCODER_WEIGHTS, encoder_tensors(model, model.trained_encoders))
     else:
         (out / ENCODER_WEIGHTS).unlink(missing_ok=True)
     # PEFT's own attribute, which a model without wrapper does not have
@@ -92,6 +92,8 @@ def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:
             name: trained.model_dump(mode="json")
             for name, trained in sorted(model.trained_encoders.items())
         },
+        # of a run of `combine` alone
+        **({"combined_from": combined} if (combined := model.config.combined_from) else {}),
     }
     text = json.dumps(fields, indent=2) + "\n"
     with atomic_file(out / CONFIG) as partial:
@@ -121,7 +123,8 @@ def encoder_tensors(
     }
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device as one safetensors file, completely or not at all."""
     kept = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     with atomic_file(path) as partial:
         save_file(kept, partial, {"format": "pt"})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from multi_token.chat.format import ChatFormat
+    from multi_token.modalities.base import Modality, OpenAIKind
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
@@ -29,6 +31,13 @@ DEVICE = typer.Option(
 )
 MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
 TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
+TEMPLATE_KWARGS = typer.Option(
+    None,
+    "--chat-template-kwargs",
+    metavar="JSON",
+    help="Values of the chat template's variables, over those of the run: "
+    '{"enable_thinking": false}.',
+)
 _SYSTEM = typer.Option(None, help="A system message.")
 
 
@@ -62,6 +71,25 @@ def load_run(
     )
 
 
+def set_template_kwargs(model: MultiTokenForConditionalGeneration, text: str | None) -> None:
+    """Give the model's chat template the values of `--chat-template-kwargs`.
+
+    Raises MultiTokenError.
+    """
+    if text is None or model.processor is None:
+        return
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise MultiTokenError(
+            f'--chat-template-kwargs expects a JSON object ({{"enable_thinking": false}}), got '
+            f"{text!r}"
+        )
+    model.processor = replace(model.processor, chat=model.processor.chat.with_kwargs(found))
+
+
 def _device_map(path: Path) -> dict[str, int | str]:
     """Read a JSON file of {module: device}. Raises MultiTokenError."""
     try:
@@ -82,10 +110,21 @@ def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, **sampling}
 
 
-def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
+def _items(
+    run: Path, media: list[str] | None, by_kind: Mapping[OpenAIKind, list[Path] | None]
+) -> list[Media]:
+    """Return the items of the options: `--media NAME=SOURCE`, and `--image PATH` by its kind."""
+    from multi_token.checkpoint.load import read_config, read_spec
     from multi_token.types import Media
 
-    items = [Media("image", str(path)) for path in images or []]
+    items: list[Media] = []
+    if any(by_kind.values()):
+        # before the weights, which may take minutes to load
+        modalities = read_spec(run, read_config(run)).modalities
+        for kind, paths in by_kind.items():
+            items += [
+                Media(modality_for(kind, path, modalities), str(path)) for path in paths or []
+            ]
     for item in media or []:
         name, equals, source = item.partition("=")
         if not equals:
@@ -96,24 +135,57 @@ def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
     return items
 
 
+def modality_for(kind: OpenAIKind, path: Path, modalities: Mapping[str, Modality]) -> str:
+    """Return the name of the modality that takes an item of this kind. Raises MultiTokenError.
+
+    As in the server, a modality of the kind's own name comes first.
+    """
+    suffix = path.suffix.lower()
+    reads = {
+        name
+        for name, modality in modalities.items()
+        if any(suffix in files.suffixes for files in modality.file_kinds())
+    }
+    fitting = [name for name, m in modalities.items() if kind in m.openai_kinds]
+    if kind in fitting:
+        return kind
+    # several: those of the file's own format; none: a modality that reads such files
+    fitting = [name for name in fitting if name in reads] or fitting or sorted(reads)
+    if len(fitting) == 1:
+        return fitting[0]
+    known = ", ".join(f"{name} ({m.type})" for name, m in modalities.items())
+    found = f"{', '.join(fitting)} take" if fitting else "no modality of this run takes"
+    raise MultiTokenError(
+        f"{found} --{kind} {path.name}; name one of {known}: "
+        f"--media {(fitting or [*modalities])[0]}={path}"
+    )
+
+
 def ask(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     question: str = typer.Argument(..., help="What to ask."),
     image: list[Path] = typer.Option(None, help="Path of an image; repeatable."),
+    audio: list[Path] = typer.Option(None, help="Path of audio; repeatable."),
+    video: list[Path] = typer.Option(None, help="Path of a video; repeatable."),
+    document: list[Path] = typer.Option(None, help="Path of a document; repeatable."),
     media: list[str] = typer.Option(
         None, help="NAME=SOURCE, for any modality of the run; repeatable."
     ),
     system: str = _SYSTEM,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
+    chat_template_kwargs: str = TEMPLATE_KWARGS,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
     """Ask one question about some items and print the answer."""
     from multi_token.generate import single_question as as_conversation
 
-    items = _items(media, image)
+    items = _items(
+        run, media, {"image": image, "audio": audio, "video": video, "document": document}
+    )
     model = load_run(run, language_model, device)
+    set_template_kwargs(model, chat_template_kwargs)
     conversation = as_conversation(question, items, system=system)
     typer.echo(model.generate([conversation], **_options(max_new_tokens, temperature))[0])
 
@@ -123,6 +195,7 @@ def chat(
     system: str = _SYSTEM,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
+    chat_template_kwargs: str = TEMPLATE_KWARGS,
     language_model: str = LANGUAGE_MODEL,
     device: str = DEVICE,
 ) -> None:
@@ -131,6 +204,7 @@ def chat(
 
     console = Console(highlight=False)
     model = load_run(run, language_model, device)
+    set_template_kwargs(model, chat_template_kwargs)
     slash = ", ".join(f"/{name} SOURCE" for name in model.modalities)
     console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")
     start = [Message("system", (Text(system),))] if system else []
@@ -205,7 +279,9 @@ def _checked_item(model: MultiTokenForConditionalGeneration, name: str, source: 
     from multi_token.types import Media
 
     names = list(model.modalities)
-    if name not in names:
+    if name not in names and name in ("image", "audio", "video", "document"):
+        name = modality_for(name, Path(source), model.modalities)
+    elif name not in names:
         raise MultiTokenError(
             f"unknown command /{name}{did_you_mean(name, [*names, 'reset', 'exit'])}; this run has "
             f"{', '.join(names)}"

@@ -45,7 +45,7 @@ RecipePath = Annotated[
 ]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Other values for keys of the recipe."),
 ]
 Reading = Annotated[
     list[str] | None,
@@ -156,7 +156,7 @@ def show(
     """Print one row as the model gets it: prompt, supervised text, media with their tokens."""
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
-    from multi_token.data.scan import sample_length
+    from multi_token.types import Length
 
     processor, source = _open(data, split, recipe, override, reading)
     rows = source.rows
@@ -166,7 +166,7 @@ def show(
         rows[index], processor.modalities, row_id=row_id_of(index, rows[index], data)
     )
     sample = processor(conversation)
-    length = sample_length(sample)
+    length = Length.of(sample)
 
     console = Console(highlight=False)
     console.print(f"row {conversation.id} (index {index} of {len(rows):,})", markup=False)
@@ -177,7 +177,7 @@ def show(
     render = partial(render_sample, tokenizer=processor.tokenizer, marks=not console.is_terminal)
     console.print(render(sample))
     if sample.rejected is not None:
-        num_tokens = sample_length(sample.rejected).num_tokens
+        num_tokens = Length.of(sample.rejected).num_tokens
         console.print(
             f"\nAbove: the chosen answer. Below: the rejected answer, {num_tokens:,} tokens.\n"
         )

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 from rich.console import Console
 
-from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, MAX_NEW_TOKENS, TEMPERATURE, load_run
+from multi_token.cli.ask import (
+    DEVICE,
+    LANGUAGE_MODEL,
+    MAX_NEW_TOKENS,
+    TEMPERATURE,
+    TEMPLATE_KWARGS,
+    load_run,
+    set_template_kwargs,
+)
 from multi_token.cli.data import NumShards, Reading, Shard, shard_of, source_of
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
 from multi_token.errors import RecipeError
@@ -47,6 +55,7 @@ def predict(
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
     seed: int = typer.Option(0, help="Seed of sampled answers."),
+    chat_template_kwargs: str = TEMPLATE_KWARGS,
     on_bad_row: Literal["raise", "skip"] = ON_BAD_ROW,
     reading: Reading = None,
     num_workers: int = NUM_WORKERS,
@@ -76,6 +85,8 @@ def predict(
     settings["engine"] = "vllm" if engine_url else "local"
     if temperature > 0:
         settings["seed"] = seed
+    if chat_template_kwargs is not None:
+        settings["chat_template_kwargs"] = chat_template_kwargs
     source = open_run_rows(run, rows, split, reading)
     job, console = open_job(
         "predict", run, source, out, ("answer",), settings, split, (shard, num_shards)
@@ -91,6 +102,7 @@ def predict(
 
         read_golden(run)  # refuses a folder that was not exported, before loading any weights
     model = load_run(run, language_model, device, embeddings_only=bool(engine_url))
+    set_template_kwargs(model, chat_template_kwargs)
     with ExitStack() as stack:
         if engine_url:
             engine = stack.enter_context(_started_engine(model, run, engine_url, engine_timeout))

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-# LLaVA-1.5 was trained on Vicuna's format (conversation.py of haotian-liu/LLaVA, `vicuna_v1`)
-VICUNA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-    '{% else %}{{ "A chat between a curious user and an artificial intelligence assistant. '
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. \" }}"
-    "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ 'USER: ' + message['content'] + ' ' }}{% elif message['role'] == 'assistant' %}"
-    "{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+from multi_token.chat.named import named_template
+
+# LLaVA-1.5 was trained on this format (conversation.py of haotian-liu/LLaVA, `vicuna_v1`)
+VICUNA = named_template("vicuna")
 
 # An engine decides by this loop over `message['content']` whether messages reach the template in
 # parts (vLLM's "openai" format); without it vLLM would join the parts with line breaks of its own.

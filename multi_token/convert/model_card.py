@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from multi_token.convert.tensors import read_json
 from multi_token.errors import ConvertError
 
+RECIPE = "recipe.yaml"
 GENERATED_MARK = (
     "<!-- written by `multi-token push`; without this line the file is left as it is -->"
 )
@@ -29,21 +30,24 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
     Raises ConvertError for a recipe.yaml or report.json that cannot be read.
     """
     model = fields["model"]
-    recipe = read_recipe(run, name)
+    combined = fields.get("combined_from") or []
+    recipe = read_recipe(run / RECIPE, name)
+    recipes = [recipe] if recipe or not combined else _recipes(run, name, combined)
     report = read_json(run / "report.json")
     sections = [
-        "---\n" + yaml.safe_dump(_header(fields, recipe), sort_keys=False).rstrip() + "\n---",
+        "---\n" + yaml.safe_dump(_header(fields, recipes), sort_keys=False).rstrip() + "\n---",
         GENERATED_MARK,
         f"# {name.partition('/')[2] or name}",
         _claim_section(fields),
         "## Modalities",
         _modalities_section(model["modalities"]),
+        *(["## Combined from", _combined_section(combined)] if combined else []),
         "## How to ask",
         _usage_section(name, model["modalities"]),
         "## Data",
-        _data_section(recipe),
+        _data_section(recipes),
         "## Recipe",
-        _recipe_section(recipe),
+        _recipe_section(recipe) if recipe or not combined else _recipes_section(combined, recipes),
         "## Hardware",
         _hardware_section(run, report),
         "## Evaluation",
@@ -52,12 +56,11 @@ def render_card(run: Path, name: str, fields: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def read_recipe(run: Path, name: str) -> dict[str, Any] | None:
-    """The run's recipe, without folders of this machine; None if it has none.
+def read_recipe(path: Path, name: str) -> dict[str, Any] | None:
+    """A run's recipe, without folders of this machine; None if there is no file.
 
     Raises ConvertError.
     """
-    path = run / "recipe.yaml"
     if not path.is_file():
         return None
     try:
@@ -66,6 +69,11 @@ def read_recipe(run: Path, name: str) -> dict[str, Any] | None:
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ConvertError(f"{path} is no recipe of a run: {error}") from None
     return _strip_local_paths(tree)
+
+
+def _recipes(run: Path, name: str, combined: Sequence[Mapping[str, Any]]) -> list[Any]:
+    files = [entry["recipe"] for entry in combined]
+    return [read_recipe(run / file, name) if file else None for file in files]
 
 
 def _strip_local_paths(value: Any) -> Any:
@@ -83,7 +91,9 @@ def _is_inside(reference: str) -> bool:
     return reference.startswith("./")
 
 
-def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+def _header(
+    fields: Mapping[str, Any], recipes: Sequence[Mapping[str, Any] | None]
+) -> dict[str, Any]:
     model = fields["model"]
     base = fields.get("base_model") or model["language_model"]
     encoders = [m["encoder"] for m in model["modalities"].values() if m.get("encoder")]
@@ -92,7 +102,7 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
     types = frozenset(m["type"] for m in model["modalities"].values())
     datasets = [
         source["rows"]
-        for source in (recipe or {}).get("data", {}).get("train", [])
+        for source in _sources(recipes)
         # a hub name: one slash and no suffix
         if Path(source["rows"]).suffix == "" and source["rows"].count("/") == 1
     ]
@@ -101,7 +111,7 @@ def _header(fields: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict
         "pipeline_tag": _PIPELINES.get(types, "any-to-any"),
         **({"base_model": parents} if parents else {}),
         **({"base_model_relation": relation} if (relation := _base_model_relation(fields)) else {}),
-        **({"datasets": datasets} if datasets else {}),
+        **({"datasets": list(dict.fromkeys(datasets))} if datasets else {}),
         "tags": ["multi_token", "multimodal", *sorted(types)],
     }
 
@@ -183,8 +193,25 @@ print(model.generate([row])[0])
 ```"""
 
 
-def _data_section(recipe: Mapping[str, Any] | None) -> str:
-    sources = (recipe or {}).get("data", {}).get("train", [])
+def _combined_section(combined: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"| `<{new}>` | `{old}` of {entry['run']} | `{entry['digest']}` |"
+        for entry in combined
+        for new, old in entry["modalities"].items()
+    ]
+    table = "\n".join(["| modality | trained as | digest of that run |", "|---|---|---|", *rows])
+    return (
+        "These runs were trained apart on one language model and combined without further "
+        f"training; each modality answers as it did there.\n\n{table}"
+    )
+
+
+def _sources(recipes: Sequence[Mapping[str, Any] | None]) -> list[Any]:
+    return [s for recipe in recipes for s in (recipe or {}).get("data", {}).get("train", [])]
+
+
+def _data_section(recipes: Sequence[Mapping[str, Any] | None]) -> str:
+    sources = _sources(recipes)
     if not sources:
         return "Not recorded: the run has no recipe, for example after an import."
     return "\n".join(f"- `{source['rows']}`, split `{source['split']}`" for source in sources)
@@ -195,6 +222,14 @@ def _recipe_section(recipe: Mapping[str, Any] | None) -> str:
         return "Not recorded."
     text = yaml.safe_dump({"train": recipe["train"]}, sort_keys=False)
     return f"`recipe.yaml` in this repository, resolved; how it was trained:\n\n```yaml\n{text}```"
+
+
+def _recipes_section(combined: Sequence[Mapping[str, Any]], recipes: Sequence[Any]) -> str:
+    files = [
+        f"- {entry['run']}: {'`' + entry['recipe'] + '`' if recipe else 'not recorded'}"
+        for entry, recipe in zip(combined, recipes, strict=True)
+    ]
+    return "\n".join(["One for each of the runs:", "", *files])
 
 
 def _hardware_section(run: Path, report: Mapping[str, Any]) -> str:

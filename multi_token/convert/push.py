@@ -13,7 +13,7 @@ from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
 from multi_token.checkpoint.load import read_config
 from multi_token.checkpoint.save import ADAPTER, CONFIG, ENCODER_WEIGHTS, PROJECTORS
 from multi_token.convert.export import ENCODERS, MANIFEST
-from multi_token.convert.model_card import GENERATED_MARK, read_recipe, render_card
+from multi_token.convert.model_card import GENERATED_MARK, RECIPE, read_recipe, render_card
 from multi_token.errors import ConvertError
 
 CARD = "README.md"
@@ -72,9 +72,11 @@ def _files(run: Path, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[st
     for path in (CONFIG, PROJECTORS, ENCODER_WEIGHTS, CARD, MANIFEST):
         if (run / path).is_file():
             yield path, run / path
-    recipe = read_recipe(run, name)
-    if recipe is not None:
-        yield "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False).encode()
+    combined = [entry["recipe"] for entry in fields.get("combined_from") or []]
+    for path in (RECIPE, *(path for path in combined if path)):
+        recipe = read_recipe(run / path, name)
+        if recipe is not None:
+            yield path, yaml.safe_dump(recipe, sort_keys=False).encode()
     for folder in _FOLDERS:
         for file in sorted((run / folder).rglob("*")):
             path = file.relative_to(run)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import RowError
-from multi_token.processor import MultiTokenProcessor
+from multi_token.processor import Measured, MultiTokenProcessor
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
 
 
@@ -45,14 +45,14 @@ class RowReader:
         """Convert one row. Raises RowError."""
         return to_conversation(row, self.modalities, row_id=row_id)
 
-    def samples(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
-        """Return the samples of conversations; a RowError in place of a bad one."""
+    def measure(self, conversations: Sequence[Conversation]) -> list[Measured | RowError]:
+        """Return the lengths of conversations; a RowError in place of a bad one."""
         if isinstance(self.processor, MultiTokenProcessor):
-            return self.processor.many(conversations)
-        found: list[Sample | RowError] = []
+            return self.processor.measure(conversations)
+        found: list[Measured | RowError] = []
         for conversation in conversations:
             try:
-                found.append(self.processor(conversation))
+                found.append(Measured.of(self.processor(conversation)))
             except RowError as error:
                 found.append(error)
         return found

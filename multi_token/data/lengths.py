@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.data.rows import Row
 from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.media.hashing import NoStamp, digest, source_stamp
-from multi_token.types import Conversation, Media, Part
+from multi_token.types import Conversation, Length, Media, Part
 
 if TYPE_CHECKING:
     from multi_token.processor import MultiTokenProcessor
@@ -41,20 +41,6 @@ _MAX_STAMPS = 1 << 16
 """Stamps of files that a process keeps."""
 _SAVE_INTERVAL_S = 30.0
 """Time between two saves during a scan: the work that a kill may lose."""
-
-
-class Length(NamedTuple):
-    """Length of one good row: all tokens, supervised tokens, media tokens, and media items.
-
-    `num_rejected`: tokens with the rejected answer in place of the chosen one; 0 where a row has
-    none, or where the processor has no `preference`.
-    """
-
-    num_tokens: int
-    num_supervised: int
-    num_media: int
-    num_items: int = 0
-    num_rejected: int = 0
 
 
 _LENGTH = np.dtype([(name, "i4") for name in Length._fields])

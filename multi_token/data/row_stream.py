@@ -77,9 +77,10 @@ def open_stream(
 
     | `source`                          | rows                                                   |
     |-----------------------------------|--------------------------------------------------------|
-    | a file, `shards/*.parquet`, a     | .json, .jsonl, .parquet and .tar (WebDataset) files of |
-    | folder of such files              | one kind; each epoch goes through them in random order |
+    | a file, `shards/*.parquet`, a     | files of one kind that `load_rows` reads; each epoch   |
+    | folder of such files              | goes through them in random order                      |
     | a folder written by `save_to_disk`| as in `load_rows`                                      |
+    | a folder of media files           | as in `load_rows`                                      |
     | `owner/name`, `hf://...`          | a data set on the hub, read while it is downloaded     |
 
     `number`: index of this source, so that each source has its own order of files. `keep`: last
@@ -91,11 +92,12 @@ def open_stream(
         return ShardedRows(source, files, root=media_root(source), seed=seed, number=number)
     path = Path(source).expanduser()
     if path.is_dir():
-        return ShardedRows(source, [path], open_rows=partial(_saved, split=split))
+        open_rows = partial(_folder, split=split)
+        return ShardedRows(source, [path], root=media_root(source), open_rows=open_rows)
     return LanedRows(source, partial(stream_hub, source, split=split), keep=keep)
 
 
-def _saved(path: Path, split: str) -> Sequence[Row]:
+def _folder(path: Path, split: str) -> Sequence[Row]:
     return load_rows(str(path), split=split)
 
 

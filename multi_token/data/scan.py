@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 
 from multi_token.data.dataset import RowReader
 from multi_token.data.formats import to_conversation
-from multi_token.data.lengths import Length, Lengths, LengthStore
+from multi_token.data.lengths import Lengths, LengthStore
 from multi_token.data.parallel import pass_console, read_parallel
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import RowError, RowKind
-from multi_token.types import IGNORE_INDEX, Conversation, Sample
+from multi_token.processor import Measured
+from multi_token.types import Conversation, Length, Sample
 
 if TYPE_CHECKING:
     from multi_token.modalities.base import Modality
@@ -198,9 +199,9 @@ class _ScanDataset(Dataset[list[_Result]]):
             results.append(_Result(key, length or Length(0, 0, 0), "remembered"))
             if length is None:
                 unknown.append((at, key, conversation))
-        samples = self.read.samples([conversation for _, _, conversation in unknown])
-        for (at, key, _), sample in zip(unknown, samples, strict=True):
-            results[at] = _result_of(indices[at], key, sample)
+        measured = self.read.measure([conversation for _, _, conversation in unknown])
+        for (at, key, _), row in zip(unknown, measured, strict=True):
+            results[at] = _result_of(indices[at], key, row)
         return results
 
     def _result(self, index: int, read: Callable[[Row, str], Sample]) -> _Result:
@@ -212,28 +213,15 @@ class _ScanDataset(Dataset[list[_Result]]):
                 length = self.known.get(key)
                 if length is not None:
                     return _Result(key, length, "remembered")
-            return _result_of(index, key, read(row, row_id))
+            return _result_of(index, key, Measured.of(read(row, row_id)))
         except RowError as error:
             return _Result(None, Problem.of(index, error))
 
 
-def _result_of(index: int, key: str | None, sample: Sample | RowError) -> _Result:
-    if isinstance(sample, RowError):
-        return _Result(None, Problem.of(index, sample))
-    # an item with a header length has no inputs
-    decoded = any(item.inputs for item in sample.media)
-    return _Result(key, sample_length(sample), "decoded" if decoded else "read")
-
-
-def sample_length(sample: Sample) -> Length:
-    """Count the tokens and media items of a sample."""
-    return Length(
-        num_tokens=int(sample.input_ids.numel()),
-        num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-        num_media=sum(span.length for span in sample.media_spans),
-        num_items=len(sample.media_spans),
-        num_rejected=0 if sample.rejected is None else int(sample.rejected.input_ids.numel()),
-    )
+def _result_of(index: int, key: str | None, row: Measured | RowError) -> _Result:
+    if isinstance(row, RowError):
+        return _Result(None, Problem.of(index, row))
+    return _Result(key, row.length, "decoded" if row.is_decoded else "read")
 
 
 @dataclass(frozen=True)

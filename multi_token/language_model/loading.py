@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 
 from multi_token.errors import LanguageModelError, first_line
+from multi_token.hub import limited_hub_waits
 from multi_token.language_model.quantization import (
     keep_backward_layout,
     quantization_config,
     quantized_parameters,
 )
-from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,10 +43,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
-    limit_hub_waits()
     source, options = gguf_arguments(name)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+        with limited_hub_waits(name, LanguageModelError):
+            return AutoTokenizer.from_pretrained(source, revision=revision, **options)
     except LOAD_FAULTS as error:
         raise LanguageModelError(
             f"no tokenizer could be loaded from {name!r} (a hub name, a folder or a GGUF file is "
@@ -84,7 +84,6 @@ def load_language_model(
     from accelerate.utils import check_device_map
     from transformers import AutoModelForCausalLM
 
-    limit_hub_waits()
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -94,12 +93,13 @@ def load_language_model(
         _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            **options,
-        )
+        with limited_hub_waits(name, LanguageModelError):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                **options,
+            )
         if isinstance(device_map, Mapping):
             # transformers leaves modules that the map does not name on the CPU, without a word
             check_device_map(model, dict(device_map))

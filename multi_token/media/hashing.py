@@ -70,7 +70,9 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
     """
     if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *_file_stamp(source, fetch)]
+        name = os.fspath(source)
+        # A WFDB record is named without the suffix of its header.
+        return [name, *(fetch.stamp(source) or fetch.stamp(f"{name}.hea"))]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
@@ -87,13 +89,3 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
         except (TypeError, ValueError):  # a list of paths or mappings
             return [source_stamp(value, fetch) for value in source]
     raise NoStamp
-
-
-def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
-    """Return path, size and time of change of the local file that a source names, or []."""
-    path = fetch.local_path(source)
-    try:
-        found = None if path is None else path.stat()
-    except (OSError, ValueError):  # no such file, or a text too long for a name
-        return []
-    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
+from multi_token.hub import limited_hub_waits
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
-from multi_token.media.fetch import Fetch, limit_hub_waits
+from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.projectors.base import ProjectorSpec
@@ -102,7 +103,7 @@ class Modality(BaseModel, ABC):
     """
 
     # Frozen: a modality is shared by threads, and its fields are the key of cached features.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
     """OpenAI content parts that may carry an item. A request can always use `<name>_url` and
@@ -334,7 +335,10 @@ class PretrainedModality(Modality):
         """Return the transformers model with its weights, in float32, without LayerDrop."""
         from transformers import AutoModel
 
-        tower = AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
+        with limited_hub_waits(self.encoder):
+            tower = AutoModel.from_pretrained(
+                self.encoder, revision=self.revision, dtype=torch.float32
+            )
         # A trained encoder would skip other layers in each process. DDP waits for the gradients of
         # all of them, and a hidden state of a skipped layer does not exist.
         for module in tower.modules():
@@ -363,12 +367,12 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     """Return what `transformers.<auto_class>.from_pretrained` loads; callers must not change it."""
     import transformers
 
-    limit_hub_waits()
     home: Any = transformers
     if auto_class == "AutoImageProcessor":
         # transformers 5.17 asks for torchvision at its top level, and this module does not
         home = importlib.import_module("transformers.models.auto.image_processing_auto")
-    return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
+    with limited_hub_waits(encoder):
+        return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
 
 
 @functools.lru_cache(maxsize=8)

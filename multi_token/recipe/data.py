@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class StrictModel(BaseModel):
     """Base of all recipe sections: fields are frozen, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 Format = Literal[
@@ -34,10 +34,10 @@ class DataSource(StrictModel):
     """A source of rows, and how its columns become conversations; see docs/rows.md."""
 
     rows: str
-    """A .json, .jsonl, .parquet or .tar (WebDataset) file, `shards/*.parquet` or a folder of such
-    files, a folder of `save_to_disk` (datasets), or a hub name."""
+    """A file of rows, `shards/*.parquet` or a folder of such files, a folder of media files, one of
+    `save_to_disk` (datasets), or a hub name; docs/files.md lists all."""
     split: str = "train"
-    """Split to read, if the source has several."""
+    """Split to read, if the source has several, or a part of it: `train[:95%]`, `train[1000:]`."""
     weight: float | None = Field(default=None, gt=0)
     """With `data.stream`: weight of the source in the mixture; default: 1."""
     format: Format | None = None

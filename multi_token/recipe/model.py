@@ -71,8 +71,11 @@ class ModelSpec(StrictModel):
     attn_implementation: str | None = None
     """Passed on to transformers (sdpa, flash_attention_2, ...)."""
     chat_template: str | None = None
-    """Jinja text or the path of a file with it; default: the tokenizer's own, or the simple one of
-    docs/chat-templates.md where it has none."""
+    """Jinja text, the path of a file with it, or a name (`chatml`, `vicuna`, ...); default: the
+    tokenizer's own, or the simple one of docs/chat-templates.md where it has none."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values of variables of the chat template (`enable_thinking: false`), in training and
+    afterwards. A request may set others."""
     train_on_turns: TrainOnTurns = "all"
     """Supervised assistant turns of a conversation: `all` of them, or the `last` alone."""
     modalities: dict[str, AnyModality] = Field(min_length=1)

@@ -13,11 +13,13 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from multi_token.chat.format import ChatFormat
+from multi_token.chat.named import template_variables
 from multi_token.errors import ChatTemplateError, LanguageModelError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
@@ -39,7 +41,7 @@ from multi_token.serve.openai.messages import (
     SpecialTokenEscaper,
 )
 from multi_token.serve.openai.output import RequestOutput
-from multi_token.serve.openai.protocol import RequestParams
+from multi_token.serve.openai.protocol import RequestParams, invalid_field
 from multi_token.serve.openai.responses import TokenText, Usage
 from multi_token.serve.settings import ServeSettings
 from multi_token.types import Conversation, Media, Sample
@@ -95,9 +97,39 @@ class PromptBuilder:
             await asyncio.to_thread(self.media_pool.stop)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
+    def check_kwargs(self, template_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a request's values of template variables, and names that the template lacks.
+
+        Raises ServeError for a text that would bring a special token into the prompt.
+        """
+        known = template_variables(self.processor.chat.source)
+        kept = {name: value for name, value in template_kwargs.items() if name in known}
+        for name, value in kept.items():
+            if isinstance(value, str) and not self._escaper.is_plain(value):
+                at = f"chat_template_kwargs.{name}"
+                raise invalid_field(f"{at} holds a special token of the model, {value[:40]!r}", at)
+        return kept, [name for name in template_kwargs if name not in known]
+
+    async def chat_for(self, template_kwargs: Mapping[str, Any]) -> ChatFormat:
+        """Return the chat format with a request's values of template variables."""
+        if not template_kwargs:
+            return self.processor.chat
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizer_thread, self._format_with, template_kwargs
+        )
+
+    def _format_with(self, template_kwargs: Mapping[str, Any]) -> ChatFormat:
+        chat = self.processor.chat.with_kwargs(template_kwargs)
+        try:
+            chat.decode([])  # renders the template once, which would delay the event loop later
+        except ChatTemplateError as error:
+            raise _template_error(error) from error
+        return chat
+
     async def build(
         self,
         conversation: Conversation,
+        chat: ChatFormat,
         tenant: str,
         check_length: Callable[[int], object],
         memory: RequestMemory | None = None,
@@ -110,7 +142,7 @@ class PromptBuilder:
         embedded = await self._embed_media(conversation.media, tenant, check_length)
         num_tokens = [len(item.embeds) for item in embedded]
         sample = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizer_thread, self._tokenize, conversation, num_tokens
+            self._tokenizer_thread, self._tokenize, conversation, chat, num_tokens
         )
         del conversation
         if memory is not None:
@@ -172,7 +204,9 @@ class PromptBuilder:
         self._metrics.encoder.observe(time.monotonic() - decoded)
         return embedded
 
-    def _tokenize(self, conversation: Conversation, num_tokens: Sequence[int]) -> Sample:
+    def _tokenize(
+        self, conversation: Conversation, chat: ChatFormat, num_tokens: Sequence[int]
+    ) -> Sample:
         """Tokenize a conversation; special tokens in its texts stay text. Raises ServeError."""
         escaped = self._escaper.escape(conversation)
         media = iter(num_tokens)
@@ -181,10 +215,14 @@ class PromptBuilder:
             for item in escaped.media
         ]
         try:
-            sample = self.processor.chat.tokenize(escaped, lengths, prompt_only=True)
+            sample = chat.tokenize(escaped, lengths, prompt_only=True)
         except ChatTemplateError as error:
-            raise ServeError(str(error), param="messages", code="chat_template") from error
+            raise _template_error(error) from error
         return self._escaper.restore(sample, escaped.media)
+
+
+def _template_error(error: ChatTemplateError) -> ServeError:
+    return ServeError(str(error), param="messages", code="chat_template")
 
 
 class Service:
@@ -219,7 +257,6 @@ class Service:
         self.metrics.watch(
             self.engine, self.admission, self.prompts.media_pool, self.prompts.media_embedder
         )
-        self._chat = self.prompts.processor.chat
         self._token_text = TokenText(self.prompts.processor.tokenizer)
         self._end_ids = frozenset(eos_token_ids(model))
         # OpenAI counts image and audio tokens; a modality of several kinds belongs to neither.
@@ -329,8 +366,9 @@ class Service:
         arrived = time.monotonic() if arrived is None else arrived
         self.check_capacity(params.n, tenant)
         with self.admission.admit(params.n, tenant):
+            chat = await deadline.wait_for(self.prompts.chat_for(params.chat_template_kwargs))
             building = self.prompts.build(
-                conversation, tenant, lambda length: self._max_new_tokens(length, 1), memory
+                conversation, chat, tenant, lambda length: self._max_new_tokens(length, 1), memory
             )
             # Generating may take minutes, and its media may have megabytes.
             del conversation
@@ -339,7 +377,7 @@ class Service:
             # A client chooses X-Request-Id, so two requests may have the same.
             ids = [f"{request_id}-{next(self._request_numbers)}" for _ in range(params.n)]
             output = RequestOutput(
-                [IncrementalDetokenizer(self._chat, params.stop) for _ in ids],
+                [IncrementalDetokenizer(chat, params.stop) for _ in ids],
                 self._usage(prompt),
                 deadline,
                 end_ids=frozenset() if params.ignore_eos else self._end_ids,

@@ -58,7 +58,7 @@ from multi_token.train.accelerator import (
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
-from multi_token.train.fsdp import is_sharded, run_in_shards
+from multi_token.train.fsdp import check_hooks_of_trainer, is_sharded, run_in_shards
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
@@ -121,6 +121,8 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
         check_metric(args, ("loss",) if stage.dpo is None else DpoLoss.METRICS)
         stages.append(StageRun(stage, folder, args))
     stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
+    if is_sharded(train):
+        check_hooks_of_trainer()
     return stages
 
 

@@ -191,9 +191,9 @@ def test_a_name_below_a_folder_that_is_here_is_a_path(
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(MultiTokenError, match=r"suffix '\.csv'; expected a \.json"):
-        load_rows(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.xlsx").write_text("a,b")
+    with pytest.raises(MultiTokenError, match=r"suffix '\.xlsx'; expected a \.json"):
+        load_rows(str(tmp_path / "rows.xlsx"))
 
 
 @pytest.mark.parametrize("name", ["no-owner/no-such-name", "hf://no-owner/nothing/config"])

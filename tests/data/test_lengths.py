@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from multi_token.data.dataset import row_to_sample
 from multi_token.data.files.open import load_rows
-from multi_token.data.lengths import Length, LengthStore, processor_fingerprint
+from multi_token.data.lengths import LengthStore, processor_fingerprint
 from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.errors import MultiTokenError
 from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
+from multi_token.types import Length
 
 Fields = Callable[..., dict[str, Any]]
 

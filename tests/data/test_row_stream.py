@@ -185,7 +185,9 @@ def test_sources_without_rows_are_refused(open_rows: Any, tmp_path: Path) -> Non
 
 
 def test_names_without_files_are_refused_with_the_expected_ones(tmp_path: Path) -> None:
-    with pytest.raises(MultiTokenError, match="and there are no files of rows in it; expected"):
+    with pytest.raises(
+        MultiTokenError, match="and there are no files of rows or media in it; expected"
+    ):
         open_stream(str(tmp_path)).row(0)
     with pytest.raises(MultiTokenError, match="names no files of rows; expected files that end in"):
         open_stream(str(tmp_path / "*.parquet"))
@@ -285,11 +287,10 @@ def test_files_that_a_row_does_not_name_are_fields(tmp_path: Path) -> None:
     assert other["id"] == 5
 
 
-def test_samples_without_a_row_are_bad_rows_with_the_reason(tmp_path: Path) -> None:
+def test_samples_whose_json_is_no_row_are_bad_rows_with_the_reason(tmp_path: Path) -> None:
     rows = sample(
         tmp_path,
         {
-            "1.png": b"A",
             "2.json": b"{",
             "3.json": [1],
             "4.json": {"image": "elsewhere.png"},
@@ -299,7 +300,6 @@ def test_samples_without_a_row_are_bad_rows_with_the_reason(tmp_path: Path) -> N
         },
     )
     reasons = [
-        "1: has the files 1.png and no 1.json, which must be the row",
         "2: 2.json is not JSON",
         "3: 3.json is a list, expected an object",
         "4: has the file 4.image.png, which is the field 'image', and that field as well",
@@ -308,6 +308,31 @@ def test_samples_without_a_row_are_bad_rows_with_the_reason(tmp_path: Path) -> N
     for index, reason in enumerate(reasons):
         with pytest.raises(RowError, match=f"row s.tar/{reason}"):
             rows[index]
+
+
+def test_samples_of_img2dataset_have_an_image_a_text_and_the_fields_of_their_metadata(
+    tmp_path: Path,
+) -> None:
+    metadata = {"url": "http://a/b.jpg", "width": 2, "key": "0001", "caption": "A cat"}
+    files = {
+        "0001.jpg": b"A",
+        "0001.txt": "\ufeffA cät\n".encode(),
+        "0001.json": metadata,
+        "0002.png": b"B",
+        "0002.left.png": b"C",
+        "0003.wav": b"D",
+        "0003.txt": b"\xe9",
+    }
+    rows = sample(tmp_path, files)
+    image = medium("0001.jpg", b"A")
+    assert rows[0] == {"id": "s.tar/0001", **metadata, "image": image, "text": "A cät"}
+    assert rows[1] == {
+        "id": "s.tar/0002",
+        "image": medium("0002.png", b"B"),
+        "left": medium("0002.left.png", b"C"),
+    }
+    with pytest.raises(RowError, match=r"row s.tar/0003: 0003.txt is not UTF-8"):
+        rows[2]
 
 
 def num_headers_read(path: Path) -> int:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from multi_token.data.files.open import load_rows
-from multi_token.data.scan import Bin, Length, first_relative_path, histogram, scan
+from multi_token.data.scan import Bin, first_relative_path, histogram, scan
 from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.video import VideoModality
-from multi_token.types import Sample
+from multi_token.types import Length, Sample
 from tests.data.letters import read, row
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from multi_token.data.dataset import RowReader
 from multi_token.data.files.open import load_rows
-from multi_token.data.lengths import Length, LengthStore
+from multi_token.data.lengths import LengthStore
 from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.data.sources import num_readers
 from multi_token.media.fetch import Fetch
 from multi_token.processor import MultiTokenProcessor, build_processor
 from multi_token.recipe.recipe import Recipe
+from multi_token.types import Length
 from tests.data.scanning import Counting
 
 Fields = Callable[..., dict[str, Any]]

@@ -262,7 +262,7 @@ def test_an_engine_that_hangs_is_reported_also_when_its_client_has_left(text_mod
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{server.url}/v1/chat/completions", json=SHORT, timeout=0.1)
             assert server.wait_until(lambda: not server.service.is_healthy)
-            assert server.service.admission.num_admitted == 0
+            assert server.wait_until(lambda: server.service.admission.num_admitted == 0)
             assert httpx.get(f"{server.url}/health").status_code == 503
             assert httpx.get(f"{server.url}/ready").status_code == 503
             refused = chat(server, SHORT)

@@ -13,9 +13,9 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from multi_token.chat.format import ChatFormat
+from multi_token.chat.named import named_template, template_names
 from multi_token.chat.template import ChatTemplate
 from multi_token.errors import ChatTemplateError
-from multi_token.testing import TEMPLATES
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
@@ -27,7 +27,6 @@ from multi_token.types import (
     Text,
 )
 
-HERE = Path(__file__).parent
 _CORPUS = [
     "Look at this. What is it? It is a cat. Question answer of the user: be brief, say no more.",
     "system user assistant model tool User Assistant Falcon USER ASSISTANT\n\nQuestion\nanswer",
@@ -47,12 +46,10 @@ def source(name: str) -> str | None:
     """Jinja text of a family; None for one without a template."""
     if name.startswith("default"):
         return None
-    if (path := HERE / f"{name}.jinja").is_file():
-        return path.read_text(encoding="utf-8")
     folder = trl_folder()
     if folder is not None and (path := folder / f"{name}.jinja").is_file():
         return path.read_text(encoding="utf-8")
-    return TEMPLATES[name]
+    return named_template(name)
 
 
 def twin(name: str) -> str | None:
@@ -267,9 +264,4 @@ def is_from_trl(name: str) -> bool:
 
 def is_here(name: str) -> bool:
     """Return True if the family's template can be found."""
-    ours = (
-        name in ("chatml", "smollm2")
-        or (HERE / f"{name}.jinja").is_file()
-        or name.startswith("default")
-    )
-    return ours or is_from_trl(name)
+    return name in template_names() or name.startswith("default") or is_from_trl(name)

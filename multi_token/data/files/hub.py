@@ -1,4 +1,4 @@
-"""Tables that `datasets` reads: data sets on the hub, saved folders and single .parquet files.
+"""Tables that `datasets` reads: data sets on the hub, saved folders and single tables.
 
 Media columns stay undecoded (`{"bytes", "path"}`): our decoders then name the row of a damaged
 item, which `datasets` cannot.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
-from multi_token.media.fetch import limit_hub_waits
+from multi_token.hub import limited_hub_waits
 
 if TYPE_CHECKING:
     import datasets
@@ -42,9 +42,9 @@ def open_with_args(args: Mapping[str, Any]) -> Sequence[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    limit_hub_waits()
     try:
-        found = datasets.load_dataset(**args)
+        with limited_hub_waits(str(args.get("path"))):
+            found = datasets.load_dataset(**args)
     except (OSError, ValueError, TypeError, DatasetsError) as error:
         raise MultiTokenError(f"cannot load the data set of {dict(args)}: {error}") from error
     if not isinstance(found, datasets.Dataset):
@@ -71,10 +71,10 @@ def load_saved_folder(path: Path, split: str) -> Sequence[Row]:
     return _without_decoding(content)
 
 
-def load_parquet(path: Path) -> Sequence[Row]:
-    """Read one .parquet file through the memory-mapped cache of datasets.
+def load_table(kind: Literal["parquet", "arrow"], path: Path) -> Sequence[Row]:
+    """Read one file through the memory-mapped cache of datasets.
 
-    Raises MultiTokenError if the file is not parquet.
+    Raises MultiTokenError if the file is not of that kind.
     """
     import datasets
     import pyarrow
@@ -82,10 +82,10 @@ def load_parquet(path: Path) -> Sequence[Row]:
 
     # copies the file into the cache of `datasets` once, which later runs map
     try:
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        table = datasets.load_dataset(kind, data_files=str(path), split="train")
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
         cause = error.__cause__ or error
-        raise MultiTokenError(f"{path} cannot be read as parquet: {cause}") from error
+        raise MultiTokenError(f"{path} cannot be read as {kind}: {cause}") from error
     return _without_decoding(cast("datasets.Dataset", table))
 
 
@@ -96,14 +96,14 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    limit_hub_waits()
     try:
-        return datasets.load_dataset(
-            "/".join(names[:2]),
-            names[2] if len(names) == 3 else None,
-            split=split,
-            streaming=streaming,
-        )
+        with limited_hub_waits(source):
+            return datasets.load_dataset(
+                "/".join(names[:2]),
+                names[2] if len(names) == 3 else None,
+                split=split,
+                streaming=streaming,
+            )
     # datasets raises ValueError for an unknown config or split, OSError without a network
     except (OSError, ValueError, DatasetsError) as error:
         raise MultiTokenError(
@@ -114,10 +114,10 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
 
 def _without_decoding(table: datasets.Dataset) -> Sequence[Row]:
     """Turn decoding off in every media column, however nested."""
-    import datasets
 
     def turn_off(feature: Any) -> None:
-        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+        # media, and the types of one version only: Pdf, Nifti, Mesh, BioSequence, BioStructure
+        if getattr(feature, "decode", False) is True:
             feature.decode = False
         elif isinstance(feature, Mapping):
             for child in feature.values():

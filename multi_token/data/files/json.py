@@ -122,19 +122,19 @@ def parse_row(text: bytes, path: Path, *, first_line: Callable[[], int], row_id:
     except UnicodeDecodeError as error:
         line = first_line() + text.count(b"\n", 0, error.start)
         fault = f"is not UTF-8 (byte 0x{text[error.start]:02x}); save the file as UTF-8"
-        raise _row_error(line, path, fault, row_id) from error
+        raise line_error(line, path, fault, row_id) from error
     except json.JSONDecodeError as error:
         fault = f"is not JSON ({error.msg}, column {error.colno}); write an object for each row"
-        raise _row_error(first_line() + error.lineno - 1, path, fault, row_id) from error
+        raise line_error(first_line() + error.lineno - 1, path, fault, row_id) from error
     if not isinstance(row, Mapping):
         blank = len(text) - len(text.lstrip())
         line = first_line() + text.count(b"\n", 0, blank)
         fault = f"is a {type(row).__name__}, expected an object with fields"
-        raise _row_error(line, path, fault, row_id)
+        raise line_error(line, path, fault, row_id)
     return cast("Row", row)
 
 
-def _row_error(line: int, path: Path, fault: str, row_id: str) -> RowError:
+def line_error(line: int, path: Path, fault: str, row_id: str) -> RowError:
     return RowError(f"line {line} of {path} {fault}", kind="format", row_id=row_id)
 
 

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset
 
+from multi_token.data.files.arrow import ArrowRows
+from multi_token.data.files.csv import CsvRows
+from multi_token.data.files.folder import is_media_folder, open_folder
 from multi_token.data.files.hub import (
     HUB_PREFIX,
     is_saved_folder,
     load_hub,
-    load_parquet,
     load_saved_folder,
+    load_table,
 )
 from multi_token.data.files.json import JsonRows
 from multi_token.data.files.jsonl import JsonLines
+from multi_token.data.files.npy import NpyRows
 from multi_token.data.files.parquet import ParquetRows
+from multi_token.data.files.unpack import PACKED, unpacked_file
 from multi_token.data.files.webdataset import TarRows
 from multi_token.data.parallel import pass_console, progress_bar
-from multi_token.data.rows import Row
+from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError
 
-_FORMATS: dict[str, Callable[[Path], Sequence[Row]]] = {
+_TEXTS: dict[str, Callable[[Path], Sequence[Row]]] = {
     ".json": JsonRows,
     ".jsonl": JsonLines,
-    ".parquet": ParquetRows,
-    ".tar": TarRows,
+    ".csv": CsvRows,
+    ".tsv": CsvRows,
 }
+_FORMATS = {
+    **_TEXTS,
+    ".parquet": ParquetRows,
+    ".arrow": ArrowRows,
+    ".feather": ArrowRows,
+    ".tar": TarRows,
+    **{text + packed: _TEXTS[text] for text in _TEXTS for packed in PACKED},
+}
+_SHARDS = tuple(_FORMATS)
+"""Formats whose files a folder of rows may have."""
+_FORMATS[".npy"] = lambda path: NpyRows(path, _open_alone)  # in a folder, each may be one item
+_IN_FOLDERS = (".json", ".jsonl", ".parquet", ".tar")
+"""Formats whose files in a folder are its rows, whatever else lies there."""
+_SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 _ACCEPTED = (
-    "a .json, .jsonl, .parquet or .tar file, a pattern (shards/*.parquet) or folder of such files, "
-    "a folder written by datasets' save_to_disk, or a name on the Hugging Face hub "
+    "a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather, .npy or .tar file, a text file of "
+    "these with .gz or .zst, a pattern (shards/*.parquet) or folder of such files, a folder of "
+    "media files, a folder written by datasets' save_to_disk, or a name on the Hugging Face hub "
     "(hf://owner/name)"
 )
 
@@ -44,15 +65,21 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     |----------------------------|----------------------------------------------------------------|
     | `rows.json`                | a list of rows, or an object with it under `data` or `rows`    |
     | `rows.jsonl`               | a row on each line, parsed on access                           |
+    | `rows.csv`, `rows.tsv`     | a table with names of columns in line 1 (csv.py)               |
+    | `rows.jsonl.gz`, `.csv.zst`| such a text file, unpacked once into the cache of `datasets`   |
     | `rows.parquet`             | a table                                                        |
+    | `rows.arrow`, `.feather`   | a table, memory-mapped                                         |
+    | `vectors.npy`              | a vector each, with labels of a file beside it (npy.py)        |
     | `shards.tar`               | samples of a WebDataset (webdataset.py)                        |
     | `*.parquet`, a folder      | all such files of one kind, sorted by name                     |
     | a folder                   | written by `save_to_disk`, with splits or without              |
+    | a folder of media files    | with metadata, in pairs or in folders of classes (folder.py)   |
     | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
 
     Args:
         source: A name as in the table.
-        split: The split of a hub data set or saved folder; files only have `train`.
+        split: The split of a hub data set or saved folder; files only have `train`. A part of it in
+            brackets, as datasets writes it: `train[:95%]`, `train[1000:]`.
 
     Returns:
         The rows, which stay on disk. Media in tables stay undecoded.
@@ -61,14 +88,54 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
         RowError: a .json file has no end, or is not JSON as a whole.
     """
+    match = _SLICE.fullmatch(split)
+    if match is None:
+        return _load_split(source, split)
+    rows = _load_split(source, match["split"])
+    bounds = (_bound(match[name], len(rows)) for name in ("start", "stop"))
+    part = PartOfRows(rows, range(len(rows))[slice(*bounds)], Path(source).name)
+    if not len(part):
+        raise MultiTokenError(
+            f"split {split!r} of {source} has no rows: it has {len(rows):,} in all"
+        )
+    return part
+
+
+def _bound(text: str | None, num_rows: int) -> int | None:
+    if not text:
+        return None
+    return round(num_rows * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+class PartOfRows(IndexedRows):
+    """Rows of a range of other rows, with the ids that these have there."""
+
+    def __init__(self, rows: Sequence[Row], indices: range, name: str) -> None:
+        """`name`: name of the source in the ids of rows that have none."""
+        self.rows, self.indices, self.name = rows, indices, name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
+        row = self.rows[self.indices[index]]
+        if isinstance(row, Mapping) and row.get("id") is None:
+            return {**row, "id": row_id_of(self.indices[index], row, self.name)}
+        return row
+
+
+def _load_split(source: str, split: str) -> Sequence[Row]:
     files = resolve_files(source)
     path = Path(source).expanduser()
     if files is None:
-        return load_saved_folder(path, split) if path.is_dir() else load_hub(source, split)
+        if not path.is_dir():
+            return load_hub(source, split)
+        is_saved = is_saved_folder(path)
+        return load_saved_folder(path, split) if is_saved else open_folder(path, split, _open_alone)
     check_no_split(source, split)
     if files == [path]:
-        # by the cache of datasets: a shuffle within a large file would thrash row groups
-        return load_parquet(path) if path.suffix.lower() == ".parquet" else open_file(path)
+        return _open_alone(path)
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
     found: Any = []
     with progress_bar(pass_console(), f"Opening files of {Path(source).name}", len(files)) as step:
@@ -79,9 +146,25 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     return rows
 
 
+def _open_alone(path: Path) -> Sequence[Row]:
+    """Open a file whose rows are read in any order."""
+    rows = None if _suffix(path) == ".parquet" else open_file(path)
+    # by the cache of datasets: a shuffle within a large file would thrash row groups
+    if rows is None or (isinstance(rows, ArrowRows) and not rows.is_mapped):
+        return load_table("parquet" if rows is None else "arrow", path)
+    return rows
+
+
 def open_file(path: Path) -> Sequence[Row]:
     """Open one file of many; memory holds its index."""
-    return _FORMATS[path.suffix.lower()](path)
+    kind = _suffix(path)
+    return _FORMATS[kind](unpacked_file(path) if path.suffix.lower() in PACKED else path)
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix that names a format: `.csv`, and `.csv.gz` for a compressed file."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + last if last in PACKED else last
 
 
 def check_no_split(source: str, split: str) -> None:
@@ -96,12 +179,14 @@ def check_no_split(source: str, split: str) -> None:
 def media_root(source: str) -> str | None:
     """Return the folder from which relative media paths of `source` start.
 
-    For files that is their folder. For saved folders and hub names, whose media are inside, it is
-    None: the current folder. Raises MultiTokenError for files in several folders.
+    For files that is their folder, and for a folder of media files this folder. For saved folders
+    and hub names, whose media are inside, it is None: the current folder. Raises MultiTokenError
+    for files in several folders.
     """
     files = resolve_files(source)
     if files is None:
-        return None
+        path = Path(source).expanduser()
+        return str(path.resolve()) if path.is_dir() and not is_saved_folder(path) else None
     folders = sorted({str(file.resolve().parent) for file in files})
     if len(folders) > 1:
         raise MultiTokenError(
@@ -113,24 +198,28 @@ def media_root(source: str) -> str | None:
 
 
 def resolve_files(source: str) -> list[Path] | None:
-    """List the files of a source, sorted by name; None for a saved folder or a hub name.
+    """List the files of a source, sorted by name; None for a folder of media, or a hub name.
+
+    A saved folder is None as well.
 
     Raises MultiTokenError if there are none, or if their kinds differ.
     """
     if source.startswith(HUB_PREFIX):
         return None
     path = Path(source).expanduser()
-    where, suffix = path.resolve(), path.suffix.lower()
+    where, suffix = path.resolve(), _suffix(path)
     if path.is_dir():
-        if is_saved_folder(path):
+        if is_saved_folder(path) or is_media_folder(path, _SHARDS):
             return None
-        files = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in _FORMATS]
+        files = [p for p in path.iterdir() if _suffix(p) in _SHARDS and p.is_file()]
+        # tables of other kinds beside them may be media: series are .csv files, for example
+        first = [p for p in files if _suffix(p) in _IN_FOLDERS]
         if not files:
             raise MultiTokenError(
                 f"{where} is a folder, but not one that datasets' save_to_disk wrote, and "
-                f"there are no files of rows in it; expected {_ACCEPTED}"
+                f"there are no files of rows or media in it; expected {_ACCEPTED}"
             )
-        return _check_one_kind(source, sorted(files))
+        return _check_one_kind(source, sorted(first or files))
     if suffix in _FORMATS and path.is_file():
         return [path]
     if path.exists():
@@ -156,7 +245,7 @@ def resolve_files(source: str) -> list[Path] | None:
 
 def _check_one_kind(source: str, files: list[Path]) -> list[Path]:
     """Return the files, or raise MultiTokenError if they are not rows of one kind."""
-    kinds = sorted({file.suffix.lower() for file in files})
+    kinds = sorted({_suffix(file) for file in files})
     if not files or not set(kinds) <= set(_FORMATS):
         raise MultiTokenError(
             f"{source} (seen from {Path.cwd()}) names no files of rows"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Mapping
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from multi_token.checkpoint.atomic import atomic_file
+from multi_token.data.files.folder import add_metadata, media_column, text_column
+from multi_token.data.files.index import LARGE, stored_index
+from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import IndexedRows, Row
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import digest
+from multi_token.media.archive import Index, tar_members
 
 _ROW = "json"
 _NOT_MEDIA = ("id", "media_texts")
@@ -26,6 +24,9 @@ _TURNS = ("messages", "conversations", "chosen", "rejected")
 
 class TarRows(IndexedRows):
     """Rows of a .tar: `0001.json` is the row of sample `0001`, `0001.jpg` one of its media.
+
+    Where the .json has no turns (img2dataset: it describes the image), or is not there, `.jpg` is
+    the column `image` (or `audio`, `video`, `document`), `.txt` is `text`, `.caption` is `caption`.
 
     Key and extension split at the first dot of the member's name, as in WebDataset
     (https://github.com/webdataset/webdataset). A member enters the row as `{"bytes", "path"}`:
@@ -38,18 +39,12 @@ class TarRows(IndexedRows):
     Opening reads all headers once, and keeps their places in an index file: beside the tar, or in
     the cache of `datasets` where that folder is read-only. Other processes and later starts read
     the index. Each row is then read by offset, so access is random. Memory holds a few numbers and
-    a name for each file. Raises MultiTokenError for a compressed or damaged file, RowError for a
-    sample without a row.
+    a name for each file. Raises MultiTokenError for a compressed or damaged file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        stamp = _stamp(self.path)
-        index = _read_index(self.path, stamp)
-        if index is None:
-            index = _index_of(path)
-            _write_index(self.path, index, stamp)
-        self._index = index
+        self._index = stored_index(self.path, "tar2", _index_of)
 
     def __len__(self) -> int:
         return len(self._index["firsts"]) - 1
@@ -84,28 +79,11 @@ class TarRows(IndexedRows):
                 content = {"bytes": file.read(size), "path": posixpath.basename(name)}
                 contents[_split_name(name)[1]] = content
         given = contents.pop(_ROW, None)
-        if given is None:
-            names = ", ".join(posixpath.basename(name) for name, _, _ in members)
-            raise RowError(
-                f"has the files {names} and no {posixpath.basename(key)}.{_ROW}, which must be "
-                "the row",
-                kind="format",
-                row_id=row_id,
-            )
-        try:
-            row = json.loads(given["bytes"])
-        except ValueError as error:
-            raise RowError(
-                f"{given['path']} is not JSON ({error})", kind="format", row_id=row_id
-            ) from error
-        if not isinstance(row, Mapping):
-            raise RowError(
-                f"{given['path']} is a {type(row).__name__}, expected an object with fields",
-                kind="format",
-                row_id=row_id,
-            )
         # first, so that an `id` of the row's own wins
-        return {"id": row_id, **_with_members(row, contents, row_id)}
+        full: dict[str, Any] = {"id": row_id}
+        if given is not None:
+            add_metadata(full, given["bytes"], given["path"], row_id)
+        return _with_members(full, contents, row_id)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -115,33 +93,23 @@ def _split_name(name: str) -> tuple[str, str]:
     return posixpath.join(folder, key), extension
 
 
-_Index = dict[str, "NDArray[Any]"]
-"""`names`: all member names as bytes, `ends` their ends after a 0; `offsets`, `sizes`: of members;
-`firsts`: first member of each sample, then the number of members."""
-_VERSION = 1
+def _index_of(path: Path) -> Index:
+    """Read all headers of a tar. Raises MultiTokenError.
 
-
-def _index_of(path: Path) -> _Index:
-    """Read all headers of a tar. Raises MultiTokenError."""
+    `names`: all member names as bytes, `ends` their ends after a 0; `offsets`, `sizes`: of members;
+    `firsts`: first member of each sample, then the number of members.
+    """
     samples: dict[str, dict[str, tuple[bytes, int, int]]] = {}
+    size = path.stat().st_size
+    bar = progress_bar(pass_console(quiet=size < LARGE), f"Opening {path.name} (bytes)", size)
     try:
-        # "r:" refuses compression: offsets into a compressed file are no places to seek to
-        with tarfile.open(path, "r:") as file:
-            for member in file:
-                base = posixpath.basename(member.name)
-                if member.isfile() and not base.startswith(".") and "." in base:
-                    key, extension = _split_name(member.name)
-                    name = member.name.encode("utf-8", "surrogateescape")
-                    entry = (name, member.offset_data, member.size)
-                    samples.setdefault(key, {})[extension] = entry
-                # `tarfile` keeps an object for each header that it has read
-                file.members = []  # type: ignore[attr-defined]
-            end = file.offset
-        # `tarfile` takes a file that is cut between two members, or in a header, for a whole one
-        with path.open("rb") as opened:
-            opened.seek(end)
-            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it is cut short, at byte {end:,} there is no end")
+        with bar as step:
+            for full_name, offset, num_bytes in tar_members(path, step):
+                base = posixpath.basename(full_name)
+                if not base.startswith(".") and "." in base:
+                    key, extension = _split_name(full_name)
+                    name = full_name.encode("utf-8", "surrogateescape")
+                    samples.setdefault(key, {})[extension] = (name, offset, num_bytes)
     except (OSError, tarfile.TarError) as error:
         raise MultiTokenError(
             f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "
@@ -157,46 +125,16 @@ def _index_of(path: Path) -> _Index:
     }
 
 
-def _stamp(path: Path) -> list[int]:
-    """Return numbers that change with a tar. A tar that is not there fails when it is read."""
+def _text(content: Mapping[str, Any], row_id: str) -> str:
     try:
-        found = path.stat()
-    except OSError:
-        return []
-    return [_VERSION, found.st_size, found.st_mtime_ns]
-
-
-def _index_files(path: Path) -> list[Path]:
-    """Return the places of a tar's index, the first choice first."""
-    import datasets.config
-
-    # hidden: a pattern such as shards/* must not take it for rows
-    name = f".{path.name}.index"
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "multi_token_tar"
-    return [path.with_name(name), cache / f"{digest(str(path).encode())}.index"]
-
-
-def _read_index(path: Path, stamp: list[int]) -> _Index | None:
-    for file in _index_files(path):
-        try:
-            index: _Index = load_file(file)
-        except (OSError, SafetensorError):
-            continue
-        # of another tar, or of an interrupted copy: it is written again
-        if index.pop("stamp", np.zeros(0)).tolist() == stamp:
-            return index
-    return None
-
-
-def _write_index(path: Path, index: _Index, stamp: list[int]) -> None:
-    for file in _index_files(path):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as partial:
-                save_file({**index, "stamp": np.array(stamp, np.int64)}, partial)
-        except (OSError, SafetensorError):
-            continue  # a folder that only reads, or a full disk: each process then reads headers
-        return
+        return str(content["bytes"], "utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"{content['path']} is not UTF-8 ({error.reason} at byte {error.start}); pack the tar "
+            "again with text in UTF-8",
+            kind="format",
+            row_id=row_id,
+        ) from error
 
 
 def _with_members(
@@ -237,11 +175,19 @@ def _with_members(
             full[key] = filled_turns(value)
         else:
             full[key] = value if key in _NOT_MEDIA else filled(value)
+    # of img2dataset and others: the .json describes the media, or is not there
+    is_metadata = not any(row.get(key) is not None for key in _TURNS)
     for extension, member in members.items():
         # a member that the row names has its place already
         if member["path"] in named:
             continue
-        field = extension.rpartition(".")[0] or extension
+        field, value = extension.rpartition(".")[0] or extension, member
+        if is_metadata and field == extension:
+            column = media_column(member["path"])
+            if text := text_column(member["path"]):
+                field, value = text, _text(member, row_id)
+            elif column and full.get(column) is None:
+                field = column
         if full.get(field) is not None:
             raise RowError(
                 f"has the file {member['path']}, which is the field {field!r}, and that field as "
@@ -249,5 +195,5 @@ def _with_members(
                 kind="format",
                 row_id=row_id,
             )
-        full[field] = member
+        full[field] = value
     return full

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI, Request
@@ -120,10 +121,12 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             _check_model(chat.model, service)
             messages = service.message_parser.parse_messages(chat.messages, id=record.id)
             options = chat.stream_options
+            params = request_params(chat, settings)
+            kwargs, unknown = service.prompts.check_kwargs(params.chat_template_kwargs)
             return _ParsedChat(
                 messages,
-                request_params(chat, settings),
-                ignored,
+                replace(params, chat_template_kwargs=kwargs),
+                (*ignored, *(f"chat_template_kwargs.{name}" for name in unknown)),
                 bool(chat.stream),
                 options is not None and options.include_usage,
             )

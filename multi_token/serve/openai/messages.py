@@ -314,6 +314,10 @@ class SpecialTokenEscaper:
             )
         return replace(conversation, messages=tuple(messages))
 
+    def is_plain(self, text: str) -> bool:
+        """Return True if no special token is in the text."""
+        return self._pattern.search(text) is None
+
     def _escape_text(self, text: str) -> list[Part]:
         parts: list[Part] = []
         end = 0

@@ -9,7 +9,7 @@ effect are accepted, and a response header lists them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -143,6 +143,8 @@ class ResponseFormat(_StrictModel):
     type: Literal["text"]
 
 
+_VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+_VariableValue = bool | int | float | Annotated[str, Field(max_length=4096)] | None
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -167,6 +169,9 @@ class ChatRequest(_StrictModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[_VariableName, _VariableValue] | None = Field(None, max_length=16)
+    """Values of the chat template's variables, such as `enable_thinking`. One that the template
+    does not have is ignored."""
     ignore_eos: bool | None = None
     user: str | None = Field(None, max_length=512)
 
@@ -213,7 +218,6 @@ IGNORED_FIELDS = frozenset(
     {
         "media_io_kwargs",
         "mm_processor_kwargs",
-        "chat_template_kwargs",
         "metadata",
         "store",
         "service_tier",
@@ -360,7 +364,8 @@ def _strip_message(message: Any, index: int, ignored: list[str]) -> Any:
     return kept
 
 
-_UNION_BRANCHES = {"str", "constrained-str", *(c.__name__ for c in _StrictModel.__subclasses__())}
+_UNION_BRANCHES = {"bool", "int", "float", "str", "constrained-str"}
+_UNION_BRANCHES |= {*(c.__name__ for c in _StrictModel.__subclasses__())}
 
 
 def _is_union_branch(part: str | int) -> bool:
@@ -382,6 +387,7 @@ class RequestParams:
     n: int = 1
     num_logprobs: int | None = None
     ignore_eos: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def sampling_params(self, index: int, max_new_tokens: int) -> SamplingParams:
         """Build the engine's parameters of one choice."""
@@ -424,4 +430,5 @@ def request_params(request: ChatRequest, settings: ServeSettings) -> RequestPara
         n=n,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         ignore_eos=bool(request.ignore_eos),
+        chat_template_kwargs=request.chat_template_kwargs or {},
     )
