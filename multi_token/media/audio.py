@@ -167,7 +167,7 @@ def _count_file(file: BinaryIO) -> tuple[int, int] | None:
     # Containers keep the length per track and codec, which only FFmpeg can read.
     if any(start.startswith(magic, at) for at, magic, _ in CONTAINERS):
         return None
-    if size < _declared_size(start) < STREAMED:
+    if size < declared_size(start) < STREAMED:
         return None  # truncated: decoding says by how much
     soundfile = require_package("soundfile", "audio")
     file.seek(0)
@@ -184,7 +184,7 @@ def _count_file(file: BinaryIO) -> tuple[int, int] | None:
     return None
 
 
-def _declared_size(start: bytes) -> int:
+def declared_size(start: bytes) -> int:
     """Bytes of the complete file by the header of WAV or AIFF; 0 for other formats."""
     if not start.startswith((b"RIFF", b"FORM")):
         return 0
@@ -363,7 +363,7 @@ def _to_float(frame: Any) -> np.ndarray:
 
 def _num_missing_bytes(data: bytes) -> int:
     """Bytes that a file declares and does not have; libsndfile reads on without an error."""
-    size = _declared_size(data)
+    size = declared_size(data)
     if data.startswith(b"OggS"):
         # The lacing table of the last page holds the lengths of its segments.
         last = data.rfind(b"OggS")

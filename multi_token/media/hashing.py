@@ -70,7 +70,9 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
     """
     if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *fetch.stamp(source)]
+        name = os.fspath(source)
+        # A WFDB record is named without the suffix of its header.
+        return [name, *(fetch.stamp(source) or fetch.stamp(f"{name}.hea"))]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):

@@ -24,7 +24,7 @@ from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import MIB, Fetch
-from multi_token.media.series import npy_bytes
+from multi_token.media.npy import npy_bytes
 from multi_token.media.sniff import sniff_kind
 from multi_token.modalities.base import Modality
 from multi_token.recipe.recipe import load_recipe
