@@ -184,7 +184,7 @@ class NumSoftmaxes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_values_and_logits_are_computed_without_a_loss_that_nobody_uses(
+def test_values_and_logits_are_computed_without_an_unused_loss(
     families: ModuleType, keeps: bool
 ) -> None:
     model = families.tiny_model("Llama", vocab_size=VOCABULARY)
