@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _BY_HEADER = "by_header"
 """Key in a file whose lengths are header lengths."""
 _NOT_LENGTHS = frozenset(
-    ("chat", "modalities", "fetch", "cache", "lengths_only", "row_id", "_seen", "once")
+    ("chat", "modalities", "fetch", "cache", "lengths_only", "row_id", "_seen", "once", "hub")
 )
 """Fields of a processor that are digested separately, or that lengths do not depend on."""
 _MAX_NAME = 1024

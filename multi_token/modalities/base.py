@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
-from multi_token.hub import limited_hub_waits
+from multi_token.hub import hub_arguments, limited_hub_waits
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
@@ -337,7 +337,7 @@ class PretrainedModality(Modality):
 
         with limited_hub_waits(self.encoder):
             tower = AutoModel.from_pretrained(
-                self.encoder, revision=self.revision, dtype=torch.float32
+                self.encoder, revision=self.revision, dtype=torch.float32, **hub_arguments()
             )
         # A trained encoder would skip other layers in each process. DDP waits for the gradients of
         # all of them, and a hidden state of a skipped layer does not exist.
@@ -372,7 +372,9 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
         # transformers 5.17 asks for torchvision at its top level, and this module does not
         home = importlib.import_module("transformers.models.auto.image_processing_auto")
     with limited_hub_waits(encoder):
-        return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
+        return getattr(home, auto_class).from_pretrained(
+            encoder, revision=revision, **hub_arguments()
+        )
 
 
 @functools.lru_cache(maxsize=8)

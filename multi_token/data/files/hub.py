@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from multi_token.data.files.hub_files import HUB_PREFIX
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 from multi_token.hub import limited_hub_waits
 
 if TYPE_CHECKING:
     import datasets
-
-HUB_PREFIX = "hf://"
 
 
 def load_hub(source: str, split: str) -> Sequence[Row]:
@@ -107,7 +106,8 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     # datasets raises ValueError for an unknown config or split, OSError without a network
     except (OSError, ValueError, DatasetsError) as error:
         raise MultiTokenError(
-            f"cannot load {source} (split {split!r}) from the hub: {error}; "
+            f"cannot load {source} (split {split!r}) from the hub: {error}; rows in one file of a "
+            "repository, beside an archive of media, are named hf://owner/name/file.json; "
             f"if a file was meant, there is nothing at {Path(source).resolve()}"
         ) from error
 
