@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from multi_token.errors import MediaError
+from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.errors import DAMAGE, require_package, undecodable
 from multi_token.media.fetch import shorten
 
@@ -67,7 +67,11 @@ def _opened(
     file: BinaryIO, page: int | None, label: str, dpi: int, max_pixels: int, max_pages: int
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
     """A page, and its size in pixels."""
-    pdfium = require_package("pypdfium2", "document")
+    try:
+        pdfium = require_package("pypdfium2", "document")
+    except MultiTokenError as error:
+        # An error of the item, because a client of a server may send any file.
+        raise undecodable(str(error)) from None
     with _LOCK:
         document = None
         try:
