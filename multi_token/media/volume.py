@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -305,39 +306,52 @@ def _checked(affine: Any, label: str) -> np.ndarray:
 def _read_dicom(files: Sequence[bytes], label: str, max_voxels: int, header_only: bool) -> _Stored:
     pydicom = require_package("pydicom", "volume")
     files = [data for data in files if data[128:132] == _DICOM_MAGIC]
+    # pydicom raises AttributeError for an element that a header lacks.
+    errors = (
+        pydicom.errors.InvalidDicomError,
+        pydicom.errors.BytesLengthException,
+        NotImplementedError,
+        AttributeError,
+        *DAMAGE,
+    )
     try:
-        read = [pydicom.dcmread(io.BytesIO(d), stop_before_pixels=header_only) for d in files]
-        read = [one for one in read if "Rows" in one]
-        if not read:
-            raise undecodable(f"{label} has no DICOM images")
-        ordered, affine = _ordered(read, label)
-        first = ordered[0]
-        shape = (int(first.Columns), int(first.Rows), len(ordered))
-        _check_shape(shape, label, max_voxels)
-        if header_only:
-            return _Stored(shape, affine, None)
-        voxels = np.empty(shape, np.float32)
-        for place, one in enumerate(ordered):
-            slope, intercept = (
-                float(one.get(name, default) or default)
-                for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-            )
-            voxels[..., place] = one.pixel_array.T * slope + intercept
-        if first.get("PhotometricInterpretation") == "MONOCHROME1":  # white is low
-            voxels = voxels.max() + voxels.min() - voxels
+        with warnings.catch_warnings():
+            # Scanners write values that the standard forbids; those that matter are checked.
+            warnings.simplefilter("ignore")
+            return _stack_dicom(pydicom, files, label, max_voxels, header_only)
     except MediaError:
         raise
-    except (pydicom.errors.InvalidDicomError, NotImplementedError, *DAMAGE) as error:
+    except errors as error:
         raise _damaged(label, "a DICOM image", error) from None
-    except AttributeError as error:  # pydicom raises it for an element that a header lacks
-        raise _damaged(label, "a DICOM image", error) from None
+
+
+def _stack_dicom(
+    pydicom: Any, files: Sequence[bytes], label: str, max_voxels: int, header_only: bool
+) -> _Stored:
+    read = [pydicom.dcmread(io.BytesIO(data), stop_before_pixels=header_only) for data in files]
+    read = [one for one in read if "Rows" in one]
+    if not read:
+        raise undecodable(f"{label} has no DICOM images")
+    ordered, affine = _ordered(read, label)
+    first = ordered[0]
+    shape = (int(first.Columns), int(first.Rows), len(ordered))
+    _check_shape(shape, label, max_voxels)
+    if header_only:
+        return _Stored(shape, affine, None)
+    voxels = np.empty(shape, np.float32)
+    for place, one in enumerate(ordered):
+        slope = float(one.get("RescaleSlope", 1) or 1)
+        voxels[..., place] = one.pixel_array.T * slope + float(one.get("RescaleIntercept", 0) or 0)
+    if first.get("PhotometricInterpretation") == "MONOCHROME1":  # white is low
+        voxels = voxels.max() + voxels.min() - voxels
     return _Stored(shape, affine, voxels)
 
 
 def _ordered(read: Sequence[Any], label: str) -> tuple[list[Any], np.ndarray]:
     """The files of one series in the order of their places, and the affine of the volume."""
     first = read[0]
-    if int(first.get("NumberOfFrames", 1) or 1) > 1 or int(first.get("SamplesPerPixel", 1)) > 1:
+    counts = ("NumberOfFrames", "SamplesPerPixel")
+    if any(int(one.get(name) or 1) > 1 for one in read for name in counts):
         raise undecodable(
             f"{label} is a DICOM with several frames or colours; convert it to NIfTI (dcm2niix)"
         )
@@ -349,8 +363,8 @@ def _ordered(read: Sequence[Any], label: str) -> tuple[list[Any], np.ndarray]:
     across, down = (1.0, 1.0)
     if first.get("PixelSpacing"):
         down, across = (float(step) for step in first.PixelSpacing)
-    directions, position = first.get("ImageOrientationPatient"), first.get("ImagePositionPatient")
-    if directions is None or position is None:
+    directions = first.get("ImageOrientationPatient")
+    if directions is None or any(one.get("ImagePositionPatient") is None for one in read):
         if len(read) > 1:
             raise undecodable(
                 f"{label} has slices without ImagePositionPatient, so their order is unknown"

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from multi_token.media.errors import undecodable
+from multi_token.media.errors import require_package, undecodable
 from multi_token.media.examples import example_volume
 from multi_token.media.fetch import Fetch
 from multi_token.media.frame_sampling import FrameSampling, pick_frames
@@ -151,6 +151,8 @@ class VolumeModality(PretrainedModality):
 
     def example_sources(self) -> Sequence[bytes]:
         """Return a small NIfTI file."""
+        # Loaded here too, so that a server's processes have it before they fork.
+        require_package("pydicom", "volume")
         return [example_volume()]
 
     def file_kinds(self) -> Sequence[FileKind]:
