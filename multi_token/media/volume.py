@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import warnings
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from PIL import Image
 from multi_token.errors import MediaError
 from multi_token.media.errors import DAMAGE, missing_file, require_package, undecodable
 from multi_token.media.fetch import Fetch, source_name
-from multi_token.media.sequence import gunzip
+from multi_token.media.unpack import GZIP_MAGIC, ZIP_MAGIC, gunzip, unzip
 
 Axis = Literal["axial", "coronal", "sagittal"]
 AXES: Mapping[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -192,25 +191,10 @@ def _read(source: Any, fetch: Fetch, max_voxels: int, *, header_only: bool) -> _
         file.seek(0)
         if start[128:132] == _DICOM_MAGIC:
             return _read_dicom([file.read()], label, max_voxels, header_only)
-        if start.startswith(b"PK\x03\x04"):
-            members = _members(file.read(), label, fetch.max_bytes)
+        if start.startswith(ZIP_MAGIC):
+            members = list(unzip(file.read(), label, fetch.max_bytes).values())
             return _read_dicom(members, label, max_voxels, header_only)
         return _read_nifti(file, start, label, max_voxels, header_only)
-
-
-def _members(data: bytes, label: str, max_bytes: int) -> list[bytes]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            files = [info for info in archive.infolist() if not info.is_dir()]
-            total = sum(info.file_size for info in files)
-            if total > max_bytes:
-                raise undecodable(
-                    f"{label} unpacks to {total:,} bytes, and the limit is {max_bytes:,}"
-                )
-            # `read` stops at the size that the archive states.
-            return [archive.read(info) for info in sorted(files, key=lambda i: i.filename)]
-    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as error:
-        raise _damaged(label, "a ZIP archive", error) from None
 
 
 def _damaged(label: str, kind: str, error: object) -> MediaError:
@@ -224,7 +208,7 @@ def _read_nifti(
     file: BinaryIO, start: bytes, label: str, max_voxels: int, header_only: bool
 ) -> _Stored:
     nib = require_package("nibabel", "volume")
-    is_packed = start.startswith(b"\x1f\x8b")
+    is_packed = start.startswith(GZIP_MAGIC)
     if is_packed:
         start = _start_of_gzip(file.read(1 << 16), label)
         file.seek(0)

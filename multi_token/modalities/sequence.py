@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from multi_token.errors import RecipeError
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, source_name
-from multi_token.media.sequence import gunzip, read_letters
+from multi_token.media.sequence import read_letters
 from multi_token.media.sniff import FILE_KINDS, FileKind
+from multi_token.media.unpack import gunzip
 from multi_token.modalities.base import Encoder, PretrainedModality, max_input_tokens
 from multi_token.modalities.hidden_states import HiddenStates, layers_up_to
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
