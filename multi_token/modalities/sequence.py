@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from multi_token.errors import RecipeError
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, source_name
-from multi_token.media.sequence import read_letters
-from multi_token.media.sniff import FILE_KINDS, FileKind
+from multi_token.media.sniff import FILE_KINDS, FileKind, describe
 from multi_token.media.unpack import gunzip
 from multi_token.modalities.base import Encoder, PretrainedModality, max_input_tokens
 from multi_token.modalities.hidden_states import HiddenStates, layers_up_to
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
+from multi_token.registry import did_you_mean
 from multi_token.types import Features, Prepared
 
 SequenceFeatures = Literal["tokens", "mean", "cls"]
@@ -254,3 +254,36 @@ class SequenceModality(PretrainedModality):
         encoder = SequenceEncoder(tower, self).eval()
         encoder.dim = self.output_dim(encoder, "CCCCCCCCCCCC")
         return encoder
+
+
+def read_letters(data: bytes, label: str, *, record: str | None = None) -> str:
+    """Return the letters of a record in a FASTA file, or of a plain text.
+
+    Args:
+        data: The file; FASTA if its first character is `>`.
+        label: Opens error messages.
+        record: The first word of the record's header; None for the first record.
+
+    Raises:
+        MediaError: The file is no text, or has no such record.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError
+    except ValueError:
+        raise undecodable(f"{label} is not a text: {describe(data)}; expected FASTA") from None
+    if not text.lstrip().startswith(">"):
+        if record is not None:
+            raise undecodable(f"{label} is no FASTA file, so it has no record {record!r}")
+        return text
+    names: list[str] = []
+    for entry in text.lstrip()[1:].split("\n>"):
+        head, _, body = entry.partition("\n")
+        names.append(head.split()[0] if head.split() else "")
+        if record is None or names[-1] == record:
+            return body
+    raise undecodable(
+        f"{label} has no record {record!r}{did_you_mean(record or '', names)} "
+        f"({len(names):,} records)"
+    )
