@@ -1,4 +1,4 @@
-"""Limit of the wait for a model hub that accepts connections and does not answer."""
+"""The model hub: the limit of a wait for its answers, and the options of all downloads of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from multi_token.errors import MultiTokenError
@@ -126,3 +128,46 @@ def _limited(send: Callable[..., Any]) -> Callable[..., Any]:
         return response
 
     return limited
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Arguments of `from_pretrained` for all that a run names: language model, encoders.
+
+    Plug-ins load encoders, so these are no arguments of each load: they hold within a block of
+    `hub_options`, and `hub_arguments` returns them to whatever loads there.
+    """
+
+    token: str | bool | None = None
+    """Token of a private or gated repository; default: the one of `hf auth login`."""
+    cache_dir: str | None = None
+    """Folder of downloads; default: that of huggingface_hub."""
+    local_files_only: bool = False
+    """Download nothing; what is missing is an error."""
+
+
+DEFAULT_HUB = HubOptions()
+"""Options of `hf auth login` and the environment variables of huggingface_hub."""
+_CURRENT: ContextVar[HubOptions] = ContextVar("hub_options", default=DEFAULT_HUB)
+
+
+@contextmanager
+def hub_options(options: HubOptions) -> Iterator[None]:
+    """Within, `hub_arguments` returns these options; defaults change nothing."""
+    if options == DEFAULT_HUB:
+        yield
+        return
+    token = _CURRENT.set(options)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def hub_arguments() -> dict[str, Any]:
+    """Return the options that differ from their defaults, as arguments of `from_pretrained`."""
+    return {
+        name: value
+        for name, value in asdict(_CURRENT.get()).items()
+        if value != getattr(DEFAULT_HUB, name)
+    }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from multi_token.errors import CheckpointError
-from multi_token.hub import limited_hub_waits
+from multi_token.hub import hub_arguments, limited_hub_waits
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -45,7 +45,10 @@ def local_folder(
         with limited_hub_waits(repository, CheckpointError):
             return Path(
                 snapshot_download(
-                    repository, revision=revision, allow_patterns=list(only) if only else None
+                    repository,
+                    revision=revision,
+                    allow_patterns=list(only) if only else None,
+                    **hub_arguments(),
                 )
             )
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
-from multi_token.hub import limited_hub_waits
+from multi_token.hub import hub_arguments, limited_hub_waits
 from multi_token.media.examples import example_tables
 from multi_token.media.fetch import Fetch
 from multi_token.media.series import SeriesSpec, count_steps, read_series
@@ -301,6 +301,12 @@ class TimeseriesModality(Modality):
         series = np.arange(64.0)[:, None].repeat(self.channels, 1)
         return [series.tolist(), *example_tables(series, self.channel_names)]
 
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return names of columns of numbers."""
+        return [
+            ("signal", "signals", "series", "timeseries", "time_series", "ecg", "eeg", "waveform")
+        ]
+
     def file_kinds(self) -> Sequence[FileKind]:
         """Return files of numbers, and recordings."""
         return [FILE_KINDS["series"], FILE_KINDS["recording"]]
@@ -316,13 +322,17 @@ class TimeseriesModality(Modality):
         from transformers import AutoConfig, AutoModel
 
         shape = self._window_shape()
-        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision)
+        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision, **hub_arguments())
         if getattr(config, "do_mask_input", False):
             # Pretraining masks patches at random, in eval mode too.
             config.do_mask_input = False
         with limited_hub_waits(self.encoder):
             tower = AutoModel.from_pretrained(
-                self.encoder, revision=self.revision, config=config, dtype=torch.float32
+                self.encoder,
+                revision=self.revision,
+                config=config,
+                dtype=torch.float32,
+                **hub_arguments(),
             )
         return WindowEncoder(tower, shape, self).eval()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
@@ -44,7 +45,7 @@ from multi_token.language_model.capabilities import Capabilities, LazyCapability
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.probe import check_trainable, probe
 from multi_token.modalities.base import Encoder
-from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.data import DataSource
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.recipe import Recipe, differences
@@ -156,7 +157,7 @@ def compose_model(
             part.to(args.device)
         model.capabilities = capabilities or _probe_in_shards(recipe, args)
     else:
-        move_to_device(model, args.device)
+        nn.Module.to(model, args.device)  # transformers' own hides its arguments
     apply_kernels(model.language_model, recipe.train, args.device)
     with mixed_precision(args):
         model.capabilities  # noqa: B018 - probed as it trains, and then cached
