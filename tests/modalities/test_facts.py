@@ -38,7 +38,7 @@ def test_each_frame_has_the_time_at_which_a_player_shows_it(parts: Path, tmp_pat
     # of three seconds at 10 frames a second, the middles of thirds: 0.5, 1.5 and 2.5
     video = VideoModality(**fields, num_frames=3)
     assert written(video, path) == ["0.50s ", "1.50s ", "2.50s "]
-    # a part has the times of the path, and not its own
+    # a part has the times of the file, and not its own
     part = {"path": path, "start": 1.0, "end": 3.0}
     assert written(VideoModality(**fields, num_frames=2), part) == ["1.50s ", "2.50s "]
     # a frame is shown until the next one: the time of the frame, not the one that was asked for
