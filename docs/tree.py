@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 MARK = "<!-- tree -->"
 
 OTHERS = {
-    "recipes": "runs to start from, one file each",
+    "multi_token/recipes": "ready recipes, one file each (`multi-token recipes list`)",
     "tests": "mirror of the package; test_architecture.py and test_docs.py hold the rules",
     "examples": "whole jobs on real parts, each with a report; and a plug-in package",
     "benchmarks": "the measurements of our claims, and the scripts that make them",

@@ -86,7 +86,7 @@ def drop_last_answer(
 ) -> Conversation:
     """The conversation of a row, without a last assistant turn."""
     if not isinstance(conversation, Conversation):
-        conversation = to_conversation(conversation, list(model.modalities), row_id=f"[{index}]")
+        conversation = to_conversation(conversation, model.modalities, row_id=f"[{index}]")
     return without_last_answer(conversation)
 
 
@@ -183,7 +183,7 @@ def _generate_batch(
         sampling = {"do_sample": True}
     start = model.capabilities.prefill_mode
     if start == "ids":
-        _check_text_is_last(model, batch)
+        check_text_is_last(model, batch)
     return generate_from_embeds(
         model.language_model,
         inputs_embeds=embeds,
@@ -198,7 +198,7 @@ def _generate_batch(
     )
 
 
-def _check_text_is_last(model: ComposedModel, batch: Batch) -> None:
+def check_text_is_last(model: ComposedModel, batch: Batch) -> None:
     time = batch["input_ids"].shape[1]
     for name, media in batch["media"].items():
         # positions are in the flat [batch * time] view, and prompts are padded on the left

@@ -15,15 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
-from multi_token import __version__
-from multi_token.chat.format import ChatFormat
-from multi_token.checkpoint.fingerprint import fingerprint
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.language_model_folder import LANGUAGE_MODEL
 from multi_token.checkpoint.load import load_trained, read_config, read_spec
-from multi_token.checkpoint.references import absolutize
-from multi_token.checkpoint.save import MODEL_TYPE, SCHEMA, save
+from multi_token.checkpoint.save import MODEL_TYPE, save, untrained_fields
 from multi_token.collate import FEATURES_KEY, NEWLINES_KEY, supervised_positions
 from multi_token.encoders import (
     TrainedEncoderState,
@@ -33,6 +30,7 @@ from multi_token.encoders import (
 )
 from multi_token.errors import MultiTokenError
 from multi_token.generate import generate
+from multi_token.hub import DEFAULT_HUB, HubOptions, hub_options
 from multi_token.language_model.capabilities import Capabilities
 from multi_token.language_model.embeddings_only import load_embeddings
 from multi_token.language_model.forward import (
@@ -40,7 +38,7 @@ from multi_token.language_model.forward import (
     filter_flash_attention_kwargs,
     per_layer_inputs,
 )
-from multi_token.language_model.loading import DeviceMap, load_language_model, load_tokenizer
+from multi_token.language_model.loading import DeviceMap, load_language_model
 from multi_token.language_model.loss import (
     TokenFunction,
     chunk_rows,
@@ -48,15 +46,15 @@ from multi_token.language_model.loss import (
     supervised_output,
 )
 from multi_token.language_model.probe import probe
+from multi_token.language_model.quantization import QuantizationConfig, split_quantization
 from multi_token.language_model.segment_attention import segments_to_mask
-from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
-from multi_token.processor import MultiTokenProcessor
+from multi_token.processor import MultiTokenProcessor, processor_of
 from multi_token.projectors.base import EmbedCount, Projector
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import LOGITS_MEGABYTES
 from multi_token.splice import MediaEmbeds, splice
-from multi_token.types import IGNORE_INDEX, BatchCounts, Features, MediaBatch
+from multi_token.types import BatchCounts, Features, MediaBatch
 
 
 class MultiTokenConfig(PreTrainedConfig):
@@ -271,8 +269,7 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             input_ids: int64 [batch, time].
             attention_mask: int64 [batch, time]; None for a packed row.
             labels: int64 [batch, time], `IGNORE_INDEX` where not supervised.
-            shift_labels: int64 [batch, time], the id to predict at each position; default: `labels`
-                shifted by one.
+            shift_labels: int64 [batch, time], the id to predict at each position.
             supervised: int64 [num_supervised], as in `Batch`. Without it the host waits for the
                 device to count them.
             counts: Numbers of the batch, by which a packed row is attended to in segments.
@@ -284,8 +281,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             **kwargs: Passed to the language model, such as the positions of a `PackedBatch`.
 
         Returns:
-            With labels, loss and logits [num_supervised, vocabulary]; without, the language
-            model's own output. With `returns`, a `SupervisedOutput`.
+            With `shift_labels`, loss and logits [num_supervised, vocabulary], or, with `returns`, a
+            `SupervisedOutput`. Without, the language model's own output: logits [batch, time,
+            vocabulary], and with `labels` its loss.
         """
         kwargs = filter_flash_attention_kwargs(self.language_model, kwargs)
         if counts is not None and counts.segments:
@@ -293,16 +291,13 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
                 self.language_model, counts, lambda: self.capabilities.segment_reach
             )
         embeds = self.embed(input_ids, media)
-        if labels is None and shift_labels is None:
+        kwargs |= per_layer_inputs(self.language_model, input_ids)
+        if shift_labels is None:
+            if labels is not None:
+                kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.language_model(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                **per_layer_inputs(self.language_model, input_ids),
-                **kwargs,
+                inputs_embeds=embeds, attention_mask=attention_mask, **kwargs
             )
-        if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-        assert shift_labels is not None
         kwargs |= {
             "inputs_embeds": embeds,
             "attention_mask": attention_mask,
@@ -310,7 +305,6 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             "supervised": supervised_positions(shift_labels) if supervised is None else supervised,
             "num_items_in_batch": num_items_in_batch,
             "supports_logits_to_keep": self.capabilities.supports_logits_to_keep,
-            **per_layer_inputs(self.language_model, input_ids),
         }
         if returns is None:
             return supervised_loss(self.language_model, **kwargs)
@@ -376,7 +370,9 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         max_tokens: int | None = None,
         embeddings_only: bool = False,
         device_map: DeviceMap | None = None,
-    ) -> MultiTokenForConditionalGeneration:
+        quantization_config: QuantizationConfig | None = None,
+        hub: HubOptions = DEFAULT_HUB,
+    ) -> Self:
         """The model of a recipe before training: frozen parts loaded, projectors initialized.
 
         Args:
@@ -386,6 +382,8 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
                 for a gateway before an external engine.
             device_map: Devices of the language model's parts, as accelerate takes them: `auto`, or
                 module -> device. Such a model generates, and cannot be trained.
+            quantization_config: A config of transformers in place of `spec.quantization`.
+            hub: Options of all downloads.
 
         Returns:
             The model with its processor, on the CPU, in eval mode. With a device map, encoders and
@@ -396,44 +394,24 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         """
         # a gateway needs ids -> embeddings only, and the layers may not fit its machine
         load_child = load_embeddings if embeddings_only else load_language_model
-        child: Any = load_child(
-            spec.language_model,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            attn_implementation=spec.attn_implementation,
-            quantization=spec.quantization,
-            **({} if device_map is None else {"device_map": device_map}),
-        )
+        with hub_options(hub):
+            child: Any = load_child(
+                spec.language_model,
+                revision=spec.revision,
+                dtype=spec.dtype,
+                attn_implementation=spec.attn_implementation,
+                quantization=quantization_config or spec.quantization,
+                **({} if device_map is None else {"device_map": device_map}),
+            )
+            encoders = build_encoders(spec.modalities)
+            processor = processor_of(spec, max_tokens=max_tokens, hub=hub)
         # from the weights, since configs name the embedding width differently
         width = int(child.get_input_embeddings().weight.shape[1])
-        encoders = build_encoders(spec.modalities)
         projectors = {
             name: modality.projector.build(encoders[name].dim, width)
             for name, modality in spec.modalities.items()
         }
-        tokenizer = load_tokenizer(spec.language_model, spec.revision)
-        processor = MultiTokenProcessor(
-            chat=ChatFormat.from_spec(tokenizer, spec),
-            modalities=spec.modalities,
-            fetch=Fetch(),
-            max_tokens=max_tokens,
-        )
-        commit = getattr(child.config, "_commit_hash", None)
-        fields: dict[str, Any] = {
-            "schema": SCHEMA,
-            "multi_token_version": __version__,
-            "model": {
-                **absolutize(spec.model_dump(mode="json")),
-                # the commit itself, since a branch or a tag may move
-                "revision": commit or spec.revision,
-                # the template itself, since a file elsewhere may change
-                "chat_template": processor.chat.source if spec.chat_template else None,
-            },
-            "identity": fingerprint(child),
-            "base_identity": None,
-            "base_model": None,
-        }
-        config = MultiTokenConfig(**fields)
+        config = MultiTokenConfig(**untrained_fields(spec, child, processor.chat))
         model = cls(config, child, spec.modalities, encoders, projectors, processor)
         if device_map is not None:
             beside = child.get_input_embeddings().weight.device
@@ -451,7 +429,11 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         device: str | None = None,
         device_map: DeviceMap | None = None,
         embeddings_only: bool = False,
-    ) -> MultiTokenForConditionalGeneration:
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        quantization_config: QuantizationConfig | None = None,
+        **hub: Any,
+    ) -> Self:
         """Load a trained run.
 
         Args:
@@ -461,6 +443,11 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
             device: Device of the model; default: the CPU.
             device_map: As for `from_spec`, in place of `device`.
             embeddings_only: As for `from_spec`.
+            dtype: Precision of the language model; default, and `auto`: as the run names it.
+            attn_implementation: Attention of the language model; default: as the run names it.
+            quantization_config: `4bit`, `8bit`, `int8`, fields of a recipe's `quantization`, or a
+                config of transformers; default: as the run names it.
+            **hub: `token`, `cache_dir`, `local_files_only`: see `HubOptions`.
 
         Returns:
             The model with its processor, in eval mode.
@@ -472,28 +459,36 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         """
         if device and device_map is not None:
             raise MultiTokenError("`device` and `device_map` exclude each other; leave one out")
-        fields = read_config(folder, revision=revision)
-        path = local_folder(folder, revision=revision)
-        spec = read_spec(path, fields, language_model=language_model)
+        options = HubOptions(**hub)
+        with hub_options(options):
+            fields = read_config(folder, revision=revision)
+            path = local_folder(folder, revision=revision)
         if device_map is not None and fields.get("base_identity"):
             # its trained weights at once: they cannot be copied into layers that are not in memory
-            spec = spec.model_copy(
-                update={"language_model": str((path / LANGUAGE_MODEL).absolute())}
-            )
-        model = cls.from_spec(spec, embeddings_only=embeddings_only, device_map=device_map)
+            language_model = str((path / LANGUAGE_MODEL).absolute())
+        own, others = split_quantization(quantization_config)
+        spec = read_spec(
+            path,
+            fields,
+            language_model=language_model,
+            # `auto` is the precision that the checkpoint names, as for transformers
+            dtype=None if dtype == "auto" else dtype and str(dtype).removeprefix("torch."),
+            attn_implementation=attn_implementation,
+            quantization=own,
+        )
+        model = cls.from_spec(
+            spec,
+            embeddings_only=embeddings_only,
+            device_map=device_map,
+            quantization_config=others,
+            hub=options,
+        )
         model.config.base_model = fields.get("base_model")
         model.config.combined_from = fields.get("combined_from")
         load_trained(model, path, fields)
         if fields.get("base_identity"):
             model.trained_language_model = True
             model.config.base_identity = fields["base_identity"]
-        return move_to_device(model, device).eval() if device else model.eval()
-
-
-def move_to_device(
-    model: MultiTokenForConditionalGeneration, device: Any
-) -> MultiTokenForConditionalGeneration:
-    """The model on a device."""
-    # not model.to(): transformers' decorator hides its arguments from type checkers
-    nn.Module.to(model, device)  # in place
-    return model
+        if device:
+            nn.Module.to(model, device)  # transformers' own hides its arguments from type checkers
+        return model.eval()

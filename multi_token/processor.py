@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from multi_token.chat.format import ChatFormat
 from multi_token.errors import ChatTemplateError, MediaError, RowError
+from multi_token.hub import DEFAULT_HUB, HubOptions, hub_options
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
 from multi_token.types import (
@@ -28,6 +29,7 @@ from multi_token.types import (
 )
 
 if TYPE_CHECKING:
+    from multi_token.recipe.model import ModelSpec
     from multi_token.recipe.recipe import Recipe
 
 
@@ -97,6 +99,8 @@ class MultiTokenProcessor:
     """Only lengths are needed: an item whose header has its length is not decoded."""
     once: bool = False
     """Only lengths are needed: an item whose source was prepared before is not prepared again."""
+    hub: HubOptions = DEFAULT_HUB
+    """Options of downloads: encoders' own processors are read with the first item."""
     row_id: str = ""
     """Row named by errors about single items, if the call names none."""
     _seen: dict[tuple[str, str], int] = field(
@@ -136,7 +140,8 @@ class MultiTokenProcessor:
         if is_name and key in self._seen:
             return Prepared({}, self._seen[key])
         try:
-            found = self._prepare(item, modality)
+            with hub_options(self.hub):
+                found = self._prepare(item, modality)
         except MediaError as error:
             raise RowError(f"{item.modality}: {error}", kind=error.kind, row_id=row_id) from error
         if is_name:
@@ -411,13 +416,24 @@ def build_processor(recipe: Recipe, *, root: str | None = None) -> MultiTokenPro
         LanguageModelError: If the tokenizer cannot be loaded.
         ChatTemplateError: If the tokenizer or the chat template cannot be used.
     """
-    from multi_token.language_model.loading import load_tokenizer
-
-    model = recipe.model
-    return MultiTokenProcessor(
-        chat=ChatFormat.from_spec(load_tokenizer(model.language_model, model.revision), model),
-        modalities=model.modalities,
+    return processor_of(
+        recipe.model,
         fetch=Fetch(root=root),
         max_tokens=recipe.data.max_tokens,
         preference=recipe.train.preference_mode,
+    )
+
+
+def processor_of(
+    spec: ModelSpec, *, fetch: Fetch | None = None, **fields: Any
+) -> MultiTokenProcessor:
+    """Build the processor of a recipe's `model` section, without a limit on a row's length.
+
+    `fields`: others of `MultiTokenProcessor`. Raises as `build_processor` does.
+    """
+    from multi_token.language_model.loading import load_tokenizer
+
+    chat = ChatFormat.from_spec(load_tokenizer(spec.language_model, spec.revision), spec)
+    return MultiTokenProcessor(
+        chat=chat, modalities=spec.modalities, fetch=fetch or Fetch(), **fields
     )

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "multi_token"
 # A package may import packages of its own line and of the lines above it.
 LAYERS = [
     ["types", "errors"],
-    ["distributed", "registry", "report"],
+    ["distributed", "hub", "registry", "report"],
     ["media"],
     ["projectors"],
     ["modalities"],
@@ -33,7 +33,7 @@ LAYERS = [
     ["model"],
     ["evaluate", "convert", "testing"],
     ["train"],
-    ["demo", "serve", "ray_data"],
+    ["demo", "serve", "ray_data", "hf"],
     ["cli"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
@@ -41,7 +41,7 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 UPWARDS: set[tuple[str, str]] = set()
 
 # Formats of others: reads ours, and only these packages may ask for it.
-CONVERT_USERS = {"convert", "demo", "cli"}
+CONVERT_USERS = {"convert", "demo", "cli", "hf"}
 
 MAX_LINES = 500
 MIN_LINES = 100

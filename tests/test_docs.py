@@ -24,7 +24,11 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    path
+    for path in (ROOT / "multi_token" / "recipes").glob("*.yaml")
+    if not path.name.endswith(".job.yaml")
+)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 # As on a wide terminal without colours, wherever the tests run: option names stay whole.
@@ -66,7 +70,9 @@ def commands() -> list[tuple[str, ...]]:
     """Commands of the README, as far as their names go: ("data", "check")."""
     found = set()
     for line in code_of(README):
-        if match := re.search(r"\bmulti-token ((?:data |evaluate |modalities )?[a-z]+)", line):
+        if match := re.search(
+            r"\bmulti-token ((?:data |evaluate |modalities |recipes )?[a-z]+)", line
+        ):
             found.add(tuple(match[1].split()))
     return sorted(found)
 
@@ -102,7 +108,9 @@ def test_each_command_in_the_readme_exists(command: tuple[str, ...]) -> None:
 
 def test_options_in_the_readme_exist() -> None:
     for line in code_of(README):
-        match = re.search(r"\bmulti-token ((?:data |evaluate |modalities )?[a-z]+)(.*)", line)
+        match = re.search(
+            r"\bmulti-token ((?:data |evaluate |modalities |recipes )?[a-z]+)(.*)", line
+        )
         for option in re.findall(r"--[a-z-]+", match[2]) if match else []:
             assert option in help_of(*match[1].split()), f"multi-token {match[1]} has no {option}"
 
@@ -170,6 +178,19 @@ def test_make_targets_in_documents_exist() -> None:
         for line in code_of(path.read_text(encoding="utf-8")):
             if match := re.match(r"make ([a-z-]+)", line):
                 assert match[1] in targets, f"{name_of(path)}: no target `make {match[1]}`"
+
+
+def test_make_bench_runs_scripts_that_need_no_argument() -> None:
+    printed = subprocess.run(
+        ["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    named = set(re.findall(r"benchmarks/\w+\.py", printed))
+    assert len(named) >= 10
+    for name in named:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert '"__main__"' in text, f"{name} is a module that others import"
+        required = re.findall(r"add_argument\(\"(\w+)\"(?![^)]*nargs=\"[?*]\")", text)
+        assert not required, f"{name} needs {required}, and `make bench` gives none"
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("multi_token", "benchmarks", "deploy", "docs", "examples", "recipes", "tests")
+FOLDERS = ("multi_token", "benchmarks", "deploy", "docs", "examples", "tests")
 TEXTS = (".md", ".html", ".css", ".js", ".jinja", ".yaml", ".toml", "Makefile", "Dockerfile")
 
 # Word -> the glossary's term. A word is between non-letters; `_` ends a word too.

@@ -286,6 +286,24 @@ class ChatFormat:
             id=conversation.id,
         )
 
+    def render(self, conversation: Conversation, *, prompt_only: bool = False) -> str:
+        """Render the text of `tokenize`, with `<name>` for each item. Raises ChatTemplateError."""
+        rendered = self._render(conversation, len(conversation.media), prompt_only, False)
+        end = rendered.spans[0].start if prompt_only else len(rendered.text)
+        first, *rest = rendered.text[:end].split(rendered.slot)
+        items = zip(conversation.media, rest, strict=True)
+        return first + "".join(f"<{item.modality}>{text}" for item, text in items)
+
+    def tokenize_rendered(self, conversation: Conversation, num_tokens: Sequence[int]) -> Sample:
+        """Tokenize the parts as they are, without the template; special tokens count as such."""
+        slot = _unused_slot(conversation)
+        text = "".join(m["content"] for m in _to_chat_messages(conversation, slot))
+        slotted, slot_id = self._slot_tokenizer(slot)
+        has_bos = text.startswith(self.tokenizer.bos_token or "\0")
+        ids = slotted.encode(text, add_special_tokens=not has_bos).ids
+        slots = [i for i, one in enumerate(ids) if one == slot_id]
+        return self._sample(conversation, num_tokens, _Encoded(ids, slots, []))
+
     @functools.cached_property
     def end_of_turn_ids(self) -> list[int]:
         """Ids that close an assistant turn; some templates close the last one by another id."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from multi_token.errors import CheckpointError
-from multi_token.media.fetch import limit_hub_waits
+from multi_token.hub import hub_arguments, limited_hub_waits
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -40,14 +40,17 @@ def local_folder(
         raise CheckpointError(f"{text} names another revision than {revision!r}; leave one out")
     from huggingface_hub import snapshot_download
 
-    limit_hub_waits()
     revision = revision or named or None
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(only) if only else None
+        with limited_hub_waits(repository, CheckpointError):
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=list(only) if only else None,
+                    **hub_arguments(),
+                )
             )
-        )
     except (OSError, ValueError) as error:
         # the hub's errors of a missing repository, revision, permission or network are OSErrors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]

@@ -99,13 +99,15 @@ def run_digest(run: str | os.PathLike[str]) -> str:
 
 
 def read_spec(
-    folder: Path, fields: Mapping[str, Any], *, language_model: str | None = None
+    folder: Path, fields: Mapping[str, Any], *, language_model: str | None = None, **changes: Any
 ) -> ModelSpec:
     """The model section of a checkpoint, with absolute paths. Raises RecipeError.
 
-    `language_model`: path or hub name of the frozen language model, if it has moved.
+    `language_model`: path or hub name of the frozen language model, if it has moved. `changes`:
+    fields of the section to replace, None for none.
     """
     section = dict(fields["model"])
+    section |= {name: value for name, value in changes.items() if value is not None}
     if language_model is not None:
         section |= {"language_model": language_model, "revision": None}
     return validate_fields(

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multi_token import __version__
+from multi_token.chat.format import ChatFormat
 from multi_token.checkpoint.atomic import atomic_file
 from multi_token.checkpoint.fingerprint import fingerprint
 from multi_token.checkpoint.language_model_folder import (
@@ -28,14 +29,34 @@ from multi_token.checkpoint.language_model_folder import (
     with_saved_language_model,
     write_language_model,
 )
-from multi_token.checkpoint.references import relativize
+from multi_token.checkpoint.references import absolutize, relativize
 from multi_token.encoders import TrainedEncoderState, trained_tensors
+from multi_token.recipe.model import ModelSpec
 from multi_token.types import ComposedModel
 
 SCHEMA = 1
 MODEL_TYPE = "multi_token"
 CONFIG, PROJECTORS, ADAPTER = "config.json", "projectors.safetensors", "adapter"
 ENCODER_WEIGHTS = "encoders.safetensors"
+
+
+def untrained_fields(spec: ModelSpec, language_model: Any, chat: ChatFormat) -> dict[str, Any]:
+    """Return the fields of config.json that describe a composed model before any training."""
+    commit = getattr(language_model.config, "_commit_hash", None)
+    return {
+        "schema": SCHEMA,
+        "multi_token_version": __version__,
+        "model": {
+            **absolutize(spec.model_dump(mode="json")),
+            # the commit itself, since a branch or a tag may move
+            "revision": commit or spec.revision,
+            # the template itself, since a file elsewhere may change
+            "chat_template": chat.source if spec.chat_template else None,
+        },
+        "identity": fingerprint(language_model),
+        "base_identity": None,
+        "base_model": None,
+    }
 
 
 def save(model: ComposedModel, folder: str | os.PathLike[str]) -> None:

@@ -19,9 +19,12 @@ from multi_token.cli.combine import combine
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
+from multi_token.cli.env import env
 from multi_token.cli.evaluate import evaluate_app
 from multi_token.cli.modalities import modalities_app
 from multi_token.cli.predict import predict
+from multi_token.cli.recipes import recipes_app
+from multi_token.cli.schema import schema
 from multi_token.cli.serve import serve
 from multi_token.cli.train import train
 from multi_token.errors import Interrupted, MultiTokenError, machine_fault
@@ -31,6 +34,10 @@ RENAMED_OPTIONS = {
     "`serve RUN --engine-url URL` in a vLLM server",
     ("serve", "--cache-tokens"): "`--cache-tokens` is now called `--prefix-cache-tokens`",
     ("serve", "--cache-megabytes"): "`--cache-megabytes` is now called `--media-cache-mb`",
+    **{
+        (command, "--set"): "`--set KEY=VALUE` is now `KEY=VALUE`, after the other arguments"
+        for command in ("check", "show", "encode")
+    },
     ("serve", "--engine-wait"): "`--engine-wait` is now called `--engine-startup-timeout`",
 }
 """(Command, option) of an earlier version -> the sentence that names the option to use now."""
@@ -68,7 +75,6 @@ app = typer.Typer(
     name="multi-token",
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
@@ -84,6 +90,9 @@ app.command()(push)
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(modalities_app, name="modalities")
+app.add_typer(recipes_app, name="recipes")
+app.command()(schema)
+app.command()(env)
 
 
 def _version(shown: bool) -> None:

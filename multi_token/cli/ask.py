@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
     from multi_token.chat.format import ChatFormat
+    from multi_token.modalities.base import Modality, OpenAIKind
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
@@ -109,10 +110,21 @@ def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, **sampling}
 
 
-def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
+def _items(
+    run: Path, media: list[str] | None, by_kind: Mapping[OpenAIKind, list[Path] | None]
+) -> list[Media]:
+    """Return the items of the options: `--media NAME=SOURCE`, and `--image PATH` by its kind."""
+    from multi_token.checkpoint.load import read_config, read_spec
     from multi_token.types import Media
 
-    items = [Media("image", str(path)) for path in images or []]
+    items: list[Media] = []
+    if any(by_kind.values()):
+        # before the weights, which may take minutes to load
+        modalities = read_spec(run, read_config(run)).modalities
+        for kind, paths in by_kind.items():
+            items += [
+                Media(modality_for(kind, path, modalities), str(path)) for path in paths or []
+            ]
     for item in media or []:
         name, equals, source = item.partition("=")
         if not equals:
@@ -123,10 +135,39 @@ def _items(media: list[str] | None, images: list[Path] | None) -> list[Media]:
     return items
 
 
+def modality_for(kind: OpenAIKind, path: Path, modalities: Mapping[str, Modality]) -> str:
+    """Return the name of the modality that takes an item of this kind. Raises MultiTokenError.
+
+    As in the server, a modality of the kind's own name comes first.
+    """
+    suffix = path.suffix.lower()
+    reads = {
+        name
+        for name, modality in modalities.items()
+        if any(suffix in files.suffixes for files in modality.file_kinds())
+    }
+    fitting = [name for name, m in modalities.items() if kind in m.openai_kinds]
+    if kind in fitting:
+        return kind
+    # several: those of the file's own format; none: a modality that reads such files
+    fitting = [name for name in fitting if name in reads] or fitting or sorted(reads)
+    if len(fitting) == 1:
+        return fitting[0]
+    known = ", ".join(f"{name} ({m.type})" for name, m in modalities.items())
+    found = f"{', '.join(fitting)} take" if fitting else "no modality of this run takes"
+    raise MultiTokenError(
+        f"{found} --{kind} {path.name}; name one of {known}: "
+        f"--media {(fitting or [*modalities])[0]}={path}"
+    )
+
+
 def ask(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     question: str = typer.Argument(..., help="What to ask."),
     image: list[Path] = typer.Option(None, help="Path of an image; repeatable."),
+    audio: list[Path] = typer.Option(None, help="Path of audio; repeatable."),
+    video: list[Path] = typer.Option(None, help="Path of a video; repeatable."),
+    document: list[Path] = typer.Option(None, help="Path of a document; repeatable."),
     media: list[str] = typer.Option(
         None, help="NAME=SOURCE, for any modality of the run; repeatable."
     ),
@@ -140,7 +181,9 @@ def ask(
     """Ask one question about some items and print the answer."""
     from multi_token.generate import single_question as as_conversation
 
-    items = _items(media, image)
+    items = _items(
+        run, media, {"image": image, "audio": audio, "video": video, "document": document}
+    )
     model = load_run(run, language_model, device)
     set_template_kwargs(model, chat_template_kwargs)
     conversation = as_conversation(question, items, system=system)
@@ -236,7 +279,9 @@ def _checked_item(model: MultiTokenForConditionalGeneration, name: str, source: 
     from multi_token.types import Media
 
     names = list(model.modalities)
-    if name not in names:
+    if name not in names and name in ("image", "audio", "video", "document"):
+        name = modality_for(name, Path(source), model.modalities)
+    elif name not in names:
         raise MultiTokenError(
             f"unknown command /{name}{did_you_mean(name, [*names, 'reset', 'exit'])}; this run has "
             f"{', '.join(names)}"

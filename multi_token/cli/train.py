@@ -11,9 +11,13 @@ from multi_token.errors import Interrupted
 
 
 def train(
-    recipe: Path = typer.Argument(..., help="A YAML recipe (see recipes/)."),
+    recipe: Path = typer.Argument(
+        ..., help="A YAML recipe; `multi-token recipes list` has some to start from."
+    ),
     overrides: list[str] = typer.Argument(
-        None, help="key=value, e.g. train.seed=1 train.stages.0.args.max_steps=100"
+        None,
+        metavar="[KEY=VALUE]...",
+        help="Other values for keys of the recipe: train.seed=1 train.stages.0.args.max_steps=100",
     ),
     plan: bool = typer.Option(
         False, "--plan", help="Print the steps, memory and time of every stage, and train nothing."

@@ -28,26 +28,33 @@ def push(
     private: bool = False,
     revision: str | None = None,
     dry_run: bool = False,
+    **upload: Any,
 ) -> dict[str, int]:
     """Write the run's card and upload the result to `name`; returns each file's bytes.
 
     A README.md that `push` did not write stays as it is. `dry_run`: write the card, upload nothing.
+    `upload`: `token`, `commit_message`, `create_pr`.
 
     Raises ConvertError for a run that names folders of this machine, or an upload that fails, and
     CheckpointError for a folder that is not a complete run.
     """
     fields = read_config(run)
     _check_no_local_references(run, fields["model"])
-    readme = run / CARD
-    if not readme.is_file() or GENERATED_MARK in readme.read_text(encoding="utf-8"):
-        readme.write_text(render_card(run, name, fields), encoding="utf-8")
+    write_card(run, name)
     files = dict(_files(run, name, fields))
     if not dry_run:
-        _upload(files, name, private=private, revision=revision)
+        _upload(files, name, private=private, revision=revision, **upload)
     return {
         path: len(source) if isinstance(source, bytes) else source.stat().st_size
         for path, source in files.items()
     }
+
+
+def write_card(run: Path, name: str) -> None:
+    """Write the card of a run that will be `name`, unless a README.md of someone else is there."""
+    readme = run / CARD
+    if not readme.is_file() or GENERATED_MARK in readme.read_text(encoding="utf-8"):
+        readme.write_text(render_card(run, name, read_config(run)), encoding="utf-8")
 
 
 def _check_no_local_references(run: Path, model: Mapping[str, Any]) -> None:
@@ -92,11 +99,18 @@ def _files(run: Path, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def _upload(
-    files: Mapping[str, Path | bytes], name: str, *, private: bool, revision: str | None
+    files: Mapping[str, Path | bytes],
+    name: str,
+    *,
+    private: bool,
+    revision: str | None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
 ) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    hub = HfApi(library_name="multi_token")
+    hub = HfApi(library_name="multi_token", token=token)
     operations = [
         CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
         for path, source in files.items()
@@ -108,7 +122,11 @@ def _upload(
             hub.create_branch(name, branch=revision, exist_ok=True)
         # one commit: a repository is never half a run
         hub.create_commit(
-            name, operations, commit_message="A run of multi_token", revision=revision
+            name,
+            operations,
+            commit_message=commit_message or "A run of multi_token",
+            revision=revision,
+            create_pr=create_pr,
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]

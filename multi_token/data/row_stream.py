@@ -5,11 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from multi_token.data.adapter import RowAdapter
 from multi_token.data.files.hub import stream_hub
 from multi_token.data.files.open import (
     check_no_split,
@@ -98,6 +99,28 @@ def open_stream(
 
 def _folder(path: Path, split: str) -> Sequence[Row]:
     return load_rows(str(path), split=split)
+
+
+class AdaptedStream:
+    """Stream of rows with an adapter between; see RowStream."""
+
+    def __init__(self, stream: RowStream, adapter: RowAdapter) -> None:
+        self.stream, self.adapter = stream, adapter
+        self.root = stream.root
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes of the stream."""
+        return self.stream.num_lanes
+
+    def row(self, number: int) -> NumberedRow:
+        """Read and adapt a row. Raises RowError."""
+        found = self.stream.row(number)
+        return replace(found, row=self.adapter(found.row, found.row_id))
+
+    def close(self) -> None:
+        """Drop open files and kept rows."""
+        self.stream.close()
 
 
 class ShardedRows:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from multi_token.errors import LanguageModelError
+from multi_token.hub import hub_arguments
 from multi_token.language_model.loading import LOAD_FAULTS, gguf_arguments, load_language_model
 
 
@@ -62,7 +63,7 @@ def _load_without_layers(name: str, revision: str | None, dtype: str) -> tuple[A
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # else every layer is reported as an unused weight
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, **hub_arguments())
         fewer = copy.deepcopy(config)
         text = fewer.get_text_config()
         # One entry per layer, checked against num_hidden_layers by transformers.
@@ -76,6 +77,7 @@ def _load_without_layers(name: str, revision: str | None, dtype: str) -> tuple[A
             config=fewer,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
+            **hub_arguments(),
         )
     except (*LOAD_FAULTS, AttributeError, IndexError, TypeError, ZeroDivisionError):
         return None

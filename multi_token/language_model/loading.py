@@ -12,16 +12,17 @@ import torch
 from safetensors import SafetensorError
 
 from multi_token.errors import LanguageModelError, first_line
+from multi_token.hub import hub_arguments, limited_hub_waits
 from multi_token.language_model.quantization import (
     keep_backward_layout,
     quantization_config,
     quantized_parameters,
 )
-from multi_token.media.fetch import limit_hub_waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from multi_token.language_model.quantization import QuantizationConfig
     from multi_token.recipe.model import Quantization
 
 # Errors for a file that is truncated, of another format, or needs a missing package.
@@ -43,10 +44,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a hub name, a folder or a GGUF file. Raises LanguageModelError."""
     from transformers import AutoTokenizer
 
-    limit_hub_waits()
     source, options = gguf_arguments(name)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+        with limited_hub_waits(name, LanguageModelError):
+            return AutoTokenizer.from_pretrained(
+                source, revision=revision, **options, **hub_arguments()
+            )
     except LOAD_FAULTS as error:
         raise LanguageModelError(
             f"no tokenizer could be loaded from {name!r} (a hub name, a folder or a GGUF file is "
@@ -60,7 +63,7 @@ def load_language_model(
     revision: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    quantization: Quantization | None = None,
+    quantization: Quantization | QuantizationConfig | None = None,
     device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a decoder-only model of transformers, frozen and in eval mode.
@@ -71,7 +74,8 @@ def load_language_model(
         revision: Branch, tag or commit of a hub name.
         dtype: `auto` for the precision of the files, or a name of torch's.
         attn_implementation: transformers' choice by default.
-        quantization: Weights in 4 or 8 bits; None keeps them as they are.
+        quantization: Weights in 4 or 8 bits, as the recipe or as transformers spells it; None
+            keeps them as they are.
         device_map: Devices of its parts; None loads it on the CPU.
 
     Returns:
@@ -84,7 +88,6 @@ def load_language_model(
     from accelerate.utils import check_device_map
     from transformers import AutoModelForCausalLM
 
-    limit_hub_waits()
     source, options = gguf_arguments(name)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -94,12 +97,14 @@ def load_language_model(
         _check_not_quantized(name, source, options, revision)
         options["quantization_config"] = quantization_config(quantization, dtype=dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            **options,
-        )
+        with limited_hub_waits(name, LanguageModelError):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                **options,
+                **hub_arguments(),
+            )
         if isinstance(device_map, Mapping):
             # transformers leaves modules that the map does not name on the CPU, without a word
             check_device_map(model, dict(device_map))
@@ -117,8 +122,8 @@ def load_language_model(
     if quantization is not None and not quantized_parameters(model):
         raise LanguageModelError(
             f"no weight of {name!r} ({type(model).__name__}) could be quantized to "
-            f"{quantization.kind}: its layers are not torch's linear ones; set model.quantization "
-            "to null, or try another kind"
+            f"{getattr(quantization, 'kind', quantization)}: its layers are not torch's linear "
+            "ones; set model.quantization to null, or try another kind"
         )
     if device_map is not None and model.get_input_embeddings().weight.is_meta:
         raise LanguageModelError(
@@ -165,7 +170,7 @@ def _check_not_quantized(
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, **hub_arguments())
     except (OSError, ValueError):
         return  # the loading that follows reports the error
     own = getattr(config, "quantization_config", None)

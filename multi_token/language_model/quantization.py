@@ -6,28 +6,31 @@ The recipe's section becomes a config of transformers, for bitsandbytes or torch
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from multi_token.errors import LanguageModelError
+from multi_token.recipe.model import Quantization
 
-if TYPE_CHECKING:
-    from multi_token.recipe.model import Quantization
-
+QuantizationConfig = Any
+"""A quantization config of transformers, or its fields as a dict."""
 _PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8": "torchao"}
 _EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao"}
 
 
-def quantization_config(spec: Quantization, *, dtype: str) -> Any:
+def quantization_config(spec: Quantization | QuantizationConfig, *, dtype: str) -> Any:
     """Return the `quantization_config` of `from_pretrained`; `dtype` is `model.dtype`.
 
     4bit is QLoRA's nf4 with double quantization (Dettmers et al., arXiv:2305.14314), 8bit LLM.int8
     (Dettmers et al., arXiv:2208.07339), int8 weight-only with one scale a row (torchao). Input
-    embeddings and head keep their precision. Raises LanguageModelError for a missing package.
+    embeddings and head keep their precision. A config of transformers is returned as it is. Raises
+    LanguageModelError for a missing package.
     """
+    if not isinstance(spec, Quantization):
+        return spec
     package = _PACKAGES[spec.kind]
     if find_spec(package) is None:
         raise LanguageModelError(
@@ -52,6 +55,15 @@ def quantization_config(spec: Quantization, *, dtype: str) -> Any:
         bnb_4bit_use_double_quant=spec.double_quant is not False,
         bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype or dtype),
     )
+
+
+def split_quantization(given: QuantizationConfig | None) -> tuple[Any, QuantizationConfig | None]:
+    """Return (`quantization` of a recipe, config of transformers): one of them is None.
+
+    `given`: a kind, fields with a `kind`, or whatever `from_pretrained` of transformers takes.
+    """
+    is_ours = isinstance(given, str | Quantization) or (isinstance(given, dict) and "kind" in given)
+    return (given, None) if is_ours else (None, given)
 
 
 def keep_backward_layout(model: nn.Module) -> None:

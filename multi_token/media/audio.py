@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from multi_token.errors import MediaError
+from multi_token.media.decoders import encoded_source
 from multi_token.media.errors import require_package, undecodable
 from multi_token.media.fetch import Fetch, source_name
 from multi_token.media.sniff import describe
@@ -72,6 +73,7 @@ def load_audio(
     | path, URL, `data:` URI, bytes              | read through `fetch`, then decoded       |
     | `{"array": ..., "sampling_rate": 16000}`   | converted (the form of `datasets`)       |
     | `{"path" or "bytes": ...}`                 | as above                                 |
+    | a decoder of torchcodec                    | the file that it reads, or its samples   |
     | either with `"start"` and `"end"`, seconds | only that part is decoded and counted    |
 
     Raises:
@@ -108,6 +110,7 @@ def _unpack_source(source: Any, rate: int, max_seconds: float) -> tuple[dict[str
 
     Raises MediaError for an unknown key or an impossible part.
     """
+    source = encoded_source(source)
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
     unknown = sorted(str(key) for key in given if key not in _KEYS)
     if unknown:
@@ -167,7 +170,7 @@ def _count_file(file: BinaryIO) -> tuple[int, int] | None:
     # Containers keep the length per track and codec, which only FFmpeg can read.
     if any(start.startswith(magic, at) for at, magic, _ in CONTAINERS):
         return None
-    if size < _declared_size(start) < STREAMED:
+    if size < declared_size(start) < STREAMED:
         return None  # truncated: decoding says by how much
     soundfile = require_package("soundfile", "audio")
     file.seek(0)
@@ -184,7 +187,7 @@ def _count_file(file: BinaryIO) -> tuple[int, int] | None:
     return None
 
 
-def _declared_size(start: bytes) -> int:
+def declared_size(start: bytes) -> int:
     """Bytes of the complete file by the header of WAV or AIFF; 0 for other formats."""
     if not start.startswith((b"RIFF", b"FORM")):
         return 0
@@ -363,7 +366,7 @@ def _to_float(frame: Any) -> np.ndarray:
 
 def _num_missing_bytes(data: bytes) -> int:
     """Bytes that a file declares and does not have; libsndfile reads on without an error."""
-    size = _declared_size(data)
+    size = declared_size(data)
     if data.startswith(b"OggS"):
         # The lacing table of the last page holds the lengths of its segments.
         last = data.rfind(b"OggS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import wave
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,3 +39,16 @@ def example_audio() -> bytes:
         out.setframerate(16_000)
         out.writeframes(samples.tobytes())
     return file.getvalue()
+
+
+def example_tables(series: np.ndarray, names: Sequence[str] | None) -> list[bytes]:
+    """Return a series [time, channels] as CSV and as Parquet, with these names of channels."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = list(names or (f"channel {i}" for i in range(series.shape[1])))
+    head = ",".join('"' + name.replace('"', '""') + '"' for name in columns)
+    body = "\n".join(",".join(map(str, row)) for row in series.tolist())
+    file = io.BytesIO()
+    parquet.write_table(pa.table(list(series.T), names=columns), file)
+    return [f"{head}\n{body}\n".encode(), file.getvalue()]

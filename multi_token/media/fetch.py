@@ -8,13 +8,15 @@ import io
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from multi_token.errors import MediaError
+from multi_token.media.archive import Archive, member_name, open_archive, split_archive
 from multi_token.media.errors import missing_file
 
 if TYPE_CHECKING:
@@ -22,11 +24,10 @@ if TYPE_CHECKING:
 
     from multi_token.media.safe_http import UrlPolicy
 
+_Content = TypeVar("_Content", bytes, BinaryIO)
 MIB = 1024 * 1024
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_REDIRECTS = 5
-_HUB_WAIT_S = 60.0
-"""Longest wait for the next bytes of the hub."""
 _ACCEPTED = "a file path, a file://, http(s):// or data: URL, or bytes"
 
 
@@ -36,7 +37,8 @@ class Fetch:
 
     | source                       | meaning                                         |
     |------------------------------|-------------------------------------------------|
-    | `str`, `os.PathLike`         | a file; a relative path starts at `root`        |
+    | `str`, `os.PathLike`         | a file; a relative path starts at `root`, which |
+    |                              | may be an archive, or a folder in one           |
     | `"file://..."`               | the same, percent-decoded                       |
     | `"http://"`, `"https://"`    | a download, up to 5 redirects                   |
     | `"data:...;base64,..."`      | decoded in place                                |
@@ -48,7 +50,10 @@ class Fetch:
     """
 
     root: str | None = None
-    """Folder of relative paths; None is the current folder."""
+    """Folder of relative paths; None is the current folder. Or a .zip or uncompressed .tar, whose
+    files paths then name; `images.zip/train` is a folder in it."""
+    inside_root: bool = False
+    """True if a path that leaves `root` is refused, as that of a recipe's source."""
     max_bytes: int = 256 * MIB
     """Largest accepted source, in bytes."""
     timeout_s: float = 30.0
@@ -77,6 +82,8 @@ class Fetch:
                 return self._read_data_uri(source)
             if scheme in ("http", "https"):
                 return self._read_url(source)
+        if member := self._member(source):
+            return self._from_member(member, Archive.read)
         return self._read_file(source)
 
     def open(self, source: Any) -> BinaryIO:
@@ -87,6 +94,8 @@ class Fetch:
         Raises:
             MediaError: The source cannot be read, or is over `max_bytes`.
         """
+        if member := self._member(source):
+            return self._from_member(member, Archive.open)
         if self.local_path(source) is None:
             return io.BytesIO(self.read(source))
         return self._open_file(source)[0]
@@ -94,8 +103,11 @@ class Fetch:
     def local_path(self, source: Any) -> Path | None:
         """Return the absolute path that a source names; None if it names no local file.
 
-        The file need not exist. `allow_paths` does not matter, because nothing is opened.
+        The file need not exist. `allow_paths` does not matter, because nothing is opened. A file in
+        an archive has no path.
         """
+        if self._member(source):
+            return None
         if isinstance(source, str):
             scheme = _scheme(source)
             if scheme == "file":
@@ -110,7 +122,56 @@ class Fetch:
             return None
         # Absolute, so that cache keys and messages name one file from any folder.
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
-        return Path(self.root or "").joinpath(path).resolve()
+        whole = Path(self.root or "").joinpath(path)
+        if self.inside_root:
+            # by name, before links are followed: folders of media are often links
+            start = os.path.abspath(self.root or "")
+            if os.path.commonpath([start, os.path.abspath(whole)]) != start:
+                raise missing_file(
+                    f"{shorten(text)} leaves `root` ({start}); name a folder that holds all media, "
+                    "or fix the path in the row"
+                )
+        return whole.resolve()
+
+    def stamp(self, source: Any) -> list[Any]:
+        """Return values for JSON that change with the local file that a source names, or [].
+
+        They are path, size and time of change; for a file in an archive, those of the archive.
+        """
+        if member := self._member(source):
+            archive, name = member
+            return [*archive.stamp, name]
+        path = self.local_path(source)
+        try:
+            found = None if path is None else path.stat()
+        except (OSError, ValueError):  # no such file, or a text too long for a name
+            return []
+        return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]
+
+    def _member(self, source: Any) -> tuple[Archive, str] | None:
+        """Return the archive and the name in it that a source names; None for any other source."""
+        if self.root is None or not isinstance(source, (str, os.PathLike)):
+            return None
+        text = os.fspath(source)
+        if not isinstance(text, str) or not text or "\0" in text or _scheme(text) is not None:
+            return None
+        found = split_archive(self.root)
+        if found is None:
+            return None
+        path, folder = found
+        return open_archive(path), member_name(folder, text)
+
+    def _from_member(
+        self, member: tuple[Archive, str], access: Callable[[Archive, str], _Content]
+    ) -> _Content:
+        archive, name = member
+        if not self.allow_paths:
+            raise missing_file(f"files of this machine are not read here, and {name} is one")
+        self._check_size(archive.size(name), f"{name} in {archive.path}")
+        try:
+            return access(archive, name)
+        except OSError as error:
+            raise _unreadable_file_error(archive.path, error) from error
 
     def _read_file(self, source: Any) -> bytes:
         file, path = self._open_file(source)
@@ -246,30 +307,6 @@ class Fetch:
                 f"{what} has {num_bytes:,} bytes or more, and the limit is {self.max_bytes:,}; "
                 "make it smaller, or raise max_bytes"
             )
-
-
-def limit_hub_waits(seconds: float = _HUB_WAIT_S) -> None:
-    """Limit each wait of this process for the hub; huggingface_hub waits without end by default.
-
-    The limit is set in the client that huggingface_hub, transformers and datasets share. Requests
-    with a limit of their own keep it.
-    """
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if getattr(session, "multi_token_waits_s", None) == seconds:
-        return
-
-    def limit(request: Any) -> None:
-        # here, since huggingface_hub passes `timeout=None` with most requests
-        given = request.extensions.get("timeout") or {}
-        kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: given.get(kind) or seconds for kind in kinds}
-
-    hooks = session.event_hooks
-    hooks["request"].append(limit)
-    session.event_hooks = hooks
-    session.multi_token_waits_s = seconds  # type: ignore[attr-defined]
 
 
 def shorten(source: Any, limit: int = 120) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from multi_token.media.decoders import encoded_source
 from multi_token.media.fetch import Fetch
 
 _READ = ("path", "bytes", "array")
@@ -32,6 +33,7 @@ def content_bytes(source: Any, fetch: Fetch) -> bytes:
     A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for a
     source that cannot be read.
     """
+    source = encoded_source(source)
     if isinstance(source, Image.Image):
         palette = source.getpalette() or []  # one index has different colours in two palettes
         return f"{source.mode}{source.size}{palette}".encode() + source.tobytes()
@@ -69,8 +71,11 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     A local file counts by path, size and time of change; a URL by its text, so a changed file there
     is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
     """
+    source = encoded_source(source)
     if isinstance(source, (str, os.PathLike)):
-        return [os.fspath(source), *_file_stamp(source, fetch)]
+        name = os.fspath(source)
+        # A WFDB record is named without the suffix of its header.
+        return [name, *(fetch.stamp(source) or fetch.stamp(f"{name}.hea"))]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):
@@ -87,13 +92,3 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
         except (TypeError, ValueError):  # a list of paths or mappings
             return [source_stamp(value, fetch) for value in source]
     raise NoStamp
-
-
-def _file_stamp(source: Any, fetch: Fetch) -> list[Any]:
-    """Return path, size and time of change of the local file that a source names, or []."""
-    path = fetch.local_path(source)
-    try:
-        found = None if path is None else path.stat()
-    except (OSError, ValueError):  # no such file, or a text too long for a name
-        return []
-    return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]

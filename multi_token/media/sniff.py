@@ -37,7 +37,8 @@ FILE_KINDS: Mapping[str, FileKind] = {
     "document": _files("document", "documents", ".pdf .txt .md .html .htm"),
     "text": _files("text", "texts", ".txt .md"),
     "vector": _files("numbers", "lists of numbers", ".npy .json .csv .txt"),
-    "series": _files("numbers", "series of numbers", ".npy .json .csv .txt"),
+    "series": _files("numbers", "series of numbers", ".npy .json .txt"),
+    "recording": _files("file", "recordings", ".csv .tsv .parquet .edf .bdf .wav .flac .zip"),
 }
 
 _IMAGE: tuple[bytes, ...] = (

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token import registry
+from multi_token.hub import hub_arguments, limited_hub_waits
 from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_image, example_video
-from multi_token.media.fetch import Fetch, limit_hub_waits
+from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.projectors.base import ProjectorSpec
@@ -29,6 +30,20 @@ from multi_token.types import Features, Prepared
 OpenAIKind = Literal["image", "audio", "video", "document"]
 """Kind of an OpenAI content part: `image` is sent as `image_url`, `audio` as `input_audio` or
 `audio_url`, `video` as `video_url`, `document` as `file`."""
+
+USUAL_COLUMNS: Mapping[OpenAIKind, tuple[str, ...]] = {
+    "image": (
+        *("image", "images", "img", "photo", "jpg", "jpeg", "png", "webp"),
+        *("image_path", "image_file", "image_url", "img_path", "image_bytes"),
+    ),
+    "audio": (
+        *("audio", "audios", "speech", "sound", "wav", "mp3", "flac"),
+        *("audio_path", "audio_file", "audio_url", "audio_filepath"),
+    ),
+    "video": ("video", "videos", "mp4", "video_path", "video_file", "video_url"),
+    "document": ("document", "documents", "pdf", "document_path", "pdf_path"),
+}
+"""Kind -> usual names of a column with its items in data sets, the most certain first."""
 
 AnyProjector = Annotated[
     SerializeAsAny[ProjectorSpec],
@@ -88,11 +103,13 @@ class Modality(BaseModel, ABC):
     """
 
     # Frozen: a modality is shared by threads, and its fields are the key of cached features.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
     """OpenAI content parts that may carry an item. A request can always use `<name>_url` and
     `media`, which name the modality; a part of these kinds reaches it without a name."""
+    item_text: ClassVar[Literal["caption", "transcript"]] = "caption"
+    """Meaning of a column `text` beside an item in data sets."""
     limit_fields: ClassVar[Mapping[str, str]] = {"max_steps": "max_numbers"}
     """Field -> the server's limit that bounds it, where the two names differ (`with_limits`)."""
     requires: ClassVar[tuple[str, ...]] = ()
@@ -226,6 +243,13 @@ class Modality(BaseModel, ABC):
         """
         return [FILE_KINDS[kind] for kind in self.openai_kinds]
 
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return the usual names of a column with items, the most certain first, by kind.
+
+        Default: those of `openai_kinds`.
+        """
+        return [USUAL_COLUMNS[kind] for kind in self.openai_kinds]
+
     def size_of(self, raw: Any) -> dict[str, float]:
         """Return the size of a loaded item, which a server adds up over a request.
 
@@ -311,7 +335,10 @@ class PretrainedModality(Modality):
         """Return the transformers model with its weights, in float32, without LayerDrop."""
         from transformers import AutoModel
 
-        tower = AutoModel.from_pretrained(self.encoder, revision=self.revision, dtype=torch.float32)
+        with limited_hub_waits(self.encoder):
+            tower = AutoModel.from_pretrained(
+                self.encoder, revision=self.revision, dtype=torch.float32, **hub_arguments()
+            )
         # A trained encoder would skip other layers in each process. DDP waits for the gradients of
         # all of them, and a hidden state of a skipped layer does not exist.
         for module in tower.modules():
@@ -340,12 +367,14 @@ def load_auto(auto_class: str, encoder: str, revision: str | None) -> Any:
     """Return what `transformers.<auto_class>.from_pretrained` loads; callers must not change it."""
     import transformers
 
-    limit_hub_waits()
     home: Any = transformers
     if auto_class == "AutoImageProcessor":
         # transformers 5.17 asks for torchvision at its top level, and this module does not
         home = importlib.import_module("transformers.models.auto.image_processing_auto")
-    return getattr(home, auto_class).from_pretrained(encoder, revision=revision)
+    with limited_hub_waits(encoder):
+        return getattr(home, auto_class).from_pretrained(
+            encoder, revision=revision, **hub_arguments()
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import RecipeError
+from multi_token.hub import hub_arguments, limited_hub_waits
+from multi_token.media.examples import example_tables
 from multi_token.media.fetch import Fetch
-from multi_token.media.series import count_steps, read_series
+from multi_token.media.series import SeriesSpec, count_steps, read_series
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import Encoder, Modality, load_auto
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
@@ -130,10 +132,17 @@ class TimeseriesModality(Modality):
 
     type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
     channels: PositiveInt
-    """Numbers at each step. A series of another width is refused."""
+    """Numbers at each step. A series of another width is refused. Default: the number of
+    `channel_names`."""
+    channel_names: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Channels to take of a file that names its channels (CSV, Parquet, EDF, BDF, WFDB), in this
+    order. Default: all of them."""
     rate: PositiveFloat | None = None
-    """Steps per second. A source with a `sampling_rate` of its own is resampled to this rate by
-    linear interpolation; a source without one is used unchanged."""
+    """Steps per second. A source with a rate of its own is resampled to this rate, with an
+    anti-alias filter where it falls; a source without one is used unchanged."""
+    unit: str | None = None
+    """Unit of the values, such as `mV`. A file in another one of the same kind (`uV`) is scaled; a
+    source that names no unit is used unchanged."""
     max_steps: PositiveInt = 65_536
     """Largest number of steps, as given or at `rate`. A longer series is refused."""
     encoder: str | None = None
@@ -155,6 +164,24 @@ class TimeseriesModality(Modality):
     num_heads: PositiveInt = 4
     """Without `encoder`: attention heads of each layer."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_names(cls, fields: Any) -> Any:
+        names = fields.get("channel_names") if isinstance(fields, Mapping) else None
+        if isinstance(names, (list, tuple)):
+            return {"channels": len(names), **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _check_names(self) -> TimeseriesModality:
+        names = self.channel_names
+        if names is not None and (len(names) != self.channels or len(set(names)) != len(names)):
+            raise ValueError(
+                f"`channel_names` has {len(set(names))} different names, and `channels` is "
+                f"{self.channels}; leave `channels` out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_encoder(self) -> TimeseriesModality:
         fields = type(self).model_fields
@@ -171,26 +198,34 @@ class TimeseriesModality(Modality):
             )
         return self
 
+    @property
+    def _spec(self) -> SeriesSpec:
+        return SeriesSpec(self.channels, self.max_steps, self.rate, self.channel_names, self.unit)
+
     def load(self, source: Any, fetch: Fetch) -> np.ndarray:
         """Return the series, float32 [time, channels].
 
         Args:
-            source: List, array, tensor, `.npy` file, or a mapping with one of them under `array`,
-                `path` or `bytes` and its `sampling_rate` in steps per second.
+            source: List, array, tensor or file (`.npy`, CSV, Parquet, EDF, BDF, WAV, FLAC, WFDB);
+                or a mapping with one of them under `array`, `path` or `bytes`, and `sampling_rate`
+                in steps per second, `start` and `end` in seconds.
             fetch: Reader of paths and URLs.
 
         Raises:
-            MediaError: The source is no series of `channels` finite numbers, or is over a limit.
+            MediaError: The source is no series of such channels, holds NaN or inf, or is over a
+                limit.
         """
-        return read_series(
-            source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
-        )
+        return read_series(source, fetch, self._spec)
 
     def size_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """Return the number of steps at `rate`; numbers in the row are read."""
-        return count_steps(
-            source, fetch, channels=self.channels, max_steps=self.max_steps, rate=self.rate
-        )
+        return count_steps(source, fetch, self._spec)
+
+    def content(self, source: Any, fetch: Fetch) -> bytes:
+        """Return the series as bytes; the key of cached features."""
+        # Not the bytes of a file: a row may name a minute of a recording of gigabytes.
+        series = self.load(source, fetch)
+        return f"{series.shape}".encode() + series.tobytes()
 
     def count_features(self, size: int) -> int:
         """Return the number of patches of a series of `size` steps.
@@ -261,13 +296,20 @@ class TimeseriesModality(Modality):
             )
         return shape
 
-    def example_sources(self) -> Sequence[list[list[float]]]:
-        """Return one series of 64 steps."""
-        return [[[float(step)] * self.channels for step in range(64)]]
+    def example_sources(self) -> Sequence[Any]:
+        """Return one series of 64 steps, and the same as a table and as a Parquet file."""
+        series = np.arange(64.0)[:, None].repeat(self.channels, 1)
+        return [series.tolist(), *example_tables(series, self.channel_names)]
+
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return names of columns of numbers."""
+        return [
+            ("signal", "signals", "series", "timeseries", "time_series", "ecg", "eeg", "waveform")
+        ]
 
     def file_kinds(self) -> Sequence[FileKind]:
-        """Return files of numbers."""
-        return [FILE_KINDS["series"]]
+        """Return files of numbers, and recordings."""
+        return [FILE_KINDS["series"], FILE_KINDS["recording"]]
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Join items into one batch; with `encoder`, all windows are encoded together."""
@@ -280,13 +322,18 @@ class TimeseriesModality(Modality):
         from transformers import AutoConfig, AutoModel
 
         shape = self._window_shape()
-        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision)
+        config = AutoConfig.from_pretrained(self.encoder, revision=self.revision, **hub_arguments())
         if getattr(config, "do_mask_input", False):
             # Pretraining masks patches at random, in eval mode too.
             config.do_mask_input = False
-        tower = AutoModel.from_pretrained(
-            self.encoder, revision=self.revision, config=config, dtype=torch.float32
-        )
+        with limited_hub_waits(self.encoder):
+            tower = AutoModel.from_pretrained(
+                self.encoder,
+                revision=self.revision,
+                config=config,
+                dtype=torch.float32,
+                **hub_arguments(),
+            )
         return WindowEncoder(tower, shape, self).eval()
 
 

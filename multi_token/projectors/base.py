@@ -28,7 +28,7 @@ class ProjectorSpec(BaseModel, ABC):
     `group_dim`, one that makes several embeddings of a group also `tokens_per_group`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     cross_attends: ClassVar[bool] = False
     """True for a network that attends to all features of an item instead of working on groups;

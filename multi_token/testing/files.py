@@ -1,7 +1,9 @@
-"""Real files to test with: audio, video and PDF."""
+"""Real files to test with: audio, video, PDF and recordings."""
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,37 @@ def write_pdf(path: Path, pages: Sequence[str]) -> Path:
     ).encode()
     path.write_bytes(data)
     return path
+
+
+def recordings() -> dict[str, bytes]:
+    """Return one recording of two channels in each format of series, by its suffix.
+
+    `zip` is a WFDB record of format 16.
+    """
+    import pyarrow as pa
+    import soundfile
+    from pyarrow import parquet
+
+    values = np.random.default_rng(0).integers(-999, 999, (100, 2))
+    table, sound, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    parquet.write_table(pa.table({"x": values[:, 0], "y": values[:, 1]}), table)
+    soundfile.write(sound, values / 1000, 100, format="WAV")
+    with zipfile.ZipFile(archive, "w") as record:
+        line = "a.dat 16 1(0)/mV 16 0 0 0 0"
+        record.writestr("a.hea", f"a 2 100 100\n{line} x\n{line} y\n")
+        record.writestr("a.dat", values.astype("<i2").tobytes())
+    lines = "\n".join(f"{x},{y}" for x, y in values)
+    cells = [["x", "y"], [""] * 2, ["mV"] * 2, ["-999"] * 2, ["999"] * 2, ["-999"] * 2]
+    cells += [["999"] * 2, [""] * 2, ["50"] * 2, [""] * 2]
+    head = f"{'0':<8}{'':<80}{'':<80}01.01.0101.01.01{768:<8}{'':<44}{2:<8}{1:<8}{2:<4}"
+    for width, pair in zip((16, 80, 8, 8, 8, 8, 8, 80, 8, 32), cells, strict=True):
+        head += "".join(f"{cell:<{width}}" for cell in pair)
+    # Two data records of one second, in which each channel has 50 samples side by side.
+    samples = values.reshape(2, 50, 2).transpose(0, 2, 1).astype("<i2").tobytes()
+    return {
+        "csv": f"x,y\n{lines}\n".encode(),
+        "parquet": table.getvalue(),
+        "wav": sound.getvalue(),
+        "edf": head.encode() + samples,
+        "zip": archive.getvalue(),
+    }

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from multi_token.checkpoint.load import copy_full
 from multi_token.distributed import is_main_process, num_processes
@@ -169,6 +171,16 @@ def mixed_precision_policy(bf16: bool) -> MixedPrecisionPolicy:
 def is_sharded(spec: TrainSpec) -> bool:
     """Return True if the processes of this run shard the language model."""
     return spec.fsdp is not None and num_processes() > 1
+
+
+def check_hooks_of_trainer() -> None:
+    """Raise RecipeError if transformers' Trainer cannot train a model that is sharded already."""
+    # 5.18 would wrap the shards in DDP; 5.19 has this method, and leaves such a model as it is
+    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+        raise RecipeError(
+            "train.fsdp in several processes needs transformers 5.19 or newer, and "
+            f"{transformers.__version__} is installed; upgrade it, or leave train.fsdp out"
+        )
 
 
 def run_in_shards(language_model: Any, device: torch.device, *, bf16: bool) -> None:

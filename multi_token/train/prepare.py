@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from torch import nn
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
@@ -44,7 +45,7 @@ from multi_token.language_model.capabilities import Capabilities, LazyCapability
 from multi_token.language_model.loading import load_language_model
 from multi_token.language_model.probe import check_trainable, probe
 from multi_token.modalities.base import Encoder
-from multi_token.model import MultiTokenForConditionalGeneration, move_to_device
+from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.data import DataSource
 from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.recipe import Recipe, differences
@@ -58,7 +59,7 @@ from multi_token.train.accelerator import (
 from multi_token.train.compile import apply_kernels
 from multi_token.train.dpo import DpoLoss
 from multi_token.train.evaluation import EvaluationCallback
-from multi_token.train.fsdp import is_sharded, run_in_shards
+from multi_token.train.fsdp import check_hooks_of_trainer, is_sharded, run_in_shards
 from multi_token.train.parameter_groups import trainable_encoders
 from multi_token.train.progress import describe_parts
 from multi_token.train.run_report import RunReport
@@ -121,6 +122,8 @@ def open_stages(recipe: Recipe) -> list[StageRun]:
         check_metric(args, ("loss",) if stage.dpo is None else DpoLoss.METRICS)
         stages.append(StageRun(stage, folder, args))
     stages[0].args.device  # noqa: B018 - transformers joins the process group when it is asked
+    if is_sharded(train):
+        check_hooks_of_trainer()
     return stages
 
 
@@ -154,7 +157,7 @@ def compose_model(
             part.to(args.device)
         model.capabilities = capabilities or _probe_in_shards(recipe, args)
     else:
-        move_to_device(model, args.device)
+        nn.Module.to(model, args.device)  # transformers' own hides its arguments
     apply_kernels(model.language_model, recipe.train, args.device)
     with mixed_precision(args):
         model.capabilities  # noqa: B018 - probed as it trains, and then cached

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import close_session, get_session
 
 from multi_token import MultiTokenForConditionalGeneration
 from multi_token.checkpoint.hub import local_folder
 from multi_token.checkpoint.load import read_config
 from multi_token.checkpoint.save import save
 from multi_token.errors import CheckpointError
-from multi_token.media.fetch import limit_hub_waits
 from multi_token.recipe.recipe import Recipe
 
 
@@ -89,18 +86,3 @@ def test_what_is_no_hub_name_is_taken_for_a_folder(name: str) -> None:
 def test_two_revisions_are_refused() -> None:
     with pytest.raises(CheckpointError, match="names another revision than 'v2'"):
         local_folder("user/run@v1", revision="v2")
-
-
-def test_a_hub_that_stops_answering_is_waited_for_a_limited_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    close_session()  # of an earlier test, with the limit of the library
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        limit_hub_waits(0.2)
-        limit_hub_waits(0.2)
-        with pytest.raises(Exception, match="timed out") as caught:
-            # as huggingface_hub asks: without a limit
-            get_session().get(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout=None)
-        assert type(caught.value).__name__ == "ReadTimeout"
-    close_session()

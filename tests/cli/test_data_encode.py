@@ -76,7 +76,7 @@ def test_without_a_folder_features_go_where_the_recipe_says(
     done = encode(recipe)
     assert done.exit_code == 0 and "4 items in 4 rows: 4 encoded" in done.output
     assert len(FeatureCache(tmp_path / "run" / "cache")) == 4
-    named = encode(recipe, "--set", f"train.feature_cache={{path: {tmp_path / 'other'}}}")
+    named = encode(recipe, f"train.feature_cache={{path: {tmp_path / 'other'}}}")
     assert named.exit_code == 0 and "4 encoded" in named.output
     assert "train with it" not in named.output
     assert len(FeatureCache(tmp_path / "other")) == 4
@@ -105,7 +105,7 @@ def test_captioned_and_held_out_rows_are_encoded_too_and_unreadable_items_are_na
         (("--shard", "1"), "--shard and --num-shards belong together"),
         (("--shard", "2", "--num-shards", "2"), "expected --shard from 0 to 1"),
         (
-            ("--set", "train.stages.0.learn.encoders={image: 1e-5}"),
+            ("train.stages.0.learn.encoders={image: 1e-5}",),
             "that of 'image' is trained in stage 'projector'",
         ),
     ],

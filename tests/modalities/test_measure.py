@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
-from multi_token.media.series import npy_bytes
+from multi_token.media.npy import npy_bytes
 from multi_token.media.waveform import Excerpt, resampled_length
 from multi_token.modalities.base import Modality
 from multi_token.modalities.document import DocumentModality

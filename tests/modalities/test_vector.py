@@ -64,3 +64,34 @@ def test_a_pickled_npy_is_refused_and_not_run(tmp_path: Path) -> None:
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(MediaError, match="not a .npy file"):
         prepared(str(path))
+
+
+def test_a_row_of_a_large_array_is_read_alone(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    path = str(tmp_path / "embeddings.npy")
+    np.save(path, table)
+    few = Fetch(max_bytes=1000)  # less than the file: only the row counts
+    for row in (0, 123, 499):
+        source = {"path": path, "row": row}
+        assert np.array_equal(VECTOR.load(source, few), table[row])
+        assert VECTOR.num_features_from_header(source, few) == 1
+        assert VECTOR.content(source, few) == VECTOR.content(table[row], few)
+    sequences = VectorModality(dim=3)
+    np.save(path, table.reshape(50, 10, 3))
+    assert np.array_equal(sequences.load({"path": path, "row": 7}, few), table[70:80])
+    assert sequences.num_features_from_header({"path": path, "row": 7}, few) == 10
+    np.save(path, np.asfortranarray(table))
+    assert np.array_equal(VECTOR.load({"path": path, "row": 7}, Fetch()), table[7])
+    with pytest.raises(MediaError, match="500 rows, from 0, and the item names row 500"):
+        VECTOR.load({"path": path, "row": 500}, Fetch())
+    for wrong in ({"path": path, "row": 1.5}, {"row": 1}, {"path": path, "line": 1}):
+        with pytest.raises(MediaError, match="expected a list of numbers, a .npy file or"):
+            VECTOR.load(wrong, Fetch())
+
+
+def test_columns_of_tables_are_read_as_pandas_writes_them(tmp_path: Path) -> None:
+    assert prepared("[1.0, -2.5, 3e0]").tolist() == [[1.0, -2.5, 3.0]]
+    assert VECTOR.named_file("[1.0]") is None and VECTOR.named_file("x.npy") == "x.npy"
+    assert prepared(np.array([1, 2, 3], dtype=object)).tolist() == [[1.0, 2.0, 3.0]]
+    with pytest.raises(MediaError, match=r"expected a list of numbers, got '\[1.0, ...'"):
+        VECTOR.load("[1.0, ...", Fetch())

@@ -4,6 +4,7 @@
 
 `stop_at`: the last process gets SIGTERM in this step. `poison_at`: its projectors hold NaN from
 this step on. `other`: fields of the last process alone.
+`without`: a method that transformers' Trainer lacks meanwhile, as in an older version.
 `folders`: where each process looks for files that the recipe names by a relative path.
 `memory`: whether to watch memory (memory.py).
 """
@@ -14,7 +15,8 @@ import json
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from multi_token.distributed import (
     all_gather,
@@ -104,6 +106,17 @@ class Watch(TrainerCallback):
                 parameter.data.fill_(float("nan"))
 
 
+@contextmanager
+def without_method(name: str) -> Iterator[None]:
+    """Take a method from transformers' Trainer."""
+    method = vars(Trainer)[name]
+    delattr(Trainer, name)
+    try:
+        yield
+    finally:
+        setattr(Trainer, name, method)
+
+
 def main(job: dict[str, Any]) -> None:
     """Train, and write the observations of each process."""
     register_modality("wavering", Wavering)
@@ -135,7 +148,10 @@ def main(job: dict[str, Any]) -> None:
                     at = at[k]
                 at[last] = value
         try:
-            with watched_memory(seen) if one.get("memory") else nullcontext():
+            with (
+                watched_memory(seen) if one.get("memory") else nullcontext(),
+                without_method(one["without"]) if "without" in one else nullcontext(),
+            ):
                 run_module.train(Recipe.model_validate(fields), console=QUIET)
         except MultiTokenError as error:
             seen["error"] = f"{type(error).__name__}: {error}"

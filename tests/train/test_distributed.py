@@ -216,7 +216,7 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         )
 
     def run(name: str, learn: str, args: dict[str, Any] = TWO, **more: Any) -> dict[str, Any]:
-        keys = ("stop_at", "poison_at", "other", "folders")
+        keys = ("stop_at", "poison_at", "other", "folders", "without")
         around = {key: more.pop(key) for key in keys if key in more}
         out = more.pop("out", name)
         return {
@@ -262,11 +262,14 @@ def two(fields_of: Fields, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]
         run("no number", "adapter", poison_at=3),
         run("no number in pieces", "adapter", fsdp=True, poison_at=3),
         *([run("qlora", "adapter", quantization="4bit")] if find_spec("bitsandbytes") else []),
+        run("old", "adapter", fsdp=True, without="_sync_replicated_trainable_parameters"),
         run("other recipe", "projector", other={"train.seed": 5}),
         run("in use", "projector"),
         run("other rows", "projector", folders=[str(here), str(elsewhere)]),
     ]
     runs[-1]["fields"]["data"] = {"train": [{"rows": "rows.jsonl"}]}
+    (old,) = (one for one in runs if one["name"] == "old")
+    old["fields"]["data"] = {"train": [{"rows": "missing.jsonl"}]}
     with run_lock(folder / "in use", print):
         return folder, processes(2, folder, runs)
 
@@ -444,6 +447,12 @@ def test_all_processes_leave_a_folder_that_another_run_uses(two: Any) -> None:
     (sentence,) = {one["error"] for one in seen["in use"]}
     assert f"/in use is in use by process {os.getpid()} on " in sentence
     assert [path.name for path in (folder / "in use").iterdir()] == [".lock"]
+
+
+def test_a_transformers_that_cannot_train_shards_is_refused_before_data_are_read(two: Any) -> None:
+    _, seen = two
+    (sentence,) = {one["error"] for one in seen["old"]}
+    assert sentence.startswith("RecipeError: train.fsdp in several processes needs transformers 5.")
 
 
 def test_processes_with_other_recipes_or_other_rows_are_refused(two: Any) -> None:

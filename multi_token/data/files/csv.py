@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from multi_token.data.files.index import Index, stored_index
+from multi_token.data.files.index import stored_index
 from multi_token.data.files.json import line_error
 from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError, RowError
+from multi_token.media.archive import Index
 
 _MAX_FIELD = 1 << 28
 """Bytes of a field: a quote without an end would otherwise take the file into memory."""
@@ -40,7 +41,7 @@ class CsvRows(IndexedRows):
 
     def __init__(self, path: Path) -> None:
         """Raises MultiTokenError for a file without header, RowError for a quote without end."""
-        self.path = path.resolve()
+        self.path = path.absolute()
         self.delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
         large = self.path.stat().st_size >= _LARGE
         index = stored_index(self.path, "csv1", self._index) if large else self._index(self.path)

@@ -105,7 +105,7 @@ def open_folder(
             return FolderRows(path, names, start)
     tables = [MetadataRows(path, file, open_file(path / file)) for file in found]
     # ConcatDataset refuses an empty list
-    full = [table for table in tables if len(table)]
+    full: Any = [table for table in tables if len(table)]
     rows: Any = ConcatDataset(full) if full else []
     return rows
 
@@ -236,7 +236,7 @@ class FolderRows(IndexedRows):
 
         `start`: folder of the split below `path`, or "".
         """
-        self.path = path.resolve()
+        self.path = path.absolute()
         groups = [(stem, list(group)) for stem, group in groupby(names, _stem)]
         media = [[n for n in group if media_column(n)] for _, group in groups]
         texts = [[n for n in group if not media_column(n)] for _, group in groups]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from multi_token.data.files.arrow import ArrowRows
 from multi_token.data.files.csv import CsvRows
 from multi_token.data.files.folder import is_media_folder, open_folder
 from multi_token.data.files.hub import (
-    HUB_PREFIX,
     is_saved_folder,
     load_hub,
     load_saved_folder,
     load_table,
 )
+from multi_token.data.files.hub_files import HUB_PREFIX, HubFiles
 from multi_token.data.files.json import JsonRows
 from multi_token.data.files.jsonl import JsonLines
 from multi_token.data.files.npy import NpyRows
@@ -26,7 +27,7 @@ from multi_token.data.files.parquet import ParquetRows
 from multi_token.data.files.unpack import PACKED, unpacked_file
 from multi_token.data.files.webdataset import TarRows
 from multi_token.data.parallel import pass_console, progress_bar
-from multi_token.data.rows import Row
+from multi_token.data.rows import IndexedRows, Row, row_id_of
 from multi_token.errors import MultiTokenError
 
 _TEXTS: dict[str, Callable[[Path], Sequence[Row]]] = {
@@ -48,6 +49,7 @@ _SHARDS = tuple(_FORMATS)
 _FORMATS[".npy"] = lambda path: NpyRows(path, _open_alone)  # in a folder, each may be one item
 _IN_FOLDERS = (".json", ".jsonl", ".parquet", ".tar")
 """Formats whose files in a folder are its rows, whatever else lies there."""
+_SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 _ACCEPTED = (
     "a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather, .npy or .tar file, a text file of "
     "these with .gz or .zst, a pattern (shards/*.parquet) or folder of such files, a folder of "
@@ -73,10 +75,12 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     | a folder                   | written by `save_to_disk`, with splits or without              |
     | a folder of media files    | with metadata, in pairs or in folders of classes (folder.py)   |
     | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
+    | `hf://owner/name/a.json`   | a file of such a data set's repository, or a pattern           |
 
     Args:
         source: A name as in the table.
-        split: The split of a hub data set or saved folder; files only have `train`.
+        split: The split of a hub data set or saved folder; files only have `train`. A part of it in
+            brackets, as datasets writes it: `train[:95%]`, `train[1000:]`.
 
     Returns:
         The rows, which stay on disk. Media in tables stay undecoded.
@@ -85,6 +89,44 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         MultiTokenError: nothing is there, the format is unknown, or the split does not exist.
         RowError: a .json file has no end, or is not JSON as a whole.
     """
+    match = _SLICE.fullmatch(split)
+    if match is None:
+        return _load_split(source, split)
+    rows = _load_split(source, match["split"])
+    bounds = (_bound(match[name], len(rows)) for name in ("start", "stop"))
+    part = PartOfRows(rows, range(len(rows))[slice(*bounds)], Path(source).name)
+    if not len(part):
+        raise MultiTokenError(
+            f"split {split!r} of {source} has no rows: it has {len(rows):,} in all"
+        )
+    return part
+
+
+def _bound(text: str | None, num_rows: int) -> int | None:
+    if not text:
+        return None
+    return round(num_rows * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+class PartOfRows(IndexedRows):
+    """Rows of a range of other rows, with the ids that these have there."""
+
+    def __init__(self, rows: Sequence[Row], indices: range, name: str) -> None:
+        """`name`: name of the source in the ids of rows that have none."""
+        self.rows, self.indices, self.name = rows, indices, name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def row(self, index: int) -> Row:
+        """Read a row; see IndexedRows."""
+        row = self.rows[self.indices[index]]
+        if isinstance(row, Mapping) and row.get("id") is None:
+            return {**row, "id": row_id_of(self.indices[index], row, self.name)}
+        return row
+
+
+def _load_split(source: str, split: str) -> Sequence[Row]:
     files = resolve_files(source)
     path = Path(source).expanduser()
     if files is None:
@@ -93,8 +135,8 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
         is_saved = is_saved_folder(path)
         return load_saved_folder(path, split) if is_saved else open_folder(path, split, _open_alone)
     check_no_split(source, split)
-    if files == [path]:
-        return _open_alone(path)
+    if files == [path] or (_is_hub_file(source) and len(files) == 1):
+        return _open_alone(files[0])
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
     found: Any = []
     with progress_bar(pass_console(), f"Opening files of {Path(source).name}", len(files)) as step:
@@ -126,6 +168,10 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() + last if last in PACKED else last
 
 
+def _is_hub_file(source: str) -> bool:
+    return source.startswith(HUB_PREFIX) and _suffix(Path(source)) in _FORMATS
+
+
 def check_no_split(source: str, split: str) -> None:
     """Raise MultiTokenError for any split but `train`: files have no splits."""
     if split != "train":
@@ -138,10 +184,12 @@ def check_no_split(source: str, split: str) -> None:
 def media_root(source: str) -> str | None:
     """Return the folder from which relative media paths of `source` start.
 
-    For files that is their folder, and for a folder of media files this folder. For saved folders
-    and hub names, whose media are inside, it is None: the current folder. Raises MultiTokenError
-    for files in several folders.
+    For files that is their folder, for a folder of media files this folder, and for a file on the
+    hub the archive beside it (hub_files.py). For saved folders and hub names, whose media are
+    inside, it is None: the current folder. Raises MultiTokenError for files in several folders.
     """
+    if _is_hub_file(source):
+        return HubFiles.of(source).media_root()
     files = resolve_files(source)
     if files is None:
         path = Path(source).expanduser()
@@ -164,7 +212,7 @@ def resolve_files(source: str) -> list[Path] | None:
     Raises MultiTokenError if there are none, or if their kinds differ.
     """
     if source.startswith(HUB_PREFIX):
-        return None
+        return HubFiles.of(source).download() if _is_hub_file(source) else None
     path = Path(source).expanduser()
     where, suffix = path.resolve(), _suffix(path)
     if path.is_dir():

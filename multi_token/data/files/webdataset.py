@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from multi_token.data.files.folder import add_metadata, media_column, text_column
-from multi_token.data.files.index import Index, stored_index
+from multi_token.data.files.index import LARGE, stored_index
+from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.rows import IndexedRows, Row
 from multi_token.errors import MultiTokenError, RowError
+from multi_token.media.archive import Index, tar_members
 
 _ROW = "json"
 _NOT_MEDIA = ("id", "media_texts")
@@ -41,7 +43,7 @@ class TarRows(IndexedRows):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path.absolute()
         self._index = stored_index(self.path, "tar2", _index_of)
 
     def __len__(self) -> int:
@@ -98,24 +100,16 @@ def _index_of(path: Path) -> Index:
     `firsts`: first member of each sample, then the number of members.
     """
     samples: dict[str, dict[str, tuple[bytes, int, int]]] = {}
+    size = path.stat().st_size
+    bar = progress_bar(pass_console(quiet=size < LARGE), f"Opening {path.name} (bytes)", size)
     try:
-        # "r:" refuses compression: offsets into a compressed file are no places to seek to
-        with tarfile.open(path, "r:") as file:
-            for member in file:
-                base = posixpath.basename(member.name)
-                if member.isfile() and not base.startswith(".") and "." in base:
-                    key, extension = _split_name(member.name)
-                    name = member.name.encode("utf-8", "surrogateescape")
-                    entry = (name, member.offset_data, member.size)
-                    samples.setdefault(key, {})[extension] = entry
-                # `tarfile` keeps an object for each header that it has read
-                file.members = []  # type: ignore[attr-defined]
-            end = file.offset
-        # `tarfile` takes a file that is cut between two members, or in a header, for a whole one
-        with path.open("rb") as opened:
-            opened.seek(end)
-            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it is cut short, at byte {end:,} there is no end")
+        with bar as step:
+            for full_name, offset, num_bytes in tar_members(path, step):
+                base = posixpath.basename(full_name)
+                if not base.startswith(".") and "." in base:
+                    key, extension = _split_name(full_name)
+                    name = full_name.encode("utf-8", "surrogateescape")
+                    samples.setdefault(key, {})[extension] = (name, offset, num_bytes)
     except (OSError, tarfile.TarError) as error:
         raise MultiTokenError(
             f"{path} cannot be read as an uncompressed .tar: {error}; unpack it if it is "

@@ -12,6 +12,7 @@ import pytest
 
 from multi_token import registry
 from multi_token.modalities.image import ImageModality
+from multi_token.modalities.timeseries import TimeseriesModality
 from multi_token.modalities.vector import VectorModality
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
@@ -40,6 +41,7 @@ def modalities(trial: Any, parts: Path) -> dict[str, Any]:
         "trial": trial(),
         "image": ImageModality(encoder=str(parts / "clip")),
         "vector": VectorModality(dim=3),
+        "series": TimeseriesModality(channels=2),
     }
 
 

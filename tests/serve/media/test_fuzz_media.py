@@ -22,7 +22,7 @@ from PIL import Image
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
-from multi_token.testing.files import noise_frames, tone, write_pdf, write_video
+from multi_token.testing.files import noise_frames, recordings, tone, write_pdf, write_video
 from multi_token.types import Media
 
 pytestmark = pytest.mark.slow
@@ -93,6 +93,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
         ("document", page),
         ("document", "Ünïcode. Words!".encode()),
     ]
+    found += [("timeseries", data) for data in recordings().values()]
     for name, shape in (("vector", (3, 4)), ("timeseries", (40, 2))):
         file = io.BytesIO()
         np.save(file, np.random.default_rng(0).normal(size=shape).astype(np.float32))

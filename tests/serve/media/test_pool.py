@@ -25,6 +25,7 @@ from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
+from multi_token.testing.files import recordings
 from multi_token.types import Media, Prepared
 from tests.serve.untrusted import MIB, SECRET, children, is_gone, text_of
 
@@ -50,6 +51,17 @@ def png(size: tuple[int, int] = (40, 30)) -> bytes:
     file = io.BytesIO()
     Image.effect_noise(size, 60).convert("RGB").save(file, "PNG")
     return file.getvalue()
+
+
+def test_a_sandboxed_worker_reads_every_format_of_recordings(
+    pool: MediaPool, modalities: dict[str, Any]
+) -> None:
+    series = modalities["series"]
+    for suffix, data in recordings().items():
+        here = series.prepare(series.load(data, Fetch()))
+        assert torch.equal(ask(pool, data, "series").inputs["patches"], here.inputs["patches"])
+        if suffix != "csv":  # half of a table is a table
+            assert refusal(pool, data[: len(data) // 2], "series").status == 400
 
 
 def test_a_worker_prepares_an_item_like_this_process(

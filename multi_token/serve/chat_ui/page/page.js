@@ -197,8 +197,11 @@ async function partOf(file, modalities) {
     size: size(file.size),
     url: shown === "file" ? null : URL.createObjectURL(file),
   };
-  const takesNumbers = modalities[0].takes.some((t) => t.kind === "numbers");
-  if (takesNumbers && [".json", ".csv", ".txt"].includes(suffixOf(file.name))) {
+  const suffix = suffixOf(file.name);
+  const takesNumbers = modalities[0].takes.some(
+    (t) => t.kind === "numbers" && t.suffixes.includes(suffix),
+  );
+  if (takesNumbers && [".json", ".csv", ".txt"].includes(suffix)) {
     part.data = numbersOf(await file.text(), file.name);
     part.size = `${part.data.flat().length} numbers`;
   } else {
