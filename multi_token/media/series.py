@@ -123,6 +123,22 @@ def count_steps(source: Any, fetch: Fetch, spec: SeriesSpec) -> int | None:
     return num_steps
 
 
+def look_at_series(source: Any, fetch: Fetch) -> tuple[tuple[int, ...], float | None]:
+    """Return the shape of numbers, [time, channels] of a recording, and its steps per second.
+
+    Raises MediaError.
+    """
+    given = _parse_source(source)
+    if given.is_numbers:
+        return _as_array(given.inner).shape, given.rate
+    with _opened(given, fetch) as file:
+        if not isinstance(file, Recording):
+            return tuple(read_npy_header(file, given.label).shape), given.rate
+        rates = {channel.rate for channel in file.channels if channel.rate is not None}
+        shape = (max(channel.num_steps for channel in file.channels), len(file.channels))
+        return shape, max(rates, default=given.rate)
+
+
 @dataclass(frozen=True)
 class _Given:
     """A source, and what the row says beside it."""
