@@ -25,6 +25,7 @@ from multi_token.media.recording import (
     open_parquet,
     open_table,
 )
+from multi_token.media.unpack import ZIP_MAGIC
 from multi_token.media.waveform import Excerpt
 from multi_token.registry import did_you_mean
 
@@ -225,7 +226,7 @@ def _opened(given: _Given, fetch: Fetch) -> Iterator[Recording | BinaryIO]:
         else:
             # These are read completely, so that the limit of bytes holds.
             data = fetch.read(source)
-            if start.startswith(b"PK\x03\x04"):
+            if start.startswith(ZIP_MAGIC):
                 yield open_zip(data, label, fetch.max_bytes)
             elif is_wfdb_header(data):
                 raise undecodable(
