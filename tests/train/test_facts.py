@@ -67,7 +67,7 @@ def accuracy(
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(lines[:NUM_TRAINED]))
     learn = {"projectors": 5e-3, "language_model": 5e-3}
-    args = {"max_steps": 90, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine"}
+    args = {"max_steps": 120, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine"}
     stages = [{"name": "all", "learn": learn, "args": {**args, "report_to": []}}]
     fields = recipe_fields(folder / "run", stages=stages, seed=seed, feature_cache=True)
     fields["model"]["modalities"] = {name: modality}
