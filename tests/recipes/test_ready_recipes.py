@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from multi_token.data.row_source import open_rows
 
 from multi_token.cli.recipes import HEADER_FIELDS, ready_recipes
+from multi_token.data.row_source import open_rows
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.recipe.recipe import Recipe, parse_recipe
 from multi_token.train import train
