@@ -104,7 +104,7 @@ class LengthStore:
     def __init__(self, folder: str | os.PathLike[str], processor: MultiTokenProcessor) -> None:
         """Raises MultiTokenError for a damaged file in the folder."""
         self.folder = Path(folder)
-        self.names = tuple(processor.modalities)
+        self.modalities = processor.modalities
         self.fetch = processor.fetch
         self.identity = processor_fingerprint(processor)
         self.lengths_only = processor.lengths_only
@@ -146,7 +146,7 @@ class LengthStore:
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
-            return self.key_of(to_conversation(row, self.names, row_id=row_id))
+            return self.key_of(to_conversation(row, self.modalities, row_id=row_id))
         except RowError:
             # a bad row has no length, and may be fixed before the next start
             return None

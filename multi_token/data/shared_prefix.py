@@ -132,8 +132,8 @@ class _GoodRows:
         own = number - (int(self.ends[at - 1]) if at else 0)
         index = own if source.good_indices is None else source.good_indices[own]
         row = source.rows[index]
-        names, row_id = list(source.processor.modalities), row_id_of(index, row, source.name)
-        conversation = to_conversation(row, names, row_id=row_id)
+        row_id = row_id_of(index, row, source.name)
+        conversation = to_conversation(row, source.processor.modalities, row_id=row_id)
         return conversation, source.processor, source.lengths[own]
 
 

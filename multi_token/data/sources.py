@@ -17,14 +17,18 @@ from torch.utils.data import ConcatDataset
 
 from multi_token.data.dataset import ConversationDataset, RowReader
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
+from multi_token.data.row_source import open_rows, show_note
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import ScanReport, merge_reports, scan
-from multi_token.distributed import all_gather, check_same_values, num_processes, rank
+from multi_token.distributed import (
+    all_gather,
+    check_same_values,
+    num_processes,
+    rank,
+)
 from multi_token.errors import RecipeError, RowError
-from multi_token.media.fetch import Fetch
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DataSource
@@ -70,7 +74,7 @@ class TrainingSource:
         row_id = row_id_of(index, row, self.name)
         # undecoded rows may turn out bad; the processor then names the row in its error
         processor = replace(self.processor, row_id=row_id) if self.lengths_only else self.processor
-        return to_conversation(row, list(processor.modalities), row_id=row_id), processor
+        return to_conversation(row, processor.modalities, row_id=row_id), processor
 
     def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """Yield the good rows; before the scan, all rows that are conversations at all."""
@@ -103,11 +107,12 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
+    opened = open_rows(source, processor.modalities, seed=recipe.train.seed)
+    show_note(opened.note)
     # media paths are relative to the folder of the rows, which differs between sources
-    processor = replace(processor, fetch=Fetch(root=media_root(source.rows)), cache=cache)
+    processor = replace(processor, fetch=opened.fetch, cache=cache)
     headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
-    rows = load_rows(source.rows, split=source.split)
-    return TrainingSource(rows, processor, source.rows, headers=headers)
+    return TrainingSource(opened.rows, processor, source.rows, headers=headers)
 
 
 def good_rows(
@@ -233,7 +238,7 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
     """Scan this process' share of the rows; returns the merged report of all processes."""
     # only for the scan: in training, items without inputs would reach the encoder
     processor = replace(source.processor, lengths_only=source.lengths_only, once=True)
-    read = RowReader(processor, tuple(processor.modalities))
+    read = RowReader(processor, processor.modalities)
     known = LengthStore(lengths_folder(recipe), processor)
     num_rows, num_shares = len(source.rows), num_processes()
     headers_allowed = recipe.data.lengths == "decode" and recipe.data.on_bad_row == "raise"

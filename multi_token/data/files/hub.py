@@ -36,6 +36,21 @@ def stream_hub(source: str, *, split: str = "train") -> datasets.IterableDataset
     return _open_hub(source, split, streaming=True).decode(False)
 
 
+def open_with_args(args: Mapping[str, Any]) -> Sequence[Row]:
+    """Open the rows of `datasets.load_dataset(**args)`. Raises MultiTokenError."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with limited_hub_waits(str(args.get("path"))):
+            found = datasets.load_dataset(**args)
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        raise MultiTokenError(f"cannot load the data set of {dict(args)}: {error}") from error
+    if not isinstance(found, datasets.Dataset):
+        raise MultiTokenError(f"{dict(args)} names a data set with splits; add `split` to it")
+    return _without_decoding(found)
+
+
 def is_saved_folder(path: Path) -> bool:
     """Return whether `save_to_disk` of datasets wrote this folder."""
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
