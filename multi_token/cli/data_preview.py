@@ -84,7 +84,7 @@ def _named(option: str) -> tuple[str, Modality]:
 
 
 def _without_encoder(type: str) -> Modality:
-    """Return a modality by its type, whose encoder nobody named: no item is decoded."""
+    """Return a modality by its type, without the name of an encoder: no item is decoded."""
     from multi_token import registry
 
     found: Any = registry.resolve("modality", type)
