@@ -287,6 +287,8 @@ class _RowParser:
         )
 
     def _parts_of_text(self, content: str, slot: re.Pattern[str]) -> tuple[Part, ...]:
+        if "<" not in content:  # most texts have no slot
+            return (Text(content),) if content else ()
         parts: list[Part] = []
         # split with a group gives text, name, text, name, ..., text
         for i, piece in enumerate(slot.split(content)):

@@ -18,8 +18,8 @@ from multi_token.data.adapter import RowAdapter, TurnTemplate, marked_template
 from multi_token.data.chosen_rows import chosen_rows
 from multi_token.data.content_parts import media_source
 from multi_token.data.files.hub import open_with_args
+from multi_token.data.files.hub_files import media_root_of
 from multi_token.data.files.open import load_rows, media_root
-from multi_token.data.files.unpack import open_root
 from multi_token.data.presets import (
     Reading,
     choose_format,
@@ -122,7 +122,7 @@ def media_fetch(source: DataSource) -> Fetch:
     """Return the reader of a source's media. Raises MultiTokenError."""
     if source.root is None:
         return Fetch(root=media_root(source.rows))
-    return Fetch(root=open_root(source.root), inside_root=True)
+    return Fetch(root=media_root_of(source.root), inside_root=True)
 
 
 def first_rows(read: Callable[[int], Row], num_rows: int = _NUM_LOOKED_AT) -> list[Row]:

@@ -16,7 +16,6 @@ from multi_token.data.files.hub import stream_hub
 from multi_token.data.files.open import (
     check_no_split,
     load_rows,
-    media_root,
     open_file,
     resolve_files,
 )
@@ -50,9 +49,6 @@ class NumberedRow:
 
 class RowStream(Protocol):
     """Protocol: rows of one source by number, from 0 without end."""
-
-    root: str | None
-    """Folder to which media paths are relative; None: the current one."""
 
     @property
     def num_lanes(self) -> int:
@@ -98,17 +94,16 @@ def open_stream(
     files = resolve_files(source)
     if files is not None:
         check_no_split(source, split)
-        root = media_root(source)
         open_rows: Callable[[Path], Sequence[Row]] = open_file
         if choose is not None:
             open_rows = partial(choose.of_file, open_rows)
-        return ShardedRows(source, files, root=root, seed=seed, number=number, open_rows=open_rows)
+        return ShardedRows(source, files, seed=seed, number=number, open_rows=open_rows)
     path = Path(source).expanduser()
     if path.is_dir():
         open_rows = partial(_folder, split=split)
         if choose is not None:
             open_rows = partial(choose.of_file, open_rows)
-        return ShardedRows(source, [path], root=media_root(source), open_rows=open_rows)
+        return ShardedRows(source, [path], open_rows=open_rows)
     return LanedRows(source, partial(stream_hub, source, split=split), keep=keep, choose=choose)
 
 
@@ -140,7 +135,6 @@ class AdaptedStream:
 
     def __init__(self, stream: RowStream, adapter: RowAdapter) -> None:
         self.stream, self.adapter = stream, adapter
-        self.root = stream.root
 
     @property
     def num_lanes(self) -> int:
@@ -173,12 +167,10 @@ class ShardedRows:
         *,
         seed: int = 0,
         number: int = 0,
-        root: str | None = None,
         open_rows: Callable[[Path], Sequence[Row]] = open_file,
     ) -> None:
         self.source = source
         self.files = list(files)
-        self.root = root
         self.seed = seed
         self.number = number
         self._open = open_rows
@@ -250,8 +242,6 @@ class LanedRows:
     Lane i of n has the files i, i + n, i + 2 n, ... A reader that needs rows of some lanes fetches
     the files of those alone. Each lane begins again at its own end.
     """
-
-    root: str | None = None
 
     def __init__(
         self,
@@ -327,7 +317,6 @@ class SequentialRows:
     The last `keep` rows are kept; a row before those restarts the source.
     """
 
-    root: str | None = None
     num_lanes = 1
 
     def __init__(self, source: str, open_rows: Callable[[], Iterable[Row]], *, keep: int) -> None:

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.utils.data import ConcatDataset
 
@@ -52,6 +54,10 @@ class TrainingSource:
     """Number of media items of each good row."""
     num_rejected: Sequence[int] = ()
     """Number of tokens of each good row with its rejected answer; 0 where it has none."""
+    modalities: Sequence[int] = ()
+    """Modalities that each good row has an item of (`ScanReport`); empty if it is not known."""
+    references: NDArray[np.uint8] | None = None
+    """With `packing.share`, uint8 [rows, 32] of the good rows (`ScanReport`)."""
     headers: bool = False
     """True if `data.lengths: headers` applies to these rows."""
 
@@ -86,11 +92,21 @@ class TrainingSource:
             except RowError:
                 continue
 
-    def items(self) -> Iterator[tuple[Media, MultiTokenProcessor]]:
-        """Yield the media items of these conversations, one by one."""
-        for conversation, processor in self.conversations():
-            for item in conversation.media:
-                yield item, processor
+    def rows_with(self, names: Collection[str]) -> NDArray[np.int64]:
+        """Return the numbers of the rows that may have an item of these modalities."""
+        if not self.modalities:
+            return np.arange(self.num_rows)
+        bits = sum(1 << i for i, name in enumerate(self.processor.modalities) if name in names)
+        return np.flatnonzero(np.array(self.modalities, np.int64) & bits)
+
+    def items(self, name: str) -> Iterator[tuple[Media, MultiTokenProcessor]]:
+        """Yield the media items of one modality, one by one; no other row is read."""
+        for number in self.rows_with([name]).tolist():
+            try:
+                conversation, processor = self.conversation(number)
+            except RowError:
+                continue
+            yield from ((item, processor) for item in conversation.media if item.modality == name)
 
     def with_processor(self, **fields: Any) -> TrainingSource:
         """Return the same rows with other fields of the processor, such as `cache`."""
@@ -230,6 +246,8 @@ def good_rows(
             lengths=r.lengths.column("num_tokens"),
             num_items=r.lengths.column("num_items"),
             num_rejected=r.lengths.column("num_rejected"),
+            modalities=r.modalities,
+            references=r.reference_table if _shares(recipe) else None,
         )
         for source, r in zip(sources, reports, strict=True)
     ]
@@ -318,7 +336,9 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         )
     # a copy of a tokenizer may take 100 MB, which would be made by each worker
     processor.chat.build_slot_tokenizer()
-    look = partial(scan, source.rows, read, source=source.name, known=known)
+    look = partial(
+        scan, source.rows, read, source=source.name, known=known, references=_shares(recipe)
+    )
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED_MEDIA))))
         found = [some.good_indices, [(n.num_tokens, n.num_media) for n in some.lengths]]
@@ -332,6 +352,10 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         num_workers=num_readers(recipe, num_rows // num_shares),
     )
     return merge_reports(all_gather(mine))
+
+
+def _shares(recipe: Recipe) -> bool:
+    return recipe.train.packing is not None and recipe.train.packing.share
 
 
 def num_readers(recipe: Recipe, num_rows: int) -> int:

@@ -128,7 +128,7 @@ class VideoModality(PretrainedModality):
         |-----------------------------------------|-----------------------------------------|
         | path, URL, data URI, bytes              | a video file                            |
         | array uint8 [frames, height, width, 3]  | RGB frames                              |
-        | list of images, or of their paths       | one frame each                          |
+        | list of images, paths or PDF pages      | one frame each                          |
         | `{"path": ..., "start": 2, "end": 5.5}` | seconds 2 to 5.5; also `bytes`, `array` |
         | `{"array": ..., "fps": 25}`             | frames with times                       |
         | a decoder of torchcodec                 | the file that it reads, or its frames   |
@@ -362,7 +362,8 @@ def _check_array(array: np.ndarray, max_pixels: int) -> None:
 
 def _check_images(sources: Sequence[Any]) -> None:
     for place, source in enumerate(sources):
-        if not isinstance(source, (str, bytes, PathLike, Image.Image)):
+        # A mapping is a page of a PDF.
+        if not isinstance(source, (str, bytes, PathLike, Image.Image, Mapping)):
             raise undecodable(
                 "expected images or their paths in the list of frames of a video, got "
                 f"{shorten(repr(source))} at place {place}"

@@ -54,8 +54,8 @@ class DataSource(StrictModel):
     slots: dict[str, str] = Field(default_factory=dict)
     """Spelling of a slot in these rows -> modality, such as `{"<image>": video}`."""
     root: str | None = None
-    """Folder where relative media paths start, and which none may leave; default: the folder of the
-    rows."""
+    """Folder or archive (.zip, .tar) where relative media paths start, and which none may leave;
+    default: the folder of the rows."""
     where: str | None = None
     """Jinja expression over the columns: rows for which it does not hold are not of the source."""
     question: list[str] = Field(default_factory=list)

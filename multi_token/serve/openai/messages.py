@@ -38,6 +38,8 @@ from multi_token.serve.openai.protocol import (
 from multi_token.types import Conversation, Media, Message, Part, Role, Sample, Text
 
 _WEB_SCHEME = re.compile(r"https?://", re.IGNORECASE)
+_SOURCE_KEYS = frozenset({"path", "bytes", "array", "text", "url"})
+"""Keys of an item that are its source, which `options` of a part must not replace."""
 MAX_PARTS = 1024
 """Content parts of a request."""
 MAX_CHARACTERS = 1_000_000
@@ -209,10 +211,28 @@ class MessageParser:
         if (part.data is None) == (part.url is None):
             raise invalid_field("a media part needs either data or url", where, code=None)
         if part.url is not None:
-            return Media(part.modality, self._resolve_source(part.url, f"{where}.url"))
-        if part.format == "text" and isinstance(part.data, str):
-            return Media(part.modality, part.data.encode())
-        return Media(part.modality, self._source_of_data(part.data, f"{where}.data"))
+            source = self._resolve_source(part.url, f"{where}.url")
+        elif part.format == "text" and isinstance(part.data, str):
+            source = part.data.encode()
+        else:
+            source = self._source_of_data(part.data, f"{where}.data")
+        if not part.options:
+            return Media(part.modality, source)
+        own = _SOURCE_KEYS & part.options.keys()
+        if own:
+            raise invalid_field(
+                f"{where}.options names the source in {sorted(own)[0]!r}; send it as data or url",
+                f"{where}.options",
+            )
+        # Whole numbers arrive as floats: a page is counted.
+        options = {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in part.options.items()
+        }
+        key = (
+            "path" if isinstance(source, str) else "bytes" if isinstance(source, bytes) else "array"
+        )
+        return Media(part.modality, {key: source, **options})
 
     def _parse_legacy_part(self, part: Part) -> Part:
         if isinstance(part, Text):
