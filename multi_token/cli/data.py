@@ -195,7 +195,7 @@ def show(
     elif conversation.rejected is not None:
         console.print("\nThis is the chosen answer; only stages with `dpo` read the rejected one.")
     if sample.media_spans:
-        console.print(_media_table(conversation, [span.length for span in sample.media_spans]))
+        console.print(_media_table(conversation, [span.num_embeds for span in sample.media_spans]))
 
 
 @data_app.command()
@@ -444,7 +444,11 @@ def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Tex
 
     ids: list[int] = sample.input_ids.tolist()
     supervised: list[bool] = (sample.labels != IGNORE_INDEX).tolist()
-    starts = {span.start: span for span in sample.media_spans}
+    starts = {
+        span.start + at: (span.modality, length)
+        for span in sample.media_spans
+        for at, length in span.pieces or ((0, span.length),)
+    }
     opening, closing = ("⟦", "⟧") if marks else ("", "")
     text = Text.assemble(
         ("prompt", PROMPT_STYLE),
@@ -457,9 +461,10 @@ def render_sample(sample: Sample, tokenizer: Any, *, marks: bool = False) -> Tex
     position = 0
     while position < len(ids):
         if span := starts.get(position):
-            text.append(f"[{span.modality} x {span.length}]", style=MEDIA_STYLE)
+            modality, length = span
+            text.append(f"[{modality} x {length}]", style=MEDIA_STYLE)
             # a span of no tokens still must not loop for ever
-            position += max(span.length, 1)
+            position += max(length, 1)
             continue
         end = position + 1
         while end < len(ids) and end not in starts and supervised[end] == supervised[position]:

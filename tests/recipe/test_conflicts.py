@@ -51,6 +51,7 @@ EXAMPLES: list[tuple[list[str], str, str]] = [
     (["train.packing=true"], SORTED, "is 'group_by_length', but `train.packing`"),
     ([], "train.pack_tokens=64", "`pack_tokens` needs `packing: true`"),
     ([], "train.pack_items=4", "`pack_items` needs `packing: true`"),
+    (["train.packing={share: true}"], 'model.modalities.image.facts="{width} "', "text that only"),
     (["train.fsdp=true"], "model.quantization=4bit", r"quantization \(4bit\) stores integers"),
     (["train.fsdp=true"], "train.stages.0.args.fsdp=true", "keep `train.fsdp`"),
     (["train.fsdp=true"], "train.args.deepspeed=zero.json", "`deepspeed` of `args`"),
