@@ -21,13 +21,11 @@ from multi_token.data.dataset import ConversationDataset, RowReader
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
-from multi_token.data.parallel import progress_bar, spread_rows
 from multi_token.data.row_source import open_rows, show_note
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import ScanReport, merge_reports, scan
 from multi_token.distributed import (
     all_gather,
-    broadcast_from_main,
     check_same_values,
     num_processes,
     rank,
@@ -129,12 +127,10 @@ def sources_of_stage(
     return [sources[every.index(source)] for source in stage.data or recipe.data.train]
 
 
-def check_stage_data(
-    recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource], console: Console
-) -> None:
+def check_stage_data(recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource]) -> None:
     """Raise RecipeError if the `data` of a stage lack a modality that the stage trains.
 
-    `sources`: those of the stage. Collective.
+    `sources`: those of the stage, scanned.
     """
     learn = stage.learn
     trained = [
@@ -142,7 +138,7 @@ def check_stage_data(
         for name in recipe.model.modalities
         if learn.projector(name) is not None or name in learn.encoders
     ]
-    lacking = broadcast_from_main(lambda: _lacking(trained, sources, console))
+    lacking = [n for n in trained if not any(len(source.rows_with([n])) for source in sources)]
     if lacking:
         rest = [name for name in trained if name not in lacking]
         fix = f"train others alone (`projectors: {{{rest[0]}: ...}}`)" if rest else "leave it out"
@@ -151,24 +147,6 @@ def check_stage_data(
             f"({', '.join(source.name for source in sources)}) has an item of it; add such rows, "
             f"or {fix}"
         )
-
-
-def _lacking(
-    names: Collection[str], sources: Sequence[TrainingSource], console: Console
-) -> list[str]:
-    """Return the names that no good row has an item of; ends as soon as each was found."""
-    waiting = set(names)
-    for source in sources:
-        with progress_bar(console, "Looking for items", source.num_rows) as advance:
-            # evenly spread: rows of a file are often sorted by what they hold
-            for start in range(0, 2 * source.num_rows, _NUM_COMPARED_ROWS):
-                numbers = spread_rows(source.num_rows, start, start + _NUM_COMPARED_ROWS)
-                for number in numbers.tolist():
-                    if not waiting:
-                        return []
-                    waiting -= {item.modality for item in source.conversation(number)[0].media}
-                    advance(1)
-    return [name for name in names if name in waiting]
 
 
 def open_source(

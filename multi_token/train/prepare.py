@@ -276,7 +276,7 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     for stage in spec.stages:
         if stage.data:
             own = sources_of_stage(recipe, stage, sources)
-            check_stage_data(recipe, stage, own, console)
+            check_stage_data(recipe, stage, own)
     held_out = _held_out(model, recipe, cache, console)
     print_fn = partial(console.print, highlight=False, soft_wrap=True)
     report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
