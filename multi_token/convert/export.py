@@ -149,6 +149,8 @@ def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any])
                 "type": modality.type,
                 "placeholder": part_placeholder(name),
                 "num_tokens": _num_tokens(modality),
+                # text that the engine's client writes before an item, or before its parts
+                **({"facts": modality.facts} if modality.facts is not None else {}),
                 "projector": {"file": PROJECTORS, "prefix": f"{name}."},
             }
             for name, modality in model.modalities.items()

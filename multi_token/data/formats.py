@@ -189,7 +189,10 @@ class _RowParser:
         found = [key for key in ("messages", "conversations") if self.row.get(key) is not None]
         if not found:
             fields = ", ".join(map(str, self.row)) or "none"
-            raise self.error(f"no messages; its fields are {fields}; {self.shapes()}")
+            raise self.error(
+                f"no messages; its fields are {fields}; {self.shapes()}; or say how the source's "
+                "columns are read, with `turns`, `media` or `format` (docs/rows.md)"
+            )
         if len(found) == 2:
             raise self.error("both `messages` and `conversations` are given; leave one of them out")
         key = found[0]
@@ -284,6 +287,8 @@ class _RowParser:
         )
 
     def _parts_of_text(self, content: str, slot: re.Pattern[str]) -> tuple[Part, ...]:
+        if "<" not in content:  # most texts have no slot
+            return (Text(content),) if content else ()
         parts: list[Part] = []
         # split with a group gives text, name, text, name, ..., text
         for i, piece in enumerate(slot.split(content)):

@@ -161,6 +161,13 @@ class LengthStore:
         # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
         return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
 
+    def first_item_of(self, conversation: Conversation) -> str:
+        """Digest of modality and source of the first item of a row with a key; "" for no item."""
+        for item in conversation.media[:1]:
+            stamp = json.dumps(self._source_stamp(item.source)).encode()
+            return digest(item.modality.encode(), stamp)
+        return ""
+
     def _turns(self, conversation: Conversation) -> list[Any]:
         turns: list[Any] = [
             [message.role, [self._part(part) for part in message.parts]]

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.utils.data import ConcatDataset
 
@@ -31,7 +33,7 @@ from multi_token.distributed import (
 from multi_token.errors import RecipeError, RowError
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import DataSource
+from multi_token.recipe.train import DataSource, Stage
 from multi_token.types import Conversation, Media
 
 
@@ -50,6 +52,10 @@ class TrainingSource:
     """Number of media items of each good row."""
     num_rejected: Sequence[int] = ()
     """Number of tokens of each good row with its rejected answer; 0 where it has none."""
+    modalities: Sequence[int] = ()
+    """Modalities that each good row has an item of (`ScanReport`); empty if it is not known."""
+    references: NDArray[np.uint8] | None = None
+    """With `packing.share`, uint8 [rows, 32] of the good rows (`ScanReport`)."""
     headers: bool = False
     """True if `data.lengths: headers` applies to these rows."""
 
@@ -84,15 +90,63 @@ class TrainingSource:
             except RowError:
                 continue
 
-    def items(self) -> Iterator[tuple[Media, MultiTokenProcessor]]:
-        """Yield the media items of these conversations, one by one."""
-        for conversation, processor in self.conversations():
-            for item in conversation.media:
-                yield item, processor
+    def rows_with(self, names: Collection[str]) -> NDArray[np.int64]:
+        """Return the numbers of the rows that may have an item of these modalities."""
+        if not self.modalities:
+            return np.arange(self.num_rows)
+        bits = sum(1 << i for i, name in enumerate(self.processor.modalities) if name in names)
+        return np.flatnonzero(np.array(self.modalities, np.int64) & bits)
+
+    def items(self, name: str) -> Iterator[tuple[Media, MultiTokenProcessor]]:
+        """Yield the media items of one modality, one by one; no other row is read."""
+        for number in self.rows_with([name]).tolist():
+            try:
+                conversation, processor = self.conversation(number)
+            except RowError:
+                continue
+            yield from ((item, processor) for item in conversation.media if item.modality == name)
 
     def with_processor(self, **fields: Any) -> TrainingSource:
         """Return the same rows with other fields of the processor, such as `cache`."""
         return replace(self, processor=replace(self.processor, **fields))
+
+
+def training_sources(recipe: Recipe) -> list[DataSource]:
+    """Return the different sources of all stages: `data.train`, and those of `stages[].data`."""
+    found: list[DataSource] = []
+    for stage in recipe.train.stages:
+        found += [s for s in stage.data or recipe.data.train if s not in found]
+    return found
+
+
+def sources_of_stage(
+    recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource]
+) -> list[TrainingSource]:
+    """Return the sources of a stage, of those that `training_sources` lists."""
+    every = training_sources(recipe)
+    return [sources[every.index(source)] for source in stage.data or recipe.data.train]
+
+
+def check_stage_data(recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource]) -> None:
+    """Raise RecipeError if the `data` of a stage lack a modality that the stage trains.
+
+    `sources`: those of the stage, scanned.
+    """
+    learn = stage.learn
+    trained = [
+        name
+        for name in recipe.model.modalities
+        if learn.projector(name) is not None or name in learn.encoders
+    ]
+    lacking = [n for n in trained if not any(len(source.rows_with([n])) for source in sources)]
+    if lacking:
+        rest = [name for name in trained if name not in lacking]
+        fix = f"train others alone (`projectors: {{{rest[0]}: ...}}`)" if rest else "leave it out"
+        raise RecipeError(
+            f"stage {stage.name!r} trains {', '.join(lacking)}, but no row of its `data` "
+            f"({', '.join(source.name for source in sources)}) has an item of it; add such rows, "
+            f"or {fix}"
+        )
 
 
 def open_source(
@@ -107,11 +161,19 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
-    opened = open_rows(source, processor.modalities, seed=recipe.train.seed)
+    opened = open_rows(
+        source,
+        processor.modalities,
+        seed=recipe.train.seed,
+        run=recipe.train.output_dir,
+        num_readers=partial(num_readers, recipe),
+    )
     show_note(opened.note)
     # media paths are relative to the folder of the rows, which differs between sources
     processor = replace(processor, fetch=opened.fetch, cache=cache)
-    headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
+    headers = recipe.data.lengths == "headers" and any(
+        s is source for s in training_sources(recipe)
+    )
     return TrainingSource(opened.rows, processor, source.rows, headers=headers)
 
 
@@ -162,6 +224,8 @@ def good_rows(
             lengths=r.lengths.column("num_tokens"),
             num_items=r.lengths.column("num_items"),
             num_rejected=r.lengths.column("num_rejected"),
+            modalities=r.modalities,
+            references=r.reference_table if _shares(recipe) else None,
         )
         for source, r in zip(sources, reports, strict=True)
     ]
@@ -250,7 +314,9 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         )
     # a copy of a tokenizer may take 100 MB, which would be made by each worker
     processor.chat.build_slot_tokenizer()
-    look = partial(scan, source.rows, read, source=source.name, known=known)
+    look = partial(
+        scan, source.rows, read, source=source.name, known=known, references=_shares(recipe)
+    )
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED_MEDIA))))
         found = [some.good_indices, [(n.num_tokens, n.num_media) for n in some.lengths]]
@@ -264,6 +330,10 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         num_workers=num_readers(recipe, num_rows // num_shares),
     )
     return merge_reports(all_gather(mine))
+
+
+def _shares(recipe: Recipe) -> bool:
+    return recipe.train.packing is not None and recipe.train.packing.share
 
 
 def num_readers(recipe: Recipe, num_rows: int) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.scores import RowScores, score_rows
+from multi_token.modalities.facts import joined, with_texts
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector, mask_without_newlines
@@ -199,12 +200,9 @@ class MediaShuffle:
             else:
                 media.append(processor.prepare(item))
         # Tokenized again: another row's item may have another number of embeddings.
-        num_tokens = [
-            processor.modalities[item.modality].num_tokens(prepared.num_features)
-            for item, prepared in zip(conversation.media, media, strict=True)
-        ]
-        sample = processor.chat.tokenize(conversation, num_tokens)
-        sample.media = media
+        runs = processor.runs(conversation, media)
+        sample = processor.chat.tokenize(*with_texts(conversation, runs))
+        sample.media, sample.media_spans = media, joined(sample.media_spans, runs)
         return sample
 
     def _items(self, index: int, modality_names: Collection[str]) -> list[tuple[str, int]]:
