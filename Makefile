@@ -72,6 +72,7 @@ fix: $(STAMP) ## Put in order what a machine can: form, imports, the tree and ta
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/python docs/tree.py
 	@$(BIN)/python docs/conflicts.py
+	@$(BIN)/python docs/facts.py
 	@$(BIN)/python docs/recipes.py
 	@$(BIN)/python docs/chat_templates.py
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/language_models.py

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from multi_token.registry import register_modality, register_projector
     from multi_token.train.plan.run_plan import plan_run as plan
     from multi_token.train.run import train
-    from multi_token.types import Conversation, Features, Media, Message, Prepared, Text
+    from multi_token.types import Conversation, Fact, Features, Media, Message, Prepared, Text
 
 _HOMES = {
     "AnyProjector": "multi_token.modalities.base:AnyProjector",
@@ -57,6 +57,7 @@ _HOMES = {
     "Encoder": "multi_token.modalities.base:Encoder",
     "EvaluateRows": "multi_token.ray_data:EvaluateRows",
     "Expand": "multi_token.projectors.kinds:Expand",
+    "Fact": "multi_token.types:Fact",
     "Features": "multi_token.types:Features",
     "Fetch": "multi_token.media.fetch:Fetch",
     "FileKind": "multi_token.media.sniff:FileKind",
@@ -108,6 +109,7 @@ __all__ = [
     "Encoder",
     "EvaluateRows",
     "Expand",
+    "Fact",
     "Features",
     "Fetch",
     "FileKind",

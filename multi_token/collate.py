@@ -148,9 +148,8 @@ class Collator:
         items: dict[str, list[Prepared]] = {}
         positions: dict[str, list[Tensor]] = {}
         for span, item, begin in placed:
-            first = begin + span.start
             items.setdefault(span.modality, []).append(item)
-            positions.setdefault(span.modality, []).append(torch.arange(first, first + span.length))
+            positions.setdefault(span.modality, []).append(span.positions(begin))
         return {
             name: MediaBatch(
                 inputs=self.inputs(name, items[name]), positions=torch.cat(positions[name])
@@ -203,8 +202,8 @@ class _PackSegment:
 class _Prefix:
     """Part of a sample that another sample may share, in units that are not cut.
 
-    `units`: a token id, or (modality, item number, length) of a media span. `ends`: tokens up to
-    the end of each unit.
+    `units`: a token id, or (modality, item number, length, text between) of a media span. `ends`:
+    tokens up to the end of each unit.
     """
 
     sample: Sample
@@ -251,7 +250,9 @@ def _prefix(sample: Sample, numbers: _ItemNumbers) -> _Prefix:
         units += ids[at : span.start]
         ends += range(at + 1, span.start + 1)
         at = span.start + span.length
-        units.append((span.modality, numbers.number(span.modality, item), span.length))
+        unit = (span.modality, numbers.number(span.modality, item), span.length)
+        # the text between the pieces of an item may differ where its content does not
+        units.append((*unit, span.pieces, *ids[span.start : at]) if span.pieces else unit)
         ends.append(at)
     return _Prefix(sample, [*units, *ids[at:stop]], [*ends, *range(at + 1, stop + 1)])
 

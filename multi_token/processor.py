@@ -16,9 +16,11 @@ from multi_token.errors import ChatTemplateError, MediaError, RowError
 from multi_token.hub import DEFAULT_HUB, HubOptions, hub_options
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Modality
+from multi_token.modalities.facts import Run, facts_in_answers, joined, with_texts
 from multi_token.types import (
     IGNORE_INDEX,
     Conversation,
+    Fact,
     Length,
     Media,
     Message,
@@ -41,11 +43,15 @@ _MAX_SEEN = 1 << 16
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation with its prepared media, ready to be tokenized."""
+    """A conversation with its prepared media and their facts, ready to be tokenized.
+
+    `num_tokens`: media embeddings of each run of each item.
+    """
 
     conversation: Conversation
     rejected: Conversation | None
     media: list[Prepared]
+    runs: list[list[Run]]
     num_tokens: list[int]
     train_on_turns: TrainOnTurns | None
 
@@ -103,10 +109,10 @@ class MultiTokenProcessor:
     """Options of downloads: encoders' own processors are read with the first item."""
     row_id: str = ""
     """Row named by errors about single items, if the call names none."""
-    _seen: dict[tuple[str, str], int] = field(
+    _seen: dict[tuple[str, str], tuple[int, tuple[Fact, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """Modality and source -> number of features, with `once`."""
+    """Modality and source -> number of features and facts, with `once`."""
 
     @property
     def tokenizer(self) -> Any:
@@ -138,7 +144,7 @@ class MultiTokenProcessor:
         key = (item.modality, item.source)
         is_name = self.once and isinstance(item.source, str) and len(item.source) <= _MAX_NAME
         if is_name and key in self._seen:
-            return Prepared({}, self._seen[key])
+            return Prepared({}, *self._seen[key])
         try:
             with hub_options(self.hub):
                 found = self._prepare(item, modality)
@@ -147,7 +153,7 @@ class MultiTokenProcessor:
         if is_name:
             if len(self._seen) >= _MAX_SEEN:
                 self._seen.clear()
-            self._seen[key] = found.num_features
+            self._seen[key] = found.num_features, found.facts
         return found
 
     def _prepare(self, item: Media, modality: Modality) -> Prepared:
@@ -157,9 +163,9 @@ class MultiTokenProcessor:
             if cached is not None:
                 return cached
         elif self.lengths_only:
-            num_features = modality.num_features_from_header(item.source, self.fetch)
-            if num_features is not None:
-                return Prepared({}, num_features)
+            known = modality.prepared_from_header(item.source, self.fetch)
+            if known is not None:
+                return known
         return modality.prepare(modality.load(item.source, self.fetch))
 
     def __call__(self, conversation: Conversation, *, prompt_only: bool = False) -> Sample:
@@ -258,11 +264,32 @@ class MultiTokenProcessor:
                 row_id=row_id,
             )
         media = [self.prepare(item, row_id=row_id) for item in conversation.media]
-        num_tokens = [
-            self.modalities[item.modality].num_tokens(prepared.num_features)
-            for item, prepared in zip(conversation.media, media, strict=True)
-        ]
-        return _Row(conversation, rejected, media, num_tokens, last)
+        runs = self.runs(conversation, media)
+        if not prompt_only and (name := facts_in_answers(conversation, runs)):
+            raise RowError(
+                f"has an item of {name!r} in an assistant turn, where the text of its `facts` "
+                "would be supervised; move it to a user turn, or leave `facts` out",
+                kind="format",
+                row_id=row_id,
+            )
+        conversation, num_tokens = with_texts(conversation, runs)
+        rejected = None if rejected is None else with_texts(rejected, runs)[0]
+        return _Row(conversation, rejected, media, runs, num_tokens, last)
+
+    def runs(self, conversation: Conversation, media: Sequence[Prepared]) -> list[list[Run]]:
+        """Return the media embeddings of each item in runs, with the texts of facts.
+
+        Raises RowError for an item without a fact that its modality writes.
+        """
+        found = []
+        for item, prepared in zip(conversation.media, media, strict=True):
+            try:
+                found.append(self.modalities[item.modality].runs(prepared))
+            except MediaError as error:
+                raise RowError(
+                    f"{item.modality}: {error}", kind=error.kind, row_id=conversation.id
+                ) from error
+        return found
 
     def _finish(
         self,
@@ -277,9 +304,10 @@ class MultiTokenProcessor:
             if isinstance(tokenized, ChatTemplateError):
                 return _chat_error(row, tokenized)
         assert isinstance(sample, Sample) and not isinstance(rejected, ChatTemplateError)
-        sample.media, sample.rejected = row.media, rejected
-        if rejected is not None:
-            rejected.media = row.media
+        for tokenized in filter(None, (sample, rejected)):
+            tokenized.media = row.media
+            tokenized.media_spans = joined(tokenized.media_spans, row.runs)
+        sample.rejected = rejected
         # Both answers of a pair go through the model, so the longer one counts.
         error = self._too_long(
             row, max(len(s.input_ids) for s in (sample, rejected) if s is not None)

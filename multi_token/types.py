@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
+import torch
 from torch import Tensor
 from typing_extensions import NotRequired
 
@@ -82,6 +84,19 @@ class Conversation:
         return tuple(p for m in self.messages for p in m.parts if isinstance(p, Media))
 
 
+@dataclass(frozen=True)
+class Fact:
+    """Numbers and names of an item that can be written as text (`Modality.facts`).
+
+    Args:
+        values: Name -> value, as the decoder used it; None where the item does not have it.
+        at: Number of the item's features before the text.
+    """
+
+    values: Mapping[str, float | str | None]
+    at: int = 0
+
+
 @dataclass
 class Prepared:
     """One media item as tensors, the result of `Modality.prepare`.
@@ -89,19 +104,41 @@ class Prepared:
     Attributes:
         inputs: Keyword arguments of the encoder, without a batch axis.
         num_features: Number of feature vectors that the encoder returns for the item.
+        facts: Its facts, in the order of its features.
     """
 
     inputs: dict[str, Tensor]
     num_features: int
+    facts: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Span of one item's tokens in a sample: `input_ids[start : start + length]`."""
+    """Span of one item in a sample: `input_ids[start : start + length]`.
+
+    Attributes:
+        modality: Instance name.
+        start: First position.
+        length: Positions up to the end of the item.
+        pieces: (offset, length) of each run of media embeddings, with text between the runs; `()`
+            if the span is one run.
+    """
 
     modality: str
     start: int
     length: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_embeds(self) -> int:
+        """Number of media embeddings."""
+        return sum(length for _, length in self.pieces) if self.pieces else self.length
+
+    def positions(self, begin: int = 0) -> Tensor:
+        """Positions of the media embeddings, int64 [num_embeds]; `begin`: start of the sample."""
+        first = begin + self.start
+        runs = [torch.arange(first + at, first + at + n) for at, n in self.pieces]
+        return torch.cat(runs) if runs else torch.arange(first, first + self.length)
 
 
 @dataclass
@@ -144,7 +181,7 @@ class Length(NamedTuple):
         return cls(
             num_tokens=int(sample.input_ids.numel()),
             num_supervised=int((sample.labels != IGNORE_INDEX).sum()),
-            num_media=sum(span.length for span in sample.media_spans),
+            num_media=sum(span.num_embeds for span in sample.media_spans),
             num_items=len(sample.media_spans),
             num_rejected=0 if sample.rejected is None else int(sample.rejected.input_ids.numel()),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -55,6 +56,17 @@ def test_a_page_has_a_recipe_for_real_models_and_one_to_try(name: str) -> None:
         assert name in types, f"{name}.md: no recipe with type {name}"
     (recipe,) = blocks(trial, "yaml")
     assert parse_recipe(recipe).train.output_dir == f"runs/{name}"
+
+
+def test_the_facts_in_the_pages_are_those_of_the_modalities() -> None:
+    path = PAGES_FOLDER.parent / "facts.py"
+    spec = importlib.util.spec_from_file_location("facts_page", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for page, text in module.pages().items():
+        shown = page.read_text(encoding="utf-8")
+        assert module.rendered(shown, text) == shown, f"{page.name} is old: run `make fix`"
 
 
 def test_the_numbers_of_tokens_of_images_are_those_of_the_projectors() -> None:

@@ -88,6 +88,7 @@ def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> 
     chat = model.require_processor().chat
     tokenizer = chat.tokenizer
     question = [{"role": "user", "content": "What is this?"}]
+    tokenizer.chat_template = chat.template  # the recipe's, with its values of variables
     plain = _render(tokenizer, question)
     tokenizer.chat_template = accept_content_parts(chat.template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
@@ -149,6 +150,8 @@ def _manifest(model: MultiTokenForConditionalGeneration, golden: dict[str, Any])
                 "type": modality.type,
                 "placeholder": part_placeholder(name),
                 "num_tokens": _num_tokens(modality),
+                # text that the engine's client writes before an item, or before its parts
+                **({"facts": modality.facts} if modality.facts is not None else {}),
                 "projector": {"file": PROJECTORS, "prefix": f"{name}."},
             }
             for name, modality in model.modalities.items()

@@ -87,6 +87,8 @@ def _exportable_modality(model: MultiTokenForConditionalGeneration) -> str:
         )
     if modality.features not in ("patches", "all"):
         faults.append(f"it takes `features: {modality.features}`, LLaVA patches")
+    if modality.facts is not None:
+        faults.append(f"it writes facts ({modality.facts!r}) before images, LLaVA no text")
     if faults:
         raise ConvertError(f"this run does not have LLaVA's shape: {'; '.join(faults)}")
     return name

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.evaluate.scores import RowScores, score_rows
+from multi_token.modalities.facts import joined, with_texts
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector, mask_without_newlines
@@ -197,14 +198,11 @@ class MediaShuffle:
                 donor, donor_processor = self.rows[row]
                 media.append(donor_processor.prepare(donor.media[donated], row_id=donor.id))
             else:
-                media.append(processor.prepare(item))
+                media.append(processor.prepare(item, row_id=conversation.id))
         # Tokenized again: another row's item may have another number of embeddings.
-        num_tokens = [
-            processor.modalities[item.modality].num_tokens(prepared.num_features)
-            for item, prepared in zip(conversation.media, media, strict=True)
-        ]
-        sample = processor.chat.tokenize(conversation, num_tokens)
-        sample.media = media
+        runs = processor.runs(conversation, media)
+        sample = processor.chat.tokenize(*with_texts(conversation, runs))
+        sample.media, sample.media_spans = media, joined(sample.media_spans, runs)
         return sample
 
     def _items(self, index: int, modality_names: Collection[str]) -> list[tuple[str, int]]:
@@ -217,7 +215,12 @@ class MediaShuffle:
         if (index, item_index) not in self._digests:
             conversation, processor = self.rows[index]
             item = conversation.media[item_index]
-            content = processor.modalities[item.modality].content(item.source, processor.fetch)
+            try:
+                content = processor.modalities[item.modality].content(item.source, processor.fetch)
+            except MediaError as error:
+                raise RowError(
+                    f"{item.modality}: {error}", kind=error.kind, row_id=conversation.id
+                ) from error
             self._digests[index, item_index] = hashlib.sha256(content).digest()
         return self._digests[index, item_index]
 

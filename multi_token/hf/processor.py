@@ -22,6 +22,7 @@ from multi_token.errors import MultiTokenError, RowError
 from multi_token.hf.inputs import TOKEN_TYPES, to_flat
 from multi_token.hub import HubOptions, hub_options
 from multi_token.media.fetch import Fetch
+from multi_token.modalities.facts import joined, with_texts
 from multi_token.processor import MultiTokenProcessor, processor_of
 from multi_token.types import IGNORE_INDEX, Batch, Conversation, Sample
 
@@ -196,12 +197,9 @@ class ChatProcessor(ProcessorMixin):
             row["messages"] = [{"role": "user", "content": one or ""}]
             conversation = to_conversation(row, list(self.run.modalities), row_id=f"[{i}]")
             prepared = [self.run.prepare(item, row_id=f"[{i}]") for item in conversation.media]
-            num_tokens = [
-                self.run.modalities[item.modality].num_tokens(one.num_features)
-                for item, one in zip(conversation.media, prepared, strict=True)
-            ]
-            sample = self.run.chat.tokenize_rendered(conversation, num_tokens)
-            sample.media = prepared
+            runs = self.run.runs(conversation, prepared)
+            sample = self.run.chat.tokenize_rendered(*with_texts(conversation, runs))
+            sample.media, sample.media_spans = prepared, joined(sample.media_spans, runs)
             samples.append(sample)
         return self._batch(samples, padding_side, return_tensors)
 

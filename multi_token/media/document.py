@@ -49,6 +49,17 @@ _BORDERS = (
 )
 
 
+class PdfText(str):
+    """The text of a PDF, and its number of pages."""
+
+    num_pages: int
+
+    def __new__(cls, text: str, num_pages: int) -> PdfText:
+        made = super().__new__(cls, text)
+        made.num_pages = num_pages
+        return made
+
+
 def read_document(
     data: bytes,
     *,
@@ -250,7 +261,7 @@ def _text_of_pdf(data: bytes, label: str, max_pages: int, max_characters: int) -
             "probably scanned images; run text recognition (OCR) on it first "
             "(ocrmypdf IN.pdf OUT.pdf)"
         )
-    return "\n".join(pages)
+    return PdfText("\n".join(pages), num_pages)
 
 
 def _texts(reader: Any) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
+
+from PIL import Image
 
 from multi_token.errors import MediaError
 from multi_token.media.errors import undecodable
@@ -15,6 +17,19 @@ TIME_SLACK_S = Fraction(1)
 """Seconds by which an `end` may lie after the last frame: annotations round up."""
 
 Frame = TypeVar("Frame")
+
+
+class Frames(list[Image.Image]):
+    """Frames that were taken of a video.
+
+    Attributes:
+        times: Second at which each is shown, counted from the first frame of the video; None for
+            frames without times.
+    """
+
+    def __init__(self, frames: Iterable[Image.Image], times: Iterable[float | None]) -> None:
+        super().__init__(frames)
+        self.times = list(times)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,18 @@ class SeriesSpec:
         return max(1, round(num_given * self.rate / given))
 
 
-def read_series(source: Any, fetch: Fetch, spec: SeriesSpec) -> np.ndarray:
+class Series(np.ndarray):
+    """A series, float32 [time, channels], and what its source says of it."""
+
+    names: Sequence[str] = ()
+    """Names of the channels; () if the source does not name them."""
+    units: Sequence[str] = ()
+    """Units of their values; () if they are not known."""
+    rate: float | None = None
+    """Steps per second; None if it is not known."""
+
+
+def read_series(source: Any, fetch: Fetch, spec: SeriesSpec) -> Series:
     """Return a series, float32 [time, channels].
 
     | source | meaning |
@@ -91,7 +102,13 @@ def read_series(source: Any, fetch: Fetch, spec: SeriesSpec) -> np.ndarray:
             each = replace(spec, channels=1)
             for place, column in zip(places, columns, strict=True):
                 _check_series(column, f"{file.label}, channel {_name(file, place)}", each)
-            return _at_rate(columns, rates, spec, file.label)
+            series = _at_rate(columns, rates, spec, file.label)
+            chosen = [file.channels[place] for place in places]
+            names = [channel.name for channel in chosen]
+            series.names = names if all(names) else ()
+            units = [(spec.unit or channel.unit) if channel.unit else "" for channel in chosen]
+            series.units = units if all(units) else ()
+            return series
         shape = read_npy_header(file, given.label).shape
         file.seek(0)
         begin, end = given.span(shape[0] if shape else 0, given.rate)
@@ -373,7 +390,7 @@ def _as_array(raw: Any) -> np.ndarray:
 
 def _at_rate(
     columns: Sequence[np.ndarray], rates: Sequence[float | None], spec: SeriesSpec, label: str
-) -> np.ndarray:
+) -> Series:
     """Series float32 [time, channels] at `rate`; each part [time, channels] has its own rate."""
     num_steps = spec.num_steps(len(columns[0]), rates[0])
     # Checked again: resampling can make a short series long.
@@ -387,7 +404,9 @@ def _at_rate(
             parts.append(_resampled(column, rate / spec.rate, num_steps))
     if len({len(part) for part in parts}) > 1:
         raise undecodable(f"the channels of {label} differ in length; choose by `channel_names`")
-    return np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32)
+    series = np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32).view(Series)
+    series.rate = spec.rate or (rates[0] if len(set(rates)) == 1 else None)
+    return series
 
 
 def _resampled(series: np.ndarray, ratio: float, num_steps: int) -> np.ndarray:

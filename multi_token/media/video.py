@@ -15,7 +15,7 @@ from PIL import Image
 
 from multi_token.errors import MediaError
 from multi_token.media.errors import require_package, undecodable
-from multi_token.media.frame_sampling import TIME_SLACK_S, FrameSampling
+from multi_token.media.frame_sampling import TIME_SLACK_S, Frames, FrameSampling
 from multi_token.media.image import as_rgb
 from multi_token.media.sniff import describe
 
@@ -59,7 +59,7 @@ class _DecodeRun:
 
 def decode_video(
     data: bytes, sampling: FrameSampling, *, name: str = "", max_pixels: int
-) -> list[Image.Image]:
+) -> Frames:
     """Return the frames that a player shows at the times of `sampling`: upright, RGB, over white.
 
     If the video has fewer frames than times, a frame is returned several times. Only the packets
@@ -245,11 +245,13 @@ def _decode(
     *,
     label: str,
     max_pixels: int,
-) -> list[Image.Image]:
+) -> Frames:
     images: list[Image.Image] = []
+    times_shown: list[float] = []
     packets = enumerate(_packets(container, stream))
     for run in _runs(index, times):
         shown = None  # a player shows the last frame until the time of the next one
+        shown_at = Fraction(0)
         waiting = list(run.times)
         for frame in _frames(packets, stream, run, index, label):
             _check_pixels(frame.width, frame.height, label, max_pixels)
@@ -259,11 +261,13 @@ def _decode(
             time = stamp * stream.time_base - index.zero
             while waiting and shown is not None and time > waiting[0]:
                 images.append(_to_image(shown, waiting.pop(0), label, max_pixels))
-            shown = frame
+                times_shown.append(float(shown_at))
+            shown, shown_at = frame, time
         if shown is None:
             raise _damaged_error(label, run.times[0], "no frame comes out")
         images += [_to_image(shown, time, label, max_pixels) for time in waiting]
-    return images
+        times_shown += [float(shown_at)] * len(waiting)
+    return Frames(images, times_shown)
 
 
 def _frames(

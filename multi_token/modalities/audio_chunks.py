@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from multi_token.media.audio import count_samples, load_audio
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import OpenAIKind, PretrainedModality
 from multi_token.modalities.parts import collate_parts
-from multi_token.types import Prepared
+from multi_token.types import Fact, Prepared
 
 
 class AudioModality(PretrainedModality):
@@ -23,6 +23,8 @@ class AudioModality(PretrainedModality):
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("audio",)
     requires: ClassVar[tuple[str, ...]] = ("soundfile", "soxr")
     install_extra: ClassVar[str] = "multi_token[audio]"
+
+    fact_names: ClassVar[Mapping[str, str]] = {"seconds": "length of the audio that is encoded"}
 
     max_seconds: float = Field(600.0, gt=0)
     """Longest audio in seconds. Longer audio is refused: before decoding if the header has the
@@ -63,6 +65,10 @@ class AudioModality(PretrainedModality):
         # The extractor is shared and read once, so a row costs only its header.
         rate = self.extractor.sampling_rate
         return count_samples(source, fetch, rate=rate, max_seconds=self.max_seconds)
+
+    def facts_from_size(self, size: int) -> tuple[Fact, ...]:
+        """Return the seconds of a waveform of `size` samples at the encoder's sampling rate."""
+        return (Fact({"seconds": size / self.extractor.sampling_rate}),)
 
     def size_of(self, raw: np.ndarray) -> dict[str, float]:
         """Return the seconds of a waveform [samples] at the encoder's sampling rate."""

@@ -13,7 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+)
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -23,9 +31,10 @@ from multi_token.media.examples import EXAMPLE_TEXT, example_audio, example_imag
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import content_bytes
 from multi_token.media.sniff import FILE_KINDS, FileKind
+from multi_token.modalities.facts import Run, check_format, runs_of
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.projectors.kinds import Mlp
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 OpenAIKind = Literal["image", "audio", "video", "document"]
 """Kind of an OpenAI content part: `image` is sent as `image_url`, `audio` as `input_audio` or
@@ -116,6 +125,8 @@ class Modality(BaseModel, ABC):
     """Packages to import that `load` needs and a plain installation lacks."""
     install_extra: ClassVar[str] = ""
     """Requirement for `pip install` that brings `requires`, such as `multi_token[audio]`."""
+    fact_names: ClassVar[Mapping[str, str]] = {}
+    """Facts that `prepare` gives with an item -> their meaning, for `facts` and the docs."""
     kit_example: ClassVar[str] = ""
     """`module:function` that builds `example`, for classes whose example is in another module."""
 
@@ -123,6 +134,16 @@ class Modality(BaseModel, ABC):
     """The registered name of the class."""
     projector: AnyProjector = Field(default_factory=lambda: Mlp())
     """Network that turns features into media embeddings of the language model."""
+    facts: str | None = None
+    """Text that is written before each item, or each of its parts: a format string over
+    `fact_names`, such as `"{seconds:.1f}s "`. Never supervised. Default: no text."""
+
+    @field_validator("facts")
+    @classmethod
+    def _check_facts(cls, facts: str | None) -> str | None:
+        if facts is not None:
+            check_format(facts, cls.fact_names)
+        return facts
 
     @abstractmethod
     def load(self, source: Any, fetch: Fetch) -> Any:
@@ -147,7 +168,8 @@ class Modality(BaseModel, ABC):
             raw: Result of `load`.
 
         Returns:
-            Tensors of one item, without a batch axis, and the number of its features.
+            Tensors of one item, without a batch axis, the number of its features, and its facts,
+            each with all `fact_names` (needed only if `facts` is set).
         """
 
     @abstractmethod
@@ -184,6 +206,45 @@ class Modality(BaseModel, ABC):
             `prepare(load(source, fetch)).num_features`, or None if it is known only after decoding.
         """
         return None
+
+    def facts_from_size(self, size: Any) -> tuple[Fact, ...] | None:
+        """Return the facts of an item of this size, equal to those of `prepare`.
+
+        Args:
+            size: Result of `size_from_header`.
+
+        Returns:
+            The facts, or None if they are known only after decoding (the default).
+        """
+        return None
+
+    def prepared_from_header(self, source: Any, fetch: Fetch) -> Prepared | None:
+        """Return length and facts of an item without decoding it, and without inputs.
+
+        Returns:
+            The item, or None if decoding is needed for its length, or for facts to be written.
+
+        Raises:
+            MediaError: The header shows that the item cannot be decoded.
+        """
+        if self.facts is None:
+            num_features = self.num_features_from_header(source, fetch)
+            return None if num_features is None else Prepared({}, num_features)
+        size = self.size_from_header(source, fetch)
+        facts = None if size is None else self.facts_from_size(size)
+        num_features = None if facts is None else self.count_features(size)
+        if facts is None or num_features is None:
+            return None
+        return Prepared({}, num_features, facts)
+
+    def runs(self, prepared: Prepared) -> list[Run]:
+        """Return the media embeddings of an item in runs, with the text of `facts` before each.
+
+        Raises:
+            MediaError: The item does not have a fact that `facts` writes.
+            RecipeError: The projector joins features of both sides of a text.
+        """
+        return runs_of(self.facts, prepared.facts, self.num_tokens, prepared.num_features)
 
     def num_features_from_header(self, source: Any, fetch: Fetch) -> int | None:
         """Return the number of features of an item without decoding it (`data.lengths: headers`).

@@ -36,7 +36,7 @@ from multi_token.modalities.parts import (
     run_in_micro_batches,
 )
 from multi_token.projectors.kinds import Expand
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 Pooling = Literal["mean", "cls"]
 
@@ -86,6 +86,10 @@ class DocumentModality(PretrainedModality):
     requires: ClassVar[tuple[str, ...]] = ("pypdf", "bs4")
     install_extra: ClassVar[str] = "multi_token[document]"
     kit_example: ClassVar[str] = "multi_token.testing.examples:document_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "characters": "characters of the document's text",
+        "pages": "pages of a PDF; other documents have none",
+    }
 
     type: Literal["document"] = "document"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
@@ -220,7 +224,9 @@ class DocumentModality(PretrainedModality):
             truncation=False,
             return_tensors="pt",
         )
-        return Prepared({**inputs, **index_features([1] * len(chunks))}, num_features=len(chunks))
+        inputs = {**inputs, **index_features([1] * len(chunks))}
+        facts = Fact({"characters": len(raw), "pages": getattr(raw, "num_pages", None)})
+        return Prepared(inputs, len(chunks), (facts,))
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Join items into one batch, in which the chunks of all items are encoded together."""

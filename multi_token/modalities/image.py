@@ -29,7 +29,7 @@ from multi_token.modalities.base import (
 )
 from multi_token.modalities.hidden_states import HiddenStates, layers_up_to
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 FeatureKind = Literal["patches", "all", "pooled", "cls", "mean"]
 Layers = int | tuple[int, ...] | None
@@ -175,6 +175,10 @@ class ImageModality(PretrainedModality):
 
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ("image",)
     kit_example: ClassVar[str] = "multi_token.testing.examples:image_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "width": "pixels of the image before it is resized",
+        "height": "pixels of the image before it is resized",
+    }
 
     type: Literal["image"] = "image"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
@@ -286,6 +290,11 @@ class ImageModality(PretrainedModality):
             return number
         return _num_of_blank(self.tower, self.pad_to_square, size)
 
+    def facts_from_size(self, size: tuple[int, int]) -> tuple[Fact, ...] | None:
+        """Return width and height; None for `ANY_SIZE`."""
+        width, height = size
+        return None if size == ANY_SIZE else (Fact({"width": width, "height": height}),)
+
     def _tile_order(self, width: int, height: int) -> tuple[Grid, Tensor, Tensor]:
         """The grid for an image of this size, and tile and patch of each feature, in order."""
         assert self.tile_grids is not None
@@ -307,11 +316,12 @@ class ImageModality(PretrainedModality):
         if self.tile_grids is not None:
             return self._prepare_tiles(raw)
         processor = self.auto("AutoImageProcessor")
+        facts = self.facts_from_size(raw.size) or ()
         if self.pad_to_square:
             raw = _padded_to_square(raw, processor)
         processed = processor(images=[raw], return_tensors="pt")
         inputs = {key: value[0] for key, value in processed.items() if isinstance(value, Tensor)}
-        return Prepared(inputs=inputs, num_features=self._num_features(inputs))
+        return Prepared(inputs, self._num_features(inputs), facts)
 
     def _prepare_tiles(self, raw: Image.Image) -> Prepared:
         processor = self.auto("AutoImageProcessor")
@@ -324,7 +334,7 @@ class ImageModality(PretrainedModality):
         tiles = crop_tiles(raw, grid, tile_shape(self.tower)[0], method)
         pixels = processor(images=tiles, return_tensors="pt")["pixel_values"]
         inputs = {"pixel_values": pixels, "part": tile, "feature": patch}
-        return Prepared(inputs, num_features=len(tile))
+        return Prepared(inputs, len(tile), self.facts_from_size(raw.size) or ())
 
     def collate(self, items: Sequence[Prepared]) -> dict[str, Tensor]:
         """Join items into one batch; with tiles, all tiles of all items are encoded together."""

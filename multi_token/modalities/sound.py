@@ -107,7 +107,7 @@ class SoundModality(AudioModality):
             "is_longer": torch.full((num_windows, 1), fusion),
         }
         inputs |= index_features([self._num_frames()] * num_windows)
-        return Prepared(inputs, num_features=self.count_features(len(raw)))
+        return Prepared(inputs, self.count_features(len(raw)), self.facts_from_size(len(raw)))
 
     def _window(self) -> int:
         """Samples of CLAP's window. Raises RecipeError for an encoder that does not fit."""

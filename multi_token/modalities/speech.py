@@ -211,7 +211,7 @@ class SpeechModality(AudioModality):
             mels = extractor(pieces, sampling_rate=extractor.sampling_rate, return_tensors="pt")
             inputs = {"input_features": mels["input_features"]}
         inputs |= index_features(self._frames_of_chunks(len(raw)))
-        return Prepared(inputs, num_features=num_features)
+        return Prepared(inputs, num_features, self.facts_from_size(len(raw)))
 
     def _longest(self, extractor: Any) -> int:
         return round((self.chunk_seconds or _DEFAULT_CHUNK_S) * extractor.sampling_rate)

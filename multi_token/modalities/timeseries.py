@@ -17,11 +17,11 @@ from multi_token.errors import RecipeError
 from multi_token.hub import hub_arguments, limited_hub_waits
 from multi_token.media.examples import example_tables
 from multi_token.media.fetch import Fetch
-from multi_token.media.series import SeriesSpec, count_steps, read_series
+from multi_token.media.series import Series, SeriesSpec, count_steps, read_series
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import Encoder, Modality, load_auto
 from multi_token.modalities.parts import collate_parts, gather_features, run_in_micro_batches
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 MergeKind = Literal["join", "mean"]
 _OWN_FIELDS = ("patch_length", "hidden_size", "num_layers", "num_heads")
@@ -129,6 +129,18 @@ class TimeseriesModality(Modality):
     """
 
     kit_example: ClassVar[str] = "multi_token.testing.examples:timeseries_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "mean": "mean of the channel, before it is normalized",
+        "sd": "standard deviation of the channel",
+        "min": "smallest value of the channel",
+        "max": "largest value of the channel",
+        "channel": "number of the channel, from 1",
+        "name": "name of the channel, by `channel_names` or the file",
+        "unit": "unit of its values, by `unit` or the file",
+        "steps": "steps that are encoded, at `rate`",
+        "rate": "steps per second, by `rate` or the source",
+        "seconds": "length of the series, where its rate is known",
+    }
 
     type: Literal["timeseries"] = "timeseries"  # type: ignore[reportIncompatibleVariableOverride]
     channels: PositiveInt
@@ -202,7 +214,7 @@ class TimeseriesModality(Modality):
     def _spec(self) -> SeriesSpec:
         return SeriesSpec(self.channels, self.max_steps, self.rate, self.channel_names, self.unit)
 
-    def load(self, source: Any, fetch: Fetch) -> np.ndarray:
+    def load(self, source: Any, fetch: Fetch) -> Series:
         """Return the series, float32 [time, channels].
 
         Args:
@@ -225,7 +237,9 @@ class TimeseriesModality(Modality):
         """Return the series as bytes; the key of cached features."""
         # Not the bytes of a file: a row may name a minute of a recording of gigabytes.
         series = self.load(source, fetch)
-        return f"{series.shape}".encode() + series.tobytes()
+        # two files may differ in facts alone
+        facts = (series.names, series.units, series.rate) if self.facts is not None else ""
+        return f"{series.shape}{facts}".encode() + series.tobytes()
 
     def count_features(self, size: int) -> int:
         """Return the number of patches of a series of `size` steps.
@@ -251,7 +265,7 @@ class TimeseriesModality(Modality):
         """
         if self.encoder is not None:
             return self._prepare_windows(raw)
-        values, level = normalized(raw)
+        values, level = normalized(np.asarray(raw))
         num_patches = self.count_features(len(values))
         padded = np.pad(values, ((0, num_patches * self.patch_length - len(values)), (0, 0)))
         inputs = {
@@ -259,11 +273,34 @@ class TimeseriesModality(Modality):
             "level": torch.from_numpy(level),
             "mask": torch.ones(num_patches, dtype=torch.bool),
         }
-        return Prepared(inputs, num_features=num_patches)
+        return Prepared(inputs, num_patches, self._facts(raw))
+
+    def _facts(self, raw: np.ndarray) -> tuple[Fact, ...]:
+        """Facts of each channel, all before the first feature."""
+        values = np.asarray(raw, dtype=np.float64)
+        source = raw if isinstance(raw, Series) else np.asarray(raw).view(Series)
+        names, units = source.names or self.channel_names, source.units or self.unit
+        steps, rate = len(raw), source.rate or self.rate
+        shared = {"steps": steps, "rate": rate, "seconds": None if rate is None else steps / rate}
+        columns = {"mean": values.mean(0), "sd": values.std(0)}
+        columns |= {"min": values.min(0), "max": values.max(0)}
+        return tuple(
+            Fact(
+                {
+                    **{name: float(numbers[i]) for name, numbers in columns.items()},
+                    "channel": i + 1,
+                    "name": names[i] if names else None,
+                    "unit": units if units is None or isinstance(units, str) else units[i],
+                    **shared,
+                }
+            )
+            for i in range(self.channels)
+        )
 
     def _prepare_windows(self, raw: np.ndarray) -> Prepared:
         """Consecutive windows. The last one ends with the series; only its new patches count."""
-        shape = self._window_shape()
+        shape, facts = self._window_shape(), self._facts(raw)
+        raw = np.asarray(raw)
         num_full, rest = divmod(len(raw), shape.context)
         windows = [raw[i * shape.context : (i + 1) * shape.context] for i in range(num_full)]
         observed = [np.ones(window.shape, dtype=bool) for window in windows]
@@ -284,7 +321,7 @@ class TimeseriesModality(Modality):
             "part": torch.arange(len(windows)).repeat_interleave(torch.tensor(num_patches)),
             "feature": torch.cat([torch.arange(shape.num_patches)[-n:] for n in num_patches]),
         }
-        return Prepared(inputs, num_features=self.count_features(len(raw)))
+        return Prepared(inputs, self.count_features(len(raw)), facts)
 
     def _window_shape(self) -> WindowShape:
         assert self.encoder is not None

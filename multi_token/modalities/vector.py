@@ -18,7 +18,7 @@ from multi_token.media.npy import open_part, read_npy, read_npy_header
 from multi_token.media.sniff import FILE_KINDS, FileKind
 from multi_token.modalities.base import AnyProjector, Encoder, Modality
 from multi_token.projectors.kinds import Expand
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 _SOURCES = ("path", "bytes", "array")
 
@@ -42,6 +42,10 @@ class VectorModality(Modality):
     """
 
     kit_example: ClassVar[str] = "multi_token.testing.examples:vector_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "norm": "Euclidean length of the vector",
+        "vector": "number of the vector in its item, from 1",
+    }
 
     type: Literal["vector"] = "vector"  # type: ignore[reportIncompatibleVariableOverride]
     dim: int = Field(gt=0)
@@ -137,6 +141,8 @@ class VectorModality(Modality):
         return Prepared(
             inputs={"values": values, "mask": torch.ones(len(values), dtype=torch.bool)},
             num_features=self.count_features(len(values)),
+            # only on demand, since an item may have thousands of vectors
+            facts=() if self.facts is None else _facts(array),
         )
 
     def example_sources(self) -> Sequence[list[float]]:
@@ -154,6 +160,11 @@ class VectorModality(Modality):
     def build_encoder(self) -> VectorEncoder:
         """Return the encoder, which has no weights."""
         return VectorEncoder(self.dim)
+
+
+def _facts(array: np.ndarray) -> tuple[Fact, ...]:
+    norms = np.linalg.norm(array.astype(np.float64), axis=1)
+    return tuple(Fact({"norm": float(n), "vector": i + 1}, i) for i, n in enumerate(norms))
 
 
 def _parse(source: Any) -> tuple[Any, int | None]:

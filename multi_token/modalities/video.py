@@ -19,7 +19,7 @@ from multi_token.errors import RecipeError
 from multi_token.media.decoders import encoded_source
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, shorten, source_name
-from multi_token.media.frame_sampling import FrameSampling, pick_frames
+from multi_token.media.frame_sampling import Frames, FrameSampling, pick_frames
 from multi_token.media.video import count_frames, decode_video
 from multi_token.modalities.base import Encoder, OpenAIKind, PretrainedModality
 from multi_token.modalities.image import (
@@ -37,7 +37,7 @@ from multi_token.modalities.video_clips import (
     num_clip_features,
     prepare_clip,
 )
-from multi_token.types import Features, Prepared
+from multi_token.types import Fact, Features, Prepared
 
 _KEYS = {"path", "bytes", "array", "fps", "start", "end"}
 
@@ -79,6 +79,10 @@ class VideoModality(PretrainedModality):
     requires: ClassVar[tuple[str, ...]] = ("av",)
     install_extra: ClassVar[str] = "multi_token[video]"
     kit_example: ClassVar[str] = "multi_token.testing.examples:video_example"
+    fact_names: ClassVar[Mapping[str, str]] = {
+        "time": "second at which the frame, or the first one of the clip, is shown",
+        "frame": "number of the frame, or of the clip, among those that are taken, from 1",
+    }
 
     type: Literal["video"] = "video"  # type: ignore[reportIncompatibleVariableOverride]
     encoder: str
@@ -121,8 +125,8 @@ class VideoModality(PretrainedModality):
             )
         return self
 
-    def load(self, source: Any, fetch: Fetch) -> list[Image.Image]:
-        """Return the RGB frames that are taken of a video.
+    def load(self, source: Any, fetch: Fetch) -> Frames:
+        """Return the RGB frames that are taken of a video, with their times.
 
         | source                                  | meaning                                 |
         |-----------------------------------------|-----------------------------------------|
@@ -137,14 +141,17 @@ class VideoModality(PretrainedModality):
             MediaError: The source cannot be read or decoded, or is over a limit.
         """
         source, rate, sampling = self._unpack(source)
-        if isinstance(source, np.ndarray):
-            taken = pick_frames(source, sampling, rate=rate)  # type: ignore[reportArgumentType]
-            return [Image.fromarray(frame) for frame in taken]
-        if isinstance(source, list):
+        if isinstance(source, (np.ndarray, list)):
             places = pick_frames(range(len(source)), sampling, rate=rate)
             # A short list gives a frame several times; each is decoded once.
-            read = {place: self._image.load(source[place], fetch) for place in sorted(set(places))}
-            return [read[place] for place in places]
+            read = {
+                place: Image.fromarray(source[place])
+                if isinstance(source, np.ndarray)
+                else self._image.load(source[place], fetch)
+                for place in sorted(set(places))
+            }
+            times = [place / rate if rate else None for place in places]
+            return Frames([read[place] for place in places], times)
         if rate is not None:
             raise undecodable(
                 "`fps` beside a video file is not for the row: the file has its own; set `fps` "
@@ -234,8 +241,15 @@ class VideoModality(PretrainedModality):
             image = self._image
             items = [image.prepare(frame) for frame in raw]
             inputs, num_each = image.collate(items), items[0].num_features
-        inputs |= index_features([num_each] * len(inputs["pixel_values"]))
-        return Prepared(inputs, num_features=len(inputs["part"]))
+        num_parts = len(inputs["pixel_values"])
+        inputs |= index_features([num_each] * num_parts)
+        times = getattr(raw, "times", None) or [None] * len(raw)
+        frames_each = self.num_frames if self.read_as == "clip" else 1
+        facts = tuple(
+            Fact({"time": times[part * frames_each], "frame": part + 1}, part * num_each)
+            for part in range(num_parts)
+        )
+        return Prepared(inputs, len(inputs["part"]), facts)
 
     def _prepare_clips(self, frames: Sequence[Image.Image]) -> tuple[dict[str, Tensor], int]:
         """`pixel_values` [clips, frames, channels, height, width], and the features of each."""

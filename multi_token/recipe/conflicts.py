@@ -84,6 +84,11 @@ def _with_weight(sources: Sequence[DataSource]) -> str | None:
     return next((source.rows for source in sources if source.weight is not None), None)
 
 
+def _with_facts(settings: Settings) -> str | None:
+    modalities = settings.model.modalities.items()
+    return next((name for name, modality in modalities if modality.facts is not None), None)
+
+
 def _with_layers_and_lora(settings: Settings) -> str | None:
     encoders = settings.stage.learn.encoders.items()
     return next((name for name, e in encoders if e.last_layers and e.lora), None)
@@ -128,6 +133,17 @@ CONFLICTS = (
         "`weight` of {found!r} under `data.train` is a source's part of a stream; set "
         "`data.stream: true`, or leave `weight` out",
         when=lambda s: None if s.data.stream else _with_weight(s.data.train),
+    ),
+    Conflict(
+        ("stage.data", "data.stream"),
+        "stage {stage.name!r} has `data` of its own, and `data.stream` is one stream for all "
+        "stages; leave one of them out",
+    ),
+    Conflict(
+        ("stage.data.*.weight",),
+        "`weight` of {found!r} is a source's part of a stream, and the `data` of stage "
+        "{stage.name!r} are no stream; leave `weight` out",
+        when=lambda s: _with_weight(s.stage.data),
     ),
     Conflict(
         ("data.eval.*.weight",),
@@ -205,6 +221,13 @@ CONFLICTS = (
     Conflict(
         ("train.pack_items", "train.packing: null"),
         "`pack_items` needs `packing: true`; set that, or leave `pack_items` out",
+    ),
+    # shared prefixes are measured from the texts of the rows, and facts are known from media alone
+    Conflict(
+        ("train.packing.share", "model.modalities.*.facts"),
+        "`share` of packing measures prefixes without media, and `facts` of {found!r} writes text "
+        "that only its media tell; set packing to true, or leave `facts` out",
+        when=lambda s: (s.train.packing and s.train.packing.share and _with_facts(s)) or None,
     ),
     # FSDP2 shards parameters by `DTensor`, and quantized weights are not parameters of floats
     Conflict(

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from multi_token.chat.format import ChatFormat
@@ -22,6 +23,7 @@ from multi_token.chat.named import template_variables
 from multi_token.errors import ChatTemplateError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
+from multi_token.modalities.facts import Run, joined, with_texts
 from multi_token.serve.admission import Admission, Deadline
 from multi_token.serve.detokenizer import IncrementalDetokenizer
 from multi_token.serve.engines.base import Prompt
@@ -31,6 +33,7 @@ from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits, RequestMediaBudget
 from multi_token.serve.media.memory import MediaMemory, RequestMemory, Stage
 from multi_token.serve.media.pool import MediaPool
+from multi_token.serve.media.worker_process import runs_of_item
 from multi_token.serve.media_embeddings import EmbeddedItem, MediaEmbedder
 from multi_token.serve.metrics import Metrics
 from multi_token.serve.openai.messages import (
@@ -133,10 +136,10 @@ class PromptBuilder:
         `check_length` gets the number of tokens as it grows item by item, and raises if the prompt
         is too long. `memory`: leases of the items' sources, released once these are not needed.
         """
-        embedded = await self._embed_media(conversation.media, tenant, check_length)
-        num_tokens = [len(item.embeds) for item in embedded]
+        media = await self._embed_media(conversation.media, tenant, check_length)
+        embedded = [item for item, _ in media]
         sample = await asyncio.get_running_loop().run_in_executor(
-            self._tokenizer_thread, self._tokenize, conversation, chat, num_tokens
+            self._tokenizer_thread, self._tokenize, conversation, chat, [runs for _, runs in media]
         )
         del conversation
         if memory is not None:
@@ -152,7 +155,7 @@ class PromptBuilder:
 
     async def _embed_media(
         self, items: Sequence[Media], tenant: str, check_length: Callable[[int], object]
-    ) -> list[EmbeddedItem]:
+    ) -> list[tuple[EmbeddedItem, list[Run]]]:
         """Decode and embed all items in parallel; if one is refused, the others are cancelled."""
         budget = RequestMediaBudget(self._request_limits, len(items))
         sent = [item.source for item in items if isinstance(item.source, bytes)]
@@ -174,15 +177,16 @@ class PromptBuilder:
         budget: RequestMediaBudget,
         tenant: str,
         check_length: Callable[[int], object],
-    ) -> EmbeddedItem:
+    ) -> tuple[EmbeddedItem, list[Run]]:
+        """Return the item's embeddings, and its runs with the texts of facts."""
         # An item is embedded as soon as it is decoded. If it waited for the others of its request,
         # requests that hold a part of their items each could fill the memory and wait for ever.
         memory = self.media_memory.lease(Stage.PREPARED, tenant)
         began = time.monotonic()
         try:
             prepared = await self.media_pool.prepare(item, budget, tenant=tenant, memory=memory)
-            num_tokens = self.modalities[item.modality].num_tokens(prepared.num_features)
-            budget.add(tokens=num_tokens)
+            runs = runs_of_item(item.modality, self.modalities[item.modality], prepared)
+            budget.add(tokens=sum(run.num_tokens for run in runs))
             check_length(budget.num_tokens)
         except BaseException:
             memory.release()
@@ -196,12 +200,16 @@ class PromptBuilder:
         del prepared
         embedded = await embedding
         self._metrics.encoder.observe(time.monotonic() - decoded)
-        return embedded
+        return embedded, runs
 
     def _tokenize(
-        self, conversation: Conversation, chat: ChatFormat, num_tokens: Sequence[int]
+        self, conversation: Conversation, chat: ChatFormat, items: Sequence[Sequence[Run]]
     ) -> Sample:
-        """Tokenize a conversation; special tokens in its texts stay text. Raises ServeError."""
+        """Tokenize a conversation; special tokens in its texts stay text. Raises ServeError.
+
+        Facts are texts too: a file's channel may have a special token as its name.
+        """
+        conversation, num_tokens = with_texts(conversation, items)
         escaped = self._escaper.escape(conversation)
         media = iter(num_tokens)
         lengths = [
@@ -212,7 +220,8 @@ class PromptBuilder:
             sample = chat.tokenize(escaped, lengths, prompt_only=True)
         except ChatTemplateError as error:
             raise _template_error(error) from error
-        return self._escaper.restore(sample, escaped.media)
+        sample = self._escaper.restore(sample, escaped.media)
+        return replace(sample, media_spans=joined(sample.media_spans, items))
 
 
 def _template_error(error: ChatTemplateError) -> ServeError:
@@ -414,7 +423,7 @@ class Service:
     def _usage(self, prompt: Prompt) -> Usage:
         media: Counter[str] = Counter()
         for span in prompt.media_spans:
-            media[span.modality] += span.length
+            media[span.modality] += span.num_embeds
         return Usage(len(prompt.input_ids), media, self._openai_kinds)
 
     def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:

@@ -22,6 +22,7 @@ from multi_token.encoders import cast_encoder
 from multi_token.errors import MultiTokenError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality, PretrainedModality
+from multi_token.modalities.facts import fault_of_facts
 from multi_token.projectors.base import ProjectorSpec
 from multi_token.types import Features, Prepared
 
@@ -325,6 +326,13 @@ def _header_length_is_exact(subject: Subject) -> str:
     return f"{num_known} of {len(counts)} lengths are known from headers"
 
 
+def _gives_facts(subject: Subject) -> str:
+    for index, source in enumerate(subject.sources):
+        if fault := fault_of_facts(subject.modality, source, subject.fetch):
+            raise ClaimFailed(f"source {index}: {fault}")
+    return ", ".join(subject.modality.fact_names) or "it has none"
+
+
 def _examples_are_read(subject: Subject) -> str:
     # The examples of a server, and not those of the kit.
     sources = subject.modality.example_sources()
@@ -356,6 +364,7 @@ CLAIMS: dict[str, Callable[[Subject], str]] = {
     "an encoder can be built again": _can_be_built_again,
     "its example sources can be decoded": _examples_are_read,
     "the length from the header is the prepared length": _header_length_is_exact,
+    "its facts are given, and stay the same": _gives_facts,
 }
 
 

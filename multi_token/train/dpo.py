@@ -85,8 +85,7 @@ class PreferenceCollator:
         again: dict[str, list[Tensor]] = {name: [] for name in batch["media"]}
         for row, sample in enumerate(rejected, start=len(chosen)):
             for span in sample.media_spans:
-                first = row * time + span.start
-                again[span.modality].append(torch.arange(first, first + span.length))
+                again[span.modality].append(span.positions(row * time))
         for name, media in batch["media"].items():
             media["positions"] = torch.cat([media["positions"], *again[name]])
             media["copies"] = 2

@@ -95,7 +95,7 @@ def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     clip = tiny_image_encoder(folder / "clip")
     sentences = tiny_sentence_encoder(folder / "sentences")
     fields: dict[str, dict[str, Any]] = {
-        "image": {"encoder": clip},
+        "image": {"encoder": clip, "page_dpi": 72},
         "speech": {"encoder": tiny_whisper(folder / "whisper")},
         "sound": {"encoder": tiny_clap(folder / "clap")},
         "video": {"encoder": clip, "fps": 4.0, "max_seconds": 60.0},

@@ -25,6 +25,7 @@ from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.hashing import NoStamp, digest, source_stamp
 from multi_token.modalities.base import Encoder, Modality
+from multi_token.modalities.facts import facts_from_bytes, facts_to_bytes
 from multi_token.types import Media, Prepared
 
 
@@ -116,14 +117,17 @@ class FeatureCache:
         key, _ = self._key(item, modality, fetch)
         stored = self._recent.get(key)
         if stored is None and self._shards is not None:
-            stored = self._shards.read(key)
+            stored = self._shards.read(key, with_facts=modality.facts is not None)
         if stored is None:
             return None
-        values, newlines = stored
+        values, newlines, facts = stored
         inputs = {FEATURES_KEY: values.float()}
         if newlines is not None:
             inputs[NEWLINES_KEY] = newlines
-        return Prepared(inputs, num_features=len(values))
+        prepared = Prepared(inputs, num_features=len(values))
+        if facts is not None:
+            prepared.facts = facts_from_bytes(facts.numpy().tobytes(), len(values))
+        return prepared
 
     def prepare(self, item: Media, modality: Modality, fetch: Fetch) -> PreparedItem:
         """Read an item for `encode`; decodes it unless its features are there. For data workers.
@@ -234,8 +238,12 @@ class FeatureCache:
             newlines = (
                 None if features.newlines is None else features.newlines[i][real].cpu().clone()
             )
-            self._recent[key] = (values.contiguous(), newlines)
-            self._num_recent_bytes += values.nbytes + (0 if newlines is None else newlines.nbytes)
+            facts = None
+            if modality.facts is not None and (given := items[key].facts):
+                facts = torch.frombuffer(bytearray(facts_to_bytes(given)), dtype=torch.uint8)
+            self._recent[key] = (values.contiguous(), newlines, facts)
+            stored = (values, newlines, facts)
+            self._num_recent_bytes += sum(t.nbytes for t in stored if t is not None)
         if self._shards is not None and (
             self._num_recent_bytes >= self._shards.max_bytes
             or time.monotonic() - self._written_at > _MAX_WAIT_S

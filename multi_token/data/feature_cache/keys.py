@@ -18,7 +18,7 @@ from multi_token.media.hashing import digest
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Media
 
-_NOT_FEATURES = {"projector", "micro_batch", "dtype"}
+_NOT_FEATURES = {"projector", "micro_batch", "dtype", "facts"}
 """Fields of a modality that features do not depend on, or that follow from the weights."""
 _SETTINGS = (".json", ".txt", ".model", ".vocab", ".py")
 """Suffixes of a model folder's files without weights: config, preprocessor, tokenizer."""
@@ -31,19 +31,24 @@ def encoder_fingerprint(modality: Modality, encoder: Encoder) -> str:
 
     It covers every weight of the encoder in memory (training changes them), the files beside the
     weights in its folder (config, preprocessor, tokenizer) or its hub name with the commit, and the
-    modality's settings without the projector.
+    modality's settings without the projector. Features with facts beside them have keys of their
+    own, whatever text is made of the facts.
     """
-    facts = [_class_name(modality), _class_name(encoder)], _settings(modality, _NOT_FEATURES)
-    return digest(json.dumps(facts, sort_keys=True).encode(), weights_digest(encoder).encode())
+    names = [_class_name(modality), _class_name(encoder)]
+    names += [] if modality.facts is None else ["facts"]
+    parts = names, _settings(modality, _NOT_FEATURES)
+    return digest(json.dumps(parts, sort_keys=True).encode(), weights_digest(encoder).encode())
 
 
 def settings_fingerprint(modality: Modality) -> str:
     """Digest of the settings that an item's number of tokens depends on: 32 hexadecimal digits.
 
-    It covers all settings with the projector, and the origin of the encoder, but no weights.
+    It covers all settings with projector and `facts`, and the origin of the encoder, but no
+    weights.
     """
-    facts = _class_name(modality), _settings(modality, _NOT_FEATURES - {"projector"})
-    return digest(json.dumps(facts, sort_keys=True).encode())
+    written = {"projector"} if modality.facts is None else {"projector", "facts"}
+    parts = _class_name(modality), _settings(modality, _NOT_FEATURES - written)
+    return digest(json.dumps(parts, sort_keys=True).encode())
 
 
 def _class_name(part: object) -> str:

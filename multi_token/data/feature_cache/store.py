@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ from multi_token.media.fetch import MIB
 
 # names in files, which older versions wrote as well
 _NEWLINES, _WITH_NEWLINES = ".breaks", "with_breaks"
+_FACTS = ".facts"
 _STALE_SECONDS = 3600
 """No shard takes that long to write: a writer that died left an older unfinished file."""
 _MAX_OPEN = 256
 """Shards that one process keeps mapped."""
 
-StoredFeatures = tuple[Tensor, Tensor | None]
-"""Features [length, dim] of an item, and bool [length] for its line ends, or None."""
+StoredFeatures = tuple[Tensor, Tensor | None, Tensor | None]
+"""Features [length, dim] of an item, bool [length] for its line ends or None, and its facts as
+uint8 (modalities/facts.py) or None."""
 
 
 class FeatureStore:
@@ -140,23 +142,32 @@ class FeatureStore:
         for source, key in keys.items():
             self._sources.add(source, key)
 
-    def read(self, key: str) -> StoredFeatures | None:
+    def read(self, key: str, *, with_facts: bool = False) -> StoredFeatures | None:
         """Return the features of a key, mapped from the file, or None. Raises MultiTokenError."""
         number = self._index.get(key)
         if number is None:
             return None
         shard = self._shard(int(number) // 2)
         # the last bit of the number, since asking the shard would list all its names
-        return shard.get_tensor(key), shard.get_tensor(key + _NEWLINES) if number % 2 else None
+        newlines = shard.get_tensor(key + _NEWLINES) if number % 2 else None
+        facts = None
+        if with_facts:
+            # no entry in the index, which every process reads completely at its start
+            with suppress(SafetensorError):  # an item without facts
+                facts = shard.get_tensor(key + _FACTS)
+        return shard.get_tensor(key), newlines, facts
 
     def write(self, features: Mapping[str, StoredFeatures]) -> None:
         """Write a shard atomically. Raises MultiTokenError (a full disk, missing permission)."""
         # a random name: writers on several machines need no lock
         name = f"features-{uuid.uuid4().hex[:12]}"
         shard = self.folder / f"{name}.safetensors"
-        tensors = {key: values for key, (values, _) in features.items()}
-        with_newlines = {key: ends for key, (_, ends) in features.items() if ends is not None}
+        tensors = {key: values for key, (values, _, _) in features.items()}
+        with_newlines = {key: ends for key, (_, ends, _) in features.items() if ends is not None}
         tensors |= {key + _NEWLINES: ends for key, ends in with_newlines.items()}
+        tensors |= {
+            key + _FACTS: facts for key, (_, _, facts) in features.items() if facts is not None
+        }
         with self._writing():
             # synced: after a power cut, the index must not name a shard that was never on the disk
             with atomic_file(shard, sync=True) as path:

@@ -209,10 +209,10 @@ def _check_media(model: MultiTokenForConditionalGeneration, prompt: Prompt) -> N
     end = 0
     media = zip(prompt.media_spans, prompt.media_embeds, prompt.media_keys, strict=True)
     for span, embeds, _ in media:
-        if embeds.shape != (span.length, dim) or span.start < end:
+        if embeds.shape != (span.num_embeds, dim) or span.start < end:
             raise ServeError(
                 f"the media embeddings of {span.modality!r} have shape {tuple(embeds.shape)}, "
-                f"expected {(span.length, dim)} after the previous item",
+                f"expected {(span.num_embeds, dim)} after the previous item",
                 status=500,
             )
         end = span.start + span.length

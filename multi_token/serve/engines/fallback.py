@@ -98,8 +98,7 @@ def pad_prompts(
         input_ids[row, start:] = prompt.input_ids.cpu()
         attention_mask[row, start:] = 1
         for span, media_embeds in zip(prompt.media_spans, prompt.media_embeds, strict=True):
-            first = row * time + start + span.start
-            positions.append(torch.arange(first, first + span.length))
+            positions.append(span.positions(row * time + start))
             values.append(media_embeds.to(weight.device, weight.dtype))
     input_ids, attention_mask = (
         x.to(weight.device, non_blocking=True) for x in (input_ids, attention_mask)

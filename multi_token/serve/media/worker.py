@@ -29,6 +29,7 @@ from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.modalities.base import Modality
+from multi_token.modalities.facts import facts_to_json
 from multi_token.serve.media.protocol import (
     decode_frame,
     deserialize_source,
@@ -227,6 +228,7 @@ def decode_item(
         fields = {
             "num_features": int(prepared.num_features),
             "size": size,
+            "facts": facts_to_json(prepared.facts) if modality.facts is not None else [],
             "tensors": described,
         }
         return encode_frame(fields, tensors), True

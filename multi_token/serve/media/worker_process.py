@@ -19,8 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.fetch import MIB
+from multi_token.modalities.base import Modality
+from multi_token.modalities.facts import Run, facts_from_json
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media import worker as media_worker
 from multi_token.serve.media.protocol import (
@@ -290,7 +292,9 @@ def _parse_result(header: Mapping[str, Any], blobs: Sequence[memoryview]) -> Dec
             raise ValueError(f"sizes {sizes}")
         sizes["prepared_bytes"] = sum(map(len, blobs))
         tensors = tensors_of(header["tensors"], blobs)
-        prepared = Prepared(tensors, num_features=int(header["num_features"]))
+        num_features = int(header["num_features"])
+        facts = facts_from_json(header["facts"], num_features)
+        prepared = Prepared(tensors, num_features, facts)
         return DecodedItem(prepared, sizes)
     # Any of these shows a reply that the worker's own code did not write.
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -301,6 +305,14 @@ def media_error(modality: str, message: str) -> ServeError:
     """400 for an item that is refused; words that may be a path or an address are cut out."""
     message = _PATH_IN_MESSAGE.sub("(...)", message)
     return ServeError(f"{modality}: {message}", status=400, code="invalid_media")
+
+
+def runs_of_item(name: str, modality: Modality, prepared: Prepared) -> list[Run]:
+    """Return the runs of a decoded item. Raises ServeError if it lacks a fact to write."""
+    try:
+        return modality.runs(prepared)
+    except MediaError as error:
+        raise media_error(name, str(error)) from error
 
 
 def stopped_error() -> ServeError:

@@ -228,7 +228,7 @@ def test_an_index_is_read_as_arrays_however_many_keys_it_has(tmp_path: Path) -> 
     for num in (1, 2000):
         store = FeatureStore(tmp_path / str(num))
         keys = [digest(str(i).encode()) for i in range(num)]
-        store.write({key: (torch.zeros(1, 1), None) for key in keys})
+        store.write({key: (torch.zeros(1, 1), None, None) for key in keys})
         calls.append(0)
 
         def count(*_: Any) -> None:
@@ -304,3 +304,24 @@ def test_a_key_table_holds_many_keys_and_keeps_first_values() -> None:
     assert [table.get(key) for key in keys] == list(range(20_000))
     assert table.get(digest(b"none")) is None
     assert len(pickle.dumps(table)) < 20_000 * 45
+
+
+def test_facts_come_with_cached_features_and_their_text_is_no_part_of_the_key(
+    tmp_path: Path,
+) -> None:
+    items = vectors(3)
+    assert fill(FeatureCache(tmp_path), items) == 3
+    # features with facts have keys of their own, whatever text is made of the facts
+    for facts, num_encoded in (("{norm:.1f} ", 3), ("norm {norm}: ", 0)):
+        modality = VectorModality(dim=5, facts=facts)
+        cache = FeatureCache(tmp_path)
+        assert cache.fill(items, {"vector": modality}, {"vector": ENCODER}) == num_encoded
+    again = FeatureCache(tmp_path)
+    again.register_encoder("vector", modality, ENCODER)
+    for item, fetch in items:
+        found = again.find(item, modality, fetch)
+        decoded = modality.prepare(modality.load(item.source, fetch))
+        assert found is not None and found.facts == decoded.facts != ()
+        assert modality.runs(found) == modality.runs(decoded)
+    plain = opened(tmp_path).find(items[0][0], VECTOR, FETCH)
+    assert plain is not None and plain.facts == ()

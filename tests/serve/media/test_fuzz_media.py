@@ -95,9 +95,10 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
         ("document", page),
         ("document", "Ünïcode. Words!".encode()),
     ]
+    one_page = write_pdf(folder / "b.pdf", ["a page"]).read_bytes()
     found += [("timeseries", data) for data in recordings().values()]
     found += [("sequence", b">one two\nMKTAYIAKQR\n>three\nGAVL\n"), ("volume", example_volume())]
-    found += [("volume", gzip.compress(example_volume())), ("image", pdf)]
+    found += [("volume", gzip.compress(example_volume())), ("image", one_page)]
     for name, shape in (("vector", (3, 4)), ("timeseries", (40, 2))):
         file = io.BytesIO()
         np.save(file, np.random.default_rng(0).normal(size=shape).astype(np.float32))

@@ -137,7 +137,7 @@ def prefix_key(prompt: Prompt) -> Tensor:
     for span, media_key in zip(prompt.media_spans, prompt.media_keys, strict=True):
         # 56 bits, so that adding the position cannot overflow int64.
         base = int(digest(media_key.encode())[:14], 16)
-        key[span.start : span.start + span.length] = -1 - base - torch.arange(span.length)
+        key[span.positions()] = -1 - base - torch.arange(span.num_embeds)
     return key
 
 

@@ -100,7 +100,7 @@ class PromptEmbedder:
                 # Media too: projectors are trained for transformers' inputs. In float32: rounding
                 # twice in half precision would change log-probabilities.
                 embeds = embeds.float() / self.scale
-            positions = torch.arange(span.start, span.start + span.length, device=weight.device)
+            positions = span.positions().to(weight.device)
             values = embeds.to(weight.device, weight.dtype)
             pieces.append(MediaEmbeds(span.modality, values, positions))
         return splice(text.to(weight.dtype)[None], pieces)[0].cpu()
