@@ -85,12 +85,13 @@ def chosen_in_file(
         found = np.load(place)
     else:
         parts = _Parts(_with_columns(rows, condition), condition, str(path))
-        each = [parts[number] for number in range(len(parts))]
-        for part in each:
+        each: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for part in (parts[number] for number in range(len(parts))):
             if isinstance(part, RowError):
                 # no fault of a row that could be skipped: the choice of all others would be unknown
                 raise MultiTokenError(str(part))
-        found = np.concatenate([np.empty(0, np.int64), *each])
+            each.append(part)
+        found = np.concatenate(each)
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(place) as partial, partial.open("wb") as file:
             np.save(file, found)

@@ -18,6 +18,7 @@ from multi_token.registry import validate_fields
 from multi_token.types import Conversation
 from tests.data.row_shapes import IMAGE, TYPES, Shape, shown
 from tests.data.row_shapes_columns import SHAPES
+from tests.data.row_shapes_more import MORE
 
 PHOTO = {"image": TYPES["image"]}
 
@@ -37,7 +38,7 @@ def refusal(row: dict[str, Any], **keys: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title)
+@pytest.mark.parametrize("shape", [*SHAPES, *MORE], ids=lambda shape: shape.title)
 def test_a_row_of_a_real_data_set_is_read(shape: Shape) -> None:
     source = DataSource(rows="rows.json", **shape.source)
     adapter, note = adapter_of(source, shape.modalities, [shape.row])
