@@ -18,6 +18,7 @@ from multi_token.cli.ask import ask, chat
 from multi_token.cli.combine import combine
 from multi_token.cli.convert import export, import_run, push
 from multi_token.cli.data import data_app
+from multi_token.cli.data_preview import preview as _preview  # noqa: F401 - a command of data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.env import env
 from multi_token.cli.evaluate import evaluate_app

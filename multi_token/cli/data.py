@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -74,6 +75,10 @@ def check(
     clean: Annotated[
         str | None, typer.Option(help="Write the good rows to this .jsonl file.", metavar="OUT")
     ] = None,
+    as_json: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the findings to this file as JSON."),
+    ] = None,
     split: Split = "train",
     examples: Annotated[int, typer.Option(help="Rows to print per kind of problem.", min=0)] = 5,
     num_workers: Annotated[int, typer.Option(help="Data workers that read rows.", min=0)] = 0,
@@ -95,6 +100,7 @@ def check(
     Several processes and machines may share the rows; the last one to finish reports on all rows.
     Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
+    from multi_token.checkpoint.atomic import atomic_file
     from multi_token.data.dataset import RowReader
     from multi_token.data.lengths import LengthStore
     from multi_token.data.scan import scan
@@ -136,6 +142,10 @@ def check(
         # lengths of good rows of all shards are stored now, so this reads the bad ones only
         report = look()
     _print_report(console, report, examples)
+    if as_json is not None:
+        findings = {"source": data, "read_as": source.note, **report.to_json()}
+        with atomic_file(Path(as_json)) as partial_file:
+            partial_file.write_text(json.dumps(findings, indent=1, ensure_ascii=False), "utf-8")
     if clean is not None:
         _write_clean_rows(rows, report.good_indices, clean, data=data, processor=processor)
         console.print(f"{len(report.good_indices):,} good rows written to {clean}", markup=False)
@@ -216,7 +226,7 @@ def encode(
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
     from multi_token.data.row_source import open_rows, show_note
-    from multi_token.data.sources import num_readers
+    from multi_token.data.sources import num_readers, training_sources
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
     from multi_token.train.prepare import initial_encoders
@@ -225,7 +235,7 @@ def encode(
     loaded = load_recipe(recipe, override or ())
     spec = loaded.train.feature_cache or FeatureCacheSpec()
     closed_form = loaded.train.closed_form
-    sources = [*loaded.data.train, *loaded.data.eval]
+    sources = [*training_sources(loaded), *loaded.data.eval]
     sources += (closed_form.rows or []) if closed_form is not None else []
     modalities = loaded.model.modalities
     row_sources = [open_rows(s, modalities, seed=loaded.train.seed) for s in sources]
@@ -314,7 +324,10 @@ def source_of(
     from multi_token.recipe.recipe import set_overrides
     from multi_token.registry import validate_fields
 
-    named = [] if recipe is None else [*recipe.data.eval, *recipe.data.train]
+    named: list[DataSource] = []
+    if recipe is not None:
+        of_stages = [source for stage in recipe.train.stages for source in stage.data]
+        named = [*recipe.data.eval, *recipe.data.train, *of_stages]
     found = next((s for s in named if (s.rows, s.split) == (data, split)), None)
     fields = {"rows": data, "split": split}
     if found is not None:

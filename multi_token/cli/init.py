@@ -197,7 +197,7 @@ def _kind_of(value: Any, usual: str | None, fetch: Fetch) -> str | None:
             return "timeseries"
         return _kind_of(items[0], usual, fetch)
     if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is None:
-        return usual if usual != "text" and ("array" in value or "url" in value) else None
+        return usual if "array" in value or "url" in value else None
     path = media_source(value) if isinstance(value, Mapping) else value
     if not isinstance(path, str):
         return usual if value is not None and not is_number(value) else None

@@ -60,9 +60,9 @@ def read_header(text: str) -> dict[str, str]:
     header: dict[str, str] = {}
     field = "title"
     for line in text.splitlines():
-        if line.startswith(("#!", "# yaml-language-server:")):
+        if line.startswith("#!"):
             continue
-        if not line.startswith("#"):
+        if line[:2] not in ("#", "# "):
             break
         line = line.removeprefix("#").strip()
         if match := _FIELD.fullmatch(line):
@@ -82,7 +82,7 @@ def list_command() -> None:
         table.add_row(
             name,
             Text(recipe.header["What you get"], overflow="fold"),
-            Text(recipe.header["Status"], overflow="fold"),
+            recipe.header["Status"].partition(":")[0].rstrip("."),
         )
     console = Console(highlight=False)
     console.print(table)

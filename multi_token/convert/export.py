@@ -88,6 +88,7 @@ def _write_for_engines(model: MultiTokenForConditionalGeneration, out: Path) -> 
     chat = model.require_processor().chat
     tokenizer = chat.tokenizer
     question = [{"role": "user", "content": "What is this?"}]
+    tokenizer.chat_template = chat.template  # the recipe's, with its values of variables
     plain = _render(tokenizer, question)
     tokenizer.chat_template = accept_content_parts(chat.template)
     parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]

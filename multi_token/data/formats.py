@@ -189,7 +189,10 @@ class _RowParser:
         found = [key for key in ("messages", "conversations") if self.row.get(key) is not None]
         if not found:
             fields = ", ".join(map(str, self.row)) or "none"
-            raise self.error(f"no messages; its fields are {fields}; {self.shapes()}")
+            raise self.error(
+                f"no messages; its fields are {fields}; {self.shapes()}; or say how the source's "
+                "columns are read, with `turns`, `media` or `format` (docs/rows.md)"
+            )
         if len(found) == 2:
             raise self.error("both `messages` and `conversations` are given; leave one of them out")
         key = found[0]

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import functools
 import json
-from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 
 from multi_token.data.adapter import RowAdapter, TurnTemplate, marked_template
+from multi_token.data.chosen_rows import chosen_rows
 from multi_token.data.content_parts import media_source
 from multi_token.data.files.hub import open_with_args
 from multi_token.data.files.hub_files import media_root_of
 from multi_token.data.files.open import load_rows, media_root
-from multi_token.data.parallel import pass_console, progress_bar
 from multi_token.data.presets import (
     Reading,
     choose_format,
@@ -37,6 +37,8 @@ from multi_token.modalities.base import Modality, OpenAIKind
 from multi_token.recipe.data import DataSource
 from multi_token.registry import did_you_mean
 
+CHOSEN_FOLDER = "where"
+"""Folder of a run that remembers the rows of a `where`."""
 _NUM_LOOKED_AT = 8
 """First rows whose columns choose a format, at most: the first of a file may have no media."""
 _REWRITES = {"prompt_completion": join_completion, "requests": join_answer}
@@ -58,83 +60,54 @@ class RowSource:
 class AdaptedRows(IndexedRows):
     """Rows with an adapter between; picklable if the rows are."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        name: str,
-        adapter: RowAdapter | None = None,
-        chosen: Sequence[int] | None = None,
-    ) -> None:
-        """`chosen`: rows that are of the source (`where`), by their index in `rows`; None: all."""
-        self.rows, self.name, self.adapter, self.chosen = rows, name, adapter, chosen
+    def __init__(self, rows: Sequence[Row], adapter: RowAdapter, name: str) -> None:
+        self.rows, self.adapter, self.name = rows, adapter, name
 
     def __len__(self) -> int:
-        return len(self.rows) if self.chosen is None else len(self.chosen)
+        return len(self.rows)
 
     def row(self, index: int) -> Row:
         """Read and adapt a row; see IndexedRows. Raises RowError."""
-        at = index if self.chosen is None else int(self.chosen[index])
-        row = self.rows[at]
-        # messages name a row by its place in the file, not among those that were chosen
-        row_id = row_id_of(at, row, self.name)
-        if self.adapter is not None:
-            return self.adapter(row, row_id)
-        return {**row, "id": row_id} if isinstance(row, Mapping) else row
+        row = self.rows[index]
+        return self.adapter(row, row_id_of(index, row, self.name))
 
 
 def open_rows(
-    source: DataSource, modalities: Mapping[str, Modality], *, seed: int = 0
+    source: DataSource,
+    modalities: Mapping[str, Modality],
+    *,
+    seed: int = 0,
+    run: str | None = None,
+    num_readers: Callable[[int], int] = lambda _: 0,
 ) -> RowSource:
-    """Open the rows of a source for the modalities of a recipe.
+    """Open the rows of a source for the modalities of a recipe. Collective with `where`.
 
-    `seed`: draws a `question` for each row. Raises MultiTokenError.
+    Args:
+        source: The source.
+        modalities: The recipe's modalities by name.
+        seed: Draws a `question` for each row.
+        run: Folder of the run, which remembers the rows of a `where`.
+        num_readers: Number of data workers for a number of rows.
+
+    Raises:
+        MultiTokenError: the rows or media cannot be opened, or the columns leave a doubt.
     """
     fetch = media_fetch(source)
     rows = load_rows(source.rows, split=source.split)
-    chosen = None if source.where is None else _chosen_rows(rows, source)
-    raw = rows if chosen is None else AdaptedRows(rows, source.rows, None, chosen)
-    adapter, note = adapter_of(source, modalities, first_rows(raw.__getitem__, len(raw)), seed=seed)
-    if adapter is not None or chosen is not None:
-        rows = AdaptedRows(rows, source.rows, adapter, chosen)
+    if (condition := row_condition(source)) is not None:
+        folder = None if run is None else Path(run) / CHOSEN_FOLDER
+        rows = chosen_rows(rows, condition, source.rows, folder=folder, num_readers=num_readers)
+    first = first_rows(rows.__getitem__, len(rows))
+    adapter, note = adapter_of(source, modalities, first, seed=seed)
+    if adapter is not None:
+        rows = AdaptedRows(rows, adapter, source.rows)
     return RowSource(rows, fetch, source.rows, note)
 
 
-def _chosen_rows(rows: Sequence[Row], source: DataSource) -> array[int]:
-    """Return the rows for which `where` holds, by their index. Raises RowError."""
-    condition = row_condition(source)
-    columns = condition.columns
-    names = getattr(rows, "column_names", None)
-    if columns is not None and names is not None and hasattr(rows, "select_columns"):
-        # a table: the columns with media stay on disk
-        rows = cast(Any, rows).select_columns([name for name in names if name in columns])
-    found = array("q")
-    with progress_bar(pass_console(), f"where {source.where}", len(rows)) as advance:
-        for index in range(len(rows)):
-            advance(1)
-            try:
-                row = rows[index]
-            except RowError:
-                found.append(index)  # a line that is not JSON, which the scan reports
-                continue
-            try:
-                if condition.holds(row):
-                    found.append(index)
-            except TemplateFault as fault:
-                row_id = row_id_of(index, row, source.rows)
-                raise RowError(str(fault), kind="format", row_id=row_id) from None
-    if not found:
-        raise MultiTokenError(
-            f"no row of {source.rows} is left: `where: {source.where}` holds for none of "
-            f"{len(rows):,}"
-        )
-    return found
-
-
-def row_condition(source: DataSource) -> RowCondition:
+def row_condition(source: DataSource) -> RowCondition | None:
     """Return the condition of a source with `where`. Raises RecipeError."""
-    assert source.where is not None
     try:
-        return RowCondition(source.where)
+        return None if source.where is None else RowCondition(source.where)
     except TemplateFault as fault:
         raise RecipeError(f"rows of {source.rows}: {fault}") from None
 

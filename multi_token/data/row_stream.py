@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from multi_token.data.adapter import RowAdapter
+from multi_token.data.chosen_rows import chosen_in_file
 from multi_token.data.files.hub import stream_hub
 from multi_token.data.files.open import (
     check_no_split,
@@ -19,6 +20,7 @@ from multi_token.data.files.open import (
     resolve_files,
 )
 from multi_token.data.mixture import permutation
+from multi_token.data.row_templates import RowCondition, TemplateFault
 from multi_token.data.rows import Row, row_id_of
 from multi_token.errors import MultiTokenError
 
@@ -67,7 +69,13 @@ class RowStream(Protocol):
 
 
 def open_stream(
-    source: str, *, split: str = "train", seed: int = 0, number: int = 0, keep: int = 1024
+    source: str,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    number: int = 0,
+    keep: int = 1024,
+    choose: ChosenRows | None = None,
 ) -> RowStream:
     """Open a source as a stream. Only the names of its files are read yet.
 
@@ -80,21 +88,46 @@ def open_stream(
     | `owner/name`, `hf://...`          | a data set on the hub, read while it is downloaded     |
 
     `number`: index of this source, so that each source has its own order of files. `keep`: last
-    rows of a hub stream that are kept in memory, since it cannot go back. Raises MultiTokenError.
+    rows of a hub stream that are kept in memory, since it cannot go back. `choose`: the rows of a
+    `where`; each file is read for it once. Raises MultiTokenError.
     """
     files = resolve_files(source)
     if files is not None:
         check_no_split(source, split)
-        return ShardedRows(source, files, seed=seed, number=number)
+        open_rows: Callable[[Path], Sequence[Row]] = open_file
+        if choose is not None:
+            open_rows = partial(choose.of_file, open_rows)
+        return ShardedRows(source, files, seed=seed, number=number, open_rows=open_rows)
     path = Path(source).expanduser()
     if path.is_dir():
         open_rows = partial(_folder, split=split)
+        if choose is not None:
+            open_rows = partial(choose.of_file, open_rows)
         return ShardedRows(source, [path], open_rows=open_rows)
-    return LanedRows(source, partial(stream_hub, source, split=split), keep=keep)
+    return LanedRows(source, partial(stream_hub, source, split=split), keep=keep, choose=choose)
 
 
 def _folder(path: Path, split: str) -> Sequence[Row]:
     return load_rows(str(path), split=split)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The `where` of a stream, and the folder that remembers its choice of each file."""
+
+    condition: RowCondition
+    folder: Path
+
+    def of_file(self, open_rows: Callable[[Path], Sequence[Row]], path: Path) -> Sequence[Row]:
+        """Open the chosen rows of a file."""
+        return chosen_in_file(open_rows(path), self.condition, path, self.folder)
+
+    def holds(self, row: Row, name: str) -> bool:
+        """Return whether a row is chosen. Raises MultiTokenError."""
+        try:
+            return self.condition.holds(row)
+        except TemplateFault as fault:
+            raise MultiTokenError(f"a row of {name}: {fault}") from None
 
 
 class AdaptedStream:
@@ -210,10 +243,18 @@ class LanedRows:
     the files of those alone. Each lane begins again at its own end.
     """
 
-    def __init__(self, source: str, open_rows: Callable[[], Any], *, keep: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        open_rows: Callable[[], Any],
+        *,
+        keep: int,
+        choose: ChosenRows | None = None,
+    ) -> None:
         """`keep`: last rows that are kept in memory, of all lanes together."""
         self.source = source
         self.keep = keep
+        self.choose = choose
         self._open_rows = open_rows
         self._dataset: Any = None
         self._lanes: list[SequentialRows] = []
@@ -264,9 +305,10 @@ class LanedRows:
             rows = rows.shard(num_lanes, lane, contiguous=False)
         # not `iter(rows)`: in a data worker, that gives some files to each worker by itself
         for batch in rows.iter(batch_size=_BATCH):
-            yield from (
-                dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)
-            )
+            for values in zip(*batch.values(), strict=True):
+                row = dict(zip(batch, values, strict=True))
+                if self.choose is None or self.choose.holds(row, self.source):
+                    yield row
 
 
 class SequentialRows:

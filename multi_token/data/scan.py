@@ -10,9 +10,9 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,18 @@ class ScanReport:
     def total(self) -> Length:
         """Sums over the good rows."""
         return Length(*self.lengths.table.sum(0).tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts, the lengths of good rows, and every problem."""
+        bins = histogram(self.lengths.table[:, 0].tolist()) if self.lengths else []
+        return {
+            "rows": self.num_rows,
+            "good": len(self.good_indices),
+            "bad": len(self.problems),
+            **self.total._asdict(),
+            "lengths": [asdict(one) for one in bins],
+            "problems": [asdict(problem) for problem in self.problems],
+        }
 
 
 def scan(

@@ -33,7 +33,7 @@ from multi_token.distributed import (
 from multi_token.errors import RecipeError, RowError
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
-from multi_token.recipe.train import DataSource
+from multi_token.recipe.train import DataSource, Stage
 from multi_token.types import Conversation, Media
 
 
@@ -111,6 +111,44 @@ class TrainingSource:
         return replace(self, processor=replace(self.processor, **fields))
 
 
+def training_sources(recipe: Recipe) -> list[DataSource]:
+    """Return the different sources of all stages: `data.train`, and those of `stages[].data`."""
+    found: list[DataSource] = []
+    for stage in recipe.train.stages:
+        found += [s for s in stage.data or recipe.data.train if s not in found]
+    return found
+
+
+def sources_of_stage(
+    recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource]
+) -> list[TrainingSource]:
+    """Return the sources of a stage, of those that `training_sources` lists."""
+    every = training_sources(recipe)
+    return [sources[every.index(source)] for source in stage.data or recipe.data.train]
+
+
+def check_stage_data(recipe: Recipe, stage: Stage, sources: Sequence[TrainingSource]) -> None:
+    """Raise RecipeError if the `data` of a stage lack a modality that the stage trains.
+
+    `sources`: those of the stage, scanned.
+    """
+    learn = stage.learn
+    trained = [
+        name
+        for name in recipe.model.modalities
+        if learn.projector(name) is not None or name in learn.encoders
+    ]
+    lacking = [n for n in trained if not any(len(source.rows_with([n])) for source in sources)]
+    if lacking:
+        rest = [name for name in trained if name not in lacking]
+        fix = f"train others alone (`projectors: {{{rest[0]}: ...}}`)" if rest else "leave it out"
+        raise RecipeError(
+            f"stage {stage.name!r} trains {', '.join(lacking)}, but no row of its `data` "
+            f"({', '.join(source.name for source in sources)}) has an item of it; add such rows, "
+            f"or {fix}"
+        )
+
+
 def open_source(
     source: DataSource,
     processor: MultiTokenProcessor | None,
@@ -123,11 +161,19 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
-    opened = open_rows(source, processor.modalities, seed=recipe.train.seed)
+    opened = open_rows(
+        source,
+        processor.modalities,
+        seed=recipe.train.seed,
+        run=recipe.train.output_dir,
+        num_readers=partial(num_readers, recipe),
+    )
     show_note(opened.note)
     # media paths are relative to the folder of the rows, which differs between sources
     processor = replace(processor, fetch=opened.fetch, cache=cache)
-    headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
+    headers = recipe.data.lengths == "headers" and any(
+        s is source for s in training_sources(recipe)
+    )
     return TrainingSource(opened.rows, processor, source.rows, headers=headers)
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from multi_token.data.dataset import row_to_sample
 from multi_token.data.formats import to_conversation
 from multi_token.data.mixture import Mixture
-from multi_token.data.row_source import adapter_of, first_rows, media_fetch, show_note
-from multi_token.data.row_stream import AdaptedStream, RowStream, open_stream
+from multi_token.data.row_source import (
+    CHOSEN_FOLDER,
+    adapter_of,
+    first_rows,
+    media_fetch,
+    row_condition,
+    show_note,
+)
+from multi_token.data.row_stream import AdaptedStream, ChosenRows, RowStream, open_stream
 from multi_token.data.rows import Row
 from multi_token.data.scan import Problem
 from multi_token.data.sources import TrainingSource
@@ -173,7 +181,13 @@ def open_streams(processor: MultiTokenProcessor, recipe: Recipe, *, seed: int) -
     window, sources = recipe.data.stream.window, recipe.data.train
     streams: list[RowStream] = []
     for i, source in enumerate(sources):
-        stream = open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
+        condition = row_condition(source)
+        choose = None
+        if condition is not None:
+            choose = ChosenRows(condition, Path(recipe.train.output_dir) / CHOSEN_FOLDER)
+        stream = open_stream(
+            source.rows, split=source.split, seed=seed, number=i, keep=window, choose=choose
+        )
         first = first_rows(lambda number, stream=stream: stream.row(number).row)
         adapter, note = adapter_of(source, processor.modalities, first, seed=recipe.train.seed)
         show_note(note)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.evaluate.scores import RowScores, score_rows
 from multi_token.modalities.facts import joined, with_texts
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -198,7 +198,7 @@ class MediaShuffle:
                 donor, donor_processor = self.rows[row]
                 media.append(donor_processor.prepare(donor.media[donated], row_id=donor.id))
             else:
-                media.append(processor.prepare(item))
+                media.append(processor.prepare(item, row_id=conversation.id))
         # Tokenized again: another row's item may have another number of embeddings.
         runs = processor.runs(conversation, media)
         sample = processor.chat.tokenize(*with_texts(conversation, runs))
@@ -215,7 +215,12 @@ class MediaShuffle:
         if (index, item_index) not in self._digests:
             conversation, processor = self.rows[index]
             item = conversation.media[item_index]
-            content = processor.modalities[item.modality].content(item.source, processor.fetch)
+            try:
+                content = processor.modalities[item.modality].content(item.source, processor.fetch)
+            except MediaError as error:
+                raise RowError(
+                    f"{item.modality}: {error}", kind=error.kind, row_id=conversation.id
+                ) from error
             self._digests[index, item_index] = hashlib.sha256(content).digest()
         return self._digests[index, item_index]
 

@@ -135,6 +135,17 @@ CONFLICTS = (
         when=lambda s: None if s.data.stream else _with_weight(s.data.train),
     ),
     Conflict(
+        ("stage.data", "data.stream"),
+        "stage {stage.name!r} has `data` of its own, and `data.stream` is one stream for all "
+        "stages; leave one of them out",
+    ),
+    Conflict(
+        ("stage.data.*.weight",),
+        "`weight` of {found!r} is a source's part of a stream, and the `data` of stage "
+        "{stage.name!r} are no stream; leave `weight` out",
+        when=lambda s: _with_weight(s.stage.data),
+    ),
+    Conflict(
         ("data.eval.*.weight",),
         "`weight` of {found!r} under `data.eval` is for training rows, and all held-out rows are "
         "evaluated; leave `weight` out",

@@ -166,6 +166,8 @@ class Stage(StrictModel):
     """Train on the language model's answers to the rows' `media_texts`; `{}`: the defaults."""
     dpo: DpoSpec | None = None
     """Train on pairs of answers (`chosen`, `rejected`); `{}`: the defaults."""
+    data: list[DataSource] = Field(default_factory=list)
+    """Training rows of this stage, in place of `data.train`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """transformers.TrainingArguments fields of this stage, over those of `train.args`."""
 

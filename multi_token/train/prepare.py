@@ -12,14 +12,14 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 from torch import nn
-from torch.utils.data import ConcatDataset
+from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from multi_token.checkpoint.atomic import atomic_file
@@ -34,8 +34,11 @@ from multi_token.data.sources import (
     TrainingSource,
     build_dataset,
     check_has_items,
+    check_stage_data,
     good_rows,
     open_source,
+    sources_of_stage,
+    training_sources,
 )
 from multi_token.data.streaming import StreamDataset, open_streams
 from multi_token.distributed import broadcast_from_main, num_processes
@@ -92,15 +95,26 @@ class Run:
     model: MultiTokenForConditionalGeneration
     """Replaced after a stage with FSDP, whose shards cannot be put together in place."""
     sources: Sequence[TrainingSource]
-    """Training rows; of a stream the first ones, for statistics and the plan."""
-    dataset: ConcatDataset[Any] | StreamDataset
+    """Training rows of all stages; of a stream the first ones, for statistics and the plan."""
+    stream: StreamDataset | None
+    """The stream that all stages train on; None where each has a dataset of its sources."""
     evaluation: EvaluationCallback
     cache: FeatureCache | None
     initialized: Sequence[str]
     """Modalities that come from another run (`train.init_from`)."""
     console: Console
-    shared_prefixes: Sequence[SharedPrefixGroup] | None = None
-    """Rows that begin with the same media, once a stage has asked for them."""
+    shared_prefixes: dict[tuple[int, ...], Sequence[SharedPrefixGroup]] = field(
+        default_factory=dict
+    )
+    """Sources, by the ids of their rows -> rows that begin with the same media, once a stage has
+    asked for them."""
+
+    def rows_of(self, stage: Stage) -> tuple[list[TrainingSource], Dataset[Any]]:
+        """Return the training rows of a stage, as sources and as a dataset."""
+        if self.stream is not None:
+            return list(self.sources), self.stream
+        own = sources_of_stage(self.recipe, stage, self.sources)
+        return own, build_dataset(own, self.model.modalities)
 
 
 def closed_form_folder(recipe: Recipe) -> Path:
@@ -225,7 +239,8 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
     streams = None
     if recipe.data.stream is None:
         sources = [
-            open_source(source, model.processor, recipe, None) for source in recipe.data.train
+            open_source(source, model.processor, recipe, None)
+            for source in training_sources(recipe)
         ]
     else:
         streams = open_streams(model.require_processor(), recipe, seed=data_seed(args))
@@ -250,10 +265,18 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
             cache.register_encoders(model.modalities, encoders)
     # Rows are scanned with all that any stage reads of them, so that a row without a text or a
     # rejected answer is found now and not in the middle of a later stage.
-    modes = {"distillation": spec.distillation_mode, "preference": spec.preference_mode}
-    sources = [source.with_processor(**modes) for source in sources]
+    sources = [
+        source.with_processor(
+            distillation=of_source.distillation_mode, preference=of_source.preference_mode
+        )
+        for source, of_source in zip(sources, _stages_by_source(recipe), strict=True)
+    ]
     sources = [s.with_processor(preference=None) for s in good_rows(sources, recipe, console)]
     check_has_items(sources, recipe)
+    for stage in spec.stages:
+        if stage.data:
+            own = sources_of_stage(recipe, stage, sources)
+            check_stage_data(recipe, stage, own)
     held_out = _held_out(model, recipe, cache, console)
     print_fn = partial(console.print, highlight=False, soft_wrap=True)
     report = RunReport(Path(spec.output_dir), recipe, parts, print_fn=print_fn)
@@ -262,14 +285,23 @@ def prepare(recipe: Recipe, stages: Sequence[StageRun], console: Console) -> Run
         stages,
         model,
         sources,
-        build_dataset(sources, model.modalities)
-        if streams is None
-        else streams.with_sources(sources),
+        None if streams is None else streams.with_sources(sources),
         EvaluationCallback(model, held_out, spec, report, console),
         cache,
         initialized,
         console,
     )
+
+
+def _stages_by_source(recipe: Recipe) -> list[TrainSpec]:
+    """Return the `train` section with the stages of each of the training sources alone."""
+    spec = recipe.train
+    return [
+        spec.model_copy(
+            update={"stages": [s for s in spec.stages if source in (s.data or recipe.data.train)]}
+        )
+        for source in training_sources(recipe)
+    ]
 
 
 def open_rows(

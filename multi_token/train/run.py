@@ -12,7 +12,7 @@ from rich.console import Console
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import CONFIG, save
 from multi_token.data.sources import good_rows
-from multi_token.data.streaming import StreamDataset, without_media
+from multi_token.data.streaming import without_media
 from multi_token.distributed import (
     all_gather,
     barrier,
@@ -100,7 +100,7 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
     """Run the closed-form stage and the recipe's stages, save the model, and return it."""
     if not is_done(closed_form_folder(run.recipe)):
         closed_form_stage(run)
-    if isinstance(run.dataset, StreamDataset):
+    if run.stream is not None:
         # the first rows of a stream hold the bytes of their media, which nothing reads again
         run.sources = [without_media(source) for source in run.sources]
     folder = Path(run.recipe.train.output_dir)

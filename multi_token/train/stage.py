@@ -74,7 +74,7 @@ def build_trainer(run: Run, stage: StageRun) -> MultiTokenTrainer:
     """
     model, spec, learn = run.model, run.recipe.train, stage.spec.learn
     assert model.processor is not None
-    sources, dataset = list(run.sources), run.dataset
+    sources, dataset = run.rows_of(stage.spec)
     held_out: Any = run.evaluation.dataset if stage.args.eval_strategy != "no" else None
     if stage.spec.dpo is not None:
         sources, dataset = preference_dataset(sources, stage.spec, model)
@@ -134,7 +134,7 @@ def _batch_plan(
         lengths,
         num_items,
         num_rows=stage.args.per_device_train_batch_size,
-        groups=_shared_prefixes(run) if find_groups else (),
+        groups=_shared_prefixes(run, sources) if find_groups else (),
     )
     if isinstance(dataset, StreamDataset):
         print_fn = partial(run.console.print, highlight=False, markup=False)
@@ -145,18 +145,19 @@ def _batch_plan(
     return PaddedBatches(dataset.num_tokens if pairs else lengths)
 
 
-def _shared_prefixes(run: Run) -> Sequence[SharedPrefixGroup]:
-    """Return the rows that begin with the same media, found once for all stages of a start."""
-    if run.shared_prefixes is None:
-        run.shared_prefixes = shared_prefix_groups(
-            run.sources,
+def _shared_prefixes(run: Run, sources: list[TrainingSource]) -> Sequence[SharedPrefixGroup]:
+    """Return the rows that begin with the same media, found once for stages of the same rows."""
+    key = tuple(id(source.rows) for source in sources)
+    if key not in run.shared_prefixes:
+        run.shared_prefixes[key] = shared_prefix_groups(
+            sources,
             Path(run.recipe.train.output_dir),
             num_workers=num_readers(
-                run.recipe, sum(len(s.lengths) for s in run.sources) // num_processes()
+                run.recipe, sum(len(s.lengths) for s in sources) // num_processes()
             ),
             console=run.console,
         )
-    return run.shared_prefixes
+    return run.shared_prefixes[key]
 
 
 def _freeze_unused(run: Run, stage: StageRun, sources: list[TrainingSource]) -> None:

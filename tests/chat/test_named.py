@@ -123,3 +123,33 @@ def test_the_documents_list_every_name() -> None:
     assert re.findall(r"`(\w+)`", line.partition("or a name: ")[2].partition(". ")[0]) == (
         template_names()
     )
+
+
+def test_an_exported_run_keeps_the_values_for_programs_that_set_none(
+    recipe_fields: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from multi_token.convert.export import export
+    from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.recipe.recipe import Recipe
+
+    fields = recipe_fields(tmp_path)
+    fields["model"] |= {"chat_template": THINKING, "chat_template_kwargs": OFF}
+    run = MultiTokenForConditionalGeneration.from_spec(Recipe.model_validate(fields).model)
+    run.save_pretrained(tmp_path / "run")
+    again = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / "run")
+    expected = prompt(again.require_processor().chat)
+    assert expected.endswith("no thoughts\n")
+    for to in ("merged", "language-model"):
+        export(tmp_path / "run", tmp_path / to, to=to)
+        loaded = MultiTokenForConditionalGeneration.from_pretrained(tmp_path / to)
+        chat = loaded.require_processor().chat
+        assert prompt(chat) == expected
+        # a request may still turn thoughts on
+        assert "no thoughts" not in prompt(chat.with_kwargs({"enable_thinking": True}))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / to / "language_model")
+        question = [{"role": "user", "content": "What?"}]
+        assert expected == tokenizer.apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True
+        )

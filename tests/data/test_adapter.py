@@ -18,6 +18,7 @@ from multi_token.registry import validate_fields
 from multi_token.types import Conversation
 from tests.data.row_shapes import IMAGE, TYPES, Shape, shown
 from tests.data.row_shapes_columns import SHAPES
+from tests.data.row_shapes_more import MORE
 
 PHOTO = {"image": TYPES["image"]}
 
@@ -37,7 +38,7 @@ def refusal(row: dict[str, Any], **keys: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title)
+@pytest.mark.parametrize("shape", [*SHAPES, *MORE], ids=lambda shape: shape.title)
 def test_a_row_of_a_real_data_set_is_read(shape: Shape) -> None:
     source = DataSource(rows="rows.json", **shape.source)
     adapter, note = adapter_of(source, shape.modalities, [shape.row])
@@ -269,3 +270,41 @@ def test_the_first_rows_choose_the_format_and_say_so(tmp_path: Path) -> None:
         "rows.jsonl read as captions: image <- photo, answer <- caption, question: 'Describe the "
         "image.'; set `format:` or `turns:` to change"
     )
+
+
+def test_where_reads_the_columns_of_its_condition_alone(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from multi_token.data.chosen_rows import chosen_rows
+    from multi_token.data.files.parquet import ParquetRows
+    from multi_token.data.row_templates import RowCondition
+
+    table = pa.table({"fold": range(3000), "image": [b"x" * 1000] * 3000})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = ParquetRows(tmp_path / "rows.parquet")
+    chosen = chosen_rows(rows, RowCondition("fold % 1000 == 7"), "rows.parquet")
+    assert [row["fold"] for row in chosen] == [7, 1007, 2007]
+    assert chosen[0]["image"] == b"x" * 1000
+    narrow = rows.select_columns(["fold"])
+    assert set(narrow[0]) == set(pickle.loads(pickle.dumps(narrow))[0]) == {"fold"}  # noqa: S301
+
+
+def test_where_leaves_rows_of_a_stream_out_and_is_remembered_by_file(tmp_path: Path) -> None:
+    from multi_token.data.row_stream import ChosenRows, open_stream
+    from multi_token.data.row_templates import RowCondition
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"fold": i}) for i in range(10)))
+    choose = ChosenRows(RowCondition("fold % 4 == 1"), tmp_path / "where")
+    stream = open_stream(str(path), choose=choose)
+    found = [stream.row(number) for number in range(4)]
+    assert [row.row["fold"] for row in found] == [1, 5, 9, 1]
+    assert [row.row_id for row in found[:2]] == ["rows.jsonl[1]", "rows.jsonl[5]"]
+    (stored,) = (tmp_path / "where").iterdir()
+    stored.write_bytes(stored.read_bytes())
+    again = open_stream(str(path), choose=choose)
+    assert again.row(1).row["fold"] == 5
+    wrong = ChosenRows(RowCondition("flod == 1"), tmp_path / "where")
+    with pytest.raises(MultiTokenError, match=r"no column 'flod': did you mean 'fold'"):
+        open_stream(str(path), choose=wrong).row(0)

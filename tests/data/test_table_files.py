@@ -85,6 +85,7 @@ def test_a_tsv_file_of_common_voice_keeps_its_quotes(tmp_path: Path) -> None:
         ("tabs.csv", "a\tb\n1\t2\n", "no comma, but a tab: .*, or name the file .tsv"),
         ("commas.tsv", "a,b\n1,2\n", "has no tab, but a comma"),
         ("numbers.csv", "1,2\n3,4\n", "line 1 of .*: '1' is no name; write a name for each"),
+        ("names.csv", "a.jpg,A cat\nb.jpg,A dog\n", "'a.jpg' is no name; write a name for each"),
         ("double.csv", "a,a\n3,4\n", "'a' is there twice"),
         ("empty.csv", "", "is empty; write the names of the columns"),
         ("utf16.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16; save the file as UTF-8"),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from multi_token.checkpoint.save import save
 from multi_token.cli import app
 from multi_token.data.row_source import RowSource, open_rows
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, RowError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
 from multi_token.evaluate.scores import (
     _by_row,
@@ -142,6 +142,17 @@ def test_rows_that_all_show_the_same_are_refused(model: Any, tmp_path: Path, dat
     path = tmp_path / "same.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(MultiTokenError, match="at least 2 rows .* got 0 of 4"):
+        blind(model, rows_of(model, path))
+
+
+def test_a_row_that_cannot_be_read_is_named(model: Any, tmp_path: Path, data: Path) -> None:
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["images"] = [str(data / row["images"][0])]
+    rows[2]["images"] = ["none.png"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RowError, match=f"row {rows[2]['id']}: image: no file at .*none.png"):
         blind(model, rows_of(model, path))
 
 

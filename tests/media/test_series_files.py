@@ -19,6 +19,7 @@ from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
 from multi_token.media.hashing import source_stamp
 from multi_token.modalities.timeseries import TimeseriesModality
+from multi_token.testing.files import recordings
 
 WFDB_NAMES = ["I", "aVR", "V 1"]
 EDF_RATES = {"EEG Fpz-Cz": 256, "Resp": 100}
@@ -250,6 +251,30 @@ def test_a_part_of_an_array_is_read_without_the_rest(tmp_path: Path) -> None:
         assert len(load(source, channels=2, rate=50.0)) == 50
     for wrong in ({"start": 4}, {"end": 9}, {"start": 2, "end": 1}, {"start": -1}):
         refusal({**source, "end": None, "start": None, **wrong}, channels=2)
+
+
+def test_a_second_of_a_recording_of_gigabytes_is_read_without_the_rest(tmp_path: Path) -> None:
+    """Sparse files: their gigabytes of zeros take no disk, and are over the limit of bytes."""
+    whole = recordings()
+    num_records = 40_000_000  # of one second and 200 bytes
+    edf = bytearray(whole["edf"][:768])
+    edf[236:244] = f"{num_records:<8}".encode()
+    with zipfile.ZipFile(io.BytesIO(whole["zip"])) as archive:
+        header = archive.read("a.hea").decode()
+    (tmp_path / "a.hea").write_text(header.replace("a 2 100 100", "a 2 100 2000000000"))
+    for name, start, size in (
+        ("a.edf", bytes(edf), 768 + 200 * num_records),
+        ("a.dat", b"", 8_000_000_000),
+    ):
+        with (tmp_path / name).open("wb") as file:
+            file.write(start)
+            file.truncate(size)
+    few = Fetch(max_bytes=10_000)
+    for name, rate in (("a.edf", 50), ("a", 100)):
+        source = {"path": str(tmp_path / name), "start": 12_345_678, "end": 12_345_679}
+        modality = series(channels=2)
+        assert modality.size_from_header(source, few) == rate
+        assert not modality.load(source, few).any()
 
 
 def test_a_rate_that_falls_is_filtered_first() -> None:

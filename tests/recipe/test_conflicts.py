@@ -32,6 +32,8 @@ EXAMPLES: list[tuple[list[str], str, str]] = [
     (["data.lengths=headers"], "data.on_bad_row=skip", "set on_bad_row to raise"),
     ([STREAM], "data.lengths=headers", "leave one of them out"),
     ([], f"data.train={WEIGHTED}", "`weight` of 'rows.jsonl' under `data.train`"),
+    ([STREAM], "train.stages.0.data=[{rows: a.json}]", "`data` of its own, and `data.stream`"),
+    ([], f"train.stages.0.data={WEIGHTED}", "`weight` of 'rows.jsonl' is a source's part"),
     ([], f"data.eval={WEIGHTED}", "`weight` of 'rows.jsonl' under `data.eval`"),
     ([], "train.args.eval_strategy=epoch", "eval_strategy=epoch needs rows"),
     ([], "train.args.load_best_model_at_end=true", "load_best_model_at_end needs evaluations"),

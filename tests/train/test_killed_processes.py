@@ -1,7 +1,8 @@
-"""Processes killed by SIGKILL, all or one: the survivor reports it, and the run resumes."""
+"""Processes and data workers killed by SIGKILL: it is reported, and the run resumes."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from multi_token.train.resume import last_checkpoint
 from tests.train.bits import assert_same_bits
 from tests.train.launchers import ROOT
 
@@ -29,11 +31,16 @@ PATIENCE = 240.0
 
 
 def two_processes(
-    recipe: Path, *, line: str | None = None, killed: Collection[int] = ()
+    recipe: Path,
+    *,
+    line: str | None = None,
+    killed: Collection[int] = (),
+    killed_workers: Collection[int] = (),
 ) -> list[tuple[int, str]]:
     """Exit code and stderr of each of two processes that train a recipe together.
 
-    Those of `killed` get SIGKILL once the first one has printed `line`.
+    Those of `killed`, and data workers of `killed_workers`, get SIGKILL once the first one has
+    printed `line`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,10 +69,43 @@ def two_processes(
                 if line is not None and printed.startswith(line):
                     for rank in killed:
                         both[rank].kill()
+                    for rank in killed_workers:
+                        for child in children(both[rank].pid):
+                            os.kill(child, signal.SIGKILL)
         second.wait()
         too_long.cancel()
         of_second.seek(0)
         return [(first.returncode, "".join(said)), (second.returncode, of_second.read())]
+
+
+def children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are found in /proc")
+def test_a_data_worker_killed_in_one_process_ends_both_and_the_checkpoint_is_kept(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 400)
+    args = {"use_cpu": True, "per_device_train_batch_size": 1, "save_steps": 2, "report_to": []}
+    fields = recipe_fields(
+        tmp_path / "run",
+        closed_form=None,
+        stages=[{"name": "adapter", "learn": {"adapter": 1e-2}}],
+        args={**args, "logging_steps": 1, "dataloader_num_workers": 1, "max_steps": 190},
+    )
+    fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    # within an epoch of 200 steps, of which a worker reads two ahead
+    first, second = two_processes(path, line="adapter 5/190", killed_workers=[1])
+    assert (first[0], second[0]) == (1, 1), first[1] + second[1]
+    assert "error: a data worker was killed (DataLoader worker (pid" in second[1]
+    assert "error: process 0 lost another process of this run" in first[1]
+    assert "Traceback" not in first[1] + second[1]
+    kept = last_checkpoint(tmp_path / "run" / "stages" / "1-adapter")
+    assert kept is not None and int(kept.name.removeprefix("checkpoint-")) >= 4
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])

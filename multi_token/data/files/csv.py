@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from multi_token.data.files.folder import media_column
 from multi_token.data.files.index import stored_index
 from multi_token.data.files.json import line_error
 from multi_token.data.parallel import pass_console, progress_bar
@@ -112,7 +113,8 @@ class CsvRows(IndexedRows):
             )
         # pandas writes its index as a first column without a name
         no_name = [i for i, name in enumerate(columns) if i and not name.strip()]
-        no_name += [i for i, name in enumerate(columns) if isinstance(_number(name), (int, float))]
+        # a number or the name of an image is a value: the file has no header
+        no_name += [i for i, n in enumerate(columns) if _number(n) is not n or media_column(n)]
         doubled = [name for name in columns if columns.count(name) > 1]
         if doubled or no_name or columns == [""]:
             found = doubled[0] if doubled else columns[no_name[0] if no_name else 0]

@@ -36,8 +36,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Split -> names of its folder, those of `datasets`."""
-_MANY = 50_000
-"""Files of a folder from which listing them may take seconds."""
 
 
 def media_column(name: str) -> str | None:
@@ -124,14 +122,19 @@ def _walk(path: Path, start: str = "") -> Iterator[str]:
 
 
 def _listed(path: Path, start: str) -> Iterator[str]:
-    """Yield files that may be in rows, with a bar over their number, which is not known before."""
-    with progress_bar(pass_console(), f"Listing files of {path.name}", _MANY) as step:
-        for number, name in enumerate(_walk(path, start), 1):
-            if number % 1000 == 0:
-                step(1000)
-            has_text = text_column(name) or name.endswith(".json")
-            if media_column(name) or has_text or os.path.basename(name) in _METADATA:
-                yield name
+    """Yield files that may be in rows, with a bar over the entries of the folder itself."""
+    with os.scandir(path / start) as entries:
+        top = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    with progress_bar(pass_console(), f"Listing files of {path.name}", len(top)) as step:
+        for number, (entry, is_folder) in enumerate(top, 1):
+            whole = f"{start}/{entry}" if start else entry
+            for name in _walk(path, whole) if is_folder else (whole,):
+                has_text = text_column(name) or name.endswith(".json")
+                if media_column(name) or has_text or os.path.basename(name) in _METADATA:
+                    yield name
+            # one redraw of the bar costs as much as a thousand files
+            if is_folder or number % 1000 == 0:
+                step(1 if is_folder else 1000)
 
 
 def _stem(name: str) -> str:

@@ -109,9 +109,9 @@ def _bound(text: str | None, num_rows: int) -> int | None:
 
 
 class PartOfRows(IndexedRows):
-    """Rows of a range of other rows, with the ids that these have there."""
+    """Rows of some indices of other rows, with the ids that these have there."""
 
-    def __init__(self, rows: Sequence[Row], indices: range, name: str) -> None:
+    def __init__(self, rows: Sequence[Row], indices: Sequence[int], name: str) -> None:
         """`name`: name of the source in the ids of rows that have none."""
         self.rows, self.indices, self.name = rows, indices, name
 

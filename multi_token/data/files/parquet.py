@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -63,8 +64,8 @@ class ParquetRows(GroupedRows):
     `datasets` would convert the complete file into its cache first.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises MultiTokenError for a file that is not parquet."""
+    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+        """`columns`: those that are read; None: all. Raises MultiTokenError if it is no parquet."""
         import pyarrow
         from pyarrow import parquet
 
@@ -73,8 +74,23 @@ class ParquetRows(GroupedRows):
             footer = parquet.read_metadata(self.path)
         except (OSError, pyarrow.ArrowException) as error:
             raise MultiTokenError(f"{path} cannot be read as parquet: {error}") from error
+        self.columns = None if columns is None else list(columns)
         sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
         self.starts = list(accumulate(sizes, initial=0))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return ParquetRows, (self.path, self.columns)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns in the file."""
+        from pyarrow import parquet
+
+        return list(parquet.read_schema(self.path).names)
+
+    def select_columns(self, names: Sequence[str]) -> ParquetRows:
+        """Return the rows with these columns alone; the others stay on disk."""
+        return ParquetRows(self.path, names)
 
     def _read_group(self, number: int) -> pyarrow.Table:
         from pyarrow import parquet
@@ -82,4 +98,4 @@ class ParquetRows(GroupedRows):
         # opened for each row group: forked workers would share one handle's position
         with parquet.ParquetFile(self.path) as file:
             # Arrow's threads do not survive a fork: a forked worker would wait for ever
-            return file.read_row_group(number, use_threads=False)
+            return file.read_row_group(number, columns=self.columns, use_threads=False)
