@@ -165,9 +165,9 @@ def _with_columns(rows: Sequence[Row], condition: RowCondition) -> Sequence[Row]
     if wanted is None:
         return rows
     if isinstance(rows, ConcatDataset):
-        return cast(
-            Any, ConcatDataset([cast(Any, _with_columns(r, condition)) for r in rows.datasets])
-        )  # type: ignore[arg-type]
+        parts: Any = rows.datasets
+        full: Any = ConcatDataset([cast(Any, _with_columns(part, condition)) for part in parts])
+        return full
     if isinstance(rows, PartOfRows):
         return PartOfRows(_with_columns(rows.rows, condition), rows.indices, rows.name)
     names = getattr(rows, "column_names", None)

@@ -101,6 +101,9 @@ class VectorModality(Modality):
 
     def content(self, source: Any, fetch: Fetch) -> bytes:
         """Return the numbers as bytes; the key of cached features."""
+        inner, row = _parse(source)
+        if row is None and not isinstance(inner, (list, tuple, np.ndarray, Tensor)):
+            return super().content(inner, fetch)
         # Not the bytes of the file: each row of a large one would be hashed with all of it.
         array = self.load(source, fetch)
         return f"{array.shape}".encode() + array.tobytes()

@@ -247,5 +247,5 @@ def test_first_rows_keep_some_items_of_each_modality_once_stage_zero_is_done(
     assert [len(c.media) for c, _ in after.conversations()] == [
         len(c.media) for c, _ in source.conversations()
     ]
-    for item, processor in islice(after.items(), NUM_TRIED_ITEMS):
+    for item, processor in islice(after.items("image"), NUM_TRIED_ITEMS):
         assert processor.prepare(item).inputs

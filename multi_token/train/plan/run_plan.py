@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from rich.console import Console
@@ -97,7 +98,8 @@ def _num_different(sources: Sequence[TrainingSource]) -> Counter[str]:
     named: set[str] = set()
     found: Counter[str] = Counter()
     for source in sources:
-        for item, processor in source.items():
+        names = source.processor.modalities
+        for item, processor in chain.from_iterable(map(source.items, names)):
             text = canonical_source(item.source)
             key = f"{item.modality} {processor.fetch.root} {text}"
             found[item.modality] += text is None or key not in named
