@@ -86,7 +86,7 @@ def drop_last_answer(
 ) -> Conversation:
     """The conversation of a row, without a last assistant turn."""
     if not isinstance(conversation, Conversation):
-        conversation = to_conversation(conversation, list(model.modalities), row_id=f"[{index}]")
+        conversation = to_conversation(conversation, model.modalities, row_id=f"[{index}]")
     return without_last_answer(conversation)
 
 

@@ -31,6 +31,8 @@ _BUILT_INS: dict[Kind, dict[str, str]] = {
         "joint": "multi_token.modalities.joint:JointModality",
         "timeseries": "multi_token.modalities.timeseries:TimeseriesModality",
         "vector": "multi_token.modalities.vector:VectorModality",
+        "sequence": "multi_token.modalities.sequence:SequenceModality",
+        "volume": "multi_token.modalities.volume:VolumeModality",
     },
     "projector": {
         "linear": "multi_token.projectors.kinds:Linear",

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ChatMessage = dict[str, str]
 """`role` and `content`, as templates take them; a media item is a slot inside the content."""
@@ -17,8 +18,7 @@ ChatMessage = dict[str, str]
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class CharSpan:
+class CharSpan(NamedTuple):
     """Characters [start, end) of a text."""
 
     start: int
@@ -121,7 +121,7 @@ def _message_texts(content: str) -> dict[bool, CharSpan]:
     """Return the spans to replace, by `is_reasoning`; blanks around a text stay in place."""
     stripped = _stripped(content, 0, len(content))
     # Templates split a text at its one `</think>` and move the two parts, so each needs a marker.
-    if content.count(_CLOSE) != 1:
+    if _CLOSE not in content or content.count(_CLOSE) != 1:
         return {False: stripped}
     close = content.index(_CLOSE)
     opened = len(_OPEN) if content.startswith(_OPEN, stripped.start) else 0

@@ -21,6 +21,7 @@ from multi_token.cli.data import data_app
 from multi_token.cli.demo import demo
 from multi_token.cli.env import env
 from multi_token.cli.evaluate import evaluate_app
+from multi_token.cli.init import init
 from multi_token.cli.modalities import modalities_app
 from multi_token.cli.predict import predict
 from multi_token.cli.recipes import recipes_app
@@ -78,6 +79,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(init)
 app.command()(train)
 app.command()(chat)
 app.command()(ask)

@@ -19,9 +19,12 @@ from multi_token.errors import MultiTokenError, RecipeError, RowError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from multi_token.data.row_source import RowSource
     from multi_token.data.rows import Row
     from multi_token.data.scan import Bin, ScanReport
     from multi_token.processor import MultiTokenProcessor
+    from multi_token.recipe.data import DataSource
+    from multi_token.recipe.recipe import Recipe
     from multi_token.types import Conversation, Sample
 
 PROMPT_STYLE, SUPERVISED_STYLE, MEDIA_STYLE = "dim", "bold green", "bold magenta"
@@ -43,6 +46,16 @@ RecipePath = Annotated[
 Override = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Other values for keys of the recipe."),
+]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read",
+        metavar="KEY=VALUE",
+        help="A key by which columns become conversations, as in a source of the recipe: "
+        "format=captions, media.image=photo; repeatable. Default: those of the recipe's source "
+        "with these rows.",
+    ),
 ]
 Split = Annotated[str, typer.Option(help="Split to read, if there are several.")]
 NumShards = Annotated[
@@ -74,6 +87,7 @@ def check(
     ] = None,
     num_shards: NumShards = None,
     shard: Shard = None,
+    reading: Reading = None,
     override: Override = None,
 ) -> None:
     """Read every row as training does; report problems, and a histogram of lengths.
@@ -82,7 +96,6 @@ def check(
     Exit code 0: every row is good. 1: at least one is bad, or there are no rows.
     """
     from multi_token.data.dataset import RowReader
-    from multi_token.data.files.open import load_rows
     from multi_token.data.lengths import LengthStore
     from multi_token.data.scan import scan
     from multi_token.data.sources import lengths_folder
@@ -92,9 +105,8 @@ def check(
     # before the rows, which may take an hour to read
     if clean is not None:
         _check_target(clean)
-    processor = _processor(data, recipe, override)
-    rows = load_rows(data, split=split)
-    names = tuple(processor.modalities)
+    processor, source = _open(data, split, recipe, override, reading)
+    rows = source.rows
     known = None
     if keep is not None or num_shares > 1:
         run = lengths_folder(load_recipe(recipe, override or ()))
@@ -102,7 +114,7 @@ def check(
     look = partial(
         scan,
         rows,
-        RowReader(replace(processor, once=True), names),
+        RowReader(replace(processor, once=True), processor.modalities),
         source=data,
         num_workers=num_workers,
         known=known,
@@ -138,20 +150,20 @@ def show(
     row: Annotated[str, typer.Argument(help="Index of the row, from 0, or its id.")],
     recipe: RecipePath,
     split: Split = "train",
+    reading: Reading = None,
     override: Override = None,
 ) -> None:
     """Print one row as the model gets it: prompt, supervised text, media with their tokens."""
-    from multi_token.data.files.open import load_rows
     from multi_token.data.formats import to_conversation
     from multi_token.data.rows import row_id_of
     from multi_token.types import Length
 
-    processor = _processor(data, recipe, override)
-    rows = load_rows(data, split=split)
+    processor, source = _open(data, split, recipe, override, reading)
+    rows = source.rows
     # by index or id: messages about rows name either
     index = _find_row(rows, row, data)
     conversation = to_conversation(
-        rows[index], tuple(processor.modalities), row_id=row_id_of(index, rows[index], data)
+        rows[index], processor.modalities, row_id=row_id_of(index, rows[index], data)
     )
     sample = processor(conversation)
     length = Length.of(sample)
@@ -198,15 +210,13 @@ def encode(
     not be read.
     """
     from multi_token.data.feature_cache.encode import (
-        RowSource,
         encode_rows,
         random_preprocessing,
         sample_items,
     )
     from multi_token.data.feature_cache.policy import cache_folder, frozen_encoders, open_cache
-    from multi_token.data.files.open import load_rows, media_root
+    from multi_token.data.row_source import open_rows, show_note
     from multi_token.data.sources import num_readers
-    from multi_token.media.fetch import Fetch
     from multi_token.recipe.recipe import load_recipe
     from multi_token.recipe.train import FeatureCacheSpec
     from multi_token.train.prepare import initial_encoders
@@ -217,12 +227,10 @@ def encode(
     closed_form = loaded.train.closed_form
     sources = [*loaded.data.train, *loaded.data.eval]
     sources += (closed_form.rows or []) if closed_form is not None else []
-    # sources have folders of their own, where relative paths of their rows start
-    row_sources = [
-        RowSource(load_rows(s.rows, split=s.split), Fetch(root=media_root(s.rows)), s.rows)
-        for s in sources
-    ]
     modalities = loaded.model.modalities
+    row_sources = [open_rows(s, modalities, seed=loaded.train.seed) for s in sources]
+    for source in row_sources:
+        show_note(source.note)
     first, _ = sample_items(row_sources, modalities)
     # before the encoders are loaded, which takes longer
     reason = random_preprocessing(first, modalities)
@@ -281,14 +289,42 @@ def shard_of(shard: int | None, num_shards: int | None) -> tuple[int, int]:
     return shard, num_shards
 
 
-def _processor(data: str, recipe: str, override: list[str] | None) -> MultiTokenProcessor:
-    from multi_token.data.files.open import media_root
+def _open(
+    data: str, split: str, recipe: str, override: list[str] | None, reading: list[str] | None
+) -> tuple[MultiTokenProcessor, RowSource]:
+    """Open rows as the recipe reads them, with the recipe's processor."""
+    from multi_token.data.row_source import open_rows, show_note
     from multi_token.processor import build_processor
     from multi_token.recipe.recipe import load_recipe
 
+    loaded = load_recipe(recipe, override or ())
     # the data first, so that a wrong name is reported without loading a tokenizer
-    root = media_root(data)
-    return build_processor(load_recipe(recipe, override or ()), root=root)
+    source = open_rows(
+        source_of(data, split, loaded, reading), loaded.model.modalities, seed=loaded.train.seed
+    )
+    show_note(source.note)
+    return replace(build_processor(loaded), fetch=source.fetch), source
+
+
+def source_of(
+    data: str, split: str, recipe: Recipe | None, reading: Sequence[str] | None
+) -> DataSource:
+    """Return the recipe's source of these rows, else one of its own; `reading` sets its keys."""
+    from multi_token.recipe.data import DataSource
+    from multi_token.recipe.recipe import set_overrides
+    from multi_token.registry import validate_fields
+
+    named = [] if recipe is None else [*recipe.data.eval, *recipe.data.train]
+    found = next((s for s in named if (s.rows, s.split) == (data, split)), None)
+    fields = {"rows": data, "split": split}
+    if found is not None:
+        fields = found.model_dump(mode="json", exclude_defaults=True, exclude={"weight"})
+    # what is read as a format is not read by turns as well
+    keys = {one.partition("=")[0].partition(".")[0] for one in reading or ()}
+    for key, other in (("format", "turns"), ("turns", "format")):
+        if key in keys:
+            fields.pop(other, None)
+    return validate_fields(DataSource, set_overrides(fields, reading or ()), where="--read")
 
 
 def _find_row(rows: Sequence[Row], wanted: str, data: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.cli.data import NumShards, Shard
+from multi_token.cli.data import NumShards, Reading, Shard
 from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.cli.predict import (
     NUM_WORKERS,
@@ -21,7 +22,7 @@ from multi_token.cli.predict import (
     bad_row_rule,
     finish,
     open_job,
-    processor_for,
+    open_run_rows,
     workers_for,
 )
 from multi_token.errors import MultiTokenError
@@ -43,6 +44,7 @@ def blind_command(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     rows: str = typer.Option(..., help="Held-out rows: a file, folder or hub name."),
     split: str = typer.Option("train", help="Split to read, if there are several."),
+    reading: Reading = None,
     num_rows: int = typer.Option(256, min=2, help="Most rows, evenly spaced over all."),
     batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
     seed: int = typer.Option(0, help="Seed of the shuffled media."),
@@ -51,7 +53,6 @@ def blind_command(
     load: LoadOptions,
 ) -> None:
     """Test whether a run uses its media: loss and exact match with shuffled and ablated media."""
-    from multi_token.data.files.open import load_rows
     from multi_token.evaluate.blind import blind
     from multi_token.evaluate.scores import evenly_spaced, with_processor
 
@@ -61,10 +62,10 @@ def blind_command(
             "the blind test exchanges media between all its rows, so it runs in one process: start "
             "it without torchrun (`evaluate rows` scores rows in several)"
         )
-    every = load_rows(rows, split=split)
+    source = open_run_rows(run, rows, split, reading)
     model = load_run(run, load)
     # evenly spaced, since files are often sorted by source or topic
-    chosen = with_processor(every, model, source=rows, indices=evenly_spaced(len(every), num_rows))
+    chosen = with_processor(source, model, evenly_spaced(len(source.rows), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))
@@ -84,6 +85,7 @@ def rows_command(
     split: str = typer.Option("train", help="Split to read, if there are several."),
     batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
     on_bad_row: Literal["raise", "skip"] = ON_BAD_ROW,
+    reading: Reading = None,
     num_workers: int = NUM_WORKERS,
     num_shards: NumShards = None,
     shard: Shard = None,
@@ -95,8 +97,9 @@ def rows_command(
     A killed command resumes, and several processes may share the rows, as for `predict`.
     """
     columns = ("loss", "exact")
+    source = open_run_rows(run, rows, split, reading)
     job, console = open_job(
-        "evaluate rows", run, rows, out, columns, load.precision, split, (shard, num_shards)
+        "evaluate rows", run, source, out, columns, load.precision, split, (shard, num_shards)
     )
     if job.is_joined:
         console.print(f"{job.num_done:,} of {len(job.rows):,} rows are scored already")
@@ -107,7 +110,7 @@ def rows_command(
     run_work(
         job,
         scores(model),
-        processor_for(model, rows),
+        replace(model.require_processor(), fetch=source.fetch),
         source=rows,
         batch_size=batch_size,
         prompt_only=False,

@@ -18,11 +18,13 @@ from multi_token.cli.ask import (
     TEMPLATE_KWARGS,
     set_template_kwargs,
 )
-from multi_token.cli.data import NumShards, Shard, shard_of
+from multi_token.cli.data import NumShards, Reading, Shard, shard_of, source_of
 from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
+from multi_token.errors import RecipeError
 
 if TYPE_CHECKING:
+    from multi_token.data.row_source import RowSource
     from multi_token.evaluate.predict import OnBadRow, Work
     from multi_token.evaluate.row_job import JobReport, RowJob
     from multi_token.model import MultiTokenForConditionalGeneration
@@ -54,6 +56,7 @@ def predict(
     seed: int = typer.Option(0, help="Seed of sampled answers."),
     chat_template_kwargs: str = TEMPLATE_KWARGS,
     on_bad_row: Literal["raise", "skip"] = ON_BAD_ROW,
+    reading: Reading = None,
     num_workers: int = NUM_WORKERS,
     num_shards: NumShards = None,
     shard: Shard = None,
@@ -84,8 +87,9 @@ def predict(
         settings["seed"] = seed
     if chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = chat_template_kwargs
+    source = open_run_rows(run, rows, split, reading)
     job, console = open_job(
-        "predict", run, rows, out, ("answer",), settings, split, (shard, num_shards)
+        "predict", run, source, out, ("answer",), settings, split, (shard, num_shards)
     )
     if job.is_joined:
         console.print(f"{job.num_done:,} of {len(job.rows):,} rows are answered already")
@@ -112,7 +116,7 @@ def predict(
         run_work(
             job,
             work,
-            processor_for(model, rows),
+            replace(model.require_processor(), fetch=source.fetch),
             source=rows,
             batch_size=batch_size,
             num_workers=workers_for(model, num_workers),
@@ -145,19 +149,36 @@ def _started_engine(
         engine.stop()
 
 
+def open_run_rows(run: Path, rows: str, split: str, reading: Sequence[str] | None) -> RowSource:
+    """Open rows for the modalities of a run, read as its recipe reads them."""
+    from multi_token.checkpoint.load import read_config, read_spec
+    from multi_token.data.row_source import open_rows, show_note
+    from multi_token.recipe.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+    except RecipeError:  # an imported run has none, or a part of one
+        recipe = None
+    # the run's config alone: the rows are opened before the model, which takes longer
+    modalities = read_spec(run, read_config(run)).modalities
+    seed = 0 if recipe is None else recipe.train.seed
+    source = open_rows(source_of(rows, split, recipe, reading), modalities, seed=seed)
+    show_note(source.note)
+    return source
+
+
 def open_job(
     command: str,
     run: Path,
-    rows: str,
+    source: RowSource,
     out: Path,
     columns: tuple[str, ...],
     settings: Mapping[str, Any],
     split: str,
     shard: tuple[int | None, int | None],
 ) -> tuple[RowJob, Console]:
-    """Open rows and output of a job, before the model, which takes longer to load."""
+    """Open the output of a job, before the model, which takes longer to load."""
     from multi_token.checkpoint.load import run_digest
-    from multi_token.data.files.open import load_rows
     from multi_token.evaluate.row_job import RowJob
 
     share, num_shares = shard_of(*shard)
@@ -166,7 +187,7 @@ def open_job(
     console = Console(stderr=True, quiet=is_quiet, highlight=False, soft_wrap=True, markup=False)
     job = RowJob(
         out,
-        load_rows(rows, split=split),
+        source.rows,
         columns=columns,
         settings={"command": command, "run": run_digest(run), "split": split, **settings},
         share=share,
@@ -176,14 +197,6 @@ def open_job(
     if job.num_done and not job.is_joined:
         console.print(f"{job.num_done:,} of {len(job.rows):,} rows are answered already")
     return job, console
-
-
-def processor_for(model: Any, rows: str) -> Any:
-    """Return the model's processor, which opens relative paths where the rows are."""
-    from multi_token.data.files.open import media_root
-    from multi_token.media.fetch import Fetch
-
-    return replace(model.require_processor(), fetch=Fetch(root=media_root(rows)))
 
 
 def workers_for(model: Any, given: int | None) -> int:

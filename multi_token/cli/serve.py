@@ -72,8 +72,9 @@ def serve(
     ),
     engine_step_timeout: float = typer.Option(
         120.0,
-        help="Time that a prefill or decode step of the local engine may take, in seconds; then "
-        "/health is 503, and after three times that the server exits with code 1.",
+        help="Time that a prefill or decode step of the local engine, or a batch of media in an "
+        "encoder, may take, in seconds; then /health is 503, and after three times that the server "
+        "exits with code 1.",
     ),
     examples: bool = typer.Option(
         False,
@@ -142,8 +143,8 @@ def serve(
     if isinstance(service.start_error, MultiTokenError):
         raise service.start_error
     # a supervisor replaces a process that failed
-    if service.engine_error is not None:
-        raise service.engine_error
+    if service.watchdog.error is not None:
+        raise service.watchdog.error
     if not server.started:
         raise MultiTokenError(
             f"the server did not start on {settings.host}:{settings.port}; see the log lines above"

@@ -15,6 +15,15 @@ RECIPE = "recipe.yaml"
 GENERATED_MARK = (
     "<!-- written by `multi-token push`; without this line the file is left as it is -->"
 )
+_FILES = {
+    "image": "cat.png",
+    "vector": "values.npy",
+    "video": "clip.mp4",
+    "timeseries": "series.csv",
+    "sequence": "protein.fasta",
+    "volume": "scan.nii.gz",
+}
+"""Type of a modality -> a file in the example of the card."""
 _PIPELINES = {
     frozenset({"image"}): "image-text-to-text",
     frozenset({"video"}): "video-text-to-text",
@@ -166,9 +175,7 @@ def _projector(fields: Mapping[str, Any]) -> str:
 
 def _usage_section(name: str, modalities: Mapping[str, Any]) -> str:
     first, fields = next(iter(modalities.items()))
-    file = {"image": "cat.png", "vector": "values.npy", "video": "clip.mp4"}.get(
-        fields["type"], "file"
-    )
+    file = _FILES.get(fields["type"], "file")
     option = f"--image {file}" if first == "image" else f"--media {first}={file}"
     return f"""```
 multi-token ask {name} "What is this?" {option}

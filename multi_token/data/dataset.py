@@ -34,7 +34,8 @@ class RowReader:
     """Reads rows as training does: `row_to_sample`, for one row or for several together."""
 
     processor: Callable[[Conversation], Sample]
-    modalities: tuple[str, ...]
+    modalities: Collection[str]
+    """The recipe's modalities by name, or their names alone."""
 
     def __call__(self, row: Row, row_id: str) -> Sample:
         """Read one row into its sample. Raises RowError."""
@@ -84,7 +85,7 @@ class ConversationDataset(Dataset[Sample]):
         """
         self.rows = rows
         self.processor = processor
-        self.modalities = tuple(modalities)
+        self.modalities = modalities
         # an array, not a list: reference counts of list items make forked workers copy its pages
         self.good_indices = array("q", range(len(rows)) if good_indices is None else good_indices)
         self.source = source

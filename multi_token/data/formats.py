@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
+from multi_token.data.content_parts import media_part, media_source
 from multi_token.data.preferences import is_preference_row, split_preference_row
 from multi_token.data.rows import as_list, is_number, type_name
 from multi_token.errors import RowError, RowKind
@@ -34,7 +35,7 @@ _OTHER_FIELDS: Mapping[str, str] = {"speech": "speech_audios"}
 def to_conversation(
     row: Mapping[str, Any], modalities: Collection[str], *, row_id: str
 ) -> Conversation:
-    """Convert a row; `modalities` are the names of the recipe's instances.
+    """Convert a row; `modalities` are the recipe's, by name, or their names alone.
 
     | the row has                                  | shape         | a slot is                     |
     |----------------------------------------------|---------------|-------------------------------|
@@ -47,6 +48,9 @@ def to_conversation(
     items, or one item. A flat list of numbers is one item, and so is an array in `<name>`. An array
     of two or more axes in `<name>s` is split along its first axis. In a row of content parts,
     `<image>` in a text stays text in all messages.
+
+    A `system` column is a system message before the others. Parts may have the spellings of OpenAI
+    and Hugging Face (content_parts.py), where `modalities` is a mapping to the modalities.
 
     `media_texts` holds a text for each item of a name, in reading order:
     `{"speech": ["turn on the light"]}`.
@@ -84,6 +88,7 @@ class _RowParser:
 
     def __init__(self, row: Mapping[str, Any], modalities: Collection[str], *, row_id: str) -> None:
         self.row_id = row_id
+        self.modalities = modalities
         # longest first: with `image` and `image_left`, the longer name must win
         self.names = sorted(modalities, key=lambda name: (-len(name), name))
         if not isinstance(row, Mapping):
@@ -120,7 +125,7 @@ class _RowParser:
         # for the row, not for each message: else `<image>` in one text would be a slot, and not in
         # the next
         text_slots = all(as_list(turn.get(content_key)) is None for turn in turns)
-        messages: list[Message] = []
+        messages = self._system_message(turns[0].get(role_key))
         for index, turn in enumerate(turns):
             role = self._role(turn, role_key, index)
             parts = self._parts(turn.get(content_key), index, content_key, text_slots=text_slots)
@@ -208,6 +213,19 @@ class _RowParser:
                     )
         return turns, role_key, content_key
 
+    def _system_message(self, first_role: Any) -> list[Message]:
+        """Return the message of the `system` column, if the row has one."""
+        text = self.row.get("system")
+        if text in (None, "") or "system" in self.names:
+            return []
+        if not isinstance(text, str):
+            raise self.error(f"`system` is {type_name(text)}, expected a text")
+        if first_role == "system":
+            raise self.error(
+                "has a field `system` and a first turn of the role system; leave one of them out"
+            )
+        return [Message("system", (Text(text),))]
+
     def _read_field(self, name: str) -> None:
         """Fill `items[name]` from the row's field `<name>` or `<name>s`, if there is one."""
         keys = [name]
@@ -226,11 +244,8 @@ class _RowParser:
         ]
 
     def _source(self, item: Any, where: str) -> Any:
-        """Return an item as `Media.source`; for {"bytes", "path"} of `datasets`, one of the two."""
-        if isinstance(item, Mapping) and item and set(item) <= {"bytes", "path"}:
-            # bytes first: the path is one on the machine that wrote the table
-            data, path = item.get("bytes"), item.get("path")
-            item = data if data is not None else path
+        """Return an item as `Media.source`. Raises RowError."""
+        item = media_source(item)
         if item is None:
             raise self.error(f"{where} is empty (null); give a path, an address or the data itself")
         return item
@@ -269,6 +284,8 @@ class _RowParser:
         )
 
     def _parts_of_text(self, content: str, slot: re.Pattern[str]) -> tuple[Part, ...]:
+        if "<" not in content:  # most texts have no slot
+            return (Text(content),) if content else ()
         parts: list[Part] = []
         # split with a group gives text, name, text, name, ..., text
         for i, piece in enumerate(slot.split(content)):
@@ -290,18 +307,17 @@ class _RowParser:
             if not isinstance(text, str):
                 raise self.error(f"{where} has {type_name(text)} under `text`, expected a text")
             return Text(text)
-        if kind not in self.num_slots:
+        try:
+            name, source = media_part(entry, self.modalities)
+        except LookupError:
             near = difflib.get_close_matches(kind, ["text", *self.names], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise self.error(
                 f"{where} has the unknown type {kind!r}{hint}; this recipe has {self._types()}"
-            )
-        given = [key for key in (kind, "source") if entry.get(key) is not None]
-        if len(given) == 2:
-            raise self.error(f"{where} has both `{kind}` and `source`; leave one of them out")
-        if given:
-            return Media(kind, self._source(entry[given[0]], where))
-        return self._next_item(kind)
+            ) from None
+        except ValueError as error:
+            raise self.error(f"{where} {error}") from None
+        return self._next_item(name) if source is None else Media(name, self._source(source, where))
 
     def _types(self) -> str:
         return ", ".join(["text", *sorted(self.names)])

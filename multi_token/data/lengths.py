@@ -104,7 +104,7 @@ class LengthStore:
     def __init__(self, folder: str | os.PathLike[str], processor: MultiTokenProcessor) -> None:
         """Raises MultiTokenError for a damaged file in the folder."""
         self.folder = Path(folder)
-        self.names = tuple(processor.modalities)
+        self.modalities = processor.modalities
         self.fetch = processor.fetch
         self.identity = processor_fingerprint(processor)
         self.lengths_only = processor.lengths_only
@@ -146,7 +146,7 @@ class LengthStore:
     def key(self, row: Row, row_id: str) -> str | None:
         """Return the key of a row's length; None for a row without a stable key."""
         try:
-            return self.key_of(to_conversation(row, self.names, row_id=row_id))
+            return self.key_of(to_conversation(row, self.modalities, row_id=row_id))
         except RowError:
             # a bad row has no length, and may be fixed before the next start
             return None
@@ -160,6 +160,13 @@ class LengthStore:
         text = json.dumps(turns, ensure_ascii=False)
         # JSON texts may hold halves of UTF-16 pairs, which utf-8 refuses by default
         return digest(self.identity.encode(), text.encode("utf-8", "surrogatepass"))
+
+    def first_item_of(self, conversation: Conversation) -> str:
+        """Digest of modality and source of the first item of a row with a key; "" for no item."""
+        for item in conversation.media[:1]:
+            stamp = json.dumps(self._source_stamp(item.source)).encode()
+            return digest(item.modality.encode(), stamp)
+        return ""
 
     def _turns(self, conversation: Conversation) -> list[Any]:
         turns: list[Any] = [

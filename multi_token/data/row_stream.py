@@ -5,16 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from multi_token.data.adapter import RowAdapter
 from multi_token.data.files.hub import stream_hub
 from multi_token.data.files.open import (
     check_no_split,
     load_rows,
-    media_root,
     open_file,
     resolve_files,
 )
@@ -47,9 +47,6 @@ class NumberedRow:
 
 class RowStream(Protocol):
     """Protocol: rows of one source by number, from 0 without end."""
-
-    root: str | None
-    """Folder to which media paths are relative; None: the current one."""
 
     @property
     def num_lanes(self) -> int:
@@ -88,16 +85,37 @@ def open_stream(
     files = resolve_files(source)
     if files is not None:
         check_no_split(source, split)
-        return ShardedRows(source, files, root=media_root(source), seed=seed, number=number)
+        return ShardedRows(source, files, seed=seed, number=number)
     path = Path(source).expanduser()
     if path.is_dir():
         open_rows = partial(_folder, split=split)
-        return ShardedRows(source, [path], root=media_root(source), open_rows=open_rows)
+        return ShardedRows(source, [path], open_rows=open_rows)
     return LanedRows(source, partial(stream_hub, source, split=split), keep=keep)
 
 
 def _folder(path: Path, split: str) -> Sequence[Row]:
     return load_rows(str(path), split=split)
+
+
+class AdaptedStream:
+    """Stream of rows with an adapter between; see RowStream."""
+
+    def __init__(self, stream: RowStream, adapter: RowAdapter) -> None:
+        self.stream, self.adapter = stream, adapter
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes of the stream."""
+        return self.stream.num_lanes
+
+    def row(self, number: int) -> NumberedRow:
+        """Read and adapt a row. Raises RowError."""
+        found = self.stream.row(number)
+        return replace(found, row=self.adapter(found.row, found.row_id))
+
+    def close(self) -> None:
+        """Drop open files and kept rows."""
+        self.stream.close()
 
 
 class ShardedRows:
@@ -116,12 +134,10 @@ class ShardedRows:
         *,
         seed: int = 0,
         number: int = 0,
-        root: str | None = None,
         open_rows: Callable[[Path], Sequence[Row]] = open_file,
     ) -> None:
         self.source = source
         self.files = list(files)
-        self.root = root
         self.seed = seed
         self.number = number
         self._open = open_rows
@@ -194,8 +210,6 @@ class LanedRows:
     the files of those alone. Each lane begins again at its own end.
     """
 
-    root: str | None = None
-
     def __init__(self, source: str, open_rows: Callable[[], Any], *, keep: int) -> None:
         """`keep`: last rows that are kept in memory, of all lanes together."""
         self.source = source
@@ -261,7 +275,6 @@ class SequentialRows:
     The last `keep` rows are kept; a row before those restarts the source.
     """
 
-    root: str | None = None
     num_lanes = 1
 
     def __init__(self, source: str, open_rows: Callable[[], Iterable[Row]], *, keep: int) -> None:

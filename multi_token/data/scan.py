@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from multi_token.data.dataset import RowReader
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _MAX_PART = 64
 """Rows that a data worker reads at a time."""
+_NO_REFERENCE = bytes(32)
 _PARTS_PER_WORKER = 16
 """Parts of each worker, at least: the last one leaves the others waiting."""
 
@@ -64,6 +66,12 @@ class ScanReport:
     num_rows: int
     good_indices: array[int] = field(default_factory=lambda: array("q"))
     lengths: Lengths = field(default_factory=Lengths)
+    modalities: array[int] = field(default_factory=lambda: array("q"), compare=False)
+    """Modalities that each good row has an item of: a bit for each, in the order of the RowReader;
+    0 with another reader."""
+    references: bytearray = field(default_factory=bytearray, compare=False)
+    """If asked for, 32 bytes of each good row: digest of its first media item, digest of the row.
+    Zero for a row without media, or with an item that has no name and no content."""
     problems: list[Problem] = field(default_factory=list)
     num_decoded: int = field(default=0, compare=False)
     """Good rows with an item that was decoded, or came from a feature cache."""
@@ -75,6 +83,11 @@ class ScanReport:
         """The problems by kind, in the order of `RowKind`; kinds without a problem are absent."""
         found = {kind: [p for p in self.problems if p.kind == kind] for kind in get_args(RowKind)}
         return {kind: problems for kind, problems in found.items() if problems}
+
+    @property
+    def reference_table(self) -> NDArray[np.uint8]:
+        """The references, uint8 [rows, 32]; no row if they were not asked for."""
+        return np.frombuffer(self.references, np.uint8).reshape(-1, len(_NO_REFERENCE))
 
     @property
     def total(self) -> Length:
@@ -91,6 +104,7 @@ def scan(
     progress: bool = True,
     indices: Sequence[int] | None = None,
     known: LengthStore | None = None,
+    references: bool = False,
 ) -> ScanReport:
     """Read every row as training does, and report problems and lengths.
 
@@ -103,6 +117,7 @@ def scan(
         progress: Show a bar on a terminal.
         indices: Rows to scan, ascending; None for all. `merge_reports` joins several shares.
         known: Stored lengths. Rows in it are not opened; the others are added to it.
+        references: Fill `ScanReport.references`. Needs `known`.
 
     Returns:
         The report on these rows.
@@ -116,7 +131,7 @@ def scan(
     size = min(_MAX_PART, len(indices) // (_PARTS_PER_WORKER * max(1, num_workers)))
     size = max(1, size) if isinstance(read, RowReader) else 1
     parts = read_parallel(
-        _ScanDataset(rows, read, source, indices, known, size),
+        _ScanDataset(rows, read, source, indices, known, size, references),
         num_workers=num_workers,
         console=pass_console(quiet=not progress),
         description="Reading rows",
@@ -125,7 +140,8 @@ def scan(
     )
     report = ScanReport(num_rows=len(indices))
     try:
-        for index, (key, result, how) in zip(indices, chain.from_iterable(parts), strict=True):
+        for index, one in zip(indices, chain.from_iterable(parts), strict=True):
+            key, result, how, modalities, first = one
             if isinstance(result, Problem):
                 report.problems.append(result)
                 continue
@@ -133,6 +149,10 @@ def scan(
             report.num_known_before += how == "remembered"
             report.good_indices.append(index)
             report.lengths.append(result)
+            report.modalities.append(modalities)
+            if references:
+                both = bytes.fromhex(first + key) if key and first else _NO_REFERENCE
+                report.references += both
             if known is not None and key is not None and how != "remembered":
                 # in the main process: data workers would write a file each
                 known.add(key, result)
@@ -149,10 +169,15 @@ def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
     # by row, so that the number of processes does not change the order of training
     order = np.argsort(indices, kind="stable")
     lengths = np.concatenate([r.lengths.table for r in reports])
+    modalities = np.concatenate([np.array(r.modalities, np.int64) for r in reports])
+    references = np.concatenate([r.reference_table for r in reports])
+    references = references[order] if len(references) else references
     return ScanReport(
         num_rows=sum(report.num_rows for report in reports),
         good_indices=array("q", indices[order].tobytes()),
         lengths=Lengths.of_table(lengths[order]),
+        modalities=array("q", modalities[order].tobytes()),
+        references=bytearray(references.tobytes()),
         problems=sorted((p for report in reports for p in report.problems), key=lambda p: p.index),
         num_decoded=sum(report.num_decoded for report in reports),
         num_known_before=sum(report.num_known_before for report in reports),
@@ -160,11 +185,14 @@ def merge_reports(reports: Sequence[ScanReport]) -> ScanReport:
 
 
 class _Result(NamedTuple):
-    """Result of one row: its key in the length store, length or problem, and origin."""
+    """Result of one row: its key in the length store, length or problem, origin, and media."""
 
     key: str | None
     found: Length | Problem
     how: Literal["read", "decoded", "remembered"] = "read"
+    modalities: int = 0
+    first: str = ""
+    """Digest of the first media item, if it is asked for."""
 
 
 @dataclass
@@ -177,6 +205,7 @@ class _ScanDataset(Dataset[list[_Result]]):
     indices: Sequence[int]
     known: LengthStore | None
     size: int
+    references: bool
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.size)
@@ -186,7 +215,7 @@ class _ScanDataset(Dataset[list[_Result]]):
         if not isinstance(self.read, RowReader):
             return [self._result(index, self.read) for index in indices]
         results: list[_Result] = []
-        unknown: list[tuple[int, str | None, Conversation]] = []
+        unknown: list[tuple[int, Conversation]] = []
         for at, index in enumerate(indices):
             try:
                 row = self.rows[index]
@@ -194,14 +223,18 @@ class _ScanDataset(Dataset[list[_Result]]):
             except RowError as error:
                 results.append(_Result(None, Problem.of(index, error)))
                 continue
-            key = None if self.known is None else self.known.key_of(conversation)
-            length = self.known.get(key) if self.known is not None and key is not None else None
-            results.append(_Result(key, length or Length(0, 0, 0), "remembered"))
+            key, length, first = None, None, ""
+            if self.known is not None and (key := self.known.key_of(conversation)) is not None:
+                length = self.known.get(key)
+                first = self.known.first_item_of(conversation) if self.references else ""
+            found = {item.modality for item in conversation.media}
+            bits = sum(1 << i for i, name in enumerate(self.read.modalities) if name in found)
+            results.append(_Result(key, length or Length(0, 0, 0), "remembered", bits, first))
             if length is None:
-                unknown.append((at, key, conversation))
-        measured = self.read.measure([conversation for _, _, conversation in unknown])
-        for (at, key, _), row in zip(unknown, measured, strict=True):
-            results[at] = _result_of(indices[at], key, row)
+                unknown.append((at, conversation))
+        measured = self.read.measure([conversation for _, conversation in unknown])
+        for (at, _), row in zip(unknown, measured, strict=True):
+            results[at] = _measured(indices[at], results[at], row)
         return results
 
     def _result(self, index: int, read: Callable[[Row, str], Sample]) -> _Result:
@@ -213,15 +246,16 @@ class _ScanDataset(Dataset[list[_Result]]):
                 length = self.known.get(key)
                 if length is not None:
                     return _Result(key, length, "remembered")
-            return _result_of(index, key, Measured.of(read(row, row_id)))
+            found = Measured.of(read(row, row_id))
+            return _measured(index, _Result(key, found.length), found)
         except RowError as error:
             return _Result(None, Problem.of(index, error))
 
 
-def _result_of(index: int, key: str | None, row: Measured | RowError) -> _Result:
+def _measured(index: int, result: _Result, row: Measured | RowError) -> _Result:
     if isinstance(row, RowError):
         return _Result(None, Problem.of(index, row))
-    return _Result(key, row.length, "decoded" if row.is_decoded else "read")
+    return result._replace(found=row.length, how="decoded" if row.is_decoded else "read")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Rows that begin with the same media, and how much of their samples they share.
 
-    rows -> reference of the first item: path, size and time of change | URL | hash of bytes
+    scan -> reference of the first item: path, size and time of change | URL | hash of bytes
          -> groups of rows with one reference -> common prefix, from the texts of the rows
 
-Media are decoded only where no header has their length. Processes and data workers share the rows.
-Prefixes are kept in the run's folder, so the next start tokenizes nothing.
+Only rows of groups are read, and by data workers of all processes; media are decoded only where no
+header has their length. Prefixes are kept in the run's folder, so the next start reads no row here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from torch.utils.data import Dataset
 from multi_token.checkpoint.atomic import save_arrays
 from multi_token.collate import shared_prefix
 from multi_token.data.formats import to_conversation
-from multi_token.data.lengths import processor_fingerprint
 from multi_token.data.parallel import read_parallel, share_of
 from multi_token.data.rows import row_id_of
 from multi_token.data.sources import TrainingSource
 from multi_token.distributed import all_gather, broadcast_from_main
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.hashing import NoStamp, digest, source_stamp
+from multi_token.media.hashing import digest, source_stamp
 from multi_token.processor import MultiTokenProcessor
 from multi_token.types import Conversation, Media, Prepared, Sample
 
@@ -61,7 +60,7 @@ def shared_prefix_groups(
     begin with alike needs no group: collate.py finds it in whatever pack it comes.
 
     Args:
-        sources: Scanned sources, with the lengths of their good rows.
+        sources: Sources that were scanned for a recipe with `packing.share`.
         folder: The run's folder, which keeps the prefixes for the next start.
         num_workers: Data workers of each process.
         console: Console of the bars.
@@ -71,26 +70,12 @@ def shared_prefix_groups(
         MultiTokenError: The file in the folder is damaged, or cannot be written.
     """
     rows = _GoodRows(sources)
-    parts = _References(rows)
-    # every process and data worker reads its share of the parts
-    mine = share_of(range(len(parts)))
-    read = read_parallel(
-        _Some(parts, mine),
-        num_workers=num_workers,
-        console=console,
-        description="Finding shared media",
-        total=len(mine) * _PART,
-        size=lambda _: _PART,
-    )
-    found = dict(zip(mine, read, strict=True))
-    by_part = {number: part for some in all_gather(found) for number, part in some.items()}
-    _raise_first(by_part.values())
-    table = np.concatenate([by_part[number] for number in range(len(parts))])
+    table = np.concatenate([_references(source) for source in sources])
     groups = _rows_of_one_reference(table[:, :_BYTES])
     if not groups:
         return []
-    identity = processor_fingerprint(sources[0].processor).encode()
-    keys = [digest(identity, table[group, _BYTES:].tobytes()) for group in groups]
+    # digests of rows cover their texts, their files and the processor
+    keys = [digest(table[group, _BYTES:].tobytes()) for group in groups]
     known = broadcast_from_main(lambda: _load(folder / FILE))
     unknown = [number for number, key in enumerate(keys) if key not in known]
     if unknown:
@@ -122,9 +107,6 @@ class _GoodRows:
         self.sources = sources
         self.ends = np.cumsum([len(source.lengths) for source in sources])
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
     def read(self, number: int) -> tuple[Conversation, MultiTokenProcessor, int]:
         """Return conversation, processor and number of tokens of a row. Raises RowError."""
         at = int(np.searchsorted(self.ends, number, side="right"))
@@ -132,42 +114,14 @@ class _GoodRows:
         own = number - (int(self.ends[at - 1]) if at else 0)
         index = own if source.good_indices is None else source.good_indices[own]
         row = source.rows[index]
-        names, row_id = list(source.processor.modalities), row_id_of(index, row, source.name)
-        conversation = to_conversation(row, names, row_id=row_id)
+        row_id = row_id_of(index, row, source.name)
+        conversation = to_conversation(row, source.processor.modalities, row_id=row_id)
         return conversation, source.processor, source.lengths[own]
 
 
-@dataclass
-class _References(Dataset["NDArray[np.uint8] | RowError"]):
-    """Parts of the rows -> uint8 [rows, 32]: digest of the first item, digest of the row.
-
-    The digest of the first item is zero for a row without media.
-    """
-
-    rows: _GoodRows
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // _PART)
-
-    def __getitem__(self, number: int) -> NDArray[np.uint8] | RowError:
-        numbers = range(number * _PART, min((number + 1) * _PART, len(self.rows)))
-        table = np.zeros((len(numbers), 2 * _BYTES), np.uint8)
-        for place, one in zip(table, numbers, strict=True):
-            try:
-                conversation, processor, _ = self.rows.read(one)
-                references = [_reference(item, processor) for item in conversation.media]
-            except NoStamp:  # an object that nothing is known of: the row shares with no other
-                continue
-            except RowError as error:
-                return error
-            if references:
-                turns = [
-                    [m.role, [None if isinstance(p, Media) else p.text for p in m.parts]]
-                    for m in conversation.messages
-                ]
-                text = json.dumps([turns, references]).encode()
-                place[:] = np.frombuffer(bytes.fromhex(references[0] + digest(text)), np.uint8)
-        return table
+def _references(source: TrainingSource) -> NDArray[np.uint8]:
+    assert source.references is not None  # scanned with `packing.share`
+    return source.references
 
 
 def _reference(item: Media, processor: MultiTokenProcessor) -> str:
@@ -248,20 +202,6 @@ class _Prefixes(Dataset["tuple[int, int] | RowError"]):
 
 def _bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-@dataclass
-class _Some(Dataset[Any]):
-    """Items of a dataset by their numbers."""
-
-    dataset: Dataset[Any]
-    numbers: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: int) -> Any:
-        return self.dataset[self.numbers[number]]
 
 
 def _raise_first(found: Any) -> None:

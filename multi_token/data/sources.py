@@ -12,19 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.utils.data import ConcatDataset
 
 from multi_token.data.dataset import ConversationDataset, RowReader
 from multi_token.data.feature_cache.cache import FeatureCache
-from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
 from multi_token.data.lengths import LengthStore
+from multi_token.data.row_source import open_rows, show_note
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import ScanReport, merge_reports, scan
-from multi_token.distributed import all_gather, check_same_values, num_processes, rank
+from multi_token.distributed import (
+    all_gather,
+    check_same_values,
+    num_processes,
+    rank,
+)
 from multi_token.errors import RecipeError, RowError
-from multi_token.media.fetch import Fetch
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.recipe.train import DataSource
@@ -46,6 +52,10 @@ class TrainingSource:
     """Number of media items of each good row."""
     num_rejected: Sequence[int] = ()
     """Number of tokens of each good row with its rejected answer; 0 where it has none."""
+    modalities: Sequence[int] = ()
+    """Modalities that each good row has an item of (`ScanReport`); empty if it is not known."""
+    references: NDArray[np.uint8] | None = None
+    """With `packing.share`, uint8 [rows, 32] of the good rows (`ScanReport`)."""
     headers: bool = False
     """True if `data.lengths: headers` applies to these rows."""
 
@@ -70,7 +80,7 @@ class TrainingSource:
         row_id = row_id_of(index, row, self.name)
         # undecoded rows may turn out bad; the processor then names the row in its error
         processor = replace(self.processor, row_id=row_id) if self.lengths_only else self.processor
-        return to_conversation(row, list(processor.modalities), row_id=row_id), processor
+        return to_conversation(row, processor.modalities, row_id=row_id), processor
 
     def conversations(self) -> Iterator[tuple[Conversation, MultiTokenProcessor]]:
         """Yield the good rows; before the scan, all rows that are conversations at all."""
@@ -80,11 +90,21 @@ class TrainingSource:
             except RowError:
                 continue
 
-    def items(self) -> Iterator[tuple[Media, MultiTokenProcessor]]:
-        """Yield the media items of these conversations, one by one."""
-        for conversation, processor in self.conversations():
-            for item in conversation.media:
-                yield item, processor
+    def rows_with(self, names: Collection[str]) -> NDArray[np.int64]:
+        """Return the numbers of the rows that may have an item of these modalities."""
+        if not self.modalities:
+            return np.arange(self.num_rows)
+        bits = sum(1 << i for i, name in enumerate(self.processor.modalities) if name in names)
+        return np.flatnonzero(np.array(self.modalities, np.int64) & bits)
+
+    def items(self, name: str) -> Iterator[tuple[Media, MultiTokenProcessor]]:
+        """Yield the media items of one modality, one by one; no other row is read."""
+        for number in self.rows_with([name]).tolist():
+            try:
+                conversation, processor = self.conversation(number)
+            except RowError:
+                continue
+            yield from ((item, processor) for item in conversation.media if item.modality == name)
 
     def with_processor(self, **fields: Any) -> TrainingSource:
         """Return the same rows with other fields of the processor, such as `cache`."""
@@ -103,11 +123,12 @@ def open_source(
     and those of the closed-form start, so they are always decoded.
     """
     assert processor is not None
+    opened = open_rows(source, processor.modalities, seed=recipe.train.seed)
+    show_note(opened.note)
     # media paths are relative to the folder of the rows, which differs between sources
-    processor = replace(processor, fetch=Fetch(root=media_root(source.rows)), cache=cache)
+    processor = replace(processor, fetch=opened.fetch, cache=cache)
     headers = recipe.data.lengths == "headers" and any(s is source for s in recipe.data.train)
-    rows = load_rows(source.rows, split=source.split)
-    return TrainingSource(rows, processor, source.rows, headers=headers)
+    return TrainingSource(opened.rows, processor, source.rows, headers=headers)
 
 
 def good_rows(
@@ -157,6 +178,8 @@ def good_rows(
             lengths=r.lengths.column("num_tokens"),
             num_items=r.lengths.column("num_items"),
             num_rejected=r.lengths.column("num_rejected"),
+            modalities=r.modalities,
+            references=r.reference_table if _shares(recipe) else None,
         )
         for source, r in zip(sources, reports, strict=True)
     ]
@@ -233,7 +256,7 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
     """Scan this process' share of the rows; returns the merged report of all processes."""
     # only for the scan: in training, items without inputs would reach the encoder
     processor = replace(source.processor, lengths_only=source.lengths_only, once=True)
-    read = RowReader(processor, tuple(processor.modalities))
+    read = RowReader(processor, processor.modalities)
     known = LengthStore(lengths_folder(recipe), processor)
     num_rows, num_shares = len(source.rows), num_processes()
     headers_allowed = recipe.data.lengths == "decode" and recipe.data.on_bad_row == "raise"
@@ -245,7 +268,9 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         )
     # a copy of a tokenizer may take 100 MB, which would be made by each worker
     processor.chat.build_slot_tokenizer()
-    look = partial(scan, source.rows, read, source=source.name, known=known)
+    look = partial(
+        scan, source.rows, read, source=source.name, known=known, references=_shares(recipe)
+    )
     if num_shares > 1:
         some = look(indices=range(0, num_rows, max(1, -(-num_rows // _NUM_COMPARED_MEDIA))))
         found = [some.good_indices, [(n.num_tokens, n.num_media) for n in some.lengths]]
@@ -259,6 +284,10 @@ def _scan_source(source: TrainingSource, recipe: Recipe, console: Console) -> Sc
         num_workers=num_readers(recipe, num_rows // num_shares),
     )
     return merge_reports(all_gather(mine))
+
+
+def _shares(recipe: Recipe) -> bool:
+    return recipe.train.packing is not None and recipe.train.packing.share
 
 
 def num_readers(recipe: Recipe, num_rows: int) -> int:

@@ -27,12 +27,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from multi_token.data.dataset import row_to_sample
 from multi_token.data.formats import to_conversation
 from multi_token.data.mixture import Mixture
-from multi_token.data.row_stream import RowStream, open_stream
+from multi_token.data.row_source import adapter_of, first_rows, media_fetch, show_note
+from multi_token.data.row_stream import AdaptedStream, RowStream, open_stream
 from multi_token.data.rows import Row
 from multi_token.data.scan import Problem
 from multi_token.data.sources import TrainingSource
 from multi_token.errors import MultiTokenError, RowError
-from multi_token.media.fetch import Fetch
 from multi_token.processor import MultiTokenProcessor
 from multi_token.recipe.recipe import Recipe
 from multi_token.types import Sample
@@ -116,9 +116,11 @@ class StreamDataset(IterableDataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.mixture.seed * 1_000_003 + position) % 2**63)
             try:
-                names = list(processor.modalities)
                 sample = row_to_sample(
-                    found.row, found.row_id, processor=processor, modalities=names
+                    found.row,
+                    found.row_id,
+                    processor=processor,
+                    modalities=processor.modalities,
                 )
                 self._check_num_items(sample)
             except RowError as error:
@@ -146,7 +148,7 @@ def without_media(source: TrainingSource) -> TrainingSource:
     rows: list[Row] = []
     for index, row in enumerate(source.rows):
         try:
-            media = to_conversation(row, list(source.processor.modalities), row_id="").media
+            media = to_conversation(row, source.processor.modalities, row_id="").media
         except RowError:
             media = ()
         # a bad row has no item to keep
@@ -169,13 +171,14 @@ def open_streams(processor: MultiTokenProcessor, recipe: Recipe, *, seed: int) -
     """Return the training rows of a recipe with `data.stream`. No row is read yet."""
     assert recipe.data.stream is not None
     window, sources = recipe.data.stream.window, recipe.data.train
-    streams = [
-        open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
-        for i, source in enumerate(sources)
-    ]
-    processors = [
-        dataclasses.replace(processor, fetch=Fetch(root=stream.root)) for stream in streams
-    ]
+    streams: list[RowStream] = []
+    for i, source in enumerate(sources):
+        stream = open_stream(source.rows, split=source.split, seed=seed, number=i, keep=window)
+        first = first_rows(lambda number, stream=stream: stream.row(number).row)
+        adapter, note = adapter_of(source, processor.modalities, first, seed=recipe.train.seed)
+        show_note(note)
+        streams.append(stream if adapter is None else AdaptedStream(stream, adapter))
+    processors = [dataclasses.replace(processor, fetch=media_fetch(source)) for source in sources]
     weights = [source.weight or 1.0 for source in sources]
     mixture = Mixture(weights, seed=seed, window=window)
     return StreamDataset(

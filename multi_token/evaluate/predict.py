@@ -157,13 +157,13 @@ def read_rows(
     prompt_only: bool,
 ) -> list[PromptRow | RowResult]:
     """Read some rows into samples, tokenized together; a bad row is its result already."""
-    names = list(processor.modalities)
     found: list[PromptRow | RowResult] = []
     good: list[tuple[int, Conversation]] = []
     for index in indices:
         try:
             row = rows[index]
-            conversation = to_conversation(row, names, row_id=row_id_of(index, row, source))
+            row_id = row_id_of(index, row, source)
+            conversation = to_conversation(row, processor.modalities, row_id=row_id)
         except RowError as error:
             found.append(RowResult(index, error.row_id, error))
             continue

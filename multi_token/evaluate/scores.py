@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,11 +12,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from multi_token.collate import Collator
-from multi_token.data.files.open import media_root
 from multi_token.data.formats import to_conversation
+from multi_token.data.row_source import RowSource
 from multi_token.data.rows import row_id_of
 from multi_token.errors import MultiTokenError
-from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.types import IGNORE_INDEX, Conversation, Sample
@@ -39,18 +38,14 @@ def evenly_spaced(num_rows: int, most: int) -> list[int]:
 
 
 def with_processor(
-    rows: Sequence[Mapping[str, Any]],
-    model: MultiTokenForConditionalGeneration,
-    *,
-    source: str,
-    indices: Sequence[int],
+    source: RowSource, model: MultiTokenForConditionalGeneration, indices: Sequence[int]
 ) -> list[tuple[Conversation, MultiTokenProcessor]]:
-    """Return rows of a file, folder or hub name, with the model's processor. Raises RowError."""
-    processor = replace(model.require_processor(), fetch=Fetch(root=media_root(source)))
-    names = list(model.modalities)
+    """Return some rows of a source, with the model's processor. Raises RowError."""
+    processor = replace(model.require_processor(), fetch=source.fetch)
+    rows = ((i, source.rows[i]) for i in indices)
     return [
-        (to_conversation(rows[i], names, row_id=row_id_of(i, rows[i], source)), processor)
-        for i in indices
+        (to_conversation(row, model.modalities, row_id=row_id_of(i, row, source.name)), processor)
+        for i, row in rows
     ]
 
 

@@ -87,6 +87,7 @@ def supervised_loss(
     supervised: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     supports_logits_to_keep: bool = True,
+    with_loss: bool = True,
     **inputs: Any,
 ) -> Any:
     """Return the model's output with the loss, and with logits at supervised positions only.
@@ -94,7 +95,8 @@ def supervised_loss(
     inputs_embeds [batch, time, dim], shift_labels int64 [batch, time], their flat supervised
     positions int64 [num_supervised] -> loss [], logits [num_supervised, vocabulary]. Head and loss
     are the model's own, so that soft caps and logit scales apply. Without `supports_logits_to_keep`
-    all logits are computed, then selected.
+    all logits are computed, then selected. Without `with_loss` there is no loss, which would take
+    time and three tensors of the logits' size.
     """
     # By positions and not by a mask: the number of true elements of a mask is on the device, and
     # the host would wait for it in the forward and in the backward pass.
@@ -109,18 +111,18 @@ def supervised_loss(
     if not supports_logits_to_keep:
         output = language_model(**inputs)
         output.logits = output.logits.flatten(0, 1).index_select(0, supervised)
+        if not with_loss:
+            return output
         total = nn.functional.cross_entropy(output.logits.float(), labels, reduction="sum")
         output.loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         return output
-    # Already shifted labels skip the model's own shift, which a selection of positions would
-    # break; `labels` only switch the loss on.
+    if with_loss:
+        # Already shifted labels skip the model's own shift, which a selection of positions would
+        # break; `labels` only switch the loss on.
+        inputs |= {"labels": shift_labels, "shift_labels": labels}
+        inputs["num_items_in_batch"] = num_items_in_batch
     with _logits_only_at(language_model, supervised):
-        output = language_model(
-            labels=shift_labels,
-            shift_labels=labels,
-            num_items_in_batch=num_items_in_batch,
-            **inputs,
-        )
+        output = language_model(**inputs)
     if output.logits.shape[:-1] != labels.shape:
         raise LanguageModelError(
             f"{type(base_language_model(language_model)).__name__} computes logits without calling "
@@ -159,6 +161,7 @@ def supervised_output(
             shift_labels=shift_labels,
             supervised=supervised,
             num_items_in_batch=num_items_in_batch,
+            with_loss=returns == "loss",
             **inputs,
         )
         if returns == "loss":
@@ -177,6 +180,7 @@ def supervised_output(
             shift_labels=torch.full_like(shift_labels, IGNORE_INDEX),
             supervised=first,
             num_items_in_batch=divisor,
+            with_loss=returns == "loss",
             **inputs,
         ).loss
     finally:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from multi_token.errors import MediaError
+from multi_token.media.decoders import encoded_source
 from multi_token.media.errors import require_package, undecodable
 from multi_token.media.fetch import Fetch, source_name
 from multi_token.media.sniff import describe
@@ -72,6 +73,7 @@ def load_audio(
     | path, URL, `data:` URI, bytes              | read through `fetch`, then decoded       |
     | `{"array": ..., "sampling_rate": 16000}`   | converted (the form of `datasets`)       |
     | `{"path" or "bytes": ...}`                 | as above                                 |
+    | a decoder of torchcodec                    | the file that it reads, or its samples   |
     | either with `"start"` and `"end"`, seconds | only that part is decoded and counted    |
 
     Raises:
@@ -108,6 +110,7 @@ def _unpack_source(source: Any, rate: int, max_seconds: float) -> tuple[dict[str
 
     Raises MediaError for an unknown key or an impossible part.
     """
+    source = encoded_source(source)
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
     unknown = sorted(str(key) for key in given if key not in _KEYS)
     if unknown:

@@ -11,7 +11,6 @@ import io
 import math
 import os
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -21,6 +20,7 @@ import numpy as np
 
 from multi_token.media.errors import DAMAGE, undecodable
 from multi_token.media.recording import Channel, Recording, Spans, damaged_error
+from multi_token.media.unpack import unzip
 
 EDF_MAGIC = (b"0       ", b"\xffBIOSEMI")
 _EDF_FIELDS = (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)
@@ -29,14 +29,14 @@ minimum and maximum, filters, samples in a data record, reserved."""
 _MAX_SIGNALS = 4096
 
 _RECORD_LINE = re.compile(
-    r"(?P<name>[\w./-]+?)(?P<segments>/\d+)?[ \t]+(?P<signals>\d+)"
-    r"(?:[ \t]+(?P<rate>[\d.eE+-]+)(?:/\S*)?(?:[ \t]+(?P<steps>\d+).*)?)?\s*"
+    r"(?P<name>[\w./-]+?)(?P<segments>/\d+)?[ \t]+(?P<signals>\d{1,6})"
+    r"(?:[ \t]+(?P<rate>[\d.eE+-]+)(?:/\S*)?(?:[ \t]+(?P<steps>\d{1,15}).*)?)?\s*"
 )
 _SIGNAL_LINE = re.compile(
-    r"(?P<file>\S+)[ \t]+(?P<format>\d+)(?:x(?P<per_frame>\d+))?(?::(?P<skew>\d+))?"
-    r"(?:\+(?P<begin>\d+))?"
-    r"(?:[ \t]+(?P<gain>[\d.eE+-]+)(?:\((?P<baseline>-?\d+)\))?(?:/(?P<unit>\S+))?"
-    r"(?:[ \t]+-?\d+(?:[ \t]+(?P<zero>-?\d+)(?:[ \t]+-?\d+(?:[ \t]+-?\d+"
+    r"(?P<file>\S+)[ \t]+(?P<format>\d+)(?:x(?P<per_frame>\d{1,6}))?(?::(?P<skew>\d{1,12}))?"
+    r"(?:\+(?P<begin>\d{1,15}))?"
+    r"(?:[ \t]+(?P<gain>[\d.eE+-]+)(?:\((?P<baseline>-?\d{1,12})\))?(?:/(?P<unit>\S+))?"
+    r"(?:[ \t]+-?\d+(?:[ \t]+(?P<zero>-?\d{1,12})(?:[ \t]+-?\d+(?:[ \t]+-?\d+"
     r"(?:[ \t]+\d+(?:[ \t]+(?P<name>.*))?)?)?)?)?)?)?\s*"
 )
 # Bytes of two samples, function of bytes, and the value that marks a sample as missing.
@@ -183,7 +183,10 @@ def open_wfdb(data: bytes, label: str, beside: Callable[[str], BinaryIO]) -> Rec
             f"{label} has several segments; read one of them, or join them with wfdb.rdrecord and "
             "wfdb.wrsamp"
         )
-    num_signals, rate = int(record["signals"]), float(record["rate"] or 250)
+    try:
+        num_signals, rate = int(record["signals"]), float(record["rate"] or 250)
+    except ValueError as error:
+        raise damaged_error(label, "a WFDB header", error) from None
     if not 0 < num_signals <= min(_MAX_SIGNALS, len(lines) - 1) or not 0 < rate < math.inf:
         raise damaged_error(label, "a WFDB header", f"{num_signals} signals at {rate:g} Hz")
     signals = [_parse_signal(line, label) for line in lines[1 : num_signals + 1]]
@@ -233,17 +236,26 @@ def _parse_signal(line: str, label: str) -> _Signal:
     name = found["file"]
     if PurePath(name).name != name or "\\" in name or name in ("-", "~", "..", "."):
         raise undecodable(f"{label} names the file {name!r}, which is not beside it")
-    zero = int(found["zero"] or 0)
+    zero, gain = int(found["zero"] or 0), _number(found["gain"])
+    if gain is None or not math.isfinite(gain):
+        raise damaged_error(label, "a WFDB header", f"a gain is {found['gain']}")
     return _Signal(
         file=name,
         format=found["format"],
         per_frame=max(1, int(found["per_frame"] or 1)),
         begin=int(found["begin"] or 0),
-        gain=float(found["gain"] or 0) or 200.0,
+        gain=gain or 200.0,
         baseline=zero if found["baseline"] is None else int(found["baseline"]),
         unit=found["unit"] or "mV",
         name=(found["name"] or "").strip(),
     )
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or 0)
+    except ValueError:
+        return None
 
 
 def _frames(
@@ -265,26 +277,16 @@ def _frames(
 
 def open_zip(data: bytes, label: str, max_bytes: int) -> Recording:
     """Return the WFDB record in a ZIP archive of its files. Raises MediaError."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {PurePath(info.filename).name: info for info in archive.infolist()}
-            if any(name.endswith(".npy") for name in members):
-                raise undecodable(f"{label} holds several arrays (.npz); write one with numpy.save")
-            headers = [name for name in members if name.endswith(".hea")]
-            if len(headers) != 1:
-                raise undecodable(
-                    f"{label} is a ZIP archive with {len(headers)} WFDB headers (.hea); expected "
-                    "the files of one record"
-                )
-            total = sum(info.file_size for info in members.values())
-            if total > max_bytes:
-                raise undecodable(
-                    f"{label} unpacks to {total:,} bytes, and the limit is {max_bytes:,}"
-                )
-            # `read` stops at the size that the archive states.
-            files = {name: archive.read(info) for name, info in members.items()}
-    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as error:
-        raise damaged_error(label, "a ZIP archive", error) from None
+    members = unzip(data, label, max_bytes)
+    files = {PurePath(name).name: content for name, content in members.items()}
+    if any(name.endswith(".npy") for name in files):
+        raise undecodable(f"{label} holds several arrays (.npz); write one with numpy.save")
+    headers = [name for name in files if name.endswith(".hea")]
+    if len(headers) != 1:
+        raise undecodable(
+            f"{label} is a ZIP archive with {len(headers)} WFDB headers (.hea); expected the files "
+            "of one record"
+        )
 
     def beside(name: str) -> BinaryIO:
         if name not in files:

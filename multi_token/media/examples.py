@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from multi_token.media.errors import require_package
+
 EXAMPLE_TEXT = "A text of a few words."
 EXAMPLE_HTML = f"<html><body><p>{EXAMPLE_TEXT}</p></body></html>".encode()
 
@@ -52,3 +54,10 @@ def example_tables(series: np.ndarray, names: Sequence[str] | None) -> list[byte
     file = io.BytesIO()
     parquet.write_table(pa.table(list(series.T), names=columns), file)
     return [f"{head}\n{body}\n".encode(), file.getvalue()]
+
+
+def example_volume() -> bytes:
+    """Return a NIfTI file of 16 x 16 x 4 voxels."""
+    nib = require_package("nibabel", "volume")
+    voxels = np.arange(1024, dtype=np.int16).reshape(16, 16, 4)
+    return nib.Nifti1Image(voxels, np.eye(4)).to_bytes()

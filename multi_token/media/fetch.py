@@ -52,6 +52,8 @@ class Fetch:
     root: str | None = None
     """Folder of relative paths; None is the current folder. Or a .zip or uncompressed .tar, whose
     files paths then name; `images.zip/train` is a folder in it."""
+    inside_root: bool = False
+    """True if a path that leaves `root` is refused, as that of a recipe's source."""
     max_bytes: int = 256 * MIB
     """Largest accepted source, in bytes."""
     timeout_s: float = 30.0
@@ -120,7 +122,16 @@ class Fetch:
             return None
         # Absolute, so that cache keys and messages name one file from any folder.
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
-        return Path(self.root or "").joinpath(path).resolve()
+        whole = Path(self.root or "").joinpath(path)
+        if self.inside_root:
+            # by name, before links are followed: folders of media are often links
+            start = os.path.abspath(self.root or "")
+            if os.path.commonpath([start, os.path.abspath(whole)]) != start:
+                raise missing_file(
+                    f"{shorten(text)} leaves `root` ({start}); name a folder that holds all media, "
+                    "or fix the path in the row"
+                )
+        return whole.resolve()
 
     def stamp(self, source: Any) -> list[Any]:
         """Return values for JSON that change with the local file that a source names, or [].

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from multi_token.media.decoders import encoded_source
 from multi_token.media.fetch import Fetch
 
 _READ = ("path", "bytes", "array")
@@ -32,6 +33,7 @@ def content_bytes(source: Any, fetch: Fetch) -> bytes:
     A mapping (`{"path": ..., "start": 1.5}`) counts with all its keys. Raises MediaError for a
     source that cannot be read.
     """
+    source = encoded_source(source)
     if isinstance(source, Image.Image):
         palette = source.getpalette() or []  # one index has different colours in two palettes
         return f"{source.mode}{source.size}{palette}".encode() + source.tobytes()
@@ -69,6 +71,7 @@ def source_stamp(source: Any, fetch: Fetch) -> Any:
     A local file counts by path, size and time of change; a URL by its text, so a changed file there
     is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
     """
+    source = encoded_source(source)
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         # A WFDB record is named without the suffix of its header.

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from multi_token.errors import MediaError
+from multi_token.errors import MediaError, MultiTokenError
 from multi_token.media.audio import STREAMED, declared_size
 from multi_token.media.errors import DAMAGE, require_package, undecodable
 from multi_token.media.sniff import describe
@@ -179,7 +179,11 @@ def _first_line(error: BaseException) -> str:
 
 def open_audio(file: BinaryIO, label: str) -> Recording:
     """Return the recording in a WAV or FLAC: values from -1 to 1, channels without names."""
-    soundfile = require_package("soundfile", "series")
+    try:
+        soundfile = require_package("soundfile", "series")
+    except MultiTokenError as error:
+        # An error of the item, because a client of a server may send any file.
+        raise undecodable(str(error)) from None
     declared, size = declared_size(file.read(16)), file.seek(0, os.SEEK_END)
     # libsndfile reads a file that was cut off without an error; a byte may pad an odd length.
     if size + 1 < declared < STREAMED:

@@ -25,6 +25,7 @@ from multi_token.media.recording import (
     open_parquet,
     open_table,
 )
+from multi_token.media.unpack import ZIP_MAGIC
 from multi_token.media.waveform import Excerpt
 from multi_token.registry import did_you_mean
 
@@ -123,6 +124,22 @@ def count_steps(source: Any, fetch: Fetch, spec: SeriesSpec) -> int | None:
     return num_steps
 
 
+def look_at_series(source: Any, fetch: Fetch) -> tuple[tuple[int, ...], float | None]:
+    """Return the shape of numbers, [time, channels] of a recording, and its steps per second.
+
+    Raises MediaError.
+    """
+    given = _parse_source(source)
+    if given.is_numbers:
+        return _as_array(given.inner).shape, given.rate
+    with _opened(given, fetch) as file:
+        if not isinstance(file, Recording):
+            return tuple(read_npy_header(file, given.label).shape), given.rate
+        rates = {channel.rate for channel in file.channels if channel.rate is not None}
+        shape = (max(channel.num_steps for channel in file.channels), len(file.channels))
+        return shape, max(rates, default=given.rate)
+
+
 @dataclass(frozen=True)
 class _Given:
     """A source, and what the row says beside it."""
@@ -209,7 +226,7 @@ def _opened(given: _Given, fetch: Fetch) -> Iterator[Recording | BinaryIO]:
         else:
             # These are read completely, so that the limit of bytes holds.
             data = fetch.read(source)
-            if start.startswith(b"PK\x03\x04"):
+            if start.startswith(ZIP_MAGIC):
                 yield open_zip(data, label, fetch.max_bytes)
             elif is_wfdb_header(data):
                 raise undecodable(

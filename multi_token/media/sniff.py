@@ -36,6 +36,8 @@ FILE_KINDS: Mapping[str, FileKind] = {
     "video": _files("video", "videos", ".mp4 .webm .mov .mkv .avi .mpeg .mpg"),
     "document": _files("document", "documents", ".pdf .txt .md .html .htm"),
     "text": _files("text", "texts", ".txt .md"),
+    "sequence": _files("text", "sequences", ".fasta .fa .faa .fna .txt .smi"),
+    "volume": _files("file", "volumes", ".nii .gz .dcm .zip"),
     "vector": _files("numbers", "lists of numbers", ".npy .json .csv .txt"),
     "series": _files("numbers", "series of numbers", ".npy .json .txt"),
     "recording": _files("file", "recordings", ".csv .tsv .parquet .edf .bdf .wav .flac .zip"),

@@ -31,6 +31,20 @@ OpenAIKind = Literal["image", "audio", "video", "document"]
 """Kind of an OpenAI content part: `image` is sent as `image_url`, `audio` as `input_audio` or
 `audio_url`, `video` as `video_url`, `document` as `file`."""
 
+USUAL_COLUMNS: Mapping[OpenAIKind, tuple[str, ...]] = {
+    "image": (
+        *("image", "images", "img", "photo", "jpg", "jpeg", "png", "webp"),
+        *("image_path", "image_file", "image_url", "img_path", "image_bytes"),
+    ),
+    "audio": (
+        *("audio", "audios", "speech", "sound", "wav", "mp3", "flac"),
+        *("audio_path", "audio_file", "audio_url", "audio_filepath"),
+    ),
+    "video": ("video", "videos", "mp4", "video_path", "video_file", "video_url"),
+    "document": ("document", "documents", "pdf", "document_path", "pdf_path"),
+}
+"""Kind -> usual names of a column with its items in data sets, the most certain first."""
+
 AnyProjector = Annotated[
     SerializeAsAny[ProjectorSpec],
     BeforeValidator(
@@ -94,6 +108,8 @@ class Modality(BaseModel, ABC):
     openai_kinds: ClassVar[tuple[OpenAIKind, ...]] = ()
     """OpenAI content parts that may carry an item. A request can always use `<name>_url` and
     `media`, which name the modality; a part of these kinds reaches it without a name."""
+    item_text: ClassVar[Literal["caption", "transcript"]] = "caption"
+    """Meaning of a column `text` beside an item in data sets."""
     limit_fields: ClassVar[Mapping[str, str]] = {"max_steps": "max_numbers"}
     """Field -> the server's limit that bounds it, where the two names differ (`with_limits`)."""
     requires: ClassVar[tuple[str, ...]] = ()
@@ -226,6 +242,13 @@ class Modality(BaseModel, ABC):
         Default: files of `openai_kinds`.
         """
         return [FILE_KINDS[kind] for kind in self.openai_kinds]
+
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return the usual names of a column with items, the most certain first, by kind.
+
+        Default: those of `openai_kinds`.
+        """
+        return [USUAL_COLUMNS[kind] for kind in self.openai_kinds]
 
     def size_of(self, raw: Any) -> dict[str, float]:
         """Return the size of a loaded item, which a server adds up over a request.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,8 +15,10 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from multi_token.errors import MultiTokenError, RecipeError
+from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, source_name
 from multi_token.media.image import MAX_PIXELS, as_rgb, decode_image, read_size
+from multi_token.media.pdf_page import MAX_PAGES, is_pdf, page_size, parse_page, render_page
 from multi_token.modalities.anyres import NEWLINE, Grid, best_grid, crop_tiles, reading_order
 from multi_token.modalities.base import (
     Encoder,
@@ -194,6 +197,10 @@ class ImageModality(PretrainedModality):
     max_pixels: int = MAX_PIXELS
     """Largest number of pixels. A larger image is refused before it is decoded, since a small file
     can decode to gigabytes."""
+    page_dpi: PositiveInt = Field(default=144, le=1200)
+    """Resolution at which a page of a PDF becomes an image."""
+    max_pages: PositiveInt = MAX_PAGES
+    """Largest number of pages in a PDF of which one is taken."""
 
     @model_validator(mode="after")
     def _check_tiles(self) -> ImageModality:
@@ -220,13 +227,20 @@ class ImageModality(PretrainedModality):
     def load(self, source: Any, fetch: Fetch) -> Image.Image:
         """Return the RGB image of a path, URL, data URI, bytes or PIL image.
 
+        `{"path" or "bytes": a PDF, "page": 3}` is a page of it, counted from 1.
+
         Raises:
             MediaError: The source cannot be read, is no image, or is over `max_pixels`.
         """
         if isinstance(source, Image.Image):
             return as_rgb(source, max_pixels=self.max_pixels)
+        source, page = parse_page(source)
         data = fetch.read(source)
-        return decode_image(data, name=source_name(source), max_pixels=self.max_pixels)
+        name = source_name(source)
+        if is_pdf(data):
+            return render_page(io.BytesIO(data), page, label=name or "the PDF", **self._page())
+        _check_no_page(page, name)
+        return decode_image(data, name=name, max_pixels=self.max_pixels)
 
     def size_from_header(self, source: Any, fetch: Fetch) -> tuple[int, int] | None:
         """Return width and height in pixels, after the rotation that EXIF asks for.
@@ -240,9 +254,23 @@ class ImageModality(PretrainedModality):
         """
         if isinstance(source, Image.Image):
             return None
+        source, page = parse_page(source)
+        name = source_name(source)
         with fetch.open(source) as file:
-            size = read_size(file, name=source_name(source), max_pixels=self.max_pixels)
+            start = file.read(1024)
+            file.seek(0)
+            if is_pdf(start):
+                return page_size(file, page, label=name or "the PDF", **self._page())
+            _check_no_page(page, name)
+            size = read_size(file, name=name, max_pixels=self.max_pixels)
         return size or ANY_SIZE
+
+    def _page(self) -> dict[str, int]:
+        return {
+            "dpi": self.page_dpi,
+            "max_pixels": self.max_pixels,
+            "max_pages": self.max_pages,
+        }
 
     def count_features(self, size: tuple[int, int]) -> int | None:
         """Return the number of features of an image of this width and height.
@@ -387,6 +415,13 @@ def tile_shape(tower: Tower) -> tuple[int, int]:
             f"{number}"
         )
     return int(pixels.shape[2]), math.isqrt(number)
+
+
+def _check_no_page(page: int | None, name: str) -> None:
+    if page is not None:
+        raise undecodable(
+            f"{name or 'the image'} is no PDF, and the item names page {page}; remove `page`"
+        )
 
 
 def _padded_to_square(image: Image.Image, processor: Any) -> Image.Image:

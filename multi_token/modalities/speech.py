@@ -123,6 +123,7 @@ class SpeechModality(AudioModality):
     (`features`). Frames of padding are left out.
     """
 
+    item_text: ClassVar[Literal["caption", "transcript"]] = "transcript"
     kit_example: ClassVar[str] = "multi_token.testing.examples:speech_example"
 
     type: Literal["speech"] = "speech"  # type: ignore[reportIncompatibleVariableOverride]

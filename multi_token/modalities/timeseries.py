@@ -301,6 +301,12 @@ class TimeseriesModality(Modality):
         series = np.arange(64.0)[:, None].repeat(self.channels, 1)
         return [series.tolist(), *example_tables(series, self.channel_names)]
 
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return names of columns of numbers."""
+        return [
+            ("signal", "signals", "series", "timeseries", "time_series", "ecg", "eeg", "waveform")
+        ]
+
     def file_kinds(self) -> Sequence[FileKind]:
         """Return files of numbers, and recordings."""
         return [FILE_KINDS["series"], FILE_KINDS["recording"]]

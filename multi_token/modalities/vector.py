@@ -143,6 +143,10 @@ class VectorModality(Modality):
         """Return one vector."""
         return [[0.5] * self.dim]
 
+    def usual_columns(self) -> Sequence[tuple[str, ...]]:
+        """Return names of columns of numbers."""
+        return [("embedding", "embeddings", "vector", "vectors", "features", "emb")]
+
     def file_kinds(self) -> Sequence[FileKind]:
         """Return files of numbers."""
         return [FILE_KINDS["vector"]]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from multi_token.errors import RecipeError
+from multi_token.media.decoders import encoded_source
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, shorten, source_name
 from multi_token.media.frame_sampling import FrameSampling, pick_frames
@@ -127,9 +128,10 @@ class VideoModality(PretrainedModality):
         |-----------------------------------------|-----------------------------------------|
         | path, URL, data URI, bytes              | a video file                            |
         | array uint8 [frames, height, width, 3]  | RGB frames                              |
-        | list of images, or of their paths       | one frame each                          |
+        | list of images, paths or PDF pages      | one frame each                          |
         | `{"path": ..., "start": 2, "end": 5.5}` | seconds 2 to 5.5; also `bytes`, `array` |
         | `{"array": ..., "fps": 25}`             | frames with times                       |
+        | a decoder of torchcodec                 | the file that it reads, or its frames   |
 
         Raises:
             MediaError: The source cannot be read or decoded, or is over a limit.
@@ -174,6 +176,7 @@ class VideoModality(PretrainedModality):
     def _unpack(self, source: Any) -> tuple[Any, float | None, FrameSampling]:
         """A source as file, array or list; frames per second of the latter two; what to take."""
         rate, start, end = None, None, None
+        source = encoded_source(source)
         if isinstance(source, Mapping):
             source, rate, start, end = _parse_mapping(source)
         if isinstance(source, Tensor):
@@ -359,7 +362,8 @@ def _check_array(array: np.ndarray, max_pixels: int) -> None:
 
 def _check_images(sources: Sequence[Any]) -> None:
     for place, source in enumerate(sources):
-        if not isinstance(source, (str, bytes, PathLike, Image.Image)):
+        # A mapping is a page of a PDF.
+        if not isinstance(source, (str, bytes, PathLike, Image.Image, Mapping)):
             raise undecodable(
                 "expected images or their paths in the list of frames of a video, got "
                 f"{shorten(repr(source))} at place {place}"

@@ -93,14 +93,19 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "reci
     fields = _read_yaml(text, where)
     if not isinstance(fields, Mapping):
         raise RecipeError(f"{where}: expected keys model, data and train, got {fields!r}")
-    tree = dict(fields)
     # overrides before validation, so that `train.closed_form=null` and unknown keys are checked too
+    return validate_fields(Recipe, set_overrides(fields, overrides), where=where)
+
+
+def set_overrides(fields: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return fields with `key=value` overrides. Raises RecipeError."""
+    tree = dict(fields)
     for override in overrides:
         key, equals, value = override.partition("=")  # the first: values may hold `=`
         if not equals:
             raise RecipeError(f"expected key=value (train.seed=1), got {override!r}")
         _set_override(tree, key.split("."), _read_yaml(value, override), override)
-    return validate_fields(Recipe, tree, where=where)
+    return tree
 
 
 def _set_override(tree: Any, keys: list[str], value: Any, override: str) -> None:

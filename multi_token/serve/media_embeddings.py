@@ -3,6 +3,9 @@
 embed(item) --cached---> result at once
             --in flight> the same future as the first request for it
             --new------> queue -> one thread takes the queued items of a modality as a batch
+
+A fault of an item fails that item. A device that failed ends the thread, and with it all items;
+`watchdog.py` starts another one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -21,7 +25,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, first_line, machine_fault
 from multi_token.media.hashing import digest
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.memory import MemoryLease
@@ -75,12 +79,35 @@ class MediaEmbedder:
         """Number of these items that were cached or in flight."""
         self.num_bytes = 0
         """Size of the cached embeddings."""
+        self.failure: str | None = None
+        """Reason for the end of the thread; None while items are accepted."""
+        self.num_restarts = 0
+        """Restarts since the last item that was embedded."""
+        self._progressed_at: float | None = None
+        """Start of the batch in flight; None between batches."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._in_flight: dict[str, Future[Tensor]] = {}
         self._waiting: TenantQueue[_EmbedJob] = TenantQueue()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+
+    @property
+    def is_alive(self) -> bool:
+        """True unless the thread has died."""
+        return self.failure is None
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the start of the batch in flight; 0 between batches."""
+        progressed_at = self._progressed_at
+        return 0.0 if progressed_at is None else time.monotonic() - progressed_at
+
+    def restart(self) -> None:
+        """Accept items again; the next one starts a thread."""
+        with self._changed:
+            self.num_restarts += 1
+            self.failure, self._thread = None, None
 
     async def embed_item(
         self,
@@ -126,6 +153,8 @@ class MediaEmbedder:
                 return self._in_flight[key]
             if self._is_stopping:
                 raise ServeError("the server is shutting down", status=503)
+            if self.failure is not None:
+                raise _failed_error()
             # A running future cannot be cancelled: a client that disconnects must not take the
             # result from other requests that wait for the same item.
             result.set_running_or_notify_cancel()
@@ -149,15 +178,29 @@ class MediaEmbedder:
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        batch: list[_EmbedJob] = []
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._is_stopping)
+                    if self._is_stopping:
+                        return
+                    batch = self._next_batch()
+                self._embed_jobs(batch)
+                self._progressed_at = None
+                # The last batch must not stay in memory until the next one comes.
+                batch = []
+        # Whatever ends the thread, no item may wait for ever.
+        except Exception as error:  # noqa: BLE001
+            _LOG.error("the embedder's thread ends", exc_info=error)
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_stopping)
-                if self._is_stopping:
-                    return
-                batch = self._next_batch()
-            self._embed_jobs(batch)
-            # The last batch must not stay in memory until the next one comes.
-            del batch
+                self.failure = machine_fault(error) or first_line(error)
+                queued, self._waiting = self._waiting, TenantQueue()
+            for job in (*batch, *queued.in_turn()):
+                if not job.result.done():
+                    self._resolve(job, _failed_error())
+        finally:
+            self._progressed_at = None
 
     def _next_batch(self) -> list[_EmbedJob]:
         """Take items of one modality out of the queue, of all tenants in turn."""
@@ -169,10 +212,14 @@ class MediaEmbedder:
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
         """Embed a batch; if it raises, or for items with NaN or inf, each item alone."""
         results: Sequence[Tensor | ServeError]
+        self._progressed_at = time.monotonic()
         try:
             results = self._embed_batch(jobs)
         # One item must not fail the others, whatever it makes an encoder raise.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            # It would fail all items after this one too.
+            if machine_fault(error) is not None:
+                raise
             name = jobs[0].modality
             _LOG.error("%d items of %s failed", len(jobs), name, exc_info=error)
             results = [_public_error(error, name)] * len(jobs)
@@ -212,6 +259,8 @@ class MediaEmbedder:
     def _resolve(self, job: _EmbedJob, result: Tensor | ServeError) -> None:
         with self._changed:
             del self._in_flight[job.key]
+            if isinstance(result, Tensor):
+                self.num_restarts = 0
             if isinstance(result, Tensor) and result.nbytes <= self.cache_bytes:
                 self._cache[job.key] = result
                 self.num_bytes += result.nbytes
@@ -244,6 +293,10 @@ def content_key(modality: str, prepared: Prepared, tenant: str) -> str:
         parts.append(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         parts.append(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest(*parts)
+
+
+def _failed_error() -> ServeError:
+    return ServeError("the media encoder has failed", status=503, code="encoder_failed", retry=True)
 
 
 def _public_error(error: Exception, modality: str) -> ServeError:

@@ -86,13 +86,13 @@ class DrainingServer(uvicorn.Server):
         finally:
             for sig, handler in kept.items():
                 signal.signal(sig, handler)
-        if self.service.is_stalled:
+        if self.service.watchdog.is_stalled:
             # Before the interpreter waits for threads that hang on the device.
             os._exit(1)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return True if the server should exit: uvicorn's reasons, or a lost engine."""
-        return await super().on_tick(counter) or self.service.engine_error is not None
+        """Return True if the server should exit: uvicorn's reasons, or the watchdog's."""
+        return await super().on_tick(counter) or self.service.watchdog.error is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, abort at the second."""

@@ -2,8 +2,7 @@
 
     Conversation -> PromptBuilder (decode, tokenize, encode, project) -> engine -> RequestOutput
 
-`Service` admits requests, applies deadlines and context limits, and restarts a dead engine. If a
-local engine dies again and again, or hangs, the server exits.
+`Service` admits requests and applies deadlines and context limits; its watchdog restarts what died.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from multi_token.chat.format import ChatFormat
 from multi_token.chat.named import template_variables
-from multi_token.errors import ChatTemplateError, LanguageModelError
+from multi_token.errors import ChatTemplateError
 from multi_token.generate import eos_token_ids
 from multi_token.media.safe_http import UrlPolicy
 from multi_token.serve.admission import Admission, Deadline
@@ -44,6 +43,7 @@ from multi_token.serve.openai.output import RequestOutput
 from multi_token.serve.openai.protocol import RequestParams, invalid_field
 from multi_token.serve.openai.responses import TokenText, Usage
 from multi_token.serve.settings import ServeSettings
+from multi_token.serve.watchdog import Watchdog
 from multi_token.types import Conversation, Media, Sample
 
 if TYPE_CHECKING:
@@ -51,12 +51,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("multi_token.serve")
 _MAX_CHARACTERS_PER_TOKEN = 64
-_WATCHDOG_INTERVAL_S = 0.5
-"""Interval of the check that the engine is alive."""
-_MAX_RESTARTS = 3
-"""Restarts of a local engine without a complete response, after which it stays dead."""
-_MAX_STEP_TIMEOUTS = 3
-"""Step timeouts without progress after which an engine is given up: its thread cannot be ended."""
 
 
 class PromptBuilder:
@@ -267,13 +261,17 @@ class Service:
         }
         self._created = int(time.time())
         self._outputs: set[RequestOutput] = set()
-        self._watchdog: asyncio.Task[None] | None = None
+        self.watchdog = Watchdog(
+            self.engine,
+            self.prompts.media_embedder,
+            self.metrics,
+            step_timeout_s=settings.engine_step_timeout_s,
+            on_give_up=self._fail_all,
+        )
+        self._watching: asyncio.Task[None] | None = None
         self._request_numbers = itertools.count()
         self.start_error: Exception | None = None
         """Error of a failed start."""
-        self.engine_error: LanguageModelError | None = None
-        """Set once the engine is given up; the server then exits."""
-        self._num_restarts = 0
 
     async def start(self) -> None:
         """Start the engine and the media workers. Raises MultiTokenError if one fails."""
@@ -284,16 +282,16 @@ class Service:
                 self.start_error = result
                 await self.stop()
                 raise result
-        self._watchdog = asyncio.create_task(self._watch_engine_loop())
+        self._watching = asyncio.create_task(self.watchdog.watch())
 
     async def stop(self) -> None:
         """Stop everything; running requests fail with 503."""
         self.admission.drain()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         self._fail_all()
         # A thread that hangs on the device would never be joined.
-        if not self.is_stalled:
+        if not self.watchdog.is_stalled:
             await asyncio.to_thread(self.engine.stop)
             await self.prompts.stop()
 
@@ -318,12 +316,7 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        return self.engine.is_alive and not self.is_stalled
-
-    @property
-    def is_stalled(self) -> bool:
-        """True if a step of the engine takes too long: a kernel that never ends, say."""
-        return self.engine.stalled_s > self.settings.engine_step_timeout_s
+        return self.watchdog.is_healthy
 
     @property
     def is_ready(self) -> bool:
@@ -399,7 +392,7 @@ class Service:
                     self.engine.cancel(id)
                 self.metrics.record_output(output, arrived=arrived, submitted=submitted)
                 if output.is_complete:
-                    self._num_restarts = 0
+                    self.watchdog.num_restarts = 0
 
     def _max_new_tokens(self, num_prompt: int, asked: int | None) -> int:
         """Maximum number of new tokens. Raises ServeError if they do not fit the context."""
@@ -427,9 +420,9 @@ class Service:
     def check_capacity(self, num_choices: int = 1, tenant: str = "") -> None:
         """Raise ServeError, and count it, if a request with N choices would be refused now."""
         try:
-            if self.is_stalled:
+            if self.watchdog.is_stalled:
                 raise ServeError(
-                    "the engine makes no progress; try again later",
+                    "the model makes no progress; try again later",
                     status=503,
                     code="engine_stalled",
                     retry=True,
@@ -438,46 +431,6 @@ class Service:
         except ServeError as error:
             self.metrics.rejections.labels(error.code or "other").inc()
             raise
-
-    async def _watch_engine_loop(self) -> None:
-        reason = "it died after each restart"
-        longest_s = _MAX_STEP_TIMEOUTS * self.settings.engine_step_timeout_s
-        was_stalled = False
-        while True:
-            await asyncio.sleep(_WATCHDOG_INTERVAL_S)
-            if self.is_stalled and not was_stalled:
-                LOG.error("the engine %s makes no progress", self.engine.name)
-            was_stalled = self.is_stalled
-            if self.engine.stalled_s > longest_s:
-                self._give_up(f"the engine has made no progress for {longest_s:g} s")
-                return
-            if self.engine.is_alive:
-                continue
-            # A process whose device context is lost cannot recover: it has to be replaced. A
-            # gateway waits instead, since its engines come back without it.
-            if self._num_restarts == _MAX_RESTARTS and not self.engine.is_remote:
-                self._give_up(
-                    f"the engine was restarted {_MAX_RESTARTS} times without a complete response "
-                    f"({reason})"
-                )
-                return
-            LOG.error("the engine %s died; restarting it", self.engine.name)
-            self._num_restarts += 1
-            self.metrics.engine_restarts.inc()
-            # Any error of a restart is logged and tried again; /health reports 503 meanwhile.
-            starting = asyncio.to_thread(self.engine.start)
-            try:
-                # A restart may hang as well; a gateway's waits for its engines.
-                await asyncio.wait_for(starting, None if self.engine.is_remote else longest_s)
-            except Exception as error:
-                reason = str(error)
-                LOG.error("the engine did not restart", exc_info=error)
-
-    def _give_up(self, reason: str) -> None:
-        """Let the server exit."""
-        self.engine_error = LanguageModelError(f"{reason}, so this server ends; start it again")
-        LOG.error("%s", self.engine_error)
-        self._fail_all()
 
 
 def build_engine(model: MultiTokenForConditionalGeneration, settings: ServeSettings) -> Engine:

@@ -232,6 +232,28 @@ def tiny_sentence_encoder(
     return save_random(folder, seed, lambda: _model(family, fields), tokenizer)
 
 
+def tiny_protein_encoder(folder: Path, *, max_tokens: int = 64, seed: int = 0) -> str:
+    """An ESM-2 with its tokenizer: a token for each amino acid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<mask>"]
+    (folder / "vocab.txt").write_text("\n".join(letters), encoding="utf-8")
+    tokenizer = hf.EsmTokenizer(str(folder / "vocab.txt"))
+    fields: dict[str, Any] = {
+        **_MLP,
+        "num_hidden_layers": 2,
+        "vocab_size": len(letters),
+        "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "position_embedding_type": "rotary",
+        "token_dropout": True,
+        "max_position_embeddings": max_tokens,
+        "initializer_range": 0.3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return save_random(folder, seed, lambda: _model("Esm", fields), tokenizer)
+
+
 def tiny_joint_clip(folder: Path, *, seed: int = 0) -> str:
     """A CLIP with its image processor and its tokenizer, for texts of at most 32 tokens."""
     tokenizer = tiny_tokenizer()

@@ -18,6 +18,7 @@ from multi_token.testing.encoders import (
     tiny_image_encoder,
     tiny_joint_clip,
     tiny_patchtst,
+    tiny_protein_encoder,
     tiny_sentence_encoder,
     tiny_whisper,
 )
@@ -112,3 +113,27 @@ def vector_example(folder: Path) -> Example:
     path = folder / "five.npy"
     np.save(path, np.sin(np.arange(20.0)).reshape(5, 4))
     return {"dim": 4}, [[0.5, -1.0, 2.0, 0.0], str(path)]
+
+
+def sequence_example(folder: Path) -> Example:
+    """A protein as a row holds it, and records of a FASTA file."""
+    path = folder / "proteins.fasta"
+    path.write_text(">first one\nMKTAY\nIAKQR\n>second\nGAVL\n", encoding="utf-8")
+    sources: list[Any] = ["MKVLAAGIVG", str(path), {"path": str(path), "record": "second"}]
+    return {"encoder": tiny_protein_encoder(folder / "esm")}, sources
+
+
+def volume_example(folder: Path) -> Example:
+    """Two volumes of different size and orientation, through a tiny CLIP."""
+    import nibabel as nib
+
+    noise = np.random.default_rng(0)
+    sources: list[Any] = []
+    for name, shape, steps in (
+        ("a.nii", (20, 24, 12), (1, 1, 1)),
+        ("b.nii.gz", (9, 30, 5), (-1, 2, 3)),
+    ):
+        voxels = noise.integers(0, 900, shape).astype(np.int16)
+        nib.Nifti1Image(voxels, np.diag([*steps, 1.0])).to_filename(folder / name)
+        sources.append(str(folder / name))
+    return {"encoder": tiny_image_encoder(folder / "clip"), "num_slices": 6}, sources

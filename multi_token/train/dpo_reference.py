@@ -94,8 +94,11 @@ def _preference_rows(
     found, lengths = [], []
     for source in sources:
         assert source.good_indices is not None  # scanned, so that no row is read here
-        columns = (source.good_indices, source.lengths, source.num_items, source.num_rejected)
-        indices, chosen, num_items, rejected = (
+        columns = (
+            *(source.good_indices, source.lengths, source.num_items),
+            *(source.num_rejected, source.modalities),
+        )
+        indices, chosen, num_items, rejected, modalities = (
             array("q", compress(column, source.num_rejected)) for column in columns
         )
         lengths += zip(chosen, rejected, strict=True)
@@ -106,6 +109,7 @@ def _preference_rows(
                 lengths=chosen,
                 num_items=num_items,
                 num_rejected=rejected,
+                modalities=modalities,
             )
         )
     if not lengths:

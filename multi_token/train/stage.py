@@ -164,7 +164,7 @@ def _freeze_unused(run: Run, stage: StageRun, sources: list[TrainingSource]) -> 
     model = run.model
     for name, spec in trainable_encoders(model, stage.spec.learn).items():
         encoder, unused = model.encoder(name), None
-        items = (pair for s in sources for pair in s.items() if pair[0].modality == name)
+        items = (pair for source in sources for pair in source.items(name))
         tried = list(itertools.islice(items, NUM_TRIED_ITEMS))
         if tried:
             with mixed_precision(stage.args), gradients_enabled(encoder):

@@ -125,12 +125,17 @@ def _occurrences(
     borders = np.cumsum([0, *(source.num_rows for source in sources)])
     num_rows = int(borders[-1])
     kept = [np.empty(0, _OCCURRENCE)]
+    # rows without an item of these modalities are known from the scan, and not read
+    may_hold = np.zeros(num_rows, bool)
+    for border, source in zip(borders.tolist(), sources, strict=False):
+        may_hold[border + source.rows_with(wanted)] = True
     start, end = 0, 1 << max(1, (num_rows - 1).bit_length())
     while start < end and any(map(any, wanted.values())):
         # in steps of what is missing: a row may hold its media, and is read with them
         stop = start + max(1024, start // 4, *map(max, wanted.values()))
         rows = spread_rows(num_rows, start, stop)
-        looking = _Rows(sources, borders, rows, start, list(wanted))
+        places = start + np.flatnonzero(may_hold[rows])
+        looking = _Rows(sources, borders, rows[may_hold[rows]], places, list(wanted))
         read = read_parallel(
             looking,
             num_workers=num_readers(run.recipe, len(looking.mine)),
@@ -162,7 +167,7 @@ class _Rows(Dataset[tuple[int, NDArray[Any]]]):
         sources: Sequence[TrainingSource],
         borders: NDArray[np.int64],
         rows: NDArray[np.int64],
-        start: int,
+        places: NDArray[np.int64],
         names: Sequence[str],
     ) -> None:
         self.sources = sources
@@ -170,7 +175,7 @@ class _Rows(Dataset[tuple[int, NDArray[Any]]]):
         self.numbers = {name: number for number, name in enumerate(names)}
         # by row and not by place, since files are fastest read in their order
         order = np.argsort(rows)
-        self.mine = np.stack([rows[order], start + order], axis=1)[rank() :: num_processes()]
+        self.mine = np.stack([rows[order], places[order]], axis=1)[rank() :: num_processes()]
 
     def __len__(self) -> int:
         return -(-len(self.mine) // _BLOCK)

@@ -28,6 +28,7 @@ from multi_token.distributed import (
 )
 from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError, RecipeError
 from multi_token.language_model.forward import base_language_model
+from multi_token.language_model.loss import num_bytes_per_token
 from multi_token.language_model.segment_attention import (
     describe_pack_attention,
     segment_attention_enabled,
@@ -344,6 +345,10 @@ class MultiTokenTrainer(Trainer):
             longest_row=max(self.batches.lengths, default=0),
             pack_tokens=self.batches.pack_tokens,
             activation_checkpointing=checkpointing_options(self.args) is not None,
+            logits_budget=model.logits_bytes
+            if model.capabilities.supports_chunked_logits
+            else None,
+            logits_of_token=num_bytes_per_token(model.language_model),
         )
 
     # ---- checkpoints

@@ -15,6 +15,7 @@ from multi_token.chat.template import ChatTemplate
 from multi_token.errors import ChatTemplateError
 from multi_token.testing import TEMPLATES, tiny_tokenizer
 from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Role, Text
+from tests.chat.test_tokenize_many import calls_of
 
 CHATML = TEMPLATES["chatml"]
 HEADER = "<|im_start|>assistant\n"
@@ -236,26 +237,14 @@ def test_text_that_a_tokenizer_cannot_spell_is_refused() -> None:
 
 
 def test_a_template_is_rendered_once_for_a_known_sequence_of_roles() -> None:
-    tokenizer = tiny_tokenizer()
-    render, num_renders = tokenizer.apply_chat_template, 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal num_renders
-        num_renders += 1
-        return render(*args, **kwargs)
-
-    tokenizer.apply_chat_template = counted
-    chat = ChatFormat(tokenizer)
+    ChatTemplate(CHATML, tiny_tokenizer()).render([])  # what a process asks transformers once
+    chat = ChatFormat(tiny_tokenizer())
     counts = []
     for prompt_only in (False, True):
+        row = Conversation(TWO.messages[:-1]) if prompt_only else TWO
         for _ in range(2):
-            num_renders = 0
-            chat.tokenize(
-                TWO if not prompt_only else Conversation(TWO.messages[:-1]),
-                [],
-                prompt_only=prompt_only,
-            )
-            counts.append(num_renders)
+            calls = calls_of(lambda r=row, p=prompt_only: chat.tokenize(r, [], prompt_only=p))
+            counts.append(calls["jinja2.environment.render"])
     # a probe for the contents, two for the ends, one layout and its two borders come first
     assert counts == [1 + 1 + 2 + 1 + 2, 1, 1, 1]
 
@@ -301,3 +290,21 @@ def test_with_train_on_turns_last_a_row_with_an_empty_last_answer_is_refused(
     fields["model"]["train_on_turns"] = "last"
     with pytest.raises(RowError, match="nothing to train on"):
         build_processor(Recipe.model_validate(fields))(row)
+
+
+@pytest.mark.parametrize("source", [*TEMPLATES.values(), None])
+def test_a_text_is_that_of_apply_chat_template_without_its_copies(source: str | None) -> None:
+    odd = (
+        "{{ bos_token }}{{ [tools is none, tools is defined, documents, unk_token] }}"
+        "{% for m in messages %}{{ m | tojson }}{{ m.reasoning_content is defined }}{% endfor %}"
+        "{{ add_generation_prompt }}"
+    )
+    tokenizer = tiny_tokenizer()
+    template = ChatTemplate(source or odd, tokenizer)
+    messages = [{"role": "user", "content": "a <b>"}, {"role": "assistant", "content": " c "}]
+    for prompt in (False, True):
+        options: dict[str, Any] = {"add_generation_prompt": prompt, "tokenize": False}
+        expected = tokenizer.apply_chat_template(messages, chat_template=source or odd, **options)
+        assert template.render(messages, add_generation_prompt=prompt) == expected
+    calls = calls_of(lambda: template.render(messages))
+    assert not any(name.endswith("_plain_template_data") for name in calls)

@@ -191,7 +191,7 @@ def test_every_extra_that_a_modality_names_has_its_packages_in_the_project() -> 
         (line,) = [line for line in project.splitlines() if line.startswith(f"{extra} = [")]
         for package in cls.requires:
             assert f'"{names.get(package, package)}>=' in line
-    assert extras == {"audio", "video", "document"}
+    assert extras == {"audio", "video", "document", "volume"}
 
 
 def test_a_registered_name_is_owned_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from multi_token.cli import app
-from multi_token.data.files.open import load_rows
+from multi_token.data.row_source import open_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.scores import score_rows, with_processor
+from multi_token.recipe.data import DataSource
 from tests.train.launchers import launched
 
 NUM_ROWS = 20
@@ -112,8 +113,8 @@ def test_evaluate_rows_writes_the_scores_of_score_rows_and_prints_their_means(
     done = CliRunner().invoke(app, [*words, "--batch-size", "3"])
     assert done.exit_code == 0, done.output
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    source = load_rows(str(rows))
-    chosen = with_processor(source, model, source=str(rows), indices=range(NUM_ROWS))
+    source = open_rows(DataSource(rows=str(rows)), model.modalities)
+    chosen = with_processor(source, model, range(NUM_ROWS))
     expected = score_rows(model, [processor(conversation) for conversation, processor in chosen])
     assert [line["id"] for line in found] == [f"r{i}" for i in range(NUM_ROWS)]
     assert [line["loss"] for line in found] == pytest.approx(expected.loss.tolist(), rel=1e-4)

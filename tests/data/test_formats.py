@@ -319,8 +319,8 @@ def test_media_in_an_assistant_turn_are_refused(answer: Any) -> None:
 
 
 def test_an_unknown_part_type_suggests_the_nearest() -> None:
-    message = refusal({"messages": turns([{"type": "image_url", "image_url": {"url": "a"}}])})
-    assert "part 0 of turn 0 has the unknown type 'image_url' (did you mean 'image" in message
+    message = refusal({"messages": turns([{"type": "imago", "imago": "a"}])})
+    assert "part 0 of turn 0 has the unknown type 'imago' (did you mean 'image" in message
     assert "this recipe has text, image, image_left, left_camera, vector" in message
     assert "did you mean" not in refusal({"messages": turns([{"type": "zzz"}])})
 

@@ -30,13 +30,16 @@ NUM, COLORS = 150, ("red", "blue", "green")
 def processor(recipe_fields: Fields, data: Path, tmp_path: Path) -> MultiTokenProcessor:
     """Processor, and 150 rows about three images; every tenth row is bad."""
     lines: list[dict[str, Any]] = []
+    # of rows 100 to 149, every fifth has no image
     for number in range(NUM):
+        slot = "it" if number >= 100 and number % 5 == 0 else "<image>"
         turns = [
-            {"role": "user", "content": "What is <image>?" + " so" * (number % 7)},
+            {"role": "user", "content": f"What is {slot}?" + " so" * (number % 7)},
             {"role": "assistant", "content": "red" if number % 10 else ""},
         ]
         image = str(data / f"{COLORS[number % 3]}.png")
-        lines.append({"id": str(number), "images": [image], "messages": turns})
+        images = {"images": [image]} if slot == "<image>" else {}
+        lines.append({"id": str(number), **images, "messages": turns})
     (tmp_path / "rows.json").write_text(json.dumps(lines))
     return build_processor(Recipe.model_validate(recipe_fields(tmp_path / "run")))
 
@@ -59,6 +62,35 @@ def test_a_scan_in_parts_finds_what_a_scan_of_single_rows_finds(
     assert merge_reports(shares) == one_by_one
 
 
+def test_a_scan_knows_what_media_rows_have_and_which_begin_with_the_same(
+    processor: MultiTokenProcessor, tmp_path: Path
+) -> None:
+    def report(folder: str, **options: Any) -> ScanReport:
+        known = LengthStore(tmp_path / folder, processor)
+        return look(processor, tmp_path, known=known, references=True, **options)
+
+    first = report("one")
+    bit = 1 << list(processor.modalities).index("image")
+    good = [*first.good_indices]
+    assert [*first.modalities] == [0 if i >= 100 and i % 5 == 0 else bit for i in good]
+    table = [bytes(first.references[i * 32 :][:32]) for i in range(len(good))]
+    colors = {table[at][:16]: index % 3 for at, index in enumerate(good) if first.modalities[at]}
+    assert sorted(colors.values()) == [0, 1, 2]
+    for at, index in enumerate(good):
+        assert colors.get(table[at][:16]) == (index % 3 if first.modalities[at] else None)
+        assert any(table[at]) == bool(first.modalities[at])
+    rows = {row[16:] for row in table}
+    assert (
+        len(rows)
+        == len({(i % 3, i % 7) for i, m in zip(good, first.modalities, strict=True) if m}) + 1
+    )
+    shares = [report("two", indices=range(i, NUM, 2)) for i in (1, 0)]
+    # lengths that were stored change nothing
+    for again in (merge_reports(shares), report("one"), report("three", num_workers=2)):
+        assert (again.modalities, again.references) == (first.modalities, first.references)
+    assert merge_reports([look(processor, tmp_path)]).references == b""
+
+
 @pytest.mark.parametrize("lengths_only", [False, True])
 def test_a_file_that_many_rows_name_is_read_once(
     processor: MultiTokenProcessor, tmp_path: Path, lengths_only: bool
@@ -71,7 +103,7 @@ def test_a_file_that_many_rows_name_is_read_once(
     assert len(counted._seen) == 3
     repeated = Counting(root=".")
     look(replace(processor, fetch=repeated), tmp_path)
-    assert len(repeated.opened) == NUM - NUM // 10
+    assert len(repeated.opened) == NUM - NUM // 10 - 5  # of the good rows, five have no image
 
 
 def test_the_lengths_of_a_changed_file_are_found_by_the_next_scan(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from multi_token.collate import Collator
+from multi_token.data.files.open import media_root
 from multi_token.data.mixture import Mixture
 from multi_token.data.packing import PackingPlan
 from multi_token.data.row_stream import open_stream
@@ -221,10 +222,11 @@ def test_iterating_over_streams_gives_the_good_samples(bench: Bench) -> None:
 def test_relative_paths_start_at_the_folder_of_the_rows(
     model: Any, data: Path, tmp_path: Path
 ) -> None:
-    stream = open_stream(str(data / "*.jsonl"))
+    source = str(data / "*.jsonl")
+    stream = open_stream(source)
     from dataclasses import replace
 
-    processor = replace(model.processor, fetch=Fetch(root=stream.root))
+    processor = replace(model.processor, fetch=Fetch(root=media_root(source)))
     streams = StreamDataset([stream], ["data"], [processor], Mixture([1.0], seed=0, window=4))
     collated = Collator(model.modalities, model.processor.chat.filler_id)(list(islice(streams, 4)))
     assert collated["input_ids"].shape[0] == 4

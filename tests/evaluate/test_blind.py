@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from multi_token.checkpoint.save import save
 from multi_token.cli import app
-from multi_token.data.files.open import load_rows
+from multi_token.data.row_source import RowSource, open_rows
 from multi_token.errors import MultiTokenError
 from multi_token.evaluate.blind import MediaShuffle, ablated, blind
 from multi_token.evaluate.scores import (
@@ -24,7 +24,9 @@ from multi_token.evaluate.scores import (
     score_rows,
     with_processor,
 )
+from multi_token.media.fetch import Fetch
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.recipe.data import DataSource
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.run import train
 
@@ -32,8 +34,8 @@ Fields = Callable[..., dict[str, Any]]
 
 
 def rows_of(model: Any, path: Path) -> list[Any]:
-    rows = load_rows(str(path))
-    return with_processor(rows, model, source=str(path), indices=range(len(rows)))
+    source = open_rows(DataSource(rows=str(path)), model.modalities)
+    return with_processor(source, model, range(len(source.rows)))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,8 @@ def test_rows_exchange_items_of_one_modality_and_count_that_are_not_equal(
         question = {"role": "user", "content": f"What is {slots}?"}
         messages = [question, {"role": "assistant", "content": answer}]
         rows.append({"id": answer, "messages": messages, **media})
-    read = with_processor(rows, model, source=str(data / "rows.jsonl"), indices=range(len(rows)))
+    source = RowSource(rows, Fetch(root=str(data)), str(data / "rows.jsonl"))
+    read = with_processor(source, model, range(len(rows)))
     exchanged = MediaShuffle(read, seed=0)
     red, both, one, two = (list(shown).index(n) for n in ("red", "both", "one", "two"))
     assert exchanged.donors(red, ["image"]) == {0: (both, 1)}, "the only other image"

@@ -171,6 +171,33 @@ def test_a_batch_below_the_budget_has_the_models_own_loss(families: ModuleType) 
     assert all(torch.equal(whole[name], below[name]) for name in whole)
 
 
+class NumSoftmaxes(TorchDispatchMode):
+    """Counts the softmaxes over logits, one for each loss of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func is torch.ops.aten._log_softmax.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_values_and_logits_are_computed_without_an_unused_loss(
+    families: ModuleType, keeps: bool
+) -> None:
+    model = families.tiny_model("Llama", vocab_size=VOCABULARY)
+    inputs = inputs_of(model) | {"supports_logits_to_keep": keeps}
+    values = token_losses(inputs["shift_labels"], inputs["supervised"])
+    found = []
+    for returns in ("loss", values, "logits"):
+        with NumSoftmaxes() as counted:
+            supervised_output(model, chunk_rows=None, returns=returns, **inputs)
+        found.append(counted.num)
+    assert found == [1, 1, 0]
+
+
 def test_a_chunk_has_as_many_rows_as_the_budget_holds_and_at_least_one(
     families: ModuleType,
 ) -> None:

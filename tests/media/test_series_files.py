@@ -166,6 +166,29 @@ def test_a_wfdb_header_opens_only_files_beside_it(records: Path, tmp_path: Path)
     assert "no file at" in refusal(str(tmp_path / "rec"), channels=3)
 
 
+def test_a_wfdb_header_with_impossible_numbers_is_refused(records: Path, tmp_path: Path) -> None:
+    header = (records / "rec16.hea").read_text()
+    (tmp_path / "rec16.dat").write_bytes((records / "rec16.dat").read_bytes())
+    line = header.splitlines()[1]
+    gain = line.split()[2]
+    for old, new in (
+        ("rec16 3 500 101", "rec16 3 5e 101"),
+        ("rec16 3 500 101", "rec16 3 0 101"),
+        ("rec16 3 500 101", "rec16 3 500 102"),
+        ("rec16 3 500 101", "rec16/4 3 500 101"),
+        ("rec16 3 500 101", "rec16 9 500 101"),
+        (gain, f"{gain.split('(')[0]}({'9' * 400})/mV"),
+        (gain, "e(0)/mV"),
+        (gain, "1e999(0)/mV"),
+        ("rec16.dat 16 ", "rec16.dat 516 "),
+        ("rec16.dat 16 ", "rec16.dat 16:5 "),
+        ("rec16.dat 16 ", "rec16.dat 16+1 "),
+    ):
+        assert old in header
+        (tmp_path / "rec16.hea").write_text(header.replace(old, new, 1))
+        refusal(str(tmp_path / "rec16"), channels=3)
+
+
 def test_lengths_that_were_kept_notice_another_header_of_a_record(records: Path) -> None:
     before = source_stamp(str(records / "rec16"), Fetch())
     os.utime(records / "rec16.hea", ns=(1, 1))

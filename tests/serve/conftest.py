@@ -86,6 +86,7 @@ def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tiny_clap,
         tiny_image_encoder,
         tiny_joint_clip,
+        tiny_protein_encoder,
         tiny_sentence_encoder,
         tiny_whisper,
     )
@@ -94,7 +95,7 @@ def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     clip = tiny_image_encoder(folder / "clip")
     sentences = tiny_sentence_encoder(folder / "sentences")
     fields: dict[str, dict[str, Any]] = {
-        "image": {"encoder": clip},
+        "image": {"encoder": clip, "page_dpi": 72},
         "speech": {"encoder": tiny_whisper(folder / "whisper")},
         "sound": {"encoder": tiny_clap(folder / "clap")},
         "video": {"encoder": clip, "fps": 4.0, "max_seconds": 60.0},
@@ -103,6 +104,8 @@ def all_modalities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "joint": {"encoder": tiny_joint_clip(folder / "joint")},
         "timeseries": {"channels": 2},
         "vector": {"dim": 4},
+        "sequence": {"encoder": tiny_protein_encoder(folder / "proteins")},
+        "volume": {"encoder": clip, "num_slices": 3},
     }
     limits = MediaLimits(
         max_bytes=8 * 1024 * 1024,

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from multi_token.serve.service import _MAX_RESTARTS
+from multi_token.serve.watchdog import MAX_RESTARTS
 from tests.serve.running_server import RunningServer, running
 
 pytestmark = pytest.mark.slow
@@ -210,7 +210,7 @@ def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
             service, loop = server.service, server.server._loop
             assert chat(server, SHORT).status_code == 200
             # no watchdog for a while, or it would start the engine again between two lines
-            loop.call_soon_threadsafe(service._watchdog.cancel)
+            loop.call_soon_threadsafe(service._watching.cancel)
             broken.set()
             answer = chat(server, SHORT)
             assert answer.status_code == 503
@@ -218,7 +218,7 @@ def test_a_dead_engine_is_reported_and_started_again(text_model: Any) -> None:
             assert httpx.get(f"{server.url}/health").status_code == 503
             assert httpx.get(f"{server.url}/ready").status_code == 503
             broken.clear()
-            watching = asyncio.run_coroutine_threadsafe(service._watch_engine_loop(), loop)
+            watching = asyncio.run_coroutine_threadsafe(service.watchdog.watch(), loop)
             assert server.wait_until(lambda: server.service.is_healthy)
             assert httpx.get(f"{server.url}/health").status_code == 200
             assert chat(server, SHORT).status_code == 200
@@ -239,13 +239,13 @@ def test_restarts_with_complete_responses_between_them_do_not_add_up(text_model:
     hook = text_model.language_model.register_forward_pre_hook(fail, with_kwargs=True)
     try:
         with running(text_model) as server:
-            for _ in range(_MAX_RESTARTS + 1):
+            for _ in range(MAX_RESTARTS + 1):
                 broken.set()
                 assert chat(server, SHORT).status_code == 503
                 broken.clear()
                 assert server.wait_until(lambda: server.service.is_healthy)
                 assert chat(server, SHORT).status_code == 200
-            assert server.service.engine_error is None
+            assert server.service.watchdog.error is None
     finally:
         hook.remove()
 

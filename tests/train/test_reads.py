@@ -11,13 +11,15 @@ import pytest
 from rich.console import Console
 
 from multi_token.data.files.jsonl import JsonLines
+from multi_token.data.streaming import NUM_TRIED_ITEMS
 from multi_token.recipe.recipe import Recipe
 from multi_token.train.prepare import open_stages, prepare
 from multi_token.train.stage import attach_adapters, build_trainer
+from multi_token.train.stage_zero import find_items
 
 Fields = Callable[..., dict[str, Any]]
 COLOURS = ("red", "blue", "green", "white")
-NUM = 12
+NUM, NUM_FIRST = 12, 8  # of each source the first rows are read before, to find its format
 
 
 @pytest.fixture
@@ -65,10 +67,11 @@ def test_a_stage_plans_its_batches_without_reading_a_row(
     fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
     recipe = Recipe.model_validate(fields)
     run = prepare(recipe, open_stages(recipe), Console(quiet=True))
-    assert sorted(row_reads) == list(range(NUM)), "the scan reads each row once"
+    assert sorted(row_reads[NUM_FIRST:]) == list(range(NUM)), "the scan reads each row once"
+    row_reads.clear()
     attach_adapters(run, run.stages[0])
     trainer: Any = build_trainer(run, run.stages[0])
-    assert len(row_reads) == NUM
+    assert row_reads == []
     (source,) = run.sources
     samples = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     if kind == "packed":
@@ -87,7 +90,39 @@ def test_held_out_rows_are_read_once_before_they_are_evaluated(
     fields["data"] = {"train": [{"rows": str(data / "rows.jsonl")}], "eval": held_out}
     recipe = Recipe.model_validate(fields)
     run = prepare(recipe, open_stages(recipe), Console(quiet=True))
-    assert len(row_reads) == 4 + NUM + 4
+    num_read = (4 + 4) + (NUM_FIRST + NUM) + (4 + 4)
+    assert len(row_reads) == num_read
     # two sources of 12 and 4 rows
     shown = [conversation.id for conversation, _ in run.evaluation.some_rows(4)]
-    assert shown == ["0", "4", "8", "red"] and len(row_reads) == 4 + NUM + 4 + 4
+    assert shown == ["0", "4", "8", "red"] and len(row_reads) == num_read + 4
+
+
+@pytest.mark.parametrize("kind", ["encoders", "share"])
+def test_only_rows_with_an_item_are_read_after_the_scan(
+    recipe_fields: Fields, data: Path, tmp_path: Path, row_reads: list[int], kind: str
+) -> None:
+    """Stage zero, the trial of a trained encoder, and the search for shared prefixes."""
+    with_image = range(30, 30 + len(COLOURS))  # each another one, so that no rows share a prefix
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]
+    shown = [{**turns[0], "content": "Is it <image>?"}, turns[1]]
+    rows: list[dict[str, Any]] = [{"id": str(i), "messages": turns} for i in range(30)]
+    rows += [{"messages": shown, "images": [str(data / f"{name}.png")]} for name in COLOURS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learn: dict[str, Any] = {"projectors": 1e-2, "adapter": 1e-2}
+    more: dict[str, Any] = {"packing": {"share": True}} if kind == "share" else {}
+    if kind == "encoders":
+        learn["encoders"] = {"image": 1e-4}
+    stage = {"name": "one", "learn": learn, "args": {"max_steps": 1}}
+    fields = recipe_fields(tmp_path / "run", stages=[stage], calibration_items=100, **more)
+    fields["data"] = {"train": [{"rows": str(tmp_path / "rows.jsonl")}]}
+    recipe = Recipe.model_validate(fields)
+    run = prepare(recipe, open_stages(recipe), Console(quiet=True))
+    every = list(range(len(rows)))
+    assert sorted(row_reads[NUM_FIRST:]) == every, "the scan reads each row once"
+    row_reads.clear()
+    items = find_items(run, None, ["image"])["image"]
+    assert len(items) == len(COLOURS) and sorted(row_reads) == list(with_image)
+    row_reads.clear()
+    attach_adapters(run, run.stages[0])
+    build_trainer(run, run.stages[0])
+    assert row_reads == (list(with_image)[:NUM_TRIED_ITEMS] if kind == "encoders" else [])

@@ -206,7 +206,8 @@ def test_a_million_rows_are_not_all_parsed_for_a_few_items(
     run = prepared_run(fields)
     (source,) = run.sources
     many = Counting([source.rows[0]] * 1_000_000)
-    run.sources = [replace(source, rows=many, good_indices=range(1_000_000))]
+    many_rows = {"good_indices": range(1_000_000), "modalities": ()}
+    run.sources = [replace(source, rows=many, **many_rows)]
     items = find_items(run, None, ["thing"])["thing"]
     assert len(items.captioned) == 100
     assert len(many.read) <= 2048

@@ -22,21 +22,13 @@ from multi_token.data.feature_cache.cache import FeatureCache, PreparedItem
 from multi_token.data.feature_cache.keys import canonical_source, item_key
 from multi_token.data.formats import to_conversation
 from multi_token.data.parallel import read_parallel
+from multi_token.data.row_source import RowSource
 from multi_token.data.rows import row_id_of
 from multi_token.data.scan import Problem
 from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
 from multi_token.modalities.base import Encoder, Modality
 from multi_token.types import Conversation, Media
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """Rows of one source, with the access to their media."""
-
-    rows: Sequence[Any]
-    fetch: Fetch
-    name: str
 
 
 @dataclass
@@ -294,7 +286,7 @@ def _conversation(
     source: RowSource, index: int, modalities: Mapping[str, Modality]
 ) -> Conversation:
     row = source.rows[index]
-    return to_conversation(row, list(modalities), row_id=row_id_of(index, row, source.name))
+    return to_conversation(row, modalities, row_id=row_id_of(index, row, source.name))
 
 
 def sample_items(
@@ -307,7 +299,7 @@ def sample_items(
         for index in range(len(source.rows)):
             num_rows += 1
             try:
-                conversation = to_conversation(source.rows[index], list(modalities), row_id="")
+                conversation = to_conversation(source.rows[index], modalities, row_id="")
             except RowError:  # the scan names it
                 continue
             found += [(item, source.fetch) for item in conversation.media]

@@ -41,7 +41,7 @@ class CsvRows(IndexedRows):
 
     def __init__(self, path: Path) -> None:
         """Raises MultiTokenError for a file without header, RowError for a quote without end."""
-        self.path = path.resolve()
+        self.path = path.absolute()
         self.delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
         large = self.path.stat().st_size >= _LARGE
         index = stored_index(self.path, "csv1", self._index) if large else self._index(self.path)

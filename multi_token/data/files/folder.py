@@ -236,7 +236,7 @@ class FolderRows(IndexedRows):
 
         `start`: folder of the split below `path`, or "".
         """
-        self.path = path.resolve()
+        self.path = path.absolute()
         groups = [(stem, list(group)) for stem, group in groupby(names, _stem)]
         media = [[n for n in group if media_column(n)] for _, group in groups]
         texts = [[n for n in group if not media_column(n)] for _, group in groups]

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from multi_token.data.files.hub_files import HUB_PREFIX
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 from multi_token.hub import limited_hub_waits
 
 if TYPE_CHECKING:
     import datasets
-
-HUB_PREFIX = "hf://"
 
 
 def load_hub(source: str, split: str) -> Sequence[Row]:
@@ -35,6 +34,21 @@ def stream_hub(source: str, *, split: str = "train") -> datasets.IterableDataset
     """
     # undecoded, as `load_hub` returns them
     return _open_hub(source, split, streaming=True).decode(False)
+
+
+def open_with_args(args: Mapping[str, Any]) -> Sequence[Row]:
+    """Open the rows of `datasets.load_dataset(**args)`. Raises MultiTokenError."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with limited_hub_waits(str(args.get("path"))):
+            found = datasets.load_dataset(**args)
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
+        raise MultiTokenError(f"cannot load the data set of {dict(args)}: {error}") from error
+    if not isinstance(found, datasets.Dataset):
+        raise MultiTokenError(f"{dict(args)} names a data set with splits; add `split` to it")
+    return _without_decoding(found)
 
 
 def is_saved_folder(path: Path) -> bool:
@@ -92,7 +106,8 @@ def _open_hub(source: str, split: str, *, streaming: bool = False) -> Any:
     # datasets raises ValueError for an unknown config or split, OSError without a network
     except (OSError, ValueError, DatasetsError) as error:
         raise MultiTokenError(
-            f"cannot load {source} (split {split!r}) from the hub: {error}; "
+            f"cannot load {source} (split {split!r}) from the hub: {error}; rows in one file of a "
+            "repository, beside an archive of media, are named hf://owner/name/file.json; "
             f"if a file was meant, there is nothing at {Path(source).resolve()}"
         ) from error
 

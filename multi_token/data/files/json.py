@@ -49,7 +49,7 @@ class JsonRows(IndexedRows):
 
     def __init__(self, path: Path) -> None:
         """Raises RowError for a file that is not JSON, MultiTokenError for one without a list."""
-        self.path = path.resolve()
+        self.path = path.absolute()
         size = self.path.stat().st_size
         console = pass_console(quiet=size < _LARGE)
         bar = progress_bar(console, f"Opening {path.name} (MiB)", size // _BLOCK)

@@ -29,7 +29,7 @@ class JsonLines(IndexedRows):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path.absolute()
         self.starts = array("q")
         self.line_numbers = array("q")
         start = 0

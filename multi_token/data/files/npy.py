@@ -24,7 +24,7 @@ class NpyRows(IndexedRows):
 
     def __init__(self, path: Path, open_file: Callable[[Path], Sequence[Row]]) -> None:
         """Raises MultiTokenError: not such an array, several label files, or other numbers."""
-        self.path = path.resolve()
+        self.path = path.absolute()
         self._open_file = open_file
         try:
             # as a number of bytes and never pickled objects

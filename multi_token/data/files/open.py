@@ -14,12 +14,12 @@ from multi_token.data.files.arrow import ArrowRows
 from multi_token.data.files.csv import CsvRows
 from multi_token.data.files.folder import is_media_folder, open_folder
 from multi_token.data.files.hub import (
-    HUB_PREFIX,
     is_saved_folder,
     load_hub,
     load_saved_folder,
     load_table,
 )
+from multi_token.data.files.hub_files import HUB_PREFIX, HubFiles
 from multi_token.data.files.json import JsonRows
 from multi_token.data.files.jsonl import JsonLines
 from multi_token.data.files.npy import NpyRows
@@ -75,6 +75,7 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     | a folder                   | written by `save_to_disk`, with splits or without              |
     | a folder of media files    | with metadata, in pairs or in folders of classes (folder.py)   |
     | `owner/name`, `hf://...`   | a data set on the hub; `hf://owner/name/config` picks a config |
+    | `hf://owner/name/a.json`   | a file of such a data set's repository, or a pattern           |
 
     Args:
         source: A name as in the table.
@@ -134,8 +135,8 @@ def _load_split(source: str, split: str) -> Sequence[Row]:
         is_saved = is_saved_folder(path)
         return load_saved_folder(path, split) if is_saved else open_folder(path, split, _open_alone)
     check_no_split(source, split)
-    if files == [path]:
-        return _open_alone(path)
+    if files == [path] or (_is_hub_file(source) and len(files) == 1):
+        return _open_alone(files[0])
     # ConcatDataset refuses an empty list, and would search in vain through an empty file
     found: Any = []
     with progress_bar(pass_console(), f"Opening files of {Path(source).name}", len(files)) as step:
@@ -167,6 +168,10 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() + last if last in PACKED else last
 
 
+def _is_hub_file(source: str) -> bool:
+    return source.startswith(HUB_PREFIX) and _suffix(Path(source)) in _FORMATS
+
+
 def check_no_split(source: str, split: str) -> None:
     """Raise MultiTokenError for any split but `train`: files have no splits."""
     if split != "train":
@@ -179,10 +184,12 @@ def check_no_split(source: str, split: str) -> None:
 def media_root(source: str) -> str | None:
     """Return the folder from which relative media paths of `source` start.
 
-    For files that is their folder, and for a folder of media files this folder. For saved folders
-    and hub names, whose media are inside, it is None: the current folder. Raises MultiTokenError
-    for files in several folders.
+    For files that is their folder, for a folder of media files this folder, and for a file on the
+    hub the archive beside it (hub_files.py). For saved folders and hub names, whose media are
+    inside, it is None: the current folder. Raises MultiTokenError for files in several folders.
     """
+    if _is_hub_file(source):
+        return HubFiles.of(source).media_root()
     files = resolve_files(source)
     if files is None:
         path = Path(source).expanduser()
@@ -205,7 +212,7 @@ def resolve_files(source: str) -> list[Path] | None:
     Raises MultiTokenError if there are none, or if their kinds differ.
     """
     if source.startswith(HUB_PREFIX):
-        return None
+        return HubFiles.of(source).download() if _is_hub_file(source) else None
     path = Path(source).expanduser()
     where, suffix = path.resolve(), _suffix(path)
     if path.is_dir():

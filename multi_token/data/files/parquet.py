@@ -22,7 +22,7 @@ class GroupedRows(IndexedRows):
     """Rows of a table that is stored in groups; a format sets `starts` and reads one group."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path.absolute()
         self.starts: list[int] = [0]
         self._groups: dict[int, pyarrow.Table] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import tarfile
 import zipfile
@@ -72,7 +73,7 @@ def unpacked_tars(paths: Sequence[Path]) -> Path:
     return _unpack_once(paths, unpack)
 
 
-def open_root(root: str) -> str:
+def open_root(root: str | Sequence[Path]) -> str:
     """Prepare the root of media paths for `Fetch`.
 
     | `root`                             | media are read from                                   |
@@ -82,15 +83,22 @@ def open_root(root: str) -> str:
     | `images.zip/train2017`             | a folder in the archive                               |
     | `videos.tar.gz`, `videos_*.tar.gz` | the cache of `datasets`, where they are unpacked once |
 
+    Files that are known already may be given as paths.
+
     Raises MultiTokenError: nothing is there, or the archive cannot be read.
     """
-    where = Path(root).expanduser().resolve()
-    if found := split_archive(str(where)):
+    if isinstance(root, str):
+        # not resolved: files in the hub's cache are links to files without a suffix
+        where = os.path.abspath(os.path.expanduser(root))
+        named = [Path(where)]
+        files = named if named[0].exists() else sorted(map(Path, glob.glob(where)))
+    else:
+        files, where = list(root), str(root[0])
+    if len(files) <= 1 and (found := split_archive(str(files[0]) if files else where)):
         stored_index(found[0], INDEX_KIND, _index_with_bar)
-        return str(where)
-    if where.is_dir():
-        return str(where)
-    files = sorted(map(Path, glob.glob(str(where)))) if not where.is_file() else [where]
+        return str(files[0]) if files else where
+    if len(files) == 1 and files[0].is_dir():
+        return str(files[0])
     if files and all(_TAR.search(file.name) for file in files):
         return str(unpacked_tars(files))
     raise MultiTokenError(

@@ -43,7 +43,7 @@ class TarRows(IndexedRows):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = path.absolute()
         self._index = stored_index(self.path, "tar2", _index_of)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from multi_token.data.files.hub import is_saved_folder
-from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.formats import to_conversation
+from multi_token.data.row_source import open_rows
 from multi_token.errors import MultiTokenError
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import MIB, Fetch
 from multi_token.media.npy import npy_bytes
 from multi_token.media.sniff import sniff_kind
 from multi_token.modalities.base import Modality
+from multi_token.recipe.data import DataSource
 from multi_token.recipe.recipe import load_recipe
 from multi_token.types import Conversation, Media, Message, Text
 
@@ -59,7 +60,7 @@ def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Ex
         LOG.warning("no examples on the page: %s", error)
         return Examples()
     sources = [
-        _conversations_of(source.rows, source.split, modalities, is_held_out)
+        _conversations_of(source, modalities, is_held_out, recipe.train.seed)
         for is_held_out, named in ((True, recipe.data.eval), (False, recipe.data.train))
         for source in named
     ]
@@ -89,23 +90,24 @@ def read_examples(folder: Path | None, modalities: Mapping[str, Modality]) -> Ex
 
 
 def _conversations_of(
-    source: str, split: str, modalities: Mapping[str, Modality], is_held_out: bool
+    source: DataSource, modalities: Mapping[str, Modality], is_held_out: bool, seed: int
 ) -> Iterator[tuple[Conversation, Fetch, bool]]:
     """Yield up to 32 conversations of a source, spread evenly over it."""
-    if not _is_indexable(Path(source).expanduser()):
+    if not _is_indexable(Path(source.rows).expanduser()):
         return
     try:
-        rows = load_rows(source, split=split)
-        # No URLs: a row of the data set must not make the server send requests.
-        fetch = Fetch(root=media_root(source), max_bytes=_MAX_ITEM_BYTES, allow_urls=False)
+        opened = open_rows(source, modalities, seed=seed)
     except (MultiTokenError, OSError, ValueError) as error:
-        LOG.warning("no examples of %s: %s", source, error)
+        LOG.warning("no examples of %s: %s", source.rows, error)
         return
+    rows = opened.rows
+    # No URLs: a row of the data set must not make the server send requests.
+    fetch = replace(opened.fetch, max_bytes=_MAX_ITEM_BYTES, allow_urls=False)
     num = min(_MAX_ROWS_SCANNED, len(rows))
     for i in range(num):
         try:
             index = i * len(rows) // num
-            row = to_conversation(rows[index], list(modalities), row_id=str(index))
+            row = to_conversation(rows[index], modalities, row_id=str(index))
         except MultiTokenError:
             continue
         yield row, fetch, is_held_out

@@ -12,24 +12,22 @@ import base64
 import binascii
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
+from multi_token.data.content_parts import modalities_of_kind, openai_item
 from multi_token.data.formats import to_conversation
 from multi_token.errors import RowError
-from multi_token.media.sniff import FILE_KINDS
 from multi_token.modalities.base import Modality, OpenAIKind
 from multi_token.registry import did_you_mean
 from multi_token.serve.errors import ServeError
 from multi_token.serve.openai.protocol import (
     CONTENT_PART_MODELS,
     ChatMessage,
-    FileField,
     MediaPart,
     TextPart,
     UrlField,
@@ -39,23 +37,9 @@ from multi_token.serve.openai.protocol import (
 )
 from multi_token.types import Conversation, Media, Message, Part, Role, Sample, Text
 
-_KIND_OF_SUFFIX: Mapping[str, OpenAIKind] = {
-    # The last kind wins: `.webm` is listed for audio too, and is usually a video.
-    suffix: kind
-    for kind in ("image", "audio", "video")
-    for suffix in FILE_KINDS[kind].suffixes
-}
 _WEB_SCHEME = re.compile(r"https?://", re.IGNORECASE)
-_ADDRESSES: Mapping[str, Callable[[Any], tuple[str, OpenAIKind]]] = {
-    "image_url": lambda part: (_url_of(part.image_url), "image"),
-    "audio_url": lambda part: (_url_of(part.audio_url), "audio"),
-    "video_url": lambda part: (_url_of(part.video_url), "video"),
-    "input_audio": lambda part: (part.input_audio.data, "audio"),
-    "file": lambda part: (part.file.file_data, _file_kind(part.file)),
-}
-"""Part type, which is also the name of its field -> address and OpenAI kind of a part."""
-_MAY_BE_BASE64 = frozenset({"input_audio", "file"})
-"""Part types whose address may be plain base64."""
+_SOURCE_KEYS = frozenset({"path", "bytes", "array", "text", "url"})
+"""Keys of an item that are its source, which `options` of a part must not replace."""
 MAX_PARTS = 1024
 """Content parts of a request."""
 MAX_CHARACTERS = 1_000_000
@@ -104,7 +88,7 @@ class MessageParser:
         # An `id` would name the row in error messages, and a client could write anything there.
         fields = {key: value for key, value in fields.items() if key != "id"}
         try:
-            row = to_conversation(fields, list(self.modalities), row_id="request")
+            row = to_conversation(fields, self.modalities, row_id="request")
         except RowError as error:
             raise invalid_field(error.sentence, "messages", code=None) from None
         messages = tuple(
@@ -179,10 +163,11 @@ class MessageParser:
             return Text(part.text)
         if isinstance(part, MediaPart):
             return self._parse_media(part, where)
-        address, kind = _ADDRESSES[type](part)
+        item = openai_item(fields)
+        assert item is not None  # `validate` refuses a part without an address
         at = f"{where}.{type}"
-        modality = self._modality_for(kind, at)
-        return Media(modality, self._resolve_source(address, at, type in _MAY_BE_BASE64))
+        modality = self._modality_for(item.kind, at)
+        return Media(modality, self._resolve_source(item.address, at, item.may_be_base64))
 
     def _part_types(self) -> str:
         own = [
@@ -200,7 +185,7 @@ class MessageParser:
 
     def _modality_for(self, kind: OpenAIKind, where: str) -> str:
         """Name of the only modality that takes this kind. Raises ServeError for none or several."""
-        fitting = [name for name, m in self.modalities.items() if kind in m.openai_kinds]
+        fitting = modalities_of_kind(kind, self.modalities)
         if len(fitting) == 1:
             return fitting[0]
         types = self.type_names
@@ -226,10 +211,28 @@ class MessageParser:
         if (part.data is None) == (part.url is None):
             raise invalid_field("a media part needs either data or url", where, code=None)
         if part.url is not None:
-            return Media(part.modality, self._resolve_source(part.url, f"{where}.url"))
-        if part.format == "text" and isinstance(part.data, str):
-            return Media(part.modality, part.data.encode())
-        return Media(part.modality, self._source_of_data(part.data, f"{where}.data"))
+            source = self._resolve_source(part.url, f"{where}.url")
+        elif part.format == "text" and isinstance(part.data, str):
+            source = part.data.encode()
+        else:
+            source = self._source_of_data(part.data, f"{where}.data")
+        if not part.options:
+            return Media(part.modality, source)
+        own = _SOURCE_KEYS & part.options.keys()
+        if own:
+            raise invalid_field(
+                f"{where}.options names the source in {sorted(own)[0]!r}; send it as data or url",
+                f"{where}.options",
+            )
+        # Whole numbers arrive as floats: a page is counted.
+        options = {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in part.options.items()
+        }
+        key = (
+            "path" if isinstance(source, str) else "bytes" if isinstance(source, bytes) else "array"
+        )
+        return Media(part.modality, {key: source, **options})
 
     def _parse_legacy_part(self, part: Part) -> Part:
         if isinstance(part, Text):
@@ -272,10 +275,6 @@ class MessageParser:
         )
 
 
-def _url_of(value: UrlField | str) -> str:
-    return value if isinstance(value, str) else value.url
-
-
 def _decode_base64(letters: str, where: str) -> bytes:
     # `base64` of the shell and MIME wrap lines; `validate=True` alone would refuse the line breaks.
     try:
@@ -301,15 +300,6 @@ def _check_numbers(numbers: list[Any], where: str) -> list[Any]:
             f"{where}: expected a list of numbers, or of equally long lists of numbers", where
         )
     return numbers
-
-
-def _file_kind(file: FileField) -> OpenAIKind:
-    """Kind of a file: by the type of its `data:` URL, else by its name, else a document."""
-    if file.file_data[:5].lower() == "data:":
-        kind = file.file_data[5:64].partition("/")[0].lower()
-        if kind in get_args(OpenAIKind):
-            return cast(OpenAIKind, kind)
-    return _KIND_OF_SUFFIX.get(Path(file.filename or "").suffix.lower(), "document")
 
 
 class SpecialTokenEscaper:

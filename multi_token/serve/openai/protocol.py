@@ -105,6 +105,9 @@ class MediaPart(_StrictModel):
     """base64, or a list of numbers, or with `format: text` the text itself."""
     url: str | None = None
     format: str | None = Field(None, max_length=16)
+    options: dict[str, str | float] | None = Field(None, max_length=8)
+    """Part of a file to take, as a row says it: `{"page": 3}` of a PDF, `{"start": 2, "end": 5}` in
+    seconds, `{"record": "P12345"}` of a FASTA file, `{"row": 5}` of an array."""
 
 
 CONTENT_PART_MODELS: Mapping[str, type[BaseModel]] = {

@@ -36,6 +36,10 @@ class OomFacts:
     pack_tokens: int | None
     """Budget of a pack, None if rows are padded."""
     activation_checkpointing: bool
+    logits_budget: int | None = None
+    """Most bytes of logits at a time; None if the language model's logits have no bound."""
+    logits_of_token: int = 0
+    """Bytes of one position's logits."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,6 +84,13 @@ def memory_suggestions(facts: OomFacts, fraction: float | None) -> list[str]:
         found.append(
             f"train.args.per_device_train_batch_size: {fits} (it is {facts.batch_size}; raise "
             "gradient_accumulation_steps by as much)"
+        )
+    num_tokens = facts.pack_tokens or facts.batch_size * facts.longest_row
+    if facts.logits_budget and num_tokens * facts.logits_of_token > facts.logits_budget / 4:
+        budget = facts.logits_budget / 2**20
+        found.append(
+            f"train.logits_megabytes: {budget / 4:.4g} (it is {budget:.4g}, and a loss holds up to "
+            "four times as much)"
         )
     if fraction is not None and not facts.activation_checkpointing:
         found.append("train.args.activation_checkpointing: true (a third slower, far less to keep)")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import random
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multi_token.media.examples import example_volume
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
@@ -93,7 +95,10 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
         ("document", page),
         ("document", "Ünïcode. Words!".encode()),
     ]
+    one_page = write_pdf(folder / "b.pdf", ["a page"]).read_bytes()
     found += [("timeseries", data) for data in recordings().values()]
+    found += [("sequence", b">one two\nMKTAYIAKQR\n>three\nGAVL\n"), ("volume", example_volume())]
+    found += [("volume", gzip.compress(example_volume())), ("image", one_page)]
     for name, shape in (("vector", (3, 4)), ("timeseries", (40, 2))):
         file = io.BytesIO()
         np.save(file, np.random.default_rng(0).normal(size=shape).astype(np.float32))

@@ -25,7 +25,7 @@ from multi_token.modalities.vector import VectorModality
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.limits import MediaLimits
 from multi_token.serve.media.pool import MediaPool
-from multi_token.testing.files import recordings
+from multi_token.testing.files import recordings, write_pdf
 from multi_token.types import Media, Prepared
 from tests.serve.untrusted import MIB, SECRET, children, is_gone, text_of
 
@@ -62,6 +62,19 @@ def test_a_sandboxed_worker_reads_every_format_of_recordings(
         assert torch.equal(ask(pool, data, "series").inputs["patches"], here.inputs["patches"])
         if suffix != "csv":  # half of a table is a table
             assert refusal(pool, data[: len(data) // 2], "series").status == 400
+
+
+def test_a_sandboxed_worker_shows_pages_of_a_pdf(
+    pool: MediaPool, modalities: dict[str, Any], tmp_path: Path
+) -> None:
+    data = write_pdf(tmp_path / "a.pdf", ["One page.", "Another one."]).read_bytes()
+    source = {"bytes": data, "page": 2}
+    image = modalities["image"]
+    here = image.prepare(image.load(source, Fetch()))
+    assert torch.equal(
+        ask(pool, source, "image").inputs["pixel_values"], here.inputs["pixel_values"]
+    )
+    assert "name the one to show" in str(refusal(pool, data, "image"))
 
 
 def test_a_worker_prepares_an_item_like_this_process(

@@ -156,6 +156,18 @@ def test_numbers_reach_a_modality_as_lists() -> None:
         refused(reader, {**part, "data": data})
 
 
+def test_options_of_a_part_name_a_part_of_its_file() -> None:
+    reader = MessageParser(modalities(v="vector"), allow_urls=True)
+    part = {"type": "media", "modality": "v", "data": b64(b"abc"), "options": {"row": 5}}
+    (item,) = read(reader, part).media
+    assert item.source == {"bytes": b"abc", "row": 5} and isinstance(item.source["row"], int)
+    part = {"type": "media", "modality": "v", "url": "https://example.org/a.npy"}
+    (item,) = read(reader, {**part, "options": {"start": 1.5, "record": "x"}}).media
+    assert item.source == {"path": "https://example.org/a.npy", "start": 1.5, "record": "x"}
+    for key in ("path", "bytes", "array", "text", "url"):
+        assert key in str(refused(reader, {**part, "options": {key: "/etc/passwd"}}))
+
+
 def test_more_than_the_limit_is_refused() -> None:
     part = {"type": "image_url", "image_url": data_url(b"x")}
     assert "limit is 2" in str(refused(MessageParser(EVERYTHING, max_media=2), part, part, part))

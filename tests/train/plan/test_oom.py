@@ -78,13 +78,14 @@ def test_the_plan_tries_smaller_batches_and_names_one_that_fits(
 def test_a_run_out_of_memory_names_the_changes_and_then_resumes(
     recipe: Callable[..., Path],
 ) -> None:
-    path = recipe()
+    path = recipe(logits_megabytes=60)
     failed = scarce("train", path)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     said = failed.stderr[failed.stderr.index("error: ") :]
     assert said.startswith("error: memory was not enough in step 1 of stage tune, on cpu")
     assert "train.args.per_device_train_batch_size: 128 (it is 256" in said
+    assert "train.logits_megabytes: 15 (it is 60, and a loss holds up to four times as much" in said
     smaller = (
         "train.args.per_device_train_batch_size=2",
         "train.args.gradient_accumulation_steps=128",

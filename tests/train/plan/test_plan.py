@@ -40,6 +40,7 @@ from multi_token.train.plan.estimate import (
     plan_stage,
     plan_warnings,
 )
+from multi_token.train.plan.oom import OomFacts, memory_suggestions
 from multi_token.train.trainer import MultiTokenTrainer
 from multi_token.train.training_args import training_arguments
 
@@ -257,3 +258,23 @@ def test_logits_of_a_larger_batch_are_planned_up_to_the_bound_of_a_chunk(
     ]
     model.capabilities.supports_chunked_logits = False
     assert logits_bytes(model, 7) == (7 * of_token, math.inf)
+
+
+def test_fewer_logits_at_a_time_are_suggested_where_a_batch_has_more() -> None:
+    facts = OomFacts(
+        device=torch.device("cpu"),
+        step=1,
+        frozen_language_model=True,
+        frozen_dtypes=frozenset({torch.uint8}),
+        float32_encoders=(),
+        batch_size=4,
+        longest_row=1000,
+        pack_tokens=None,
+        activation_checkpointing=True,
+        logits_budget=256 * 2**20,
+        logits_of_token=4 * 50_000,
+    )
+    budget = "train.logits_megabytes: 64 (it is 256, and a loss holds up to four times as much)"
+    assert memory_suggestions(facts, None) == [budget]
+    assert memory_suggestions(replace(facts, longest_row=80), None) == []
+    assert memory_suggestions(replace(facts, logits_budget=None), None) == []

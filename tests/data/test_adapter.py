@@ -1,0 +1,271 @@
+"""data/adapter.py, presets.py and row_source.py: rows with any columns become conversations."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multi_token.data.formats import to_conversation
+from multi_token.data.row_source import RowSource, adapter_of, open_rows
+from multi_token.errors import MultiTokenError, RecipeError, RowError
+from multi_token.modalities.base import Modality
+from multi_token.recipe.data import DataSource
+from multi_token.registry import validate_fields
+from multi_token.types import Conversation
+from tests.data.row_shapes import IMAGE, TYPES, Shape, shown
+from tests.data.row_shapes_columns import SHAPES
+
+PHOTO = {"image": TYPES["image"]}
+
+
+def read(
+    row: dict[str, Any], modalities: dict[str, Modality] | None = None, **keys: Any
+) -> Conversation:
+    modalities = PHOTO if modalities is None else modalities
+    source = validate_fields(DataSource, {"rows": "rows.json", **keys}, where="source")
+    adapter, _ = adapter_of(source, modalities, [row])
+    return to_conversation(row if adapter is None else adapter(row, "r"), modalities, row_id="r")
+
+
+def refusal(row: dict[str, Any], **keys: Any) -> str:
+    with pytest.raises(MultiTokenError) as caught:
+        read(row, **keys)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title)
+def test_a_row_of_a_real_data_set_is_read(shape: Shape) -> None:
+    source = DataSource(rows="rows.json", **shape.source)
+    adapter, note = adapter_of(source, shape.modalities, [shape.row])
+    copied = pickle.loads(pickle.dumps(adapter))  # noqa: S301 - ours, as data workers get it
+    row = shape.row if copied is None else copied(shape.row, "r")
+    assert shown(to_conversation(row, shape.modalities, row_id="r")) == shape.expected
+    if shape.format is None:
+        assert note is None
+    else:
+        assert note is not None and f"read as {shape.format}:" in note
+
+
+# --- templates ---
+
+
+def test_turns_are_templates_over_the_columns() -> None:
+    found = read(
+        {"photo": IMAGE, "q": "What?", "a": ["cat", "cat", "dog"], "meta": '{"lang": "en"}'},
+        media={"image": "photo"},
+        turns=[
+            {"system": "{% if meta %}Answer in {{ (meta | fromjson).lang }}.{% endif %}"},
+            {"user": "<image> {{ q | upper }}"},
+            {"assistant": "{{ a | common }}"},
+        ],
+    )
+    assert shown(found) == (
+        "system: Answer in en. | user: <image b'\\x89PNG'> WHAT? | assistant: cat"
+    )
+
+
+def test_letters_of_a_slot_in_a_value_stay_text_where_the_template_has_the_slot() -> None:
+    row = {"image": "a.png", "html": "an <image> tag"}
+    turns = [{"user": "<image>{{ html }}"}, {"assistant": "{{ html }}"}]
+    assert shown(read(row, turns=turns)) == (
+        "user: <image 'a.png'>an <image> tag | assistant: an <image> tag"
+    )
+    turns = [{"user": "{{ html }}"}, {"assistant": "x"}]
+    assert shown(read(row, turns=turns)) == "user: an <image 'a.png'> tag | assistant: x"
+
+
+def test_a_template_repeats_a_slot_for_each_of_several_items() -> None:
+    found = read(
+        {"images": ["a.png", "b.png"], "q": "Which?", "a": "b"},
+        turns=[{"user": "{{ '<image>' * (images | length) }}{{ q }}"}, {"assistant": "{{ a }}"}],
+    )
+    assert shown(found) == "user: <image 'a.png'><image 'b.png'>Which? | assistant: b"
+
+
+def test_a_media_template_makes_a_path_or_a_list_of_paths() -> None:
+    turns = [{"user": "{{ '<image>' * n }}Look."}, {"assistant": "Yes."}]
+    media = {"image": "{{ ['%03d.png' % id, 'b.png'][:n] }}"}
+    assert shown(read({"id": 7, "n": 2}, media=media, turns=turns)) == (
+        "user: <image '007.png'><image 'b.png'>Look. | assistant: Yes."
+    )
+    media = {"image": "frames/{{ '%03d' % id }}.png"}
+    assert read({"id": 7, "n": 1}, media=media, turns=turns).media[0].source == "frames/007.png"
+
+
+def test_another_tools_slot_is_ours() -> None:
+    row = {"video": "a.mp4", "clips": 1, "q": "<vid> What?", "a": "A man."}
+    found = read(
+        row,
+        {"video": TYPES["video"]},
+        slots={"<vid>": "video"},
+        turns=[{"user": "{{ q }}"}, {"assistant": "{{ a }}"}],
+    )
+    assert shown(found) == "user: <video 'a.mp4'> What? | assistant: A man."
+
+
+def test_a_question_is_drawn_by_the_seed_and_the_row() -> None:
+    source = DataSource(rows="x.json", format="captions", question=["A?", "B?", "C?"])
+    row = {"image": IMAGE, "text": "a cat"}
+
+    def asked(seed: int) -> list[str]:
+        adapter, _ = adapter_of(source, PHOTO, [row], seed=seed)
+        assert adapter is not None
+        rows = (adapter(row, f"x.json[{i}]") for i in range(40))
+        return [to_conversation(r, PHOTO, row_id="").messages[0].parts[1].text for r in rows]  # type: ignore[union-attr]
+
+    assert asked(0) == asked(0) != asked(1)
+    assert set(asked(0)) == {"\nA?", "\nB?", "\nC?"}
+
+
+def test_media_texts_are_templates_for_the_teacher() -> None:
+    found = read(
+        {"audio": "a.wav", "text": "TURN IT ON"},
+        {"speech": TYPES["speech"]},
+        media_texts={"speech": "{{ text | lower }}"},
+    )
+    assert [item.media_text for item in found.media] == ["turn it on"]
+
+
+# --- bad input ---
+
+
+def test_a_missing_column_is_named_with_the_nearest() -> None:
+    turns = [{"user": "<image>{{ questoin }}"}, {"assistant": "x"}]
+    message = refusal({"image": "a.png", "question": "What?"}, turns=turns)
+    assert "row r: no column 'questoin': did you mean 'question'? (it has image, question)" in (
+        message
+    )
+    assert "(`turns.0.user`: <image>{{ questoin }})" in message
+    media = {"image": "imgae"}
+    assert "no column 'imgae': did you mean 'image'?" in refusal(
+        {"image": "a.png"}, media=media, turns=[{"user": "<image>"}, {"assistant": "x"}]
+    )
+
+
+def test_a_null_column_is_no_word_none() -> None:
+    turns = [{"user": "<image>What?"}, {"assistant": "It is {{ a }}."}]
+    message = refusal({"image": "a.png", "a": None}, turns=turns)
+    assert "row r: a column is empty (null) (`turns.1.assistant`: It is {{ a }}.)" in message
+
+
+def test_a_template_that_fails_names_the_row_and_the_expression() -> None:
+    turns = [{"user": "<image>What?"}, {"assistant": "{{ (a | fromjson).b }}"}]
+    message = refusal({"image": "a.png", "a": "{oops"}, turns=turns)
+    assert message.startswith("row r: `turns.1.assistant` cannot be computed (Expecting property")
+    assert message.endswith("): {{ (a | fromjson).b }}")
+
+
+def test_a_template_without_an_end_is_refused_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"rows of rows.json: `turns.1.assistant` is no template"):
+        read({"image": "a"}, turns=[{"user": "<image>"}, {"assistant": "{{ a "}])
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "{{ a.__class__.__mro__ }}",
+        "{{ row.__init__.__globals__ }}",
+        "{{ ''.__class__ }}",
+        "{{ image.save('x') }}",
+        "{{ row.update({'a': 1}) }}",
+    ],
+)
+def test_a_template_cannot_reach_python(reach: str) -> None:
+    from PIL import Image
+
+    row = {"image": Image.new("RGB", (2, 2)), "a": "x"}
+    message = refusal(row, turns=[{"user": "<image>?"}, {"assistant": reach}])
+    assert "row r: `turns.1.assistant` reaches for Python, which templates may not" in message
+
+
+def test_slots_and_items_that_differ_are_counted() -> None:
+    turns = [{"user": "<image><image> Same?"}, {"assistant": "No."}]
+    message = refusal({"image": "a.png"}, turns=turns)
+    assert "the turns have 2 slots <image>, but there is 1 in `image`" in message
+    turns = [{"user": "Same?"}, {"assistant": "No."}]
+    assert "0 slots <image>, but there is 1 in `image`" in refusal({"image": "a.png"}, turns=turns)
+
+
+def test_an_empty_answer_is_refused() -> None:
+    turns = [{"user": "<image>?"}, {"assistant": "{{ a }} "}]
+    message = refusal({"image": "a.png", "a": ""}, turns=turns)
+    assert "the assistant turn is empty (`turns.1.assistant`: {{ a }} )" in message
+
+
+def test_an_ambiguous_column_is_asked_for() -> None:
+    both = {"left": TYPES["image"], "right": TYPES["image"]}
+    with pytest.raises(MultiTokenError) as caught:
+        read({"image": IMAGE, "caption": "x"}, both)
+    assert str(caught.value) == (
+        "rows of rows.json: column 'image' may hold items of 'left' or of 'right'; say which: "
+        "`media: {left: image}`"
+    )
+
+
+def test_a_name_of_no_modality_is_refused() -> None:
+    with pytest.raises(RecipeError, match="`media` of rows.json names 'imgae'.*did you mean"):
+        read({"image": "a"}, media={"imgae": "image"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"turns": [{"user": "a", "assistant": "b"}]}, "turn 0 has the roles"),
+        ({"turns": [{"user": "a"}]}, "expected an assistant turn at the end"),
+        ({"format": "qa", "turns": [{"user": "a"}, {"assistant": "b"}]}, "exclude each other"),
+        ({"format": "qa", "question": "What?"}, "`question` is for captions"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MultiTokenError, match=sentence):
+        validate_fields(DataSource, {"rows": "x.json", **keys}, where="source")
+
+
+# --- rows of a file ---
+
+
+def open_file(folder: Path, rows: list[Any], **keys: Any) -> RowSource:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return open_rows(DataSource(rows=str(path), **keys), PHOTO)
+
+
+def test_where_chooses_rows_which_keep_their_place_in_messages(tmp_path: Path) -> None:
+    rows = [{"image": f"{i}.png", "text": "x" if i != 8 else "", "fold": i} for i in range(10)]
+    source = open_file(tmp_path, rows, where="fold > 6 and fold != 9")
+    assert len(source.rows) == 2
+    assert to_conversation(source.rows[0], PHOTO, row_id="").id == "rows.jsonl[7]"
+    with pytest.raises(RowError, match=r"row rows.jsonl\[8\]: the assistant turn is empty"):
+        source.rows[1]
+    with pytest.raises(MultiTokenError, match="no row of .* is left"):
+        open_file(tmp_path, rows, where="fold > 70")
+    with pytest.raises(RowError, match="no column 'flod': did you mean 'fold'"):
+        open_file(tmp_path, rows, where="flod > 6")
+
+
+def test_media_start_at_root_and_may_not_leave_it(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"1")
+    (tmp_path / "b.png").write_bytes(b"2")
+    rows = [{"image": "a.png", "text": "x"}, {"image": "../b.png", "text": "x"}]
+    source = open_file(tmp_path, rows, root=str(folder))
+    first, second = (to_conversation(row, PHOTO, row_id="") for row in source.rows)
+    assert source.fetch.read(first.media[0].source) == b"1"
+    with pytest.raises(MultiTokenError, match=r"../b.png leaves `root` \(.*photos\)"):
+        source.fetch.read(second.media[0].source)
+    with pytest.raises(MultiTokenError, match="which `root` names"):
+        open_file(tmp_path, rows, root=str(tmp_path / "none"))
+
+
+def test_the_first_rows_choose_the_format_and_say_so(tmp_path: Path) -> None:
+    rows = [{"photo": "a.png", "caption": "a cat"}]
+    note = open_file(tmp_path, rows).note
+    assert note is not None and note.endswith(
+        "rows.jsonl read as captions: image <- photo, answer <- caption, question: 'Describe the "
+        "image.'; set `format:` or `turns:` to change"
+    )

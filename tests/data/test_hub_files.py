@@ -1,0 +1,81 @@
+"""Rows in a file of a hub repository, with their media in an archive beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multi_token.data.files.hub_files import media_root_of
+from multi_token.data.files.open import load_rows, media_root
+from multi_token.data.row_stream import open_stream
+from multi_token.errors import MultiTokenError
+from multi_token.media.fetch import Fetch
+from tests.data.test_archive_root import pack
+
+ROWS = [{"image": "a/1.png", "text": "one"}, {"image": "b.bin", "text": "two"}]
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache without a network; its files are links to blobs, as the hub writes them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "hub"
+
+
+def repository(hub: Path, name: str, files: Mapping[str, Any]) -> None:
+    folder = hub / f"datasets--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for number, (path, content) in enumerate(files.items()):
+        link = folder / "snapshots" / ("0" * 40) / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = folder / "blobs" / f"{number:040}"
+        if isinstance(content, dict):
+            Path(pack(folder / link.name, content)).rename(blob)
+        else:
+            blob.write_text(content)
+        link.symlink_to(blob)
+
+
+@pytest.mark.parametrize("name", ["images.zip", "images.tar", "images_1.tar.gz"])
+def test_a_json_beside_an_archive_is_read_with_the_media_in_it(
+    hub: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"a/1.png": b"A", "b.bin": b"B"}
+    archives: dict[str, Any] = {name: files}
+    if name.endswith(".gz"):  # two parts of one folder
+        archives = {name: {"a/1.png": b"A"}, "images_2.tar.gz": {"b.bin": b"B"}}
+    repository(hub, "ada/cap", {"cap.json": json.dumps(ROWS), "README.md": "", **archives})
+    source = "hf://ada/cap/cap.json"
+    rows, stream = load_rows(source), open_stream(source)
+    assert list(rows) == ROWS == [stream.row(stream.num_lanes * i).row for i in range(2)]
+    fetch = Fetch(root=media_root(source))
+    assert [fetch.read(row["image"]) for row in rows] == [b"A", b"B"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"media of hf://ada/cap/cap.json are read from {', '.join(archives)}" in said
+
+
+def test_root_names_one_of_several_archives(hub: Path) -> None:
+    archives = {"x/a.zip": {"a/1.png": b"A"}, "x/b.zip": {"a/1.png": b"B"}}
+    repository(hub, "ada/two", {"x/rows.jsonl": json.dumps(ROWS[0]), **archives})
+    with pytest.raises(MultiTokenError, match=r"has the archives x/a.zip, x/b.zip; name the one"):
+        media_root("hf://ada/two/x/rows.jsonl")
+    assert Fetch(root=media_root_of("hf://ada/two/x/b.zip")).read("a/1.png") == b"B"
+    assert Fetch(root=media_root_of("hf://ada/two/x/b.zip/a")).read("1.png") == b"B"
+    assert len(load_rows("hf://datasets/ada/two@main/x/*.jsonl")) == 1
+
+
+def test_a_file_that_a_repository_lacks_is_refused_with_those_that_it_has(hub: Path) -> None:
+    repository(hub, "ada/cap", {"a.json": "[]", "b.csv": "a\n1\n"})
+    assert list(load_rows("hf://ada/cap/b.csv")) == [{"a": 1}]
+    with pytest.raises(MultiTokenError, match="has no file c.json; its files are a.json, b.csv"):
+        load_rows("hf://ada/cap/c.json")
+    with pytest.raises(MultiTokenError, match="data set ada/none could not be fetched"):
+        load_rows("hf://ada/none/c.json")
