@@ -164,10 +164,14 @@ def hub_options(options: HubOptions) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def hub_arguments() -> dict[str, Any]:
-    """Return the options that differ from their defaults, as arguments of `from_pretrained`."""
-    return {
+def hub_arguments(*, of_weights: bool = False) -> dict[str, Any]:
+    """Return the options that differ from their defaults, as arguments of `from_pretrained`.
+
+    `of_weights`: for a model, whose Auto class looks for an adapter with options of its own.
+    """
+    found = {
         name: value
         for name, value in asdict(_CURRENT.get()).items()
         if value != getattr(DEFAULT_HUB, name)
     }
+    return {**found, "adapter_kwargs": dict(found)} if found and of_weights else found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.errors import MultiTokenError
 
 if TYPE_CHECKING:
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from multi_token.model import MultiTokenForConditionalGeneration
     from multi_token.types import Media, Message, Part
 
-LANGUAGE_MODEL = typer.Option(
-    None, help="Path or hub name of the frozen language model, if it has moved."
-)
-DEVICE = typer.Option(
-    None,
-    help="cpu, cuda, mps; auto: the language model over all accelerators; FILE.json: device of "
-    "each of its modules. Default: an accelerator, if there is one.",
-)
 MAX_NEW_TOKENS = typer.Option(256, help="Longest answer, in tokens.")
 TEMPERATURE = typer.Option(0.0, help="0: greedy; above 0: sampled.")
 TEMPLATE_KWARGS = typer.Option(
@@ -39,36 +31,6 @@ TEMPLATE_KWARGS = typer.Option(
     '{"enable_thinking": false}.',
 )
 _SYSTEM = typer.Option(None, help="A system message.")
-
-
-def load_run(
-    run: Path, language_model: str | None, device: str | None, *, embeddings_only: bool = False
-) -> MultiTokenForConditionalGeneration:
-    import torch
-
-    from multi_token.checkpoint.load import read_config
-    from multi_token.model import MultiTokenForConditionalGeneration
-
-    read_config(run)  # a folder that is no run is refused before anything heavy is loaded
-    device_map = None
-    if device == "auto" or (device or "").endswith(".json"):
-        if embeddings_only:
-            raise MultiTokenError(
-                f"--device {device} is for the layers of a language model, which run in the vLLM "
-                "server here; name one device"
-            )
-        device, device_map = None, "auto" if device == "auto" else _device_map(Path(str(device)))
-    elif device is None and torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
-        if "LOCAL_RANK" in os.environ:  # of torchrun: a device for each process
-            device += f":{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
-    return MultiTokenForConditionalGeneration.from_pretrained(
-        run,
-        language_model=language_model,
-        device=device,
-        device_map=device_map,
-        embeddings_only=embeddings_only,
-    )
 
 
 def set_template_kwargs(model: MultiTokenForConditionalGeneration, text: str | None) -> None:
@@ -88,20 +50,6 @@ def set_template_kwargs(model: MultiTokenForConditionalGeneration, text: str | N
             f"{text!r}"
         )
     model.processor = replace(model.processor, chat=model.processor.chat.with_kwargs(found))
-
-
-def _device_map(path: Path) -> dict[str, int | str]:
-    """Read a JSON file of {module: device}. Raises MultiTokenError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MultiTokenError(f"--device {path} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(v, (int, str)) for v in found.values()):
-        raise MultiTokenError(
-            f"--device {path}: expected {{module: device}} for the language model, such as "
-            '{"model.embed_tokens": 0, "model.layers.0": 1, ...}'
-        )
-    return found
 
 
 def _options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
@@ -161,6 +109,7 @@ def modality_for(kind: OpenAIKind, path: Path, modalities: Mapping[str, Modality
     )
 
 
+@with_load_options
 def ask(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     question: str = typer.Argument(..., help="What to ask."),
@@ -175,8 +124,8 @@ def ask(
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
     chat_template_kwargs: str = TEMPLATE_KWARGS,
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Ask one question about some items and print the answer."""
     from multi_token.generate import single_question as as_conversation
@@ -184,26 +133,27 @@ def ask(
     items = _items(
         run, media, {"image": image, "audio": audio, "video": video, "document": document}
     )
-    model = load_run(run, language_model, device)
+    model = load_run(run, load)
     set_template_kwargs(model, chat_template_kwargs)
     conversation = as_conversation(question, items, system=system)
     typer.echo(model.generate([conversation], **_options(max_new_tokens, temperature))[0])
 
 
+@with_load_options
 def chat(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     system: str = _SYSTEM,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
     chat_template_kwargs: str = TEMPLATE_KWARGS,
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Talk in the terminal. /image PATH (or /NAME SOURCE) adds an item to the next message."""
     from multi_token.types import Conversation, Message, Text
 
     console = Console(highlight=False)
-    model = load_run(run, language_model, device)
+    model = load_run(run, load)
     set_template_kwargs(model, chat_template_kwargs)
     slash = ", ".join(f"/{name} SOURCE" for name in model.modalities)
     console.print(f"[dim]{slash} adds an item; /reset starts again; /exit leaves[/dim]")

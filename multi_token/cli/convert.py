@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from multi_token.cli.ask import LANGUAGE_MODEL
+from multi_token.cli.loading import LANGUAGE_MODEL
 from multi_token.errors import ConvertError
 
 # no README, images or optimizer states, which repositories of the hub hold too

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
 from multi_token.cli.data import NumShards, Reading, Shard
+from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.cli.predict import (
     NUM_WORKERS,
     ON_BAD_ROW,
@@ -39,6 +39,7 @@ def _evaluate() -> None:
 
 
 @evaluate_app.command("blind")
+@with_load_options
 def blind_command(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     rows: str = typer.Option(..., help="Held-out rows: a file, folder or hub name."),
@@ -48,8 +49,8 @@ def blind_command(
     batch_size: int = typer.Option(8, min=1, help="Rows per batch."),
     seed: int = typer.Option(0, help="Seed of the shuffled media."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Test whether a run uses its media: loss and exact match with shuffled and ablated media."""
     from multi_token.evaluate.blind import blind
@@ -62,7 +63,7 @@ def blind_command(
             "it without torchrun (`evaluate rows` scores rows in several)"
         )
     source = open_run_rows(run, rows, split, reading)
-    model = load_run(run, language_model, device)
+    model = load_run(run, load)
     # evenly spaced, since files are often sorted by source or topic
     chosen = with_processor(source, model, evenly_spaced(len(source.rows), num_rows))
     report = blind(model, chosen, batch_size=batch_size, seed=seed)
@@ -76,6 +77,7 @@ def blind_command(
 
 
 @evaluate_app.command("rows")
+@with_load_options
 def rows_command(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     rows: str = typer.Option(..., help="Rows with answers: a file, folder or hub name."),
@@ -87,8 +89,8 @@ def rows_command(
     num_workers: int = NUM_WORKERS,
     num_shards: NumShards = None,
     shard: Shard = None,
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Write loss and exact match of every row, and print their means.
 
@@ -97,14 +99,14 @@ def rows_command(
     columns = ("loss", "exact")
     source = open_run_rows(run, rows, split, reading)
     job, console = open_job(
-        "evaluate rows", run, source, out, columns, {}, split, (shard, num_shards)
+        "evaluate rows", run, source, out, columns, load.precision, split, (shard, num_shards)
     )
     if job.is_joined:
         console.print(f"{job.num_done:,} of {len(job.rows):,} rows are scored already")
         return
     from multi_token.evaluate.predict import run_work, scores
 
-    model = load_run(run, language_model, device)
+    model = load_run(run, load)
     run_work(
         job,
         scores(model),

@@ -13,15 +13,13 @@ import typer
 from rich.console import Console
 
 from multi_token.cli.ask import (
-    DEVICE,
-    LANGUAGE_MODEL,
     MAX_NEW_TOKENS,
     TEMPERATURE,
     TEMPLATE_KWARGS,
-    load_run,
     set_template_kwargs,
 )
 from multi_token.cli.data import NumShards, Reading, Shard, shard_of, source_of
+from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
 from multi_token.errors import RecipeError
 
@@ -44,6 +42,7 @@ ON_BAD_ROW = typer.Option(
 _MOST_WORKERS = 8
 
 
+@with_load_options
 def predict(
     run: Path = typer.Argument(..., help="The folder of a trained run."),
     rows: str = typer.Argument(
@@ -72,8 +71,8 @@ def predict(
     engine_timeout: float = typer.Option(
         60.0, min=0, help="Time to wait while no vLLM server is up, in seconds."
     ),
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Answer a file of rows. A killed command resumes, and several processes may share the rows.
 
@@ -83,6 +82,7 @@ def predict(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     # a vLLM server rounds in another way, and samples with other random numbers
     settings["engine"] = "vllm" if engine_url else "local"
+    settings |= load.precision
     if temperature > 0:
         settings["seed"] = seed
     if chat_template_kwargs is not None:
@@ -101,7 +101,7 @@ def predict(
         from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # refuses a folder that was not exported, before loading any weights
-    model = load_run(run, language_model, device, embeddings_only=bool(engine_url))
+    model = load_run(run, load, embeddings_only=bool(engine_url))
     set_template_kwargs(model, chat_template_kwargs)
     with ExitStack() as stack:
         if engine_url:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from multi_token.cli.ask import DEVICE, LANGUAGE_MODEL, load_run
+from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.errors import MultiTokenError
 
 KEYS_VARIABLE = "MULTI_TOKEN_API_KEYS"
@@ -21,6 +21,7 @@ ENGINE_KEY_VARIABLE = "MULTI_TOKEN_ENGINE_KEY"
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
+@with_load_options
 def serve(
     run: Path = typer.Argument(..., help="Folder of a trained run."),
     host: str = typer.Option(
@@ -83,8 +84,8 @@ def serve(
     shutdown_timeout: float = typer.Option(
         30.0, help="Time for running requests to finish after SIGTERM, in seconds."
     ),
-    language_model: str = LANGUAGE_MODEL,
-    device: str = DEVICE,
+    *,
+    load: LoadOptions,
 ) -> None:
     """Serve a run over HTTP: OpenAI's chat completions with media of all its modalities."""
     # before the model is loaded, which may take minutes
@@ -134,7 +135,7 @@ def serve(
         from multi_token.serve.engines.vllm.golden import read_golden
 
         read_golden(run)  # refuses a folder that was not exported, before loading any weights
-    model = load_run(run, language_model, device, embeddings_only=uses_vllm)
+    model = load_run(run, load, embeddings_only=uses_vllm)
     service = Service(model, settings)
     server = DrainingServer(service, on_started=lambda: _print_address(console, server, service))
     server.run()

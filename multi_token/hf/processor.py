@@ -203,6 +203,20 @@ class ChatProcessor(ProcessorMixin):
             samples.append(sample)
         return self._batch(samples, padding_side, return_tensors)
 
+    def prompts(self, conversations: Sequence[Any]) -> list[Sample]:
+        """Return the samples of prompts, one for each conversation, up to its answer.
+
+        Args:
+            conversations: Lists of messages, as for `apply_chat_template`.
+
+        Raises:
+            RowError: For a conversation or an item that cannot be read.
+        """
+        return [
+            self.run(self._conversation(one, i, prompt_only=True), prompt_only=True)
+            for i, one in enumerate(conversations)
+        ]
+
     def answers(self, generated: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """Return the texts of answers as `multi-token ask` prints them.
 

@@ -77,7 +77,7 @@ def _load_without_layers(name: str, revision: str | None, dtype: str) -> tuple[A
             config=fewer,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
-            **hub_arguments(),
+            **hub_arguments(of_weights=True),
         )
     except (*LOAD_FAULTS, AttributeError, IndexError, TypeError, ZeroDivisionError):
         return None

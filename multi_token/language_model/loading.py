@@ -103,7 +103,7 @@ def load_language_model(
                 revision=revision,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 **options,
-                **hub_arguments(),
+                **hub_arguments(of_weights=True),
             )
         if isinstance(device_map, Mapping):
             # transformers leaves modules that the map does not name on the CPU, without a word

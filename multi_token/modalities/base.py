@@ -398,7 +398,10 @@ class PretrainedModality(Modality):
 
         with limited_hub_waits(self.encoder):
             tower = AutoModel.from_pretrained(
-                self.encoder, revision=self.revision, dtype=torch.float32, **hub_arguments()
+                self.encoder,
+                revision=self.revision,
+                dtype=torch.float32,
+                **hub_arguments(of_weights=True),
             )
         # A trained encoder would skip other layers in each process. DDP waits for the gradients of
         # all of them, and a hidden state of a skipped layer does not exist.

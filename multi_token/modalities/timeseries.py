@@ -369,7 +369,7 @@ class TimeseriesModality(Modality):
                 revision=self.revision,
                 config=config,
                 dtype=torch.float32,
-                **hub_arguments(),
+                **hub_arguments(of_weights=True),
             )
         return WindowEncoder(tower, shape, self).eval()
 

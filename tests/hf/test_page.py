@@ -30,6 +30,8 @@ def folder(recipe_fields: Callable[..., dict[str, Any]], data: Path, tmp_path: P
     return tmp_path
 
 
+# torch, about a machine without an accelerator
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument")
 def test_the_blocks_of_the_page_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
