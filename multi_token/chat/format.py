@@ -365,7 +365,7 @@ class ChatFormat:
             if isinstance(one, _Rendered) and isinstance(row, _Encoded)
             for span, ids in zip(one.spans, row.supervised_ids(), strict=True)
         ]
-        decoder = self.tokenizer.backend_tokenizer
+        decoder = self.tokenizer.backend_tokenizer  # has no slots, and leaves them out
         decoded = decoder.decode_batch([ids for _, ids, _ in chosen], skip_special_tokens=False)
         for (i, _, expected), text in zip(chosen, decoded, strict=True):
             if text == expected or self._normalize(text) == self._normalize(expected):
@@ -485,13 +485,8 @@ class _Encoded:
         return sum(end - start for start, end in self.spans) - num_slots
 
     def supervised_ids(self) -> list[list[int]]:
-        """Return the ids of each span, without slots."""
-        if not any(start <= slot < end for start, end in self.spans for slot in self.slots):
-            return [self.ids[start:end] for start, end in self.spans]
-        slots = set(self.slots)
-        return [
-            [self.ids[i] for i in range(start, end) if i not in slots] for start, end in self.spans
-        ]
+        """Return the ids of each span, slots included; the language model has no such id."""
+        return [self.ids[start:end] for start, end in self.spans]
 
 
 _NOT_ENCODED = _Encoded([], [], [])

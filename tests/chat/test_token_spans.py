@@ -15,7 +15,7 @@ from multi_token.chat.format import ChatFormat
 from multi_token.chat.token_spans import token_spans
 from multi_token.errors import ChatTemplateError
 from multi_token.testing import TEMPLATES, tiny_tokenizer
-from multi_token.types import IGNORE_INDEX, Conversation, Message, Text
+from multi_token.types import IGNORE_INDEX, Conversation, Media, Message, Text
 from tests.chat.test_tokenize_many import calls_of, conversation
 from tests.templates import trials
 
@@ -107,8 +107,10 @@ def test_a_row_is_searched_at_its_borders_alone_and_counted_without_a_sample() -
 def test_counts_are_those_of_the_samples() -> None:
     chat = ChatFormat(tiny_tokenizer(), TEMPLATES["chatml"])
     refused = Conversation((Message("user", (Text("a"),)), Message("assistant", (Text("\n\nb"),))))
+    shown = Message("assistant", (Text("Look: "), Media("image", "x"), Text("!")))
     rows = [conversation(2), conversation(70), refused, conversation(1, word="\ue0000\ue001")]
-    numbers, turns = [[3], [0], [], [5]], [None, "all", None, "last"]
+    rows.append(Conversation((*refused.messages[:1], shown)))
+    numbers, turns = [[3], [0], [], [5], [4]], [None, "all", None, "last", None]
     samples = chat.tokenize_many(rows, numbers, turns)  # type: ignore[arg-type]
     counts = chat.count_many(rows, numbers, turns)  # type: ignore[arg-type]
     for sample, count in zip(samples, counts, strict=True):
