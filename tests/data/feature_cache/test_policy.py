@@ -116,7 +116,8 @@ def test_processes_that_train_together_share_the_encoding(
         fill_cache(recipe, model.modalities, model.encoders, [source], cache, out)
         assert all(
             source.processor.prepare(item).inputs.keys() == {"features"}
-            for item, _ in source.items(NAME)
+            for name in model.modalities
+            for item, _ in source.items(name)
         )
         # another start with a full cache: each process looks at its half of the rows
         counted = CountedRows(source.rows)
