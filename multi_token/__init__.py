@@ -1,8 +1,8 @@
 """multi_token gives any language model new modalities: its public names.
 
-    from multi_token import load_recipe, train
+    from multi_token import train
 
-    model = train(load_recipe("recipe.yaml"))
+    model = train("recipe.yaml")
     print(model.generate([{"images": ["cat.png"], "messages": [...]}]))
 
 Users, notebooks and plug-ins import from this module alone; all other modules may move.

@@ -391,12 +391,12 @@ def test_train_is_public_in_any_order_of_imports(before: str, tmp_path: Path) ->
     code = (
         f"{before}\nfrom multi_token import MultiTokenError, load_recipe, train\n"
         "import multi_token.train.run as run\nassert callable(run.train)\n"
-        "try:\n    train(None)\nexcept AttributeError as error:\n    print(error)"
+        "try:\n    train(None)\nexcept MultiTokenError as error:\n    print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "'NoneType' object has no attribute" in done.stdout
+    assert "expected the path of a YAML file" in done.stdout
 
 
 def test_the_plug_in_template_and_example_import_public_names_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,11 +66,13 @@ class Recipe(StrictModel):
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), "utf-8")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply overrides.
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe and apply overrides.
 
     Args:
-        path: The file.
+        recipe: A YAML file, the sections as a dict, or a recipe.
         overrides: `key=value` with dotted keys (`train.stages.0.args.max_steps=10`).
 
     Returns:
@@ -78,7 +81,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: With the file, the key, and the nearest known name.
     """
-    path = Path(path)
+    if isinstance(recipe, Recipe):
+        recipe = recipe.model_dump(mode="json")
+    if isinstance(recipe, Mapping):
+        fields = set_overrides(copy.deepcopy(dict(recipe)), overrides)
+        return validate_fields(Recipe, fields, where="recipe")
+    if not isinstance(recipe, (str, Path)):
+        raise RecipeError(
+            f"expected the path of a YAML file, its sections or a recipe, got {recipe!r}"
+        )
+    path = Path(recipe)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,7 +24,7 @@ from multi_token.distributed import (
 )
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
-from multi_token.recipe.recipe import Recipe
+from multi_token.recipe.recipe import Recipe, load_recipe
 from multi_token.train.accelerator import cast_frozen_encoders
 from multi_token.train.closed_form import fit_projector
 from multi_token.train.consistency import check_same_recipe
@@ -44,14 +46,20 @@ from multi_token.train.stage_zero import ItemReader, find_items
 
 
 @peer_errors()
-def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForConditionalGeneration:
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+) -> MultiTokenForConditionalGeneration:
     """Train the stages of a recipe that are not done yet.
 
     Stages that are done are loaded, and an interrupted one continues from its last complete
     checkpoint. Started by torchrun, every process calls this function.
 
     Args:
-        recipe: Model, data and stages; `load_recipe` reads one from YAML.
+        recipe: Model, data and stages: a YAML file, the sections as a dict, or a recipe.
+        overrides: `key=value` with dotted keys, as on the command line.
         console: Where progress is printed, by the main process alone; default: stderr.
 
     Returns:
@@ -65,6 +73,8 @@ def train(recipe: Recipe, *, console: Console | None = None) -> MultiTokenForCon
         RowError: A row is bad, and the recipe does not skip bad rows.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
     """
+    if overrides or not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
     stages = open_stages(recipe)
     console = (console or Console(stderr=True)) if is_main_process() else Console(quiet=True)
     out = Path(recipe.train.output_dir)

@@ -66,8 +66,6 @@ def loaded(run: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     model = AutoModelForMultimodalLM.from_pretrained(str(run))
-    model.requires_grad_(False)
-    model.projectors.requires_grad_(True)
     # it starts from random weights, so `train` trains it with its projector
     model.encoders["pulse"].requires_grad_(True)
     return AutoProcessor.from_pretrained(str(run)), model
@@ -78,7 +76,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_the_plain_trainer_starts_at_the_loss_of_train_and_saves_runs(
+def test_the_plain_trainer_has_the_losses_of_train_and_saves_runs(
     run: Path, expected: list[float], mixed_fields: Fields, tmp_path: Path
 ) -> None:
     from transformers import Trainer, TrainingArguments
@@ -95,8 +93,8 @@ def test_the_plain_trainer_starts_at_the_loss_of_train_and_saves_runs(
         processing_class=processor,
     )
     found = losses(trainer)
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert len(found) == 5
+    assert found == pytest.approx(expected, rel=1e-5)
     # its checkpoint is a run
     again = multi_token.MultiTokenForConditionalGeneration.from_pretrained(
         tmp_path / "checkpoint-5"
@@ -130,7 +128,7 @@ def test_sft_trains_on_conversations(
         data_collator=RowCollator(processor),
         processing_class=processor,
     )
-    assert losses(trainer)[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses(trainer) == pytest.approx(expected, rel=1e-4)
 
 
 def test_grpo_raises_the_reward_of_answers_about_media(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import multi_token
 from multi_token.data.feature_cache.cache import FeatureCache
 from multi_token.errors import (
     Interrupted,
@@ -152,6 +155,25 @@ def test_a_run_that_is_done_is_not_trained_again(recipe_fields: Fields, tmp_path
     before = (tmp_path / "run" / "projectors.safetensors").stat().st_mtime_ns
     trained(fields)
     assert (tmp_path / "run" / "projectors.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_recipe_is_a_file_sections_or_both_with_overrides(
+    recipe_fields: Fields, tmp_path: Path
+) -> None:
+    stages = [{"name": "projector", "learn": {"projectors": 1e-2}, "args": {"max_steps": 1}}]
+    fields = recipe_fields(tmp_path / "run", stages=stages)
+    before = copy.deepcopy(fields)
+    multi_token.train(fields, [f"train.output_dir={tmp_path / 'sections'}"], console=QUIET)
+    assert fields == before, "the caller's sections are changed"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    multi_token.train(str(path), [f"train.output_dir={tmp_path / 'file'}"], console=QUIET)
+    recipe = Recipe.model_validate(fields)
+    multi_token.train(recipe, console=QUIET)
+    assert same(tmp_path / "sections", tmp_path / "run")
+    assert same(tmp_path / "file", tmp_path / "run")
+    multi_token.train(recipe, ["train.seed=9", f"train.output_dir={tmp_path / '9'}"], console=QUIET)
+    assert not same(tmp_path / "9", tmp_path / "run")
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe_fields: Fields, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SETUP = {"max_bytes": 8 * MIB, "max_prepared_bytes": 64 * MIB}
 def test_a_size_that_is_no_size_is_refused(size: float) -> None:
     described, blobs = tensor_blobs({"values": torch.zeros(2)})
     blobs = [memoryview(blob) for blob in blobs]
-    header = {"size": {"pixels": size}, "num_features": 1, "tensors": described}
+    header = {"size": {"pixels": size}, "num_features": 1, "tensors": described, "facts": []}
     with pytest.raises(ServeError, match="cannot be decoded"):
         _parse_result(header, blobs)
     assert _parse_result({**header, "size": {"pixels": 4}}, blobs).sizes["pixels"] == 4
