@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ from multi_token.recipe.model import ModelSpec
 from multi_token.recipe.train import LOGITS_MEGABYTES
 from multi_token.splice import MediaEmbeds, splice
 from multi_token.types import BatchCounts, Features, MediaBatch
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class MultiTokenConfig(PreTrainedConfig):
@@ -489,6 +491,11 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
         if fields.get("base_identity"):
             model.trained_language_model = True
             model.config.base_identity = fields["base_identity"]
-        if device:
-            nn.Module.to(model, device)  # transformers' own hides its arguments from type checkers
-        return model.eval()
+        return (move_to_device(model, device) if device else model).eval()
+
+
+def move_to_device(model: _Module, device: Any) -> _Module:
+    """The model on a device."""
+    # not model.to(): transformers' decorator hides its arguments from type checkers
+    nn.Module.to(model, device)  # in place
+    return model

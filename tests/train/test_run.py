@@ -256,7 +256,7 @@ def test_rows_without_media_are_refused_where_only_modalities_train(
 ) -> None:
     rows = tmp_path / "text.jsonl"
     turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "red"}]
-    rows.write_text(json.dumps({"photo": "red.png", "messages": turns}) + "\n")
+    rows.write_text(json.dumps({"origin": "red.png", "messages": turns}) + "\n")
     fields = recipe_fields(tmp_path / "run")
     fields["data"] = {"train": [{"rows": str(rows)}]}
     with pytest.raises(RecipeError, match="no row of .*text.jsonl has an item of image"):
