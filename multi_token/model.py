@@ -496,6 +496,5 @@ class MultiTokenForConditionalGeneration(PreTrainedModel):
 
 def move_to_device(model: _Module, device: Any) -> _Module:
     """The model on a device."""
-    # not model.to(): transformers' decorator hides its arguments from type checkers
-    nn.Module.to(model, device)  # in place
+    nn.Module.to(model, device)  # transformers' own hides its arguments from type checkers
     return model
