@@ -200,6 +200,7 @@ def _adapter_of(
         # without marks: the slots of these formats stand in the columns
         turns=_turn_templates(reading.turns, f"format: {format}", (), {}),
         each=reading.each,
+        history=reading.history,
         question=tuple(source.question) or reading.question,
         items_first=True,
         **common,
