@@ -52,6 +52,11 @@ class RowTemplate:
         """The template as its author wrote it."""
         return self.text.replace(OPEN, "<").replace(CLOSE, ">")
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that the template names."""
+        return _columns(self.text)
+
     def compiled(self) -> Callable[[Mapping[str, Any]], Any]:
         """Return the function that fills the template. Raises TemplateFault."""
         try:
@@ -187,6 +192,22 @@ def _valued(expression: Callable[..., Any]) -> Callable[[Mapping[str, Any]], Any
         return str(found) if isinstance(found, StrictUndefined) else found
 
     return value
+
+
+@functools.lru_cache(maxsize=256)
+def _columns(text: str) -> frozenset[str]:
+    from jinja2 import meta
+
+    tree = _environment().parse(text)
+    of_row = [
+        found.attr if isinstance(found, nodes.Getattr) else found.arg
+        for found in tree.find_all((nodes.Getattr, nodes.Getitem))
+        if isinstance(found.node, nodes.Name) and found.node.name == "row"
+    ]
+    named = [name.value if isinstance(name, nodes.Const) else name for name in of_row]
+    return frozenset(
+        {*meta.find_undeclared_variables(tree), *(name for name in named if isinstance(name, str))}
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -51,6 +51,36 @@ def test_a_row_of_a_real_data_set_is_read(shape: Shape) -> None:
         assert note is not None and f"read as {shape.format}:" in note
 
 
+def test_a_system_column_is_the_first_message_of_templates_too() -> None:
+    row = {"image": "a.png", "caption": "a cat", "system": "Be brief."}
+    expected = "system: Be brief. | user: <image 'a.png'>\nDescribe the image. | assistant: a cat"
+    assert shown(read(row)) == expected
+    turns: list[Any] = [{"user": "<image>?"}, {"assistant": "{{ caption }}"}]
+    assert shown(read(row, turns=turns)).startswith("system: Be brief. | user: <image 'a.png'>?")
+    own = [{"system": "Speak."}, *turns]
+    assert shown(read(row, turns=own)).startswith("system: Speak. | user: ")
+    reads = [{"user": "<image>{{ row.system }}"}, {"assistant": "{{ caption }}"}]
+    assert shown(read(row, turns=reads)).startswith("user: <image 'a.png'>Be brief. | ")
+    assert shown(read({"system": "a.png", "caption": "x"}, media={"image": "system"})).startswith(
+        "user: <image 'a.png'>"
+    )
+    assert "`system` is a number, expected a text" in refusal({**row, "system": 3})
+    answers = {"question": "Which?", "chosen": "a", "rejected": "b", "image": "a.png"}
+    assert shown(read({**answers, "system": "Be brief."})).startswith("system: Be brief. | user: ")
+
+
+def test_history_of_alpaca_is_earlier_turns() -> None:
+    row = {"instruction": "And two?", "input": "", "output": "Four.", "history": []}
+    assert shown(read(row)) == "user: And two? | assistant: Four."
+    earlier = {**row, "history": [["One?", "Two."]], "system": "Double."}
+    assert shown(read(earlier)) == (
+        "system: Double. | user: One? | assistant: Two. | user: And two? | assistant: Four."
+    )
+    assert "`history` has ['One?'], expected pairs of texts" in refusal(
+        {**row, "history": [["One?"]]}
+    )
+
+
 # --- templates ---
 
 
