@@ -183,6 +183,30 @@ def test_a_null_column_is_no_word_none() -> None:
     assert "row r: a column is empty (null) (`turns.1.assistant`: It is {{ a }}.)" in message
 
 
+def test_an_object_or_a_list_is_no_text() -> None:
+    row = {"instruction": "Name two.", "output": ["x", "y"]}
+    assert refusal(row) == (
+        "row r: a value is a list, which is no text; name the entry that is meant in `turns`, such "
+        'as `{assistant: "{{ output[0] }}"}` (`format: alpaca.1.assistant`: {{ output }})'
+    )
+    answer = {"text": ["Paris"], "answer_start": [3]}
+    turns = [{"user": "<image>?"}, {"assistant": "It is {{ answers }}."}]
+    message = refusal({"image": "a.png", "answers": answer}, turns=turns)
+    assert "a value is an object with the fields text, answer_start, which is no text" in message
+    assert '`{assistant: "{{ answers.text[0] }}"}` (`turns.1.assistant`: ' in message
+    row = {"image": "a.png", "question": "Where?", "answers": [{"value": "Paris"}]}
+    assert '`{assistant: "{{ answers[0].value }}"}`' in refusal(row)
+    assert "a value is bytes" in refusal({"image": "a.png", "text": b"a cat"})
+
+
+def test_presets_read_the_answers_of_squad_and_the_captions_of_coco() -> None:
+    row = {"image": "a.png", "question": "Where?", "answers": {"text": ["Paris"], "start": [3]}}
+    assert shown(read(row)).endswith("Where? | assistant: Paris")
+    for sentences in ({"raw": "A cat.", "tokens": ["a", "cat"]}, [{"raw": "A cat.", "sentid": 1}]):
+        found = read({"image": "a.png", "sentences": sentences})
+        assert shown(found).endswith("assistant: A cat.")
+
+
 def test_a_template_that_fails_names_the_row_and_the_expression() -> None:
     turns = [{"user": "<image>What?"}, {"assistant": "{{ (a | fromjson).b }}"}]
     message = refusal({"image": "a.png", "a": "{oops"}, turns=turns)
